@@ -1,0 +1,17 @@
+"""The one error that a user can cause. Everything else that fails is a bug and shows its traceback."""
+
+
+class UserError(Exception):
+    """What went wrong, where, what was expected, what was found, and what to do about it.
+
+    Printed without a traceback. Only `what` is required; name the file, tensor or layer in `where`.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", found: str = "", fix: str = "") -> None:
+        self.what, self.where, self.expected, self.found, self.fix = what, where, expected, found, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        labelled = (("expected", self.expected), ("found", self.found), ("fix", self.fix))
+        return "\n".join(lines + [f"  {label + ':':<10}{text}" for label, text in labelled if text])

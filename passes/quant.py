@@ -1,0 +1,185 @@
+"""Quantized weights in one normal form, and the arithmetic of DashInfer's InstantQuant.
+
+A weight is W `[N, K]`, one row per output channel. A group is `group_size` consecutive k of one row; per-channel
+is one group of K. Codes are unsigned (`uint8`, one a byte, 0 .. 2^bits - 1); `w = (code - zero) * scale`.
+Signed int8 is the same codes less 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from passes.errors import UserError
+from passes.lazy import Array, Source, Tile
+
+Activations = Literal["float", "int8"]
+
+
+class Codes(NamedTuple):
+    """One block of a quantized weight.
+
+    codes  [n, K]  uint8    0 .. 2^bits - 1
+    scale  [n, G]  float32  positive, representable in the type it will be stored in
+    zero   [n, G]  uint8    0 .. 2^bits - 1
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """A quantized weight `[N, K]` that is computed or decoded tile by tile.
+
+    `source` delivers `Codes`. `symmetric` promises that every zero point is the central code 2^(bits-1).
+    `activations` says what the linear multiplies it with: float, or int8 quantized per token.
+    """
+
+    name: str
+    source: Source
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: np.dtype[Any]
+    activations: Activations = "float"
+
+    def __post_init__(self) -> None:
+        assert self.bits in (4, 8)
+        assert self.shape[1] % self.group_size == 0
+
+    @property
+    def groups(self) -> int:
+        return self.shape[1] // self.group_size
+
+    @property
+    def per_channel(self) -> bool:
+        return self.groups == 1
+
+    @property
+    def central(self) -> int:
+        """The zero point of a symmetric weight."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def mode(self) -> str:
+        """The field's name for it: A16W8, A16W4 or A8W8."""
+        return f"A{'8' if self.activations == 'int8' else '16'}W{self.bits}"
+
+    def __str__(self) -> str:
+        grain = "per-channel" if self.per_channel else f"group {self.group_size}"
+        return f"{self.mode} {grain} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+    def tiles(self) -> Iterator[Tile]:
+        return self.source.tiles()
+
+
+QuantTable = Mapping[str, QuantTensor]
+
+
+def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
+    """InstantQuant weight-only. w `[n, G, g]` float32.
+
+    fmin' = min(fmin, 0), fmax' = max(fmax, 0), scale = (fmax' - fmin') / (2^bits - 1),
+    zero = clamp(round(-fmin' / scale)), code = clamp(round(w / scale) + zero). With 0 inside the range a one-sided or
+    constant group stays exact to one step, and the zero point is an integer of the code's own type.
+    Rounding is half to even; scale is rounded to `scale_dtype` before it is used.
+    """
+    top = np.float32(2**bits - 1)
+    low = np.minimum(w.min(axis=2), 0)
+    high = np.maximum(w.max(axis=2), 0)
+    scale = stored(high / top - low / top, scale_dtype)
+    zero = np.clip(np.rint(-low / scale), 0, top)
+    q = w / scale[..., None]
+    np.rint(q, out=q)
+    q += zero[..., None]
+    np.clip(q, 0, top, out=q)
+    return Codes(q.astype(np.uint8).reshape(len(w), -1), scale, zero.astype(np.uint8))
+
+
+def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
+    """InstantQuant activation quantization's weights. w `[n, G, g]` float32; scale = max|w| / (2^(bits-1) - 1)."""
+    top = np.float32(2 ** (bits - 1) - 1)
+    scale = stored(np.maximum(w.max(axis=2), -w.min(axis=2)) / top, scale_dtype)
+    q = w / scale[..., None]
+    np.rint(q, out=q)
+    np.clip(q, -top, top, out=q)
+    q += top + 1
+    zero = np.full(scale.shape, top + 1, np.uint8)
+    return Codes(q.astype(np.uint8).reshape(len(w), -1), scale, zero)
+
+
+def stored(scale: Array, dtype: np.dtype[Any]) -> Array:
+    """The scale as it will be read back: rounded to `dtype`, 1 for an all-zero group, never subnormal.
+
+    NaN and infinity stay: the caller knows which tensor to name.
+    """
+    tiny = np.float32(np.finfo(np.float16).tiny if dtype == np.float16 else np.finfo(np.float32).tiny)
+    with np.errstate(over="ignore"):
+        rounded = np.maximum(scale, tiny).astype(dtype).astype(np.float32)
+    return np.where(scale == 0, np.float32(1), rounded)
+
+
+def dequantize(block: Codes, group_size: int) -> Array:
+    """`(code - zero) * scale` in float32: `[n, K]`."""
+    n, k = block.codes.shape
+    q = block.codes.reshape(n, k // group_size, group_size).astype(np.float32)
+    q -= block.zero[..., None]
+    q *= block.scale[..., None]
+    return q.reshape(n, k)
+
+
+@dataclass(frozen=True)
+class InstantQuant:
+    """Quantizes the rows of a float weight as they stream by; no calibration data."""
+
+    name: str
+    weight: Source
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: np.dtype[Any]
+
+    def tiles(self) -> Iterator[Tile]:
+        quantize = quantize_symmetric if self.symmetric else quantize_asymmetric
+        for start, (rows,) in self.weight.tiles():
+            w = to_float32(rows).reshape(len(rows), -1, self.group_size)
+            with np.errstate(invalid="ignore", over="ignore"):
+                block = quantize(w, self.bits, self.scale_dtype)
+            if not np.isfinite(block.scale).all():
+                raise not_finite(self.name, start, w)
+            yield Tile(start, block)
+
+
+def to_float32(rows: Array) -> Array:
+    """float32 of fp16, bf16 or fp32 rows; bf16 by a shift, which is several times faster than a cast."""
+    if rows.dtype.name == "bfloat16":
+        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32, copy=False)
+
+
+def not_finite(name: str, start: int, w: Array) -> UserError:
+    flat = w.reshape(len(w), -1)
+    bad = np.argwhere(~np.isfinite(flat))
+    if len(bad):
+        row, column = bad[0]
+        return UserError(
+            "the weight is not finite",
+            where=f"{name}[{start + row}, {column}]",
+            expected="finite numbers",
+            found=str(flat[row, column]),
+            fix="repair the checkpoint, or leave this layer float with --ignore",
+        )
+    row = int(np.abs(flat).max(axis=1).argmax())
+    return UserError(
+        "the weight is too large for its scale",
+        where=f"{name}[{start + row}]",
+        expected="a scale that fits float16 (at most 65504)",
+        found=f"max|w| = {np.abs(flat[row]).max():g}",
+        fix="leave this layer float with --ignore",
+    )
