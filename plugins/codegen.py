@@ -1,0 +1,64 @@
+"""`python -m plugins.codegen` writes runtime/schema.h from the op definitions, so that C++ cannot drift from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plugins.ops import DOMAIN, OPS
+from plugins.schema import Op
+
+HEADER = Path(__file__).parent / "runtime" / "schema.h"
+
+
+def render() -> str:
+    parts = [
+        "// Written by plugins/codegen.py from the op definitions; do not edit.",
+        "#pragma once",
+        "",
+        "#include <cstdint>",
+        "",
+        "namespace schema {",
+        "",
+        "struct Field {",
+        "    char const* name;",
+        "    int32_t value;  // the default",
+        "};",
+        "",
+        f'constexpr char kDomain[] = "{DOMAIN}";',
+        *(line for op in OPS for line in ("", *_struct(op))),
+        "",
+        "}  // namespace schema",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _struct(op: Op) -> list[str]:
+    ports = (*op.inputs, *op.outputs)
+    names = [f"k{p.name.capitalize()}" for p in ports]
+    rows = [", ".join(f"DataType::{d.tensorrt_name}" for d in row) for row in op.types]
+    return [
+        f"// {op.name}({', '.join(p.name + '[' + ', '.join(p.shape) + ']' for p in op.inputs)})"
+        f" -> {', '.join(p.name + '[' + ', '.join(p.shape) + ']' for p in op.outputs)}",
+        f"struct {op.name} {{",
+        f'    static constexpr char kName[] = "{op.name}";',
+        f'    static constexpr char kVersion[] = "{op.version}";',
+        f"    enum Port : int32_t {{ {', '.join(names)} }};",
+        f"    static constexpr int32_t kInputs = {len(op.inputs)};",
+        f"    static constexpr int32_t kRequiredInputs = {sum(not p.optional for p in op.inputs)};",
+        "    enum Attr : int32_t { "
+        + ", ".join("k" + "".join(w.capitalize() for w in a.name.split("_")) for a in op.attrs)
+        + " };",
+        f"    static constexpr Field kFields[{len(op.attrs)}] = {{"
+        + ", ".join(f'{{"{a.name}", {a.default}}}' for a in op.attrs)
+        + "};",
+        "    // legal types: one row, one type for each port",
+        "    template <typename DataType>",
+        f"    static constexpr DataType kTypes[{len(rows)}][{len(ports)}] = {{",
+        *(f"        {{{row}}}," for row in rows),
+        "    };",
+        "};",
+    ]
+
+
+if __name__ == "__main__":
+    HEADER.write_text(render(), encoding="utf-8")

@@ -1,0 +1,144 @@
+"""What an operation is, written once: ports with symbolic shapes, attributes, legal types, reference, tolerance.
+
+The pass that builds the node, the CPU evaluation, the tests and the generated C++ header all read the same `Op`.
+
+A shape is a tuple of terms. A plain name ("N") is a symbol, bound by the first tensor that has it; anything else
+("K//group") is an expression over symbols and attributes, checked once they are known. A leading "..." stands for any
+number of axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class DType(Enum):
+    """Element types by the name NumPy gives them; the second member is TensorRT's `DataType` enumerator."""
+
+    F16 = ("float16", "kHALF")
+    BF16 = ("bfloat16", "kBF16")
+    I8 = ("int8", "kINT8")
+
+    @property
+    def numpy_name(self) -> str:
+        return self.value[0]
+
+    @property
+    def tensorrt_name(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Port:
+    name: str
+    shape: tuple[str, ...]
+    optional: bool = False  # optional ports come last
+
+
+@dataclass(frozen=True)
+class Attr:
+    """A 32-bit integer attribute. `allowed` is the whole legal set, or None where `Op.check` decides."""
+
+    name: str
+    default: int
+    allowed: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|y - exact| <= frobenius * |exact| over all, and <= element * |exact| + 2^-20 * sum|x||w| for each element."""
+
+    frobenius: float
+    element: float
+
+
+class ShapeError(ValueError):
+    """A tensor or attribute that the operation refuses; the message says where, what was expected, what was found."""
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    version: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    attrs: tuple[Attr, ...]
+    types: tuple[tuple[DType, ...], ...]  # legal rows: one type for each input, then for each output
+    reference: Callable[..., tuple[Array, ...]]
+    tolerance: Mapping[DType, Tolerance]
+    check: Callable[[Mapping[str, int]], str | None]  # cross-checks of sizes and attributes: what is wrong, or None
+
+    def bind(self, shapes: Sequence[Sequence[int] | None], attrs: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
+        """Check input shapes and attributes against the definition; return the output shapes."""
+        env = self.attributes(attrs)
+        if not len([p for p in self.inputs if not p.optional]) <= len(shapes) <= len(self.inputs):
+            raise ShapeError(
+                f"{self.name}: expected {len(self.inputs)} inputs (trailing optional), found {len(shapes)}"
+            )
+        leading: tuple[int, ...] = ()
+        present = [(port, tuple(shape)) for port, shape in zip(self.inputs, shapes, strict=False) if shape is not None]
+        for port, shape in present:
+            terms = tuple(t for t in port.shape if t != "...")
+            extra = len(shape) - len(terms)
+            if extra < 0 or (extra and terms == port.shape):
+                raise ShapeError(f"{self.name}: '{port.name}' has {len(shape)} axes, expected {port.shape}")
+            leading = leading or shape[:extra]
+            env.update({t: n for t, n in zip(terms, shape[extra:], strict=True) if t.isidentifier() and t not in env})
+        if wrong := self.check(env):
+            raise ShapeError(f"{self.name}: {wrong}")
+        for port, shape in present:
+            terms = tuple(t for t in port.shape if t != "...")
+            self._compare(port, terms, shape[-len(terms) :], env)
+        return tuple(
+            (leading if port.shape[0] == "..." else ()) + tuple(_term(t, env) for t in port.shape if t != "...")
+            for port in self.outputs
+        )
+
+    def attributes(self, given: Mapping[str, int]) -> dict[str, int]:
+        """All attributes with their defaults; refuses unknown names and values."""
+        if unknown := set(given) - {a.name for a in self.attrs}:
+            raise ShapeError(
+                f"{self.name}: unknown attributes {sorted(unknown)}; it has {[a.name for a in self.attrs]}"
+            )
+        values = {a.name: int(given.get(a.name, a.default)) for a in self.attrs}
+        for attr in self.attrs:
+            if attr.allowed is not None and values[attr.name] not in attr.allowed:
+                raise ShapeError(f"{self.name}: {attr.name} is {values[attr.name]}, expected one of {attr.allowed}")
+        return values
+
+    def _compare(self, port: Port, terms: Sequence[str], shape: Sequence[int], env: Mapping[str, int]) -> None:
+        for axis, (term, size) in enumerate(zip(terms, shape, strict=True)):
+            if size != (expected := _term(term, env)):
+                known = ", ".join(f"{k}={v}" for k, v in env.items())
+                raise ShapeError(
+                    f"{self.name}: '{port.name}' axis {axis} is {size}, expected {term} = {expected} (with {known})"
+                )
+
+
+def _term(term: str, env: Mapping[str, int]) -> int:
+    return int(eval(term, {"__builtins__": {}}, dict(env)))  # terms are literals of the op definitions, never input
+
+
+def assert_within(actual: Array, exact: Array, magnitude: Array, tolerance: Tolerance) -> None:
+    """`exact` and `magnitude` (sum of |x||w|) are float64. Cosine similarity would let a wrong scale pass."""
+    a = actual.astype(np.float64)
+    if a.shape != exact.shape:
+        raise AssertionError(f"shape {a.shape}, expected {exact.shape}")
+    off = np.abs(a - exact)
+    bad = ~(off <= tolerance.element * np.abs(exact) + 2.0**-20 * magnitude)  # a NaN must count as bad
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.size} elements off, first at {at}: {a[at]}, expected {exact[at]}"
+        )
+    relative = float(np.linalg.norm(off) / max(float(np.linalg.norm(exact)), 1e-300))
+    if relative > tolerance.frobenius and np.linalg.norm(exact) > 0:
+        raise AssertionError(f"relative error {relative:.3g}, allowed {tolerance.frobenius:.3g}")
