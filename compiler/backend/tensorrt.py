@@ -1,0 +1,222 @@
+"""Builds a TensorRT engine from an ONNX file: full TensorRT (10.12+, 11.x) or TensorRT-RTX, one road for both.
+
+The build runs in a child process (`trt_child`), because a few paths of the builder abort the process they run in; an
+abort becomes an error with the builder's last message. The plan is streamed beside its final name and renamed when it
+is complete, so a failure, a full disk or Ctrl-C leaves nothing that looks finished.
+
+    build(spec) --spec, JSON on stdin--> trt_child --events, JSON lines--> progress, warnings, result or refusals
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from passes.errors import UserError
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
+PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may ask of the builder. `None` and `False` leave the builder's own default."""
+
+    memory_limit: int | None = None  # bytes of device scratch memory while building and running
+    optimization_level: int | None = None  # 0 ... 5
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    hardware_compatible: str = ""  # a name of HardwareCompatibilityLevel, such as ampere_plus
+    timing_cache: Path | None = None  # read if there, written after the build
+
+    def __post_init__(self) -> None:
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UserError(
+                "the optimization level is out of range", expected="0 to 5", found=str(self.optimization_level)
+            )
+        if self.memory_limit is not None and self.memory_limit <= 0:
+            raise UserError("the memory limit is not a size", expected="bytes, above 0", found=str(self.memory_limit))
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One build: everything the child process needs, as plain data.
+
+    `sms` is empty for "the GPU of this machine"; TensorRT-RTX builds for any list of SMs that it knows.
+    `layers` receives the builder's table of kernels as text.
+    """
+
+    flavour: Flavour
+    onnx: Path
+    engine: Path
+    layers: Path
+    profiles: tuple[Profile, ...] = ()
+    sms: tuple[int, ...] = ()
+    plugins: tuple[Path, ...] = ()
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        for number, profile in enumerate(self.profiles):
+            check_profile(profile, f"profile {number}")
+
+    @property
+    def partial(self) -> Path:
+        return self.engine.with_name(self.engine.name + ".partial")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineSpec:
+        data: dict[str, Any] = json.loads(text)
+        options = EngineOptions(**data.pop("options"))
+        for key in ("onnx", "engine", "layers"):
+            data[key] = Path(data[key])
+        data["plugins"] = tuple(Path(p) for p in data["plugins"])
+        return cls(**data, options=options)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished engine file."""
+
+    engine: Path
+    layers: Path
+    version: str  # of the builder, as in 1.7.1.116
+    bytes: int
+    sha256: str
+    seconds: float
+    peak_memory: int  # bytes, of the child process
+    warnings: tuple[str, ...]
+
+
+Progress = Callable[[float, str], None]  # fraction done, phase
+
+
+def silent(fraction: float, phase: str) -> None:
+    """Progress for nobody."""
+
+
+def build(spec: EngineSpec, progress: Progress = silent) -> Built:
+    """Builds one engine; raises UserError with the builder's words when it cannot."""
+    if importlib.util.find_spec(spec.flavour) is None:
+        raise UserError(f"{PRODUCT[spec.flavour]} is not installed", where=str(spec.engine), fix=INSTALL[spec.flavour])
+    if not spec.onnx.is_file():
+        raise UserError("the lowered model is not there", where=str(spec.onnx))
+    spec.engine.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done, warnings = _run_child(spec, progress)
+        spec.partial.replace(spec.engine)
+    finally:
+        spec.partial.unlink(missing_ok=True)
+    return Built(spec.engine, spec.layers, warnings=tuple(warnings), **done)
+
+
+def _run_child(spec: EngineSpec, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+    """Runs the child and follows its events: the result and the warnings."""
+    done: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+    said: list[tuple[str, str]] = []  # severity, text
+    phase = "starting"
+    with tempfile.TemporaryFile("w+") as stderr, _child(stderr) as child:
+        assert child.stdin
+        assert child.stdout
+        try:
+            with child.stdin as stdin:
+                stdin.write(spec.to_json())
+            for line in child.stdout:
+                event = json.loads(line)
+                if "progress" in event:
+                    fraction, phase = event["progress"]
+                    progress(fraction, phase)
+                elif "message" in event:
+                    said.append(tuple(event["message"]))
+                elif "refused" in event:
+                    failure = event
+                elif "done" in event:
+                    done = event["done"]
+        except BrokenPipeError:
+            pass  # the child died before it read its input; its exit status says so below
+        status = child.wait()
+        stderr.seek(0)
+        tail = stderr.read()[-2000:].strip()
+    if failure:
+        raise _refusal(spec, failure, said)
+    if done is None or status:
+        raise _abort(spec, status, phase, said, tail)
+    return done, [text for severity, text in said if severity == "WARNING"]
+
+
+@contextmanager
+def _child(stderr: Any) -> Iterator[subprocess.Popen[str]]:
+    """The child in a session of its own, so that Ctrl-C reaches this process alone, which then ends the child."""
+    command = [sys.executable, "-m", "compiler.backend.trt_child"]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+
+
+def _refusal(spec: EngineSpec, failure: Mapping[str, Any], said: Sequence[tuple[str, str]]) -> UserError:
+    """The child's own account of why it did not build: one reason, or one line for each refused node."""
+    reasons: list[str] = failure["refused"] or [text for severity, text in said if severity == "ERROR"][-1:]
+    return UserError(
+        failure["what"],
+        where=str(spec.onnx),
+        expected=failure.get("expected", ""),
+        found="".join(f"\n    {reason}" for reason in reasons),
+        fix=failure.get("fix", ""),
+    )
+
+
+def _abort(spec: EngineSpec, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
+    """The child ended without an account: a signal, or an exception of ours (then its traceback is the tail)."""
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    last = said[-1][1] if said else "none"
+    killed = "the machine ran out of memory, or someone ended the process" if how == "SIGKILL" else ""
+    return UserError(
+        f"the builder process ended ({how}) during: {phase}",
+        where=str(spec.onnx),
+        found=f"last builder message: {last}" + (f"\n{tail}" if tail else ""),
+        fix=killed,
+    )
+
+
+def check_profile(profile: Profile, where: str) -> None:
+    """min <= opt <= max in every dimension, no negative sizes, one rank an input."""
+    for name, (low, opt, high) in profile.items():
+        ordered = len(low) == len(opt) == len(high) and all(
+            0 <= a <= b <= c for a, b, c in zip(low, opt, high, strict=True)
+        )
+        if not ordered or 0 in high:
+            raise UserError(
+                f"the profile contradicts itself at input {name}",
+                where=where,
+                expected="0 <= min <= opt <= max in every dimension, and max at least 1",
+                found=f"min {list(low)}, opt {list(opt)}, max {list(high)}",
+                fix="make --opt-length and --max-length, --max-batch agree",
+            )
