@@ -28,6 +28,7 @@ from passes.errors import UserError
 
 Array = npt.NDArray[Any]
 TILE_BYTES = 1 << 20  # near the L2 cache: larger tiles measured slower, smaller ones spend their time in Python
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FOUR_BIT = (np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4))
 
 
@@ -132,6 +133,13 @@ class Missing:
         )
 
 
+def convert(values: Array, dtype: np.dtype[Any]) -> Array:
+    """A cast; bf16 widens by a shift, which is several times faster than ml_dtypes' own cast."""
+    if values.dtype == BFLOAT16 and dtype == np.float32:
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(dtype, copy=False)
+
+
 def first_part(tile: Tile) -> Array:
     return tile.parts[0]
 
@@ -168,7 +176,7 @@ class View(LazyValues):  # type: ignore[misc]
 
     def block(self, tile: Tile) -> Array:
         """What one tile contributes, in the view's own dtype."""
-        return self.project(tile).astype(self.dtype, copy=False)
+        return convert(self.project(tile), self.dtype)
 
     def load(self) -> Array:
         """The whole tensor; only for small ones and for tests."""

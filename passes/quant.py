@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from passes.errors import UserError
-from passes.lazy import Array, Source, Tile
+from passes.lazy import Array, Source, Tile, convert
 
 Activations = Literal["float", "int8"]
 
@@ -93,7 +93,7 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
     top = np.float32(2**bits - 1)
     low = np.minimum(w.min(axis=2), 0)
     high = np.maximum(w.max(axis=2), 0)
-    scale = stored(high / top - low / top, scale_dtype)
+    scale = stored((high - low) / top, scale_dtype)
     zero = np.clip(np.rint(-low / scale), 0, top)
     q = w / scale[..., None]
     np.rint(q, out=q)
@@ -148,19 +148,12 @@ class InstantQuant:
     def tiles(self) -> Iterator[Tile]:
         quantize = quantize_symmetric if self.symmetric else quantize_asymmetric
         for start, (rows,) in self.weight.tiles():
-            w = to_float32(rows).reshape(len(rows), -1, self.group_size)
+            w = convert(rows, np.dtype(np.float32)).reshape(len(rows), -1, self.group_size)
             with np.errstate(invalid="ignore", over="ignore"):
                 block = quantize(w, self.bits, self.scale_dtype)
             if not np.isfinite(block.scale).all():
                 raise not_finite(self.name, start, w)
             yield Tile(start, block)
-
-
-def to_float32(rows: Array) -> Array:
-    """float32 of fp16, bf16 or fp32 rows; bf16 by a shift, which is several times faster than a cast."""
-    if rows.dtype.name == "bfloat16":
-        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(np.float32, copy=False)
 
 
 def not_finite(name: str, start: int, w: Array) -> UserError:

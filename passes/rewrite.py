@@ -7,6 +7,7 @@ node is used elsewhere.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class Rewrite(ABC, Generic[M]):
     def rewrite(self, graph: gs.Graph, match: M) -> None:
         """Builds the replacement."""
 
-    def note(self, match: M) -> str:
+    def note(self, match: M) -> str:  # noqa: ARG002  (an override reads it)
         """What the ledger says of an applied match."""
         return ""
 
@@ -69,7 +70,7 @@ def run(graph: gs.Graph, passes: Sequence[Rewrite[Any]], ledger: Ledger) -> gs.G
         name = type(each).__name__
         applied = False
         for node in list(graph.nodes):
-            found = each.match(node)
+            found = each.match(node) if node.outputs else None  # an earlier rewrite may have taken them
             if found is None:
                 continue
             if isinstance(found, Reject):
@@ -114,7 +115,7 @@ def producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 def scalar(tensor: gs.Tensor) -> float | None:
     """The value of a constant with one element."""
-    if isinstance(tensor, gs.Constant) and tensor.values.size == 1:
+    if isinstance(tensor, gs.Constant) and math.prod(tensor.shape) == 1:
         return float(tensor.values.reshape(()))
     return None
 

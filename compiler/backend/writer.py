@@ -1,0 +1,169 @@
+"""Writes a graph of lazy constants as .onnx with external data: every source is read once, every byte written once."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from passes.errors import UserError
+from passes.lazy import FOUR_BIT, Array, Source, View, view_of
+
+DATA_SUFFIX = ".data"
+INLINE_LIMIT = 1 << 10  # shape inference wants to see axes and shapes; weights are always larger
+ALIGNMENT = 4096  # so that a runtime can map the pages as they are
+STRIP_ROWS = 1024  # columns are written this many bytes wide at least: narrower writes cost more than the data
+THREADS = 2
+
+Progress = Callable[[str, int], None]  # (tensor, bytes just written)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A view and where its bytes go."""
+
+    name: str
+    view: View
+    offset: int
+
+
+def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, size: None) -> int:
+    """Writes `path` and `path.data`; returns the size of the data. The caller owns the folder and renames it.
+
+    At most two sources are in flight, each holding a few tiles: memory does not grow with the model.
+    """
+    placed, total = place(graph)
+    model = gs.export_onnx(graph)
+    offsets = {p.name: p for p in placed}
+    for tensor in model.graph.initializer:
+        if tensor.name in offsets:
+            p = offsets[tensor.name]
+            fields = (("location", path.name + DATA_SUFFIX), ("offset", p.offset), ("length", p.view.nbytes))
+            tensor.ClearField("external_data")
+            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in fields)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    try:
+        write_data(placed, total, data, progress)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise UserError(
+            "the artifact could not be written",
+            where=str(path.parent),
+            expected=f"{total / 1e9:.2f} GB of free space",
+            found=os.strerror(error.errno) if error.errno else str(error),
+        ) from None
+    return total
+
+
+def place(graph: gs.Graph) -> tuple[list[Placed], int]:
+    """Gives every large constant its offset, in the order of the graph; small lazy ones are loaded."""
+    placed: list[Placed] = []
+    offset = 0
+    for tensor in graph.tensors().values():
+        view = view_of(tensor)
+        if view is None:
+            continue
+        if view.nbytes < INLINE_LIMIT:
+            tensor.values = view.load()
+            continue
+        placed.append(Placed(tensor.name, view, offset))
+        offset += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
+    return placed, offset
+
+
+def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> None:
+    by_source: dict[Source, list[Placed]] = defaultdict(list)
+    for p in placed:
+        by_source[p.view.source].append(p)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+        if total:
+            os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour
+        jobs = [
+            pool.submit(write_source, source, views, file.fileno(), progress) for source, views in by_source.items()
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_source(source: Source, views: list[Placed], fd: int, progress: Progress) -> None:
+    """Reads `source` once and puts each tile's part of every view in its place."""
+    whole = [p for p in views if crosses_bytes(p.view)]
+    rows = [p for p in views if p.view.axis == 0 and p not in whole]
+    strips = [Strip(p, fd) for p in views if p.view.axis != 0 and p not in whole]
+    for p in whole:
+        pwrite(fd, pack(p.view.load().reshape(-1)), p.offset)
+    positions = {p.name: p.offset for p in rows}
+    for tile in source.tiles() if rows or strips else ():
+        for p in rows:
+            data = pack(p.view.block(tile))
+            pwrite(fd, data, positions[p.name])
+            positions[p.name] += data.nbytes
+        for strip in strips:
+            strip.put(strip.placed.view.block(tile))
+        progress(views[0].name, sum(tile_bytes(p.view, len(tile.parts[0])) for p in views))
+    for strip in strips:
+        strip.flush()
+
+
+def tile_bytes(view: View, rows: int) -> int:
+    return view.nbytes * rows // max(1, view.shape[view.axis])
+
+
+def crosses_bytes(view: View) -> bool:
+    """A four-bit tensor with odd rows packs across tiles: such a one (none of a model's) is written whole."""
+    return view.dtype in FOUR_BIT and view.shape[-1] % 2 == 1
+
+
+class Strip:
+    """Collects columns of a row-major matrix until they are wide enough to be worth a write per row."""
+
+    def __init__(self, placed: Placed, fd: int) -> None:
+        self.placed, self.fd = placed, fd
+        self.column, self.pending = 0, list[Array]()
+
+    def put(self, block: Array) -> None:
+        self.pending.append(block)
+        if sum(b.shape[-1] for b in self.pending) >= STRIP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        view = self.placed.view
+        width = sum(b.shape[-1] for b in self.pending)
+        block = pack(np.ascontiguousarray(np.concatenate(self.pending, axis=-1))).reshape(-1)
+        rows = block.reshape(int(np.prod(view.shape[:-1])), -1).view(np.uint8)
+        row_bytes = view.nbytes // len(rows)
+        start = self.placed.offset + self.column * row_bytes // view.shape[-1]
+        for i, row in enumerate(rows):
+            pwrite(self.fd, row, start + i * row_bytes)
+        self.column += width
+        self.pending.clear()
+
+
+def pack(values: Array) -> Array:
+    """The bytes of an array in row-major order; four-bit types two a byte, the first in the low nibble."""
+    if values.dtype not in FOUR_BIT:
+        return np.ascontiguousarray(values)
+    codes = np.ascontiguousarray(values).view(np.uint8).reshape(-1) & 0xF
+    if len(codes) % 2:
+        codes = np.append(codes, np.uint8(0))
+    return codes[0::2] | (codes[1::2] << 4)
+
+
+def pwrite(fd: int, data: Array, offset: int) -> None:
+    view = memoryview(data.reshape(-1).view(np.uint8))
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,135 @@
+"""Safetensors checkpoints as references: every tensor's file, offset, shape and type; no bytes are read here."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from passes.errors import UserError
+from passes.lazy import FileTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype)
+    for name, dtype in (
+        ("F64", np.float64),
+        ("F32", np.float32),
+        ("F16", np.float16),
+        ("BF16", ml_dtypes.bfloat16),
+        ("I64", np.int64),
+        ("I32", np.int32),
+        ("I16", np.int16),
+        ("I8", np.int8),
+        ("U8", np.uint8),
+        ("BOOL", np.bool_),
+    )
+}
+# A header of a model with a million tensors is below this; the format's own limit is the same.
+MAX_HEADER = 100_000_000
+
+
+def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
+    """Every tensor of the checkpoint in `folder`, single-file or sharded."""
+    if (folder / INDEX).is_file():
+        return read_shards(folder)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    shards = sorted(folder.glob("*.safetensors"))
+    if len(shards) == 1:
+        return read_header(shards[0])
+    raise UserError(
+        "no safetensors weights",
+        where=str(folder),
+        expected=f"{SINGLE}, or {INDEX} with its shards",
+        found=", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder",
+        fix="convert pickled weights (.bin, .pt) with transformers' save_pretrained; pickles are never loaded",
+    )
+
+
+def read_shards(folder: Path) -> Mapping[str, FileTensor]:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError("not a shard index", where=str(index), expected='an object "weight_map" of tensor to file name')
+    tensors: dict[str, FileTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise UserError(
+                "the shard index points outside its folder",
+                where=str(index),
+                expected="plain file names",
+                found=repr(file),
+                fix="do not use this checkpoint unless you trust where it came from",
+            )
+        if not (folder / file).is_file():
+            raise UserError(
+                f"shard {file} is missing", where=str(folder), fix="download the checkpoint again, all shards of it"
+            )
+        tensors.update(read_header(folder / file))
+    lost = sorted(name for name in weight_map if name not in tensors)
+    if lost:
+        raise UserError("tensors that the index announces are in no shard", where=str(index), found=", ".join(lost[:5]))
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one file. The safetensors library checks the header; offsets are then read from it."""
+    try:
+        with safe_open(path, "np"):
+            pass
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            assert size <= MAX_HEADER  # the library has refused it already
+            header: dict[str, Any] = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
+        raise UserError(
+            "not a readable safetensors file",
+            where=str(path),
+            found=str(error),
+            fix="the file may be truncated: compare its size with the original and copy it again",
+        ) from None
+    header.pop("__metadata__", None)
+    return {name: file_tensor(path, 8 + size, name, info) for name, info in header.items()}
+
+
+def file_tensor(path: Path, base: int, name: str, info: Mapping[str, Any]) -> FileTensor:
+    dtype = DTYPES.get(info["dtype"])
+    if dtype is None:
+        raise UserError(
+            f"tensor {name} has a type that is not supported",
+            where=str(path),
+            expected=", ".join(DTYPES),
+            found=str(info["dtype"]),
+        )
+    begin, end = info["data_offsets"]
+    shape = tuple(info["shape"])
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise UserError(
+            f"tensor {name} has a size that does not fit its shape",
+            where=str(path),
+            expected=f"{math.prod(shape) * dtype.itemsize} bytes for {list(shape)} {info['dtype']}",
+            found=f"{end - begin} bytes",
+        )
+    return FileTensor(path, base + begin, shape, dtype, name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a user error that says what is wrong with it."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError("the file is missing", where=str(path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("not a readable JSON file", where=str(path), found=str(error)) from None
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", where=str(path), expected="{...}", found=type(value).__name__)
+    return value

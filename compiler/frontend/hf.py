@@ -1,0 +1,244 @@
+"""Hugging Face causal LM -> FLOAT graph whose weights are references.
+
+The model is built over storage that nobody touches and exported once; the parameters, graph inputs while the exporter
+runs and folds, become lazy constants that point into the checkpoint. Exporting Qwen2-7B therefore needs neither its
+15 GB nor its weights at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from compiler.checkpoint import DTYPES, read_checkpoint, read_json
+from compiler.frontend.model import FloatModel, LlmShape
+from passes.errors import UserError
+from passes.lazy import FileTensor, Missing, Source, View
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 23
+FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+
+
+def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+    """Reads `folder` (config.json, safetensors) and exports its graph.
+
+    Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
+    past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
+    Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
+    """
+    config = read_config(folder, trust_remote_code)
+    tensors = read_checkpoint(folder)
+    model = build_skeleton(config, folder, trust_remote_code)
+    shape = llm_shape(model.config)
+    names = {id(p): [] for p in model.parameters()}  # type: dict[int, list[str]]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    aliases = {name: group for group in names.values() for name in group}
+    graph = export_graph(model, shape)
+    bind_weights(graph, aliases, tensors, folder)
+    return FloatModel(graph=graph, folder=folder, config=config, tensors=tensors, llm=shape)
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if "auto_map" in config and not trust_remote_code:
+        raise UserError(
+            "the model brings its own Python code",
+            where=str(folder / "config.json"),
+            found='"auto_map"',
+            fix="read that code, then pass --trust-remote-code",
+        )
+    return config
+
+
+def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
+    """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.utils import logging
+
+    from compiler.frontend.hf_attention import IMPLEMENTATION, register
+
+    register()
+    logging.set_verbosity_error()
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        kwargs = {key: value for key, value in plain.items() if key not in ("model_type", "transformers_version")}
+        if trust_remote_code and "auto_map" in config:
+            hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            hf_config.__dict__.pop("quantization_config", None)
+        else:
+            hf_config = AutoConfig.for_model(plain.get("model_type", ""), **kwargs)
+        with no_init_weights(), untouched_parameters():
+            model = AutoModelForCausalLM.from_config(
+                hf_config,
+                dtype=torch.float32,
+                attn_implementation=IMPLEMENTATION,
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(
+            "transformers cannot build a causal language model from this config",
+            where=str(folder / "config.json"),
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix="the model may need a newer transformers, or it is not a causal language model",
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def untouched_parameters() -> Iterator[None]:
+    """Every parameter registered inside is one element expanded to its shape: 70 B parameters cost nothing."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def register_expanded(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            expanded = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+            parameter = torch.nn.Parameter(expanded, requires_grad=False)
+        register(self, name, parameter)
+
+    torch.nn.Module.register_parameter = register_expanded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def llm_shape(config: Any) -> LlmShape:
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return LlmShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+        max_length=int(getattr(text, "max_position_embeddings", 0) or 0),
+    )
+
+
+def export_graph(model: Any, shape: LlmShape) -> gs.Graph:
+    """Exports with dynamic batch, sequence, past and total; parameters come out as graph inputs."""
+    import logging
+    import warnings
+
+    import onnx_ir as ir
+    import torch
+    from onnxscript import optimizer
+
+    from compiler.frontend.hf_attention import WithCache
+
+    batch, sequence, past = 2, 3, 5  # any sizes that are not 0 or 1, which the exporter would specialise
+    cache = [
+        tuple(torch.zeros(batch, shape.kv_heads, past, shape.head_dim) for _ in range(2)) for _ in range(shape.layers)
+    ]
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    mask = torch.ones(batch, past + sequence, dtype=torch.int64)
+    positions = torch.arange(past, past + sequence).expand(batch, sequence)
+    dims = {name: torch.export.Dim(name) for name in ("batch", "sequence", "past", "total")}
+    tokens = {0: dims["batch"], 1: dims["sequence"]}
+    kv = {0: dims["batch"], 2: dims["past"]}
+    dynamic = (tokens, {0: dims["batch"], 1: dims["total"]}, tokens, [(kv, kv)] * shape.layers)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.export.export(
+            WithCache(model), (ids, mask, positions, cache), dynamic_shapes=dynamic, strict=False
+        )
+        exported = torch.onnx.export(
+            program,
+            input_names=shape.input_names(),
+            output_names=shape.output_names(),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert exported is not None
+    traced = exported.model
+    parameters = {f"model.{name}" for name, _ in model.named_parameters()}
+    for name in parameters & set(traced.graph.initializers):
+        value = traced.graph.initializers.pop(name)
+        value.const_value = None  # nothing may fold what was never written
+        traced.graph.inputs.append(value)
+    optimizer.optimize_ir(traced, input_size_limit=1 << 16, output_size_limit=1 << 20)
+    for i, node in enumerate(traced.graph):
+        node.name = f"{module_path(node.metadata_props)}/{node.op_type}_{i}"
+    graph = gs.import_onnx(ir.to_proto(traced))
+    name_dimensions(graph, shape)
+    return graph
+
+
+def module_path(metadata: Mapping[str, str]) -> str:
+    """The module that the exporter recorded on a node, without the wrapper's own prefix."""
+    scopes = re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", ""))
+    modules = [s.removeprefix("model.") for s in scopes[:-1] if s.startswith("model.")]
+    return modules[-1] if modules else ""
+
+
+def name_dimensions(graph: gs.Graph, shape: LlmShape) -> None:
+    """Gives the symbolic dimensions the names of the interface, everywhere they occur."""
+    tensors = {t.name: t for t in graph.inputs}
+    renamed = {
+        str(tensors["input_ids"].shape[0]): "batch",
+        str(tensors["input_ids"].shape[1]): "sequence",
+        str(tensors["attention_mask"].shape[1]): "total",
+        str(tensors["past_key_values.0.key"].shape[2]): "past",
+    }
+    pattern = re.compile("|".join(rf"\b{re.escape(old)}\b" for old in renamed))
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.shape is not None:
+            tensor.shape = [pattern.sub(lambda m: renamed[m[0]], d) if isinstance(d, str) else d for d in tensor.shape]
+    for output in graph.outputs:
+        if output.name != "logits":
+            output.shape = ["batch", shape.kv_heads, "total", shape.head_dim]
+
+
+def bind_weights(
+    graph: gs.Graph, aliases: Mapping[str, list[str]], tensors: Mapping[str, FileTensor], folder: Path
+) -> None:
+    """Turns parameter inputs into lazy constants named as in the checkpoint, and buffers into in-memory ones."""
+    for tensor in [t for t in graph.inputs if t.name.startswith("model.")]:
+        graph.inputs.remove(tensor)
+        names = aliases[tensor.name.removeprefix("model.")]
+        stored = next((tensors[name] for name in names if name in tensors), None)
+        shape = tuple(int(d) for d in tensor.shape)
+        if stored is not None and stored.shape != shape:
+            raise UserError(
+                f"tensor {stored.name} disagrees with the model's config",
+                where=str(stored.path),
+                expected=f"shape {list(shape)}",
+                found=f"shape {list(stored.shape)}",
+                fix="config.json belongs to another model, or the file was cut",
+            )
+        if stored is not None and stored.dtype not in FLOATS:
+            raise UserError(
+                f"tensor {stored.name} is not a float tensor", where=str(stored.path), found=str(stored.dtype)
+            )
+        source: Source = stored if stored is not None else Missing(names[0], str(folder))
+        tensor.name = stored.name if stored is not None else names[0]
+        tensor.to_constant(View(source, shape, np.float32))
+    for tensor in graph.tensors().values():
+        if (
+            isinstance(tensor, gs.Constant)
+            and tensor.name.startswith("model.")
+            and not isinstance(tensor._values, View)
+        ):
+            tensor.name = tensor.name.removeprefix("model.")
+
+

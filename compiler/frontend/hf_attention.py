@@ -1,0 +1,121 @@
+"""What a transformers model calls while it is exported: one ONNX Attention per layer, one explicit mask, a plain cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from passes.errors import UserError
+
+IMPLEMENTATION = "instantrt"
+Tensor = torch.Tensor
+
+
+def register() -> None:
+    """Makes `attn_implementation="instantrt"` known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, additive_mask)
+
+
+def attention(
+    module: torch.nn.Module,  # noqa: ARG001  (transformers' interface)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, S, D], key and value [B, Hkv, T, D], mask [B, 1, S, T] -> [B, S, H, D].
+
+    Opset 23 adds the mask before it caps the scores, transformers after; a capped score is therefore computed in plain
+    operators, where the order is visible.
+    """
+    if others.get("s_aux") is not None:
+        raise UserError("attention sinks are not supported", where=type(module).__name__)
+    batch, heads, sequence, width = query.shape
+    scale = float(scaling if scaling is not None else width**-0.5)
+    if softcap:
+        groups = heads // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+        y = torch.softmax(scores + attention_mask, -1) @ value
+    else:
+        y = torch.onnx.ops.symbolic(
+            "Attention",
+            (query, key, value, attention_mask),
+            {"scale": scale},
+            dtype=query.dtype,
+            shape=(batch, heads, sequence, value.shape[3]),
+            version=23,
+        )
+    return y.transpose(1, 2), None
+
+
+def additive_mask(
+    batch_size: int,
+    q_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor,
+    dtype: torch.dtype = torch.float32,
+    **others: Any,
+) -> Tensor:
+    """0 where a query may look and the lowest float where not: [B, 1, S, total].
+
+    Everything is measured from `attention_mask` [B, total], never from the cache's own length, so that the
+    same graph runs on a cache of the exact length and on one allocated at its maximum.
+    """
+    total = attention_mask.shape[1]
+    visible = sdpa_mask(
+        batch_size=1,
+        q_length=q_length,
+        kv_length=total,
+        q_offset=total - q_length,
+        mask_function=mask_function,
+        allow_is_causal_skip=False,
+        use_vmap=others.get("use_vmap", False),
+    )
+    assert visible is not None
+    visible = visible & attention_mask.to(torch.bool)[:, None, None, :]
+    return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+
+class PastLayer(DynamicLayer):
+    """A layer of the cache that starts with the past it is given."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None
+        return int(self.keys.shape[-2]) if isinstance(self.keys.shape[-2], int) else self.keys.shape[-2]
+
+
+class WithCache(torch.nn.Module):
+    """The model with its cache as plain tensors: (ids, mask, positions, past) -> (logits, present)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        cache = Cache(layers=[PastLayer(keys, values) for keys, values in past])
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]

@@ -1,0 +1,181 @@
+"""Brings decomposed RMS norms and rotary embeddings back to the opset-23 operators that every backend has a kernel for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+
+from passes.lazy import Array
+from passes.rewrite import Reject, Rewrite, add, ints, producer, scalar, take_over
+
+FOLD_LIMIT = 1 << 16  # elements: norm weights fold, matrices never do
+
+
+@dataclass(frozen=True)
+class FoldMatch:
+    node: gs.Node
+    values: Array
+
+
+class FoldSmallConstants(Rewrite[FoldMatch]):
+    """An elementwise node whose inputs are all small constants -> its value (Gemma's `1 + weight`)."""
+
+    def match(self, node: gs.Node) -> FoldMatch | Reject | None:
+        if node.op not in ("Add", "Sub", "Mul", "Cast") or not all(isinstance(t, gs.Constant) for t in node.inputs):
+            return None
+        if any(np.prod(t.shape) > FOLD_LIMIT for t in node.inputs):
+            return None
+        proto = onnx.helper.make_node(node.op, [f"i{i}" for i in range(len(node.inputs))], ["o"], **node.attrs)
+        feeds = {f"i{i}": t.values for i, t in enumerate(node.inputs)}
+        values = ReferenceEvaluator(proto, opsets={"": 23}).run(None, feeds)[0]
+        return FoldMatch(node, np.asarray(values))
+
+    def rewrite(self, graph: gs.Graph, match: FoldMatch) -> None:  # noqa: ARG002
+        take_over(match.node).to_constant(match.values)
+
+
+@dataclass(frozen=True)
+class NormMatch:
+    node: gs.Node
+    x: gs.Tensor
+    scale: gs.Tensor
+    epsilon: float
+
+
+class FuseRmsNorm(Rewrite[NormMatch]):
+    """Mul(scale [D], Mul(x, Reciprocal(Sqrt(Add(ReduceMean(Pow(x, 2), -1), eps))))) -> RMSNormalization(x, scale)."""
+
+    def match(self, node: gs.Node) -> NormMatch | Reject | None:
+        if node.op != "Mul":
+            return None
+        for scale, normed in (node.inputs, reversed(node.inputs)):
+            inner = producer(normed, "Mul")
+            if inner is None or scale.shape is None or len(scale.shape) != 1:
+                continue
+            for x, reciprocal in (inner.inputs, reversed(inner.inputs)):
+                epsilon = reciprocal_rms_of(reciprocal, x)
+                if epsilon is not None:
+                    return NormMatch(node, x, scale, epsilon)
+        return None
+
+    def rewrite(self, graph: gs.Graph, match: NormMatch) -> None:
+        name = match.node.name
+        out = take_over(match.node)
+        add(graph, "RMSNormalization", [match.x, match.scale], out, name=name, axis=-1, epsilon=match.epsilon)
+
+
+def reciprocal_rms_of(tensor: gs.Tensor, x: gs.Tensor) -> float | None:
+    """epsilon, if `tensor` is 1 / sqrt(mean(x^2, last axis) + epsilon)."""
+    reciprocal = producer(tensor, "Reciprocal")
+    sqrt = producer(reciprocal.inputs[0], "Sqrt") if reciprocal else None
+    plus = producer(sqrt.inputs[0], "Add") if sqrt else None
+    if plus is None:
+        return None
+    mean, epsilon = producer(plus.inputs[0], "ReduceMean"), scalar(plus.inputs[1])
+    if mean is None or epsilon is None or ints(mean.inputs[1]) != [-1]:
+        return None
+    power = producer(mean.inputs[0], "Pow")
+    return epsilon if power is not None and power.inputs[0] is x and scalar(power.inputs[1]) == 2.0 else None
+
+
+@dataclass(frozen=True)
+class HalveMatch:
+    node: gs.Node
+    half: gs.Tensor
+    others: tuple[gs.Tensor, ...]
+
+
+class HalveRotaryAngles(Rewrite[HalveMatch]):
+    """f(Concat(h, h)) -> Concat(f(h), f(h)), for the cosine and sine of rotary angles and their scalar factor."""
+
+    def match(self, node: gs.Node) -> HalveMatch | Reject | None:
+        if node.op not in ("Cos", "Sin", "Mul"):
+            return None
+        concat = producer(node.inputs[0], "Concat")
+        if concat is None or len(concat.inputs) != 2 or concat.inputs[0] is not concat.inputs[1]:
+            return None
+        others = tuple(node.inputs[1:])
+        return HalveMatch(node, concat.inputs[0], others) if all(scalar(t) is not None for t in others) else None
+
+    def rewrite(self, graph: gs.Graph, match: HalveMatch) -> None:
+        out = take_over(match.node)
+        half = add(graph, match.node.op, [match.half, *match.others], f"{out.name}_half", name=match.node.name)
+        half.dtype = np.dtype(np.float32)
+        add(graph, "Concat", [half, half], out, axis=-1)
+
+
+@dataclass(frozen=True)
+class RotaryMatch:
+    node: gs.Node
+    x: gs.Tensor
+    cos: gs.Tensor
+    sin: gs.Tensor
+
+
+class FuseRotaryEmbedding(Rewrite[RotaryMatch]):
+    """Add(Mul(x, cos), Mul(Concat(Neg(x2), x1), sin)) -> RotaryEmbedding(x, cos, sin).
+
+    x [B, H, S, D], x1 and x2 its halves along D; cos and sin Unsqueeze(Concat(h, h), 1) with h [B, S, D/2].
+    """
+
+    def match(self, node: gs.Node) -> RotaryMatch | Reject | None:
+        if node.op != "Add":
+            return None
+        straight, rotated = (producer(t, "Mul") for t in node.inputs)
+        if straight is None or rotated is None:
+            return None
+        x = straight.inputs[0]
+        cos, sin = rotary_half(straight.inputs[1]), rotary_half(rotated.inputs[1])
+        if cos is None or sin is None or not is_rotated(rotated.inputs[0], x):
+            return None
+        return RotaryMatch(node, x, cos, sin)
+
+    def rewrite(self, graph: gs.Graph, match: RotaryMatch) -> None:
+        scope = match.node.name
+        out = take_over(match.node)
+        add(graph, "RotaryEmbedding", [match.x, match.cos, match.sin], out, name=scope)
+
+
+def rotary_half(tensor: gs.Tensor) -> gs.Tensor | None:
+    """h, if `tensor` is Unsqueeze(Concat(h, h), 1)."""
+    unsqueeze = producer(tensor, "Unsqueeze")
+    concat = producer(unsqueeze.inputs[0], "Concat") if unsqueeze and ints(unsqueeze.inputs[1]) == [1] else None
+    same = concat is not None and len(concat.inputs) == 2 and concat.inputs[0] is concat.inputs[1]
+    return concat.inputs[0] if concat is not None and same else None
+
+
+def is_rotated(tensor: gs.Tensor, x: gs.Tensor) -> bool:
+    """Is `tensor` Concat(-x[D/2:], x[:D/2]) along the last axis?"""
+    concat = producer(tensor, "Concat")
+    if concat is None or len(concat.inputs) != 2 or x.shape is None:
+        return False
+    negated = producer(concat.inputs[0], "Neg")
+    high = producer(negated.inputs[0], "Slice") if negated else None
+    low = producer(concat.inputs[1], "Slice")
+    if high is None or low is None or high.inputs[0] is not x or low.inputs[0] is not x:
+        return False
+    half, last = int(x.shape[-1]) // 2, len(x.shape) - 1
+    return last_slice(high, last) == (half, None) and last_slice(low, last) == (0, half)
+
+
+def last_slice(node: gs.Node, last: int) -> tuple[int, int | None] | None:
+    """(start, stop) of a Slice along the last axis with step 1; None as stop means to the end."""
+    starts, stops, axes, steps = (ints(t) for t in node.inputs[1:5])
+    if axes not in ([last], [-1]) or steps != [1] or starts is None or stops is None:
+        return None
+    return starts[0], None if stops[0] > 1 << 31 else stops[0]
+
+
+FUSE: tuple[Rewrite[Any], ...] = (
+    FoldSmallConstants(),
+    FuseRmsNorm(),
+    HalveRotaryAngles(),  # the cosine itself
+    HalveRotaryAngles(),  # and the factor behind it
+    FuseRotaryEmbedding(),
+)

@@ -1,0 +1,139 @@
+"""The normal form of a linear layer, MatMul(x, constant [K, N]), and the passes that bring a graph to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from passes.lazy import Array, FileTensor, InMemory, Source, Tile, Transposed, View, view_of
+from passes.rewrite import Reject, Rewrite, add, producer, take_over
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y [..., N] = x [..., K] @ W[N, K]^T, found in normal form.
+
+    `rows` delivers W's rows `[n, K]` in the type they are stored in; `path` is the module's path.
+    """
+
+    node: gs.Node
+    x: gs.Tensor
+    rows: Source
+    shape: tuple[int, int]
+    path: str
+
+
+SUFFIX = ".weight_kn"  # the checkpoint's own name belongs to its own [N, K]
+
+
+def columns(tile: Tile) -> Array:
+    """Rows of W [N, K] as columns of the graph's [K, N]. Its identity marks the normal form."""
+    return tile.parts[0].T
+
+
+def weight_constant(path: str, rows: Source, shape: tuple[int, int]) -> gs.Constant:
+    """W [N, K], delivered as rows, as the float32 constant [K, N] of a linear in normal form."""
+    n, k = shape
+    return gs.Constant(path + SUFFIX, View(rows, (k, n), np.float32, axis=1, project=columns))
+
+
+def linear(node: gs.Node) -> Linear | None:
+    """The linear that this node is, if it is one in normal form."""
+    if node.op != "MatMul":
+        return None
+    view = view_of(node.inputs[1])
+    if view is None or view.project is not columns:
+        return None
+    k, n = view.shape
+    return Linear(node, node.inputs[0], view.source, (n, k), node.inputs[1].name.removesuffix(SUFFIX))
+
+
+def module_path(node: gs.Node, weight: gs.Constant) -> str:
+    """The path of the module a node belongs to: from its name (`a.b/MatMul_3`, `/a/b/MatMul`), else its weight's."""
+    scope = node.name.rpartition("/")[0].strip("/").replace("/", ".")
+    return scope or weight.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class LinearMatch:
+    node: gs.Node
+    x: gs.Tensor
+    rows: Source
+    shape: tuple[int, int]
+    path: str
+    bias: gs.Tensor | None = None
+
+
+class NormalizeMatMul(Rewrite[LinearMatch]):
+    """MatMul with a constant matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
+
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])
+    After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
+    """
+
+    def match(self, node: gs.Node) -> LinearMatch | Reject | None:
+        if node.op != "MatMul" or linear(node) is not None:
+            return None
+        x, w = node.inputs
+        transpose = producer(w, "Transpose")
+        stored = transpose.inputs[0] if transpose is not None else w
+        if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
+            return None
+        rows, shape = rows_of(stored, transposed=transpose is None)
+        return LinearMatch(node, x, rows, shape, module_path(node, stored))
+
+    def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
+        node = match.node
+        node.inputs[1] = weight_constant(match.path, match.rows, match.shape)
+        node.name = unique_name(graph, node, match.path)
+
+
+class NormalizeGemm(Rewrite[LinearMatch]):
+    """Gemm(x, W, bias) with alpha = beta = 1 -> the normal form and an Add."""
+
+    def match(self, node: gs.Node) -> LinearMatch | Reject | None:
+        if node.op != "Gemm" or not isinstance(node.inputs[1], gs.Constant):
+            return None
+        attrs = node.attrs
+        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
+            return Reject("Gemm with alpha, beta or transA is not a linear layer")
+        weight = node.inputs[1]
+        rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), bias)
+
+    def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
+        out = take_over(match.node)
+        weight = weight_constant(match.path, match.rows, match.shape)
+        name = unique_name(graph, match.node, match.path)
+        if match.bias is None:
+            add(graph, "MatMul", [match.x, weight], out, name=name)
+            return
+        product = add(graph, "MatMul", [match.x, weight], f"{match.path}.product", name=name)
+        add(graph, "Add", [product, match.bias], out)
+
+
+def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int, int]]:
+    """The rows of W [N, K] from a constant that holds W, or its transpose."""
+    view = view_of(stored)
+    a, b = (int(d) for d in stored.shape)
+    if view is None:
+        values = stored.values.T if transposed else stored.values
+        return InMemory(values), (b, a) if transposed else (a, b)
+    if not transposed:
+        return view.source, (a, b)
+    if isinstance(view.source, FileTensor):
+        return Transposed(view.source), (b, a)
+    return InMemory(view.load().T), (b, a)
+
+
+def unique_name(graph: gs.Graph, node: gs.Node, path: str) -> str:
+    """`path`, or `path#2` and so on where one module is used several times."""
+    taken = {other.name for other in graph.nodes if other is not node}
+    return next(name for name in (path, *(f"{path}#{i}" for i in range(2, 1 << 16))) if name not in taken)
+
+
+NORMALIZE_LINEARS: tuple[Rewrite[Any], ...] = (NormalizeGemm(), NormalizeMatMul())
