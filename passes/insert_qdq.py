@@ -125,7 +125,9 @@ class QuantizeActivations(Rewrite[Quantized]):
             return
         prefix = f"{x.name}/per_token"
         magnitude = add(graph, "Abs", [x], f"{prefix}/abs")
-        peak = add(graph, "ReduceMax", [magnitude, small(f"{prefix}/axes", [-1], np.int64)], f"{prefix}/max", keepdims=1)
+        peak = add(
+            graph, "ReduceMax", [magnitude, small(f"{prefix}/axes", [-1], np.int64)], f"{prefix}/max", keepdims=1
+        )
         scale = add(graph, "Mul", [peak, small(f"{prefix}/127th", 1 / 127, np.float32)], f"{prefix}/step")
         zero_row = add(graph, "Equal", [scale, small(f"{prefix}/0", 0, np.float32)], f"{prefix}/zero_row")
         scale = add(graph, "Where", [zero_row, small(f"{prefix}/1", 1, np.float32), scale], f"{prefix}/scale")

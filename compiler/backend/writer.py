@@ -70,7 +70,7 @@ def place(graph: gs.Graph) -> tuple[list[Placed], int]:
         view = view_of(tensor)
         if view is None:
             continue
-        if view.nbytes < INLINE_LIMIT:
+        if view.nbytes < INLINE_LIMIT and view.dtype not in FOUR_BIT:
             tensor.values = view.load()
             continue
         placed.append(Placed(tensor.name, view, offset))

@@ -240,5 +240,3 @@ def bind_weights(
             and not isinstance(tensor._values, View)
         ):
             tensor.name = tensor.name.removeprefix("model.")
-
-
