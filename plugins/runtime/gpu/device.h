@@ -1,0 +1,190 @@
+// The GPU as our kernels see it: every PTX instruction and launch that they use, behind a C++ function.
+// tests/plugins/emulator/device.h offers the same functions on the CPU, lane by lane, so kernels also run without a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDA_ARCH__
+#define DEVICE_SM (__CUDA_ARCH__ / 10)
+#else
+#define DEVICE_SM 0  // host pass of nvcc
+#endif
+
+using Stream = cudaStream_t;
+
+struct Half {};    // type tags: elements travel as uint16_t bits
+struct Bfloat {};  // needs sm_80
+
+// ---- numbers ----
+
+template <class T>
+__device__ __forceinline__ float to_float(uint16_t bits);
+template <>
+__device__ __forceinline__ float to_float<Half>(uint16_t bits) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+}
+template <>
+__device__ __forceinline__ float to_float<Bfloat>(uint16_t bits) {
+    return __uint_as_float(uint32_t(bits) << 16);
+}
+
+template <class T>
+__device__ __forceinline__ uint16_t from_float(float f);
+template <>
+__device__ __forceinline__ uint16_t from_float<Half>(float f) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return bits;
+}
+template <>
+__device__ __forceinline__ uint16_t from_float<Bfloat>(float f) {
+    // by hand: cvt to bf16 starts at sm_80, and the plain kernel must run anywhere
+    uint32_t const u = __float_as_uint(f);
+    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;
+    return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+__device__ __forceinline__ uint32_t float_bits(float f) { return __float_as_uint(f); }
+__device__ __forceinline__ float bits_float(uint32_t u) { return __uint_as_float(u); }
+// never contracted or approximated: the reference computes the same bits
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ int32_t round_to_int(float f) { return __float2int_rn(f); }  // NaN gives 0
+
+template <class T>
+__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b);  // two packed elements; our uses are exact
+template <>
+__device__ __forceinline__ uint32_t add2<Half>(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+template <>
+__device__ __forceinline__ uint32_t add2<Bfloat>(uint32_t a, uint32_t b) {
+    uint32_t d = 0;
+#if DEVICE_SM >= 80  // add.bf16x2 starts at sm_90, fma at sm_80
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(b));
+#endif
+    return d;
+}
+
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
+// ---- memory ----
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return memory;
+}
+
+__device__ __forceinline__ uint32_t shared_address(void const* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// 16 bytes, global to shared, zeros where !valid. Past L1: x is shared through L2, weights are read once.
+__device__ __forceinline__ void copy_async(void* shared, void const* global, bool valid) {
+#if DEVICE_SM >= 80
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+#else
+    *reinterpret_cast<uint4*>(shared) = valid ? __ldg(reinterpret_cast<uint4 const*>(global)) : uint4{0, 0, 0, 0};
+#endif
+}
+
+__device__ __forceinline__ void copy_commit() {
+#if DEVICE_SM >= 80
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int Pending>
+__device__ __forceinline__ void copy_wait() {
+#if DEVICE_SM >= 80
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], void const* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// ---- barriers and exchange ----
+
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
+    return __shfl_xor_sync(0xffffffff, value, lane_mask);
+}
+
+// ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
+
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void multiply_add<Half>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+#if DEVICE_SM >= 80
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // Turing has k = 8 only; the halves of a k16 fragment are two k8 fragments
+    for (int h = 0; h < 2; h++)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(h ? b1 : b0));
+#endif
+}
+template <>
+__device__ __forceinline__ void multiply_add<Bfloat>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+#if DEVICE_SM >= 80
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// a unsigned, b signed, k = 32: unsigned codes cost nothing
+__device__ __forceinline__ void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+#if DEVICE_SM >= 80
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // Turing: m8n8k16, rows g and g + 8 apart
+    for (int h = 0; h < 2; h++)
+        for (int j = 0; j < 2; j++)
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(c[2 * h]), "+r"(c[2 * h + 1])
+                : "r"(a[2 * j + h]), "r"(j ? b1 : b0));
+#endif
+}
+
+// ---- host ----
+
+// Returns null, or what the runtime said. More than 48 KiB of shared memory must be asked for on each device.
+template <class Args>
+char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream stream, Args args) {
+    cudaError_t status = cudaSuccess;
+    if (shared > 48 * 1024)
+        status = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      int(shared));
+    if (status == cudaSuccess) {
+        void* pointers[] = {&args};
+        status = cudaLaunchKernel(reinterpret_cast<void const*>(kernel), grid, dim3(threads), pointers, shared, stream);
+    }
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}

@@ -1,0 +1,129 @@
+// Choosing a configuration: pure functions of the problem, no CUDA. Tested without a GPU.
+#include "config.h"
+
+#include <cstdio>
+
+namespace wog {
+namespace {
+
+struct Rule {
+    bool holds;
+    char const *what, *expected;
+    int64_t found;
+};
+
+int refuse(char* error, size_t size, char const* what, char const* expected, int64_t found) {
+    std::snprintf(error, size, "WeightOnlyGemm: %s is %lld, expected %s", what, static_cast<long long>(found), expected);
+    return 1;
+}
+
+bool known_sm(int sm) {
+    for (int s : {75, 80, 86, 89, 90, 100, 103, 120, 121})
+        if (s == sm) return true;
+    return false;
+}
+
+Row const* find_row(wog_problem const& p) {
+    Kernel const kernel = p.plain ? Kernel::kPlain : p.activation_bits == 8 ? Kernel::kInt8 : Kernel::kGemm;
+    for (Row const& row : kRows)
+        if (row.kernel == kernel && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm) return &row;
+    return nullptr;
+}
+
+// K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
+int choose_splits(wog_problem const& p, Row const& row, int blocks) {
+    int const by_device = p.sm_count / std::max(blocks, 1);
+    int const by_depth = ceil_div(p.k, stage_k(row.kernel)) / (4 * row.warps_k);
+    return std::max(1, std::min({by_device, by_depth, 8}));
+}
+
+}  // namespace
+}  // namespace wog
+
+using namespace wog;
+
+int wog_check(wog_problem const* problem, char* error, size_t size) {
+    wog_problem const& p = *problem;
+    Rule const rules[] = {
+        {p.m > 0 && p.m < (int64_t(1) << 31), "M (rows of x)", "1 .. 2^31 - 1", p.m},
+        {p.k > 0 && p.k % 32 == 0, "K (columns of x)", "a positive multiple of 32", p.k},
+        {p.n > 0 && p.n % 16 == 0, "N (rows of codes)", "a positive multiple of 16", p.n},
+        {p.group > 0 && p.group % 32 == 0 && p.k % p.group == 0, "group", "a multiple of 32 that divides K", p.group},
+        {p.bits == 4 || p.bits == 8, "bits", "4 or 8", p.bits},
+        {p.type == WOG_F16 || p.type == WOG_BF16, "type of x", "0 (fp16) or 1 (bf16)", p.type},
+        {p.activation >= WOG_NONE && p.activation <= WOG_GELU_TANH, "activation", "0 .. 3", p.activation},
+        {p.gated == 0 || p.gated == 1, "gated", "0 or 1", p.gated},
+        {p.activation_bits == 16 || (p.activation_bits == 8 && p.bits == 8), "activation_bits", "16, or 8 with bits 8",
+         p.activation_bits},
+        {p.activation_bits == 16 || p.k <= 65536, "K with activation_bits 8", "at most 65536 (int32 sums)", p.k},
+        {known_sm(p.sm), "sm of the device", "75, 80, 86, 89, 90, 100, 103, 120 or 121", p.sm},
+        {p.type == WOG_F16 || p.sm >= 80, "sm of the device with bf16", "80 or more (use fp16)", p.sm},
+        {p.sm_count > 0, "multiprocessor count", "a positive number", p.sm_count},
+    };
+    for (Rule const& rule : rules)
+        if (!rule.holds) return refuse(error, size, rule.what, rule.expected, rule.found);
+    return 0;
+}
+
+int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size) {
+    if (wog_check(problem, error, size)) return 1;
+    wog_problem const& p = *problem;
+    Row const& row = *find_row(p);  // the table ends with rows for any m on any known sm
+    int const grid_m = ceil_div(p.m, row.columns * 8), grid_n = ceil_div(p.n, row.warps_n * 32);
+    int const splits = row.kernel == Kernel::kGemm ? choose_splits(p, row, grid_m * grid_n) : 1;
+    int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
+    bool const int8 = p.activation_bits == 8;
+    *plan = {row.name,
+             int32_t(&row - kRows),
+             splits,
+             grid_m,
+             grid_n,
+             row.warps_n * row.warps_k * 32,
+             shared_bytes(row, p.bits),
+             partials + (int8 ? int8_buffers(p.m, p.k, p.group).total : 0)};
+    return 0;
+}
+
+int64_t wog_workspace(wog_problem const* problem) {
+    // Splitting stops at one tile per multiprocessor, which bounds the partial sums of every m that uses the same row.
+    wog_problem p = *problem;
+    char error[256];
+    wog_plan plan{};
+    int64_t most = 0;
+    int64_t const largest = p.m;
+    for (Row const& row : kRows) {
+        p.m = std::min(largest, row.max_m);
+        if (wog_choose(&p, &plan, error, sizeof error)) return 0;
+        Row const& chosen = kRows[plan.row];
+        int64_t const tile = int64_t(chosen.columns) * 8 * chosen.warps_n * 32 * 4;
+        most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? p.sm_count * tile : 0});
+    }
+    return most;
+}
+
+int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size) {
+    wog_plan plan{};
+    if (wog_choose(problem, &plan, error, size)) return 1;
+    wog_tensors const& t = *tensors;
+    struct {
+        char const* name;
+        void const* pointer;
+        bool needed;
+    } const pointers[] = {{"address of x", t.x, true},
+                          {"address of codes", t.codes, true},
+                          {"address of affine", t.affine, true},
+                          {"address of bias", t.bias, false},
+                          {"address of y", t.y, true},
+                          {"address of workspace", t.workspace, plan.workspace > 0}};
+    for (auto const& p : pointers)
+        if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
+            return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
+    auto* const run = kRows[plan.row].kernel == Kernel::kPlain  ? launch_plain
+                      : kRows[plan.row].kernel == Kernel::kInt8 ? launch_int8
+                                                                : launch_gemm;
+    if (char const* failed = run(*problem, t, plan, stream)) {
+        std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,82 @@
+// The table of kernel configurations, and the internal launchers that it chooses between.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace wog {
+
+enum class Kernel : int32_t { kPlain, kGemm, kInt8 };
+
+struct Row {
+    char const* name;
+    Kernel kernel;
+    int warps_n, warps_k;  // a warp owns 32 n; warps_k of them share those n and divide K
+    int columns;           // of 8 m
+    int stages[2];         // of the shared-memory ring, for codes of 4 and 8 bits
+    int64_t max_m;
+    int min_sm, max_sm;
+};
+
+constexpr int64_t kAny = int64_t(1) << 40;
+constexpr int kNewest = 999;
+
+// The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
+// stages; sm_75 has no asynchronous copies, so two stages are all that helps there.
+constexpr Row kRows[] = {
+    {"stream8", Kernel::kGemm, 1, 8, 1, {4, 4}, 8, 80, kNewest},
+    {"stream16", Kernel::kGemm, 1, 8, 2, {4, 3}, 16, 80, kNewest},
+    {"tile32", Kernel::kGemm, 4, 1, 4, {4, 4}, 32, 80, kNewest},
+    {"tile64", Kernel::kGemm, 8, 1, 8, {4, 4}, kAny, 80, kNewest},
+    {"stream8_turing", Kernel::kGemm, 1, 8, 1, {2, 2}, 8, 75, 79},
+    {"stream16_turing", Kernel::kGemm, 1, 4, 2, {2, 2}, 16, 75, 79},
+    {"tile32_turing", Kernel::kGemm, 4, 1, 4, {2, 2}, kAny, 75, 79},
+    {"int8", Kernel::kInt8, 4, 1, 8, {4, 4}, kAny, 80, kNewest},
+    {"int8_turing", Kernel::kInt8, 4, 1, 8, {2, 2}, kAny, 75, 79},
+    {"plain", Kernel::kPlain, 1, 1, 1, {1, 1}, kAny, 75, kNewest},
+};
+
+constexpr int first_row(Kernel kernel) {
+    int i = 0;
+    while (kRows[i].kernel != kernel) i++;
+    return i;
+}
+constexpr int count_rows(Kernel kernel) {
+    int count = 0;
+    for (Row const& row : kRows) count += row.kernel == kernel;
+    return count;
+}
+
+constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// A stage is 128 bytes of k for every row of x: 64 k of 16-bit x, 128 k of int8 x.
+constexpr int stage_k(Kernel kernel) { return kernel == Kernel::kInt8 ? 128 : 64; }
+constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
+constexpr int w_stage_bytes(Kernel kernel, int bits) { return 32 * stage_k(kernel) * bits / 8; }  // of one warp
+
+constexpr int shared_bytes(Row const& row, int bits) {
+    int const ring = row.stages[bits == 8] * row.warps_k *
+                     (x_stage_bytes(row.columns) + row.warps_n * w_stage_bytes(row.kernel, bits));
+    int const sums = row.warps_k * 2 * row.columns * 8 * 4;
+    int const tile = row.warps_k * row.columns * 8 * (row.warps_n * 32 + 4) * 4;
+    return std::max(ring + sums, tile);
+}
+
+// int8 activations: values, row scales and group sums in the workspace
+struct Int8Buffers {
+    int64_t values, scales, sums, total;  // offsets
+};
+constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
+    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + align(k / group * m * 4);
+    return {0, scales, sums, total};
+}
+
+// Each returns null or what the runtime said.
+char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+
+}  // namespace wog

@@ -1,0 +1,331 @@
+// The 16-bit-activation kernels of WeightOnlyGemm: one template streams weights (few rows) and tiles (many rows).
+//
+// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s and a
+// lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
+//
+// Work split: a block owns WN * 32 n, C * 8 m and a part of K.
+//     warp (wk, wn):   n  -->  wn = 0   1   2  ..  WN-1        each warp 2 strips = 32 n
+//                      k   wk = 0
+//                      |        1                              the WK rows of warps divide the block's K
+//                      v       ..                              and are summed, in order, in shared memory
+// Rings: every (wk) has one of x, shared by its WN warps; every warp has one of weights, 16 bytes per lane that only that
+// lane reads back, so weights need no barrier. Shared memory per stage: x C * 1 KiB, weights 1 (int4) or 2 KiB (int8) a warp.
+//
+// Arithmetic: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32 sums P; at the
+// end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones), all in fp32: the float
+// zero is never rounded into T. The sum is linear, so K may be cut anywhere at a multiple of 32.
+//
+// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include "epilogue.h"
+
+namespace wog {
+namespace {
+
+struct GemmArgs {
+    uint16_t const* x;
+    unsigned char const* codes;
+    uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
+    float* partials;         // [splits][M][N], null when K is not split
+    Output out;
+    int32_t k, group, splits;
+};
+
+constexpr int kStageK = stage_k(Kernel::kGemm);
+
+// ---- codes to exact q - c, one k16 fragment from the words of a block ----
+
+template <class T>
+__device__ __forceinline__ void decode4(uint32_t (&a)[4], uint32_t w);
+template <>
+__device__ __forceinline__ void decode4<Half>(uint32_t (&a)[4], uint32_t w) {
+    // 0x6400 = 1024 has its units in bit 0, 0x5400 = 64 in bit 4: OR puts a nibble there, one add removes bias and c
+    a[0] = add2<Half>((w & 0x000f000f) | 0x64006400, 0xe408e408);  // - (1024 + 8)
+    a[1] = add2<Half>((w & 0x00f000f0) | 0x54005400, 0xd480d480);  // - (64 + 8)
+    a[2] = add2<Half>((w >> 8 & 0x000f000f) | 0x64006400, 0xe408e408);
+    a[3] = add2<Half>((w >> 8 & 0x00f000f0) | 0x54005400, 0xd480d480);
+}
+template <>
+__device__ __forceinline__ void decode4<Bfloat>(uint32_t (&a)[4], uint32_t w) {
+    for (int r = 0; r < 4; r++)  // 0x4300 = 128 has its units in bit 0
+        a[r] = add2<Bfloat>((w >> 4 * r & 0x000f000f) | 0x43004300, 0xc308c308);  // - (128 + 8)
+}
+
+template <class T>
+__device__ __forceinline__ void decode8(uint32_t& low, uint32_t& high, uint32_t w);
+template <>
+__device__ __forceinline__ void decode8<Half>(uint32_t& low, uint32_t& high, uint32_t w) {
+    low = add2<Half>(pick_bytes(w, 0x64646464, 0x4240), 0xe480e480);  // - (1024 + 128)
+    high = add2<Half>(pick_bytes(w, 0x64646464, 0x4341), 0xe480e480);
+}
+template <>
+__device__ __forceinline__ void decode8<Bfloat>(uint32_t& low, uint32_t& high, uint32_t w) {
+    // bf16 has 8 bits: 128 + (q & 127), minus 128 if q >= 128, else minus 256 (0xc300 and 0xc380 differ in bit 7 only)
+    low = add2<Bfloat>((w & 0x007f007f) | 0x43004300, (~w & 0x00800080) | 0xc300c300);
+    w >>= 8;
+    high = add2<Bfloat>((w & 0x007f007f) | 0x43004300, (~w & 0x00800080) | 0xc300c300);
+}
+
+// A fragment of k16 step `step` (0, 1) of 32-k unit `unit` (0, 1) of a stage, from the stage's words of one strip
+template <class T, int Bits>
+__device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const (&words)[Bits / 4], int unit, int step) {
+    if constexpr (Bits == 4) {
+        uint4 const& w = words[0];
+        decode4<T>(a, unit == 0 ? (step == 0 ? w.x : w.y) : (step == 0 ? w.z : w.w));
+    } else {
+        uint4 const& w = words[unit];
+        decode8<T>(a[0], a[2], step == 0 ? w.x : w.z);  // row g
+        decode8<T>(a[1], a[3], step == 0 ? w.y : w.w);  // row g + 8
+    }
+}
+
+// ---- the kernel ----
+
+template <class T, int Bits, int WN, int WK, int C, int Stages>
+struct Gemm {
+    static constexpr Kernel kKernel = Kernel::kGemm;
+    static constexpr int kThreads = WN * WK * 32, kBlockN = WN * 32, kBlockM = C * 8;
+    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kKernel, Bits);
+    static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a stage
+    static constexpr int kSums = (C + WN - 1) / WN;
+    static constexpr float kCenter = Bits == 4 ? 8.0f : 128.0f;
+
+    GemmArgs const& p;
+    int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int const warp = threadIdx.x / 32, wn = warp % WN, wk = warp / WN;
+    int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
+    int const n0 = blockIdx.y * kBlockN + wn * 32;
+    unsigned char* const x_ring = dynamic_shared() + wk * Stages * (kXStage + WN * kWStage);
+    unsigned char* const w_ring = x_ring + Stages * (kXStage + wn * kWStage);
+    float* const group_sums =
+        reinterpret_cast<float*>(dynamic_shared() + WK * Stages * (kXStage + WN * kWStage)) + wk * 2 * kBlockM;
+
+    float acc[2][C][4] = {}, sum[2][C][4] = {};  // [strip][column of 8 m]; `sum` is P of the group so far
+    float x_sum[kSums][4] = {};                  // X of the columns that this warp counts
+    uint32_t affine[2][2];                       // of rows g, g + 8 of each strip, for the group under way
+    int parity = 0;
+
+    // The WN warps that share an x ring
+    __device__ __forceinline__ void barrier() const {
+        if constexpr (WN == 1)
+            warp_barrier();
+        else
+            named_barrier(1 + wk, WN * 32);
+    }
+
+    __device__ __forceinline__ void load_stage(int stage, int slot) const {
+        unsigned char* const xs = x_ring + slot * kXStage;
+        for (int i = wn * 32 + lane; i < kBlockM * 8; i += WN * 32) {
+            int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 8;
+            bool const valid = m0 + row < p.out.m && k < p.k;
+            // XOR keeps the eight rows that load_matrices reads together in different banks
+            copy_async(xs + row * 128 + (chunk ^ row % 8) * 16, p.x + (valid ? (m0 + row) * p.k + k : 0), valid);
+        }
+        unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
+        int const strips = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
+        for (int s = 0; s < 2; s++) {
+            int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
+            for (int b = 0; b < kBlocks; b++) {
+                int const block = stage * kBlocks + b;
+                bool const valid = strip < strips && block < blocks;
+                int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
+                copy_async(ws + (s * kBlocks + b) * 512, p.codes + (valid ? at * 512 + lane * 16 : 0), valid);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_affine(int unit) {
+        uint32_t const* const row = p.affine + int64_t(unit * 32 / p.group) * p.out.n;
+        for (int s = 0; s < 2; s++)
+            for (int h = 0; h < 2; h++) {
+                int const n = n0 + s * 16 + h * 8 + g;
+                affine[s][h] = n < p.out.n ? row[n] : 0;
+            }
+    }
+
+    __device__ __forceinline__ void multiply_unit(int slot, int unit, uint4 const (&words)[2][kBlocks]) {
+        uint32_t x[C][4];
+        int const chunk = unit * 4 + lane / 8;
+        for (int j = 0; j < C; j++)
+            load_matrices(x[j], x_ring + slot * kXStage + (j * 8 + lane % 8) * 128 + (chunk ^ lane % 8) * 16);
+        uint32_t const one = from_float<T>(1.0f) * 0x10001u;
+        uint32_t const ones[4] = {one, one, one, one};
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                uint32_t a[4];
+                decode<T, Bits>(a, words[s], unit, step);
+#pragma unroll
+                for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][2 * step], x[j][2 * step + 1]);
+            }
+#pragma unroll
+            for (int j = 0; j < C; j++)
+                if (WN == 1 || j % WN == wn) multiply_add<T>(x_sum[j / WN], ones, x[j][2 * step], x[j][2 * step + 1]);
+        }
+    }
+
+    // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
+    __device__ __forceinline__ void finish_group() {
+        float const* sums = group_sums + parity * kBlockM;
+        if constexpr (WN > 1) {
+#pragma unroll
+            for (int j = 0; j < C; j++)
+                if (j % WN == wn && g == 0) {
+                    group_sums[parity * kBlockM + j * 8 + 2 * t] = x_sum[j / WN][0];
+                    group_sums[parity * kBlockM + j * 8 + 2 * t + 1] = x_sum[j / WN][1];
+                }
+            barrier();  // two buffers: the next group's writes wait for this group's readers at the next barrier
+        }
+#pragma unroll
+        for (int j = 0; j < C; j++) {
+            float const x0 = WN == 1 ? x_sum[j / WN][0] : sums[j * 8 + 2 * t];
+            float const x1 = WN == 1 ? x_sum[j / WN][1] : sums[j * 8 + 2 * t + 1];
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float const scale = to_float<T>(uint16_t(affine[s][h]));
+                    float const zero = to_float<T>(uint16_t(affine[s][h] >> 16)) - kCenter;
+                    acc[s][j][2 * h] += scale * (sum[s][j][2 * h] - zero * x0);
+                    acc[s][j][2 * h + 1] += scale * (sum[s][j][2 * h + 1] - zero * x1);
+                    sum[s][j][2 * h] = sum[s][j][2 * h + 1] = 0.0f;
+                }
+        }
+        for (int i = 0; i < kSums; i++) x_sum[i][0] = x_sum[i][1] = x_sum[i][2] = x_sum[i][3] = 0.0f;
+        parity ^= 1;
+    }
+
+    __device__ __forceinline__ void accumulate() {
+        int const stages = (p.k + kStageK - 1) / kStageK, units = p.k / 32;
+        int const part = blockIdx.z * WK + wk, parts = p.splits * WK;
+        int const first = int(int64_t(stages) * part / parts), last = int(int64_t(stages) * (part + 1) / parts);
+        if (first == last) return;  // the same for all warps of a barrier
+        for (int i = 0; i < Stages - 1; i++) {
+            if (first + i < last) load_stage(first + i, i);
+            copy_commit();
+        }
+        load_affine(first * 2);
+        int const per_group = p.group / 32;
+        int left = per_group - first * 2 % per_group;  // units to the end of the group under way
+        for (int stage = first; stage < last; stage++) {
+            int const slot = (stage - first) % Stages;
+            copy_wait<Stages - 2>();
+            barrier();  // the stage is there for all, and all have left the slot that is loaded next
+            if (stage + Stages - 1 < last) load_stage(stage + Stages - 1, (stage - first + Stages - 1) % Stages);
+            copy_commit();
+            uint4 words[2][kBlocks];
+            for (int s = 0; s < 2; s++)
+                for (int b = 0; b < kBlocks; b++)
+                    words[s][b] = *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * kBlocks + b) * 512 +
+                                                                  lane * 16);
+#pragma unroll
+            for (int unit = 0; unit < 2; unit++) {
+                if (stage * 2 + unit >= units) break;  // K % 64 == 32
+                multiply_unit(slot, unit, words);
+                if (--left == 0) {
+                    finish_group();
+                    left = per_group;
+                    if (stage * 2 + unit + 1 < units) load_affine(stage * 2 + unit + 1);
+                }
+            }
+        }
+        if (left != per_group) finish_group();
+    }
+
+    __device__ __forceinline__ void store() {
+        constexpr int kPitch = kBlockN + 4;  // 4: the eight g and four t of a warp fall into different banks
+        float* const tile = reinterpret_cast<float*>(dynamic_shared());
+        copy_wait<0>();
+        block_barrier();  // the rings become the tile
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+#pragma unroll
+            for (int j = 0; j < C; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    tile[(wk * kBlockM + j * 8 + 2 * t + i % 2) * kPitch + wn * 32 + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
+        block_barrier();
+        for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
+            int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
+            int64_t const m = m0 + row;
+            int const n = blockIdx.y * kBlockN + column;
+            if (m >= p.out.m || n >= p.out.n) continue;
+            float v[16];
+            for (int i = 0; i < 16; i++) {
+                v[i] = tile[row * kPitch + column + i];
+                for (int part = 1; part < WK; part++) v[i] += tile[(part * kBlockM + row) * kPitch + column + i];
+            }
+            if (p.splits == 1)
+                finish<T>(p.out, v, m, n);
+            else
+                for (int i = 0; i < 16; i++) p.partials[(blockIdx.z * p.out.m + m) * p.out.n + n + i] = v[i];
+        }
+    }
+};
+
+// Code is generated only where the table can choose it, and bf16 starts at sm_80. Two blocks of the split-K rows fit a
+// multiprocessor; without that promise the compiler aims for four and spills.
+template <class T, int Bits, int I>
+__global__ void __launch_bounds__(kRows[I].warps_n * kRows[I].warps_k * 32, kRows[I].warps_k > 1 ? 2 : 1)
+    gemm(GemmArgs const p) {
+#if DEVICE_SM
+    constexpr Row row = kRows[I];
+    if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || std::is_same<T, Half>::value)) {
+        Gemm<T, Bits, row.warps_n, row.warps_k, row.columns, row.stages[Bits == 8]> block{p};
+        block.accumulate();
+        block.store();
+    }
+#endif
+}
+
+// Sums the parts of K in their order; one thread per row and strip.
+template <class T>
+__global__ void __launch_bounds__(256) add_parts(GemmArgs const p) {
+    int const strips = p.out.n / 16;
+    int64_t const item = int64_t(blockIdx.x) * 256 + threadIdx.x, m = item / strips;
+    int const n = int(item % strips) * 16;
+    if (m >= p.out.m) return;
+    float v[16];
+    for (int i = 0; i < 16; i++) v[i] = p.partials[m * p.out.n + n + i];
+    for (int part = 1; part < p.splits; part++)
+        for (int i = 0; i < 16; i++) v[i] += p.partials[(part * p.out.m + m) * p.out.n + n + i];
+    finish<T>(p.out, v, m, n);
+}
+
+template <class T, int Bits, int... I>
+constexpr auto instances(std::integer_sequence<int, I...>) {
+    return std::array<void (*)(GemmArgs), sizeof...(I)>{gemm<T, Bits, I>...};
+}
+
+template <class T>
+char const* launch_rows(wog_problem const& p, GemmArgs const& args, wog_plan const& plan, void* stream) {
+    static_assert(first_row(Kernel::kGemm) == 0, "rows are indices of instances");
+    constexpr std::make_integer_sequence<int, count_rows(Kernel::kGemm)> kAll;
+    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    auto const s = static_cast<Stream>(stream);
+    dim3 const grid(plan.grid_m, plan.grid_n, plan.splits);
+    char const* failed = launch((p.bits == 4 ? kFour : kEight)[plan.row], grid, plan.threads, plan.shared, s, args);
+    if (!failed && plan.splits > 1)
+        failed = launch(add_parts<T>, dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0, s, args);
+    return failed;
+}
+
+}  // namespace
+
+char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+    GemmArgs const args{static_cast<uint16_t const*>(t.x),
+                        static_cast<unsigned char const*>(t.codes),
+                        static_cast<uint32_t const*>(t.affine),
+                        plan.splits > 1 ? static_cast<float*>(t.workspace) : nullptr,
+                        {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                        p.k,
+                        p.group,
+                        plan.splits};
+    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+}
+
+}  // namespace wog

@@ -1,0 +1,259 @@
+// A8W8: activations quantized per row to int8, integer MMAs on unsigned weight codes, one float epilogue.
+//
+//     y[m, n] = s_x[m] * sum_g s[g, n] * (P_g[m, n] - z[g, n] * X_g[m]) + bias,    P, X exact int32
+//
+// quantize: one block per row. s_x = max|x| / 127 (1 for a row of zeros), values half to even; the same bits as
+// semantics.py. A row with a NaN or infinity gets a scale of NaN or infinity and spoils no other row.
+//
+// int8_gemm: the roles and rings of gemm.cu with stages of 128 k. WN warps side by side in n, each 2 strips x C * 8 m; the
+// packed words are the A registers as they are. 128 X is subtracted in int32, so the float zero is z - 128 and small.
+#include "int8.h"
+
+#include <type_traits>
+
+#include "epilogue.h"
+
+namespace wog {
+namespace {
+
+constexpr int kQuantizeThreads = 256;
+
+struct QuantizeArgs {
+    uint16_t const* x;
+    Int8Rows rows;
+    int64_t m;
+    int32_t k, group;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kQuantizeThreads) quantize(QuantizeArgs const p) {
+    int64_t const m = blockIdx.x;
+    uint16_t const* const x = p.x + m * p.k;
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = p.k / 16;
+    uint32_t* const warp_max = reinterpret_cast<uint32_t*>(dynamic_shared());
+    int32_t* const chunk_sums = reinterpret_cast<int32_t*>(warp_max + 8);  // [K / 16]
+
+    // magnitudes compare as integers, and so a NaN wins
+    uint32_t most = 0;
+    for (int c = threadIdx.x; c < chunks * 2; c += kQuantizeThreads) {
+        uint4 const v = reinterpret_cast<uint4 const*>(x)[c];
+        for (uint32_t const word : {v.x, v.y, v.z, v.w})
+            for (int half = 0; half < 2; half++) {
+                uint32_t const magnitude = float_bits(to_float<T>(uint16_t(word >> 16 * half))) & 0x7fffffff;
+                most = magnitude > most ? magnitude : most;
+            }
+    }
+    for (int mask = 16; mask; mask /= 2) {
+        uint32_t const other = exchange(most, mask);
+        most = other > most ? other : most;
+    }
+    if (lane == 0) warp_max[warp] = most;
+    block_barrier();
+    for (int i = 0; i < kQuantizeThreads / 32; i++) most = warp_max[i] > most ? warp_max[i] : most;
+    float const amax = most ? bits_float(most) : 127.0f;
+    float const inverse = divide(127.0f, amax);
+    if (threadIdx.x == 0) p.rows.scales[m] = divide(amax, 127.0f);
+
+    for (int c = threadIdx.x; c < chunks; c += kQuantizeThreads) {
+        uint32_t out[4] = {};
+        int32_t sum = 0;
+        for (int half = 0; half < 2; half++) {
+            uint4 const v = reinterpret_cast<uint4 const*>(x)[c * 2 + half];
+            uint32_t const words[4] = {v.x, v.y, v.z, v.w};
+            for (int t = 0; t < 4; t++)
+                for (int e = 0; e < 2; e++) {  // k = 8 half + 2 t + e goes to byte 2 e + half of word t
+                    int q = round_to_int(multiply(to_float<T>(uint16_t(words[t] >> 16 * e)), inverse));
+                    q = q < -127 ? -127 : q > 127 ? 127 : q;
+                    sum += q;
+                    out[t] |= (uint32_t(q) & 255) << 8 * (2 * e + half);
+                }
+        }
+        reinterpret_cast<uint4*>(p.rows.values + m * p.k)[c] = {out[0], out[1], out[2], out[3]};
+        chunk_sums[c] = sum;
+    }
+    block_barrier();
+    int const per_group = p.group / 16;
+    for (int group = warp; group < p.k / p.group; group += kQuantizeThreads / 32) {
+        uint32_t sum = 0;
+        for (int i = lane; i < per_group; i += 32) sum += uint32_t(chunk_sums[group * per_group + i]);
+        for (int mask = 16; mask; mask /= 2) sum += exchange(sum, mask);
+        if (lane == 0) p.rows.sums[group * p.m + m] = int32_t(sum);
+    }
+}
+
+struct Int8Args {
+    Int8Rows rows;
+    unsigned char const* codes;
+    uint32_t const* affine;
+    Output out;
+    int32_t k, group;
+};
+
+constexpr int kStageK = stage_k(Kernel::kInt8);
+
+template <class T, int WN, int C, int Stages>
+struct Int8Gemm {
+    static constexpr int kThreads = WN * 32, kBlockN = WN * 32, kBlockM = C * 8;
+    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(Kernel::kInt8, 8);
+
+    Int8Args const& p;
+    int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wn = threadIdx.x / 32;
+    int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
+    int const n0 = blockIdx.y * kBlockN + wn * 32;
+    unsigned char* const x_ring = dynamic_shared();
+    unsigned char* const w_ring = x_ring + Stages * (kXStage + wn * kWStage);
+
+    float acc[2][C][4] = {};
+    int32_t sum[2][C][4] = {};
+
+    __device__ __forceinline__ void load_stage(int stage, int slot) const {
+        unsigned char* const xs = x_ring + slot * kXStage;
+        for (int i = threadIdx.x; i < kBlockM * 8; i += kThreads) {
+            int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 16;
+            bool const valid = m0 + row < p.out.m && k < p.k;
+            copy_async(xs + row * 128 + (chunk ^ row % 8) * 16, p.rows.values + (valid ? (m0 + row) * p.k + k : 0), valid);
+        }
+        unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
+        int const strips = p.out.n / 16, blocks = p.k / 32;
+        for (int s = 0; s < 2; s++) {
+            int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
+            for (int b = 0; b < 4; b++) {
+                int const block = stage * 4 + b;
+                bool const valid = strip < strips && block < blocks;
+                int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
+                copy_async(ws + (s * 4 + b) * 512, p.codes + (valid ? at * 512 + lane * 16 : 0), valid);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void multiply_unit(int slot, int unit) {
+        uint32_t a[2][4];
+        for (int s = 0; s < 2; s++) {
+            uint4 const w =
+                *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * 4 + unit) * 512 + lane * 16);
+            a[s][0] = w.x, a[s][1] = w.y, a[s][2] = w.z, a[s][3] = w.w;
+        }
+#pragma unroll
+        for (int j = 0; j < C; j += 2) {  // two columns of 8 m: 32 k of each is two 8x16-byte matrices
+            uint32_t x[4];
+            int const row = (j + lane / 16) * 8 + lane % 8, chunk = unit * 2 + lane / 8 % 2;
+            load_matrices(x, x_ring + slot * kXStage + row * 128 + (chunk ^ row % 8) * 16);
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                multiply_add(sum[s][j], a[s], x[0], x[1]);
+                multiply_add(sum[s][j + 1], a[s], x[2], x[3]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void finish_group(int group) {
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int const n = n0 + s * 16 + h * 8 + g;
+                uint32_t const affine = n < p.out.n ? p.affine[int64_t(group) * p.out.n + n] : 0;
+                float const scale = to_float<T>(uint16_t(affine)), zero = to_float<T>(uint16_t(affine >> 16)) - 128.0f;
+#pragma unroll
+                for (int j = 0; j < C; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        int64_t const m = m0 + j * 8 + 2 * t + e;
+                        int32_t const x_sum = m < p.out.m ? p.rows.sums[group * p.out.m + m] : 0;
+                        int32_t& total = sum[s][j][2 * h + e];
+                        acc[s][j][2 * h + e] += scale * (float(total - 128 * x_sum) - zero * float(x_sum));
+                        total = 0;
+                    }
+            }
+    }
+
+    __device__ __forceinline__ void accumulate() {
+        int const stages = (p.k + kStageK - 1) / kStageK, units = p.k / 32, per_group = p.group / 32;
+        for (int i = 0; i < Stages - 1; i++) {
+            if (i < stages) load_stage(i, i);
+            copy_commit();
+        }
+        int left = per_group, group = 0;
+        for (int stage = 0; stage < stages; stage++) {
+            copy_wait<Stages - 2>();
+            block_barrier();
+            if (stage + Stages - 1 < stages) load_stage(stage + Stages - 1, (stage + Stages - 1) % Stages);
+            copy_commit();
+#pragma unroll
+            for (int unit = 0; unit < 4; unit++) {
+                if (stage * 4 + unit >= units) break;
+                multiply_unit(stage % Stages, unit);
+                if (--left == 0) {
+                    finish_group(group++);
+                    left = per_group;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store() {
+        constexpr int kPitch = kBlockN + 4;
+        float* const tile = reinterpret_cast<float*>(dynamic_shared());
+        copy_wait<0>();
+        block_barrier();
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+#pragma unroll
+            for (int j = 0; j < C; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    tile[(j * 8 + 2 * t + i % 2) * kPitch + wn * 32 + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
+        block_barrier();
+        for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
+            int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
+            int64_t const m = m0 + row;
+            int const n = blockIdx.y * kBlockN + column;
+            if (m >= p.out.m || n >= p.out.n) continue;
+            float v[16];
+            for (int i = 0; i < 16; i++) v[i] = tile[row * kPitch + column + i] * p.rows.scales[m];
+            finish<T>(p.out, v, m, n);
+        }
+    }
+};
+
+template <class T, int I>
+__global__ void __launch_bounds__(kRows[I].warps_n * 32, 2) int8_gemm(Int8Args const p) {
+#if DEVICE_SM
+    constexpr Row row = kRows[I];
+    if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || !std::is_same<T, Bfloat>::value)) {
+        Int8Gemm<T, row.warps_n, row.columns, row.stages[1]> block{p};
+        block.accumulate();
+        block.store();
+    }
+#endif
+}
+
+template <class T>
+char const* launch_rows(wog_problem const& p, Int8Args const& args, wog_plan const& plan, Stream stream) {
+    constexpr int kFirst = first_row(Kernel::kInt8);
+    static_assert(count_rows(Kernel::kInt8) == 2, "an instance for each row");
+    return launch(plan.row == kFirst ? int8_gemm<T, kFirst> : int8_gemm<T, kFirst + 1>,
+                  dim3(plan.grid_m, plan.grid_n), plan.threads, plan.shared, stream, args);
+}
+
+}  // namespace
+
+char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream) {
+    QuantizeArgs const args{static_cast<uint16_t const*>(t.x), int8_rows(p, t.workspace), p.m, p.k, p.group};
+    return launch(p.type == WOG_F16 ? quantize<Half> : quantize<Bfloat>, dim3(unsigned(p.m)), kQuantizeThreads,
+                  32 + size_t(p.k) / 16 * 4, static_cast<Stream>(stream), args);
+}
+
+char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+    if (char const* failed = launch_quantize(p, t, stream)) return failed;
+    Int8Args const args{int8_rows(p, t.workspace),
+                        static_cast<unsigned char const*>(t.codes),
+                        static_cast<uint32_t const*>(t.affine),
+                        {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                        p.k,
+                        p.group};
+    auto const s = static_cast<Stream>(stream);
+    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, s) : launch_rows<Bfloat>(p, args, plan, s);
+}
+
+}  // namespace wog

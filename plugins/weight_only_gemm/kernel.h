@@ -1,0 +1,54 @@
+// WeightOnlyGemm: y[M, N] = act(x[M, K] @ dequant(W[N, K])^T + bias[N])         op.py has the contract, layout.py the bytes
+//
+// One plain C function launches it: a problem, pointers, a stream. No TensorRT, no PyTorch, no allocation, no
+// synchronisation; the same problem always gives the same bits; everything can be captured in a CUDA graph.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum wog_type { WOG_F16 = 0, WOG_BF16 = 1 };
+enum wog_activation { WOG_NONE = 0, WOG_SILU = 1, WOG_GELU = 2, WOG_GELU_TANH = 3 };
+
+typedef struct {
+    int64_t m;
+    int32_t n, k, group;
+    int32_t bits;             // of a code: 4 or 8
+    int32_t type;             // wog_type of x, affine, bias and y
+    int32_t activation;       // wog_activation
+    int32_t gated;            // 1: y[M, N/2] = act(gate) * up, strips of eight gates and eight ups
+    int32_t activation_bits;  // 16, or 8: x is quantized per row to int8 (codes of 8 bits only)
+    int32_t sm, sm_count;     // of the device: 75, 80, 86, 89, 90, 100, 120
+    int32_t wide;             // 1: y is float32, for tests of the arithmetic before the output's rounding
+    int32_t plain;            // 1: the plain kernel, against which the fast ones are tested
+} wog_problem;
+
+typedef struct {
+    void const *x, *codes, *affine, *bias;  // bias may be null; all 16-byte aligned, rows contiguous
+    void *y, *workspace;
+} wog_tensors;
+
+typedef struct {
+    char const* kernel;         // name of the chosen row of the table
+    int32_t row;                // and its index
+    int32_t splits;             // parts of K that different blocks sum; > 1 needs workspace
+    int32_t grid_m, grid_n;     // blocks
+    int32_t threads, shared;    // per block
+    int64_t workspace;          // bytes
+} wog_plan;
+
+// All return 0, or 1 with a message in `error`. The first two are pure functions of the problem and need no GPU.
+int wog_check(wog_problem const* problem, char* error, size_t size);
+int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size);
+int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size);
+
+// The largest workspace that any m <= problem->m needs.
+int64_t wog_workspace(wog_problem const* problem);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,325 @@
+// plugins/runtime/gpu/device.h on the CPU: the kernels' own source, compiled by a C++ compiler and run lane by lane.
+//
+// Every thread of a block is a fiber; a barrier or warp-wide instruction suspends it until all its peers have arrived.
+// The order in which threads run is drawn from a seed (EMULATOR_SEED), so a missing barrier changes results. Copies into
+// shared memory happen only when waited for, shared memory starts as NaNs, and fragments follow the PTX register maps:
+// wrong indices, missing waits and unwritten memory show. Timing, and memory order between threads of a warp, do not.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifndef DEVICE_SM
+#define DEVICE_SM 80
+#endif
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+using Stream = void*;
+struct Half {};
+struct Bfloat {};
+
+namespace emulator {
+
+struct Copy {
+    void* to;
+    unsigned char bytes[16];
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    unsigned thread = 0;
+    bool done = false;
+    std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
+};
+
+struct Meeting {  // of the threads that take part in a barrier or a warp-wide instruction
+    int arrived = 0;
+    uint64_t generation = 0;
+};
+
+struct Payload {
+    unsigned char bytes[64];
+};
+
+inline struct State {
+    std::vector<Fiber> fibers;
+    std::vector<Meeting> barriers, warps;
+    std::vector<std::array<std::array<Payload, 32>, 2>> mail;  // two generations of each warp's exchange
+    ucontext_t scheduler;
+    Fiber* now = nullptr;
+    uint64_t progress = 0;
+    std::vector<unsigned char> shared;
+    std::function<void()> body;
+} state;
+
+inline void yield() { swapcontext(&state.now->context, &state.scheduler); }
+
+inline uint64_t meet(Meeting& meeting, int threads) {
+    uint64_t const mine = meeting.generation;
+    if (++meeting.arrived == threads) {
+        meeting.arrived = 0;
+        meeting.generation++;
+        state.progress++;
+    }
+    while (meeting.generation == mine) yield();
+    return mine;
+}
+
+// What every lane of the warp contributed to this instruction
+template <class Value>
+inline std::array<Value, 32> share(Value const& value) {
+    static_assert(sizeof(Value) <= sizeof(Payload), "payload");
+    unsigned const warp = state.now->thread / 32, lane = state.now->thread % 32;
+    auto& box = state.mail[warp][state.warps[warp].generation % 2];
+    std::memcpy(box[lane].bytes, &value, sizeof value);
+    meet(state.warps[warp], 32);
+    std::array<Value, 32> all;
+    for (int i = 0; i < 32; i++) std::memcpy(&all[i], box[i].bytes, sizeof value);
+    return all;
+}
+
+inline void enter() {
+    state.body();
+    state.now->done = true;
+    state.progress++;
+    yield();
+}
+
+inline void run_block(int threads, size_t shared, std::mt19937& random) {
+    state.fibers = std::vector<Fiber>(threads);
+    state.barriers.assign(16, {});
+    state.warps.assign((threads + 31) / 32, {});
+    state.mail.resize(state.warps.size());
+    state.shared.assign(shared + 128, 0xff);
+    std::vector<Fiber*> order;
+    for (int i = 0; i < threads; i++) {
+        Fiber& f = state.fibers[i];
+        f.thread = unsigned(i);
+        constexpr size_t kStack = 64 * 1024;
+        f.stack = std::make_unique<char[]>(kStack);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = kStack;
+        makecontext(&f.context, reinterpret_cast<void (*)()>(enter), 0);
+        order.push_back(&f);
+    }
+    while (!order.empty()) {
+        std::shuffle(order.begin(), order.end(), random);
+        uint64_t const before = state.progress;
+        for (Fiber* f : order) {
+            state.now = f;
+            swapcontext(&state.scheduler, &f->context);
+        }
+        order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
+        if (state.progress == before) {
+            std::fprintf(stderr, "emulator: %zu threads wait for others that never come\n", order.size());
+            std::abort();
+        }
+    }
+}
+
+struct ThreadIndex {
+    struct {
+        operator int() const { return int(state.now->thread); }
+    } x;
+};
+struct BlockIndex {
+    unsigned x, y, z;
+};
+
+}  // namespace emulator
+
+inline emulator::ThreadIndex threadIdx;
+inline emulator::BlockIndex blockIdx;
+
+// ---- numbers ----
+
+inline uint32_t float_bits(float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return u;
+}
+inline float bits_float(uint32_t u) {
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+template <class T>
+inline float to_float(uint16_t bits);
+template <>
+inline float to_float<Half>(uint16_t bits) {
+    int const exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float const sign = bits >> 15 ? -1.0f : 1.0f;
+    if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+    return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+}
+template <>
+inline float to_float<Bfloat>(uint16_t bits) {
+    return bits_float(uint32_t(bits) << 16);
+}
+
+template <class T>
+inline uint16_t from_float(float f);
+template <>
+inline uint16_t from_float<Half>(float f) {
+    uint16_t const sign = uint16_t(float_bits(f) >> 16 & 0x8000);
+    f = std::fabs(f);
+    if (std::isnan(f)) return 0x7fff;
+    if (f >= 65520.0f) return sign | 0x7c00;
+    int exponent = 0;
+    std::frexp(f, &exponent);  // f = m * 2^exponent, m in [0.5, 1)
+    int const shift = f == 0 ? -24 : std::max(exponent - 11, -24);
+    int const units = int(std::nearbyint(std::ldexp(f, -shift)));  // half to even
+    return uint16_t(sign + (shift == -24 ? units : ((shift + 25) << 10) + units - 1024));
+}
+template <>
+inline uint16_t from_float<Bfloat>(float f) {
+    uint32_t const u = float_bits(f);
+    return (u & 0x7fffffff) > 0x7f800000 ? uint16_t(0x7fff) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+inline float divide(float a, float b) { return a / b; }
+inline float multiply(float a, float b) { return a * b; }
+inline int32_t round_to_int(float f) { return std::isnan(f) ? 0 : int32_t(std::nearbyint(f)); }
+
+template <class T>
+inline uint32_t add2(uint32_t a, uint32_t b) {
+    uint16_t const low = from_float<T>(to_float<T>(uint16_t(a)) + to_float<T>(uint16_t(b)));
+    return low | uint32_t(from_float<T>(to_float<T>(uint16_t(a >> 16)) + to_float<T>(uint16_t(b >> 16)))) << 16;
+}
+
+inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    uint64_t const all = uint64_t(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= uint32_t(all >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
+
+// ---- memory ----
+
+inline unsigned char* dynamic_shared() {
+    auto const at = reinterpret_cast<uintptr_t>(emulator::state.shared.data());
+    return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
+}
+
+inline void copy_async(void* shared, void const* global, bool valid) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) std::abort();
+    emulator::Copy copy{shared, {}};
+    if (valid) std::memcpy(copy.bytes, global, 16);
+    if (DEVICE_SM >= 80)
+        emulator::state.now->groups.back().push_back(copy);
+    else
+        std::memcpy(shared, copy.bytes, 16);
+}
+inline void copy_commit() { emulator::state.now->groups.emplace_back(); }
+template <int Pending>
+inline void copy_wait() {
+    auto& groups = emulator::state.now->groups;
+    while (groups.size() > Pending + 1) {  // the last is open
+        for (auto const& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
+        groups.erase(groups.begin());
+    }
+}
+
+inline void load_matrices(uint32_t (&r)[4], void const* row) {
+    auto const rows = emulator::share(row);
+    int const lane = int(threadIdx.x) % 32;
+    for (int i = 0; i < 4; i++) {
+        auto const* at = static_cast<unsigned char const*>(rows[i * 8 + lane / 4]) + lane % 4 * 4;
+        if (reinterpret_cast<uintptr_t>(rows[i * 8]) % 16) std::abort();
+        std::memcpy(&r[i], at, 4);
+    }
+    emulator::share(0);  // nobody overwrites what a slower lane still reads: the instruction is warp-wide
+}
+
+// ---- barriers and exchange ----
+
+inline void warp_barrier() { emulator::share(0); }
+inline void named_barrier(int id, int threads) { emulator::meet(emulator::state.barriers.at(id), threads); }
+inline void block_barrier() { named_barrier(0, int(emulator::state.fibers.size())); }
+inline uint32_t exchange(uint32_t value, int lane_mask) {
+    return emulator::share(value)[(int(threadIdx.x) % 32) ^ lane_mask];
+}
+
+// ---- tensor cores: register maps as the PTX manual draws them ----
+
+namespace emulator {
+struct Fragments {
+    uint32_t a[4], b[2];
+};
+inline std::array<Fragments, 32> fragments(uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+    return share(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+}
+}  // namespace emulator
+
+template <class T>
+inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+    static_assert(DEVICE_SM >= 80 || std::is_same<T, Half>::value, "bf16 starts at sm_80");
+    auto const f = emulator::fragments(a, b0, b1);
+    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+    for (int i = 0; i < 4; i++) {
+        double sum = 0;
+        for (int k = 0; k < 16; k++) {
+            int const owner = k % 8 / 2, half = k % 2 * 16;
+            uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 8 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 8];
+            sum += double(to_float<T>(uint16_t(av >> half))) * to_float<T>(uint16_t(bv >> half));
+        }
+        c[i] = float(c[i] + sum);
+    }
+}
+
+inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+    auto const f = emulator::fragments(a, b0, b1);
+    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 32; k++) {
+            int const owner = k % 16 / 4, byte = k % 4 * 8;
+            uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 16 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 16];
+            c[i] += int32_t(uint8_t(av >> byte)) * int32_t(int8_t(bv >> byte));
+        }
+}
+
+// ---- host ----
+
+template <class Args>
+char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream, Args args) {
+    char const* const seed = std::getenv("EMULATOR_SEED");
+    std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
+    size_t const limit = DEVICE_SM < 80 ? 64 * 1024 : 99 * 1024;
+    if (shared > limit) return "more shared memory than the smallest device of this family has";
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = {x, y, z};
+                emulator::state.body = [&] { kernel(args); };
+                emulator::run_block(threads, shared, random);
+            }
+    return nullptr;
+}

@@ -1,0 +1,101 @@
+"""Choosing a configuration: a pure function with a table, the same refusals as the op definition, bounded workspace."""
+
+from __future__ import annotations
+
+import pytest
+
+from plugins.weight_only_gemm.op import check
+from tests.plugins.kernels import Emulated, RefusedError
+
+SMS = (75, 80, 86, 89, 90, 100, 120)
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may use
+Kernels = dict[int, Emulated]
+
+
+def problem(**changes: int) -> dict[str, int]:
+    base = {
+        "m": 1, "n": 4096, "k": 4096, "group": 128, "bits": 4, "type": 0, "activation": 0, "gated": 0,
+        "activation_bits": 16, "sm": 90, "sm_count": 132,
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({"m": 1}, "stream8"), ({"m": 8}, "stream8"), ({"m": 9}, "stream16"), ({"m": 16}, "stream16"),
+        ({"m": 17}, "tile32"), ({"m": 33}, "tile64"), ({"m": 4097}, "tile64"),
+        ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
+        ({"bits": 8, "activation_bits": 8}, "int8"), ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_turing"),
+        ({"plain": 1}, "plain"),
+    ],
+)  # fmt: skip
+def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
+    assert emulated[80].library.choose(**problem(**changes)).kernel == kernel
+
+
+def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
+    choose = emulated[80].library.choose
+    assert choose(**problem(n=512, k=18944)).splits == 8  # 16 blocks of 132
+    assert choose(**problem(n=512, k=512)).splits == 1  # too short: 8 warps, one stage each
+    assert choose(**problem(n=37888)).splits == 1
+    assert choose(**problem(n=512, k=18944)) == choose(**problem(n=512, k=18944)), "a function of the problem alone"
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shared_memory_fits_every_device(emulated: Kernels, sm: int, bits: int) -> None:
+    for m in (1, 9, 17, 65):
+        for activation_bits in (16, 8) if bits == 8 else (16,):
+            plan = emulated[80].library.choose(**problem(m=m, bits=bits, sm=sm, activation_bits=activation_bits))
+            assert plan.shared <= SHARED[sm] * 1024
+            assert plan.threads <= 256
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_workspace_covers_every_smaller_m(emulated: Kernels, sm: int, activation_bits: int) -> None:
+    library, base = emulated[80].library, problem(n=1024, k=8192, bits=8, activation_bits=activation_bits, sm=sm)
+    most = library.workspace(**{**base, "m": 300})
+    needed = [library.choose(**{**base, "m": m}).workspace for m in range(1, 301)]
+    assert 0 < max(needed) <= most
+    assert most <= 300 * (8192 * 5 + 4) + 132 * 64 * 256 * 4 + 4096
+
+
+REFUSED = [
+    ({"m": 0}, "M (rows of x) is 0, expected 1 .. 2^31 - 1"),
+    ({"k": 4100}, "K (columns of x) is 4100, expected a positive multiple of 32"),
+    ({"n": 4097}, "N (rows of codes) is 4097, expected a positive multiple of 16"),
+    ({"group": 48}, "group is 48, expected a multiple of 32 that divides K"),
+    ({"group": 0}, "group is 0"),
+    ({"bits": 5}, "bits is 5, expected 4 or 8"),
+    ({"type": 2}, "type of x is 2"),
+    ({"activation": 9}, "activation is 9"),
+    ({"gated": 2}, "gated is 2"),
+    ({"activation_bits": 8}, "activation_bits is 8, expected 16, or 8 with bits 8"),
+    ({"sm": 70}, "sm of the device is 70, expected 75"),
+    ({"sm": 75, "type": 1}, "sm of the device with bf16 is 75, expected 80 or more"),
+    ({"sm_count": 0}, "multiprocessor count is 0"),
+    ({"bits": 8, "activation_bits": 8, "k": 65536 + 128}, "K with activation_bits 8 is 65664"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_refusals_say_what_was_expected_and_found(emulated: Kernels, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(RefusedError) as refused:
+        emulated[80].library.choose(**problem(**changes))
+    assert str(refused.value).startswith(f"WeightOnlyGemm: {message}")
+
+
+def test_the_op_definition_refuses_the_same_sizes(emulated: Kernels) -> None:
+    for n in (0, 8, 16, 4096):
+        for k in (0, 16, 32, 96):
+            for group in (0, 16, 32, 48, 64, 96):
+                sizes = problem(n=n, k=k, group=group)
+                says_op = check({**sizes, "N": n, "K": k})
+                try:
+                    emulated[80].library.choose(**sizes)
+                    says_kernel = None
+                except RefusedError as refused:
+                    says_kernel = refused
+                assert (says_op is None) == (says_kernel is None), (says_op, says_kernel)

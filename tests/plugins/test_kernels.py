@@ -1,0 +1,144 @@
+"""The kernels' own source, run lane by lane on the CPU emulator, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from plugins.schema import DType, Tolerance, assert_within
+from plugins.weight_only_gemm import layout
+from plugins.weight_only_gemm.op import OP
+from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
+from tests.plugins.cases import BF16, F16, Case, Problem
+from tests.plugins.kernels import Emulated, RefusedError
+
+WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
+Kernels = dict[int, Emulated]
+
+FORMATS = [  # sm, type, bits, activation bits
+    (75, F16, 4, 16), (75, F16, 8, 16), (75, F16, 8, 8),
+    (80, F16, 4, 16), (80, F16, 8, 16), (80, F16, 8, 8),
+    (80, BF16, 4, 16), (80, BF16, 8, 16), (80, BF16, 8, 8),
+]  # fmt: skip
+SIZES = [  # m, n, k, group: every row of the table, ragged m, n and k, groups that straddle stages and warps
+    (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (9, 32, 1120, 160), (16, 128, 512, 512),
+    (17, 48, 192, 64), (33, 272, 160, 32), (65, 48, 128, 128),
+]  # fmt: skip
+
+
+def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options: bool | int) -> np.ndarray:
+    y = kernels.run(p, wide=tolerance is WIDE, **options)
+    assert_within(y, *exact(p.x, p.codes, p.affine, p.bias, p.attributes()), tolerance)
+    return y
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("sm", "dtype", "bits", "activation_bits"), FORMATS)
+def test_sizes(
+    emulated: Kernels, sm: int, dtype: np.dtype, bits: int, activation_bits: int, size: tuple[int, int, int, int]
+) -> None:
+    m, n, k, group = size
+    case = Case(m, n, k, bits, group, dtype, bias=m % 2 == 0, activation_bits=activation_bits)
+    check(emulated[sm], case.make())
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 16), (8, 16), (8, 8)])
+@pytest.mark.parametrize(
+    ("zeros", "data"),
+    [("integer", "outliers"), ("low", "shifted"), ("high", "shifted"), ("float", "shifted"), ("float", "zero_rows")],
+)
+def test_awkward_data(
+    emulated: Kernels, dtype: np.dtype, bits: int, activation_bits: int, zeros: str, data: str
+) -> None:
+    check(
+        emulated[80], Case(5, 48, 192, bits, 64, dtype, activation_bits=activation_bits, zeros=zeros, data=data).make()
+    )
+
+
+@pytest.mark.parametrize("activation", [0, SILU, GELU, GELU_TANH])
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize("m", [3, 40])
+def test_epilogue(emulated: Kernels, m: int, gated: int, activation: int) -> None:
+    case = Case(m, 48, 64, bias=True, activation=activation, gated=gated)
+    check(emulated[80], case.make())
+    check(emulated[80], replace(case, bits=8, activation_bits=8).make())
+
+
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+@pytest.mark.parametrize("gated", [0, 1])
+def test_rounded_output(emulated: Kernels, dtype: DType, gated: int) -> None:
+    case = Case(6, 144, 128, dtype={DType.F16: F16, DType.BF16: BF16}[dtype], bias=True, gated=gated)
+    check(emulated[80], case.make(), OP.tolerance[dtype])
+
+
+def test_split_k_over_blocks(emulated: Kernels) -> None:
+    p = Case(20, 144, 1120, group=160, bias=True, activation=SILU).make()
+    assert emulated[80].library.choose(
+        m=20, n=144, k=1120, **p.attrs, type=0, sm=80, sm_count=132
+    ).splits == 4, "the case must split"  # fmt: skip
+    split = check(emulated[80], p)
+    whole = check(emulated[80], p, sm_count=1)
+    assert not np.array_equal(split, whole), "different orders of summation should differ in the last bits"
+
+
+@pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8)])
+@pytest.mark.parametrize("m", [12, 40])
+def test_same_bits_whatever_order_threads_run_in(emulated: Kernels, sm: int, activation_bits: int, m: int) -> None:
+    p = Case(m, 144, 320, bits=8, group=64, activation_bits=activation_bits).make()
+    first = emulated[sm].run(p, seed=1)
+    assert all(np.array_equal(first, emulated[sm].run(p, seed=seed)) for seed in (2, 3))
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_a_bad_row_spoils_no_other(emulated: Kernels, activation_bits: int) -> None:
+    p = Case(10, 48, 128, bits=8, activation_bits=activation_bits).make()
+    good = emulated[80].run(p)
+    x = p.x.copy()
+    x[3, 17], x[8, 5] = np.nan, np.inf
+    bad = emulated[80].run(replace(p, x=x))
+    others = [i for i in range(10) if i not in (3, 8)]
+    assert np.array_equal(good[others], bad[others])
+    assert np.isnan(bad[3]).all()
+    assert not np.isfinite(bad[8]).any()
+
+
+def test_the_plain_kernel_agrees(emulated: Kernels) -> None:
+    for bits, activation_bits in ((4, 16), (8, 16), (8, 8)):
+        check(emulated[80], Case(3, 144, 96, bits, 96, bias=True, activation_bits=activation_bits).make(), plain=True)
+
+
+def test_quantized_activations_have_the_bits_of_the_reference(emulated: Kernels) -> None:
+    """Weights of one exact code per row read single activations back: y = s_x * q, so q and s_x compare exactly."""
+    k = 64
+    x = np.random.default_rng(5).standard_normal((9, k)).astype(np.float16)
+    x[4] = 0
+    one_hot = np.eye(k, dtype=np.uint8)
+    affine = np.stack((np.ones((2, k)), np.zeros((2, k))), axis=-1).astype(np.float16)
+    base = Case(9, k, k, bits=8, group=32, activation_bits=8).make()
+    y = emulated[80].run(replace(base, x=x, codes=layout.pack(one_hot, 8), affine=affine), wide=True)
+    q, scale = quantize_rows(x)
+    assert np.array_equal(y, q * scale)
+
+
+@pytest.mark.parametrize("sm", [75, 80])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 16), (8, 16), (8, 8)])
+@pytest.mark.parametrize("m", [2, 40])
+def test_tolerance_bites(emulated: Kernels, sm: int, bits: int, activation_bits: int, m: int) -> None:
+    p = Case(m, 144, 256, bits, 64, activation_bits=activation_bits).make()
+    wrong = p.affine.copy()
+    wrong[2, 131, 0] = np.float16(0.01)
+    truth = exact(p.x, p.codes, wrong, None, p.attributes())
+    wrong[2, 131, 0] = np.float16(0.0101)
+    with pytest.raises(AssertionError, match=r"elements off|relative error"):
+        assert_within(emulated[sm].run(replace(p, affine=wrong)), *truth, OP.tolerance[DType.F16])
+
+
+@pytest.mark.parametrize("tensor", ["x", "codes", "affine", "bias", "y"])
+def test_misaligned_pointers_are_refused(emulated: Kernels, tensor: str) -> None:
+    problem = {"m": 1, "n": 16, "k": 32, "group": 32, "bits": 4, "activation_bits": 16, "sm": 80, "sm_count": 1}
+    tensors = dict.fromkeys(("x", "codes", "affine", "bias", "y"), 4096)
+    with pytest.raises(RefusedError, match=f"WeightOnlyGemm: address of {tensor} is 4098, expected a multiple of 16"):
+        emulated[80].library.launch(problem, {**tensors, tensor: 4098})
