@@ -12,6 +12,8 @@ import onnx_graphsurgeon as gs
 
 from passes.lazy import FileTensor, View, first_part, small, view_of
 from passes.linear import Linear, linear
+from passes.lower_ort_linear import BLOCKS
+from passes.quant import InstantQuant, QuantTensor
 from passes.rewrite import Reject, Rewrite, add, producer, take_over
 
 HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): onnx.TensorProto.BFLOAT16}
@@ -189,5 +191,49 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
         node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
 
 
-GRAPH_PASSES: tuple[Rewrite[Any], ...] = (LowerToGroupQueryAttention(), MergeHeads())
-TABLE_PASSES: tuple[Rewrite[Any], ...] = (KeepTablesInHalf(), KeepFloatLinearsInHalf())
+@dataclass(frozen=True)
+class EmbeddingMatch:
+    node: gs.Node
+    table: gs.Constant
+    quant: QuantTensor
+
+
+class QuantizeTables(Rewrite[EmbeddingMatch]):
+    """Gather(table [V, H], ids) -> com.microsoft.GatherBlockQuantized, 8 bits, asymmetric, in blocks along H."""
+
+    def match(self, node: gs.Node) -> EmbeddingMatch | Reject | None:
+        view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
+        if view is None or len(view.shape) != 2:
+            return None
+        v, h = view.shape
+        block = next((b for b in BLOCKS[1:] if h % b == 0), None)
+        if block is None:
+            return Reject(f"width {h} is no multiple of 16")
+        name = node.inputs[0].name
+        source = InstantQuant(name, view.source, 8, block, False, np.dtype(np.float32))
+        return EmbeddingMatch(
+            node, node.inputs[0], QuantTensor(name, source, (v, h), 8, block, False, np.dtype(np.float32))
+        )
+
+    def rewrite(self, graph: gs.Graph, match: EmbeddingMatch) -> None:
+        q, node = match.quant, match.node
+        v, h = q.shape
+        inputs = [
+            gs.Constant(f"{q.name}.codes", View(q, (v, h), np.uint8)),
+            node.inputs[1],
+            gs.Constant(f"{q.name}.scales", View(q, (v, q.groups), np.float32, project=lambda t: t.parts[1])),
+            gs.Constant(f"{q.name}.zeros", View(q, (v, q.groups), np.uint8, project=lambda t: t.parts[2])),
+        ]
+        attrs = {"bits": 8, "block_size": q.group_size, "gather_axis": 0, "quantize_axis": 1}
+        add(graph, "GatherBlockQuantized", inputs, take_over(node), domain="com.microsoft", name=node.name, **attrs)
+
+    def note(self, match: EmbeddingMatch) -> str:
+        return f"{match.quant} -> GatherBlockQuantized"
+
+
+ATTENTION: tuple[Rewrite[Any], ...] = (LowerToGroupQueryAttention(), MergeHeads())
+
+
+def tables_as_stored() -> tuple[Rewrite[Any], ...]:
+    """Embeddings first, so that a tied head finds the table it shares."""
+    return (KeepTablesInHalf(), KeepFloatLinearsInHalf())

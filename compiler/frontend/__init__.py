@@ -1,0 +1,27 @@
+"""Checkpoint folder or .onnx file -> FloatModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compiler.frontend.model import FloatModel
+from passes.errors import UserError
+
+
+def load(model: Path, *, trust_remote_code: bool = False) -> FloatModel:
+    """Reads a Hugging Face folder or an ONNX file, told apart by what is there."""
+    if model.is_dir():
+        from compiler.frontend import hf
+
+        return hf.load(model, trust_remote_code=trust_remote_code)
+    if model.is_file() and model.suffix == ".onnx":
+        from compiler.frontend import onnx_file
+
+        return onnx_file.load(model)
+    raise UserError(
+        "no model here",
+        where=str(model),
+        expected="a folder with config.json and *.safetensors, or an .onnx file",
+        found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
+        fix="models are read from disk; download the checkpoint first",
+    )

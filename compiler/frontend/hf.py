@@ -123,8 +123,6 @@ def llm_shape(config: Any) -> LlmShape:
     heads = text.num_attention_heads
     return LlmShape(
         layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,

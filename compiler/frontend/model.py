@@ -17,12 +17,10 @@ class LlmShape:
     """The sizes that a causal LM's interface is made of."""
 
     layers: int
-    hidden: int
-    heads: int
     kv_heads: int
     head_dim: int
     vocab: int
-    max_length: int
+    max_length: int = 0  # positions the model was made for; 0 where it does not say
 
     def input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "position_ids", *self.cache_names("past_key_values")]

@@ -1,0 +1,99 @@
+"""The command line: `compile MODEL --target T -o DIR`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from compiler.checkpoint import read_json
+from passes.errors import UserError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def compile_command(
+    model: Annotated[Path | None, typer.Argument(help="Hugging Face folder, or .onnx file")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="what to compile for; may be repeated")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
+    quant: Annotated[str | None, typer.Option(help="a16w8, a16w4, a8w8 or none")] = None,
+    group_size: Annotated[int | None, typer.Option(help="inputs that share a scale; -1 per channel")] = None,
+    weight_only: Annotated[bool, typer.Option("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
+    quant_config: Annotated[Path | None, typer.Option(help="JSON file with the spec's keys")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="module pattern that stays float; may be repeated")] = None,
+    lm_head: Annotated[str, typer.Option(help="float or int8")] = "float",
+    embeddings: Annotated[str, typer.Option(help="stored or int8")] = "stored",
+    cpu_preset: Annotated[str, typer.Option(help="exact or fast, for 8-bit per-channel weights on a CPU")] = "exact",
+    portable: Annotated[bool, typer.Option("--portable", help="standard ONNX attention")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="print what each layer became, and why")] = False,
+    list_targets: Annotated[bool, typer.Option("--list-targets", help="print the targets")] = False,
+) -> None:
+    """Compile MODEL into quantized artifacts, one for each --target."""
+    from compiler import report
+
+    if list_targets:
+        report.show_targets()
+        return
+    if model is None:
+        raise UserError("no model given", expected="compile MODEL --target T -o DIR", fix="compile --help")
+    from compiler.build import compile_planned, plan
+    from compiler.request import Request, fields_from_json
+
+    fields: dict[str, Any] = {"quant": quant, "group_size": group_size, "weight_only": weight_only}
+    if quant_config is not None:
+        try:
+            given = fields_from_json(read_json(quant_config))
+        except UserError as error:
+            raise UserError(error.what, where=str(quant_config), expected=error.expected, found=error.found) from None
+        fields |= {**given, "weight_only": weight_only or given.get("weight_only", False)}
+    request = Request(
+        model=model,
+        targets=tuple(target or ()),
+        out=out,
+        ignore=tuple(ignore or ()),
+        lm_head=lm_head,  # type: ignore[arg-type]
+        embeddings=embeddings,  # type: ignore[arg-type]
+        cpu_preset=cpu_preset,  # type: ignore[arg-type]
+        portable=portable,
+        trust_remote_code=trust_remote_code,
+        **fields,
+    )
+    started = time.monotonic()
+    with report.console.status("") as status:
+        planned = plan(request, status.update)
+    if explain:
+        report.show_explanation(planned)
+    if dry_run:
+        report.show_plan(request, planned)
+        return
+    with report.writing(sum(planned.size(t) for t in planned.lowered)) as progress:
+        artifacts = compile_planned(request, planned, progress)
+    for artifact in artifacts:
+        size = sum((request.out / f).stat().st_size for f in artifact.digests)
+        report.console.print(f"{request.out / artifact.path}  {size / 1e6:,.1f} MB", soft_wrap=True)
+    report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+
+
+def main() -> NoReturn:
+    """Runs the command; a user's error prints without a traceback and exits with 1, an interruption with 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}\nFAILED", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left\nFAILED", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

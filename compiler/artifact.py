@@ -1,0 +1,107 @@
+"""What a compilation leaves behind: manifest.json, the public record of every artifact in the output folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compiler.checkpoint import read_json
+from passes.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of an artifact; a dimension is a size or the name of a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One compiled model for one target.
+
+    path      relative to the manifest
+    kind      onnx | engine | kit
+    quant     module path -> what it was quantized to
+    llm       sizes of the causal LM's interface (layers, kv_heads, head_dim, vocab, max_length), None for others
+    digests   file -> sha256, relative to the manifest
+    """
+
+    target: str
+    kind: str
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    quant: Mapping[str, str]
+    llm: Mapping[str, int] | None
+    digests: Mapping[str, str]
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
+
+
+def write_manifest(folder: Path, artifacts: list[Artifact], source: Mapping[str, Any]) -> None:
+    """Writes the manifest beside its final name, then renames it."""
+    body = {"format": FORMAT, "source": source, "artifacts": [asdict(a) for a in artifacts]}
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> list[Artifact]:
+    body = read_json(folder / MANIFEST)
+    if body.get("format") != FORMAT:
+        raise UserError(
+            "a manifest of another version",
+            where=str(folder / MANIFEST),
+            expected=str(FORMAT),
+            found=str(body.get("format")),
+        )
+    try:
+        return [
+            Artifact(
+                **{
+                    **raw,
+                    "inputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["inputs"]),
+                    "outputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["outputs"]),
+                    "plugins": tuple(raw.get("plugins", ())),
+                }
+            )
+            for raw in body["artifacts"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError("not a manifest of ours", where=str(folder / MANIFEST), found=str(error)) from None
+
+
+def find_artifact(folder: Path, target: str | None = None) -> Artifact:
+    """The artifact for `target`, or the only one there is."""
+    artifacts = read_manifest(folder)
+    found = [a for a in artifacts if target in (None, a.target)]
+    if len(found) != 1:
+        raise UserError(
+            "which artifact?" if target is None else f"no artifact for target {target}",
+            where=str(folder),
+            expected="one of " + ", ".join(a.target for a in artifacts),
+            fix="name one with --target",
+        )
+    return found[0]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

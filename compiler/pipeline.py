@@ -1,0 +1,52 @@
+"""Which passes run, in which order, and what each may assume of the ones before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from compiler.request import Request
+from compiler.target import Target
+from passes.fuse_norm_and_rotary import FUSE
+from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
+from passes.linear import NORMALIZE_LINEARS, Linear, linear
+from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
+from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, linear_passes
+from passes.rewrite import Ledger, Rewrite, run
+from passes.verify import Stage, verify
+
+
+def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
+    """FLOAT: whole norms and rotary embeddings; every linear is MatMul(x, constant [K, N]) named after its module."""
+    run(graph, (*FUSE, *NORMALIZE_LINEARS), ledger)
+    verify(graph, Stage.FLOAT)
+    return graph
+
+
+def linears(graph: gs.Graph) -> list[Linear]:
+    """The linears of a normalized graph, in its order."""
+    return [found for node in graph.nodes if (found := linear(node)) is not None]
+
+
+def quantize(graph: gs.Graph, decisions: Decisions, ledger: Ledger) -> gs.Graph:
+    """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against."""
+    # Weights first: an activation is quantized because the weight it meets says so.
+    run(graph, (InsertDequantize(decisions), QuantizeActivations()), ledger)
+    verify(graph, Stage.QDQ)
+    return graph
+
+
+def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger: Ledger) -> gs.Graph:
+    """Explicit operators of ONNX Runtime's CPU provider."""
+    passes: list[Rewrite[Any]] = []
+    if not request.portable:
+        passes += ATTENTION
+    passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
+    if request.embeddings == "int8":
+        passes.append(QuantizeTables())
+    # Last: what is float by now stays float, in the 16 bits it is stored in.
+    passes += tables_as_stored()
+    run(graph, passes, ledger)
+    verify(graph, Stage.ONNXRUNTIME)
+    return graph

@@ -1,0 +1,101 @@
+"""The quantization a user asks for: the spec's keys, validated at once; nothing is ignored silently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from passes.errors import UserError
+
+# The command line's short names, as the spec's keys.
+SHORT: dict[str, dict[str, str]] = {
+    "a16w8": {"weight_format": "int8", "compute_method": "weight_only"},
+    "a16w4": {"weight_format": "uint4", "compute_method": "weight_only"},
+    "a8w8": {"weight_format": "int8", "compute_method": "activate_quant"},
+}
+METHODS = ("instant_quant", "gptq")
+FORMATS = {"int8": 8, "uint4": 4}
+COMPUTE = ("weight_only", "activate_quant")
+KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize. `group_size` -1 is per channel; `ignore` holds module patterns (`*.down_proj`)."""
+
+    quant_method: str = "instant_quant"
+    weight_format: str = "int8"
+    group_size: int = -1
+    compute_method: str = "weight_only"
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def bits(self) -> int:
+        return FORMATS[self.weight_format]
+
+    @property
+    def activate_quant(self) -> bool:
+        return self.compute_method == "activate_quant"
+
+    def ignored(self, path: str) -> str | None:
+        """The pattern that leaves this module float, if one does."""
+        return next((p for p in self.ignore if fnmatchcase(path, p)), None)
+
+
+def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
+    """A validated config from the spec's keys; `where` names the file or argument in errors."""
+    unknown = sorted(set(raw) - set(KEYS))
+    if unknown:
+        raise UserError(
+            "unknown quantization key", where=where, expected=", ".join(KEYS), found=", ".join(map(repr, unknown))
+        )
+    choice(raw, "quant_method", METHODS, where)
+    if raw.get("quant_method", "instant_quant") == "instant_quant" and "weight_format" not in raw:
+        raise UserError("weight_format is missing", where=where, expected=" or ".join(FORMATS), fix='"int8", say')
+    if raw.get("weight_format") in ("int4", "uint8"):
+        near = {"int4": "uint4", "uint8": "int8"}[raw["weight_format"]]
+        raise UserError(
+            f"weight_format {raw['weight_format']!r} does not exist: weights are {' or '.join(FORMATS)}",
+            where=where,
+            found=repr(raw["weight_format"]),
+            fix=f"{near!r} has the same number of levels",
+        )
+    choice(raw, "weight_format", tuple(FORMATS), where)
+    choice(raw, "compute_method", COMPUTE, where)
+    group_size = raw.get("group_size", -1)
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size != -1 and group_size < 1):
+        raise UserError(
+            "group_size", where=where, expected="-1 (per channel) or a positive integer", found=repr(group_size)
+        )
+    ignore = raw.get("ignore", ())
+    if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in ignore):
+        raise UserError("ignore", where=where, expected="a list of module patterns", found=repr(ignore))
+    config = QuantConfig(**{**raw, "ignore": tuple(ignore)})
+    if config.quant_method == "instant_quant" and config.activate_quant:
+        refuse_activate(config, where)
+    return config
+
+
+def refuse_activate(config: QuantConfig, where: str) -> None:
+    """Activation quantization of InstantQuant is int8 and per channel, as in the spec."""
+    if config.weight_format != "int8":
+        raise UserError(
+            "activate_quant takes int8 weights",
+            where=where,
+            found=f"weight_format {config.weight_format!r}",
+            fix="weight_format int8, or compute_method weight_only",
+        )
+    if config.group_size != -1:
+        raise UserError(
+            "activate_quant is per channel only",
+            where=where,
+            found=f"group_size {config.group_size}",
+            fix="leave group_size out, or compute_method weight_only",
+        )
+
+
+def choice(raw: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> None:
+    if key in raw and raw[key] not in allowed:
+        raise UserError(key, where=where, expected=" or ".join(allowed), found=repr(raw[key]))

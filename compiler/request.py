@@ -1,0 +1,98 @@
+"""What a user asks for: one frozen value, with the same field names on the command line, in Python and in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from compiler.quant.config import SHORT
+from compiler.target import Target, find_target
+from passes.errors import UserError
+from passes.lower_ort_linear import Preset
+
+HeadFormat = Literal["float", "int8"]
+TableFormat = Literal["stored", "int8"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Compile `model` for `targets` into `out`.
+
+    model            folder with config.json and safetensors, or an .onnx file
+    targets          names from `compile --list-targets`
+    quant            a16w8, a16w4, a8w8 or none; None takes what the checkpoint is, float or quantized
+    group_size       -1 per channel, else consecutive inputs that share a scale
+    weight_only      8-bit GPTQ checkpoints run as A16W8 instead of A8W8 (the spec's `weight_only_quant`)
+    enable_quant     the spec's switch; None means: as the other fields say
+    quant_config     the spec's `customized_quant_config`
+    ignore           module patterns that stay float
+    lm_head          float or int8
+    embeddings       stored (as in the checkpoint) or int8
+    cpu_preset       exact: 8-bit per-channel weights see activations of 14 bits; fast: int8 activations per block
+    portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
+    """
+
+    model: Path
+    targets: tuple[str, ...]
+    out: Path
+    quant: str | None = None
+    group_size: int | None = None
+    weight_only: bool = False
+    enable_quant: bool | None = None
+    quant_config: Mapping[str, Any] | None = None
+    ignore: tuple[str, ...] = ()
+    lm_head: HeadFormat = "float"
+    embeddings: TableFormat = "stored"
+    cpu_preset: Preset = "exact"
+    portable: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise UserError("no target", fix="--target x86; compile --list-targets shows all")
+        allowed = (
+            ("quant", self.quant, (None, "none", *SHORT)),
+            ("lm_head", self.lm_head, get_args(HeadFormat)),
+            ("embeddings", self.embeddings, get_args(TableFormat)),
+            ("cpu_preset", self.cpu_preset, get_args(Preset)),
+        )
+        for field, value, values in allowed:
+            if value not in values:
+                raise UserError(field, expected=" or ".join(str(v) for v in values if v), found=repr(value))
+        if self.quant is not None and self.quant_config is not None:
+            raise UserError("quant and quant_config both say how to quantize", fix="give one of them")
+        if self.quant_config is not None and self.enable_quant is False:
+            raise UserError(
+                "a custom quantization config with quantization disabled",
+                found="enable_quant = false and customized_quant_config",
+                fix="set enable_quant to true, or leave the config out",
+            )
+        if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
+            raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
+        self.resolved_targets()
+
+    def resolved_targets(self) -> tuple[Target, ...]:
+        """The target rows, each once, in the order asked for."""
+        return tuple(dict.fromkeys(find_target(name) for name in self.targets))
+
+
+JSON_KEYS = {
+    "enable_quant": "enable_quant",
+    "weight_only_quant": "weight_only",
+    "customized_quant_config": "quant_config",
+}
+
+
+def fields_from_json(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Request fields from a JSON config: the spec's three arguments, or a customized_quant_config alone."""
+    if not set(raw) & set(JSON_KEYS):
+        return {"quant_config": dict(raw)}
+    unknown = sorted(set(raw) - set(JSON_KEYS))
+    if unknown:
+        raise UserError("unknown key", expected=", ".join(JSON_KEYS), found=", ".join(map(repr, unknown)))
+    for key, kind in (("enable_quant", bool), ("weight_only_quant", bool), ("customized_quant_config", dict)):
+        if key in raw and not isinstance(raw[key], kind):
+            raise UserError(key, expected=f"a JSON {'object' if kind is dict else 'boolean'}", found=repr(raw[key]))
+    return {JSON_KEYS[key]: value for key, value in raw.items()}

@@ -1,0 +1,93 @@
+"""The support table as data: what has been shown for each method and target. The README's table is generated from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from compiler.quant.config import QuantConfig
+from compiler.target import TARGETS, Backend, Target
+from passes.errors import UserError
+
+
+class Shown(Enum):
+    """How far a cell has been shown to work; nothing is claimed that was not seen."""
+
+    RUN = "run"  # artifacts were executed and checked
+    BUILT = "built"  # an engine was built, not executed
+    COMPILED = "compiled"  # lowered and written, not executed
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the spec's table."""
+
+    name: str
+    quant_method: str
+    weight_format: str
+    activate: bool
+    per_channel: bool
+    sub_channel: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    shown: Shown
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.shown.value}, {self.reason}" if self.reason else self.shown.value
+
+
+METHODS = (
+    #      name                 quant_method     weight   activate  PerChn SubChn
+    Method("IQ-INT8 (A16W8)", "instant_quant", "int8", False, True, True),
+    Method("IQ-INT4 (A16W4)", "instant_quant", "uint4", False, True, True),
+    Method("IQ-INT8 (A8W8)", "instant_quant", "int8", True, True, False),
+    Method("GPTQ-INT8 (A16W8)", "gptq", "int8", False, True, True),
+    Method("GPTQ-INT8 (A8W8)", "gptq", "int8", True, True, True),
+    Method("GPTQ-INT4 (A16W4)", "gptq", "uint4", False, True, True),
+)
+
+
+def cell(method: Method, target: Target) -> Cell:
+    """What has been shown for this pair."""
+    if method.activate and not target.int8_mma:
+        return Cell(Shown.REFUSED, "no int8 tensor cores")
+    if target.backend is Backend.TENSORRT:
+        return Cell(Shown.REFUSED, "no TensorRT backend yet")
+    return Cell(Shown.RUN if target.name == "x86" else Shown.COMPILED)
+
+
+def check_supported(targets: Iterable[Target], config: QuantConfig | None) -> None:
+    """Refuses an unsupported pair before any work is done."""
+    for target in targets:
+        if config is None and target.backend is Backend.TENSORRT:
+            raise UserError(f"target {target.name}: no TensorRT backend yet", fix="--target x86")
+        if config is None:
+            continue
+        found = cell(method_of(config), target)
+        if found.shown is Shown.REFUSED:
+            near = [t.name for t in TARGETS if cell(method_of(config), t).shown is not Shown.REFUSED]
+            raise UserError(
+                f"{method_of(config).name} is not supported on {target.name} ({target.family})",
+                found=found.reason,
+                fix=f"targets that run it: {', '.join(near)}",
+            )
+
+
+def method_of(config: QuantConfig) -> Method:
+    key = (config.quant_method, config.weight_format, config.activate_quant)
+    return next(m for m in METHODS if (m.quant_method, m.weight_format, m.activate) == key)
+
+
+def markdown() -> str:
+    """The table as the README shows it."""
+    names = [t.name for t in TARGETS]
+    lines = ["| method | per-channel | sub-channel | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    for m in METHODS:
+        grain = ["yes" if g else "no" for g in (m.per_channel, m.sub_channel)]
+        lines.append("| " + " | ".join([m.name, *grain, *(str(cell(m, t)) for t in TARGETS)]) + " |")
+    return "\n".join(lines)

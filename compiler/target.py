@@ -1,0 +1,71 @@
+"""What can be compiled for: one row a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from passes.errors import UserError
+
+
+class Backend(Enum):
+    """Who runs the artifact."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One deployment target.
+
+    sm            compute capability times ten, None for a CPU
+    int8_mma      has int8 tensor cores (or integer dot products): A8W8 makes sense
+    bf16          computes in bfloat16; where not, a bfloat16 checkpoint runs in float16
+    tensorrt      releases of full TensorRT that build for it, as a version specifier; "" for none
+    rtx           TensorRT-RTX builds for it, on any machine
+    """
+
+    name: str
+    family: str
+    backend: Backend
+    sm: int | None = None
+    int8_mma: bool = True
+    bf16: bool = True
+    tensorrt: str = ""
+    rtx: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        gpu = self.backend is Backend.TENSORRT
+        assert gpu == (self.sm is not None) == bool(self.tensorrt), self
+        assert not self.rtx or gpu, self
+        assert self.sm is None or (self.bf16 == (self.sm >= 80) and self.int8_mma == (self.sm >= 75)), self
+
+
+_CPU, _GPU = Backend.ONNXRUNTIME, Backend.TENSORRT
+TARGETS = (
+    Target("sm70", "Volta", _GPU, 70, int8_mma=False, bf16=False, tensorrt=">=10.0,<10.5", aliases=("v100",)),
+    Target("sm75", "Turing", _GPU, 75, bf16=False, tensorrt=">=10.12", rtx=True, aliases=("t4", "rtx2080ti")),
+    Target("sm80", "Ampere", _GPU, 80, tensorrt=">=10.12", rtx=True, aliases=("a100", "a30")),
+    Target("sm86", "Ampere", _GPU, 86, tensorrt=">=10.12", rtx=True, aliases=("a10", "a40", "rtx3090")),
+    Target("sm89", "Ada", _GPU, 89, tensorrt=">=10.12", rtx=True, aliases=("l4", "l40s", "rtx4090")),
+    Target("sm90", "Hopper", _GPU, 90, tensorrt=">=10.12", aliases=("h100", "h200")),
+    Target("sm100", "Blackwell", _GPU, 100, tensorrt=">=10.12", aliases=("b100", "b200")),
+    Target("sm120", "Blackwell", _GPU, 120, tensorrt=">=10.12", rtx=True, aliases=("rtx5090",)),
+    Target("sm121", "Blackwell", _GPU, 121, tensorrt=">=10.12", rtx=True, aliases=("gb10",)),
+    Target("x86", "x86-64 CPU", _CPU, aliases=("x86_64", "cpu")),
+    Target("armv9", "Armv9 CPU", _CPU, aliases=("arm", "aarch64")),
+)
+_BY_NAME = {name: t for t in TARGETS for name in (t.name, *t.aliases)}
+assert len(_BY_NAME) == sum(1 + len(t.aliases) for t in TARGETS)
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`, by its own name or an alias."""
+    target = _BY_NAME.get(name.lower())
+    if target is None:
+        raise UserError(
+            f"unknown target {name!r}", expected=", ".join(t.name for t in TARGETS), fix="compile --list-targets"
+        )
+    return target

@@ -1,0 +1,67 @@
+"""What must hold between the stages of the pipeline; an ill-formed graph is caught at a boundary, not in a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+import onnx_graphsurgeon as gs
+
+from passes.lazy import Missing, view_of
+from passes.rewrite import producer
+
+QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+
+
+class Stage(Enum):
+    FLOAT = "float"
+    QDQ = "canonical Q/DQ"
+    ONNXRUNTIME = "lowered for ONNX Runtime"
+
+
+def verify(graph: gs.Graph, stage: Stage) -> None:
+    """Raises on the first rule that a node breaks: a bug of ours, except for weights that a checkpoint lacks."""
+    for tensor in graph.tensors().values():
+        view = view_of(tensor)
+        if stage is not Stage.FLOAT and view is not None and isinstance(view.source, Missing):
+            next(iter(view.source.tiles()))
+    for node in graph.nodes:
+        for rule in RULES[stage]:
+            problem = rule(node)
+            assert problem is None, f"after stage '{stage.value}', node {node.name} ({node.op}): {problem}"
+
+
+def no_qdq(node: gs.Node) -> str | None:
+    return "quantization is not expected here" if node.op in QDQ_OPS else None
+
+
+def weight_dq_feeds_matmul(node: gs.Node) -> str | None:
+    if node.op != "DequantizeLinear" or not isinstance(node.inputs[0], gs.Constant):
+        return None
+    users = node.outputs[0].outputs
+    return (
+        None
+        if users and all(u.op == "MatMul" and u.inputs[1] is node.outputs[0] for u in users)
+        else "no MatMul's weight"
+    )
+
+
+def activation_q_is_followed_by_dq(node: gs.Node) -> str | None:
+    if node.op != "QuantizeLinear":
+        return None
+    users = node.outputs[0].outputs
+    return None if users and all(u.op == "DequantizeLinear" for u in users) else "codes leave the Q/DQ pair"
+
+
+def no_weight_dequantize(node: gs.Node) -> str | None:
+    """ONNX Runtime may turn DequantizeLinear + MatMul into int8-activation kernels: explicit operators only."""
+    weight = producer(node.inputs[1], "DequantizeLinear") if node.op == "MatMul" else None
+    return "a dequantized weight feeds a MatMul" if weight is not None else None
+
+
+Rule = Callable[[gs.Node], str | None]
+RULES: dict[Stage, tuple[Rule, ...]] = {
+    Stage.FLOAT: (no_qdq,),
+    Stage.QDQ: (weight_dq_feeds_matmul, activation_q_is_followed_by_dq),
+    Stage.ONNXRUNTIME: (no_weight_dequantize,),
+}
