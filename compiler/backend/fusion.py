@@ -45,12 +45,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Carrier:
-    """How one linear's weight is read, the type it has in the engine, and the kernels that read it, in all profiles."""
+    """How one linear's weight is read, in all profiles together.
+
+    `dtype` is the weight's type in the engine; `tokens` is "Int8" where it is multiplied with int8 activations.
+    """
 
     linear: str
     read: Read
-    dtype: str
-    kernels: tuple[str, ...]
+    dtype: str = ""
+    tokens: str = "float"
+    kernels: tuple[str, ...] = ()
 
 
 def kernels(table: str) -> tuple[Kernel, ...]:
@@ -83,9 +87,9 @@ def carrier(linear: str, readers: list[Kernel]) -> Carrier:
     """The verdict of the worst profile."""
     quantized = [k for k in readers if QUANTIZED & set(k.constants)]
     names = tuple(k.name for k in quantized or readers)
-    if not readers:
-        return Carrier(linear, Read.UNSEEN, "", names)
     if not quantized:
-        return Carrier(linear, Read.FLOAT, "", names)
+        return Carrier(linear, Read.FLOAT if readers else Read.UNSEEN, kernels=names)
     read = Read.FUSED if all(k.kind in MULTIPLIES for k in quantized) else Read.EXPANDED
-    return Carrier(linear, read, next(t for t in quantized[0].constants if t in QUANTIZED), names)
+    dtype = next(t for t in quantized[0].constants if t in QUANTIZED)
+    tokens = "Int8" if all("Int8" in k.inputs for k in quantized) else "float"
+    return Carrier(linear, read, dtype, tokens, names)
