@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, decided before a byte is: the canonical graph, a lowered one for each target, the ledger."""
+    """What will be written, decided before a byte is: a lowered graph for each target, and the ledger."""
 
     model: FloatModel
     decisions: Decisions
@@ -124,7 +124,7 @@ def write_target(request: Request, planned: Plan, target: Target, progress: Prog
         outputs=specs(graph.outputs),
         quant={path: str(q) for path, q in planned.decisions.items() if isinstance(q, QuantTensor)},
         llm=asdict(planned.model.llm) if planned.model.llm else None,
-        limits={"cache": "concat" if request.portable else "shared"} if planned.model.llm else {},
+        limits={"cache": cache_kind(graph)} if planned.model.llm else {},
         digests=digests,
     )
 
@@ -145,6 +145,13 @@ def replaced_folder(final: Path) -> Iterator[Path]:
             partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def cache_kind(graph: gs.Graph) -> str:
+    """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy of past."""
+    present = [t for t in graph.outputs if t.name.startswith("present.")]
+    in_place = all(t.inputs and t.inputs[0].op == "GroupQueryAttention" for t in present)
+    return "shared" if in_place else "concat"
 
 
 def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:

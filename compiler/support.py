@@ -1,4 +1,4 @@
-"""The support table as data: what has been shown for each method and target. The README's table is generated from it."""
+"""The support table as data: what has been shown for each method and target; the README shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings decomposed RMS norms and rotary embeddings back to the opset-23 operators that every backend has a kernel for."""
+"""Brings decomposed RMS norms and rotary embeddings back to the opset-23 operators that backends have kernels for."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class FoldSmallConstants(Rewrite[FoldMatch]):
             return None
         if any(np.prod(t.shape) > FOLD_LIMIT for t in node.inputs):
             return None
-        proto = onnx.helper.make_node(node.op, [f"i{i}" for i in range(len(node.inputs))], ["o"], **node.attrs)
         feeds = {f"i{i}": t.values for i, t in enumerate(node.inputs)}
-        values = ReferenceEvaluator(proto, opsets={"": 23}).run(None, feeds)[0]
+        proto = onnx.helper.make_node(node.op, list(feeds), ["o"], **node.attrs)
+        (values,) = ReferenceEvaluator(proto, opsets={"": 23}).run(None, feeds)
         return FoldMatch(node, np.asarray(values))
 
     def rewrite(self, graph: gs.Graph, match: FoldMatch) -> None:  # noqa: ARG002

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -67,7 +68,7 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
         codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
         scale = View(q, per_group, np.float32, axis=1, project=scale_gn)
         zero = View(q, per_group, code_type, axis=1, project=zero_gn)
-        attrs = {"axis": 0, "block_size": q.group_size}
+        attrs: dict[str, Any] = {"axis": 0, "block_size": q.group_size}
         if q.per_channel:
             scale = View(q, (n,), np.float32, project=lambda tile: tile.parts[1][:, 0])
             zero = View(q, (n,), code_type, project=lambda tile: tile.parts[2][:, 0])
@@ -131,7 +132,7 @@ class QuantizeActivations(Rewrite[Quantized]):
         scale = add(graph, "Mul", [peak, small(f"{prefix}/127th", 1 / 127, np.float32)], f"{prefix}/step")
         zero_row = add(graph, "Equal", [scale, small(f"{prefix}/0", 0, np.float32)], f"{prefix}/zero_row")
         scale = add(graph, "Where", [zero_row, small(f"{prefix}/1", 1, np.float32), scale], f"{prefix}/scale")
-        block = {"axis": -1, "block_size": k}
+        block: dict[str, Any] = {"axis": -1, "block_size": k}
         codes = gs.Variable(f"{prefix}/codes", np.int8, x.shape)
         add(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
         match.node.inputs[0] = add(graph, "DequantizeLinear", [codes, scale], f"{prefix}/dequantized", **block)

@@ -53,8 +53,8 @@ def linear(node: gs.Node) -> Linear | None:
 
 def module_path(node: gs.Node, weight: gs.Constant) -> str:
     """The path of the module a node belongs to: from its name (`a.b/MatMul_3`, `/a/b/MatMul`), else its weight's."""
-    scope = node.name.rpartition("/")[0].strip("/").replace("/", ".")
-    return scope or weight.name.removesuffix(".weight")
+    scope: str = node.name.rpartition("/")[0].strip("/").replace("/", ".")
+    return scope or str(weight.name).removesuffix(".weight")
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
     """Attention(q, Concat(past, k), Concat(past, v), mask) -> com.microsoft.GroupQueryAttention.
 
     Before: present_k = Concat(past_k, k); y [B, H, S, D] = Attention(q, present_k, present_v, mask [B, 1, S, T])
-    After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, T - 1, T, mask)
+    After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, last, T, mask)
 
-    Lengths come from the mask alone, so past and present may be one buffer of the maximum length (no copy of the cache
-    at decode), or grow by each call as the interface says.
+    Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy of
+    the cache at decode), or grow by each call as the interface says.
     """
 
     def match(self, node: gs.Node) -> AttentionMatch | Reject | None:
@@ -83,7 +83,11 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
 
 
 def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-    """(total length int32 scalar, total - 1 for each row int32 [B]) of a mask [B, 1, S, T], made once for each mask."""
+    """(total length int32 scalar, each row's own length less one int32 [B]) of a mask [B, 1, S, T], made once for a mask.
+
+    A row ends at the last key that its last query sees. Rows padded on the left all end at T. Rows padded on the right
+    end where they end, so sequences of different lengths decode in one batch, each in its own place in the cache.
+    """
     prefix = f"{mask.name}/lengths"
     tensors = {t.name: t for n in graph.nodes if n.name.startswith(prefix) for t in n.outputs}
     if f"{prefix}/last" in tensors:
@@ -91,9 +95,10 @@ def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     one = add(graph, "Shape", [mask], f"{prefix}/t", start=3, end=4)
     scalar = add(graph, "Squeeze", [one], f"{prefix}/scalar")
     total = add(graph, "Cast", [scalar], f"{prefix}/total", to=onnx.TensorProto.INT32)
-    less = add(graph, "Sub", [total, small(f"{prefix}/one", 1, np.int32)], f"{prefix}/less")
-    batch = add(graph, "Shape", [mask], f"{prefix}/b", start=0, end=1)
-    return total, add(graph, "Expand", [less, batch], f"{prefix}/last")
+    query = add(graph, "Gather", [mask, small(f"{prefix}/query", -1, np.int64)], f"{prefix}/seen", axis=2)
+    key = add(graph, "ArgMax", [query], f"{prefix}/key", axis=2, keepdims=0, select_last_index=1)
+    row = add(graph, "Reshape", [key, small(f"{prefix}/row", [-1], np.int64)], f"{prefix}/rows")
+    return total, add(graph, "Cast", [row], f"{prefix}/last", to=onnx.TensorProto.INT32)
 
 
 def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:

@@ -1,6 +1,6 @@
 """Canonical Q/DQ linears -> the explicit integer operators of ONNX Runtime's CPU provider.
 
-Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently, older ones do not.
+Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently.
 """
 
 from __future__ import annotations
@@ -100,14 +100,16 @@ class Blocks:
 
     def repeated(self, per_group: Array) -> Array:
         """[n, G] -> [n, blocks]; a channel's one value for every block, padding included."""
-        return np.repeat(per_group, self.count // self.groups, axis=1)
+        repeated: Array = np.repeat(per_group, self.count // self.groups, axis=1)
+        return repeated
 
     def packed(self, values: Array) -> Array:
         if self.bits == 8:
             return values
         if values.shape[1] % 2:
             values = np.pad(values, ((0, 0), (0, 1)))
-        return values[:, 0::2] | (values[:, 1::2] << 4)
+        pairs: Array = values[:, 0::2] | (values[:, 1::2] << 4)
+        return pairs
 
 
 @dataclass(frozen=True)

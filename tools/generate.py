@@ -142,7 +142,7 @@ def end_tokens(folder: Path) -> set[int]:
 
 
 def chat_prompt(folder: Path, message: str) -> str:
-    """`message` as the first turn of a chat, through the model's own template (in a sandbox: it came with the model)."""
+    """`message` as the first turn of a chat, by the model's own template (sandboxed: it came with the model)."""
     path = folder / "chat_template.jinja"
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     template = path.read_text("utf-8") if path.is_file() else config.get("chat_template")
@@ -198,10 +198,9 @@ def main(
     tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
     text = chat_prompt(model.folder, prompt) if chat else prompt
     if compare is not None:
+        greedy = "".join(stream(model, tokenizer, text, max_tokens, Sampling()))
         print(f"float     {json.dumps(float_text(compare, text, max_tokens), ensure_ascii=False)}")
-        print(
-            f"compiled  {json.dumps(''.join(stream(model, tokenizer, text, max_tokens, Sampling())), ensure_ascii=False)}"
-        )
+        print(f"compiled  {json.dumps(greedy, ensure_ascii=False)}")
         return
     started, count = time.monotonic(), 0
     for piece in stream(model, tokenizer, text, max_tokens, Sampling(temperature, top_k, top_p, seed)):

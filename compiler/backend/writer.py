@@ -163,7 +163,7 @@ def pack(values: Array) -> Array:
 
 
 def pwrite(fd: int, data: Array, offset: int) -> None:
-    view = memoryview(data.reshape(-1).view(np.uint8))
+    view = memoryview(data.reshape(-1).view(np.uint8).data)
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written

@@ -88,6 +88,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
                 attn_implementation=IMPLEMENTATION,
                 trust_remote_code=trust_remote_code,
             )
+            model.tie_weights()  # skipping the initialisation skips this as well
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UserError(
             "transformers cannot build a causal language model from this config",
@@ -106,12 +107,13 @@ def untouched_parameters() -> Iterator[None]:
     register = torch.nn.Module.register_parameter
 
     def register_expanded(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
+        # A tied parameter arrives a second time: it must stay the same object.
+        if parameter is not None and parameter.untyped_storage().nbytes() > parameter.element_size():
             expanded = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
             parameter = torch.nn.Parameter(expanded, requires_grad=False)
         register(self, name, parameter)
 
-    torch.nn.Module.register_parameter = register_expanded  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = register_expanded  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -169,7 +171,7 @@ def export_graph(model: Any, shape: LlmShape) -> gs.Graph:
         )
     assert exported is not None
     traced = exported.model
-    parameters = {f"model.{name}" for name, _ in model.named_parameters()}
+    parameters = {f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in parameters & set(traced.graph.initializers):
         value = traced.graph.initializers.pop(name)
         value.const_value = None  # nothing may fold what was never written

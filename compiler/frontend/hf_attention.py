@@ -1,9 +1,9 @@
-"""What a transformers model calls while it is exported: one ONNX Attention per layer, one explicit mask, a plain cache."""
+"""What a transformers model calls while it is exported: ONNX Attention, one explicit mask, a plain cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from passes.errors import UserError
 
 IMPLEMENTATION = "instantrt"
-Tensor = torch.Tensor
+Tensor: TypeAlias = torch.Tensor
 
 
 def register() -> None:
@@ -23,7 +23,7 @@ def register() -> None:
 
 
 def attention(
-    module: torch.nn.Module,  # noqa: ARG001  (transformers' interface)
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,7 +59,7 @@ def attention(
 
 
 def additive_mask(
-    batch_size: int,
+    batch_size: int,  # noqa: ARG001  (the mask has a row for each sequence already)
     q_length: int,
     mask_function: Callable[..., Tensor],
     attention_mask: Tensor,
