@@ -41,8 +41,8 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
     Before: present_k = Concat(past_k, k); y [B, H, S, D] = Attention(q, present_k, present_v, mask [B, 1, S, T])
     After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, last, T, mask)
 
-    Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy of
-    the cache at decode), or grow by each call as the interface says.
+    Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy
+    of the cache at decode), or grow by each call as the interface says.
     """
 
     def match(self, node: gs.Node) -> AttentionMatch | Reject | None:
@@ -83,7 +83,7 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
 
 
 def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-    """(total length int32 scalar, each row's own length less one int32 [B]) of a mask [B, 1, S, T], made once for a mask.
+    """(total length int32 scalar, each row's length less one int32 [B]) of a mask [B, 1, S, T], made once for a mask.
 
     A row ends at the last key that its last query sees. Rows padded on the left all end at T. Rows padded on the right
     end where they end, so sequences of different lengths decode in one batch, each in its own place in the cache.

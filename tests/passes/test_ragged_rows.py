@@ -1,0 +1,88 @@
+"""GroupQueryAttention with rows of different lengths: each row of a batch equals the row alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+
+from compiler.backend.writer import write_model
+from compiler.frontend.model import FloatModel
+from passes.lower_ort_graph import ATTENTION
+from passes.rewrite import Ledger, run
+
+Array = npt.NDArray[Any]
+LENGTHS = (5, 17, 2, 40)
+STEPS = 4
+LIMIT = 64
+
+
+@pytest.fixture(scope="module")
+def session(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> ort.InferenceSession:
+    path: Path = tmp_path_factory.mktemp("ragged") / "model.onnx"
+    graph = tiny_float.graph.copy()
+    run(graph, ATTENTION, Ledger())
+    write_model(graph, path)
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def empty_cache(batch: int) -> dict[str, Array]:
+    return {f"{i}.{part}": np.zeros((batch, 2, LIMIT, 64), np.float32) for i in range(4) for part in ("key", "value")}
+
+
+def step(session: ort.InferenceSession, ids: Array, mask: Array, positions: Array, cache: dict[str, Array]) -> Array:
+    """Logits of `ids`; the cache grows in place."""
+    binding = session.io_binding()
+    for name, value in {"input_ids": ids, "attention_mask": mask, "position_ids": positions}.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(value, np.int64))
+    binding.bind_output("logits")
+    for name, buffer in cache.items():
+        value = ort.OrtValue.ortvalue_from_numpy(buffer)
+        binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+        binding.bind_ortvalue_output(f"present.{name}", value)
+    session.run_with_iobinding(binding)
+    logits: Array = binding.get_outputs()[0].numpy()
+    return logits
+
+
+def texts() -> list[Array]:
+    random = np.random.default_rng(0)
+    return [random.integers(1, 4000, n + STEPS) for n in LENGTHS]
+
+
+def alone(session: ort.InferenceSession, text: Array, prompt: int) -> list[Array]:
+    """Logits after the prompt, and after each of the tokens that follow it."""
+    cache = empty_cache(1)
+    out = [step(session, text[None, :prompt], np.ones((1, prompt)), np.arange(prompt)[None], cache)[0, -1]]
+    for n in range(prompt, len(text)):
+        out.append(step(session, text[None, n : n + 1], np.ones((1, n + 1)), np.array([[n]]), cache)[0, -1])
+    return out
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_of_different_lengths(session: ort.InferenceSession, side: str) -> None:
+    rows, width = texts(), max(LENGTHS)
+    ids, mask = np.zeros((2, len(rows), width), np.int64)
+    places = [slice(0, n) if side == "right" else slice(width - n, width) for n in LENGTHS]
+    for row, (text, place, n) in enumerate(zip(rows, places, LENGTHS, strict=True)):
+        ids[row, place], mask[row, place] = text[:n], 1
+    cache = empty_cache(len(rows))
+    logits = step(session, ids, mask, np.maximum(mask.cumsum(1) - 1, 0), cache)
+    got = [[logits[row, place.stop - 1]] for row, place in enumerate(places)]
+    lengths = np.array(LENGTHS)
+    for done in range(STEPS):
+        if side == "right":  # each row grows in its own place
+            mask = (np.arange(width + done + 1) <= (lengths + done)[:, None]).astype(np.int64)
+        else:  # all rows grow at the end, as the interface says
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], 1)
+        tokens = np.array([[text[n + done]] for text, n in zip(rows, LENGTHS, strict=True)])
+        logits = step(session, tokens, mask, (lengths + done)[:, None], cache)
+        for row in range(len(rows)):
+            got[row].append(logits[row, -1])
+    for row, (text, n) in enumerate(zip(rows, LENGTHS, strict=True)):
+        expected = np.array(alone(session, text, n))
+        assert np.abs(np.array(got[row]) - expected).max() <= 1e-4 * np.abs(expected).max()
