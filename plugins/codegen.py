@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from plugins.ops import DOMAIN, OPS
-from plugins.schema import Op
+from plugins.schema import Attr, Op
 
 HEADER = Path(__file__).parent / "runtime" / "schema.h"
+MOST_CHOICES = max(len(a.allowed or ()) for op in OPS for a in op.attrs)
 
 
 def render() -> str:
@@ -22,6 +23,8 @@ def render() -> str:
         "struct Field {",
         "    char const* name;",
         "    int32_t value;  // the default",
+        "    int32_t choices;  // 0: any value, checked against the shapes",
+        f"    int32_t allowed[{MOST_CHOICES}];",
         "};",
         "",
         f'constexpr char kDomain[] = "{DOMAIN}";',
@@ -30,6 +33,11 @@ def render() -> str:
         "}  // namespace schema",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _field(attr: Attr) -> str:
+    allowed = attr.allowed or ()
+    return f'{{"{attr.name}", {attr.default}, {len(allowed)}, {{{", ".join(map(str, allowed))}}}}}'
 
 
 def _struct(op: Op) -> list[str]:
@@ -48,9 +56,9 @@ def _struct(op: Op) -> list[str]:
         "    enum Attr : int32_t { "
         + ", ".join("k" + "".join(w.capitalize() for w in a.name.split("_")) for a in op.attrs)
         + " };",
-        f"    static constexpr Field kFields[{len(op.attrs)}] = {{"
-        + ", ".join(f'{{"{a.name}", {a.default}}}' for a in op.attrs)
-        + "};",
+        f"    static constexpr Field kFields[{len(op.attrs)}] = {{",
+        *(f"        {_field(a)}," for a in op.attrs),
+        "    };",
         "    // legal types: one row, one type for each port",
         "    template <typename DataType>",
         f"    static constexpr DataType kTypes[{len(rows)}][{len(ports)}] = {{",

@@ -8,6 +8,8 @@ namespace schema {
 struct Field {
     char const* name;
     int32_t value;  // the default
+    int32_t choices;  // 0: any value, checked against the shapes
+    int32_t allowed[4];
 };
 
 constexpr char kDomain[] = "instantrt";
@@ -20,7 +22,15 @@ struct WeightOnlyGemm {
     static constexpr int32_t kInputs = 4;
     static constexpr int32_t kRequiredInputs = 3;
     enum Attr : int32_t { kBits, kGroup, kActivation, kGated, kActivationBits, kLayoutTag, kLayoutVersion };
-    static constexpr Field kFields[7] = {{"bits", 4}, {"group", 128}, {"activation", 0}, {"gated", 0}, {"activation_bits", 16}, {"layout_tag", 16}, {"layout_version", 1}};
+    static constexpr Field kFields[7] = {
+        {"bits", 4, 2, {4, 8}},
+        {"group", 128, 0, {}},
+        {"activation", 0, 4, {0, 1, 2, 3}},
+        {"gated", 0, 2, {0, 1}},
+        {"activation_bits", 16, 2, {16, 8}},
+        {"layout_tag", 16, 1, {16}},
+        {"layout_version", 1, 1, {1}},
+    };
     // legal types: one row, one type for each port
     template <typename DataType>
     static constexpr DataType kTypes[2][5] = {

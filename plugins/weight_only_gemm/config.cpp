@@ -32,7 +32,7 @@ Row const* find_row(wog_problem const& p) {
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
-    int const by_device = p.sm_count / std::max(blocks, 1);
+    int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
     int const by_depth = ceil_div(p.k, stage_k(row.kernel)) / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
 }
@@ -90,15 +90,22 @@ int64_t wog_workspace(wog_problem const* problem) {
     char error[256];
     wog_plan plan{};
     int64_t most = 0;
-    int64_t const largest = p.m;
+    p.sm_count = kMostMultiprocessors;
     for (Row const& row : kRows) {
-        p.m = std::min(largest, row.max_m);
-        if (wog_choose(&p, &plan, error, sizeof error)) return 0;
+        p.m = std::min(problem->m, row.max_m);
+        p.sm = row.min_sm;
+        if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         Row const& chosen = kRows[plan.row];
         int64_t const tile = int64_t(chosen.columns) * 8 * chosen.warps_n * 32 * 4;
         most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? p.sm_count * tile : 0});
     }
     return most;
+}
+
+int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
+    char const* const failed = query_device(*sm, *sm_count);
+    if (failed) std::snprintf(error, size, "WeightOnlyGemm: cannot query the device: %s", failed);
+    return failed != nullptr;
 }
 
 int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size) {

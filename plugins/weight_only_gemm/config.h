@@ -22,6 +22,7 @@ struct Row {
 
 constexpr int64_t kAny = int64_t(1) << 40;
 constexpr int kNewest = 999;
+constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
 // The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
 // stages; sm_75 has no asynchronous copies, so two stages are all that helps there.
@@ -75,6 +76,7 @@ constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
 }
 
 // Each returns null or what the runtime said.
+char const* query_device(int32_t& sm, int32_t& sm_count);
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);

@@ -41,13 +41,18 @@ typedef struct {
     int64_t workspace;          // bytes
 } wog_plan;
 
-// All return 0, or 1 with a message in `error`. The first two are pure functions of the problem and need no GPU.
-int wog_check(wog_problem const* problem, char* error, size_t size);
-int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size);
-int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size);
+#define WOG_EXPORT __attribute__((visibility("default")))
 
-// The largest workspace that any m <= problem->m needs.
-int64_t wog_workspace(wog_problem const* problem);
+// These return 0, or 1 with a message in `error`. The first two are pure functions of the problem and need no GPU.
+WOG_EXPORT int wog_check(wog_problem const* problem, char* error, size_t size);
+WOG_EXPORT int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size);
+WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size);
+
+// sm and sm_count of the current CUDA device.
+WOG_EXPORT int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size);
+
+// The largest workspace that any m <= problem->m needs on any device: an engine may be built far from where it runs.
+WOG_EXPORT int64_t wog_workspace(wog_problem const* problem);
 
 #ifdef __cplusplus
 }

@@ -47,6 +47,8 @@ __global__ void __launch_bounds__(128) plain(PlainArgs const p) {
 
 }  // namespace
 
+char const* query_device(int32_t& sm, int32_t& sm_count) { return describe_device(sm, sm_count); }
+
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const&, void* stream) {
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);

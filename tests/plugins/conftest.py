@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.plugins.kernels import Emulated, Library, build_emulator
+from tests.plugins.kernels import Emulated, Library, build_emulators
 
 
 @pytest.fixture(scope="session")
@@ -14,5 +14,5 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Emulated]:
     """The kernels' sources on the CPU: as sm_80 and later see them, and as Turing does."""
     if shutil.which("g++") is None:
         pytest.skip("the kernel emulator needs g++ on PATH")
-    folder = tmp_path_factory.mktemp("emulator")
-    return {sm: Emulated(Library(build_emulator(folder, sm)), sm) for sm in (75, 80)}
+    built = build_emulators(tmp_path_factory.mktemp("emulator"), (75, 80))
+    return {sm: Emulated(Library(path), sm) for sm, path in built.items()}

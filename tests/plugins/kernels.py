@@ -55,6 +55,7 @@ class Library:
     """wog_choose, wog_workspace and wog_launch of one shared library."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._c = ctypes.CDLL(str(path))
         self._c.wog_workspace.restype = I64
 
@@ -140,10 +141,14 @@ class Emulated:
         return memory["y"].read(dtype, shape)
 
 
-def build_emulator(folder: Path, sm: int) -> Path:
-    out = folder / f"emulated_{sm}.so"
-    command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
+    """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command += ["-I", str(Path(__file__).parent / "emulator"), "-x", "c++"]
     sources = [str(SOURCE / name) for name in (*KERNELS, "config.cpp")]
-    include = ["-I", str(Path(__file__).parent / "emulator")]
-    subprocess.run([*command, f"-DDEVICE_SM={sm}", *include, "-x", "c++", *sources, "-o", str(out)], check=True)
-    return out
+    built = {sm: folder / f"emulated_{sm}.so" for sm in sms}
+    running = [subprocess.Popen([*command, f"-DDEVICE_SM={sm}", *sources, "-o", str(out)]) for sm, out in built.items()]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise AssertionError("the emulator does not compile; the compiler's message is above")
+    return built

@@ -35,10 +35,9 @@ def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("sm", "dtype", "bits", "activation_bits"), FORMATS)
-def test_sizes(
-    emulated: Kernels, sm: int, dtype: np.dtype, bits: int, activation_bits: int, size: tuple[int, int, int, int]
-) -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tuple[int, int, int, int]) -> None:
+    sm, dtype, bits, activation_bits = kind
     m, n, k, group = size
     case = Case(m, n, k, bits, group, dtype, bias=m % 2 == 0, activation_bits=activation_bits)
     check(emulated[sm], case.make())

@@ -175,6 +175,17 @@ __device__ __forceinline__ void multiply_add(int32_t (&c)[4], uint32_t const (&a
 
 // ---- host ----
 
+// Of the current device; null, or what the runtime said
+inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
+    int device = 0, major = 0, minor = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    sm = major * 10 + minor;
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 // Returns null, or what the runtime said. More than 48 KiB of shared memory must be asked for on each device.
 template <class Args>
 char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream stream, Args args) {

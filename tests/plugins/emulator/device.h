@@ -308,6 +308,11 @@ inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, u
 
 // ---- host ----
 
+inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
+    sm = DEVICE_SM, multiprocessors = 4;
+    return nullptr;
+}
+
 template <class Args>
 char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream, Args args) {
     char const* const seed = std::getenv("EMULATOR_SEED");
