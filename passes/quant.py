@@ -33,11 +33,30 @@ class Codes(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Order:
+    """A permutation of channels, by value: channel j of what follows is channel `indices[j]` of what was."""
+
+    data: bytes  # int32; bytes hash once
+
+    @classmethod
+    def of(cls, indices: Array) -> Order:
+        return cls(indices.astype(np.int32).tobytes())
+
+    @property
+    def indices(self) -> Array:
+        return np.frombuffer(self.data, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.data) // 4
+
+
+@dataclass(frozen=True)
 class QuantTensor:
     """A quantized weight `[N, K]` that is computed or decoded tile by tile.
 
     `source` delivers `Codes`. `symmetric` promises that every zero point is the central code 2^(bits-1).
     `activations` says what the linear multiplies it with: float, or int8 quantized per token.
+    `order` is the order its inputs have to be brought into, None for the model's own (GPTQ's desc_act sorts them).
     """
 
     name: str
@@ -48,6 +67,7 @@ class QuantTensor:
     symmetric: bool
     scale_dtype: np.dtype[Any]
     activations: Activations = "float"
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8)
