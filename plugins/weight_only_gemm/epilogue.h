@@ -38,7 +38,9 @@ __device__ __forceinline__ void finish(Output const& out, float (&v)[16], int64_
     }
     int64_t const at = m * stride + first;
     if (out.wide) {
-        for (int i = 0; i < count; i++) static_cast<float*>(out.y)[at + i] = v[i];
+#pragma unroll  // with a fixed count: v must stay in registers
+        for (int i = 0; i < 16; i++)
+            if (i < count) static_cast<float*>(out.y)[at + i] = v[i];
         return;
     }
     uint4 words[2];

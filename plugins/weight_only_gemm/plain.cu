@@ -32,16 +32,17 @@ __global__ void __launch_bounds__(128) plain(PlainArgs const p) {
     int64_t const item = int64_t(blockIdx.x) * 128 + threadIdx.x, m = item / strips;
     int const n0 = int(item % strips) * 16;
     if (m >= p.out.m) return;
-    float v[16];
-    for (int i = 0; i < 16; i++) {
-        v[i] = 0.0f;
-        for (int k = 0; k < p.k; k++) {
+    float v[16] = {};
+    for (int k = 0; k < p.k; k++) {
+        float const x = p.x ? to_float<T>(p.x[m * p.k + k]) : float(p.rows.values[m * p.k + int8_position(k)]);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
             uint16_t const* const affine = p.affine + (int64_t(k / p.group) * p.out.n + n0 + i) * 2;
-            float const w = (float(code(p, n0 + i, k)) - to_float<T>(affine[1])) * to_float<T>(affine[0]);
-            v[i] += w * (p.x ? to_float<T>(p.x[m * p.k + k]) : float(p.rows.values[m * p.k + int8_position(k)]));
+            v[i] += (float(code(p, n0 + i, k)) - to_float<T>(affine[1])) * to_float<T>(affine[0]) * x;
         }
-        if (!p.x) v[i] *= p.rows.scales[m];
     }
+    if (!p.x)
+        for (int i = 0; i < 16; i++) v[i] *= p.rows.scales[m];
     finish<T>(p.out, v, m, n0);
 }
 

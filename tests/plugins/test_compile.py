@@ -1,0 +1,131 @@
+"""The kernels compiled for GPUs: every instance is there, nothing spills, registers in budget, the right instructions.
+
+By default for one SM of each kind of code (75: no async copies, 80: mma.sync, 90a: Hopper); KERNEL_SMS=all compiles for
+every supported SM, KERNEL_SMS=86,120 for those.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.kernels import ROOT, SOURCE, Library
+
+ALL = ("75", "80", "86", "89", "90a", "100", "120")
+DEFAULT = ("75", "80", "90a")
+ASKED = os.environ.get("KERNEL_SMS", ",".join(DEFAULT))
+SMS = ALL if ASKED == "all" else tuple(ASKED.split(","))
+BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
+
+ROWS = ("stream8", "stream16", "tile32", "tile64", "stream8_turing", "stream16_turing", "tile32_turing")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: str  # as in registers.json
+    type: str
+    bits: int
+    sm: str
+    registers: int
+    spills: int
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The CMake build as users run it -> its folder and what the compiler reported."""
+    for tool in ("nvcc", "cmake", "ninja", "c++filt"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"compiling the kernels needs {tool} on PATH")
+    folder = tmp_path_factory.mktemp("kernels")
+    architectures = ";".join(f"{sm}-real" for sm in SMS)
+    configure = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), "-G", "Ninja", "-DPTXAS_REPORT=ON"]
+    subprocess.run([*configure, f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"], check=True, capture_output=True)
+    made = subprocess.run(["cmake", "--build", str(folder)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
+    assert "warning" not in made.stdout, "the kernels compile without warnings"
+    return folder, subprocess.run(["c++filt"], input=made.stdout, capture_output=True, text=True, check=True).stdout
+
+
+def name(kernel: str, arguments: str) -> tuple[str, str, int]:
+    """gemm<Half, 4, 0> -> ("stream8", "Half", 4): rows of the table by their names."""
+    kind, *numbers = (a.strip() for a in arguments.split(","))
+    if kernel == "gemm":
+        return ROWS[int(numbers[1])], kind, int(numbers[0])
+    if kernel == "int8_gemm":
+        return ("int8", "int8_turing")[int(numbers[0]) - len(ROWS)], kind, 8
+    return kernel, kind, 0
+
+
+@pytest.fixture(scope="session")
+def compiled(build: tuple[Path, str]) -> list[Compiled]:
+    pattern = re.compile(
+        r"Compiling entry function 'void wog::\(anonymous namespace\)::(\w+)<([^>]*)>\(.*?' for 'sm_(\w+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = pattern.findall(build[1])
+    return [Compiled(*name(k, a), sm, int(used), int(stores) + int(loads)) for k, a, sm, stores, loads, used in found]
+
+
+EMPTY = 8  # registers of an instance whose body is left out because the table never chooses it there
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compiled], sm: str) -> None:
+    built = {(c.kernel, c.type, c.bits) for c in compiled if c.sm == sm and c.registers > EMPTY}
+    turing = sm == "75"
+    rows = [r for r in (*ROWS, "int8", "int8_turing") if r.endswith("_turing") == turing]
+    types = ("Half",) if turing else ("Half", "Bfloat")
+    chosen = {(r, t, b) for r in rows for t in types for b in ((8,) if r.startswith("int8") else (4, 8))}
+    always = {(k, t, 0) for k in ("plain", "quantize", "add_parts") for t in ("Half", "Bfloat")}
+    assert built == chosen | always
+
+
+def test_nothing_spills_and_registers_stay_in_budget(compiled: list[Compiled]) -> None:
+    assert {c.sm for c in compiled} == set(SMS)
+    assert [c for c in compiled if c.spills] == []
+    assert [c for c in compiled if c.registers > BUDGETS[c.kernel]] == []
+
+
+def test_the_real_library_loads_without_a_gpu(build: tuple[Path, str]) -> None:
+    library = Library(build[0] / "libinstantrt_kernels.so")
+    plan = library.choose(m=1, n=4096, k=4096, group=128, bits=4, activation_bits=16, sm=90, sm_count=132)
+    assert plan.kernel == "stream8"
+
+
+def disassembler() -> dict[str, str]:
+    """An environment in which cuobjdump is found: PATH, or the wheels nvidia-cuda-cuobjdump and -nvdisasm."""
+    folders = [str(p) for p in (ROOT / ".third_party").glob("*/nvidia/cu13/bin")]
+    if importlib.util.find_spec("nvidia") and (spec := importlib.util.find_spec("nvidia.cu13")):
+        folders += [f"{p}/bin" for p in spec.submodule_search_locations or ()]
+    path = os.pathsep.join([os.environ["PATH"], *folders])
+    if not shutil.which("cuobjdump", path=path) or not shutil.which("nvdisasm", path=path):
+        pytest.skip("reading machine code needs cuobjdump and nvdisasm: the wheels nvidia-cuda-cuobjdump, -nvdisasm")
+    return {**os.environ, "PATH": path}
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: str) -> None:
+    dump = subprocess.run(
+        ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(build[0] / "libinstantrt_kernels.so")],
+        capture_output=True, text=True, check=True, env=disassembler(),
+    ).stdout  # fmt: skip
+    seen = Counter(re.findall(r"\b(HMMA|IMMA|LDGSTS|LDL|STL|ATOM|RED)(\.[A-Z0-9_.]+)?\b", dump))
+    names = {"".join(key) for key in seen}
+    expected = (
+        {"HMMA.1688.F32", "IMMA.8816.U8.S8"}
+        if sm == "75"
+        else {"HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.U8.S8", "LDGSTS.E.BYPASS.128"}
+    )
+    assert expected <= names, f"missing {sorted(expected - names)}"
+    assert {n for n in names if n.startswith(("LDL", "STL"))} == set(), "local memory: a spilled or indexed array"
+    assert {n for n in names if n.startswith(("ATOM", "RED"))} == set(), "atomics would make results depend on timing"
