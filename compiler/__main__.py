@@ -30,6 +30,18 @@ def compile_command(
     embeddings: Annotated[str, typer.Option(help="stored or int8")] = "stored",
     cpu_preset: Annotated[str, typer.Option(help="exact or fast, for 8-bit per-channel weights on a CPU")] = "exact",
     portable: Annotated[bool, typer.Option("--portable", help="standard ONNX attention")] = False,
+    builder: Annotated[str, typer.Option(help="auto, tensorrt-rtx, tensorrt or kit")] = "auto",
+    max_batch: Annotated[int, typer.Option(help="engines: sequences that run together")] = 1,
+    max_length: Annotated[int | None, typer.Option(help="engines: tokens of a sequence, cache included")] = None,
+    opt_length: Annotated[int | None, typer.Option(help="engines: the length to tune for")] = None,
+    logits: Annotated[str, typer.Option(help="engines: last (of each sequence) or all")] = "last",
+    kv_cache: Annotated[str, typer.Option(help="engines: concat or in-place")] = "concat",
+    memory_limit: Annotated[int | None, typer.Option(help="engines: MiB of scratch memory")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="engines: 0 to 5")] = None,
+    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="weights may stay on the host")] = False,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="for newer TensorRT too")] = False,
+    hardware_compatible: Annotated[str, typer.Option(help="ampere_plus, say: for other GPUs too")] = "",
+    timing_cache: Annotated[Path | None, typer.Option(help="file of timings that builds share")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="print what each layer became, and why")] = False,
@@ -62,12 +74,26 @@ def compile_command(
         embeddings=embeddings,  # type: ignore[arg-type]
         cpu_preset=cpu_preset,  # type: ignore[arg-type]
         portable=portable,
+        builder=builder,  # type: ignore[arg-type]
+        max_batch=max_batch,
+        max_length=max_length,
+        opt_length=opt_length,
+        logits=logits,  # type: ignore[arg-type]
+        kv_cache=kv_cache,  # type: ignore[arg-type]
+        memory_limit=memory_limit,
+        optimization_level=optimization_level,
+        weight_streaming=weight_streaming,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        timing_cache=timing_cache,
         trust_remote_code=trust_remote_code,
         **fields,
     )
     started = time.monotonic()
     with report.console.status("") as status:
         planned = plan(request, status.update)
+    for note in planned.notes:
+        report.console.print(f"note: {note}", soft_wrap=True)
     if explain:
         report.show_explanation(planned)
     if dry_run:

@@ -34,6 +34,7 @@ class Artifact:
     quant     module path -> what it was quantized to
     llm       sizes of the causal LM's interface (layers, kv_heads, head_dim, vocab, max_length), None for others
     digests   file -> sha256, relative to the manifest
+    engine    builder, version, sm, profiles, options, how each weight is read; None for what is not an engine
     """
 
     target: str
@@ -46,6 +47,7 @@ class Artifact:
     digests: Mapping[str, str]
     limits: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    engine: Mapping[str, Any] | None = None
 
 
 def write_manifest(folder: Path, artifacts: list[Artifact], source: Mapping[str, Any]) -> None:
@@ -66,19 +68,21 @@ def read_manifest(folder: Path) -> list[Artifact]:
             found=str(body.get("format")),
         )
     try:
-        return [
-            Artifact(
-                **{
-                    **raw,
-                    "inputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["inputs"]),
-                    "outputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["outputs"]),
-                    "plugins": tuple(raw.get("plugins", ())),
-                }
-            )
-            for raw in body["artifacts"]
-        ]
+        return [artifact_from_json(raw) for raw in body["artifacts"]]
     except (KeyError, TypeError) as error:
         raise UserError("not a manifest of ours", where=str(folder / MANIFEST), found=str(error)) from None
+
+
+def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
+    """The inverse of `asdict`; KeyError or TypeError where `raw` is something else."""
+    return Artifact(
+        **{
+            **raw,
+            "inputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["inputs"]),
+            "outputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["outputs"]),
+            "plugins": tuple(raw.get("plugins", ())),
+        }
+    )
 
 
 def find_artifact(folder: Path, target: str | None = None) -> Artifact:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,26 @@ import onnx_graphsurgeon as gs
 from compiler import pipeline
 from compiler.artifact import Artifact, TensorSpec, sha256, write_manifest
 from compiler.backend.writer import Progress, place, write_model
+from compiler.engine import (
+    ENGINE,
+    Builder,
+    Choice,
+    Settings,
+    build_engine,
+    choose_builder,
+    compute_type,
+    quantized_linears,
+)
 from compiler.frontend import load
 from compiler.frontend.model import FloatModel
+from compiler.kit import KIT, MODEL, Kit, finished, write_kit
+from compiler.profiles import profiles
 from compiler.quant import gptq, instant
 from compiler.quant.config import QuantConfig
 from compiler.quant.resolve import resolve
 from compiler.request import Request
 from compiler.support import check_supported
-from compiler.target import Backend, Target
+from compiler.target import Backend, Target, find_target
 from passes.errors import UserError
 from passes.insert_qdq import Decisions
 from passes.quant import QuantTensor
@@ -46,12 +61,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, decided before a byte is: a lowered graph for each target, and the ledger."""
+    """What will be written, decided before a byte is: a lowered graph for each target, and the ledger.
+
+    Targets may share one graph. `builders` says who builds each engine; `notes` are what the user should know.
+    """
 
     model: FloatModel
     decisions: Decisions
     lowered: dict[str, gs.Graph]
     ledger: Ledger
+    builders: Mapping[str, Choice] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def size(self, target: str) -> int:
         """Bytes of the artifact's weights."""
@@ -69,11 +89,51 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     say("deciding how to quantize")
     decisions = decide(graph, model, config, params, request)
     canonical = pipeline.quantize(graph, decisions, ledger)
-    lowered = {
-        target.name: pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
-        for target in request.resolved_targets()
-    }
-    return Plan(model, decisions, lowered, ledger)
+    bits = frozenset(q.bits for q in decisions.values() if isinstance(q, QuantTensor))
+    gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
+    builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
+    types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
+    lowered = lower(canonical, model, types, request, ledger)
+    return Plan(model, decisions, lowered, ledger, builders, engine_notes(model, builders, types))
+
+
+def lower(
+    canonical: gs.Graph, model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, ledger: Ledger
+) -> dict[str, gs.Graph]:
+    """A lowered graph for each target; targets that compute in one type share one."""
+    lowered: dict[str, gs.Graph] = {}
+    shared: dict[np.dtype[Any], gs.Graph] = {}
+    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
+    for target in request.resolved_targets():
+        dtype = types.get(target.name)
+        if dtype is None:
+            lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
+            continue
+        if dtype not in shared:
+            shared[dtype] = pipeline.lower_tensorrt(canonical.copy(), dtype, request, limits, ledger)
+        lowered[target.name] = shared[dtype]
+    return lowered
+
+
+def stored_types(model: FloatModel) -> Mapping[np.dtype[Any], int]:
+    """Bytes of the checkpoint in each of its types."""
+    sizes: Counter[np.dtype[Any]] = Counter()
+    for tensor in model.tensors.values():
+        sizes[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
+    return sizes
+
+
+def engine_notes(
+    model: FloatModel, builders: Mapping[str, Choice], types: Mapping[str, np.dtype[Any]]
+) -> tuple[str, ...]:
+    bfloat16 = compute_type(find_target("sm80"), stored_types(model)) != np.float16
+    kits = [f"{name}: a build kit, because {c.reason}" for name, c in builders.items() if c.flavour is None]
+    narrow = [
+        f"{name}: computes in float16, the checkpoint is bfloat16: this GPU has none"
+        for name, dtype in types.items()
+        if bfloat16 and dtype == np.float16
+    ]
+    return (*kits, *narrow)
 
 
 def decide(
@@ -102,31 +162,108 @@ def compile_model(request: Request, say: Say = lambda text: None, progress: Prog
 def compile_planned(request: Request, planned: Plan, progress: Progress) -> list[Artifact]:
     """Writes what was planned; a target's folder appears when it is complete, the manifest last."""
     request.out.mkdir(parents=True, exist_ok=True)
-    artifacts = [write_target(request, planned, target, progress) for target in request.resolved_targets()]
+    with LoweredFiles(request.out, progress) as files:
+        artifacts = [write_target(request, planned, target, files) for target in request.resolved_targets()]
     write_manifest(request.out, artifacts, {"model": request.model.name, "request": summary(request)})
     return artifacts
 
 
-def write_target(request: Request, planned: Plan, target: Target, progress: Progress) -> Artifact:
-    assert target.backend is Backend.ONNXRUNTIME
-    graph = planned.lowered[target.name]
-    with replaced_folder(request.out / target.name) as folder:
-        write_model(graph, folder / "model.onnx", progress)
-        for name in SIDE_FILES:
-            if (planned.model.folder / name).is_file():
-                shutil.copyfile(planned.model.folder / name, folder / name)
-        digests = {f"{target.name}/{p.name}": sha256(p) for p in sorted(folder.iterdir())}
-    return Artifact(
+def write_target(request: Request, planned: Plan, target: Target, files: LoweredFiles) -> Artifact:
+    """Writes OUT/<target>/, which holds model.onnx, model.engine or a build kit."""
+    graph, choice = planned.lowered[target.name], planned.builders.get(target.name)
+    artifact = Artifact(
         target=target.name,
         kind="onnx",
-        path=f"{target.name}/model.onnx",
+        path=f"{target.name}/{MODEL}",
         inputs=specs(graph.inputs),
         outputs=specs(graph.outputs),
         quant={path: str(q) for path, q in planned.decisions.items() if isinstance(q, QuantTensor)},
         llm=asdict(planned.model.llm) if planned.model.llm else None,
         limits={"cache": cache_kind(graph)} if planned.model.llm else {},
-        digests=digests,
+        digests={},
     )
+    with replaced_folder(request.out / target.name) as folder:
+        copy_side_files(planned.model.folder, folder)
+        if choice is None:
+            write_model(graph, folder / MODEL, files.progress)
+        else:
+            artifact = write_engine(request, planned, target, choice, artifact, files, folder)
+        return replace(artifact, digests=digests(folder, target.name))
+
+
+def write_engine(
+    request: Request,
+    planned: Plan,
+    target: Target,
+    choice: Choice,
+    artifact: Artifact,
+    files: LoweredFiles,
+    folder: Path,
+) -> Artifact:
+    """An engine in `folder`, or the kit to build it elsewhere."""
+    graph, llm = planned.lowered[target.name], planned.model.llm
+    limits = request.engine_limits(llm.max_length if llm else 0)
+    settings = Settings(profiles(graph.inputs, limits, llm=llm is not None), request.engine_options())
+    linears = quantized_linears(graph)
+    artifact = replace(artifact, limits={**artifact.limits, **asdict(limits), "logits": request.logits})
+    if choice.flavour is None:
+        files.link(graph, folder)
+        write_kit(folder, settings, linears, artifact)
+        return replace(artifact, kind="kit", path=f"{target.name}/{KIT}")
+    onnx = files.path(graph)
+    engine = build_engine(choice, target, onnx, folder, settings, linears, lambda text: files.progress(text, 0))
+    return replace(artifact, kind="engine", path=f"{target.name}/{ENGINE}", engine=engine)
+
+
+class LoweredFiles:
+    """Lowered graphs on disk beside the output, each written once however many targets share it; gone at the end."""
+
+    def __init__(self, out: Path, progress: Progress) -> None:
+        self.out, self.progress = out, progress
+        self.folders: dict[int, Path] = {}
+
+    def __enter__(self) -> LoweredFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for folder in self.folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def path(self, graph: gs.Graph) -> Path:
+        """The model file of `graph`."""
+        if id(graph) not in self.folders:
+            self.folders[id(graph)] = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
+            write_model(graph, self.folders[id(graph)] / MODEL, self.progress)
+        return self.folders[id(graph)] / MODEL
+
+    def link(self, graph: gs.Graph, folder: Path) -> None:
+        """Puts the files of `graph` into `folder`, without a second copy of their bytes."""
+        for file in self.path(graph).parent.iterdir():
+            os.link(file, folder / file.name)
+
+
+def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
+    """Finishes a build kit on the machine it was made for: OUT/<target>/model.engine and the manifest."""
+    choice = choose_builder(kit.target, builder)
+    if choice.flavour is None:
+        raise UserError(f"this machine cannot build for {kit.target.name} either", found=choice.reason)
+    out.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(out / kit.target.name) as folder:
+        copy_side_files(kit.folder, folder)
+        engine = build_engine(choice, kit.target, kit.onnx, folder, kit.settings, kit.linears, say)
+        artifact = finished(kit, engine, digests(folder, kit.target.name), f"{kit.target.name}/{ENGINE}")
+    write_manifest(out, [artifact], {"kit": kit.folder.name})
+    return artifact
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def digests(folder: Path, target: str) -> dict[str, str]:
+    return {f"{target}/{path.name}": sha256(path) for path in sorted(folder.iterdir())}
 
 
 @contextmanager
@@ -150,7 +287,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
 def cache_kind(graph: gs.Graph) -> str:
     """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy of past."""
     present = [t for t in graph.outputs if t.name.startswith("present.")]
-    in_place = all(t.inputs and t.inputs[0].op == "GroupQueryAttention" for t in present)
+    in_place = all(t.inputs and t.inputs[0].op in ("GroupQueryAttention", "TensorScatter") for t in present)
     return "shared" if in_place else "concat"
 
 
@@ -161,4 +298,4 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
 def summary(request: Request) -> dict[str, Any]:
     """The request without paths of this machine: the same input gives the same bytes anywhere."""
     fields = asdict(request)
-    return {key: value for key, value in fields.items() if key not in ("model", "out", "targets")}
+    return {key: value for key, value in fields.items() if key not in ("model", "out", "targets", "timing_cache")}

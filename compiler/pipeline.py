@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from compiler.profiles import Limits
 from compiler.request import Request
 from compiler.target import Target
+from passes.cast_compute_type import cast_compute_type
+from passes.errors import UserError
 from passes.fuse_norm_and_rotary import FUSE
 from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
+from passes.kv_in_place import kv_in_place
+from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
+from passes.lower_native_int8 import LowerNativeInt8
+from passes.lower_native_weight_only import LowerNativeWeightOnly
 from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
 from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, linear_passes
 from passes.rewrite import Ledger, Rewrite, run
@@ -49,4 +57,26 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     passes += tables_as_stored()
     run(graph, passes, ledger)
     verify(graph, Stage.ONNXRUNTIME)
+    return graph
+
+
+def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger) -> gs.Graph:
+    """Native TensorRT in the compute type `dtype`: no plugin, no zero points, strongly typed."""
+    if request.logits == "last":
+        run(graph, [LastLogits()], ledger)
+    if request.kv_cache == "in-place":
+        kv_in_place(graph, limits.max_length, ledger)
+    # Types first: the lowerings then build each constant once, in the type it has in the engine.
+    cast_compute_type(graph, dtype, ledger)
+    before = len(ledger.entries)
+    run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], ledger)
+    for entry in ledger.entries[before:]:
+        if entry.reason:
+            raise UserError(
+                "TensorRT without plugins cannot run this quantized layer",
+                where=entry.node,
+                found=entry.reason,
+                fix=f"--weight-only for 8-bit GPTQ, or --ignore {entry.node}",
+            )
+    verify(graph, Stage.TENSORRT)
     return graph

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from compiler.backend.tensorrt import EngineOptions
+from compiler.engine import Builder
+from compiler.profiles import Limits
 from compiler.quant.config import SHORT
 from compiler.target import Target, find_target
 from passes.errors import UserError
 from passes.lower_ort_linear import Preset
 
+Logits = Literal["last", "all"]
+KvCache = Literal["concat", "in-place"]
 HeadFormat = Literal["float", "int8"]
 TableFormat = Literal["stored", "int8"]
 
@@ -32,6 +37,16 @@ class Request:
     embeddings       stored (as in the checkpoint) or int8
     cpu_preset       exact: 8-bit per-channel weights see activations of 14 bits; fast: int8 activations per block
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
+
+    For TensorRT targets:
+    builder          auto, tensorrt-rtx, tensorrt, or kit: what a GPU machine needs to finish the build
+    max_batch        sequences that run together
+    max_length       tokens of a sequence, cache included; None: 2048, or the model's own maximum where that is less
+    opt_length       the length to tune for; None: 512, or max_length where that is less
+    logits           last (of each sequence) or all
+    kv_cache         concat (present is a longer copy of past) or in-place (one buffer of max_length)
+    memory_limit     MiB of scratch memory
+    optimization_level, weight_streaming, version_compatible, hardware_compatible, timing_cache: as TensorRT has them
     """
 
     model: Path
@@ -48,6 +63,18 @@ class Request:
     cpu_preset: Preset = "exact"
     portable: bool = False
     trust_remote_code: bool = False
+    builder: Builder = "auto"
+    max_batch: int = 1
+    max_length: int | None = None
+    opt_length: int | None = None
+    logits: Logits = "last"
+    kv_cache: KvCache = "concat"
+    memory_limit: int | None = None
+    optimization_level: int | None = None
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    hardware_compatible: str = ""
+    timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -57,6 +84,9 @@ class Request:
             ("lm_head", self.lm_head, get_args(HeadFormat)),
             ("embeddings", self.embeddings, get_args(TableFormat)),
             ("cpu_preset", self.cpu_preset, get_args(Preset)),
+            ("builder", self.builder, get_args(Builder)),
+            ("logits", self.logits, get_args(Logits)),
+            ("kv_cache", self.kv_cache, get_args(KvCache)),
         )
         for field, value, values in allowed:
             if value not in values:
@@ -72,10 +102,33 @@ class Request:
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
         self.resolved_targets()
+        self.engine_limits()
+        self.engine_options()
 
     def resolved_targets(self) -> tuple[Target, ...]:
         """The target rows, each once, in the order asked for."""
         return tuple(dict.fromkeys(find_target(name) for name in self.targets))
+
+    def engine_limits(self, longest: int = 0) -> Limits:
+        """What an engine accepts; `longest` is the model's own maximum, 0 where it has none."""
+        if longest and (self.max_length or 0) > longest:
+            raise UserError(
+                "max_length", expected=f"at most {longest}, which the model was made for", found=str(self.max_length)
+            )
+        max_length = self.max_length if self.max_length is not None else min(2048, longest or 2048)
+        return Limits(
+            self.max_batch, max_length, self.opt_length if self.opt_length is not None else min(512, max_length)
+        )
+
+    def engine_options(self) -> EngineOptions:
+        return EngineOptions(
+            memory_limit=self.memory_limit << 20 if self.memory_limit is not None else None,
+            optimization_level=self.optimization_level,
+            weight_streaming=self.weight_streaming,
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            timing_cache=self.timing_cache,
+        )
 
 
 JSON_KEYS = {

@@ -57,15 +57,22 @@ def cell(method: Method, target: Target) -> Cell:
     if method.activate and not target.int8_mma:
         return Cell(Shown.REFUSED, "no int8 tensor cores")
     if target.backend is Backend.TENSORRT:
-        return Cell(Shown.REFUSED, "no TensorRT backend yet")
+        return tensorrt_cell(method, target)
     return Cell(Shown.RUN if target.name == "x86" else Shown.COMPILED)
+
+
+def tensorrt_cell(method: Method, target: Target) -> Cell:
+    """Engines without a plugin: TensorRT-RTX builds them on any machine, full TensorRT from a build kit."""
+    if target.sm == 70:
+        return Cell(Shown.REFUSED, "TensorRT 10.4, the last for Volta, has no Attention operator")
+    if target.rtx and not (target.sm == 75 and method.weight_format == "uint4"):
+        return Cell(Shown.BUILT)
+    return Cell(Shown.COMPILED, "build kit")
 
 
 def check_supported(targets: Iterable[Target], config: QuantConfig | None) -> None:
     """Refuses an unsupported pair before any work is done."""
     for target in targets:
-        if config is None and target.backend is Backend.TENSORRT:
-            raise UserError(f"target {target.name}: no TensorRT backend yet", fix="--target x86")
         if config is None:
             continue
         found = cell(method_of(config), target)

@@ -77,7 +77,8 @@ class ClampMask(Rewrite[ClampMatch]):
     def match(self, node: gs.Node) -> ClampMatch | Reject | None:
         limit = float(ml_dtypes.finfo(self.dtype).max)
         for index, tensor in enumerate(node.inputs):
-            if not isinstance(tensor, gs.Constant) or tensor.dtype != FLOAT32 or tensor.values.size != 1:
+            # Shape before values: asking a lazy constant for its values would load it.
+            if not isinstance(tensor, gs.Constant) or tensor.dtype != FLOAT32 or np.prod(tensor.shape) != 1:
                 continue
             value = float(tensor.values.reshape(()))
             if abs(value) > limit:

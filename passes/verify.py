@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from passes.lazy import Missing, view_of
@@ -17,6 +18,7 @@ class Stage(Enum):
     FLOAT = "float"
     QDQ = "canonical Q/DQ"
     ONNXRUNTIME = "lowered for ONNX Runtime"
+    TENSORRT = "lowered for TensorRT"
 
 
 def verify(graph: gs.Graph, stage: Stage) -> None:
@@ -59,9 +61,42 @@ def no_weight_dequantize(node: gs.Node) -> str | None:
     return "a dequantized weight feeds a MatMul" if weight is not None else None
 
 
+def signed_and_symmetric(node: gs.Node) -> str | None:
+    """TensorRT takes neither unsigned codes nor zero points."""
+    if node.op not in QDQ_OPS:
+        return None
+    codes = node.inputs[0] if node.op == "DequantizeLinear" else node.outputs[0]
+    if codes.dtype is not None and np.dtype(codes.dtype).name in ("uint8", "uint4"):
+        return "unsigned codes"
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    return "a zero point" if zero is not None and (view_of(zero) is not None or zero.values.any()) else None
+
+
+def int8_product_is_by_tensor(node: gs.Node) -> str | None:
+    """An int8 product takes one weight scale. TensorRT reads block scales as if they were a channel's, without a word;
+    a channel's it multiplies too late, after the unscaled sums were written as float16.
+    """
+    x, w = (producer(t, "DequantizeLinear") for t in node.inputs) if node.op == "MatMul" else (None, None)
+    if x is None or w is None or isinstance(x.inputs[0], gs.Constant):
+        return None
+    return None if np.prod(w.inputs[1].shape) == 1 else "quantized activations meet a weight with several scales"
+
+
+def attention_is_explicit(node: gs.Node) -> str | None:
+    """TensorRT aligns a causal mask to the upper left even with a cache, and ignores the lengths of input 6."""
+    if node.op != "Attention":
+        return None
+    if node.attrs.get("is_causal") or len(node.inputs) < 4 or not node.inputs[3].name:
+        return "the mask is not explicit"
+    if len(node.outputs) != 1 or any(t.name for t in node.inputs[4:]):
+        return "a cache or lengths inside the node"
+    return None
+
+
 Rule = Callable[[gs.Node], str | None]
 RULES: dict[Stage, tuple[Rule, ...]] = {
     Stage.FLOAT: (no_qdq,),
     Stage.QDQ: (weight_dq_feeds_matmul, activation_q_is_followed_by_dq),
     Stage.ONNXRUNTIME: (no_weight_dequantize,),
+    Stage.TENSORRT: (signed_and_symmetric, int8_product_is_by_tensor, attention_is_explicit),
 }

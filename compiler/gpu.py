@@ -1,0 +1,44 @@
+"""The NVIDIA GPUs of this machine, asked of the driver itself: no CUDA toolkit and no framework needed."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    sm: int
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """All GPUs, in the driver's order; none where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    return tuple(_gpu(driver, ordinal) for ordinal in range(count.value))
+
+
+def _gpu(driver: ctypes.CDLL, ordinal: int) -> Gpu:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), ordinal)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, device)
+    return Gpu(name.value.decode("utf-8", "replace"), 10 * major.value + minor.value)
+
+
+def describe() -> str:
+    """What this machine has, in words."""
+    found = gpus()
+    return ", ".join(f"{gpu.name} (sm{gpu.sm})" for gpu in found) if found else "no NVIDIA GPU"
