@@ -27,7 +27,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from passes.errors import UserError
 
 Array = npt.NDArray[Any]
-TILE_BYTES = 1 << 20  # near the L2 cache: larger tiles measured slower, smaller ones spend their time in Python
+TILE_BYTES = 1 << 18  # its float32 copy fits an L2 cache, where the arithmetic runs several times faster
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FOUR_BIT = (np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4))
 
@@ -136,7 +136,9 @@ class Missing:
 def convert(values: Array, dtype: np.dtype[Any]) -> Array:
     """A cast; bf16 widens by a shift, which is several times faster than ml_dtypes' own cast."""
     if values.dtype == BFLOAT16 and dtype == np.float32:
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        bits = values.view(np.uint16).astype(np.uint32)
+        bits <<= 16  # in place: a second array of this size costs more than the arithmetic
+        return bits.view(np.float32)
     return values.astype(dtype, copy=False)
 
 

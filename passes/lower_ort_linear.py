@@ -108,8 +108,8 @@ class Blocks:
             return values
         if values.shape[1] % 2:
             values = np.pad(values, ((0, 0), (0, 1)))
-        pairs: Array = values[:, 0::2] | (values[:, 1::2] << 4)
-        return pairs
+        pairs: Array = np.ascontiguousarray(values).view("<u2")  # odd code << 8 | even code
+        return (pairs | pairs >> 4).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class LowerPerChannel(Rewrite[Quantized]):
         codes, scales, count = rows_as_limbs(graph, match.x, k, self.limbs)
         flip = 0x80 if self.limbs.signed_weights else 0
         code_type = np.dtype(np.int8 if flip else np.uint8)
-        weight = View(q, (k, n), code_type, axis=1, project=lambda t: (t.parts[0].T ^ flip).view(code_type))
-        zero = View(q, (n,), code_type, project=lambda t: (t.parts[2][:, 0] ^ flip).view(code_type))
+        weight = View(q, (k, n), code_type, axis=1, project=lambda t: flipped(t.parts[0], flip).view(code_type).T)
+        zero = View(q, (n,), code_type, project=lambda t: flipped(t.parts[2][:, 0], flip).view(code_type))
         scale = View(q, (n,), np.float32, project=lambda t: t.parts[1][:, 0])
         center = small(f"{path}.center", self.limbs.center, np.uint8)
         out = take_over(match.node)
@@ -183,6 +183,11 @@ class LowerPerChannel(Rewrite[Quantized]):
     def note(self, match: Quantized) -> str:
         kind = "two limbs of 7 bits (exact)" if self.limbs.count == 2 else "one limb of 8 bits"
         return f"{match.quant} -> MatMulInteger, {kind}"
+
+
+def flipped(codes: Array, flip: int) -> Array:
+    """uint8 codes with their top bit turned, which are the same numbers less 128 as int8."""
+    return codes ^ np.uint8(flip) if flip else codes
 
 
 def rows_as_limbs(graph: gs.Graph, x: gs.Tensor, k: int, limbs: Limbs) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:

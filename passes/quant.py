@@ -103,7 +103,7 @@ QuantTable = Mapping[str, QuantTensor]
 
 
 def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
-    """InstantQuant weight-only. w `[n, G, g]` float32.
+    """InstantQuant weight-only. w `[n, G, g]` float32, contiguous; its memory is reused.
 
     fmin' = min(fmin, 0), fmax' = max(fmax, 0), scale = (fmax' - fmin') / (2^bits - 1),
     zero = clamp(round(-fmin' / scale)), code = clamp(round(w / scale) + zero). With 0 inside the range a one-sided or
@@ -111,27 +111,43 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
     Rounding is half to even; scale is rounded to `scale_dtype` before it is used.
     """
     top = np.float32(2**bits - 1)
-    low = np.minimum(w.min(axis=2), 0)
-    high = np.maximum(w.max(axis=2), 0)
+    low = np.minimum(reduce_groups(np.minimum, w), 0)
+    high = np.maximum(reduce_groups(np.maximum, w), 0)
     scale = stored((high - low) / top, scale_dtype)
     zero = np.clip(np.rint(-low / scale), 0, top)
-    q = w / scale[..., None]
-    np.rint(q, out=q)
-    q += zero[..., None]
-    np.clip(q, 0, top, out=q)
-    return Codes(q.astype(np.uint8).reshape(len(w), -1), scale, zero.astype(np.uint8))
+    w /= scale[..., None]
+    np.rint(w, out=w)
+    w += zero[..., None]
+    np.clip(w, 0, top, out=w)
+    return Codes(w.astype(np.uint8).reshape(len(w), -1), scale, zero.astype(np.uint8))
 
 
 def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
-    """InstantQuant activation quantization's weights. w `[n, G, g]` float32; scale = max|w| / (2^(bits-1) - 1)."""
+    """InstantQuant activation quantization's weights: scale = max|w| / (2^(bits-1) - 1).
+
+    w `[n, G, g]` float32, contiguous; its memory is reused.
+    """
     top = np.float32(2 ** (bits - 1) - 1)
-    scale = stored(np.maximum(w.max(axis=2), -w.min(axis=2)) / top, scale_dtype)
-    q = w / scale[..., None]
-    np.rint(q, out=q)
-    np.clip(q, -top, top, out=q)
-    q += top + 1
+    peak = np.maximum(reduce_groups(np.maximum, w), -reduce_groups(np.minimum, w))
+    scale = stored(peak / top, scale_dtype)
+    w /= scale[..., None]
+    np.rint(w, out=w)
+    np.clip(w, -top, top, out=w)
+    w += top + 1
     zero = np.full(scale.shape, top + 1, np.uint8)
-    return Codes(q.astype(np.uint8).reshape(len(w), -1), scale, zero)
+    return Codes(w.astype(np.uint8).reshape(len(w), -1), scale, zero)
+
+
+def reduce_groups(op: np.ufunc, w: Array) -> Array:
+    """`op` over the last axis of w `[n, G, g]`; short groups by halving, which keeps NumPy's loops long."""
+    n, groups, size = w.shape
+    if size > 64 or size & (size - 1):
+        result: Array = op.reduce(w, axis=2)
+        return result
+    halves = w.reshape(-1)
+    while len(halves) > n * groups:
+        halves = op(halves[0::2], halves[1::2])
+    return halves.reshape(n, groups)
 
 
 def stored(scale: Array, dtype: np.dtype[Any]) -> Array:
@@ -168,16 +184,17 @@ class InstantQuant:
     def tiles(self) -> Iterator[Tile]:
         quantize = quantize_symmetric if self.symmetric else quantize_asymmetric
         for start, (rows,) in self.weight.tiles():
-            w = convert(rows, np.dtype(np.float32)).reshape(len(rows), -1, self.group_size)
+            w = rows.copy() if rows.dtype == np.float32 else convert(rows, np.dtype(np.float32))
+            w = w.reshape(len(rows), -1, self.group_size)
             with np.errstate(invalid="ignore", over="ignore"):
                 block = quantize(w, self.bits, self.scale_dtype)
             if not np.isfinite(block.scale).all():
-                raise not_finite(self.name, start, w)
+                raise not_finite(self.name, start, convert(rows, np.dtype(np.float32)))
             yield Tile(start, block)
 
 
-def not_finite(name: str, start: int, w: Array) -> UserError:
-    flat = w.reshape(len(w), -1)
+def not_finite(name: str, start: int, flat: Array) -> UserError:
+    """What is wrong with the rows `flat` [n, K] that gave a scale that is not finite."""
     bad = np.argwhere(~np.isfinite(flat))
     if len(bad):
         row, column = bad[0]

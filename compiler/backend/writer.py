@@ -19,7 +19,8 @@ from passes.lazy import FOUR_BIT, Array, Source, View, view_of
 DATA_SUFFIX = ".data"
 INLINE_LIMIT = 1 << 10  # shape inference wants to see axes and shapes; weights are always larger
 ALIGNMENT = 4096  # so that a runtime can map the pages as they are
-STRIP_ROWS = 1024  # columns are written this many bytes wide at least: narrower writes cost more than the data
+STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
+STRIP_MEMORY = 1 << 24  # and as wide as this allows
 THREADS = 2
 
 Progress = Callable[[str, int], None]  # (tensor, bytes just written)
@@ -129,27 +130,40 @@ class Strip:
     """Collects columns of a row-major matrix until they are wide enough to be worth a write per row."""
 
     def __init__(self, placed: Placed, fd: int) -> None:
+        view = placed.view
         self.placed, self.fd = placed, fd
-        self.column, self.pending = 0, list[Array]()
+        self.rows, self.width = int(np.prod(view.shape[:-1])), view.shape[-1]
+        self.row_bytes = view.nbytes // self.rows
+        strip = max(STRIP_BYTES, STRIP_MEMORY // self.rows)
+        self.room = min(self.width, strip * self.width // self.row_bytes)
+        self.buffer = np.empty((self.rows, self.room), view.dtype)
+        self.start, self.filled = 0, 0
 
     def put(self, block: Array) -> None:
-        self.pending.append(block)
-        if sum(b.shape[-1] for b in self.pending) >= STRIP_ROWS:
-            self.flush()
+        """Takes columns [rows, n]. A few at a time: a transposed block copied whole misses the cache on each element."""
+        block = block.reshape(self.rows, -1)
+        taken = 0
+        while taken < block.shape[1]:
+            count = min(16, block.shape[1] - taken, self.room - self.filled)
+            self.buffer[:, self.filled : self.filled + count] = block[:, taken : taken + count]
+            self.filled += count
+            taken += count
+            if self.filled == self.room:
+                self.flush()
 
     def flush(self) -> None:
-        if not self.pending:
+        if not self.filled:
             return
-        view = self.placed.view
-        width = sum(b.shape[-1] for b in self.pending)
-        block = pack(np.ascontiguousarray(np.concatenate(self.pending, axis=-1))).reshape(-1)
-        rows = block.reshape(int(np.prod(view.shape[:-1])), -1).view(np.uint8)
-        row_bytes = view.nbytes // len(rows)
-        start = self.placed.offset + self.column * row_bytes // view.shape[-1]
-        for i, row in enumerate(rows):
-            pwrite(self.fd, row, start + i * row_bytes)
-        self.column += width
-        self.pending.clear()
+        data = pack(self.buffer[:, : self.filled])
+        offset = self.placed.offset + self.start * self.row_bytes // self.width
+        if self.filled == self.width:
+            pwrite(self.fd, data, offset)
+        else:
+            flat, strip = memoryview(data.reshape(-1).view(np.uint8).data), data.nbytes // self.rows
+            for row in range(self.rows):
+                write_all(self.fd, flat[row * strip : (row + 1) * strip], offset + row * self.row_bytes)
+        self.start += self.filled
+        self.filled = 0
 
 
 def pack(values: Array) -> Array:
@@ -163,7 +177,10 @@ def pack(values: Array) -> Array:
 
 
 def pwrite(fd: int, data: Array, offset: int) -> None:
-    view = memoryview(data.reshape(-1).view(np.uint8).data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+    write_all(fd, memoryview(data.reshape(-1).view(np.uint8).data), offset)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
