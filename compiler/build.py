@@ -33,7 +33,7 @@ from compiler.frontend import load
 from compiler.frontend.model import FloatModel
 from compiler.kit import KIT, MODEL, Kit, finished, write_kit
 from compiler.profiles import profiles
-from compiler.quant import gptq, instant
+from compiler.quant import instant, stored
 from compiler.quant.config import QuantConfig
 from compiler.quant.resolve import resolve
 from compiler.request import Request
@@ -82,19 +82,20 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     say(f"reading {request.model}")
     model = load(request.model, trust_remote_code=request.trust_remote_code)
-    config, params = resolve(request, model.folder, model.config)
+    config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config)
     ledger = Ledger()
     graph = pipeline.normalize(model.graph, ledger)
     say("deciding how to quantize")
-    decisions = decide(graph, model, config, params, request)
+    decisions = decide(graph, model, config, reader, request)
     canonical = pipeline.quantize(graph, decisions, ledger)
     bits = frozenset(q.bits for q in decisions.values() if isinstance(q, QuantTensor))
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
     types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     lowered = lower(canonical, model, types, request, ledger)
-    return Plan(model, decisions, lowered, ledger, builders, engine_notes(model, builders, types))
+    notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    return Plan(model, decisions, lowered, ledger, builders, notes)
 
 
 def lower(
@@ -137,7 +138,7 @@ def engine_notes(
 
 
 def decide(
-    graph: gs.Graph, model: FloatModel, config: QuantConfig | None, params: gptq.GptqConfig | None, request: Request
+    graph: gs.Graph, model: FloatModel, config: QuantConfig | None, reader: stored.Reader | None, request: Request
 ) -> Decisions:
     """How each linear is quantized, or why it is not."""
     found = pipeline.linears(graph)
@@ -146,9 +147,10 @@ def decide(
     for pattern in config.ignore:
         if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
             raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
+    if reader is not None:
+        constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
+        return stored.decide(found, model.tensors, constants, reader, config)
     head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
-    if params is not None:
-        return gptq.decide(found, model.tensors, params, config, head)
     return instant.decide(found, config, np.dtype(np.float32), head, request.lm_head)
 
 

@@ -49,6 +49,15 @@ METHODS = (
     Method("GPTQ-INT8 (A16W8)", "gptq", "int8", False, True, True),
     Method("GPTQ-INT8 (A8W8)", "gptq", "int8", True, True, True),
     Method("GPTQ-INT4 (A16W4)", "gptq", "uint4", False, True, True),
+    Method("GPTQ-INT4 (A8W4)", "gptq", "uint4", True, True, True),
+    Method("AWQ-INT4 (A16W4)", "awq", "uint4", False, True, True),
+    Method("AWQ-INT4 (A8W4)", "awq", "uint4", True, True, True),
+    Method("CT-INT8 (A16W8)", "compressed-tensors", "int8", False, True, True),
+    Method("CT-INT8 (A8W8)", "compressed-tensors", "int8", True, True, True),
+    Method("CT-INT4 (A16W4)", "compressed-tensors", "uint4", False, True, True),
+    Method("CT-INT4 (A8W4)", "compressed-tensors", "uint4", True, True, True),
+    Method("INT8 (A16W8)", "int8", "int8", False, True, False),
+    Method("INT8 (A8W8)", "int8", "int8", True, True, False),
 )
 
 
@@ -63,6 +72,8 @@ def cell(method: Method, target: Target) -> Cell:
 
 def tensorrt_cell(method: Method, target: Target) -> Cell:
     """Engines without a plugin: TensorRT-RTX builds them on any machine, full TensorRT from a build kit."""
+    if method.activate and method.weight_format == "uint4":
+        return Cell(Shown.REFUSED, "no int8 by int4 product without a plugin")
     if target.sm == 70:
         return Cell(Shown.REFUSED, "TensorRT 10.4, the last for Volta, has no Attention operator")
     if target.rtx and not (target.sm == 75 and method.weight_format == "uint4"):

@@ -14,8 +14,10 @@ SHORT: dict[str, dict[str, str]] = {
     "a16w8": {"weight_format": "int8", "compute_method": "weight_only"},
     "a16w4": {"weight_format": "uint4", "compute_method": "weight_only"},
     "a8w8": {"weight_format": "int8", "compute_method": "activate_quant"},
+    "a8w4": {"weight_format": "uint4", "compute_method": "activate_quant"},
 }
-METHODS = ("instant_quant", "gptq")
+# Everything but instant_quant names the format of a checkpoint that is quantized already.
+METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8")
 FORMATS = {"int8": 8, "uint4": 4}
 COMPUTE = ("weight_only", "activate_quant")
 KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore")

@@ -1,185 +1,203 @@
 """GPTQ checkpoints, bit for bit: codes, scales and zero points are taken as they are, never dequantized.
 
-qweight  int32 [K * bits / 32, N]   codes of consecutive k, lowest bits first
-qzeros   int32 [G, N * bits / 32]   zero points of consecutive n; format `gptq` stores the packed words less 1 a field
+qweight  int32 [ceil(K * bits / 32), N]      codes of consecutive k, lowest bits first
+qzeros   int32 [G, ceil(N * bits / 32)]      zero points of consecutive n; `gptq` stores the packed words less 1 a field
 scales   fp16  [G, N]
-g_idx    int32 [K]                  the group of each k
+g_idx    int32 [K]                           the group of each k
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
-from compiler.checkpoint import read_json
-from compiler.quant.config import QuantConfig
+from compiler.quant.stored import (
+    FLOATS,
+    INT32,
+    Layer,
+    checked_scales,
+    input_order,
+    safe_pattern,
+    strips,
+    unpack,
+    whole,
+    words_for,
+)
 from passes.errors import UserError
-from passes.insert_qdq import Decisions
 from passes.lazy import Array, FileTensor, Tile
-from passes.linear import Linear
-from passes.quant import Codes, QuantTensor
+from passes.quant import Activations, Codes, Order, QuantTensor
 from passes.rewrite import Reject
 
-TILE_CODES = 1 << 22
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what has to be added to a stored zero
+OVERRIDES = ("bits", "group_size", "sym", "desc_act")
 
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself. `dynamic` holds (pattern, overrides); None for a module that is left float."""
 
     bits: int
     group_size: int
     symmetric: bool
     zero_offset: int
+    reordered: bool = False
+    dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...] = ()
+    where: str = ""
 
+    method = "gptq"
+    mark = "qweight"
+    notes: ClassVar[tuple[str, ...]] = ()
 
-def find_config(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization config of a checkpoint: in config.json, or in quantize_config.json beside it."""
-    inside = config.get("quantization_config")
-    if isinstance(inside, dict):
-        return inside
-    beside = folder / "quantize_config.json"
-    return read_json(beside) if beside.is_file() else None
+    @property
+    def activations(self) -> Activations:
+        """Eight-bit checkpoints run as A8W8 unless asked otherwise, as in DashInfer."""
+        return "int8" if self.bits == 8 else "float"
 
+    def module(self, path: str) -> GptqConfig | None:
+        """The config of one module: the first matching pattern of `dynamic` changes it, or leaves it float."""
+        for pattern, changes in self.dynamic:
+            if pattern.match(path):
+                return None if changes is None else parse_layer(changes, self, f"{self.where}, dynamic")
+        return self
 
-def parse_config(raw: Mapping[str, Any], where: str) -> GptqConfig:
-    bits, group_size = raw.get("bits"), raw.get("group_size", -1)
-    if bits not in (4, 8):
-        raise UserError("GPTQ bits", where=where, expected="4 or 8", found=repr(bits))
-    if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
-        raise UserError("GPTQ group_size", where=where, expected="-1 or a positive integer", found=repr(group_size))
-    if raw.get("desc_act"):
-        raise UserError(
-            "desc_act=true (activation order) is not supported",
-            where=where,
-            fix="quantize again with desc_act=false",
+    def read(self, layer: Layer) -> QuantTensor | Reject:
+        stored = layer.find("qweight") is not None
+        config = self.module(layer.path)
+        if stored and config is None:
+            raise UserError("the config leaves this module float, the checkpoint holds it quantized", where=layer.path)
+        if not stored or config is None:
+            return Reject("the checkpoint leaves this layer float")
+        (n, k), bits = layer.shape, config.bits
+        group = layer.group(config.group_size)
+        groups = k // group
+        qweight = layer.part("qweight", (words_for(k, bits), n), INT32)
+        qzeros = layer.part("qzeros", (groups, words_for(n, bits)), INT32)
+        scales = layer.part("scales", (groups, n), *FLOATS)
+        order, places = config.order(layer, group)
+        rows = GptqRows(
+            layer.path, (n, k), qweight, qzeros, scales, config.zero_offset, bits, config.symmetric, order, places
         )
+        return QuantTensor(layer.path, rows, (n, k), bits, group, config.symmetric, scales.dtype, order=order)
+
+    def order(self, layer: Layer, group: int) -> tuple[Order | None, tuple[int, ...]]:
+        k = layer.shape[1]
+        if layer.find("g_idx") is None:
+            if self.reordered and group != k:
+                raise UserError("desc_act=true, but the checkpoint has no g_idx for this layer", where=layer.path)
+            return None, tuple(range(k // group))
+        g_idx = layer.part("g_idx", (k,), INT32)
+        order, places = input_order(g_idx, group)
+        if not self.reordered and (order is not None or (places != np.arange(len(places))).any()):
+            raise UserError(
+                "g_idx puts the inputs in another order than the config says (desc_act=false)",
+                where=g_idx.name,
+                expected="k // group_size",
+                fix="desc_act must be true in the config, or the checkpoint is damaged: libraries disagree here",
+            )
+        return order, tuple(int(p) for p in places)
+
+
+def parse(raw: Mapping[str, Any], where: str) -> GptqConfig:
+    """A reader from `quantization_config` or quantize_config.json."""
     name = raw.get("checkpoint_format", raw.get("format", "gptq"))
     if name not in FORMATS:
-        raise UserError("GPTQ checkpoint_format", where=where, expected=" or ".join(FORMATS), found=repr(name))
-    return GptqConfig(bits, group_size, bool(raw.get("sym", True)), FORMATS[name])
-
-
-def decide(
-    linears: Iterable[Linear],
-    tensors: Mapping[str, FileTensor],
-    gptq: GptqConfig,
-    config: QuantConfig,
-    head: str | None,
-) -> Decisions:
-    """Path -> the checkpoint's own quantization of it, or why it stays float."""
-    decisions: dict[str, QuantTensor | Reject] = {}
-    for found in linears:
-        if f"{found.path}.qweight" in tensors:
-            decisions[found.path] = quantized(found, tensors, gptq, "int8" if config.activate_quant else "float")
-        elif found.path == head:
-            decisions[found.path] = Reject("the checkpoint leaves the head float")
-        else:
-            decisions[found.path] = Reject("the checkpoint leaves this layer float")
-    return decisions
-
-
-def quantized(found: Linear, tensors: Mapping[str, FileTensor], gptq: GptqConfig, activations: Any) -> QuantTensor:
-    (n, k), bits, path = found.shape, gptq.bits, found.path
-    group = k if gptq.group_size == -1 else gptq.group_size
-    if k % group:
         raise UserError(
-            "group_size does not divide the layer's input width",
-            where=path,
-            expected=f"a divisor of {k}",
-            found=str(group),
+            "GPTQ checkpoint_format",
+            where=where,
+            expected=" or ".join(FORMATS),
+            found=repr(name),
+            fix="save the checkpoint again in one of these formats; kernel-specific layouts lose what they do not need",
         )
-    groups = k // group
-    part = {
-        "qweight": ([k * bits // 32, n], np.int32),
-        "qzeros": ([groups, n * bits // 32], np.int32),
-        "scales": ([groups, n], np.float16),
-    }
-    for name, (shape, dtype) in part.items():
-        tensor = tensors.get(f"{path}.{name}")
-        if tensor is None:
-            raise UserError(f"the checkpoint has no {name} for this layer", where=path)
-        if list(tensor.shape) != shape or tensor.dtype != dtype:
-            raise UserError(
-                f"{name} disagrees with the checkpoint's config (bits {bits}, group_size {gptq.group_size})",
-                where=path,
-                expected=f"{shape} {np.dtype(dtype)}",
-                found=f"{list(tensor.shape)} {tensor.dtype}",
-            )
-    source = GptqRows(
-        path,
-        tensors[f"{path}.qweight"],
-        tensors[f"{path}.qzeros"],
-        tensors[f"{path}.scales"],
-        tensors.get(f"{path}.g_idx"),
-        gptq,
-        group,
+    if raw.get("pack_dtype", "int32") != "int32":
+        raise UserError("GPTQ pack_dtype", where=where, expected="int32", found=repr(raw["pack_dtype"]))
+    base = parse_layer(raw, GptqConfig(0, -1, True, FORMATS[name], where=where), where)
+    dynamic = raw.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or len(dynamic) > 10_000:
+        raise UserError("GPTQ dynamic", where=where, expected="an object of pattern to overrides", found=repr(dynamic))
+    rules = tuple(override(pattern, changes, f"{where}, dynamic {pattern!r}") for pattern, changes in dynamic.items())
+    for _, changes in rules:
+        parse_layer(changes or {}, base, f"{where}, dynamic")
+    return replace(base, dynamic=rules)
+
+
+def parse_layer(raw: Mapping[str, Any], base: GptqConfig, where: str) -> GptqConfig:
+    """`base` with what `raw` says otherwise, checked."""
+    bits, group_size = raw.get("bits", base.bits), raw.get("group_size", base.group_size)
+    if type(bits) is not int or bits not in (4, 8):
+        raise UserError(
+            "GPTQ bits",
+            where=where,
+            expected="4 or 8",
+            found=repr(bits),
+            fix="2 and 3 bits have no kernels here: quantize to 4 bits" if bits in (2, 3) else "",
+        )
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
+        raise UserError("GPTQ group_size", where=where, expected="-1 or a positive integer", found=repr(group_size))
+    for key in ("sym", "desc_act"):
+        if not isinstance(raw.get(key), bool | None):
+            raise UserError(f"GPTQ {key}", where=where, expected="true or false", found=repr(raw[key]))
+    symmetric, reordered = raw.get("sym"), raw.get("desc_act")
+    return replace(
+        base,
+        bits=bits,
+        group_size=group_size,
+        symmetric=base.symmetric if symmetric is None else symmetric,
+        reordered=base.reordered if reordered is None else reordered,
     )
-    return QuantTensor(path, source, (n, k), bits, group, gptq.symmetric, np.dtype(np.float16), activations)
+
+
+def override(pattern: str, changes: Any, where: str) -> tuple[re.Pattern[str], Mapping[str, Any] | None]:
+    """One rule of `dynamic`: `-:regex` leaves a module float, `+:regex` or `regex` changes its config."""
+    compiled = safe_pattern(pattern.removeprefix("-:").removeprefix("+:"), where)
+    if pattern.startswith("-:"):
+        return compiled, None
+    if not isinstance(changes, dict):
+        raise UserError("overrides", where=where, expected="an object", found=repr(changes))
+    return compiled, {key: changes[key] for key in OVERRIDES if key in changes}
 
 
 @dataclass(frozen=True)
 class GptqRows:
-    """Unpacks a GPTQ layer into `Codes`, a strip of output channels at a time."""
+    """Unpacks a GPTQ layer into `Codes`, a strip of output channels at a time.
+
+    `places` is the stored group of each group of the result; `order` puts its inputs beside one another.
+    """
 
     path: str
+    shape: tuple[int, int]
     qweight: FileTensor
     qzeros: FileTensor
     scales: FileTensor
-    g_idx: FileTensor | None
-    config: GptqConfig
-    group_size: int
+    zero_offset: int
+    bits: int
+    symmetric: bool
+    order: Order | None
+    places: tuple[int, ...]
 
     def tiles(self) -> Iterator[Tile]:
-        bits = self.config.bits
-        n = self.qweight.shape[1]
-        k = self.qweight.shape[0] * 32 // bits
-        self.check_order(k)
-        scale, zero = self.checked_scales(), self.checked_zeros(n)
-        step = max(64, TILE_CODES // k)
-        for start in range(0, n, step):
-            stop = min(start + step, n)
+        n, k = self.shape
+        places = np.array(self.places)
+        scale = np.ascontiguousarray(checked_scales(self.scales)[places].T)
+        zero = np.ascontiguousarray(self.zeros()[places].T)
+        indices = None if self.order is None else self.order.indices
+        for start, stop in strips(n, k):
             words = self.qweight.columns(start, stop)
-            codes = unpack(words, bits).reshape(k, stop - start).T
-            yield Tile(start, Codes(np.ascontiguousarray(codes), scale[start:stop], zero[start:stop]))
+            codes = unpack(words.T, self.bits)[:, :k]
+            codes = codes if indices is None else codes[:, indices]
+            yield Tile(start, Codes(codes, scale[start:stop], zero[start:stop]))
 
-    def check_order(self, k: int) -> None:
-        if self.g_idx is None:
-            return
-        groups = whole(self.g_idx)
-        if groups.shape != (k,) or (groups != np.arange(k) // self.group_size).any():
-            raise UserError(
-                "g_idx puts the inputs in another order than the config says (desc_act=false)",
-                where=f"{self.path}.g_idx",
-                expected="k // group_size",
-                fix="activation order is not supported: quantize again with desc_act=false",
-            )
-
-    def checked_scales(self) -> Array:
-        scale = whole(self.scales).astype(np.float32)
-        bad = np.argwhere(~(np.isfinite(scale) & (scale > 0)))
-        if len(bad):
-            group, channel = bad[0]
-            raise UserError(
-                "a scale is not a positive finite number",
-                where=f"{self.path}.scales[{group}, {channel}]",
-                found=str(scale[group, channel]),
-            )
-        return np.ascontiguousarray(scale.T)
-
-    def checked_zeros(self, n: int) -> Array:
-        bits = self.config.bits
-        ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-        words = whole(self.qzeros).view(np.uint32)
+    def zeros(self) -> Array:
+        """uint8 [G, N]."""
+        ones = np.uint32(sum(1 << shift for shift in range(0, 32, self.bits)))
         # The offset was taken off the packed word, borrows included, so it goes back onto the packed word.
-        zero = unpack((words + ones * np.uint32(self.config.zero_offset)).T, bits).reshape(n, -1)
-        central = 1 << (bits - 1)
-        if self.config.symmetric and (zero != central).any():
+        words = whole(self.qzeros).view(np.uint32) + ones * np.uint32(self.zero_offset)
+        zero = unpack(words, self.bits)[:, : self.shape[0]]
+        central = 1 << (self.bits - 1)
+        if self.symmetric and (zero != central).any():
             raise UserError(
                 "the config says sym=true, but zero points differ from the centre",
                 where=f"{self.path}.qzeros",
@@ -188,15 +206,3 @@ class GptqRows:
                 fix="the checkpoint_format may be the other one of gptq and gptq_v2, or sym may be false",
             )
         return zero
-
-
-def unpack(words: Array, bits: int) -> Array:
-    """int32 [R, C] -> uint8 [R, 32 / bits, C]; fields from the lowest bits up."""
-    w = words.view(np.uint32)
-    fields = [((w >> np.uint32(shift)) & np.uint32((1 << bits) - 1)).astype(np.uint8) for shift in range(0, 32, bits)]
-    return np.stack(fields, axis=1)
-
-
-def whole(tensor: FileTensor) -> Array:
-    """A small tensor, read at once."""
-    return np.concatenate([tile.parts[0] for tile in tensor.tiles()])

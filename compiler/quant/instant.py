@@ -11,7 +11,7 @@ from compiler.quant.config import QuantConfig
 from passes.errors import UserError
 from passes.insert_qdq import Decisions
 from passes.linear import Linear
-from passes.quant import InstantQuant, QuantTensor
+from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Reject
 
 
@@ -44,5 +44,5 @@ def instant(found: Linear, config: QuantConfig, scale_dtype: np.dtype[Any], bits
         )
     symmetric = config.activate_quant
     source = InstantQuant(found.path, found.rows, bits, group, symmetric, scale_dtype)
-    activations = "int8" if config.activate_quant else "float"
+    activations: Activations = "int8" if config.activate_quant else "float"
     return QuantTensor(found.path, source, found.shape, bits, group, symmetric, scale_dtype, activations)

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from compiler.quant import gptq
+from compiler.frontend.model import FloatModel
 from compiler.quant.config import SHORT, QuantConfig, parse_quant_config
+from compiler.quant.readers import find_reader
+from compiler.quant.stored import Reader
 from compiler.request import Request
 from passes.errors import UserError
 
 
-def resolve(
-    request: Request, folder: Path, config: Mapping[str, Any]
-) -> tuple[QuantConfig | None, gptq.GptqConfig | None]:
-    """(how to quantize, the checkpoint's own parameters). (None, None) leaves the model float."""
-    stored = gptq.find_config(folder, config)
+def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
+    """(how to quantize, the reader of a quantized checkpoint). (None, None) leaves the model float."""
+    folder = model.folder
+    reader = find_reader(folder, model.config, model.tensors)
     asked = asked_config(request)
-    if stored is None:
+    if reader is None:
         if asked is None and request.enable_quant:
             raise UserError(
                 "quantization is enabled, but neither the request nor the checkpoint says how",
                 where=str(folder),
                 fix="--quant a16w8, or a quant_config",
             )
-        if asked is not None and asked.quant_method == "gptq":
+        if asked is not None and asked.quant_method != "instant_quant":
             raise UserError(
-                "quant_method gptq, but the checkpoint is not quantized", where=str(folder), fix="instant_quant"
+                f"quant_method {asked.quant_method}, but the checkpoint is not quantized",
+                where=str(folder),
+                fix="instant_quant",
             )
         if asked is None and (request.group_size is not None or request.weight_only):
             raise UserError("group_size and weight_only say nothing without quantization", fix="--quant a16w8")
         return asked, None
-    return checkpoint_config(request, asked, stored, str(folder))
+    return checkpoint_config(request, asked, reader, str(folder)), reader
 
 
 def asked_config(request: Request) -> QuantConfig | None:
     """What the request alone says, group size and ignore patterns included."""
     if request.quant in (None, "none") and request.quant_config is None:
         return None
-    raw = dict(request.quant_config) if request.quant_config is not None else dict(SHORT[str(request.quant)])
-    if request.group_size is not None:
-        if raw.setdefault("group_size", request.group_size) != request.group_size:
-            raise UserError("group_size", expected=str(raw["group_size"]), found=str(request.group_size))
+    raw: dict[str, Any] = (
+        dict(request.quant_config) if request.quant_config is not None else dict(SHORT[str(request.quant)])
+    )
+    if request.group_size is not None and raw.setdefault("group_size", request.group_size) != request.group_size:
+        raise UserError("group_size", expected=str(raw["group_size"]), found=str(request.group_size))
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
     parsed = parse_quant_config(raw, where)
     if request.weight_only and request.quant_config is not None:
@@ -53,24 +55,16 @@ def asked_config(request: Request) -> QuantConfig | None:
     return replace(parsed, ignore=(*parsed.ignore, *request.ignore))
 
 
-def checkpoint_config(
-    request: Request, asked: QuantConfig | None, stored: Mapping[str, Any], where: str
-) -> tuple[QuantConfig, gptq.GptqConfig]:
-    """A quantized checkpoint runs as it is; the request may only choose between A8W8 and A16W8."""
-    method = stored.get("quant_method", "gptq")
-    if method != "gptq":
-        raise UserError(
-            "a quantized checkpoint of this method cannot be read", where=where, expected="gptq", found=repr(method)
-        )
-    params = gptq.parse_config(stored, where)
-    weight_format = "int8" if params.bits == 8 else "uint4"
+def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reader, where: str) -> QuantConfig:
+    """A quantized checkpoint runs as it is; the request may only choose between float and int8 activations."""
+    weight_format = "int8" if reader.bits == 8 else "uint4"
     if request.quant == "none" or request.enable_quant is False:
         raise UserError("the checkpoint holds its weights only quantized", where=where, fix="leave quant out")
-    if asked is not None and asked.quant_method != "gptq" and request.quant is None:
+    if asked is not None and asked.quant_method != reader.method and request.quant is None:
         raise UserError(
             "the checkpoint is quantized already; quantizing its weights again would lose accuracy",
             where=where,
-            expected="quant_method gptq",
+            expected=f"quant_method {reader.method}",
             found=f"quant_method {asked.quant_method}",
         )
     if (
@@ -85,16 +79,15 @@ def checkpoint_config(
             found=asked.weight_format,
         )
     for group_size in (request.group_size, (request.quant_config or {}).get("group_size")):
-        if group_size not in (None, params.group_size):
+        if group_size not in (None, reader.group_size):
             raise UserError(
                 "the checkpoint has another group_size",
                 where=where,
-                expected=str(params.group_size),
+                expected=str(reader.group_size),
                 found=str(group_size),
             )
     explicit = asked is not None and (request.quant is not None or "compute_method" in (request.quant_config or {}))
-    activate = asked.activate_quant if asked is not None and explicit else params.bits == 8 and not request.weight_only
-    if activate and params.bits == 4:
-        raise UserError("A8W4 is not supported", where=where, fix="leave quant out: 4-bit checkpoints run as A16W4")
+    default = reader.activations == "int8" and not request.weight_only
+    activate = asked.activate_quant if asked is not None and explicit else default
     compute = "activate_quant" if activate else "weight_only"
-    return QuantConfig("gptq", weight_format, params.group_size, compute, request.ignore), params
+    return QuantConfig(reader.method, weight_format, reader.group_size, compute, request.ignore)

@@ -1,0 +1,227 @@
+"""compressed-tensors checkpoints (llmcompressor), bit for bit: integer weights, packed or one a byte.
+
+pack-quantized   weight_packed      int32 [N, ceil(K * bits / 32)]  code + 2^(bits-1), lowest bits first
+                 weight_zero_point  int32 [ceil(N * bits / 32), G]  the same offset; absent where symmetric
+                 weight_shape       int64 [2];  weight_g_idx int32 [K] with actorder "group"
+int-quantized    weight             int8 [N, K];  weight_zero_point int8 [N, G]; absent where symmetric
+both             weight_scale       float [N, G], or [1] for a scale of the whole tensor
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compiler.quant.stored import (
+    FLOATS,
+    INT32,
+    Layer,
+    checked_scales,
+    input_order,
+    safe_pattern,
+    unpack,
+    whole,
+    words_for,
+)
+from passes.errors import UserError
+from passes.lazy import Array, FileTensor, Tile
+from passes.quant import Activations, Codes, Order, QuantTensor
+from passes.rewrite import Reject
+
+INT8, INT64 = np.dtype(np.int8), np.dtype(np.int64)
+PACKED, BYTES = "pack-quantized", "int-quantized"
+STRATEGIES = ("group", "channel", "tensor")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One config group: which layers, and how they are stored. `group_size` -1 is per channel."""
+
+    targets: tuple[str | re.Pattern[str], ...]
+    packed: bool
+    bits: int
+    group_size: int
+    symmetric: bool
+    per_tensor: bool
+    activations: Activations
+
+    def takes(self, path: str) -> bool:
+        return any(matches(target, path) for target in self.targets)
+
+
+@dataclass(frozen=True)
+class CompressedConfig:
+    """What a compressed-tensors checkpoint says of itself."""
+
+    schemes: tuple[Scheme, ...]
+    ignore: tuple[str | re.Pattern[str], ...]
+    notes: tuple[str, ...] = ()
+
+    method = "compressed-tensors"
+
+    @property
+    def bits(self) -> int:
+        return self.schemes[0].bits
+
+    @property
+    def group_size(self) -> int:
+        return self.schemes[0].group_size
+
+    @property
+    def activations(self) -> Activations:
+        return self.schemes[0].activations
+
+    @property
+    def mark(self) -> str:
+        return "weight_packed" if self.schemes[0].packed else "weight"
+
+    def read(self, layer: Layer) -> QuantTensor | Reject:
+        weight = layer.find("weight")
+        if weight is not None and weight.dtype in FLOATS:
+            return Reject("the checkpoint leaves this layer float")
+        scheme = next((s for s in self.schemes if s.takes(layer.path)), None)
+        if scheme is None or any(matches(pattern, layer.path) for pattern in self.ignore):
+            if layer.find("weight_scale") is None:
+                return Reject("the checkpoint leaves this layer float")
+            raise UserError("the config leaves this module float, the checkpoint holds it quantized", where=layer.path)
+        return read_layer(layer, scheme)
+
+
+def read_layer(layer: Layer, scheme: Scheme) -> QuantTensor:
+    (n, k), bits = layer.shape, scheme.bits
+    group = layer.group(scheme.group_size)
+    groups = k // group
+    if scheme.packed:
+        weight = layer.part("weight_packed", (n, words_for(k, bits)), INT32)
+        shape = whole(layer.part("weight_shape", (2,), INT64)).tolist()
+        if shape != [n, k]:
+            raise UserError("weight_shape", where=layer.path, expected=str([n, k]), found=str(shape))
+    else:
+        weight = layer.part("weight", (n, k), INT8)
+    scales = layer.part("weight_scale", (1,) if scheme.per_tensor else (n, groups), *FLOATS)
+    zeros = None
+    if not scheme.symmetric:
+        packed = (words_for(n, bits), groups), INT32
+        plain = (1,) if scheme.per_tensor else (n, groups), INT8
+        zeros = layer.part("weight_zero_point", *(packed if scheme.packed and not scheme.per_tensor else plain))
+    elif (stored := layer.find("weight_zero_point")) is not None and whole(stored).any():
+        raise UserError("a symmetric weight has zero points that are not 0", where=stored.name)
+    order, places = None, np.arange(groups)
+    if layer.find("weight_g_idx") is not None:
+        order, places = input_order(layer.part("weight_g_idx", (k,), INT32), group)
+    rows = CompressedRows((n, k), bits, weight, scales, zeros, order, tuple(int(p) for p in places))
+    return QuantTensor(layer.path, rows, (n, k), bits, group, scheme.symmetric, scales.dtype, order=order)
+
+
+@dataclass(frozen=True)
+class CompressedRows:
+    """Decodes a layer into `Codes`, some output channels at a time. Signed codes become the same less -2^(bits-1)."""
+
+    shape: tuple[int, int]
+    bits: int
+    weight: FileTensor
+    scales: FileTensor
+    zeros: FileTensor | None
+    order: Order | None
+    places: tuple[int, ...]
+
+    def tiles(self) -> Iterator[Tile]:
+        (n, k), groups = self.shape, len(self.places)
+        places = np.array(self.places)
+        scale = np.broadcast_to(checked_scales(self.scales).reshape(-1, self.scales.shape[-1]), (n, groups))[:, places]
+        zero = self.zero_points(n, groups)[:, places]
+        indices = None if self.order is None else self.order.indices
+        for start, (stored,) in self.weight.tiles():
+            codes = self.codes(stored)[:, :k]
+            codes = codes if indices is None else codes[:, indices]
+            rows = slice(start, start + len(codes))
+            yield Tile(start, Codes(codes, scale[rows], zero[rows]))
+
+    def codes(self, stored: Array) -> Array:
+        return unpack(stored, self.bits) if stored.dtype == INT32 else shifted(stored, self.bits)
+
+    def zero_points(self, n: int, groups: int) -> Array:
+        """uint8 [N, G]."""
+        if self.zeros is None:
+            return np.full((n, groups), 1 << (self.bits - 1), np.uint8)
+        stored = whole(self.zeros)
+        if stored.dtype == INT32:
+            return unpack(np.ascontiguousarray(stored.T), self.bits)[:, :n].T
+        return np.broadcast_to(shifted(stored, self.bits).reshape(-1, stored.shape[-1]), (n, groups))
+
+
+def shifted(signed: Array, bits: int) -> Array:
+    """int8 -2^(bits-1) .. 2^(bits-1) - 1 -> uint8 0 .. 2^bits - 1."""
+    return (signed.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1)
+
+
+def parse(raw: Mapping[str, Any], where: str) -> CompressedConfig:
+    """A reader from `quantization_config`; refuses what is no integer weight."""
+    if (raw.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise UserError("sparse checkpoints are not supported", where=where, found=repr(raw["sparsity_config"]))
+    if raw.get("kv_cache_scheme") or (raw.get("transform_config") or {}).get("config_groups"):
+        raise UserError("a quantized cache or weight transforms (rotations) are not supported", where=where)
+    groups = raw.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+        raise UserError("config_groups", where=where, expected="an object of schemes", found=repr(groups))
+    notes: list[str] = []
+    schemes = tuple(
+        parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes) for name, group in groups.items()
+    )
+    return CompressedConfig(schemes, patterns(raw.get("ignore") or [], f"{where}, ignore"), tuple(dict.fromkeys(notes)))
+
+
+def parse_scheme(group: Mapping[str, Any], default_format: str, where: str, notes: list[str]) -> Scheme:
+    form = group.get("format") or default_format
+    if form not in (PACKED, BYTES):
+        raise UserError("compressed-tensors format", where=where, expected=f"{PACKED} or {BYTES}", found=repr(form))
+    weights = group.get("weights")
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
+        raise UserError("weights", where=where, expected="static integers", found=repr(weights))
+    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    if type(bits) is not int or bits not in ((4, 8) if form == PACKED else (8,)):
+        raise UserError("num_bits", where=where, expected="4 or 8, 8 unless packed", found=repr(bits))
+    if strategy not in STRATEGIES:
+        raise UserError("weight strategy", where=where, expected=" or ".join(STRATEGIES), found=repr(strategy))
+    group_size = weights.get("group_size") if strategy == "group" else -1
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
+        raise UserError("group_size", where=where, expected="a positive integer", found=repr(group_size))
+    if not isinstance(weights.get("symmetric", True), bool):
+        raise UserError("symmetric", where=where, expected="true or false", found=repr(weights["symmetric"]))
+    return Scheme(
+        patterns(group.get("targets") or [], f"{where}, targets"),
+        form == PACKED,
+        bits,
+        group_size,
+        weights.get("symmetric", True),
+        strategy == "tensor",
+        parse_activations(group.get("input_activations"), where, notes),
+    )
+
+
+def parse_activations(raw: Any, where: str, notes: list[str]) -> Activations:
+    """Float, or int8 per token as they come. Static scales are replaced by those, which is finer, and noted."""
+    if raw is None:
+        return "float"
+    if not isinstance(raw, dict) or raw.get("type", "int") != "int" or raw.get("num_bits") != 8:
+        raise UserError("input_activations", where=where, expected="none, or int with 8 bits", found=repr(raw))
+    if not raw.get("dynamic"):
+        notes.append("the checkpoint's static activation scales are not used: every token gets its own scale")
+    elif raw.get("strategy") != "token" or not raw.get("symmetric", True):
+        notes.append("activations are quantized per token and symmetric, whatever the checkpoint's config says")
+    return "int8"
+
+
+def patterns(raw: Any, where: str) -> tuple[str | re.Pattern[str], ...]:
+    """Module paths, class names (`Linear`) or `re:` patterns."""
+    if not isinstance(raw, list) or not all(isinstance(p, str) for p in raw):
+        raise UserError("not a list of modules", where=where, found=repr(raw))
+    return tuple(safe_pattern(p.removeprefix("re:"), where) if p.startswith("re:") else p for p in raw)
+
+
+def matches(pattern: str | re.Pattern[str], path: str) -> bool:
+    return bool(pattern.match(path)) if isinstance(pattern, re.Pattern) else pattern in (path, "Linear")

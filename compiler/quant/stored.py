@@ -1,0 +1,224 @@
+"""What the formats of quantized checkpoints have in common: checked tensors, packed fields, input order, decisions.
+
+A `Reader` is a checkpoint's parsed quantization config. It turns one layer's tensors into a `QuantTensor`, bit for bit,
+and refuses by name what that cannot express.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from compiler.quant.config import QuantConfig
+from passes.errors import UserError
+from passes.insert_qdq import Decisions
+from passes.lazy import BFLOAT16, Array, FileTensor, convert
+from passes.linear import Linear
+from passes.quant import Activations, Order, QuantTensor
+from passes.rewrite import Reject
+
+FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32))
+INT32 = np.dtype(np.int32)
+TILE_CODES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear of the model, `shape` [N, K], and the checkpoint's tensors."""
+
+    path: str
+    shape: tuple[int, int]
+    tensors: Mapping[str, FileTensor]
+
+    def find(self, name: str) -> FileTensor | None:
+        return self.tensors.get(f"{self.path}.{name}")
+
+    def part(self, name: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> FileTensor:
+        """The tensor `path.name`, which must have this shape and one of these types."""
+        tensor = self.find(name)
+        if tensor is None:
+            raise UserError(f"the checkpoint has no {name} for this layer", where=self.path)
+        if tensor.shape != shape or tensor.dtype not in dtypes:
+            raise UserError(
+                f"{name} disagrees with the checkpoint's quantization config",
+                where=f"{self.path}.{name}",
+                expected=f"{list(shape)} {' or '.join(str(d) for d in dtypes)}",
+                found=f"{list(tensor.shape)} {tensor.dtype}",
+                fix="bits or group_size in the config belong to another checkpoint, or the file is damaged",
+            )
+        return tensor
+
+    def group(self, group_size: int) -> int:
+        """`group_size`, or K for -1; it must divide K."""
+        k = self.shape[1]
+        group = k if group_size == -1 else group_size
+        if k % group:
+            raise UserError(
+                "group_size does not divide the layer's input width",
+                where=self.path,
+                expected=f"a divisor of {k}",
+                found=str(group),
+            )
+        return group
+
+
+class Reader(Protocol):
+    """A checkpoint's own quantization.
+
+    method       its name in the config
+    bits         of the layers that no override changes
+    group_size   of the same, -1 per channel
+    activations  what the checkpoint was made to run with
+    mark         the tensor that a quantized layer has
+    notes        what a user should know of how it is read
+    """
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def activations(self) -> Activations: ...
+    @property
+    def mark(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def read(self, layer: Layer) -> QuantTensor | Reject:
+        """The layer as it is stored, or why it is float."""
+        ...
+
+
+def decide(
+    linears: Iterable[Linear],
+    tensors: Mapping[str, FileTensor],
+    constants: Iterable[str],
+    reader: Reader,
+    config: QuantConfig,
+) -> Decisions:
+    """Path -> the checkpoint's own quantization of it, or why it stays float.
+
+    `constants` are the names of the graph's own constants. Layers of the checkpoint's main width meet the activations
+    that `config` asks for; overrides of another width stay weight-only.
+    """
+    decisions: dict[str, QuantTensor | Reject] = {}
+    for found in linears:
+        quant = reader.read(Layer(found.path, found.shape, tensors))
+        if isinstance(quant, QuantTensor):
+            if pattern := config.ignored(found.path):
+                raise UserError(
+                    "an ignored layer is stored only quantized", where=found.path, found=f"ignore {pattern!r}"
+                )
+            activations: Activations = "int8" if config.activate_quant and quant.bits == reader.bits else "float"
+            quant = replace(quant, activations=activations)
+        decisions[found.path] = quant
+    known = set(constants)
+    for name, tensor in tensors.items():
+        path, _, part = name.rpartition(".")
+        if part == reader.mark and path not in decisions and tensor.dtype not in FLOATS:
+            raise UserError(
+                "the checkpoint quantizes a module that is no linear layer of the model's graph",
+                where=name,
+                fix="config.json belongs to another model, or the module (experts, say) is of a kind not supported",
+            )
+        if part == "bias" and isinstance(decisions.get(path), QuantTensor) and name not in known:
+            check_no_bias(tensor)
+    return decisions
+
+
+def check_no_bias(tensor: FileTensor) -> None:
+    """Old writers add zero biases to layers that have none; any other value would be lost."""
+    if whole(tensor).astype(np.float32).any():
+        raise UserError(
+            "the checkpoint has a bias that the model's config does not announce",
+            where=tensor.name,
+            expected="no bias, or zeros",
+            fix="config.json belongs to another model",
+        )
+
+
+def unpack(words: Array, bits: int) -> Array:
+    """int32 [..., C] -> uint8 [..., C * 32 / bits]: the fields of each word from the lowest bits up."""
+    data = np.ascontiguousarray(words).view(np.uint8)
+    return data if bits == 8 else NIBBLES[data].view(np.uint8)
+
+
+# byte -> its two nibbles, the low one first in memory
+NIBBLES = (np.arange(256, dtype=np.uint16) & 0xF) | (np.arange(256, dtype=np.uint16) >> 4 << 8)
+
+
+def words_for(count: int, bits: int) -> int:
+    """How many int32 hold `count` fields."""
+    return -(-count * bits // 32)
+
+
+def whole(tensor: FileTensor) -> Array:
+    """A small tensor, read at once."""
+    return np.concatenate([tile.parts[0] for tile in tensor.tiles()])
+
+
+def checked_scales(tensor: FileTensor) -> Array:
+    """A layer's scales in float32; zero, negative and non-finite ones are errors."""
+    scale = convert(whole(tensor), np.dtype(np.float32))
+    bad = np.argwhere(~(np.isfinite(scale) & (scale > 0)))
+    if len(bad):
+        raise UserError(
+            "a scale is not a positive finite number",
+            where=f"{tensor.name}{bad[0].tolist()}",
+            found=str(scale[tuple(bad[0])]),
+            fix="the checkpoint is damaged, or its writer met dead channels: quantize it again",
+        )
+    return scale
+
+
+def strips(count: int, width: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of `count` rows, about TILE_CODES elements each; every start is a multiple of `multiple`."""
+    step = max(64, TILE_CODES // width) // multiple * multiple
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, Array]:
+    """(the order that puts each group's inputs together, the stored group in each place).
+
+    Groups are placed by their first member, so that groups which are contiguous already need no order: None.
+    """
+    groups = whole(g_idx)
+    count = len(groups) // group
+    if groups.min() < 0 or groups.max() >= count or (np.bincount(groups, minlength=count) != group).any():
+        raise UserError(
+            "g_idx does not divide the inputs into equal groups",
+            where=g_idx.name,
+            expected=f"{count} groups, each {group} times",
+            found=f"values {groups.min()} .. {groups.max()}",
+            fix="group_size in the config belongs to another checkpoint, or the file is damaged",
+        )
+    _, first = np.unique(groups, return_index=True)
+    places = np.argsort(first)
+    rank = np.empty(count, np.int64)
+    rank[places] = np.arange(count)
+    indices = np.argsort(rank[groups], kind="stable")
+    trivial = (indices == np.arange(len(indices))).all()
+    return None if trivial else Order.of(indices), places
+
+
+def safe_pattern(text: str, where: str) -> re.Pattern[str]:
+    """A regular expression from a file.
+
+    Python's matcher takes exponential time on a quantified group, and a high power of the name's length on many
+    quantifiers: such patterns are refused.
+    """
+    if len(text) > 1000 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 5:
+        raise UserError(
+            "a pattern too complex to match safely", where=where, expected="no (...)*, five of * + { at most"
+        )
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError("not a regular expression", where=where, found=str(error)) from None
