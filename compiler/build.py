@@ -63,11 +63,13 @@ Say = Callable[[str], None]
 class Plan:
     """What will be written, decided before a byte is: a lowered graph for each target, and the ledger.
 
+    `model.graph` stays the normalized float graph; `canonical` is the twin that every lowering is held against.
     Targets may share one graph. `builders` says who builds each engine; `notes` are what the user should know.
     """
 
     model: FloatModel
     decisions: Decisions
+    canonical: gs.Graph
     lowered: dict[str, gs.Graph]
     ledger: Ledger
     builders: Mapping[str, Choice] = field(default_factory=dict)
@@ -88,14 +90,14 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     graph = pipeline.normalize(model.graph, ledger)
     say("deciding how to quantize")
     decisions = decide(graph, model, config, reader, request)
-    canonical = pipeline.quantize(graph, decisions, ledger)
+    canonical = pipeline.quantize(graph.copy(), decisions, ledger)
     bits = frozenset(q.bits for q in decisions.values() if isinstance(q, QuantTensor))
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
     types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     lowered = lower(canonical, model, types, request, ledger)
     notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, decisions, lowered, ledger, builders, notes)
+    return Plan(model, decisions, canonical, lowered, ledger, builders, notes)
 
 
 def lower(
