@@ -64,7 +64,8 @@ class Plan:
     """What will be written, decided before a byte is: a lowered graph for each target, and the ledger.
 
     `model.graph` stays the normalized float graph; `canonical` is the twin that every lowering is held against.
-    Targets may share one graph. `builders` says who builds each engine; `notes` are what the user should know.
+    Targets may share one graph. `builders` and `types` say who builds each engine and in which type it computes;
+    `notes` are what the user should know.
     """
 
     model: FloatModel
@@ -73,6 +74,7 @@ class Plan:
     lowered: dict[str, gs.Graph]
     ledger: Ledger
     builders: Mapping[str, Choice] = field(default_factory=dict)
+    types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def size(self, target: str) -> int:
@@ -91,7 +93,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     say("deciding how to quantize")
     decisions = decide(graph, model, config, reader, request)
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
-    bits = frozenset(q.bits for q in decisions.values() if isinstance(q, QuantTensor))
+    bits = frozenset(q.bits for q in quantized(decisions))
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
     types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
@@ -116,6 +118,10 @@ def lower(
             shared[dtype] = pipeline.lower_tensorrt(canonical.copy(), dtype, request, limits, ledger)
         lowered[target.name] = shared[dtype]
     return lowered
+
+
+def quantized(decisions: Decisions) -> list[QuantTensor]:
+    return [q for q in decisions.values() if isinstance(q, QuantTensor)]
 
 
 def stored_types(model: FloatModel) -> Mapping[np.dtype[Any], int]:
@@ -207,7 +213,9 @@ def write_engine(
     """An engine in `folder`, or the kit to build it elsewhere."""
     graph, llm = planned.lowered[target.name], planned.model.llm
     limits = request.engine_limits(llm.max_length if llm else 0)
-    settings = Settings(profiles(graph.inputs, limits, llm=llm is not None), request.engine_options())
+    int8 = any(q.bits == 8 and q.activations == "float" for q in quantized(planned.decisions))
+    ranges = profiles(graph.inputs, limits, llm=llm is not None, int8_weights=int8)
+    settings = Settings(planned.types[target.name].name, ranges, request.engine_options())
     linears = quantized_linears(graph)
     artifact = replace(artifact, limits={**artifact.limits, **asdict(limits), "logits": request.logits})
     if choice.flavour is None:

@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 class Settings:
     """What the builder is told besides the graph."""
 
+    precision: str
     profiles: tuple[Profile, ...]
     options: EngineOptions = field(default_factory=EngineOptions)
     plugins: tuple[Path, ...] = ()
@@ -112,6 +113,7 @@ def build_engine(
         "builder": choice.flavour,
         "version": built.version,
         "sm": target.sm,
+        "precision": settings.precision,
         "profiles": [{name: list(map(list, shape)) for name, shape in p.items()} for p in settings.profiles],
         "options": {k: v for k, v in asdict(settings.options).items() if v and k != "timing_cache"},
         "bytes": built.bytes,

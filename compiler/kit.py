@@ -45,6 +45,7 @@ def write_kit(folder: Path, settings: Settings, linears: tuple[str, ...], artifa
     body = {
         "format": FORMAT,
         "target": artifact.target,
+        "precision": settings.precision,
         "profiles": settings.profiles,
         "options": asdict(settings.options),
         "plugins": [path.name for path in settings.plugins],
@@ -68,6 +69,7 @@ def read_kit(folder: Path) -> Kit:
     try:
         check_digests(folder, body["digests"])
         settings = Settings(
+            body["precision"],
             tuple(profile_from_json(p) for p in body["profiles"]),
             EngineOptions(**{**body["options"], "timing_cache": None}),
             tuple(folder / plain_name(name, folder) for name in body["plugins"]),

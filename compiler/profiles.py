@@ -35,36 +35,43 @@ class Limits:
             )
 
 
-def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool) -> tuple[Profile, ...]:
-    """Prefill and decode for a causal LM, one profile for any other model; inputs of fixed shape need none."""
+def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool, int8_weights: bool) -> tuple[Profile, ...]:
+    """Prefill and decode for a causal LM, one profile for any other model; inputs of fixed shape need none.
+
+    `int8_weights`: some linear multiplies float activations with int8 weights. A batch of exactly 1 lets TensorRT join
+    the linears that share an input, which it does well with int4, and at the price of expanding them with int8; and it
+    expands int8 where a product has exactly one row. So such an engine takes two sequences, asked for or not.
+    """
     inputs = list(inputs)
     if not any(isinstance(size, str) for tensor in inputs for size in tensor.shape):
         return ()
-    ranges = (prefill(limits), decode(limits)) if llm else (any_shape(inputs, limits),)
+    batch = max(limits.max_batch, 2 if int8_weights else 1)
+    ranges = (prefill(limits, batch), decode(limits, batch)) if llm else (any_shape(inputs, limits),)
     return tuple({t.name: shape_range(t, each) for t in inputs} for each in ranges)
 
 
-def prefill(limits: Limits) -> Mapping[str, Range]:
+def prefill(limits: Limits, batch: int) -> Mapping[str, Range]:
     """Many tokens at once, on an empty cache or one filled before."""
     n, opt = limits.max_length, limits.opt_length
     return {
-        "batch": (1, 1, limits.max_batch),
+        "batch": (1, 1, batch),
         "sequence": (1, opt, n),
         "past": (0, 0, max(0, n - 1)),
         "total": (1, opt, n),
     }
 
 
-def decode(limits: Limits) -> Mapping[str, Range]:
-    """One token of each sequence.
+def decode(limits: Limits, batch: int) -> Mapping[str, Range]:
+    """One token of each sequence; of a single one, two: a product of exactly one row has no good kernels.
 
-    Two sequences at least: in a profile whose product has exactly one row, TensorRT does not fuse int8 weights.
+    The batch is that of prefill. Were it exactly 1 in one of the two only, the engine would hold every weight twice,
+    joined and apart.
     """
     n, opt = limits.max_length, limits.opt_length
     past = max(1, n - 1)
     return {
-        "batch": (1, 1, max(2, limits.max_batch)),
-        "sequence": (1, 1, 1),
+        "batch": (1, 1, batch),
+        "sequence": (1, 1, 2 if batch == 1 else 1),
         "past": (1, min(opt, past), past),
         "total": (2, min(opt, past) + 1, past + 1),
     }
