@@ -72,7 +72,7 @@ class Case:
         return Problem(
             x=x.astype(self.dtype),
             codes=layout.pack(codes, self.bits),
-            affine=np.stack((scale, zero), axis=-1).astype(self.dtype),
+            affine=np.stack((scale, zero), axis=-1).astype(self.dtype).reshape(groups, -1),
             bias=rng.standard_normal(self.n).astype(self.dtype) if self.bias else None,
             attrs=self.attrs,
         )

@@ -80,7 +80,7 @@ class Library:
 def c_problem(p: Problem, sm: int, sm_count: int = 132, wide: bool = False, plain: bool = False) -> dict[str, int]:
     m, k = p.x.shape
     return {
-        "m": m, "n": p.affine.shape[1], "k": k, **p.attrs, "type": int(p.x.dtype == BF16),
+        "m": m, "n": p.affine.shape[1] // 2, "k": k, **p.attrs, "type": int(p.x.dtype == BF16),
         "sm": sm, "sm_count": sm_count, "wide": int(wide), "plain": int(plain),
     }  # fmt: skip
 
@@ -124,7 +124,7 @@ class Emulated:
     def run(self, p: Problem, wide: bool = False, plain: bool = False, sm_count: int = 132, seed: int = 1) -> Array:
         problem = c_problem(p, self.sm, sm_count, wide, plain)
         os.environ["EMULATOR_SEED"] = str(seed)
-        shape = (p.x.shape[0], p.affine.shape[1] // (1 + p.attrs["gated"]))
+        shape = (p.x.shape[0], p.affine.shape[1] // 2 // (1 + p.attrs["gated"]))
         dtype = np.dtype(np.float32) if wide else p.x.dtype
         memory = {
             "x": Guarded(p.x.tobytes()),

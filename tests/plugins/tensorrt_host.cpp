@@ -123,7 +123,7 @@ int main(int argc, char** argv) {
         for (size_t i = 0; i < sizes.size(); i++) s.d[i] = e.add(sizes[i], i >= dynamic);
         return s;
     };
-    DimsExprs in[4] = {shape({1, m, k}, 2), shape({n / 16, (k + 63) / 64, 512}, 0), shape({k / group, n, 2}, 0),
+    DimsExprs in[4] = {shape({1, m, k}, 2), shape({n / 16, (k + 63) / 64, 512}, 0), shape({k / group, 2 * n}, 0),
                        shape({n}, 0)};
     DimsExprs out{};
     require(build->getOutputShapes(in, 4, nullptr, 0, &out, 1, e) == 0, "output shape");
@@ -137,7 +137,7 @@ int main(int argc, char** argv) {
         require(build->getOutputShapes(wrong, 4, nullptr, 0, &out, 1, e) != 0, "a wrong shape is refused");
     }
 
-    std::vector<std::vector<int64_t>> const sizes = {{1, m, k}, {n / 16, (k + 63) / 64, 512}, {k / group, n, 2}, {n},
+    std::vector<std::vector<int64_t>> const sizes = {{1, m, k}, {n / 16, (k + 63) / 64, 512}, {k / group, 2 * n}, {n},
                                                      {1, m, n / 2}};
     std::vector<DynamicPluginTensorDesc> all(5);
     for (size_t i = 0; i < 5; i++) {

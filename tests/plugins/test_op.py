@@ -11,7 +11,7 @@ from plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact, q
 from tests.plugins.cases import BF16, F16, Case
 
 NUMPY = {DType.F16: F16, DType.BF16: BF16}
-SHAPES = ((2, 3, 256), (4, 4, 512), (2, 64, 2), (64,))
+SHAPES = ((2, 3, 256), (4, 4, 512), (2, 128), (64,))
 
 
 def test_header_is_what_codegen_writes() -> None:
@@ -28,20 +28,20 @@ def test_bind_gives_the_output_shape() -> None:
 @pytest.mark.parametrize(
     ("shapes", "attrs", "message"),
     [
-        (((2, 250), (4, 4, 512), (2, 64, 2)), {"group": 250}, "K is 250, expected a positive multiple of 32"),
-        (((2, 256), (4, 4, 512), (3, 64, 2)), {}, r"'affine' axis 0 is 3, expected K//group = 2"),
-        (((2, 256), (4, 3, 512), (2, 64, 2)), {}, r"'codes' axis 1 is 3"),
-        (((2, 256), (4, 4, 512), (2, 72, 2)), {}, "N is 72, expected a positive multiple of 16"),
-        (((2, 256), (4, 4, 512), (2, 64, 2), (63,)), {}, "'bias' axis 0 is 63"),
-        (((2, 256), (4, 4, 512), (2, 64)), {}, "'affine' has 2 axes"),
+        (((2, 250), (4, 4, 512), (2, 128)), {"group": 250}, "K is 250, expected a positive multiple of 32"),
+        (((2, 256), (4, 4, 512), (3, 128)), {}, r"'affine' axis 0 is 3, expected K//group = 2"),
+        (((2, 256), (4, 3, 512), (2, 128)), {}, r"'codes' axis 1 is 3"),
+        (((2, 256), (4, 4, 512), (2, 144)), {}, "N is 72, expected a positive multiple of 16"),
+        (((2, 256), (4, 4, 512), (2, 128), (63,)), {}, "'bias' axis 0 is 63"),
+        (((2, 256), (4, 4, 512), (2, 64, 2)), {}, "'affine' has 3 axes"),
         (
-            ((2, 256), (4, 4, 512), (2, 64, 2)),
+            ((2, 256), (4, 4, 512), (2, 128)),
             {"group": 48},
             "group is 48, expected a multiple of 32 that divides K = 256",
         ),
-        (((2, 256), (4, 4, 512), (2, 64, 2)), {"layout_version": 2}, "layout_version is 2, expected one of"),
-        (((2, 256), (4, 4, 512), (2, 64, 2)), {"activation_bits": 8}, "activation_bits 8 needs bits 8"),
-        (((2, 256), (4, 4, 512), (2, 64, 2)), {"grup": 32}, "unknown attributes"),
+        (((2, 256), (4, 4, 512), (2, 128)), {"layout_version": 2}, "layout_version is 2, expected one of"),
+        (((2, 256), (4, 4, 512), (2, 128)), {"activation_bits": 8}, "activation_bits 8 needs bits 8"),
+        (((2, 256), (4, 4, 512), (2, 128)), {"grup": 32}, "unknown attributes"),
         (((2, 256), (4, 4, 512)), {}, "expected 4 inputs"),
     ],
 )
@@ -54,7 +54,7 @@ def test_bind_refuses(shapes: tuple[tuple[int, ...], ...], attrs: dict[str, int]
 @pytest.mark.parametrize("bits", [4, 8])
 def test_reference_is_dequantize_then_matmul(bits: int, dtype: DType) -> None:
     case = Case(m=5, n=48, k=192, bits=bits, group=64, dtype=NUMPY[dtype], bias=True).make()
-    scale, zero = (np.repeat(case.affine[..., i].astype(np.float64), 64, axis=0) for i in (0, 1))
+    scale, zero = (np.repeat(case.affine[:, i::2].astype(np.float64), 64, axis=0) for i in (0, 1))
     w = (layout.unpack(case.codes, bits, 192).T - zero) * scale  # [K, N], as DequantizeLinear has it
     y = case.x.astype(np.float64) @ w + case.bias.astype(np.float64)
     (actual,) = OP.reference(case.x, case.codes, case.affine, case.bias, bits=bits, group=64)
@@ -85,7 +85,7 @@ def test_tolerance_bites(bits: int, dtype: DType) -> None:
     good = OP.reference(case.x, case.codes, case.affine, bits=bits, group=128)[0]
     assert_within(good, truth, magnitude, OP.tolerance[dtype])
     wrong = case.affine.copy()
-    wrong[2, 77, 0] *= np.asarray(1.01 if dtype is DType.F16 else 1.0079, wrong.dtype)  # bf16: 1 % is one step
+    wrong[2, 2 * 77] *= np.asarray(1.01 if dtype is DType.F16 else 1.0079, wrong.dtype)  # bf16: 1 % is one step
     bad = OP.reference(case.x, case.codes, wrong, bits=bits, group=128)[0]
     with pytest.raises(AssertionError):
         assert_within(bad, truth, magnitude, OP.tolerance[dtype])

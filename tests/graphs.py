@@ -1,0 +1,71 @@
+"""Small graphs and the twin's session, for tests of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+
+from compiler.backend.writer import write_model
+from passes.insert_qdq import InsertDequantize, QuantizeActivations
+from passes.lazy import InMemory
+from passes.linear import weight_constant
+from passes.quant import Activations, InstantQuant, QuantTensor
+from passes.rewrite import Ledger, run
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def linear_graph(weights: Mapping[str, np.ndarray], *, share_input: bool = True) -> gs.Graph:
+    """One MatMul in normal form for each W [N, K]; x [b, s, K] -> y.<path>."""
+    k = next(iter(weights.values())).shape[1]
+    x = gs.Variable("x", FLOAT32, ["b", "s", k])
+    nodes, inputs, outputs = [], [x] if share_input else [], []
+    for path, w in weights.items():
+        source = x if share_input else gs.Variable(f"x.{path}", FLOAT32, ["b", "s", w.shape[1]])
+        if not share_input:
+            inputs.append(source)
+        y = gs.Variable(f"y.{path}", FLOAT32, ["b", "s", w.shape[0]])
+        nodes.append(gs.Node("MatMul", path, {}, [source, weight_constant(path, InMemory(w), w.shape)], [y]))
+        outputs.append(y)
+    return gs.Graph(nodes, inputs, outputs, opset=23, ir_version=10)
+
+
+def quantize(
+    graph: gs.Graph,
+    weights: Mapping[str, np.ndarray],
+    *,
+    bits: int,
+    group_size: int = -1,
+    activations: Activations = "float",
+    ledger: Ledger | None = None,
+) -> gs.Graph:
+    """The canonical Q/DQ form of `graph` with InstantQuant parameters."""
+    table = {}
+    for path, w in weights.items():
+        group, symmetric = (w.shape[1] if group_size == -1 else group_size), activations == "int8"
+        source = InstantQuant(path, InMemory(w), bits, group, symmetric, FLOAT32)
+        table[path] = QuantTensor(path, source, w.shape, bits, group, symmetric, FLOAT32, activations)
+    return run(graph, (InsertDequantize(table), QuantizeActivations()), ledger or Ledger())
+
+
+def evaluate(graph: gs.Graph, feeds: Mapping[str, np.ndarray], folder: Path) -> list[np.ndarray]:
+    """Runs a graph on ONNX Runtime as it is: no fusion of Q/DQ into other kernels."""
+    write_model(graph, folder / "model.onnx")
+    return session(folder / "model.onnx").run(None, dict(feeds))
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """|got - want| / |want|, Frobenius; infinite where anything is not finite."""
+    error = float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
+    return error if np.isfinite(got).all() else float("inf")

@@ -1,0 +1,119 @@
+"""Every CPU lowering against the twin on the same inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, LowerToMatMulNBits, linear_passes
+from passes.rewrite import Ledger, run
+from passes.verify import Stage, verify
+from tests.graphs import evaluate, linear_graph, quantize, relative
+
+K = 256
+
+
+def weights(k: int = K) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"q": 64, "k": 34, "v": 7}
+    return {p: (rng.standard_t(5, (n, k)) * 0.02 + 0.003).astype(np.float32) for p, n in shapes.items()}
+
+
+def tokens(k: int = K) -> np.ndarray:
+    """Ordinary rows, a row of zeros, a row 50 times larger and channels 30 times larger: what breaks int8 activations."""
+    x = np.random.default_rng(1).standard_normal((2, 5, k)).astype(np.float32)
+    x[0, 1] = 0
+    x[1, 2] *= 50
+    x[..., ::97] *= 30
+    return x
+
+
+def per_row(got: np.ndarray, want: np.ndarray) -> float:
+    """The worst relative error of a row; zero rows must be zero."""
+    norm = np.linalg.norm(want, axis=-1)
+    error = np.linalg.norm(got - want, axis=-1)
+    assert (error[norm == 0] == 0).all()
+    return float((error[norm > 0] / norm[norm > 0]).max())
+
+
+@pytest.mark.parametrize("limb", [ONE_LIMB_X86, ONE_LIMB_ARM], ids=["u8", "s8"])
+def test_a8w8_is_the_twin(tmp_path: Path, limb: object) -> None:
+    w, x = weights(), tokens()
+    canonical = quantize(linear_graph(w), w, bits=8, activations="int8")
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = run(canonical.copy(), linear_passes("exact", limb), Ledger())  # type: ignore[arg-type]
+    verify(lowered, Stage.ONNXRUNTIME)
+    for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
+        assert per_row(got, want) < 2e-6
+
+
+def test_two_limbs_add_less_than_bfloat16_would(tmp_path: Path) -> None:
+    w, x = weights(), tokens()
+    canonical = quantize(linear_graph(w), w, bits=8)
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), Ledger())
+    for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
+        assert per_row(got, want) < 1.7e-3
+
+
+def test_limbs_are_made_once_for_all_consumers(tmp_path: Path) -> None:
+    w = weights()
+    lowered = run(quantize(linear_graph(w), w, bits=8), linear_passes("exact", ONE_LIMB_X86), Ledger())
+    ops = [n.op for n in lowered.nodes]
+    assert ops.count("QuantizeLinear") == 2
+    assert ops.count("MatMulInteger") == 3
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "k"),
+    [(8, 32, 256), (8, 64, 192), (8, -1, 256), (8, -1, 200), (4, 32, 256), (4, 48, 240), (4, -1, 200)],
+)
+def test_matmulnbits_holds_the_codes(tmp_path: Path, bits: int, group: int, k: int) -> None:
+    """At accuracy level 0 the operator computes in float: the layout must reproduce the twin exactly."""
+    w, x = weights(k), tokens(k)
+    plain = np.random.default_rng(2).standard_normal((1, 4, k)).astype(np.float32)
+    canonical = quantize(linear_graph(w), w, bits=bits, group_size=group)
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    plain_twin = evaluate(canonical, {"x": plain}, tmp_path)
+    lowered = run(canonical.copy(), [LowerToMatMulNBits()], Ledger())
+    fast = evaluate(lowered, {"x": plain}, tmp_path)
+    for node in lowered.nodes:
+        node.attrs["accuracy_level"] = 0
+    exact = evaluate(lowered, {"x": x}, tmp_path)
+    for got, want in zip(exact, twin, strict=True):
+        assert per_row(got, want) < 2e-6
+    for got, want in zip(fast, plain_twin, strict=True):
+        assert relative(got, want) < 1.2e-2  # int8 activations, a scale for each block
+
+
+def test_groups_that_matmulnbits_cannot_express_are_refused() -> None:
+    w, ledger = weights(200), Ledger()
+    run(quantize(linear_graph(w), w, bits=4, group_size=40), [LowerToMatMulNBits()], ledger)
+    assert {e.reason for e in ledger.rejected()} == {"group_size 40 is no multiple of 16, which MatMulNBits needs"}
+
+
+@pytest.mark.parametrize("constant", ["scale", "zero", "codes"])
+def test_the_bounds_bite(tmp_path: Path, constant: str) -> None:
+    """One channel's scale off by one percent, one zero point off by one, two channels' codes swapped: all seen."""
+    w, x = weights(), tokens()
+    canonical = quantize(linear_graph(w), w, bits=8, activations="int8")
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    broken = canonical.copy()
+    damage(broken, constant)
+    got = evaluate(broken, {"x": x}, tmp_path)
+    assert max(per_row(a, b) for a, b in zip(got, twin, strict=True)) > 1e-4
+
+
+def damage(graph: gs.Graph, constant: str) -> None:
+    tensor = graph.tensors()[f"q.{constant}"]
+    values = tensor.values.copy()
+    if constant == "scale":
+        values[3] *= 1.01
+    elif constant == "zero":
+        values[3] += 1
+    else:
+        values[:, [3, 4]] = values[:, [4, 3]]
+    tensor.values = values

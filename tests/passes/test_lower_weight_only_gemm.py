@@ -1,0 +1,230 @@
+"""Canonical Q/DQ -> WeightOnlyGemm: equal to the twin, packed once, streamed, fused; what it refuses and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from passes.cast_compute_type import cast_compute_type
+from passes.evaluate import Evaluation
+from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from passes.insert_qdq import InsertDequantize, QuantizeActivations
+from passes.lazy import Array, InMemory, Tile, view_of
+from passes.linear import weight_constant
+from passes.lower_weight_only_gemm import LowerWeightOnlyGemm, Packed
+from passes.quant import Activations, InstantQuant, QuantTensor
+from passes.rewrite import Ledger, add, run
+from plugins.schema import DType, Tolerance, assert_within
+from plugins.weight_only_gemm import layout
+from plugins.weight_only_gemm.op import OP
+
+F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+TOLERANCE = {F16: OP.tolerance[DType.F16], BF16: OP.tolerance[DType.BF16]}
+K = 192
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Rows in tiles of 7: no multiple of anything that packing wants."""
+
+    rows: Array
+
+    def tiles(self) -> Iterator[Tile]:
+        for start in range(0, len(self.rows), 7):
+            yield Tile(start, (self.rows[start : start + 7],))
+
+
+class Network:
+    """Linears of one input, quantized canonically, ready for whatever follows them."""
+
+    def __init__(self, bits: int = 4, group: int = 64, dtype: np.dtype[Any] = F16, symmetric: bool = False) -> None:
+        self.bits, self.group, self.dtype, self.symmetric = bits, group, dtype, symmetric
+        self.random = np.random.default_rng(7)
+        self.x = gs.Variable("x", np.float32, ("M", K))
+        self.graph = gs.Graph(inputs=[self.x], opset=23)
+        self.decisions: dict[str, QuantTensor] = {}
+
+    def linear(self, name: str, n: int = 144, activations: Activations = "float") -> gs.Tensor:
+        w = (self.random.standard_normal((n, K)) / np.sqrt(K)).astype(np.float32)
+        source = InstantQuant(name, Ragged(w), self.bits, self.group, self.symmetric, self.dtype)
+        self.decisions[name] = QuantTensor(
+            name, source, (n, K), self.bits, self.group, self.symmetric, self.dtype, activations
+        )
+        inputs = [self.x, weight_constant(name, InMemory(w), w.shape)]
+        return add(self.graph, "MatMul", inputs, gs.Variable(f"{name}.y", np.float32, ("M", n)), name=name)
+
+    def node(self, op: str, inputs: list[gs.Tensor], name: str, n: int = 144) -> gs.Tensor:
+        return add(self.graph, op, inputs, gs.Variable(name, np.float32, ("M", n)))
+
+    def bias(self, y: gs.Tensor, name: str, n: int = 144) -> gs.Tensor:
+        values = self.random.standard_normal(n).astype(self.dtype).astype(np.float32)
+        return self.node("Add", [y, gs.Constant(f"{name}.bias", values)], name, n)
+
+    def compile(
+        self, *outputs: gs.Tensor, between: Callable[[gs.Graph], None] = lambda graph: None
+    ) -> tuple[gs.Graph, gs.Graph, Ledger]:
+        """-> the twin, the lowered graph in the compute type, what the lowering said."""
+        self.graph.outputs = list(outputs)
+        run(self.graph, [InsertDequantize(self.decisions)], Ledger())
+        between(self.graph)
+        run(self.graph.toposort(), [QuantizeActivations()], Ledger())
+        twin, ledger = self.graph.copy(), Ledger()
+        lowered = cast_compute_type(self.graph, self.dtype, Ledger())
+        run(lowered, [LowerWeightOnlyGemm(self.dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
+        return twin, lowered, ledger
+
+    def check(self, twin: gs.Graph, lowered: gs.Graph, roundings: int = 1) -> None:
+        """`roundings` counts the values rounded to the compute type on the way to an output; their sum may cancel."""
+        bound = TOLERANCE[self.dtype]
+        bound = Tolerance(bound.frobenius * roundings, bound.element * roundings)
+        slack = 1 if roundings == 1 else 2**12
+        x = self.random.standard_normal((5, K)).astype(self.dtype).astype(np.float32)
+        for out in twin.outputs:
+            exact = Evaluation(twin, {"x": x}).take(out.name).astype(np.float64)
+            actual = Evaluation(lowered, {"x": x}).take(out.name)
+            assert_within(actual, exact, np.abs(exact) + slack, bound)
+
+
+def ops(graph: gs.Graph) -> list[str]:
+    return sorted(node.op for node in graph.nodes if node.op != "Cast")
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 64, False), (4, 96, True), (8, 32, False), (8, K, False)])
+def test_equals_the_twin(bits: int, group: int, symmetric: bool, dtype: np.dtype[Any]) -> None:
+    net = Network(bits, group, dtype, symmetric)
+    twin, lowered, ledger = net.compile(net.linear("layer"))
+    assert ops(lowered) == ["WeightOnlyGemm"]
+    assert ledger.entries[0].done.endswith("as WeightOnlyGemm")
+    net.check(twin, lowered)
+
+
+def test_group_wise_int8_activations_equal_the_twin() -> None:
+    net = Network(8, 64, F16, symmetric=True)
+    twin, lowered, _ = net.compile(net.linear("layer", activations="int8"))
+    assert ops(lowered) == ["WeightOnlyGemm"], "the Q/DQ pair in front is inside the plugin"
+    assert lowered.nodes[1].attrs["activation_bits"] == 8
+    net.check(twin, lowered)
+
+
+def test_per_channel_int8_activations_are_left_to_tensorrt() -> None:
+    net = Network(8, K, F16, symmetric=True)
+    _, lowered, ledger = net.compile(net.linear("layer", activations="int8"))
+    assert "WeightOnlyGemm" not in ops(lowered)
+    assert ledger.entries == []
+
+
+def test_bias_activation_and_gate_up_are_fused() -> None:
+    net = Network()
+    gate, up = net.linear("gate"), net.linear("up")
+    silu = net.node("Mul", [gate, net.node("Sigmoid", [gate], "s")], "silu")
+    product = net.node("Mul", [up, silu], "product")
+    twin, lowered, _ = net.compile(product, net.bias(net.linear("biased"), "sum"))
+    assert ops(lowered) == ["WeightOnlyGemm", "WeightOnlyGemm"]
+    fused = next(node for node in lowered.nodes if node.name == "gate")
+    assert (fused.attrs["gated"], fused.attrs["activation"]) == (1, 1)
+    assert OP.bind([(1, K), *(t.shape for t in fused.inputs[1:])], {**attrs(fused)}) == ((1, 144),)
+    net.check(twin, lowered)
+
+
+def attrs(node: gs.Node) -> dict[str, int]:
+    return {a.name: node.attrs[a.name] for a in OP.attrs}
+
+
+def test_a_value_that_others_read_is_not_fused() -> None:
+    net = Network()
+    y = net.linear("layer")
+    silu = net.node("Mul", [y, net.node("Sigmoid", [y], "s")], "silu")
+    twin, lowered, ledger = net.compile(silu, net.bias(y, "sum"))
+    assert ops(lowered) == ["Add", "Mul", "Sigmoid", "WeightOnlyGemm"]
+    assert "another node reads the value before its activation" in [e.reason for e in ledger.entries]
+    net.check(twin, lowered, roundings=3)
+
+
+def test_a_graph_output_keeps_its_producer() -> None:
+    net = Network()
+    y = net.linear("layer")
+    twin, lowered, _ = net.compile(y, net.bias(y, "sum"))
+    net.check(twin, lowered, roundings=2)
+
+
+def test_a_bias_of_another_shape_is_not_fused() -> None:
+    net = Network()
+    _, lowered, ledger = net.compile(
+        net.node("Add", [net.linear("layer"), gs.Constant("b", np.ones(1, np.float32))], "y")
+    )
+    assert ops(lowered) == ["Add", "WeightOnlyGemm"]
+    assert ledger.entries[-1].reason == "the bias is float16 (1,)"
+
+
+def test_a_shared_weight_is_packed_once() -> None:
+    net = Network()
+    y = net.linear("layer")
+    second = gs.Variable("second.y", np.float32, ("M", 144))
+    net.node("Add", [y, second], "y")
+
+    def reuse(graph: gs.Graph) -> None:
+        (first,) = (n for n in graph.nodes if n.op == "MatMul")
+        add(graph, "MatMul", list(first.inputs), second, name="second")
+
+    twin, lowered, _ = net.compile(net.graph.nodes[-1].outputs[0], between=reuse)
+    a, b = (node for node in lowered.nodes if node.op == OP.name)
+    assert a.inputs[1] is b.inputs[1]
+    assert a.inputs[2] is b.inputs[2]
+    net.check(twin, lowered, roundings=2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("n", [16, 144, 272])
+def test_streamed_tiles_are_the_packed_whole(n: int, bits: int) -> None:
+    net = Network(bits)
+    net.linear("layer", n)
+    quant = net.decisions["layer"]
+    codes, scale, zero = (np.concatenate(p) for p in zip(*(t.parts for t in quant.tiles()), strict=True))
+    tiles = list(Packed((quant,), F16).tiles())
+    assert max(len(tile.parts[0]) for tile in tiles) <= layout.TILE_STRIPS
+    assert np.array_equal(np.concatenate([t.parts[0] for t in tiles]).reshape(-1), layout.pack(codes, bits).reshape(-1))
+    affine = np.concatenate([t.parts[1] for t in tiles], axis=1)
+    assert np.array_equal(affine[:, 0::2].T, scale.astype(F16))
+    assert np.array_equal(affine[:, 1::2].T, zero.astype(F16))
+
+
+def test_gate_and_up_alternate_in_strips_of_eight() -> None:
+    net = Network()
+    net.linear("gate", 144), net.linear("up", 144)
+    gate, up = (np.concatenate([t.parts[0] for t in q.tiles()]) for q in net.decisions.values())
+    packed = np.concatenate([t.parts[0] for t in Packed(tuple(net.decisions.values()), F16).tiles()])
+    rows = layout.unpack(packed, 4, K).reshape(18, 2, 8, K)
+    assert np.array_equal(rows[:, 0].reshape(144, K), gate)
+    assert np.array_equal(rows[:, 1].reshape(144, K), up)
+
+
+def test_refuses_what_the_plugin_does_not_take() -> None:
+    net = Network(8, 16)
+    _, lowered, ledger = net.compile(net.linear("layer"))
+    assert "WeightOnlyGemm" not in ops(lowered)
+    assert ledger.entries[0].reason == "WeightOnlyGemm: group is 16, expected a multiple of 32 that divides K = 192"
+    net = Network()
+    _, _, ledger = net.compile(net.linear("layer", 24))
+    assert ledger.entries[0].reason == "WeightOnlyGemm: N is 24, expected a positive multiple of 16"
+
+
+def test_a_wrong_scale_is_seen() -> None:
+    """The comparison with the twin fails when one scale is off by 1 %."""
+    net = Network()
+    twin, lowered, _ = net.compile(net.linear("layer"))
+    (node,) = (n for n in lowered.nodes if n.op == OP.name)
+    affine = node.inputs[2]
+    view = view_of(affine)
+    assert view is not None
+    values = view.load()
+    values[1, 2 * 77] *= F16.type(1.01)
+    node.inputs[2] = gs.Constant("wrong", values)
+    with pytest.raises(AssertionError, match="elements off"):
+        net.check(twin, lowered)
