@@ -21,6 +21,8 @@ from passes.lower_native_int8 import LowerNativeInt8
 from passes.lower_native_weight_only import LowerNativeWeightOnly
 from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
 from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, linear_passes
+from passes.permute_fold import FoldOrder
+from passes.permute_inputs import SortInputs
 from passes.rewrite import Ledger, Rewrite, run
 from passes.verify import Stage, verify
 
@@ -39,8 +41,11 @@ def linears(graph: gs.Graph) -> list[Linear]:
 
 def quantize(graph: gs.Graph, decisions: Decisions, ledger: Ledger) -> gs.Graph:
     """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against."""
-    # Weights first: an activation is quantized because the weight it meets says so.
-    run(graph, (InsertDequantize(decisions), QuantizeActivations()), ledger)
+    outputs = frozenset(t.name for t in graph.outputs)
+    # Weights first: an activation is quantized because the weight it meets says so. It is quantized in the order the
+    # weight wants, which the layers before may deliver.
+    weights = (SortInputs(decisions), InsertDequantize(decisions), FoldOrder(outputs))
+    run(graph, (*weights, QuantizeActivations()), ledger)
     verify(graph, Stage.QDQ)
     return graph
 

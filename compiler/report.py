@@ -59,13 +59,28 @@ def show_explanation(planned: Plan) -> None:
         else:
             table.add_row(path, "float", decision.reason)
     console.print(table)
+    show_orders(planned)
     linears = set(planned.decisions) | set(lowered)
-    others = Counter((e.rewrite, e.reason) for e in planned.ledger.rejected() if e.node not in linears)
+    rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
+    others = Counter((e.rewrite, e.reason) for e in rejected)
     if others:
         rest = Table("pass", "nodes", "why it left them", title="other passes")
         for (rewrite, reason), count in others.items():
             rest.add_row(rewrite, str(count), reason)
         console.print(rest)
+
+
+def show_orders(planned: Plan) -> None:
+    """What became of each input order: folded into the layers before, or one Gather for all that share it."""
+    sharing: dict[str, list[str]] = {}
+    for entry in planned.ledger.applied("SortInputs"):
+        sharing.setdefault(entry.done, []).append(entry.node)
+    table = Table("layers whose inputs are sorted", "how", title="activation order")
+    for entry in planned.ledger.entries:
+        if entry.rewrite == "FoldOrder" and entry.node in sharing:
+            table.add_row("\n".join(sharing[entry.node]), entry.done or f"one Gather: {entry.reason}")
+    if table.row_count:
+        console.print(table)
 
 
 def show_plan(request: Request, planned: Plan) -> None:
