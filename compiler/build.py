@@ -99,7 +99,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     lowered = lower(canonical, model, types, request, ledger)
     notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, decisions, canonical, lowered, ledger, builders, notes)
+    return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes)
 
 
 def lower(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from compiler.backend.tensorrt import Profile
+from compiler.backend.tensorrt import Profile, Shape
 from passes.errors import UserError
 
 SIZES = ("min", "opt", "max")
@@ -85,11 +85,11 @@ def any_shape(inputs: Iterable[gs.Tensor], limits: Limits) -> Mapping[str, Range
     return {name: batch if "batch" in name.lower() else length for name in names}
 
 
-def shape_range(tensor: gs.Tensor, ranges: Mapping[str, Range]) -> tuple[tuple[int, ...], ...]:
-    low, opt, high = (
-        tuple(ranges[size][i] if isinstance(size, str) else int(size) for size in tensor.shape) for i in range(3)
-    )
-    return low, opt, high
+def shape_range(tensor: gs.Tensor, ranges: Mapping[str, Range]) -> tuple[Shape, Shape, Shape]:
+    def shape(i: int) -> Shape:
+        return tuple(ranges[size][i] if isinstance(size, str) else int(size) for size in tensor.shape)
+
+    return shape(0), shape(1), shape(2)
 
 
 def trtexec_shapes(profile: Profile) -> list[str]:
