@@ -2,9 +2,9 @@
 
 The pass that builds the node, the CPU evaluation, the tests and the generated C++ header all read the same `Op`.
 
-A shape is a tuple of terms. A plain name ("N") is a symbol, bound by the first tensor that has it; anything else
-("K//group") is an expression over symbols and attributes, checked once they are known. A leading "..." stands for any
-number of axes.
+A shape is a tuple of terms. A name ("N", or a multiple of it, "2*N") is a symbol, bound by the first tensor that has
+it; anything else ("K//group") is an expression over symbols and attributes, checked once they are known. A leading
+"..." stands for any number of axes.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Tolerance:
     element: float
 
 
+LABELS = ("plugin_version", "plugin_namespace")  # on a node for TensorRT's parser; no attributes of the operation
+
+
 class ShapeError(ValueError):
     """A tensor or attribute that the operation refuses; the message says where, what was expected, what was found."""
 
@@ -91,7 +94,10 @@ class Op:
             if extra < 0 or (extra and terms == port.shape):
                 raise ShapeError(f"{self.name}: '{port.name}' has {len(shape)} axes, expected {port.shape}")
             leading = leading or shape[:extra]
-            env.update({t: n for t, n in zip(terms, shape[extra:], strict=True) if t.isidentifier() and t not in env})
+            for term, size in zip(terms, shape[extra:], strict=True):
+                factor, _, symbol = term.rpartition("*")
+                if symbol.isidentifier() and (factor == "" or factor.isdigit()):
+                    env.setdefault(symbol, size // int(factor or 1))
         if wrong := self.check(env):
             raise ShapeError(f"{self.name}: {wrong}")
         for port, shape in present:
@@ -102,9 +108,9 @@ class Op:
             for port in self.outputs
         )
 
-    def attributes(self, given: Mapping[str, int]) -> dict[str, int]:
+    def attributes(self, given: Mapping[str, Any]) -> dict[str, int]:
         """All attributes with their defaults; refuses unknown names and values."""
-        if unknown := set(given) - {a.name for a in self.attrs}:
+        if unknown := set(given) - {a.name for a in self.attrs} - set(LABELS):
             raise ShapeError(
                 f"{self.name}: unknown attributes {sorted(unknown)}; it has {[a.name for a in self.attrs]}"
             )

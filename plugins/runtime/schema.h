@@ -14,7 +14,7 @@ struct Field {
 
 constexpr char kDomain[] = "instantrt";
 
-// WeightOnlyGemm(x[..., K], codes[N//16, -(-K//(256//bits)), 512], affine[K//group, N, 2], bias[N]) -> y[..., N//(1+gated)]
+// WeightOnlyGemm(x[..., K], codes[N//16, -(-K//(256//bits)), 512], affine[K//group, 2*N], bias[N]) -> y[..., N//(1+gated)]
 struct WeightOnlyGemm {
     static constexpr char kName[] = "WeightOnlyGemm";
     static constexpr char kVersion[] = "1";

@@ -90,7 +90,8 @@ struct Gemm {
     static constexpr int kThreads = WN * WK * 32, kBlockN = WN * 32, kBlockM = C * 8;
     static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kKernel, Bits);
     static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a stage
-    static constexpr int kSums = (C + WN - 1) / WN;
+    static constexpr int kSums = WN == 1 ? C : 1;  // columns of m whose X this warp counts
+    static_assert(WN == 1 || WN == C, "warps side by side count one column each");
     static constexpr float kCenter = Bits == 4 ? 8.0f : 128.0f;
 
     GemmArgs const& p;
@@ -104,7 +105,7 @@ struct Gemm {
         reinterpret_cast<float*>(dynamic_shared() + WK * Stages * (kXStage + WN * kWStage)) + wk * 2 * kBlockM;
 
     float acc[2][C][4] = {}, sum[2][C][4] = {};  // [strip][column of 8 m]; `sum` is P of the group so far
-    float x_sum[kSums][4] = {};                  // X of the columns that this warp counts
+    float x_sum[kSums][4] = {};                  // X of those columns
     uint32_t affine[2][2];                       // of rows g, g + 8 of each strip, for the group under way
     int parity = 0;
 
@@ -147,10 +148,14 @@ struct Gemm {
     }
 
     __device__ __forceinline__ void multiply_unit(int slot, int unit, uint4 const (&words)[2][kBlocks]) {
-        uint32_t x[C][4];
+        uint32_t x[C][4], counted[kSums][4];
         int const chunk = unit * 4 + lane / 8;
-        for (int j = 0; j < C; j++)
-            load_matrices(x[j], x_ring + slot * kXStage + (j * 8 + lane % 8) * 128 + (chunk ^ lane % 8) * 16);
+        unsigned char const* const column = x_ring + slot * kXStage + lane % 8 * 128 + (chunk ^ lane % 8) * 16;
+#pragma unroll
+        for (int j = 0; j < C; j++) load_matrices(x[j], column + j * 8 * 128);
+        // loaded once more where it depends on the warp: x[wn] would put x into local memory
+#pragma unroll
+        for (int j = 0; j < kSums; j++) load_matrices(counted[j], column + (WN == 1 ? j : wn) * 8 * 128);
         uint32_t const one = from_float<T>(1.0f) * 0x10001u;
         uint32_t const ones[4] = {one, one, one, one};
 #pragma unroll
@@ -163,8 +168,8 @@ struct Gemm {
                 for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][2 * step], x[j][2 * step + 1]);
             }
 #pragma unroll
-            for (int j = 0; j < C; j++)
-                if (WN == 1 || j % WN == wn) multiply_add<T>(x_sum[j / WN], ones, x[j][2 * step], x[j][2 * step + 1]);
+            for (int j = 0; j < kSums; j++)
+                multiply_add<T>(x_sum[j], ones, counted[j][2 * step], counted[j][2 * step + 1]);
         }
     }
 
@@ -172,18 +177,16 @@ struct Gemm {
     __device__ __forceinline__ void finish_group() {
         float const* sums = group_sums + parity * kBlockM;
         if constexpr (WN > 1) {
-#pragma unroll
-            for (int j = 0; j < C; j++)
-                if (j % WN == wn && g == 0) {
-                    group_sums[parity * kBlockM + j * 8 + 2 * t] = x_sum[j / WN][0];
-                    group_sums[parity * kBlockM + j * 8 + 2 * t + 1] = x_sum[j / WN][1];
-                }
+            if (g == 0) {
+                group_sums[parity * kBlockM + wn * 8 + 2 * t] = x_sum[0][0];
+                group_sums[parity * kBlockM + wn * 8 + 2 * t + 1] = x_sum[0][1];
+            }
             barrier();  // two buffers: the next group's writes wait for this group's readers at the next barrier
         }
 #pragma unroll
         for (int j = 0; j < C; j++) {
-            float const x0 = WN == 1 ? x_sum[j / WN][0] : sums[j * 8 + 2 * t];
-            float const x1 = WN == 1 ? x_sum[j / WN][1] : sums[j * 8 + 2 * t + 1];
+            float const x0 = WN == 1 ? x_sum[j % kSums][0] : sums[j * 8 + 2 * t];
+            float const x1 = WN == 1 ? x_sum[j % kSums][1] : sums[j * 8 + 2 * t + 1];
 #pragma unroll
             for (int s = 0; s < 2; s++)
 #pragma unroll

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.semantics import ACTIVATIONS, NONE, exact
 
 
-def reference(x: Array, codes: Array, affine: Array, bias: Array | None = None, **attrs: int) -> tuple[Array, ...]:
+def reference(x: Array, codes: Array, affine: Array, bias: Array | None = None, **attrs: Any) -> tuple[Array, ...]:
     """Codes, scales and zeros are exact; sums and activation are wide; one rounding, to x's type, at the end."""
     return (exact(x, codes, affine, bias, OP.attributes(attrs))[0].astype(x.dtype),)
 
@@ -35,7 +36,7 @@ OP = Op(
     inputs=(
         Port("x", ("...", "K")),
         Port("codes", ("N//16", "-(-K//(256//bits))", "512")),  # frag16, see layout.py
-        Port("affine", ("K//group", "N", "2")),  # (scale, zero) of each group, as the checkpoint has them
+        Port("affine", ("K//group", "2*N")),  # scale, zero, scale, zero, ...: as the checkpoint has them
         Port("bias", ("N",), optional=True),
     ),
     outputs=(Port("y", ("...", "N//(1+gated)")),),

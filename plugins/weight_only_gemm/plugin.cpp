@@ -12,12 +12,12 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
 
     // Shapes of everything but x's leading axes are build-time constants: checked here, where an error names the node.
     static int32_t shape(Attributes const& a, DimsExprs const* in, int32_t count, DimsExprs& out, IExprBuilder& builder) {
-        if (count < kRequiredInputs || count > kInputs || in[kX].nbDims < 1 || in[kAffine].nbDims != 3) {
-            runtime::complain(kName, "expected x [..., K], codes, affine [K/group, N, 2] and maybe bias [N]");
+        if (count < kRequiredInputs || count > kInputs || in[kX].nbDims < 1 || in[kAffine].nbDims != 2) {
+            runtime::complain(kName, "expected x [..., K], codes, affine [K/group, 2 N] and maybe bias [N]");
             return -1;
         }
         int32_t const last = in[kX].nbDims - 1;
-        int64_t const k = constant(in[kX], last), n = constant(in[kAffine], 1);
+        int64_t const k = constant(in[kX], last), n = constant(in[kAffine], 1) / 2;
         char error[256];
         wog_problem const p = problem(a, 1, int32_t(n), int32_t(k), WOG_F16);
         if (k > INT32_MAX || n > INT32_MAX || wog_check(&p, error, sizeof error)) {
@@ -26,7 +26,7 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
         }
         int64_t const block_k = 256 / a[kBits];
         if (!is(in, kCodes, "codes", {n / 16, (k + block_k - 1) / block_k, 512}) ||
-            !is(in, kAffine, "affine", {k / a[kGroup], n, 2}) || (count == kInputs && !is(in, kBias, "bias", {n})))
+            !is(in, kAffine, "affine", {k / a[kGroup], 2 * n}) || (count == kInputs && !is(in, kBias, "bias", {n})))
             return -1;
         out = in[kX];
         out.d[last] = builder.constant(n / (1 + a[kGated]));
@@ -34,7 +34,7 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
     }
 
     static size_t workspace(Attributes const& a, DynamicPluginTensorDesc const* in) {
-        wog_problem const p = problem(a, rows(in[kX].max), int32_t(in[kAffine].max.d[1]), columns(in[kX].max), WOG_F16);
+        wog_problem const p = problem(a, rows(in[kX].max), int32_t(in[kAffine].max.d[1] / 2), columns(in[kX].max), WOG_F16);
         return size_t(wog_workspace(&p));
     }
 
@@ -49,7 +49,7 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
                           void const* const* inputs, int32_t count, void* y, void* workspace, cudaStream_t stream) {
         int64_t const m = rows(in[kX].dims);
         if (m == 0) return 0;  // an empty batch has an empty result
-        wog_problem p = problem(a, m, int32_t(in[kAffine].dims.d[1]), columns(in[kX].dims),
+        wog_problem p = problem(a, m, int32_t(in[kAffine].dims.d[1] / 2), columns(in[kX].dims),
                                 in[kX].type == DataType::kBF16 ? WOG_BF16 : WOG_F16);
         p.sm = device.sm, p.sm_count = device.multiprocessors;
         wog_tensors const t{inputs[kX], inputs[kCodes], inputs[kAffine], count == kInputs ? inputs[kBias] : nullptr,

@@ -33,7 +33,7 @@ def exact(x: Array, codes: Array, affine: Array, bias: Array | None, attrs: Mapp
     wide, k = np.float64, x.shape[-1]
     rows, row_scale = quantize_rows(x) if attrs["activation_bits"] == 8 else (x, np.float32(1))
     rows = rows.astype(wide)
-    scale, zero = (np.repeat(affine[:, :, i].astype(wide).T, attrs["group"], axis=1) for i in (0, 1))
+    scale, zero = (np.repeat(affine[:, i::2].astype(wide).T, attrs["group"], axis=1) for i in (0, 1))
     w = (layout.unpack(codes, attrs["bits"], k) - zero) * scale
     b = np.zeros(len(w)) if bias is None else bias.astype(wide)
     v, magnitude = rows @ w.T * row_scale + b, np.abs(rows) @ np.abs(w).T * row_scale + np.abs(b)
