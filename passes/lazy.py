@@ -119,12 +119,21 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Missing:
-    """A weight that the checkpoint does not hold under this name: a quantized one replaces it, or it is an error."""
+    """A weight that the checkpoint does not hold as floats under this name: a quantized one replaces it, or it is
+    an error. `found` is the type of the tensor that has the name."""
 
     name: str
     where: str
+    found: str = ""
 
     def tiles(self) -> Iterator[Tile]:
+        if self.found:
+            raise UserError(
+                f"tensor {self.name} is not a float tensor",
+                where=self.where,
+                found=self.found,
+                fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
+            )
         raise UserError(
             f"the checkpoint has no tensor {self.name}",
             where=self.where,

@@ -226,11 +226,9 @@ def bind_weights(
                 found=f"shape {list(stored.shape)}",
                 fix="config.json belongs to another model, or the file was cut",
             )
-        if stored is not None and stored.dtype not in FLOATS:
-            raise UserError(
-                f"tensor {stored.name} is not a float tensor", where=str(stored.path), found=str(stored.dtype)
-            )
         source: Source = stored if stored is not None else Missing(names[0], str(folder))
+        if stored is not None and stored.dtype not in FLOATS:
+            source = Missing(stored.name, str(stored.path), found=str(stored.dtype))
         tensor.name = stored.name if stored is not None else names[0]
         tensor.to_constant(View(source, shape, np.float32))
     for tensor in graph.tensors().values():
