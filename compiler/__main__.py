@@ -21,6 +21,7 @@ def compile_command(
     model: Annotated[Path | None, typer.Argument(help="Hugging Face folder, or .onnx file")] = None,
     target: Annotated[list[str] | None, typer.Option(help="what to compile for; may be repeated")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
+    triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what is written")] = None,
     quant: Annotated[str | None, typer.Option(help="a16w8, a16w4, a8w8 or none")] = None,
     group_size: Annotated[int | None, typer.Option(help="inputs that share a scale; -1 per channel")] = None,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
@@ -89,6 +90,10 @@ def compile_command(
         trust_remote_code=trust_remote_code,
         **fields,
     )
+    if triton is not None:
+        from compiler.repository import check_folder
+
+        check_folder(triton)  # before any work
     started = time.monotonic()
     with report.console.status("") as status:
         planned = plan(request, status.update)
@@ -104,6 +109,11 @@ def compile_command(
     for artifact in artifacts:
         size = sum((request.out / f).stat().st_size for f in artifact.digests)
         report.console.print(f"{request.out / artifact.path}  {size / 1e6:,.1f} MB", soft_wrap=True)
+    if triton is not None:
+        from compiler.repository import write_repository
+
+        for each in write_repository(out, triton):
+            report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
 
 

@@ -1,0 +1,126 @@
+"""Artifacts -> a Triton model repository.
+
+DIR/README.md, requirements.txt       how to start the server, what the models take and give
+DIR/<name>/1/model.onnx|model.plan    the bare model: tensors in, tensors out
+DIR/<name>_generate/1/model.py, ...   text in, text out: a copy of compiler/triton with the artifact beside it
+DIR/plugins/*.so                      what a bare engine needs
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from compiler.artifact import MANIFEST, Artifact, read_manifest
+from compiler.build import replaced_folder
+from compiler.checkpoint import read_json
+from compiler.repository_readme import REQUIREMENTS, readme
+from compiler.triton_config import bare_config, generate_config, why_no_bare, why_no_generate
+from passes.errors import UserError
+
+RUNTIME = Path(__file__).parent / "triton"
+RUNTIME_FILES = ("model.py", "engine.py", "sampling.py", "scheduler.py", "text.py")
+OWN_FILES = ("plugins", "README.md", "requirements.txt")
+BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What stands for one artifact in a repository; a reason where a model does not."""
+
+    name: str
+    artifact: Artifact
+    no_bare: str
+    no_generate: str
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        bare = () if self.no_bare else (self.name,)
+        return bare if self.no_generate else (*bare, f"{self.name}_generate")
+
+
+def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
+    """Writes the artifacts that `out` holds as models below `folder`; each model appears when it is complete."""
+    served = plan_repository(out)
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in served:
+        source, name = out / each.artifact.path, each.name
+        if not each.no_bare:
+            with replaced_folder(folder / name) as model:
+                write_bare(source, model, name, each.artifact)
+        if not each.no_generate:
+            with replaced_folder(folder / f"{name}_generate") as model:
+                write_generate(source, model, f"{name}_generate", each.artifact)
+    plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
+    if plugins:
+        with replaced_folder(folder / "plugins") as partial:
+            place([out / plugin for plugin in plugins], partial)
+    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", "utf-8")
+    (folder / "README.md").write_text(readme(served), "utf-8")
+    return served
+
+
+def plan_repository(out: Path) -> tuple[Served, ...]:
+    """Which models the artifacts in `out` become. An error where none of them becomes one."""
+    artifacts, source = read_manifest(out), read_json(out / MANIFEST)["source"]
+    stem = str(source.get("model") or source.get("kit")).removesuffix(".onnx")
+    served = tuple(
+        Served(stem if len(artifacts) == 1 else f"{stem}_{a.target}", a, why_no_bare(a), why_no_generate(a))
+        for a in artifacts
+    )
+    if not any(each.models for each in served):
+        raise UserError(
+            "nothing here can be served by Triton",
+            where=str(out),
+            found="; ".join(f"{each.artifact.target}: {each.no_bare}" for each in served),
+        )
+    return served
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses to mix models into a folder that is something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError("not a folder", where=str(folder), fix="name another for --triton")
+    others = [p for p in folder.glob("[!.]*") if p.name not in OWN_FILES]
+    strangers = sorted(p.name for p in others if not (p / "config.pbtxt").is_file())
+    if strangers:
+        raise UserError(
+            "not a model repository",
+            where=str(folder),
+            expected="a new or empty folder, or models with config.pbtxt",
+            found=", ".join(strangers[:5]),
+            fix="name another for --triton",
+        )
+
+
+def write_bare(source: Path, model: Path, name: str, artifact: Artifact) -> None:
+    version = model / "1"
+    version.mkdir()
+    place([p for p in source.parent.iterdir() if p.name.startswith(source.name)], version)
+    (version / source.name).rename(version / BARE_FILES[artifact.kind])
+    (model / "config.pbtxt").write_text(bare_config(name, artifact), "utf-8")
+
+
+def write_generate(source: Path, model: Path, name: str, artifact: Artifact) -> None:
+    version = model / "1"
+    version.mkdir()
+    place([p for p in source.parent.iterdir() if p.is_file()], version)
+    for file in RUNTIME_FILES:
+        shutil.copyfile(RUNTIME / file, version / file)
+    (model / "config.pbtxt").write_text(generate_config(name, artifact), "utf-8")
+
+
+def place(files: Iterable[Path], folder: Path) -> None:
+    """Links weights, which nobody edits, so that two models cost the disk of one; copies all else."""
+    for file in files:
+        target = folder / file.name
+        try:
+            if not file.name.startswith("model."):
+                raise OSError
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)

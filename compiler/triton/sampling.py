@@ -1,0 +1,101 @@
+"""Which token comes next: penalties, temperature, top_k, top_p and a seed, in the order of Hugging Face's generate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+SHORTLIST = 512  # top_p rarely keeps more; sorting a whole vocabulary takes as long as a decode step of a small model
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token; the penalties 1, 0 and 0 change nothing.
+
+    repetition_penalty   divides positive logits of all tokens so far, the prompt's too, and multiplies negative ones
+    frequency_penalty    is subtracted once for each time a token was generated
+    presence_penalty     is subtracted once for each token that was generated
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+            ("temperature", lambda x: x >= 0, "0 or more"),
+            ("top_k", lambda x: x >= 0, "0 or more"),
+            ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
+            ("repetition_penalty", lambda x: x > 0, "above 0"),
+            ("frequency_penalty", lambda x: True, "a number"),
+            ("presence_penalty", lambda x: True, "a number"),
+        )
+        for name, fits, expected in rules:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and fits(value)):
+                raise ValueError(f"{name}: expected {expected}, found {value}")
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; its randomness starts from the seed, so a batch changes nothing."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.random = np.random.default_rng(sampling.seed)
+        self.seen = set(prompt)
+        self.counts: dict[int, int] = {}
+
+    def choose(self, logits: Array) -> int:
+        """The next token, from logits [vocab]; it counts as generated from now on."""
+        s = self.sampling
+        scores = self.penalized(logits)
+        token = int(scores.argmax()) if s.temperature == 0 else self.draw(scores)
+        self.seen.add(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
+        return token
+
+    def penalized(self, logits: Array) -> Array:
+        s = self.sampling
+        if s.repetition_penalty == 1 and s.frequency_penalty == s.presence_penalty == 0:
+            return logits
+        scores = logits.astype(np.float64)
+        seen = np.fromiter(self.seen, np.int64, len(self.seen))
+        scores[seen] *= np.where(scores[seen] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+        generated = np.fromiter(self.counts, np.int64, len(self.counts))
+        times = np.fromiter(self.counts.values(), np.float64, len(self.counts))
+        scores[generated] -= s.frequency_penalty * times + s.presence_penalty
+        return scores
+
+    def draw(self, scores: Array) -> int:
+        s = self.sampling
+        vocab = len(scores)
+        size = min(s.top_k or (vocab if s.top_p == 1 else SHORTLIST), vocab)
+        order = largest(scores, size)
+        # Probabilities are relative to all that top_k keeps, not to the shortlist.
+        kept = order if s.top_k else np.arange(vocab)
+        top = scores[order[0]]
+        total = np.exp((scores[kept].astype(np.float64) - top) / s.temperature).sum()
+        p = np.exp((scores[order].astype(np.float64) - top) / s.temperature) / total
+        if not s.top_k and size < vocab and p.sum() < s.top_p:
+            order = largest(scores, vocab)
+            p = np.exp((scores[order].astype(np.float64) - top) / s.temperature) / total
+        nucleus = np.cumsum(p) - p < s.top_p
+        p = p[nucleus]
+        return int(self.random.choice(order[nucleus], p=p / p.sum()))
+
+
+def largest(scores: Array, count: int) -> Array:
+    """Ids of the `count` largest scores, falling; equal scores by id."""
+    ids = np.argpartition(-scores, count - 1)[:count] if count < len(scores) else np.arange(len(scores))
+    order: Array = ids[np.lexsort((ids, -scores[ids]))]
+    return order

@@ -1,0 +1,97 @@
+"""Text to tokens and back: the tokenizer, the chat template, pieces that are whole characters, stop words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Text:
+    """The tokenizer and chat template that lie in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.config = read(folder / "tokenizer_config.json")
+        configs = (read(folder / "generation_config.json"), read(folder / "config.json"))
+        ends: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])
+        self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends])
+        path = folder / "chat_template.jinja"
+        source = path.read_text("utf-8") if path.is_file() else self.config.get("chat_template")
+        # The template came with the model: it runs in a sandbox.
+        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        sandbox.globals["raise_exception"] = refuse
+        self.template = sandbox.from_string(source) if isinstance(source, str) else None
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def chat(self, messages: str) -> str:
+        """The prompt for a JSON list of {"role", "content"}."""
+        if self.template is None:
+            raise ValueError("messages: the model has no chat template; send text_input")
+        try:
+            turns = json.loads(messages)
+        except ValueError as error:
+            raise ValueError(f"messages: not JSON: {error}") from None
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+            raise ValueError('messages: expected a list such as [{"role": "user", "content": "..."}]')
+        tokens = {key: token_text(self.config.get(key)) for key in ("bos_token", "eos_token")}
+        try:
+            return self.template.render(messages=turns, add_generation_prompt=True, **tokens)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"messages: the chat template refuses them: {error}") from None
+
+
+class Detokenizer:
+    """The text of one sequence as it grows; holds back what may turn out to be part of a stop word."""
+
+    def __init__(self, tokenizer: Any, stop_words: Sequence[str]) -> None:
+        self.tokenizer, self.stop_words = tokenizer, stop_words
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """New text that is certain after `token`, whole characters only; `stopped` when a stop word is complete."""
+        self.held += self.stream.step(self.tokenizer, token) or ""
+        found = [at for word in self.stop_words if (at := self.held.find(word)) >= 0]
+        if found:
+            self.stopped = True
+            return self.release(min(found), drop=True)
+        return self.release(len(self.held) - max((overlap(self.held, w) for w in self.stop_words), default=0))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        return self.release(len(self.held))
+
+    def release(self, end: int, *, drop: bool = False) -> str:
+        text, self.held = self.held[:end], "" if drop else self.held[end:]
+        return text
+
+
+def overlap(text: str, word: str) -> int:
+    """How many characters at the end of `text` begin `word`."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
+
+
+def token_text(token: Any) -> str | None:
+    """Tokenizer configs write a token as text, or as an object with its text in `content`."""
+    text: str | None = token.get("content") if isinstance(token, dict) else token
+    return text
+
+
+def refuse(message: str) -> None:
+    """`raise_exception` of Hugging Face's chat templates."""
+    raise jinja2.TemplateError(message)
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
