@@ -62,7 +62,7 @@ def read_shards(folder: Path) -> Mapping[str, FileTensor]:
         raise UserError("not a shard index", where=str(index), expected='an object "weight_map" of tensor to file name')
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or file == "..":
             raise UserError(
                 "the shard index points outside its folder",
                 where=str(index),

@@ -12,8 +12,8 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import numpy_helper
 
-import passes.lazy as lazy
 from compiler.backend import writer
+from passes import lazy
 from passes.errors import UserError
 from passes.lazy import FileTensor, InMemory, Transposed, View
 
@@ -91,7 +91,7 @@ def test_views_of_one_source_read_it_once(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_and_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, offset: int, size: int) -> None:
+    def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)

@@ -27,7 +27,7 @@ def oracle_asymmetric(w: list[float], bits: int, scale: np.float32) -> tuple[lis
     """Codes and zero point of one group for a given stored scale; float32 quotients as the definition says."""
     top = 2**bits - 1
     quotient = [Fraction(float(np.float32(v) / scale)) for v in w]
-    low = Fraction(float(-np.float32(min(min(w), 0)) / scale))
+    low = Fraction(float(-np.float32(min(0, *w)) / scale))
     zero = min(max(round_half_even(low), 0), top)
     return [min(max(round_half_even(q) + zero, 0), top) for q in quotient], zero
 

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from tests.plugins.kernels import Emulated, Library, build_emulators
+from tests.plugins.kernels import Emulated, build_emulators
+from tools.gpu.library import Library
 
 
 @pytest.fixture(scope="session")

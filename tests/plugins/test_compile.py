@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.kernels import ROOT, SOURCE, Library
+from tests.plugins.kernels import ROOT, SOURCE
+from tools.gpu.library import Library
 
 ALL = ("75", "80", "86", "89", "90a", "100", "120")
 DEFAULT = ("75", "80", "90a")

@@ -12,7 +12,8 @@ from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
 from tests.plugins.cases import BF16, F16, Case, Problem
-from tests.plugins.kernels import Emulated, RefusedError
+from tests.plugins.kernels import Emulated
+from tools.gpu.library import RefusedError
 
 WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
 Kernels = dict[int, Emulated]

@@ -1,0 +1,156 @@
+"""Causal LMs of several families: exported from untouched storage, their logits equal transformers'.
+
+Prefill of a left-padded batch, then a decode step on its cache; the FLOAT graph and the one lowered for ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from compiler import pipeline
+from compiler.backend.writer import write_model
+from compiler.frontend import hf
+from compiler.frontend.model import LlmShape
+from compiler.request import Request
+from compiler.target import find_target
+from passes.errors import UserError
+from passes.rewrite import Ledger
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "llama": {"tie_word_embeddings": False},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 5},
+    "gemma2": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
+}
+BATCH, SEQUENCE, PADDING = 2, 9, 3
+
+
+def make(family: str, folder: Path) -> Any:
+    """A model with weights large enough that every part of it matters, saved in several shards."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    fields = {"model_type": family, **SIZES, **FAMILIES[family]}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.3)
+        else:
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return model
+
+
+def reference(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Any = None) -> Any:
+    with torch.no_grad():
+        tensors = (torch.from_numpy(a) for a in (ids, mask, positions))
+        names = ("input_ids", "attention_mask", "position_ids")
+        return model(**dict(zip(names, tensors, strict=True)), past_key_values=past, use_cache=True)
+
+
+def check(graph: gs.Graph, shape: LlmShape, model: Any, folder: Path) -> None:
+    """Prefill and decode against transformers, within 1e-4."""
+    write_model(graph, folder / "m.onnx")
+    session = ort.InferenceSession(folder / "m.onnx", providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, shape.vocab, (BATCH, SEQUENCE))
+    mask = np.ones((BATCH, SEQUENCE), np.int64)
+    mask[1, :PADDING] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    empty = np.zeros((BATCH, shape.kv_heads, 0, shape.head_dim), np.float32)
+    past = dict.fromkeys(shape.cache_names("past_key_values"), empty)
+    got = session.run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
+    want = reference(model, ids, mask, positions)
+    error = np.abs(got[0] - want.logits.numpy())
+    error[1, :PADDING] = 0  # what a padded position says is nobody's business
+    assert error.max() < 1e-4
+
+    ids, mask = rng.integers(3, shape.vocab, (BATCH, 1)), np.concatenate([mask, np.ones((BATCH, 1), np.int64)], 1)
+    positions = mask.cumsum(1)[:, -1:] - 1
+    past = dict(zip(shape.cache_names("past_key_values"), got[1:], strict=True))
+    got = session.run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
+    want = reference(model, ids, mask, positions, want.past_key_values)
+    assert np.abs(got[0] - want.logits.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    model = make(family, tmp_path)
+    exported = hf.load(tmp_path)
+    assert exported.llm is not None
+    graph = pipeline.normalize(exported.graph, Ledger())
+    ops = {n.op for n in graph.nodes}
+    assert {"RMSNormalization", "RotaryEmbedding"} <= ops
+    assert "ReduceMean" not in ops  # no norm was left in pieces
+    names = [f.path for f in pipeline.linears(graph)]
+    assert "model.layers.1.mlp.down_proj" in names
+    assert "lm_head" in names
+    check(graph, exported.llm, model, tmp_path)
+    request = Request(model=tmp_path, targets=("x86",), out=tmp_path)
+    check(
+        pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, Ledger()), exported.llm, model, tmp_path
+    )
+
+
+def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 128', '"intermediate_size": 256'))
+    with pytest.raises(UserError, match=r"expected:\s+shape \[64, 256\]"):
+        hf.load(tmp_path)
+
+
+def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "m.M"}}')
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "vit"}', '{"model_type": "nosuch"}', "{}"])
+def test_what_is_no_causal_lm_is_refused(tmp_path: Path, config: str) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError):
+        hf.load(tmp_path)
+
+
+def test_storage_stays_untouched(tmp_path: Path) -> None:
+    """A model of 70 B parameters is built in no time and no memory."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    config = {**SIZES, "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    model = hf.build_skeleton({**config, "num_attention_heads": 64, "vocab_size": 128_000}, tmp_path, False)
+    assert sum(p.numel() for p in model.parameters()) > 68e9
+    assert time.monotonic() - started < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

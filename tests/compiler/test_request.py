@@ -1,0 +1,110 @@
+"""Requests and quantization configs: what fits is taken, what does not is an error that says what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiler.quant.config import KEYS, QuantConfig, parse_quant_config
+from compiler.request import Request, fields_from_json
+from compiler.target import TARGETS, find_target
+from passes.errors import UserError
+
+
+def request(**fields: Any) -> Request:
+    return Request(**{"model": Path("m"), "targets": ("x86",), "out": Path("o"), **fields})
+
+
+def test_the_examples_of_the_spec_are_taken() -> None:
+    assert parse_quant_config({"quant_method": "instant_quant", "weight_format": "int8"}, "t") == QuantConfig()
+    sub = parse_quant_config({"quant_method": "instant_quant", "weight_format": "int8", "group_size": 128}, "t")
+    assert (sub.bits, sub.group_size, sub.activate_quant) == (8, 128, False)
+    four = parse_quant_config({"quant_method": "instant_quant", "weight_format": "uint4"}, "t")
+    assert (four.bits, four.group_size) == (4, -1)
+    act = {"quant_method": "instant_quant", "weight_format": "int8", "compute_method": "activate_quant"}
+    assert parse_quant_config(act, "t").activate_quant
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({"weight_format": "int8", "gruop_size": 32}, "unknown quantization key"),
+        ({"weight_format": "int4"}, "'uint4' has the same number of levels"),
+        ({"weight_format": "uint8"}, "'int8' has the same number of levels"),
+        ({"weight_format": "fp8"}, "int8 or uint4"),
+        ({}, "weight_format is missing"),
+        ({"weight_format": "int8", "group_size": 0}, "group_size"),
+        ({"weight_format": "int8", "group_size": "128"}, "group_size"),
+        ({"weight_format": "int8", "group_size": True}, "group_size"),
+        ({"weight_format": "int8", "quant_method": "iq"}, "instant_quant or gptq"),
+        ({"weight_format": "int8", "compute_method": "fast"}, "weight_only or activate_quant"),
+        ({"weight_format": "uint4", "compute_method": "activate_quant"}, "activate_quant takes int8"),
+        ({"weight_format": "int8", "compute_method": "activate_quant", "group_size": 32}, "per channel only"),
+        ({"weight_format": "int8", "ignore": "lm_head"}, "a list of module patterns"),
+    ],
+)
+def test_what_does_not_fit_is_said(raw: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_quant_config(raw, "config.json")
+    assert says in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+anything = (
+    st.none() | st.booleans() | st.integers(-5, 300) | st.text(max_size=6) | st.lists(st.text(max_size=3), max_size=2)
+)
+
+
+@given(raw=st.dictionaries(st.sampled_from((*KEYS, "other")), anything, max_size=5))
+@settings(max_examples=300, deadline=None)
+def test_any_config_is_parsed_or_refused(raw: dict[str, Any]) -> None:
+    try:
+        config = parse_quant_config(raw, "t")
+    except UserError:
+        return
+    assert config.bits in (4, 8)
+    assert config.group_size == -1 or config.group_size > 0
+
+
+def test_a_custom_config_with_quantization_disabled_is_an_error() -> None:
+    with pytest.raises(UserError, match="quantization disabled"):
+        request(enable_quant=False, quant_config={"quant_method": "instant_quant", "weight_format": "int8"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"targets": ()},
+        {"targets": ("sm999",)},
+        {"quant": "w4"},
+        {"quant": "none", "group_size": 32},
+        {"quant": "a16w8", "quant_config": {"weight_format": "int8"}},
+        {"lm_head": "int4"},
+        {"embeddings": "fp8"},
+        {"cpu_preset": "turbo"},
+    ],
+)
+def test_impossible_requests_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        request(**fields)
+
+
+def test_json_has_the_spec_names() -> None:
+    custom = {"quant_method": "instant_quant", "weight_format": "int8"}
+    assert fields_from_json(custom) == {"quant_config": custom}
+    whole = {"enable_quant": True, "weight_only_quant": True, "customized_quant_config": custom}
+    assert fields_from_json(whole) == {"enable_quant": True, "weight_only": True, "quant_config": custom}
+    for broken in ({"enable_quant": 1}, {"enable_quant": True, "quant": 3}):
+        with pytest.raises(UserError):
+            fields_from_json(broken)
+
+
+def test_targets_are_found_by_any_name() -> None:
+    for target in TARGETS:
+        for name in (target.name, *target.aliases, target.name.upper()):
+            assert find_target(name) is target
+    assert request(targets=("x86", "cpu", "armv9")).resolved_targets() == (find_target("x86"), find_target("armv9"))
