@@ -8,23 +8,13 @@ Where a graph computes in float16 or bfloat16, a node computes in float32 and ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-import ml_dtypes
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 
-from passes.lazy import Array, View, convert, view_of
-from passes.rewrite import producer
-from plugins.ops import DOMAIN, OPS
-
-FLOAT32 = np.dtype(np.float32)
-HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-REFERENCES: dict[str, Callable[..., tuple[Array, ...]]] = {op.name: op.reference for op in OPS}
-EXTERNAL_BYTES = 1 << 20  # larger constants reach a session as they lie in memory, without a copy in a protobuf
+from passes.evaluate_node import HALVES, dependencies, evaluate_node
+from passes.lazy import Array, view_of
 
 
 class Evaluation:
@@ -46,19 +36,25 @@ class Evaluation:
 
     def take(self, name: str) -> Array:
         """The value of one tensor; what only it needed is dropped."""
+        value = self.peek(name)
+        self.keep.discard(name)
+        if not self.waiting.get(name):
+            del self.values[name]
+        return value
+
+    def peek(self, name: str) -> Array:
+        """The value of one tensor, which stays."""
         self.keep.add(name)
         for node in self.needed(name):
             self.run(node)
-        self.keep.discard(name)
-        return self.values[name] if self.waiting.get(name) else self.values.pop(name)
+        return self.values[name]
 
     def needed(self, name: str) -> list[gs.Node]:
-        """The nodes that have to run before `name` is there, in order."""
+        """The nodes that have to run before `name` is there, in order; KeyError for a tensor nobody makes or feeds."""
         found: dict[int, gs.Node] = {}
         stack = [name] if name not in self.values else []
         while stack:
-            node = self.made_by.get(tensor := stack.pop())
-            assert node is not None, f"tensor {tensor} is neither fed nor made by a node"
+            node = self.made_by[stack.pop()]
             if id(node) in found:
                 continue
             found[id(node)] = node
@@ -88,154 +84,3 @@ def small_constant(tensor: gs.Tensor) -> bool:
 def not_finite(value: Array) -> bool:
     floating = value.dtype.kind == "f" or value.dtype in HALVES
     return floating and not np.isfinite(value).all()
-
-
-def dependencies(node: gs.Node) -> list[gs.Tensor]:
-    """The variables a node reads; a weight that streams is no variable."""
-    streamed = node.op == "MatMul" and column_blocks(node.inputs[1]) is not None
-    return [t for t in (node.inputs[:1] if streamed else node.inputs) if isinstance(t, gs.Variable) and t.name]
-
-
-def evaluate_node(node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> list[Array]:
-    """The outputs of one node."""
-    special = SPECIAL.get(node.op)
-    done = special(node, values) if special else None
-    if done is not None:
-        outputs = [done]
-    elif node.domain == DOMAIN:
-        inputs = [None if not t.name else value_of(t, values) for t in node.inputs]
-        outputs = list(REFERENCES[node.op](*inputs, **node.attrs))
-    else:
-        outputs = run_session(node, values, graph)
-    return [narrow(value, tensor, node, values) for value, tensor in zip(outputs, node.outputs, strict=True)]
-
-
-def value_of(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
-    view = view_of(tensor)
-    if view is not None:
-        return view.load()
-    return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else values[tensor.name]
-
-
-def narrow(value: Array, tensor: gs.Tensor, node: gs.Node, values: Mapping[str, Array]) -> Array:
-    """Rounds to the 16-bit type that the tensor has: the declared one, or that of the node's inputs."""
-    if value.dtype != FLOAT32:
-        return value
-    first = next((values[t.name].dtype for t in node.inputs if t.name in values), FLOAT32)
-    dtype = np.dtype(tensor.dtype) if tensor.dtype is not None else first
-    return value.astype(dtype) if dtype in HALVES and node.op not in ("Cast", "DequantizeLinear") else value
-
-
-def matmul(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
-    """x [..., K] @ W [K, N], W by blocks of columns; float32 sums."""
-    blocks = column_blocks(node.inputs[1])
-    if blocks is None:
-        return None
-    x = convert(values[node.inputs[0].name], FLOAT32)
-    rows = x.reshape(-1, x.shape[-1])
-    parts = [rows @ convert(block, FLOAT32) for block in blocks()]
-    return np.concatenate(parts, axis=1).reshape(*x.shape[:-1], -1)
-
-
-def column_blocks(weight: gs.Tensor) -> Callable[[], Iterator[Array]] | None:
-    """Blocks of columns [K, n] of a constant matrix, or of what Cast, Transpose or DequantizeLinear make of one."""
-    view = view_of(weight)
-    if view is not None:
-        return (lambda: (view.block(t) for t in view.source.tiles())) if view.axis == 1 else None
-    node = weight.inputs[0] if weight.inputs else None
-    if node is None or node.op not in ("Cast", "Transpose", "DequantizeLinear"):
-        return None
-    inner = view_of(node.inputs[0])
-    if node.op == "Cast":
-        return column_blocks(node.inputs[0])
-    if inner is None:
-        return None
-    if node.op == "Transpose":
-        return (lambda: (inner.block(t).T for t in inner.source.tiles())) if inner.axis == 0 else None
-    others = [view_of(t) for t in node.inputs[1:]]
-    if any(v is None or v.source != inner.source for v in others):
-        return None
-    return lambda: dequantized_blocks(inner, [v for v in others if v is not None], node.attrs)
-
-
-def dequantized_blocks(codes: View, others: list[View], attrs: Mapping[str, Any]) -> Iterator[Array]:
-    """DequantizeLinear(codes [K, N], scale, zero) by columns; scale and zero are [N], or [K / block_size, N]."""
-    repeat = attrs.get("block_size", 0)
-    for tile in codes.source.tiles():
-        q = codes.block(tile).astype(FLOAT32)
-        scale, *zero = (
-            np.repeat(part, repeat, axis=0) if repeat else part
-            for part in (v.block(tile).astype(FLOAT32) for v in others)
-        )
-        yield (q - zero[0] if zero else q) * scale
-
-
-def gather(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
-    """Rows of a stored table [V, H], picked as its tiles go by."""
-    view = view_of(node.inputs[0])
-    if view is None or view.axis != 0 or node.attrs.get("axis", 0) != 0:
-        return None
-    ids = value_of(node.inputs[1], values)
-    out = np.empty((*ids.shape, *view.shape[1:]), view.dtype)
-    for tile in view.source.tiles():
-        here = (ids >= tile.start) & (ids < tile.start + len(tile.parts[0]))
-        if here.any():
-            out[here] = view.block(tile)[ids[here] - tile.start]
-    return out
-
-
-def cast(node: gs.Node, values: Mapping[str, Array]) -> Array:
-    to = node.attrs["to"]
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to) if isinstance(to, int) else to)
-    return convert(value_of(node.inputs[0], values), dtype)
-
-
-SPECIAL: dict[str, Callable[[gs.Node, Mapping[str, Array]], Array | None]] = {
-    "MatMul": matmul,
-    "Gather": gather,
-    "Cast": cast,
-}
-
-
-def run_session(node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> list[Array]:
-    """One node through ONNX Runtime. Constants stay constants: kernels that pack their weights then do so."""
-    inputs: list[gs.Tensor] = []
-    feeds: dict[str, Array] = {}
-    large: dict[str, Array] = {}
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for tensor in node.inputs:
-        if not tensor.name:
-            inputs.append(gs.Variable.empty())
-            continue
-        value = value_of(tensor, values)
-        value = value.astype(FLOAT32) if value.dtype in HALVES else value
-        if isinstance(tensor, gs.Constant) and value.nbytes < EXTERNAL_BYTES:
-            inputs.append(gs.Constant(tensor.name, np.asarray(value, order="C")))
-            continue
-        inputs.append(gs.Variable(tensor.name, value.dtype, value.shape))
-        (large if isinstance(tensor, gs.Constant) else feeds)[tensor.name] = np.asarray(value, order="C")
-    outputs = [gs.Variable(t.name) for t in node.outputs]
-    single = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, domain=node.domain)
-    fed = list({t.name: t for t in inputs if isinstance(t, gs.Variable) and t.name}.values())
-    model = gs.export_onnx(
-        gs.Graph([single], fed, outputs, opset=graph.opset, import_domains=graph.import_domains), do_type_check=False
-    )
-    externalize(model, large)
-    options.add_external_initializers(list(large), [ort.OrtValue.ortvalue_from_numpy(v) for v in large.values()])
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results: list[Array] = session.run(None, feeds)
-    return results
-
-
-def externalize(model: onnx.ModelProto, large: Mapping[str, Array]) -> None:
-    """Turns the inputs that `large` names into initializers whose values are handed over apart."""
-    kept = [i for i in model.graph.input if i.name not in large]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    for name, value in large.items():
-        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-        tensor = onnx.TensorProto(name=name, data_type=kind, dims=value.shape, data_location=onnx.TensorProto.EXTERNAL)
-        tensor.external_data.add(key="location", value="memory")
-        model.graph.initializer.append(tensor)

@@ -1,0 +1,117 @@
+"""What a comparison runs on: a text, prompts, or, where there is nothing better, generated data (said loudly)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from compiler.frontend.model import FloatModel, LlmShape
+from passes.errors import UserError
+from passes.lazy import Array
+
+WINDOW = 128  # tokens that see one another
+BATCH = 4  # windows that run together: 512 tokens, so that logits of a large vocabulary stay below a gigabyte
+GENERATED = 4 * WINDOW
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of token ids [B, S]; for a model that is no LLM, of named inputs."""
+
+    kind: str  # text, prompts or generated
+    batches: tuple[Array, ...] = ()
+    feeds: tuple[Mapping[str, Array], ...] = ()
+    decode: Callable[[list[int]], str] = str
+
+    @property
+    def warning(self) -> str:
+        if self.kind != "generated":
+            return ""
+        return (
+            "GENERATED DATA: random inputs stand in for text. Errors and KL are indicative, perplexity says nothing; "
+            "give --text FILE."
+        )
+
+    def each(self, llm: LlmShape | None) -> Iterator[tuple[Mapping[str, Array], Array | None]]:
+        """(feeds, token ids or None) of every batch."""
+        if llm is None:
+            yield from ((feed, None) for feed in self.feeds)
+            return
+        for ids in self.batches:
+            yield llm_feeds(ids, llm), ids
+
+
+def llm_feeds(ids: Array, llm: LlmShape) -> dict[str, Array]:
+    """The inputs of a causal LM for `ids [B, S]` with an empty cache."""
+    b, s = ids.shape
+    nothing = np.zeros((b, llm.kv_heads, 0, llm.head_dim), np.float32)
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones((b, s), np.int64),
+        "position_ids": np.ascontiguousarray(np.broadcast_to(np.arange(s, dtype=np.int64), (b, s))),
+        **dict.fromkeys(llm.cache_names("past_key_values"), nothing),
+    }
+
+
+def windows(ids: Iterable[int], window: int = WINDOW) -> tuple[Array, ...]:
+    """A text's tokens as batches of whole windows, and what is left as a last, shorter one."""
+    flat = np.fromiter(ids, np.int64)
+    whole = len(flat) // window
+    rows = flat[: whole * window].reshape(whole, window)
+    batches = [rows[i : i + BATCH] for i in range(0, whole, BATCH)]
+    rest = flat[None, whole * window :]
+    return (*batches, rest) if rest.shape[1] > 1 else tuple(batches)
+
+
+def load_data(
+    model: FloatModel, text: Path | None = None, prompts: Iterable[str] = (), limit: int | None = None
+) -> Data:
+    """The data a user asked for; `limit` caps the tokens of a text."""
+    prompts = tuple(prompts)
+    if text is None and not prompts:
+        return generated(model)
+    if model.llm is None:
+        raise UserError("a text says nothing to a model that is no causal LM", fix="leave --text and --prompt out")
+    tokenizer = model.folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError("no tokenizer for the text", where=str(model.folder), expected="tokenizer.json")
+    from tokenizers import Tokenizer
+
+    tokens = Tokenizer.from_file(str(tokenizer))
+    window = min(WINDOW, model.llm.max_length or WINDOW)
+    if prompts:
+        rows = [np.array([tokens.encode(p).ids[:window]], np.int64) for p in prompts]
+        short = [p for p, row in zip(prompts, rows, strict=True) if row.shape[1] < 2]
+        if short:
+            raise UserError("a prompt of less than two tokens predicts nothing", found=repr(short[0]))
+        return Data("prompts", tuple(rows), decode=tokens.decode)
+    assert text is not None
+    try:
+        ids = tokens.encode(text.read_text("utf-8")).ids[:limit]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("the text cannot be read", where=str(text), expected="UTF-8 text", found=str(error)) from None
+    if len(ids) < 2:
+        raise UserError("the text is empty", where=str(text), expected="at least two tokens")
+    return Data("text", windows(ids, window), decode=tokens.decode)
+
+
+def generated(model: FloatModel) -> Data:
+    """Random token ids, or random inputs of any other model; the same ones every time."""
+    random = np.random.default_rng(0)
+    if model.llm is not None:
+        ids = random.integers(0, model.llm.vocab, GENERATED)
+        return Data("generated", windows(ids, min(WINDOW, model.llm.max_length or WINDOW)))
+    return Data("generated", feeds=({t.name: random_input(t, random) for t in model.graph.inputs},))
+
+
+def random_input(tensor: gs.Variable, random: np.random.Generator) -> Array:
+    """Standard normal floats; integers that are 0 or 1 (masks, segment and token ids are all happy with those)."""
+    dynamic = 8
+    shape = [d if isinstance(d, int) and d > 0 else dynamic for d in tensor.shape]
+    dtype = np.dtype(tensor.dtype)
+    drawn = random.standard_normal(shape) if dtype.kind == "f" else random.integers(0, 2, shape)
+    return np.asarray(drawn).astype(dtype)

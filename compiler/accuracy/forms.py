@@ -1,0 +1,90 @@
+"""What is compared: the forms of one model, what each is held against, and how each is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from polygraphy.backend.base import BaseRunner
+
+from compiler.accuracy.bounds import FLOAT32, Bound, bound_of
+from compiler.accuracy.ledger import layers_of
+from compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, engine_runner, session
+from compiler.backend.writer import write_model
+from compiler.frontend.model import FloatModel
+from passes.errors import UserError
+
+# form -> (what it is held against, the kind of difference that is)
+AGAINST = {
+    "transformers": ("float", "export"),
+    "twin": ("float", "quantization"),
+    "artifact": ("twin", "lowering"),
+    "lowered": ("twin", "lowering"),
+    "engine": ("twin", "lowering"),
+}
+TWIN_BYTES = 1 << 30  # float32 weights that ONNX Runtime may hold; a larger twin streams
+EXPORT = replace(FLOAT32, name="float32 export", model=1e-3)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model for one target. `floating` is None where the checkpoint itself is quantized; `file` is the artifact.
+
+    `dtype` is what the lowered graph computes in.
+    """
+
+    model: FloatModel
+    target: str
+    floating: gs.Graph | None
+    canonical: gs.Graph
+    lowered: gs.Graph
+    dtype: np.dtype[np.generic]
+    file: Path | None = None
+    plugins: tuple[Path, ...] = ()
+
+    @property
+    def outputs(self) -> list[str]:
+        """What is compared: logits, or everything that a model without them delivers."""
+        return ["logits"] if self.model.llm is not None else [t.name for t in self.canonical.outputs]
+
+    def default_forms(self) -> tuple[str, ...]:
+        run = "artifact" if self.file is not None and self.file.suffix == ".onnx" else "lowered"
+        return ("twin", run) if self.floating is None else ("float", "twin", run)
+
+
+def model_bound(subject: Subject, kind: str) -> Bound | None:
+    if kind == "quantization":
+        return None
+    return EXPORT if kind == "export" else bound_of(subject.lowered.nodes, subject.dtype)
+
+
+def twin_runner(subject: Subject, scratch: Path) -> BaseRunner:
+    """ONNX Runtime, which holds the twin's weights as float32; a model too large for that streams."""
+    if 4 * sum(math.prod(layer.shape) for layer in layers_of(None, subject.canonical)) > TWIN_BYTES:
+        return GraphRunner(subject.canonical, subject.outputs, "twin")
+    write_model(subject.canonical.copy(), scratch / "twin.onnx")
+    return OnnxRunner(session(scratch / "twin.onnx", twin=True), subject.outputs, "twin")
+
+
+def existing(subject: Subject, suffix: str) -> Path:
+    if subject.file is None or subject.file.suffix != suffix:
+        raise UserError(
+            f"target {subject.target} has no {suffix} file to run",
+            found=str(subject.file) if subject.file is not None else "nothing",
+            fix="--forms float,twin,lowered checks the lowered graph on this CPU",
+        )
+    return subject.file
+
+
+RUNNERS: dict[str, Callable[[Subject, Path], BaseRunner]] = {
+    "float": lambda s, scratch: GraphRunner(s.floating, s.outputs, "float"),
+    "transformers": lambda s, scratch: TransformersRunner(s.model.folder, "transformers"),
+    "twin": twin_runner,
+    "artifact": lambda s, scratch: OnnxRunner(session(existing(s, ".onnx")), s.outputs, "artifact"),
+    "lowered": lambda s, scratch: GraphRunner(s.lowered, s.outputs, "lowered"),
+    "engine": lambda s, scratch: engine_runner(existing(s, ".engine"), s.plugins, "engine"),
+}

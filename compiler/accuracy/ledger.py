@@ -1,0 +1,290 @@
+"""The ledger: for every linear layer, what its weights lost, what that does to its output, and how well it was lowered.
+
+The float model, the twin and the lowered graph run side by side, a layer at a time, on the same tokens. Weights stream
+and activations live only until their last use, so the model may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from compiler.accuracy.bounds import Bound, bound_of, seen_by
+from compiler.accuracy.metrics import difference, element_error
+from passes.evaluate import Evaluation
+from passes.insert_qdq import quantized
+from passes.lazy import Array, Missing, Source, convert
+from passes.linear import linear
+from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
+
+PROBES = 4  # one-hot inputs for each group of a weight
+MAX_PROBES = 256
+# A code is at most half a step from its weight, and half a step more where the rounded zero point shifts the range.
+STEPS = 1.001
+GAIN = 4e-3  # rounding is unbiased: over a whole layer the weights keep their size
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear of the twin, MatMul and bias, from tensor `x` to tensor `y`: named alike in every form of the graph."""
+
+    path: str
+    x: str
+    y: str
+    shape: tuple[int, int]
+    quant: QuantTensor | None
+    rows: Source | None  # the float weight, where there is one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. Errors are relative L2 unless said otherwise; None where there is nothing to measure against.
+
+    weight     of the weights                       steps    the largest error of a weight, in steps of its scale
+    gain       size kept: <quantized, w> / <w, w>   added    output error with the float model's own input
+    piled_up   output error with the twin's input: what all layers so far have caused together
+    lowering   worst output channel of the lowered layer against the twin's on the same input
+    probe      worst element of the lowered layer's weights against the twin's
+    """
+
+    layer: str
+    quant: str
+    bytes_before: int
+    bytes_after: int
+    weight: float | None = None
+    steps: float | None = None
+    gain: float | None = None
+    added: float | None = None
+    piled_up: float | None = None
+    lowering: float | None = None
+    probe: float | None = None
+    arithmetic: str = ""
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ledger:
+    rows: tuple[Row, ...]
+    first_bad: Mapping[str, str]  # form of the model -> its first tensor that is not finite
+
+    @property
+    def findings(self) -> list[str]:
+        bad = [f"{form}: tensor {name} is not finite" for form, name in self.first_bad.items()]
+        return bad + [f"{row.layer}: {finding}" for row in self.rows for finding in row.findings]
+
+
+def layers_of(floating: gs.Graph | None, canonical: gs.Graph) -> list[Layer]:
+    """The linears of the twin, in its order; `floating` has the weights that they came from."""
+    sources = {}
+    for node in floating.nodes if floating is not None else ():
+        if (found := linear(node)) is not None and not isinstance(found.rows, Missing):
+            sources[node.name] = found.rows
+    layers = []
+    for node in canonical.nodes:
+        q, plain = quantized(node), linear(node)
+        if q is None and plain is None:
+            continue
+        path, x, shape, quant = (
+            (q.path, q.x.name, q.quant.shape, q.quant)
+            if q is not None
+            else (plain.path, plain.x.name, plain.shape, None)  # type: ignore[union-attr]
+        )
+        y = with_bias(node.outputs[0], shape[0])
+        layers.append(Layer(path, x, y, shape, quant, sources.get(node.name)))
+    return layers
+
+
+def with_bias(y: gs.Tensor, n: int) -> str:
+    """The name of y, or of y + bias where that is all that y is for."""
+    user = y.outputs[0] if len(y.outputs) == 1 else None
+    if user is not None and user.op == "Add":
+        other = next((t for t in user.inputs if t is not y), None)
+        if isinstance(other, gs.Constant) and tuple(other.shape) == (n,):
+            return str(user.outputs[0].name)
+    return str(y.name)
+
+
+class Run:
+    """An evaluation that keeps every layer's input and output until the last layer that needs it is done."""
+
+    def __init__(self, graph: gs.Graph, feeds: Mapping[str, Array], layers: list[Layer]) -> None:
+        self.uses = Counter(name for layer in layers for name in (layer.x, layer.y))
+        self.evaluation = Evaluation(graph, feeds, keep=self.uses)
+
+    def value(self, name: str) -> Array:
+        self.uses[name] -= 1
+        return self.evaluation.take(name) if not self.uses[name] else self.evaluation.peek(name)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The graphs of one model: the twin, what it came from, and what became of it, which computes in `dtype`.
+
+    Without `floating` (a checkpoint that is quantized already) only the lowering is measured.
+    """
+
+    canonical: gs.Graph
+    floating: gs.Graph | None = None
+    lowered: gs.Graph | None = None
+    dtype: np.dtype[np.generic] = np.dtype(np.float32)  # noqa: RUF009  (immutable)
+
+
+def ledger(forms: Forms, feeds: Mapping[str, Array]) -> Ledger:
+    """One row a linear, on one batch."""
+    canonical, floating = forms.canonical, forms.floating
+    layers = layers_of(floating, canonical)
+    twin = Run(canonical, feeds, layers)
+    reference = Run(floating, feeds, layers) if floating is not None else None
+    rows = tuple(row_of(layer, forms, twin, reference) for layer in layers)
+    runs = {"twin": twin} | ({"float": reference} if reference is not None else {})
+    return Ledger(rows, {form: run.evaluation.first_bad for form, run in runs.items() if run.evaluation.first_bad})
+
+
+def row_of(layer: Layer, forms: Forms, twin: Run, reference: Run | None) -> Row:
+    x, y = twin.value(layer.x), twin.value(layer.y)
+    added = piled_up = None
+    if reference is not None:
+        x_float, y_float = reference.value(layer.x), reference.value(layer.y)
+        piled_up = difference(y, y_float).relative_l2
+        added = (
+            difference(section(forms.canonical, layer, x_float), y_float).relative_l2
+            if layer.quant is not None
+            else 0.0
+        )
+    weight = steps = gain = None
+    if layer.quant is not None and layer.rows is not None:
+        weight, steps, gain = weight_errors(layer.quant, layer.rows)
+    findings = weight_findings(layer, steps, gain)
+    lowering = probe = None
+    arithmetic = ""
+    if forms.lowered is not None:
+        check = check_lowering(layer, forms.canonical, forms.lowered, forms.dtype, x, y)
+        lowering, probe, arithmetic = check.lowering, check.probe, check.bound.name
+        findings += check.findings()
+    n, k = layer.shape
+    stored = getattr(layer.rows, "dtype", np.dtype(np.float16))
+    before = n * k * stored.itemsize
+    return Row(
+        layer.path,
+        str(layer.quant) if layer.quant is not None else "float",
+        before,
+        quantized_bytes(layer.quant) if layer.quant is not None else before,
+        weight,
+        steps,
+        gain,
+        added,
+        piled_up,
+        lowering,
+        probe,
+        arithmetic,
+        tuple(findings),
+    )
+
+
+def section(graph: gs.Graph, layer: Layer, x: Array) -> Array:
+    """What `graph` makes of `x` between the layer's input and its output."""
+    return Evaluation(graph, {layer.x: x}).take(layer.y)
+
+
+def quantized_bytes(quant: QuantTensor) -> int:
+    """Codes, scales and zero points, as they are stored."""
+    n, k = quant.shape
+    zeros = 0 if quant.symmetric else n * quant.groups * quant.bits // 8
+    return n * k * quant.bits // 8 + n * quant.groups * quant.scale_dtype.itemsize + zeros
+
+
+def weight_errors(quant: QuantTensor, rows: Source) -> tuple[float, float, float]:
+    """(relative L2, largest error in steps, gain) of a weight, tile by tile in float64."""
+    off = size = kept = steps = 0.0
+    for w, codes in aligned(rows, quant):
+        wide = w.astype(np.float64)
+        got = dequantize(codes, quant.group_size).astype(np.float64)
+        delta = got - wide
+        off += float((delta * delta).sum())
+        size += float((wide * wide).sum())
+        kept += float((got * wide).sum())
+        in_steps = np.abs(delta).reshape(*codes.scale.shape, -1) / codes.scale[..., None]
+        steps = max(steps, float(in_steps.max()))
+    size = max(size, np.finfo(np.float64).tiny)
+    return float(np.sqrt(off / size)), steps, kept / size
+
+
+def aligned(rows: Source, quant: QuantTensor) -> Iterator[tuple[Array, Codes]]:
+    """The same rows of a float weight and of its quantized form, whatever tiles each comes in."""
+    floats = ((convert(t.parts[0], np.dtype(np.float32)), t.start) for t in rows.tiles())
+    w, start = next(floats)
+    for tile in quant.tiles():
+        codes, at = Codes(*tile.parts), tile.start
+        while len(codes.codes):
+            while at >= start + len(w):
+                w, start = next(floats)
+            count = min(len(codes.codes), start + len(w) - at)
+            yield w[at - start : at - start + count], Codes(*(part[:count] for part in codes))
+            codes, at = Codes(*(part[count:] for part in codes)), at + count
+
+
+def weight_findings(layer: Layer, steps: float | None, gain: float | None) -> list[str]:
+    """InstantQuant's weights must be what rounding makes of the float ones."""
+    if layer.quant is None or steps is None or gain is None:
+        return []
+    found = []
+    if steps > STEPS and isinstance(layer.quant.source, InstantQuant):
+        found.append(f"a weight is {steps:.3g} steps off, rounding explains at most 1")
+    if abs(gain - 1) > GAIN:
+        found.append(f"the weights' size changed by {gain - 1:+.2%}, rounding is unbiased")
+    return found
+
+
+@dataclass(frozen=True)
+class Check:
+    """A lowered layer against the twin's: `missing` says which of its tensors the lowered graph lacks."""
+
+    bound: Bound
+    lowering: float = 0.0
+    probe: float = 0.0
+    missing: str = ""
+
+    def findings(self) -> list[str]:
+        if self.missing:
+            return [f"the lowered graph has no tensor {self.missing}"]
+        measured = (("output", self.lowering, self.bound.layer), ("weights", self.probe, self.bound.probe))
+        return [
+            f"lowering error of the {what} {value:.2e}, {self.bound.name} explains {limit:.0e}"
+            for what, value, limit in measured
+            if not value <= limit
+        ]
+
+
+def check_lowering(
+    layer: Layer, canonical: gs.Graph, lowered: gs.Graph, dtype: np.dtype[np.generic], x: Array, y: Array
+) -> Check:
+    """Both on the same inputs: the twin's real one, and one-hot probes that show the weights through any layout."""
+    run = Evaluation(lowered, {layer.x: x})
+    try:
+        nodes = run.needed(layer.y)
+    except KeyError as missing:
+        return Check(bound_of((), dtype), missing=str(missing.args[0]))
+    bound = bound_of(nodes, dtype)
+    seen = seen_by(nodes, x)
+    expected = y if seen is x else section(canonical, layer, seen)
+    got = run.take(layer.y)
+    hot = probes(layer)
+    weights = element_error(section(lowered, layer, hot), section(canonical, layer, hot))
+    return Check(bound, difference(got, expected).channel, weights)
+
+
+def probes(layer: Layer) -> Array:
+    """One-hot inputs [1, P, K]: every group of the weight is met at several k, the same ones every time."""
+    k = layer.shape[1]
+    group = layer.quant.group_size if layer.quant is not None else k
+    groups = k // group
+    count = max(PROBES * groups, 16) if PROBES * groups <= MAX_PROBES else max(groups, MAX_PROBES)
+    random = np.random.default_rng(k)
+    at = (np.arange(count) % groups) * group + random.integers(0, group, count)
+    hot = np.zeros((1, count, k), np.float32)
+    hot[0, np.arange(count), at] = 1
+    return hot

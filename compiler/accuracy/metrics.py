@@ -1,0 +1,119 @@
+"""Numbers that say how far two outputs are apart. All sums are float64, whatever the outputs are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from passes.lazy import Array
+
+FLOOR = 0.25  # a channel this much quieter than the average one is measured against the average: it may be cancellation
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """relative_l2 = |a - b| / |b|; maximum = max|a - b|; channel = the largest relative_l2 of one output channel."""
+
+    relative_l2: float
+    maximum: float
+    channel: float
+
+
+def difference(a: Array, b: Array) -> Difference:
+    """How far `a [..., N]` is from the reference `b [..., N]`."""
+    assert a.shape == b.shape, f"{a.shape} is not {b.shape}"
+    rows_b = b.reshape(-1, b.shape[-1]).astype(np.float64)
+    delta = a.reshape(rows_b.shape).astype(np.float64) - rows_b
+    off, size = np.linalg.norm(delta, axis=0), np.linalg.norm(rows_b, axis=0)
+    whole = max(float(np.linalg.norm(size)), np.finfo(np.float64).tiny)
+    quiet = FLOOR * whole / np.sqrt(len(size))
+    return Difference(
+        float(np.linalg.norm(off)) / whole,
+        float(np.abs(delta).max(initial=0)),
+        float((off / np.maximum(size, quiet)).max()),
+    )
+
+
+def element_error(a: Array, b: Array) -> float:
+    """The largest |a - b| / (|b| + max|b| / 1000): relative for every element that is not next to nothing."""
+    wide = b.astype(np.float64)
+    largest = float(np.abs(wide).max(initial=0))
+    if largest == 0:
+        return float(np.abs(a).max(initial=0))
+    return float((np.abs(a.astype(np.float64) - wide) / (np.abs(wide) + largest / 1000)).max())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What happened at each position of a text; every array has one element a position.
+
+    kl      D_KL(reference || other) of the next-token distribution, in nats
+    top1    both have the same most likely token
+    top5    the share of the reference's five most likely tokens that are among the other's five
+    nll     -log p(the text's own next token), reference and other; NaN where the text ends
+    best    the most likely token, reference and other
+    """
+
+    kl: Array
+    top1: Array
+    top5: Array
+    nll_reference: Array
+    nll: Array
+    best_reference: Array
+    best: Array
+
+    @staticmethod
+    def join(parts: list[Tokens]) -> Tokens:
+        names = Tokens.__dataclass_fields__
+        return Tokens(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+
+
+def compare_tokens(reference: Array, other: Array, ids: Array) -> Tokens:
+    """Logits [B, S, V] of two models on the token ids [B, S], row by row: positions in reading order."""
+    return Tokens.join([compare_row(*row) for row in zip(reference, other, ids, strict=True)])
+
+
+def compare_row(reference: Array, other: Array, ids: Array) -> Tokens:
+    """Logits [S, V] against each other; position i predicts ids[i + 1]."""
+    p, q = log_softmax(reference), log_softmax(other)
+    kl = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0)  # a rounding below zero is zero
+    best_p, best_q = (np.argpartition(-x, TOP, axis=-1)[:, :TOP] for x in (p, q))
+    top5 = (best_p[:, :, None] == best_q[:, None, :]).any(axis=2).mean(axis=1)
+    first_p, first_q = p.argmax(axis=-1), q.argmax(axis=-1)
+    return Tokens(kl, first_p == first_q, top5, next_nll(p, ids), next_nll(q, ids), first_p, first_q)
+
+
+def log_softmax(logits: Array) -> Array:
+    wide: Array = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return wide
+
+
+def next_nll(log_p: Array, ids: Array) -> Array:
+    """[S] with NaN at the last position, whose next token nobody knows."""
+    found = -np.take_along_axis(log_p[:-1], ids[1:, None].astype(np.int64), axis=-1)[:, 0]
+    return np.append(found, np.nan)
+
+
+def perplexity(nll: Array) -> float:
+    return float(np.exp(np.nanmean(nll)))
+
+
+def summary(tokens: Tokens) -> dict[str, Any]:
+    """The figures of a report."""
+    reference, other = perplexity(tokens.nll_reference), perplexity(tokens.nll)
+    return {
+        "tokens": len(tokens.kl),
+        "kl_mean": float(tokens.kl.mean()),
+        "kl_p99": float(np.quantile(tokens.kl, 0.99)),
+        "kl_max": float(tokens.kl.max()),
+        "top1_agreement": float(tokens.top1.mean()),
+        "top5_agreement": float(tokens.top5.mean()),
+        "perplexity_reference": reference,
+        "perplexity": other,
+        "perplexity_ratio": other / reference,
+    }

@@ -1,0 +1,61 @@
+"""What NVIDIA's tool needs to repeat a comparison alone: inputs, results, its own verdict, and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.comparator import AccuracyResults, Comparator, L2CompareFunc, RunResults
+from polygraphy.json import save_json
+
+from compiler.accuracy.bounds import bound_of
+from compiler.accuracy.data import Data, llm_feeds
+from compiler.accuracy.forms import AGAINST, Subject, model_bound
+
+REPEATED = 32  # tokens of the run that is saved: small files, and enough to repeat a comparison
+
+
+def polygraphy_files(
+    subject: Subject, data: Data, runners: Mapping[str, BaseRunner], folder: Path
+) -> tuple[str, list[str]]:
+    """Writes inputs.json, run_results.json and accuracy_results.json; the command that repeats the comparison, and
+    what Polygraphy's L2 comparator objects to."""
+    llm = subject.model.llm
+    feeds = llm_feeds(data.batches[0][:1, :REPEATED], llm) if llm is not None else data.feeds[0]
+    results = RunResults()
+    for form, each in runners.items():
+        results.add([dict(each.infer(feeds, check_inputs=False))], runtime=each.last_inference_time(), runner_name=form)
+    save_json([dict(feeds)], str(folder / "inputs.json"))
+    results.save(str(folder / "run_results.json"))
+    accuracy = AccuracyResults()
+    names = list(runners)
+    for form in names:
+        reference, kind = AGAINST.get(form, ("", ""))
+        bound = model_bound(subject, kind) if kind else None
+        if bound is None or reference not in names:
+            continue
+        limits = {name: bound.model * float(np.linalg.norm(v)) for name, v in results[reference][0].items()}
+        func = L2CompareFunc(l2_threshold={"": 0.0, **limits}, check_shapes=False)
+        pairs = [(names.index(form), names.index(reference))]
+        accuracy.extend(Comparator.compare_accuracy(results, compare_func=func, comparisons=pairs))
+    accuracy.save(str(folder / "accuracy_results.json"))
+    objections = [
+        f"Polygraphy: {pair} differ" for each in accuracy for pair, ok in each.items() if not all(map(bool, ok))
+    ]
+    return repeat_command(subject, results, folder), objections
+
+
+def repeat_command(subject: Subject, results: RunResults, folder: Path) -> str:
+    """`polygraphy run` on the artifact against the saved twin; empty where there is no file that it can run."""
+    if subject.file is None or "twin" not in results.keys():  # noqa: SIM118  (a list of pairs)
+        return ""
+    saved = folder / "run_results.json"
+    backend = "--onnxrt" if subject.file.suffix == ".onnx" else "--trt"
+    bound = bound_of(subject.lowered.nodes, subject.dtype)
+    limit = bound.model * max(float(np.linalg.norm(v)) for v in results["twin"][0].values())
+    return (
+        f"polygraphy run {subject.file} {backend} --load-inputs {folder / 'inputs.json'} --load-outputs {saved} "
+        f"--compare l2 --l2-threshold {limit:.6g}"
+    )

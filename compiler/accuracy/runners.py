@@ -1,0 +1,128 @@
+"""Every form of a model as a Polygraphy runner, so that its comparators, its files and its command line all fit."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.logger import G_LOGGER
+
+from passes.errors import UserError
+from passes.evaluate import Evaluation
+from passes.evaluate_node import numpy_type
+from passes.lazy import Array
+
+G_LOGGER.module_severity = {"": G_LOGGER.ERROR}  # its progress lines would drown ours
+
+
+class GraphRunner(BaseRunner):  # type: ignore[misc]
+    """A graph of ours, evaluated node by node: weights stream, our operators run through their reference functions."""
+
+    def __init__(self, graph: gs.Graph, outputs: Sequence[str], name: str) -> None:
+        super().__init__(name)
+        self.graph, self.outputs = graph, outputs
+        self.first_bad: str | None = None
+
+    def activate_impl(self) -> None:
+        """Nothing to load: constants are read when a node needs them."""
+
+    def deactivate_impl(self) -> None:
+        """Nothing to free."""
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for tensor in self.graph.inputs:
+            metadata.add(tensor.name, tensor.dtype, tensor.shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        types = {t.name: numpy_type(t.dtype) for t in self.graph.inputs}
+        feeds = {name: value.astype(types[name], copy=False) for name, value in feed_dict.items() if name in types}
+        run = Evaluation(self.graph, feeds, keep=self.outputs)
+        outputs = OrderedDict((name, run.take(name)) for name in self.outputs)
+        self.first_bad = self.first_bad or run.first_bad
+        return outputs
+
+
+class TransformersRunner(BaseRunner):  # type: ignore[misc]
+    """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(name)
+        self.folder = folder
+
+    def activate_impl(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def deactivate_impl(self) -> None:
+        del self.model
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return TensorMetadata().add("input_ids", np.int64, ("batch", "sequence"))
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        given = {key: torch.tensor(feed_dict[key]) for key in ("input_ids", "attention_mask", "position_ids")}
+        with torch.inference_mode():
+            return OrderedDict(logits=self.model(**given, use_cache=False).logits.numpy())
+
+
+def session(path: Path, *, twin: bool = False) -> Callable[[], ort.InferenceSession]:
+    """Loads an ONNX file when the runner is activated. A twin must run as it is written: exact float activations."""
+
+    def load() -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if twin:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    return load
+
+
+class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
+    """ONNX Runtime, fetching only what is compared: a cache is as large as the logits and says nothing more."""
+
+    def __init__(self, load: Callable[[], ort.InferenceSession], outputs: Sequence[str], name: str) -> None:
+        super().__init__(load, name)
+        self.outputs = outputs
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        return OrderedDict(zip(self.outputs, self.sess.run(list(self.outputs), dict(feed_dict)), strict=True))
+
+
+def engine_runner(path: Path, plugins: Sequence[Path], name: str) -> BaseRunner:
+    """The engine itself on this machine's GPU."""
+    try:
+        import tensorrt  # noqa: F401  (Polygraphy imports it only when it runs)
+        from polygraphy.backend.common import BytesFromPath
+        from polygraphy.backend.trt import EngineFromBytes, LoadPlugins, TrtRunner
+    except ImportError:
+        raise UserError(
+            "an engine runs with TensorRT on a GPU, which this Python lacks",
+            where=str(path),
+            fix="run this on the GPU machine; --forms leaves the engine out and checks the lowered graph here",
+        ) from None
+    load: Any = EngineFromBytes(BytesFromPath(str(path)))
+    if plugins:
+        load = EngineFromBytes(BytesFromPath(str(path)), runtime=None)
+        LoadPlugins([str(p) for p in plugins])()
+    return TrtRunner(load, name)

@@ -1,0 +1,60 @@
+"""From a plan, and the artifacts written from it, to what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from compiler.accuracy.forms import Subject
+from compiler.artifact import Artifact
+from compiler.build import Plan, lower, stored_types
+from compiler.engine import compute_type
+from compiler.frontend import onnx_file
+from compiler.request import Request
+from compiler.target import Backend, Target
+from passes.lazy import Missing
+from passes.linear import linear
+from passes.rewrite import Ledger
+
+
+def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()) -> list[Subject]:
+    """One subject a target. A CPU artifact is read back from its file, so that what was written is what is checked."""
+    written = {a.target: a for a in artifacts}
+    return [subject(planned, request, target, written.get(target.name)) for target in request.resolved_targets()]
+
+
+def subject(planned: Plan, request: Request, target: Target, artifact: Artifact | None) -> Subject:
+    file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
+    if target.backend is Backend.TENSORRT:
+        dtype = compute_type(target, stored_types(planned.model))
+        lowered = all_positions(planned, request, target, dtype)
+    else:
+        dtype = np.dtype(np.float32)
+        lowered = onnx_file.load(file).graph if file is not None else planned.lowered[target.name]
+    return Subject(
+        model=planned.model,
+        target=target.name,
+        floating=None if is_quantized(planned.model.graph) else planned.model.graph,
+        canonical=planned.canonical,
+        lowered=lowered,
+        dtype=dtype,
+        file=file,
+        plugins=tuple(Path(p) for p in artifact.plugins) if artifact is not None else (),
+    )
+
+
+def all_positions(planned: Plan, request: Request, target: Target, dtype: np.dtype[Any]) -> gs.Graph:
+    """The graph of an engine, but with the logits of every position and no buffer of a fixed length for its cache."""
+    plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
+    return lower(planned.canonical, planned.model, {target.name: dtype}, plain, Ledger())[target.name]
+
+
+def is_quantized(graph: gs.Graph) -> bool:
+    """Does the checkpoint lack float weights?"""
+    found = (linear(node) for node in graph.nodes)
+    return any(f is not None and isinstance(f.rows, Missing) for f in found)

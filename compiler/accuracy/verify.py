@@ -1,0 +1,208 @@
+"""Runs the forms of one model on the same data and says how far each is from what it was made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+
+from compiler.accuracy.data import Data
+from compiler.accuracy.forms import AGAINST, RUNNERS, Subject, model_bound
+from compiler.accuracy.ledger import Forms, Ledger, ledger
+from compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
+from compiler.accuracy.native import polygraphy_files
+from compiler.accuracy.runners import GraphRunner
+from passes.errors import UserError
+from passes.evaluate import Evaluation
+from passes.lazy import Array
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One form against its reference, over all data. `bound` is on relative_l2; None where the user sets no bound."""
+
+    kind: str
+    form: str
+    reference: str
+    relative_l2: float
+    maximum: float
+    bound: float | None
+    arithmetic: str
+
+    @property
+    def holds(self) -> bool:
+        return self.bound is None or self.relative_l2 <= self.bound
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows quantization to cost."""
+
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None  # percent
+
+    def violations(self, figures: Mapping[str, float]) -> list[str]:
+        increase = 100 * (figures["perplexity_ratio"] - 1)
+        stated = (("KL", figures["kl_mean"], self.max_kl), ("perplexity increase, %,", increase, self.max_ppl_increase))
+        return [
+            f"{what} {value:.4g} exceeds the bound {limit:g}"
+            for what, value, limit in stated
+            if limit is not None and not value <= limit
+        ]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything a report shows."""
+
+    target: str
+    data: Data
+    comparisons: tuple[Comparison, ...]
+    tokens: Tokens | None  # twin against float
+    figures: Mapping[str, float]
+    perplexities: Mapping[str, float]  # form -> perplexity; empty without a text
+    ledger: Ledger
+    violations: tuple[str, ...]
+    command: str
+
+    @property
+    def passed(self) -> bool:
+        return not self.violations
+
+
+def verify(
+    subject: Subject,
+    data: Data,
+    folder: Path,
+    *,
+    forms: Sequence[str] = (),
+    limits: Limits = Limits(),
+    say: Callable[[str], None] = lambda text: None,
+) -> Verdict:
+    """Compares; leaves Polygraphy's files in `folder`, which exists."""
+    forms = tuple(forms) or subject.default_forms()
+    check_forms(subject, forms)
+    with opened(subject, forms) as runners:
+        say("running " + ", ".join(runners))
+        totals, tokens, nll = compare(subject, data, runners)
+        say("comparing with Polygraphy")
+        command, native = polygraphy_files(subject, data, runners, folder)
+        bad = first_bad(subject, runners, totals, data)
+    say("filling the ledger, layer by layer")
+    feeds, _ = next(data.each(subject.model.llm))
+    filled = ledger(Forms(subject.canonical, subject.floating, subject.lowered, subject.dtype), feeds)
+    filled = replace(filled, first_bad={**bad, **filled.first_bad})
+    comparisons = tuple(total.comparison(subject) for total in totals)
+    figures = summary(tokens) if tokens is not None else {}
+    unheld = [
+        f"{c.kind} error of {c.form}: relative L2 {c.relative_l2:.2e}, {c.arithmetic} explains {c.bound:.0e}"
+        for c in comparisons
+        if not c.holds
+    ]
+    violations = (*filled.findings, *unheld, *native, *(limits.violations(figures) if figures else ()))
+    texts = {form: perplexity(np.concatenate(parts)) for form, parts in nll.items()} if data.kind != "generated" else {}
+    return Verdict(subject.target, data, comparisons, tokens, figures, texts, filled, violations, command)
+
+
+def check_forms(subject: Subject, forms: Sequence[str]) -> None:
+    known = tuple(RUNNERS)
+    unknown = [f for f in forms if f not in known]
+    if unknown:
+        raise UserError("no such form of a model", expected=", ".join(known), found=", ".join(unknown))
+    if len(set(forms)) < 2:
+        raise UserError("a comparison needs two forms", expected=", ".join(known), found=", ".join(forms))
+    if subject.floating is None and {"float", "transformers"} & set(forms):
+        raise UserError(
+            "there is no float model to compare with: the checkpoint is quantized",
+            where=str(subject.model.folder),
+            fix="--forms twin,artifact",
+        )
+    if "transformers" in forms and not subject.model.config:
+        raise UserError("an .onnx file has no transformers model", fix="leave the form transformers out")
+
+
+@contextmanager
+def opened(subject: Subject, forms: Sequence[str]) -> Iterator[dict[str, BaseRunner]]:
+    """Active runners, one a form; the twin's file lives only as long."""
+    with TemporaryDirectory(prefix="twin.") as folder, ExitStack() as stack:
+        yield {form: stack.enter_context(RUNNERS[form](subject, Path(folder))) for form in forms}
+
+
+@dataclass
+class Total:
+    """Sums over batches of one form against its reference."""
+
+    form: str
+    squares: float = 0.0
+    reference_squares: float = 0.0
+    maximum: float = 0.0
+
+    def add(self, outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
+        for name, value in outputs.items():
+            wide = reference[name].astype(np.float64)
+            delta = value.astype(np.float64) - wide
+            self.squares += float((delta * delta).sum())
+            self.reference_squares += float((wide * wide).sum())
+            self.maximum = max(self.maximum, float(np.abs(delta).max(initial=0)))
+
+    def comparison(self, subject: Subject) -> Comparison:
+        reference, kind = AGAINST[self.form]
+        bound = model_bound(subject, kind)
+        error = math.sqrt(self.squares / max(self.reference_squares, np.finfo(np.float64).tiny))
+        limit = bound.model if bound is not None else None
+        return Comparison(kind, self.form, reference, error, self.maximum, limit, bound.name if bound else "")
+
+
+def compare(
+    subject: Subject, data: Data, runners: Mapping[str, BaseRunner]
+) -> tuple[list[Total], Tokens | None, dict[str, list[Array]]]:
+    """One pass over the data: nothing but sums and a few numbers a token is kept."""
+    totals = [Total(form) for form in runners if AGAINST.get(form, ("",))[0] in runners]
+    tokens: list[Tokens] = []
+    nll: dict[str, list[Array]] = {}
+    for feeds, ids in data.each(subject.model.llm):
+        outputs = {form: dict(r.infer(feeds, check_inputs=False)) for form, r in runners.items()}
+        for total in totals:
+            total.add(*last_positions(outputs[total.form], outputs[AGAINST[total.form][0]]))
+        if ids is None:
+            continue
+        if "float" in outputs and "twin" in outputs:
+            tokens.append(compare_tokens(outputs["float"]["logits"], outputs["twin"]["logits"], ids))
+        for form, out in outputs.items():
+            if out["logits"].shape[1] == ids.shape[1]:
+                nll.setdefault(form, []).append(compare_tokens(out["logits"], out["logits"], ids).nll)
+    return totals, Tokens.join(tokens) if tokens else None, nll
+
+
+def last_positions(
+    outputs: Mapping[str, Array], reference: Mapping[str, Array]
+) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+    """An engine may deliver the last position only; then that is what is compared."""
+    return outputs, {
+        name: value if value.shape == outputs[name].shape else value[:, -outputs[name].shape[1] :]
+        for name, value in reference.items()
+    }
+
+
+def first_bad(
+    subject: Subject, runners: Mapping[str, BaseRunner], totals: Sequence[Total], data: Data
+) -> dict[str, str]:
+    """The first tensor that is not finite, for each form that has one; an opaque form is looked into by evaluation."""
+    found = {form: r.first_bad for form, r in runners.items() if isinstance(r, GraphRunner) and r.first_bad}
+    graphs = {"twin": subject.canonical, "artifact": subject.lowered, "engine": subject.lowered}
+    for total in totals:
+        if math.isfinite(total.squares) or total.form in found or total.form not in graphs:
+            continue
+        for feeds, _ in data.each(subject.model.llm):
+            run = Evaluation(graphs[total.form], feeds)
+            run.take(subject.outputs[0])
+            if run.first_bad:
+                found[total.form] = run.first_bad
+                break
+    return found
