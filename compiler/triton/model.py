@@ -28,12 +28,12 @@ SAMPLING = {
     "presence_penalty": float,
     "seed": int,
 }
-CODES = {
-    Failure.INVALID: pb_utils.TritonError.INVALID_ARG,
-    Failure.BUSY: pb_utils.TritonError.UNAVAILABLE,
-    Failure.CLOSING: pb_utils.TritonError.UNAVAILABLE,
-    Failure.CANCELLED: pb_utils.TritonError.CANCELLED,
-    Failure.INTERNAL: pb_utils.TritonError.INTERNAL,
+CODES = {  # names: the server adds TritonError to its module only after this one is imported
+    Failure.INVALID: "INVALID_ARG",
+    Failure.BUSY: "UNAVAILABLE",
+    Failure.CLOSING: "UNAVAILABLE",
+    Failure.CANCELLED: "CANCELLED",
+    Failure.INTERNAL: "INTERNAL",
 }
 DEFAULT_MAX_TOKENS = 64
 ASK_EVERY = 0.02
@@ -59,11 +59,11 @@ class TritonPythonModel:
                 job, stream = read_request(request, self.text)
                 self.scheduler.submit(job, Sender(request, sender, self.outbox, len(job.prompt), stream=stream))
             except RefusedError as error:
-                refuse(sender, str(error), CODES[error.failure])
+                refuse(sender, error.failure, str(error))
             except ValueError as error:
-                refuse(sender, str(error), CODES[Failure.INVALID])
+                refuse(sender, Failure.INVALID, str(error))
             except Exception as error:  # whatever a request contains, the server lives
-                refuse(sender, f"internal error: {type(error).__name__}: {error}", CODES[Failure.INTERNAL])
+                refuse(sender, Failure.INTERNAL, f"internal error: {type(error).__name__}: {error}")
 
     def finalize(self) -> None:
         self.scheduler.close()
@@ -162,7 +162,7 @@ class Sender:
         self.sender.send(pb_utils.InferenceResponse(tensors), flags=final)
 
     def fail(self, failure: Failure, message: str) -> None:
-        self.outbox.calls.put(partial(refuse, self.sender, message, CODES[failure]))
+        self.outbox.calls.put(partial(refuse, self.sender, failure, message))
 
     def cancelled(self) -> bool:
         """Has the client gone? Asks every ASK_EVERY seconds, in the outbox's thread."""
@@ -176,6 +176,7 @@ class Sender:
         self.gone = bool(self.sender.is_cancelled())
 
 
-def refuse(sender: Any, message: str, code: int) -> None:
+def refuse(sender: Any, failure: Failure, message: str) -> None:
+    code = getattr(pb_utils.TritonError, CODES[failure])
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
