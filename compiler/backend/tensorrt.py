@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ Flavour = Literal["tensorrt", "tensorrt_rtx"]
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+MAGIC: dict[bytes, Flavour] = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
+HEADER = struct.Struct("<16sQ4B")  # magic and format, size of the file (RTX), version
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
 
 
@@ -118,15 +121,58 @@ def build(spec: EngineSpec, progress: Progress = silent) -> Built:
         raise UserError("the lowered model is not there", where=str(spec.onnx))
     spec.engine.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done, warnings = _run_child(spec, progress)
+        done, warnings = _run_child({"build": spec.to_json()}, str(spec.onnx), progress)
         spec.partial.replace(spec.engine)
     finally:
         spec.partial.unlink(missing_ok=True)
     return Built(spec.engine, spec.layers, warnings=tuple(warnings), **done)
 
 
-def _run_child(spec: EngineSpec, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """Runs the child and follows its events: the result and the warnings."""
+def load(flavour: Flavour, engine: Path, plugins: Sequence[Path] = ()) -> str:
+    """Deserializes an engine on this machine's GPU, in a child process; the version of the runtime that did it.
+
+    Call `read_header` and compare digests first: an engine is code.
+    """
+    order = {"load": {"flavour": flavour, "engine": str(engine), "plugins": list(map(str, plugins))}}
+    done, _ = _run_child(order, str(engine), silent)
+    return str(done["version"])
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of an engine say: which product built it, and its version."""
+
+    flavour: Flavour
+    version: str
+
+
+def read_header(engine: Path) -> Header:
+    """Reads 28 bytes of an engine, deserializing nothing; a UserError for a truncated or foreign file."""
+    with engine.open("rb") as file:
+        head = file.read(HEADER.size)
+    flavour = MAGIC.get(head[:4])
+    if flavour is None or len(head) < HEADER.size:
+        raise UserError(
+            "not a TensorRT engine",
+            where=str(engine),
+            expected=f"a file that starts with {' or '.join(repr(m.decode()) for m in MAGIC)}",
+            found=repr(head[:4]) if head else "an empty file",
+        )
+    _, size, *version = HEADER.unpack(head)
+    found = engine.stat().st_size
+    if flavour == "tensorrt_rtx" and size != found:
+        raise UserError(
+            "the engine is truncated",
+            where=str(engine),
+            expected=f"{size} bytes",
+            found=f"{found} bytes",
+            fix="copy it again",
+        )
+    return Header(flavour, ".".join(map(str, version)))
+
+
+def _run_child(order: Mapping[str, Any], where: str, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+    """Runs the child and follows its events: the result and the warnings. `where` names the file in errors."""
     done: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     said: list[tuple[str, str]] = []  # severity, text
@@ -136,7 +182,7 @@ def _run_child(spec: EngineSpec, progress: Progress) -> tuple[dict[str, Any], li
         assert child.stdout
         try:
             with child.stdin as stdin:
-                stdin.write(spec.to_json())
+                stdin.write(json.dumps(order))
             for line in child.stdout:
                 event = json.loads(line)
                 if "progress" in event:
@@ -154,9 +200,9 @@ def _run_child(spec: EngineSpec, progress: Progress) -> tuple[dict[str, Any], li
         stderr.seek(0)
         tail = stderr.read()[-2000:].strip()
     if failure:
-        raise _refusal(spec, failure, said)
+        raise _refusal(where, failure, said)
     if done is None or status:
-        raise _abort(spec, status, phase, said, tail)
+        raise _abort(where, status, phase, said, tail)
     return done, [text for severity, text in said if severity == "WARNING"]
 
 
@@ -181,26 +227,26 @@ def _child(stderr: Any) -> Iterator[subprocess.Popen[str]]:
         child.wait()
 
 
-def _refusal(spec: EngineSpec, failure: Mapping[str, Any], said: Sequence[tuple[str, str]]) -> UserError:
+def _refusal(where: str, failure: Mapping[str, Any], said: Sequence[tuple[str, str]]) -> UserError:
     """The child's own account of why it did not build: one reason, or one line for each refused node."""
     reasons: list[str] = failure["refused"] or [text for severity, text in said if severity == "ERROR"][-1:]
     return UserError(
         failure["what"],
-        where=str(spec.onnx),
+        where=where,
         expected=failure.get("expected", ""),
         found="".join(f"\n    {reason}" for reason in reasons),
         fix=failure.get("fix", ""),
     )
 
 
-def _abort(spec: EngineSpec, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
+def _abort(where: str, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
     """The child ended without an account: a signal, or an exception of ours (then its traceback is the tail)."""
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     last = said[-1][1] if said else "none"
     killed = "the machine ran out of memory, or someone ended the process" if how == "SIGKILL" else ""
     return UserError(
         f"the builder process ended ({how}) during: {phase}",
-        where=str(spec.onnx),
+        where=where,
         found=f"last builder message: {last}" + (f"\n{tail}" if tail else ""),
         fix=killed,
     )

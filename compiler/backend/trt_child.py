@@ -1,6 +1,7 @@
 """The process that one TensorRT engine is built in: `tensorrt.build` starts `python -m compiler.backend.trt_child`.
 
-Reads an EngineSpec as JSON from standard input; writes events as JSON lines to standard output:
+Reads its order, {"build": EngineSpec} or {"load": {flavour, engine, plugins}}, from standard input; writes events as
+JSON lines to standard output:
 
     {"progress": [0.42, "Optimizing graph"]}          {"message": ["WARNING", "..."]}
     {"refused": ["..."], "what": "...", "fix": "..."}  {"done": {version, bytes, sha256, seconds, peak_memory}}
@@ -58,9 +59,12 @@ def main() -> None:
     events = Events(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the compiler
-    spec = EngineSpec.from_json(sys.stdin.read())
+    order = json.loads(sys.stdin.read())
     try:
-        events.send(done=build(spec, events))
+        if "load" in order:
+            events.send(done=load(**order["load"], events=events))
+        else:
+            events.send(done=build(EngineSpec.from_json(order["build"]), events))
     except Refused as refused:
         events.send(**refused.event)
 
@@ -72,7 +76,7 @@ def build(spec: EngineSpec, events: Events) -> dict[str, Any]:
     check_version(trt, spec)
     logger = make_logger(trt, events)
     builder = trt.Builder(logger)
-    load_plugins(trt, spec)
+    load_plugins(trt, spec.plugins)
     network = builder.create_network(network_flags(trt))
     parser = parse(trt, network, logger, spec)
     config = configure(trt, builder, spec)
@@ -120,19 +124,32 @@ def make_logger(trt: Any, events: Events) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.layers = ""
+            self.spoke = False
 
         def log(self, severity: Any, message: str) -> None:
             if message.startswith("Layers:"):
                 self.layers = message
             elif severity <= trt.ILogger.WARNING and NO_DEVICE not in message:
                 name = "WARNING" if severity == trt.ILogger.WARNING else "ERROR"
+                self.spoke = True
                 events.send(message=[name, message.strip()])
 
     return Log()
 
 
-def load_plugins(trt: Any, spec: EngineSpec) -> None:
-    if not spec.plugins:
+def load(flavour: str, engine: str, plugins: Sequence[str], events: Events) -> dict[str, Any]:
+    """Deserializes an engine, which must have been checked before: engines are code."""
+    trt = importlib.import_module(flavour)
+    logger = make_logger(trt, events)
+    load_plugins(trt, plugins)
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(Path(engine).read_bytes())
+    if loaded is None:
+        raise Refused(f"TensorRT {trt.__version__} cannot load this engine", [] if logger.spoke else ["no GPU here"])
+    return {"version": trt.__version__, "tensors": [loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)]}
+
+
+def load_plugins(trt: Any, libraries: Sequence[Path | str]) -> None:
+    if not libraries:
         return
     if not hasattr(trt.INetworkDefinition, "add_plugin_v3"):
         # The RTX parser looks this name up when it meets a plugin node, and ends the process when it is missing.
@@ -144,7 +161,7 @@ def load_plugins(trt: Any, spec: EngineSpec) -> None:
                 [str(error)],
                 fix="lower without plugins, or link libtensorrt_rtx.so to libtensorrt_rtx.so.1 on LD_LIBRARY_PATH",
             ) from error
-    for library in spec.plugins:
+    for library in libraries:
         if not trt.get_plugin_registry().load_library(str(library)):
             raise Refused(f"TensorRT refused the plugin library {library}")
 
