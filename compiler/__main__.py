@@ -46,6 +46,7 @@ def compile_command(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="print what each layer became, and why")] = False,
+    check: Annotated[Path | None, typer.Option(help="verify an output folder: digests, versions, loading")] = None,
     list_targets: Annotated[bool, typer.Option("--list-targets", help="print the targets")] = False,
 ) -> None:
     """Compile MODEL into quantized artifacts, one for each --target."""
@@ -53,6 +54,12 @@ def compile_command(
 
     if list_targets:
         report.show_targets()
+        return
+    if check is not None:
+        from compiler.check import check as check_folder_of_artifacts
+
+        for line in check_folder_of_artifacts(check):
+            report.console.print(line, soft_wrap=True)
         return
     if model is None:
         raise UserError("no model given", expected="compile MODEL --target T -o DIR", fix="compile --help")
@@ -117,10 +124,30 @@ def compile_command(
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
 
 
+def build_command(
+    kit: Annotated[Path, typer.Argument(help="a build kit that compile left")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
+    builder: Annotated[str, typer.Option(help="auto, tensorrt-rtx or tensorrt")] = "auto",
+) -> None:
+    """Finish a build KIT on the machine with the GPU it was made for."""
+    from compiler import report
+    from compiler.build import build_kit
+    from compiler.kit import read_kit
+
+    started = time.monotonic()
+    with report.console.status("") as status:
+        artifact = build_kit(read_kit(kit), out, builder, status.update)  # type: ignore[arg-type]
+    report.console.print(f"{out / artifact.path}", soft_wrap=True)
+    report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+
+
 def main() -> NoReturn:
     """Runs the command; a user's error prints without a traceback and exits with 1, an interruption with 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if sys.argv[1:2] == ["build"] and len(sys.argv) > 2:  # a model folder of that name is ./build
+            del sys.argv[1]
+            typer.run(build_command)
         app()
     except UserError as error:
         print(f"error: {error}\nFAILED", file=sys.stderr)
