@@ -16,6 +16,7 @@ struct Row {
     int warps_n, warps_k;  // a warp owns 32 n; warps_k of them share those n and divide K
     int columns;           // of 8 m
     int stages[2];         // of the shared-memory ring, for codes of 4 and 8 bits
+    int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
 };
@@ -27,16 +28,16 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
 // stages; sm_75 has no asynchronous copies, so two stages are all that helps there.
 constexpr Row kRows[] = {
-    {"stream8", Kernel::kGemm, 1, 8, 1, {4, 4}, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 1, 8, 2, {4, 3}, 16, 80, kNewest},
-    {"tile32", Kernel::kGemm, 4, 1, 4, {4, 4}, 32, 80, kNewest},
-    {"tile64", Kernel::kGemm, 8, 1, 8, {4, 4}, kAny, 80, kNewest},
-    {"stream8_turing", Kernel::kGemm, 1, 8, 1, {2, 2}, 8, 75, 79},
-    {"stream16_turing", Kernel::kGemm, 1, 4, 2, {2, 2}, 16, 75, 79},
-    {"tile32_turing", Kernel::kGemm, 4, 1, 4, {2, 2}, kAny, 75, 79},
-    {"int8", Kernel::kInt8, 4, 1, 8, {4, 4}, kAny, 80, kNewest},
-    {"int8_turing", Kernel::kInt8, 4, 1, 8, {2, 2}, kAny, 75, 79},
-    {"plain", Kernel::kPlain, 1, 1, 1, {1, 1}, kAny, 75, kNewest},
+    {"stream8", Kernel::kGemm, 1, 8, 1, {4, 4}, 2, 8, 80, kNewest},
+    {"stream16", Kernel::kGemm, 1, 8, 2, {4, 3}, 2, 16, 80, kNewest},
+    {"tile32", Kernel::kGemm, 4, 1, 4, {4, 4}, 3, 32, 80, kNewest},
+    {"tile64", Kernel::kGemm, 8, 1, 8, {4, 4}, 1, kAny, 80, kNewest},
+    {"stream8_turing", Kernel::kGemm, 1, 8, 1, {2, 2}, 2, 8, 75, 79},
+    {"stream16_turing", Kernel::kGemm, 1, 4, 2, {2, 2}, 4, 16, 75, 79},
+    {"tile32_turing", Kernel::kGemm, 4, 1, 4, {2, 2}, 3, kAny, 75, 79},
+    {"int8", Kernel::kInt8, 4, 1, 8, {4, 4}, 2, kAny, 80, kNewest},
+    {"int8_turing", Kernel::kInt8, 4, 1, 8, {2, 2}, 2, kAny, 75, 79},
+    {"plain", Kernel::kPlain, 1, 1, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 
 constexpr int first_row(Kernel kernel) {

@@ -270,11 +270,9 @@ struct Gemm {
     }
 };
 
-// Code is generated only where the table can choose it, and bf16 starts at sm_80. Two blocks of the split-K rows fit a
-// multiprocessor; without that promise the compiler aims for four and spills.
+// Code is generated only where the table can choose it, and bf16 starts at sm_80.
 template <class T, int Bits, int I>
-__global__ void __launch_bounds__(kRows[I].warps_n * kRows[I].warps_k * 32, kRows[I].warps_k > 1 ? 2 : 1)
-    gemm(GemmArgs const p) {
+__global__ void __launch_bounds__(kRows[I].warps_n * kRows[I].warps_k * 32, kRows[I].resident) gemm(GemmArgs const p) {
 #if DEVICE_SM
     constexpr Row row = kRows[I];
     if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || std::is_same<T, Half>::value)) {

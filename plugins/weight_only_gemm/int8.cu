@@ -217,7 +217,7 @@ struct Int8Gemm {
 };
 
 template <class T, int I>
-__global__ void __launch_bounds__(kRows[I].warps_n * 32, 2) int8_gemm(Int8Args const p) {
+__global__ void __launch_bounds__(kRows[I].warps_n * 32, kRows[I].resident) int8_gemm(Int8Args const p) {
 #if DEVICE_SM
     constexpr Row row = kRows[I];
     if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || !std::is_same<T, Bfloat>::value)) {

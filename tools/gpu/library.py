@@ -1,0 +1,64 @@
+"""The kernels' C interface, plugins/weight_only_gemm/kernel.h, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+CProblem = structure(
+    "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,
+    sm=I32, sm_count=I32, wide=I32, plain=I32,
+)  # fmt: skip
+CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
+CPlan = structure(
+    "CPlan", kernel=ctypes.c_char_p, row=I32, splits=I32, grid_m=I32, grid_n=I32, threads=I32, shared=I32, workspace=I64
+)
+
+
+class RefusedError(Exception):
+    """The C function returned an error; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    kernel: str
+    splits: int
+    grid_m: int
+    grid_n: int
+    threads: int
+    shared: int
+    workspace: int
+
+
+class Library:
+    """wog_choose, wog_workspace and wog_launch of one shared library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        self._c.wog_workspace.restype = I64
+
+    def _call(self, function: str, *args: Any) -> None:
+        message = ctypes.create_string_buffer(256)
+        if getattr(self._c, function)(*args, message, ctypes.c_size_t(256)):
+            raise RefusedError(message.value.decode())
+
+    def choose(self, **problem: int) -> Plan:
+        plan = CPlan()
+        self._call("wog_choose", ctypes.byref(CProblem(**problem)), ctypes.byref(plan))
+        return Plan(plan.kernel.decode(), *(getattr(plan, f) for f in list(Plan.__annotations__)[1:]))
+
+    def workspace(self, **problem: int) -> int:
+        return int(self._c.wog_workspace(ctypes.byref(CProblem(**problem))))
+
+    def launch(self, problem: dict[str, int], tensors: dict[str, int], stream: int = 0) -> None:
+        c = CTensors(**{k: v or None for k, v in tensors.items()})
+        self._call("wog_launch", ctypes.byref(CProblem(**problem)), ctypes.byref(c), PTR(stream))
