@@ -132,24 +132,39 @@ class Outbox:
 
 
 class Sender:
-    """The reply to one request: its pieces as they come, or all at once where the client did not ask for a stream."""
+    """The reply to one request: its pieces as they come, or all at once where the client did not ask for a stream.
+
+    Pieces that come faster than the server takes them travel together.
+    """
 
     def __init__(self, request: Any, sender: Any, outbox: Outbox, prompt_tokens: int, *, stream: bool) -> None:
         self.sender, self.outbox, self.prompt_tokens, self.stream = sender, outbox, prompt_tokens, stream
         self.wanted = set(request.requested_output_names())
-        self.text: list[str] = []
+        self.lock = threading.Lock()
+        self.text, self.finish = "", ""
         self.tokens: list[int] = []
+        self.queued = False
+        self.ended = False  # the server frees what `sender` stands for with the last response: no call after that
         self.gone = False
         self.asked = time.monotonic()
 
     def piece(self, text: str, tokens: list[int], finish: str) -> None:
-        self.text.append(text)
-        self.tokens += tokens
-        if self.stream or finish:
-            self.outbox.calls.put(partial(self.send, "".join(self.text), self.tokens, finish))
-            self.text, self.tokens = [], []
+        with self.lock:
+            self.text += text
+            self.tokens += tokens
+            self.finish = finish
+            if not self.queued and (self.stream or finish):
+                self.queued = True
+                self.outbox.calls.put(self.send)
 
-    def send(self, text: str, tokens: list[int], finish: str) -> None:
+    def send(self) -> None:
+        """Everything that has come since the last time."""
+        with self.lock:
+            text, tokens, finish = self.text, self.tokens, self.finish
+            self.text, self.tokens, self.queued = "", [], False
+        if self.ended:
+            return
+        self.ended = bool(finish)
         outputs: dict[str, Any] = {
             "text_output": np.array([[text.encode()]], np.object_),
             "output_ids": np.array([tokens], np.int32),
@@ -162,7 +177,12 @@ class Sender:
         self.sender.send(pb_utils.InferenceResponse(tensors), flags=final)
 
     def fail(self, failure: Failure, message: str) -> None:
-        self.outbox.calls.put(partial(refuse, self.sender, failure, message))
+        self.outbox.calls.put(partial(self.refuse, failure, message))
+
+    def refuse(self, failure: Failure, message: str) -> None:
+        if not self.ended:
+            self.ended = True
+            refuse(self.sender, failure, message)
 
     def cancelled(self) -> bool:
         """Has the client gone? Asks every ASK_EVERY seconds, in the outbox's thread."""
@@ -173,7 +193,7 @@ class Sender:
         return self.gone
 
     def ask(self) -> None:
-        self.gone = bool(self.sender.is_cancelled())
+        self.gone = not self.ended and bool(self.sender.is_cancelled())
 
 
 def refuse(sender: Any, failure: Failure, message: str) -> None:
