@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ def linear(node: gs.Node) -> Linear | None:
 def module_path(node: gs.Node, weight: gs.Constant) -> str:
     """The path of the module a node belongs to: from its name (`a.b/MatMul_3`, `/a/b/MatMul`), else its weight's."""
     scope: str = node.name.rpartition("/")[0].strip("/").replace("/", ".")
-    return scope or str(weight.name).removesuffix(".weight")
+    return scope or re.sub(r"\.weight(_\w+)?$", "", weight.name)
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class LinearMatch:
 
 
 class NormalizeMatMul(Rewrite[LinearMatch]):
-    """MatMul with a constant matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
+    """MatMul with a constant matrix, given as [K, N] or as Transpose([N, K]), in any float type -> the normal form.
 
-    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast
     After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
     """
 
@@ -78,11 +79,13 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         if node.op != "MatMul" or linear(node) is not None:
             return None
         x, w = node.inputs
-        transpose = producer(w, "Transpose")
-        stored = transpose.inputs[0] if transpose is not None else w
+        stored, turned = w, True
+        while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
+            turned ^= step.op == "Transpose"
+            stored = step.inputs[0]
         if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
             return None
-        rows, shape = rows_of(stored, transposed=transpose is None)
+        rows, shape = rows_of(stored, transposed=turned)
         return LinearMatch(node, x, rows, shape, module_path(node, stored))
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
