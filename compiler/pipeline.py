@@ -17,6 +17,7 @@ from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
+from passes.lower_ort_groups import LowerGroups
 from passes.lower_native_int8 import LowerNativeInt8
 from passes.lower_native_weight_only import LowerNativeWeightOnly
 from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
@@ -55,7 +56,8 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     passes: list[Rewrite[Any]] = []
     if not request.portable:
         passes += ATTENTION
-    passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
+    one_limb = ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86
+    passes += linear_passes(request.cpu_preset, one_limb, LowerGroups(one_limb))
     if request.embeddings == "int8":
         passes.append(QuantizeTables())
     # Last: what is float by now stays float, in the 16 bits it is stored in.

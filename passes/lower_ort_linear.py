@@ -152,7 +152,8 @@ class LowerPerChannel(Rewrite[Quantized]):
         found = quantized(node)
         if found is None or found.quant.activations != self.activations:
             return None
-        if not found.quant.per_channel or found.quant.bits != 8:
+        # Four-bit codes are widened to bytes where the tokens are int8 anyway; else MatMulNBits reads half the memory.
+        if not found.quant.per_channel or (found.quant.bits != 8 and self.activations == "float"):
             return Reject(f"{found.quant} has no per-channel integer form")
         return found
 
@@ -240,7 +241,11 @@ def reachable(node: gs.Node, prefix: str) -> Iterator[gs.Tensor]:
                 yield from reachable(consumer, prefix)
 
 
-def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Rewrite[Any], ...]:
-    """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left."""
-    exact = (LowerPerChannel(TWO_LIMBS, "float"),) if preset == "exact" else ()
+def linear_passes(preset: Preset, one_limb: Limbs, *by_group: Rewrite[Any]) -> tuple[Rewrite[Any], ...]:
+    """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left.
+
+    `by_group` takes group-wise weights that meet int8 tokens; the fast preset gives them to MatMulNBits, whose int8
+    activations are by block.
+    """
+    exact = (LowerPerChannel(TWO_LIMBS, "float"), *by_group) if preset == "exact" else ()
     return (LowerPerChannel(one_limb, "int8"), *exact, LowerToMatMulNBits())

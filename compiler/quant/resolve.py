@@ -17,7 +17,7 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
     """(how to quantize, the reader of a quantized checkpoint). (None, None) leaves the model float."""
     folder = model.folder
     reader = find_reader(folder, model.config, model.tensors)
-    asked = asked_config(request)
+    asked = asked_config(request, reader.method if reader is not None else "instant_quant")
     if reader is None:
         if asked is None and request.enable_quant:
             raise UserError(
@@ -37,13 +37,12 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
     return checkpoint_config(request, asked, reader, str(folder)), reader
 
 
-def asked_config(request: Request) -> QuantConfig | None:
-    """What the request alone says, group size and ignore patterns included."""
+def asked_config(request: Request, method: str) -> QuantConfig | None:
+    """What the request says, group size and ignore patterns included; the short names mean the model's own method."""
     if request.quant in (None, "none") and request.quant_config is None:
         return None
-    raw: dict[str, Any] = (
-        dict(request.quant_config) if request.quant_config is not None else dict(SHORT[str(request.quant)])
-    )
+    short = {"quant_method": method, **SHORT.get(str(request.quant), {})}
+    raw: dict[str, Any] = dict(short if request.quant_config is None else request.quant_config)
     if request.group_size is not None and raw.setdefault("group_size", request.group_size) != request.group_size:
         raise UserError("group_size", expected=str(raw["group_size"]), found=str(request.group_size))
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
@@ -60,7 +59,7 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
     weight_format = "int8" if reader.bits == 8 else "uint4"
     if request.quant == "none" or request.enable_quant is False:
         raise UserError("the checkpoint holds its weights only quantized", where=where, fix="leave quant out")
-    if asked is not None and asked.quant_method != reader.method and request.quant is None:
+    if asked is not None and asked.quant_method != reader.method:
         raise UserError(
             "the checkpoint is quantized already; quantizing its weights again would lose accuracy",
             where=where,
