@@ -1,18 +1,17 @@
 """Starts Triton Inference Server on a model repository, on loopback: `python -m tools.serve REPOSITORY`.
 
-The server is the `tritonserver` on the PATH, or the one in the nvidia-pytriton wheel of this Python's environment.
+The server is the `tritonserver` on the PATH, or the one in an environment that holds the nvidia-pytriton wheel.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -29,8 +28,10 @@ from passes.errors import UserError
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
-LIBRARY = "libtriton_python.so"
 STUB = "triton_python_backend_stub"
+ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-serve"
+WHEEL = """import json, pytriton, sys, sysconfig
+print(json.dumps([pytriton.__file__, "%d.%d" % sys.version_info[:2], sysconfig.get_config_var("LIBDIR")]))"""
 
 
 @dataclass(frozen=True)
@@ -41,33 +42,32 @@ class Installation:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_server(scratch: Path) -> Installation:
+def find_server(scratch: Path, environment: Path) -> Installation:
     """The installed server; `scratch` holds the backend folder of a wheel, whose stub must lie beside its library."""
     if (found := shutil.which("tritonserver")) is not None:
         return Installation((found,))
-    package = importlib.util.find_spec("pytriton")
-    if package is None or package.origin is None:
+    python = environment / "bin" / "python"
+    found_wheel = subprocess.run([python, "-c", WHEEL], capture_output=True, check=False) if python.exists() else None
+    if found_wheel is None or found_wheel.returncode != 0:
         raise UserError(
             "no tritonserver",
-            expected="tritonserver on the PATH, or the nvidia-pytriton wheel beside this Python",
-            found=sys.executable,
-            fix="make serving, then .venv-serve/bin/python -m tools.serve",
+            expected=f"tritonserver on the PATH, or the nvidia-pytriton wheel in {environment}",
+            fix="make .venv-serve, or name an environment with --environment",
         )
-    home = Path(package.origin).parent / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    package, version, libdir = json.loads(found_wheel.stdout)
+    home = Path(package).parent / "tritonserver"
     backend = scratch / "python"
     backend.mkdir()
-    sources = [*(home / "backends" / "python").glob("*.*"), home / "python_backend_stubs" / version / STUB]
-    for source in sources:
+    for source in (*(home / "backends" / "python").glob("*.*"), home / "python_backend_stubs" / version / STUB):
         (backend / source.name).symlink_to(source)
-    libraries = [str(home.parent.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or ""]
-    environment = {
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH", "")])),
+    libraries = (str(home.parent.parent / "nvidia_pytriton.libs"), libdir, os.environ.get("LD_LIBRARY_PATH"))
+    variables = {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         # The stub embeds Python, which finds its environment through the first python3 on the PATH.
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
-        "VIRTUAL_ENV": sys.prefix,
+        "PATH": os.pathsep.join((str(python.parent), os.environ.get("PATH", ""))),
+        "VIRTUAL_ENV": str(environment),
     }
-    return Installation((str(home / "bin" / "tritonserver"), "--backend-directory", str(scratch)), environment)
+    return Installation((str(home / "bin" / "tritonserver"), "--backend-directory", str(scratch)), variables)
 
 
 def free_ports(count: int) -> list[int]:
@@ -111,7 +111,13 @@ class Server:
 
 @contextmanager
 def serving(
-    repository: Path, models: tuple[str, ...] = (), *, http: int = 0, grpc: int = 0, log: Path | None = None
+    repository: Path,
+    models: tuple[str, ...] = (),
+    *,
+    environment: Path = ENVIRONMENT,
+    http: int = 0,
+    grpc: int = 0,
+    log: Path | None = None,
 ) -> Iterator[Server]:
     """A server that is ready, with the named models or all that generate; stopped at the end."""
     names = models or tuple(sorted(p.parent.name for p in repository.glob("*_generate/config.pbtxt")))
@@ -129,7 +135,7 @@ def serving(
         folder = Path(scratch) / "backends"
         folder.mkdir()
         log = log or Path(scratch) / "server.log"
-        server = start(find_server(folder), repository, names, (http or free[0], grpc or free[1]), log)
+        server = start(find_server(folder, environment), repository, names, (http or free[0], grpc or free[1]), log)
         try:
             server.wait_ready()
             yield server
@@ -178,13 +184,16 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 def main(
     repository: Annotated[Path, typer.Argument(help="folder that compile --triton wrote")],
     model: Annotated[list[str] | None, typer.Option(help="what to load; may be repeated; all that generate")] = None,
+    environment: Annotated[Path, typer.Option(help="virtual environment with the server's wheel")] = ENVIRONMENT,
     http_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
 ) -> None:
     """Serve a model repository until interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with serving(repository, tuple(model or ()), http=http_port, grpc=grpc_port) as server:
+        with serving(
+            repository, tuple(model or ()), environment=environment.absolute(), http=http_port, grpc=grpc_port
+        ) as server:
             print(f"ready: http {server.http}, grpc {server.grpc}, log {server.log}", flush=True)
             server.process.wait()
             raise UserError("the server ended by itself", found=server.tail())
