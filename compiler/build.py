@@ -7,12 +7,13 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -90,13 +91,13 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     check_supported(request.resolved_targets(), config)
     ledger = Ledger()
     graph = pipeline.normalize(model.graph, ledger)
+    gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
+    types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     say("deciding how to quantize")
-    decisions = decide(graph, model, config, reader, request)
+    decisions = decide(graph, model, config, reader, request, scale_type(types.values()))
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
     bits = frozenset(q.bits for q in quantized(decisions))
-    gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
-    types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     lowered = lower(canonical, model, types, request, ledger)
     notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes)
@@ -145,8 +146,18 @@ def engine_notes(
     return (*kits, *narrow)
 
 
+def scale_type(types: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """The type that scales are rounded to before codes are computed: the one with the fewest bits of all targets'."""
+    return max([np.dtype(np.float32), *types], key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
+
+
 def decide(
-    graph: gs.Graph, model: FloatModel, config: QuantConfig | None, reader: stored.Reader | None, request: Request
+    graph: gs.Graph,
+    model: FloatModel,
+    config: QuantConfig | None,
+    reader: stored.Reader | None,
+    request: Request,
+    scale_dtype: np.dtype[Any],
 ) -> Decisions:
     """How each linear is quantized, or why it is not."""
     found = pipeline.linears(graph)
@@ -159,7 +170,7 @@ def decide(
         constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
         return stored.decide(found, model.tensors, constants, reader, config)
     head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
-    return instant.decide(found, config, np.dtype(np.float32), head, request.lm_head)
+    return instant.decide(found, config, scale_dtype, head, request.lm_head)
 
 
 def compile_model(request: Request, say: Say = lambda text: None, progress: Progress = lambda name, size: None) -> Plan:
