@@ -1,0 +1,159 @@
+"""The kernels on a real GPU, against float64: sizes, awkward data, determinism, graphs, streams, JIT of older SMs.
+
+INSTANTRT_KERNELS names libinstantrt_kernels.so; INSTANTRT_KERNELS_75 and _80 name builds with only compute_75 or
+compute_80 PTX, which the driver compiles for whatever GPU is here. `python -m tools.gpu_check` builds all three.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from plugins.schema import DType
+from plugins.weight_only_gemm.op import OP
+from tools.gpu.gemm import Gemm, check, device_numbers, random_weight
+from tools.gpu.library import Library
+
+HAS_GPU = torch.cuda.is_available()
+REASON = "needs an NVIDIA GPU: run `python -m tools.gpu_check` on a machine that has one"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason=REASON)]
+
+F16, BF16 = torch.float16, torch.bfloat16
+ROUNDED = {F16: OP.tolerance[DType.F16], BF16: OP.tolerance[DType.BF16]}
+M = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 2048, 4097)
+SHAPES = [  # n, k, group
+    (16, 64, 32), (48, 128, 64), (128, 192, 32), (144, 3584, 128), (3584, 3584, 3584), (4608, 4096, 128),
+    (18944, 3584, 64), (3584, 18944, 128),
+]  # fmt: skip
+FORMATS = [(4, 16), (8, 16), (8, 8)]
+
+
+def library(sm: str = "") -> Library:
+    name = f"INSTANTRT_KERNELS{sm}"
+    if name not in os.environ:
+        pytest.skip(f"{name} is not set: `python -m tools.gpu_check` builds the library and sets it")
+    return Library(Path(os.environ[name]))
+
+
+def rows(m: int, k: int, dtype: torch.dtype, data: str = "normal") -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(m * k)
+    x = torch.randn((m, k), device="cuda", generator=generator)
+    if data == "outliers":
+        x[:, 7::61] *= 30
+    elif data == "shifted":
+        x += 0.5
+    elif data == "zero_rows":
+        x[::2] = 0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sizes(shape: tuple[int, int, int], format_: tuple[int, int], dtype: torch.dtype) -> None:
+    """Every M of every shape, in float32 (the arithmetic) and rounded (what users get)."""
+    (n, k, group), (bits, activation_bits) = shape, format_
+    weight = random_weight(n, k, bits, group, dtype, bias=True)
+    for m in M if n * k < 40_000_000 else M[::3]:
+        x, options = rows(m, k, dtype), {"activation_bits": activation_bits}
+        check(Gemm(library(), x, weight, {**options, "wide": 1}), 2e-5, 1e-5)
+        check(Gemm(library(), x, weight, options), ROUNDED[dtype].frobenius, ROUNDED[dtype].element)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("zeros", ["float", "integer", "low", "high"])
+@pytest.mark.parametrize("data", ["outliers", "shifted", "zero_rows"])
+def test_awkward_data(data: str, zeros: str, format_: tuple[int, int], dtype: torch.dtype) -> None:
+    bits, activation_bits = format_
+    weight = random_weight(144, 3584, bits, 128, dtype, zeros)
+    for m in (5, 16, 40, 200):
+        options = {"activation_bits": activation_bits, "wide": 1}
+        check(Gemm(library(), rows(m, 3584, dtype, data), weight, options), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("activation", range(4))
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_epilogue(format_: tuple[int, int], gated: int, activation: int) -> None:
+    weight = random_weight(288, 512, format_[0], 64, F16, bias=True)
+    for m in (3, 12, 30, 100):
+        options = {"activation": activation, "gated": gated, "activation_bits": format_[1], "wide": 1}
+        check(Gemm(library(), rows(m, 512, F16), weight, options), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 300])
+def test_same_bits_every_time_in_graphs_and_on_streams(m: int, format_: tuple[int, int]) -> None:
+    weight = random_weight(1024, 4096, format_[0], 128, F16)
+    x, options = rows(m, 4096, F16), {"activation_bits": format_[1]}
+    one, two = (Gemm(library(), x, weight, options) for _ in range(2))
+    one()
+    first = one.output().clone()
+    for _ in range(5):
+        one()
+        assert torch.equal(one.output(), first)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for gemm, stream in zip((one, two), streams, strict=True):
+            with torch.cuda.stream(stream):
+                gemm()
+    assert torch.equal(one.output(), first)
+    assert torch.equal(two.output(), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        two()
+    two.y_memory[4096:-4096] = 0
+    two.workspace[4096:-4096] = 0x5A
+    graph.replay()
+    assert torch.equal(two.output(), first)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_bad_row_spoils_no_other(format_: tuple[int, int]) -> None:
+    weight = random_weight(256, 1024, format_[0], 128, F16)
+    for m in (6, 14, 28, 90):
+        x = rows(m, 1024, F16)
+        good, bad = Gemm(library(), x, weight, {"activation_bits": format_[1]}), x.clone()
+        bad[3, 100], bad[1, 5] = float("nan"), float("inf")
+        spoiled = Gemm(library(), bad, weight, {"activation_bits": format_[1]})
+        good(), spoiled()
+        others = [i for i in range(m) if i not in (1, 3)]
+        assert torch.equal(good.output()[others], spoiled.output()[others])
+        assert bool(spoiled.output()[3].isnan().all())
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
+    weight = random_weight(144, 512, format_[0], 64, BF16, bias=True)
+    options = {"activation_bits": format_[1], "wide": 1, "plain": 1}
+    check(Gemm(library(), rows(9, 512, BF16), weight, options), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("sm", [75, 80])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_code_of_older_gpus_through_the_driver_compiler(sm: int, format_: tuple[int, int]) -> None:
+    weight = random_weight(272, 1120, format_[0], 160, F16, bias=True)
+    for m in (1, 9, 20, 70, 130):
+        options = {"activation_bits": format_[1], "wide": 1, "sm": sm}
+        check(Gemm(library(f"_{sm}"), rows(m, 1120, F16), weight, options), 2e-5, 1e-5)
+
+
+def test_tolerance_bites() -> None:
+    weight = random_weight(144, 512, 4, 64, F16)
+    gemm = Gemm(library(), rows(16, 512, F16), weight, {})
+    weight.affine[2, 77, 0] *= 1.01
+    gemm()
+    y = gemm.output().clone()
+    weight.affine[2, 77, 0] /= 1.01
+    honest = Gemm(library(), gemm.x, weight, {})
+    check(honest, ROUNDED[F16].frobenius, ROUNDED[F16].element)
+    assert not torch.equal(y[:, 77], honest.output()[:, 77])
+
+
+def test_the_device_is_one_that_the_table_knows() -> None:
+    assert library().choose(m=1, n=16, k=32, group=32, bits=4, activation_bits=16, **device_numbers()).kernel

@@ -1,0 +1,161 @@
+"""WeightOnlyGemm on a GPU: torch owns the memory, the C function does the work, float64 on the GPU is the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from plugins.weight_only_gemm import layout
+from plugins.weight_only_gemm.op import OP
+from plugins.weight_only_gemm.semantics import ACTIVATIONS
+from tools.gpu.library import Library, Plan
+
+GUARD = 4096  # bytes on either side of every output that must stay as they were
+POISON = 0xA5
+TYPES = {torch.float16: 0, torch.bfloat16: 1}
+
+
+def device_numbers() -> dict[str, int]:
+    properties = torch.cuda.get_device_properties(0)
+    return {"sm": properties.major * 10 + properties.minor, "sm_count": properties.multi_processor_count}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One layer on the GPU. `natural` is its codes [N, K], for the oracle and for peers."""
+
+    codes: torch.Tensor
+    natural: torch.Tensor
+    affine: torch.Tensor  # [G, N, 2]
+    bias: torch.Tensor | None
+    bits: int
+    group: int
+
+    @property
+    def n(self) -> int:
+        return self.natural.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.natural.shape[1]
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[N, K] = (code - zero) * scale, exact in float64."""
+        scale, zero = (self.affine[:, :, i].to(torch.float64).T.repeat_interleave(self.group, 1) for i in (0, 1))
+        return ((self.natural.to(torch.float64) - zero) * scale).to(dtype)
+
+
+def random_weight(
+    n: int, k: int, bits: int, group: int, dtype: torch.dtype, zeros: str = "float", bias: bool = False
+) -> Weight:
+    """Random codes, a scale and a zero per group; packed by the product's own packer."""
+    rng = np.random.default_rng([n, k, bits, group])
+    top = 2**bits - 1
+    natural: NDArray[Any] = rng.integers(0, top + 1, (n, k), np.uint8)
+    scale = rng.uniform(0.2, 1.5, (k // group, n)) / (top * np.sqrt(k))
+    scale[rng.random(scale.shape) < 0.01] = 0
+    zero = {
+        "float": rng.uniform(0.3 * top, 0.7 * top, scale.shape),
+        "integer": rng.integers(0, top + 1, scale.shape).astype(np.float64),
+        "low": np.zeros(scale.shape),
+        "high": np.full(scale.shape, float(top)),
+    }[zeros]
+    return Weight(
+        codes=torch.from_numpy(layout.pack(natural, bits).copy()).cuda(),
+        natural=torch.from_numpy(natural).cuda(),
+        affine=torch.from_numpy(np.stack((scale, zero), axis=-1)).cuda().to(dtype).contiguous(),
+        bias=torch.from_numpy(rng.standard_normal(n)).cuda().to(dtype) if bias else None,
+        bits=bits,
+        group=group,
+    )
+
+
+@dataclass
+class Gemm:
+    """A prepared launch: all pointers fixed, so that calling it can be captured in a graph."""
+
+    library: Library
+    x: torch.Tensor
+    weight: Weight
+    options: dict[str, int]
+
+    def __post_init__(self) -> None:
+        w, gated = self.weight, self.options.get("gated", 0)
+        self.problem = {
+            "m": self.x.shape[0], "n": w.n, "k": w.k, "group": w.group, "bits": w.bits, "type": TYPES[self.x.dtype],
+            "activation_bits": 16, **device_numbers(), **self.options,
+        }  # fmt: skip
+        self.plan: Plan = self.library.choose(**self.problem)
+        self.dtype = torch.float32 if self.options.get("wide") else self.x.dtype
+        self.shape = (self.x.shape[0], w.n // (1 + gated))
+        self.y_memory = self.poisoned(self.shape[0] * self.shape[1] * self.dtype.itemsize)
+        self.workspace = self.poisoned(max(self.plan.workspace, 16))
+        bias = 0 if w.bias is None else w.bias.data_ptr()
+        self.tensors = {
+            "x": self.x.data_ptr(), "codes": w.codes.data_ptr(), "affine": w.affine.data_ptr(), "bias": bias,
+            "y": self.y_memory.data_ptr() + GUARD, "workspace": self.workspace.data_ptr() + GUARD,
+        }  # fmt: skip
+
+    @staticmethod
+    def poisoned(size: int) -> torch.Tensor:
+        return torch.full((size + 2 * GUARD,), POISON, dtype=torch.uint8, device="cuda")
+
+    def __call__(self) -> None:
+        self.library.launch(self.problem, self.tensors, torch.cuda.current_stream().cuda_stream)
+
+    def output(self) -> torch.Tensor:
+        """The result; checks that nothing outside the output and the workspace was written."""
+        torch.cuda.synchronize()
+        for name, memory in (("y", self.y_memory), ("workspace", self.workspace)):
+            edges = torch.cat((memory[:GUARD], memory[-GUARD:]))
+            if not bool((edges == POISON).all()):
+                raise AssertionError(f"bytes around {name} were written")
+        return self.y_memory[GUARD:-GUARD].view(self.dtype).view(self.shape)
+
+
+def exact(x: torch.Tensor, w: Weight, options: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 result and sum|x||w|, as plugins/weight_only_gemm/semantics.py defines them."""
+    attrs = OP.attributes({k: v for k, v in options.items() if k not in ("wide", "plain")})
+    rows, row_scale = x.to(torch.float64), torch.ones((), dtype=torch.float64, device="cuda")
+    if attrs["activation_bits"] == 8:
+        narrow = x.to(torch.float32)
+        amax = narrow.abs().amax(1, keepdim=True)
+        amax = torch.where(amax == 0, torch.full_like(amax, 127), amax)
+        rows = (narrow * (127 / amax)).round().clamp(-127, 127).to(torch.float64)
+        row_scale = (amax / 127).to(torch.float64)
+    dense = w.dense(torch.float64)
+    value, magnitude = rows @ dense.T * row_scale, rows.abs() @ dense.abs().T * row_scale.abs()
+    if w.bias is not None:
+        value, magnitude = value + w.bias.to(torch.float64), magnitude + w.bias.to(torch.float64).abs()
+
+    def activate(v: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(ACTIVATIONS[attrs["activation"]](v.cpu().numpy()))).cuda()
+
+    if not attrs["gated"]:
+        return activate(value) if attrs["activation"] else value, magnitude
+    (gate, up), (gm, um) = (t.view(len(x), -1, 2, 8).unbind(2) for t in (value, magnitude))
+    gate = activate(gate)
+    y, m = gate * up, gm * up.abs() + um * gate.abs() + gm * um * 2.0**-20
+    return y.reshape(len(x), -1), m.reshape(len(x), -1)
+
+
+def check(gemm: Gemm, frobenius: float, element: float) -> torch.Tensor:
+    """Run, compare with float64, return the output."""
+    gemm()
+    y = gemm.output()
+    truth, magnitude = exact(gemm.x, gemm.weight, gemm.options)
+    off = (y.to(torch.float64) - truth).abs()
+    bad = ~(off <= element * truth.abs() + 2.0**-20 * magnitude)
+    if bool(bad.any()):
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        raise AssertionError(
+            f"{gemm.plan.kernel}: {int(bad.sum())} elements off, first at {at}: {y[at]}, not {truth[at]}"
+        )
+    relative = float(off.norm() / truth.norm().clamp_min(1e-300))
+    if relative > frobenius and float(truth.norm()) > 0:
+        raise AssertionError(f"{gemm.plan.kernel}: relative error {relative:.3g}, allowed {frobenius:.3g}")
+    return y

@@ -1,0 +1,28 @@
+"""A few small launches of every kernel, checked: what compute-sanitizer watches. `python -m tools.gpu.small LIBRARY`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tools.gpu.gemm import Gemm, check, random_weight
+from tools.gpu.library import Library
+
+
+def main() -> None:
+    library = Library(Path(sys.argv[1]))
+    kernels = set()
+    for bits, activation_bits in ((4, 16), (8, 16), (8, 8)):
+        weight = random_weight(144, 1120, bits, 160, torch.float16, bias=True)
+        for m in (3, 12, 20, 70, 130):
+            x = torch.randn((m, 1120), device="cuda").half()
+            gemm = Gemm(library, x, weight, {"activation_bits": activation_bits, "wide": 1})
+            check(gemm, 2e-5, 1e-5)
+            kernels.add(gemm.plan.kernel)
+    print("checked", *sorted(kernels))
+
+
+if __name__ == "__main__":
+    main()
