@@ -17,10 +17,10 @@ from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
-from passes.lower_ort_groups import LowerGroups
 from passes.lower_native_int8 import LowerNativeInt8
 from passes.lower_native_weight_only import LowerNativeWeightOnly
 from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
+from passes.lower_ort_groups import LowerGroups
 from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, linear_passes
 from passes.permute_fold import FoldOrder
 from passes.permute_inputs import SortInputs
