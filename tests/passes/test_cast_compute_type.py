@@ -1,0 +1,98 @@
+"""What stays float32, what becomes 16 bits, and what an interface keeps."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from passes.cast_compute_type import cast_compute_type
+from passes.errors import UserError
+from passes.evaluate import Evaluation
+from passes.lazy import InMemory, View, view_of
+from passes.rewrite import Ledger
+
+FLOAT16, FLOAT32, INT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int64)
+
+
+def variable(name: str, dtype: np.dtype = FLOAT32, shape: tuple = ("b", 4)) -> gs.Variable:
+    return gs.Variable(name, dtype, list(shape))
+
+
+def graph(nodes: list[gs.Node], inputs: list[gs.Variable], outputs: list[gs.Variable]) -> gs.Graph:
+    return gs.Graph(nodes, inputs, outputs, opset=23, ir_version=10)
+
+
+def test_what_derives_from_integers_stays_float32_until_it_meets_hidden_states() -> None:
+    """positions -> angle -> cosine in float32, cast, then times the embedding."""
+    ids, positions = variable("ids", INT64, ("b",)), variable("positions", INT64, ("b", 4))
+    hidden, angle, cosine, y = variable("hidden"), variable("angle"), variable("cosine"), variable("y")
+    embedding = gs.Constant("embedding", View(InMemory(np.ones((8, 4), np.float32)), (8, 4), FLOAT32))
+    nodes = [
+        gs.Node("Gather", "embed", {}, [embedding, ids], [hidden]),
+        gs.Node("Cast", "angle", {"to": 1}, [positions], [angle]),
+        gs.Node("Cos", "cosine", {}, [angle], [cosine]),
+        gs.Node("Mul", "rotate", {}, [hidden, cosine], [y]),
+    ]
+    cast = cast_compute_type(graph(nodes, [ids, positions], [y]), FLOAT16, Ledger())
+    by_name = {node.name: node for node in cast.nodes}
+    assert by_name["embed"].inputs[0].dtype == FLOAT16
+    assert by_name["cosine"].outputs[0].dtype == FLOAT32
+    assert by_name["rotate"].inputs[1].dtype == by_name["rotate"].outputs[0].dtype == FLOAT16
+    assert cast.outputs[0].dtype == FLOAT32
+
+
+def test_squares_of_large_values_do_not_overflow() -> None:
+    """The mean square of 1000 is 1e6, beyond float16; its root is not."""
+    past, square, mean, root, present = (variable(n) for n in ("past_key_values.x", "s", "m", "r", "present.x"))
+    nodes = [
+        gs.Node("Pow", "square", {}, [past, gs.Constant("two", np.array(2, np.float32))], [square]),
+        gs.Node("ReduceMean", "mean", {"keepdims": 1}, [square, gs.Constant("axes", np.array([-1]))], [mean]),
+        gs.Node("Sqrt", "root", {}, [mean], [root]),
+        gs.Node("Div", "norm", {}, [past, root], [present]),
+    ]
+    cast = cast_compute_type(graph(nodes, [past], [present]), FLOAT16, Ledger())
+    got = Evaluation(cast, {"past_key_values.x": np.full((1, 4), 1000, np.float16)}).take("present.x")
+    assert got.dtype == FLOAT16
+    np.testing.assert_allclose(got.astype(np.float32), 1, rtol=1e-3)
+
+
+def test_a_row_that_sees_nothing_is_finite() -> None:
+    """Two masks of the lowest float32, added, then a softmax: float16 would make it NaN."""
+    seen, scores = variable("seen", np.dtype(bool)), variable("past_key_values.scores")
+    mask, twice, masked, y = variable("mask"), variable("twice"), variable("masked"), variable("present.y")
+    lowest = gs.Constant("lowest", np.array(np.finfo(np.float32).min, np.float32))
+    nodes = [
+        gs.Node("Where", "mask", {}, [seen, gs.Constant("zero", np.array(0, np.float32)), lowest], [mask]),
+        gs.Node("Add", "twice", {}, [mask, mask], [twice]),
+        gs.Node("Add", "masked", {}, [scores, twice], [masked]),
+        gs.Node("Softmax", "softmax", {"axis": -1}, [masked], [y]),
+    ]
+    cast = cast_compute_type(graph(nodes, [seen, scores], [y]), FLOAT16, Ledger())
+    feeds = {
+        "seen": np.array([[False] * 4, [True, True, False, False]]),
+        "past_key_values.scores": np.ones((2, 4), np.float16),
+    }
+    got = Evaluation(cast, feeds).take("present.y").astype(np.float32)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[1], [0.5, 0.5, 0, 0])
+
+
+def test_caches_change_type_and_other_inputs_do_not() -> None:
+    x, past, y, present = (variable(n) for n in ("x", "past_key_values.0.key", "logits", "present.0.key"))
+    nodes = [gs.Node("Neg", "a", {}, [x], [y]), gs.Node("Neg", "b", {}, [past], [present])]
+    cast = cast_compute_type(graph(nodes, [x, past], [y, present]), np.dtype(ml_dtypes.bfloat16), Ledger())
+    assert [t.dtype.name for t in (*cast.inputs, *cast.outputs)] == ["float32", "bfloat16", "float32", "bfloat16"]
+    assert [node.op for node in cast.nodes].count("Cast") == 2
+
+
+@pytest.mark.parametrize("value", [7e4, -7e4])
+def test_a_weight_beyond_float16_is_an_error_with_its_name(value: float) -> None:
+    past, present = variable("past_key_values.x"), variable("present.x")
+    weight = gs.Constant("model.w", View(InMemory(np.full((4, 4), value, np.float32)), (4, 4), FLOAT32))
+    cast = cast_compute_type(
+        graph([gs.Node("MatMul", "m", {}, [past, weight], [present])], [past], [present]), FLOAT16, Ledger()
+    )
+    with pytest.raises(UserError, match=r"model\.w: a weight does not fit float16"):
+        view_of(cast.nodes[0].inputs[1]).load()
