@@ -13,7 +13,7 @@ from compiler.target import Target
 from passes.cast_compute_type import cast_compute_type
 from passes.errors import UserError
 from passes.fuse_norm_and_rotary import FUSE
-from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
+from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
@@ -63,8 +63,22 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     # Last: what is float by now stays float, in the 16 bits it is stored in.
     passes += tables_as_stored()
     run(graph, passes, ledger)
+    refuse_leftovers(graph, ledger, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
     return graph
+
+
+def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
+    """A quantized linear that no lowering took is an error that gives their reasons, never a slow or other form."""
+    for node in graph.nodes:
+        if quantized(node) is not None:
+            reasons = dict.fromkeys(e.reason for e in ledger.entries if e.node == node.name and e.reason)
+            raise UserError(
+                f"{backend} has no form for this quantized layer",
+                where=node.name,
+                found="; ".join(reasons),
+                fix=f"another --group-size, --weight-only for 8-bit GPTQ, or --ignore {node.name}",
+            )
 
 
 def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger) -> gs.Graph:
@@ -75,15 +89,12 @@ def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limi
         kv_in_place(graph, limits.max_length, ledger)
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     cast_compute_type(graph, dtype, ledger)
-    before = len(ledger.entries)
+    return lower_native(graph, dtype, ledger)
+
+
+def lower_native(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+    """Every quantized linear in the form that TensorRT fuses, or a UserError that says why one has none."""
     run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], ledger)
-    for entry in ledger.entries[before:]:
-        if entry.reason:
-            raise UserError(
-                "TensorRT without plugins cannot run this quantized layer",
-                where=entry.node,
-                found=entry.reason,
-                fix=f"--weight-only for 8-bit GPTQ, or --ignore {entry.node}",
-            )
+    refuse_leftovers(graph, ledger, "TensorRT without plugins")
     verify(graph, Stage.TENSORRT)
     return graph

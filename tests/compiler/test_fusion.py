@@ -1,0 +1,116 @@
+"""The fusion gate: how TensorRT-RTX reads each kind of quantized weight, for each SM it builds for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compiler.backend.fusion import Carrier, Read, carriers, kernels
+from compiler.backend.tensorrt import EngineSpec, build
+from compiler.backend.writer import write_model
+from compiler.engine import quantized_linears
+from compiler.pipeline import lower_native
+from passes.cast_compute_type import cast_compute_type
+from passes.insert_qdq import InsertDequantize, QuantizeActivations
+from passes.lazy import InMemory
+from passes.quant import InstantQuant, QuantTensor
+from passes.rewrite import Ledger, run
+from tests.graphs import linear_graph
+
+K, N = 256, 64
+FLOAT16 = np.dtype(np.float16)
+FUSED, EXPANDED = Read.FUSED, Read.EXPANDED
+#                      bits group symmetric int8 tokens
+METHODS = {
+    "a16w8": (8, K, False, False),
+    "a16w8-symmetric": (8, K, True, False),
+    "a16w8-group": (8, 64, True, False),
+    "a16w4-channel": (4, K, False, False),
+    "a16w4-group": (4, 64, False, False),
+    "a16w4-symmetric": (4, 128, True, False),
+    "a8w8": (8, K, True, True),
+    "a8w8-asymmetric": (8, K, False, True),
+}
+TABLE = {
+    #                   how it is read  as      times
+    "a16w8":           (FUSED,         "Int8", "float"),
+    "a16w8-symmetric": (FUSED,         "Int8", "float"),
+    "a16w8-group":     (EXPANDED,      "Int8", "float"),
+    "a16w4-channel":   (FUSED,         "Int4", "float"),
+    "a16w4-group":     (FUSED,         "Int4", "float"),
+    "a16w4-symmetric": (FUSED,         "Int4", "float"),
+    "a8w8":            (FUSED,         "Int8", "Int8"),
+    "a8w8-asymmetric": (FUSED,         "Int8", "Int8"),
+}  # fmt: skip
+# Turing has no int4, and there no kernel reads int8 weights beside float16 tokens.
+TURING = {
+    "a16w8":           (EXPANDED,      "Int8", "float"),
+    "a16w8-symmetric": (EXPANDED,      "Int8", "float"),
+    "a16w8-group":     (EXPANDED,      "Int8", "float"),
+    "a8w8":            (FUSED,         "Int8", "Int8"),
+    "a8w8-asymmetric": (FUSED,         "Int8", "Int8"),
+}  # fmt: skip
+PROFILES = tuple(
+    {f"x.{name}": ((1, 1, K), (1, opt, K), (2, high, K)) for name in METHODS} for opt, high in ((16, 64), (1, 1))
+)
+
+
+def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
+    """One model with a linear of each method, each with an input of its own."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((N, K)).astype(np.float32) for name in methods}
+    table = {}
+    for name, w in weights.items():
+        bits, group, symmetric, int8 = METHODS[name]
+        source = InstantQuant(name, InMemory(w), bits, group, symmetric, FLOAT16)
+        activations = "int8" if int8 else "float"
+        table[name] = QuantTensor(name, source, w.shape, bits, group, symmetric, FLOAT16, activations)  # type: ignore[arg-type]
+    graph, ledger = linear_graph(weights, share_input=False), Ledger()
+    run(graph, (InsertDequantize(table), QuantizeActivations()), ledger)
+    lower_native(cast_compute_type(graph, FLOAT16, ledger), FLOAT16, ledger)
+    write_model(graph, folder / "model.onnx")
+    return folder / "model.onnx", quantized_linears(graph)
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
+def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
+    table = TURING if sm == 75 else TABLE
+    onnx, linears = lowered(tmp_path, list(table))
+    assert sorted(linears) == sorted(table)
+    profiles = tuple({name: r for name, r in p.items() if name[2:] in table} for p in PROFILES)
+    spec = EngineSpec("tensorrt_rtx", onnx, tmp_path / "m.engine", tmp_path / "m.txt", profiles, (sm,))
+    found = carriers(build(spec).layers.read_text("utf-8"), table)
+    assert {c.linear: (c.read, c.dtype, c.tokens) for c in found} == table
+    assert all(len(c.kernels) == len(profiles) for c in found)
+
+
+LINE = (
+    "Name: {name}, LayerType: {kind}, Inputs: [ {{ Name: x, Dimensions: [4,8], Datatype: {tokens} }}], Constants: "
+    "[ {{ Name: c, Dimensions: [8,8], Datatype: {constant} }}], Outputs: [ {{ Name: y, Dimensions: [4,8], Datatype: "
+    "Half }}], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: l/weight][ONNX Layer: l]"
+)
+
+
+def line(name: str, kind: str, constant: str, tokens: str = "Half") -> str:
+    return LINE.format(name=name, kind=kind, constant=constant, tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([line("a", "gemm", "Int8", "Int8")], Carrier("l", FUSED, "Int8", "Int8", ("a",))),
+        (
+            [line("a", "runtime_fusion", "Int4"), line("b", "kgen", "Int4")],
+            Carrier("l", EXPANDED, "Int4", "float", ("a", "b")),
+        ),
+        ([line("a", "gemm", "Half")], Carrier("l", Read.FLOAT, kernels=("a",))),
+        ([], Carrier("l", Read.UNSEEN)),
+    ],
+    ids=["fused", "one profile expands", "folded to float", "absent"],
+)
+def test_the_verdict_is_that_of_the_worst_profile(lines: list[str], expected: Carrier) -> None:
+    table = "\n".join(["Layers:", *lines, "", "Bindings:"])
+    assert len(kernels(table)) == len(lines)
+    assert carriers(table, ["l"]) == (expected,)
