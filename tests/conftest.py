@@ -11,8 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from compiler import pipeline
+from compiler.build import compile_model
 from compiler.frontend import load
 from compiler.frontend.model import FloatModel
+from compiler.request import Request
 from passes.rewrite import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,3 +28,11 @@ def tiny_float() -> FloatModel:
     model = load(TINY)
     pipeline.normalize(model.graph, Ledger())
     return model
+
+
+@pytest.fixture(scope="session")
+def tiny_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the example model, compiled for x86 with 8-bit weights."""
+    out = tmp_path_factory.mktemp("tiny") / "out"
+    compile_model(Request(model=TINY, targets=("x86",), out=out, quant="a16w8"))
+    return out

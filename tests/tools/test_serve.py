@@ -1,0 +1,238 @@
+"""The real Triton server on a repository of ours: it loads, generates, streams, batches, cancels, refuses, and ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiler.repository import write_repository
+from compiler.triton_config import GENERATE_INPUTS, GENERATE_OUTPUTS
+from tools.generate import Model
+from tools.load_test import ask, measure
+from tools.serve import ENVIRONMENT, Server, serving, stop
+
+CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
+MODEL = "tiny-qwen2_generate"
+ROWS = 4  # fewer than the clients of most tests, so that requests wait, join and leave
+PROMPTS = ("Once upon a time", "The list of", "In the history of", "def main(", "The server é", "When 水 the water")
+LENGTHS = (40, 7, 23, 31, 1, 16)
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("tritonserver") is None and not (ENVIRONMENT / "bin" / "python").exists(),
+    reason="no Triton server: make .venv-serve",
+)
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton") / "repository"
+    write_repository(tiny_compiled, folder)
+    config = folder / MODEL / "config.pbtxt"
+    few = config.read_text("utf-8").replace(
+        '"max_batch", value: { string_value: "16"', f'"max_batch", value: {{ string_value: "{ROWS}"'
+    )
+    assert few != config.read_text("utf-8")
+    config.write_text(few, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Server]:
+    with serving(repository) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_compiled: Path) -> Callable[[str, int], list[int]]:
+    """What tools/generate generates, alone; ends of text are passed over, as min_tokens does."""
+    model = Model(tiny_compiled)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
+
+    def tokens(prompt: str, count: int) -> list[int]:
+        def choose(logits: Any) -> int:
+            logits[0] = -float("inf")  # the end of text
+            return int(logits.argmax())
+
+        return list(model.tokens(tokenizer.encode(prompt).ids, count, choose))
+
+    return tokens
+
+
+def client(*command: str, given: Any) -> Any:
+    """The gRPC client, in the serving environment."""
+    text = given if isinstance(given, str) else json.dumps(given)
+    done = subprocess.run(
+        [ENVIRONMENT / "bin" / "python", CLIENT, *command],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def exactly(prompt: str, count: int, **more: Any) -> dict[str, Any]:
+    return {"inputs": {"text_input": prompt, "max_tokens": count, "min_tokens": count, "stream": True, **more}}
+
+
+def ids(reply: dict[str, Any]) -> list[int]:
+    return [i for piece in reply["pieces"] for i in piece["ids"]]
+
+
+def test_configs_are_what_the_server_reads(repository: Path) -> None:
+    generate = client("config", given=(repository / MODEL / "config.pbtxt").read_text("utf-8"))
+    assert generate["model_transaction_policy"] == {"decoupled": True}
+    assert [(i["name"], i["data_type"], int(i["dims"][0])) for i in generate["input"]] == list(GENERATE_INPUTS)
+    assert all(i["optional"] for i in generate["input"])
+    assert [(o["name"], o["data_type"], int(o["dims"][0])) for o in generate["output"]] == list(GENERATE_OUTPUTS)
+    bare = client("config", given=(repository / "tiny-qwen2" / "config.pbtxt").read_text("utf-8"))
+    assert bare["platform"] == "onnxruntime_onnx"
+    shapes = {t["name"]: (t["data_type"], [int(d) for d in t["dims"]]) for t in bare["input"]}
+    assert shapes["attention_mask"] == ("TYPE_INT64", [-1, -1])
+    assert shapes["past_key_values.3.value"] == ("TYPE_FP32", [-1, 2, -1, 64])
+
+
+def test_tokens_are_those_of_tools_generate(server: Server, expected: Callable[[str, int], list[int]]) -> None:
+    """Alone; together on one bidirectional stream; joining a batch that runs and leaving it at different times."""
+    want = [expected(prompt, count) for prompt, count in zip(PROMPTS, LENGTHS, strict=True)]
+    body: dict[str, object] = {}
+    for prompt, count, tokens in zip(PROMPTS, LENGTHS, want, strict=True):
+        body = {"text_input": prompt, "max_tokens": count, "min_tokens": count}
+        assert list(ask(server.http, MODEL, body).tokens) == tokens
+    together = [exactly(prompt, count) for prompt, count in zip(PROMPTS, LENGTHS, strict=True)]
+    assert [ids(reply) for reply in client("pipeline", server.grpc, MODEL, given=together)] == want
+    staggered = [{**request, "delay": 0.02 * i} for i, request in enumerate(together * 2)]
+    replies = client("stream", server.grpc, MODEL, given=staggered)
+    assert [reply["error"] for reply in replies] == [""] * len(staggered)
+    assert [ids(reply) for reply in replies] == want * 2
+
+
+def test_pieces_are_whole_characters_and_make_the_text(server: Server) -> None:
+    once = ask(server.http, MODEL, {"text_input": PROMPTS[5], "max_tokens": 60, "min_tokens": 60, "stream": False})
+    (streamed,) = client("stream", server.grpc, MODEL, given=[exactly(PROMPTS[5], 60)])
+    assert len(streamed["pieces"]) > 1
+    assert "".join(piece["text"] for piece in streamed["pieces"]) == once.text
+    assert "\ufffd" not in once.text.rstrip("\ufffd")
+    assert [piece["finish"] for piece in streamed["pieces"]][-1] == once.finish == "length"
+
+
+def test_end_of_text_and_stop_words(server: Server) -> None:
+    text = ask(server.http, MODEL, {"text_input": "Once upon a time"})
+    assert (text.text, text.finish) == (" the current time of the instance.", "stop")
+    cut = ask(server.http, MODEL, {"text_input": "Once upon a time", "stop_words": ["zzz", "e of the in"]})
+    assert (cut.text, cut.finish) == (" the current tim", "stop")
+
+
+def test_a_seed_decides_the_text_alone_and_in_a_batch(server: Server) -> None:
+    sampled = [exactly("The list of", 20, temperature=1.0, top_p=0.9, seed=seed) for seed in (1, 2, 1, 3)]
+    alone = client("stream", server.grpc, MODEL, given=sampled[:1])
+    batch = client("stream", server.grpc, MODEL, given=sampled)
+    assert ids(alone[0]) == ids(batch[0]) == ids(batch[2])
+    assert len({tuple(ids(reply)) for reply in batch}) == 3
+
+
+def test_chat_goes_through_the_template(server: Server) -> None:
+    rendered = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    chat = json.dumps([{"role": "user", "content": "Hello"}])
+    by_hand = ask(server.http, MODEL, {"text_input": rendered, "max_tokens": 12})
+    assert ask(server.http, MODEL, {"messages": chat, "max_tokens": 12}).tokens == by_hand.tokens
+
+
+def test_cancelled_requests_leave_at_once(server: Server) -> None:
+    """As many long requests as there are rows; a short one that comes after them waits only while they run."""
+    long = [exactly("The server", 900) for _ in range(ROWS)]
+    short = {**exactly("The list of", 5), "delay": 0.5}
+    *_, waited = client("stream", server.grpc, MODEL, given=[*long, short])
+    cancelled = [{**request, "cancel_after": 3} for request in long]
+    *gone, served = client("stream", server.grpc, MODEL, given=[*cancelled, short])
+    assert all(len(ids(reply)) < 300 for reply in gone)
+    assert ids(served) == ids(waited)
+    assert served["seconds"] - 0.5 < (waited["seconds"] - 0.5) / 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"top_k": 1}, "expected either text_input or messages"),
+        ({"text_input": "a", "messages": "[]"}, "expected either text_input or messages"),
+        ({"text_input": b"\xff\xfe".decode("latin-1")}, "text_input: not UTF-8"),
+        ({"text_input": ""}, "the prompt is empty"),
+        ({"text_input": "a", "max_tokens": 0}, "max_tokens: expected 1 or more, found 0"),
+        (
+            {"text_input": "a", "max_tokens": 1024},
+            "the request is too long: 1 prompt tokens + max_tokens 1024 exceed 1024",
+        ),
+        ({"text_input": "a b " * 50_000}, "the request is too long"),
+        ({"text_input": "a", "temperature": float("nan")}, "temperature: expected 0 or more, found nan"),
+        ({"text_input": "a", "top_p": 1.5}, "top_p: expected above 0, at most 1, found 1.5"),
+        ({"text_input": "a", "top_k": -1}, "top_k: expected 0 or more"),
+        ({"text_input": "a", "repetition_penalty": 0.0}, "repetition_penalty: expected above 0"),
+        ({"messages": "{"}, "messages: not JSON"),
+        ({"messages": '[{"content": "who?"}]'}, "messages: expected a list such as"),
+    ],
+)
+def test_malformed_requests_are_refused(server: Server, tensors: dict[str, Any], message: str) -> None:
+    types = {"max_tokens": "INT32", "top_k": "INT32", "text_input": "BYTES", "messages": "BYTES"}
+    given = {n: {"type": types.get(n, "FP32"), "shape": [1, 1], "values": [v]} for n, v in tensors.items()}
+    assert message in client("infer", server.grpc, MODEL, given=given)["error"]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"text_input": {"type": "BYTES", "shape": [2, 1], "values": ["a", "b"]}},
+        {"text_input": {"type": "INT32", "shape": [1, 1], "values": [7]}},
+        {"text_inputs": {"type": "BYTES", "shape": [1, 1], "values": ["a"]}},
+    ],
+    ids=["two in one request", "wrong type", "unknown name"],
+)
+def test_wrong_tensors_are_refused(server: Server, tensors: dict[str, Any]) -> None:
+    assert client("infer", server.grpc, MODEL, given=tensors)["error"]
+    assert server.process.poll() is None
+    assert ask(server.http, MODEL, {"text_input": "Once upon a time"}).finish == "stop"
+
+
+def test_64_clients(server: Server) -> None:
+    body: dict[str, object] = {"max_tokens": 8, "min_tokens": 8}
+    result = measure(server, MODEL, clients=64, requests=192, body=body, prompts=PROMPTS)
+    assert (result.wrong, result.tokens) == (0, 192 * 8)
+
+
+def test_unload_and_reload(server: Server, expected: Callable[[str, int], list[int]]) -> None:
+    """Also in the middle of a generation, which then ends, one way or the other."""
+    steps = ["ready", "unload", "ready", "load", "ready"]
+    answers = client("manage", server.grpc, MODEL, given=steps)
+    assert [answers[i] for i in (0, 2, 4)] == ["True", "False", "True"]
+    assert list(ask(server.http, MODEL, {"text_input": "The list of", "max_tokens": 5, "min_tokens": 5}).tokens) == (
+        expected("The list of", 5)
+    )
+
+
+def test_sigterm_while_generating(repository: Path) -> None:
+    with serving(repository) as server:
+        command = [ENVIRONMENT / "bin" / "python", CLIENT, "stream", server.grpc, MODEL]
+        running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert running.stdin is not None
+        running.stdin.write(json.dumps([exactly("The server", 900)] * 6))
+        running.stdin.close()
+        time.sleep(1.5)
+        started = time.monotonic()
+        code = stop(server.process)
+        seconds = time.monotonic() - started
+        assert running.stdout is not None
+        replies = json.loads(running.stdout.read())
+        running.wait(30)
+    assert code == 0
+    assert seconds < 25
+    assert all(reply["error"] or len(ids(reply)) == 900 for reply in replies)
