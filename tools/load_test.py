@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -86,7 +86,7 @@ def ask(address: str, model: str, body: dict[str, object]) -> Reply:
             if "error" in event:
                 raise UserError("the server refused a request", found=str(event["error"]))
             ids = event["output_ids"]
-            new = ids if isinstance(ids, list) else [ids]
+            new: list[int] = ids if isinstance(ids, list) else [ids]
             tokens += new
             arrivals += [time.perf_counter()] * max(1, len(new))
             text.append(str(event["text_output"]))
@@ -96,7 +96,7 @@ def ask(address: str, model: str, body: dict[str, object]) -> Reply:
         connection.close()
 
 
-def events(response: http.client.HTTPResponse) -> Iterator[dict[str, object]]:
+def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     """The JSON bodies of a stream of server-sent events, or of an error."""
     while line := response.readline():
         if line.startswith((b"data: ", b"{")):

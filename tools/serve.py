@@ -30,8 +30,9 @@ START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
 STUB = "triton_python_backend_stub"
 ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-serve"
-WHEEL = """import json, pytriton, sys, sysconfig
-print(json.dumps([pytriton.__file__, "%d.%d" % sys.version_info[:2], sysconfig.get_config_var("LIBDIR")]))"""
+WHEEL = """import json, sys, sysconfig
+from importlib.util import find_spec
+print(json.dumps([find_spec("pytriton").origin, "%d.%d" % sys.version_info[:2], sysconfig.get_config_var("LIBDIR")]))"""
 
 
 @dataclass(frozen=True)
