@@ -96,6 +96,8 @@ def quantized(node: gs.Node) -> Quantized | None:
     codes = view_of(dq.inputs[0]) if dq is not None else None
     if dq is None or codes is None or not isinstance(codes.source, QuantTensor):
         return None
+    if codes.dtype != CODE_TYPES[codes.source.bits]:  # a lowering has made them signed
+        return None
     return Quantized(node, float_input(node.inputs[0]), codes.source, dq.inputs[0].name.removesuffix(".codes"))
 
 
