@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SERVE  := .venv-serve
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup serving
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -12,7 +13,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+# The Triton server of the tests wants NumPy 1, and its wheel is for Linux on x86-64 only; elsewhere its tests are skipped.
+$(SERVE)/.installed: tests/serving/requirements.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
 setup: $(VENV)/.installed
+
+serving: $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVE)/.installed)
 
 demo: setup
 	$(BIN)/compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
@@ -24,5 +33,5 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint serving
 	$(BIN)/python -m pytest

@@ -53,7 +53,7 @@ def find_server(scratch: Path, environment: Path) -> Installation:
         raise UserError(
             "no tritonserver",
             expected=f"tritonserver on the PATH, or the nvidia-pytriton wheel in {environment}",
-            fix="make .venv-serve, or name an environment with --environment",
+            fix="make serving, or name an environment with --environment",
         )
     package, version, libdir = json.loads(found_wheel.stdout)
     home = Path(package).parent / "tritonserver"

@@ -69,7 +69,7 @@ def one_stream(address: str, model: str, request: dict[str, Any]) -> dict[str, A
             if len(pieces) == request.get("cancel_after"):
                 client.stop_stream(cancel_requests=True)
                 break
-    return {"pieces": pieces, "error": error, "seconds": time.monotonic() - started}
+    return {"pieces": pieces, "error": error, "seconds": time.monotonic() - started, "ended": time.time()}
 
 
 def streams(address: str, model: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ LENGTHS = (40, 7, 23, 31, 1, 16)
 
 pytestmark = pytest.mark.skipif(
     shutil.which("tritonserver") is None and not (ENVIRONMENT / "bin" / "python").exists(),
-    reason="no Triton server: make .venv-serve",
+    reason="no Triton server: make serving",
 )
 
 
@@ -220,19 +220,19 @@ def test_unload_and_reload(server: Server, expected: Callable[[str, int], list[i
 
 
 def test_sigterm_while_generating(repository: Path) -> None:
+    """What runs finishes, within the server's exit timeout; what comes too late gets an error; nobody hangs."""
     with serving(repository) as server:
         command = [ENVIRONMENT / "bin" / "python", CLIENT, "stream", server.grpc, MODEL]
         running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert running.stdin is not None
-        running.stdin.write(json.dumps([exactly("The server", 900)] * 6))
+        running.stdin.write(json.dumps([exactly("The server", 400)] * 6))
         running.stdin.close()
-        time.sleep(1.5)
-        started = time.monotonic()
+        time.sleep(1.2)
+        signalled = time.time()
         code = stop(server.process)
-        seconds = time.monotonic() - started
         assert running.stdout is not None
         replies = json.loads(running.stdout.read())
         running.wait(30)
     assert code == 0
-    assert seconds < 25
-    assert all(reply["error"] or len(ids(reply)) == 900 for reply in replies)
+    assert max(reply["ended"] for reply in replies) > signalled
+    assert all(reply["error"] or len(ids(reply)) == 400 for reply in replies)
