@@ -19,6 +19,7 @@ from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
 from passes.lower_native_int8 import LowerNativeInt8
 from passes.lower_native_weight_only import LowerNativeWeightOnly
+from passes.lower_ort_blocks import LowerToExactBlocks
 from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
 from passes.lower_ort_groups import LowerGroups
 from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, linear_passes
@@ -57,7 +58,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     if not request.portable:
         passes += ATTENTION
     one_limb = ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86
-    passes += linear_passes(request.cpu_preset, one_limb, LowerGroups(one_limb))
+    passes += linear_passes(request.cpu_preset, one_limb, LowerGroups(one_limb), LowerToExactBlocks())
     if request.embeddings == "int8":
         passes.append(QuantizeTables())
     # Last: what is float by now stays float, in the 16 bits it is stored in.

@@ -53,22 +53,26 @@ class LowerToMatMulNBits(Rewrite[BlockwiseMatch]):
         return BlockwiseMatch(found, block)
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
-        q, path, block = match.linear.quant, match.linear.path, match.block
-        n, k = q.shape
-        blocks = -(-k // block)
-        layout = Blocks(q.bits, block, blocks, q.groups)
-        inputs = [
-            match.linear.x,
-            gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=layout.codes)),
-            gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=layout.scales)),
-            gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=layout.zeros)),
-        ]
-        out = take_over(match.linear.node)
-        attrs = {"K": k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
-        add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)
+        matmul_nbits(graph, match, match.linear.x, take_over(match.linear.node))
 
     def note(self, match: BlockwiseMatch) -> str:
         return f"{match.linear.quant} -> MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
+
+
+def matmul_nbits(graph: gs.Graph, match: BlockwiseMatch, x: gs.Tensor, out: gs.Tensor | str) -> gs.Tensor:
+    """MatMulNBits of x [..., K] with the weight of `match`, under the name of its MatMul."""
+    q, path, block = match.linear.quant, match.linear.path, match.block
+    n, k = q.shape
+    blocks = -(-k // block)
+    layout = Blocks(q.bits, block, blocks, q.groups)
+    inputs = [
+        x,
+        gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=layout.codes)),
+        gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=layout.scales)),
+        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=layout.zeros)),
+    ]
+    attrs = {"K": k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
+    return add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)
 
 
 @dataclass(frozen=True)
@@ -244,8 +248,8 @@ def reachable(node: gs.Node, prefix: str) -> Iterator[gs.Tensor]:
 def linear_passes(preset: Preset, one_limb: Limbs, *by_group: Rewrite[Any]) -> tuple[Rewrite[Any], ...]:
     """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left.
 
-    `by_group` takes group-wise weights that meet int8 tokens; the fast preset gives them to MatMulNBits, whose int8
-    activations are by block.
+    `by_group` takes group-wise weights exactly; the fast preset gives them to MatMulNBits, whose int8 activations are
+    by block.
     """
     exact = (LowerPerChannel(TWO_LIMBS, "float"), *by_group) if preset == "exact" else ()
     return (LowerPerChannel(one_limb, "int8"), *exact, LowerToMatMulNBits())
