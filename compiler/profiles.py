@@ -23,9 +23,9 @@ class Limits:
     opt_length: int = 512
 
     def __post_init__(self) -> None:
-        for field, value in (("max_batch", self.max_batch), ("max_length", self.max_length)):
-            if value < 1:
-                raise UserError(field, expected="at least 1", found=str(value))
+        for field, value, least in (("max_batch", self.max_batch, 1), ("max_length", self.max_length, 2)):
+            if value < least:
+                raise UserError(field, expected=f"at least {least}", found=str(value))
         if not 1 <= self.opt_length <= self.max_length:
             raise UserError(
                 "opt_length is outside of the profile",
@@ -56,7 +56,7 @@ def prefill(limits: Limits, batch: int) -> Mapping[str, Range]:
     return {
         "batch": (1, 1, batch),
         "sequence": (1, opt, n),
-        "past": (0, 0, max(0, n - 1)),
+        "past": (0, 0, n - 1),
         "total": (1, opt, n),
     }
 
@@ -68,7 +68,7 @@ def decode(limits: Limits, batch: int) -> Mapping[str, Range]:
     joined and apart.
     """
     n, opt = limits.max_length, limits.opt_length
-    past = max(1, n - 1)
+    past = n - 1
     return {
         "batch": (1, 1, batch),
         "sequence": (1, 1, 2 if batch == 1 else 1),

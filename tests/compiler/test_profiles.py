@@ -1,0 +1,45 @@
+"""The ranges of shapes that an engine is built for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from compiler.backend.tensorrt import check_profile
+from compiler.profiles import Limits, profiles
+from passes.errors import UserError
+
+INPUTS = [
+    gs.Variable("input_ids", np.int64, ["batch", "sequence"]),
+    gs.Variable("attention_mask", np.int64, ["batch", "total"]),
+    gs.Variable("past", np.float16, ["batch", 2, "past", 64]),
+]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("limits", [Limits(), Limits(8, 4096, 512), Limits(1, 2, 1), Limits(3, 2, 2)], ids=str)
+def test_prefill_and_decode(limits: Limits, int8: bool) -> None:
+    both = profiles(INPUTS, limits, llm=True, int8_weights=int8)
+    for number, each in enumerate(both):
+        check_profile(each, f"profile {number}")
+    prefill, decode = both
+    assert prefill["input_ids"][2][1] == limits.max_length
+    assert prefill["past"][0][2] == 0
+    batches = {profile["input_ids"][2][0] for profile in both}
+    assert batches == {max(limits.max_batch, 2 if int8 else 1)}, "joined in one profile only, weights are stored twice"
+    rows = decode["input_ids"][2]
+    assert rows[0] * rows[1] >= 2, "a product of one row is not fused"
+
+
+def test_a_plain_model_has_one_profile_and_a_fixed_one_none() -> None:
+    (only,) = profiles(INPUTS[:1], Limits(4, 128, 32), llm=False, int8_weights=False)
+    assert only == {"input_ids": ((1, 1), (1, 32), (4, 128))}
+    fixed = [gs.Variable("x", np.float16, [1, 8])]
+    assert profiles(fixed, Limits(), llm=False, int8_weights=False) == ()
+
+
+@pytest.mark.parametrize("wrong", [(0, 8, 8), (1, 1, 1), (1, 8, 9), (1, 8, 0)])
+def test_limits_that_contradict_each_other(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError):
+        Limits(*wrong)
