@@ -1,0 +1,141 @@
+"""Checkpoints of the real libraries, compiled: the artifact holds their codes and says what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from tokenizers import Tokenizer
+
+from compiler.build import Plan, compile_model
+from compiler.checkpoint import read_checkpoint
+from compiler.frontend import hf
+from compiler.request import Request
+from passes.lazy import Array
+from passes.quant import QuantTensor
+from tests.checkpoints import DOWN_PROJ, HERE, NAMES, TINY, whole_checkpoint
+from tools.bench_formats import reference_logits
+from tools.make_checkpoints import values
+from tools.perplexity import artifact_logits, perplexity, windows
+
+TEXT = TINY.parent / "text" / "evaluation.txt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export() -> Iterator[None]:
+    """Every checkpoint here is the same architecture: it is exported once."""
+    made = {}
+    build, export = hf.build_skeleton, hf.export_graph
+
+    def build_once(*args: object) -> object:
+        if "model" not in made:
+            made["model"] = build(*args)
+        return made["model"]
+
+    def export_once(*args: object) -> gs.Graph:
+        if "graph" not in made:
+            made["graph"] = export(*args)
+        return made["graph"].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "build_skeleton", build_once)
+        patch.setattr(hf, "export_graph", export_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[Array]:
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    return list(windows(tokenizer, TEXT.read_text("utf-8")))[:4]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    planned: Plan
+    out: Path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Each library's checkpoint, compiled for x86 as it is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    asked = Request(model=whole_checkpoint(request.param, folder / "model"), targets=("x86",), out=folder / "out")
+    return Compiled(request.param, compile_model(asked), folder / "out")
+
+
+def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts: list[Array]) -> None:
+    modes = {q.mode for q in compiled.planned.decisions.values() if isinstance(q, QuantTensor)}
+    assert modes == {"A8W8"} if "8-perchannel" in compiled.name or "w8a8" in compiled.name else {"A16W4"}
+    expected = perplexity(reference_logits(compiled.planned, int8_tokens=True), parts)
+    found = perplexity(artifact_logits(compiled.out), parts)
+    assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
+
+
+def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> None:
+    tensors = {name: values(t) for name, t in read_checkpoint(HERE / compiled.name).items()}
+    written = {t.name: t for t in onnx.load(compiled.out / "x86" / "model.onnx").graph.initializer}
+    quantized = [path for path, q in compiled.planned.decisions.items() if isinstance(q, QuantTensor)]
+    assert len(quantized) == 7
+    for path in quantized:
+        expected = stored_codes(tensors, path)
+        order = stored_order(tensors, path)
+        if path.endswith(("gate_proj", "up_proj")):  # their rows come in the order that down_proj wants
+            expected = expected[stored_order(tensors, DOWN_PROJ)]
+        np.testing.assert_array_equal(written_codes(written, path), expected[:, order], err_msg=path)
+
+
+def stored_codes(tensors: dict[str, Array], path: str) -> Array:
+    """Codes [N, K] as the formats' documents say, field by field: not by our readers."""
+    if (weight := tensors.get(f"{path}.weight")) is not None:
+        return (weight.astype(np.int16) + 128).astype(np.uint8)
+    packed = tensors.get(f"{path}.weight_packed")
+    words = (tensors[f"{path}.qweight"] if packed is None else packed).astype(np.int64)
+    if packed is not None:
+        return np.stack([(words >> shift) & 15 for shift in range(0, 32, 4)], 2).reshape(len(words), -1)
+    k = len(tensors[f"{path}.g_idx"]) if f"{path}.g_idx" in tensors else len(words)
+    if len(words) == k:  # AWQ: the columns of a word in its own order
+        fields = [(words >> shift) & 15 for shift in range(0, 32, 4)]
+        return np.stack([fields[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)], 2).reshape(k, -1).T
+    bits = 32 * len(words) // k
+    fields = [(words >> shift) & ((1 << bits) - 1) for shift in range(0, 32, bits)]
+    return np.stack(fields, 1).reshape(k, -1).T
+
+
+def stored_order(tensors: dict[str, Array], path: str) -> Array:
+    """The inputs by group, groups by their first input."""
+    g_idx = tensors.get(f"{path}.g_idx")
+    if g_idx is None:
+        return np.arange(768 if path == DOWN_PROJ else 256)
+    return np.concatenate([np.flatnonzero(g_idx == g) for g in dict.fromkeys(g_idx.tolist())])
+
+
+def written_codes(written: dict[str, onnx.TensorProto], path: str) -> Array:
+    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulInteger."""
+    if f"{path}.codes_s8" in written:
+        return onnx.numpy_helper.to_array(written[f"{path}.codes_s8"]).T
+    codes = onnx.numpy_helper.to_array(written[f"{path}.b"])
+    return np.stack([codes & 15, codes >> 4], 3).reshape(len(codes), -1)
+
+
+@pytest.mark.parametrize(("name", "quant", "modes"), [
+    ("gptq-int4-g128-desc_act", "a8w4", {"A8W4"}),
+    ("gptq-int4-g32-asym", "a8w4", {"A8W4"}),
+    ("awq-int4-g128", "a8w4", {"A8W4"}),
+    ("gptq-int8-perchannel", "a16w8", {"A16W8"}),
+    ("ct-w8a8-dyn", "a16w8", {"A16W8"}),
+])  # fmt: skip
+def test_the_other_activations_on_request(
+    name: str, quant: str, modes: set[str], tmp_path: Path, parts: list[Array]
+) -> None:
+    asked = Request(model=whole_checkpoint(name, tmp_path / "m"), targets=("x86",), out=tmp_path / "o", quant=quant)
+    planned = compile_model(asked)
+    assert {q.mode for q in planned.decisions.values() if isinstance(q, QuantTensor)} == modes
+    expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
+    found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
+    assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
