@@ -46,6 +46,16 @@ def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
     """Writes the artifacts that `out` holds as models below `folder`; each model appears when it is complete."""
     served = plan_repository(out)
     check_folder(folder)
+    try:
+        write_models(out, folder, served)
+    except OSError as error:
+        raise UserError(
+            "the repository could not be written", where=str(folder), found=error.strerror or str(error)
+        ) from None
+    return served
+
+
+def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for each in served:
         source, name = out / each.artifact.path, each.name
@@ -61,7 +71,6 @@ def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
             place([out / plugin for plugin in plugins], partial)
     (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", "utf-8")
     (folder / "README.md").write_text(readme(served), "utf-8")
-    return served
 
 
 def plan_repository(out: Path) -> tuple[Served, ...]:

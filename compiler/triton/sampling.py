@@ -89,9 +89,10 @@ class Sampler:
         if not s.top_k and size < vocab and p.sum() < s.top_p:
             order = largest(scores, vocab)
             p = np.exp((scores[order].astype(np.float64) - top) / s.temperature) / total
-        nucleus = np.cumsum(p) - p < s.top_p
-        p = p[nucleus]
-        return int(self.random.choice(order[nucleus], p=p / p.sum()))
+        before = np.cumsum(p) - p
+        ends = np.cumsum(p[before < s.top_p])
+        place = np.searchsorted(ends, self.random.random() * ends[-1], side="right")
+        return int(order[min(place, len(ends) - 1)])
 
 
 def largest(scores: Array, count: int) -> Array:
