@@ -159,7 +159,7 @@ def test_a_failure_leaves_no_half_written_model(tmp_path: Path, monkeypatch: pyt
     out, folder = output(tmp_path / "out", CPU), tmp_path / "repository"
 
     monkeypatch.setattr("compiler.repository.generate_config", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match="could not be written\n.*No space left"):
+    with pytest.raises(UserError, match=r"could not be written\n.*No space left"):
         write_repository(out, folder)
     assert {p.name for p in folder.iterdir()} == {"tiny"}
 
