@@ -161,18 +161,26 @@ def shifted(signed: Array, bits: int) -> Array:
 
 def parse(raw: Mapping[str, Any], where: str) -> CompressedConfig:
     """A reader from `quantization_config`; refuses what is no integer weight."""
-    if (raw.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    if section(raw, "sparsity_config", where).get("format", "dense") != "dense":
         raise UserError("sparse checkpoints are not supported", where=where, found=repr(raw["sparsity_config"]))
-    if raw.get("kv_cache_scheme") or (raw.get("transform_config") or {}).get("config_groups"):
+    if raw.get("kv_cache_scheme") or section(raw, "transform_config", where).get("config_groups"):
         raise UserError("a quantized cache or weight transforms (rotations) are not supported", where=where)
-    groups = raw.get("config_groups")
-    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+    groups = section(raw, "config_groups", where)
+    if not groups or not all(isinstance(g, dict) for g in groups.values()):
         raise UserError("config_groups", where=where, expected="an object of schemes", found=repr(groups))
     notes: list[str] = []
     schemes = tuple(
         parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes) for name, group in groups.items()
     )
     return CompressedConfig(schemes, patterns(raw.get("ignore") or [], f"{where}, ignore"), tuple(dict.fromkeys(notes)))
+
+
+def section(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object of the config, empty where it is absent."""
+    value = raw.get(key)
+    if not isinstance(value, dict | None):
+        raise UserError(key, where=where, expected="an object", found=repr(value))
+    return value or {}
 
 
 def parse_scheme(group: Mapping[str, Any], default_format: str, where: str, notes: list[str]) -> Scheme:

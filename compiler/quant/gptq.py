@@ -104,7 +104,7 @@ class GptqConfig:
 def parse(raw: Mapping[str, Any], where: str) -> GptqConfig:
     """A reader from `quantization_config` or quantize_config.json."""
     name = raw.get("checkpoint_format", raw.get("format", "gptq"))
-    if name not in FORMATS:
+    if name not in tuple(FORMATS):
         raise UserError(
             "GPTQ checkpoint_format",
             where=where,

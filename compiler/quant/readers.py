@@ -30,7 +30,7 @@ def find_reader(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, F
         return plain.detect(tensors)
     raw, where = stored
     method = raw.get("quant_method", raw.get("method", "awq" if "w_bit" in raw else "gptq"))
-    if method not in READERS:
+    if method not in tuple(READERS):
         raise UserError(
             "a quantized checkpoint of this method cannot be read",
             where=where,
