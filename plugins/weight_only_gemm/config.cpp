@@ -69,7 +69,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     if (wog_check(problem, error, size)) return 1;
     wog_problem const& p = *problem;
     Row const& row = *find_row(p);  // the table ends with rows for any m on any known sm
-    int const grid_m = ceil_div(p.m, row.columns * 8), grid_n = ceil_div(p.n, row.warps_n * 32);
+    int const grid_m = ceil_div(p.m, row.block_m()), grid_n = ceil_div(p.n, row.block_n());
     int const splits = row.kernel == Kernel::kGemm ? choose_splits(p, row, grid_m * grid_n) : 1;
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     bool const int8 = p.activation_bits == 8;
@@ -78,7 +78,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              splits,
              grid_m,
              grid_n,
-             row.warps_n * row.warps_k * 32,
+             row.threads(),
              shared_bytes(row, p.bits),
              partials + (int8 ? int8_buffers(p.m, p.k, p.group).total : 0)};
     return 0;
@@ -93,10 +93,10 @@ int64_t wog_workspace(wog_problem const* problem) {
     p.sm_count = kMostMultiprocessors;
     for (Row const& row : kRows) {
         p.m = std::min(problem->m, row.max_m);
-        p.sm = row.min_sm;
+        p.sm = row.min_sm;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         Row const& chosen = kRows[plan.row];
-        int64_t const tile = int64_t(chosen.columns) * 8 * chosen.warps_n * 32 * 4;
+        int64_t const tile = int64_t(chosen.block_m()) * chosen.block_n() * 4;
         most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? p.sm_count * tile : 0});
     }
     return most;

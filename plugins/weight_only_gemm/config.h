@@ -13,12 +13,18 @@ enum class Kernel : int32_t { kPlain, kGemm, kInt8 };
 struct Row {
     char const* name;
     Kernel kernel;
-    int warps_n, warps_k;  // a warp owns 32 n; warps_k of them share those n and divide K
+    int warps_n, warps_k;  // warps_k of them share their n and divide K
+    int strips;            // of 16 n that a warp owns
     int columns;           // of 8 m
     int stages[2];         // of the shared-memory ring, for codes of 4 and 8 bits
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
+    bool wgmma = false;    // tensor cores by warpgroup: four warps, activations straight from shared memory
+
+    constexpr int block_n() const { return warps_n * strips * 16; }
+    constexpr int block_m() const { return columns * 8; }
+    constexpr int threads() const { return warps_n * warps_k * 32; }
 };
 
 constexpr int64_t kAny = int64_t(1) << 40;
@@ -28,16 +34,18 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
 // stages; sm_75 has no asynchronous copies, so two stages are all that helps there.
 constexpr Row kRows[] = {
-    {"stream8", Kernel::kGemm, 1, 8, 1, {4, 4}, 2, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 1, 8, 2, {4, 3}, 2, 16, 80, kNewest},
-    {"tile32", Kernel::kGemm, 4, 1, 4, {4, 4}, 3, 32, 80, kNewest},
-    {"tile64", Kernel::kGemm, 8, 1, 8, {4, 4}, 1, kAny, 80, kNewest},
-    {"stream8_turing", Kernel::kGemm, 1, 8, 1, {2, 2}, 2, 8, 75, 79},
-    {"stream16_turing", Kernel::kGemm, 1, 4, 2, {2, 2}, 4, 16, 75, 79},
-    {"tile32_turing", Kernel::kGemm, 4, 1, 4, {2, 2}, 3, kAny, 75, 79},
-    {"int8", Kernel::kInt8, 4, 1, 8, {4, 4}, 2, kAny, 80, kNewest},
-    {"int8_turing", Kernel::kInt8, 4, 1, 8, {2, 2}, 2, kAny, 75, 79},
-    {"plain", Kernel::kPlain, 1, 1, 1, {1, 1}, 4, kAny, 75, kNewest},
+    {"stream8", Kernel::kGemm, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
+    {"stream16", Kernel::kGemm, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},
+    {"tile32", Kernel::kGemm, 4, 1, 2, 4, {4, 4}, 3, 32, 80, kNewest},
+    {"wgmma64", Kernel::kGemm, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
+    {"wgmma128", Kernel::kGemm, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
+    {"tile64", Kernel::kGemm, 8, 1, 2, 8, {4, 4}, 1, kAny, 80, kNewest},
+    {"stream8_turing", Kernel::kGemm, 1, 8, 2, 1, {2, 2}, 2, 8, 75, 79},
+    {"stream16_turing", Kernel::kGemm, 1, 4, 2, 2, {2, 2}, 4, 16, 75, 79},
+    {"tile32_turing", Kernel::kGemm, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
+    {"int8", Kernel::kInt8, 4, 1, 2, 8, {4, 4}, 2, kAny, 80, kNewest},
+    {"int8_turing", Kernel::kInt8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
+    {"plain", Kernel::kPlain, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 
 constexpr int first_row(Kernel kernel) {
@@ -54,16 +62,16 @@ constexpr int count_rows(Kernel kernel) {
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// A stage is 128 bytes of k for every row of x: 64 k of 16-bit x, 128 k of int8 x.
+// A stage is 128 bytes of k for every row of x: 64 k of 16-bit x, 128 k of int8 x. Weights are counted for one warp.
 constexpr int stage_k(Kernel kernel) { return kernel == Kernel::kInt8 ? 128 : 64; }
 constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
-constexpr int w_stage_bytes(Kernel kernel, int bits) { return 32 * stage_k(kernel) * bits / 8; }  // of one warp
+constexpr int w_stage_bytes(Kernel kernel, int strips, int bits) { return strips * 16 * stage_k(kernel) * bits / 8; }
 
 constexpr int shared_bytes(Row const& row, int bits) {
     int const ring = row.stages[bits == 8] * row.warps_k *
-                     (x_stage_bytes(row.columns) + row.warps_n * w_stage_bytes(row.kernel, bits));
-    int const sums = row.warps_k * 2 * row.columns * 8 * 4;
-    int const tile = row.warps_k * row.columns * 8 * (row.warps_n * 32 + 4) * 4;
+                     (x_stage_bytes(row.columns) + row.warps_n * w_stage_bytes(row.kernel, row.strips, bits));
+    int const sums = row.warps_k * 2 * row.block_m() * 4;
+    int const tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
     return std::max(ring + sums, tile);
 }
 

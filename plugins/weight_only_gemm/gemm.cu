@@ -1,15 +1,17 @@
-// The 16-bit-activation kernels of WeightOnlyGemm: one template streams weights (few rows) and tiles (many rows).
+// The 16-bit-activation kernels of WeightOnlyGemm: one template streams weights (few rows), tiles (many rows), and on
+// Hopper multiplies by warpgroup.
 //
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s and a
 // lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
-// Work split: a block owns WN * 32 n, C * 8 m and a part of K.
-//     warp (wk, wn):   n  -->  wn = 0   1   2  ..  WN-1        each warp 2 strips = 32 n
+// Work split: a block owns WN * S * 16 n, C * 8 m and a part of K.
+//     warp (wk, wn):   n  -->  wn = 0   1   2  ..  WN-1        each warp S strips of 16 n
 //                      k   wk = 0
 //                      |        1                              the WK rows of warps divide the block's K
 //                      v       ..                              and are summed, in order, in shared memory
 // Rings: every (wk) has one of x, shared by its WN warps; every warp has one of weights, 16 bytes per lane that only that
-// lane reads back, so weights need no barrier. Shared memory per stage: x C * 1 KiB, weights 1 (int4) or 2 KiB (int8) a warp.
+// lane reads back, so weights need no barrier. Shared memory per stage: x C * 1 KiB; weights S * 0.5 (int4) or S KiB a warp.
+// A row of a stage of x is 128 bytes, its 16-byte chunks XORed with the row: free of bank conflicts, and wgmma's own swizzle.
 //
 // Arithmetic: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32 sums P; at the
 // end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones), all in fp32: the float
@@ -84,30 +86,33 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const (&words)[Bi
 
 // ---- the kernel ----
 
-template <class T, int Bits, int WN, int WK, int C, int Stages>
+template <class T, int Bits, int I>
 struct Gemm {
-    static constexpr Kernel kKernel = Kernel::kGemm;
-    static constexpr int kThreads = WN * WK * 32, kBlockN = WN * 32, kBlockM = C * 8;
-    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kKernel, Bits);
+    static constexpr Row kRow = kRows[I];
+    static constexpr int WN = kRow.warps_n, WK = kRow.warps_k, S = kRow.strips, C = kRow.columns;
+    static constexpr int kStages = kRow.stages[Bits == 8], kThreads = kRow.threads();
+    static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m();
+    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kRow.kernel, S, Bits);
     static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a stage
-    static constexpr int kSums = WN == 1 ? C : 1;  // columns of m whose X this warp counts
-    static_assert(WN == 1 || WN == C, "warps side by side count one column each");
+    static constexpr int kSums = C / WN;      // columns of m whose X this warp counts
+    static_assert(C % WN == 0, "warps side by side count the same number of columns");
     static constexpr float kCenter = Bits == 4 ? 8.0f : 128.0f;
 
     GemmArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int const warp = threadIdx.x / 32, wn = warp % WN, wk = warp / WN;
     int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
-    int const n0 = blockIdx.y * kBlockN + wn * 32;
-    unsigned char* const x_ring = dynamic_shared() + wk * Stages * (kXStage + WN * kWStage);
-    unsigned char* const w_ring = x_ring + Stages * (kXStage + wn * kWStage);
+    int const n0 = blockIdx.y * kBlockN + wn * S * 16;
+    unsigned char* const x_ring = dynamic_shared() + wk * kStages * (kXStage + WN * kWStage);
+    unsigned char* const w_ring = x_ring + kStages * kXStage + wn * kStages * kWStage;
     float* const group_sums =
-        reinterpret_cast<float*>(dynamic_shared() + WK * Stages * (kXStage + WN * kWStage)) + wk * 2 * kBlockM;
+        reinterpret_cast<float*>(dynamic_shared() + WK * kStages * (kXStage + WN * kWStage)) + wk * 2 * kBlockM;
 
-    float acc[2][C][4] = {}, sum[2][C][4] = {};  // [strip][column of 8 m]; `sum` is P of the group so far
+    float acc[S][C][4] = {}, sum[S][C][4] = {};  // [strip][column of 8 m]; `sum` is P of the group so far
     float x_sum[kSums][4] = {};                  // X of those columns
-    uint32_t affine[2][2];                       // of rows g, g + 8 of each strip, for the group under way
+    uint32_t affine[S][2];                       // of rows g, g + 8 of each strip, for the group under way
     int parity = 0;
+    bool fresh = true;  // the group under way has no products yet
 
     // The WN warps that share an x ring
     __device__ __forceinline__ void barrier() const {
@@ -119,6 +124,7 @@ struct Gemm {
 
     __device__ __forceinline__ void load_stage(int stage, int slot) const {
         unsigned char* const xs = x_ring + slot * kXStage;
+#pragma unroll 1  // unrolled, its addresses cost registers that the large tiles do not have
         for (int i = wn * 32 + lane; i < kBlockM * 8; i += WN * 32) {
             int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 8;
             bool const valid = m0 + row < p.out.m && k < p.k;
@@ -127,7 +133,7 @@ struct Gemm {
         }
         unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
         int const strips = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
-        for (int s = 0; s < 2; s++) {
+        for (int s = 0; s < S; s++) {
             int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
             for (int b = 0; b < kBlocks; b++) {
                 int const block = stage * kBlocks + b;
@@ -140,36 +146,61 @@ struct Gemm {
 
     __device__ __forceinline__ void load_affine(int unit) {
         uint32_t const* const row = p.affine + int64_t(unit * 32 / p.group) * p.out.n;
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < S; s++)
             for (int h = 0; h < 2; h++) {
                 int const n = n0 + s * 16 + h * 8 + g;
                 affine[s][h] = n < p.out.n ? row[n] : 0;
             }
     }
 
-    __device__ __forceinline__ void multiply_unit(int slot, int unit, uint4 const (&words)[2][kBlocks]) {
-        uint32_t x[C][4], counted[kSums][4];
+    // P += codes * x, X += ones * x, for 32 k
+    __device__ __forceinline__ void multiply_unit(int slot, int unit, uint4 const (&words)[S][kBlocks]) {
+        unsigned char const* const xs = x_ring + slot * kXStage;
         int const chunk = unit * 4 + lane / 8;
-        unsigned char const* const column = x_ring + slot * kXStage + lane % 8 * 128 + (chunk ^ lane % 8) * 16;
+        unsigned char const* const column = xs + lane % 8 * 128 + (chunk ^ lane % 8) * 16;
+        if constexpr (kRow.wgmma) {
+            uint32_t a[2][S][4];
 #pragma unroll
-        for (int j = 0; j < C; j++) load_matrices(x[j], column + j * 8 * 128);
-        // loaded once more where it depends on the warp: x[wn] would put x into local memory
+            for (int step = 0; step < 2; step++)
 #pragma unroll
-        for (int j = 0; j < kSums; j++) load_matrices(counted[j], column + (WN == 1 ? j : wn) * 8 * 128);
+                for (int s = 0; s < S; s++) decode<T, Bits>(a[step][s], words[s], unit, step);
+            settle(a);
+            settle(sum);
+            warpgroup_begin();
+#pragma unroll
+            for (int step = 0; step < 2; step++)
+#pragma unroll
+                for (int s = 0; s < S; s++)
+                    warpgroup_multiply_add<T>(sum[s], a[step][s], xs, unit * 2 + step, step == 1 || !fresh);
+            fresh = false;
+            warpgroup_commit();  // waited for below; meanwhile this warp counts and the other warpgroup decodes
+        } else {
+            uint32_t x[C][4];
+#pragma unroll
+            for (int j = 0; j < C; j++) load_matrices(x[j], column + j * 8 * 128);
+#pragma unroll
+            for (int step = 0; step < 2; step++)
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    uint32_t a[4];
+                    decode<T, Bits>(a, words[s], unit, step);
+#pragma unroll
+                    for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][2 * step], x[j][2 * step + 1]);
+                }
+        }
+        // columns that this warp counts: loaded for themselves, since x[wn] would put x into local memory
         uint32_t const one = from_float<T>(1.0f) * 0x10001u;
         uint32_t const ones[4] = {one, one, one, one};
 #pragma unroll
-        for (int step = 0; step < 2; step++) {
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-                uint32_t a[4];
-                decode<T, Bits>(a, words[s], unit, step);
-#pragma unroll
-                for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][2 * step], x[j][2 * step + 1]);
-            }
-#pragma unroll
-            for (int j = 0; j < kSums; j++)
-                multiply_add<T>(x_sum[j], ones, counted[j][2 * step], counted[j][2 * step + 1]);
+        for (int j = 0; j < kSums; j++) {
+            uint32_t counted[4];
+            load_matrices(counted, column + (wn * kSums + j) * 8 * 128);
+            multiply_add<T>(x_sum[j], ones, counted[0], counted[1]);
+            multiply_add<T>(x_sum[j], ones, counted[2], counted[3]);
+        }
+        if constexpr (kRow.wgmma) {
+            warpgroup_wait<0>();
+            settle(sum);
         }
     }
 
@@ -177,10 +208,13 @@ struct Gemm {
     __device__ __forceinline__ void finish_group() {
         float const* sums = group_sums + parity * kBlockM;
         if constexpr (WN > 1) {
-            if (g == 0) {
-                group_sums[parity * kBlockM + wn * 8 + 2 * t] = x_sum[0][0];
-                group_sums[parity * kBlockM + wn * 8 + 2 * t + 1] = x_sum[0][1];
-            }
+#pragma unroll
+            for (int j = 0; j < kSums; j++)
+                if (g == 0) {
+                    int const at = parity * kBlockM + (wn * kSums + j) * 8 + 2 * t;
+                    group_sums[at] = x_sum[j][0];
+                    group_sums[at + 1] = x_sum[j][1];
+                }
             barrier();  // two buffers: the next group's writes wait for this group's readers at the next barrier
         }
 #pragma unroll
@@ -188,18 +222,19 @@ struct Gemm {
             float const x0 = WN == 1 ? x_sum[j % kSums][0] : sums[j * 8 + 2 * t];
             float const x1 = WN == 1 ? x_sum[j % kSums][1] : sums[j * 8 + 2 * t + 1];
 #pragma unroll
-            for (int s = 0; s < 2; s++)
+            for (int s = 0; s < S; s++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float const scale = to_float<T>(uint16_t(affine[s][h]));
                     float const zero = to_float<T>(uint16_t(affine[s][h] >> 16)) - kCenter;
                     acc[s][j][2 * h] += scale * (sum[s][j][2 * h] - zero * x0);
                     acc[s][j][2 * h + 1] += scale * (sum[s][j][2 * h + 1] - zero * x1);
-                    sum[s][j][2 * h] = sum[s][j][2 * h + 1] = 0.0f;
+                    if constexpr (!kRow.wgmma) sum[s][j][2 * h] = sum[s][j][2 * h + 1] = 0.0f;
                 }
         }
         for (int i = 0; i < kSums; i++) x_sum[i][0] = x_sum[i][1] = x_sum[i][2] = x_sum[i][3] = 0.0f;
         parity ^= 1;
+        fresh = true;
     }
 
     __device__ __forceinline__ void accumulate() {
@@ -207,7 +242,7 @@ struct Gemm {
         int const part = blockIdx.z * WK + wk, parts = p.splits * WK;
         int const first = int(int64_t(stages) * part / parts), last = int(int64_t(stages) * (part + 1) / parts);
         if (first == last) return;  // the same for all warps of a barrier
-        for (int i = 0; i < Stages - 1; i++) {
+        for (int i = 0; i < kStages - 1; i++) {
             if (first + i < last) load_stage(first + i, i);
             copy_commit();
         }
@@ -215,13 +250,14 @@ struct Gemm {
         int const per_group = p.group / 32;
         int left = per_group - first * 2 % per_group;  // units to the end of the group under way
         for (int stage = first; stage < last; stage++) {
-            int const slot = (stage - first) % Stages;
-            copy_wait<Stages - 2>();
+            int const slot = (stage - first) % kStages;
+            copy_wait<kStages - 2>();
+            if constexpr (kRow.wgmma) publish_copies();
             barrier();  // the stage is there for all, and all have left the slot that is loaded next
-            if (stage + Stages - 1 < last) load_stage(stage + Stages - 1, (stage - first + Stages - 1) % Stages);
+            if (stage + kStages - 1 < last) load_stage(stage + kStages - 1, (stage - first + kStages - 1) % kStages);
             copy_commit();
-            uint4 words[2][kBlocks];
-            for (int s = 0; s < 2; s++)
+            uint4 words[S][kBlocks];
+            for (int s = 0; s < S; s++)
                 for (int b = 0; b < kBlocks; b++)
                     words[s][b] = *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * kBlocks + b) * 512 +
                                                                   lane * 16);
@@ -245,12 +281,12 @@ struct Gemm {
         copy_wait<0>();
         block_barrier();  // the rings become the tile
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < S; s++)
 #pragma unroll
             for (int j = 0; j < C; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    tile[(wk * kBlockM + j * 8 + 2 * t + i % 2) * kPitch + wn * 32 + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
+                    tile[(wk * kBlockM + j * 8 + 2 * t + i % 2) * kPitch + (wn * S + s) * 16 + i / 2 * 8 + g] = acc[s][j][i];
         block_barrier();
         for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
             int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
@@ -272,11 +308,11 @@ struct Gemm {
 
 // Code is generated only where the table can choose it, and bf16 starts at sm_80.
 template <class T, int Bits, int I>
-__global__ void __launch_bounds__(kRows[I].warps_n * kRows[I].warps_k * 32, kRows[I].resident) gemm(GemmArgs const p) {
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(GemmArgs const p) {
 #if DEVICE_SM
-    constexpr Row row = kRows[I];
-    if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || std::is_same<T, Half>::value)) {
-        Gemm<T, Bits, row.warps_n, row.warps_k, row.columns, row.stages[Bits == 8]> block{p};
+    constexpr bool kChosen = kRows[I].min_sm <= DEVICE_SM && DEVICE_SM <= kRows[I].max_sm;
+    if constexpr (kChosen && (DEVICE_SM >= 80 || std::is_same<T, Half>::value)) {
+        Gemm<T, Bits, I> block{p};
         block.accumulate();
         block.store();
     }

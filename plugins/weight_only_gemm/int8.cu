@@ -94,7 +94,7 @@ constexpr int kStageK = stage_k(Kernel::kInt8);
 template <class T, int WN, int C, int Stages>
 struct Int8Gemm {
     static constexpr int kThreads = WN * 32, kBlockN = WN * 32, kBlockM = C * 8;
-    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(Kernel::kInt8, 8);
+    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(Kernel::kInt8, 2, 8);
 
     Int8Args const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wn = threadIdx.x / 32;
@@ -217,7 +217,7 @@ struct Int8Gemm {
 };
 
 template <class T, int I>
-__global__ void __launch_bounds__(kRows[I].warps_n * 32, kRows[I].resident) int8_gemm(Int8Args const p) {
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) int8_gemm(Int8Args const p) {
 #if DEVICE_SM
     constexpr Row row = kRows[I];
     if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || !std::is_same<T, Bfloat>::value)) {

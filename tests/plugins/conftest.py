@@ -12,8 +12,9 @@ from tools.gpu.library import Library
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Emulated]:
-    """The kernels' sources on the CPU: as sm_80 and later see them, and as Turing does."""
+    """By SM: the kernels' sources on the CPU. One build sees them as Turing does, one as Ampere and all after it."""
     if shutil.which("g++") is None:
         pytest.skip("the kernel emulator needs g++ on PATH")
-    built = build_emulators(tmp_path_factory.mktemp("emulator"), (75, 80))
-    return {sm: Emulated(Library(path), sm) for sm, path in built.items()}
+    built = build_emulators(tmp_path_factory.mktemp("emulator"), (75, 90))
+    turing, newer = (Library(path) for path in built.values())
+    return {75: Emulated(turing, 75), 80: Emulated(newer, 80), 90: Emulated(newer, 90)}

@@ -17,9 +17,11 @@ from plugins.weight_only_gemm.op import OP
 from tools.gpu.gemm import Gemm, check, device_numbers, random_weight
 from tools.gpu.library import Library
 
-HAS_GPU = torch.cuda.is_available()
-REASON = "needs an NVIDIA GPU: run `python -m tools.gpu_check` on a machine that has one"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason=REASON)]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip(
+        "needs an NVIDIA GPU: run `python -m tools.gpu_check` on a machine that has one", allow_module_level=True
+    )
 
 F16, BF16 = torch.float16, torch.bfloat16
 ROUNDED = {F16: OP.tolerance[DType.F16], BF16: OP.tolerance[DType.BF16]}

@@ -12,7 +12,7 @@ from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
 from tests.plugins.cases import BF16, F16, Case, Problem
-from tests.plugins.kernels import Emulated
+from tests.plugins.kernels import Emulated, c_problem
 from tools.gpu.library import RefusedError
 
 WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
@@ -42,6 +42,15 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
     m, n, k, group = size
     case = Case(m, n, k, bits, group, dtype, bias=m % 2 == 0, activation_bits=activation_bits)
     check(emulated[sm], case.make())
+
+
+@pytest.mark.parametrize("size", [(33, 48, 64, 32), (40, 272, 160, 32), (65, 144, 192, 64), (129, 144, 352, 352)])
+@pytest.mark.parametrize("kind", [(F16, 4), (F16, 8), (BF16, 4), (BF16, 8)])
+def test_warpgroup_products(emulated: Kernels, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]) -> None:
+    (dtype, bits), (m, n, k, group) = kind, size
+    p = Case(m, n, k, bits, group, dtype, bias=True).make()
+    assert emulated[90].library.choose(**c_problem(p, 90)).kernel == ("wgmma64" if m <= 64 else "wgmma128")
+    check(emulated[90], p)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -84,7 +93,7 @@ def test_split_k_over_blocks(emulated: Kernels) -> None:
     assert not np.array_equal(split, whole), "different orders of summation should differ in the last bits"
 
 
-@pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8)])
+@pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8), (90, 16)])
 @pytest.mark.parametrize("m", [12, 40])
 def test_same_bits_whatever_order_threads_run_in(emulated: Kernels, sm: int, activation_bits: int, m: int) -> None:
     p = Case(m, 144, 320, bits=8, group=64, activation_bits=activation_bits).make()

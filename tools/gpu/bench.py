@@ -2,8 +2,8 @@
 
 One launch is a graph of enough calls that the weights they touch exceed the L2 cache several times. All contestants of
 a case are captured first and then replayed in turn (A, B, C, A, B, C, ...), so that clocks and heat treat them alike.
-The quantize kernel of A8W8 is inside its time. `floor_us` is bytes over the measured read bandwidth, or operations over the
-measured rate, whichever is more; fractions are of that.
+The quantize kernel of A8W8 is inside its time. `floor_us` is bytes over the measured read bandwidth, or operations
+over the measured rate, whichever is more; fractions are of that.
 """
 
 from __future__ import annotations

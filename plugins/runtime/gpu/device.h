@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDA_ARCH__
 #define DEVICE_SM (__CUDA_ARCH__ / 10)
@@ -80,7 +81,7 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t 
 // ---- memory ----
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     return memory;
 }
 
@@ -172,6 +173,109 @@ __device__ __forceinline__ void multiply_add(int32_t (&c)[4], uint32_t const (&a
                 : "r"(a[2 * j + h]), "r"(j ? b1 : b0));
 #endif
 }
+
+// ---- warpgroup tensor cores (sm_90a): d[64 x 8 C] += a[64 x 16] * x[8 C x 16]^T ----
+//
+// A warp gives 16 rows of a as an m16n8k16 fragment and gets its d as C fragments of 16 x 8. x is a tile in shared memory:
+// 128 bytes (64 k) per row, 16-byte chunks XORed with the row, 1024-byte aligned. Products run on until waited for.
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "compile for sm_90a, not sm_90: the table chooses warpgroup kernels there"
+#endif
+
+__device__ __forceinline__ void warpgroup_begin() {
+#if DEVICE_SM == 90
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void warpgroup_commit() {
+#if DEVICE_SM == 90
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int Pending>
+__device__ __forceinline__ void warpgroup_wait() {
+#if DEVICE_SM == 90
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+#endif
+}
+// Keeps the compiler from moving reads of a result above the wait for it, or writes of an operand below warpgroup_begin.
+__device__ __forceinline__ void settle(float& f) { asm volatile("" : "+f"(f)::"memory"); }
+__device__ __forceinline__ void settle(uint32_t& u) { asm volatile("" : "+r"(u)::"memory"); }
+template <class Element, size_t Size>
+__device__ __forceinline__ void settle(Element (&array)[Size]) {
+#pragma unroll
+    for (size_t i = 0; i < Size; i++) settle(array[i]);
+}
+// What this thread copied into shared memory becomes visible to warpgroup products; a barrier follows.
+__device__ __forceinline__ void publish_copies() {
+#if DEVICE_SM == 90
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// k16: which 16 of the tile's 64 k. In a product, !add overwrites d: sums that start anew cost no registers of zeros.
+__device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int k16) {
+    uint64_t const address = (shared_address(tile) + k16 * 32) >> 4 & 0x3fff;
+    return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;  // 8 rows apart; 128-byte swizzle
+}
+
+#define WG4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+template <class T>
+__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[8][4], uint32_t const (&a)[4], void const* tile, int k16,
+                                                       bool add) {
+#if DEVICE_SM == 90
+    if constexpr (std::is_same<T, Half>::value) {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
+    } else {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
+    }
+#endif
+}
+template <class T>
+__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32_t const (&a)[4], void const* tile, int k16,
+                                                       bool add) {
+#if DEVICE_SM == 90
+    if constexpr (std::is_same<T, Half>::value) {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
+    } else {
+        asm volatile(
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
+    }
+#endif
+}
+#undef WG4
 
 // ---- host ----
 

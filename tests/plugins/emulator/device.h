@@ -56,6 +56,7 @@ struct Fiber {
     unsigned thread = 0;
     bool done = false;
     std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
+    std::vector<std::vector<std::function<void()>>> products{1};
 };
 
 struct Meeting {  // of the threads that take part in a barrier or a warp-wide instruction
@@ -116,7 +117,7 @@ inline void run_block(int threads, size_t shared, std::mt19937& random) {
     state.barriers.assign(16, {});
     state.warps.assign((threads + 31) / 32, {});
     state.mail.resize(state.warps.size());
-    state.shared.assign(shared + 128, 0xff);
+    state.shared.assign(shared + 1024, 0xff);
     std::vector<Fiber*> order;
     for (int i = 0; i < threads; i++) {
         Fiber& f = state.fibers[i];
@@ -226,7 +227,7 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline unsigned char* dynamic_shared() {
     auto const at = reinterpret_cast<uintptr_t>(emulator::state.shared.data());
-    return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
+    return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
 }
 
 inline void copy_async(void* shared, void const* global, bool valid) {
@@ -306,6 +307,44 @@ inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, u
         }
 }
 
+// ---- warpgroup tensor cores: nothing is read or written before it is waited for ----
+
+inline void warpgroup_begin() {}
+inline void publish_copies() {}
+template <class Anything>
+inline void settle(Anything&) {}
+inline void warpgroup_commit() { emulator::state.now->products.emplace_back(); }
+template <int Pending>
+inline void warpgroup_wait() {
+    auto& products = emulator::state.now->products;
+    while (products.size() > Pending + 1) {
+        for (auto const& product : products.front()) product();
+        products.erase(products.begin());
+    }
+}
+
+template <class T, size_t C>
+inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k16, bool add) {
+    if (reinterpret_cast<uintptr_t>(tile) % 1024) std::abort();
+    auto const f = emulator::fragments(a, 0, 0);
+    auto const* const bytes = static_cast<unsigned char const*>(tile);
+    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+    emulator::state.now->products.back().push_back([f, bytes, k16, g, t, add, out = &d] {
+        for (size_t j = 0; j < C; j++)
+            for (int i = 0; i < 4; i++) {
+                double sum = 0;
+                for (int k = 0; k < 16; k++) {
+                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k16 * 2 + k / 8;
+                    uint16_t x;
+                    std::memcpy(&x, bytes + row * 128 + (chunk ^ row % 8) * 16 + k % 8 * 2, 2);
+                    uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
+                    sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
+                }
+                (*out)[j][i] = float((add ? (*out)[j][i] : 0.0f) + sum);
+            }
+    });
+}
+
 // ---- host ----
 
 inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
@@ -317,7 +356,7 @@ template <class Args>
 char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream, Args args) {
     char const* const seed = std::getenv("EMULATOR_SEED");
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
-    size_t const limit = DEVICE_SM < 80 ? 64 * 1024 : 99 * 1024;
+    size_t const limit = (DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
     if (shared > limit) return "more shared memory than the smallest device of this family has";
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
