@@ -80,13 +80,14 @@ def carriers(table: str, linears: Iterable[str]) -> tuple[Carrier, ...]:
     for kernel in kernels(table):
         for node in kernel.nodes:
             by_node.setdefault(node, []).append(kernel)
-    return tuple(carrier(linear, by_node.get(linear + WEIGHT, [])) for linear in linears)
+    # A kernel of joined linears names every product, but the DequantizeLinear of one of them only.
+    return tuple(carrier(linear, [*by_node.get(linear + WEIGHT, []), *by_node.get(linear, [])]) for linear in linears)
 
 
 def carrier(linear: str, readers: list[Kernel]) -> Carrier:
     """The verdict of the worst profile."""
     quantized = [k for k in readers if QUANTIZED & set(k.constants)]
-    names = tuple(k.name for k in quantized or readers)
+    names = tuple(dict.fromkeys(k.name for k in quantized or readers))
     if not quantized:
         return Carrier(linear, Read.FLOAT if readers else Read.UNSEEN, kernels=names)
     read = Read.FUSED if all(k.kind in MULTIPLIES for k in quantized) else Read.EXPANDED

@@ -106,9 +106,13 @@ def line(name: str, kind: str, constant: str, tokens: str = "Half") -> str:
             Carrier("l", EXPANDED, "Int4", "float", ("a", "b")),
         ),
         ([line("a", "gemm", "Half")], Carrier("l", Read.FLOAT, kernels=("a",))),
+        (
+            [line("a", "gemm", "Int8").replace("[ONNX Layer: l/weight]", "[ONNX Layer: m/weight]")],
+            Carrier("l", FUSED, "Int8", "float", ("a",)),
+        ),
         ([], Carrier("l", Read.UNSEEN)),
     ],
-    ids=["fused", "one profile expands", "folded to float", "absent"],
+    ids=["fused", "one profile expands", "folded to float", "joined with another", "absent"],
 )
 def test_the_verdict_is_that_of_the_worst_profile(lines: list[str], expected: Carrier) -> None:
     table = "\n".join(["Layers:", *lines, "", "Bindings:"])
