@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,8 +129,3 @@ def quantized_linears(graph: gs.Graph) -> tuple[str, ...]:
 def expanded(engine: Mapping[str, Any]) -> list[str]:
     """The linears whose weight is written out as a float matrix on every run."""
     return [name for name, read in engine["weights"].items() if not read.endswith(Read.FUSED.value)]
-
-
-def weight_summary(engine: Mapping[str, Any]) -> str:
-    """`28 x Int4 fused`, for people."""
-    return ", ".join(f"{count} x {read}" for read, count in Counter(engine["weights"].values()).items())

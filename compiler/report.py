@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from compiler.artifact import Artifact
 from compiler.backend.writer import Progress as Report
 from compiler.build import Plan
+from compiler.engine import expanded
 from compiler.request import Request
 from compiler.target import TARGETS
 from passes.quant import QuantTensor
@@ -83,6 +87,22 @@ def show_orders(planned: Plan) -> None:
         console.print(table)
 
 
+def show_engine(target: str, engine: Mapping[str, Any], *, every_weight: bool) -> None:
+    """How an engine reads its quantized weights: a warning where it expands some, a table of all where asked for."""
+    slow = expanded(engine)
+    if slow:
+        console.print(
+            f"note: {target}: {len(slow)} quantized weights are written out as float on every run ({slow[0]}, say): "
+            "this engine is smaller than a float one, and no faster",
+            soft_wrap=True,
+        )
+    if every_weight:
+        table = Table("layer", f"how {target} reads its weight", title="engine")
+        for linear, read in engine["weights"].items():
+            table.add_row(linear, read)
+        console.print(table)
+
+
 def show_plan(request: Request, planned: Plan) -> None:
     """What a compilation would write and need."""
     quantized = [q for q in planned.decisions.values() if isinstance(q, QuantTensor)]
@@ -93,3 +113,22 @@ def show_plan(request: Request, planned: Plan) -> None:
         table.add_row(target, str(len(quantized)), kinds, f"{planned.size(target) / 1e6:,.1f} MB")
     console.print(table)
     console.print("Memory to compile: below 1.5 GB whatever the model's size; nothing was written.")
+
+
+def show_notes(planned: Plan) -> None:
+    """What the user should know before anything is written: notes, and what an accuracy budget bought."""
+    for note in planned.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if planned.bought is not None:
+        from compiler.accuracy.run import show_bought
+
+        show_bought(console, planned.bought)
+
+
+def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:
+    """Every artifact with its size; of an engine, what the builder made of its weights."""
+    for artifact in artifacts:
+        size = sum((out / f).stat().st_size for f in artifact.digests)
+        console.print(f"{out / artifact.path}  {size / 1e6:,.1f} MB", soft_wrap=True)
+        if artifact.engine is not None:
+            show_engine(artifact.target, artifact.engine, every_weight=every_weight)
