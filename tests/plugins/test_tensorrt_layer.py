@@ -18,6 +18,17 @@ import numpy as np
 import onnx
 import pytest
 
+from compiler import pipeline
+from compiler.backend.tensorrt import EngineSpec, build
+from compiler.backend.writer import write_model
+from compiler.frontend.model import FloatModel
+from compiler.profiles import Limits, profiles
+from passes.cast_compute_type import cast_compute_type
+from passes.evaluate import Evaluation
+from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
+from passes.quant import InstantQuant, QuantTensor
+from passes.rewrite import Ledger, run
 from plugins import ops
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
@@ -156,13 +167,18 @@ open(plan, "wb").write(engine)
 """
 
 
-def build_on_rtx(folder: Path, library: Path, attrs: dict[str, int], n: int = 8192) -> subprocess.CompletedProcess[str]:
-    """The real parser and builder of TensorRT-RTX, in their own process: its wheel lacks the name its parser opens."""
-    real = registry("rtx")
+def rtx_alias(folder: Path) -> Path:
+    """A folder for LD_LIBRARY_PATH that holds the name which RTX's parser opens."""
     alias = folder / "alias"
     alias.mkdir(exist_ok=True)
     if not (alias / "libtensorrt_rtx.so").exists():
-        (alias / "libtensorrt_rtx.so").symlink_to(real)
+        (alias / "libtensorrt_rtx.so").symlink_to(registry("rtx"))
+    return alias
+
+
+def build_on_rtx(folder: Path, library: Path, attrs: dict[str, int], n: int = 8192) -> subprocess.CompletedProcess[str]:
+    """The real parser and builder of TensorRT-RTX, in their own process: its wheel lacks the name its parser opens."""
+    alias = rtx_alias(folder)
     case = Case(1, n, 256, bits=4, group=32, bias=True).make()
     node = onnx.helper.make_node(
         OP.name, ["x", "codes", "affine", "bias"], ["y"], domain=ops.DOMAIN, name="layer",
@@ -208,3 +224,52 @@ def test_rtx_reports_bad_nodes(folder: Path, plugin: dict[str, Path], change: di
     built = build_on_rtx(folder, plugin["11"], {**OP.attributes({"group": 32, "gated": 1}), **change}, n=64)
     assert built.returncode == 1, "an error message, not a crash"
     assert message in built.stderr
+
+
+def test_a_whole_model_with_the_plugin_builds_on_rtx(
+    folder: Path, plugin: dict[str, Path], tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF model -> canonical Q/DQ -> WeightOnlyGemm -> written with streamed packing -> engine, no step of it mocked."""
+    headers("11")
+    f16 = np.dtype(np.float16)
+    graph = tiny_float.graph.copy()
+    decisions = {}
+    for layer in pipeline.linears(graph):
+        if "lm_head" not in layer.path:
+            source = InstantQuant(layer.path, layer.rows, 4, 64, False, f16)
+            decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 64, False, f16)
+    pipeline.quantize(graph, decisions, Ledger())
+    twin = graph.copy()
+    cast_compute_type(graph, f16, Ledger())
+    run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], Ledger())
+    gemms = [node for node in graph.nodes if node.op == OP.name]
+    assert len(decisions) == 4 * 7
+    assert len(gemms) == 4 * 6, "gate and up are one"
+    assert sum(node.attrs["gated"] for node in gemms) == 4
+    assert sum(len(node.inputs) == 4 for node in gemms) == 4 * 3, "q, k and v have their biases"
+
+    feeds = {t.name: np.zeros([s if isinstance(s, int) else 1 for s in t.shape], t.dtype) for t in graph.inputs}
+    for name, value in {"input_ids": [[7, 11, 13]], "attention_mask": [[1, 1, 1]], "position_ids": [[0, 1, 2]]}.items():
+        feeds[name] = np.array(value, np.int64)
+    feeds = {n: v[:, :, :0] if n.startswith("past_key_values") else v for n, v in feeds.items()}
+    narrow = Evaluation(graph, feeds).take("logits")
+    wide = {n: v.astype(np.float32) if v.dtype == f16 else v for n, v in feeds.items()}
+    exact = Evaluation(twin, wide).take("logits")
+    assert np.linalg.norm(narrow - exact) <= 5e-3 * np.linalg.norm(exact), "float16 rounding through four layers"
+
+    write_model(graph, folder / "tiny.onnx")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
+    limits = Limits(max_batch=1, max_length=64, opt_length=16)
+    ranges = profiles(graph.inputs, limits, llm=True, int8_weights=False)
+    spec = EngineSpec(
+        "tensorrt_rtx",
+        folder / "tiny.onnx",
+        folder / "tiny.engine",
+        folder / "tiny.json",
+        ranges,
+        (89,),
+        (plugin["11"],),
+    )
+    built = build(spec)
+    assert built.bytes > sum(quant.shape[0] * quant.shape[1] // 2 for quant in decisions.values())
+    assert built.engine.read_bytes().count(OP.name.encode()) >= len(gemms)
