@@ -130,6 +130,37 @@ def test_plugin_in_a_registry(
     assert "'codes' axis 2 is 513, expected 512" in result.stderr, "refusals say where, what was expected and found"
 
 
+@pytest.mark.parametrize("major", ["10", "11"])
+def test_a_host_that_only_opens_libraries(folder: Path, plugin: dict[str, Path], major: str) -> None:
+    """As Triton does. The lean runtime stands in for libnvinfer.so under its name."""
+    include, lean, place = headers(major), registry(major), folder / f"triton{major}"
+    place.mkdir()
+    shutil.copy(plugin[major], place / "libinstantrt_plugins.so")
+    (place / "empty.c").write_text("")
+    soname = f"libnvinfer.so.{major}"
+    link = ["-Wl,--no-as-needed", f"-L{lean.parent}", f"-l:{lean.name}", f"-Wl,-rpath,{lean.parent}"]
+    stand_in = ["gcc", "-shared", "-fPIC", str(place / "empty.c"), "-o", str(place / soname), f"-Wl,-soname,{soname}"]
+    subprocess.run([*stand_in, *link], check=True)
+    compile_cpp(ROOT / "plugins/runtime/register.cpp", place / "register.so", include, "-shared")
+    compile_cpp(HOST.with_name("triton_host.cpp"), place / "host", include)
+    result = subprocess.run(
+        [str(place / "host"), str(place / soname), str(place / "register.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (result.stdout, result.stderr) == ("found\n", "")
+    (place / "libinstantrt_plugins.so").unlink()
+    alone = subprocess.run(
+        [str(place / "host"), str(place / soname), str(place / "register.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert alone.stdout == "not found\n"
+    assert "InstantRT: no getCreators in" in alone.stderr
+
+
 def test_the_library_links_nothing_of_tensorrt(plugin: dict[str, Path]) -> None:
     for library in plugin.values() or [pytest.skip("no TensorRT headers")]:
         needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
