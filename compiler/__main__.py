@@ -6,12 +6,19 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from compiler.checkpoint import read_json
 from passes.errors import UserError
+
+if TYPE_CHECKING:
+    from compiler.artifact import Artifact
+    from compiler.build import Plan
+    from compiler.request import Request
+
+INTERRUPTED = 130  # the exit status that typer makes of an interruption
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -22,7 +29,7 @@ def compile_command(
     target: Annotated[list[str] | None, typer.Option(help="what to compile for; may be repeated")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
     triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what is written")] = None,
-    quant: Annotated[str | None, typer.Option(help="a16w8, a16w4, a8w8 or none")] = None,
+    quant: Annotated[str | None, typer.Option(help="a16w8, a16w4, a8w8, a8w4 or none")] = None,
     group_size: Annotated[int | None, typer.Option(help="inputs that share a scale; -1 per channel")] = None,
     weight_only: Annotated[bool, typer.Option("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
     quant_config: Annotated[Path | None, typer.Option(help="JSON file with the spec's keys")] = None,
@@ -44,9 +51,17 @@ def compile_command(
     hardware_compatible: Annotated[str, typer.Option(help="ampere_plus, say: for other GPUs too")] = "",
     timing_cache: Annotated[Path | None, typer.Option(help="file of timings that builds share")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
+    max_kl: Annotated[float | None, typer.Option(help="budget: finer formats until the KL is below this")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="the same for perplexity, in percent")] = None,
+    text: Annotated[Path | None, typer.Option(help="text for budgets and --verify, in UTF-8")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="check the artifacts, write OUT/report/")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="print what each layer became, and why")] = False,
     check: Annotated[Path | None, typer.Option(help="verify an output folder: digests, versions, loading")] = None,
+    inspect: Annotated[
+        Path | None, typer.Option(help="examine a checkpoint's folder: format, layers, problems")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="with --inspect: machine-readable")] = False,
     list_targets: Annotated[bool, typer.Option("--list-targets", help="print the targets")] = False,
 ) -> None:
     """Compile MODEL into quantized artifacts, one for each --target."""
@@ -54,6 +69,9 @@ def compile_command(
 
     if list_targets:
         report.show_targets()
+        return
+    if inspect is not None:
+        show_inspection(inspect, trust_remote_code=trust_remote_code, as_json=json_output)
         return
     if check is not None:
         from compiler.check import check as check_folder_of_artifacts
@@ -95,6 +113,9 @@ def compile_command(
         hardware_compatible=hardware_compatible,
         timing_cache=timing_cache,
         trust_remote_code=trust_remote_code,
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        text=text,
         **fields,
     )
     if triton is not None:
@@ -104,8 +125,7 @@ def compile_command(
     started = time.monotonic()
     with report.console.status("") as status:
         planned = plan(request, status.update)
-    for note in planned.notes:
-        report.console.print(f"note: {note}", soft_wrap=True)
+    report.show_notes(planned)
     if explain:
         report.show_explanation(planned)
     if dry_run:
@@ -113,15 +133,30 @@ def compile_command(
         return
     with report.writing(sum(planned.size(t) for t in planned.lowered)) as progress:
         artifacts = compile_planned(request, planned, progress)
-    for artifact in artifacts:
-        size = sum((request.out / f).stat().st_size for f in artifact.digests)
-        report.console.print(f"{request.out / artifact.path}  {size / 1e6:,.1f} MB", soft_wrap=True)
+    report.show_artifacts(request.out, artifacts, every_weight=explain)
     if triton is not None:
         from compiler.repository import write_repository
 
         for each in write_repository(out, triton):
             report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
+    if verify:
+        verify_artifacts(planned, request, artifacts)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+
+
+def show_inspection(folder: Path, *, trust_remote_code: bool, as_json: bool) -> None:
+    """Prints what is found; a checkpoint with problems ends with exit status 1."""
+    import json
+
+    from compiler import inspect as doctor
+
+    found = doctor.inspect(folder, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(doctor.as_json(found), indent=2))
+    else:
+        doctor.show(found)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def build_command(
@@ -138,7 +173,27 @@ def build_command(
     with report.console.status("") as status:
         artifact = build_kit(read_kit(kit), out, builder, status.update)  # type: ignore[arg-type]
     report.console.print(f"{out / artifact.path}", soft_wrap=True)
+    report.show_engine(artifact.target, artifact.engine or {}, every_weight=False)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+
+
+def verify_artifacts(planned: Plan, request: Request, artifacts: list[Artifact]) -> None:
+    """Leaves a report for every target in OUT/report; ends with FAILED where one is not what it should be."""
+    from compiler import report
+    from compiler.accuracy.data import load_data
+    from compiler.accuracy.forms import Limits
+    from compiler.accuracy.run import check_artifacts, show_verdict
+
+    folder = request.out / "report"
+    data = load_data(planned.model, request.text)
+    limits = Limits(request.max_kl, request.max_ppl_increase)
+    with report.console.status("verifying") as status:
+        verdicts = check_artifacts(planned, request, artifacts, data, limits, folder, say=status.update)
+    for verdict in verdicts:
+        show_verdict(report.console, verdict, folder)
+    if not all(v.passed for v in verdicts):
+        report.console.print("FAILED: the artifacts are written, but they are not what they should be")
+        raise typer.Exit(1)
 
 
 def main() -> NoReturn:
@@ -152,9 +207,10 @@ def main() -> NoReturn:
     except UserError as error:
         print(f"error: {error}\nFAILED", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left\nFAILED", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("interrupted; nothing half-written was left\nFAILED", file=sys.stderr)
+        raise
     sys.exit(0)
 
 
