@@ -132,12 +132,18 @@ def load(
 
 
 def measure(
-    server: Server, model: str, *, clients: int, requests: int, body: dict[str, object], prompts: Sequence[str]
+    server: Server,
+    model: str,
+    *,
+    clients: int,
+    requests: int,
+    body: dict[str, object],
+    prompts: Sequence[str],
+    warm_up: int = 0,
 ) -> Result:
-    """Each prompt alone, then all under load."""
+    """Each prompt alone, then all under load, after as much of the same as a warm-up."""
     alone = {prompt: ask(server.http, model, {**body, "text_input": prompt}).tokens for prompt in prompts}
-    warm_up = min(requests, 4 * clients)
-    load(server.http, model, clients=clients, requests=warm_up, body=body, prompts=prompts)
+    load(server.http, model, clients=clients, requests=warm_up or 2 * clients, body=body, prompts=prompts)
     before = resident(server.process.pid)
     replies, seconds = load(server.http, model, clients=clients, requests=requests, body=body, prompts=prompts)
     after = resident(server.process.pid)
