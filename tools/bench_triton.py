@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import tempfile
 import time
@@ -164,6 +165,7 @@ def main(
     requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         scratch = Path(folder)
         scaled = scaled_example(scratch / "scaled")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import signal
 import sys
 import threading
 import time
@@ -230,6 +231,7 @@ def main(
     plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
     """Start a server on a model repository, load it, print what the clients saw."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     body: dict[str, object] = {"max_tokens": max_tokens, "min_tokens": max_tokens}
     results = []
     with serving(repository, (model,) if model else (), environment=environment.absolute()) as server:
