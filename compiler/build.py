@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +45,9 @@ from passes.insert_qdq import Decisions
 from passes.quant import QuantTensor
 from passes.rewrite import Ledger
 
+if TYPE_CHECKING:
+    from compiler.accuracy.budget import Bought
+
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -77,6 +80,7 @@ class Plan:
     builders: Mapping[str, Choice] = field(default_factory=dict)
     types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bought: Bought | None = None
 
     def size(self, target: str) -> int:
         """Bytes of the artifact's weights."""
@@ -95,12 +99,17 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     say("deciding how to quantize")
     decisions = decide(graph, model, config, reader, request, scale_type(types.values()))
+    bought = None
+    if request.layers or request.has_budget:
+        from compiler.accuracy.budget import within_budget
+
+        decisions, bought = within_budget(graph, model, decisions, request, say)
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
     bits = frozenset(q.bits for q in quantized(decisions))
     builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
     lowered = lower(canonical, model, types, request, ledger)
     notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes)
+    return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
 
 
 def lower(
@@ -185,7 +194,9 @@ def compile_planned(request: Request, planned: Plan, progress: Progress) -> list
     request.out.mkdir(parents=True, exist_ok=True)
     with LoweredFiles(request.out, progress) as files:
         artifacts = [write_target(request, planned, target, files) for target in request.resolved_targets()]
-    write_manifest(request.out, artifacts, {"model": request.model.name, "request": summary(request)})
+    chosen = {**request.layers, **planned.bought.layers} if planned.bought is not None else request.layers
+    asked = summary(replace(request, layers=chosen, max_kl=None, max_ppl_increase=None))
+    write_manifest(request.out, artifacts, {"model": request.model.name, "request": asked})
     return artifacts
 
 
@@ -320,5 +331,5 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
 
 def summary(request: Request) -> dict[str, Any]:
     """The request without paths of this machine: the same input gives the same bytes anywhere."""
-    fields = asdict(request)
-    return {key: value for key, value in fields.items() if key not in ("model", "out", "targets", "timing_cache")}
+    local = ("model", "out", "targets", "timing_cache", "text")
+    return {key: value for key, value in asdict(request).items() if key not in local}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,10 @@ class Request:
     embeddings       stored (as in the checkpoint) or int8
     cpu_preset       exact: 8-bit per-channel weights see activations of 14 bits; fast: int8 activations per block
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
+    max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
+    max_ppl_increase the same for the increase of perplexity on `text`, in percent
+    text             what the budget is measured on, and `--verify`
+    layers           module path -> format (`a16w4:32`, `a16w8:-1`, `float`), as a budget chose them
 
     For TensorRT targets:
     builder          auto, tensorrt-rtx, tensorrt, or kit: what a GPU machine needs to finish the build
@@ -75,6 +79,10 @@ class Request:
     version_compatible: bool = False
     hardware_compatible: str = ""
     timing_cache: Path | None = None
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+    text: Path | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -88,9 +96,9 @@ class Request:
             ("logits", self.logits, get_args(Logits)),
             ("kv_cache", self.kv_cache, get_args(KvCache)),
         )
-        for field, value, values in allowed:
+        for name, value, values in allowed:
             if value not in values:
-                raise UserError(field, expected=" or ".join(str(v) for v in values if v), found=repr(value))
+                raise UserError(name, expected=" or ".join(str(v) for v in values if v), found=repr(value))
         if self.quant is not None and self.quant_config is not None:
             raise UserError("quant and quant_config both say how to quantize", fix="give one of them")
         if self.quant_config is not None and self.enable_quant is False:
@@ -99,11 +107,18 @@ class Request:
                 found="enable_quant = false and customized_quant_config",
                 fix="set enable_quant to true, or leave the config out",
             )
+        for name, limit in (("max_kl", self.max_kl), ("max_ppl_increase", self.max_ppl_increase)):
+            if limit is not None and not limit > 0:
+                raise UserError(name, expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
         self.resolved_targets()
         self.engine_limits()
         self.engine_options()
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_kl is not None or self.max_ppl_increase is not None
 
     def resolved_targets(self) -> tuple[Target, ...]:
         """The target rows, each once, in the order asked for."""

@@ -47,6 +47,9 @@ class Ledger:
     def rejected(self) -> list[Entry]:
         return [e for e in self.entries if e.reason]
 
+    def passed(self, rewrite: str, graph: gs.Graph) -> None:
+        """Called after each pass that changed the graph, for those who want to look at it then."""
+
 
 class Rewrite(ABC, Generic[M]):
     """A graph-to-graph pass. Subclasses are frozen dataclasses: the repr of a pass is its configuration."""
@@ -81,6 +84,7 @@ def run(graph: gs.Graph, passes: Sequence[Rewrite[Any]], ledger: Ledger) -> gs.G
             applied = True
         if applied:
             graph.cleanup(remove_unused_graph_inputs=False).toposort()
+            ledger.passed(name, graph)
     return graph
 
 

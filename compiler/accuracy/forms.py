@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,26 @@ class Subject:
     def default_forms(self) -> tuple[str, ...]:
         run = "artifact" if self.file is not None and self.file.suffix == ".onnx" else "lowered"
         return ("twin", run) if self.floating is None else ("float", "twin", run)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows quantization to cost."""
+
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None  # percent
+
+    def violations(self, figures: Mapping[str, float]) -> list[str]:
+        increase = 100 * (figures["perplexity_ratio"] - 1)
+        stated = (("KL", figures["kl_mean"], self.max_kl), ("perplexity increase, %,", increase, self.max_ppl_increase))
+        return [
+            f"{what} {value:.4g} exceeds the bound {limit:g}"
+            for what, value, limit in stated
+            if limit is not None and not value <= limit
+        ]
+
+
+UNLIMITED = Limits()
 
 
 def model_bound(subject: Subject, kind: str) -> Bound | None:

@@ -273,7 +273,7 @@ def check_lowering(
     expected = y if seen is x else section(canonical, layer, seen)
     got = run.take(layer.y)
     hot = probes(layer)
-    weights = element_error(section(lowered, layer, hot), section(canonical, layer, hot))
+    weights = element_error(section(lowered, layer, hot), section(canonical, layer, hot), bound.floor)
     return Check(bound, difference(got, expected).channel, weights)
 
 

@@ -37,13 +37,15 @@ def difference(a: Array, b: Array) -> Difference:
     )
 
 
-def element_error(a: Array, b: Array) -> float:
-    """The largest |a - b| / (|b| + max|b| / 1000): relative for every element that is not next to nothing."""
-    wide = b.astype(np.float64)
-    largest = float(np.abs(wide).max(initial=0))
-    if largest == 0:
-        return float(np.abs(a).max(initial=0))
-    return float((np.abs(a.astype(np.float64) - wide) / (np.abs(wide) + largest / 1000)).max())
+def element_error(a: Array, b: Array, floor: float) -> float:
+    """The largest |a - b| / (|b| + floor * the largest |b| of the channel), of `a, b [..., N]`.
+
+    A channel of nothing but tiny values counts as a thousandth of the loudest one.
+    """
+    wide = b.reshape(-1, b.shape[-1]).astype(np.float64)
+    off = np.abs(a.reshape(wide.shape).astype(np.float64) - wide)
+    loudest = np.abs(wide).max(axis=0, initial=np.finfo(np.float32).tiny)
+    return float((off / (np.abs(wide) + floor * np.maximum(loudest, loudest.max() / 1000))).max())
 
 
 @dataclass(frozen=True)

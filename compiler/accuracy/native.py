@@ -18,7 +18,7 @@ REPEATED = 32  # tokens of the run that is saved: small files, and enough to rep
 
 
 def polygraphy_files(
-    subject: Subject, data: Data, runners: Mapping[str, BaseRunner], folder: Path
+    subject: Subject, data: Data, runners: Mapping[str, BaseRunner], folder: Path, final: Path
 ) -> tuple[str, list[str]]:
     """Writes inputs.json, run_results.json and accuracy_results.json; the command that repeats the comparison, and
     what Polygraphy's L2 comparator objects to."""
@@ -44,7 +44,7 @@ def polygraphy_files(
     objections = [
         f"Polygraphy: {pair} differ" for each in accuracy for pair, ok in each.items() if not all(map(bool, ok))
     ]
-    return repeat_command(subject, results, folder), objections
+    return repeat_command(subject, results, final), objections
 
 
 def repeat_command(subject: Subject, results: RunResults, folder: Path) -> str:

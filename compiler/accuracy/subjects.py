@@ -12,8 +12,7 @@ import onnx_graphsurgeon as gs
 
 from compiler.accuracy.forms import Subject
 from compiler.artifact import Artifact
-from compiler.build import Plan, lower, stored_types
-from compiler.engine import compute_type
+from compiler.build import Plan, lower
 from compiler.frontend import onnx_file
 from compiler.request import Request
 from compiler.target import Backend, Target
@@ -31,7 +30,7 @@ def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()
 def subject(planned: Plan, request: Request, target: Target, artifact: Artifact | None) -> Subject:
     file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
     if target.backend is Backend.TENSORRT:
-        dtype = compute_type(target, stored_types(planned.model))
+        dtype = planned.types[target.name]
         lowered = all_positions(planned, request, target, dtype)
     else:
         dtype = np.dtype(np.float32)

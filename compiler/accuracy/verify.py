@@ -13,7 +13,7 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 
 from compiler.accuracy.data import Data
-from compiler.accuracy.forms import AGAINST, RUNNERS, Subject, model_bound
+from compiler.accuracy.forms import AGAINST, RUNNERS, UNLIMITED, Limits, Subject, model_bound
 from compiler.accuracy.ledger import Forms, Ledger, ledger
 from compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
 from compiler.accuracy.native import polygraphy_files
@@ -41,23 +41,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the user allows quantization to cost."""
-
-    max_kl: float | None = None
-    max_ppl_increase: float | None = None  # percent
-
-    def violations(self, figures: Mapping[str, float]) -> list[str]:
-        increase = 100 * (figures["perplexity_ratio"] - 1)
-        stated = (("KL", figures["kl_mean"], self.max_kl), ("perplexity increase, %,", increase, self.max_ppl_increase))
-        return [
-            f"{what} {value:.4g} exceeds the bound {limit:g}"
-            for what, value, limit in stated
-            if limit is not None and not value <= limit
-        ]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """Everything a report shows."""
 
@@ -82,17 +65,18 @@ def verify(
     folder: Path,
     *,
     forms: Sequence[str] = (),
-    limits: Limits = Limits(),
+    limits: Limits = UNLIMITED,
+    final: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
-    """Compares; leaves Polygraphy's files in `folder`, which exists."""
+    """Compares; leaves Polygraphy's files in `folder`, which exists and will be called `final`."""
     forms = tuple(forms) or subject.default_forms()
     check_forms(subject, forms)
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
         totals, tokens, nll = compare(subject, data, runners)
         say("comparing with Polygraphy")
-        command, native = polygraphy_files(subject, data, runners, folder)
+        command, native = polygraphy_files(subject, data, runners, folder, final or folder)
         bad = first_bad(subject, runners, totals, data)
     say("filling the ledger, layer by layer")
     feeds, _ = next(data.each(subject.model.llm))

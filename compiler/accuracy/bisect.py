@@ -1,0 +1,125 @@
+"""Where a lowering goes wrong: the first pass and the first node after which the graph is no longer the twin.
+
+After every pass, each tensor that the graph shares with the twin is computed from the twin's own values of the tensors
+before it. An error therefore shows where it is made, not where it ends up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from compiler.accuracy.bounds import Bound, bound_of, int8_block, seen_by
+from compiler.accuracy.metrics import difference
+from passes.evaluate import Evaluation
+from passes.evaluate_node import HALVES, numpy_type
+from passes.lazy import Array
+from passes.rewrite import Ledger
+
+MASKED = np.float32(-3e4)  # anything this low is a mask's minus infinity, which every type spells differently
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first thing that is wrong: `after` is a pass, `node` makes `tensor`, whose `error` exceeds `bound`."""
+
+    after: str
+    node: str
+    tensor: str
+    error: float
+    bound: Bound
+
+    def __str__(self) -> str:
+        return (
+            f"after pass {self.after}, node {self.node}: tensor {self.tensor} is off by {self.error:.2e}, "
+            f"{self.bound.name} explains {self.bound.layer:.0e}"
+        )
+
+
+class Found(Exception):  # noqa: N818  (an answer, not an error)
+    """Ends the lowering: what follows the first culprit proves nothing."""
+
+    def __init__(self, culprit: Culprit) -> None:
+        self.culprit = culprit
+        super().__init__(str(culprit))
+
+
+@dataclass
+class Watch(Ledger):
+    """A ledger that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
+
+    canonical: gs.Graph = field(default_factory=gs.Graph)
+    feeds: Mapping[str, Array] = field(default_factory=dict)
+    dtype: np.dtype[np.generic] = np.dtype(np.float32)  # noqa: RUF009  (immutable)
+    say: Callable[[str], None] = print
+    truth: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [t.name for node in self.canonical.nodes for t in node.outputs]
+        run = Evaluation(self.canonical, self.feeds, keep=names)
+        for output in self.canonical.outputs:
+            run.peek(output.name)
+        self.truth = run.values
+
+    def passed(self, rewrite: str, graph: gs.Graph) -> None:
+        self.say(f"after {rewrite}: {len(graph.nodes)} nodes")
+        for culprit in self.wrong(rewrite, graph):
+            raise Found(culprit)
+
+    def wrong(self, rewrite: str, graph: gs.Graph) -> Iterator[Culprit]:
+        """Shared tensors that are not what the twin says, in the graph's order."""
+        fed = {
+            t.name: numpy_type(t.dtype)
+            for t in graph.tensors().values()
+            if t.name in self.truth and t.dtype is not None
+        }
+        given = {name: as_type(value, fed.get(name)) for name, value in self.truth.items()}
+        for node in graph.nodes:
+            for tensor in node.outputs:
+                if tensor.name in self.truth:
+                    error, bound = self.error(graph, tensor.name, given)
+                    if not error <= bound.layer:
+                        yield Culprit(rewrite, node.name, tensor.name, error, bound)
+
+    def error(self, graph: gs.Graph, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
+        """How far `name` is from the twin, made from the twin's values of what comes before."""
+        before = {key: value for key, value in given.items() if key != name}
+        run = Evaluation(graph, before)
+        nodes = run.needed(name)
+        bound = bound_of(nodes, self.dtype)
+        expected = self.truth[name]
+        coarse = next((n for n in nodes if int8_block([n]) is not None), None)
+        if coarse is not None:
+            x = coarse.inputs[0].name
+            truth = {key: value for key, value in self.truth.items() if key != name}
+            expected = Evaluation(self.canonical, {**truth, x: seen_by([coarse], self.truth[x])}).take(name)
+        value = run.take(name)
+        return distance(value, expected), bound
+
+
+def distance(value: Array, expected: Array) -> float:
+    """The worst channel of a float tensor. Integers are equal or not; codes of activations may round to either side."""
+    if value.dtype.kind in "iub" or expected.ndim == 0:
+        slack = 1 if value.dtype.kind in "iu" and value.dtype.itemsize == 1 else 0
+        close = np.abs(value.astype(np.float64) - expected.astype(np.float64)) <= slack
+        return 0.0 if close.all() else np.inf
+    return difference(np.maximum(value, MASKED), np.maximum(expected, MASKED)).channel
+
+
+def as_type(value: Array, dtype: np.dtype[np.generic] | None) -> Array:
+    """The twin's float32 as the 16 bits that a lowered graph keeps there."""
+    return value.astype(dtype) if dtype in HALVES and value.dtype == np.float32 else value
+
+
+def bisect(lower: Callable[[Ledger], gs.Graph], watch: Watch, written: gs.Graph | None = None) -> Culprit | None:
+    """Lowers again under watch; then looks at the graph that was read back from the artifact."""
+    try:
+        lower(watch)
+        if written is not None:
+            watch.passed("writing the artifact", written)
+    except Found as found:
+        return found.culprit
+    return None

@@ -1,0 +1,86 @@
+"""What `compile --verify` and the accuracy tool share: from a plan to reports and a verdict on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from compiler.accuracy.budget import Bought
+from compiler.accuracy.data import Data
+from compiler.accuracy.forms import Limits
+from compiler.accuracy.report import number, write_report
+from compiler.accuracy.subjects import subjects
+from compiler.accuracy.verify import Verdict, verify
+from compiler.artifact import Artifact
+from compiler.build import Plan, Say, replaced_folder
+from compiler.request import Request
+
+SHOWN = 12  # violations that a terminal shows; the report has all
+
+
+def check_artifacts(
+    planned: Plan,
+    request: Request,
+    artifacts: Iterable[Artifact],
+    data: Data,
+    limits: Limits,
+    folder: Path,
+    *,
+    forms: Sequence[str] = (),
+    say: Say = lambda text: None,
+) -> list[Verdict]:
+    """Verifies every target and writes `folder`/<target>/report.html, .json, .png and Polygraphy's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts = []
+    for subject in subjects(planned, request, artifacts):
+        final = folder / subject.target
+        with replaced_folder(final) as partial:
+            verdict = verify(subject, data, partial, forms=forms, limits=limits, final=final, say=say)
+            write_report(verdict, partial)
+        verdicts.append(verdict)
+    return verdicts
+
+
+def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
+    """One table and the violations; the report's path last."""
+    if verdict.data.warning:
+        console.print(f"[bold yellow]{verdict.data.warning}[/]", soft_wrap=True)
+    table = Table(
+        "kind", "form", "against", "relative L2", "bound", "arithmetic", title=f"accuracy of {verdict.target}"
+    )
+    for c in verdict.comparisons:
+        table.add_row(c.kind, c.form, c.reference, number(c.relative_l2), number(c.bound), c.arithmetic)
+    console.print(table)
+    f = verdict.figures
+    if f:
+        console.print(
+            f"perplexity {f['perplexity_reference']:.4f} -> {f['perplexity']:.4f} (ratio {f['perplexity_ratio']:.5f}), "
+            f"KL {f['kl_mean']:.3g}, top-1 {f['top1_agreement']:.2%}, top-5 {f['top5_agreement']:.2%}",
+            soft_wrap=True,
+        )
+    for violation in verdict.violations[:SHOWN]:
+        console.print(f"[red]{violation}[/]", soft_wrap=True)
+    if len(verdict.violations) > SHOWN:
+        console.print(f"... and {len(verdict.violations) - SHOWN} more in the report")
+    console.print(f"{folder / verdict.target / 'report.html'}", soft_wrap=True)
+
+
+def show_bought(console: Console, bought: Bought) -> None:
+    """What a budget bought, and what it cost."""
+    table = Table("layer", "was", "is", "bytes more", title="accuracy budget")
+    for layer, now in bought.layers.items():
+        steps = [s for s in bought.steps if s.layer == layer]
+        table.add_row(layer, steps[0].before, now, f"{sum(s.bytes for s in steps):,}")
+    if bought.layers:
+        console.print(table)
+    share = bought.bytes / max(1, bought.bytes_before)
+    console.print(
+        f"{len(bought.layers)} layers in a finer format: +{bought.bytes / 1e6:,.2f} MB ({share:+.1%}); "
+        f"KL {bought.before['kl_mean']:.4g} -> {bought.after['kl_mean']:.4g}, "
+        f"perplexity ratio {bought.before['perplexity_ratio']:.5f} -> {bought.after['perplexity_ratio']:.5f}, "
+        f"{bought.trials} trials on {bought.after['tokens']:.0f} tokens ({bought.data})",
+        soft_wrap=True,
+    )

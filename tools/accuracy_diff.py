@@ -1,0 +1,133 @@
+"""Compares the forms of a compiled model: `python -m tools.accuracy_diff OUT --model MODEL --text FILE`.
+
+Float reference, canonical twin, artifact, lowered graph, engine: any two or more. `--bisect` says which pass and which
+node first break the lowering. Ends with PASSED or FAILED, and with exit code 0 or 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import typer
+from rich.console import Console
+
+from compiler.accuracy.bisect import Culprit, Watch, bisect
+from compiler.accuracy.data import Data, llm_feeds, load_data
+from compiler.accuracy.forms import Limits, Subject
+from compiler.accuracy.run import check_artifacts, show_verdict
+from compiler.accuracy.subjects import subjects
+from compiler.artifact import MANIFEST, Artifact, read_manifest
+from compiler.build import Plan, Say, lower, plan
+from compiler.checkpoint import read_json
+from compiler.request import Request
+from compiler.target import Backend, find_target
+from passes.errors import UserError
+from passes.rewrite import Ledger
+
+BISECT_TOKENS = 32  # every tensor of the twin is kept
+
+
+def request_of(out: Path, model: Path, target: str | None) -> tuple[Request, list[Artifact]]:
+    """The request that made `out`, as its manifest records it, and the artifacts asked about."""
+    artifacts = [a for a in read_manifest(out) if target in (None, a.target)]
+    if not artifacts:
+        known = ", ".join(a.target for a in read_manifest(out))
+        raise UserError(f"no artifact for target {target}", where=str(out), expected=known)
+    fields: dict[str, Any] = read_json(out / MANIFEST)["source"].get("request", {})
+    fields["ignore"] = tuple(fields.get("ignore", ()))
+    targets = tuple(a.target for a in artifacts)
+    try:
+        return Request(model=model, targets=targets, out=out, **fields), artifacts
+    except TypeError as error:
+        raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
+
+
+def find_culprits(
+    planned: Plan, request: Request, artifacts: Sequence[Artifact], data: Data, say: Say
+) -> dict[str, Culprit]:
+    """Target -> where its lowering first goes wrong; targets that are right are left out."""
+    llm = planned.model.llm
+    feeds = llm_feeds(data.batches[0][:1, :BISECT_TOKENS], llm) if llm is not None else data.feeds[0]
+    found = {}
+    for subject in subjects(planned, request, artifacts):
+        watch = Watch(canonical=subject.canonical, feeds=feeds, dtype=subject.dtype, say=say)
+        culprit = bisect(partial(again, planned, request, subject), watch, written(subject))
+        if culprit is not None:
+            found[subject.target] = culprit
+    return found
+
+
+def again(planned: Plan, request: Request, subject: Subject, ledger: Ledger) -> gs.Graph:
+    """Lowers once more, every position's logits included."""
+    plain = replace(request, targets=(subject.target,), logits="all", kv_cache="concat")
+    gpu = find_target(subject.target).backend is Backend.TENSORRT
+    types = {subject.target: np.dtype(subject.dtype)} if gpu else {}
+    return lower(planned.canonical, planned.model, types, plain, ledger)[subject.target]
+
+
+def written(subject: Subject) -> gs.Graph | None:
+    """The graph as its artifact holds it, where an artifact can be read back."""
+    return subject.lowered if subject.file is not None and subject.file.suffix == ".onnx" else None
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="output folder of compile")],
+    model: Annotated[Path, typer.Option(help="the checkpoint or .onnx file it was compiled from")],
+    target: Annotated[str | None, typer.Option(help="which artifact, where there are several")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text in UTF-8 to measure on")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt to measure on; may be repeated")] = None,
+    tokens: Annotated[int | None, typer.Option(help="at most so many tokens of the text")] = None,
+    forms: Annotated[
+        str, typer.Option(help="two or more of float, transformers, twin, artifact, lowered, engine")
+    ] = "",
+    max_kl: Annotated[float | None, typer.Option(help="bound on the mean KL, in nats")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="bound on the perplexity's increase, in %")] = None,
+    report: Annotated[Path | None, typer.Option(help="folder for the reports; OUT/report if not given")] = None,
+    find: Annotated[bool, typer.Option("--bisect", help="find the first pass and node that go wrong")] = False,
+) -> None:
+    """Say whether an artifact is right, and what quantization cost."""
+    console = Console()
+    request, artifacts = request_of(out, model, target)
+    with console.status("") as status:
+        planned = plan(request, status.update)
+        data = load_data(planned.model, text, prompt or (), tokens)
+        if find:
+            culprits = find_culprits(planned, request, artifacts, data, status.update)
+        else:
+            folder = report or out / "report"
+            chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
+            verdicts = check_artifacts(
+                planned,
+                request,
+                artifacts,
+                data,
+                Limits(max_kl, max_ppl_increase),
+                folder,
+                forms=chosen,
+                say=status.update,
+            )
+    if find:
+        for name, culprit in culprits.items():
+            console.print(f"{name}: {culprit}", soft_wrap=True)
+        passed = not culprits
+    else:
+        for verdict in verdicts:
+            show_verdict(console, verdict, folder)
+        passed = all(v.passed for v in verdicts)
+    console.print("PASSED" if passed else "FAILED")
+    raise typer.Exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(f"error: {error}\nFAILED", file=sys.stderr)
+        sys.exit(1)
