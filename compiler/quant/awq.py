@@ -79,10 +79,13 @@ class AwqRows:
     scales: FileTensor
     symmetric: bool
 
+    def parameters(self) -> tuple[Array, Array]:
+        scale = np.ascontiguousarray(checked_scales(self.scales).T)
+        return scale, self.zeros(scale.shape)
+
     def tiles(self) -> Iterator[Tile]:
         k, words = self.qweight.shape
-        scale = np.ascontiguousarray(checked_scales(self.scales).T)
-        zero = self.zeros(scale.shape)
+        scale, zero = self.parameters()
         for start, stop in strips(words * 8, k, multiple=8):
             codes = unpack(self.qweight.columns(start // 8, stop // 8))
             yield Tile(start, Codes(codes, scale[start:stop], zero[start:stop]))

@@ -129,11 +129,14 @@ class CompressedRows:
     order: Order | None
     places: tuple[int, ...]
 
+    def parameters(self) -> tuple[Array, Array]:
+        n, groups, places = self.shape[0], len(self.places), np.array(self.places)
+        scale = checked_scales(self.scales).reshape(-1, self.scales.shape[-1])
+        return np.broadcast_to(scale, (n, groups))[:, places], self.zero_points(n, groups)[:, places]
+
     def tiles(self) -> Iterator[Tile]:
-        (n, k), groups = self.shape, len(self.places)
-        places = np.array(self.places)
-        scale = np.broadcast_to(checked_scales(self.scales).reshape(-1, self.scales.shape[-1]), (n, groups))[:, places]
-        zero = self.zero_points(n, groups)[:, places]
+        k = self.shape[1]
+        scale, zero = self.parameters()
         indices = None if self.order is None else self.order.indices
         for start, (stored,) in self.weight.tiles():
             codes = self.codes(stored)[:, :k]

@@ -178,11 +178,14 @@ class GptqRows:
     order: Order | None
     places: tuple[int, ...]
 
+    def parameters(self) -> tuple[Array, Array]:
+        places = np.array(self.places)
+        scale, zero = checked_scales(self.scales)[places], self.zeros()[places]
+        return np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T)
+
     def tiles(self) -> Iterator[Tile]:
         n, k = self.shape
-        places = np.array(self.places)
-        scale = np.ascontiguousarray(checked_scales(self.scales)[places].T)
-        zero = np.ascontiguousarray(self.zeros()[places].T)
+        scale, zero = self.parameters()
         indices = None if self.order is None else self.order.indices
         for start, stop in strips(n, k):
             words = self.qweight.columns(start, stop)

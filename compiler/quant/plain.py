@@ -14,7 +14,7 @@ import numpy as np
 from compiler.quant.compressed import INT8, shifted
 from compiler.quant.stored import FLOATS, Layer, checked_scales
 from passes.errors import UserError
-from passes.lazy import FileTensor, Tile
+from passes.lazy import Array, FileTensor, Tile
 from passes.quant import Activations, Codes, QuantTensor
 from passes.rewrite import Reject
 
@@ -76,9 +76,12 @@ class PlainRows:
     weight: FileTensor
     scales: FileTensor
 
-    def tiles(self) -> Iterator[Tile]:
+    def parameters(self) -> tuple[Array, Array]:
         scale = checked_scales(self.scales).reshape(-1, 1)
-        zero = np.full(scale.shape, 128, np.uint8)
+        return scale, np.full(scale.shape, 128, np.uint8)
+
+    def tiles(self) -> Iterator[Tile]:
+        scale, zero = self.parameters()
         for start, (stored,) in self.weight.tiles():
             rows = slice(start, start + len(stored))
             yield Tile(start, Codes(shifted(stored, 8), scale[rows], zero[rows]))

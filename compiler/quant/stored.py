@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from compiler.quant.config import QuantConfig
 from passes.errors import UserError
 from passes.insert_qdq import Decisions
-from passes.lazy import BFLOAT16, Array, FileTensor, convert
+from passes.lazy import BFLOAT16, Array, FileTensor, Tile, convert
 from passes.linear import Linear
 from passes.quant import Activations, Order, QuantTensor
 from passes.rewrite import Reject
@@ -64,6 +64,17 @@ class Layer:
                 found=str(group),
             )
         return group
+
+
+@runtime_checkable
+class StoredRows(Protocol):
+    """The source of a layer that a checkpoint holds quantized."""
+
+    def tiles(self) -> Iterator[Tile]: ...
+
+    def parameters(self) -> tuple[Array, Array]:
+        """scale float32 [N, G] and zero uint8 [N, G], read whole and checked; the codes stay where they are."""
+        ...
 
 
 class Reader(Protocol):

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from compiler.build import Plan, compile_model
 from compiler.checkpoint import read_checkpoint
 from compiler.frontend import hf
+from compiler.inspect import inspect
 from compiler.request import Request
 from passes.lazy import Array
 from passes.quant import QuantTensor
@@ -88,6 +89,11 @@ def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> N
         if path.endswith(("gate_proj", "up_proj")):  # their rows come in the order that down_proj wants
             expected = expected[stored_order(tensors, DOWN_PROJ)]
         np.testing.assert_array_equal(written_codes(written, path), expected[:, order], err_msg=path)
+
+
+def test_the_doctor_knows_the_size(compiled: Compiled) -> None:
+    estimate = inspect(compiled.planned.model.folder).bytes_on["onnxruntime"]
+    assert abs(compiled.planned.size("x86") / estimate - 1) < 0.1
 
 
 def stored_codes(tensors: dict[str, Array], path: str) -> Array:
