@@ -91,7 +91,8 @@ curl -N localhost:8000/v2/models/{name}/generate_stream \\
 Outputs: `text_output` and `output_ids` hold what is new in this response; `finish_reason` is empty until the last one,
 then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
 
-Requests that arrive together run as one batch; they join and leave it between two tokens. Cancelled ones leave at once.
+Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC leave
+at once.
 These parameters in `config.pbtxt` may be edited:
 
 | parameter | default | meaning |
@@ -104,7 +105,8 @@ These parameters in `config.pbtxt` may be edited:
 
 The cache takes `max_batch * max_length` tokens of address space; memory is taken as sequences grow.
 
-Triton's OpenAI front end (`python/openai` of the server's sources) drives these models; their names are TensorRT-LLM's:
+The names are those of TensorRT-LLM's models, which Triton's OpenAI front end (`python/openai` in the server's sources)
+sends to every backend but vLLM:
 
 ```
 python3 openai_frontend/main.py --model-repository . --tokenizer {name}/1

@@ -14,6 +14,7 @@ import pytest
 
 from compiler.repository import write_repository
 from compiler.triton_config import GENERATE_INPUTS, GENERATE_OUTPUTS
+from passes.errors import UserError
 from tools.generate import Model
 from tools.load_test import ask, measure
 from tools.serve import ENVIRONMENT, Server, serving, stop
@@ -203,6 +204,23 @@ def test_wrong_tensors_are_refused(server: Server, tensors: dict[str, Any]) -> N
     assert ask(server.http, MODEL, {"text_input": "Once upon a time"}).finish == "stop"
 
 
+def test_what_the_openai_front_end_sends(server: Server) -> None:
+    """Names, types and shapes of its requests to TensorRT-LLM's models, which it sends to every backend but vLLM."""
+    given = {
+        "text_input": {"type": "BYTES", "shape": [1, 1], "values": ["Once upon a time"]},
+        "stream": {"type": "BOOL", "shape": [1, 1], "values": [False]},
+        "max_tokens": {"type": "INT32", "shape": [1, 1], "values": [16]},
+        "stop_words": {"type": "BYTES", "shape": [1, 2], "values": [" instance", "###"]},
+        "top_p": {"type": "FP32", "shape": [1, 1], "values": [1.0]},
+        "frequency_penalty": {"type": "FP32", "shape": [1, 1], "values": [0.0]},
+        "presence_penalty": {"type": "FP32", "shape": [1, 1], "values": [0.0]},
+        "seed": {"type": "UINT64", "shape": [1, 1], "values": [2**63]},
+        "temperature": {"type": "FP32", "shape": [1, 1], "values": [0.0]},
+    }
+    reply = client("infer", server.grpc, MODEL, given=given)
+    assert (reply["error"], reply["text"], reply["finish"]) == ("", " the current time of the", "stop")
+
+
 def test_64_clients(server: Server) -> None:
     body: dict[str, object] = {"max_tokens": 8, "min_tokens": 8}
     result = measure(server, MODEL, clients=64, requests=192, body=body, prompts=PROMPTS)
@@ -217,6 +235,23 @@ def test_unload_and_reload(server: Server, expected: Callable[[str, int], list[i
     assert list(ask(server.http, MODEL, {"text_input": "The list of", "max_tokens": 5, "min_tokens": 5}).tokens) == (
         expected("The list of", 5)
     )
+
+
+def test_what_cannot_be_served_is_said(repository: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"no such model\n.*tiny-qwen2, tiny-qwen2_generate"),
+        serving(repository, ("nix",)),
+    ):
+        pass
+    with pytest.raises(UserError, match="no generate model"), serving(tmp_path):
+        pass
+    with pytest.raises(UserError, match="no tritonserver"), serving(repository, environment=tmp_path):
+        pass
+    broken = tmp_path / "broken"
+    shutil.copytree(repository / MODEL, broken / MODEL)
+    (broken / MODEL / "1" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the server ended with code 1\n(.|\n)*load failed for model"), serving(broken):
+        pass
 
 
 def test_sigterm_while_generating(repository: Path) -> None:

@@ -1,0 +1,77 @@
+"""The load test itself, on replies that are made up: what it counts as wrong, and what it shows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from passes.errors import UserError
+from tools import load_test
+from tools.load_test import Reply, measure, plot, resident, table
+
+SERVER: Any = SimpleNamespace(http="", process=SimpleNamespace(pid=os.getsid(0)), tail=lambda: "the end of the log")
+
+
+def replies(monkeypatch: pytest.MonkeyPatch, *, wrong: int = -1, lost: int = -1) -> None:
+    """Each reply takes 10 ms to its first token and 2 ms to each other; those with these numbers go astray."""
+    numbers = itertools.count()
+
+    def ask(address: str, model: str, body: dict[str, object]) -> Reply:
+        assert (address, model) == ("", "m")
+        number = next(numbers)
+        if number == lost:
+            raise OSError
+        tokens = (7, 7, 7) if number == wrong else (1, 2, len(str(body["text_input"])))
+        return Reply(0.0, (0.010, 0.012, 0.014), tokens, "", "length")
+
+    monkeypatch.setattr(load_test, "ask", ask)
+
+
+def run() -> load_test.Result:
+    return measure(SERVER, "m", clients=2, requests=10, body={}, prompts=("a", "bb"))
+
+
+def test_good_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies(monkeypatch)
+    result = run()
+    assert (result.wrong, result.tokens) == (0, 30)
+    assert result.first == pytest.approx((0.010, 0.010))
+    assert result.gap == pytest.approx((0.002, 0.002))
+
+
+@pytest.mark.parametrize("astray", [{"wrong": 9}, {"lost": 9}])
+def test_a_wrong_or_lost_reply_counts(monkeypatch: pytest.MonkeyPatch, astray: dict[str, int]) -> None:
+    replies(monkeypatch, **astray)
+    assert run().wrong == 1
+
+
+def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies(monkeypatch)
+    monkeypatch.setattr(load_test, "load", lambda *args, **more: ([("a", None)], 1.0))
+    with pytest.raises(UserError, match=r"no request was answered\n(.|\n)*the end of the log"):
+        run()
+
+
+def test_table_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    replies(monkeypatch, wrong=9)
+    results = [run(), run()]
+    console = Console(width=120, record=True)
+    console.print(table(results))
+    row = console.export_text().splitlines()[1].split()
+    assert [row[i] for i in (0, 1, 3, 4, 5, 6, 7)] == ["2", "10", "10.0", "10.0", "2.0", "2.0", "1"]
+    plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not say what memory is held")
+def test_memory_of_a_session_counts_all_its_processes() -> None:
+    before = resident(os.getsid(0))
+    held = bytearray(os.urandom(1 << 20) * 64)
+    assert resident(os.getsid(0)) - before > len(held) // 2
+    assert resident(-1) == 0
