@@ -153,55 +153,68 @@ struct Gemm {
             }
     }
 
-    // P += codes * x, X += ones * x, for 32 k
+    // Where lane's part of 32-k unit `unit` of the first eight rows of x lies, for load_matrices
+    __device__ __forceinline__ unsigned char const* column(int slot, int unit) const {
+        return x_ring + slot * kXStage + lane % 8 * 128 + ((unit * 4 + lane / 8) ^ lane % 8) * 16;
+    }
+
+    // X += ones * x. The columns are loaded for themselves: picking them from x by warp would put x into local memory.
+    __device__ __forceinline__ void count_unit(int slot, int unit) {
+        uint32_t const one = from_float<T>(1.0f) * 0x10001u;
+        uint32_t const ones[4] = {one, one, one, one};
+#pragma unroll
+        for (int j = 0; j < kSums; j++) {
+            uint32_t x[4];
+            load_matrices(x, column(slot, unit) + (wn * kSums + j) * 8 * 128);
+            multiply_add<T>(x_sum[j], ones, x[0], x[1]);
+            multiply_add<T>(x_sum[j], ones, x[2], x[3]);
+        }
+    }
+
+    // P += codes * x for 32 k, warp by warp
     __device__ __forceinline__ void multiply_unit(int slot, int unit, uint4 const (&words)[S][kBlocks]) {
-        unsigned char const* const xs = x_ring + slot * kXStage;
-        int const chunk = unit * 4 + lane / 8;
-        unsigned char const* const column = xs + lane % 8 * 128 + (chunk ^ lane % 8) * 16;
-        if constexpr (kRow.wgmma) {
-            uint32_t a[2][S][4];
+        uint32_t x[C][4];
+#pragma unroll
+        for (int j = 0; j < C; j++) load_matrices(x[j], column(slot, unit) + j * 8 * 128);
+#pragma unroll
+        for (int step = 0; step < 2; step++)
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                uint32_t a[4];
+                decode<T, Bits>(a, words[s], unit, step);
+#pragma unroll
+                for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][2 * step], x[j][2 * step + 1]);
+            }
+        count_unit(slot, unit);
+    }
+
+    // The same by warpgroup. A product runs while the next unit is decoded and x is counted; nothing that depends on data
+    // may stand between its start and the wait, or the compiler serializes.
+    template <int Units>
+    __device__ __forceinline__ void multiply_units(int slot, int first, uint4 const (&words)[S][kBlocks]) {
+        uint32_t a[Units][2][S][4];
+        settle(sum);
+#pragma unroll
+        for (int u = 0; u < Units; u++) {
 #pragma unroll
             for (int step = 0; step < 2; step++)
 #pragma unroll
-                for (int s = 0; s < S; s++) decode<T, Bits>(a[step][s], words[s], unit, step);
-            settle(a);
-            settle(sum);
+                for (int s = 0; s < S; s++) decode<T, Bits>(a[u][step][s], words[s], first + u, step);
+            settle(a[u]);
             warpgroup_begin();
 #pragma unroll
             for (int step = 0; step < 2; step++)
 #pragma unroll
                 for (int s = 0; s < S; s++)
-                    warpgroup_multiply_add<T>(sum[s], a[step][s], xs, unit * 2 + step, step == 1 || !fresh);
-            fresh = false;
-            warpgroup_commit();  // waited for below; meanwhile this warp counts and the other warpgroup decodes
-        } else {
-            uint32_t x[C][4];
-#pragma unroll
-            for (int j = 0; j < C; j++) load_matrices(x[j], column + j * 8 * 128);
-#pragma unroll
-            for (int step = 0; step < 2; step++)
-#pragma unroll
-                for (int s = 0; s < S; s++) {
-                    uint32_t a[4];
-                    decode<T, Bits>(a, words[s], unit, step);
-#pragma unroll
-                    for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][2 * step], x[j][2 * step + 1]);
-                }
+                    warpgroup_multiply_add<T>(sum[s], a[u][step][s], x_ring + slot * kXStage, (first + u) * 2 + step,
+                                              u > 0 || step > 0 || !fresh);
+            warpgroup_commit();
         }
-        // columns that this warp counts: loaded for themselves, since x[wn] would put x into local memory
-        uint32_t const one = from_float<T>(1.0f) * 0x10001u;
-        uint32_t const ones[4] = {one, one, one, one};
 #pragma unroll
-        for (int j = 0; j < kSums; j++) {
-            uint32_t counted[4];
-            load_matrices(counted, column + (wn * kSums + j) * 8 * 128);
-            multiply_add<T>(x_sum[j], ones, counted[0], counted[1]);
-            multiply_add<T>(x_sum[j], ones, counted[2], counted[3]);
-        }
-        if constexpr (kRow.wgmma) {
-            warpgroup_wait<0>();
-            settle(sum);
-        }
+        for (int u = 0; u < Units; u++) count_unit(slot, first + u);
+        warpgroup_wait<0>();
+        settle(sum);
+        fresh = false;
     }
 
     // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
@@ -249,6 +262,13 @@ struct Gemm {
         load_affine(first * 2);
         int const per_group = p.group / 32;
         int left = per_group - first * 2 % per_group;  // units to the end of the group under way
+        auto const advance = [&](int count, int next) {
+            left -= count;
+            if (left > 0) return;
+            finish_group();
+            left = per_group;
+            if (next < units) load_affine(next);
+        };
         for (int stage = first; stage < last; stage++) {
             int const slot = (stage - first) % kStages;
             copy_wait<kStages - 2>();
@@ -261,15 +281,21 @@ struct Gemm {
                 for (int b = 0; b < kBlocks; b++)
                     words[s][b] = *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * kBlocks + b) * 512 +
                                                                   lane * 16);
+            if constexpr (kRow.wgmma) {
+                if (p.group % kStageK == 0 && stage * 2 + 1 < units) {  // no group ends inside
+                    multiply_units<2>(slot, 0, words);
+                    advance(2, stage * 2 + 2);
+                    continue;
+                }
+            }
 #pragma unroll
             for (int unit = 0; unit < 2; unit++) {
                 if (stage * 2 + unit >= units) break;  // K % 64 == 32
-                multiply_unit(slot, unit, words);
-                if (--left == 0) {
-                    finish_group();
-                    left = per_group;
-                    if (stage * 2 + unit + 1 < units) load_affine(stage * 2 + unit + 1);
-                }
+                if constexpr (kRow.wgmma)
+                    multiply_units<1>(slot, unit, words);
+                else
+                    multiply_unit(slot, unit, words);
+                advance(1, stage * 2 + unit + 1);
             }
         }
         if (left != per_group) finish_group();
