@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from compiler.artifact import Artifact, read_manifest, sha256
-from compiler.backend.tensorrt import PRODUCT, load, read_header
+from compiler.backend.tensorrt import PRODUCT, Header, load, read_header
 from compiler.gpu import describe, gpus
 from passes.errors import UserError
-
-PACKAGE = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
 
 
 def check(folder: Path) -> Iterator[str]:
@@ -65,6 +64,17 @@ def check_model(folder: Path, artifact: Artifact) -> str:
 def check_engine(folder: Path, artifact: Artifact) -> str:
     """Compares the engine's header with the manifest and this machine; loads it where that can work."""
     path, engine = inside(folder, artifact.path), artifact.engine or {}
+    header = check_header(path, engine)
+    built = f"built by {PRODUCT[header.flavour]} {header.version} for sm{engine['sm']}"
+    if all(gpu.sm != engine["sm"] for gpu in gpus()):
+        return f"{built}; this machine has {describe()}, so it was not loaded"
+    check_runtime(header, path, compatible=bool(engine["options"].get("version_compatible")))
+    load(header.flavour, path, [inside(folder, name) for name in artifact.plugins])
+    return f"{built}; loaded on {describe()}"
+
+
+def check_header(path: Path, engine: Mapping[str, Any]) -> Header:
+    """The engine's header, which must be what the manifest says."""
     header = read_header(path)
     if header.flavour != engine["builder"] or header.version != engine["version"]:
         raise UserError(
@@ -73,25 +83,20 @@ def check_engine(folder: Path, artifact: Artifact) -> str:
             expected=f"{PRODUCT[engine['builder']]} {engine['version']}",
             found=f"{PRODUCT[header.flavour]} {header.version}",
         )
-    built = f"built by {PRODUCT[header.flavour]} {header.version} for sm{engine['sm']}"
-    if all(gpu.sm != engine["sm"] for gpu in gpus()):
-        return f"{built}; this machine has {describe()}, so it was not loaded"
-    check_runtime(header.flavour, header.version, path, compatible=bool(engine["options"].get("version_compatible")))
-    load(header.flavour, path, [inside(folder, name) for name in artifact.plugins])
-    return f"{built}; loaded on {describe()}"
+    return header
 
 
-def check_runtime(flavour: str, version: str, path: Path, *, compatible: bool) -> None:
+def check_runtime(header: Header, path: Path, *, compatible: bool) -> None:
     """An engine runs on the release that built it, unless it was built to be compatible."""
     try:
-        installed = importlib.metadata.version(PACKAGE[flavour])
+        installed = importlib.metadata.version(header.flavour)
     except importlib.metadata.PackageNotFoundError:
         installed = "none"
-    if installed != version and not compatible:
+    if installed != header.version and not compatible:
         raise UserError(
             "the engine and the installed runtime differ",
             where=str(path),
-            expected=f"{PRODUCT[flavour]} {version}",
+            expected=f"{PRODUCT[header.flavour]} {header.version}",
             found=installed,
-            fix=f"pip install {PACKAGE[flavour].replace('_', '-')}=={version}, or build the engine again",
+            fix=f"pip install {header.flavour.replace('_', '-')}=={header.version}, or build the engine again",
         )

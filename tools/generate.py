@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -96,6 +96,26 @@ class Model:
             step = [token]
 
 
+class CausalLm(Protocol):
+    """What can be asked for tokens."""
+
+    folder: Path
+
+    def tokens(self, prompt: list[int], max_tokens: int, choose: Callable[[Array], int]) -> Iterator[int]:
+        """The tokens that follow `prompt`."""
+        ...
+
+
+def open_model(folder: Path, target: str | None) -> CausalLm:
+    """The artifact's runner: ONNX Runtime on this CPU, or an engine on this machine's GPU."""
+    artifact = find_artifact(folder, target)
+    if artifact.kind == "engine":
+        from tools.engine import EngineModel
+
+        return EngineModel(folder, artifact)
+    return Model(folder, target)
+
+
 class Cache:
     """The keys and values of one sequence, in one buffer a layer where the artifact allows it."""
 
@@ -154,7 +174,7 @@ def chat_prompt(folder: Path, message: str) -> str:
     return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
 
 
-def stream(model: Model, tokenizer: Tokenizer, prompt: str, max_tokens: int, sampling: Sampling) -> Iterator[str]:
+def stream(model: CausalLm, tokenizer: Tokenizer, prompt: str, max_tokens: int, sampling: Sampling) -> Iterator[str]:
     """The generated text in pieces that are whole characters."""
     decoder, stop = DecodeStream(skip_special_tokens=True), end_tokens(model.folder)
     for token in model.tokens(tokenizer.encode(prompt).ids, max_tokens, sampling.chooser()):
@@ -194,7 +214,7 @@ def main(
     compare: Annotated[Path | None, typer.Option(help="float checkpoint: print what it generates, too")] = None,
 ) -> None:
     """Generate text with a compiled artifact, streaming it to the terminal."""
-    model = Model(folder, target)
+    model = open_model(folder, target)
     tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
     text = chat_prompt(model.folder, prompt) if chat else prompt
     if compare is not None:
