@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SERVE  := .venv-serve
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint setup serving
+.PHONY: demo test test-arm lint setup serving
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,3 +35,10 @@ lint: setup
 
 test: lint serving
 	$(BIN)/python -m pytest
+
+# The aarch64 ONNX Runtime under emulation; needs a Debian machine's package sources, installs nothing on it.
+.venv-arm/python: tools/arm_setup.sh
+	tools/arm_setup.sh .venv-arm
+
+test-arm: setup .venv-arm/python
+	ARM_PYTHON=.venv-arm/python $(BIN)/python -m pytest -m arm -rA
