@@ -1,0 +1,106 @@
+"""Runs the engine builder's code on the real bindings of full TensorRT; `test_bindings` starts it in a process.
+
+The builder library is not on any machine without a GPU, so the objects it would make are mocks with the exact
+specification of the bindings' own classes: a name that this TensorRT does not have is an AttributeError here.
+Subclasses of the bindings (logger, monitor, stream writer) and all enums are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import NonCallableMagicMock
+
+import tensorrt_bindings as trt
+
+from compiler.backend import trt_child
+from compiler.backend.tensorrt import EngineOptions, EngineSpec
+
+sys.modules["tensorrt"] = trt
+Builder, Parser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime
+PLAN = b"ftrt" + bytes(60)
+
+
+class Recorded:
+    """Events, kept."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def send(self, **event: Any) -> None:
+        self.events.append(event)
+
+
+def exactly(cls: type) -> Any:
+    """A mock with the attributes of `cls`: no other can be read or set."""
+    return NonCallableMagicMock(spec_set=cls)
+
+
+def fake_builder(calls: dict[str, Any]) -> Any:
+    builder, config = exactly(Builder), exactly(trt.IBuilderConfig)
+    builder.create_optimization_profile.return_value = exactly(trt.IOptimizationProfile)
+    builder.create_builder_config.return_value = config
+    config.add_optimization_profile.return_value = 0
+    config.set_timing_cache.return_value = True
+    config.create_timing_cache.return_value = exactly(trt.ITimingCache)
+    config.create_timing_cache.return_value.serialize.return_value = b"timings"
+    calls["config"], calls["builder"] = config, builder
+
+    def build(_network: Any, config: Any, writer: Any) -> bool:
+        assert isinstance(writer, trt.IStreamWriter)
+        monitor = config.progress_monitor
+        assert isinstance(monitor, trt.IProgressMonitor)
+        monitor.phase_start("Building", None, 2)
+        assert monitor.step_complete("Building", 0)
+        monitor.phase_finish("Building")
+        return bool(writer.write(PLAN))
+
+    builder.build_serialized_network_to_stream.side_effect = build
+    return builder
+
+
+def main(folder: Path) -> None:
+    calls: dict[str, Any] = {}
+    trt.Builder = lambda logger: fake_builder(calls)
+    parser = exactly(Parser)
+    parser.parse_from_file.return_value = True
+    trt.OnnxParser = lambda network, logger: parser
+    runtime = exactly(Runtime)
+    engine, inspector = exactly(trt.ICudaEngine), exactly(trt.EngineInspector)
+    runtime.deserialize_cuda_engine.return_value = engine
+    engine.create_engine_inspector.return_value = inspector
+    inspector.get_engine_information.return_value = "Layers:"
+    trt.Runtime = lambda logger: runtime
+    options = EngineOptions(1 << 30, 3, True, True, "ampere_plus", folder / "timing.cache")
+    profile = {"x": ((1, 1), (1, 8), (2, 16))}
+    spec = EngineSpec("tensorrt", folder / "m.onnx", folder / "m.engine", folder / "l.txt", (profile,), (), (), options)
+    events = Recorded()
+    done = trt_child.build(spec, events)  # type: ignore[arg-type]
+    config, flags = calls["config"], trt.BuilderFlag
+    print(
+        json.dumps(
+            {
+                "version": done["version"],
+                "rtx": trt_child.is_rtx(trt),
+                "network_flags": calls["builder"].create_network.call_args.args[0],
+                "flags": [
+                    call.args[0] == flag
+                    for call, flag in zip(
+                        config.set_flag.call_args_list, (flags.WEIGHT_STREAMING, flags.VERSION_COMPATIBLE), strict=True
+                    )
+                ],
+                "pool": config.set_memory_pool_limit.call_args.args == (trt.MemoryPoolType.WORKSPACE, 1 << 30),
+                "hardware": config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+                "level": config.builder_optimization_level,
+                "progress": [e["progress"] for e in events.events if "progress" in e],
+                "plan": spec.partial.read_bytes() == PLAN,
+                "cache": (folder / "timing.cache").read_bytes().decode(),
+                "layers": spec.layers.read_text(),
+            }
+        )
+    )
+
+
+main(Path(sys.argv[1]))
