@@ -43,6 +43,8 @@ constexpr Row kRows[] = {
     {"stream8_turing", Kernel::kGemm, 1, 8, 2, 1, {2, 2}, 2, 8, 75, 79},
     {"stream16_turing", Kernel::kGemm, 1, 4, 2, 2, {2, 2}, 4, 16, 75, 79},
     {"tile32_turing", Kernel::kGemm, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
+    {"int8_wgmma64", Kernel::kInt8, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
+    {"int8_wgmma128", Kernel::kInt8, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
     {"int8", Kernel::kInt8, 4, 1, 2, 8, {4, 4}, 2, kAny, 80, kNewest},
     {"int8_turing", Kernel::kInt8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
     {"plain", Kernel::kPlain, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},

@@ -5,11 +5,13 @@
 // quantize: one block per row. s_x = max|x| / 127 (1 for a row of zeros), values half to even; the same bits as
 // semantics.py. A row with a NaN or infinity gets a scale of NaN or infinity and spoils no other row.
 //
-// int8_gemm: the roles and rings of gemm.cu with stages of 128 k. WN warps side by side in n, each 2 strips x C * 8 m; the
-// packed words are the A registers as they are. 128 X is subtracted in int32, so the float zero is z - 128 and small.
+// int8_gemm: the roles and rings of gemm.cu with stages of 128 k. WN warps side by side in n, each S strips x C * 8 m; the
+// packed words are the A registers as they are, of mma.sync and on Hopper of wgmma. 128 X is subtracted in int32, so the float zero is z - 128 and small.
 #include "int8.h"
 
+#include <array>
 #include <type_traits>
+#include <utility>
 
 #include "epilogue.h"
 
@@ -91,23 +93,28 @@ struct Int8Args {
 
 constexpr int kStageK = stage_k(Kernel::kInt8);
 
-template <class T, int WN, int C, int Stages>
+template <class T, int I>
 struct Int8Gemm {
-    static constexpr int kThreads = WN * 32, kBlockN = WN * 32, kBlockM = C * 8;
-    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(Kernel::kInt8, 2, 8);
+    static constexpr Row kRow = kRows[I];
+    static constexpr int WN = kRow.warps_n, S = kRow.strips, C = kRow.columns, Stages = kRow.stages[1];
+    static constexpr int kThreads = kRow.threads(), kBlockN = kRow.block_n(), kBlockM = kRow.block_m();
+    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kRow.kernel, S, 8);
+    static_assert(kRow.warps_k == 1, "K is not divided: sums of activations are kept for whole groups");
 
     Int8Args const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, wn = threadIdx.x / 32;
     int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
-    int const n0 = blockIdx.y * kBlockN + wn * 32;
+    int const n0 = blockIdx.y * kBlockN + wn * S * 16;
     unsigned char* const x_ring = dynamic_shared();
-    unsigned char* const w_ring = x_ring + Stages * (kXStage + wn * kWStage);
+    unsigned char* const w_ring = x_ring + Stages * kXStage + wn * Stages * kWStage;
 
-    float acc[2][C][4] = {};
-    int32_t sum[2][C][4] = {};
+    float acc[S][C][4] = {};
+    int32_t sum[S][C][4] = {};
+    bool fresh = true;  // the group under way has no products yet
 
     __device__ __forceinline__ void load_stage(int stage, int slot) const {
         unsigned char* const xs = x_ring + slot * kXStage;
+#pragma unroll 1  // unrolled, its addresses cost registers
         for (int i = threadIdx.x; i < kBlockM * 8; i += kThreads) {
             int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 16;
             bool const valid = m0 + row < p.out.m && k < p.k;
@@ -115,7 +122,7 @@ struct Int8Gemm {
         }
         unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
         int const strips = p.out.n / 16, blocks = p.k / 32;
-        for (int s = 0; s < 2; s++) {
+        for (int s = 0; s < S; s++) {
             int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
             for (int b = 0; b < 4; b++) {
                 int const block = stage * 4 + b;
@@ -126,29 +133,55 @@ struct Int8Gemm {
         }
     }
 
+    // The packed words of one strip's 32 k are the A fragment
+    __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], int slot, int s, int unit) const {
+        uint4 const w = *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * 4 + unit) * 512 + lane * 16);
+        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    }
+
+    // P += codes * x for 32 k, warp by warp
     __device__ __forceinline__ void multiply_unit(int slot, int unit) {
-        uint32_t a[2][4];
-        for (int s = 0; s < 2; s++) {
-            uint4 const w =
-                *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * 4 + unit) * 512 + lane * 16);
-            a[s][0] = w.x, a[s][1] = w.y, a[s][2] = w.z, a[s][3] = w.w;
-        }
+        uint32_t a[S][4];
+#pragma unroll
+        for (int s = 0; s < S; s++) load_fragment(a[s], slot, s, unit);
 #pragma unroll
         for (int j = 0; j < C; j += 2) {  // two columns of 8 m: 32 k of each is two 8x16-byte matrices
             uint32_t x[4];
             int const row = (j + lane / 16) * 8 + lane % 8, chunk = unit * 2 + lane / 8 % 2;
             load_matrices(x, x_ring + slot * kXStage + row * 128 + (chunk ^ row % 8) * 16);
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
+            for (int s = 0; s < S; s++) {
                 multiply_add(sum[s][j], a[s], x[0], x[1]);
                 multiply_add(sum[s][j + 1], a[s], x[2], x[3]);
             }
         }
     }
 
+    // The same by warpgroup, for `Units` times 32 k
+    template <int Units>
+    __device__ __forceinline__ void multiply_units(int slot, int first) {
+        uint32_t a[Units][S][4];
+#pragma unroll
+        for (int u = 0; u < Units; u++)
+#pragma unroll
+            for (int s = 0; s < S; s++) load_fragment(a[u][s], slot, s, first + u);
+        settle(a);
+        settle(sum);
+        warpgroup_begin();
+#pragma unroll
+        for (int u = 0; u < Units; u++)
+#pragma unroll
+            for (int s = 0; s < S; s++)
+                warpgroup_multiply_add(sum[s], a[u][s], x_ring + slot * kXStage, first + u, u > 0 || !fresh);
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        settle(sum);
+        fresh = false;
+    }
+
     __device__ __forceinline__ void finish_group(int group) {
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < S; s++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int const n = n0 + s * 16 + h * 8 + g;
@@ -162,9 +195,10 @@ struct Int8Gemm {
                         int32_t const x_sum = m < p.out.m ? p.rows.sums[group * p.out.m + m] : 0;
                         int32_t& total = sum[s][j][2 * h + e];
                         acc[s][j][2 * h + e] += scale * (float(total - 128 * x_sum) - zero * float(x_sum));
-                        total = 0;
+                        if constexpr (!kRow.wgmma) total = 0;
                     }
             }
+        fresh = true;
     }
 
     __device__ __forceinline__ void accumulate() {
@@ -174,19 +208,34 @@ struct Int8Gemm {
             copy_commit();
         }
         int left = per_group, group = 0;
+        auto const advance = [&](int count) {
+            left -= count;
+            if (left > 0) return;
+            finish_group(group++);
+            left = per_group;
+        };
         for (int stage = 0; stage < stages; stage++) {
+            int const slot = stage % Stages;
             copy_wait<Stages - 2>();
+            if constexpr (kRow.wgmma) publish_copies();
             block_barrier();
             if (stage + Stages - 1 < stages) load_stage(stage + Stages - 1, (stage + Stages - 1) % Stages);
             copy_commit();
+            if constexpr (kRow.wgmma) {
+                if (p.group % kStageK == 0) {  // no group ends inside, and no stage is short
+                    multiply_units<4>(slot, 0);
+                    advance(4);
+                    continue;
+                }
+            }
 #pragma unroll
             for (int unit = 0; unit < 4; unit++) {
                 if (stage * 4 + unit >= units) break;
-                multiply_unit(stage % Stages, unit);
-                if (--left == 0) {
-                    finish_group(group++);
-                    left = per_group;
-                }
+                if constexpr (kRow.wgmma)
+                    multiply_units<1>(slot, unit);
+                else
+                    multiply_unit(slot, unit);
+                advance(1);
             }
         }
     }
@@ -197,12 +246,12 @@ struct Int8Gemm {
         copy_wait<0>();
         block_barrier();
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < S; s++)
 #pragma unroll
             for (int j = 0; j < C; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    tile[(j * 8 + 2 * t + i % 2) * kPitch + wn * 32 + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
+                    tile[(j * 8 + 2 * t + i % 2) * kPitch + (wn * S + s) * 16 + i / 2 * 8 + g] = acc[s][j][i];
         block_barrier();
         for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
             int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
@@ -221,19 +270,24 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) int8_ge
 #if DEVICE_SM
     constexpr Row row = kRows[I];
     if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || !std::is_same<T, Bfloat>::value)) {
-        Int8Gemm<T, row.warps_n, row.columns, row.stages[1]> block{p};
+        Int8Gemm<T, I> block{p};
         block.accumulate();
         block.store();
     }
 #endif
 }
 
+constexpr int kFirst = first_row(Kernel::kInt8);
+
+template <class T, int... I>
+constexpr auto instances(std::integer_sequence<int, I...>) {
+    return std::array<void (*)(Int8Args), sizeof...(I)>{int8_gemm<T, kFirst + I>...};
+}
+
 template <class T>
-char const* launch_rows(wog_problem const& p, Int8Args const& args, wog_plan const& plan, Stream stream) {
-    constexpr int kFirst = first_row(Kernel::kInt8);
-    static_assert(count_rows(Kernel::kInt8) == 2, "an instance for each row");
-    return launch(plan.row == kFirst ? int8_gemm<T, kFirst> : int8_gemm<T, kFirst + 1>,
-                  dim3(plan.grid_m, plan.grid_n), plan.threads, plan.shared, stream, args);
+char const* launch_rows(Int8Args const& args, wog_plan const& plan, Stream stream) {
+    constexpr auto kAll = instances<T>(std::make_integer_sequence<int, count_rows(Kernel::kInt8)>{});
+    return launch(kAll[plan.row - kFirst], dim3(plan.grid_m, plan.grid_n), plan.threads, plan.shared, stream, args);
 }
 
 }  // namespace
@@ -253,7 +307,7 @@ char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan con
                         p.k,
                         p.group};
     auto const s = static_cast<Stream>(stream);
-    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, s) : launch_rows<Bfloat>(p, args, plan, s);
+    return p.type == WOG_F16 ? launch_rows<Half>(args, plan, s) : launch_rows<Bfloat>(args, plan, s);
 }
 
 }  // namespace wog

@@ -30,6 +30,7 @@ BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 ROWS = (
     "stream8", "stream16", "tile32", "wgmma64", "wgmma128", "tile64",
     "stream8_turing", "stream16_turing", "tile32_turing",
+    "int8_wgmma64", "int8_wgmma128", "int8", "int8_turing",
 )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def name(kernel: str, arguments: str) -> tuple[str, str, int]:
     if kernel == "gemm":
         return ROWS[int(numbers[1])], kind, int(numbers[0])
     if kernel == "int8_gemm":
-        return ("int8", "int8_turing")[int(numbers[0]) - len(ROWS)], kind, 8
+        return ROWS[int(numbers[0])], kind, 8
     return kernel, kind, 0
 
 
@@ -88,8 +89,8 @@ EMPTY = 8  # registers of an instance whose body is left out because the table n
 def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compiled], sm: str) -> None:
     built = {(c.kernel, c.type, c.bits) for c in compiled if c.sm == sm and c.registers > EMPTY}
     turing, hopper = sm == "75", sm == "90a"
-    rows = [r for r in (*ROWS, "int8", "int8_turing") if r.endswith("_turing") == turing]
-    rows = [r for r in rows if hopper or not r.startswith("wgmma")]
+    rows = [r for r in ROWS if r.endswith("_turing") == turing]
+    rows = [r for r in rows if hopper or "wgmma" not in r]
     types = ("Half",) if turing else ("Half", "Bfloat")
     chosen = {(r, t, b) for r in rows for t in types for b in ((8,) if r.startswith("int8") else (4, 8))}
     always = {(k, t, 0) for k in ("plain", "quantize", "add_parts") for t in ("Half", "Bfloat")}
@@ -125,7 +126,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
         ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(build[0] / "libinstantrt_kernels.so")],
         capture_output=True, text=True, check=True, env=disassembler(),
     ).stdout  # fmt: skip
-    seen = Counter(re.findall(r"\b(HMMA|HGMMA|IMMA|LDGSTS|LDL|STL|ATOM|RED)(\.[A-Za-z0-9_.]+)?\b", dump))
+    seen = Counter(re.findall(r"\b(HMMA|HGMMA|IMMA|IGMMA|LDGSTS|LDL|STL|ATOM|RED)(\.[A-Za-z0-9_.]+)?\b", dump))
     names = {"".join(key) for key in seen}
     expected = (
         {"HMMA.1688.F32", "IMMA.8816.U8.S8"}
@@ -134,6 +135,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
     )
     if sm == "90a":
         expected |= {f"HGMMA.64x{n}x16.F32{t}" for n in (64, 128) for t in ("", ".BF16")}
+        expected |= {f"IGMMA.64x{n}x32.U8.S8" for n in (64, 128)}
     assert expected <= names, f"missing {sorted(expected - names)}"
     assert {n for n in names if n.startswith(("LDL", "STL"))} == set(), "local memory: a spilled or indexed array"
     assert {n for n in names if n.startswith(("ATOM", "RED"))} == set(), "atomics would make results depend on timing"

@@ -28,7 +28,10 @@ def problem(**changes: int) -> dict[str, int]:
         ({"m": 17}, "tile32"), ({"m": 33}, "wgmma64"), ({"m": 65}, "wgmma128"), ({"m": 4097}, "wgmma128"),
         ({"m": 33, "sm": 80}, "tile64"), ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
-        ({"bits": 8, "activation_bits": 8}, "int8"), ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_turing"),
+        ({"bits": 8, "activation_bits": 8}, "int8_wgmma64"),
+        ({"m": 65, "bits": 8, "activation_bits": 8}, "int8_wgmma128"),
+        ({"bits": 8, "activation_bits": 8, "sm": 120}, "int8"),
+        ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_turing"),
         ({"plain": 1}, "plain"),
     ],
 )  # fmt: skip

@@ -44,12 +44,15 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
     check(emulated[sm], case.make())
 
 
-@pytest.mark.parametrize("size", [(33, 48, 64, 32), (40, 272, 160, 32), (65, 144, 192, 64), (129, 144, 352, 352)])
-@pytest.mark.parametrize("kind", [(F16, 4), (F16, 8), (BF16, 4), (BF16, 8)])
-def test_warpgroup_products(emulated: Kernels, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]) -> None:
-    (dtype, bits), (m, n, k, group) = kind, size
-    p = Case(m, n, k, bits, group, dtype, bias=True).make()
-    assert emulated[90].library.choose(**c_problem(p, 90)).kernel == ("wgmma64" if m <= 64 else "wgmma128")
+@pytest.mark.parametrize("size", [(33, 272, 160, 32), (64, 48, 256, 128), (65, 144, 192, 64), (129, 48, 352, 352)])
+@pytest.mark.parametrize("kind", [(F16, 4, 16), (BF16, 8, 16), (F16, 8, 8)])
+def test_warpgroup_products(
+    emulated: Kernels, kind: tuple[np.dtype, int, int], size: tuple[int, int, int, int]
+) -> None:
+    (dtype, bits, activation_bits), (m, n, k, group) = kind, size
+    p = Case(m, n, k, bits, group, dtype, bias=True, activation_bits=activation_bits).make()
+    kernel = emulated[90].library.choose(**c_problem(p, 90)).kernel
+    assert kernel == ("int8_" if activation_bits == 8 else "") + ("wgmma64" if m <= 64 else "wgmma128")
     check(emulated[90], p)
 
 
@@ -93,7 +96,7 @@ def test_split_k_over_blocks(emulated: Kernels) -> None:
     assert not np.array_equal(split, whole), "different orders of summation should differ in the last bits"
 
 
-@pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8), (90, 16)])
+@pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8), (90, 16), (90, 8)])
 @pytest.mark.parametrize("m", [12, 40])
 def test_same_bits_whatever_order_threads_run_in(emulated: Kernels, sm: int, activation_bits: int, m: int) -> None:
     p = Case(m, 144, 320, bits=8, group=64, activation_bits=activation_bits).make()

@@ -202,6 +202,7 @@ __device__ __forceinline__ void warpgroup_wait() {
 // Keeps the compiler from moving reads of a result above the wait for it, or writes of an operand below warpgroup_begin.
 __device__ __forceinline__ void settle(float& f) { asm volatile("" : "+f"(f)::"memory"); }
 __device__ __forceinline__ void settle(uint32_t& u) { asm volatile("" : "+r"(u)::"memory"); }
+__device__ __forceinline__ void settle(int32_t& i) { asm volatile("" : "+r"(i)::"memory"); }
 template <class Element, size_t Size>
 __device__ __forceinline__ void settle(Element (&array)[Size]) {
 #pragma unroll
@@ -273,6 +274,37 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32
             : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
     }
+#endif
+}
+#undef WG4
+// The same for int8: d[64 x 8 C] += a[64 x 32] * x[8 C x 32]^T, a unsigned, x signed; k32: which 32 of the tile's 128 k
+#define WG4(j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
+__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[8][4], uint32_t const (&a)[4], void const* tile, int k32,
+                                                       bool add) {
+#if DEVICE_SM == 90
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, add;\n}"
+        : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k32)), "r"(int(add)));
+#endif
+}
+__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint32_t const (&a)[4], void const* tile, int k32,
+                                                       bool add) {
+#if DEVICE_SM == 90
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, add;\n}"
+        : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k32)), "r"(int(add)));
 #endif
 }
 #undef WG4

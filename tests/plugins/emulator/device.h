@@ -345,6 +345,27 @@ inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], voi
     });
 }
 
+template <size_t C>
+inline void warpgroup_multiply_add(int32_t (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k32, bool add) {
+    if (reinterpret_cast<uintptr_t>(tile) % 1024) std::abort();
+    auto const f = emulator::fragments(a, 0, 0);
+    auto const* const bytes = static_cast<unsigned char const*>(tile);
+    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+    emulator::state.now->products.back().push_back([f, bytes, k32, g, t, add, out = &d] {
+        for (size_t j = 0; j < C; j++)
+            for (int i = 0; i < 4; i++) {
+                int32_t sum = add ? (*out)[j][i] : 0;
+                for (int k = 0; k < 32; k++) {
+                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k32 * 2 + k / 16;
+                    auto const x = int8_t(bytes[row * 128 + (chunk ^ row % 8) * 16 + k % 16]);
+                    uint32_t const av = f[g * 4 + k % 16 / 4].a[i / 2 + k / 16 * 2];
+                    sum += int32_t(uint8_t(av >> k % 4 * 8)) * x;
+                }
+                (*out)[j][i] = sum;
+            }
+    });
+}
+
 // ---- host ----
 
 inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
