@@ -67,7 +67,11 @@ def cell(method: Method, target: Target) -> Cell:
         return Cell(Shown.REFUSED, "no int8 tensor cores")
     if target.backend is Backend.TENSORRT:
         return tensorrt_cell(method, target)
-    return Cell(Shown.RUN if target.name == "x86" else Shown.COMPILED)
+    if target.name == "x86":
+        return Cell(Shown.RUN)
+    if method.quant_method == "instant_quant":
+        return Cell(Shown.RUN, "under emulation: `make test-arm`")
+    return Cell(Shown.COMPILED)
 
 
 def tensorrt_cell(method: Method, target: Target) -> Cell:
@@ -102,10 +106,22 @@ def method_of(config: QuantConfig) -> Method:
 
 
 def markdown() -> str:
-    """The table as the README shows it."""
-    names = [t.name for t in TARGETS]
-    lines = ["| method | per-channel | sub-channel | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    """The table as the README shows it: reasons as notes below, so that it fits a page."""
+    header = ["method", "per-channel", "sub-channel", *(t.name for t in TARGETS)]
+    notes: dict[str, int] = {}
+    lines = [row(header), "|---" * len(header) + "|"]
     for m in METHODS:
-        grain = ["yes" if g else "no" for g in (m.per_channel, m.sub_channel)]
-        lines.append("| " + " | ".join([m.name, *grain, *(str(cell(m, t)) for t in TARGETS)]) + " |")
-    return "\n".join(lines)
+        cells = []
+        for found in (cell(m, t) for t in TARGETS):
+            note = f" [{notes.setdefault(found.reason, len(notes) + 1)}]" if found.reason else ""
+            cells.append(found.shown.value + note)
+        lines.append(row([m.name, *("yes" if g else "no" for g in (m.per_channel, m.sub_channel)), *cells]))
+    return "\n".join([*lines, "", *(f"[{number}] {reason}  " for reason, number in notes.items())])
+
+
+def row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    print(markdown())

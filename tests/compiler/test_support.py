@@ -1,0 +1,48 @@
+"""The support table: the README shows what the data says, and a refused pair is refused before any work."""
+
+from __future__ import annotations
+
+import pytest
+
+from compiler.quant.config import QuantConfig
+from compiler.support import METHODS, Shown, cell, check_supported, markdown
+from compiler.target import TARGETS, Backend, find_target
+from passes.errors import UserError
+from tests.conftest import ROOT
+
+# The spec's rows; ours may offer more.
+SPEC = (
+    "IQ-INT8 (A16W8)",
+    "IQ-INT4 (A16W4)",
+    "IQ-INT8 (A8W8)",
+    "GPTQ-INT8 (A16W8)",
+    "GPTQ-INT8 (A8W8)",
+    "GPTQ-INT4 (A16W4)",
+)
+
+
+def test_the_readme_shows_the_table() -> None:
+    assert markdown() in (ROOT / "README.md").read_text("utf-8"), "python -m compiler.support prints the table"
+
+
+def test_every_row_of_the_spec_is_there() -> None:
+    assert [m.name for m in METHODS][: len(SPEC)] == list(SPEC)
+
+
+def test_cpus_run_every_row() -> None:
+    for method in METHODS:
+        assert cell(method, find_target("x86")).shown is Shown.RUN
+        assert cell(method, find_target("armv9")).shown in (Shown.RUN, Shown.COMPILED)
+
+
+def test_what_is_refused_says_why_and_where_it_runs() -> None:
+    refused = [(m, t) for m in METHODS for t in TARGETS if cell(m, t).shown is Shown.REFUSED]
+    assert refused
+    for method, target in refused:
+        assert target.backend is Backend.TENSORRT
+        compute = "activate_quant" if method.activate else "weight_only"
+        config = QuantConfig(method.quant_method, method.weight_format, compute_method=compute)
+        with pytest.raises(UserError) as caught:
+            check_supported([target], config)
+        assert caught.value.found == cell(method, target).reason
+        assert "x86" in caught.value.fix
