@@ -63,7 +63,8 @@ def matmul(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
         return None
     x = convert(values[node.inputs[0].name], FLOAT32)
     rows = x.reshape(-1, x.shape[-1])
-    parts = [rows @ convert(block, FLOAT32) for block in blocks()]
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
+        parts = [rows @ convert(block, FLOAT32) for block in blocks()]
     return np.concatenate(parts, axis=1).reshape(*x.shape[:-1], -1)
 
 

@@ -52,7 +52,7 @@ INT8_BFLOAT16 = Bound("int8 per token, bfloat16", 2e-2, 1.2e-2, 1, 5e-2)
 def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
     """The bound of what `nodes` compute, in the compute type `dtype`: the coarsest arithmetic found among them."""
     ops = {node.op for node in nodes}
-    quantizes = "QuantizeLinear" in ops
+    quantizes = "QuantizeLinear" in ops or any(n.attrs.get("activation_bits") == 8 for n in nodes)
     if dtype == np.float16:
         return INT8_FLOAT16 if quantizes else FLOAT16
     if dtype == np.dtype(ml_dtypes.bfloat16):

@@ -21,6 +21,7 @@ from passes.lazy import Array, Missing, Source, convert
 from passes.linear import linear
 from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
 
+FUSED = 4  # operators after a linear that a fusion may swallow: bias, activation, gate
 PROBES = 4  # one-hot inputs for each group of a weight
 MAX_PROBES = 256
 # A code is at most half a step from its weight, and half a step more where the rounded zero point shifts the range.
@@ -264,17 +265,33 @@ def check_lowering(
 ) -> Check:
     """Both on the same inputs: the twin's real one, and one-hot probes that show the weights through any layout."""
     run = Evaluation(lowered, {layer.x: x})
-    try:
-        nodes = run.needed(layer.y)
-    except KeyError as missing:
-        return Check(bound_of((), dtype), missing=str(missing.args[0]))
+    point = meeting_point(layer, canonical, run)
+    if point is None:
+        return Check(bound_of((), dtype), missing=layer.y)
+    nodes = run.needed(point)
     bound = bound_of(nodes, dtype)
     seen = seen_by(nodes, x)
-    expected = y if seen is x else section(canonical, layer, seen)
-    got = run.take(layer.y)
-    hot = probes(layer)
-    weights = element_error(section(lowered, layer, hot), section(canonical, layer, hot), bound.floor)
+    expected = y if seen is x and point == layer.y else Evaluation(canonical, {layer.x: seen}).take(point)
+    got = run.take(point)
+    hot = {layer.x: probes(layer)}
+    weights = element_error(Evaluation(lowered, hot).take(point), Evaluation(canonical, hot).take(point), bound.floor)
     return Check(bound, difference(got, expected).channel, weights)
+
+
+def meeting_point(layer: Layer, canonical: gs.Graph, run: Evaluation) -> str | None:
+    """The layer's output; where a fusion swallowed it, the first tensor after it that both graphs make of x alone."""
+    twin = Evaluation(canonical, {layer.x: run.values[layer.x]})
+    tensors = canonical.tensors()
+    near = [tensors[layer.y]]
+    for _ in range(FUSED):
+        for tensor in near:
+            try:
+                if tensor.name in run.made_by and run.needed(tensor.name) and twin.needed(tensor.name):
+                    return str(tensor.name)
+            except KeyError:  # made of more than x
+                continue
+        near = [out for tensor in near for node in tensor.outputs for out in node.outputs]
+    return None
 
 
 def probes(layer: Layer) -> Array:

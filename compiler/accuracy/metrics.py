@@ -11,6 +11,7 @@ from passes.lazy import Array
 
 FLOOR = 0.25  # a channel this much quieter than the average one is measured against the average: it may be cancellation
 TOP = 5
+COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,18 @@ class Difference:
 def difference(a: Array, b: Array) -> Difference:
     """How far `a [..., N]` is from the reference `b [..., N]`."""
     assert a.shape == b.shape, f"{a.shape} is not {b.shape}"
-    rows_b = b.reshape(-1, b.shape[-1]).astype(np.float64)
-    delta = a.reshape(rows_b.shape).astype(np.float64) - rows_b
-    off, size = np.linalg.norm(delta, axis=0), np.linalg.norm(rows_b, axis=0)
+    n = b.shape[-1]
+    rows_a, rows_b = a.reshape(-1, n), b.reshape(-1, n)
+    off, size, maximum = np.zeros(n), np.zeros(n), 0.0
+    for at in range(0, n, COLUMNS):  # a vocabulary of logits in float64, all at once, would be gigabytes
+        part = slice(at, at + COLUMNS)
+        wide = rows_b[:, part].astype(np.float64)
+        delta = rows_a[:, part].astype(np.float64) - wide
+        off[part], size[part] = np.linalg.norm(delta, axis=0), np.linalg.norm(wide, axis=0)
+        maximum = max(maximum, float(np.abs(delta).max(initial=0)))
     whole = max(float(np.linalg.norm(size)), np.finfo(np.float64).tiny)
-    quiet = FLOOR * whole / np.sqrt(len(size))
-    return Difference(
-        float(np.linalg.norm(off)) / whole,
-        float(np.abs(delta).max(initial=0)),
-        float((off / np.maximum(size, quiet)).max()),
-    )
+    quiet = FLOOR * whole / np.sqrt(n)
+    return Difference(float(np.linalg.norm(off)) / whole, maximum, float((off / np.maximum(size, quiet)).max()))
 
 
 def element_error(a: Array, b: Array, floor: float) -> float:
@@ -45,7 +48,8 @@ def element_error(a: Array, b: Array, floor: float) -> float:
     wide = b.reshape(-1, b.shape[-1]).astype(np.float64)
     off = np.abs(a.reshape(wide.shape).astype(np.float64) - wide)
     loudest = np.abs(wide).max(axis=0, initial=np.finfo(np.float32).tiny)
-    return float((off / (np.abs(wide) + floor * np.maximum(loudest, loudest.max() / 1000))).max())
+    with np.errstate(invalid="ignore"):  # a NaN stays one, and is no error below any bound
+        return float((off / (np.abs(wide) + floor * np.maximum(loudest, loudest.max() / 1000))).max())
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,12 @@ class Total:
 
     def add(self, outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
         for name, value in outputs.items():
-            wide = reference[name].astype(np.float64)
-            delta = value.astype(np.float64) - wide
-            self.squares += float((delta * delta).sum())
-            self.reference_squares += float((wide * wide).sum())
-            self.maximum = max(self.maximum, float(np.abs(delta).max(initial=0)))
+            for row, expected in zip(np.atleast_1d(value), np.atleast_1d(reference[name]), strict=True):
+                wide = expected.astype(np.float64)
+                delta = row.astype(np.float64) - wide
+                self.squares += float((delta * delta).sum())
+                self.reference_squares += float((wide * wide).sum())
+                self.maximum = max(self.maximum, float(np.abs(delta).max(initial=0)))
 
     def comparison(self, subject: Subject) -> Comparison:
         reference, kind = AGAINST[self.form]

@@ -1,0 +1,79 @@
+"""A model of two linears, small enough to break in every way in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from compiler import pipeline
+from compiler.accuracy.ledger import Forms, Ledger, ledger
+from compiler.request import Request
+from compiler.target import find_target
+from passes.insert_qdq import Decisions
+from passes.lazy import Array, InMemory
+from passes.linear import weight_constant
+from passes.quant import InstantQuant, QuantTensor
+from passes.rewrite import Ledger as PassLedger
+
+K = 64
+FLOAT32 = np.dtype(np.float32)
+RANDOM = np.random.default_rng(5)
+WEIGHTS = {path: RANDOM.standard_normal((K, K)).astype(np.float32) for path in ("first", "second")}
+BIASES = {path: RANDOM.standard_normal(K).astype(np.float32) for path in WEIGHTS}
+FEEDS = {"x": RANDOM.standard_normal((2, 9, K)).astype(np.float32)}
+
+
+def float_graph() -> gs.Graph:
+    """x -> first -> Relu -> second -> y, each linear with a bias."""
+    x, nodes = gs.Variable("x", FLOAT32, ["b", "s", K]), []
+    tensor = x
+    for path, w in WEIGHTS.items():
+        product = gs.Variable(f"{path}.product", FLOAT32, ["b", "s", K])
+        out = gs.Variable(f"{path}.out", FLOAT32, ["b", "s", K])
+        nodes.append(gs.Node("MatMul", path, {}, [tensor, weight_constant(path, InMemory(w), w.shape)], [product]))
+        nodes.append(gs.Node("Add", f"{path}/Add", {}, [product, gs.Constant(f"{path}.bias", BIASES[path])], [out]))
+        tensor = gs.Variable(f"{path}.relu", FLOAT32, ["b", "s", K])
+        nodes.append(gs.Node("Relu", f"{path}/Relu", {}, [out], [tensor]))
+    return gs.Graph(nodes, [x], [tensor], opset=23)
+
+
+def decisions(graph: gs.Graph, bits: int, group: int, activations: str = "float") -> Decisions:
+    symmetric = activations == "int8"
+    found = {}
+    for each in pipeline.linears(graph):
+        source = InstantQuant(each.path, each.rows, bits, group, symmetric, FLOAT32)
+        found[each.path] = QuantTensor(
+            each.path,
+            source,
+            each.shape,
+            bits,
+            group,
+            symmetric,
+            FLOAT32,
+            activations,  # type: ignore[arg-type]
+        )
+    return found
+
+
+def forms(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Forms:
+    """Float, twin, and what x86 makes of it, with every constant of the lowered graph at hand."""
+    graph = float_graph()
+    twin = pipeline.quantize(graph.copy(), chosen(graph), PassLedger())
+    request = Request(".", ("x86",), ".", cpu_preset=preset)  # type: ignore[arg-type]
+    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, PassLedger())
+    for tensor in lowered.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            tensor.values = np.array(tensor.values)
+    return Forms(twin, graph, lowered)
+
+
+def fill(form: Forms) -> Ledger:
+    return ledger(form, FEEDS)
+
+
+def constant(graph: gs.Graph, name: str) -> Array:
+    """The values of a constant, to be changed in place."""
+    values: Array = graph.tensors()[name].values
+    return values

@@ -1,0 +1,189 @@
+"""The ledger bites: every way to break one layer is found, and that layer is named, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from compiler import pipeline
+from compiler.accuracy.ledger import Forms, aligned, layers_of, weight_errors
+from passes.insert_qdq import Decisions
+from passes.lazy import InMemory, Tile
+from passes.quant import Codes, InstantQuant, QuantTensor
+from passes.rewrite import Ledger
+from tests.compiler.accuracy_models import WEIGHTS, K, constant, decisions, fill, float_graph, forms
+
+MODES = {
+    "a16w8 per channel": (8, K, "float", "exact"),
+    "a16w8 groups": (8, 16, "float", "exact"),
+    "a16w8 groups, fast": (8, 16, "float", "fast"),
+    "a16w4 groups": (4, 16, "float", "fast"),
+    "a8w8": (8, K, "int8", "exact"),
+}
+
+
+def make(mode: str) -> Forms:
+    bits, group, activations, preset = MODES[mode]
+    return forms(lambda graph: decisions(graph, bits, group, activations), preset)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_right_lowering_has_no_findings(mode: str) -> None:
+    filled = fill(make(mode))
+    assert filled.findings == []
+    assert [row.layer for row in filled.rows] == list(WEIGHTS)
+    for row in filled.rows:
+        assert row.weight is not None
+        assert 0 < row.added < 0.3
+        assert row.lowering < 2e-3
+
+
+def scale_off(graph: gs.Graph) -> None:
+    scales = "first.scales" if "first.scales" in graph.tensors() else "first.scale_f32"
+    constant(graph, scales).reshape(-1)[5] *= 1.01
+
+
+def swapped_groups(graph: gs.Graph) -> None:
+    scales = constant(graph, "first.scales")
+    scales[:, [0, 1]] = scales[:, [1, 0]]
+
+
+def zero_off(graph: gs.Graph) -> None:
+    zeros = "first.zeros" if "first.zeros" in graph.tensors() else "first.zero_s8"
+    constant(graph, zeros).reshape(-1)[7] += 1
+
+
+def transposed(graph: gs.Graph) -> None:
+    if "first.codes_s8" in graph.tensors():
+        codes = constant(graph, "first.codes_s8")
+        codes[:] = codes.T.copy()
+        return
+    packed = constant(graph, "first.b")
+    rows = packed.reshape(K, -1)
+    square = rows if rows.shape[1] == K else np.stack([rows & 15, rows >> 4], axis=2).reshape(K, K)
+    turned = square.T
+    packed[:] = (turned if rows.shape[1] == K else turned[:, 0::2] | (turned[:, 1::2] << 4)).reshape(packed.shape)
+
+
+def zeroed_bias(graph: gs.Graph) -> None:
+    constant(graph, "first.bias")[:] = 0
+
+
+def dropped_bias(graph: gs.Graph) -> None:
+    add = next(node for node in graph.nodes if node.name == "first/Add")
+    add.outputs[0].outputs[0].inputs[0] = add.inputs[0]
+    graph.cleanup().toposort()
+
+
+MUTATIONS: dict[Callable[[gs.Graph], None], tuple[str, ...]] = {
+    scale_off: ("a16w8 per channel", "a16w8 groups", "a16w8 groups, fast", "a16w4 groups", "a8w8"),
+    swapped_groups: ("a16w8 groups", "a16w8 groups, fast", "a16w4 groups"),
+    zero_off: ("a16w8 per channel", "a16w8 groups", "a16w8 groups, fast", "a16w4 groups"),
+    transposed: ("a16w8 per channel", "a16w8 groups", "a16w4 groups"),
+    zeroed_bias: ("a16w8 per channel", "a16w4 groups"),
+    dropped_bias: ("a16w8 per channel", "a16w4 groups"),
+}
+
+
+@pytest.mark.parametrize(
+    ("mutate", "mode"),
+    [pytest.param(m, mode, id=f"{m.__name__}-{mode}") for m, modes in MUTATIONS.items() for mode in modes],
+)
+def test_a_broken_artifact_is_found_and_its_layer_named(mutate: Callable[[gs.Graph], None], mode: str) -> None:
+    form = make(mode)
+    assert form.lowered is not None
+    mutate(form.lowered)
+    findings = fill(form).findings
+    assert findings
+    assert all(finding.startswith("first: ") for finding in findings), findings
+
+
+@dataclass(frozen=True)
+class Tampered(InstantQuant):
+    """A quantizer with a mistake."""
+
+    mistake: str = ""
+
+    def tiles(self) -> Iterator[Tile]:
+        for tile in super().tiles():
+            yield Tile(tile.start, MISTAKES[self.mistake](Codes(*tile.parts)))
+
+
+MISTAKES: dict[str, Callable[[Codes], Codes]] = {
+    "scale": lambda b: b._replace(scale=b.scale * np.float32(1.01)),
+    "groups": lambda b: b._replace(scale=b.scale[:, ::-1]),
+    "zero": lambda b: b._replace(zero=b.zero + np.uint8(1)),
+    "transposed": lambda b: b._replace(codes=b.codes.T),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_quantizer_is_found_too(mistake: str, bits: int) -> None:
+    def chosen(graph: gs.Graph) -> Decisions:
+        table = dict(decisions(graph, bits, 16))
+        first = table["first"]
+        assert isinstance(first, QuantTensor)
+        s = first.source
+        assert isinstance(s, InstantQuant)
+        wrong = Tampered(s.name, s.weight, s.bits, s.group_size, s.symmetric, s.scale_dtype, mistake)
+        return table | {"first": replace(first, source=wrong)}
+
+    findings = fill(replace(forms(chosen), lowered=None)).findings
+    assert findings
+    assert all(finding.startswith("first: ") for finding in findings), findings
+
+
+def test_the_first_tensor_that_is_not_finite_is_named() -> None:
+    form = make("a16w8 per channel")
+    bias = form.canonical.tensors()["second.bias"]
+    bias.values = np.where(np.arange(K) == 3, np.inf, bias.values).astype(np.float32)
+    product = np.full(K, 3e38, np.float32)
+    form.canonical.tensors()["first.bias"].values = product
+    filled = fill(form)
+    assert filled.first_bad["twin"] == "second.product"
+    assert "twin: tensor second.product is not finite" in filled.findings
+    assert "float" not in filled.first_bad
+
+
+def test_layers_end_behind_their_bias() -> None:
+    graph = float_graph()
+    assert [(layer.x, layer.y) for layer in layers_of(graph, graph)] == [
+        ("x", "first.out"),
+        ("first.relu", "second.out"),
+    ]
+
+
+def test_errors_of_a_weight_do_not_depend_on_its_tiles() -> None:
+    """Float and quantized rows may come in different tiles; the figures are those of the whole matrices."""
+
+    @dataclass(frozen=True, eq=False)
+    class Chopped(InMemory):
+        rows: int = 5
+
+        def tiles(self) -> Iterator[Tile]:
+            for start in range(0, len(self.array), self.rows):
+                yield Tile(start, (self.array[start : start + self.rows],))
+
+    graph = float_graph()
+    quant = decisions(graph, 4, 16)["first"]
+    assert isinstance(quant, QuantTensor)
+    whole = weight_errors(quant, InMemory(WEIGHTS["first"]))
+    assert weight_errors(quant, Chopped(WEIGHTS["first"], 5)) == pytest.approx(whole, rel=1e-12)
+    assert sum(len(w) for w, _ in aligned(Chopped(WEIGHTS["first"], 7), quant)) == K
+
+
+def test_piled_up_error_includes_what_came_before() -> None:
+    """With the first layer left float in the twin, the second one's two errors are the same; else they are not."""
+    rows = {row.layer: row for row in fill(make("a16w4 groups")).rows}
+    assert rows["first"].added == pytest.approx(rows["first"].piled_up)
+    assert rows["second"].piled_up > 1.1 * rows["second"].added
+    graph = float_graph()
+    only = {path: q for path, q in decisions(graph, 4, 16).items() if path == "second"}
+    twin = pipeline.quantize(graph.copy(), only, Ledger())
+    second = fill(Forms(twin, graph)).rows[1]
+    assert second.added == pytest.approx(second.piled_up)

@@ -1,0 +1,97 @@
+"""Evaluation node by node: equal to ONNX Runtime on the whole graph, sparing with memory, honest about infinities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+
+from passes.evaluate import Evaluation
+from passes.lazy import InMemory, View, small
+from tests.graphs import evaluate, linear_graph, quantize, relative
+
+RANDOM = np.random.default_rng(3)
+WEIGHTS = {name: RANDOM.standard_normal((48, 64)).astype(np.float32) for name in ("a", "b")}
+X = RANDOM.standard_normal((2, 5, 64)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("bits", "group", "activations"), [(8, -1, "float"), (4, 16, "float"), (8, -1, "int8")])
+def test_the_twin_is_what_onnx_runtime_makes_of_it(bits: int, group: int, activations: str, tmp_path: Path) -> None:
+    graph = quantize(
+        linear_graph(WEIGHTS),
+        WEIGHTS,
+        bits=bits,
+        group_size=group,
+        activations=activations,  # type: ignore[arg-type]
+    )
+    run = Evaluation(graph, {"x": X})
+    ours = [run.take(f"y.{path}") for path in WEIGHTS]
+    theirs = evaluate(graph, {"x": X}, tmp_path)
+    assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) < 2e-6
+    assert relative(theirs[0] * np.float32(1.01), theirs[0]) > 2e-6  # the bound bites
+
+
+def chain(length: int) -> gs.Graph:
+    x = gs.Variable("t0", np.dtype(np.float32), ["n"])
+    nodes, tensor = [], x
+    for i in range(length):
+        out = gs.Variable(f"t{i + 1}", np.dtype(np.float32), ["n"])
+        nodes.append(gs.Node("Neg", f"neg{i}", {}, [tensor], [out]))
+        tensor = out
+    return gs.Graph(nodes, [x], [tensor], opset=23)
+
+
+def test_values_go_when_their_last_reader_has_run() -> None:
+    run = Evaluation(chain(5), {"t0": np.ones(3, np.float32)}, keep=["t2"])
+    assert (run.take("t5") == -1).all()
+    assert set(run.values) == {"t0", "t2"}
+    assert (run.take("t2") == 1).all()
+    assert set(run.values) == {"t0"}
+
+
+def test_only_what_is_needed_runs() -> None:
+    run = Evaluation(chain(5), {"t3": np.full(2, 7, np.float32)})
+    assert [node.name for node in run.needed("t5")] == ["neg3", "neg4"]
+    assert (run.take("t5") == 7).all()
+    with pytest.raises(KeyError, match="t0"):
+        Evaluation(chain(5), {}).needed("t1")
+
+
+def test_a_table_is_read_by_row_and_sixteen_bits_round_once() -> None:
+    table = RANDOM.standard_normal((300, 8)).astype(ml_dtypes.bfloat16)
+    ids = np.array([[0, 299, 17], [17, 1, 0]], np.int64)
+    names = gs.Variable("ids", np.dtype(np.int64), [2, 3])
+    taken = gs.Variable("taken", onnx.TensorProto.BFLOAT16, [2, 3, 8])
+    doubled = gs.Variable("y")
+    view = gs.Constant("table", View(InMemory(table), table.shape, table.dtype))
+    nodes = [
+        gs.Node("Gather", "take", {"axis": 0}, [view, names], [taken]),
+        gs.Node("Mul", "third", {}, [taken, small("c", 1 / 3, ml_dtypes.bfloat16)], [doubled]),
+    ]
+    run = Evaluation(gs.Graph(nodes, [names], [doubled], opset=23), {"ids": ids}, keep=["taken"])
+    y = run.take("y")
+    assert y.dtype == table.dtype
+    assert (run.take("taken") == table[ids]).all()
+    exact = table[ids].astype(np.float32) * np.float32(ml_dtypes.bfloat16(1 / 3))
+    assert (y == exact.astype(ml_dtypes.bfloat16)).all()
+
+
+def test_the_first_infinity_is_named_and_a_constant_one_is_not() -> None:
+    x = gs.Variable("x", np.dtype(np.float32), ["n"])
+    masked, squared, out = (gs.Variable(name) for name in ("masked", "squared", "out"))
+    nodes = [
+        gs.Node("Min", "mask", {}, [x, small("lowest", -np.inf, np.float32)], [masked]),
+        gs.Node("Mul", "square", {}, [x, x], [squared]),
+        gs.Node("Add", "sum", {}, [masked, squared], [out]),
+    ]
+    graph = gs.Graph(nodes, [x], [out], opset=23)
+    fine = Evaluation(graph, {"x": np.ones(2, np.float32)})
+    fine.take("out")
+    assert fine.first_bad is None
+    bad = Evaluation(graph, {"x": np.full(2, 1e30, np.float32)})
+    bad.take("out")
+    assert bad.first_bad == "squared"
