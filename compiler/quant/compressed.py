@@ -137,10 +137,10 @@ class CompressedRows:
     def tiles(self) -> Iterator[Tile]:
         k = self.shape[1]
         scale, zero = self.parameters()
-        indices = None if self.order is None else self.order.indices
+        indices = None if self.order is None else self.order.indices.astype(np.int64)
         for start, (stored,) in self.weight.tiles():
             codes = self.codes(stored)[:, :k]
-            codes = codes if indices is None else codes[:, indices]
+            codes = codes if indices is None else np.take(codes, indices, axis=1)
             rows = slice(start, start + len(codes))
             yield Tile(start, Codes(codes, scale[rows], zero[rows]))
 

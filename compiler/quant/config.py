@@ -20,18 +20,23 @@ SHORT: dict[str, dict[str, str]] = {
 METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8")
 FORMATS = {"int8": 8, "uint4": 4}
 COMPUTE = ("weight_only", "activate_quant")
-KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore")
+SEARCHES = ("none", "mse")
+KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore", "search")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How to quantize. `group_size` -1 is per channel; `ignore` holds module patterns (`*.down_proj`)."""
+    """How to quantize. `group_size` -1 is per channel; `ignore` holds module patterns (`*.down_proj`).
+
+    `search` mse clips each group where that lowers its squared error; none is the spec's formula.
+    """
 
     quant_method: str = "instant_quant"
     weight_format: str = "int8"
     group_size: int = -1
     compute_method: str = "weight_only"
     ignore: tuple[str, ...] = ()
+    search: str = "none"
 
     @property
     def bits(self) -> int:
@@ -66,6 +71,7 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
         )
     choice(raw, "weight_format", tuple(FORMATS), where)
     choice(raw, "compute_method", COMPUTE, where)
+    choice(raw, "search", SEARCHES, where)
     group_size = raw.get("group_size", -1)
     if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size != -1 and group_size < 1):
         raise UserError(
@@ -75,6 +81,12 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
     if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in ignore):
         raise UserError("ignore", where=where, expected="a list of module patterns", found=repr(ignore))
     config = QuantConfig(**{**raw, "ignore": tuple(ignore)})
+    if config.quant_method != "instant_quant" and config.search != "none":
+        raise UserError(
+            "a search says nothing to a checkpoint that is quantized already",
+            where=where,
+            found=f"search {config.search!r} with quant_method {config.quant_method!r}",
+        )
     if config.quant_method == "instant_quant" and config.activate_quant:
         refuse_activate(config, where)
     return config

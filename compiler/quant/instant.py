@@ -13,6 +13,7 @@ from passes.insert_qdq import Decisions
 from passes.linear import Linear
 from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Reject
+from passes.search import SearchedQuant
 
 
 def decide(
@@ -43,6 +44,7 @@ def instant(found: Linear, config: QuantConfig, scale_dtype: np.dtype[Any], bits
             fix=f"another --group-size, or --ignore '{found.path}'",
         )
     symmetric = config.activate_quant
-    source = InstantQuant(found.path, found.rows, bits, group, symmetric, scale_dtype)
+    quantizer = {"none": InstantQuant, "mse": SearchedQuant}[config.search]
+    source = quantizer(found.path, found.rows, bits, group, symmetric, scale_dtype)
     activations: Activations = "int8" if config.activate_quant else "float"
     return QuantTensor(found.path, source, found.shape, bits, group, symmetric, scale_dtype, activations)
