@@ -17,12 +17,12 @@ from pathlib import Path
 from compiler.artifact import MANIFEST, Artifact, read_manifest
 from compiler.build import replaced_folder
 from compiler.checkpoint import read_json
-from compiler.repository_readme import REQUIREMENTS, readme
+from compiler.repository_readme import readme, requirements
 from compiler.triton_config import bare_config, generate_config, why_no_bare, why_no_generate
 from passes.errors import UserError
 
 RUNTIME = Path(__file__).parent / "triton"
-RUNTIME_FILES = ("model.py", "engine.py", "sampling.py", "scheduler.py", "text.py")
+RUNTIME_FILES = ("model.py", "engine.py", "sampling.py", "scheduler.py", "tensorrt_engine.py", "text.py")
 OWN_FILES = ("plugins", "README.md", "requirements.txt")
 BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 
@@ -65,11 +65,12 @@ def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
         if not each.no_generate:
             with replaced_folder(folder / f"{name}_generate") as model:
                 write_generate(source, model, f"{name}_generate", each.artifact)
+                place([out / plugin for plugin in each.artifact.plugins], model / "1")
     plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
     if plugins:
         with replaced_folder(folder / "plugins") as partial:
             place([out / plugin for plugin in plugins], partial)
-    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", "utf-8")
+    (folder / "requirements.txt").write_text("\n".join(requirements(served)) + "\n", "utf-8")
     (folder / "README.md").write_text(readme(served), "utf-8")
 
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 REQUIREMENTS = (
     "jinja2==3.1.6",
     "numpy==1.26.4  # Triton 2.51 and older read NumPy 2 arrays wrongly",
-    "onnxruntime==1.32.0",
     "tokenizers==0.23.3",
 )
+ONNXRUNTIME = "onnxruntime==1.32.0"
 MEANING = {
     "text_input": "the prompt, as it is; either this or `messages`",
     "messages": 'a chat as JSON, `[{"role": "user", "content": "..."}]`, put through the model\'s chat template',
@@ -33,6 +33,13 @@ MEANING = {
 }
 
 
+def requirements(served: Iterable[Served]) -> tuple[str, ...]:
+    """What the generate models import, with versions: an engine is read by the version that built it alone."""
+    engines = [each.artifact.engine for each in served if not each.no_generate]
+    runtimes = {f"{e['builder'].replace('_', '-')}=={e['version']}" if e else ONNXRUNTIME for e in engines}
+    return (*REQUIREMENTS, *sorted(runtimes))
+
+
 def readme(served: Iterable[Served]) -> str:
     """What is in the repository and how to start it."""
     served = tuple(served)
@@ -40,6 +47,8 @@ def readme(served: Iterable[Served]) -> str:
     parts = [TITLE, models_table(served)]
     if generate:
         parts.append(GENERATE.format(name=generate[0], inputs=inputs_table(), **LIMITS))
+    if any(each.artifact.kind == "engine" and not each.no_generate for each in served):
+        parts.append(ENGINES)
     if any(each.artifact.kind == "onnx" for each in served):
         parts.append(BARE_ONNX)
     if plugins := sorted({plugin.rsplit("/", 1)[-1] for each in served for plugin in each.artifact.plugins}):
@@ -91,9 +100,8 @@ curl -N localhost:8000/v2/models/{name}/generate_stream \\
 Outputs: `text_output` and `output_ids` hold what is new in this response; `finish_reason` is empty until the last one,
 then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
 
-Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC leave
-at once.
-These parameters in `config.pbtxt` may be edited:
+Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC
+leave at once. These parameters in `config.pbtxt` may be edited:
 
 | parameter | default | meaning |
 |---|---|---|
@@ -101,7 +109,8 @@ These parameters in `config.pbtxt` may be edited:
 | `max_length` | {max_length}, or less if the model has less | tokens of a sequence with its prompt; more is refused |
 | `max_queue` | {max_queue} | requests that wait; more are refused |
 | `threads` | 0 | of ONNX Runtime; 0 takes all cores |
-| `cache` | as compiled | `shared`: keys and values stay in place; `concat` (from `--portable`): rows run one by one |
+
+`runtime` and `cache` say what the artifact is; with the cache `concat` (from `--portable`) rows run one by one.
 
 The cache takes `max_batch * max_length` tokens of address space; memory is taken as sequences grow.
 
@@ -111,6 +120,11 @@ sends to every backend but vLLM:
 ```
 python3 openai_frontend/main.py --model-repository . --tokenizer {name}/1
 ```
+"""
+ENGINES = """## Generate with engines
+
+The engine, its caches and its plugins live in the generate model's own process: no server flag is needed. A step runs
+its sequences one after the other.
 """
 BARE_ONNX = """## Bare ONNX models
 

@@ -47,6 +47,9 @@ GENERATE_OUTPUTS = (
 )
 
 
+KIT = "a build kit is not a model yet: build it on its GPU machine"
+
+
 class Word(str):
     """An identifier of the text format, which has no quotes."""
 
@@ -55,7 +58,7 @@ def why_no_bare(artifact: Artifact) -> str:
     """Why Triton's own backends cannot serve the artifact, or nothing."""
     builder = (artifact.engine or {}).get("builder")
     reasons = {
-        "a build kit is not a model yet: build it on its GPU machine": artifact.kind == "kit",
+        KIT: artifact.kind == "kit",
         "Triton has no backend for TensorRT-RTX engines: compile with --builder tensorrt": builder == "tensorrt_rtx",
         "Triton's TensorRT backend does not alias past and present: compile with --kv-cache concat": (
             artifact.kind == "engine" and artifact.limits.get("cache") == "shared"
@@ -67,10 +70,15 @@ def why_no_bare(artifact: Artifact) -> str:
 def why_no_generate(artifact: Artifact) -> str:
     """Why there is no model that generates text, or nothing."""
     reasons = {
+        KIT: artifact.kind == "kit",
         "it is no causal language model": artifact.llm is None,
-        "only artifacts for ONNX Runtime have a generate model": artifact.kind != "onnx",
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def runtime(artifact: Artifact) -> str:
+    """The Python module that runs the artifact."""
+    return str(artifact.engine["builder"]) if artifact.engine else "onnxruntime"
 
 
 def bare_config(name: str, artifact: Artifact) -> str:
@@ -94,13 +102,16 @@ def bare_config(name: str, artifact: Artifact) -> str:
 def generate_config(name: str, artifact: Artifact) -> str:
     """config.pbtxt of the model that takes text and streams text."""
     assert artifact.llm is not None
+    longest = artifact.limits.get("max_length") or min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH)
     parameters = {
         "max_batch": MAX_BATCH,
-        "max_length": min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH),
+        "max_length": longest,
         "max_queue": MAX_QUEUE,
         "threads": 0,
+        "runtime": runtime(artifact),
         "cache": artifact.limits["cache"],
     }
+    device = {"kind": Word("KIND_GPU"), "gpus": [0]} if artifact.kind == "engine" else {"kind": Word("KIND_CPU")}
     inputs = [
         {"name": name, "data_type": Word(kind), "dims": [dim], "optional": Word("true")}
         for name, kind, dim in GENERATE_INPUTS
@@ -113,7 +124,7 @@ def generate_config(name: str, artifact: Artifact) -> str:
             "model_transaction_policy": {"decoupled": Word("true")},
             "input": inputs,
             "output": [{"name": name, "data_type": Word(kind), "dims": [dim]} for name, kind, dim in GENERATE_OUTPUTS],
-            "instance_group": [{"count": 1, "kind": Word("KIND_CPU")}],
+            "instance_group": [{"count": 1, **device}],
             "parameters": [{"key": key, "value": {"string_value": str(v)}} for key, v in parameters.items()],
         }
     )

@@ -1,7 +1,8 @@
-"""Triton's entry: requests in, text out. Needs numpy, onnxruntime, tokenizers and jinja2, and nothing else."""
+"""Triton's entry: requests in, text out. Needs numpy, tokenizers, jinja2, the artifact's runtime, and nothing else."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import queue
 import threading
@@ -14,9 +15,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
-from .engine import ENGINES
 from .sampling import Sampling
-from .scheduler import Failure, Job, Limits, RefusedError, Scheduler
+from .scheduler import Engine, Failure, Job, Limits, RefusedError, Scheduler
 from .text import Text
 
 SAMPLING = {
@@ -45,9 +45,7 @@ class TritonPythonModel:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         self.limits = Limits(*(int(parameters[name]) for name in ("max_batch", "max_length", "max_queue")))
         self.text = Text(folder)
-        engine = ENGINES[parameters["cache"]](
-            folder / "model.onnx", self.limits.rows, self.limits.length, int(parameters["threads"])
-        )
+        engine = open_engine(folder, parameters, self.limits, int(args["model_instance_device_id"]))
         self.scheduler = Scheduler(engine, self.text, self.limits)
         self.outbox = Outbox()
 
@@ -68,6 +66,19 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self.scheduler.close()
         self.outbox.close()
+
+
+def open_engine(folder: Path, parameters: dict[str, str], limits: Limits, device: int) -> Engine:
+    """The artifact in `folder` on the runtime that it was made for; no other needs to be installed."""
+    if parameters["runtime"] == "onnxruntime":
+        from .engine import ENGINES
+
+        kind = ENGINES[parameters["cache"]]
+        return kind(folder / "model.onnx", limits.rows, limits.length, int(parameters["threads"]))
+    from .tensorrt_engine import Device, TensorRTEngine
+
+    trt = importlib.import_module(parameters["runtime"])
+    return TensorRTEngine(folder / "model.engine", trt, Device(device), limits.length)
 
 
 def read_request(request: Any, text: Text) -> tuple[Job, bool]:

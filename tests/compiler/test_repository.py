@@ -13,7 +13,7 @@ import pytest
 
 from compiler.artifact import Artifact, TensorSpec, write_manifest
 from compiler.repository import RUNTIME, RUNTIME_FILES, write_repository
-from compiler.repository_readme import REQUIREMENTS
+from compiler.repository_readme import ONNXRUNTIME, REQUIREMENTS
 from compiler.triton_config import bare_config, generate_config
 from passes.errors import UserError
 from tests.conftest import ROOT
@@ -36,7 +36,7 @@ ENGINE = replace(
     path="sm89/model.engine",
     inputs=(*CPU.inputs, TensorSpec("past_key_values.0.key", "bfloat16", ("batch", 2, "past", 64))),
     limits={"cache": "concat"},
-    engine={"builder": "tensorrt", "profiles": [{}, {}]},
+    engine={"builder": "tensorrt", "version": "10.13.0", "profiles": [{}, {}]},
 )
 
 
@@ -112,24 +112,37 @@ def test_several_artifacts_are_named_after_their_targets(tmp_path: Path) -> None
     engine = replace(ENGINE, plugins=("plugins/libwoq.so",))
     out = output(tmp_path / "out", CPU, engine, model="tiny.onnx")
     served = write_repository(out, tmp_path / "repository")
-    assert [each.models for each in served] == [("tiny_x86", "tiny_x86_generate"), ("tiny_sm89",)]
-    assert {"tiny_sm89/1/model.plan", "plugins/libwoq.so"} <= files(tmp_path / "repository")
+    assert [each.models for each in served] == [("tiny_x86", "tiny_x86_generate"), ("tiny_sm89", "tiny_sm89_generate")]
+    generate = {f"tiny_sm89_generate/1/{name}" for name in ("model.engine", "libwoq.so", "tokenizer.json", "model.py")}
+    assert {"tiny_sm89/1/model.plan", "plugins/libwoq.so", *generate} <= files(tmp_path / "repository")
+    needed = (tmp_path / "repository" / "requirements.txt").read_text("utf-8").splitlines()
+    assert {"onnxruntime==1.32.0", "tensorrt==10.13.0"} <= set(needed)
     text = (tmp_path / "repository" / "README.md").read_text("utf-8")
     assert '--backend-config=tensorrt,plugins="plugins/libwoq.so"' in text
-    assert "| sm89 | none: only artifacts for ONNX Runtime have a generate model | python |" in text
+    assert "| sm89 | `tiny_sm89_generate` | python |" in text
+    config = (tmp_path / "repository" / "tiny_sm89_generate" / "config.pbtxt").read_text("utf-8")
+    assert '{ key: "runtime", value: { string_value: "tensorrt" } }' in config
+    assert "{ count: 1, kind: KIND_GPU, gpus: [0] }" in config
 
 
 @pytest.mark.parametrize(
     ("artifact", "reason"),
     [
-        (replace(ENGINE, kind="kit"), "a build kit is not a model yet"),
-        (replace(ENGINE, engine={"builder": "tensorrt_rtx"}), "no backend for TensorRT-RTX engines"),
+        (replace(ENGINE, engine={"builder": "tensorrt_rtx", "version": "1"}), "no backend for TensorRT-RTX engines"),
         (replace(ENGINE, limits={"cache": "shared"}), "does not alias past and present"),
     ],
 )
-def test_what_triton_cannot_serve_is_said(tmp_path: Path, artifact: Artifact, reason: str) -> None:
+def test_what_only_the_generate_model_can_serve(tmp_path: Path, artifact: Artifact, reason: str) -> None:
     out, folder = output(tmp_path / "out", artifact), tmp_path / "repository"
-    with pytest.raises(UserError, match=reason):
+    (served,) = write_repository(out, folder)
+    assert served.models == ("tiny_generate",)
+    assert "none: Triton" in (folder / "README.md").read_text("utf-8")
+    assert reason in (folder / "README.md").read_text("utf-8")
+
+
+def test_what_triton_cannot_serve_is_said(tmp_path: Path) -> None:
+    out, folder = output(tmp_path / "out", replace(ENGINE, kind="kit")), tmp_path / "repository"
+    with pytest.raises(UserError, match="a build kit is not a model yet"):
         write_repository(out, folder)
     assert not folder.exists()
 
@@ -184,4 +197,4 @@ print(json.dumps(sorted({{m.partition(".")[0] for m in set(sys.modules) - before
 
 def test_the_versions_are_those_of_the_tests() -> None:
     tested = (ROOT / "tests" / "serving" / "requirements.txt").read_text("utf-8").splitlines()
-    assert {line.partition(" ")[0] for line in REQUIREMENTS} <= set(tested)
+    assert {line.partition(" ")[0] for line in (*REQUIREMENTS, ONNXRUNTIME)} <= set(tested)
