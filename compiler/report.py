@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,12 +57,14 @@ def show_explanation(planned: Plan) -> None:
     for entry in planned.ledger.entries:
         if entry.rewrite.startswith("Lower") and entry.done:
             lowered.setdefault(entry.node, []).append(entry.done.partition(" -> ")[2])
-    table = Table("layer", "quantized to", "runs as, or why it stays float", title="linear layers")
+    same: dict[tuple[str, str, str], list[str]] = {}
     for path, decision in planned.decisions.items():
-        if isinstance(decision, QuantTensor):
-            table.add_row(path, str(decision), " | ".join(dict.fromkeys(lowered.get(path, []))))
-        else:
-            table.add_row(path, "float", decision.reason)
+        quantized = isinstance(decision, QuantTensor)
+        how = " | ".join(dict.fromkeys(lowered.get(path, []))) if quantized else decision.reason
+        same.setdefault((pattern(path), str(decision) if quantized else "float", how), []).append(path)
+    table = Table("layers", "quantized to", "runs as, or why it stays float", title="linear layers")
+    for (layer, kind, how), paths in same.items():
+        table.add_row(layer.replace("*", numbers(paths)), kind, how)
     console.print(table)
     show_orders(planned)
     linears = set(planned.decisions) | set(lowered)
@@ -72,6 +75,21 @@ def show_explanation(planned: Plan) -> None:
         for (rewrite, reason), count in others.items():
             rest.add_row(rewrite, str(count), reason)
         console.print(rest)
+
+
+def pattern(path: str) -> str:
+    """`model.layers.3.mlp.up_proj` -> `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+\.", ".*.", path, count=1)
+
+
+def numbers(paths: list[str]) -> str:
+    """The layers that share a pattern: `{0-3,7}`, or the number alone."""
+    found = sorted(int(m[1]) for path in paths if (m := re.search(r"\.(\d+)\.", path)))
+    if len(found) < 2:
+        return "".join(map(str, found))
+    starts = [n for n in found if n - 1 not in found]
+    ends = [n for n in found if n + 1 not in found]
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) + "}"
 
 
 def show_orders(planned: Plan) -> None:

@@ -140,7 +140,7 @@ class Strip:
         self.start, self.filled = 0, 0
 
     def put(self, block: Array) -> None:
-        """Takes columns [rows, n]. A few at a time: a transposed block copied whole misses the cache on each element."""
+        """Takes columns [rows, n], a few at a time: a transposed block copied whole misses the cache every time."""
         block = block.reshape(self.rows, -1)
         taken = 0
         while taken < block.shape[1]:

@@ -23,7 +23,7 @@ def weights(k: int = K) -> dict[str, np.ndarray]:
 
 
 def tokens(k: int = K) -> np.ndarray:
-    """Ordinary rows, a row of zeros, a row 50 times larger and channels 30 times larger: what breaks int8 activations."""
+    """Ordinary rows, a row of zeros, a row 50 times larger, channels 30 times larger: what breaks int8 activations."""
     x = np.random.default_rng(1).standard_normal((2, 5, k)).astype(np.float32)
     x[0, 1] = 0
     x[1, 2] *= 50
@@ -59,7 +59,7 @@ def test_two_limbs_add_less_than_bfloat16_would(tmp_path: Path) -> None:
         assert per_row(got, want) < 1.7e-3
 
 
-def test_limbs_are_made_once_for_all_consumers(tmp_path: Path) -> None:
+def test_limbs_are_made_once_for_all_consumers() -> None:
     w = weights()
     lowered = run(quantize(linear_graph(w), w, bits=8), linear_passes("exact", ONE_LIMB_X86), Ledger())
     ops = [n.op for n in lowered.nodes]
