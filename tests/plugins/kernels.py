@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import mmap
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,17 @@ from tools.gpu.library import PTR, Library
 Array = NDArray[Any]
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "plugins" / "weight_only_gemm"
+# cmake, ninja and nvcc may be Python packages of this environment
+TOOLS = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+WITH_TOOLS = {**os.environ, "PATH": TOOLS}
+
+
+def cuda_wheels() -> Path | None:
+    """Where nvidia-cuda-nvcc and its companions are installed, if they are."""
+    spec = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
+    return Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
+
+
 KERNELS = ("gemm.cu", "int8.cu", "plain.cu")
 
 

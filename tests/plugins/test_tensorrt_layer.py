@@ -33,7 +33,7 @@ from plugins import ops
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
 from tests.plugins.cases import Case
-from tests.plugins.kernels import ROOT, Emulated
+from tests.plugins.kernels import ROOT, Emulated, cuda_wheels
 
 HOST = Path(__file__).with_name("tensorrt_host.cpp")
 THIRD_PARTY = ROOT / ".third_party"
@@ -51,8 +51,8 @@ def cuda_headers() -> Path:
     found = [Path("/usr/local/cuda/include")]
     if nvcc := shutil.which("nvcc"):
         found.insert(0, Path(nvcc).resolve().parents[1] / "include")
-    if wheels := importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None:
-        found += [Path(p) / "include" for p in wheels.submodule_search_locations or ()]
+    if wheels := cuda_wheels():
+        found.append(wheels / "include")
     for folder in found:
         if (folder / "cuda_runtime_api.h").exists():
             return folder
