@@ -51,6 +51,31 @@ def weight(quant: QuantTensor) -> Array:
     return w
 
 
+def pack(fields: Array, bits: int) -> Array:
+    """Fields [R, C] -> int32 [ceil(R * bits / 32), C], the first field in the lowest bits."""
+    per = 32 // bits
+    padded = np.pad(fields.astype(np.uint64), ((0, -len(fields) % per), (0, 0)))
+    shifts = np.arange(per, dtype=np.uint64)[None, :, None] * np.uint64(bits)
+    return (padded.reshape(-1, per, fields.shape[1]) << shifts).sum(axis=1).astype(np.uint32).view(np.int32)
+
+
+def gptq_tensors(
+    path: str, codes: Array, zero: Array, scale: Array, bits: int, g_idx: Array | None = None, *, v2: bool = False
+) -> dict[str, Array]:
+    """codes [K, N], zero and scale [G, N] -> the tensors as GPTQModel writes them.
+
+    Its `gptq` format takes 1 off every field with one subtraction a word, so that a zero of 0 borrows.
+    """
+    words = pack(zero.T, bits).view(np.uint32).T
+    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    stored_zero = words if v2 else words - ones
+    tensors = {"qweight": pack(codes, bits), "qzeros": np.ascontiguousarray(stored_zero).view(np.int32)}
+    tensors["scales"] = scale.astype(np.float16)
+    if g_idx is not None:
+        tensors["g_idx"] = g_idx.astype(np.int32)
+    return {f"{path}.{name}": array for name, array in tensors.items()}
+
+
 def digest(matrix: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(matrix, np.float32).tobytes()).hexdigest()
 

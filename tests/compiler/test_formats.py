@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,8 +19,9 @@ from compiler.frontend import hf
 from compiler.inspect import inspect
 from compiler.request import Request
 from passes.lazy import Array
-from passes.quant import QuantTensor
-from tests.checkpoints import DOWN_PROJ, HERE, NAMES, TINY, whole_checkpoint
+from passes.quant import QuantTensor, quantize_asymmetric
+from passes.rewrite import Reject
+from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
 from tools.bench_formats import reference_logits
 from tools.make_checkpoints import values
 from tools.perplexity import artifact_logits, perplexity, windows
@@ -127,6 +129,39 @@ def written_codes(written: dict[str, onnx.TensorProto], path: str) -> Array:
         return onnx.numpy_helper.to_array(written[f"{path}.codes_s8"]).T
     codes = onnx.numpy_helper.to_array(written[f"{path}.b"])
     return np.stack([codes & 15, codes >> 4], 3).reshape(len(codes), -1)
+
+
+def requantized(path: str, bits: int, group: int) -> dict[str, Array]:
+    """A float layer of the example model as GPTQ tensors, its zero points off the centre."""
+    w = values(read_checkpoint(TINY)[f"{path}.weight"]).astype(np.float32)
+    block = quantize_asymmetric(w.reshape(len(w), -1, group).copy(), bits, np.dtype(np.float16))
+    return gptq_tensors(path, block.codes.T, block.zero.T, block.scale.T, bits)
+
+
+def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: list[Array]) -> None:
+    o_proj = Q_PROJ.replace("q_proj", "o_proj")
+
+    def change(config: dict[str, Any], tensors: dict[str, Array]) -> None:
+        rules = {
+            "-:.*o_proj": {},
+            "+:.*down_proj": {"bits": 8, "group_size": -1, "sym": False},
+            "lm_head": {"sym": False},
+        }
+        config["quantization_config"] |= {"dynamic": rules, "lm_head": True}
+        for name in [n for n in tensors if n.startswith((o_proj, DOWN_PROJ, "lm_head."))]:
+            del tensors[name]
+        tensors[f"{o_proj}.weight"] = values(read_checkpoint(TINY)[f"{o_proj}.weight"])
+        tensors |= requantized(DOWN_PROJ, 8, 768) | requantized("lm_head", 4, 128)
+
+    folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
+    planned = compile_model(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    kinds = {path: str(decision) for path, decision in planned.decisions.items()}
+    assert kinds[DOWN_PROJ] == "A16W8 per-channel asymmetric"
+    assert kinds["lm_head"] == "A16W4 group 128 asymmetric"
+    assert isinstance(planned.decisions[o_proj], Reject)
+    expected = perplexity(reference_logits(planned), parts[:2])
+    found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
+    assert abs(found / expected - 1) < 5e-4, f"{found} is not {expected}"
 
 
 @pytest.mark.parametrize(("name", "quant", "modes"), [

@@ -22,36 +22,17 @@ from passes.lazy import Array, FileTensor, InMemory
 from passes.linear import Linear
 from passes.quant import QuantTensor
 from passes.rewrite import Reject
-from tests.checkpoints import decoded, weight
-from tools.make_checkpoints import write_safetensors
+from tests.checkpoints import HERE, Q_PROJ, SHAPES, decoded, gptq_tensors, read_layer, weight
+from tools.make_checkpoints import values, write_safetensors
 
 PATH = "model.layers.0.mlp.down_proj"
 RANDOM = np.random.default_rng(11)
 
 
-def pack(fields: Array, bits: int) -> Array:
-    """Fields [R, C] -> int32 [ceil(R * bits / 32), C], the first field in the lowest bits."""
-    per = 32 // bits
-    padded = np.pad(fields.astype(np.uint64), ((0, -len(fields) % per), (0, 0)))
-    shifts = np.arange(per, dtype=np.uint64)[None, :, None] * np.uint64(bits)
-    return (padded.reshape(-1, per, fields.shape[1]) << shifts).sum(axis=1).astype(np.uint32).view(np.int32)
-
-
 def layer_tensors(
     codes: Array, zero: Array, scale: Array, bits: int, g_idx: Array | None = None, *, v2: bool = False
 ) -> dict[str, Array]:
-    """codes [K, N], zero and scale [G, N] -> the tensors as GPTQModel writes them.
-
-    Its `gptq` format takes 1 off every field with one subtraction a word, so that a zero of 0 borrows.
-    """
-    words = pack(zero.T, bits).view(np.uint32).T
-    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-    stored_zero = words if v2 else words - ones
-    tensors = {"qweight": pack(codes, bits), "qzeros": np.ascontiguousarray(stored_zero).view(np.int32)}
-    tensors["scales"] = scale.astype(np.float16)
-    if g_idx is not None:
-        tensors["g_idx"] = g_idx.astype(np.int32)
-    return {f"{PATH}.{name}": array for name, array in tensors.items()}
+    return gptq_tensors(PATH, codes, zero, scale, bits, g_idx, v2=v2)
 
 
 def random_layer(k: int, n: int, group: int, bits: int) -> tuple[Array, Array, Array]:
@@ -221,15 +202,28 @@ def test_both_places_of_the_config(tmp_path: Path) -> None:
         readers.find_reader(tmp_path, {"quantization_config": config(bits=4)}, {})
 
 
+def test_shards(tmp_path: Path) -> None:
+    name = "gptq-int4-g128-desc_act"
+    tensors = {n: values(t) for n, t in read_checkpoint(HERE / name).items()}
+    halves = [{n: a for i, (n, a) in enumerate(sorted(tensors.items())) if i % 2 == half} for half in (0, 1)]
+    for i, half in enumerate(halves):
+        write_safetensors(tmp_path / f"part{i}.safetensors", half)
+    index = {n: f"part{i}.safetensors" for i, half in enumerate(halves) for n in half}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "config.json").write_bytes((HERE / name / "config.json").read_bytes())
+    sharded, single = (read_layer(folder, Q_PROJ, SHAPES[Q_PROJ]) for folder in (tmp_path, HERE / name))
+    np.testing.assert_array_equal(weight(sharded), weight(single))
+
+
 def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bitsandbytes"):
         readers.find_reader(tmp_path, {"quantization_config": {"quant_method": "bitsandbytes"}}, {})
 
 
-SHAPES = st.tuples(st.sampled_from((4, 8)), st.integers(1, 4), st.sampled_from((8, 16, 24)), st.integers(1, 20))
+LAYERS = st.tuples(st.sampled_from((4, 8)), st.integers(1, 4), st.sampled_from((8, 16, 24)), st.integers(1, 20))
 
 
-@given(shape=SHAPES, seed=st.integers(0, 2**32 - 1), reordered=st.booleans(), v2=st.booleans())
+@given(shape=LAYERS, seed=st.integers(0, 2**32 - 1), reordered=st.booleans(), v2=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_any_layer_decodes_to_its_definition(
     shape: tuple[int, int, int, int], seed: int, reordered: bool, v2: bool, tmp_path_factory: pytest.TempPathFactory
