@@ -62,8 +62,6 @@ def compile_command(
         Path | None, typer.Option(help="examine a checkpoint's folder: format, layers, problems")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="with --inspect: machine-readable")] = False,
-    inspect: Annotated[Path | None, typer.Option(help="examine a checkpoint's folder: format, layers, problems")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="with --inspect: machine-readable")] = False,
     list_targets: Annotated[bool, typer.Option("--list-targets", help="print the targets")] = False,
 ) -> None:
     """Compile MODEL into quantized artifacts, one for each --target."""

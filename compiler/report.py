@@ -59,9 +59,11 @@ def show_explanation(planned: Plan) -> None:
             lowered.setdefault(entry.node, []).append(entry.done.partition(" -> ")[2])
     same: dict[tuple[str, str, str], list[str]] = {}
     for path, decision in planned.decisions.items():
-        quantized = isinstance(decision, QuantTensor)
-        how = " | ".join(dict.fromkeys(lowered.get(path, []))) if quantized else decision.reason
-        same.setdefault((pattern(path), str(decision) if quantized else "float", how), []).append(path)
+        if isinstance(decision, QuantTensor):
+            row = (pattern(path), str(decision), " | ".join(dict.fromkeys(lowered.get(path, []))))
+        else:
+            row = (pattern(path), "float", decision.reason)
+        same.setdefault(row, []).append(path)
     table = Table("layers", "quantized to", "runs as, or why it stays float", title="linear layers")
     for (layer, kind, how), paths in same.items():
         table.add_row(layer.replace("*", numbers(paths)), kind, how)
