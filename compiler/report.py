@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from compiler.artifact import Artifact
 from compiler.backend.writer import Progress as Report
@@ -64,7 +64,8 @@ def show_explanation(planned: Plan) -> None:
         else:
             row = (pattern(path), "float", decision.reason)
         same.setdefault(row, []).append(path)
-    table = Table("layers", "quantized to", "runs as, or why it stays float", title="linear layers")
+    layers = Column("layers", no_wrap=True)  # a name cut short says nothing
+    table = Table(layers, "quantized to", "runs as, or why it stays float", title="linear layers")
     for (layer, kind, how), paths in same.items():
         table.add_row(layer.replace("*", numbers(paths)), kind, how)
     console.print(table)
