@@ -88,14 +88,13 @@ def read_request(request: Any, text: Text) -> tuple[Job, bool]:
     messages = string(given, "messages")
     if (prompt is None) == (messages is None):
         raise ValueError("expected either text_input or messages")
-    if messages is not None:
-        prompt = text.chat(messages)
+    tokens = text.encode(prompt or "") if messages is None else text.chat(messages)
     sampling = Sampling(**{name: kind(scalar(given, name)) for name, kind in SAMPLING.items() if name in given})
     max_tokens = int(scalar(given, "max_tokens")) if "max_tokens" in given else DEFAULT_MAX_TOKENS
     min_tokens = int(scalar(given, "min_tokens")) if "min_tokens" in given else 0
     stop_words = tuple(word for word in strings(given, "stop_words") if word)
     stream = bool(scalar(given, "stream")) if "stream" in given else False
-    return Job(tuple(text.encode(prompt or "")), max_tokens, min_tokens, sampling, stop_words), stream
+    return Job(tuple(tokens), max_tokens, min_tokens, sampling, stop_words), stream
 
 
 def scalar(given: dict[str, Any], name: str) -> Any:

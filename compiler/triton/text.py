@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2.sandbox
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Text:
@@ -23,17 +27,20 @@ class Text:
         self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends])
         path = folder / "chat_template.jinja"
         source = path.read_text("utf-8") if path.is_file() else self.config.get("chat_template")
-        # The template came with the model: it runs in a sandbox.
-        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        sandbox.globals["raise_exception"] = refuse
-        self.template = sandbox.from_string(source) if isinstance(source, str) else None
+        if isinstance(source, list):  # several, by name
+            source = next((t["template"] for t in source if t["name"] == "default"), None)
+        self.template = sandbox().from_string(source) if isinstance(source, str) else None
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
-    def chat(self, messages: str) -> str:
-        """The prompt for a JSON list of {"role", "content"}."""
+    def chat(self, messages: str) -> list[int]:
+        """The prompt for a JSON list of {"role", "content"}; the template itself writes the special tokens."""
+        ids: list[int] = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        return ids
+
+    def render(self, messages: str) -> str:
         if self.template is None:
             raise ValueError("messages: the model has no chat template; send text_input")
         try:
@@ -42,7 +49,7 @@ class Text:
             raise ValueError(f"messages: not JSON: {error}") from None
         if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
             raise ValueError('messages: expected a list such as [{"role": "user", "content": "..."}]')
-        tokens = {key: token_text(self.config.get(key)) for key in ("bos_token", "eos_token")}
+        tokens = {key: token_text(self.config.get(key)) for key in SPECIAL_TOKENS}
         try:
             return self.template.render(messages=turns, add_generation_prompt=True, **tokens)
         except (jinja2.TemplateError, TypeError) as error:
@@ -87,8 +94,18 @@ def token_text(token: Any) -> str | None:
     return text
 
 
+def sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Where a chat template runs, for it came with the model; with what Hugging Face gives its templates."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return made
+
+
 def refuse(message: str) -> None:
-    """`raise_exception` of Hugging Face's chat templates."""
     raise jinja2.TemplateError(message)
 
 

@@ -108,6 +108,15 @@ def test_both_models_of_an_artifact(tmp_path: Path) -> None:
     assert (folder / "tiny_generate/1/config.json").stat().st_ino != (out / "x86/config.json").stat().st_ino
 
 
+def test_a_model_that_is_no_language_model_has_no_generate_model(tmp_path: Path) -> None:
+    out = output(tmp_path / "out", replace(CPU, llm=None), model="minilm.onnx")
+    (served,) = write_repository(out, tmp_path / "repository")
+    assert served.models == ("minilm",)
+    text = (tmp_path / "repository" / "README.md").read_text("utf-8")
+    assert "| x86 | none: it is no causal language model | python |" in text
+    assert "generate_stream" not in text
+
+
 def test_several_artifacts_are_named_after_their_targets(tmp_path: Path) -> None:
     engine = replace(ENGINE, plugins=("plugins/libwoq.so",))
     out = output(tmp_path / "out", CPU, engine, model="tiny.onnx")

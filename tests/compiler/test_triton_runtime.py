@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from compiler.triton.sampling import SHORTLIST, Sampler, Sampling, largest
 from compiler.triton.scheduler import CHUNK, Failure, Job, Limits, RefusedError, Scheduler
@@ -314,13 +316,35 @@ def test_stop_words(text: Text, stop_words: tuple[str, ...], shown: str, stopped
     assert detokenizer.stopped == stopped
 
 
+def test_a_template_has_what_hugging_face_gives_it(tmp_path: Path) -> None:
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    template = (
+        "{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}{{ strftime_now('%Y') | length }}{{ eos_token }}"
+    )
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    config = {"eos_token": "<|endoftext|>", "chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    turns = json.dumps([{"role": "user", "content": "é <"}] * 2)
+    assert Text(tmp_path).render(turns) == '{"role": "user", "content": "é <"}4<|endoftext|>'
+
+
+def test_a_chat_gets_its_special_tokens_from_the_template_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("<|endoftext|>{{ messages[0].content }}")
+    text = Text(tmp_path)
+    assert text.chat(json.dumps([{"role": "user", "content": "hi"}])) == text.encode("hi")
+    assert text.encode("hi").count(0) == 1
+
+
 def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
     shutil.copy(TINY / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": {"content": "<s>"}, "chat_template": "{{ bos_token }}{{ messages[0]['content'] }}"})
     )
     turns = json.dumps([{"role": "user", "content": "hi"}])
-    assert Text(tmp_path).chat(turns) == "<s>hi"
+    assert Text(tmp_path).render(turns) == "<s>hi"
     for bad in ("{{ ''.__class__.__mro__ }}", "{{ raise_exception('no system') }}", "{{ messages[7].content.x }}"):
         (tmp_path / "chat_template.jinja").write_text(bad)
         with pytest.raises(ValueError, match="the chat template refuses them"):
