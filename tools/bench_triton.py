@@ -142,7 +142,8 @@ def markdown(record: dict[str, Any]) -> str:
         "Written by `python -m tools.bench_triton`: the real Triton server on the machine that runs the clients.",
         "",
         "The example's architecture with 105 M random weights. Ratios are of one round, in which all take turns; the",
-        f"median of {ROUNDS} rounds.",
+        f"median of {ROUNDS} rounds. {record['cores']} cores, load {record['load'][0]:.1f} before and"
+        f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the machine.",
         "",
         "| weights | a step of tools/generate | one client : tools/generate | eight clients : one |",
         "|---|---|---|---|",
@@ -169,7 +170,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         scratch = Path(folder)
         scaled = scaled_example(scratch / "scaled")
-        record: dict[str, Any] = {"models": {}}
+        record: dict[str, Any] = {"cores": os.cpu_count(), "load": [os.getloadavg()[0]], "models": {}}
         for quant in ("none", "a16w8"):
             compiled = serve_compiled(scaled, quant, scratch)
             record["models"][quant] = compare(*compiled)
@@ -177,6 +178,7 @@ def main(
         record["clients"] = [asdict(r) for r in clients_plot(*compiled[1:], out / "triton.png")]
         _, repository, name = serve_compiled(EXAMPLE, "a16w8", scratch)
         record["soak"] = asdict(soak(repository, name, requests))
+    record["load"].append(os.getloadavg()[0])
     (out / "triton.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (out / "triton.md").write_text(markdown(record), "utf-8")
     print(markdown(record))
