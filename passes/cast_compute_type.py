@@ -54,8 +54,8 @@ def widen_outputs(graph: gs.Graph) -> None:
             continue
         name, tensor.name = tensor.name, f"{tensor.name}/{tensor.dtype.name}"
         graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
-        # Not named after its output, as the node that made the output may be.
-        add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/float32", to=onnx.TensorProto.FLOAT)
+        # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
+        add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,16 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
 
 
 def test_caches_change_type_and_other_inputs_do_not() -> None:
-    x, past, y, present = (variable(n) for n in ("x", "past_key_values.0.key", "logits", "present.0.key"))
-    nodes = [gs.Node("Neg", "logits", {}, [x], [y]), gs.Node("Neg", "b", {}, [past], [present])]
+    """One output is read by a node that computes in float32, and each is made by a node of its own name."""
+    x, past, y, root, present = (variable(n) for n in ("x", "past_key_values.0.key", "logits", "r", "present.0.key"))
+    nodes = [
+        gs.Node("Neg", "logits", {}, [x], [y]),
+        gs.Node("Sqrt", "root", {}, [y], [root]),
+        gs.Node("Mul", "present.0.key", {}, [past, root], [present]),
+    ]
     cast = cast_compute_type(graph(nodes, [x, past], [y, present]), np.dtype(ml_dtypes.bfloat16), Ledger())
     assert [t.dtype.name for t in (*cast.inputs, *cast.outputs)] == ["float32", "bfloat16", "float32", "bfloat16"]
-    assert [node.op for node in cast.nodes].count("Cast") == 2
+    assert [node.op for node in cast.nodes].count("Cast") == 4  # x, the root's input and output, logits
     assert len({node.name for node in cast.nodes}) == len(cast.nodes)
 
 
