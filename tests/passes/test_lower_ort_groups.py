@@ -1,0 +1,94 @@
+"""Group-wise weights on a CPU, exactly: by a Scan over groups for int8 tokens, by two limbs for float ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from passes.insert_qdq import InsertDequantize, QuantizeActivations
+from passes.lazy import InMemory, View, view_of
+from passes.lower_ort_blocks import LowerToExactBlocks
+from passes.lower_ort_groups import LowerGroups
+from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs, linear_passes
+from passes.quant import Activations, InstantQuant, QuantTensor
+from passes.rewrite import Ledger, run
+from passes.verify import Stage, verify
+from tests.graphs import evaluate, linear_graph
+from tests.passes.test_lower_ort_linear import per_row, tokens, weights
+
+F32 = np.dtype(np.float32)
+LIMBS = pytest.mark.parametrize("limb", [ONE_LIMB_X86, ONE_LIMB_ARM], ids=["u8", "s8"])
+
+
+def lowered_by(canonical: gs.Graph, limb: Limbs) -> gs.Graph:
+    passes = linear_passes("exact", limb, LowerGroups(limb), LowerToExactBlocks())
+    lowered = run(canonical.copy(), passes, Ledger())
+    verify(lowered, Stage.ONNXRUNTIME)
+    return lowered
+
+
+def canonical_of(
+    w: dict[str, np.ndarray], bits: int, group_size: int, activations: Activations, symmetric: bool = False
+) -> gs.Graph:
+    """The Q/DQ form of a linear for each weight, as a checkpoint of that kind gives it."""
+    table = {}
+    for path, matrix in w.items():
+        group = matrix.shape[1] if group_size == -1 else group_size
+        source = InstantQuant(path, InMemory(matrix), bits, group, symmetric, F32)
+        table[path] = QuantTensor(path, source, matrix.shape, bits, group, symmetric, F32, activations)
+    return run(linear_graph(w), (InsertDequantize(table), QuantizeActivations()), Ledger())
+
+
+def ops(graph: gs.Graph) -> list[str]:
+    return [node.op for node in graph.nodes]
+
+
+@LIMBS
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 32), (4, 64), (4, -1)])
+def test_int8_tokens_are_the_twin(bits: int, group: int, symmetric: bool, limb: Limbs, tmp_path: Path) -> None:
+    w, x = weights(), tokens()
+    canonical = canonical_of(w, bits, group, "int8", symmetric)
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = lowered_by(canonical, limb)
+    assert ops(lowered).count("Scan") == (0 if group == -1 else 3)
+    assert ops(lowered).count("QuantizeLinear") == 1
+    for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
+        assert per_row(got, want) < 4e-6
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 16), (4, 128)])
+def test_float_tokens_lose_less_than_bfloat16_would(bits: int, group: int, tmp_path: Path) -> None:
+    w, x = weights(), tokens()
+    canonical = canonical_of(w, bits, group, "float")
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = lowered_by(canonical, ONE_LIMB_X86)
+    assert ops(lowered).count("MatMulNBits") == 3
+    assert ops(lowered).count("Round") == 1  # the limbs of one x serve all its consumers
+    for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
+        assert per_row(got, want) < 5e-4
+
+
+def test_inputs_of_no_whole_blocks_are_left_to_the_plain_form() -> None:
+    w = weights(200)
+    lowered = lowered_by(canonical_of(w, 4, -1, "float"), ONE_LIMB_X86)
+    assert ops(lowered).count("MatMulNBits") == 3
+    assert "Round" not in ops(lowered)
+
+
+@pytest.mark.parametrize("name", ["q.codes_u8", "q.zeros_u8", "q.scales_f32"])
+def test_the_bounds_bite(name: str, tmp_path: Path) -> None:
+    w, x = weights(), tokens()
+    canonical = canonical_of(w, 4, 32, "int8")
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = lowered_by(canonical, ONE_LIMB_X86)
+    constant = lowered.tensors()[name]
+    assert isinstance(view_of(constant), View)
+    values = np.array(view_of(constant).load())
+    values[(0,) * values.ndim] = values[(0,) * values.ndim] * np.float32(1.01) + (values.dtype != np.float32)
+    constant.values = values
+    got = evaluate(lowered, {"x": x}, tmp_path)
+    assert max(per_row(a, b) for a, b in zip(got, twin, strict=True)) > 1e-5
