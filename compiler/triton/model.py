@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
 from .sampling import Sampling
-from .scheduler import Engine, Failure, Job, Limits, RefusedError, Scheduler
+from .scheduler import Engine, Failure, Job, Limits, RefusedError, Scheduler, internal
 from .text import Text
 
 SAMPLING = {
@@ -61,7 +61,7 @@ class TritonPythonModel:
             except ValueError as error:
                 refuse(sender, Failure.INVALID, str(error))
             except Exception as error:  # whatever a request contains, the server lives
-                refuse(sender, Failure.INTERNAL, f"internal error: {type(error).__name__}: {error}")
+                refuse(sender, Failure.INTERNAL, internal(error))
 
     def finalize(self) -> None:
         self.scheduler.close()

@@ -154,7 +154,7 @@ class Scheduler:
                 self.join()
                 self.decode()
             except Exception as error:  # a failing step ends its requests, not the server
-                self.fail(Failure.INTERNAL, f"internal error: {type(error).__name__}: {error}", self.in_rows())
+                self.fail(Failure.INTERNAL, internal(error), self.in_rows())
                 self.joining, self.running = None, []
         self.fail(Failure.CLOSING, UNLOADED, [*self.in_rows(), *self.waiting])
 
@@ -208,30 +208,36 @@ class Scheduler:
             self.advance(row, logits[row])
 
     def advance(self, row: int, logits: Array) -> None:
-        """Chooses the next token of `row`, sends what text it makes, and ends the sequence where it ends."""
+        """Chooses the next token of `row`, sends what text it makes, and lets the sequence go where it ends."""
         sequence = self.running[row]
+        try:
+            ended = self.extend(sequence, logits)
+        except Exception as error:  # of this sequence alone: the others go on
+            self.fail(Failure.INTERNAL, internal(error), [sequence])
+            ended = True
+        if ended:
+            self.leave(row)
+
+    def extend(self, sequence: Sequence, logits: Array) -> bool:
+        """Gives `sequence` its next token; was that its last?"""
         if sequence.generated < sequence.job.min_tokens:
             logits[self.end_tokens] = -np.inf
         token = sequence.sampler.choose(logits)
         if token in self.end_tokens:
-            return self.finish(row, "stop", sequence.detokenizer.finish())
+            sequence.reply.piece(sequence.detokenizer.finish(), sequence.unsent, "stop")
+            return True
         sequence.token = token
         sequence.generated += 1
         sequence.unsent.append(token)
-        piece = sequence.detokenizer.add(token)
+        piece, finish = sequence.detokenizer.add(token), ""
         if sequence.detokenizer.stopped:
-            return self.finish(row, "stop", piece)
-        if sequence.generated == sequence.job.max_tokens:
-            return self.finish(row, "length", piece + sequence.detokenizer.finish())
-        if piece:
-            sequence.reply.piece(piece, sequence.unsent, "")
+            finish = "stop"
+        elif sequence.generated == sequence.job.max_tokens:
+            piece, finish = piece + sequence.detokenizer.finish(), "length"
+        if piece or finish:
+            sequence.reply.piece(piece, sequence.unsent, finish)
             sequence.unsent = []
-        return None
-
-    def finish(self, row: int, reason: str, piece: str) -> None:
-        sequence = self.running[row]
-        sequence.reply.piece(piece, sequence.unsent, reason)
-        self.leave(row)
+        return bool(finish)
 
     def leave(self, row: int) -> None:
         """Frees `row`: the last running sequence moves there, and the one that is joining follows."""
@@ -242,3 +248,7 @@ class Scheduler:
         self.running.pop()
         if self.joining is not None:
             self.engine.move(last + 1, last, self.joining.done)
+
+
+def internal(error: Exception) -> str:
+    return f"internal error: {type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -223,6 +224,17 @@ def test_a_failing_step_ends_its_requests_only(text: Text) -> None:
         wait(after)
     assert victim.failure == (Failure.INTERNAL, "internal error: RuntimeError: a worn out engine")
     assert after.tokens == continuation((2,), 5)
+
+
+def test_a_sequence_that_fails_is_alone(text: Text) -> None:
+    with Running(text, Limits(rows=3, length=64)) as running:
+        running.engine.go.clear()
+        victim, others = running.submit((1,), 5), [running.submit((i,), 5) for i in (2, 3)]
+        victim.piece = Mock(side_effect=[None, ValueError("no such text")])  # type: ignore[method-assign]
+        running.engine.go.set()
+        wait(victim, *others)
+    assert victim.failure == (Failure.INTERNAL, "internal error: ValueError: no such text")
+    assert [other.tokens for other in others] == [continuation((i,), 5) for i in (2, 3)]
 
 
 def test_unloading_tells_everybody(text: Text) -> None:
