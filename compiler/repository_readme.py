@@ -97,6 +97,8 @@ curl -N localhost:8000/v2/models/{name}/generate_stream \\
 
 {inputs}
 
+They are decoupled: ask over gRPC streams, or over HTTP's `generate` and `generate_stream`.
+
 Outputs: `text_output` and `output_ids` hold what is new in this response; `finish_reason` is empty until the last one,
 then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from compiler.repository import write_repository
 from compiler.triton_config import GENERATE_INPUTS, GENERATE_OUTPUTS
 from passes.errors import UserError
+from tests.conftest import ROOT
 from tools.generate import Model
 from tools.load_test import ask, measure
 from tools.serve import ENVIRONMENT, Server, serving, stop
@@ -252,6 +254,20 @@ def test_what_cannot_be_served_is_said(repository: Path, tmp_path: Path) -> None
     (broken / MODEL / "1" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"the server ended with code 1\n(.|\n)*load failed for model"), serving(broken):
         pass
+
+
+def test_the_command_serves_until_it_is_ended(repository: Path) -> None:
+    command = [sys.executable, "-m", "tools.serve", str(repository)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        address = ready.partition("http ")[2].partition(",")[0]
+        assert ask(address, MODEL, {"text_input": "Once upon a time"}).finish == "stop", ready
+        process.terminate()
+        assert process.wait(40) == 0
+        assert process.stdout.read() == "stopped\n"
+    with pytest.raises(ConnectionRefusedError):
+        ask(address, MODEL, {"text_input": "Once upon a time"})
 
 
 def test_sigterm_while_generating(repository: Path) -> None:
