@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,27 +101,42 @@ def processes(root: int) -> Iterator[int]:
             yield from processes(int(child))
 
 
-def memory(root: int) -> int:
-    """Bytes of anonymous memory of a process tree: what the machine must have. Mapped files can be dropped."""
-    total = 0
-    for pid in processes(root):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                total += int(line.split()[1]) << 10
-    return total
+@dataclass
+class Usage:
+    """What a process tree used. Memory is anonymous: mapped files can be dropped when others need the room."""
+
+    peak: int = 0  # bytes, of all processes together
+    builder_peak: int = 0  # bytes, of the process that builds the engine
+    builder_seconds: float = 0.0  # for how long such a process was there
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def sample(self, root: int, interval: float) -> None:
+        total = builder = 0
+        for pid in processes(root):
+            size = anonymous(pid)
+            total += size
+            if b"trt_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                builder = size
+                self.builder_seconds += interval
+        self.peak, self.builder_peak = max(self.peak, total), max(self.builder_peak, builder)
 
 
-def run_measured(command: list[str]) -> tuple[float, int]:
-    """Seconds, and the peak of `memory`, sampled ten times a second."""
-    peak, started = 0, time.monotonic()
+def anonymous(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def run_measured(command: list[str]) -> Usage:
+    """Runs `command`, sampling its memory ten times a second."""
+    usage, started, interval = Usage(), time.monotonic(), 0.1
     child = subprocess.Popen(command)
     done = threading.Event()
 
     def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.1):
+        while not done.wait(interval):
             try:
-                peak = max(peak, memory(child.pid))
+                usage.sample(child.pid, interval)
             except (FileNotFoundError, ProcessLookupError):
                 continue  # a process ended while it was read
 
@@ -130,7 +147,10 @@ def run_measured(command: list[str]) -> tuple[float, int]:
     sampler.join()
     if status:
         sys.exit(status)
-    return time.monotonic() - started, peak
+    usage.seconds = time.monotonic() - started
+    times = resource.getrusage(resource.RUSAGE_CHILDREN)
+    usage.cpu_seconds = times.ru_utime + times.ru_stime
+    return usage
 
 
 def main(
@@ -144,16 +164,17 @@ def main(
     model, target = work / "model", work / "out"
     shutil.rmtree(work, ignore_errors=True)
     write_checkpoint(model, SHAPES[shape])
+    load = round(os.getloadavg()[0], 1)  # what else the machine was doing: with it, wall time says little
     try:
         command = [sys.executable, "-m", "compiler", str(model), *options, "-o", str(target)]
-        seconds, peak = run_measured(command)
+        usage = run_measured(command)
         artifacts = json.loads((target / "manifest.json").read_text())["artifacts"]
         record = {
             "shape": shape,
             "options": options,
             "checkpoint_bytes": (model / "model.safetensors").stat().st_size,
-            "seconds": round(seconds, 1),
-            "peak_memory_bytes": peak,
+            **{key: round(value, 1) for key, value in asdict(usage).items()},
+            "load_average_before": load,
             "engines": {a["target"]: a["engine"]["bytes"] for a in artifacts if a["kind"] == "engine"},
             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
         }
