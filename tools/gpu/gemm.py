@@ -17,6 +17,11 @@ from tools.gpu.library import Library, Plan
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
+DEVICE = "cuda"  # tests of this module put the emulator's memory here
+
+
+def current_stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream) if DEVICE == "cuda" else 0
 
 
 def device_numbers() -> dict[str, int]:
@@ -65,10 +70,10 @@ def random_weight(
         "high": np.full(scale.shape, float(top)),
     }[zeros]
     return Weight(
-        codes=torch.from_numpy(layout.pack(natural, bits).copy()).cuda(),
-        natural=torch.from_numpy(natural).cuda(),
-        affine=torch.from_numpy(np.stack((scale, zero), axis=-1)).cuda().to(dtype).contiguous(),
-        bias=torch.from_numpy(rng.standard_normal(n)).cuda().to(dtype) if bias else None,
+        codes=torch.from_numpy(layout.pack(natural, bits).copy()).to(DEVICE),
+        natural=torch.from_numpy(natural).to(DEVICE),
+        affine=torch.from_numpy(np.stack((scale, zero), axis=-1)).to(DEVICE, dtype).contiguous(),
+        bias=torch.from_numpy(rng.standard_normal(n)).to(DEVICE, dtype) if bias else None,
         bits=bits,
         group=group,
     )
@@ -102,14 +107,15 @@ class Gemm:
 
     @staticmethod
     def poisoned(size: int) -> torch.Tensor:
-        return torch.full((size + 2 * GUARD,), POISON, dtype=torch.uint8, device="cuda")
+        return torch.full((size + 2 * GUARD,), POISON, dtype=torch.uint8, device=DEVICE)
 
     def __call__(self) -> None:
-        self.library.launch(self.problem, self.tensors, torch.cuda.current_stream().cuda_stream)
+        self.library.launch(self.problem, self.tensors, current_stream())
 
     def output(self) -> torch.Tensor:
         """The result; checks that nothing outside the output and the workspace was written."""
-        torch.cuda.synchronize()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         for name, memory in (("y", self.y_memory), ("workspace", self.workspace)):
             edges = torch.cat((memory[:GUARD], memory[-GUARD:]))
             if not bool((edges == POISON).all()):
@@ -120,27 +126,29 @@ class Gemm:
 def exact(x: torch.Tensor, w: Weight, options: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 result and sum|x||w|, as plugins/weight_only_gemm/semantics.py defines them."""
     attrs = OP.attributes({k: v for k, v in options.items() if k not in ("wide", "plain")})
-    rows, row_scale = x.to(torch.float64), torch.ones((), dtype=torch.float64, device="cuda")
+    rows, row_scale = x.to(torch.float64), torch.ones((), dtype=torch.float64, device=DEVICE)
     if attrs["activation_bits"] == 8:
         narrow = x.to(torch.float32)
         amax = narrow.abs().amax(1, keepdim=True)
-        amax = torch.where(amax == 0, torch.full_like(amax, 127), amax)
-        rows = (narrow * (127 / amax)).round().clamp(-127, 127).to(torch.float64)
-        row_scale = (amax / 127).to(torch.float64)
+        top = torch.full_like(
+            amax, 127
+        )  # a tensor: torch divides by or into a number with a reciprocal, rounding twice
+        amax = torch.where(amax == 0, top, amax)
+        rows = (narrow * (top / amax)).round().clamp(-127, 127).to(torch.float64)
+        row_scale = (amax / top).to(torch.float64)
     dense = w.dense(torch.float64)
     value, magnitude = rows @ dense.T * row_scale, rows.abs() @ dense.abs().T * row_scale.abs()
     if w.bias is not None:
         value, magnitude = value + w.bias.to(torch.float64), magnitude + w.bias.to(torch.float64).abs()
 
     def activate(v: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(ACTIVATIONS[attrs["activation"]](v.cpu().numpy()))).cuda()
+        return torch.from_numpy(np.asarray(ACTIVATIONS[attrs["activation"]](v.cpu().numpy()))).to(DEVICE)
 
     if not attrs["gated"]:
         return activate(value) if attrs["activation"] else value, magnitude
     (gate, up), (gm, um) = (t.view(len(x), -1, 2, 8).unbind(2) for t in (value, magnitude))
-    gate = activate(gate)
-    y, m = gate * up, gm * up.abs() + um * gate.abs() + gm * um * 2.0**-20
-    return y.reshape(len(x), -1), m.reshape(len(x), -1)
+    m = gm * up.abs() + um * gate.abs() + gm * um * 2.0**-20
+    return (activate(gate) * up).reshape(len(x), -1), m.reshape(len(x), -1)
 
 
 def check(gemm: Gemm, frobenius: float, element: float) -> torch.Tensor:
