@@ -80,9 +80,21 @@ def tensorrt_cell(method: Method, target: Target) -> Cell:
         return Cell(Shown.REFUSED, "no int8 by int4 product without a plugin")
     if target.sm == 70:
         return Cell(Shown.REFUSED, "TensorRT 10.4, the last for Volta, has no Attention operator")
+    limit = tensorrt_limit(method, target)
     if target.rtx and not (target.sm == 75 and method.weight_format == "uint4"):
-        return Cell(Shown.BUILT)
-    return Cell(Shown.COMPILED, "build kit")
+        return Cell(Shown.BUILT, limit)
+    return Cell(Shown.COMPILED, "; ".join(filter(None, ("build kit", limit))))
+
+
+def tensorrt_limit(method: Method, target: Target) -> str:
+    """What the builder's own tables of kernels showed of the native forms; `tests/compiler/test_fusion.py` holds them."""
+    if method.weight_format != "int8":
+        return ""
+    if method.activate:
+        return "by channel only" if method.sub_channel else ""
+    if target.sm == 75:
+        return "weights expanded on every run"
+    return "groups expanded on every run" if method.sub_channel else ""
 
 
 def check_supported(targets: Iterable[Target], config: QuantConfig | None) -> None:
