@@ -75,7 +75,6 @@ def through_triton(server: Server, name: str, clients: int) -> float:
 
 def generate_loop(out: Path, pipe: Connection) -> None:
     """Tokens a second of tools/generate, prefill included as it is for a client, each time that `pipe` asks."""
-    os.setsid()  # as the server has: a scheduler that is fair to sessions treats both alike
     model = Model(out)
     prompt = Tokenizer.from_file(str(model.folder / "tokenizer.json")).encode(PROMPT).ids
     while pipe.recv():

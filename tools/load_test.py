@@ -170,12 +170,12 @@ def percentiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def resident(leader: int) -> int:
-    """Bytes of memory that the processes of `leader`'s session hold; 0 where this system does not say."""
+    """Bytes of memory that the processes of `leader`'s group hold; 0 where this system does not say."""
     total = 0
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text("utf-8").rpartition(")")[2].split()
-            if int(fields[3]) == leader:
+            if int(fields[2]) == leader:
                 memory = (status.parent / "smaps_rollup").read_text("utf-8").split("Pss:")[1]
                 total += int(memory.split()[0]) << 10
         except (OSError, IndexError, ValueError):  # it ended meanwhile

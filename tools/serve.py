@@ -161,13 +161,14 @@ def start(
     command = [*installed.command, *(f"--{key}={value}" for key, value in options.items())]
     command += [f"--load-model={name}" for name in models]
     with log.open("wb") as file:
-        # Its own session: Ctrl-C reaches this process, which stops the server in order.
+        # Its own process group: Ctrl-C reaches this process, which stops the server in order. Not a session of its own:
+        # a kernel that is fair to sessions would give it a share that other programs do not get.
         process = subprocess.Popen(
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **installed.environment},
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # noqa: PLW1509  # process_group=0 from Python 3.11 on
         )
     return Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
 
