@@ -87,7 +87,7 @@ def tensorrt_cell(method: Method, target: Target) -> Cell:
 
 
 def tensorrt_limit(method: Method, target: Target) -> str:
-    """What the builder's own tables of kernels showed of the native forms; `tests/compiler/test_fusion.py` holds them."""
+    """What the builder's own tables of kernels showed of the native forms; `test_fusion.py` holds them to it."""
     if method.weight_format != "int8":
         return ""
     if method.activate:
