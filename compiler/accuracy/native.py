@@ -14,13 +14,14 @@ from compiler.accuracy.bounds import bound_of
 from compiler.accuracy.data import Data, llm_feeds
 from compiler.accuracy.forms import AGAINST, Subject, model_bound
 
+TWIN = "twin.json"
 REPEATED = 32  # tokens of the run that is saved: small files, and enough to repeat a comparison
 
 
 def polygraphy_files(
     subject: Subject, data: Data, runners: Mapping[str, BaseRunner], folder: Path, final: Path
 ) -> tuple[str, list[str]]:
-    """Writes inputs.json, run_results.json and accuracy_results.json; the command that repeats the comparison, and
+    """Writes inputs.json, run_results.json, twin.json and accuracy_results.json; the command that repeats the comparison, and
     what Polygraphy's L2 comparator objects to."""
     llm = subject.model.llm
     feeds = llm_feeds(data.batches[0][:1, :REPEATED], llm) if llm is not None else data.feeds[0]
@@ -29,6 +30,10 @@ def polygraphy_files(
         results.add([dict(each.infer(feeds, check_inputs=False))], runtime=each.last_inference_time(), runner_name=form)
     save_json([dict(feeds)], str(folder / "inputs.json"))
     results.save(str(folder / "run_results.json"))
+    for form in set(runners) & {"twin"}:  # alone: the tool compares everything that it loads with one bound
+        only = RunResults()
+        only.append((form, results[form]))
+        only.save(str(folder / TWIN))
     accuracy = AccuracyResults()
     names = list(runners)
     for form in names:
@@ -51,11 +56,10 @@ def repeat_command(subject: Subject, results: RunResults, folder: Path) -> str:
     """`polygraphy run` on the artifact against the saved twin; empty where there is no file that it can run."""
     if subject.file is None or "twin" not in results.keys():  # noqa: SIM118  (a list of pairs)
         return ""
-    saved = folder / "run_results.json"
     backend = "--onnxrt" if subject.file.suffix == ".onnx" else "--trt"
     bound = bound_of(subject.lowered.nodes, subject.dtype)
     limit = bound.model * max(float(np.linalg.norm(v)) for v in results["twin"][0].values())
     return (
-        f"polygraphy run {subject.file} {backend} --load-inputs {folder / 'inputs.json'} --load-outputs {saved} "
+        f"polygraphy run {subject.file} {backend} --load-inputs {folder / 'inputs.json'} --load-outputs {folder / TWIN} "
         f"--compare l2 --l2-threshold {limit:.6g}"
     )

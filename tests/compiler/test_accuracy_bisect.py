@@ -1,0 +1,86 @@
+"""A lowering with one wrong pass: the bisection names that pass and the node where it went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from compiler import pipeline
+from compiler.accuracy.bisect import Watch, bisect
+from passes.lower_ort_linear import ONE_LIMB_X86, linear_passes
+from passes.rewrite import Ledger, Reject, Rewrite, run
+from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
+
+
+@dataclass(frozen=True)
+class WrongScale(Rewrite[gs.Node]):
+    """One scale of one layer becomes 1 % too large."""
+
+    path: str
+
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
+        return node if node.name == f"{self.path}/scaled" else None
+
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        scale = match.inputs[1]
+        scale.values = np.array(scale.values)
+        constant(graph, scale.name)[9] *= 1.01
+
+
+@dataclass(frozen=True)
+class LeakyRelu(Rewrite[gs.Node]):
+    """An operator that is no linear layer turns into a similar one."""
+
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
+        return node if node.op == "Relu" and node.name == "second/Relu" else None
+
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:  # noqa: ARG002
+        match.op, match.attrs["alpha"] = "LeakyRelu", 1e-3
+
+
+def watch(canonical: gs.Graph) -> Watch:
+    return Watch(canonical=canonical, feeds=FEEDS, say=lambda text: None)
+
+
+def twin() -> gs.Graph:
+    graph = float_graph()
+    return pipeline.quantize(graph.copy(), decisions(graph, 8, 64), Ledger())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tensor"),
+    [(WrongScale("first"), "first.product"), (WrongScale("second"), "second.product"), (LeakyRelu(), "second.relu")],
+    ids=["first", "second", "between"],
+)
+def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Node], tensor: str) -> None:
+    canonical, good = twin(), linear_passes("exact", ONE_LIMB_X86)
+
+    def lower(ledger: Ledger) -> gs.Graph:
+        graph = canonical.copy()
+        run(graph, good, ledger)
+        run(graph, [wrong], ledger)
+        return graph
+
+    culprit = bisect(lower, watch(canonical))
+    assert culprit is not None
+    assert culprit.after == type(wrong).__name__
+    assert culprit.tensor == tensor
+    assert culprit.node in (tensor, "second/Relu")
+    assert culprit.error > culprit.bound.layer
+
+
+def test_a_right_lowering_has_no_culprit_and_a_wrong_file_has() -> None:
+    canonical = twin()
+
+    def lower(ledger: Ledger) -> gs.Graph:
+        return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), ledger)
+
+    assert bisect(lower, watch(canonical), lower(Ledger())) is None
+    written = run(lower(Ledger()), [WrongScale("first")], Ledger())
+    culprit = bisect(lower, watch(canonical), written)
+    assert culprit is not None
+    assert culprit.after == "writing the artifact"
+    assert culprit.tensor.startswith("first.")

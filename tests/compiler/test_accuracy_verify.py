@@ -1,0 +1,241 @@
+"""The whole comparison on the example model: perplexities, Polygraphy's own tool, the page in a real browser, budgets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from compiler import build
+from compiler.accuracy.budget import Bought, override, search
+from compiler.accuracy.data import load_data
+from compiler.accuracy.forms import Limits, Subject
+from compiler.accuracy.report import HTML, JSON, PNG, number, write_report
+from compiler.accuracy.subjects import subjects
+from compiler.accuracy.verify import Verdict, verify
+from compiler.backend.writer import write_model
+from compiler.frontend.model import FloatModel
+from compiler.request import Request
+from passes.errors import UserError
+from passes.quant import QuantTensor
+from passes.rewrite import Reject
+from tests.conftest import ROOT, TEXT, TINY
+
+SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
+
+
+@dataclass(frozen=True)
+class Compiled:
+    subject: Subject
+    planned: build.Plan
+    request: Request
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
+    """The example model with four-bit weights for x86, without a second export."""
+    out = tmp_path_factory.mktemp("accuracy")
+    request = Request(model=TINY, targets=("x86",), out=out, quant="a16w4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+        planned = build.plan(request)
+        artifacts = build.compile_planned(request, planned, lambda name, size: None)
+        yield Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
+
+
+@pytest.fixture(scope="module")
+def verdict(compiled: Compiled) -> Verdict:
+    """Everything on the whole text, with the report in out/report."""
+    folder = compiled.out / "report"
+    folder.mkdir()
+    data = load_data(compiled.planned.model, TEXT)
+    found = verify(compiled.subject, data, folder)
+    write_report(found, folder)
+    return found
+
+
+def dequantized(canonical: onnx.ModelProto, folder: Path) -> dict[str, np.ndarray]:
+    """Module path -> weight [N, K], from the twin's file alone."""
+    onnx.load_external_data_for_model(canonical, str(folder))
+    values = {t.name: numpy_helper.to_array(t) for t in canonical.graph.initializer}
+    found = {}
+    for node in canonical.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in values:
+            codes, scale, zero = (values[name].astype(np.float64) for name in node.input)
+            found[node.input[0].removesuffix(".codes")] = ((codes - zero) * scale).T
+    return found
+
+
+def transformers_perplexity(model: torch.nn.Module) -> float:
+    """A plain loop over the text: the same windows, one after the other."""
+    ids = Tokenizer.from_file(str(TINY / "tokenizer.json")).encode(TEXT.read_text("utf-8")).ids
+    total, count = 0.0, 0
+    for at in range(0, len(ids), 128):
+        window = torch.tensor([ids[at : at + 128]])
+        with torch.inference_mode():
+            logits = model(window).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+        count += window.shape[1] - 1
+    return float(np.exp(total / count))
+
+
+def test_perplexities_equal_a_transformers_loop_on_dequantized_weights(
+    compiled: Compiled, verdict: Verdict, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    before = transformers_perplexity(model)
+    write_model(compiled.subject.canonical.copy(), tmp_path / "twin.onnx")
+    weights = dequantized(onnx.load(tmp_path / "twin.onnx", load_external_data=False), tmp_path)
+    assert len(weights) == 28
+    for path, w in weights.items():
+        model.get_submodule(path).weight.data = torch.from_numpy(w.astype(np.float32))
+    after = transformers_perplexity(model)
+    assert verdict.perplexities["float"] == pytest.approx(before, rel=1e-3)
+    assert verdict.perplexities["twin"] == pytest.approx(after, rel=1e-3)
+    assert verdict.figures["perplexity_ratio"] == pytest.approx(after / before, rel=1e-3)
+    assert abs(after / before - 1) > 3e-3  # the two are told apart
+
+
+def test_a_right_artifact_passes_and_the_two_kinds_stay_apart(verdict: Verdict) -> None:
+    assert verdict.passed, verdict.violations
+    kinds = {c.kind: c for c in verdict.comparisons}
+    assert set(kinds) == {"quantization", "lowering"}
+    assert kinds["quantization"].bound is None
+    assert kinds["quantization"].relative_l2 > 1e-2
+    assert kinds["lowering"].bound is not None
+    assert kinds["lowering"].relative_l2 < 1e-2
+    assert len(verdict.ledger.rows) == 29
+    assert all(row.bytes_after < row.bytes_before for row in verdict.ledger.rows if row.quant != "float")
+
+
+def test_page_and_json_have_the_same_numbers_and_need_no_network(compiled: Compiled, verdict: Verdict) -> None:
+    folder = compiled.out / "report"
+    body = json.loads((folder / JSON).read_text())
+    page = (folder / HTML).read_text()
+    assert body["quantization"] == verdict.figures
+    assert [row["layer"] for row in body["layers"]] == [row.layer for row in verdict.ledger.rows]
+    assert sum(body["kl_histogram"]["counts"]) == body["quantization"]["tokens"]
+    for value in (f"{body['quantization']['perplexity']:.4f}", number(body["quantization"]["kl_mean"])):
+        assert value in page
+    for row in body["layers"]:
+        assert row["layer"] in page
+        assert f'<td class="n">{number(row["piled_up"])}</td>' in page
+    assert page.count("<svg") == 3
+    assert "Worst tokens" in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|@import|url\(\s*["']?http|<script""", page)
+    with Image.open(folder / PNG) as picture:
+        assert picture.size[0] > 1000
+
+
+def test_the_page_is_drawn_by_a_real_browser(compiled: Compiled, verdict: Verdict, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser: chromium is not installed (apt-get install chromium)")
+    assert verdict.passed
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    shot = SCREENSHOTS / "accuracy.png"
+    shot.unlink(missing_ok=True)
+    quiet = ["quic", "background-networking", "component-update", "sync", "gpu"]
+    command = [browser, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    where = [f"--user-data-dir={tmp_path}", "--window-size=1200,3200", f"--screenshot={shot}"]
+    page = (compiled.out / "report" / HTML).as_uri()
+    subprocess.run([*command, *where, page], check=True, capture_output=True, timeout=120)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    near = {name: (np.abs(pixels - colour).sum(axis=2) < 12).sum() for name, colour in PALETTE.items()}
+    assert pixels.shape[1] == 1200
+    # Bars and histogram are filled areas; lines and the verdict in green are thin.
+    assert near["blue"] > 20_000, near
+    assert near["grey"] > 2_000, near
+    assert near["orange"] > 300, near
+    assert near["verdict"] > 100, near
+
+
+PALETTE = {"blue": (0, 114, 178), "grey": (153, 153, 153), "orange": (213, 94, 0), "verdict": (0, 115, 90)}
+
+
+def polygraphy(command: str) -> subprocess.CompletedProcess[str]:
+    name, *arguments = command.split()
+    assert name == "polygraphy"
+    tool = Path(sys.executable).with_name(name)
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_repeats_the_comparison_with_polygraphy_alone(verdict: Verdict) -> None:
+    done = polygraphy(verdict.command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
+    strict = re.sub(r"(--l2-threshold) \S+", r"\1 1e-9", verdict.command)
+    assert polygraphy(strict).returncode != 0
+
+
+def test_forms_that_cannot_be_compared_are_refused(compiled: Compiled, tmp_path: Path) -> None:
+    data = load_data(compiled.planned.model, TEXT, limit=16)
+    quantized = replace(compiled.subject, floating=None)
+    assert quantized.default_forms() == ("twin", "artifact")
+    cases = (
+        (compiled.subject, ("float",), "two forms"),
+        (compiled.subject, ("float", "onnx"), "no such form"),
+        (quantized, ("float", "twin"), "the checkpoint is quantized"),
+        (compiled.subject, ("twin", "engine"), "no .engine file"),
+    )
+    for subject, forms, message in cases:
+        with pytest.raises(UserError, match=message):
+            verify(subject, data, tmp_path, forms=forms)
+
+
+def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
+    planned = compiled.planned
+    data = load_data(planned.model, TEXT, limit=64)
+    decisions = {path: q for path, q in planned.decisions.items() if path.startswith("model.layers.0.")}
+    limit = 7e-4
+
+    def spend(limits: Limits) -> Bought:
+        return search(planned.model.graph, planned.model, decisions, data, limits, lambda text: None)
+
+    loose, tight = spend(Limits(max_kl=1.0)), spend(Limits(max_kl=limit))
+    assert loose.steps == ()
+    assert loose.decisions == decisions
+    assert tight.before["kl_mean"] > limit >= tight.after["kl_mean"], (tight.before, tight.after)
+    assert 0 < tight.bytes < 2 * tight.bytes_before
+    rates = [step.gain / step.bytes for step in tight.steps]
+    assert rates == sorted(rates, reverse=True)  # cheapest error first
+    assert spend(Limits(max_kl=limit)).layers == tight.layers  # deterministic
+    assert {tight.decisions[path] != decisions[path] for path in tight.layers} == {True}
+    assert override(decisions, tight.layers) == tight.decisions
+
+
+def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
+    planned = compiled.planned
+
+    def spend(model: FloatModel, limits: Limits) -> None:
+        search(planned.model.graph, model, planned.decisions, load_data(model), limits, lambda text: None)
+
+    with pytest.raises(UserError, match="perplexity needs a text"):
+        spend(planned.model, Limits(max_ppl_increase=1.0))
+    with pytest.raises(UserError, match="no causal LM"):
+        spend(replace(planned.model, llm=None), Limits(max_kl=1.0))
+    with pytest.raises(UserError, match="no quantized layer"):
+        override(planned.decisions, {"lm_head": "float"})
+    kept = override(
+        planned.decisions, {"model.layers.0.mlp.up_proj": "float", "model.layers.1.mlp.up_proj": "a16w8:64"}
+    )
+    assert isinstance(kept["model.layers.0.mlp.up_proj"], Reject)
+    finer = kept["model.layers.1.mlp.up_proj"]
+    assert isinstance(finer, QuantTensor)
+    assert (finer.bits, finer.group_size) == (8, 64)

@@ -1,0 +1,80 @@
+"""The tool on an artifact of which one scale was changed on disk: the layer is named, and so is the step that did it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import typer
+
+from compiler import build
+from compiler.frontend.model import FloatModel
+from passes.errors import UserError
+from tests.conftest import TINY
+from tools import accuracy_diff
+
+LAYER = "model.layers.1.mlp.gate_proj"
+PROMPT = "Once upon a time there was a small house in the middle of a large forest"
+
+
+@pytest.fixture
+def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+
+
+def run(out: Path, **given: Any) -> int:
+    nothing = {"target": None, "text": None, "prompt": [PROMPT], "tokens": None, "forms": "", "max_kl": None}
+    options = {**nothing, "max_ppl_increase": None, "report": None, "find": False, **given}
+    with pytest.raises(typer.Exit) as done:
+        accuracy_diff.main(out=out, model=TINY, **options)
+    return int(done.value.exit_code)
+
+
+def break_scale(file: Path) -> None:
+    """One scale of one layer, 1 % too large, in the artifact's own bytes."""
+    model = onnx.load(file, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == f"{LAYER}.scale_f32")
+    offset = int(next(e.value for e in tensor.external_data if e.key == "offset"))
+    data = np.memmap(file.with_name(f"{file.name}.data"), np.float32, "r+", offset, tuple(tensor.dims))
+    data[3] *= np.float32(1.01)
+    data.flush()
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_changed_scale_is_found_and_located(
+    tiny_compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tiny_compiled, out)
+    break_scale(out / "x86" / "model.onnx")
+    assert run(out, max_kl=1e-9) == 1
+    shown = capsys.readouterr().out
+    assert shown.strip().splitlines()[-1] == "FAILED"
+    assert f"{LAYER}: lowering error" in shown
+    body = json.loads((out / "report" / "x86" / "report.json").read_text())
+    assert {row["layer"] for row in body["layers"] if row["findings"]} == {LAYER}
+    assert any(v.startswith("KL ") for v in body["violations"])
+    assert run(out, find=True) == 1
+    shown = capsys.readouterr().out
+    assert "after pass writing the artifact" in shown
+    assert LAYER in shown or "linear_11" in shown
+    assert shown.strip().splitlines()[-1] == "FAILED"
+
+
+@pytest.mark.usefixtures("no_export")
+def test_an_untouched_artifact_passes(tiny_compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_compiled, report=tmp_path, forms="float,twin,artifact") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "PASSED"
+    assert (tmp_path / "x86" / "report.html").is_file()
+    assert not (tiny_compiled / "report").exists()
+
+
+def test_a_target_that_was_not_compiled_is_refused(tiny_compiled: Path) -> None:
+    with pytest.raises(UserError, match="no artifact for target sm90"):
+        accuracy_diff.request_of(tiny_compiled, TINY, "sm90")
