@@ -33,8 +33,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two workers, a file to one of them: the fixtures that cost an export live in a file.
 test: lint serving
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -rs
 
 # The aarch64 ONNX Runtime under emulation; needs a Debian machine's package sources, installs nothing on it.
 .venv-arm/python: tools/arm_setup.sh
