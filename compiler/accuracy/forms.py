@@ -13,7 +13,7 @@ from polygraphy.backend.base import BaseRunner
 
 from compiler.accuracy.bounds import FLOAT32, Bound, bound_of
 from compiler.accuracy.ledger import layers_of
-from compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, engine_runner, session
+from compiler.accuracy.runners import EngineRunner, GraphRunner, OnnxRunner, TransformersRunner, session
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
 from passes.errors import UserError
@@ -106,5 +106,5 @@ RUNNERS: dict[str, Callable[[Subject, Path], BaseRunner]] = {
     "twin": twin_runner,
     "artifact": lambda s, scratch: OnnxRunner(session(existing(s, ".onnx")), s.outputs, "artifact"),
     "lowered": lambda s, scratch: GraphRunner(s.lowered, s.outputs, "lowered"),
-    "engine": lambda s, scratch: engine_runner(existing(s, ".engine"), s.plugins, "engine"),
+    "engine": lambda s, scratch: EngineRunner(existing(s, ".engine"), s.plugins, s.outputs, "engine"),
 }

@@ -21,8 +21,8 @@ REPEATED = 32  # tokens of the run that is saved: small files, and enough to rep
 def polygraphy_files(
     subject: Subject, data: Data, runners: Mapping[str, BaseRunner], folder: Path, final: Path
 ) -> tuple[str, list[str]]:
-    """Writes inputs.json, run_results.json, twin.json and accuracy_results.json; the command that repeats the comparison, and
-    what Polygraphy's L2 comparator objects to."""
+    """Writes inputs.json, run_results.json, twin.json and accuracy_results.json. Returns the command that repeats the
+    comparison, and what Polygraphy's L2 comparator objects to."""
     llm = subject.model.llm
     feeds = llm_feeds(data.batches[0][:1, :REPEATED], llm) if llm is not None else data.feeds[0]
     results = RunResults()
@@ -60,6 +60,6 @@ def repeat_command(subject: Subject, results: RunResults, folder: Path) -> str:
     bound = bound_of(subject.lowered.nodes, subject.dtype)
     limit = bound.model * max(float(np.linalg.norm(v)) for v in results["twin"][0].values())
     return (
-        f"polygraphy run {subject.file} {backend} --load-inputs {folder / 'inputs.json'} --load-outputs {folder / TWIN} "
-        f"--compare l2 --l2-threshold {limit:.6g}"
+        f"polygraphy run {subject.file} {backend} --load-inputs {folder / 'inputs.json'} "
+        f"--load-outputs {folder / TWIN} --compare l2 --l2-threshold {limit:.6g}"
     )

@@ -1,4 +1,4 @@
-"""The whole comparison on the example model: perplexities, Polygraphy's own tool, the page in a real browser, budgets."""
+"""The whole comparison on the example model: perplexities, Polygraphy alone, the page in a real browser, budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tool on an artifact of which one scale was changed on disk: the layer is named, and so is the step that did it."""
+"""The tool on an artifact of which one scale was changed on disk: the layer is named, and the step that did it."""
 
 from __future__ import annotations
 
