@@ -58,7 +58,7 @@ def check_model(folder: Path, artifact: Artifact) -> str:
     except Exception as error:  # protobuf's DecodeError has no stable home
         raise UserError("not an ONNX model", where=str(path), found=str(error)) from None
     what = "a build kit; finish it with: compile build DIR" if artifact.kind == "kit" else "a model for ONNX Runtime"
-    return f"{what}, {len(model.graph.node)} nodes"
+    return f"{what} ({len(model.graph.node)} nodes)"
 
 
 def check_engine(folder: Path, artifact: Artifact) -> str:

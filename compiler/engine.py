@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -96,6 +96,8 @@ def build_engine(
     """Builds `folder`/model.engine and says what it is: the engine part of the manifest."""
     assert choice.flavour is not None
     assert target.sm is not None
+    # Beside the artifact's folder, which each build replaces: the next build for this GPU starts from these timings.
+    timings = settings.options.timing_cache or folder.parent / f"{target.name}.{TIMINGS}"
     spec = EngineSpec(
         flavour=choice.flavour,
         onnx=onnx,
@@ -104,7 +106,7 @@ def build_engine(
         profiles=settings.profiles,
         sms=(target.sm,) if choice.flavour == "tensorrt_rtx" else (),
         plugins=settings.plugins,
-        options=settings.options,
+        options=replace(settings.options, timing_cache=timings),
     )
     built = build(spec, lambda fraction, phase: say(f"{target.name} {fraction:4.0%} {phase}"))
     read = carriers(built.layers.read_text("utf-8"), linears)

@@ -119,7 +119,9 @@ def trtexec(settings: Settings) -> str:
     options = settings.options
     words += [f"--dynamicPlugins={path.name}" for path in settings.plugins]
     words += [f"--memPoolSize=workspace:{options.memory_limit >> 20}"] if options.memory_limit else []
-    words += [f"--builderOptimizationLevel={options.optimization_level}"] if options.optimization_level else []
+    words += (
+        [f"--builderOptimizationLevel={options.optimization_level}"] if options.optimization_level is not None else []
+    )
     words += ["--allowWeightStreaming"] if options.weight_streaming else []
     words += ["--versionCompatible"] if options.version_compatible else []
     if options.hardware_compatible:

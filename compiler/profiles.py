@@ -46,7 +46,7 @@ def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool, int8_wei
     if not any(isinstance(size, str) for tensor in inputs for size in tensor.shape):
         return ()
     batch = max(limits.max_batch, 2 if int8_weights else 1)
-    ranges = (prefill(limits, batch), decode(limits, batch)) if llm else (any_shape(inputs, limits),)
+    ranges = (prefill(limits, batch), decode(limits, batch)) if llm else (any_shape(inputs, limits, batch),)
     return tuple({t.name: shape_range(t, each) for t in inputs} for each in ranges)
 
 
@@ -77,10 +77,10 @@ def decode(limits: Limits, batch: int) -> Mapping[str, Range]:
     }
 
 
-def any_shape(inputs: Iterable[gs.Tensor], limits: Limits) -> Mapping[str, Range]:
+def any_shape(inputs: Iterable[gs.Tensor], limits: Limits, most: int) -> Mapping[str, Range]:
     """A plain model: what is called batch is a batch, every other dynamic dimension a length."""
     names = {size for tensor in inputs for size in tensor.shape if isinstance(size, str)}
-    batch = (1, 1, limits.max_batch)
+    batch = (1, 1, most)
     length = (1, limits.opt_length, limits.max_length)
     return {name: batch if "batch" in name.lower() else length for name in names}
 

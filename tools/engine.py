@@ -71,7 +71,7 @@ class Sequence:
         import torch
 
         self.torch, self.model, self.done = torch, model, 0
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.contexts = [self.context(PREFILL), self.context(DECODE)]
         self.in_place = model.artifact.limits["cache"] == "shared"
         self.length = model.artifact.limits["max_length"]

@@ -35,6 +35,8 @@ def test_prefill_and_decode(limits: Limits, int8: bool) -> None:
 def test_a_plain_model_has_one_profile_and_a_fixed_one_none() -> None:
     (only,) = profiles(INPUTS[:1], Limits(4, 128, 32), llm=False, int8_weights=False)
     assert only == {"input_ids": ((1, 1), (1, 32), (4, 128))}
+    (int8,) = profiles(INPUTS[:1], Limits(1, 128, 32), llm=False, int8_weights=True)
+    assert int8["input_ids"][2] == (2, 128)
     fixed = [gs.Variable("x", np.float16, [1, 8])]
     assert profiles(fixed, Limits(), llm=False, int8_weights=False) == ()
 
