@@ -142,7 +142,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "The example's architecture with 105 M random weights. Ratios are of one round, in which all take turns; the",
         f"median of {ROUNDS} rounds. {record['cores']} cores, load {record['load'][0]:.1f} before and"
-        f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the machine.",
+        f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the",
+        "machine, which scatters the rounds; triton.json has them all.",
         "",
         "| weights | a step of tools/generate | one client : tools/generate | eight clients : one |",
         "|---|---|---|---|",
