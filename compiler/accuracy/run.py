@@ -57,10 +57,13 @@ def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
     f = verdict.figures
     if f:
         console.print(
-            f"perplexity {f['perplexity_reference']:.4f} -> {f['perplexity']:.4f} (ratio {f['perplexity_ratio']:.5f}), "
-            f"KL {f['kl_mean']:.3g}, top-1 {f['top1_agreement']:.2%}, top-5 {f['top5_agreement']:.2%}",
+            f"quantization: perplexity ratio {f['perplexity_ratio']:.5f}, KL {f['kl_mean']:.3g}, "
+            f"top-1 {f['top1_agreement']:.2%}, top-5 {f['top5_agreement']:.2%}",
             soft_wrap=True,
         )
+    if verdict.perplexities:
+        each = ", ".join(f"{form} {value:.4f}" for form, value in verdict.perplexities.items())
+        console.print(f"perplexity of each form: {each}", soft_wrap=True)
     for violation in verdict.violations[:SHOWN]:
         console.print(f"[red]{violation}[/]", soft_wrap=True)
     if len(verdict.violations) > SHOWN:
