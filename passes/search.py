@@ -57,7 +57,7 @@ def search(w: Array, bits: int, symmetric: bool, scale_dtype: np.dtype[Any]) -> 
     best_error = np.full(low.shape, np.inf, np.float32)
     best_scale, best_zero = np.ones_like(low), np.full_like(low, central)
     buffers = np.empty_like(w), np.empty_like(w)
-    for ratio in np.float32(RATIOS):
+    for ratio in np.array(RATIOS, np.float32):
         scale = stored((high - low) * ratio / (top - first), scale_dtype)
         zero = np.full_like(low, central) if symmetric else np.clip(np.rint(low * -ratio / scale), 0, top)
         error = squared_error(w, scale, first - zero, top - zero, buffers)

@@ -16,6 +16,9 @@ from passes.rewrite import Reject
 from passes.search import SearchedQuant
 
 
+QUANTIZERS: dict[str, type[InstantQuant | SearchedQuant]] = {"none": InstantQuant, "mse": SearchedQuant}
+
+
 def decide(
     linears: Iterable[Linear], config: QuantConfig, scale_dtype: np.dtype[Any], head: str | None, head_format: str
 ) -> Decisions:
@@ -44,7 +47,6 @@ def instant(found: Linear, config: QuantConfig, scale_dtype: np.dtype[Any], bits
             fix=f"another --group-size, or --ignore '{found.path}'",
         )
     symmetric = config.activate_quant
-    quantizer = {"none": InstantQuant, "mse": SearchedQuant}[config.search]
-    source = quantizer(found.path, found.rows, bits, group, symmetric, scale_dtype)
+    source = QUANTIZERS[config.search](found.path, found.rows, bits, group, symmetric, scale_dtype)
     activations: Activations = "int8" if config.activate_quant else "float"
     return QuantTensor(found.path, source, found.shape, bits, group, symmetric, scale_dtype, activations)

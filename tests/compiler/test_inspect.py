@@ -20,6 +20,8 @@ from tests.checkpoints import DOWN_PROJ, NAMES, Q_PROJ, TINY, whole_checkpoint
 FORMATS = {
     "awq-int4-g128": ("awq, 4 bits, groups of 128", "AWQ-INT4 (A16W4)"),
     "ct-w4a16-g128-asym": ("compressed-tensors, 4 bits, groups of 128", "CT-INT4 (A16W4)"),
+    "ct-w8a16": ("compressed-tensors, 8 bits, groups of 128", "CT-INT8 (A16W8)"),
+    "ct-w8a8-static": ("compressed-tensors, 8 bits, per channel", "CT-INT8 (A8W8)"),
     "ct-w8a8-dyn": ("compressed-tensors, 8 bits, per channel", "CT-INT8 (A8W8)"),
     "gptq-int4-g128-asym-v2": ("gptq, 4 bits, groups of 128", "GPTQ-INT4 (A16W4)"),
     "gptq-int4-g128-desc_act": ("gptq, 4 bits, groups of 128, activation order", "GPTQ-INT4 (A16W4)"),
