@@ -15,7 +15,6 @@ from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Reject
 from passes.search import SearchedQuant
 
-
 QUANTIZERS: dict[str, type[InstantQuant | SearchedQuant]] = {"none": InstantQuant, "mse": SearchedQuant}
 
 
