@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -69,8 +69,8 @@ def forms(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> For
     return Forms(twin, graph, lowered)
 
 
-def fill(form: Forms) -> Ledger:
-    return ledger(form, FEEDS)
+def fill(form: Forms, feeds: Mapping[str, Array] = FEEDS) -> Ledger:
+    return ledger(form, feeds)
 
 
 def constant(graph: gs.Graph, name: str) -> Array:

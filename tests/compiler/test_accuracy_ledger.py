@@ -15,7 +15,7 @@ from passes.insert_qdq import Decisions
 from passes.lazy import InMemory, Tile
 from passes.quant import Codes, InstantQuant, QuantTensor
 from passes.rewrite import Ledger
-from tests.compiler.accuracy_models import WEIGHTS, K, constant, decisions, fill, float_graph, forms
+from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, fill, float_graph, forms
 
 MODES = {
     "a16w8 per channel": (8, K, "float", "exact"),
@@ -100,6 +100,16 @@ def test_a_broken_artifact_is_found_and_its_layer_named(mutate: Callable[[gs.Gra
     findings = fill(form).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
+
+
+def test_a_weight_that_no_token_meets_is_checked_all_the_same() -> None:
+    """One-hot probes reach inputs that are zero in the data."""
+    form, unmet = make("a16w8 groups, fast"), FEEDS["x"].copy()
+    unmet[..., :16] = 0
+    assert form.lowered is not None
+    constant(form.lowered, "first.scales")[5, 0] *= 1.01
+    (finding,) = fill(form, {"x": unmet}).findings
+    assert finding.startswith("first: lowering error of the weights")
 
 
 @dataclass(frozen=True)
