@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from passes.clamp_mask import ClampMask
 from passes.errors import UserError
 from passes.lazy import Array, Tile, View, convert, small, view_of
 from passes.rewrite import Ledger, Reject, Rewrite, add, run
@@ -56,40 +57,6 @@ def widen_outputs(graph: gs.Graph) -> None:
         graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
         # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
         add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
-
-
-@dataclass(frozen=True)
-class ClampMatch:
-    node: gs.Node
-    index: int
-    value: float
-
-
-@dataclass(frozen=True)
-class ClampMask(Rewrite[ClampMatch]):
-    """The lowest float32, or minus infinity, as what a mask adds -> half the lowest of `dtype`.
-
-    Half, so that two masks may be added. A row that sees nothing then averages, where infinities would make it NaN,
-    and NaN spreads: a later row multiplies it by zero.
-    """
-
-    dtype: np.dtype[Any]
-
-    def match(self, node: gs.Node) -> ClampMatch | Reject | None:
-        limit = float(ml_dtypes.finfo(self.dtype).max)
-        for index, tensor in enumerate(node.inputs):
-            # Shape before values: asking a lazy constant for its values would load it.
-            if not isinstance(tensor, gs.Constant) or tensor.dtype != FLOAT32 or np.prod(tensor.shape) != 1:
-                continue
-            value = float(tensor.values.reshape(()))
-            if abs(value) > limit:
-                return ClampMatch(node, index, float(np.copysign(limit / 2, value)))
-        return None
-
-    def rewrite(self, graph: gs.Graph, match: ClampMatch) -> None:  # noqa: ARG002
-        old = match.node.inputs[match.index]
-        values = np.full(old.shape, match.value, FLOAT32)
-        match.node.inputs[match.index] = gs.Constant(f"{old.name}/clamped", values)
 
 
 @dataclass(frozen=True)
