@@ -12,7 +12,9 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
+from compiler.__main__ import app
 from compiler.build import Plan, compile_model
 from compiler.checkpoint import read_checkpoint
 from compiler.frontend import hf
@@ -170,6 +172,30 @@ def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: li
     expected = perplexity(reference_logits(planned), parts[:2])
     found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 5e-4, f"{found} is not {expected}"
+
+
+def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: list[Array]) -> None:
+    def change(config: dict[str, Any], tensors: dict[str, Array]) -> None:
+        config["quantization_config"] |= {"bits": 8, "sym": False}
+        for path in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+            tensors |= requantized(path, 8, 128)
+
+    folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
+    planned = compile_model(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    kinds = {str(q) for q in planned.decisions.values() if isinstance(q, QuantTensor)}
+    assert kinds == {"A8W8 group 128 asymmetric"}
+    assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 7
+    expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
+    found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
+    assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
+
+
+def test_explain_says_where_each_order_went(tmp_path: Path) -> None:
+    folder = whole_checkpoint("gptq-int4-g128-desc_act", tmp_path / "m")
+    arguments = [str(folder), "--target", "x86", "--explain", "--dry-run", "-o", str(tmp_path / "o")]
+    shown = " ".join(CliRunner().invoke(app, arguments).output.replace("│", " ").split())
+    assert shown.count("one Gather: the channels") == 3  # q, k and v share one; gate and up another; o has its own
+    assert "folded into the output channels of" in shown
 
 
 @pytest.mark.parametrize(("name", "quant", "modes"), [
