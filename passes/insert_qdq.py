@@ -63,6 +63,10 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 
     def rewrite(self, graph: gs.Graph, match: QuantizeMatch) -> None:
         q, node, path = match.quant, match.linear.node, match.linear.path
+        made = next((t for n in graph.nodes for t in n.outputs if t.name == f"{path}.dequantized"), None)
+        if made is not None:  # the module is used several times
+            node.inputs[1] = made
+            return
         (n, k), code_type = q.shape, CODE_TYPES[q.bits]
         per_group = (q.groups, n)
         codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
@@ -82,7 +86,10 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 
 @dataclass(frozen=True)
 class Quantized:
-    """A linear layer in canonical Q/DQ form. `x` is the float input, before activation Q/DQ where there is one."""
+    """A linear layer in canonical Q/DQ form.
+
+    `x` is the float input, before activation Q/DQ where there is one; `path` names what a lowering makes of this layer.
+    """
 
     node: gs.Node
     x: gs.Tensor
@@ -98,7 +105,7 @@ def quantized(node: gs.Node) -> Quantized | None:
         return None
     if codes.dtype != CODE_TYPES[codes.source.bits]:  # a lowering has made them signed
         return None
-    return Quantized(node, float_input(node.inputs[0]), codes.source, dq.inputs[0].name.removesuffix(".codes"))
+    return Quantized(node, float_input(node.inputs[0]), codes.source, node.name)
 
 
 def float_input(x: gs.Tensor) -> gs.Tensor:

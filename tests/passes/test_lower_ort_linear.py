@@ -117,3 +117,19 @@ def damage(graph: gs.Graph, constant: str) -> None:
     else:
         values[:, [3, 4]] = values[:, [4, 3]]
     tensor.values = values
+
+
+@pytest.mark.parametrize(("bits", "activations"), [(8, "float"), (4, "float"), (8, "int8")])
+def test_a_module_used_twice_is_quantized_once(tmp_path: Path, bits: int, activations: str) -> None:
+    w = {"fc": (np.random.default_rng(0).standard_normal((64, 64)) * 0.1).astype(np.float32)}
+    graph = linear_graph(w)
+    again = gs.Variable("y.again", np.float32, ["b", "s", 64])
+    graph.nodes.append(gs.Node("MatMul", "fc#2", {}, [graph.outputs[0], graph.nodes[0].inputs[1]], [again]))
+    graph.outputs = [again]
+    canonical = quantize(graph, w, bits=bits, activations=activations)  # type: ignore[arg-type]
+    assert sum(n.op == "DequantizeLinear" and n.outputs[0].name == "fc.dequantized" for n in canonical.nodes) == 1
+    x = np.random.default_rng(1).standard_normal((1, 3, 64)).astype(np.float32)
+    (twin,) = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), Ledger())
+    (got,) = evaluate(lowered, {"x": x}, tmp_path)
+    assert relative(got, twin) < 2e-2
