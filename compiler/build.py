@@ -319,7 +319,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
 
 
 def cache_kind(graph: gs.Graph) -> str:
-    """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy of past."""
+    """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy."""
     present = [t for t in graph.outputs if t.name.startswith("present.")]
     in_place = all(t.inputs and t.inputs[0].op in ("GroupQueryAttention", "TensorScatter") for t in present)
     return "shared" if in_place else "concat"

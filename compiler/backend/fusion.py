@@ -22,7 +22,7 @@ MULTIPLIES = frozenset({"gemm", "runtime_fusion"})
 WEIGHT = "/weight"  # the lowerings name a linear's DequantizeLinear <linear>/weight
 
 
-class Read(str, Enum):
+class Read(Enum):
     """How a weight is read."""
 
     FUSED = "fused"
