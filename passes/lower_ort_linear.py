@@ -112,8 +112,9 @@ class Blocks:
             return values
         if values.shape[1] % 2:
             values = np.pad(values, ((0, 0), (0, 1)))
-        pairs: Array = np.ascontiguousarray(values).view("<u2")  # odd code << 8 | even code
-        return (pairs | pairs >> 4).astype(np.uint8)
+        pairs = np.ascontiguousarray(values).view("<u2")  # odd code << 8 | even code
+        packed: Array = (pairs | pairs >> 4).astype(np.uint8)
+        return packed
 
 
 @dataclass(frozen=True)
