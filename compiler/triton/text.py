@@ -45,7 +45,7 @@ class Text:
             raise ValueError("messages: the model has no chat template; send text_input")
         try:
             turns = json.loads(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"messages: not JSON: {error}") from None
         if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
             raise ValueError('messages: expected a list such as [{"role": "user", "content": "..."}]')

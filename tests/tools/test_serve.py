@@ -182,6 +182,7 @@ def test_cancelled_requests_leave_at_once(server: Server) -> None:
         ({"text_input": "a", "top_k": -1}, "top_k: expected 0 or more"),
         ({"text_input": "a", "repetition_penalty": 0.0}, "repetition_penalty: expected above 0"),
         ({"messages": "{"}, "messages: not JSON"),
+        ({"messages": "[" * 20_000}, "messages: not JSON: maximum recursion depth"),
         ({"messages": '[{"content": "who?"}]'}, "messages: expected a list such as"),
     ],
 )
