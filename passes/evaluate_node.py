@@ -16,7 +16,7 @@ from plugins.ops import DOMAIN, OPS
 
 FLOAT32 = np.dtype(np.float32)
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-REFERENCES: dict[str, Callable[..., tuple[Array, ...]]] = {op.name: op.reference for op in OPS}
+OURS = {op.name: op for op in OPS}
 EXTERNAL_BYTES = 1 << 20  # larger constants reach a session as they lie in memory, without a copy in a protobuf
 
 
@@ -33,8 +33,10 @@ def evaluate_node(node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -
     if done is not None:
         outputs = [done]
     elif node.domain == DOMAIN:
+        op = OURS[node.op]
         inputs = [None if not t.name else value_of(t, values) for t in node.inputs]
-        outputs = list(REFERENCES[node.op](*inputs, **node.attrs))
+        # A node also carries what TensorRT's parser looks for, such as the plugin's version.
+        outputs = list(op.reference(*inputs, **{a.name: node.attrs[a.name] for a in op.attrs if a.name in node.attrs}))
     else:
         outputs = run_session(node, values, graph)
     return [narrow(value, tensor, node, values) for value, tensor in zip(outputs, node.outputs, strict=True)]
@@ -128,7 +130,8 @@ def gather(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
 
 
 def cast(node: gs.Node, values: Mapping[str, Array]) -> Array:
-    return convert(value_of(node.inputs[0], values), numpy_type(node.attrs["to"]))
+    with np.errstate(over="ignore"):  # an infinity is reported by name
+        return convert(value_of(node.inputs[0], values), numpy_type(node.attrs["to"]))
 
 
 def numpy_type(dtype: Any) -> np.dtype[Any]:

@@ -111,7 +111,8 @@ def distance(value: Array, expected: Array) -> float:
 
 def as_type(value: Array, dtype: np.dtype[np.generic] | None) -> Array:
     """The twin's float32 as the 16 bits that a lowered graph keeps there."""
-    return value.astype(dtype) if dtype in HALVES and value.dtype == np.float32 else value
+    with np.errstate(over="ignore"):  # a mask's lowest number becomes infinity
+        return value.astype(dtype) if dtype in HALVES and value.dtype == np.float32 else value
 
 
 def bisect(lower: Callable[[Ledger], gs.Graph], watch: Watch, written: gs.Graph | None = None) -> Culprit | None:

@@ -11,10 +11,12 @@ import pytest
 
 from compiler import pipeline
 from compiler.accuracy.ledger import Forms, aligned, layers_of, weight_errors
+from passes.cast_compute_type import cast_compute_type
 from passes.insert_qdq import Decisions
 from passes.lazy import InMemory, Tile
+from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
 from passes.quant import Codes, InstantQuant, QuantTensor
-from passes.rewrite import Ledger
+from passes.rewrite import Ledger, run
 from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, fill, float_graph, forms
 
 MODES = {
@@ -110,6 +112,22 @@ def test_a_weight_that_no_token_meets_is_checked_all_the_same() -> None:
     constant(form.lowered, "first.scales")[5, 0] *= 1.01
     (finding,) = fill(form, {"x": unmet}).findings
     assert finding.startswith("first: lowering error of the weights")
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32)])
+def test_a_plugin_runs_through_its_reference_and_a_wrong_scale_in_it_is_found(bits: int, group: int) -> None:
+    form = forms(lambda graph: decisions(graph, bits, group))
+    half = np.dtype(np.float16)
+    lowered = cast_compute_type(form.canonical.copy(), half, Ledger())
+    form = replace(form, lowered=run(lowered, [LowerWeightOnlyGemm(half)], Ledger()), dtype=half)
+    assert [node.op for node in lowered.nodes].count("WeightOnlyGemm") == 2
+    assert fill(form).findings == []
+    affine = next(n for n in lowered.nodes if n.op == "WeightOnlyGemm").inputs[2]
+    affine.values = np.array(affine.values)
+    affine.values[0, 5, 0] *= np.float16(1.01)
+    findings = fill(form).findings
+    assert findings
+    assert all(finding.startswith("first: ") for finding in findings), findings
 
 
 @dataclass(frozen=True)
