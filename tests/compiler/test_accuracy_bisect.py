@@ -10,7 +10,8 @@ import pytest
 
 from compiler import pipeline
 from compiler.accuracy.bisect import Watch, bisect
-from passes.lower_ort_linear import ONE_LIMB_X86, linear_passes
+from passes.lower_ort_limbs import ONE_LIMB_X86
+from passes.lower_ort_linear import linear_passes
 from passes.rewrite import Ledger, Reject, Rewrite, run
 from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
 

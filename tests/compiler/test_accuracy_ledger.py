@@ -124,7 +124,7 @@ def test_a_plugin_runs_through_its_reference_and_a_wrong_scale_in_it_is_found(bi
     assert fill(form).findings == []
     affine = next(n for n in lowered.nodes if n.op == "WeightOnlyGemm").inputs[2]
     affine.values = np.array(affine.values)
-    affine.values[0, 5, 0] *= np.float16(1.01)
+    affine.values[0, 10] *= np.float16(1.01)  # the scale of channel 5
     findings = fill(form).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
