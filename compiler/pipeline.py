@@ -12,17 +12,18 @@ from compiler.request import Request
 from compiler.target import Target
 from passes.cast_compute_type import cast_compute_type
 from passes.errors import UserError
-from passes.fuse_norm_and_rotary import FUSE
+from passes.fuse_rms_norm import FUSE_RMS_NORM
+from passes.fuse_rotary import FUSE_ROTARY
 from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
 from passes.lower_native_int8 import LowerNativeInt8
 from passes.lower_native_weight_only import LowerNativeWeightOnly
-from passes.lower_ort_blocks import LowerToExactBlocks
-from passes.lower_ort_graph import ATTENTION, QuantizeTables, tables_as_stored
-from passes.lower_ort_groups import LowerGroups
-from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, linear_passes
+from passes.lower_ort_attention import ATTENTION
+from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86
+from passes.lower_ort_linear import linear_passes
+from passes.lower_ort_tables import AS_STORED, QuantizeTables
 from passes.permute_fold import FoldOrder
 from passes.permute_inputs import SortInputs
 from passes.rewrite import Ledger, Rewrite, run
@@ -31,7 +32,7 @@ from passes.verify import Stage, verify
 
 def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
     """FLOAT: whole norms and rotary embeddings; every linear is MatMul(x, constant [K, N]) named after its module."""
-    run(graph, (*FUSE, *NORMALIZE_LINEARS), ledger)
+    run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, *NORMALIZE_LINEARS), ledger)
     verify(graph, Stage.FLOAT)
     return graph
 
@@ -58,11 +59,11 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     if not request.portable:
         passes += ATTENTION
     one_limb = ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86
-    passes += linear_passes(request.cpu_preset, one_limb, LowerGroups(one_limb), LowerToExactBlocks())
+    passes += linear_passes(request.cpu_preset, one_limb)
     if request.embeddings == "int8":
         passes.append(QuantizeTables())
     # Last: what is float by now stays float, in the 16 bits it is stored in.
-    passes += tables_as_stored()
+    passes += AS_STORED
     run(graph, passes, ledger)
     refuse_leftovers(graph, ledger, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)

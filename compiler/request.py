@@ -35,7 +35,7 @@ class Request:
     ignore           module patterns that stay float
     lm_head          float or int8
     embeddings       stored (as in the checkpoint) or int8
-    cpu_preset       exact: 8-bit per-channel weights see activations of 14 bits; fast: int8 activations per block
+    cpu_preset       exact: 16-bit activations keep 14 bits of each token or block; fast: int8 activations by block
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
     max_ppl_increase the same for the increase of perplexity on `text`, in percent

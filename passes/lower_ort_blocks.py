@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 
 from passes.insert_qdq import Quantized, quantized
 from passes.lazy import small
-from passes.lower_ort_linear import BlockwiseMatch, LimbNodes, matmul_nbits, nbits_block, reachable
+from passes.lower_ort_limbs import LimbNodes, reachable
+from passes.lower_ort_nbits import BlockwiseMatch, matmul_nbits, nbits_block
 from passes.rewrite import Reject, Rewrite, add, take_over
 
 TOP = 127

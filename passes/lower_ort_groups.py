@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from passes.insert_qdq import Quantized, quantized
 from passes.lazy import Array, Tile, View, small
-from passes.lower_ort_linear import Limbs, flipped, rows_as_limbs
+from passes.lower_ort_limbs import Limbs, flipped, rows_as_limbs
 from passes.rewrite import Reject, Rewrite, add, take_over
 
 

@@ -38,7 +38,8 @@ from compiler.checkpoint import read_header
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
 from passes.lazy import FileTensor
 from passes.linear import linear, weight_constant
-from passes.lower_ort_linear import ONE_LIMB_X86, linear_passes
+from passes.lower_ort_limbs import ONE_LIMB_X86
+from passes.lower_ort_linear import linear_passes
 from passes.quant import InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
 

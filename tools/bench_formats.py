@@ -29,7 +29,7 @@ from compiler.quant.stored import Layer
 from compiler.request import Request
 from passes.insert_qdq import Quantized
 from passes.lazy import Array, InMemory, convert
-from passes.lower_ort_linear import BlockwiseMatch, matmul_nbits
+from passes.lower_ort_nbits import BlockwiseMatch, matmul_nbits
 from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
 from passes.rewrite import take_over
 from passes.search import SearchedQuant

@@ -10,7 +10,7 @@ import pytest
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
 from compiler.triton.engine import ENGINES, ConcatEngine, SharedEngine
-from passes.lower_ort_graph import ATTENTION
+from passes.lower_ort_attention import ATTENTION
 from passes.rewrite import Ledger, run
 
 Engines = tuple[SharedEngine | ConcatEngine, ...]

@@ -10,9 +10,8 @@ import pytest
 
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
 from passes.lazy import InMemory, View, view_of
-from passes.lower_ort_blocks import LowerToExactBlocks
-from passes.lower_ort_groups import LowerGroups
-from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs, linear_passes
+from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs
+from passes.lower_ort_linear import linear_passes
 from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
 from passes.verify import Stage, verify
@@ -24,7 +23,7 @@ LIMBS = pytest.mark.parametrize("limb", [ONE_LIMB_X86, ONE_LIMB_ARM], ids=["u8",
 
 
 def lowered_by(canonical: gs.Graph, limb: Limbs) -> gs.Graph:
-    passes = linear_passes("exact", limb, LowerGroups(limb), LowerToExactBlocks())
+    passes = linear_passes("exact", limb)
     lowered = run(canonical.copy(), passes, Ledger())
     verify(lowered, Stage.ONNXRUNTIME)
     return lowered

@@ -8,7 +8,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.lower_ort_linear import ONE_LIMB_ARM, ONE_LIMB_X86, LowerToMatMulNBits, linear_passes
+from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86
+from passes.lower_ort_linear import linear_passes
+from passes.lower_ort_nbits import LowerToMatMulNBits
 from passes.rewrite import Ledger, run
 from passes.verify import Stage, verify
 from tests.graphs import evaluate, linear_graph, quantize, relative

@@ -13,7 +13,7 @@ import pytest
 
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
-from passes.lower_ort_graph import ATTENTION
+from passes.lower_ort_attention import ATTENTION
 from passes.rewrite import Ledger, run
 
 Array = npt.NDArray[Any]
