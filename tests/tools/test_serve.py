@@ -18,7 +18,7 @@ from compiler.triton_config import GENERATE_INPUTS, GENERATE_OUTPUTS
 from passes.errors import UserError
 from tests.conftest import ROOT
 from tools.generate import Model
-from tools.load_test import ask, measure
+from tools.load_test import ask, measure, resident
 from tools.serve import ENVIRONMENT, Server, serving, stop
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
@@ -269,6 +269,18 @@ def test_the_command_serves_until_it_is_ended(repository: Path) -> None:
         assert process.stdout.read() == "stopped\n"
     with pytest.raises(ConnectionRefusedError):
         ask(address, MODEL, {"text_input": "Once upon a time"})
+
+
+def test_a_server_that_crashes_leaves_nothing_behind(repository: Path) -> None:
+    with serving(repository) as server:
+        assert resident(server.process.pid) > 0
+        server.process.kill()
+        server.process.wait()
+        assert resident(server.process.pid) > 0  # its Python backend lives on
+    deadline = time.monotonic() + 10
+    while resident(server.process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert resident(server.process.pid) == 0
 
 
 def test_sigterm_while_generating(repository: Path) -> None:
