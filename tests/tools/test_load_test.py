@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +73,18 @@ def test_table_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not say what memory is held")
 def test_memory_of_a_group_counts_all_its_processes() -> None:
-    before = resident(os.getpgrp())
-    held = bytearray(os.urandom(1 << 20) * 64)
-    assert resident(os.getpgrp()) - before > len(held) // 2
-    assert resident(-1) == 0
+    """A leader that holds nothing and its child, which holds 64 MB."""
+    child = "held = b'x' * (1 << 26); print(flush=True); input()"
+    leader = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", leader],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 1 << 26 < resident(process.pid) < 2 << 26
+        process.stdin.close()
+    assert resident(process.pid) == 0
