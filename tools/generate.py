@@ -11,53 +11,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import jinja2.sandbox
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import typer
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from compiler.artifact import Artifact, find_artifact
-from compiler.checkpoint import read_json
+from compiler.triton.sampling import Sampler, Sampling
+from compiler.triton.text import Detokenizer, Text
 from passes.errors import UserError
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def chooser(self) -> Callable[[Array], int]:
-        """A function from logits [vocab] to a token id; its randomness starts from `seed`."""
-        random = np.random.default_rng(self.seed)
-
-        def choose(logits: Array) -> int:
-            if self.temperature == 0:
-                return int(logits.argmax())
-            order = np.argsort(-logits, kind="stable")
-            if self.top_k:
-                order = order[: self.top_k]
-            scaled = logits[order].astype(np.float64) / self.temperature
-            p = np.exp(scaled - scaled.max())
-            p /= p.sum()
-            kept = np.cumsum(p) - p < self.top_p
-            return int(random.choice(order[kept], p=p[kept] / p[kept].sum()))
-
-        return choose
 
 
 class Model:
@@ -151,41 +120,19 @@ class Cache:
         return logits
 
 
-def end_tokens(folder: Path) -> set[int]:
-    """The ids that end a text, from the generation config or the model's."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            eos = read_json(folder / name).get("eos_token_id")
-            if eos is not None:
-                return set(eos) if isinstance(eos, list) else {eos}
-    return set()
-
-
-def chat_prompt(folder: Path, message: str) -> str:
-    """`message` as the first turn of a chat, by the model's own template (sandboxed: it came with the model)."""
-    path = folder / "chat_template.jinja"
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    template = path.read_text("utf-8") if path.is_file() else config.get("chat_template")
-    if not isinstance(template, str):
-        raise UserError("the model has no chat template", where=str(folder), fix="use --prompt without --chat")
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    tokens = {key: config.get(key) for key in ("bos_token", "eos_token")}
-    messages = [{"role": "user", "content": message}]
-    return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
-
-
-def stream(model: CausalLm, tokenizer: Tokenizer, prompt: str, max_tokens: int, sampling: Sampling) -> Iterator[str]:
+def stream(model: CausalLm, text: Text, prompt: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
     """The generated text in pieces that are whole characters."""
-    decoder, stop = DecodeStream(skip_special_tokens=True), end_tokens(model.folder)
-    for token in model.tokens(tokenizer.encode(prompt).ids, max_tokens, sampling.chooser()):
-        if token in stop:
-            return
-        piece = decoder.step(tokenizer, token)
-        if piece:
+    pieces = Detokenizer(text.tokenizer, stop_words=())
+    for token in model.tokens(prompt, max_tokens, Sampler(sampling, prompt).choose):
+        if token in text.end_tokens:
+            break
+        if piece := pieces.add(token):
             yield piece
+    if rest := pieces.finish():
+        yield rest
 
 
-def float_text(folder: Path, prompt: str, max_tokens: int) -> str:
+def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
     """What transformers generates greedily from the float checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -193,12 +140,10 @@ def float_text(folder: Path, prompt: str, max_tokens: int) -> str:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False)
-    text: str = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    return str(AutoTokenizer.from_pretrained(folder).decode(out[0, len(prompt) :], skip_special_tokens=True))
 
 
 def main(
@@ -215,15 +160,19 @@ def main(
 ) -> None:
     """Generate text with a compiled artifact, streaming it to the terminal."""
     model = open_model(folder, target)
-    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
-    text = chat_prompt(model.folder, prompt) if chat else prompt
+    text = Text(model.folder)
+    try:
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        ids = text.chat(json.dumps([{"role": "user", "content": prompt}])) if chat else text.encode(prompt)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if compare is not None:
-        greedy = "".join(stream(model, tokenizer, text, max_tokens, Sampling()))
-        print(f"float     {json.dumps(float_text(compare, text, max_tokens), ensure_ascii=False)}")
+        greedy = "".join(stream(model, text, ids, max_tokens, Sampling()))
+        print(f"float     {json.dumps(float_text(compare, ids, max_tokens), ensure_ascii=False)}")
         print(f"compiled  {json.dumps(greedy, ensure_ascii=False)}")
         return
     started, count = time.monotonic(), 0
-    for piece in stream(model, tokenizer, text, max_tokens, Sampling(temperature, top_k, top_p, seed)):
+    for piece in stream(model, text, ids, max_tokens, sampling):
         print(piece, end="", flush=True)
         count += 1
     seconds = time.monotonic() - started

@@ -123,7 +123,7 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     make("llama", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 128', '"intermediate_size": 256'))
-    with pytest.raises(UserError, match=r"expected:\s+shape \[64, 256\]"):
+    with pytest.raises(UserError, match=r"disagrees with the model's config\n  expected: shape \[.*256.*\]"):
         hf.load(tmp_path)
 
 

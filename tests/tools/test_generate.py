@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from compiler.frontend.model import FloatModel
+from compiler.triton.sampling import Sampler, Sampling
+from compiler.triton.text import Text
 from passes.errors import UserError
 from tests.compiler.test_build import compiled
 from tests.conftest import ROOT, TINY
-from tools.generate import Model, Sampling, chat_prompt, end_tokens, float_text, stream
+from tools.generate import Model, float_text, stream
 
 PROMPT = "The server receives a request"
+GREEDY = Sampler(Sampling(), []).choose
 
 
 @pytest.fixture(scope="module")
@@ -28,31 +30,30 @@ def artifacts(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(TINY / "tokenizer.json"))
+def generated(folder: Path, count: int) -> str:
+    text = Text(TINY)
+    return "".join(stream(Model(folder), text, text.encode(PROMPT), count, Sampling()))
 
 
-def test_every_client_generates_what_transformers_does(artifacts: Path, tokenizer: Tokenizer) -> None:
-    want = float_text(TINY, PROMPT, 24)
+def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
+    want = float_text(TINY, Text(TINY).encode(PROMPT), 24)
     for name in ("shared", "concat"):
-        assert "".join(stream(Model(artifacts / name), tokenizer, PROMPT, 24, Sampling())) == want
+        assert generated(artifacts / name, 24) == want
     client = [sys.executable, ROOT / "examples/plain_client.py", artifacts / "shared/x86", PROMPT]
     plain = subprocess.run(client, capture_output=True, text=True, check=True).stdout
     assert plain.startswith(want)
 
 
-def test_quantized_text_stays_the_same_for_a_while(artifacts: Path, tokenizer: Tokenizer) -> None:
-    texts = ["".join(stream(Model(artifacts / n), tokenizer, PROMPT, 8, Sampling())) for n in ("shared", "a16w8")]
-    assert texts[0] == texts[1]
+def test_quantized_text_stays_the_same_for_a_while(artifacts: Path) -> None:
+    assert generated(artifacts / "a16w8", 8) == generated(artifacts / "shared", 8)
 
 
 def test_sampling_is_repeatable_and_bounded() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
     def drawn(sampling: Sampling) -> list[int]:
-        choose = sampling.chooser()
-        return [choose(logits) for _ in range(400)]
+        sampler = Sampler(sampling, [])
+        return [sampler.choose(logits) for _ in range(400)]
 
     assert set(drawn(Sampling())) == {0}
     warm = drawn(Sampling(temperature=1.0, seed=7))
@@ -66,20 +67,15 @@ def test_sampling_is_repeatable_and_bounded() -> None:
 def test_limits_are_refused(artifacts: Path) -> None:
     model = Model(artifacts / "shared")
     with pytest.raises(UserError, match="empty"):
-        next(model.tokens([], 4, Sampling().chooser()))
+        next(model.tokens([], 4, GREEDY))
     with pytest.raises(UserError, match="at most 1023 tokens"):
-        next(model.tokens([5] * 1024, 4, Sampling().chooser()))
-    assert len(list(model.tokens([5] * 1000, 100, Sampling().chooser()))) == 25
-    assert len(list(model.tokens([5, 6], 3, Sampling().chooser()))) == 3
+        next(model.tokens([5] * 1024, 4, GREEDY))
+    assert len(list(model.tokens([5] * 1000, 100, GREEDY))) == 25
+    assert len(list(model.tokens([5, 6], 3, GREEDY))) == 3
 
 
 def test_the_chat_template_is_the_models(artifacts: Path) -> None:
-    text = chat_prompt(artifacts / "shared/x86", "Hello")
-    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    assert end_tokens(artifacts / "shared/x86") == {0}
-
-
-def test_a_chat_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(Exception, match="unsafe"):
-        chat_prompt(tmp_path, "Hello")
+    text = Text(artifacts / "shared/x86")
+    rendered = text.render('[{"role": "user", "content": "Hello"}]')
+    assert rendered == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert text.end_tokens == {0}
