@@ -6,8 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-# A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -19,6 +17,9 @@ from compiler.frontend import load
 from compiler.frontend.model import FloatModel
 from compiler.request import Request
 from passes.rewrite import Ledger
+
+# A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-qwen2"
