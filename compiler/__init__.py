@@ -1,6 +1,27 @@
-"""InstantRT: an ahead-of-time compiler from checkpoints to deployable artifacts with quantized weights."""
+"""InstantRT: an ahead-of-time compiler from checkpoints to deployable artifacts with quantized weights.
+
+from compiler import Request, compile_model
+compile_model(Request(Path("model"), targets=("x86",), out=Path("build"), quant="a16w8"))
+"""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compiler.build import compile_model
+    from compiler.request import Request
+
+__all__ = ["Request", "compile_model"]
 
 # ONNX Runtime's Linux wheels report home by default; the switch is read when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+_WHERE = {"Request": "compiler.request", "compile_model": "compiler.build"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: `import compiler` alone stays cheap."""
+    if name not in _WHERE:
+        raise AttributeError(name)
+    return getattr(import_module(_WHERE[name]), name)

@@ -108,3 +108,13 @@ def test_targets_are_found_by_any_name() -> None:
         for name in (target.name, *target.aliases, target.name.upper()):
             assert find_target(name) is target
     assert request(targets=("x86", "cpu", "armv9")).resolved_targets() == (find_target("x86"), find_target("armv9"))
+
+
+def test_the_public_names_are_reached_from_the_package() -> None:
+    import compiler
+    from compiler.build import compile_model
+
+    assert compiler.Request is Request
+    assert compiler.compile_model is compile_model
+    with pytest.raises(AttributeError):
+        _ = compiler.nothing
