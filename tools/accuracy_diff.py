@@ -6,7 +6,6 @@ node first break the lowering. Ends with PASSED or FAILED, and with exit code 0 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from compiler.request import Request
 from compiler.target import Backend, find_target
 from passes.errors import UserError
 from passes.rewrite import Ledger
+from tools.cli import run
 
 BISECT_TOKENS = 32  # every tensor of the twin is kept
 
@@ -126,8 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}\nFAILED", file=sys.stderr)
-        sys.exit(1)
+    run(main)

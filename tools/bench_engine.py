@@ -11,86 +11,20 @@ import os
 import platform
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 
-QWEN2: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "dtype": "bfloat16",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "decoder-12": {
-        **QWEN2,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-    },
-    "qwen2-7b": {
-        **QWEN2,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-}
-CHUNK = 16 << 20
+from tools.synthetic import DECODER_12, QWEN2_7B, write_checkpoint
 
-
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of a Qwen2 checkpoint."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    table = (config["vocab_size"], hidden)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "lm_head.weight": table}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        for name, width in (("q", hidden), ("k", kv), ("v", kv)):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, hidden)
-            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-    return {**shapes, "model.norm.weight": (hidden,)}
-
-
-def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.json and model.safetensors with bfloat16 values between 2^-7 and 2^-5, of both signs."""
-    folder.mkdir(parents=True)
-    header, offset = {}, 0
-    for name, shape in tensor_shapes(config).items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    random = np.random.default_rng(0)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for start in range(0, offset, CHUNK):
-            bits = np.frombuffer(random.bytes(min(CHUNK, offset - start)), np.uint16)
-            file.write(((bits & 0x80FF) | 0x3C00).tobytes())
-    (folder / "config.json").write_text(json.dumps(config))
+SHAPES = {"decoder-12": DECODER_12, "qwen2-7b": QWEN2_7B}
 
 
 def processes(root: int) -> Iterator[int]:

@@ -25,6 +25,7 @@ from compiler.artifact import Artifact, find_artifact
 from compiler.triton.sampling import Sampler, Sampling
 from compiler.triton.text import Detokenizer, Text
 from passes.errors import UserError
+from tools.cli import run
 
 Array = npt.NDArray[Any]
 
@@ -180,8 +181,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(main)

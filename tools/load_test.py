@@ -9,7 +9,6 @@ import http.client
 import itertools
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from passes.errors import UserError
+from tools.cli import run
 from tools.serve import ENVIRONMENT, Server, serving
 
 PROMPTS = (
@@ -247,8 +247,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(main)

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from typing import Annotated
 import typer
 
 from passes.errors import UserError
+from tools.cli import run
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
@@ -204,8 +204,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(main)
