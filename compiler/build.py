@@ -237,9 +237,14 @@ def write_engine(
     limits = request.engine_limits(llm.max_length if llm else 0)
     int8 = any(q.bits == 8 and q.activations == "float" for q in quantized(planned.decisions))
     ranges = profiles(graph.inputs, limits, llm=llm is not None, int8_weights=int8)
-    settings = Settings(planned.types[target.name].name, ranges, request.engine_options())
+    libraries = () if request.plugin is None else (Path(shutil.copy(request.plugin, folder)),)
+    settings = Settings(planned.types[target.name].name, ranges, request.engine_options(), libraries)
     linears = quantized_linears(graph)
-    artifact = replace(artifact, limits={**artifact.limits, **asdict(limits), "logits": request.logits})
+    artifact = replace(
+        artifact,
+        limits={**artifact.limits, **asdict(limits), "logits": request.logits},
+        plugins=tuple(f"{target.name}/{library.name}" for library in libraries),
+    )
     if choice.flavour is None:
         files.link(graph, folder)
         write_kit(folder, settings, linears, artifact)
@@ -331,5 +336,5 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
 
 def summary(request: Request) -> dict[str, Any]:
     """The request without paths of this machine: the same input gives the same bytes anywhere."""
-    local = ("model", "out", "targets", "timing_cache", "text")
+    local = ("model", "out", "targets", "timing_cache", "text", "plugin")
     return {key: value for key, value in asdict(request).items() if key not in local}

@@ -14,6 +14,7 @@ from passes.cast_compute_type import cast_compute_type
 from passes.errors import UserError
 from passes.fuse_rms_norm import FUSE_RMS_NORM
 from passes.fuse_rotary import FUSE_ROTARY
+from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
@@ -24,6 +25,7 @@ from passes.lower_ort_attention import ATTENTION
 from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from passes.lower_ort_linear import linear_passes
 from passes.lower_ort_tables import AS_STORED, QuantizeTables
+from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
 from passes.permute_fold import FoldOrder
 from passes.permute_inputs import SortInputs
 from passes.rewrite import Ledger, Rewrite, run
@@ -84,13 +86,15 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
 
 
 def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger) -> gs.Graph:
-    """Native TensorRT in the compute type `dtype`: no plugin, no zero points, strongly typed."""
+    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     if request.logits == "last":
         run(graph, [LastLogits()], ledger)
     if request.kv_cache == "in-place":
         kv_in_place(graph, limits.max_length, ledger)
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     cast_compute_type(graph, dtype, ledger)
+    if request.plugin is not None:
+        run(graph, [LowerWeightOnlyGemm(dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
     return lower_native(graph, dtype, ledger)
 
 

@@ -36,6 +36,7 @@ class Request:
     lm_head          float or int8
     embeddings       stored (as in the checkpoint) or int8
     cpu_preset       exact: 16-bit activations keep 14 bits of each token or block; fast: int8 activations by block
+    plugin           engines: plugin library whose WeightOnlyGemm runs the weight-only linears, zero points exact
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
     max_ppl_increase the same for the increase of perplexity on `text`, in percent
@@ -79,6 +80,7 @@ class Request:
     version_compatible: bool = False
     hardware_compatible: str = ""
     timing_cache: Path | None = None
+    plugin: Path | None = None
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     text: Path | None = None
@@ -112,6 +114,10 @@ class Request:
                 raise UserError(name, expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
+        if self.plugin is not None and not self.plugin.is_file():
+            raise UserError(
+                "no plugin library here", where=str(self.plugin), fix="cmake -S plugins -B build/plugins makes one"
+            )
         self.resolved_targets()
         self.engine_limits()
         self.engine_options()

@@ -13,16 +13,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from compiler import pipeline
+from compiler.artifact import find_artifact
 from compiler.backend.tensorrt import EngineSpec, build
 from compiler.backend.writer import write_model
+from compiler.build import compile_model
 from compiler.frontend.model import FloatModel
+from compiler.kit import read_kit, trtexec
 from compiler.profiles import Limits, profiles
+from compiler.request import Request
 from passes.cast_compute_type import cast_compute_type
 from passes.evaluate import Evaluation
 from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
@@ -32,6 +37,7 @@ from passes.rewrite import Ledger, run
 from plugins import ops
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
+from tests.conftest import TINY
 from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, Emulated, cuda_wheels
 
@@ -304,3 +310,22 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
     built = build(spec)
     assert built.bytes > sum(quant.shape[0] * quant.shape[1] // 2 for quant in decisions.values())
     assert built.engine.read_bytes().count(OP.name.encode()) >= len(gemms)
+
+
+@pytest.mark.parametrize("builder", ["tensorrt-rtx", "kit"])
+def test_compile_puts_the_plugin_into_engines_and_kits(
+    folder: Path, plugin: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: Any
+) -> None:
+    """`compile --plugin`: the library lies beside the artifact, and the manifest names it."""
+    headers("11")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
+    fields: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "builder": builder, "plugin": plugin["11"]}
+    compile_model(Request(TINY, ("sm89",), tmp_path, **fields))
+    artifact = find_artifact(tmp_path)
+    assert artifact.plugins == (f"sm89/{plugin['11'].name}",)
+    assert (tmp_path / artifact.plugins[0]).read_bytes() == plugin["11"].read_bytes()
+    if builder == "kit":
+        assert OP.name.encode() in (tmp_path / "sm89/model.onnx").read_bytes()
+        assert f"--dynamicPlugins={plugin['11'].name}" in trtexec(read_kit(tmp_path / "sm89").settings)
+    else:
+        assert (tmp_path / artifact.path).read_bytes().count(OP.name.encode()) >= 24
