@@ -42,6 +42,7 @@ from passes.lower_ort_limbs import ONE_LIMB_X86
 from passes.lower_ort_linear import linear_passes
 from passes.quant import InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
+from tools.synthetic import QWEN2_7B, write_checkpoint
 
 Array = npt.NDArray[Any]
 Result = dict[str, Any]
@@ -182,20 +183,6 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_model(graph, folder / "out.onnx")
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-QWEN2_7B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
 
 
 def memory(folder: Path) -> Result:
@@ -207,7 +194,7 @@ def memory(folder: Path) -> Result:
         before, after = (int(v) / 1024 for v in done.stdout.split())
         result[mode] = {"quantize_and_write_mb": round(after - before)}
     model = folder / "qwen2-7b"
-    size = write_model_of_shape(model, QWEN2_7B)
+    size = write_checkpoint(model, QWEN2_7B)
     for quant, extra in (("a16w8", ["--group-size", "128"]), ("a16w8", [])):
         command = [sys.executable, "-m", "compiler", str(model), "--target", "x86", "--quant", quant, *extra]
         started = time.monotonic()
@@ -224,27 +211,6 @@ def memory(folder: Path) -> Result:
         }
         shutil.rmtree(folder / "out")
     return result
-
-
-def write_model_of_shape(folder: Path, config: Mapping[str, Any]) -> int:
-    """A checkpoint with the given config and random weights, written in a few seconds; returns its size."""
-    from compiler.frontend.hf import build_skeleton
-
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = {name: tuple(p.shape) for name, p in build_skeleton(config, folder, False).named_parameters()}
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = int(np.prod(shape)) * 2
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    noise = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(ml_dtypes.bfloat16).tobytes()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, offset, len(noise)):
-            file.write(noise[: min(len(noise), offset - start)])
-    return offset
 
 
 def decode(folder: Path) -> Result:
