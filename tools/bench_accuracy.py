@@ -6,13 +6,13 @@ largest resident set it prints. Memory-mapped pages would count as well; there a
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tools.bench_compile import peak_mb
 from tools.synthetic import QWEN2_7B, write_checkpoint
 
 
@@ -24,15 +24,15 @@ def child(folder: Path) -> None:
 
     request = Request(folder, ("x86",), folder / "out", quant="a16w8", group_size=128)
     planned = plan(request)
-    exported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    exported = peak_mb()
     feeds, ids = next(load_data(planned.model).each(planned.model.llm))
     assert ids is not None
     started = time.monotonic()
     filled = ledger(Forms(planned.canonical, planned.model.graph, planned.lowered["x86"]), feeds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_mb()
     print(
         f"{len(filled.rows)} layers, {ids.size} tokens, {len(filled.findings)} findings, "
-        f"{time.monotonic() - started:.0f} s, peak RSS {peak / 2**20:.2f} GiB ({exported / 2**20:.2f} after the export)"
+        f"{time.monotonic() - started:.0f} s, peak RSS {peak / 1024:.2f} GiB ({exported / 1024:.2f} after the export)"
     )
 
 
