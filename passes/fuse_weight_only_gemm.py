@@ -106,7 +106,4 @@ class FuseGateUp(Rewrite[GatePair]):
         gemm(graph, [*match.inputs, *weights(graph, match.packed, f"{name}+up")], out, name, match.attrs)
 
 
-OP_WEIGHTS = 3  # x, codes, affine: no bias
-
-
 FUSE_WEIGHT_ONLY_GEMM = (FuseBias(), FuseSilu(), FuseGateUp())  # in this order

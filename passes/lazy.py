@@ -194,8 +194,9 @@ class View(LazyValues):  # type: ignore[misc]
         return np.concatenate([self.block(tile) for tile in self.source.tiles()], axis=self.axis).reshape(self.shape)
 
 
-def constant(name: str, source: Source, shape: tuple[int, ...], dtype: npt.DTypeLike, **layout: Any) -> gs.Constant:
-    return gs.Constant(name, View(source, shape, dtype, **layout))
+def whole(tensor: FileTensor) -> Array:
+    """A tensor read at once: for small ones, tools and tests."""
+    return np.concatenate([tile.parts[0] for tile in tensor.tiles()])
 
 
 def small(name: str, values: Any, dtype: npt.DTypeLike) -> gs.Constant:

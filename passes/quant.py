@@ -7,7 +7,7 @@ Signed int8 is the same codes less 128.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -97,9 +97,6 @@ class QuantTensor:
 
     def tiles(self) -> Iterator[Tile]:
         return self.source.tiles()
-
-
-QuantTable = Mapping[str, QuantTensor]
 
 
 def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:

@@ -28,10 +28,6 @@ class DType(Enum):
     I8 = ("int8", "kINT8")
 
     @property
-    def numpy_name(self) -> str:
-        return self.value[0]
-
-    @property
     def tensorrt_name(self) -> str:
         return self.value[1]
 

@@ -35,7 +35,7 @@ from safetensors.numpy import save_file
 from compiler.backend.writer import write_model
 from compiler.checkpoint import read_header
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
-from passes.lazy import FileTensor
+from passes.lazy import FileTensor, whole
 from passes.linear import linear, weight_constant
 from passes.lower_ort_limbs import ONE_LIMB_X86
 from passes.lower_ort_linear import linear_passes
@@ -135,7 +135,7 @@ def against_peer(folder: Path, tensors: Mapping[str, FileTensor]) -> Result:
         started = time.perf_counter()
         write_model(lowered(tensors, "A16W8 g128, fast"), folder / "ours.onnx")
         ours.append(time.perf_counter() - started)
-        weights = [np.concatenate([t.parts[0] for t in tensor.tiles()]) for tensor in tensors.values()]
+        weights = [whole(tensor) for tensor in tensors.values()]
         equal = compare_codes(folder / "ours.onnx", folder / "peer.onnx", weights)
         for path in folder.glob("peer.onnx*"):
             path.unlink()
@@ -256,7 +256,7 @@ def per_channel_error(folder: Path) -> Result:
     import onnxruntime as ort
 
     tensors = write_weights(folder, [(2048, 2048)])
-    w = np.concatenate([t.parts[0].astype(np.float64) for t in tensors["l0.weight"].tiles()])
+    w = whole(tensors["l0.weight"]).astype(np.float64)
     x = np.random.default_rng(2).standard_normal((1, 16, 2048), np.float32)
     x[..., ::100] *= 30
     want = x[0].astype(np.float64) @ w.T

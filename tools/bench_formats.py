@@ -28,12 +28,12 @@ from compiler.quant.readers import find_reader
 from compiler.quant.stored import Layer
 from compiler.request import Request
 from passes.insert_qdq import Quantized
-from passes.lazy import Array, InMemory, convert
+from passes.lazy import Array, InMemory, convert, whole
 from passes.lower_ort_nbits import BlockwiseMatch, matmul_nbits
 from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
 from passes.rewrite import take_over
 from passes.search import SearchedQuant
-from tools.make_checkpoints import values, write_safetensors
+from tools.make_checkpoints import write_safetensors
 from tools.perplexity import Logits, artifact_logits, perplexity, windows
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -68,7 +68,7 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
         stored = planned.model.tensors.get(name)
         if not isinstance(decision, QuantTensor) and stored is None:
             continue  # tied to another
-        found = dequantized(decision) if isinstance(decision, QuantTensor) else values(planned.model.tensors[name])
+        found = dequantized(decision) if isinstance(decision, QuantTensor) else whole(planned.model.tensors[name])
         state[name] = torch.from_numpy(found.astype(np.float32)).reshape(parameter.shape)
     model.load_state_dict(state, strict=False)
     for name, module in model.named_modules():
@@ -151,7 +151,7 @@ def compare_searches(
 def linear_weights(model: Path) -> dict[str, Array]:
     """Path -> W [N, K] of the layers inside the blocks."""
     return {
-        name.removesuffix(".weight"): convert(values(tensor), np.dtype(np.float32))
+        name.removesuffix(".weight"): convert(whole(tensor), np.dtype(np.float32))
         for name, tensor in read_checkpoint(model).items()
         if "_proj." in name and name.endswith(".weight")
     }

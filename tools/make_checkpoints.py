@@ -18,7 +18,7 @@ import typer
 
 from compiler.checkpoint import DTYPES, read_checkpoint, read_json
 from passes.errors import UserError
-from passes.lazy import Array, FileTensor
+from passes.lazy import Array, whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 REFERENCE = "reference_dequant.npz"
@@ -38,10 +38,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in tensors.values():
             file.write(np.ascontiguousarray(array).tobytes())
-
-
-def values(tensor: FileTensor) -> Array:
-    return np.concatenate([tile.parts[0] for tile in tensor.tiles()])
 
 
 @app.callback()
@@ -155,9 +151,9 @@ def slim(source: Path, out: Path, float_model: Path = Path("examples/tiny-qwen2"
     kept = {}
     for name, tensor in read_checkpoint(source).items():
         other_layer = ".layers." in name and ".layers.0." not in name
-        same = name in base and base[name].dtype == tensor.dtype and (values(base[name]) == values(tensor)).all()
+        same = name in base and base[name].dtype == tensor.dtype and (whole(base[name]) == whole(tensor)).all()
         if not other_layer and not same:
-            kept[name] = values(tensor)
+            kept[name] = whole(tensor)
     reference = np.load(source / REFERENCE)
     digests = {
         name: hashlib.sha256(np.ascontiguousarray(reference[name], np.float32).tobytes()).hexdigest()

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compiler.quant.stored import FLOATS, INT32, Layer, checked_scales, strips, whole
+from compiler.quant.stored import FLOATS, INT32, Layer, checked_scales, strips
 from passes.errors import UserError
-from passes.lazy import Array, FileTensor, Tile
+from passes.lazy import Array, FileTensor, Tile, whole
 from passes.quant import Activations, Codes, QuantTensor
 from passes.rewrite import Reject
 

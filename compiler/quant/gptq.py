@@ -24,11 +24,10 @@ from compiler.quant.stored import (
     safe_pattern,
     strips,
     unpack,
-    whole,
     words_for,
 )
 from passes.errors import UserError
-from passes.lazy import Array, FileTensor, Tile
+from passes.lazy import Array, FileTensor, Tile, whole
 from passes.quant import Activations, Codes, Order, QuantTensor
 from passes.rewrite import Reject
 

@@ -16,7 +16,7 @@ import numpy as np
 from compiler.quant.config import QuantConfig
 from passes.errors import UserError
 from passes.insert_qdq import Decisions
-from passes.lazy import BFLOAT16, Array, FileTensor, Tile, convert
+from passes.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
 from passes.linear import Linear
 from passes.quant import Activations, Order, QuantTensor
 from passes.rewrite import Reject
@@ -167,11 +167,6 @@ NIBBLES = (np.arange(256, dtype=np.uint16) & 0xF) | (np.arange(256, dtype=np.uin
 def words_for(count: int, bits: int) -> int:
     """How many int32 hold `count` fields."""
     return -(-count * bits // 32)
-
-
-def whole(tensor: FileTensor) -> Array:
-    """A small tensor, read at once."""
-    return np.concatenate([tile.parts[0] for tile in tensor.tiles()])
 
 
 def checked_scales(tensor: FileTensor) -> Array:

@@ -13,9 +13,9 @@ import numpy as np
 from compiler.checkpoint import read_checkpoint
 from compiler.quant.readers import find_reader
 from compiler.quant.stored import Layer
-from passes.lazy import Array
+from passes.lazy import Array, whole
 from passes.quant import Codes, QuantTensor, dequantize
-from tools.make_checkpoints import values, write_safetensors
+from tools.make_checkpoints import write_safetensors
 
 HERE = Path(__file__).parent
 TINY = HERE.parent.parent / "examples" / "tiny-qwen2"
@@ -84,8 +84,8 @@ def whole_checkpoint(
     name: str, out: Path, change: Callable[[dict[str, Any], dict[str, Array]], None] = lambda config, tensors: None
 ) -> Path:
     """A one-layer model in `out`: the checkpoint's layer, the example model's embeddings and norms; then `change`d."""
-    tensors = {n: values(t) for n, t in read_checkpoint(TINY).items() if ".layers." not in n or ".layers.0." in n}
-    stored = {n: values(t) for n, t in read_checkpoint(HERE / name).items()}
+    tensors = {n: whole(t) for n, t in read_checkpoint(TINY).items() if ".layers." not in n or ".layers.0." in n}
+    stored = {n: whole(t) for n, t in read_checkpoint(HERE / name).items()}
     quantized = {n.rpartition(".")[0] for n in stored if n.endswith(("qweight", "weight_packed", "weight_scale"))}
     kept = {n: a for n, a in tensors.items() if n.rpartition(".")[0] not in quantized or n.endswith(".bias")}
     config = config_of(HERE / name)

@@ -20,12 +20,11 @@ from compiler.checkpoint import read_checkpoint
 from compiler.frontend import hf
 from compiler.inspect import inspect
 from compiler.request import Request
-from passes.lazy import Array
+from passes.lazy import Array, whole
 from passes.quant import QuantTensor, quantize_asymmetric
 from passes.rewrite import Reject
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
 from tools.bench_formats import reference_logits
-from tools.make_checkpoints import values
 from tools.perplexity import artifact_logits, perplexity, windows
 
 TEXT = TINY.parent / "text" / "evaluation.txt"
@@ -86,7 +85,7 @@ def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts
 
 
 def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> None:
-    tensors = {name: values(t) for name, t in read_checkpoint(HERE / compiled.name).items()}
+    tensors = {name: whole(t) for name, t in read_checkpoint(HERE / compiled.name).items()}
     written = {t.name: t for t in onnx.load(compiled.out / "x86" / "model.onnx").graph.initializer}
     quantized = [path for path, q in compiled.planned.decisions.items() if isinstance(q, QuantTensor)]
     assert len(quantized) == 7
@@ -143,7 +142,7 @@ def written_codes(written: dict[str, onnx.TensorProto], path: str, k: int) -> Ar
 
 def requantized(path: str, bits: int, group: int) -> dict[str, Array]:
     """A float layer of the example model as GPTQ tensors, its zero points off the centre."""
-    w = values(read_checkpoint(TINY)[f"{path}.weight"]).astype(np.float32)
+    w = whole(read_checkpoint(TINY)[f"{path}.weight"]).astype(np.float32)
     block = quantize_asymmetric(w.reshape(len(w), -1, group).copy(), bits, np.dtype(np.float16))
     return gptq_tensors(path, block.codes.T, block.zero.T, block.scale.T, bits)
 
@@ -160,7 +159,7 @@ def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: li
         config["quantization_config"] |= {"dynamic": rules, "lm_head": True}
         for name in [n for n in tensors if n.startswith((o_proj, DOWN_PROJ, "lm_head."))]:
             del tensors[name]
-        tensors[f"{o_proj}.weight"] = values(read_checkpoint(TINY)[f"{o_proj}.weight"])
+        tensors[f"{o_proj}.weight"] = whole(read_checkpoint(TINY)[f"{o_proj}.weight"])
         tensors |= requantized(DOWN_PROJ, 8, 768) | requantized("lm_head", 4, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)

@@ -18,12 +18,12 @@ from compiler.checkpoint import read_checkpoint
 from compiler.quant import gptq, readers, stored
 from compiler.quant.config import QuantConfig
 from passes.errors import UserError
-from passes.lazy import Array, FileTensor, InMemory
+from passes.lazy import Array, FileTensor, InMemory, whole
 from passes.linear import Linear
 from passes.quant import QuantTensor
 from passes.rewrite import Reject
 from tests.checkpoints import HERE, Q_PROJ, SHAPES, decoded, gptq_tensors, read_layer, weight
-from tools.make_checkpoints import values, write_safetensors
+from tools.make_checkpoints import write_safetensors
 
 PATH = "model.layers.0.mlp.down_proj"
 RANDOM = np.random.default_rng(11)
@@ -204,7 +204,7 @@ def test_both_places_of_the_config(tmp_path: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     name = "gptq-int4-g128-desc_act"
-    tensors = {n: values(t) for n, t in read_checkpoint(HERE / name).items()}
+    tensors = {n: whole(t) for n, t in read_checkpoint(HERE / name).items()}
     halves = [{n: a for i, (n, a) in enumerate(sorted(tensors.items())) if i % 2 == half} for half in (0, 1)]
     for i, half in enumerate(halves):
         write_safetensors(tmp_path / f"part{i}.safetensors", half)
