@@ -235,8 +235,7 @@ def write_engine(
     """An engine in `folder`, or the kit to build it elsewhere."""
     graph, llm = planned.lowered[target.name], planned.model.llm
     limits = request.engine_limits(llm.max_length if llm else 0)
-    int8 = any(q.bits == 8 and q.activations == "float" for q in quantized(planned.decisions))
-    ranges = profiles(graph.inputs, limits, llm=llm is not None, int8_weights=int8)
+    ranges = profiles(graph.inputs, limits, llm=llm is not None)
     libraries = () if request.plugin is None else (Path(shutil.copy(request.plugin, folder)),)
     settings = Settings(planned.types[target.name].name, ranges, request.engine_options(), libraries)
     linears = quantized_linears(graph)

@@ -16,6 +16,7 @@ from passes.fuse_rms_norm import FUSE_RMS_NORM
 from passes.fuse_rotary import FUSE_ROTARY
 from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
+from passes.join_linears import JoinLinears, parts_of
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
 from passes.linear import NORMALIZE_LINEARS, Linear, linear
@@ -77,11 +78,12 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
     for node in graph.nodes:
         if quantized(node) is not None:
             reasons = dict.fromkeys(e.reason for e in ledger.entries if e.node == node.name and e.reason)
+            patterns = " ".join(f"--ignore {path}" for path in parts_of(node.name))
             raise UserError(
                 f"{backend} has no form for this quantized layer",
                 where=node.name,
                 found="; ".join(reasons),
-                fix=f"another --group-size, --weight-only for 8-bit GPTQ, or --ignore {node.name}",
+                fix=f"another --group-size, --weight-only for 8-bit GPTQ, or {patterns}",
             )
 
 
@@ -91,6 +93,7 @@ def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limi
         run(graph, [LastLogits()], ledger)
     if request.kv_cache == "in-place":
         kv_in_place(graph, limits.max_length, ledger)
+    run(graph, [JoinLinears(gated=request.plugin is None)], ledger)
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     cast_compute_type(graph, dtype, ledger)
     if request.plugin is not None:

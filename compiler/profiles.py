@@ -35,52 +35,42 @@ class Limits:
             )
 
 
-def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool, int8_weights: bool) -> tuple[Profile, ...]:
-    """Prefill and decode for a causal LM, one profile for any other model; inputs of fixed shape need none.
-
-    `int8_weights`: some linear multiplies float activations with int8 weights. A batch of exactly 1 lets TensorRT join
-    the linears that share an input, which it does well with int4, and at the price of expanding them with int8; and it
-    expands int8 where a product has exactly one row. So such an engine takes two sequences, asked for or not.
-    """
+def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool) -> tuple[Profile, ...]:
+    """Prefill and decode for a causal LM, one profile for any other model; inputs of fixed shape need none."""
     inputs = list(inputs)
     if not any(isinstance(size, str) for tensor in inputs for size in tensor.shape):
         return ()
-    batch = max(limits.max_batch, 2 if int8_weights else 1)
-    ranges = (prefill(limits, batch), decode(limits, batch)) if llm else (any_shape(inputs, limits, batch),)
+    ranges = (prefill(limits), decode(limits)) if llm else (any_shape(inputs, limits),)
     return tuple({t.name: shape_range(t, each) for t in inputs} for each in ranges)
 
 
-def prefill(limits: Limits, batch: int) -> Mapping[str, Range]:
+def prefill(limits: Limits) -> Mapping[str, Range]:
     """Many tokens at once, on an empty cache or one filled before."""
     n, opt = limits.max_length, limits.opt_length
     return {
-        "batch": (1, 1, batch),
+        "batch": (1, 1, limits.max_batch),
         "sequence": (1, opt, n),
         "past": (0, 0, n - 1),
         "total": (1, opt, n),
     }
 
 
-def decode(limits: Limits, batch: int) -> Mapping[str, Range]:
-    """One token of each sequence; of a single one, two: a product of exactly one row has no good kernels.
-
-    The batch is that of prefill. Were it exactly 1 in one of the two only, the engine would hold every weight twice,
-    joined and apart.
-    """
+def decode(limits: Limits) -> Mapping[str, Range]:
+    """One token of each sequence; of a single one, two: TensorRT expands int8 weights for a product of one row."""
     n, opt = limits.max_length, limits.opt_length
     past = n - 1
     return {
-        "batch": (1, 1, batch),
-        "sequence": (1, 1, 2 if batch == 1 else 1),
+        "batch": (1, 1, limits.max_batch),
+        "sequence": (1, 1, 2 if limits.max_batch == 1 else 1),
         "past": (1, min(opt, past), past),
         "total": (2, min(opt, past) + 1, past + 1),
     }
 
 
-def any_shape(inputs: Iterable[gs.Tensor], limits: Limits, most: int) -> Mapping[str, Range]:
+def any_shape(inputs: Iterable[gs.Tensor], limits: Limits) -> Mapping[str, Range]:
     """A plain model: what is called batch is a batch, every other dynamic dimension a length."""
     names = {size for tensor in inputs for size in tensor.shape if isinstance(size, str)}
-    batch = (1, 1, most)
+    batch = (1, 1, limits.max_batch)
     length = (1, limits.opt_length, limits.max_length)
     return {name: batch if "batch" in name.lower() else length for name in names}
 

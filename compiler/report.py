@@ -19,6 +19,7 @@ from compiler.build import Plan
 from compiler.engine import expanded
 from compiler.request import Request
 from compiler.target import TARGETS
+from passes.join_linears import parts_of
 from passes.quant import QuantTensor
 
 console = Console()
@@ -56,7 +57,10 @@ def show_explanation(planned: Plan) -> None:
     lowered: dict[str, list[str]] = {}
     for entry in planned.ledger.entries:
         if entry.rewrite.startswith("Lower") and entry.done:
-            lowered.setdefault(entry.node, []).append(entry.done.partition(" -> ")[2])
+            parts = parts_of(entry.node)
+            for path in parts:
+                joined = [p for p in parts if p != path]
+                lowered.setdefault(path, []).append(entry.done + (f", with {short(joined)}" if joined else ""))
     same: dict[tuple[str, str, str], list[str]] = {}
     for path, decision in planned.decisions.items():
         if isinstance(decision, QuantTensor):
@@ -78,6 +82,11 @@ def show_explanation(planned: Plan) -> None:
         for (rewrite, reason), count in others.items():
             rest.add_row(rewrite, str(count), reason)
         console.print(rest)
+
+
+def short(paths: list[str]) -> str:
+    """a.b.k_proj, a.b.v_proj -> k_proj and v_proj."""
+    return " and ".join(path.rpartition(".")[2] for path in paths)
 
 
 def pattern(path: str) -> str:

@@ -67,21 +67,26 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
         if made is not None:  # the module is used several times
             node.inputs[1] = made
             return
-        (n, k), code_type = q.shape, CODE_TYPES[q.bits]
-        per_group = (q.groups, n)
-        codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
-        scale = View(q, per_group, np.float32, axis=1, project=scale_gn)
-        zero = View(q, per_group, code_type, axis=1, project=zero_gn)
-        attrs: dict[str, Any] = {"axis": 0, "block_size": q.group_size}
-        if q.per_channel:
-            scale = View(q, (n,), np.float32, project=lambda tile: tile.parts[1][:, 0])
-            zero = View(q, (n,), code_type, project=lambda tile: tile.parts[2][:, 0])
-            attrs = {"axis": 1}
-        inputs = [codes, gs.Constant(f"{path}.scale", scale), gs.Constant(f"{path}.zero", zero)]
-        node.inputs[1] = add(graph, "DequantizeLinear", inputs, f"{path}.dequantized", **attrs)
+        node.inputs[1] = dequantized(graph, q, path)
 
     def note(self, match: QuantizeMatch) -> str:
         return str(match.quant)
+
+
+def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
+    """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
+    (n, k), code_type = q.shape, CODE_TYPES[q.bits]
+    per_group = (q.groups, n)
+    codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
+    scale = View(q, per_group, np.float32, axis=1, project=scale_gn)
+    zero = View(q, per_group, code_type, axis=1, project=zero_gn)
+    attrs: dict[str, Any] = {"axis": 0, "block_size": q.group_size}
+    if q.per_channel:
+        scale = View(q, (n,), np.float32, project=lambda tile: tile.parts[1][:, 0])
+        zero = View(q, (n,), code_type, project=lambda tile: tile.parts[2][:, 0])
+        attrs = {"axis": 1}
+    inputs = [codes, gs.Constant(f"{path}.scale", scale), gs.Constant(f"{path}.zero", zero)]
+    return add(graph, "DequantizeLinear", inputs, f"{path}.dequantized", **attrs)
 
 
 @dataclass(frozen=True)

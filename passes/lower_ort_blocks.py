@@ -46,9 +46,7 @@ class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
         add(graph, "Reshape", [y, shape], out)
 
     def note(self, match: BlockwiseMatch) -> str:
-        return (
-            f"{match.linear.quant} -> MatMulNBits, {match.linear.quant.bits} bits, two limbs by {match.block} (exact)"
-        )
+        return f"MatMulNBits, {match.linear.quant.bits} bits, two limbs by {match.block} (exact)"
 
 
 def block_limbs(graph: gs.Graph, linear: Quantized, block: int) -> tuple[gs.Tensor, gs.Tensor]:

@@ -72,8 +72,8 @@ class LowerGroups(Rewrite[Quantized]):
         shape = add(graph, "Concat", [leading, const("n", [n])], f"{path}/shape", axis=0)
         add(graph, "Reshape", [y, shape], out)
 
-    def note(self, match: Quantized) -> str:
-        return f"{match.quant} -> MatMulInteger by group, one limb of 8 bits"
+    def note(self, match: Quantized) -> str:  # noqa: ARG002
+        return "MatMulInteger by group, one limb of 8 bits"
 
 
 def one_group(path: str, code_type: np.dtype[Any], size: int, n: int, center: int) -> gs.Graph:

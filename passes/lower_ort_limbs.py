@@ -83,9 +83,9 @@ class LowerPerChannel(Rewrite[Quantized]):
         shape = add(graph, "Concat", [count, width], f"{path}/shape", axis=0)
         add(graph, "Reshape", [y, shape], out)
 
-    def note(self, match: Quantized) -> str:
+    def note(self, match: Quantized) -> str:  # noqa: ARG002
         kind = "two limbs of 7 bits (exact)" if self.limbs.count == 2 else "one limb of 8 bits"
-        return f"{match.quant} -> MatMulInteger, {kind}"
+        return f"MatMulInteger, {kind}"
 
 
 def flipped(codes: Array, flip: int) -> Array:

@@ -50,7 +50,7 @@ class LowerToMatMulNBits(Rewrite[BlockwiseMatch]):
         matmul_nbits(graph, match, match.linear.x, take_over(match.linear.node))
 
     def note(self, match: BlockwiseMatch) -> str:
-        return f"{match.linear.quant} -> MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
+        return f"MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
 
 
 def matmul_nbits(graph: gs.Graph, match: BlockwiseMatch, x: gs.Tensor, out: gs.Tensor | str) -> gs.Tensor:

@@ -118,7 +118,7 @@ class QuantizeTables(Rewrite[EmbeddingMatch]):
         add(graph, "GatherBlockQuantized", inputs, take_over(node), domain="com.microsoft", name=node.name, **attrs)
 
     def note(self, match: EmbeddingMatch) -> str:
-        return f"{match.quant} -> GatherBlockQuantized"
+        return f"GatherBlockQuantized, {match.quant.bits} bits"
 
 
 # Embeddings first, so that a tied head finds the table it shares.

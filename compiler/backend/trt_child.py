@@ -4,7 +4,7 @@ Reads its order, {"build": EngineSpec} or {"load": {flavour, engine, plugins}}, 
 JSON lines to standard output:
 
     {"progress": [0.42, "Optimizing graph"]}          {"message": ["WARNING", "..."]}
-    {"refused": ["..."], "what": "...", "fix": "..."}  {"done": {version, bytes, sha256, seconds, peak_memory}}
+    {"refused": ["..."], "what": "...", "fix": "..."}  {"done": {version, bytes}}
 
 One code path serves TensorRT 10, 11 and RTX. Enum members are named, never numbered: their integers moved between
 releases.
@@ -13,11 +13,9 @@ releases.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -72,7 +70,6 @@ def main() -> None:
 
 def build(spec: EngineSpec, events: Events) -> dict[str, Any]:
     """Parse, configure, build: the engine lies at `spec.partial` when this returns."""
-    started = time.monotonic()
     trt = importlib.import_module(spec.flavour)
     check_version(trt, spec)
     logger = make_logger(trt, events)
@@ -83,18 +80,12 @@ def build(spec: EngineSpec, events: Events) -> dict[str, Any]:
     config = configure(trt, builder, spec)
     config.progress_monitor = make_monitor(trt, events)
     cache = attach_timing_cache(config, spec)
-    size, digest = write_plan(trt, builder, network, config, spec)
+    size = write_plan(trt, builder, network, config, spec)
     del parser  # owns memory that the network's weights point into: it must outlive the build
     if cache is not None and spec.options.timing_cache:
         spec.options.timing_cache.write_bytes(bytes(cache.serialize()))
     spec.layers.write_text(logger.layers or inspect(trt, logger, spec.partial), encoding="utf-8")
-    return {
-        "version": trt.__version__,
-        "bytes": size,
-        "sha256": digest,
-        "seconds": time.monotonic() - started,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return {"version": trt.__version__, "bytes": size}
 
 
 def is_rtx(trt: Any) -> bool:
@@ -292,11 +283,11 @@ def attach_timing_cache(config: Any, spec: EngineSpec) -> Any:
 
 
 class PlanFile:
-    """Where the plan goes: counts, hashes, and keeps the first error, which the builder itself would ignore."""
+    """Where the plan goes: counts, and keeps the first error, which the builder itself would ignore."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
-        self.size, self.digest = 0, hashlib.sha256()
+        self.size = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -305,7 +296,6 @@ class PlanFile:
         except OSError as error:
             self.error = self.error or error
             return 0
-        self.digest.update(data)
         self.size += len(data)
         return len(data)
 
@@ -318,7 +308,7 @@ class PlanFile:
             raise Refused("the engine could not be written", [str(self.error)], fix="free some disk space")
 
 
-def write_plan(trt: Any, builder: Any, network: Any, config: Any, spec: EngineSpec) -> tuple[int, str]:
+def write_plan(trt: Any, builder: Any, network: Any, config: Any, spec: EngineSpec) -> int:
     """Builds; streams the plan where the release can (half the memory), else writes it in slices."""
     plan = PlanFile(spec.partial)
     if hasattr(builder, "build_serialized_network_to_stream"):
@@ -336,7 +326,7 @@ def write_plan(trt: Any, builder: Any, network: Any, config: Any, spec: EngineSp
     plan.close()
     if not ok or not plan.size:
         raise Refused(f"{PRODUCT[spec.flavour]} {trt.__version__} could not build this graph")
-    return plan.size, plan.digest.hexdigest()
+    return plan.size
 
 
 def slices(memory: Any) -> Iterator[memoryview]:

@@ -24,6 +24,7 @@ from compiler.kit import read_kit
 from compiler.request import Request
 from compiler.target import find_target
 from passes.errors import UserError
+from passes.join_linears import parts_of
 from tests.conftest import TINY
 
 NO_GPU = not gpus()
@@ -68,7 +69,8 @@ def test_the_manifest_describes_the_engine(out: Path) -> None:
     engine = by_target["sm89"].engine
     assert engine is not None
     assert (engine["builder"], engine["sm"], engine["precision"]) == ("tensorrt_rtx", 89, "bfloat16")
-    assert Counter(engine["weights"].values()) == {"Int4 fused": 28}
+    assert Counter(engine["weights"].values()) == {"Int4 fused": 16}, "q, k and v are one product; gate and up another"
+    assert sorted(path for name in engine["weights"] for path in parts_of(name)) == sorted(by_target["sm89"].quant)
     assert len(engine["profiles"]) == 2
     limits = {"cache": "shared", "max_batch": 2, "max_length": 256, "opt_length": 64, "logits": "last"}
     assert by_target["sm89"].limits == limits
@@ -203,7 +205,7 @@ def test_polygraphy_works_on_the_lowered_model(out: Path, tmp_path: Path) -> Non
         return done.stdout
 
     kit = read_kit(out / "sm90")
-    assert polygraphy("inspect", "model", str(kit.onnx), "--show", "layers").count("[Op: DequantizeLinear]") == 28
+    assert polygraphy("inspect", "model", str(kit.onnx), "--show", "layers").count("[Op: DequantizeLinear]") == 16
     polygraphy(
         "surgeon", "sanitize", str(kit.onnx), "--fold-constants", "-o", "clean.onnx", "--save-external-data", "d"
     )

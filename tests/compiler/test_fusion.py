@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compiler import pipeline
 from compiler.backend.fusion import Carrier, Read, carriers, kernels
 from compiler.backend.tensorrt import EngineSpec, build
 from compiler.backend.writer import write_model
 from compiler.engine import quantized_linears
-from compiler.pipeline import lower_native
+from compiler.frontend.model import FloatModel
+from compiler.profiles import Limits, profiles
+from compiler.request import Request
 from passes.cast_compute_type import cast_compute_type
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
 from passes.lazy import InMemory
 from passes.quant import InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
+from tests.conftest import TINY
 from tests.graphs import linear_graph
 
 K, N = 256, 64
@@ -69,7 +73,7 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
         table[name] = QuantTensor(name, source, w.shape, bits, group, symmetric, FLOAT16, activations)  # type: ignore[arg-type]
     graph, ledger = linear_graph(weights, share_input=False), Ledger()
     run(graph, (InsertDequantize(table), QuantizeActivations()), ledger)
-    lower_native(cast_compute_type(graph, FLOAT16, ledger), FLOAT16, ledger)
+    pipeline.lower_native(cast_compute_type(graph, FLOAT16, ledger), FLOAT16, ledger)
     write_model(graph, folder / "model.onnx")
     return folder / "model.onnx", quantized_linears(graph)
 
@@ -79,11 +83,30 @@ def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     table = TURING if sm == 75 else TABLE
     onnx, linears = lowered(tmp_path, list(table))
     assert sorted(linears) == sorted(table)
-    profiles = tuple({name: r for name, r in p.items() if name[2:] in table} for p in PROFILES)
-    spec = EngineSpec("tensorrt_rtx", onnx, tmp_path / "m.engine", tmp_path / "m.txt", profiles, (sm,))
+    ranges = tuple({name: r for name, r in p.items() if name[2:] in table} for p in PROFILES)
+    spec = EngineSpec("tensorrt_rtx", onnx, tmp_path / "m.engine", tmp_path / "m.txt", ranges, (sm,))
     found = carriers(build(spec).layers.read_text("utf-8"), table)
     assert {c.linear: (c.read, c.dtype, c.tokens) for c in found} == table
-    assert all(len(c.kernels) == len(profiles) for c in found)
+    assert all(len(c.kernels) == len(ranges) for c in found)
+
+
+def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatModel, tmp_path: Path) -> None:
+    """With a batch of exactly 1 the builder joins q, k and v where we have not, and expands their weights to do so."""
+    weights = {layer.path: layer for layer in pipeline.linears(tiny_float.graph) if layer.path != "lm_head"}
+    decisions = {
+        path: QuantTensor(path, InstantQuant(path, layer.rows, 8, k, False, FLOAT16), (n, k), 8, k, False, FLOAT16)
+        for path, layer in weights.items()
+        for n, k in [layer.shape]
+    }
+    limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
+    canonical = pipeline.quantize(tiny_float.graph.copy(), decisions, ledger)
+    graph = pipeline.lower_tensorrt(canonical, FLOAT16, Request(TINY, ("sm89",), tmp_path), limits, ledger)
+    write_model(graph, tmp_path / "model.onnx")
+    ranges = profiles(graph.inputs, limits, llm=True)
+    spec = EngineSpec("tensorrt_rtx", tmp_path / "model.onnx", tmp_path / "m.engine", tmp_path / "m.txt", ranges, (89,))
+    found = carriers(build(spec).layers.read_text("utf-8"), quantized_linears(graph))
+    assert len(found) == 4 * 4, "q, k and v are one product; gate and up another"
+    assert {(c.read, c.dtype) for c in found} == {(FUSED, "Int8")}
 
 
 LINE = (

@@ -17,28 +17,24 @@ INPUTS = [
 ]
 
 
-@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("limits", [Limits(), Limits(8, 4096, 512), Limits(1, 2, 1), Limits(3, 2, 2)], ids=str)
-def test_prefill_and_decode(limits: Limits, int8: bool) -> None:
-    both = profiles(INPUTS, limits, llm=True, int8_weights=int8)
+def test_prefill_and_decode(limits: Limits) -> None:
+    both = profiles(INPUTS, limits, llm=True)
     for number, each in enumerate(both):
         check_profile(each, f"profile {number}")
     prefill, decode = both
     assert prefill["input_ids"][2][1] == limits.max_length
     assert prefill["past"][0][2] == 0
-    batches = {profile["input_ids"][2][0] for profile in both}
-    assert batches == {max(limits.max_batch, 2 if int8 else 1)}, "joined in one profile only, weights are stored twice"
+    assert {profile["input_ids"][2][0] for profile in both} == {limits.max_batch}
     rows = decode["input_ids"][2]
     assert rows[0] * rows[1] >= 2, "a product of one row is not fused"
 
 
 def test_a_plain_model_has_one_profile_and_a_fixed_one_none() -> None:
-    (only,) = profiles(INPUTS[:1], Limits(4, 128, 32), llm=False, int8_weights=False)
+    (only,) = profiles(INPUTS[:1], Limits(4, 128, 32), llm=False)
     assert only == {"input_ids": ((1, 1), (1, 32), (4, 128))}
-    (int8,) = profiles(INPUTS[:1], Limits(1, 128, 32), llm=False, int8_weights=True)
-    assert int8["input_ids"][2] == (2, 128)
     fixed = [gs.Variable("x", np.float16, [1, 8])]
-    assert profiles(fixed, Limits(), llm=False, int8_weights=False) == ()
+    assert profiles(fixed, Limits(), llm=False) == ()
 
 
 @pytest.mark.parametrize("wrong", [(0, 8, 8), (1, 1, 1), (1, 8, 9), (1, 8, 0)])

@@ -60,13 +60,10 @@ def left(spec: EngineSpec) -> list[str]:
     return sorted(p.name for p in spec.engine.parent.iterdir()) if spec.engine.parent.exists() else []
 
 
-def test_an_engine_its_digest_its_header_and_its_layers(spec: EngineSpec) -> None:
-    from compiler.artifact import sha256
-
+def test_an_engine_its_header_and_its_layers(spec: EngineSpec) -> None:
     built = build(spec)
     assert left(spec) == ["m.engine", "m.layers.txt"]
     assert built.bytes == spec.engine.stat().st_size
-    assert built.sha256 == sha256(spec.engine)
     assert read_header(spec.engine) == tensorrt.Header("tensorrt_rtx", built.version)
     (carrier,) = carriers(built.layers.read_text("utf-8"), ["l"])
     assert (carrier.read, carrier.dtype) == (Read.FUSED, "Int8")

@@ -297,7 +297,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
     write_model(graph, folder / "tiny.onnx")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
     limits = Limits(max_batch=1, max_length=64, opt_length=16)
-    ranges = profiles(graph.inputs, limits, llm=True, int8_weights=False)
+    ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec(
         "tensorrt_rtx",
         folder / "tiny.onnx",
