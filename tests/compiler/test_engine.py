@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 from compiler.artifact import read_manifest
@@ -76,6 +77,20 @@ def test_the_manifest_describes_the_engine(out: Path) -> None:
     shapes = {t.name: t.shape for t in (*by_target["sm89"].inputs, *by_target["sm89"].outputs)}
     assert shapes["logits"] == ("batch", 1, 4096)
     assert shapes["past_key_values.0.key"] == shapes["present.0.key"] == ("batch", 2, 256, 64)
+
+
+def test_rows_of_a_cache_in_place_end_where_their_mask_ends(out: Path) -> None:
+    """The kit holds the graph that the engine was built from: TensorRT takes positions that come from the mask."""
+    graph = onnx.load(out / "sm90" / "model.onnx", load_external_data=False).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    scatters = [node for node in graph.node if node.op_type == "TensorScatter"]
+    assert len(scatters) == 2 * 4
+    (position,) = {node.input[2] for node in scatters}
+    chain = [made_by[position]]
+    while (before := made_by.get(chain[-1].input[0])) is not None:
+        chain.append(before)
+    assert [node.op_type for node in chain] == ["Max", "Sub", "ReduceMax", "Where", "Cast"]
+    assert chain[-1].input[0] == "attention_mask"
 
 
 def test_check_says_what_was_built_and_what_this_machine_has(out: Path) -> None:
