@@ -107,7 +107,7 @@ leave at once. These parameters in `config.pbtxt` may be edited:
 
 | parameter | default | meaning |
 |---|---|---|
-| `max_batch` | {max_batch} | sequences that run together; others wait |
+| `max_batch` | {max_batch}, or what an engine was built for | sequences that run together; others wait |
 | `max_length` | {max_length}, or less if the model has less | tokens of a sequence with its prompt; more is refused |
 | `max_queue` | {max_queue} | requests that wait; more are refused |
 | `threads` | 0 | of ONNX Runtime; 0 takes all cores |
@@ -115,6 +115,9 @@ leave at once. These parameters in `config.pbtxt` may be edited:
 `runtime` and `cache` say what the artifact is; with the cache `concat` (from `--portable`) rows run one by one.
 
 The cache takes `max_batch * max_length` tokens of address space; memory is taken as sequences grow.
+
+When it loads, a generate model compares the SHA-256 of its model, weights and plugins with `1/artifact.json`, and
+refuses what was changed. That reads every byte once, at half a gigabyte a second or more. Bare models are not checked.
 
 The names are those of TensorRT-LLM's models, which Triton's OpenAI front end (`python/openai` in the server's sources)
 sends to every backend but vLLM:
@@ -125,8 +128,12 @@ python3 openai_frontend/main.py --model-repository . --tokenizer {name}/1
 """
 ENGINES = """## Generate with engines
 
-The engine, its caches and its plugins live in the generate model's own process: no server flag is needed. A step runs
-its sequences one after the other.
+The engine, its caches and its plugins live in the generate model's own process: no server flag is needed.
+
+An engine from `--kv-cache in-place` decodes its sequences as one batch, in shapes that never change, so that a step
+is one CUDA graph. `max_batch` and `max_length` cannot exceed what it was built for (`--max-batch`, `--max-length`),
+and the cache, `max_batch * max_length` tokens of GPU memory, is taken when it loads. An engine from `--kv-cache
+concat` runs its sequences one after the other, and takes memory for a row when that is first used.
 """
 BARE_ONNX = """## Bare ONNX models
 

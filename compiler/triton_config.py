@@ -103,8 +103,10 @@ def generate_config(name: str, artifact: Artifact) -> str:
     """config.pbtxt of the model that takes text and streams text."""
     assert artifact.llm is not None
     longest = artifact.limits.get("max_length") or min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH)
+    in_place = artifact.kind == "engine" and artifact.limits["cache"] == "shared"
     parameters = {
-        "max_batch": MAX_BATCH,
+        # An engine's batch was decided when it was built; what runs row by row takes any.
+        "max_batch": artifact.limits["max_batch"] if in_place else MAX_BATCH,
         "max_length": longest,
         "max_queue": MAX_QUEUE,
         "threads": 0,

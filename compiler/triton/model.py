@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
+from .integrity import check_folder
 from .sampling import Sampling
 from .scheduler import Engine, Failure, Job, Limits, RefusedError, Scheduler, internal
 from .text import Text
@@ -73,12 +74,15 @@ def open_engine(folder: Path, parameters: dict[str, str], limits: Limits, device
     if parameters["runtime"] == "onnxruntime":
         from .engine import ENGINES
 
+        check_folder(folder, "onnx")
         kind = ENGINES[parameters["cache"]]
         return kind(folder / "model.onnx", limits.rows, limits.length, int(parameters["threads"]))
-    from .tensorrt_engine import Device, TensorRTEngine
+    from . import cuda, tensorrt_engine
 
+    libraries = check_folder(folder, "engine")
     trt = importlib.import_module(parameters["runtime"])
-    return TensorRTEngine(folder / "model.engine", trt, Device(device), limits.length)
+    gpu = cuda.Device(device)
+    return tensorrt_engine.open_engine(folder / "model.engine", libraries, trt, gpu, limits.rows, limits.length)
 
 
 def read_request(request: Any, text: Text) -> tuple[Job, bool]:

@@ -127,7 +127,7 @@ def lie_about_the_version(folder: Path) -> None:
 
 def foreign_engine(folder: Path) -> None:
     """A file that is consistent with its digest, and no engine."""
-    from compiler.artifact import sha256
+    from compiler.triton.integrity import sha256
 
     path = folder / "sm89" / "model.engine"
     path.write_bytes(b"#!/bin/sh\necho engines are code\n")

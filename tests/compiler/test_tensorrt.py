@@ -61,7 +61,7 @@ def left(spec: EngineSpec) -> list[str]:
 
 
 def test_an_engine_its_digest_its_header_and_its_layers(spec: EngineSpec) -> None:
-    from compiler.artifact import sha256
+    from compiler.triton.integrity import sha256
 
     built = build(spec)
     assert left(spec) == ["m.engine", "m.layers.txt"]
