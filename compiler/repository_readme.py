@@ -30,6 +30,9 @@ MEANING = {
     "frequency_penalty": "0 changes nothing; 0",
     "presence_penalty": "0 changes nothing; 0",
     "seed": "of the sampling: the same seed gives the same text, alone or in a batch; 0",
+    "exclude_input_in_output": "false: the text begins with the prompt; true",
+    "return_num_input_tokens": "taken, and changes nothing: the output is there for whoever asks for it",
+    "return_num_output_tokens": "likewise",
 }
 
 
@@ -102,8 +105,10 @@ They are decoupled: ask over gRPC streams, or over HTTP's `generate` and `genera
 Outputs: `text_output` and `output_ids` hold what is new in this response; `finish_reason` is empty until the last one,
 then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
 
-Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC
-leave at once. These parameters in `config.pbtxt` may be edited:
+Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC,
+and `generate_stream` requests whose client has gone, leave at once. Nobody notices that the client of `generate` has
+gone, since nothing is written to it before the end: its request runs on to its last token. These parameters in
+`config.pbtxt` may be edited:
 
 | parameter | default | meaning |
 |---|---|---|
@@ -120,11 +125,14 @@ When it loads, a generate model compares the SHA-256 of its model, weights and p
 refuses what was changed. That reads every byte once, at half a gigabyte a second or more. Bare models are not checked.
 
 The names are those of TensorRT-LLM's models, which Triton's OpenAI front end (`python/openai` in the server's sources)
-sends to every backend but vLLM:
+sends to every backend but vLLM. It takes no relative path to a repository, and would load the bare models, too:
 
 ```
-python3 openai_frontend/main.py --model-repository . --tokenizer {name}/1
+python3 openai_frontend/main.py --model-repository "$PWD" --tokenizer "$PWD/{name}/1" \\
+    --model-control-mode explicit --load-model {name}
 ```
+
+A front end without `--load-model` needs a repository with the generate models alone.
 """
 ENGINES = """## Generate with engines
 

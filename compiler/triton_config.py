@@ -22,7 +22,8 @@ DTYPES = {
     "bfloat16": "TYPE_BF16",
     "float32": "TYPE_FP32",
 }
-# The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too.
+# The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too. The server
+# refuses inputs that are not declared: what the front end always sends is here even where there is nothing to choose.
 GENERATE_INPUTS = (
     ("text_input", "TYPE_STRING", 1),
     ("messages", "TYPE_STRING", 1),
@@ -37,6 +38,9 @@ GENERATE_INPUTS = (
     ("frequency_penalty", "TYPE_FP32", 1),
     ("presence_penalty", "TYPE_FP32", 1),
     ("seed", "TYPE_UINT64", 1),
+    ("exclude_input_in_output", "TYPE_BOOL", 1),
+    ("return_num_input_tokens", "TYPE_BOOL", 1),
+    ("return_num_output_tokens", "TYPE_BOOL", 1),
 )
 GENERATE_OUTPUTS = (
     ("text_output", "TYPE_STRING", 1),
