@@ -140,7 +140,7 @@ The engine, its caches and its plugins live in the generate model's own process:
 
 An engine from `--kv-cache in-place` decodes its sequences as one batch, in shapes that never change, so that a step
 is one CUDA graph. `max_batch` and `max_length` cannot exceed what it was built for (`--max-batch`, `--max-length`),
-and the cache, `max_batch * max_length` tokens of GPU memory, is taken when it loads. An engine from `--kv-cache
+and the cache, the engine's `--max-length` for each row, is taken when it loads. An engine from `--kv-cache
 concat` runs its sequences one after the other, and takes memory for a row when that is first used.
 """
 BARE_ONNX = """## Bare ONNX models

@@ -36,7 +36,10 @@ class Device:
     def allocate(self, size: int) -> int:
         """`size` bytes, aligned to 256; what they hold is anything."""
         address = ctypes.c_uint64()
-        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        if code := self.driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)):
+            raise RuntimeError(
+                f"the GPU has no {size} bytes left (CUDA error {code}): lower max_batch or max_length, or free some"
+            )
         return address.value
 
     def free(self, address: int) -> None:

@@ -140,11 +140,19 @@ class Program:
         self.device.download(logits, address + (steps - 1) * logits.nbytes)
         return widened(logits)
 
-    def recorded(self, context: Any) -> Callable[[], None]:
-        """What runs `context`, which has run once, again: a CUDA graph where it can be captured."""
+    def again(self, context: Any) -> Callable[[], None]:
+        """What runs `context`, which has run once and must live on, again: a CUDA graph where it can be captured."""
         stream = self.device.stream.value
         graph = None if self.records else self.device.capture(lambda: bool(context.execute_async_v3(stream)))
         return partial(self.run, context) if graph is None else partial(self.device.launch, graph)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step of some number of rows; `context` owns the memory that `run` works in, recorded or not."""
+
+    context: Any
+    run: Callable[[], None]
 
 
 class InPlaceEngine:
@@ -180,7 +188,7 @@ class InPlaceEngine:
         ones = np.repeat([1, 0], program.length).astype(program.dtype("attention_mask"))
         self.device.upload(self.ones, ones)
         self.device.download(ones, self.ones)  # which waits for it
-        self.steps: dict[int, Callable[[], None]] = {}
+        self.steps: dict[int, Step] = {}
 
     def prefill(self, row: int, ids: Array, done: int) -> Array:
         """Logits [vocab] after the tokens `ids`, which follow `done` others in `row`."""
@@ -213,7 +221,7 @@ class InPlaceEngine:
     def run(self, rows: int) -> None:
         """A decode step of the first rows; the first one of each size is run as it is and then recorded."""
         if rows in self.steps:
-            self.steps[rows]()
+            self.steps[rows].run()
             return
         context = self.program.context(DECODE, constant=True)
         shapes = {"input_ids": (rows, 1), "attention_mask": (rows, self.program.length), "position_ids": (rows, 1)}
@@ -222,7 +230,7 @@ class InPlaceEngine:
         self.bind_caches(context, 0, rows)
         context.set_tensor_address("logits", self.logits)
         self.program.run(context)
-        self.steps[rows] = self.program.recorded(context)
+        self.steps[rows] = Step(context, self.program.again(context))
 
     def bind_caches(self, context: Any, row: int, rows: int) -> None:
         """`rows` rows from `row` on, as past and as present."""

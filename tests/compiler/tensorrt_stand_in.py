@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,6 +28,7 @@ from compiler.triton.tensorrt_engine import open_engine
 TYPES = {"tensor(int64)": ("INT64", np.int64), "tensor(float)": ("FLOAT", np.float32)}
 ALIGNMENT = 256
 PLAN = b"ftrt" + bytes([0] * 20) + bytes([10, 13, 0, 35]) + b"an engine"
+OUT_OF_MEMORY = 2
 NOT_PERMITTED = 900  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
 ROWS, LENGTH = 4, 64  # of every plan
 Shape = tuple[int, ...]
@@ -41,11 +43,15 @@ class HostDriver:
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.launches = 0
         self.captures = True  # does an engine let itself be captured?
+        self.room = 1 << 30  # bytes
 
     def cuCtxSetCurrent(self, context: Any) -> int:
         return 0
 
     def cuMemAlloc_v2(self, address: Any, size: Any) -> int:
+        self.room -= size.value
+        if self.room < 0:
+            return OUT_OF_MEMORY
         block = np.full(size.value + ALIGNMENT, 0xFF, np.uint8)  # NaN, if it is ever read unwritten
         block = block[-block.ctypes.data % ALIGNMENT :][: size.value]
         self.blocks[block.ctypes.data] = block
@@ -183,17 +189,18 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 7
-        shapes, addresses, driver = dict(self.shapes), dict(self.addresses), self.engine.driver
+        engine, ran, addresses, alive = self.engine, (self.profile, dict(self.shapes)), dict(self.addresses), ref(self)
 
         def work() -> None:
-            self.engine.ran.append((self.profile, shapes))
-            run(self.engine, shapes, addresses)
+            assert alive() is not None, "a graph runs in the memory of its context"
+            engine.ran.append(ran)
+            run(engine, ran[1], addresses)
 
-        if driver.capturing is None:
+        if engine.driver.capturing is None:
             work()
         else:
-            assert self.engine.ran[-1] == (self.profile, shapes), "captured before it ever ran"
-            driver.capturing.append(work)
+            assert engine.ran[-1] == ran, "captured before it ever ran"
+            engine.driver.capturing.append(work)
         return True
 
 

@@ -174,6 +174,18 @@ def test_a_kit_is_finished_elsewhere_into_the_same_engine(copy: Path, tmp_path: 
     assert list(check(tmp_path / "built"))
 
 
+def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "sm90" / "libwoq.so").write_bytes(b"a library")
+    body = json.loads(kit_for(copy, "sm89").joinpath("kit.json").read_text())
+    body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
+    (copy / "sm90" / "kit.json").write_text(json.dumps(body))
+    monkeypatch.setattr("compiler.build.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
+    artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
+    (library,) = artifact.plugins
+    assert (tmp_path / "built" / library).read_bytes() == b"a library"
+    assert library in artifact.digests
+
+
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU, which may be the one the kit is for")
 def test_a_kit_that_this_machine_cannot_finish_says_why(out: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot build for sm90 either"):

@@ -175,6 +175,14 @@ def test_what_the_engine_was_not_built_for_is_refused(in_place: Plan, concat: Pl
         in_place.open().engine.prefill(0, np.arange(1, 71), 0)
 
 
+def test_a_cache_that_does_not_fit_says_so(in_place: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice()
+    device.driver.room = 1 << 19
+    monkeypatch.setattr("tests.compiler.tensorrt_stand_in.HostDevice", lambda: device)
+    with pytest.raises(RuntimeError, match=r"no 131072 bytes left \(CUDA error 2\): lower max_batch or max_length"):
+        in_place.open()
+
+
 def test_rows_that_would_not_be_aligned_are_refused(in_place: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compiler.triton.tensorrt_engine.ALIGNMENT", 3 * 256)
     with pytest.raises(RuntimeError, match="have 32768 bytes, expected a multiple of 768"):
