@@ -106,8 +106,8 @@ Outputs: `text_output` and `output_ids` hold what is new in this response; `fini
 then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
 
 Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC,
-and `generate_stream` requests whose client has gone, leave at once. Nobody notices that the client of `generate` has
-gone, since nothing is written to it before the end: its request runs on to its last token. These parameters in
+and `generate_stream` requests whose client has gone, leave at once. Where nothing is written before the end, nobody
+notices that a client has gone: a request over HTTP's `generate` runs on to its last token. These parameters in
 `config.pbtxt` may be edited:
 
 | parameter | default | meaning |

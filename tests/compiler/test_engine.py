@@ -22,8 +22,10 @@ from compiler.check import check
 from compiler.engine import Choice, choose_builder, compute_type
 from compiler.gpu import gpus
 from compiler.kit import read_kit
+from compiler.repository import write_repository
 from compiler.request import Request
 from compiler.target import find_target
+from compiler.triton.integrity import check_folder
 from passes.errors import UserError
 from tests.conftest import TINY
 
@@ -91,6 +93,13 @@ def test_rows_of_a_cache_in_place_end_where_their_mask_ends(out: Path) -> None:
         chain.append(before)
     assert [node.op_type for node in chain] == ["Max", "Sub", "ReduceMax", "Where", "Cast"]
     assert chain[-1].input[0] == "attention_mask"
+
+
+def test_the_engine_in_a_repository_passes_its_own_check(out: Path, tmp_path: Path) -> None:
+    write_repository(out, tmp_path / "repository")
+    (model,) = (tmp_path / "repository").glob("*_generate")
+    assert '"max_batch", value: { string_value: "2" }' in (model / "config.pbtxt").read_text("utf-8")
+    assert check_folder(model / "1", "engine") == ()
 
 
 def test_check_says_what_was_built_and_what_this_machine_has(out: Path) -> None:
