@@ -6,7 +6,6 @@ What a GPU does with what it is given is for the `trt` ring.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ def test_tensorrt_has_what_is_asked_of_it() -> None:
     """The stand-in has methods of TensorRT's alone, and the driver asks for nothing else."""
     trt = pytest.importorskip("tensorrt_rtx")
     for mine, real in ((Engine, trt.ICudaEngine), (Context, trt.IExecutionContext)):
-        own = {name for name, value in vars(mine).items() if isinstance(value, Callable) and name[0] != "_"}  # type: ignore[arg-type]
+        own = {name for name, value in vars(mine).items() if callable(value) and name[0] != "_"}
         assert own
         assert not [name for name in own if not hasattr(real, name)]
     for name in names(r"trt\.([A-Z]\w+(?:\.[A-Z_]+)?)", tensorrt_engine):
