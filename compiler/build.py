@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from compiler import pipeline
-from compiler.artifact import Artifact, TensorSpec, sha256, write_manifest
+from compiler.artifact import Artifact, TensorSpec, write_manifest
 from compiler.backend.writer import Progress, place, write_model
 from compiler.engine import (
     ENGINE,
@@ -40,6 +40,7 @@ from compiler.quant.resolve import resolve
 from compiler.request import Request
 from compiler.support import check_supported
 from compiler.target import Backend, Target, find_target
+from compiler.triton.integrity import sha256
 from passes.errors import UserError
 from passes.insert_qdq import Decisions
 from passes.quant import QuantTensor
@@ -288,6 +289,8 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
     out.mkdir(parents=True, exist_ok=True)
     with replaced_folder(out / kit.target.name) as folder:
         copy_side_files(kit.folder, folder)
+        for library in kit.settings.plugins:
+            shutil.copy(library, folder)
         engine = build_engine(choice, kit.target, kit.onnx, folder, kit.settings, kit.linears, say)
         artifact = finished(kit, engine, digests(folder, kit.target.name), f"{kit.target.name}/{ENGINE}")
     write_manifest(out, [artifact], {"kit": kit.folder.name})

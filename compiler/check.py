@@ -9,9 +9,10 @@ from typing import Any
 
 import onnx
 
-from compiler.artifact import Artifact, read_manifest, sha256
+from compiler.artifact import Artifact, read_manifest
 from compiler.backend.tensorrt import PRODUCT, Header, load, read_header
 from compiler.gpu import describe, gpus
+from compiler.triton.integrity import sha256
 from passes.errors import UserError
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from compiler.backend.fusion import WEIGHT, Read, carriers
-from compiler.backend.tensorrt import PRODUCT, EngineOptions, EngineSpec, Flavour, Profile, build
+from compiler.backend.tensorrt import PRODUCT, EngineOptions, EngineSpec, Profile, build
 from compiler.gpu import describe, gpus
 from compiler.target import Target
+from compiler.triton.integrity import Flavour
 from passes.errors import UserError
 
 Builder = Literal["auto", "tensorrt-rtx", "tensorrt", "kit"]

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compiler.artifact import Artifact, artifact_from_json, sha256
+from compiler.artifact import Artifact, artifact_from_json
 from compiler.backend.tensorrt import EngineOptions, Profile
 from compiler.checkpoint import read_json
 from compiler.engine import Settings
 from compiler.profiles import trtexec_shapes
 from compiler.target import Target, find_target
+from compiler.triton.integrity import sha256
 from passes.errors import UserError
 
 KIT, MODEL = "kit.json", "model.onnx"

@@ -8,21 +8,33 @@ DIR/plugins/*.so                      what a bare engine needs
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compiler.artifact import MANIFEST, Artifact, read_manifest
 from compiler.build import replaced_folder
 from compiler.checkpoint import read_json
 from compiler.repository_readme import readme, requirements
+from compiler.triton.integrity import RECORD
 from compiler.triton_config import bare_config, generate_config, why_no_bare, why_no_generate
 from passes.errors import UserError
 
 RUNTIME = Path(__file__).parent / "triton"
-RUNTIME_FILES = ("model.py", "engine.py", "sampling.py", "scheduler.py", "tensorrt_engine.py", "text.py")
+RUNTIME_FILES = (
+    "model.py",
+    "cuda.py",
+    "engine.py",
+    "integrity.py",
+    "sampling.py",
+    "scheduler.py",
+    "tensorrt_engine.py",
+    "text.py",
+)
 OWN_FILES = ("plugins", "README.md", "requirements.txt")
 BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 
@@ -121,7 +133,18 @@ def write_generate(source: Path, model: Path, name: str, artifact: Artifact) -> 
     place([p for p in source.parent.iterdir() if p.is_file()], version)
     for file in RUNTIME_FILES:
         shutil.copyfile(RUNTIME / file, version / file)
+    (version / RECORD).write_text(json.dumps(record(artifact), indent=2) + "\n", "utf-8")
     (model / "config.pbtxt").write_text(generate_config(name, artifact), "utf-8")
+
+
+def record(artifact: Artifact) -> dict[str, Any]:
+    """What the generate model holds its own files against before it loads them."""
+    code = [name for name in artifact.digests if name.startswith(artifact.path) or name in artifact.plugins]
+    missing = {artifact.path, *artifact.plugins} - set(code)
+    if missing:
+        raise UserError("the manifest has no digest of this file", where=min(missing), fix="compile again")
+    engine = {key: artifact.engine[key] for key in ("builder", "version")} if artifact.engine else None
+    return {"files": {Path(name).name: artifact.digests[name] for name in code}, "engine": engine}
 
 
 def place(files: Iterable[Path], folder: Path) -> None:

@@ -30,6 +30,9 @@ MEANING = {
     "frequency_penalty": "0 changes nothing; 0",
     "presence_penalty": "0 changes nothing; 0",
     "seed": "of the sampling: the same seed gives the same text, alone or in a batch; 0",
+    "exclude_input_in_output": "false: the text begins with the prompt; true",
+    "return_num_input_tokens": "taken, and changes nothing: the output is there for whoever asks for it",
+    "return_num_output_tokens": "likewise",
 }
 
 
@@ -102,12 +105,14 @@ They are decoupled: ask over gRPC streams, or over HTTP's `generate` and `genera
 Outputs: `text_output` and `output_ids` hold what is new in this response; `finish_reason` is empty until the last one,
 then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
 
-Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC
-leave at once. These parameters in `config.pbtxt` may be edited:
+Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC,
+and `generate_stream` requests whose client has gone, leave at once. Where nothing is written before the end, nobody
+notices that a client has gone: a request over HTTP's `generate` runs on to its last token. These parameters in
+`config.pbtxt` may be edited:
 
 | parameter | default | meaning |
 |---|---|---|
-| `max_batch` | {max_batch} | sequences that run together; others wait |
+| `max_batch` | {max_batch}, or what an engine was built for | sequences that run together; others wait |
 | `max_length` | {max_length}, or less if the model has less | tokens of a sequence with its prompt; more is refused |
 | `max_queue` | {max_queue} | requests that wait; more are refused |
 | `threads` | 0 | of ONNX Runtime; 0 takes all cores |
@@ -116,17 +121,27 @@ leave at once. These parameters in `config.pbtxt` may be edited:
 
 The cache takes `max_batch * max_length` tokens of address space; memory is taken as sequences grow.
 
+When it loads, a generate model compares the SHA-256 of its model, weights and plugins with `1/artifact.json`, and
+refuses what was changed. That reads every byte once, at half a gigabyte a second or more. Bare models are not checked.
+
 The names are those of TensorRT-LLM's models, which Triton's OpenAI front end (`python/openai` in the server's sources)
-sends to every backend but vLLM:
+sends to every backend but vLLM. It takes no relative path to a repository, and would load the bare models, too:
 
 ```
-python3 openai_frontend/main.py --model-repository . --tokenizer {name}/1
+python3 openai_frontend/main.py --model-repository "$PWD" --tokenizer "$PWD/{name}/1" \\
+    --model-control-mode explicit --load-model {name}
 ```
+
+A front end without `--load-model` needs a repository with the generate models alone.
 """
 ENGINES = """## Generate with engines
 
-The engine, its caches and its plugins live in the generate model's own process: no server flag is needed. A step runs
-its sequences one after the other.
+The engine, its caches and its plugins live in the generate model's own process: no server flag is needed.
+
+An engine from `--kv-cache in-place` decodes its sequences as one batch, in shapes that never change, so that a step
+is one CUDA graph. `max_batch` and `max_length` cannot exceed what it was built for (`--max-batch`, `--max-length`),
+and the cache, the engine's `--max-length` for each row, is taken when it loads. An engine from `--kv-cache
+concat` runs its sequences one after the other, and takes memory for a row when that is first used.
 """
 BARE_ONNX = """## Bare ONNX models
 

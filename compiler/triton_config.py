@@ -22,7 +22,8 @@ DTYPES = {
     "bfloat16": "TYPE_BF16",
     "float32": "TYPE_FP32",
 }
-# The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too.
+# The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too. The server
+# refuses inputs that are not declared: what the front end always sends is here even where there is nothing to choose.
 GENERATE_INPUTS = (
     ("text_input", "TYPE_STRING", 1),
     ("messages", "TYPE_STRING", 1),
@@ -37,6 +38,9 @@ GENERATE_INPUTS = (
     ("frequency_penalty", "TYPE_FP32", 1),
     ("presence_penalty", "TYPE_FP32", 1),
     ("seed", "TYPE_UINT64", 1),
+    ("exclude_input_in_output", "TYPE_BOOL", 1),
+    ("return_num_input_tokens", "TYPE_BOOL", 1),
+    ("return_num_output_tokens", "TYPE_BOOL", 1),
 )
 GENERATE_OUTPUTS = (
     ("text_output", "TYPE_STRING", 1),
@@ -103,8 +107,10 @@ def generate_config(name: str, artifact: Artifact) -> str:
     """config.pbtxt of the model that takes text and streams text."""
     assert artifact.llm is not None
     longest = artifact.limits.get("max_length") or min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH)
+    in_place = artifact.kind == "engine" and artifact.limits["cache"] == "shared"
     parameters = {
-        "max_batch": MAX_BATCH,
+        # An engine's batch was decided when it was built; what runs row by row takes any.
+        "max_batch": artifact.limits["max_batch"] if in_place else MAX_BATCH,
         "max_length": longest,
         "max_queue": MAX_QUEUE,
         "threads": 0,

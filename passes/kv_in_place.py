@@ -3,7 +3,10 @@
 Before: present [B, H, P + S, D] = Concat(past [B, H, P, D], new);       Attention(q, K, V, mask [B, 1, S, P + S])
 After:  present [B, H, M, D] = TensorScatter(past [B, H, M, D], new, P); Attention(q, K, V, mask padded to M)
 
-The engine's past and present share one buffer. P is measured as length(attention_mask) - length(input_ids).
+The engine's past and present share one buffer. A row ends at the last key that its row of attention_mask allows, and
+its S new tokens are the last of it: P[r] = max(end[r] - S, 0). Rows padded on the left all end where the mask does.
+Rows padded on the right end where they end, so sequences of different lengths decode in one batch, each in its own
+place; and the mask may always have the full length M, zeros behind the end, so that no shape changes from step to step.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from passes.errors import UserError
@@ -20,6 +24,7 @@ from passes.rewrite import Ledger, Reject, Rewrite, add, producer, run, take_ove
 
 OPSET = 24  # the first with TensorScatter
 PAST = "past_key_values."
+POSITION = "cache/position"
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 
@@ -104,12 +109,27 @@ class PadMask(Rewrite[MaskMatch]):
 
 
 def write_position(graph: gs.Graph) -> gs.Tensor:
-    """Where the new entries go: P for every sequence, int64 `[B]`."""
-    start = once(graph, "Sub", [length(graph, "attention_mask", 1), length(graph, "input_ids", 1)], "cache/start")
-    return once(graph, "Expand", [start, length(graph, "input_ids", 0)], "cache/position")
+    """Where each row's new entries go, int64 `[B]`; made once."""
+    known = next((node for node in graph.nodes if node.name == POSITION), None)
+    if known is not None:
+        (position,) = known.outputs
+        return position
+    axis, zero, one = (small(f"{POSITION}/{n}", v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
+    mask = graph_input(graph, "attention_mask")
+    allowed = add(graph, "Cast", [mask], f"{POSITION}/allowed", to=onnx.TensorProto.BOOL)
+    total = add(graph, "Squeeze", [length(graph, "attention_mask", 1)], f"{POSITION}/total")
+    ends = add(graph, "Range", [one, add(graph, "Add", [total, one], f"{POSITION}/limit"), one], f"{POSITION}/ends")
+    seen = add(graph, "Where", [allowed, ends, zero], f"{POSITION}/seen")
+    end = add(graph, "ReduceMax", [seen, axis], f"{POSITION}/end", keepdims=0)
+    start = add(graph, "Sub", [end, length(graph, "input_ids", 1)], f"{POSITION}/start")
+    return add(graph, "Max", [start, zero], POSITION)
 
 
 def length(graph: gs.Graph, name: str, axis: int) -> gs.Tensor:
     """One dimension of a graph input, int64 `[1]`."""
+    return once(graph, "Shape", [graph_input(graph, name)], f"{name}/dim{axis}", start=axis, end=axis + 1)
+
+
+def graph_input(graph: gs.Graph, name: str) -> gs.Tensor:
     (tensor,) = (t for t in graph.inputs if t.name == name)
-    return once(graph, "Shape", [tensor], f"{name}/dim{axis}", start=axis, end=axis + 1)
+    return tensor

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -21,16 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from compiler.triton.integrity import HEADER, MAGIC, Flavour, parse_header
 from passes.errors import UserError
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-MAGIC: dict[bytes, Flavour] = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
-HEADER = struct.Struct("<16sQ4B")  # magic and format, size of the file (RTX), version
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
 
 
@@ -156,15 +153,15 @@ def read_header(engine: Path) -> Header:
     """Reads 28 bytes of an engine, deserializing nothing; a UserError for a truncated or foreign file."""
     with engine.open("rb") as file:
         head = file.read(HEADER.size)
-    flavour = MAGIC.get(head[:4])
-    if flavour is None or len(head) < HEADER.size:
+    header = parse_header(head)
+    if header is None:
         raise UserError(
             "not a TensorRT engine",
             where=str(engine),
             expected=f"a file that starts with {' or '.join(repr(m.decode()) for m in MAGIC)}",
             found=repr(head[:4]) if head else "an empty file",
         )
-    _, size, *version = HEADER.unpack(head)
+    flavour, size, version = header
     found = engine.stat().st_size
     if flavour == "tensorrt_rtx" and size != found:
         raise UserError(
@@ -174,7 +171,7 @@ def read_header(engine: Path) -> Header:
             found=f"{found} bytes",
             fix="copy it again",
         )
-    return Header(flavour, ".".join(map(str, version)))
+    return Header(flavour, version)
 
 
 def _run_child(order: Mapping[str, Any], where: str, progress: Progress) -> tuple[dict[str, Any], list[str]]:

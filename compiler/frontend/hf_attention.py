@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
 from passes.errors import UserError
 
@@ -64,25 +63,21 @@ def additive_mask(
     mask_function: Callable[..., Tensor],
     attention_mask: Tensor,
     dtype: torch.dtype = torch.float32,
-    **others: Any,
+    **others: Any,  # noqa: ARG001
 ) -> Tensor:
     """0 where a query may look and the lowest float where not: [B, 1, S, total].
 
-    Everything is measured from `attention_mask` [B, total], never from the cache's own length, so that the
-    same graph runs on a cache of the exact length and on one allocated at its maximum.
+    Everything is measured from `attention_mask` [B, total], never from the cache's own length, so that the same graph
+    runs on a cache of the exact length and on one allocated at its maximum. A row ends at the last key it allows, and
+    its queries are the last of it: a window of keys is then right in rows of different lengths, too.
     """
-    total = attention_mask.shape[1]
-    visible = sdpa_mask(
-        batch_size=1,
-        q_length=q_length,
-        kv_length=total,
-        q_offset=total - q_length,
-        mask_function=mask_function,
-        allow_is_causal_skip=False,
-        use_vmap=others.get("use_vmap", False),
-    )
-    assert visible is not None
-    visible = visible & attention_mask.to(torch.bool)[:, None, None, :]
+    batch, total = attention_mask.shape
+    allowed = attention_mask.to(torch.bool)
+    keys = torch.arange(total)
+    end = torch.where(allowed, keys + 1, 0).amax(1)
+    queries = torch.maximum(end - q_length, torch.zeros_like(end))[:, None] + torch.arange(q_length)
+    rows, heads = torch.arange(batch)[:, None, None, None], torch.zeros((1, 1, 1, 1), dtype=torch.int64)
+    visible = mask_function(rows, heads, queries[:, None, :, None], keys) & allowed[:, None, None, :]
     return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
+from .integrity import check_folder
 from .sampling import Sampling
 from .scheduler import Engine, Failure, Job, Limits, RefusedError, Scheduler, internal
 from .text import Text
@@ -54,8 +55,9 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                job, stream = read_request(request, self.text)
-                self.scheduler.submit(job, Sender(request, sender, self.outbox, len(job.prompt), stream=stream))
+                job, stream, echo = read_request(request, self.text)
+                reply = Sender(request, sender, self.outbox, len(job.prompt), stream=stream, echo=echo)
+                self.scheduler.submit(job, reply)
             except RefusedError as error:
                 refuse(sender, error.failure, str(error))
             except ValueError as error:
@@ -73,16 +75,19 @@ def open_engine(folder: Path, parameters: dict[str, str], limits: Limits, device
     if parameters["runtime"] == "onnxruntime":
         from .engine import ENGINES
 
+        check_folder(folder, "onnx")
         kind = ENGINES[parameters["cache"]]
         return kind(folder / "model.onnx", limits.rows, limits.length, int(parameters["threads"]))
-    from .tensorrt_engine import Device, TensorRTEngine
+    from . import cuda, tensorrt_engine
 
+    libraries = check_folder(folder, "engine")
     trt = importlib.import_module(parameters["runtime"])
-    return TensorRTEngine(folder / "model.engine", trt, Device(device), limits.length)
+    gpu = cuda.Device(device)
+    return tensorrt_engine.open_engine(folder / "model.engine", libraries, trt, gpu, limits.rows, limits.length)
 
 
-def read_request(request: Any, text: Text) -> tuple[Job, bool]:
-    """(job, stream) of a request, or ValueError with what is wrong about it."""
+def read_request(request: Any, text: Text) -> tuple[Job, bool, str]:
+    """(job, stream, what the reply begins with) of a request, or ValueError with what is wrong about it."""
     given = {tensor.name(): tensor for tensor in request.inputs()}
     prompt = string(given, "text_input")
     messages = string(given, "messages")
@@ -94,7 +99,9 @@ def read_request(request: Any, text: Text) -> tuple[Job, bool]:
     min_tokens = int(scalar(given, "min_tokens")) if "min_tokens" in given else 0
     stop_words = tuple(word for word in strings(given, "stop_words") if word)
     stream = bool(scalar(given, "stream")) if "stream" in given else False
-    return Job(tuple(tokens), max_tokens, min_tokens, sampling, stop_words), stream
+    quiet = bool(scalar(given, "exclude_input_in_output")) if "exclude_input_in_output" in given else True
+    echo = "" if quiet else prompt if messages is None else text.render(messages)
+    return Job(tuple(tokens), max_tokens, min_tokens, sampling, stop_words), stream, echo or ""
 
 
 def scalar(given: dict[str, Any], name: str) -> Any:
@@ -147,11 +154,13 @@ class Sender:
     Pieces that come faster than the server takes them travel together.
     """
 
-    def __init__(self, request: Any, sender: Any, outbox: Outbox, prompt_tokens: int, *, stream: bool) -> None:
+    def __init__(
+        self, request: Any, sender: Any, outbox: Outbox, prompt_tokens: int, *, stream: bool, echo: str
+    ) -> None:
         self.sender, self.outbox, self.prompt_tokens, self.stream = sender, outbox, prompt_tokens, stream
         self.wanted = set(request.requested_output_names())
         self.lock = threading.Lock()
-        self.text, self.finish = "", ""
+        self.text, self.finish = echo, ""
         self.tokens: list[int] = []
         self.queued = False
         self.ended = False  # the server frees what `sender` stands for with the last response: no call after that

@@ -16,13 +16,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from compiler import pipeline
-from compiler.artifact import read_manifest, sha256
+from compiler.artifact import read_manifest
 from compiler.build import Plan, compile_planned, replaced_folder
 from compiler.frontend.model import FloatModel
 from compiler.quant import instant
 from compiler.quant.config import parse_quant_config
 from compiler.quant.resolve import asked_config
 from compiler.request import Request
+from compiler.triton.integrity import sha256
 from passes.errors import UserError
 from passes.quant import QuantTensor
 from passes.rewrite import Ledger

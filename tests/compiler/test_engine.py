@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 from compiler.artifact import read_manifest
@@ -21,8 +22,10 @@ from compiler.check import check
 from compiler.engine import Choice, choose_builder, compute_type
 from compiler.gpu import gpus
 from compiler.kit import read_kit
+from compiler.repository import write_repository
 from compiler.request import Request
 from compiler.target import find_target
+from compiler.triton.integrity import check_folder
 from passes.errors import UserError
 from passes.join_linears import parts_of
 from tests.conftest import TINY
@@ -80,6 +83,27 @@ def test_the_manifest_describes_the_engine(out: Path) -> None:
     assert shapes["past_key_values.0.key"] == shapes["present.0.key"] == ("batch", 2, 256, 64)
 
 
+def test_rows_of_a_cache_in_place_end_where_their_mask_ends(out: Path) -> None:
+    """The kit holds the graph that the engine was built from: TensorRT takes positions that come from the mask."""
+    graph = onnx.load(out / "sm90" / "model.onnx", load_external_data=False).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    scatters = [node for node in graph.node if node.op_type == "TensorScatter"]
+    assert len(scatters) == 2 * 4
+    (position,) = {node.input[2] for node in scatters}
+    chain = [made_by[position]]
+    while (before := made_by.get(chain[-1].input[0])) is not None:
+        chain.append(before)
+    assert [node.op_type for node in chain] == ["Max", "Sub", "ReduceMax", "Where", "Cast"]
+    assert chain[-1].input[0] == "attention_mask"
+
+
+def test_the_engine_in_a_repository_passes_its_own_check(out: Path, tmp_path: Path) -> None:
+    write_repository(out, tmp_path / "repository")
+    (model,) = (tmp_path / "repository").glob("*_generate")
+    assert '"max_batch", value: { string_value: "2" }' in (model / "config.pbtxt").read_text("utf-8")
+    assert check_folder(model / "1", "engine") == ()
+
+
 def test_check_says_what_was_built_and_what_this_machine_has(out: Path) -> None:
     lines = {line.partition(":")[0]: line for line in check(out)}
     assert "built by TensorRT-RTX" in lines["sm89"]
@@ -114,7 +138,7 @@ def lie_about_the_version(folder: Path) -> None:
 
 def foreign_engine(folder: Path) -> None:
     """A file that is consistent with its digest, and no engine."""
-    from compiler.artifact import sha256
+    from compiler.triton.integrity import sha256
 
     path = folder / "sm89" / "model.engine"
     path.write_bytes(b"#!/bin/sh\necho engines are code\n")
@@ -159,6 +183,18 @@ def test_a_kit_is_finished_elsewhere_into_the_same_engine(copy: Path, tmp_path: 
     assert original.engine is not None
     assert artifact.engine["weights"] == original.engine["weights"]
     assert list(check(tmp_path / "built"))
+
+
+def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "sm90" / "libwoq.so").write_bytes(b"a library")
+    body = json.loads(kit_for(copy, "sm89").joinpath("kit.json").read_text())
+    body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
+    (copy / "sm90" / "kit.json").write_text(json.dumps(body))
+    monkeypatch.setattr("compiler.build.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
+    artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
+    (library,) = artifact.plugins
+    assert (tmp_path / "built" / library).read_bytes() == b"a library"
+    assert library in artifact.digests
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU, which may be the one the kit is for")

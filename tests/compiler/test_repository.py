@@ -26,7 +26,7 @@ CPU = Artifact(
     outputs=(TensorSpec("logits", "float32", ("batch", "sequence", 4096)),),
     quant={},
     llm={"layers": 1, "kv_heads": 2, "head_dim": 64, "vocab": 4096, "max_length": 1024},
-    digests={},
+    digests={"x86/model.onnx": "12", "x86/model.onnx.data": "34", "x86/tokenizer.json": "56"},
     limits={"cache": "shared"},
 )
 ENGINE = replace(
@@ -35,6 +35,7 @@ ENGINE = replace(
     kind="engine",
     path="sm89/model.engine",
     inputs=(*CPU.inputs, TensorSpec("past_key_values.0.key", "bfloat16", ("batch", 2, "past", 64))),
+    digests={"sm89/model.engine": "78", "sm89/tokenizer.json": "56", "plugins/libwoq.so": "90"},
     limits={"cache": "concat"},
     engine={"builder": "tensorrt", "version": "10.13.0", "profiles": [{}, {}]},
 )
@@ -100,12 +101,51 @@ def test_both_models_of_an_artifact(tmp_path: Path) -> None:
         "README.md",
         "requirements.txt",
         *(f"tiny/{name}" for name in ("config.pbtxt", "1/model.onnx", "1/model.onnx.data")),
-        *(f"tiny_generate/1/{name}" for name in (*side, *RUNTIME_FILES)),
+        *(f"tiny_generate/1/{name}" for name in (*side, *RUNTIME_FILES, "artifact.json")),
         "tiny_generate/config.pbtxt",
     }
     weights = [folder / model / "1" / "model.onnx.data" for model in served.models]
     assert len({path.stat().st_ino for path in weights}) == 1
     assert (folder / "tiny_generate/1/config.json").stat().st_ino != (out / "x86/config.json").stat().st_ino
+
+
+def test_what_the_generate_model_holds_its_files_against(tmp_path: Path) -> None:
+    """The model and its plugins; a tokenizer may be edited."""
+    engine = replace(ENGINE, plugins=("plugins/libwoq.so",))
+    write_repository(output(tmp_path / "out", CPU, engine), tmp_path / "repository")
+    records = [
+        json.loads((tmp_path / "repository" / f"tiny_{target}_generate" / "1" / "artifact.json").read_text("utf-8"))
+        for target in ("x86", "sm89")
+    ]
+    assert records == [
+        {"files": {"model.onnx": "12", "model.onnx.data": "34"}, "engine": None},
+        {
+            "files": {"model.engine": "78", "libwoq.so": "90"},
+            "engine": {"builder": "tensorrt", "version": "10.13.0"},
+        },
+    ]
+
+
+@pytest.mark.parametrize("lost", ["sm89/model.engine", "plugins/libwoq.so"])
+def test_what_cannot_be_checked_is_not_served(tmp_path: Path, lost: str) -> None:
+    digests = {name: digest for name, digest in ENGINE.digests.items() if name != lost}
+    out = output(tmp_path / "out", replace(ENGINE, plugins=("plugins/libwoq.so",), digests=digests))
+    with pytest.raises(UserError, match=rf"{lost}: the manifest has no digest"):
+        write_repository(out, tmp_path / "repository")
+
+
+@pytest.mark.parametrize(
+    ("artifact", "rows"),
+    [
+        (CPU, 16),
+        (ENGINE, 16),
+        (replace(ENGINE, limits={"cache": "shared", "max_batch": 8}), 8),
+    ],
+    ids=["onnx", "row by row", "as built"],
+)
+def test_the_served_batch(artifact: Artifact, rows: int) -> None:
+    config = generate_config("tiny_generate", artifact)
+    assert f'{{ key: "max_batch", value: {{ string_value: "{rows}" }} }}' in config
 
 
 def test_a_model_that_is_no_language_model_has_no_generate_model(tmp_path: Path) -> None:
@@ -138,7 +178,7 @@ def test_several_artifacts_are_named_after_their_targets(tmp_path: Path) -> None
     ("artifact", "reason"),
     [
         (replace(ENGINE, engine={"builder": "tensorrt_rtx", "version": "1"}), "no backend for TensorRT-RTX engines"),
-        (replace(ENGINE, limits={"cache": "shared"}), "does not alias past and present"),
+        (replace(ENGINE, limits={"cache": "shared", "max_batch": 8}), "does not alias past and present"),
     ],
 )
 def test_what_only_the_generate_model_can_serve(tmp_path: Path, artifact: Artifact, reason: str) -> None:

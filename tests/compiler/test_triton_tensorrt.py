@@ -1,155 +1,232 @@
-"""The generate model's TensorRT driver against a stand-in for TensorRT: host memory, and ONNX Runtime as the engine.
+"""The generate model's TensorRT driver against a stand-in for TensorRT and the GPU.
 
-What it shows: which shapes, addresses, profiles and types the driver hands over, and what it makes of the results.
-What a GPU does with them is for the `trt` ring.
+What a GPU does with what it is given is for the `trt` ring.
 """
 
 from __future__ import annotations
 
-import ctypes
+import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import numpy.typing as npt
 import pytest
 
-from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
+from compiler.triton import cuda, tensorrt_engine
 from compiler.triton.engine import ConcatEngine
-from compiler.triton.tensorrt_engine import DECODE, PAST, PREFILL, TensorRTEngine, widened
+from compiler.triton.scheduler import Job, Scheduler
+from compiler.triton.scheduler import Limits as Served
+from compiler.triton.tensorrt_engine import DECODE, PAST, PREFILL, open_engine, widened
+from compiler.triton.text import Text
+from passes.kv_in_place import kv_in_place
+from passes.rewrite import Ledger
+from tests.compiler.tensorrt_stand_in import LENGTH, ROWS, Context, Engine, HostDevice, Plan, stand_in
+from tests.compiler.test_triton_runtime import Listener, wait
+from tests.conftest import TINY
+from tests.plugins.kernels import cuda_headers
 
-TYPES = {"tensor(int64)": ("INT64", np.int64), "tensor(float)": ("FLOAT", np.float32)}
-LENGTH = 64
-
-
-class HostDevice:
-    """Device memory that is the host's; every address must be one that was allocated."""
-
-    stream = ctypes.c_void_p(7)
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, np.ndarray] = {}
-
-    def enter(self) -> None:
-        pass
-
-    def allocate(self, size: int) -> int:
-        block = np.full(size, 0xFF, np.uint8)  # NaN, if it is ever read unwritten
-        self.blocks[block.ctypes.data] = block
-        return block.ctypes.data
-
-    def free(self, address: int) -> None:
-        if address:
-            del self.blocks[address]
-
-    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        base = max(start for start in self.blocks if start <= address)
-        block = self.blocks[base][address - base :]
-        return block[: int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
-
-    def upload(self, address: int, values: np.ndarray) -> None:
-        self.view(address, values.shape, values.dtype)[...] = values
-
-    def download(self, values: np.ndarray, address: int) -> None:
-        values[...] = self.view(address, values.shape, values.dtype)
-
-
-class Context:
-    def __init__(self, session: ort.InferenceSession, device: HostDevice) -> None:
-        self.session, self.device, self.profile = session, device, -1
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-
-    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
-        assert stream == self.device.stream.value
-        self.profile = profile
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self.shapes[name] = tuple(shape)
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        assert name == "logits"
-        return (*self.shapes["input_ids"], 4096)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        assert stream == self.device.stream.value
-        if self.profile == DECODE:
-            assert self.shapes["input_ids"] == (1, 1)
-            assert self.shapes[f"{PAST}0.key"][2] >= 1
-        feeds = {
-            i.name: self.device.view(self.addresses[i.name], self.shapes[i.name], TYPES[i.type][1])
-            for i in self.session.get_inputs()
-        }
-        names = [o.name for o in self.session.get_outputs()]
-        for name, value in zip(names, self.session.run(names, feeds), strict=True):
-            self.device.view(self.addresses[name], value.shape, value.dtype)[...] = value
-        return True
-
-
-def stand_in(session: ort.InferenceSession, device: HostDevice) -> Any:
-    """As much of the tensorrt module as the driver uses."""
-    specs = {t.name: t for t in (*session.get_inputs(), *session.get_outputs())}
-    engine = SimpleNamespace(
-        num_io_tensors=len(specs),
-        get_tensor_name=lambda i: list(specs)[i],
-        get_tensor_shape=lambda name: tuple(d if isinstance(d, int) else -1 for d in specs[name].shape),
-        get_tensor_dtype=lambda name: SimpleNamespace(name=TYPES[specs[name].type][0]),
-        create_execution_context=lambda: Context(session, device),
-    )
-
-    class Logger:
-        WARNING = 2
-
-        def __init__(self, level: int) -> None:
-            assert level == self.WARNING
-
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if plan == b"plan" else None)
-    return SimpleNamespace(Logger=Logger, Runtime=lambda logger: runtime)
+Array = npt.NDArray[Any]
 
 
 @pytest.fixture(scope="module")
-def onnx(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("engine") / "model.onnx"
-    write_model(tiny_float.graph.copy(), path)
-    path.with_name("model.engine").write_bytes(b"plan")
-    return path
+def concat(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return Plan(tiny_float.graph.copy(), tmp_path_factory.mktemp("concat"))
 
 
-def test_rows_give_what_onnx_runtime_gives(onnx: Path) -> None:
+@pytest.fixture(scope="module")
+def in_place(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    graph = kv_in_place(tiny_float.graph.copy(), LENGTH, Ledger())
+    return Plan(graph, tmp_path_factory.mktemp("in_place"))
+
+
+def rows_that_come_and_go(engine: Any) -> list[Array]:
+    """Prompts in one piece and in two, steps of two rows and of all, one that leaves, a row that is taken again."""
+    texts = np.random.default_rng(0).integers(1, 4000, (ROWS, 50))
+    done = np.zeros(ROWS, np.int64)
+    order = list(range(ROWS))  # which text is in which row
+    out: list[Array] = []
+
+    def prefill(row: int, count: int) -> None:
+        text = texts[order[row]]
+        out.append(engine.prefill(row, text[done[row] : done[row] + count], int(done[row])))
+        done[row] += count
+
+    def decode(rows: int) -> None:
+        ids = np.array([texts[order[row]][done[row]] for row in range(rows)])
+        out.extend(engine.decode(ids, done[:rows].copy()))
+        done[:rows] += 1
+
+    prefill(0, 9)
+    prefill(1, 20)
+    prefill(1, 5)
+    for _ in range(3):
+        decode(2)
+    prefill(2, 2)
+    decode(2)  # while row 2 joins
+    prefill(2, 3)
+    prefill(3, 1)  # a prompt of one token
+    for _ in range(2):
+        decode(ROWS)
+    engine.move(3, 0, int(done[3]))
+    order[0], done[0] = order[3], done[3]
+    for _ in range(4):
+        decode(3)
+    order[3], done[3] = 0, 0
+    prefill(3, 4)
+    decode(ROWS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(concat: Plan) -> Array:
+    """The same steps on ONNX Runtime, each sequence alone."""
+    return np.array(rows_that_come_and_go(ConcatEngine(concat.onnx, ROWS, LENGTH)))
+
+
+def near(got: Array, want: Array) -> None:
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+
+
+def test_rows_with_caches_that_grow(concat: Plan, expected: Array) -> None:
+    subject = concat.open()
+    np.testing.assert_array_equal(np.array(rows_that_come_and_go(subject.engine)), expected)
+    caches = ROWS * 2 * 8
+    assert len(subject.device.driver.blocks) == caches + 4  # rows x (past, present) x parts; three inputs, the logits
+    decoded = [shapes for profile, shapes in subject.behind.ran if profile == DECODE]
+    assert {shapes["input_ids"] for shapes in decoded} == {(1, 1)}
+    assert all(shapes[f"{PAST}0.key"][2] >= 1 for shapes in decoded)
+
+
+@pytest.mark.parametrize(
+    ("how", "launches"),
+    [({}, 11 - 3), ({"captures": False}, 0), ({"rtx": True}, 0)],
+    ids=["graphs", "what cannot be captured", "rtx"],
+)
+def test_rows_with_caches_in_place(in_place: Plan, expected: Array, how: dict[str, bool], launches: int) -> None:
+    """Steps of 2, 3 and 4 rows: each is run as it is once, then recorded, in shapes that never change."""
+    subject = in_place.open(**how)
+    near(np.array(rows_that_come_and_go(subject.engine)), expected)
+    assert subject.device.driver.launches == launches
+    assert subject.behind.recording == (3 if "rtx" in how else 0)
+    decoded = [shapes for profile, shapes in subject.behind.ran if profile == DECODE]
+    assert [len(decoded), {shapes["input_ids"] for shapes in decoded}] == [11, {(2, 1), (3, 1), (4, 1)}]
+    for shapes in decoded:
+        rows = shapes["input_ids"][0]
+        assert shapes["attention_mask"] == (rows, LENGTH)
+        assert shapes[f"{PAST}3.value"] == (rows, 2, LENGTH, 64)
+    assert {shapes["input_ids"][0] for profile, shapes in subject.behind.ran if profile == PREFILL} == {1}
+
+
+def test_a_row_owes_nothing_to_the_one_before(in_place: Plan) -> None:
+    """A sequence whose numbers ran over leaves NaN behind; the next one in its row does not see them."""
+    subject, fresh = in_place.open(), in_place.open()
+    ids = np.arange(5, 12)
+    for block in subject.device.driver.blocks.values():
+        if len(block) == ROWS * 2 * LENGTH * 64 * 4:
+            block[...] = 0xFF
+    want = fresh.engine.prefill(0, ids, 0)
+    np.testing.assert_array_equal(subject.engine.prefill(1, ids, 0), want)
+    subject.engine.move(1, 0, len(ids))
+    step = np.array([3]), np.array([len(ids)])
+    np.testing.assert_array_equal(subject.engine.decode(*step), fresh.engine.decode(*step))
+
+
+def prompts() -> list[tuple[int, ...]]:
+    random = np.random.default_rng(1)
+    return [tuple(random.integers(1, 4000, n).tolist()) for n in (3, 17, 1, 30, 8, 12, 5, 22)]
+
+
+def generate(engine: Any, jobs: list[Job]) -> list[list[int]]:
+    """The tokens of each job, all submitted at once to the scheduler that serves them."""
+    listeners = [Listener() for _ in jobs]
+    scheduler = Scheduler(engine, Text(TINY), Served(ROWS, LENGTH))
+    for job, listener in zip(jobs, listeners, strict=True):
+        scheduler.submit(job, listener)
+    wait(*listeners)
+    scheduler.close()
+    assert [listener.failure for listener in listeners] == [None] * len(jobs)
+    return [listener.tokens for listener in listeners]
+
+
+@pytest.mark.parametrize("plan", ["in_place", "concat"])
+def test_requests_in_a_batch_get_the_tokens_they_get_alone(plan: str, request: pytest.FixtureRequest) -> None:
+    """Twice as many requests as rows, of many lengths, so that rows are joined, left and moved."""
+    found: Plan = request.getfixturevalue(plan)
+    jobs = [Job(prompt, 6 + 3 * i, 6 + 3 * i) for i, prompt in enumerate(prompts())]
+    subject = found.open()
+    together = generate(subject.engine, jobs)
+    alone = [generate(found.open().engine, [job])[0] for job in jobs]
+    assert together == alone
+    assert [len(tokens) for tokens in together] == [job.max_tokens for job in jobs]
+    batches = {shapes["input_ids"][0] for profile, shapes in subject.behind.ran if profile == DECODE}
+    assert batches == (set(range(1, ROWS + 1)) if plan == "in_place" else {1})
+
+
+def test_what_the_engine_was_not_built_for_is_refused(in_place: Plan, concat: Plan) -> None:
+    with pytest.raises(RuntimeError, match="max_batch: expected at most 4, which the engine was built for, found 5"):
+        in_place.open(rows=5)
+    for plan in (in_place, concat):
+        with pytest.raises(RuntimeError, match=r"max_length: expected at most 64, .*, or compile with --max-length 65"):
+            plan.open(length=65)
+    with pytest.raises(RuntimeError, match=r"the engine was not built for input_ids of shape \(1, 70\)"):
+        in_place.open().engine.prefill(0, np.arange(1, 71), 0)
+
+
+def test_a_cache_that_does_not_fit_says_so(in_place: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     device = HostDevice()
-    trt = stand_in(ort.InferenceSession(onnx), device)
-    engines = (ConcatEngine(onnx, 3, LENGTH), TensorRTEngine(onnx.with_name("model.engine"), trt, device, LENGTH))  # type: ignore[arg-type]
-    texts = np.random.default_rng(0).integers(1, 4000, (2, 40))
-    seen = []
-    for engine in engines:
-        out = [engine.prefill(0, texts[0, :9], 0), engine.prefill(1, texts[1, :20], 0)]
-        out.append(engine.prefill(1, texts[1, 20:25], 20))
-        for step in range(3):
-            out += list(engine.decode(texts[[0, 1], [9 + step, 25 + step]], np.array([9, 25]) + step))
-        engine.move(1, 0, 28)
-        out += list(engine.decode(texts[[1], [28]], np.array([28])))
-        out.append(engine.prefill(1, texts[0, :1], 0))  # a prompt of one token, in a row used before
-        seen.append(np.array(out))
-    assert np.isfinite(seen[1]).all()
-    np.testing.assert_array_equal(*seen)
-    assert engines[1].contexts[PREFILL].profile == PREFILL
-    caches = 2 * 2 * 8
-    assert len(device.blocks) == caches + 4  # rows x (past, present) x parts; three inputs and the logits
+    device.driver.room = 1 << 19
+    monkeypatch.setattr("tests.compiler.tensorrt_stand_in.HostDevice", lambda: device)
+    with pytest.raises(RuntimeError, match=r"no 131072 bytes left \(CUDA error 2\): lower max_batch or max_length"):
+        in_place.open()
 
 
-def test_an_engine_of_another_version_is_refused(onnx: Path, tmp_path: Path) -> None:
+def test_rows_that_would_not_be_aligned_are_refused(in_place: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compiler.triton.tensorrt_engine.ALIGNMENT", 3 * 256)
+    with pytest.raises(RuntimeError, match="have 32768 bytes, expected a multiple of 768"):
+        in_place.open()
+    assert in_place.open(rows=1)
+
+
+def test_an_engine_of_another_version_is_refused(in_place: Plan, tmp_path: Path) -> None:
     (tmp_path / "model.engine").write_bytes(b"other")
     device = HostDevice()
+    trt = stand_in(Engine(in_place.session, device.driver, in_place.profiles))
     with pytest.raises(RuntimeError, match="cannot read the engine"):
-        TensorRTEngine(tmp_path / "model.engine", stand_in(ort.InferenceSession(onnx), device), device, LENGTH)  # type: ignore[arg-type]
+        open_engine(tmp_path / "model.engine", (), trt, device, ROWS, LENGTH)
 
 
 def test_bfloat16_logits_become_float32() -> None:
     values = np.array([1.0, -2.5, 3.140625], np.float32)
     assert widened((values.view(np.uint32) >> 16).astype(np.uint16)).tolist() == values.tolist()
     assert widened(np.array([0.5], np.float16)).dtype == np.float32
+
+
+def names(pattern: str, module: Any) -> set[str]:
+    return set(re.findall(pattern, Path(module.__file__).read_text("utf-8")))
+
+
+def test_tensorrt_has_what_is_asked_of_it() -> None:
+    """The stand-in has methods of TensorRT's alone, and the driver asks for nothing else."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    for mine, real in ((Engine, trt.ICudaEngine), (Context, trt.IExecutionContext)):
+        own = {name for name, value in vars(mine).items() if callable(value) and name[0] != "_"}
+        assert own
+        assert not [name for name in own if not hasattr(real, name)]
+    for name in names(r"trt\.([A-Z]\w+(?:\.[A-Z_]+)?)", tensorrt_engine):
+        found = trt
+        for part in name.split("."):
+            found = getattr(found, part)
+    assert {"cuda_graph_strategy", "set_execution_context_allocation_strategy"} <= set(dir(trt.IRuntimeConfig))
+
+
+def test_the_driver_has_what_is_asked_of_it() -> None:
+    header = cuda_headers() / "cuda.h"
+    if not header.is_file():
+        pytest.skip("these CUDA headers have no cuda.h: install a CUDA toolkit")
+    known = header.read_text("utf-8", "replace")
+    called = names(r"\b(cu[A-Z]\w+)", cuda)
+    assert len(called) > 10
+    assert not [name for name in called if not re.search(rf"\b{name}\b", known)]

@@ -1,4 +1,7 @@
-"""GroupQueryAttention with rows of different lengths: each row of a batch equals standard attention on it alone."""
+"""Rows of different lengths in a cache that is updated in place: each row of a batch equals the row alone.
+
+The cache of ONNX Runtime's GroupQueryAttention, and that of an engine: TensorScatter under standard attention.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pytest
 
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
+from passes.kv_in_place import kv_in_place
 from passes.lower_ort_attention import ATTENTION
 from passes.rewrite import Ledger, run
 
@@ -34,15 +38,18 @@ def expected(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
     return [whole(session, text) for text in texts()]
 
 
-@pytest.fixture(scope="module")
-def session(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> ort.InferenceSession:
+@pytest.fixture(scope="module", params=["group query attention", "scatter"])
+def session(
+    request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory
+) -> ort.InferenceSession:
     graph = tiny_float.graph.copy()
-    run(graph, ATTENTION, Ledger())
+    graph = kv_in_place(graph, LIMIT, Ledger()) if request.param == "scatter" else run(graph, ATTENTION, Ledger())
     return session_of(graph, tmp_path_factory.mktemp("ragged") / "model.onnx")
 
 
-def empty_cache(batch: int) -> dict[str, Array]:
-    return {f"{i}.{part}": np.zeros((batch, 2, LIMIT, 64), np.float32) for i in range(4) for part in ("key", "value")}
+def cache_of(batch: int, content: float) -> dict[str, Array]:
+    shape = (batch, 2, LIMIT, 64)
+    return {f"{i}.{part}": np.full(shape, content, np.float32) for i in range(4) for part in ("key", "value")}
 
 
 def step(session: ort.InferenceSession, ids: Array, mask: Array, positions: Array, cache: dict[str, Array]) -> Array:
@@ -68,25 +75,26 @@ def texts() -> list[Array]:
 def whole(session: ort.InferenceSession, text: Array) -> Array:
     ids = text[None].astype(np.int64)
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(text))[None]}
-    past = {f"past_key_values.{name}": buffer[:, :, :0] for name, buffer in empty_cache(1).items()}
+    past = {f"past_key_values.{name}": buffer[:, :, :0] for name, buffer in cache_of(1, 0.0).items()}
     logits: Array = session.run(["logits"], feeds | past)[0][0]
     return logits
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", ["right", "left", "right, full mask"])
 def test_rows_of_different_lengths(session: ort.InferenceSession, expected: list[Array], side: str) -> None:
     rows, width = texts(), max(LENGTHS)
     ids, mask = np.zeros((2, len(rows), width), np.int64)
-    places = [slice(0, n) if side == "right" else slice(width - n, width) for n in LENGTHS]
+    places = [slice(0, n) if side != "left" else slice(width - n, width) for n in LENGTHS]
     for row, (text, place, n) in enumerate(zip(rows, places, LENGTHS, strict=True)):
         ids[row, place], mask[row, place] = text[:n], 1
-    cache = empty_cache(len(rows))
+    cache = cache_of(len(rows), content=3.0)  # old values, which nothing may read
     logits = step(session, ids, mask, np.maximum(mask.cumsum(1) - 1, 0), cache)
     got = [[logits[row, place.stop - 1]] for row, place in enumerate(places)]
     lengths = np.array(LENGTHS)
     for done in range(STEPS):
-        if side == "right":  # each row grows in its own place
-            mask = (np.arange(width + done + 1) <= (lengths + done)[:, None]).astype(np.int64)
+        if side != "left":  # each row grows in its own place
+            total = width + done + 1 if side == "right" else LIMIT
+            mask = (np.arange(total) <= (lengths + done)[:, None]).astype(np.int64)
         else:  # all rows grow at the end, as the interface says
             mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], 1)
         tokens = np.array([[text[n + done]] for text, n in zip(rows, LENGTHS, strict=True)])

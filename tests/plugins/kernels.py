@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from tests.plugins.cases import BF16, Problem
@@ -30,6 +32,18 @@ def cuda_wheels() -> Path | None:
     """Where nvidia-cuda-nvcc and its companions are installed, if they are."""
     spec = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
     return Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
+
+
+def cuda_headers() -> Path:
+    found = [Path("/usr/local/cuda/include")]
+    if nvcc := shutil.which("nvcc"):
+        found.insert(0, Path(nvcc).resolve().parents[1] / "include")
+    if wheels := cuda_wheels():
+        found.append(wheels / "include")
+    for folder in found:
+        if (folder / "cuda_runtime_api.h").exists():
+            return folder
+    pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
 KERNELS = ("gemm.cu", "int8.cu", "plain.cu")

@@ -39,7 +39,7 @@ from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
 from tests.conftest import TINY
 from tests.plugins.cases import Case
-from tests.plugins.kernels import ROOT, Emulated, cuda_wheels
+from tests.plugins.kernels import ROOT, Emulated, cuda_headers
 
 HOST = Path(__file__).with_name("tensorrt_host.cpp")
 THIRD_PARTY = ROOT / ".third_party"
@@ -51,18 +51,6 @@ def headers(major: str) -> Path:
     if not (root / "include" / "NvInferRuntime.h").exists():
         pytest.skip(f"no TensorRT {major} headers: set TENSORRT_ROOT_{major} to a folder that holds include/")
     return root / "include"
-
-
-def cuda_headers() -> Path:
-    found = [Path("/usr/local/cuda/include")]
-    if nvcc := shutil.which("nvcc"):
-        found.insert(0, Path(nvcc).resolve().parents[1] / "include")
-    if wheels := cuda_wheels():
-        found.append(wheels / "include")
-    for folder in found:
-        if (folder / "cuda_runtime_api.h").exists():
-            return folder
-    pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
 def registry(major: str) -> Path:

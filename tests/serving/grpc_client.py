@@ -50,6 +50,7 @@ def piece(result: triton.InferResult) -> dict[str, Any]:
         "text": result.as_numpy("text_output").item().decode(),
         "ids": result.as_numpy("output_ids").ravel().tolist(),
         "finish": result.as_numpy("finish_reason").item().decode(),
+        "counts": [result.as_numpy(f"num_{which}_tokens").item() for which in ("input", "output")],
     }
 
 

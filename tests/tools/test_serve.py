@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import subprocess
@@ -207,8 +208,32 @@ def test_wrong_tensors_are_refused(server: Server, tensors: dict[str, Any]) -> N
     assert ask(server.http, MODEL, {"text_input": "Once upon a time"}).finish == "stop"
 
 
-def test_what_the_openai_front_end_sends(server: Server) -> None:
-    """Names, types and shapes of its requests to TensorRT-LLM's models, which it sends to every backend but vLLM."""
+def test_http_clients_that_go(server: Server) -> None:
+    """A stream's row is free at once; a reply in one piece is generated to its end, for nobody, and harms no one."""
+
+    def leave(call: str, stream: bool) -> float:
+        """Seconds that a short request takes after as many long ones as there are rows lost their clients."""
+        body = {"text_input": "The server", "max_tokens": 900, "min_tokens": 900, "stream": stream}
+        for _ in range(ROWS):
+            connection = http.client.HTTPConnection(server.http)
+            connection.request("POST", f"/v2/models/{MODEL}/{call}", json.dumps(body))
+            if stream:
+                connection.getresponse().read(10)
+            time.sleep(0.1)
+            connection.close()
+        started = time.monotonic()
+        assert ask(server.http, MODEL, {"text_input": "Once upon a time"}).finish == "stop"
+        return time.monotonic() - started
+
+    assert leave("generate_stream", stream=True) < leave("generate", stream=False) / 3
+
+
+@pytest.mark.parametrize("echo", [None, True, False])
+def test_what_the_openai_front_end_sends(server: Server, echo: bool | None) -> None:
+    """Names, types and shapes of its requests to TensorRT-LLM's models, which it sends to every backend but vLLM.
+
+    Of a chat, which has no echo, and of a completion, where it is said; the two counts are always asked for.
+    """
     given = {
         "text_input": {"type": "BYTES", "shape": [1, 1], "values": ["Once upon a time"]},
         "stream": {"type": "BOOL", "shape": [1, 1], "values": [False]},
@@ -219,9 +244,16 @@ def test_what_the_openai_front_end_sends(server: Server) -> None:
         "presence_penalty": {"type": "FP32", "shape": [1, 1], "values": [0.0]},
         "seed": {"type": "UINT64", "shape": [1, 1], "values": [2**63]},
         "temperature": {"type": "FP32", "shape": [1, 1], "values": [0.0]},
+        "return_num_input_tokens": {"type": "BOOL", "shape": [1, 1], "values": [True]},
+        "return_num_output_tokens": {"type": "BOOL", "shape": [1, 1], "values": [True]},
     }
+    if echo is not None:
+        given["exclude_input_in_output"] = {"type": "BOOL", "shape": [1, 1], "values": [not echo]}
     reply = client("infer", server.grpc, MODEL, given=given)
-    assert (reply["error"], reply["text"], reply["finish"]) == ("", " the current time of the", "stop")
+    text = " the current time of the"
+    assert (reply["error"], reply["finish"]) == ("", "stop")
+    assert reply["text"] == ("Once upon a time" + text if echo else text)
+    assert reply["counts"] == [6, len(reply["ids"])]
 
 
 def test_64_clients(server: Server) -> None:
@@ -254,6 +286,17 @@ def test_what_cannot_be_served_is_said(repository: Path, tmp_path: Path) -> None
     shutil.copytree(repository / MODEL, broken / MODEL)
     (broken / MODEL / "1" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"the server ended with code 1\n(.|\n)*load failed for model"), serving(broken):
+        pass
+
+
+def test_changed_weights_are_refused_in_words(repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / MODEL, tmp_path / MODEL)
+    weights = tmp_path / MODEL / "1" / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    words = r"model\.onnx\.data is not what the compiler wrote: expected sha256 [0-9a-f]{64}, found [0-9a-f]{64}"
+    with pytest.raises(UserError, match=words), serving(tmp_path):
         pass
 
 

@@ -1,0 +1,86 @@
+"""What the generate model loads is what was written: every other file is refused before anything reads it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from compiler.triton.integrity import CHUNK, RECORD, check_folder, sha256
+from compiler.triton.scheduler import Limits
+from tests.compiler.tensorrt_stand_in import PLAN
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An engine with a plugin, as a repository holds them."""
+    (tmp_path / "model.engine").write_bytes(PLAN)
+    (tmp_path / "libwoq.so").write_bytes(b"\x7fELF")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    files = {name: sha256(tmp_path / name) for name in ("model.engine", "libwoq.so")}
+    record = {"files": files, "engine": {"builder": "tensorrt", "version": "10.13.0.35"}}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_what_was_written_is_taken(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"edited": true}')
+    (folder / "libstranger.so").write_bytes(b"nobody checked this one")
+    assert check_folder(folder, "engine") == (folder / "libwoq.so",)
+
+
+def test_the_digest_of_a_file_larger_than_a_chunk(tmp_path: Path) -> None:
+    import hashlib
+
+    data = bytes(range(256)) * (CHUNK // 128 + 1)
+    (tmp_path / "large").write_bytes(data)
+    assert sha256(tmp_path / "large") == hashlib.sha256(data).hexdigest()
+
+
+def edit_record(folder: Path, old: str, new: str) -> None:
+    text = (folder / RECORD).read_text()
+    assert old in text
+    (folder / RECORD).write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda folder: (folder / "model.engine").write_bytes(PLAN + b"!"),
+            "model.engine is not what the compiler wrote: expected sha256 .*, found [0-9a-f]{64}: copy it again",
+        ),
+        (lambda folder: (folder / "libwoq.so").write_bytes(b"\x7fELF2"), "libwoq.so is not what the compiler wrote"),
+        (lambda folder: (folder / "model.engine").unlink(), "found no such file"),
+        (
+            lambda folder: edit_record(folder, "10.13.0.35", "10.14.0.1"),
+            "expected tensorrt 10.14.0.1, found tensorrt 10.13.0.35",
+        ),
+        (lambda folder: edit_record(folder, "model.engine", "engine.model"), "no digest of model.engine"),
+    ],
+    ids=["engine", "plugin", "missing", "version", "no digest"],
+)
+def test_what_was_changed_is_refused_before_it_is_loaded(
+    folder: Path, damage: Callable[[Path], None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the entry that Triton calls, which imports TensorRT only after that."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace())
+    model = importlib.import_module("compiler.triton.model")
+    monkeypatch.setattr(model.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    damage(folder)
+    with pytest.raises(RuntimeError, match=words):
+        model.open_engine(folder, {"runtime": "tensorrt", "cache": "shared"}, Limits(), 0)
+
+
+def test_a_file_that_is_no_engine_is_refused(folder: Path) -> None:
+    (folder / "model.engine").write_bytes(b"#!/bin/sh")
+    record = json.loads((folder / RECORD).read_text())
+    record["files"]["model.engine"] = sha256(folder / "model.engine")
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(RuntimeError, match=r"expected tensorrt 10\.13\.0\.35, found no engine"):
+        check_folder(folder, "engine")
