@@ -247,7 +247,7 @@ class Plan:
 
     def __init__(self, graph: gs.Graph, folder: Path) -> None:
         self.onnx, self.file = folder / "model.onnx", folder / "model.engine"
-        self.profiles = profiles(graph.inputs, Limits(ROWS, LENGTH, 8), llm=True, int8_weights=False)
+        self.profiles = profiles(graph.inputs, Limits(ROWS, LENGTH, 8), llm=True)
         write_model(graph, self.onnx)
         self.file.write_bytes(PLAN)
         options = ort.SessionOptions()
