@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,9 +19,15 @@ if TYPE_CHECKING:
     from compiler.build import Plan
     from compiler.request import Request
 
+# Groups of options in --help.
+quantization = partial(typer.Option, rich_help_panel="Quantization")
+cpu = partial(typer.Option, rich_help_panel="CPU artifacts")
+engines = partial(typer.Option, rich_help_panel="Engines")
+accuracy = partial(typer.Option, rich_help_panel="Accuracy")
+looking = partial(typer.Option, rich_help_panel="Looking, not compiling")
 INTERRUPTED = 130  # the exit status that typer makes of an interruption
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -29,43 +36,44 @@ def compile_command(
     target: Annotated[list[str] | None, typer.Option(help="what to compile for; may be repeated")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
     triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what is written")] = None,
-    quant: Annotated[str | None, typer.Option(help="a16w8, a16w4, a8w8, a8w4 or none")] = None,
-    group_size: Annotated[int | None, typer.Option(help="inputs that share a scale; -1 per channel")] = None,
-    weight_only: Annotated[bool, typer.Option("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
-    quant_config: Annotated[Path | None, typer.Option(help="JSON file with the spec's keys")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="module pattern that stays float; may be repeated")] = None,
-    lm_head: Annotated[str, typer.Option(help="float or int8")] = "float",
-    embeddings: Annotated[str, typer.Option(help="stored or int8")] = "stored",
-    cpu_preset: Annotated[str, typer.Option(help="CPUs, 16-bit activations: exact keeps 14 bits, fast 8")] = "exact",
-    portable: Annotated[bool, typer.Option("--portable", help="standard ONNX attention")] = False,
-    builder: Annotated[str, typer.Option(help="auto, tensorrt-rtx, tensorrt or kit")] = "auto",
-    max_batch: Annotated[int, typer.Option(help="engines: sequences that run together")] = 1,
-    max_length: Annotated[int | None, typer.Option(help="engines: tokens of a sequence, cache included")] = None,
-    opt_length: Annotated[int | None, typer.Option(help="engines: the length to tune for")] = None,
-    logits: Annotated[str, typer.Option(help="engines: last (of each sequence) or all")] = "last",
-    kv_cache: Annotated[str, typer.Option(help="engines: concat or in-place")] = "concat",
-    memory_limit: Annotated[int | None, typer.Option(help="engines: MiB of scratch memory")] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="engines: 0 to 5")] = None,
-    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="weights may stay on the host")] = False,
-    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="for newer TensorRT too")] = False,
-    hardware_compatible: Annotated[str, typer.Option(help="ampere_plus, say: for other GPUs too")] = "",
-    plugin: Annotated[Path | None, typer.Option(help="engines: our plugin library, for weight-only linears")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="file of timings that builds share")] = None,
+    quant: Annotated[str | None, quantization(help="a16w8, a16w4, a8w8, a8w4 or none")] = None,
+    group_size: Annotated[int | None, quantization(help="inputs that share a scale; -1 per channel")] = None,
+    weight_only: Annotated[bool, quantization("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
+    quant_config: Annotated[Path | None, quantization(help="JSON file with the spec's keys")] = None,
+    ignore: Annotated[list[str] | None, quantization(help="module pattern that stays float; may be repeated")] = None,
+    lm_head: Annotated[str, quantization(help="float or int8")] = "float",
+    embeddings: Annotated[str, quantization(help="stored or int8")] = "stored",
+    cpu_preset: Annotated[str, cpu(help="of 16-bit activations: exact keeps 14 bits, fast 8")] = "exact",
+    portable: Annotated[bool, cpu("--portable", help="standard ONNX attention")] = False,
+    builder: Annotated[str, engines(help="auto, tensorrt-rtx, tensorrt or kit")] = "auto",
+    max_batch: Annotated[int, engines(help="sequences that run together")] = 1,
+    max_length: Annotated[int | None, engines(help="tokens of a sequence, cache included")] = None,
+    opt_length: Annotated[int | None, engines(help="the length to tune for")] = None,
+    logits: Annotated[str, engines(help="last (of each sequence) or all")] = "last",
+    kv_cache: Annotated[str, engines(help="concat or in-place")] = "concat",
+    memory_limit: Annotated[int | None, engines(help="MiB of scratch memory")] = None,
+    optimization_level: Annotated[int | None, engines(help="0 to 5")] = None,
+    weight_streaming: Annotated[bool, engines("--weight-streaming", help="weights may stay on the host")] = False,
+    version_compatible: Annotated[bool, engines("--version-compatible", help="for newer TensorRT too")] = False,
+    hardware_compatible: Annotated[str, engines(help="ampere_plus, say: for other GPUs too")] = "",
+    plugin: Annotated[Path | None, engines(help="our plugin library, for weight-only linears")] = None,
+    timing_cache: Annotated[Path | None, engines(help="file of timings that builds share")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
-    max_kl: Annotated[float | None, typer.Option(help="budget: finer formats until the KL is below this")] = None,
-    max_ppl_increase: Annotated[float | None, typer.Option(help="the same for perplexity, in percent")] = None,
-    text: Annotated[Path | None, typer.Option(help="text for budgets and --verify, in UTF-8")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="check the artifacts, write OUT/report/")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, write nothing")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="print what each layer became, and why")] = False,
-    check: Annotated[Path | None, typer.Option(help="verify an output folder: digests, versions, loading")] = None,
-    inspect: Annotated[
-        Path | None, typer.Option(help="examine a checkpoint's folder: format, layers, problems")
-    ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="with --inspect: machine-readable")] = False,
-    list_targets: Annotated[bool, typer.Option("--list-targets", help="print the targets")] = False,
+    max_kl: Annotated[float | None, accuracy(help="budget: finer formats until the KL is below this")] = None,
+    max_ppl_increase: Annotated[float | None, accuracy(help="the same for perplexity, in percent")] = None,
+    text: Annotated[Path | None, accuracy(help="text for budgets and --verify, in UTF-8")] = None,
+    verify: Annotated[bool, accuracy("--verify", help="check the artifacts, write OUT/report/")] = False,
+    dry_run: Annotated[bool, looking("--dry-run", help="print the plan, write nothing")] = False,
+    explain: Annotated[bool, looking("--explain", help="print what each layer became, and why")] = False,
+    check: Annotated[Path | None, looking(help="verify an output folder: digests, versions, loading")] = None,
+    inspect: Annotated[Path | None, looking(help="examine a checkpoint's folder: format, layers, problems")] = None,
+    json_output: Annotated[bool, looking("--json", help="with --inspect: machine-readable")] = False,
+    list_targets: Annotated[bool, looking("--list-targets", help="print the targets")] = False,
 ) -> None:
-    """Compile MODEL into quantized artifacts, one for each --target."""
+    """Compile MODEL into quantized artifacts, one for each --target.
+
+    `compile build KIT` finishes a build kit on the machine with its GPU.
+    """
     from compiler import report
 
     if list_targets:
