@@ -115,18 +115,20 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
 def lower(
     canonical: gs.Graph, model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, ledger: Ledger
 ) -> dict[str, gs.Graph]:
-    """A lowered graph for each target; targets that compute in one type share one."""
+    """A lowered graph for each target; targets that compute in one type, with one set of operators, share one."""
     lowered: dict[str, gs.Graph] = {}
-    shared: dict[np.dtype[Any], gs.Graph] = {}
+    shared: dict[tuple[np.dtype[Any], bool], gs.Graph] = {}
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
         dtype = types.get(target.name)
         if dtype is None:
             lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
             continue
-        if dtype not in shared:
-            shared[dtype] = pipeline.lower_tensorrt(canonical.copy(), dtype, request, limits, ledger)
-        lowered[target.name] = shared[dtype]
+        key = (dtype, target.whole_operators)
+        if key not in shared:
+            graph = canonical.copy()
+            shared[key] = pipeline.lower_tensorrt(graph, dtype, request, limits, ledger, whole=target.whole_operators)
+        lowered[target.name] = shared[key]
     return lowered
 
 
@@ -146,7 +148,11 @@ def engine_notes(
     model: FloatModel, builders: Mapping[str, Choice], types: Mapping[str, np.dtype[Any]]
 ) -> tuple[str, ...]:
     bfloat16 = compute_type(find_target("sm80"), stored_types(model)) != np.float16
-    kits = [f"{name}: a build kit, because {c.reason}" for name, c in builders.items() if c.flavour is None]
+    kits = [
+        f"{name}: a build kit for TensorRT {find_target(name).tensorrt}, because {c.reason}"
+        for name, c in builders.items()
+        if c.flavour is None
+    ]
     narrow = [
         f"{name}: computes in float16, the checkpoint is bfloat16: this GPU has none"
         for name, dtype in types.items()
