@@ -12,8 +12,9 @@ import onnx_graphsurgeon as gs
 from polygraphy.backend.base import BaseRunner
 
 from compiler.accuracy.bounds import FLOAT32, Bound, bound_of
+from compiler.accuracy.engine_runner import EngineRunner
 from compiler.accuracy.ledger import layers_of
-from compiler.accuracy.runners import EngineRunner, GraphRunner, OnnxRunner, TransformersRunner, session
+from compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, session
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
 from passes.errors import UserError

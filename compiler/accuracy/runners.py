@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.common import BytesFromPath
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.backend.trt import EngineFromBytes, LoadPlugins, TrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
-from passes.errors import UserError
 from passes.evaluate import Evaluation
 from passes.evaluate_node import numpy_type
 from passes.lazy import Array
@@ -110,29 +106,3 @@ class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         return OrderedDict(zip(self.outputs, self.sess.run(list(self.outputs), dict(feed_dict)), strict=True))
-
-
-class EngineRunner(TrtRunner):  # type: ignore[misc]
-    """The engine itself on this machine's GPU, a sequence at a time, in the types that it was built for."""
-
-    def __init__(self, path: Path, plugins: Sequence[Path], outputs: Sequence[str], name: str) -> None:
-        if importlib.util.find_spec("tensorrt") is None:
-            raise UserError(
-                "an engine runs with TensorRT on a GPU, which this Python lacks",
-                where=str(path),
-                fix="run this on the GPU machine; --forms float,twin,lowered checks the lowered graph on this CPU",
-            )
-        super().__init__(EngineFromBytes(LoadPlugins([str(p) for p in plugins], obj=BytesFromPath(str(path)))), name)
-        self.outputs = outputs
-
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
-        types = {name: np.dtype(entry.dtype) for name, entry in self.get_input_metadata().items()}
-        feeds = {name: value.astype(types[name], copy=False) for name, value in feed_dict.items() if name in types}
-        rows = range(len(next(iter(feeds.values()))))
-        parts = []
-        for row in rows:
-            outputs = super().infer_impl({name: value[row : row + 1] for name, value in feeds.items()})
-            parts.append([np.array(outputs[name]) for name in self.outputs])  # its buffers are used again
-        return OrderedDict(
-            (name, np.concatenate(values)) for name, values in zip(self.outputs, zip(*parts, strict=True), strict=True)
-        )
