@@ -88,7 +88,7 @@ def twin_runner(subject: Subject, scratch: Path) -> BaseRunner:
     if 4 * sum(math.prod(layer.shape) for layer in layers_of(None, subject.canonical)) > TWIN_BYTES:
         return GraphRunner(subject.canonical, subject.outputs, "twin")
     write_model(subject.canonical.copy(), scratch / "twin.onnx")
-    return OnnxRunner(session(scratch / "twin.onnx", twin=True), subject.outputs, "twin")
+    return OnnxRunner(session(scratch / "twin.onnx", as_written=True), subject.outputs, "twin")
 
 
 def existing(subject: Subject, suffix: str) -> Path:

@@ -82,16 +82,22 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             return OrderedDict(logits=self.model(**given, use_cache=False).logits.numpy())
 
 
-def session(path: Path, *, twin: bool = False) -> Callable[[], ort.InferenceSession]:
-    """Loads an ONNX file when the runner is activated. A twin must run as it is written: exact float activations."""
+def session(path: Path, *, as_written: bool = False) -> Callable[[], ort.InferenceSession]:
+    """Loads an ONNX file when the runner is activated.
+
+    `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
+    dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
+    wrong; and at its highest level of optimization it crashes on some float16 graphs.
+    """
 
     def load() -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if twin:
+        if as_written:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load

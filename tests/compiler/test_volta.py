@@ -28,7 +28,7 @@ from passes.errors import UserError
 from passes.evaluate import Evaluation
 from passes.old_parser import unsupported
 from tests.conftest import TINY
-from tests.graphs import relative
+from tests.graphs import evaluate, relative
 
 WHOLE = {"Attention", "RMSNormalization", "RotaryEmbedding"}
 METHODS = {
@@ -98,10 +98,15 @@ def test_it_computes_in_float16_what_the_whole_operators_do(tmp_path: Path) -> N
     for tensor in whole.inputs[3:]:
         values = rng.standard_normal((batch, tensor.shape[1], past, tensor.shape[3]))
         feeds[tensor.name] = values.astype(np.float16)
-    for name in ("logits", "present.0.key", "present.3.value"):
+    names = ("logits", "present.0.key", "present.3.value")
+    kept = [t.name for t in decomposed.outputs]
+    runtime = dict(zip(kept, evaluate(decomposed, feeds, tmp_path), strict=True))
+    for name in names:
         want, got = (Evaluation(g, feeds, [name]).peek(name).astype(np.float32) for g in (whole, decomposed))
         assert want.std() > 0.1
         assert relative(got, want) < 2e-3, name
+        # ONNX Runtime keeps more bits between nodes. Where it quantizes activations unasked, it is not even near.
+        assert relative(runtime[name].astype(np.float32), got) < 4e-3, name
 
 
 def test_targets_of_old_and_new_releases_do_not_share_a_graph(tmp_path: Path) -> None:
