@@ -18,8 +18,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from compiler import pipeline
-from compiler.artifact import Artifact, TensorSpec, sha256, write_manifest
+from compiler.artifact import MANIFEST, Artifact, TensorSpec, read_manifest, sha256, write_manifest
 from compiler.backend.writer import Progress, place, write_model
+from compiler.checkpoint import read_json
 from compiler.engine import (
     ENGINE,
     Builder,
@@ -288,7 +289,13 @@ class LoweredFiles:
 
 
 def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
-    """Finishes a build kit on the machine it was made for: OUT/<target>/model.engine and the manifest."""
+    """Finishes a build kit on the machine it was made for: OUT/<target>/model.engine, and its entry in the manifest.
+
+    OUT may be the folder that the kit lies in; what else is there stays.
+    """
+    there = (out / MANIFEST).is_file()
+    others = [a for a in read_manifest(out) if a.target != kit.target.name] if there else []
+    source = read_json(out / MANIFEST)["source"] if there else {"kit": kit.folder.name}
     choice = choose_builder(kit.target, builder)
     if choice.flavour is None:
         raise UserError(f"this machine cannot build for {kit.target.name} either", found=choice.reason)
@@ -297,7 +304,7 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
         copy_side_files(kit.folder, folder)
         engine = build_engine(choice, kit.target, kit.onnx, folder, kit.settings, kit.linears, say)
         artifact = finished(kit, engine, digests(folder, kit.target.name), f"{kit.target.name}/{ENGINE}")
-    write_manifest(out, [artifact], {"kit": kit.folder.name})
+    write_manifest(out, [*others, artifact], source)
     return artifact
 
 

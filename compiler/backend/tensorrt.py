@@ -130,8 +130,10 @@ def build(spec: EngineSpec, progress: Progress = silent) -> Built:
     try:
         done, warnings = _run_child({"build": spec.to_json()}, str(spec.onnx), progress)
         spec.partial.replace(spec.engine)
-    finally:
+    except BaseException:
         spec.partial.unlink(missing_ok=True)
+        spec.layers.unlink(missing_ok=True)
+        raise
     return Built(spec.engine, spec.layers, warnings=tuple(warnings), **done)
 
 

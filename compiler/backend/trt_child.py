@@ -69,6 +69,10 @@ def main() -> None:
             events.send(done=build(EngineSpec.from_json(order["build"]), events))
     except Refused as refused:
         events.send(**refused.event)
+    except OSError as error:
+        # Beside the plan, whose errors PlanFile collects: the table of layers, or the timings.
+        disk = Refused("the builder could not read or write a file", [str(error)], fix="free some disk space")
+        events.send(**disk.event)
 
 
 def build(spec: EngineSpec, events: Events) -> dict[str, Any]:

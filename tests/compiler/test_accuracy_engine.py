@@ -195,5 +195,5 @@ def test_a_damaged_engine_is_found_before_it_becomes_a_form(tmp_path: Path) -> N
     data = bytearray(subject.file.read_bytes())
     data[-1] ^= 1
     subject.file.write_bytes(data)
-    with pytest.raises(UserError, match="a file is not what was written"):
+    with pytest.raises(UserError, match="a file has changed since compile wrote it"):
         subjects(planned, request, read_manifest(request.out))
