@@ -62,7 +62,7 @@ class LowerNativeInt8(Rewrite[Quantized]):
         add(graph, "Cast", [y], out, name=f"{name}/narrow", to=onnx.helper.np_dtype_to_tensor_dtype(self.dtype))
 
     def note(self, match: Quantized) -> str:
-        return f"{match.quant} as an int8 GEMM"
+        return f"{match.quant} -> int8 GEMM"
 
 
 def quantized_tokens(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:

@@ -50,7 +50,7 @@ class LowerNativeWeightOnly(Rewrite[Quantized]):
 
     def note(self, match: Quantized) -> str:
         tail = "" if match.quant.symmetric else " + zero point correction"
-        return f"{match.quant} as {layout(match.quant)}{tail}"
+        return f"{match.quant} -> {layout(match.quant)}{tail}"
 
     def dequantized(self, graph: gs.Graph, quant: QuantTensor, name: str) -> gs.Tensor:
         """The symmetric DequantizeLinear `[K, N]`; the fusion gate finds it by its name, `<linear>/weight`."""

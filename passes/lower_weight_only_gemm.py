@@ -135,7 +135,7 @@ class LowerWeightOnlyGemm(Rewrite[Quantized]):
         gemm(graph, inputs, take_over(match.node), name, attrs)
 
     def note(self, match: Quantized) -> str:
-        return f"{match.quant} as {OP.name}"
+        return f"{match.quant} -> {OP.name}"
 
 
 def activation_bits(quant: QuantTensor) -> int:

@@ -101,7 +101,7 @@ def test_equals_the_twin(bits: int, group: int, symmetric: bool, dtype: np.dtype
     net = Network(bits, group, dtype, symmetric)
     twin, lowered, ledger = net.compile(net.linear("layer"))
     assert ops(lowered) == ["WeightOnlyGemm"]
-    assert ledger.entries[0].done.endswith("as WeightOnlyGemm")
+    assert ledger.entries[0].done.endswith("-> WeightOnlyGemm")
     net.check(twin, lowered)
 
 
