@@ -87,6 +87,7 @@ def compile_command(
 
         for line in check_folder_of_artifacts(check):
             report.console.print(line, soft_wrap=True)
+        report.console.print("PASSED")
         return
     if model is None:
         raise UserError("no model given", expected="compile MODEL --target T -o DIR", fix="compile --help")

@@ -18,8 +18,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from compiler import pipeline
-from compiler.artifact import Artifact, TensorSpec, write_manifest
+from compiler.artifact import MANIFEST, Artifact, TensorSpec, read_manifest, write_manifest
 from compiler.backend.writer import Progress, place, write_model
+from compiler.checkpoint import read_json
 from compiler.engine import (
     ENGINE,
     Builder,
@@ -116,18 +117,20 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
 def lower(
     canonical: gs.Graph, model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, ledger: Ledger
 ) -> dict[str, gs.Graph]:
-    """A lowered graph for each target; targets that compute in one type share one."""
+    """A lowered graph for each target; targets that compute in one type, with one set of operators, share one."""
     lowered: dict[str, gs.Graph] = {}
-    shared: dict[np.dtype[Any], gs.Graph] = {}
+    shared: dict[tuple[np.dtype[Any], bool], gs.Graph] = {}
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
         dtype = types.get(target.name)
         if dtype is None:
             lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
             continue
-        if dtype not in shared:
-            shared[dtype] = pipeline.lower_tensorrt(canonical.copy(), dtype, request, limits, ledger)
-        lowered[target.name] = shared[dtype]
+        key = (dtype, target.whole_operators)
+        if key not in shared:
+            graph = canonical.copy()
+            shared[key] = pipeline.lower_tensorrt(graph, dtype, request, limits, ledger, whole=target.whole_operators)
+        lowered[target.name] = shared[key]
     return lowered
 
 
@@ -147,7 +150,11 @@ def engine_notes(
     model: FloatModel, builders: Mapping[str, Choice], types: Mapping[str, np.dtype[Any]]
 ) -> tuple[str, ...]:
     bfloat16 = compute_type(find_target("sm80"), stored_types(model)) != np.float16
-    kits = [f"{name}: a build kit, because {c.reason}" for name, c in builders.items() if c.flavour is None]
+    kits = [
+        f"{name}: a build kit for TensorRT {find_target(name).tensorrt}, because {c.reason}"
+        for name, c in builders.items()
+        if c.flavour is None
+    ]
     narrow = [
         f"{name}: computes in float16, the checkpoint is bfloat16: this GPU has none"
         for name, dtype in types.items()
@@ -282,7 +289,13 @@ class LoweredFiles:
 
 
 def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
-    """Finishes a build kit on the machine it was made for: OUT/<target>/model.engine and the manifest."""
+    """Finishes a build kit on the machine it was made for: OUT/<target>/model.engine, and its entry in the manifest.
+
+    OUT may be the folder that the kit lies in; what else is there stays.
+    """
+    there = (out / MANIFEST).is_file()
+    others = [a for a in read_manifest(out) if a.target != kit.target.name] if there else []
+    source = read_json(out / MANIFEST)["source"] if there else {"kit": kit.folder.name}
     choice = choose_builder(kit.target, builder)
     if choice.flavour is None:
         raise UserError(f"this machine cannot build for {kit.target.name} either", found=choice.reason)
@@ -293,7 +306,7 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
             shutil.copy(library, folder)
         engine = build_engine(choice, kit.target, kit.onnx, folder, kit.settings, kit.linears, say)
         artifact = finished(kit, engine, digests(folder, kit.target.name), f"{kit.target.name}/{ENGINE}")
-    write_manifest(out, [artifact], {"kit": kit.folder.name})
+    write_manifest(out, [*others, artifact], source)
     return artifact
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import onnx
 
-from compiler.artifact import Artifact, read_manifest
+from compiler.artifact import MANIFEST, Artifact, read_manifest
 from compiler.backend.tensorrt import PRODUCT, Header, load, read_header
 from compiler.gpu import describe, gpus
+from compiler.target import find_target
 from compiler.triton.integrity import sha256
 from passes.errors import UserError
 
@@ -21,6 +22,13 @@ def check(folder: Path) -> Iterator[str]:
 
     Nothing is loaded before its digest and header were compared: an engine is code.
     """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            "nothing that compile wrote is here",
+            where=str(folder),
+            expected=f"the folder that was given to compile as --out; it holds {MANIFEST}",
+            found="no such folder" if not folder.is_dir() else f"no {MANIFEST}",
+        )
     for artifact in read_manifest(folder):
         check_digests(folder, artifact)
         verdict = check_engine(folder, artifact) if artifact.kind == "engine" else check_model(folder, artifact)
@@ -35,7 +43,7 @@ def check_digests(folder: Path, artifact: Artifact) -> None:
         found = sha256(path) if path.is_file() else "no such file"
         if found != digest:
             raise UserError(
-                "a file is not what was written",
+                "a file has changed since compile wrote it" if path.is_file() else "a file is gone",
                 where=str(path),
                 expected=f"sha256 {digest}",
                 found=found,
@@ -58,8 +66,14 @@ def check_model(folder: Path, artifact: Artifact) -> str:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stable home
         raise UserError("not an ONNX model", where=str(path), found=str(error)) from None
-    what = "a build kit; finish it with: compile build DIR" if artifact.kind == "kit" else "a model for ONNX Runtime"
-    return f"{what} ({len(model.graph.node)} nodes)"
+    nodes = f"{len(model.graph.node)} nodes"
+    if artifact.kind != "kit":
+        return f"a model for ONNX Runtime ({nodes})"
+    releases = find_target(artifact.target).tensorrt
+    return (
+        f"a build kit ({nodes}); on a machine with an {artifact.target} GPU and TensorRT {releases}, "
+        f"finish it with: compile build {path.parent} -o {folder}"
+    )
 
 
 def check_engine(folder: Path, artifact: Artifact) -> str:

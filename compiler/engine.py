@@ -108,6 +108,7 @@ def build_engine(
         sms=(target.sm,) if choice.flavour == "tensorrt_rtx" else (),
         plugins=settings.plugins,
         options=replace(settings.options, timing_cache=timings),
+        releases=target.tensorrt,
     )
     built = build(spec, lambda fraction, phase: say(f"{target.name} {fraction:4.0%} {phase}"))
     read = carriers(built.layers.read_text("utf-8"), linears)

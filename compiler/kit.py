@@ -46,6 +46,7 @@ def write_kit(folder: Path, settings: Settings, linears: tuple[str, ...], artifa
     body = {
         "format": FORMAT,
         "target": artifact.target,
+        "tensorrt": find_target(artifact.target).tensorrt,  # for a person: the table of targets decides
         "precision": settings.precision,
         "profiles": settings.profiles,
         "options": asdict(settings.options),

@@ -11,7 +11,11 @@ from compiler.profiles import Limits
 from compiler.request import Request
 from compiler.target import Target
 from passes.cast_compute_type import cast_compute_type
+from passes.decompose_attention import DecomposeAttention
+from passes.decompose_rms_norm import DecomposeRmsNorm
+from passes.decompose_rotary import DecomposeRotary
 from passes.errors import UserError
+from passes.explicit_scales import ExplicitScales
 from passes.fuse_rms_norm import FUSE_RMS_NORM
 from passes.fuse_rotary import FUSE_ROTARY
 from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
@@ -27,6 +31,7 @@ from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from passes.lower_ort_linear import linear_passes
 from passes.lower_ort_tables import AS_STORED, QuantizeTables
 from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
+from passes.old_parser import OPSET, unsupported
 from passes.permute_fold import FoldOrder
 from passes.permute_inputs import SortInputs
 from passes.rewrite import Ledger, Rewrite, run
@@ -87,8 +92,13 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
             )
 
 
-def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger) -> gs.Graph:
-    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
+def lower_tensorrt(
+    graph: gs.Graph, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger, *, whole: bool = True
+) -> gs.Graph:
+    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms.
+
+    `whole`: its TensorRT has the operators of opset 23.
+    """
     if request.logits == "last":
         run(graph, [LastLogits()], ledger)
     if request.kv_cache == "in-place":
@@ -98,7 +108,28 @@ def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limi
     cast_compute_type(graph, dtype, ledger)
     if request.plugin is not None:
         run(graph, [LowerWeightOnlyGemm(dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
-    return lower_native(graph, dtype, ledger)
+    lower_native(graph, dtype, ledger)
+    return graph if whole else decompose(graph, dtype, ledger)
+
+
+def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+    """A graph lowered for TensorRT, for the releases before the operators of opset 23: every node is one of theirs.
+
+    Last of all: what comes before matches whole operators.
+    """
+    run(graph, [DecomposeAttention(dtype), DecomposeRmsNorm(dtype), DecomposeRotary(), ExplicitScales()], ledger)
+    reasons = {entry.node: entry.reason for entry in ledger.rejected()}
+    lines = [f"{n.name} ({n.op}): {reasons.get(n.name) or f'its parser {why}'}" for n, why in unsupported(graph)]
+    if lines:
+        raise UserError(
+            "TensorRT 10.4, the last for Volta, cannot take this graph",
+            expected="operators that its ONNX parser has",
+            found="".join(f"\n    {line}" for line in lines),
+            fix="another target, or another --quant or --group-size where a weight is named",
+        )
+    graph.opset = OPSET
+    graph.import_domains = None  # else the exporter would write the old opset
+    return graph
 
 
 def lower_native(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:

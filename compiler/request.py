@@ -118,9 +118,26 @@ class Request:
             raise UserError(
                 "no plugin library here", where=str(self.plugin), fix="cmake -S plugins -B build/plugins makes one"
             )
-        self.resolved_targets()
+        for target in self.resolved_targets():
+            self.check_old_tensorrt(target)
         self.engine_limits()
         self.engine_options()
+
+    def check_old_tensorrt(self, target: Target) -> None:
+        """What a GPU cannot have whose last TensorRT is an old one, refused before any work."""
+        if target.whole_operators:
+            return
+        missing = (
+            (self.kv_cache == "in-place", "--kv-cache in-place", f"TensorRT {target.tensorrt} has no TensorScatter"),
+            (self.plugin is not None, "--plugin", "its kernels start at sm75"),
+        )
+        for asked, option, why in missing:
+            if asked:
+                raise UserError(
+                    f"{option} is not supported on {target.name} ({target.family})",
+                    found=why,
+                    fix=f"leave it out, or compile for {target.name} apart",
+                )
 
     @property
     def has_budget(self) -> bool:

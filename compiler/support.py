@@ -78,8 +78,9 @@ def tensorrt_cell(method: Method, target: Target) -> Cell:
     """Engines without a plugin: TensorRT-RTX builds them on any machine, full TensorRT from a build kit."""
     if method.activate and method.weight_format == "uint4":
         return Cell(Shown.REFUSED, "no int8 by int4 product without a plugin")
-    if target.sm == 70:
-        return Cell(Shown.REFUSED, "TensorRT 10.4, the last for Volta, has no Attention operator")
+    if not target.whole_operators:
+        # int4 too: NVIDIA presented weight-only int4 with TensorRT 10.0 as independent of the architecture.
+        return Cell(Shown.COMPILED, "build kit for TensorRT 10.0 to 10.4, none of which has parsed it here")
     limit = tensorrt_limit(method, target)
     if target.rtx and not (target.sm == 75 and method.weight_format == "uint4"):
         return Cell(Shown.BUILT, limit)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from packaging.specifiers import SpecifierSet
+
 from passes.errors import UserError
+
+WHOLE = "10.15"  # the first TensorRT that parses all of Attention, RMSNormalization, RotaryEmbedding, TensorScatter
 
 
 class Backend(Enum):
@@ -42,18 +46,23 @@ class Target:
         assert not self.rtx or gpu, self
         assert self.sm is None or (self.bf16 == (self.sm >= 80) and self.int8_mma == (self.sm >= 75)), self
 
+    @property
+    def whole_operators(self) -> bool:
+        """Its TensorRT parses the operators of opset 23 and 24 that our graphs have."""
+        return SpecifierSet(self.tensorrt).contains(WHOLE)
+
 
 _CPU, _GPU = Backend.ONNXRUNTIME, Backend.TENSORRT
 TARGETS = (
     Target("sm70", "Volta", _GPU, 70, int8_mma=False, bf16=False, tensorrt=">=10.0,<10.5", aliases=("v100",)),
-    Target("sm75", "Turing", _GPU, 75, bf16=False, tensorrt=">=10.12", rtx=True, aliases=("t4", "rtx2080ti")),
-    Target("sm80", "Ampere", _GPU, 80, tensorrt=">=10.12", rtx=True, aliases=("a100", "a30")),
-    Target("sm86", "Ampere", _GPU, 86, tensorrt=">=10.12", rtx=True, aliases=("a10", "a40", "rtx3090")),
-    Target("sm89", "Ada", _GPU, 89, tensorrt=">=10.12", rtx=True, aliases=("l4", "l40s", "rtx4090")),
-    Target("sm90", "Hopper", _GPU, 90, tensorrt=">=10.12", aliases=("h100", "h200")),
-    Target("sm100", "Blackwell", _GPU, 100, tensorrt=">=10.12", aliases=("b100", "b200")),
-    Target("sm120", "Blackwell", _GPU, 120, tensorrt=">=10.12", rtx=True, aliases=("rtx5090",)),
-    Target("sm121", "Blackwell", _GPU, 121, tensorrt=">=10.12", rtx=True, aliases=("gb10",)),
+    Target("sm75", "Turing", _GPU, 75, bf16=False, tensorrt=">=10.15", rtx=True, aliases=("t4", "rtx2080ti")),
+    Target("sm80", "Ampere", _GPU, 80, tensorrt=">=10.15", rtx=True, aliases=("a100", "a30")),
+    Target("sm86", "Ampere", _GPU, 86, tensorrt=">=10.15", rtx=True, aliases=("a10", "a40", "rtx3090")),
+    Target("sm89", "Ada", _GPU, 89, tensorrt=">=10.15", rtx=True, aliases=("l4", "l40s", "rtx4090")),
+    Target("sm90", "Hopper", _GPU, 90, tensorrt=">=10.15", aliases=("h100", "h200")),
+    Target("sm100", "Blackwell", _GPU, 100, tensorrt=">=10.15", aliases=("b100", "b200")),
+    Target("sm120", "Blackwell", _GPU, 120, tensorrt=">=10.15", rtx=True, aliases=("rtx5090",)),
+    Target("sm121", "Blackwell", _GPU, 121, tensorrt=">=10.15", rtx=True, aliases=("gb10",)),
     Target("x86", "x86-64 CPU", _CPU, aliases=("x86_64", "cpu")),
     Target("armv9", "Armv9 CPU", _CPU, aliases=("arm", "aarch64")),
 )

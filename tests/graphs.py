@@ -1,4 +1,4 @@
-"""Small graphs and the twin's session, for tests of passes."""
+"""Small graphs and how they are run, for tests of passes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 
+from compiler.accuracy.runners import session
 from compiler.backend.writer import write_model
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
 from passes.lazy import InMemory
@@ -55,14 +55,8 @@ def quantize(
 def evaluate(graph: gs.Graph, feeds: Mapping[str, np.ndarray], folder: Path) -> list[np.ndarray]:
     """Runs a graph on ONNX Runtime as it is: no fusion of Q/DQ into other kernels."""
     write_model(graph, folder / "model.onnx")
-    return session(folder / "model.onnx").run(None, dict(feeds))
-
-
-def session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray] = session(folder / "model.onnx", as_written=True)().run(None, dict(feeds))
+    return outputs
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:

@@ -12,8 +12,9 @@ import onnx_graphsurgeon as gs
 from polygraphy.backend.base import BaseRunner
 
 from compiler.accuracy.bounds import FLOAT32, Bound, bound_of
+from compiler.accuracy.engine_runner import EngineRunner
 from compiler.accuracy.ledger import layers_of
-from compiler.accuracy.runners import EngineRunner, GraphRunner, OnnxRunner, TransformersRunner, session
+from compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, session
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
 from passes.errors import UserError
@@ -87,7 +88,7 @@ def twin_runner(subject: Subject, scratch: Path) -> BaseRunner:
     if 4 * sum(math.prod(layer.shape) for layer in layers_of(None, subject.canonical)) > TWIN_BYTES:
         return GraphRunner(subject.canonical, subject.outputs, "twin")
     write_model(subject.canonical.copy(), scratch / "twin.onnx")
-    return OnnxRunner(session(scratch / "twin.onnx", twin=True), subject.outputs, "twin")
+    return OnnxRunner(session(scratch / "twin.onnx", as_written=True), subject.outputs, "twin")
 
 
 def existing(subject: Subject, suffix: str) -> Path:

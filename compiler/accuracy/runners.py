@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.common import BytesFromPath
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.backend.trt import EngineFromBytes, LoadPlugins, TrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
-from passes.errors import UserError
 from passes.evaluate import Evaluation
 from passes.evaluate_node import numpy_type
 from passes.lazy import Array
@@ -86,16 +82,22 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             return OrderedDict(logits=self.model(**given, use_cache=False).logits.numpy())
 
 
-def session(path: Path, *, twin: bool = False) -> Callable[[], ort.InferenceSession]:
-    """Loads an ONNX file when the runner is activated. A twin must run as it is written: exact float activations."""
+def session(path: Path, *, as_written: bool = False) -> Callable[[], ort.InferenceSession]:
+    """Loads an ONNX file when the runner is activated.
+
+    `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
+    dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
+    wrong; and at its highest level of optimization it crashes on some float16 graphs.
+    """
 
     def load() -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if twin:
+        if as_written:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load
@@ -110,29 +112,3 @@ class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         return OrderedDict(zip(self.outputs, self.sess.run(list(self.outputs), dict(feed_dict)), strict=True))
-
-
-class EngineRunner(TrtRunner):  # type: ignore[misc]
-    """The engine itself on this machine's GPU, a sequence at a time, in the types that it was built for."""
-
-    def __init__(self, path: Path, plugins: Sequence[Path], outputs: Sequence[str], name: str) -> None:
-        if importlib.util.find_spec("tensorrt") is None:
-            raise UserError(
-                "an engine runs with TensorRT on a GPU, which this Python lacks",
-                where=str(path),
-                fix="run this on the GPU machine; --forms float,twin,lowered checks the lowered graph on this CPU",
-            )
-        super().__init__(EngineFromBytes(LoadPlugins([str(p) for p in plugins], obj=BytesFromPath(str(path)))), name)
-        self.outputs = outputs
-
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
-        types = {name: np.dtype(entry.dtype) for name, entry in self.get_input_metadata().items()}
-        feeds = {name: value.astype(types[name], copy=False) for name, value in feed_dict.items() if name in types}
-        rows = range(len(next(iter(feeds.values()))))
-        parts = []
-        for row in rows:
-            outputs = super().infer_impl({name: value[row : row + 1] for name, value in feeds.items()})
-            parts.append([np.array(outputs[name]) for name in self.outputs])  # its buffers are used again
-        return OrderedDict(
-            (name, np.concatenate(values)) for name, values in zip(self.outputs, zip(*parts, strict=True), strict=True)
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import onnx_graphsurgeon as gs
 from compiler.accuracy.forms import Subject
 from compiler.artifact import Artifact
 from compiler.build import Plan, lower
+from compiler.check import check_digests
 from compiler.frontend import onnx_file
 from compiler.request import Request
 from compiler.target import Backend, Target
@@ -29,6 +29,8 @@ def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()
 
 def subject(planned: Plan, request: Request, target: Target, artifact: Artifact | None) -> Subject:
     file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
+    if artifact is not None and artifact.kind == "engine":
+        check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
     if target.backend is Backend.TENSORRT:
         dtype = planned.types[target.name]
         lowered = all_positions(planned, request, target, dtype)
@@ -43,7 +45,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         lowered=lowered,
         dtype=dtype,
         file=file,
-        plugins=tuple(Path(p) for p in artifact.plugins) if artifact is not None else (),
+        plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),
     )
 
 

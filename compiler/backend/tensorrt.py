@@ -1,4 +1,4 @@
-"""Builds a TensorRT engine from an ONNX file: full TensorRT (10.12+, 11.x) or TensorRT-RTX, one road for both.
+"""Builds a TensorRT engine from an ONNX file: full TensorRT (10.x, 11.x) or TensorRT-RTX, one road for both.
 
 The build runs in a child process (`trt_child`), because a few paths of the builder abort the process they run in; an
 abort becomes an error with the builder's last message. The plan is streamed beside its final name and renamed when it
@@ -28,7 +28,7 @@ from passes.errors import UserError
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
+INSTALL = {"tensorrt": "pip install 'tensorrt{}'", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class EngineSpec:
     """One build: everything the child process needs, as plain data.
 
     `sms` is empty for "the GPU of this machine"; TensorRT-RTX builds for any list of SMs that it knows.
+    `releases` are those of full TensorRT that build for the target and parse its graph, as a version specifier.
     `layers` receives the builder's table of kernels as text.
     """
 
@@ -67,6 +68,7 @@ class EngineSpec:
     sms: tuple[int, ...] = ()
     plugins: tuple[Path, ...] = ()
     options: EngineOptions = field(default_factory=EngineOptions)
+    releases: str = ""
 
     def __post_init__(self) -> None:
         for number, profile in enumerate(self.profiles):
@@ -100,6 +102,11 @@ class Built:
     warnings: tuple[str, ...]
 
 
+def install(spec: EngineSpec) -> str:
+    """The command that installs a builder for `spec`."""
+    return INSTALL[spec.flavour].format(spec.releases)
+
+
 Progress = Callable[[float, str], None]  # fraction done, phase
 
 # The builder frees weights of a megabyte and more all the time. glibc's allocator learns from the first of them to keep
@@ -119,15 +126,17 @@ def silent(fraction: float, phase: str) -> None:
 def build(spec: EngineSpec, progress: Progress = silent) -> Built:
     """Builds one engine; raises UserError with the builder's words when it cannot."""
     if importlib.util.find_spec(spec.flavour) is None:
-        raise UserError(f"{PRODUCT[spec.flavour]} is not installed", where=str(spec.engine), fix=INSTALL[spec.flavour])
+        raise UserError(f"{PRODUCT[spec.flavour]} is not installed", where=str(spec.engine), fix=install(spec))
     if not spec.onnx.is_file():
         raise UserError("the lowered model is not there", where=str(spec.onnx))
     spec.engine.parent.mkdir(parents=True, exist_ok=True)
     try:
         done, warnings = _run_child({"build": spec.to_json()}, str(spec.onnx), progress)
         spec.partial.replace(spec.engine)
-    finally:
+    except BaseException:
         spec.partial.unlink(missing_ok=True)
+        spec.layers.unlink(missing_ok=True)
+        raise
     return Built(spec.engine, spec.layers, warnings=tuple(warnings), **done)
 
 

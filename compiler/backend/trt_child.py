@@ -23,9 +23,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from compiler.backend.tensorrt import PRODUCT, EngineSpec
+from packaging.specifiers import SpecifierSet
 
-OLDEST = (10, 12)  # strong typing is complete from here on
+from compiler.backend.tensorrt import PRODUCT, EngineSpec, install
+
 # On a machine without a driver every error is followed by one that says just this; and that inputs are int64 is known.
 NOISE = ("cudaError 35", "has Int64 binding")
 CHUNK = 64 << 20
@@ -66,6 +67,10 @@ def main() -> None:
             events.send(done=build(EngineSpec.from_json(order["build"]), events))
     except Refused as refused:
         events.send(**refused.event)
+    except OSError as error:
+        # Beside the plan, whose errors PlanFile collects: the table of layers, or the timings.
+        disk = Refused("the builder could not read or write a file", [str(error)], fix="free some disk space")
+        events.send(**disk.event)
 
 
 def build(spec: EngineSpec, events: Events) -> dict[str, Any]:
@@ -93,14 +98,16 @@ def is_rtx(trt: Any) -> bool:
 
 
 def check_version(trt: Any, spec: EngineSpec) -> None:
-    found = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if not is_rtx(trt) and found < OLDEST:
-        raise Refused(
-            f"this TensorRT is too old: {trt.__version__}",
-            expected=f"{OLDEST[0]}.{OLDEST[1]} or newer (sm70: build the kit with trtexec of TensorRT 10.4)",
-        )
+    """Refuses a TensorRT that does not build for this GPU, or does not parse what was lowered for another."""
     if is_rtx(trt) != (spec.flavour == "tensorrt_rtx"):
         raise Refused(f"the package {spec.flavour} is not {PRODUCT[spec.flavour]}")
+    if not is_rtx(trt) and not SpecifierSet(spec.releases).contains(trt.__version__):
+        raise Refused(
+            "this TensorRT does not build for this target",
+            [f"TensorRT {trt.__version__}"],
+            expected=f"TensorRT {spec.releases}",
+            fix=install(spec),
+        )
 
 
 def network_flags(trt: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import NonCallableMagicMock
@@ -17,6 +18,7 @@ import tensorrt_bindings as trt
 
 from compiler.backend import trt_child
 from compiler.backend.tensorrt import EngineOptions, EngineSpec
+from compiler.target import find_target
 
 sys.modules["tensorrt"] = trt
 Builder, Parser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime
@@ -48,17 +50,32 @@ def fake_builder(calls: dict[str, Any]) -> Any:
     config.create_timing_cache.return_value.serialize.return_value = b"timings"
     calls["config"], calls["builder"] = config, builder
 
-    def build(_network: Any, config: Any, writer: Any) -> bool:
-        assert isinstance(writer, trt.IStreamWriter)
+    def build(_network: Any, config: Any) -> bytes:
         monitor = config.progress_monitor
         assert isinstance(monitor, trt.IProgressMonitor)
         monitor.phase_start("Building", None, 2)
         assert monitor.step_complete("Building", 0)
         monitor.phase_finish("Building")
-        return bool(writer.write(PLAN))
+        return PLAN
 
-    builder.build_serialized_network_to_stream.side_effect = build
+    def build_to_stream(network: Any, config: Any, writer: Any) -> bool:
+        assert isinstance(writer, trt.IStreamWriter)
+        return bool(writer.write(build(network, config)))
+
+    if hasattr(Builder, "build_serialized_network_to_stream"):  # 10.13 and newer
+        builder.build_serialized_network_to_stream.side_effect = build_to_stream
+    else:
+        builder.build_serialized_network.side_effect = build
     return builder
+
+
+def builds_for(target: str, spec: EngineSpec) -> bool:
+    """Does our code take this TensorRT for `target`?"""
+    try:
+        trt_child.check_version(trt, replace(spec, releases=find_target(target).tensorrt))
+    except trt_child.Refused:
+        return False
+    return True
 
 
 def main(folder: Path) -> None:
@@ -84,6 +101,7 @@ def main(folder: Path) -> None:
             {
                 "version": done["version"],
                 "rtx": trt_child.is_rtx(trt),
+                "builds_for": [target for target in ("sm70", "sm75", "sm90") if builds_for(target, spec)],
                 "network_flags": calls["builder"].create_network.call_args.args[0],
                 "flags": [
                     call.args[0] == flag

@@ -18,7 +18,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".third_party" / "tensorrt-bindings"
-VERSIONS = {"10.16.1.11": {"network_flags": 3}, "11.4.0.106": {"network_flags": 1}}
+# The lean runtime of 10.4.0, the last release for Volta, is not on PyPI: that of a newer 10 has the same interface.
+VERSIONS = {
+    "10.4.0": ("tensorrt-cu12-bindings", "10.16.1.11", {"network_flags": 3, "builds_for": ["sm70"]}),
+    "10.16.1.11": ("tensorrt-cu13-bindings", "10.16.1.11", {"network_flags": 3, "builds_for": ["sm75", "sm90"]}),
+    "11.4.0.106": ("tensorrt-cu13-bindings", "11.4.0.106", {"network_flags": 1, "builds_for": ["sm75", "sm90"]}),
+}
 STUBS = {
     "nvinfer": "void* createInferBuilder_INTERNAL(void) { return 0; }\n"
     "void* getBuilderPluginRegistry(void) { return 0; }",
@@ -29,11 +34,12 @@ STUBS = {
 
 
 def bindings(version: str) -> Path:
-    """A folder with the bindings and the lean runtime of one release, downloaded once."""
+    """A folder with the bindings and a lean runtime of one release, downloaded once."""
+    package, lean, _ = VERSIONS[version]
     folder = CACHE / version
     if not (folder / "tensorrt_bindings").is_dir():
         wheels = folder.with_name(f"{version}.wheels")
-        names = [f"tensorrt-cu13-bindings=={version}", f"tensorrt-lean-cu13-libs=={version}"]
+        names = [f"{package}=={version}", f"tensorrt-lean-cu13-libs=={lean}"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *names]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         if done.returncode:
@@ -75,7 +81,7 @@ def test_the_builders_code_on_real_bindings(version: str, tmp_path: Path) -> Non
     assert json.loads(done.stdout) == {
         "version": version,
         "rtx": False,
-        **VERSIONS[version],
+        **VERSIONS[version][2],
         "flags": [True, True],
         "pool": True,
         "hardware": True,

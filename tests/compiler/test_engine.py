@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,21 +17,24 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
+from rich.console import Console
 
 from compiler.artifact import read_manifest
 from compiler.backend.tensorrt import read_header
-from compiler.build import build_kit, compile_model
+from compiler.build import build_kit, compile_model, plan
 from compiler.check import check
 from compiler.engine import Choice, choose_builder, compute_type
-from compiler.gpu import gpus
+from compiler.gpu import Gpu, gpus
 from compiler.kit import read_kit
+from compiler.report import show_explanation
 from compiler.repository import write_repository
 from compiler.request import Request
 from compiler.target import find_target
-from compiler.triton.integrity import check_folder
+from compiler.triton.integrity import check_folder, sha256
 from passes.errors import UserError
 from passes.join_linears import parts_of
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 NO_GPU = not gpus()
 
@@ -108,7 +114,10 @@ def test_check_says_what_was_built_and_what_this_machine_has(out: Path) -> None:
     lines = {line.partition(":")[0]: line for line in check(out)}
     assert "built by TensorRT-RTX" in lines["sm89"]
     assert "for sm89" in lines["sm89"]
-    assert "compile build" in lines["sm90"]
+    assert (
+        f"on a machine with an sm90 GPU and TensorRT >=10.15, finish it with: compile build {out / 'sm90'}"
+        in (lines["sm90"])
+    )
     if NO_GPU:
         assert "this machine has no NVIDIA GPU, so it was not loaded" in lines["sm89"]
 
@@ -138,33 +147,89 @@ def lie_about_the_version(folder: Path) -> None:
 
 def foreign_engine(folder: Path) -> None:
     """A file that is consistent with its digest, and no engine."""
-    from compiler.triton.integrity import sha256
-
     path = folder / "sm89" / "model.engine"
     path.write_bytes(b"#!/bin/sh\necho engines are code\n")
+    edit(folder, {"digests": {"sm89/model.engine": sha256(path)}})
+
+
+def truncated_engine(folder: Path) -> None:
+    """Cut in two before its digest was taken."""
+    path = folder / "sm89" / "model.engine"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     edit(folder, {"digests": {"sm89/model.engine": sha256(path)}})
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_engine, "a file is not what was written"),
-        (forget_tokenizer, "no such file"),
+        (damage_engine, "a file has changed since compile wrote it"),
+        (forget_tokenizer, "a file is gone"),
         (lie_about_the_version, "not the one that the manifest describes"),
         (foreign_engine, "not a TensorRT engine"),
+        (truncated_engine, "the engine is truncated"),
+        (lambda folder: (folder / "manifest.json").unlink(), "nothing that compile wrote is here"),
         (
             lambda folder: edit(folder, {"digests": {"../secret": "0", "sm89/model.engine": "0"}}),
             "leads out of the folder",
         ),
         (lambda folder: edit(folder, {"digests": {}}), "no digest of this file"),
     ],
-    ids=["damaged", "missing", "version", "foreign", "path", "no digest"],
+    ids=["damaged", "missing", "version", "foreign", "truncated", "no manifest", "path", "no digest"],
 )
 def test_check_refuses(copy: Path, damage, words: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     damage(copy)
     monkeypatch.setattr("compiler.check.load", lambda *a: pytest.fail("loaded before it was checked"))
     with pytest.raises(UserError, match=words):
         list(check(copy))
+
+
+def test_a_runtime_of_another_version_is_not_loaded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with the engine's GPU, and a newer TensorRT-RTX."""
+    monkeypatch.setattr("compiler.check.gpus", lambda: (Gpu("RTX 4090", 89),))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9.9")
+    monkeypatch.setattr("compiler.check.load", lambda *a: pytest.fail("loaded with another version"))
+    with pytest.raises(UserError, match="the engine and the installed runtime differ") as caught:
+        list(check(out))
+    assert caught.value.found == "9.9.9.9"
+    assert caught.value.fix.startswith("pip install tensorrt-rtx==1.7.1.116")
+
+
+def test_an_operator_that_tensorrt_lacks_leaves_no_artifact(tmp_path: Path) -> None:
+    """A plain .onnx file, for a target that builds here and one that gets a kit."""
+    nodes = [
+        helper.make_node("Det", ["x"], ["y"], name="first"),
+        helper.make_node("Unique", ["y"], ["z"], name="second"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 4, 4])
+    z = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n"])
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [z]), opset_imports=[helper.make_opsetid("", 21)])
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(UserError) as caught:
+        compile_model(Request(tmp_path / "m.onnx", ("sm89",), tmp_path / "rtx"))
+    assert "first (Det): TensorRT has no such operation" in caught.value.found
+    assert "second (Unique): TensorRT has no such operation" in caught.value.found
+    with pytest.raises(UserError, match=r"first \(Det\): its parser has no such operator\n.*second \(Unique\)"):
+        compile_model(Request(tmp_path / "m.onnx", ("sm70",), tmp_path / "volta"))
+    assert not [path for out in ("rtx", "volta") for path in (tmp_path / out).glob("**/*")]
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while the builder, a process of its own, is at work."""
+    command = [sys.executable, "-m", "compiler", TINY, "--target", "sm89", "--quant", "a16w8", "-o", tmp_path / "out"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    builders: list[int] = []
+    while not builders and time.monotonic() < deadline and child.poll() is None:
+        builders = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+        time.sleep(0.05)
+    time.sleep(1)  # TensorRT is loaded or the graph is parsed by now
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.endswith("interrupted; nothing half-written was left\nFAILED\n")
+    assert builders
+    assert not any(Path(f"/proc/{pid}").exists() for pid in builders)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def kit_for(folder: Path, target: str) -> Path:
@@ -195,6 +260,15 @@ def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, mo
     (library,) = artifact.plugins
     assert (tmp_path / "built" / library).read_bytes() == b"a library"
     assert library in artifact.digests
+
+
+def test_a_kit_finished_where_it_lies_leaves_the_other_artifacts(copy: Path) -> None:
+    """The kit becomes one for sm86, which the folder has nothing for yet."""
+    build_kit(read_kit(kit_for(copy, "sm86")), copy, "tensorrt-rtx", lambda text: None)
+    assert [a.target for a in read_manifest(copy)] == ["sm89", "sm90", "sm86"]
+    assert json.loads((copy / "manifest.json").read_text())["source"]["model"] == TINY.name
+    build_kit(read_kit(copy / "sm90"), copy, "tensorrt-rtx", lambda text: None)
+    assert [a.target for a in read_manifest(copy)] == ["sm89", "sm90", "sm86"]
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU, which may be the one the kit is for")
@@ -258,6 +332,24 @@ def test_polygraphy_works_on_the_lowered_model(out: Path, tmp_path: Path) -> Non
         "convert", str(kit.onnx), "--convert-to", "trt", "-o", "m.engine", "--compute-capabilities", "8.9", *shapes
     )
     assert read_header(tmp_path / "m.engine").flavour == "tensorrt_rtx"
+
+
+@pytest.mark.parametrize(
+    ("quant", "words"),
+    [
+        ("a16w8", "int8 by channel + zero point correction, with k_proj and v_proj"),
+        ("a16w4", "int4 blocks of 128"),
+        ("a8w8", "int8 GEMM"),
+    ],
+)
+def test_an_explanation_says_what_each_layer_became(
+    quant: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    monkeypatch.setattr("compiler.report.console", console)
+    show_explanation(plan(Request(TINY, ("sm89",), tmp_path, quant=quant, builder="kit")))
+    (line,) = (line for line in console.export_text().splitlines() if "self_attn.q_proj" in line)
+    assert words in line
 
 
 @pytest.mark.parametrize("target", ["sm75", "sm89"])

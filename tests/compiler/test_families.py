@@ -1,6 +1,7 @@
 """Causal LMs of several families: exported from untouched storage, their logits equal transformers'.
 
-Prefill of a left-padded batch, then a decode step on its cache; the FLOAT graph and the one lowered for ONNX Runtime.
+Prefill of a left-padded batch, then a decode step on its cache; the FLOAT graph, the one in the operators of an old
+TensorRT, and the one lowered for ONNX Runtime.
 Rows of different lengths, padded on the right, in a cache of fixed length: each is what it is alone.
 """
 
@@ -47,11 +48,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": {"sliding_window": 4},
     "phi3": {"sliding_window": 5},
+    "phi3-partial": {"model_type": "phi3", "partial_rotary_factor": 0.5},
     "gemma2": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
 }
 BATCH, SEQUENCE, PADDING = 2, 9, 3
 STEPS, LENGTH = 4, 24
+FLOAT32 = np.dtype(np.float32)
 
 
 def make(family: str, folder: Path) -> Any:
@@ -144,6 +147,9 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in names
     assert "lm_head" in names
     check(graph, exported.llm, model, tmp_path)
+    decomposed = pipeline.decompose(graph.copy(), FLOAT32, Ledger())
+    assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & {n.op for n in decomposed.nodes}
+    check(decomposed, exported.llm, model, tmp_path)
     request = Request(model=tmp_path, targets=("x86",), out=tmp_path)
     lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, Ledger())
     check(lowered, exported.llm, model, tmp_path)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,21 +144,49 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(spec: EngineSpec) -> None:
     assert left(spec) == []
 
 
+@pytest.fixture
+def small_disk(spec: EngineSpec) -> Iterator[Path]:
+    """The output folder on a disk of its own, with 16 KB: the plan fits, and not much more."""
+    folder = spec.engine.parent
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_after_the_plan_is_an_error_too(spec: EngineSpec, small_disk: Path) -> None:
+    """The table of layers meets a file that takes all that the plan left."""
+    plan = build(replace(spec, engine=spec.onnx.with_name("m.engine"), layers=spec.onnx.with_name("l.txt"))).bytes
+    pages = -(-plan // 4096)
+    subprocess.run(["mount", "-o", f"remount,size={4 * pages}k", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"could not read or write a file[^$]*No space left on device"):
+        build(spec)
+    assert left(spec) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("ABRT", ""), ("KILL", "ran out of memory")], ids=["abort", "out of memory"]
+)
 def test_a_builder_that_dies_becomes_an_error_with_its_last_message(
-    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, advice: str
 ) -> None:
-    """A child that warns, then aborts as TensorRT does: SIGABRT, and words on standard error."""
+    """A child that warns, then ends as by TensorRT's abort or the kernel's killer, which leaves half a plan."""
     fake = tmp_path / "python"
     fake.write_text(
         "#!/bin/sh\ncat > /dev/null\n"
+        f"head -c 1000 /dev/zero > {spec.partial}\n"
         """echo '{"progress": [0.5, "Optimizing graph"]}'\necho '{"message": ["WARNING", "about to fall"]}'\n"""
-        "echo 'terminate called without an active exception' >&2\nkill -ABRT $$\n"
+        f"echo 'terminate called without an active exception' >&2\nkill -{name} $$\n"
     )
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(UserError) as caught:
         build(spec)
-    assert "SIGABRT" in caught.value.what
+    assert f"SIG{name}" in caught.value.what
+    assert advice in caught.value.fix
+    assert bool(advice) == bool(caught.value.fix)
     assert "Optimizing graph" in caught.value.what
     assert "about to fall" in caught.value.found
     assert "terminate called" in caught.value.found

@@ -1,0 +1,164 @@
+"""An engine as a Polygraphy runner, on the module that built it: TensorRT or TensorRT-RTX.
+
+Polygraphy's own runner knows one of the two a process, chosen when it is first imported; this one asks the engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from compiler.backend.tensorrt import PRODUCT, read_header
+from compiler.gpu import describe
+from compiler.triton.cuda import Device
+from passes.errors import UserError
+from passes.lazy import Array
+
+ON_CPU = "run this on the GPU machine; --forms float,twin,lowered checks the lowered graph on this CPU"
+TYPES: dict[str, np.dtype[Any]] = {
+    "FLOAT": np.dtype(np.float32),
+    "HALF": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "INT64": np.dtype(np.int64),
+    "INT32": np.dtype(np.int32),
+    "INT8": np.dtype(np.int8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class EngineRunner(BaseRunner):  # type: ignore[misc]
+    """The engine on this machine's GPU, a sequence at a time, in its first profile and the types it was built for.
+
+    `module` and `device` are what a test stands in for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plugins: Sequence[Path],
+        outputs: Sequence[str],
+        name: str,
+        *,
+        module: Any = None,
+        device: Callable[[int], Device] = Device,
+    ) -> None:
+        super().__init__(name)
+        self.path, self.plugins, self.outputs, self.open_device = path, plugins, outputs, device
+        self.header = read_header(path)
+        self.module = module or self.imported()
+
+    def imported(self) -> Any:
+        """The module that the engine's header names."""
+        product, version = PRODUCT[self.header.flavour], self.header.version
+        if importlib.util.find_spec(self.header.flavour) is None:
+            raise UserError(
+                f"the engine runs with {product} {version} on a GPU, which this Python lacks",
+                where=str(self.path),
+                fix=ON_CPU,
+            )
+        return importlib.import_module(self.header.flavour)
+
+    def activate_impl(self) -> None:
+        trt = self.module
+        try:
+            self.device = self.open_device(0)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                "an engine runs on a GPU", where=str(self.path), found=f"{describe()} ({error})", fix=ON_CPU
+            ) from None
+        for library in self.plugins:
+            if not trt.get_plugin_registry().load_library(str(library)):
+                raise UserError("TensorRT refuses the plugin library", where=str(library))
+        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.engine = self.runtime.deserialize_cuda_engine(self.path.read_bytes())
+        if self.engine is None:
+            raise UserError(
+                "the engine cannot be loaded here",
+                where=str(self.path),
+                expected=f"{PRODUCT[self.header.flavour]} {self.header.version} and the GPU it was built for",
+                found=f"{trt.__version__} and {describe()}",
+            )
+        self.context = self.engine.create_execution_context()
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        inputs = trt.TensorIOMode.INPUT
+        self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == inputs]
+        self.results = [name for name in names if name not in self.inputs]
+
+    def deactivate_impl(self) -> None:
+        del self.context, self.engine, self.runtime, self.device
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return TYPES[self.engine.get_tensor_dtype(name).name]
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for name in self.inputs:
+            metadata.add(name, self.dtype(name), tuple(self.engine.get_tensor_shape(name)))
+        return metadata
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        feeds = {name: feed_dict[name].astype(self.dtype(name), copy=False) for name in self.inputs}
+        rows = range(len(next(iter(feeds.values()))))
+        parts = [self.run({name: value[row : row + 1] for name, value in feeds.items()}) for row in rows]
+        return OrderedDict((name, np.concatenate([part[name] for part in parts])) for name in self.outputs)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """One execution: every input uploaded, every output of `outputs` fetched."""
+        arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # alive while on their way
+        held: list[int] = []
+
+        def room(size: int) -> int:
+            held.append(self.device.allocate(max(1, size)))  # a tensor without elements has an address too
+            return held[-1]
+
+        try:
+            for name, array in arrays.items():
+                address = room(array.nbytes)
+                self.device.upload(address, array)
+                self.set_shape(name, array.shape)
+                self.context.set_tensor_address(name, address)
+            fetched = {}
+            for name in self.results:
+                array = np.empty(tuple(self.context.get_tensor_shape(name)), self.dtype(name))
+                fetched[name] = (array, room(array.nbytes))
+                self.context.set_tensor_address(name, fetched[name][1])
+            if not self.context.execute_async_v3(self.device.stream.value):
+                raise UserError("the engine failed to run", where=str(self.path))
+            for name in self.outputs:
+                self.device.download(*fetched[name])
+        finally:
+            for address in held:
+                self.device.free(address)
+        self.check_positions(feeds, fetched["logits"][0] if "logits" in fetched else None)
+        return {name: fetched[name][0] for name in self.outputs}
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self.context.set_input_shape(name, shape):
+            low, _, high = self.engine.get_tensor_profile_shape(name, 0)
+            raise UserError(
+                f"the engine does not take this shape of {name}",
+                where=str(self.path),
+                expected=f"{list(low)} to {list(high)}",
+                found=str(list(shape)),
+                fix="a shorter text (--tokens), or an engine with a larger --max-length and --kv-cache concat",
+            )
+
+    def check_positions(self, feeds: Mapping[str, Array], logits: Array | None) -> None:
+        """What logits are compared with has one row a token."""
+        if logits is not None and "input_ids" in feeds and logits.shape[1] != feeds["input_ids"].shape[1]:
+            raise UserError(
+                "the engine delivers the logits of the last token alone",
+                where=str(self.path),
+                expected=f"{feeds['input_ids'].shape[1]} positions",
+                found=str(logits.shape[1]),
+                fix="compile with --logits all to compare the engine itself",
+            )
