@@ -21,7 +21,7 @@ typedef struct {
     int32_t type;             // wog_type of x, affine, bias and y
     int32_t activation;       // wog_activation
     int32_t gated;            // 1: y[M, N/2] = act(gate) * up, strips of eight gates and eight ups
-    int32_t activation_bits;  // 16, or 8: x is quantized per row to int8 (codes of 8 bits only)
+    int32_t activation_bits;  // 16, or 8: x is quantized per row to int8
     int32_t sm, sm_count;     // of the device: 75, 80, 86, 89, 90, 100, 120
     int32_t wide;             // 1: y is float32, for tests of the arithmetic before the output's rounding
     int32_t plain;            // 1: the plain kernel, against which the fast ones are tested

@@ -14,7 +14,7 @@ import torch
 
 from plugins.schema import DType
 from plugins.weight_only_gemm.op import OP
-from tools.gpu.gemm import Gemm, check, device_numbers, random_weight
+from tools.gpu.gemm import FORMATS, Gemm, check, device_numbers, random_weight
 from tools.gpu.library import Library
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,6 @@ SHAPES = [  # n, k, group
     (16, 64, 32), (48, 128, 64), (128, 192, 32), (144, 3584, 128), (3584, 3584, 3584), (4608, 4096, 128),
     (18944, 3584, 64), (3584, 18944, 128),
 ]  # fmt: skip
-FORMATS = [(4, 16), (8, 16), (8, 8)]
 
 
 def library(sm: str = "") -> Library:

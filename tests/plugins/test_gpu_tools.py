@@ -16,9 +16,7 @@ from plugins.weight_only_gemm import semantics
 from plugins.weight_only_gemm.op import OP
 from tests.plugins.kernels import ROOT, Emulated
 from tools.gpu import bench, gemm
-from tools.gpu.gemm import GUARD, Gemm, check, exact, random_weight
-
-FORMATS = [(4, 16), (8, 16), (8, 8)]
+from tools.gpu.gemm import FORMATS, GUARD, Gemm, check, exact, random_weight
 
 
 @pytest.fixture(autouse=True)

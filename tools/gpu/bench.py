@@ -2,8 +2,8 @@
 
 One launch is a graph of enough calls that the weights they touch exceed the L2 cache several times. All contestants of
 a case are captured first and then replayed in turn (A, B, C, A, B, C, ...), so that clocks and heat treat them alike.
-The quantize kernel of A8W8 is inside its time. `floor_us` is bytes over the measured read bandwidth, or operations
-over the measured rate, whichever is more; fractions are of that.
+The quantize kernel of A8W8 and A8W4 is inside its time. `floor_us` is bytes over the measured read bandwidth, or
+operations over the measured rate, whichever is more; fractions are of that.
 """
 
 from __future__ import annotations
@@ -209,6 +209,7 @@ def case(library: Library, layer: str, m: int, weights: dict[str, Weight], failu
         "int8": lambda: ours(library, "int8", x, weights["int8"]),
         "int4 g128 bf16": lambda: ours(library, "int4 g128 bf16", x.bfloat16(), weights["int4 bf16"]),
         "a8w8": lambda: ours(library, "a8w8", x, weights["int8"], activation_bits=8),
+        "a8w4 g128": lambda: ours(library, "a8w4 g128", x, weights["int4"], activation_bits=8),
         "a8w8 g128": lambda: ours(library, "a8w8 g128", x, weights["int8 g128"], activation_bits=8),
         "cublas fp16": lambda: cublas(x, n),
         "cublas bf16": lambda: cublas(x.bfloat16(), n),
@@ -253,7 +254,7 @@ def run(library_path: Path, reader: Path, quick: bool) -> dict[str, Any]:
 
 
 def with_floor(t: Timing, roof: dict[str, float]) -> Timing:
-    rate = roof["int8_ops_per_us"] if t.kernel.startswith(("a8w8", "torch int_mm")) else roof["bf16_ops_per_us"]
+    rate = roof["int8_ops_per_us"] if t.kernel.startswith(("a8", "torch int_mm")) else roof["bf16_ops_per_us"]
     floor = max(t.bytes / roof["read_bytes_per_us"], t.flops / rate)
     return replace(t, floor_us=floor, fraction=floor / t.median)
 

@@ -17,6 +17,7 @@ from tools.gpu.library import Library, Plan
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
+FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
 DEVICE = "cuda"  # tests of this module put the emulator's memory here
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tools.gpu.gemm import Gemm, check, random_weight
+from tools.gpu.gemm import FORMATS, Gemm, check, random_weight
 from tools.gpu.library import Library
 
 
 def main() -> None:
     library = Library(Path(sys.argv[1]))
     kernels = set()
-    for bits, activation_bits in ((4, 16), (8, 16), (8, 8)):
+    for bits, activation_bits in FORMATS:
         weight = random_weight(144, 1120, bits, 160, torch.float16, bias=True)
         for m in (3, 12, 20, 70, 130):
             x = torch.randn((m, 1120), device="cuda").half()
