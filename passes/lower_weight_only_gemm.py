@@ -114,13 +114,13 @@ def attributes(node: gs.Node) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class LowerWeightOnlyGemm(Rewrite[Quantized]):
-    """`dtype` is the compute type. Per-channel A8W8 is left alone: TensorRT's own int8 product is exact there."""
+    """`dtype` is the compute type. A8W8 by channel is left alone: TensorRT's own int8 product is exact there."""
 
     dtype: np.dtype[Any]
 
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
-        if found is None or (found.quant.activations == "int8" and found.quant.per_channel):
+        if found is None or native_int8(found.quant):
             return None
         (n, k), group, bits = found.quant.shape, found.quant.group_size, found.quant.bits
         wrong = OP.check(
@@ -136,6 +136,10 @@ class LowerWeightOnlyGemm(Rewrite[Quantized]):
 
     def note(self, match: Quantized) -> str:
         return f"{match.quant} as {OP.name}"
+
+
+def native_int8(quant: QuantTensor) -> bool:
+    return quant.activations == "int8" and quant.bits == 8 and quant.per_channel
 
 
 def activation_bits(quant: QuantTensor) -> int:

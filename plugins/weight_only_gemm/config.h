@@ -32,8 +32,8 @@ constexpr int kNewest = 999;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
 // The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
-// stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no asynchronous copies, so two stages are
-// all that helps there.
+// stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no asynchronous copies, so two stages
+// are all that helps there.
 constexpr Row kRows[] = {
     {"stream8", Kernel::kGemm, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},

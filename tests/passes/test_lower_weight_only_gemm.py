@@ -105,8 +105,9 @@ def test_equals_the_twin(bits: int, group: int, symmetric: bool, dtype: np.dtype
     net.check(twin, lowered)
 
 
-def test_group_wise_int8_activations_equal_the_twin() -> None:
-    net = Network(8, 64, F16, symmetric=True)
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(8, 64, True), (4, 64, False), (4, 32, True), (4, K, False)])
+def test_int8_activations_equal_the_twin(bits: int, group: int, symmetric: bool) -> None:
+    net = Network(bits, group, F16, symmetric)
     twin, lowered, _ = net.compile(net.linear("layer", activations="int8"))
     assert ops(lowered) == ["WeightOnlyGemm"], "the Q/DQ pair in front is inside the plugin"
     assert lowered.nodes[1].attrs["activation_bits"] == 8
