@@ -12,6 +12,7 @@ from compiler.request import Request
 from compiler.target import Target
 from passes.cast_compute_type import cast_compute_type
 from passes.errors import UserError
+from passes.fuse_gelu import FuseGelu
 from passes.fuse_rms_norm import FUSE_RMS_NORM
 from passes.fuse_rotary import FUSE_ROTARY
 from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
@@ -33,8 +34,8 @@ from passes.verify import Stage, verify
 
 
 def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
-    """FLOAT: whole norms and rotary embeddings; every linear is MatMul(x, constant [K, N]) named after its module."""
-    run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, *NORMALIZE_LINEARS), ledger)
+    """FLOAT: whole norms, GELUs, rotary embeddings; linears are MatMul(x, constant [K, N]) named after the module."""
+    run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, FuseGelu(), *NORMALIZE_LINEARS), ledger)
     verify(graph, Stage.FLOAT)
     return graph
 

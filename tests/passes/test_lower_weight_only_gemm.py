@@ -134,6 +134,40 @@ def test_bias_activation_and_gate_up_are_fused() -> None:
     net.check(twin, lowered)
 
 
+@pytest.mark.parametrize(("approximate", "activation"), [("none", 2), ("tanh", 3)])
+def test_gelu_is_the_activation(approximate: str, activation: int) -> None:
+    net = Network()
+    y = net.bias(net.linear("layer"), "sum")
+    y = add(net.graph, "Gelu", [y], gs.Variable("gelu", np.float32, ("M", 144)), approximate=approximate)
+    twin, lowered, _ = net.compile(y)
+    assert ops(lowered) == ["WeightOnlyGemm"]
+    assert lowered.nodes[1].attrs["activation"] == activation
+    net.check(twin, lowered)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_gate_pair_brings_its_biases(dtype: np.dtype[Any]) -> None:
+    """Gemma's GeGLU, with biases: they alternate as the rows do, and are added before activation and product."""
+    net = Network(dtype=dtype)
+    gate, up = net.bias(net.linear("gate"), "gate.sum"), net.bias(net.linear("up"), "up.sum")
+    gelu = add(net.graph, "Gelu", [gate], gs.Variable("gelu", np.float32, ("M", 144)), approximate="tanh")
+    twin, lowered, _ = net.compile(net.node("Mul", [gelu, up], "product"))
+    assert ops(lowered) == ["WeightOnlyGemm"]
+    (node,) = (n for n in lowered.nodes if n.op == OP.name)
+    assert (node.attrs["gated"], node.attrs["activation"]) == (1, 3)
+    assert OP.bind([(1, K), *(t.shape for t in node.inputs[1:])], {**attrs(node)}) == ((1, 144),)
+    net.check(twin, lowered)
+
+
+def test_a_gate_pair_with_one_bias_is_not_fused() -> None:
+    net = Network()
+    gate, up = net.bias(net.linear("gate"), "gate.sum"), net.linear("up")
+    silu = net.node("Mul", [gate, net.node("Sigmoid", [gate], "s")], "silu")
+    _, lowered, ledger = net.compile(net.node("Mul", [silu, up], "product"))
+    assert ops(lowered) == ["Mul", "WeightOnlyGemm", "WeightOnlyGemm"]
+    assert ledger.entries[-1].reason == "one of gate and up has a bias"
+
+
 def attrs(node: gs.Node) -> dict[str, int]:
     return {a.name: node.attrs[a.name] for a in OP.attrs}
 
