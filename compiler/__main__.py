@@ -50,6 +50,9 @@ def compile_command(
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="for newer TensorRT too")] = False,
     hardware_compatible: Annotated[str, typer.Option(help="ampere_plus, say: for other GPUs too")] = "",
     plugin: Annotated[Path | None, typer.Option(help="engines: our plugin library, for weight-only linears")] = None,
+    plugin_rounding: Annotated[
+        bool, typer.Option("--plugin-rounding", help="long prefill may round weights to 16 bits, for cuBLASLt")
+    ] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="file of timings that builds share")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
     max_kl: Annotated[float | None, typer.Option(help="budget: finer formats until the KL is below this")] = None,
@@ -114,6 +117,7 @@ def compile_command(
         hardware_compatible=hardware_compatible,
         timing_cache=timing_cache,
         plugin=plugin,
+        plugin_rounding=plugin_rounding,
         trust_remote_code=trust_remote_code,
         max_kl=max_kl,
         max_ppl_increase=max_ppl_increase,

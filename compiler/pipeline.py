@@ -95,7 +95,7 @@ def lower_tensorrt(graph: gs.Graph, dtype: np.dtype[Any], request: Request, limi
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     cast_compute_type(graph, dtype, ledger)
     if request.plugin is not None:
-        run(graph, [LowerWeightOnlyGemm(dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
+        run(graph, [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM], ledger)
     return lower_native(graph, dtype, ledger)
 
 

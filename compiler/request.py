@@ -37,6 +37,7 @@ class Request:
     embeddings       stored (as in the checkpoint) or int8
     cpu_preset       exact: 16-bit activations keep 14 bits of each token or block; fast: int8 activations by block
     plugin           engines: plugin library whose WeightOnlyGemm runs the weight-only linears, zero points exact
+    plugin_rounding  plugin: many rows may use weights rounded to 16 bits once, for cuBLASLt; takes scratch memory
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
     max_ppl_increase the same for the increase of perplexity on `text`, in percent
@@ -81,6 +82,7 @@ class Request:
     hardware_compatible: str = ""
     timing_cache: Path | None = None
     plugin: Path | None = None
+    plugin_rounding: bool = False
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     text: Path | None = None
@@ -118,6 +120,8 @@ class Request:
             raise UserError(
                 "no plugin library here", where=str(self.plugin), fix="cmake -S plugins -B build/plugins makes one"
             )
+        if self.plugin_rounding and self.plugin is None:
+            raise UserError("plugin_rounding without a plugin", fix="--plugin FILE")
         self.resolved_targets()
         self.engine_limits()
         self.engine_options()

@@ -114,9 +114,13 @@ def attributes(node: gs.Node) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class LowerWeightOnlyGemm(Rewrite[Quantized]):
-    """`dtype` is the compute type. A8W8 by channel is left alone: TensorRT's own int8 product is exact there."""
+    """`dtype` is the compute type; `rounded`: many rows may use weights rounded to it.
+
+    A8W8 by channel is left alone: TensorRT's own int8 product is exact there.
+    """
 
     dtype: np.dtype[Any]
+    rounded: bool = False
 
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
@@ -130,7 +134,12 @@ class LowerWeightOnlyGemm(Rewrite[Quantized]):
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         quant, name = match.quant, match.node.name
-        attrs = {"bits": quant.bits, "group": quant.group_size, "activation_bits": activation_bits(quant)}
+        attrs = {
+            "bits": quant.bits,
+            "group": quant.group_size,
+            "activation_bits": activation_bits(quant),
+            "rounded_weights": int(self.rounded and quant.activations == "float"),
+        }
         inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
         gemm(graph, inputs, take_over(match.node), name, attrs)
 

@@ -345,17 +345,23 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(Ge
 #endif
 }
 
-// Sums the parts of K in their order; one thread per row and strip.
+struct EpilogueArgs {
+    float const* parts;
+    Output out;
+    int32_t splits;
+};
+
+// One thread per row and strip
 template <class T>
-__global__ void __launch_bounds__(256) add_parts(GemmArgs const p) {
+__global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
     int const strips = p.out.n / 16;
     int64_t const item = int64_t(blockIdx.x) * 256 + threadIdx.x, m = item / strips;
     int const n = int(item % strips) * 16;
     if (m >= p.out.m) return;
     float v[16];
-    for (int i = 0; i < 16; i++) v[i] = p.partials[m * p.out.n + n + i];
+    for (int i = 0; i < 16; i++) v[i] = p.parts[m * p.out.n + n + i];
     for (int part = 1; part < p.splits; part++)
-        for (int i = 0; i < 16; i++) v[i] += p.partials[(part * p.out.m + m) * p.out.n + n + i];
+        for (int i = 0; i < 16; i++) v[i] += p.parts[(part * p.out.m + m) * p.out.n + n + i];
     finish<T>(p.out, v, m, n);
 }
 
@@ -371,24 +377,28 @@ char const* launch_rows(wog_problem const& p, GemmArgs const& args, wog_plan con
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
     auto const s = static_cast<Stream>(stream);
     dim3 const grid(plan.grid_m, plan.grid_n, plan.splits);
-    char const* failed = launch((p.bits == 4 ? kFour : kEight)[plan.row], grid, plan.threads, plan.shared, s, args);
-    if (!failed && plan.splits > 1)
-        failed = launch(add_parts<T>, dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0, s, args);
-    return failed;
+    return launch((p.bits == 4 ? kFour : kEight)[plan.row], grid, plan.threads, plan.shared, s, args);
 }
 
 }  // namespace
+
+char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream) {
+    return launch(p.type == WOG_F16 ? epilogue<Half> : epilogue<Bfloat>, dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0,
+                  static_cast<Stream>(stream), EpilogueArgs{parts, output(p, t), splits});
+}
 
 char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     GemmArgs const args{static_cast<uint16_t const*>(t.x),
                         static_cast<unsigned char const*>(t.codes),
                         static_cast<uint32_t const*>(t.affine),
                         plan.splits > 1 ? static_cast<float*>(t.workspace) : nullptr,
-                        {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                        output(p, t),
                         p.k,
                         p.group,
                         plan.splits};
-    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    char const* const failed =
+        p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    return failed || plan.splits == 1 ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
 }  // namespace wog

@@ -323,7 +323,7 @@ char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan con
     Int8Args const args{int8_rows(p, t.workspace),
                         static_cast<unsigned char const*>(t.codes),
                         static_cast<uint32_t const*>(t.affine),
-                        {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                        output(p, t),
                         p.k,
                         p.group};
     auto const s = static_cast<Stream>(stream);

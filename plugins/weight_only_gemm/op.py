@@ -46,6 +46,7 @@ OP = Op(
         Attr("activation", NONE, tuple(ACTIVATIONS)),
         Attr("gated", 0, (0, 1)),
         Attr("activation_bits", 16, (16, 8)),
+        Attr("rounded_weights", 0, (0, 1)),  # 1: many rows may use weights rounded to x's type
         Attr("layout_tag", layout.TAG, (layout.TAG,)),
         Attr("layout_version", layout.VERSION, (layout.VERSION,)),
     ),

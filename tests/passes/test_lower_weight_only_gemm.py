@@ -240,6 +240,17 @@ def test_gate_and_up_alternate_in_strips_of_eight() -> None:
     assert np.array_equal(rows[:, 1].reshape(144, K), up)
 
 
+@pytest.mark.parametrize(("activations", "expected"), [("float", 1), ("int8", 0)])
+def test_weights_are_rounded_only_where_asked(activations: Activations, expected: int) -> None:
+    net = Network()
+    net.graph.outputs = [net.linear("layer", activations=activations)]
+    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], Ledger())
+    for rounded, attribute in ((False, 0), (True, expected)):
+        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, rounded)], Ledger())
+        (node,) = (n for n in lowered.nodes if n.op == OP.name)
+        assert node.attrs["rounded_weights"] == attribute
+
+
 def test_refuses_what_the_plugin_does_not_take() -> None:
     net = Network(8, 16)
     _, lowered, ledger = net.compile(net.linear("layer"))

@@ -144,6 +144,21 @@ def test_code_of_older_gpus_through_the_driver_compiler(sm: int, format_: tuple[
         check(Gemm(library(f"_{sm}"), rows(m, 1120, F16), weight, options), 2e-5, 1e-5)
 
 
+@pytest.mark.parametrize("sm", [75, 80])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_by_cublaslt(sm: int, bits: int) -> None:
+    """The table of an older GPU, asked to round weights: their product, and nothing else rounded."""
+    kernels, weight = library(f"_{sm}"), random_weight(272, 1120, bits, 160, F16, bias=True)
+    if not kernels.has_cublaslt():
+        pytest.skip("no libcublasLt.so.12 or .13 on the loader's path")
+    gemm = Gemm(kernels, rows(600, 1120, F16), weight, {"rounded_weights": 1, "library": 1, "sm": sm, "wide": 1})
+    assert gemm.plan.kernel == "dense"
+    gemm()
+    assert weight.bias is not None
+    truth = gemm.x.double() @ weight.dense(F16).double().T + weight.bias.double()
+    assert float((gemm.output().double() - truth).norm()) <= 2e-5 * float(truth.norm())
+
+
 def test_tolerance_bites() -> None:
     weight = random_weight(144, 512, 4, 64, F16)
     gemm = Gemm(library(), rows(16, 512, F16), weight, {})

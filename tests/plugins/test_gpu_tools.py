@@ -30,7 +30,7 @@ def on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runner_and_oracle(emulated: dict[int, Emulated], gated: int, bits: int, activation_bits: int) -> None:
     weight = random_weight(48, 192, bits, 64, torch.bfloat16, bias=True)
     for m in (3, 33):
-        options = {"activation_bits": activation_bits, "gated": gated, "activation": 1, "wide": 1}
+        options = {"activation_bits": activation_bits, "gated": gated, "activation": 1, "wide": 1, "sm": 80}
         check(Gemm(emulated[90].library, torch.randn(m, 192).bfloat16(), weight, options), 2e-5, 1e-5)
 
 

@@ -204,9 +204,11 @@ def once(call: Call) -> float:
 def case(library: Library, layer: str, m: int, weights: dict[str, Weight], failures: list[str]) -> list[Timing]:
     n, k = LAYERS[layer]
     x = torch.randn((m, k), device="cuda").half()
+    rounded = {"rounded_weights": 1, "library": int(library.has_cublaslt())}
     entrants: dict[str, Callable[[], Contestant]] = {
         "int4 g128": lambda: ours(library, "int4 g128", x, weights["int4"]),
         "int8": lambda: ours(library, "int8", x, weights["int8"]),
+        "int4 g128 rounded": lambda: ours(library, "int4 g128 rounded", x, weights["int4"], **rounded),
         "int4 g128 bf16": lambda: ours(library, "int4 g128 bf16", x.bfloat16(), weights["int4 bf16"]),
         "a8w8": lambda: ours(library, "a8w8", x, weights["int8"], activation_bits=8),
         "a8w4 g128": lambda: ours(library, "a8w4 g128", x, weights["int4"], activation_bits=8),
@@ -220,6 +222,8 @@ def case(library: Library, layer: str, m: int, weights: dict[str, Weight], failu
     }
     if m <= 16:
         del entrants["torch int_mm"]  # it takes more than 16 rows
+    if Gemm(library, x, weights["int4"], rounded).plan.kernel != "dense":
+        del entrants["int4 g128 rounded"]  # the table has the exact kernel here
     made = []
     for name, make in entrants.items():
         try:

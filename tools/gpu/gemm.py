@@ -126,7 +126,7 @@ class Gemm:
 
 def exact(x: torch.Tensor, w: Weight, options: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 result and sum|x||w|, as plugins/weight_only_gemm/semantics.py defines them."""
-    attrs = OP.attributes({k: v for k, v in options.items() if k not in ("wide", "plain")})
+    attrs = OP.attributes({a.name: options[a.name] for a in OP.attrs if a.name in options})
     rows, row_scale = x.to(torch.float64), torch.ones((), dtype=torch.float64, device=DEVICE)
     if attrs["activation_bits"] == 8:
         narrow = x.to(torch.float32)

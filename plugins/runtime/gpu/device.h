@@ -311,6 +311,11 @@ __device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint
 
 // ---- host ----
 
+inline int current_device() {
+    int device = -1;
+    return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
 // Of the current device; null, or what the runtime said
 inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
     int device = 0, major = 0, minor = 0;
