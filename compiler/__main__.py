@@ -49,7 +49,9 @@ def compile_command(
     weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="weights may stay on the host")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="for newer TensorRT too")] = False,
     hardware_compatible: Annotated[str, typer.Option(help="ampere_plus, say: for other GPUs too")] = "",
-    plugin: Annotated[Path | None, typer.Option(help="engines: our plugin library, for weight-only linears")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="engines: our plugin library, for weight-only linears; auto: the installed one")
+    ] = None,
     plugin_rounding: Annotated[
         bool, typer.Option("--plugin-rounding", help="long prefill may round weights to 16 bits, for cuBLASLt")
     ] = False,
