@@ -1,5 +1,5 @@
-// cuBLASLt, found at run time: nothing of it is linked, and where it is absent nobody may call. Enumerators and the result
-// structure are those of cublasLt.h, the same in CUDA 12 and 13.
+// cuBLASLt, found at run time: nothing of it is linked, and where it is absent nobody may call. Enumerators and the
+// result structure are those of cublasLt.h, the same in CUDA 12 and 13.
 #pragma once
 
 #include <dlfcn.h>
@@ -34,8 +34,8 @@ struct Functions {
     int (*prefer)(void** preference);
     int (*set_preference)(void* preference, int attribute, void const* value, size_t size);
     int (*forget_preference)(void* preference);
-    int (*choose)(void* handle, void* matmul, void* a, void* b, void* c, void* d, void* preference, int most, Heuristic* found,
-                  int* count);
+    int (*choose)(void* handle, void* matmul, void* a, void* b, void* c, void* d, void* preference, int most,
+                  Heuristic* found, int* count);
     int (*multiply)(void* handle, void* matmul, void const* alpha, void const* a, void* a_layout, void const* b,
                     void* b_layout, void const* beta, void const* c, void* c_layout, void* d, void* d_layout,
                     void const* algorithm, void* workspace, size_t size, void* stream);
@@ -75,7 +75,8 @@ inline Functions const* functions() noexcept {
     return complete ? &table : nullptr;
 }
 
-// The handle of a device, made on the first call for it, which must not be inside a graph capture. Null without a library.
+// The handle of a device, made on the first call for it, which must not be inside a graph capture. Null without a
+// library.
 inline void* handle(int device) noexcept {
     static void* handles[kMostDevices];
     static std::mutex lock;
@@ -85,9 +86,8 @@ inline void* handle(int device) noexcept {
     return handles[device];
 }
 
-// y[m, n] = x[m, k] @ w[n, k]^T, all rows contiguous; x and w of one 16-bit type, sums in fp32, y of either type.
-// 0, or a cublasStatus_t.
-inline int multiply(void* handle, void const* x, void const* w, void* y, int64_t m, int64_t n, int64_t k, Type in, Type out,
+// y[m, n] = x[m, k] @ w[n, k]^T in fp32, all rows contiguous; x and w have the 16-bit `type`. 0, or a cublasStatus_t.
+inline int multiply(void* handle, Type type, void const* x, void const* w, float* y, int64_t m, int64_t n, int64_t k,
                     void* workspace, size_t size, void* stream) noexcept {
     Functions const& f = *functions();
     constexpr int kCompute32 = 68, kTransposeA = 3, kTransposed = 1, kMaxWorkspace = 1;
@@ -95,9 +95,9 @@ inline int multiply(void* handle, void const* x, void const* w, void* y, int64_t
     // The library's matrices are column-major: it sees w as [k, n] to be transposed, x as [k, m], y as [n, m].
     int status = f.describe(&matmul, kCompute32, kFloat32);
     if (!status) status = f.set(matmul, kTransposeA, &kTransposed, sizeof kTransposed);
-    if (!status) status = f.lay_out(&a, in, uint64_t(k), uint64_t(n), k);
-    if (!status) status = f.lay_out(&b, in, uint64_t(k), uint64_t(m), k);
-    if (!status) status = f.lay_out(&c, out, uint64_t(n), uint64_t(m), n);
+    if (!status) status = f.lay_out(&a, type, uint64_t(k), uint64_t(n), k);
+    if (!status) status = f.lay_out(&b, type, uint64_t(k), uint64_t(m), k);
+    if (!status) status = f.lay_out(&c, kFloat32, uint64_t(n), uint64_t(m), n);
     if (!status) status = f.prefer(&preference);
     if (!status) status = f.set_preference(preference, kMaxWorkspace, &size, sizeof size);
     Heuristic best{};
@@ -107,7 +107,8 @@ inline int multiply(void* handle, void const* x, void const* w, void* y, int64_t
     if (!status && !found) status = kNotSupported;
     float const one = 1.0f, none = 0.0f;
     if (!status)
-        status = f.multiply(handle, matmul, &one, w, a, x, b, &none, y, c, y, c, best.algorithm, workspace, size, stream);
+        status = f.multiply(handle, matmul, &one, w, a, x, b, &none, y, c, y, c, best.algorithm, workspace, size,
+                            stream);
     if (preference) f.forget_preference(preference);
     for (void* layout : {a, b, c})
         if (layout) f.forget_layout(layout);

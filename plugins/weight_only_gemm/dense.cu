@@ -2,8 +2,9 @@
 //
 //     W[n, k] = T((q - z) * s), one rounding;   y = x @ W^T in fp32;   bias, activation, gate as everywhere
 //
-// The rounding of W is why the op must ask for it (`rounded_weights`): each product is off by half a step of T, so that the
-// error of y is about that of rounding y once more, but does not vanish where products cancel.
+// The rounding of W is why the op must ask for it (`rounded_weights`): each product is off by half a step of T, so the
+// error of y is about that of rounding y once more, but does not vanish where products cancel. Sums go through memory in
+// fp32, so that bias, activation and gate are those of all other kernels.
 #include "../runtime/blas.h"
 #include "epilogue.h"
 
@@ -21,7 +22,8 @@ struct DequantizeArgs {
 template <class T, int Bits>
 __global__ void __launch_bounds__(256) dequantize(DequantizeArgs const p) {
     constexpr int kBlockK = 256 / Bits;
-    int const strips = p.n / 16, blocks = (p.k + kBlockK - 1) / kBlockK, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int const strips = p.n / 16, blocks = (p.k + kBlockK - 1) / kBlockK;
     int64_t const item = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
     if (item >= int64_t(strips) * blocks) return;
     // in the order of the bytes: tiles of 8 strips, in them blocks of k, in those strips
@@ -69,8 +71,8 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
                                      : (half ? dequantize<Half, 8> : dequantize<Bfloat, 8>);
     if (char const* failed = launch(kernel, dim3(plan.grid_n), plan.threads, 0, static_cast<Stream>(stream), args))
         return failed;
-    if (blas::multiply(blas::handle(current_device()), t.x, dense, sums, p.m, p.n, p.k, half ? blas::kFloat16 : blas::kBfloat16,
-                       blas::kFloat32, workspace + at.library, size_t(kLibraryWorkspace), stream))
+    if (blas::multiply(blas::handle(current_device()), half ? blas::kFloat16 : blas::kBfloat16, t.x, dense, sums, p.m, p.n,
+                       p.k, workspace + at.library, size_t(kLibraryWorkspace), stream))
         return "cuBLASLt refused the product";
     return launch_epilogue(p, t, sums, 1, stream);
 }

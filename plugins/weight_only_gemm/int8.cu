@@ -12,10 +12,10 @@
 #include "int8.h"
 
 #include <array>
-#include <type_traits>
 #include <utility>
 
 #include "epilogue.h"
+#include "tile.h"
 
 namespace wog {
 namespace {
@@ -118,24 +118,8 @@ struct Int8Gemm {
     bool fresh = true;  // the group under way has no products yet
 
     __device__ __forceinline__ void load_stage(int stage, int slot) const {
-        unsigned char* const xs = x_ring + slot * kXStage;
-#pragma unroll 1  // unrolled, its addresses cost registers
-        for (int i = threadIdx.x; i < kBlockM * 8; i += kThreads) {
-            int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 16;
-            bool const valid = m0 + row < p.out.m && k < p.k;
-            copy_async(xs + row * 128 + (chunk ^ row % 8) * 16, p.rows.values + (valid ? (m0 + row) * p.k + k : 0), valid);
-        }
-        unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
-        int const strips = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
-        for (int s = 0; s < S; s++) {
-            int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
-            for (int b = 0; b < kBlocks; b++) {
-                int const block = stage * kBlocks + b;
-                bool const valid = strip < strips && block < blocks;
-                int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
-                copy_async(ws + (s * kBlocks + b) * 512, p.codes + (valid ? at * 512 + lane * 16 : 0), valid);
-            }
-        }
+        load_rows<kBlockM, kThreads>(x_ring + slot * kXStage, p.rows.values, m0, p.out.m, p.k, stage, threadIdx.x);
+        load_weights<Bits, kBlocks, S>(w_ring + slot * kWStage, p.codes, p.out.n, p.k, n0, stage, lane);
     }
 
     __device__ __forceinline__ uint4 load_words(int slot, int s, int block) const {
@@ -263,13 +247,7 @@ struct Int8Gemm {
         float* const tile = reinterpret_cast<float*>(dynamic_shared());
         copy_wait<0>();
         block_barrier();
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-            for (int j = 0; j < C; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    tile[(j * 8 + 2 * t + i % 2) * kPitch + (wn * S + s) * 16 + i / 2 * 8 + g] = acc[s][j][i];
+        store_sums(tile, kPitch, acc, 0, wn * S * 16, g, t);
         block_barrier();
         for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
             int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
@@ -286,8 +264,7 @@ struct Int8Gemm {
 template <class T, int Bits, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) int8_gemm(Int8Args const p) {
 #if DEVICE_SM
-    constexpr Row row = kRows[I];
-    if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || !std::is_same<T, Bfloat>::value)) {
+    if constexpr (kGenerated<T, I>) {
         Int8Gemm<T, Bits, I> block{p};
         block.accumulate();
         block.store();

@@ -209,8 +209,8 @@ __device__ __forceinline__ void publish_copies() {
 #endif
 }
 
-// step: which 32 bytes of the tile's 128 k (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost
-// no registers of zeros.
+// step: which 32 of a row's 128 bytes (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost no
+// registers of zeros.
 __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) {
     uint64_t const address = (shared_address(tile) + step * 32) >> 4 & 0x3fff;
     return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;  // 8 rows apart; 128-byte swizzle
@@ -244,24 +244,24 @@ __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) 
 #endif
 
 template <class T>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[8][4], uint32_t const (&a)[4], void const* tile, int step,
-                                                       bool add) {
+__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[8][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
     if constexpr (std::is_same<T, Half>::value)
         WARPGROUP_MULTIPLY(8, "f", "m64n64k16.f32.f16.f16", ", 1, 1, 0");
     else
         WARPGROUP_MULTIPLY(8, "f", "m64n64k16.f32.bf16.bf16", ", 1, 1, 0");
 }
 template <class T>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32_t const (&a)[4], void const* tile, int step,
-                                                       bool add) {
+__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
     if constexpr (std::is_same<T, Half>::value)
         WARPGROUP_MULTIPLY(16, "f", "m64n128k16.f32.f16.f16", ", 1, 1, 0");
     else
         WARPGROUP_MULTIPLY(16, "f", "m64n128k16.f32.bf16.bf16", ", 1, 1, 0");
 }
 // The same for int8: d[64 x 8 C] += a[64 x 32] * x[8 C x 32]^T, a unsigned, x signed
-__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[8][4], uint32_t const (&a)[4], void const* tile, int step,
-                                                       bool add) {
+__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[8][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
     WARPGROUP_MULTIPLY(8, "r", "m64n64k32.s32.u8.s8", "");
 }
 __device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint32_t const (&a)[4], void const* tile,
