@@ -32,6 +32,9 @@ SHAPES = [  # n, k, group
 ]  # fmt: skip
 
 
+every_format = pytest.mark.parametrize("format_", FORMATS, ids=[f"a{a}w{w}" for w, a in FORMATS])
+
+
 def library(sm: str = "") -> Library:
     name = f"INSTANTRT_KERNELS{sm}"
     if name not in os.environ:
@@ -52,7 +55,7 @@ def rows(m: int, k: int, dtype: torch.dtype, data: str = "normal") -> torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sizes(shape: tuple[int, int, int], format_: tuple[int, int], dtype: torch.dtype) -> None:
     """Every M of every shape, in float32 (the arithmetic) and rounded (what users get)."""
@@ -65,7 +68,7 @@ def test_sizes(shape: tuple[int, int, int], format_: tuple[int, int], dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 @pytest.mark.parametrize("zeros", ["float", "integer", "low", "high"])
 @pytest.mark.parametrize("data", ["outliers", "shifted", "zero_rows"])
 def test_awkward_data(data: str, zeros: str, format_: tuple[int, int], dtype: torch.dtype) -> None:
@@ -78,7 +81,7 @@ def test_awkward_data(data: str, zeros: str, format_: tuple[int, int], dtype: to
 
 @pytest.mark.parametrize("activation", range(4))
 @pytest.mark.parametrize("gated", [0, 1])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_epilogue(format_: tuple[int, int], gated: int, activation: int) -> None:
     weight = random_weight(288, 512, format_[0], 64, F16, bias=True)
     for m in (3, 12, 30, 100):
@@ -86,7 +89,7 @@ def test_epilogue(format_: tuple[int, int], gated: int, activation: int) -> None
         check(Gemm(library(), rows(m, 512, F16), weight, options), 2e-5, 1e-5)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 300])
 def test_same_bits_every_time_in_graphs_and_on_streams(m: int, format_: tuple[int, int]) -> None:
     weight = random_weight(1024, 4096, format_[0], 128, F16)
@@ -114,7 +117,7 @@ def test_same_bits_every_time_in_graphs_and_on_streams(m: int, format_: tuple[in
     assert torch.equal(two.output(), first)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_a_bad_row_spoils_no_other(format_: tuple[int, int]) -> None:
     weight = random_weight(256, 1024, format_[0], 128, F16)
     for m in (6, 14, 28, 90):
@@ -128,7 +131,7 @@ def test_a_bad_row_spoils_no_other(format_: tuple[int, int]) -> None:
         assert bool(spoiled.output()[3].isnan().all())
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
     weight = random_weight(144, 512, format_[0], 64, BF16, bias=True)
     options = {"activation_bits": format_[1], "wide": 1, "plain": 1}
@@ -136,7 +139,7 @@ def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("sm", [75, 80])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_code_of_older_gpus_through_the_driver_compiler(sm: int, format_: tuple[int, int]) -> None:
     weight = random_weight(272, 1120, format_[0], 160, F16, bias=True)
     for m in (1, 9, 20, 70, 130):

@@ -17,6 +17,7 @@ from plugins.weight_only_gemm.op import OP
 from tests.plugins.kernels import ROOT, Emulated
 from tools.gpu import bench, gemm
 from tools.gpu.gemm import FORMATS, GUARD, Gemm, check, exact, random_weight
+from tools.gpu_check import by_outcome
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,18 @@ def test_report_and_plot(tmp_path: Path) -> None:
     bench.plot(report, tmp_path / "roof.png")
     assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(report)
+
+
+def test_the_report_names_every_case(tmp_path: Path) -> None:
+    tests = "import pytest\n@pytest.mark.parametrize('w', [4, 8])\ndef test_bits(w):\n    assert w == 4\n"
+    (tmp_path / "test_two.py").write_text(tests + "def test_no():\n    pytest.skip('why')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+    subprocess.run(
+        [*command, f"--junit-xml={tmp_path}/t.xml", str(tmp_path / "test_two.py")], check=False, cwd=tmp_path
+    )
+    expected = {"passed": ["test_bits[4]"], "failure": ["test_bits[8]"], "error": [], "skipped": ["test_no"]}
+    assert by_outcome(tmp_path / "t.xml") == expected
+    assert not any(by_outcome(tmp_path / "absent.xml").values())
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU: run tools.gpu_check itself")
