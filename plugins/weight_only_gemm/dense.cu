@@ -60,6 +60,8 @@ __global__ void __launch_bounds__(256) dequantize(DequantizeArgs const p) {
 int32_t find_library() { return blas::handle(current_device()) != nullptr; }
 
 char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+    void* const library = blas::handle(current_device());
+    if (!library) return "there is no cuBLASLt (libcublasLt.so.13 or .12) for this device";
     auto* const workspace = static_cast<unsigned char*>(t.workspace);
     DenseBuffers const at = dense_buffers(p.m, p.n, p.k);
     auto* const dense = reinterpret_cast<uint16_t*>(workspace + at.weights);
@@ -71,8 +73,8 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
                                      : (half ? dequantize<Half, 8> : dequantize<Bfloat, 8>);
     if (char const* failed = launch(kernel, dim3(plan.grid_n), plan.threads, 0, static_cast<Stream>(stream), args))
         return failed;
-    if (blas::multiply(blas::handle(current_device()), half ? blas::kFloat16 : blas::kBfloat16, t.x, dense, sums, p.m, p.n,
-                       p.k, workspace + at.library, size_t(kLibraryWorkspace), stream))
+    if (blas::multiply(library, half ? blas::kFloat16 : blas::kBfloat16, t.x, dense, sums, p.m, p.n, p.k,
+                       workspace + at.library, size_t(kLibraryWorkspace), stream))
         return "cuBLASLt refused the product";
     return launch_epilogue(p, t, sums, 1, stream);
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Iterator
+from ctypes.util import find_library
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +17,7 @@ from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact
 from tests.plugins.cases import BF16, F16, Case, Problem
-from tests.plugins.kernels import Emulated, build_cublaslt, c_problem
+from tests.plugins.kernels import ROOT, Emulated, build_cublaslt, c_problem
 
 Kernels = dict[int, Emulated]
 M = 513  # the first that the table gives to the library
@@ -97,6 +100,25 @@ def test_the_workspace_covers_a_device_with_and_without_the_library(emulated: Ke
     assert max(needed) <= asked
     assert asked >= 8192 * 8192 * 2 + 2048 * 8192 * 4
     assert exact_only < 32 << 20, "who does not ask pays nothing"
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from tests.plugins.cases import Case
+from tests.plugins.kernels import Emulated
+from tools.gpu.library import Library
+kernels = Emulated(Library(Path(sys.argv[1])), 80)
+assert not kernels.library.has_cublaslt()
+kernels.run(Case(513, 16, 32, rounded_weights=1).make(), library=True)
+"""
+
+
+@pytest.mark.skipif(bool(find_library("cublasLt")), reason="this machine has a cuBLASLt, which would be called")
+def test_a_caller_that_is_wrong_about_the_library_is_told(emulated: Kernels) -> None:
+    path = str(emulated[80].library.path)
+    alone = subprocess.run([sys.executable, "-c", ALONE, path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "RefusedError: WeightOnlyGemm: launch of dense failed: there is no cuBLASLt" in alone.stderr
 
 
 def test_order_of_threads_does_not_matter(with_library: Kernels) -> None:
