@@ -127,19 +127,14 @@ class LowerWeightOnlyGemm(Rewrite[Quantized]):
         if found is None or native_int8(found.quant):
             return None
         (n, k), group, bits = found.quant.shape, found.quant.group_size, found.quant.bits
-        wrong = OP.check(
-            {"N": n, "K": k, "group": group, "bits": bits, "activation_bits": activation_bits(found.quant)}
-        )
+        sizes = {"N": n, "K": k, "group": group, "bits": bits, "activation_bits": activation_bits(found.quant)}
+        wrong = OP.check(sizes)
         return Reject(f"{OP.name}: {wrong}") if wrong else found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         quant, name = match.quant, match.node.name
-        attrs = {
-            "bits": quant.bits,
-            "group": quant.group_size,
-            "activation_bits": activation_bits(quant),
-            "rounded_weights": int(self.rounded and quant.activations == "float"),
-        }
+        attrs = {"bits": quant.bits, "group": quant.group_size, "activation_bits": activation_bits(quant)}
+        attrs |= {"rounded_weights": int(self.rounded and quant.activations == "float")}
         inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
         gemm(graph, inputs, take_over(match.node), name, attrs)
 
