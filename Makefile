@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SERVE  := .venv-serve
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-arm lint setup serving
+.PHONY: demo test test-arm lint setup serving plugins
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,15 @@ lint: setup
 # Two workers, a file to one of them: the fixtures that cost an export live in a file.
 test: lint serving
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -rs
+
+# The plugin library into the Python package, for `--plugin auto` and for wheels. TENSORRT: folders that hold TensorRT's
+# include/, one for each major that is to load it, separated by semicolons.
+plugins:
+	cmake -S plugins -B build/plugins -G Ninja -DTensorRT_ROOT="$(TENSORRT)"
+	cmake --build build/plugins
+	rm -rf plugins/lib
+	cmake --install build/plugins --prefix plugins/lib
+	test -e plugins/lib/libinstantrt_plugins.so
 
 # The aarch64 ONNX Runtime under emulation; needs a Debian machine's package sources, installs nothing on it.
 .venv-arm/python: tools/arm_setup.sh

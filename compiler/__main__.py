@@ -56,7 +56,10 @@ def compile_command(
     weight_streaming: Annotated[bool, engines("--weight-streaming", help="weights may stay on the host")] = False,
     version_compatible: Annotated[bool, engines("--version-compatible", help="for newer TensorRT too")] = False,
     hardware_compatible: Annotated[str, engines(help="ampere_plus, say: for other GPUs too")] = "",
-    plugin: Annotated[Path | None, engines(help="our plugin library, for weight-only linears")] = None,
+    plugin: Annotated[Path | None, engines(help="our plugin library, for weight-only linears; auto: installed")] = None,
+    plugin_rounding: Annotated[
+        bool, engines("--plugin-rounding", help="long prefill may round weights to 16 bits, for cuBLASLt")
+    ] = False,
     timing_cache: Annotated[Path | None, engines(help="file of timings that builds share")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python")] = False,
     max_kl: Annotated[float | None, accuracy(help="budget: finer formats until the KL is below this")] = None,
@@ -123,6 +126,7 @@ def compile_command(
         hardware_compatible=hardware_compatible,
         timing_cache=timing_cache,
         plugin=plugin,
+        plugin_rounding=plugin_rounding,
         trust_remote_code=trust_remote_code,
         max_kl=max_kl,
         max_ppl_increase=max_ppl_increase,

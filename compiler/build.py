@@ -29,6 +29,7 @@ from compiler.engine import (
     build_engine,
     choose_builder,
     compute_type,
+    native_int4,
     quantized_linears,
 )
 from compiler.frontend import load
@@ -94,7 +95,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     say(f"reading {request.model}")
     model = load(request.model, trust_remote_code=request.trust_remote_code)
     config, reader = resolve(request, model)
-    check_supported(request.resolved_targets(), config)
+    check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     ledger = Ledger()
     graph = pipeline.normalize(model.graph, ledger)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
@@ -107,9 +108,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
 
         decisions, bought = within_budget(graph, model, decisions, request, say)
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
-    bits = frozenset(q.bits for q in quantized(decisions))
-    builders = {target.name: choose_builder(target, request.builder, bits) for target in gpu_targets}
     lowered = lower(canonical, model, types, request, ledger)
+    builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
     notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
 

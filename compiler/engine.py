@@ -21,7 +21,7 @@ from passes.errors import UserError
 
 Builder = Literal["auto", "tensorrt-rtx", "tensorrt", "kit"]
 ENGINE, LAYERS, TIMINGS = "model.engine", "model.layers.txt", "timing.cache"
-FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+FLOAT16, BFLOAT16, INT4 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.int4)
 Say = Callable[[str], None]
 
 
@@ -52,13 +52,13 @@ def compute_type(target: Target, stored: Mapping[np.dtype[Any], int]) -> np.dtyp
     return BFLOAT16 if most == BFLOAT16 and target.bf16 else FLOAT16
 
 
-def choose_builder(target: Target, wanted: Builder, quantized: frozenset[int] = frozenset()) -> Choice:
-    """The builder for `target`; `quantized` holds the bits of its weights.
+def choose_builder(target: Target, wanted: Builder, *, int4: bool = False) -> Choice:
+    """The builder for `target`; `int4`: the builder itself is to multiply 4-bit weights, no plugin of ours.
 
     auto: full TensorRT beside the GPU itself, else TensorRT-RTX, which needs no GPU, else a build kit.
     """
     assert target.sm is not None
-    why_not = {"tensorrt": no_tensorrt(target), "tensorrt_rtx": no_rtx(target, quantized)}
+    why_not = {"tensorrt": no_tensorrt(target), "tensorrt_rtx": no_rtx(target, int4)}
     if wanted == "kit":
         return Choice(None, "a build kit was asked for")
     order = ("tensorrt", "tensorrt_rtx") if wanted == "auto" else (wanted.replace("-", "_"),)
@@ -80,13 +80,13 @@ def no_tensorrt(target: Target) -> str:
     return ""
 
 
-def no_rtx(target: Target, quantized: frozenset[int]) -> str:
+def no_rtx(target: Target, int4: bool) -> str:
     """Why TensorRT-RTX cannot build for `target` here, or nothing."""
     if not target.rtx:
         return f"has no {target.name}"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return "not installed"
-    if target.sm == 75 and 4 in quantized:
+    if target.sm == 75 and int4:
         return "has no int4 on sm75"
     return ""
 
@@ -128,6 +128,11 @@ def quantized_linears(graph: gs.Graph) -> tuple[str, ...]:
     """The linears whose weight the native lowerings left to a DequantizeLinear."""
     names = (n.name for n in graph.nodes if n.op == "DequantizeLinear" and isinstance(n.inputs[0], gs.Constant))
     return tuple(name.removesuffix(WEIGHT) for name in names if name.endswith(WEIGHT))
+
+
+def native_int4(graph: gs.Graph) -> bool:
+    """Does a lowered graph hold 4-bit weights of TensorRT's own type?"""
+    return any(node.op == "DequantizeLinear" and node.inputs[0].dtype == INT4 for node in graph.nodes)
 
 
 def expanded(engine: Mapping[str, Any]) -> list[str]:

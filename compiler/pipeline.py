@@ -16,6 +16,7 @@ from passes.decompose_rms_norm import DecomposeRmsNorm
 from passes.decompose_rotary import DecomposeRotary
 from passes.errors import UserError
 from passes.explicit_scales import ExplicitScales
+from passes.fuse_gelu import FuseGelu
 from passes.fuse_rms_norm import FUSE_RMS_NORM
 from passes.fuse_rotary import FUSE_ROTARY
 from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
@@ -39,8 +40,8 @@ from passes.verify import Stage, verify
 
 
 def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
-    """FLOAT: whole norms and rotary embeddings; every linear is MatMul(x, constant [K, N]) named after its module."""
-    run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, *NORMALIZE_LINEARS), ledger)
+    """FLOAT: whole norms, GELUs, rotary embeddings; linears are MatMul(x, constant [K, N]) named after the module."""
+    run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, FuseGelu(), *NORMALIZE_LINEARS), ledger)
     verify(graph, Stage.FLOAT)
     return graph
 
@@ -107,7 +108,7 @@ def lower_tensorrt(
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     cast_compute_type(graph, dtype, ledger)
     if request.plugin is not None:
-        run(graph, [LowerWeightOnlyGemm(dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
+        run(graph, [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM], ledger)
     lower_native(graph, dtype, ledger)
     return graph if whole else decompose(graph, dtype, ledger)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import plugins
 from compiler.backend.tensorrt import EngineOptions
 from compiler.engine import Builder
 from compiler.profiles import Limits
@@ -15,6 +16,7 @@ from compiler.target import Target, find_target
 from passes.errors import UserError
 from passes.lower_ort_linear import Preset
 
+PACKAGED_PLUGIN = Path(plugins.__file__).parent / "lib" / "libinstantrt_plugins.so"
 Logits = Literal["last", "all"]
 KvCache = Literal["concat", "in-place"]
 HeadFormat = Literal["float", "int8"]
@@ -36,7 +38,9 @@ class Request:
     lm_head          float or int8
     embeddings       stored (as in the checkpoint) or int8
     cpu_preset       exact: 16-bit activations keep 14 bits of each token or block; fast: int8 activations by block
-    plugin           engines: plugin library whose WeightOnlyGemm runs the weight-only linears, zero points exact
+    plugin           engines: plugin library whose WeightOnlyGemm runs the weight-only linears, exact zero points;
+                     `auto` is the library that this installation carries
+    plugin_rounding  plugin: many rows may use weights rounded to 16 bits once, for cuBLASLt; takes scratch memory
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
     max_ppl_increase the same for the increase of perplexity on `text`, in percent
@@ -81,6 +85,7 @@ class Request:
     hardware_compatible: str = ""
     timing_cache: Path | None = None
     plugin: Path | None = None
+    plugin_rounding: bool = False
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     text: Path | None = None
@@ -114,10 +119,16 @@ class Request:
                 raise UserError(name, expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
+        if self.plugin == Path("auto"):
+            object.__setattr__(self, "plugin", PACKAGED_PLUGIN)
         if self.plugin is not None and not self.plugin.is_file():
             raise UserError(
-                "no plugin library here", where=str(self.plugin), fix="cmake -S plugins -B build/plugins makes one"
+                "no plugin library here",
+                where=str(self.plugin),
+                fix="`make plugins TENSORRT=DIR` in a checkout, with nvcc and DIR/include of TensorRT, makes one",
             )
+        if self.plugin_rounding and self.plugin is None:
+            raise UserError("plugin_rounding without a plugin", fix="--plugin FILE")
         for target in self.resolved_targets():
             self.check_old_tensorrt(target)
         self.engine_limits()

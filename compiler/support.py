@@ -61,12 +61,12 @@ METHODS = (
 )
 
 
-def cell(method: Method, target: Target) -> Cell:
-    """What has been shown for this pair."""
+def cell(method: Method, target: Target, *, plugin: bool = False) -> Cell:
+    """What has been shown for this pair; `plugin`: with our plugin library, `--plugin`."""
     if method.activate and not target.int8_mma:
         return Cell(Shown.REFUSED, "no int8 tensor cores")
     if target.backend is Backend.TENSORRT:
-        return tensorrt_cell(method, target)
+        return tensorrt_cell(method, target, plugin=plugin)
     if target.name == "x86":
         return Cell(Shown.RUN)
     if method.quant_method == "instant_quant":
@@ -74,15 +74,15 @@ def cell(method: Method, target: Target) -> Cell:
     return Cell(Shown.COMPILED)
 
 
-def tensorrt_cell(method: Method, target: Target) -> Cell:
-    """Engines without a plugin: TensorRT-RTX builds them on any machine, full TensorRT from a build kit."""
-    if method.activate and method.weight_format == "uint4":
-        return Cell(Shown.REFUSED, "no int8 by int4 product without a plugin")
+def tensorrt_cell(method: Method, target: Target, *, plugin: bool) -> Cell:
+    """Engines: TensorRT-RTX builds them on any machine, full TensorRT from a build kit."""
+    if method.activate and method.weight_format == "uint4" and not plugin:
+        return Cell(Shown.REFUSED, "no int8 by int4 product without `--plugin`")
     if not target.whole_operators:
         # int4 too: NVIDIA presented weight-only int4 with TensorRT 10.0 as independent of the architecture.
         return Cell(Shown.COMPILED, "build kit for TensorRT 10.0 to 10.4, none of which has parsed it here")
-    limit = tensorrt_limit(method, target)
-    if target.rtx and not (target.sm == 75 and method.weight_format == "uint4"):
+    limit = "" if plugin else tensorrt_limit(method, target)
+    if target.rtx and (plugin or not (target.sm == 75 and method.weight_format == "uint4")):
         return Cell(Shown.BUILT, limit)
     return Cell(Shown.COMPILED, "; ".join(filter(None, ("build kit", limit))))
 
@@ -92,24 +92,26 @@ def tensorrt_limit(method: Method, target: Target) -> str:
     if method.weight_format != "int8":
         return ""
     if method.activate:
-        return "by channel only" if method.sub_channel else ""
+        return "in groups only with `--plugin`" if method.sub_channel else ""
     if target.sm == 75:
         return "weights expanded on every run"
     return "groups expanded on every run" if method.sub_channel else ""
 
 
-def check_supported(targets: Iterable[Target], config: QuantConfig | None) -> None:
+def check_supported(targets: Iterable[Target], config: QuantConfig | None, *, plugin: bool = False) -> None:
     """Refuses an unsupported pair before any work is done."""
+    if config is None:
+        return
+    method = method_of(config)
     for target in targets:
-        if config is None:
-            continue
-        found = cell(method_of(config), target)
+        found = cell(method, target, plugin=plugin)
         if found.shown is Shown.REFUSED:
-            near = [t.name for t in TARGETS if cell(method_of(config), t).shown is not Shown.REFUSED]
+            near = [t.name for t in TARGETS if cell(method, t, plugin=plugin).shown is not Shown.REFUSED]
+            with_plugin = cell(method, target, plugin=True).shown is not Shown.REFUSED
             raise UserError(
-                f"{method_of(config).name} is not supported on {target.name} ({target.family})",
+                f"{method.name} is not supported on {target.name} ({target.family})",
                 found=found.reason,
-                fix=f"targets that run it: {', '.join(near)}",
+                fix=("--plugin FILE, or " if with_plugin else "") + f"targets that run it: {', '.join(near)}",
             )
 
 
@@ -125,11 +127,19 @@ def markdown() -> str:
     lines = [row(header), "|---" * len(header) + "|"]
     for m in METHODS:
         cells = []
-        for found in (cell(m, t) for t in TARGETS):
-            note = f" [{notes.setdefault(found.reason, len(notes) + 1)}]" if found.reason else ""
+        for found, reason in ((cell(m, t), noted(m, t)) for t in TARGETS):
+            note = f" [{notes.setdefault(reason, len(notes) + 1)}]" if reason else ""
             cells.append(found.shown.value + note)
         lines.append(row([m.name, *("yes" if g else "no" for g in (m.per_channel, m.sub_channel)), *cells]))
     return "\n".join([*lines, "", *(f"[{number}] {reason}  " for reason, number in notes.items())])
+
+
+def noted(method: Method, target: Target) -> str:
+    """A cell's reason, and what a refused one is with the plugin."""
+    found, with_plugin = cell(method, target), cell(method, target, plugin=True)
+    if found.shown is Shown.REFUSED and with_plugin.shown is not Shown.REFUSED:
+        return f"{found.reason}; with it: {with_plugin}"
+    return found.reason
 
 
 def row(cells: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What follows a WeightOnlyGemm and can happen inside it, before its one rounding: bias, SiLU, gate times up."""
+"""What follows a WeightOnlyGemm and can happen inside it, before its one rounding: bias, SiLU, GELU, gate times up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from passes.lower_weight_only_gemm import Packed, attributes, gemm, packed_of, weights
+from passes.lower_weight_only_gemm import Packed, attributes, gemm, interleave, packed_of, weights
 from passes.rewrite import Reject, Rewrite, producer, take_over
 from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import NONE, SILU
+from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 
 UNBIASED = 3  # x, codes, affine
+GELUS = {"none": GELU, "tanh": GELU_TANH}  # by the operator's attribute
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,28 @@ class FuseSilu(FuseEpilogue):
 
 
 @dataclass(frozen=True)
+class FuseGeluEpilogue(FuseEpilogue):
+    """Gelu(y) -> the activation of the WeightOnlyGemm that makes y."""
+
+    def match(self, node: gs.Node) -> Epilogue | Reject | None:
+        made = producer(node.inputs[0], OP.name) if node.op == "Gelu" else None
+        if made is None or attributes(made)["activation"] != NONE:
+            return None
+        if len(made.outputs[0].outputs) != 1:
+            return Reject("another node reads the value before its activation")
+        activation = GELUS[node.attrs.get("approximate", "none")]
+        return Epilogue(made, node, list(made.inputs), attributes(made) | {"activation": activation})
+
+
+@dataclass(frozen=True)
 class GatePair(Epilogue):
     packed: Packed
+    biases: tuple[gs.Constant, ...]  # of both or of neither
 
 
 @dataclass(frozen=True)
 class FuseGateUp(Rewrite[GatePair]):
-    """act(gate(x)) * up(x) -> one WeightOnlyGemm whose rows alternate, and half its outputs."""
+    """act(gate(x) + b) * (up(x) + c) -> one WeightOnlyGemm whose rows alternate, and half its outputs."""
 
     def match(self, node: gs.Node) -> GatePair | Reject | None:
         if node.op != "Mul" or len(node.inputs) != 2:
@@ -93,17 +109,22 @@ class FuseGateUp(Rewrite[GatePair]):
         gate, up = gates[0], made[1 - made.index(gates[0])]
         if attributes(gate) | {"activation": NONE} != attributes(up) or gate.inputs[0] is not up.inputs[0]:
             return Reject("gate and up differ in format or input")
-        if len(gate.inputs) != UNBIASED or len(up.inputs) != UNBIASED:
-            return Reject("gate or up has a bias")
+        if len(gate.inputs) != len(up.inputs):
+            return Reject("one of gate and up has a bias")
         sources = packed_of(gate), packed_of(up)
         if sources[0].shape != sources[1].shape or sources[0].dtype != sources[1].dtype:
             return Reject("gate and up differ in shape")
         packed = Packed((*sources[0].weights, *sources[1].weights), sources[0].dtype)
-        return GatePair(gate, node, [gate.inputs[0]], attributes(gate) | {"gated": 1}, packed)
+        biases = (*gate.inputs[UNBIASED:], *up.inputs[UNBIASED:])
+        return GatePair(gate, node, [gate.inputs[0]], attributes(gate) | {"gated": 1}, packed, biases)
 
     def rewrite(self, graph: gs.Graph, match: GatePair) -> None:
         name, out = match.node.name, take_over(match.last)
-        gemm(graph, [*match.inputs, *weights(graph, match.packed, f"{name}+up")], out, name, match.attrs)
+        inputs = [*match.inputs, *weights(graph, match.packed, f"{name}+up")]
+        if match.biases:
+            rows = interleave(tuple(bias.values.reshape(-1, 1) for bias in match.biases))
+            inputs.append(gs.Constant(f"{name}+up.bias", rows.reshape(-1)))
+        gemm(graph, inputs, out, name, match.attrs)
 
 
-FUSE_WEIGHT_ONLY_GEMM = (FuseBias(), FuseSilu(), FuseGateUp())  # in this order
+FUSE_WEIGHT_ONLY_GEMM = (FuseBias(), FuseSilu(), FuseGeluEpilogue(), FuseGateUp())  # in this order

@@ -59,7 +59,7 @@ class JoinMatch:
 
 @dataclass(frozen=True)
 class JoinLinears(Rewrite[JoinMatch]):
-    """`gated`: also those that a Mul reads, gate and up. The plugin has a better form for them: rows in turn."""
+    """`gated`: also those that an activation or a Mul reads, as gate and up. The plugin has better forms for them."""
 
     gated: bool
 
@@ -80,7 +80,7 @@ class JoinLinears(Rewrite[JoinMatch]):
     def joins(self, found: Quantized, first: Quantized) -> bool:
         """Has this linear the format of `first`, its weight for itself, and an output that may be a part of another?"""
         alone = len(found.node.inputs[1].outputs) == 1
-        gate = any(user.op in ("Mul", "Sigmoid") for user in end_of(found).outputs[0].outputs)
+        gate = any(user.op in ("Mul", "Sigmoid", "Gelu") for user in end_of(found).outputs[0].outputs)
         return alone and format_of(found.quant) == format_of(first.quant) and (self.gated or not gate)
 
     def rewrite(self, graph: gs.Graph, match: JoinMatch) -> None:

@@ -114,28 +114,36 @@ def attributes(node: gs.Node) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class LowerWeightOnlyGemm(Rewrite[Quantized]):
-    """`dtype` is the compute type. Per-channel A8W8 is left alone: TensorRT's own int8 product is exact there."""
+    """`dtype` is the compute type; `rounded`: many rows may use weights rounded to it.
+
+    A8W8 by channel is left alone: TensorRT's own int8 product is exact there.
+    """
 
     dtype: np.dtype[Any]
+    rounded: bool = False
 
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
-        if found is None or (found.quant.activations == "int8" and found.quant.per_channel):
+        if found is None or native_int8(found.quant):
             return None
         (n, k), group, bits = found.quant.shape, found.quant.group_size, found.quant.bits
-        wrong = OP.check(
-            {"N": n, "K": k, "group": group, "bits": bits, "activation_bits": activation_bits(found.quant)}
-        )
+        sizes = {"N": n, "K": k, "group": group, "bits": bits, "activation_bits": activation_bits(found.quant)}
+        wrong = OP.check(sizes)
         return Reject(f"{OP.name}: {wrong}") if wrong else found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         quant, name = match.quant, match.node.name
         attrs = {"bits": quant.bits, "group": quant.group_size, "activation_bits": activation_bits(quant)}
+        attrs |= {"rounded_weights": int(self.rounded and quant.activations == "float")}
         inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
         gemm(graph, inputs, take_over(match.node), name, attrs)
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
         return OP.name
+
+
+def native_int8(quant: QuantTensor) -> bool:
+    return quant.activations == "int8" and quant.bits == 8 and quant.per_channel
 
 
 def activation_bits(quant: QuantTensor) -> int:

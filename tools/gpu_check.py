@@ -3,7 +3,7 @@
     python -m tools.gpu_check --out benchmarks/gpu/h200 [--quick] [--skip-bench]
 
 Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy; no network and no TensorRT. Writes OUT.json (GPU, driver,
-commit, clocks, test and sanitizer results, all timings, fractions of the measured read bandwidth) and OUT.png.
+commit, clocks, every test case, sanitizer results, all timings, fractions of the measured read bandwidth) and OUT.png.
 The exit status is 0 only when everything that ran passed; what could not run is named with its reason.
 """
 
@@ -15,9 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -67,12 +69,25 @@ def build(folder: Path, architectures: str) -> Path:
 
 
 def tests(libraries: dict[str, Path]) -> dict[str, Any]:
-    """pytest without the repository's own fixtures: those need the whole compiler."""
+    """pytest without the repository's own fixtures: those need the whole compiler. `cases` names every test."""
     names = {f"INSTANTRT_KERNELS{suffix}": str(path) for suffix, path in libraries.items()}
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-rfs", "tests/plugins/test_gpu_kernels.py"]
     start = time.time()
-    status, text = run(command, **names)
-    return {"passed": status == 0, "seconds": round(time.time() - start), "summary": text.strip().splitlines()[-12:]}
+    with tempfile.TemporaryDirectory() as folder:
+        status, text = run([*command, f"--junit-xml={folder}/tests.xml"], **names)
+        cases = by_outcome(Path(folder, "tests.xml"))
+    summary = text.strip().splitlines()[-12:]
+    return {"passed": status == 0, "seconds": round(time.time() - start), "summary": summary, "cases": cases}
+
+
+def by_outcome(report: Path) -> dict[str, list[str]]:
+    """The test cases of a JUnit report; an interrupted run leaves none."""
+    outcomes: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            outcome = next((child.tag for child in case if child.tag in outcomes), "passed")
+            outcomes[outcome].append(case.attrib["name"])
+    return outcomes
 
 
 def sanitize(library: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 //
 //     static int32_t shape(Attributes, DimsExprs const* in, int32_t count, DimsExprs& out, IExprBuilder&)
 //     static size_t workspace(Attributes, DynamicPluginTensorDesc const* in)
-//     static bool describe(Device&)
+//     static bool describe(Attributes, Device&)
 //     static int32_t launch(Attributes, Device, PluginTensorDesc const* in, void const* const* inputs, int32_t count,
 //                           void* output, void* workspace, cudaStream_t)
 //
@@ -20,6 +20,7 @@ using namespace nvinfer1;
 
 struct Device {
     int32_t sm = 0, multiprocessors = 0;
+    int32_t library = 0;  // 1: what the op wants to call is there
 };
 
 template <class Op>
@@ -103,7 +104,7 @@ public:
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
         auto* const copy = static_cast<Plugin*>(clone());
         if (!copy) return nullptr;
-        if (!Op::describe(copy->mDevice)) {
+        if (!Op::describe(mAttributes, copy->mDevice)) {
             delete copy;
             return nullptr;
         }

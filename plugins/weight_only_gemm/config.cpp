@@ -24,10 +24,16 @@ bool known_sm(int sm) {
 }
 
 Row const* find_row(wog_problem const& p) {
-    Kernel const kernel = p.plain ? Kernel::kPlain : p.activation_bits == 8 ? Kernel::kInt8 : Kernel::kGemm;
-    for (Row const& row : kRows)
-        if (row.kernel == kernel && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm) return &row;
-    return nullptr;
+    auto const first = [&p](Kernel kernel) -> Row const* {
+        for (Row const& row : kRows)
+            if (row.kernel == kernel && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm)
+                return &row;
+        return nullptr;
+    };
+    if (p.plain) return first(Kernel::kPlain);
+    if (p.activation_bits == 8) return first(Kernel::kInt8);
+    Row const* const dense = p.rounded_weights && p.library ? first(Kernel::kDense) : nullptr;
+    return dense ? dense : first(Kernel::kGemm);
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
@@ -53,8 +59,8 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {p.type == WOG_F16 || p.type == WOG_BF16, "type of x", "0 (fp16) or 1 (bf16)", p.type},
         {p.activation >= WOG_NONE && p.activation <= WOG_GELU_TANH, "activation", "0 .. 3", p.activation},
         {p.gated == 0 || p.gated == 1, "gated", "0 or 1", p.gated},
-        {p.activation_bits == 16 || (p.activation_bits == 8 && p.bits == 8), "activation_bits", "16, or 8 with bits 8",
-         p.activation_bits},
+        {p.activation_bits == 16 || p.activation_bits == 8, "activation_bits", "16 or 8", p.activation_bits},
+        {p.rounded_weights == 0 || p.rounded_weights == 1, "rounded_weights", "0 or 1", p.rounded_weights},
         {p.activation_bits == 16 || p.k <= 65536, "K with activation_bits 8", "at most 65536 (int32 sums)", p.k},
         {known_sm(p.sm), "sm of the device", "75, 80, 86, 89, 90, 100, 103, 120 or 121", p.sm},
         {p.type == WOG_F16 || p.sm >= 80, "sm of the device with bf16", "80 or more (use fp16)", p.sm},
@@ -69,7 +75,10 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     if (wog_check(problem, error, size)) return 1;
     wog_problem const& p = *problem;
     Row const& row = *find_row(p);  // the table ends with rows for any m on any known sm
-    int const grid_m = ceil_div(p.m, row.block_m()), grid_n = ceil_div(p.n, row.block_n());
+    bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
+    int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
+    int const grid_n = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
+                             : ceil_div(p.n, row.block_n());
     int const splits = row.kernel == Kernel::kGemm ? choose_splits(p, row, grid_m * grid_n) : 1;
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     bool const int8 = p.activation_bits == 8;
@@ -80,7 +89,9 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              grid_n,
              row.threads(),
              shared_bytes(row, p.bits),
-             partials + (int8 ? int8_buffers(p.m, p.k, p.group).total : 0)};
+             dense  ? dense_buffers(p.m, p.n, p.k).total
+             : int8 ? int8_buffers(p.m, p.k, p.group).total
+                    : partials};
     return 0;
 }
 
@@ -90,7 +101,7 @@ int64_t wog_workspace(wog_problem const* problem) {
     char error[256];
     wog_plan plan{};
     int64_t most = 0;
-    p.sm_count = kMostMultiprocessors;
+    p.sm_count = kMostMultiprocessors, p.library = 1;
     for (Row const& row : kRows) {
         p.m = std::min(problem->m, row.max_m);
         p.sm = row.min_sm;  // every kind of device has a row that starts with it
@@ -107,6 +118,8 @@ int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
     if (failed) std::snprintf(error, size, "WeightOnlyGemm: cannot query the device: %s", failed);
     return failed != nullptr;
 }
+
+int32_t wog_library() { return find_library(); }
 
 int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size) {
     wog_plan plan{};
@@ -125,9 +138,8 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
-    auto* const run = kRows[plan.row].kernel == Kernel::kPlain  ? launch_plain
-                      : kRows[plan.row].kernel == Kernel::kInt8 ? launch_int8
-                                                                : launch_gemm;
+    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense};  // by Kernel
+    auto* const run = launchers[int(kRows[plan.row].kernel)];
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);
         return 1;

@@ -8,7 +8,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kInt8 };
+enum class Kernel : int32_t { kPlain, kGemm, kInt8, kDense };
 
 struct Row {
     char const* name;
@@ -21,6 +21,7 @@ struct Row {
     int64_t max_m;
     int min_sm, max_sm;
     bool wgmma = false;    // tensor cores by warpgroup: four warps, activations straight from shared memory
+    int64_t min_m = 0;
 
     constexpr int block_n() const { return warps_n * strips * 16; }
     constexpr int block_m() const { return columns * 8; }
@@ -29,10 +30,14 @@ struct Row {
 
 constexpr int64_t kAny = int64_t(1) << 40;
 constexpr int kNewest = 999;
+// Where a library's product after dequantizing should pass the fused tiles: Marlin, which has tiles like ours, runs at
+// 0.73 of cuBLAS on A100, and dequantizing (2.5 bytes a weight) costs as much at about this M. To be measured.
+constexpr int64_t kManyRows = 512;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
 // The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
-// stages; sm_75 has no asynchronous copies, so two stages are all that helps there.
+// stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no asynchronous copies, so two stages
+// are all that helps there.
 constexpr Row kRows[] = {
     {"stream8", Kernel::kGemm, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},
@@ -45,8 +50,10 @@ constexpr Row kRows[] = {
     {"tile32_turing", Kernel::kGemm, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
     {"int8_wgmma64", Kernel::kInt8, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
     {"int8_wgmma128", Kernel::kInt8, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
-    {"int8", Kernel::kInt8, 4, 1, 2, 8, {4, 4}, 2, kAny, 80, kNewest},
+    {"int8", Kernel::kInt8, 4, 1, 2, 8, {3, 4}, 2, kAny, 80, kNewest},
     {"int8_turing", Kernel::kInt8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
+    {"dense", Kernel::kDense, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, false, kManyRows},
+    {"dense", Kernel::kDense, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, false, kManyRows},
     {"plain", Kernel::kPlain, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 
@@ -86,10 +93,26 @@ constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
     return {0, scales, sums, total};
 }
 
+constexpr int64_t kLibraryWorkspace = 4 << 20;  // what cuBLASLt recommends before Hopper
+
+// dequantized weights, fp32 sums and the library's own, in the workspace
+struct DenseBuffers {
+    int64_t weights, sums, library, total;  // offsets
+};
+constexpr DenseBuffers dense_buffers(int64_t m, int64_t n, int64_t k) {
+    int64_t const sums = align(n * k * 2), library = sums + align(m * n * 4);
+    return {0, sums, library, library + kLibraryWorkspace};
+}
+
+int32_t find_library();
+
 // Each returns null or what the runtime said.
 char const* query_device(int32_t& sm, int32_t& sm_count);
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+// Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
+char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);
 char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 
 }  // namespace wog

@@ -14,6 +14,10 @@ struct Output {
     int32_t n, activation, gated, wide;
 };
 
+inline Output output(wog_problem const& p, wog_tensors const& t) {
+    return {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide};
+}
+
 __device__ __forceinline__ float activate(float v, int activation) {
     switch (activation) {
         case WOG_SILU: return v / (1.0f + expf(-v));

@@ -19,10 +19,10 @@
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
 #include <array>
-#include <type_traits>
 #include <utility>
 
 #include "epilogue.h"
+#include "tile.h"
 
 namespace wog {
 namespace {
@@ -123,25 +123,8 @@ struct Gemm {
     }
 
     __device__ __forceinline__ void load_stage(int stage, int slot) const {
-        unsigned char* const xs = x_ring + slot * kXStage;
-#pragma unroll 1  // unrolled, its addresses cost registers that the large tiles do not have
-        for (int i = wn * 32 + lane; i < kBlockM * 8; i += WN * 32) {
-            int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 8;
-            bool const valid = m0 + row < p.out.m && k < p.k;
-            // XOR keeps the eight rows that load_matrices reads together in different banks
-            copy_async(xs + row * 128 + (chunk ^ row % 8) * 16, p.x + (valid ? (m0 + row) * p.k + k : 0), valid);
-        }
-        unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
-        int const strips = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
-        for (int s = 0; s < S; s++) {
-            int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
-            for (int b = 0; b < kBlocks; b++) {
-                int const block = stage * kBlocks + b;
-                bool const valid = strip < strips && block < blocks;
-                int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
-                copy_async(ws + (s * kBlocks + b) * 512, p.codes + (valid ? at * 512 + lane * 16 : 0), valid);
-            }
-        }
+        load_rows<kBlockM, WN * 32>(x_ring + slot * kXStage, p.x, m0, p.out.m, p.k, stage, wn * 32 + lane);
+        load_weights<Bits, kBlocks, S>(w_ring + slot * kWStage, p.codes, p.out.n, p.k, n0, stage, lane);
     }
 
     __device__ __forceinline__ void load_affine(int unit) {
@@ -306,13 +289,7 @@ struct Gemm {
         float* const tile = reinterpret_cast<float*>(dynamic_shared());
         copy_wait<0>();
         block_barrier();  // the rings become the tile
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-            for (int j = 0; j < C; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    tile[(wk * kBlockM + j * 8 + 2 * t + i % 2) * kPitch + (wn * S + s) * 16 + i / 2 * 8 + g] = acc[s][j][i];
+        store_sums(tile, kPitch, acc, wk * kBlockM, wn * S * 16, g, t);
         block_barrier();
         for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
             int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
@@ -332,12 +309,10 @@ struct Gemm {
     }
 };
 
-// Code is generated only where the table can choose it, and bf16 starts at sm_80.
 template <class T, int Bits, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(GemmArgs const p) {
 #if DEVICE_SM
-    constexpr bool kChosen = kRows[I].min_sm <= DEVICE_SM && DEVICE_SM <= kRows[I].max_sm;
-    if constexpr (kChosen && (DEVICE_SM >= 80 || std::is_same<T, Half>::value)) {
+    if constexpr (kGenerated<T, I>) {
         Gemm<T, Bits, I> block{p};
         block.accumulate();
         block.store();
@@ -345,17 +320,23 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(Ge
 #endif
 }
 
-// Sums the parts of K in their order; one thread per row and strip.
+struct EpilogueArgs {
+    float const* parts;
+    Output out;
+    int32_t splits;
+};
+
+// One thread per row and strip
 template <class T>
-__global__ void __launch_bounds__(256) add_parts(GemmArgs const p) {
+__global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
     int const strips = p.out.n / 16;
     int64_t const item = int64_t(blockIdx.x) * 256 + threadIdx.x, m = item / strips;
     int const n = int(item % strips) * 16;
     if (m >= p.out.m) return;
     float v[16];
-    for (int i = 0; i < 16; i++) v[i] = p.partials[m * p.out.n + n + i];
+    for (int i = 0; i < 16; i++) v[i] = p.parts[m * p.out.n + n + i];
     for (int part = 1; part < p.splits; part++)
-        for (int i = 0; i < 16; i++) v[i] += p.partials[(part * p.out.m + m) * p.out.n + n + i];
+        for (int i = 0; i < 16; i++) v[i] += p.parts[(part * p.out.m + m) * p.out.n + n + i];
     finish<T>(p.out, v, m, n);
 }
 
@@ -371,24 +352,28 @@ char const* launch_rows(wog_problem const& p, GemmArgs const& args, wog_plan con
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
     auto const s = static_cast<Stream>(stream);
     dim3 const grid(plan.grid_m, plan.grid_n, plan.splits);
-    char const* failed = launch((p.bits == 4 ? kFour : kEight)[plan.row], grid, plan.threads, plan.shared, s, args);
-    if (!failed && plan.splits > 1)
-        failed = launch(add_parts<T>, dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0, s, args);
-    return failed;
+    return launch((p.bits == 4 ? kFour : kEight)[plan.row], grid, plan.threads, plan.shared, s, args);
 }
 
 }  // namespace
+
+char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream) {
+    return launch(p.type == WOG_F16 ? epilogue<Half> : epilogue<Bfloat>, dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0,
+                  static_cast<Stream>(stream), EpilogueArgs{parts, output(p, t), splits});
+}
 
 char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     GemmArgs const args{static_cast<uint16_t const*>(t.x),
                         static_cast<unsigned char const*>(t.codes),
                         static_cast<uint32_t const*>(t.affine),
                         plan.splits > 1 ? static_cast<float*>(t.workspace) : nullptr,
-                        {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                        output(p, t),
                         p.k,
                         p.group,
                         plan.splits};
-    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    char const* const failed =
+        p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    return failed || plan.splits == 1 ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
 }  // namespace wog

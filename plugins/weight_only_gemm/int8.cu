@@ -1,19 +1,21 @@
-// A8W8: activations quantized per row to int8, integer MMAs on unsigned weight codes, one float epilogue.
+// A8W8 and A8W4: activations quantized per row to int8, integer MMAs on unsigned weight codes, one float epilogue.
 //
 //     y[m, n] = s_x[m] * sum_g s[g, n] * (P_g[m, n] - z[g, n] * X_g[m]) + bias,    P, X exact int32
 //
 // quantize: one block per row. s_x = max|x| / 127 (1 for a row of zeros), values half to even; the same bits as
 // semantics.py. A row with a NaN or infinity gets a scale of NaN or infinity and spoils no other row.
 //
-// int8_gemm: the roles and rings of gemm.cu with stages of 128 k. WN warps side by side in n, each S strips x C * 8 m; the
-// packed words are the A registers as they are, of mma.sync and on Hopper of wgmma. 128 X is subtracted in int32, so the float zero is z - 128 and small.
+// int8_gemm: the roles and rings of gemm.cu with stages of 128 k. WN warps side by side in n, each S strips x C * 8 m.
+// The packed words are the A registers of mma.sync and on Hopper of wgmma: for 8 bits as they are, for 4 bits after one
+// mask each for row g (low nibbles) and row g + 8 (high ones). c X is subtracted in int32, c = 8 or 128, so that the
+// float zero is z - c and small.
 #include "int8.h"
 
 #include <array>
-#include <type_traits>
 #include <utility>
 
 #include "epilogue.h"
+#include "tile.h"
 
 namespace wog {
 namespace {
@@ -93,12 +95,15 @@ struct Int8Args {
 
 constexpr int kStageK = stage_k(Kernel::kInt8);
 
-template <class T, int I>
+template <class T, int Bits, int I>
 struct Int8Gemm {
     static constexpr Row kRow = kRows[I];
-    static constexpr int WN = kRow.warps_n, S = kRow.strips, C = kRow.columns, Stages = kRow.stages[1];
+    static constexpr int WN = kRow.warps_n, S = kRow.strips, C = kRow.columns, Stages = kRow.stages[Bits == 8];
     static constexpr int kThreads = kRow.threads(), kBlockN = kRow.block_n(), kBlockM = kRow.block_m();
-    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kRow.kernel, S, 8);
+    static constexpr int kXStage = x_stage_bytes(C), kWStage = w_stage_bytes(kRow.kernel, S, Bits);
+    static constexpr int kBlocks = Bits / 2;            // 512-byte blocks of a strip in a stage
+    static constexpr int kBlockUnits = 4 / kBlocks;     // each of so many times 32 k
+    static constexpr int kCenter = 1 << (Bits - 1);
     static_assert(kRow.warps_k == 1, "K is not divided: sums of activations are kept for whole groups");
 
     Int8Args const& p;
@@ -113,37 +118,30 @@ struct Int8Gemm {
     bool fresh = true;  // the group under way has no products yet
 
     __device__ __forceinline__ void load_stage(int stage, int slot) const {
-        unsigned char* const xs = x_ring + slot * kXStage;
-#pragma unroll 1  // unrolled, its addresses cost registers
-        for (int i = threadIdx.x; i < kBlockM * 8; i += kThreads) {
-            int const row = i / 8, chunk = i % 8, k = stage * kStageK + chunk * 16;
-            bool const valid = m0 + row < p.out.m && k < p.k;
-            copy_async(xs + row * 128 + (chunk ^ row % 8) * 16, p.rows.values + (valid ? (m0 + row) * p.k + k : 0), valid);
-        }
-        unsigned char* const ws = w_ring + slot * kWStage + lane * 16;
-        int const strips = p.out.n / 16, blocks = p.k / 32;
-        for (int s = 0; s < S; s++) {
-            int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
-            for (int b = 0; b < 4; b++) {
-                int const block = stage * 4 + b;
-                bool const valid = strip < strips && block < blocks;
-                int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
-                copy_async(ws + (s * 4 + b) * 512, p.codes + (valid ? at * 512 + lane * 16 : 0), valid);
-            }
-        }
+        load_rows<kBlockM, kThreads>(x_ring + slot * kXStage, p.rows.values, m0, p.out.m, p.k, stage, threadIdx.x);
+        load_weights<Bits, kBlocks, S>(w_ring + slot * kWStage, p.codes, p.out.n, p.k, n0, stage, lane);
     }
 
-    // The packed words of one strip's 32 k are the A fragment
-    __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], int slot, int s, int unit) const {
-        uint4 const w = *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * 4 + unit) * 512 + lane * 16);
-        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    __device__ __forceinline__ uint4 load_words(int slot, int s, int block) const {
+        return *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * kBlocks + block) * 512 + lane * 16);
+    }
+
+    // The A fragment of 32 k from the words of the block that they lie in
+    static __device__ __forceinline__ void unpack(uint32_t (&a)[4], uint4 const& w, int unit) {
+        if constexpr (Bits == 8) {
+            a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+        } else {
+            uint32_t const low = unit % 2 ? w.z : w.x, high = unit % 2 ? w.w : w.y;  // k16 steps
+            a[0] = low & 0x0f0f0f0f, a[1] = low >> 4 & 0x0f0f0f0f;
+            a[2] = high & 0x0f0f0f0f, a[3] = high >> 4 & 0x0f0f0f0f;
+        }
     }
 
     // P += codes * x for 32 k, warp by warp
-    __device__ __forceinline__ void multiply_unit(int slot, int unit) {
+    __device__ __forceinline__ void multiply_unit(int slot, int unit, uint4 const (&words)[S]) {
         uint32_t a[S][4];
 #pragma unroll
-        for (int s = 0; s < S; s++) load_fragment(a[s], slot, s, unit);
+        for (int s = 0; s < S; s++) unpack(a[s], words[s], unit);
 #pragma unroll
         for (int j = 0; j < C; j += 2) {  // two columns of 8 m: 32 k of each is two 8x16-byte matrices
             uint32_t x[4];
@@ -164,7 +162,7 @@ struct Int8Gemm {
 #pragma unroll
         for (int u = 0; u < Units; u++)
 #pragma unroll
-            for (int s = 0; s < S; s++) load_fragment(a[u][s], slot, s, first + u);
+            for (int s = 0; s < S; s++) unpack(a[u][s], load_words(slot, s, (first + u) / kBlockUnits), first + u);
         settle(a);
         settle(sum);
         warpgroup_begin();
@@ -186,7 +184,7 @@ struct Int8Gemm {
             for (int h = 0; h < 2; h++) {
                 int const n = n0 + s * 16 + h * 8 + g;
                 uint32_t const affine = n < p.out.n ? p.affine[int64_t(group) * p.out.n + n] : 0;
-                float const scale = to_float<T>(uint16_t(affine)), zero = to_float<T>(uint16_t(affine >> 16)) - 128.0f;
+                float const scale = to_float<T>(uint16_t(affine)), zero = to_float<T>(uint16_t(affine >> 16)) - kCenter;
 #pragma unroll
                 for (int j = 0; j < C; j++)
 #pragma unroll
@@ -194,7 +192,7 @@ struct Int8Gemm {
                         int64_t const m = m0 + j * 8 + 2 * t + e;
                         int32_t const x_sum = m < p.out.m ? p.rows.sums[group * p.out.m + m] : 0;
                         int32_t& total = sum[s][j][2 * h + e];
-                        acc[s][j][2 * h + e] += scale * (float(total - 128 * x_sum) - zero * float(x_sum));
+                        acc[s][j][2 * h + e] += scale * (float(total - kCenter * x_sum) - zero * float(x_sum));
                         if constexpr (!kRow.wgmma) total = 0;
                     }
             }
@@ -228,13 +226,17 @@ struct Int8Gemm {
                     continue;
                 }
             }
+            uint4 words[S];
 #pragma unroll
             for (int unit = 0; unit < 4; unit++) {
                 if (stage * 4 + unit >= units) break;
-                if constexpr (kRow.wgmma)
+                if constexpr (kRow.wgmma) {
                     multiply_units<1>(slot, unit);
-                else
-                    multiply_unit(slot, unit);
+                } else {
+                    if (unit % kBlockUnits == 0)
+                        for (int s = 0; s < S; s++) words[s] = load_words(slot, s, unit / kBlockUnits);
+                    multiply_unit(slot, unit, words);
+                }
                 advance(1);
             }
         }
@@ -245,13 +247,7 @@ struct Int8Gemm {
         float* const tile = reinterpret_cast<float*>(dynamic_shared());
         copy_wait<0>();
         block_barrier();
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-            for (int j = 0; j < C; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    tile[(j * 8 + 2 * t + i % 2) * kPitch + (wn * S + s) * 16 + i / 2 * 8 + g] = acc[s][j][i];
+        store_sums(tile, kPitch, acc, 0, wn * S * 16, g, t);
         block_barrier();
         for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
             int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
@@ -265,12 +261,11 @@ struct Int8Gemm {
     }
 };
 
-template <class T, int I>
+template <class T, int Bits, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) int8_gemm(Int8Args const p) {
 #if DEVICE_SM
-    constexpr Row row = kRows[I];
-    if constexpr (row.min_sm <= DEVICE_SM && DEVICE_SM <= row.max_sm && (DEVICE_SM >= 80 || !std::is_same<T, Bfloat>::value)) {
-        Int8Gemm<T, I> block{p};
+    if constexpr (kGenerated<T, I>) {
+        Int8Gemm<T, Bits, I> block{p};
         block.accumulate();
         block.store();
     }
@@ -279,15 +274,17 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) int8_ge
 
 constexpr int kFirst = first_row(Kernel::kInt8);
 
-template <class T, int... I>
+template <class T, int Bits, int... I>
 constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(Int8Args), sizeof...(I)>{int8_gemm<T, kFirst + I>...};
+    return std::array<void (*)(Int8Args), sizeof...(I)>{int8_gemm<T, Bits, kFirst + I>...};
 }
 
 template <class T>
-char const* launch_rows(Int8Args const& args, wog_plan const& plan, Stream stream) {
-    constexpr auto kAll = instances<T>(std::make_integer_sequence<int, count_rows(Kernel::kInt8)>{});
-    return launch(kAll[plan.row - kFirst], dim3(plan.grid_m, plan.grid_n), plan.threads, plan.shared, stream, args);
+char const* launch_rows(int bits, Int8Args const& args, wog_plan const& plan, Stream stream) {
+    constexpr std::make_integer_sequence<int, count_rows(Kernel::kInt8)> kAll;
+    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    auto* const kernel = (bits == 4 ? kFour : kEight)[plan.row - kFirst];
+    return launch(kernel, dim3(plan.grid_m, plan.grid_n), plan.threads, plan.shared, stream, args);
 }
 
 }  // namespace
@@ -303,11 +300,11 @@ char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan con
     Int8Args const args{int8_rows(p, t.workspace),
                         static_cast<unsigned char const*>(t.codes),
                         static_cast<uint32_t const*>(t.affine),
-                        {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                        output(p, t),
                         p.k,
                         p.group};
     auto const s = static_cast<Stream>(stream);
-    return p.type == WOG_F16 ? launch_rows<Half>(args, plan, s) : launch_rows<Bfloat>(args, plan, s);
+    return p.type == WOG_F16 ? launch_rows<Half>(p.bits, args, plan, s) : launch_rows<Bfloat>(p.bits, args, plan, s);
 }
 
 }  // namespace wog

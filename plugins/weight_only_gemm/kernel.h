@@ -21,10 +21,12 @@ typedef struct {
     int32_t type;             // wog_type of x, affine, bias and y
     int32_t activation;       // wog_activation
     int32_t gated;            // 1: y[M, N/2] = act(gate) * up, strips of eight gates and eight ups
-    int32_t activation_bits;  // 16, or 8: x is quantized per row to int8 (codes of 8 bits only)
+    int32_t activation_bits;  // 16, or 8: x is quantized per row to int8
     int32_t sm, sm_count;     // of the device: 75, 80, 86, 89, 90, 100, 120
     int32_t wide;             // 1: y is float32, for tests of the arithmetic before the output's rounding
     int32_t plain;            // 1: the plain kernel, against which the fast ones are tested
+    int32_t rounded_weights;  // 1: dequantized weights may be rounded to `type`, for a library's product of many rows
+    int32_t library;          // 1: the device has that library (wog_library)
 } wog_problem;
 
 typedef struct {
@@ -50,6 +52,9 @@ WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors
 
 // sm and sm_count of the current CUDA device.
 WOG_EXPORT int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size);
+
+// 1 where cuBLASLt can be loaded and serves the current CUDA device. The first call loads it; not for graph captures.
+WOG_EXPORT int32_t wog_library(void);
 
 // The largest workspace that any m <= problem->m needs on any device: an engine may be built far from where it runs.
 WOG_EXPORT int64_t wog_workspace(wog_problem const* problem);

@@ -10,7 +10,8 @@ lanes, and is read by exactly one warp with one 16-byte load per lane.
         row    g+8     g       g+8     g     |  g+8     g      g+8      g
         k      2t+9    2t+9    2t+1    2t+1  |  2t+8    2t+8   2t       2t          (all plus 16 j)
 
-        so that (w >> {0, 4, 8, 12}) & 0x000f000f are the two halves of A registers 0, 1, 2, 3 of mma.m16n8k16.
+        so that (w >> {0, 4, 8, 12}) & 0x000f000f are the two halves of A registers 0, 1, 2, 3 of mma.m16n8k16, and
+        (w >> {0, 4}) & 0x0f0f0f0f are the A registers 2 (j % 2) + {0, 1} of mma.m16n8k32.u8, as for 8 bits below.
 
     8 bits: block = 16 n x 32 k.  word 2 j + h of lane (g, t) is row g + 8 h of k16 step j:
 

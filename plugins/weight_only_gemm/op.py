@@ -25,7 +25,7 @@ def check(v: Mapping[str, int]) -> str | None:
             group > 0 and group % 32 == 0 == k % group,
             f"group is {group}, expected a multiple of 32 that divides K = {k}",
         ),
-        (v["activation_bits"] == 16 or v["bits"] == 8, f"activation_bits 8 needs bits 8, found {v['bits']}"),
+        (v["activation_bits"] == 16 or k <= 65536, f"K is {k}, expected at most 65536 with activation_bits 8"),
     )
     return next((wrong for holds, wrong in rules if not holds), None)
 
@@ -46,6 +46,7 @@ OP = Op(
         Attr("activation", NONE, tuple(ACTIVATIONS)),
         Attr("gated", 0, (0, 1)),
         Attr("activation_bits", 16, (16, 8)),
+        Attr("rounded_weights", 0, (0, 1)),  # 1: many rows may use weights rounded to x's type
         Attr("layout_tag", layout.TAG, (layout.TAG,)),
         Attr("layout_version", layout.VERSION, (layout.VERSION,)),
     ),

@@ -58,7 +58,7 @@ char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan co
                          rows,
                          static_cast<unsigned char const*>(t.codes),
                          static_cast<uint16_t const*>(t.affine),
-                         {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide},
+                         output(p, t),
                          p.k,
                          p.group,
                          p.bits};

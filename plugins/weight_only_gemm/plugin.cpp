@@ -38,8 +38,9 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
         return size_t(wog_workspace(&p));
     }
 
-    static bool describe(runtime::Device& device) {
+    static bool describe(Attributes const& a, runtime::Device& device) {
         char error[256];
+        device.library = a[kRoundedWeights] ? wog_library() : 0;
         if (!wog_device(&device.sm, &device.multiprocessors, error, sizeof error)) return true;
         runtime::complain(kName, "%s", error);
         return false;
@@ -51,7 +52,7 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
         if (m == 0) return 0;  // an empty batch has an empty result
         wog_problem p = problem(a, m, int32_t(in[kAffine].dims.d[1] / 2), columns(in[kX].dims),
                                 in[kX].type == DataType::kBF16 ? WOG_BF16 : WOG_F16);
-        p.sm = device.sm, p.sm_count = device.multiprocessors;
+        p.sm = device.sm, p.sm_count = device.multiprocessors, p.library = device.library;
         wog_tensors const t{inputs[kX], inputs[kCodes], inputs[kAffine], count == kInputs ? inputs[kBias] : nullptr,
                             y, workspace};
         char error[256];
@@ -63,7 +64,7 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
 private:
     static wog_problem problem(Attributes const& a, int64_t m, int32_t n, int32_t k, int32_t type) {
         return {m,           n, k, a[kGroup], a[kBits], type, a[kActivation], a[kGated], a[kActivationBits], 80, 1,
-                /*wide=*/0, /*plain=*/0};
+                /*wide=*/0, /*plain=*/0, a[kRoundedWeights], /*library=*/0};
     }
 
     static int64_t constant(DimsExprs const& shape, int32_t axis) {

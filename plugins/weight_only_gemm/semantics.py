@@ -21,7 +21,7 @@ ACTIVATIONS = {
 
 
 def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """A8W8's activations: symmetric, one float32 scale per row; a row of zeros has scale 1. Half to even."""
+    """int8 activations: symmetric, one float32 scale per row; a row of zeros has scale 1. Half to even."""
     x, top = x.astype(np.float32), np.float32(127)
     amax = np.abs(x).max(axis=-1, keepdims=True)
     amax = np.where(amax == 0, top, amax)

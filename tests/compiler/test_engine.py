@@ -364,7 +364,8 @@ def test_the_compute_type_is_the_checkpoints_where_the_gpu_has_it(target: str) -
 def test_who_builds_what_without_a_gpu() -> None:
     assert choose_builder(find_target("sm89"), "auto") == Choice("tensorrt_rtx")
     assert "has no sm90" in choose_builder(find_target("sm90"), "auto").reason
-    assert "no int4" in choose_builder(find_target("sm75"), "auto", frozenset({4})).reason
+    assert "no int4" in choose_builder(find_target("sm75"), "auto", int4=True).reason
+    assert choose_builder(find_target("sm75"), "auto") == Choice("tensorrt_rtx")
     assert choose_builder(find_target("sm89"), "kit").flavour is None
     with pytest.raises(UserError, match="cannot build for sm90 here"):
         choose_builder(find_target("sm90"), "tensorrt-rtx")

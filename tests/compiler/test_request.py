@@ -86,6 +86,7 @@ def test_a_custom_config_with_quantization_disabled_is_an_error() -> None:
         {"lm_head": "int4"},
         {"embeddings": "fp8"},
         {"cpu_preset": "turbo"},
+        {"plugin_rounding": True},
     ],
 )
 def test_impossible_requests_are_refused(fields: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compiler.quant.config import QuantConfig
-from compiler.support import METHODS, Shown, cell, check_supported, markdown
+from compiler.support import METHODS, Shown, cell, check_supported, markdown, method_of
 from compiler.target import TARGETS, Backend, find_target
 from passes.errors import UserError
 from tests.conftest import ROOT
@@ -46,3 +46,19 @@ def test_what_is_refused_says_why_and_where_it_runs() -> None:
             check_supported([target], config)
         assert caught.value.found == cell(method, target).reason
         assert "x86" in caught.value.fix
+
+
+def test_the_plugin_runs_what_tensorrt_alone_cannot() -> None:
+    """Every GPU with int8 tensor cores that TensorRT still knows; the README says so in a note of the refused cell."""
+    a8w4 = QuantConfig("gptq", "uint4", compute_method="activate_quant")
+    for target in (t for t in TARGETS if t.backend is Backend.TENSORRT):
+        with pytest.raises(UserError) as refused:
+            check_supported([target], a8w4)
+        assert refused.value.fix.startswith("--plugin FILE, or ") == (target.sm != 70)
+        if target.sm != 70:
+            check_supported([target], a8w4, plugin=True)
+            shown = cell(method_of(a8w4), target, plugin=True)
+            assert shown.shown is (Shown.BUILT if target.rtx else Shown.COMPILED)
+            assert f"no int8 by int4 product without `--plugin`; with it: {shown}" in markdown()
+    with pytest.raises(UserError, match="no int8 tensor cores"):
+        check_supported([find_target("sm70")], a8w4, plugin=True)

@@ -105,8 +105,9 @@ def test_equals_the_twin(bits: int, group: int, symmetric: bool, dtype: np.dtype
     net.check(twin, lowered)
 
 
-def test_group_wise_int8_activations_equal_the_twin() -> None:
-    net = Network(8, 64, F16, symmetric=True)
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(8, 64, True), (4, 64, False), (4, 32, True), (4, K, False)])
+def test_int8_activations_equal_the_twin(bits: int, group: int, symmetric: bool) -> None:
+    net = Network(bits, group, F16, symmetric)
     twin, lowered, _ = net.compile(net.linear("layer", activations="int8"))
     assert ops(lowered) == ["WeightOnlyGemm"], "the Q/DQ pair in front is inside the plugin"
     assert lowered.nodes[1].attrs["activation_bits"] == 8
@@ -131,6 +132,40 @@ def test_bias_activation_and_gate_up_are_fused() -> None:
     assert (fused.attrs["gated"], fused.attrs["activation"]) == (1, 1)
     assert OP.bind([(1, K), *(t.shape for t in fused.inputs[1:])], {**attrs(fused)}) == ((1, 144),)
     net.check(twin, lowered)
+
+
+@pytest.mark.parametrize(("approximate", "activation"), [("none", 2), ("tanh", 3)])
+def test_gelu_is_the_activation(approximate: str, activation: int) -> None:
+    net = Network()
+    y = net.bias(net.linear("layer"), "sum")
+    y = add(net.graph, "Gelu", [y], gs.Variable("gelu", np.float32, ("M", 144)), approximate=approximate)
+    twin, lowered, _ = net.compile(y)
+    assert ops(lowered) == ["WeightOnlyGemm"]
+    assert lowered.nodes[1].attrs["activation"] == activation
+    net.check(twin, lowered)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_gate_pair_brings_its_biases(dtype: np.dtype[Any]) -> None:
+    """Gemma's GeGLU, with biases: they alternate as the rows do, and are added before activation and product."""
+    net = Network(dtype=dtype)
+    gate, up = net.bias(net.linear("gate"), "gate.sum"), net.bias(net.linear("up"), "up.sum")
+    gelu = add(net.graph, "Gelu", [gate], gs.Variable("gelu", np.float32, ("M", 144)), approximate="tanh")
+    twin, lowered, _ = net.compile(net.node("Mul", [gelu, up], "product"))
+    assert ops(lowered) == ["WeightOnlyGemm"]
+    (node,) = (n for n in lowered.nodes if n.op == OP.name)
+    assert (node.attrs["gated"], node.attrs["activation"]) == (1, 3)
+    assert OP.bind([(1, K), *(t.shape for t in node.inputs[1:])], {**attrs(node)}) == ((1, 144),)
+    net.check(twin, lowered)
+
+
+def test_a_gate_pair_with_one_bias_is_not_fused() -> None:
+    net = Network()
+    gate, up = net.bias(net.linear("gate"), "gate.sum"), net.linear("up")
+    silu = net.node("Mul", [gate, net.node("Sigmoid", [gate], "s")], "silu")
+    _, lowered, ledger = net.compile(net.node("Mul", [silu, up], "product"))
+    assert ops(lowered) == ["Mul", "WeightOnlyGemm", "WeightOnlyGemm"]
+    assert ledger.entries[-1].reason == "one of gate and up has a bias"
 
 
 def attrs(node: gs.Node) -> dict[str, int]:
@@ -203,6 +238,17 @@ def test_gate_and_up_alternate_in_strips_of_eight() -> None:
     rows = layout.unpack(packed, 4, K).reshape(18, 2, 8, K)
     assert np.array_equal(rows[:, 0].reshape(144, K), gate)
     assert np.array_equal(rows[:, 1].reshape(144, K), up)
+
+
+@pytest.mark.parametrize(("activations", "expected"), [("float", 1), ("int8", 0)])
+def test_weights_are_rounded_only_where_asked(activations: Activations, expected: int) -> None:
+    net = Network()
+    net.graph.outputs = [net.linear("layer", activations=activations)]
+    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], Ledger())
+    for rounded, attribute in ((False, 0), (True, expected)):
+        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, rounded)], Ledger())
+        (node,) = (n for n in lowered.nodes if n.op == OP.name)
+        assert node.attrs["rounded_weights"] == attribute
 
 
 def test_refuses_what_the_plugin_does_not_take() -> None:

@@ -46,14 +46,16 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
-KERNELS = ("gemm.cu", "int8.cu", "plain.cu")
+KERNELS = ("gemm.cu", "int8.cu", "dense.cu", "plain.cu")
 
 
-def c_problem(p: Problem, sm: int, sm_count: int = 132, wide: bool = False, plain: bool = False) -> dict[str, int]:
+def c_problem(
+    p: Problem, sm: int, sm_count: int = 132, wide: bool = False, plain: bool = False, library: bool = False
+) -> dict[str, int]:
     m, k = p.x.shape
     return {
         "m": m, "n": p.affine.shape[1] // 2, "k": k, **p.attrs, "type": int(p.x.dtype == BF16),
-        "sm": sm, "sm_count": sm_count, "wide": int(wide), "plain": int(plain),
+        "sm": sm, "sm_count": sm_count, "wide": int(wide), "plain": int(plain), "library": int(library),
     }  # fmt: skip
 
 
@@ -93,8 +95,16 @@ class Emulated:
     library: Library
     sm: int
 
-    def run(self, p: Problem, wide: bool = False, plain: bool = False, sm_count: int = 132, seed: int = 1) -> Array:
-        problem = c_problem(p, self.sm, sm_count, wide, plain)
+    def run(
+        self,
+        p: Problem,
+        wide: bool = False,
+        plain: bool = False,
+        sm_count: int = 132,
+        seed: int = 1,
+        library: bool = False,
+    ) -> Array:
+        problem = c_problem(p, self.sm, sm_count, wide, plain, library)
         os.environ["EMULATOR_SEED"] = str(seed)
         shape = (p.x.shape[0], p.affine.shape[1] // 2 // (1 + p.attrs["gated"]))
         dtype = np.dtype(np.float32) if wide else p.x.dtype
@@ -111,6 +121,14 @@ class Emulated:
         if touched := [name for name, block in memory.items() if not block.intact()]:
             raise AssertionError(f"wrote before the start of {touched}")
         return memory["y"].read(dtype, shape)
+
+
+def build_cublaslt(folder: Path) -> Path:
+    """A stand-in for cuBLASLt whose memory is this CPU's."""
+    out = folder / "libcublasLt.so.13"
+    command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", f"-Wl,-soname,{out.name}"]
+    subprocess.run([*command, str(Path(__file__).parent / "emulator/cublaslt.cpp"), "-o", str(out)], check=True)
+    return out
 
 
 def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:

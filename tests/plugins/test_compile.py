@@ -72,11 +72,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def name(kernel: str, arguments: str) -> tuple[str, str, int]:
     """gemm<Half, 4, 0> -> ("stream8", "Half", 4): rows of the table by their names."""
     kind, *numbers = (a.strip() for a in arguments.split(","))
-    if kernel == "gemm":
+    if kernel in ("gemm", "int8_gemm"):
         return ROWS[int(numbers[1])], kind, int(numbers[0])
-    if kernel == "int8_gemm":
-        return ROWS[int(numbers[0])], kind, 8
-    return kernel, kind, 0
+    return kernel, kind, int(numbers[0]) if numbers else 0
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +98,10 @@ def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compil
     rows = [r for r in ROWS if r.endswith("_turing") == turing]
     rows = [r for r in rows if hopper or "wgmma" not in r]
     types = ("Half",) if turing else ("Half", "Bfloat")
-    chosen = {(r, t, b) for r in rows for t in types for b in ((8,) if r.startswith("int8") else (4, 8))}
-    always = {(k, t, 0) for k in ("plain", "quantize", "add_parts") for t in ("Half", "Bfloat")}
-    assert built == chosen | always
+    chosen = {(r, t, b) for r in rows for t in types for b in (4, 8)}
+    always = {(k, t, 0) for k in ("plain", "quantize", "epilogue") for t in ("Half", "Bfloat")}
+    dequantize = {("dequantize", t, b) for t in ("Half", "Bfloat") for b in (4, 8)}
+    assert built == chosen | always | dequantize
 
 
 def test_nothing_spills_and_registers_stay_in_budget(compiled: list[Compiled]) -> None:

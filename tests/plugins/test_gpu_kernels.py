@@ -14,7 +14,7 @@ import torch
 
 from plugins.schema import DType
 from plugins.weight_only_gemm.op import OP
-from tools.gpu.gemm import Gemm, check, device_numbers, random_weight
+from tools.gpu.gemm import FORMATS, Gemm, check, device_numbers, random_weight
 from tools.gpu.library import Library
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,9 @@ SHAPES = [  # n, k, group
     (16, 64, 32), (48, 128, 64), (128, 192, 32), (144, 3584, 128), (3584, 3584, 3584), (4608, 4096, 128),
     (18944, 3584, 64), (3584, 18944, 128),
 ]  # fmt: skip
-FORMATS = [(4, 16), (8, 16), (8, 8)]
+
+
+every_format = pytest.mark.parametrize("format_", FORMATS, ids=[f"a{a}w{w}" for w, a in FORMATS])
 
 
 def library(sm: str = "") -> Library:
@@ -53,7 +55,7 @@ def rows(m: int, k: int, dtype: torch.dtype, data: str = "normal") -> torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sizes(shape: tuple[int, int, int], format_: tuple[int, int], dtype: torch.dtype) -> None:
     """Every M of every shape, in float32 (the arithmetic) and rounded (what users get)."""
@@ -66,7 +68,7 @@ def test_sizes(shape: tuple[int, int, int], format_: tuple[int, int], dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 @pytest.mark.parametrize("zeros", ["float", "integer", "low", "high"])
 @pytest.mark.parametrize("data", ["outliers", "shifted", "zero_rows"])
 def test_awkward_data(data: str, zeros: str, format_: tuple[int, int], dtype: torch.dtype) -> None:
@@ -79,7 +81,7 @@ def test_awkward_data(data: str, zeros: str, format_: tuple[int, int], dtype: to
 
 @pytest.mark.parametrize("activation", range(4))
 @pytest.mark.parametrize("gated", [0, 1])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_epilogue(format_: tuple[int, int], gated: int, activation: int) -> None:
     weight = random_weight(288, 512, format_[0], 64, F16, bias=True)
     for m in (3, 12, 30, 100):
@@ -87,7 +89,7 @@ def test_epilogue(format_: tuple[int, int], gated: int, activation: int) -> None
         check(Gemm(library(), rows(m, 512, F16), weight, options), 2e-5, 1e-5)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 300])
 def test_same_bits_every_time_in_graphs_and_on_streams(m: int, format_: tuple[int, int]) -> None:
     weight = random_weight(1024, 4096, format_[0], 128, F16)
@@ -115,7 +117,7 @@ def test_same_bits_every_time_in_graphs_and_on_streams(m: int, format_: tuple[in
     assert torch.equal(two.output(), first)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_a_bad_row_spoils_no_other(format_: tuple[int, int]) -> None:
     weight = random_weight(256, 1024, format_[0], 128, F16)
     for m in (6, 14, 28, 90):
@@ -129,7 +131,7 @@ def test_a_bad_row_spoils_no_other(format_: tuple[int, int]) -> None:
         assert bool(spoiled.output()[3].isnan().all())
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
     weight = random_weight(144, 512, format_[0], 64, BF16, bias=True)
     options = {"activation_bits": format_[1], "wide": 1, "plain": 1}
@@ -137,12 +139,27 @@ def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("sm", [75, 80])
-@pytest.mark.parametrize("format_", FORMATS)
+@every_format
 def test_code_of_older_gpus_through_the_driver_compiler(sm: int, format_: tuple[int, int]) -> None:
     weight = random_weight(272, 1120, format_[0], 160, F16, bias=True)
     for m in (1, 9, 20, 70, 130):
         options = {"activation_bits": format_[1], "wide": 1, "sm": sm}
         check(Gemm(library(f"_{sm}"), rows(m, 1120, F16), weight, options), 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("sm", [75, 80])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_by_cublaslt(sm: int, bits: int) -> None:
+    """The table of an older GPU, asked to round weights: their product, and nothing else rounded."""
+    kernels, weight = library(f"_{sm}"), random_weight(272, 1120, bits, 160, F16, bias=True)
+    if not kernels.has_cublaslt():
+        pytest.skip("no libcublasLt.so.12 or .13 on the loader's path")
+    gemm = Gemm(kernels, rows(600, 1120, F16), weight, {"rounded_weights": 1, "library": 1, "sm": sm, "wide": 1})
+    assert gemm.plan.kernel == "dense"
+    gemm()
+    assert weight.bias is not None
+    truth = gemm.x.double() @ weight.dense(F16).double().T + weight.bias.double()
+    assert float((gemm.output().double() - truth).norm()) <= 2e-5 * float(truth.norm())
 
 
 def test_tolerance_bites() -> None:

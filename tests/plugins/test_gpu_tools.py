@@ -16,9 +16,8 @@ from plugins.weight_only_gemm import semantics
 from plugins.weight_only_gemm.op import OP
 from tests.plugins.kernels import ROOT, Emulated
 from tools.gpu import bench, gemm
-from tools.gpu.gemm import GUARD, Gemm, check, exact, random_weight
-
-FORMATS = [(4, 16), (8, 16), (8, 8)]
+from tools.gpu.gemm import FORMATS, GUARD, Gemm, check, exact, random_weight
+from tools.gpu_check import by_outcome
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runner_and_oracle(emulated: dict[int, Emulated], gated: int, bits: int, activation_bits: int) -> None:
     weight = random_weight(48, 192, bits, 64, torch.bfloat16, bias=True)
     for m in (3, 33):
-        options = {"activation_bits": activation_bits, "gated": gated, "activation": 1, "wide": 1}
+        options = {"activation_bits": activation_bits, "gated": gated, "activation": 1, "wide": 1, "sm": 80}
         check(Gemm(emulated[90].library, torch.randn(m, 192).bfloat16(), weight, options), 2e-5, 1e-5)
 
 
@@ -76,6 +75,18 @@ def test_report_and_plot(tmp_path: Path) -> None:
     bench.plot(report, tmp_path / "roof.png")
     assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(report)
+
+
+def test_the_report_names_every_case(tmp_path: Path) -> None:
+    tests = "import pytest\n@pytest.mark.parametrize('w', [4, 8])\ndef test_bits(w):\n    assert w == 4\n"
+    (tmp_path / "test_two.py").write_text(tests + "def test_no():\n    pytest.skip('why')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+    subprocess.run(
+        [*command, f"--junit-xml={tmp_path}/t.xml", str(tmp_path / "test_two.py")], check=False, cwd=tmp_path
+    )
+    expected = {"passed": ["test_bits[4]"], "failure": ["test_bits[8]"], "error": [], "skipped": ["test_no"]}
+    assert by_outcome(tmp_path / "t.xml") == expected
+    assert not any(by_outcome(tmp_path / "absent.xml").values())
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU: run tools.gpu_check itself")

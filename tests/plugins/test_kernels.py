@@ -13,15 +13,16 @@ from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
 from tests.plugins.cases import BF16, F16, Case, Problem
 from tests.plugins.kernels import Emulated, c_problem
+from tools.gpu.gemm import FORMATS
 from tools.gpu.library import RefusedError
 
 WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
 Kernels = dict[int, Emulated]
 
-FORMATS = [  # sm, type, bits, activation bits
-    (75, F16, 4, 16), (75, F16, 8, 16), (75, F16, 8, 8),
-    (80, F16, 4, 16), (80, F16, 8, 16), (80, F16, 8, 8),
-    (80, BF16, 4, 16), (80, BF16, 8, 16), (80, BF16, 8, 8),
+KINDS = [  # sm, type, bits, activation bits
+    (75, F16, 4, 16), (75, F16, 8, 16), (75, F16, 4, 8), (75, F16, 8, 8),
+    (80, F16, 4, 16), (80, F16, 8, 16), (80, F16, 4, 8), (80, F16, 8, 8),
+    (80, BF16, 4, 16), (80, BF16, 8, 16), (80, BF16, 4, 8), (80, BF16, 8, 8),
 ]  # fmt: skip
 SIZES = [  # m, n, k, group: every row of the table, ragged m, n and k, groups that straddle stages and warps
     (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (9, 32, 1120, 160), (16, 128, 512, 512),
@@ -36,7 +37,7 @@ def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tuple[int, int, int, int]) -> None:
     sm, dtype, bits, activation_bits = kind
     m, n, k, group = size
@@ -45,7 +46,7 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
 
 
 @pytest.mark.parametrize("size", [(33, 272, 160, 32), (64, 48, 256, 128), (65, 144, 192, 64), (129, 48, 352, 352)])
-@pytest.mark.parametrize("kind", [(F16, 4, 16), (BF16, 8, 16), (F16, 8, 8)])
+@pytest.mark.parametrize("kind", [(F16, 4, 16), (BF16, 8, 16), (F16, 4, 8), (F16, 8, 8)])
 def test_warpgroup_products(
     emulated: Kernels, kind: tuple[np.dtype, int, int], size: tuple[int, int, int, int]
 ) -> None:
@@ -57,7 +58,7 @@ def test_warpgroup_products(
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 16), (8, 16), (8, 8)])
+@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
 @pytest.mark.parametrize(
     ("zeros", "data"),
     [("integer", "outliers"), ("low", "shifted"), ("high", "shifted"), ("float", "shifted"), ("float", "zero_rows")],
@@ -76,7 +77,8 @@ def test_awkward_data(
 def test_epilogue(emulated: Kernels, m: int, gated: int, activation: int) -> None:
     case = Case(m, 48, 64, bias=True, activation=activation, gated=gated)
     check(emulated[80], case.make())
-    check(emulated[80], replace(case, bits=8, activation_bits=8).make())
+    for bits in (4, 8):
+        check(emulated[80], replace(case, bits=bits, activation_bits=8).make())
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
@@ -118,25 +120,51 @@ def test_a_bad_row_spoils_no_other(emulated: Kernels, activation_bits: int) -> N
 
 
 def test_the_plain_kernel_agrees(emulated: Kernels) -> None:
-    for bits, activation_bits in ((4, 16), (8, 16), (8, 8)):
+    for bits, activation_bits in FORMATS:
         check(emulated[80], Case(3, 144, 96, bits, 96, bias=True, activation_bits=activation_bits).make(), plain=True)
 
 
-def test_quantized_activations_have_the_bits_of_the_reference(emulated: Kernels) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_activations_have_the_bits_of_the_reference(emulated: Kernels, bits: int) -> None:
     """Weights of one exact code per row read single activations back: y = s_x * q, so q and s_x compare exactly."""
     k = 64
     x = np.random.default_rng(5).standard_normal((9, k)).astype(np.float16)
     x[4] = 0
     one_hot = np.eye(k, dtype=np.uint8)
     affine = np.tile(np.array([1, 0], np.float16), (2, k))
-    base = Case(9, k, k, bits=8, group=32, activation_bits=8).make()
-    y = emulated[80].run(replace(base, x=x, codes=layout.pack(one_hot, 8), affine=affine), wide=True)
+    base = Case(9, k, k, bits, group=32, activation_bits=8).make()
+    y = emulated[80].run(replace(base, x=x, codes=layout.pack(one_hot, bits), affine=affine), wide=True)
     q, scale = quantize_rows(x)
     assert np.array_equal(y, q * scale)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 384])
+@pytest.mark.parametrize("m", [40, 70])
+def test_integer_products_have_the_same_bits_on_every_sm(emulated: Kernels, m: int, group: int, bits: int) -> None:
+    """Sums of a group are exact integers and groups are added in their order, whichever instruction multiplies."""
+    p = Case(m, 144, 384, bits, group, bias=True, activation_bits=8, zeros="float", data="shifted").make()
+    first, *others = (check(kernels, p) for kernels in emulated.values())
+    assert all(np.array_equal(first, other) for other in others)
+    assert np.array_equal(first, float32_formula(p)), "the whole arithmetic, in the order that int8.cu states"
+
+
+def float32_formula(p: Problem) -> np.ndarray:
+    """s_x * sum_g s * ((P - cX) - (z - c) X) + bias, groups in their order, every step rounded to float32."""
+    f32, bits, group, k = np.float32, p.attrs["bits"], p.attrs["group"], p.x.shape[1]
+    center = 2 ** (bits - 1)
+    q, row_scale = quantize_rows(p.x)
+    codes, total = layout.unpack(p.codes, bits, k).astype(np.int64), np.zeros((len(q), len(p.codes) * 16), f32)
+    for g in range(k // group):
+        x, w = (a[:, g * group : (g + 1) * group].astype(np.int64) for a in (q, codes))
+        x_sum, (scale, zero) = x.sum(1, keepdims=True), (p.affine[g, i::2].astype(f32) for i in (0, 1))
+        total += scale * ((x @ w.T - center * x_sum).astype(f32) - (zero - f32(center)) * x_sum.astype(f32))
+    assert p.bias is not None
+    return total * row_scale + p.bias.astype(f32)
+
+
 @pytest.mark.parametrize("sm", [75, 80])
-@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 16), (8, 16), (8, 8)])
+@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
 @pytest.mark.parametrize("m", [2, 40])
 def test_tolerance_bites(emulated: Kernels, sm: int, bits: int, activation_bits: int, m: int) -> None:
     p = Case(m, 144, 256, bits, 64, activation_bits=activation_bits).make()

@@ -88,11 +88,19 @@ def int8_mma(a: np.ndarray, b: np.ndarray, k_of_register: list[int]) -> np.ndarr
     return out
 
 
-def test_int8_words_are_the_integer_fragments_with_permuted_activations() -> None:
-    """m16n8k32 (registers a0..a3 = words 0..3) and, pairwise, m8n8k16 (words 2j + h for rows 8h..)."""
-    w, x = codes(16, 32, 8).astype(np.int64), np.random.default_rng(1).integers(-127, 128, (8, 32))
-    (lanes,) = words(layout.pack(w.astype(np.uint8), 8), 8, 16, 32).values()
-    a = lanes.copy().view(np.uint8).reshape(32, 2, 2, 4).astype(np.int64)  # lane, j, h, byte
+def integer_fragments(packed: np.ndarray, bits: int) -> np.ndarray:
+    """A registers of 32 k as int8.cu makes them of a block's words -> [32 lanes, k16 step, row g + 8 h, byte]."""
+    (lanes,) = words(packed, bits, 16, 32).values()
+    if bits == 4:
+        lanes = np.stack([lanes[:, j] >> 4 * h & 0x0F0F0F0F for j in (0, 1) for h in (0, 1)], axis=1)
+    return np.ascontiguousarray(lanes).view(np.uint8).reshape(32, 2, 2, 4).astype(np.int64)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_are_the_integer_fragments_with_permuted_activations(bits: int) -> None:
+    """m16n8k32 (registers 2j + h) and, pairwise, m8n8k16 (registers 2j + h for rows 8h..); 4 bits are masked."""
+    w, x = codes(16, 32, bits).astype(np.int64), np.random.default_rng(1).integers(-127, 128, (8, 32))
+    a = integer_fragments(layout.pack(w.astype(np.uint8), bits), bits)
     stored = x.reshape(8, 2, 16)[:, :, layout.ACTIVATION_ORDER]  # what the quantize kernel writes
     b = stored.reshape(8, 2, 4, 4).transpose(0, 2, 1, 3)  # row m = lane g, t, register j, byte
     assert np.array_equal(int8_mma(a, b, [0, 1]), w @ x.T)

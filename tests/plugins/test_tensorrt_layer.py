@@ -20,7 +20,7 @@ import onnx
 import pytest
 
 from compiler import pipeline
-from compiler.artifact import find_artifact
+from compiler.artifact import find_artifact, read_manifest
 from compiler.backend.tensorrt import EngineSpec, build
 from compiler.backend.writer import write_model
 from compiler.build import compile_model
@@ -37,6 +37,7 @@ from passes.rewrite import Ledger, run
 from plugins import ops
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
+from tests.checkpoints import whole_checkpoint
 from tests.conftest import TINY
 from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, Emulated, cuda_headers
@@ -317,3 +318,21 @@ def test_compile_puts_the_plugin_into_engines_and_kits(
         assert f"--dynamicPlugins={plugin['11'].name}" in trtexec(read_kit(tmp_path / "sm89").settings)
     else:
         assert (tmp_path / artifact.path).read_bytes().count(OP.name.encode()) >= 24
+
+
+def test_int8_by_int4_engines_with_the_plugin(
+    folder: Path, plugin: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A8W4, which TensorRT alone has not, from a GPTQ checkpoint; on Turing too, where TensorRT-RTX has no int4."""
+    headers("11")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
+    model = whole_checkpoint("gptq-int4-g32-asym", tmp_path / "model")
+    request = Request(model, ("sm75", "sm89", "sm90"), tmp_path / "out", quant="a8w4", plugin=plugin["11"])
+    planned = compile_model(request)
+    gemms = [node for node in planned.lowered["sm75"].nodes if node.op == OP.name]
+    assert len(gemms) == 6, "gate and up are one"
+    assert {(node.attrs["bits"], node.attrs["activation_bits"]) for node in gemms} == {(4, 8)}
+    kinds = {artifact.target: artifact.kind for artifact in read_manifest(request.out)}
+    assert kinds == {"sm75": "engine", "sm89": "engine", "sm90": "kit"}
+    for target in ("sm75", "sm89"):
+        assert (request.out / target / "model.engine").read_bytes().count(OP.name.encode()) >= len(gemms)

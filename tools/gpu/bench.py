@@ -2,8 +2,8 @@
 
 One launch is a graph of enough calls that the weights they touch exceed the L2 cache several times. All contestants of
 a case are captured first and then replayed in turn (A, B, C, A, B, C, ...), so that clocks and heat treat them alike.
-The quantize kernel of A8W8 is inside its time. `floor_us` is bytes over the measured read bandwidth, or operations
-over the measured rate, whichever is more; fractions are of that.
+The quantize kernel of A8W8 and A8W4 is inside its time. `floor_us` is bytes over the measured read bandwidth, or
+operations over the measured rate, whichever is more; fractions are of that.
 """
 
 from __future__ import annotations
@@ -204,11 +204,14 @@ def once(call: Call) -> float:
 def case(library: Library, layer: str, m: int, weights: dict[str, Weight], failures: list[str]) -> list[Timing]:
     n, k = LAYERS[layer]
     x = torch.randn((m, k), device="cuda").half()
+    rounded = {"rounded_weights": 1, "library": int(library.has_cublaslt())}
     entrants: dict[str, Callable[[], Contestant]] = {
         "int4 g128": lambda: ours(library, "int4 g128", x, weights["int4"]),
         "int8": lambda: ours(library, "int8", x, weights["int8"]),
+        "int4 g128 rounded": lambda: ours(library, "int4 g128 rounded", x, weights["int4"], **rounded),
         "int4 g128 bf16": lambda: ours(library, "int4 g128 bf16", x.bfloat16(), weights["int4 bf16"]),
         "a8w8": lambda: ours(library, "a8w8", x, weights["int8"], activation_bits=8),
+        "a8w4 g128": lambda: ours(library, "a8w4 g128", x, weights["int4"], activation_bits=8),
         "a8w8 g128": lambda: ours(library, "a8w8 g128", x, weights["int8 g128"], activation_bits=8),
         "cublas fp16": lambda: cublas(x, n),
         "cublas bf16": lambda: cublas(x.bfloat16(), n),
@@ -219,6 +222,8 @@ def case(library: Library, layer: str, m: int, weights: dict[str, Weight], failu
     }
     if m <= 16:
         del entrants["torch int_mm"]  # it takes more than 16 rows
+    if Gemm(library, x, weights["int4"], rounded).plan.kernel != "dense":
+        del entrants["int4 g128 rounded"]  # the table has the exact kernel here
     made = []
     for name, make in entrants.items():
         try:
@@ -253,7 +258,7 @@ def run(library_path: Path, reader: Path, quick: bool) -> dict[str, Any]:
 
 
 def with_floor(t: Timing, roof: dict[str, float]) -> Timing:
-    rate = roof["int8_ops_per_us"] if t.kernel.startswith(("a8w8", "torch int_mm")) else roof["bf16_ops_per_us"]
+    rate = roof["int8_ops_per_us"] if t.kernel.startswith(("a8", "torch int_mm")) else roof["bf16_ops_per_us"]
     floor = max(t.bytes / roof["read_bytes_per_us"], t.flops / rate)
     return replace(t, floor_us=floor, fraction=floor / t.median)
 

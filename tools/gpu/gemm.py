@@ -17,6 +17,7 @@ from tools.gpu.library import Library, Plan
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
+FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
 DEVICE = "cuda"  # tests of this module put the emulator's memory here
 
 
@@ -125,7 +126,7 @@ class Gemm:
 
 def exact(x: torch.Tensor, w: Weight, options: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 result and sum|x||w|, as plugins/weight_only_gemm/semantics.py defines them."""
-    attrs = OP.attributes({k: v for k, v in options.items() if k not in ("wide", "plain")})
+    attrs = OP.attributes({a.name: options[a.name] for a in OP.attrs if a.name in options})
     rows, row_scale = x.to(torch.float64), torch.ones((), dtype=torch.float64, device=DEVICE)
     if attrs["activation_bits"] == 8:
         narrow = x.to(torch.float32)

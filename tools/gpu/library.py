@@ -15,7 +15,7 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 CProblem = structure(
     "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,
-    sm=I32, sm_count=I32, wide=I32, plain=I32,
+    sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32,
 )  # fmt: skip
 CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
 CPlan = structure(
@@ -55,6 +55,9 @@ class Library:
         plan = CPlan()
         self._call("wog_choose", ctypes.byref(CProblem(**problem)), ctypes.byref(plan))
         return Plan(plan.kernel.decode(), *(getattr(plan, f) for f in list(Plan.__annotations__)[1:]))
+
+    def has_cublaslt(self) -> bool:
+        return bool(self._c.wog_library())
 
     def workspace(self, **problem: int) -> int:
         return int(self._c.wog_workspace(ctypes.byref(CProblem(**problem))))

@@ -132,29 +132,23 @@ __device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
 
 // ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
 
+#define MULTIPLY_16(type)                                                                                        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+        "{%0, %1, %2, %3};"                                                                                      \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 template <class T>
-__device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-__device__ __forceinline__ void multiply_add<Half>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
 #if DEVICE_SM >= 80
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else  // Turing has k = 8 only; the halves of a k16 fragment are two k8 fragments
+    if constexpr (std::is_same<T, Half>::value)
+        MULTIPLY_16("f16");
+    else
+        MULTIPLY_16("bf16");
+#else  // Turing has no bf16, and k = 8 only; the halves of a k16 fragment are two k8 fragments
     for (int h = 0; h < 2; h++)
         asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(h ? b1 : b0));
-#endif
-}
-template <>
-__device__ __forceinline__ void multiply_add<Bfloat>(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
-#if DEVICE_SM >= 80
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 
@@ -215,101 +209,72 @@ __device__ __forceinline__ void publish_copies() {
 #endif
 }
 
-// k16: which 16 of the tile's 64 k. In a product, !add overwrites d: sums that start anew cost no registers of zeros.
-__device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int k16) {
-    uint64_t const address = (shared_address(tile) + k16 * 32) >> 4 & 0x3fff;
+// step: which 32 of a row's 128 bytes (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost no
+// registers of zeros.
+__device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) {
+    uint64_t const address = (shared_address(tile) + step * 32) >> 4 & 0x3fff;
     return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;  // 8 rows apart; 128-byte swizzle
 }
 
-#define WG4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+// d's registers in an operand list and in the text, by columns of 8 m
+#define D_1(c, j) "+" c(d[j][0]), "+" c(d[j][1]), "+" c(d[j][2]), "+" c(d[j][3])
+#define D_4(c, j) D_1(c, j), D_1(c, j + 1), D_1(c, j + 2), D_1(c, j + 3)
+#define D_8(c) D_4(c, 0), D_4(c, 4)
+#define D_16(c) D_8(c), D_4(c, 8), D_4(c, 12)
+#define TEXT_8                                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TEXT_16                                                                                                      \
+    TEXT_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+           "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ADD_8 "setp.ne.b32 add, %37, 0;"
+#define ADD_16 "setp.ne.b32 add, %69, 0;"
+#define REST_8 "}, {%32, %33, %34, %35}, %36, add"
+#define REST_16 "}, {%64, %65, %66, %67}, %68, add"
+
+// `c`: the constraint of d's registers; `signs`: factors of a and x and their order, which integer products do not have
+#if DEVICE_SM == 90
+#define WARPGROUP_MULTIPLY(columns, c, instruction, signs)                                                            \
+    asm volatile("{\n.reg .pred add;\n" ADD_##columns "\nwgmma.mma_async.sync.aligned." instruction " " TEXT_##columns \
+                     REST_##columns signs ";\n}"                                                                     \
+                 : D_##columns(c)                                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, step)), "r"(int(add)))
+#else
+#define WARPGROUP_MULTIPLY(columns, c, instruction, signs) static_cast<void>(0)
+#endif
+
 template <class T>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[8][4], uint32_t const (&a)[4], void const* tile, int k16,
-                                                       bool add) {
-#if DEVICE_SM == 90
-    if constexpr (std::is_same<T, Half>::value) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
-    } else {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
-    }
-#endif
+__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[8][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
+    if constexpr (std::is_same<T, Half>::value)
+        WARPGROUP_MULTIPLY(8, "f", "m64n64k16.f32.f16.f16", ", 1, 1, 0");
+    else
+        WARPGROUP_MULTIPLY(8, "f", "m64n64k16.f32.bf16.bf16", ", 1, 1, 0");
 }
 template <class T>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32_t const (&a)[4], void const* tile, int k16,
-                                                       bool add) {
-#if DEVICE_SM == 90
-    if constexpr (std::is_same<T, Half>::value) {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
-    } else {
-        asm volatile(
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
-            : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k16)), "r"(int(add)));
-    }
-#endif
+__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
+    if constexpr (std::is_same<T, Half>::value)
+        WARPGROUP_MULTIPLY(16, "f", "m64n128k16.f32.f16.f16", ", 1, 1, 0");
+    else
+        WARPGROUP_MULTIPLY(16, "f", "m64n128k16.f32.bf16.bf16", ", 1, 1, 0");
 }
-#undef WG4
-// The same for int8: d[64 x 8 C] += a[64 x 32] * x[8 C x 32]^T, a unsigned, x signed; k32: which 32 of the tile's 128 k
-#define WG4(j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
-__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[8][4], uint32_t const (&a)[4], void const* tile, int k32,
-                                                       bool add) {
-#if DEVICE_SM == 90
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, add;\n}"
-        : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k32)), "r"(int(add)));
-#endif
+// The same for int8: d[64 x 8 C] += a[64 x 32] * x[8 C x 32]^T, a unsigned, x signed
+__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[8][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
+    WARPGROUP_MULTIPLY(8, "r", "m64n64k32.s32.u8.s8", "");
 }
-__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint32_t const (&a)[4], void const* tile, int k32,
-                                                       bool add) {
-#if DEVICE_SM == 90
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, add;\n}"
-        : WG4(0), WG4(1), WG4(2), WG4(3), WG4(4), WG4(5), WG4(6), WG4(7), WG4(8), WG4(9), WG4(10), WG4(11), WG4(12), WG4(13), WG4(14), WG4(15)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, k32)), "r"(int(add)));
-#endif
+__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint32_t const (&a)[4], void const* tile,
+                                                       int step, bool add) {
+    WARPGROUP_MULTIPLY(16, "r", "m64n128k32.s32.u8.s8", "");
 }
-#undef WG4
 
 // ---- host ----
+
+inline int current_device() {
+    int device = -1;
+    return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
 
 // Of the current device; null, or what the runtime said
 inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {

@@ -368,6 +368,7 @@ inline void warpgroup_multiply_add(int32_t (&d)[C][4], uint32_t const (&a)[4], v
 
 // ---- host ----
 
+inline int current_device() { return 0; }
 inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
     sm = DEVICE_SM, multiprocessors = 4;
     return nullptr;
