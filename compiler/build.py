@@ -44,6 +44,7 @@ from compiler.support import check_supported
 from compiler.target import Backend, Target, find_target
 from compiler.triton.integrity import sha256
 from passes.errors import UserError
+from passes.explicit_scales import documented
 from passes.insert_qdq import Decisions
 from passes.quant import QuantTensor
 from passes.rewrite import Ledger
@@ -108,28 +109,33 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
 
         decisions, bought = within_budget(graph, model, decisions, request, say)
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
-    lowered = lower(canonical, model, types, request, ledger)
+    lowered = lower(canonical, model, decisions, types, request, ledger)
     builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
     notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
 
 
 def lower(
-    canonical: gs.Graph, model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, ledger: Ledger
+    canonical: gs.Graph,
+    model: FloatModel,
+    decisions: Decisions,
+    types: Mapping[str, np.dtype[Any]],
+    request: Request,
+    ledger: Ledger,
 ) -> dict[str, gs.Graph]:
-    """A lowered graph for each target; targets that compute in one type, with one set of operators, share one."""
+    """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
-    shared: dict[tuple[np.dtype[Any], bool], gs.Graph] = {}
+    shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
+    any_builder = request.plugin is not None or all(documented(q) for q in quantized(decisions))
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
         dtype = types.get(target.name)
         if dtype is None:
             lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
             continue
-        key = (dtype, target.whole_operators)
+        key = (dtype, target.whole_operators, target.rtx or any_builder)
         if key not in shared:
-            graph = canonical.copy()
-            shared[key] = pipeline.lower_tensorrt(graph, dtype, request, limits, ledger, whole=target.whole_operators)
+            shared[key] = pipeline.lower_tensorrt(canonical.copy(), target, dtype, request, limits, ledger)
         lowered[target.name] = shared[key]
     return lowered
 

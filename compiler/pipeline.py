@@ -94,12 +94,9 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
 
 
 def lower_tensorrt(
-    graph: gs.Graph, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger, *, whole: bool = True
+    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger
 ) -> gs.Graph:
-    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms.
-
-    `whole`: its TensorRT has the operators of opset 23.
-    """
+    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     if request.logits == "last":
         run(graph, [LastLogits()], ledger)
     if request.kv_cache == "in-place":
@@ -110,7 +107,9 @@ def lower_tensorrt(
     if request.plugin is not None:
         run(graph, [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM], ledger)
     lower_native(graph, dtype, ledger)
-    return graph if whole else decompose(graph, dtype, ledger)
+    if not target.rtx:  # TensorRT-RTX was seen to take any block
+        run(graph, [ExplicitScales()], ledger)
+    return graph if target.whole_operators else decompose(graph, dtype, ledger)
 
 
 def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
@@ -118,7 +117,7 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph
 
     Last of all: what comes before matches whole operators.
     """
-    run(graph, [DecomposeAttention(dtype), DecomposeRmsNorm(dtype), DecomposeRotary(), ExplicitScales()], ledger)
+    run(graph, [DecomposeAttention(dtype), DecomposeRmsNorm(dtype), DecomposeRotary()], ledger)
     reasons = {entry.node: entry.reason for entry in ledger.rejected()}
     lines = [f"{n.name} ({n.op}): {reasons.get(n.name) or f'its parser {why}'}" for n, why in unsupported(graph)]
     if lines:

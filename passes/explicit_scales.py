@@ -15,9 +15,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from passes.lazy import small
+from passes.native import block_size
+from passes.quant import QuantTensor
 from passes.rewrite import Reject, Rewrite, add, take_over
 
 INT4_BLOCKS = (128, 64)
+
+
+def documented(weight: QuantTensor) -> bool:
+    """Is the native form of this weight one that NVIDIA documents for full TensorRT?"""
+    return weight.per_channel if weight.bits == 8 else block_size(weight) in INT4_BLOCKS
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
 def all_positions(planned: Plan, request: Request, target: Target, dtype: np.dtype[Any]) -> gs.Graph:
     """The graph of an engine, but with the logits of every position and no buffer of a fixed length for its cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.canonical, planned.model, {target.name: dtype}, plain, Ledger())[target.name]
+    return lower(planned.canonical, planned.model, planned.decisions, {target.name: dtype}, plain, Ledger())[
+        target.name
+    ]
 
 
 def is_quantized(graph: gs.Graph) -> bool:

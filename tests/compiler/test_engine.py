@@ -352,6 +352,21 @@ def test_an_explanation_says_what_each_layer_became(
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("quant", "group", "shared"), [("a16w4", 64, True), ("a16w4", 32, False), ("a16w8", 64, False)]
+)
+def test_blocks_that_only_rtx_is_known_to_take(quant: str, group: int, shared: bool, tmp_path: Path) -> None:
+    """Kits for full TensorRT hold documented blocks alone; where all are, they share their graph with TensorRT-RTX."""
+    lowered = plan(Request(TINY, ("sm89", "sm90"), tmp_path, quant=quant, group_size=group, builder="kit")).lowered
+    assert (lowered["sm89"] is lowered["sm90"]) == shared
+    blocks = {
+        target: {n.attrs.get("block_size", 0) for n in graph.nodes if n.op == "DequantizeLinear"}
+        for target, graph in lowered.items()
+    }
+    assert blocks["sm89"] == {group}
+    assert blocks["sm90"] == ({64} if shared else {128} if quant == "a16w4" else {0})
+
+
 @pytest.mark.parametrize("target", ["sm75", "sm89"])
 def test_the_compute_type_is_the_checkpoints_where_the_gpu_has_it(target: str) -> None:
     bfloat16, float32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)

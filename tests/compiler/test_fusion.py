@@ -15,6 +15,7 @@ from compiler.engine import quantized_linears
 from compiler.frontend.model import FloatModel
 from compiler.profiles import Limits, profiles
 from compiler.request import Request
+from compiler.target import find_target
 from passes.cast_compute_type import cast_compute_type
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
 from passes.lazy import InMemory
@@ -100,7 +101,9 @@ def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatMode
     }
     limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
     canonical = pipeline.quantize(tiny_float.graph.copy(), decisions, ledger)
-    graph = pipeline.lower_tensorrt(canonical, FLOAT16, Request(TINY, ("sm89",), tmp_path), limits, ledger)
+    graph = pipeline.lower_tensorrt(
+        canonical, find_target("sm89"), FLOAT16, Request(TINY, ("sm89",), tmp_path), limits, ledger
+    )
     write_model(graph, tmp_path / "model.onnx")
     ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec("tensorrt_rtx", tmp_path / "model.onnx", tmp_path / "m.engine", tmp_path / "m.txt", ranges, (89,))

@@ -14,9 +14,10 @@ import pytest
 from compiler import pipeline
 from passes.errors import UserError
 from passes.evaluate import Evaluation
+from passes.explicit_scales import ExplicitScales
 from passes.lazy import InMemory, View
 from passes.old_parser import unsupported
-from passes.rewrite import Ledger
+from passes.rewrite import Ledger, run
 from tests.graphs import evaluate, relative
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -185,7 +186,7 @@ def test_blocks_that_tensorrt_does_not_list_are_multiplied_apart(bits: int, bloc
     """Not one value of the matrix changes."""
     graph = blocks(bits, block)
     graph.outputs = [graph.nodes[0].outputs[0]]
-    lowered = pipeline.decompose(graph.copy(), FLOAT16, Ledger())
+    lowered = run(graph.copy(), [ExplicitScales()], Ledger())
     (dequantize,) = (n for n in lowered.nodes if n.op == "DequantizeLinear")
     assert dequantize.name == "l/weight"
     assert dequantize.attrs.get("block_size", 0) in ((64, 128) if bits == 4 else (0,))

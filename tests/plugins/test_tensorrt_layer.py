@@ -317,7 +317,7 @@ def test_compile_puts_the_plugin_into_engines_and_kits(
         assert OP.name.encode() in (tmp_path / "sm89/model.onnx").read_bytes()
         assert f"--dynamicPlugins={plugin['11'].name}" in trtexec(read_kit(tmp_path / "sm89").settings)
     else:
-        assert (tmp_path / artifact.path).read_bytes().count(OP.name.encode()) >= 24
+        assert (tmp_path / artifact.path).read_bytes().count(OP.name.encode()) >= 16
 
 
 def test_int8_by_int4_engines_with_the_plugin(
@@ -330,7 +330,7 @@ def test_int8_by_int4_engines_with_the_plugin(
     request = Request(model, ("sm75", "sm89", "sm90"), tmp_path / "out", quant="a8w4", plugin=plugin["11"])
     planned = compile_model(request)
     gemms = [node for node in planned.lowered["sm75"].nodes if node.op == OP.name]
-    assert len(gemms) == 6, "gate and up are one"
+    assert len(gemms) == 4, "q, k and v are one; gate and up another"
     assert {(node.attrs["bits"], node.attrs["activation_bits"]) for node in gemms} == {(4, 8)}
     kinds = {artifact.target: artifact.kind for artifact in read_manifest(request.out)}
     assert kinds == {"sm75": "engine", "sm89": "engine", "sm90": "kit"}
