@@ -8,9 +8,11 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -206,11 +208,12 @@ def compile_model(request: Request, say: Say = lambda text: None, progress: Prog
 def compile_planned(request: Request, planned: Plan, progress: Progress) -> list[Artifact]:
     """Writes what was planned; a target's folder appears when it is complete, the manifest last."""
     request.out.mkdir(parents=True, exist_ok=True)
+    inputs = hashed_aside(planned.model.files)
     with LoweredFiles(request.out, progress) as files:
         artifacts = [write_target(request, planned, target, files) for target in request.resolved_targets()]
     chosen = {**request.layers, **planned.bought.layers} if planned.bought is not None else request.layers
     asked = summary(replace(request, layers=chosen, max_kl=None, max_ppl_increase=None))
-    write_manifest(request.out, artifacts, {"model": request.model.name, "request": asked})
+    write_manifest(request.out, artifacts, {"model": request.model.name, "files": inputs(), "request": asked})
     return artifacts
 
 
@@ -320,6 +323,20 @@ def copy_side_files(source: Path, folder: Path) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def hashed_aside(files: Iterable[Path]) -> Callable[[], dict[str, str]]:
+    """Hashes `files` in a thread that no exit waits for; what is returned waits for their names and digests."""
+    found: Future[dict[str, str]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result({path.name: sha256(path) for path in files})
+        except OSError as error:
+            found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
+
+    Thread(target=work, name="digests of the inputs", daemon=True).start()
+    return found.result
 
 
 def digests(folder: Path, target: str) -> dict[str, str]:

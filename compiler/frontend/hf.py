@@ -46,7 +46,8 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
     aliases = {name: group for group in names.values() for name in group}
     graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
-    return FloatModel(graph=graph, folder=folder, config=config, tensors=tensors, llm=shape)
+    files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
+    return FloatModel(graph=graph, folder=folder, config=config, tensors=tensors, llm=shape, files=files)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

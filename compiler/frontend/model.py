@@ -37,6 +37,7 @@ class FloatModel:
     """A FLOAT graph with lazy weights, and where it came from.
 
     `tensors` is the whole checkpoint (a reader of quantized weights looks there); `llm` is None for a plain ONNX file.
+    `files` are those that decide what the artifacts hold.
     """
 
     graph: gs.Graph
@@ -44,3 +45,4 @@ class FloatModel:
     config: Mapping[str, Any]
     tensors: Mapping[str, FileTensor]
     llm: LlmShape | None
+    files: tuple[Path, ...] = ()

@@ -38,7 +38,8 @@ def load(path: Path) -> FloatModel:
             tensor.values = View(stored, stored.shape, stored.dtype)
         elif math.prod(tensor.shape) > 1 << 10:
             tensor.values = View(InMemory(tensor.values), tuple(tensor.shape), tensor.dtype)
-    return FloatModel(graph=graph, folder=path.parent, config={}, tensors={}, llm=llm_shape(graph))
+    files = (path, *dict.fromkeys(stored.path for stored in external.values()))
+    return FloatModel(graph=graph, folder=path.parent, config={}, tensors={}, llm=llm_shape(graph), files=files)
 
 
 def at_least_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,9 @@ def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: P
     a, b = (read_manifest(tmp_path / name) for name in ("a", "b"))
     assert a == b
     assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+    files = json.loads((tmp_path / "a/manifest.json").read_text())["source"]["files"]
+    assert set(files) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
+    assert all(sha256(TINY / name) == digest for name, digest in files.items())
     for artifact in a:
         assert all(sha256(tmp_path / "a" / file) == digest for file, digest in artifact.digests.items())
 

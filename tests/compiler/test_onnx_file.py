@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import BertConfig, BertModel
 from compiler.build import compile_model
 from compiler.frontend import load
 from compiler.request import Request
+from compiler.triton.integrity import sha256
 from passes.errors import UserError
 from passes.quant import QuantTensor
 from tests.conftest import TINY
@@ -57,6 +59,8 @@ def test_an_encoder_compiles(bert: Path, tmp_path: Path, quant: str, group: int 
     quantized = [q for q in planned.decisions.values() if isinstance(q, QuantTensor)]
     assert len(quantized) == (0 if quant == "none" else 12)
     assert relative(run(tmp_path / "x86/model.onnx", FEEDS), run(bert, FEEDS)) < bound
+    files = json.loads((tmp_path / "manifest.json").read_text())["source"]["files"]
+    assert files == {path.name: sha256(path) for path in bert.parent.iterdir()}
 
 
 def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
