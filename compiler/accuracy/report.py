@@ -89,6 +89,7 @@ def numbers(verdict: Verdict, worst: list[WorstToken], histogram: KlHistogram | 
         "passed": verdict.passed,
         "violations": list(verdict.violations),
         "data": {"kind": verdict.data.kind, "warning": verdict.data.warning},
+        "note": verdict.note,
         "comparisons": [asdict(c) | {"holds": c.holds} for c in verdict.comparisons],
         "quantization": dict(verdict.figures),
         "perplexity": dict(verdict.perplexities),

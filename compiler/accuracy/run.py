@@ -54,6 +54,8 @@ def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
     for c in verdict.comparisons:
         table.add_row(c.kind, c.form, c.reference, number(c.relative_l2), number(c.bound), c.arithmetic)
     console.print(table)
+    if verdict.note:
+        console.print(verdict.note, soft_wrap=True)
     f = verdict.figures
     if f:
         console.print(

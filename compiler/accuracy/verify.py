@@ -53,6 +53,7 @@ class Verdict:
     ledger: Ledger
     violations: tuple[str, ...]
     command: str
+    note: str = ""  # what was not looked at
 
     @property
     def passed(self) -> bool:
@@ -91,7 +92,20 @@ def verify(
     ]
     violations = (*filled.findings, *unheld, *native, *(limits.violations(figures) if figures else ()))
     texts = {form: perplexity(np.concatenate(parts)) for form, parts in nll.items()} if data.kind != "generated" else {}
-    return Verdict(subject.target, data, comparisons, tokens, figures, texts, filled, violations, command)
+    note = not_run(subject, forms)
+    return Verdict(subject.target, data, comparisons, tokens, figures, texts, filled, violations, command, note)
+
+
+def not_run(subject: Subject, forms: Sequence[str]) -> str:
+    """What a reader might think was run, and was not."""
+    if "engine" in forms or "lowered" not in forms:
+        return ""
+    if subject.file is None:
+        return "There is no engine yet: what ran, on this CPU, is the lowered graph that it will be built from."
+    return (
+        "The engine itself was not run: what ran, on this CPU, is the lowered graph that it was built from. "
+        "On a machine with its GPU, tools.accuracy_diff --forms twin,engine runs an engine from --logits all."
+    )
 
 
 def check_forms(subject: Subject, forms: Sequence[str]) -> None:

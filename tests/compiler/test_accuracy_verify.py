@@ -26,7 +26,7 @@ from compiler.accuracy.data import load_data
 from compiler.accuracy.forms import Limits, Subject
 from compiler.accuracy.report import HTML, JSON, PNG, number, write_report
 from compiler.accuracy.subjects import subjects
-from compiler.accuracy.verify import Verdict, verify
+from compiler.accuracy.verify import Verdict, not_run, verify
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
 from compiler.request import Request
@@ -241,3 +241,12 @@ def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
     finer = kept["model.layers.1.mlp.up_proj"]
     assert isinstance(finer, QuantTensor)
     assert (finer.bits, finer.group_size) == (8, 64)
+
+
+def test_the_report_says_that_an_engine_was_not_run(compiled: Compiled) -> None:
+    engine = replace(compiled.subject, file=Path("sm89/model.engine"))
+    assert engine.default_forms()[-1] == "lowered"
+    assert not_run(engine, engine.default_forms()).startswith("The engine itself was not run")
+    assert not_run(replace(engine, file=None), engine.default_forms()).startswith("There is no engine yet")
+    assert not_run(engine, ("twin", "engine")) == ""
+    assert not_run(compiled.subject, compiled.subject.default_forms()) == ""
