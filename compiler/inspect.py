@@ -76,8 +76,8 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     if not folder.is_dir():
         raise UserError("--inspect takes a checkpoint's folder", where=str(folder))
     config = hf.read_config(folder, trust_remote_code)
-    tensors = read_checkpoint(folder)
     model = hf.build_skeleton(config, folder, trust_remote_code)
+    tensors = hf.renamed(read_checkpoint(folder), model)
     problems: list[Problem] = []
     reader: Reader | None = None
     try:

@@ -37,8 +37,8 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
     config = read_config(folder, trust_remote_code)
-    tensors = read_checkpoint(folder)
     model = build_skeleton(config, folder, trust_remote_code)
+    tensors = renamed(read_checkpoint(folder), model)
     shape = llm_shape(model.config)
     names = {id(p): [] for p in model.parameters()}  # type: dict[int, list[str]]
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -48,6 +48,17 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(graph=graph, folder=folder, config=config, tensors=tensors, llm=shape, files=files)
+
+
+def renamed(tensors: Mapping[str, FileTensor], model: Any) -> dict[str, FileTensor]:
+    """The checkpoint's tensors by the names that the model's parameters have today; transformers knows what changed."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    # Without the oldest rules, of TensorFlow's time: one of them takes `weight_g_idx`, an order, for a weight norm.
+    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+    names = model.state_dict()
+    return {rename_source_key(name, rules, [], model.base_model_prefix, names)[0]: t for name, t in tensors.items()}
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
