@@ -29,7 +29,7 @@ def load(path: Path) -> FloatModel:
     if not model.graph.node:
         raise UserError("not an ONNX model, or an empty one", where=str(path))
     external = {t.name: file_tensor(path, t) for t in model.graph.initializer if t.external_data}
-    graph = gs.import_onnx(at_least_opset(model, path))
+    graph = gs.import_onnx(with_output_ranks(at_least_opset(model, path), path))
     for tensor in graph.tensors().values():
         if not isinstance(tensor, gs.Constant):
             continue
@@ -40,6 +40,27 @@ def load(path: Path) -> FloatModel:
             tensor.values = View(InMemory(tensor.values), tuple(tensor.shape), tensor.dtype)
     files = (path, *dict.fromkeys(stored.path for stored in external.values()))
     return FloatModel(graph=graph, folder=path.parent, config={}, tensors={}, llm=llm_shape(graph), files=files)
+
+
+def with_output_ranks(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model with the type and rank of every output, inferred where it does not say."""
+    if not unranked(model):
+        return model
+    inferred = onnx.shape_inference.infer_shapes(model)
+    if names := unranked(inferred):
+        raise UserError(
+            "the rank of an output is not known",
+            where=str(path),
+            expected="outputs with a type and a shape, whose sizes may have names",
+            found=", ".join(names),
+            fix="export the model with the shapes of its outputs",
+        )
+    return inferred
+
+
+def unranked(model: onnx.ModelProto) -> list[str]:
+    kinds = {output.name: output.type.tensor_type for output in model.graph.output}
+    return [name for name, kind in kinds.items() if not kind.elem_type or not kind.HasField("shape")]
 
 
 def at_least_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:

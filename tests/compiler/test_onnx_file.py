@@ -143,3 +143,24 @@ def test_paths_that_are_no_model_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "m.bin", tmp_path / "nothing", tmp_path):
         with pytest.raises(UserError):
             load(path)
+
+
+def unranked(folder: Path, op: str, domain: str = "") -> Path:
+    """x [b, 64] -> `op` with a constant -> y, of which the file says nothing but its type."""
+    weight = onnx.numpy_helper.from_array(np.ones((64, 32), np.float32), "w")
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["b", 64])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    node = onnx.helper.make_node(op, ["x", "w"], ["y"], name="fc", domain=domain)
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [weight])
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("custom", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def test_the_rank_of_an_output_is_inferred(tmp_path: Path) -> None:
+    assert list(load(unranked(tmp_path, "MatMul")).graph.outputs[0].shape) == ["b", 32]
+
+
+def test_an_output_of_unknown_rank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the rank of an output is not known[^$]*found:\s+y"):
+        load(unranked(tmp_path, "Mystery", "custom"))
