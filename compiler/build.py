@@ -334,6 +334,8 @@ def hashed_aside(files: Iterable[Path]) -> Callable[[], dict[str, str]]:
             found.set_result({path.name: sha256(path) for path in files})
         except OSError as error:
             found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
+        except BaseException as error:  # whoever waits must hear of it
+            found.set_exception(error)
 
     Thread(target=work, name="digests of the inputs", daemon=True).start()
     return found.result

@@ -20,6 +20,7 @@ from polygraphy.common import TensorMetadata
 from compiler.backend.tensorrt import PRODUCT, read_header
 from compiler.gpu import describe
 from compiler.triton.cuda import Device
+from compiler.triton.tensorrt_engine import load_engine
 from passes.errors import UserError
 from passes.lazy import Array
 
@@ -75,18 +76,15 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
             raise UserError(
                 "an engine runs on a GPU", where=str(self.path), found=f"{describe()} ({error})", fix=ON_CPU
             ) from None
-        for library in self.plugins:
-            if not trt.get_plugin_registry().load_library(str(library)):
-                raise UserError("TensorRT refuses the plugin library", where=str(library))
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self.engine = self.runtime.deserialize_cuda_engine(self.path.read_bytes())
-        if self.engine is None:
+        try:
+            self.runtime, self.engine = load_engine(self.path, self.plugins, trt)
+        except RuntimeError as error:
             raise UserError(
                 "the engine cannot be loaded here",
                 where=str(self.path),
                 expected=f"{PRODUCT[self.header.flavour]} {self.header.version} and the GPU it was built for",
-                found=f"{trt.__version__} and {describe()}",
-            )
+                found=f"{trt.__version__} and {describe()} ({error})",
+            ) from None
         self.context = self.engine.create_execution_context()
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         inputs = trt.TensorIOMode.INPUT

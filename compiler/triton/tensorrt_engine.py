@@ -44,6 +44,18 @@ def open_engine(
     return (InPlaceEngine if program.length >= 0 else GrowingEngine)(program, rows, length)
 
 
+def load_engine(model: Path, libraries: Sequence[Path], trt: Any) -> tuple[Any, Any]:
+    """(runtime, engine) of an engine file and its plugins; the runtime must outlive the engine."""
+    for library in libraries:
+        if not trt.get_plugin_registry().load_library(str(library)):
+            raise RuntimeError(f"TensorRT refuses the plugin library {library.name}")
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(model.read_bytes())
+    if engine is None:
+        raise RuntimeError("TensorRT cannot read the engine: was it built by this version, for this GPU?")
+    return runtime, engine
+
+
 class Program:
     """A deserialized engine on a device: what both kinds of cache need of it.
 
@@ -54,13 +66,7 @@ class Program:
 
     def __init__(self, model: Path, libraries: Sequence[Path], trt: Any, device: Device) -> None:
         self.trt, self.device = trt, device
-        for library in libraries:
-            if not trt.get_plugin_registry().load_library(str(library)):
-                raise RuntimeError(f"TensorRT refuses the plugin library {library.name}")
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-        self.engine = self.runtime.deserialize_cuda_engine(model.read_bytes())
-        if self.engine is None:
-            raise RuntimeError("TensorRT cannot read the engine: was it built by this version, for this GPU?")
+        self.runtime, self.engine = load_engine(model, libraries, trt)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.parts = [name.removeprefix(PAST) for name in names if name.startswith(PAST)]
         _, self.heads, self.length, self.dim = self.engine.get_tensor_shape(PAST + self.parts[0])

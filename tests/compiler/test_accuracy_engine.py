@@ -91,7 +91,7 @@ def stand_in(onnx: Path, device: HostDevice, *, loads: bool = True) -> Any:
     return SimpleNamespace(
         __version__="1.7.1.116",
         TensorIOMode=SimpleNamespace(INPUT="in"),
-        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
+        Logger=type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None}),
         Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: engine if loads else None),
     )
 
