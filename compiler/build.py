@@ -237,7 +237,7 @@ def write_target(request: Request, planned: Plan, target: Target, files: Lowered
             write_model(graph, folder / MODEL, files.progress)
         else:
             artifact = write_engine(request, planned, target, choice, artifact, files, folder)
-        return replace(artifact, digests=digests(folder, target.name))
+        return replace(artifact, digests=artifact.digests or digests(folder, target.name))
 
 
 def write_engine(
@@ -263,8 +263,10 @@ def write_engine(
     )
     if choice.flavour is None:
         files.link(graph, folder)
+        artifact = replace(artifact, digests=digests(folder, target.name))
         write_kit(folder, settings, linears, artifact)
-        return replace(artifact, kind="kit", path=f"{target.name}/{KIT}")
+        known = {**artifact.digests, f"{target.name}/{KIT}": sha256(folder / KIT)}
+        return replace(artifact, kind="kit", path=f"{target.name}/{KIT}", digests=dict(sorted(known.items())))
     onnx = files.path(graph)
     engine = build_engine(choice, target, onnx, folder, settings, linears, lambda text: files.progress(text, 0))
     return replace(artifact, kind="engine", path=f"{target.name}/{ENGINE}", engine=engine)

@@ -42,7 +42,10 @@ class Kit:
 
 
 def write_kit(folder: Path, settings: Settings, linears: tuple[str, ...], artifact: Artifact) -> None:
-    """Completes `folder`, which holds the lowered model and side files, with kit.json."""
+    """Completes `folder`, which holds the lowered model and side files, with kit.json.
+
+    `artifact.digests` are those of the files so far, relative to the folder's own.
+    """
     body = {
         "format": FORMAT,
         "target": artifact.target,
@@ -52,8 +55,8 @@ def write_kit(folder: Path, settings: Settings, linears: tuple[str, ...], artifa
         "options": asdict(settings.options),
         "plugins": [path.name for path in settings.plugins],
         "linears": linears,
-        "artifact": asdict(artifact),
-        "digests": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        "artifact": asdict(replace(artifact, digests={})),
+        "digests": {Path(name).name: digest for name, digest in artifact.digests.items()},
         "trtexec": trtexec(settings),
     }
     (folder / KIT).write_text(json.dumps(body, indent=2, default=str) + "\n", "utf-8")
