@@ -16,6 +16,7 @@ I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 CProblem = structure(
     "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,
     sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32,
+    row=I32, splits=I32,
 )  # fmt: skip
 CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
 CPlan = structure(
@@ -45,6 +46,7 @@ class Library:
         self.path = path
         self._c = ctypes.CDLL(str(path))
         self._c.wog_workspace.restype = I64
+        self._c.wog_row_name.restype = ctypes.c_char_p
 
     def _call(self, function: str, *args: Any) -> None:
         message = ctypes.create_string_buffer(256)
@@ -55,6 +57,10 @@ class Library:
         plan = CPlan()
         self._call("wog_choose", ctypes.byref(CProblem(**problem)), ctypes.byref(plan))
         return Plan(plan.kernel.decode(), *(getattr(plan, f) for f in list(Plan.__annotations__)[1:]))
+
+    def rows(self) -> list[str]:
+        """Names of the table's rows; a problem's `row` is an index into them plus 1. Several rows may share a name."""
+        return [self._c.wog_row_name(i).decode() for i in range(self._c.wog_rows())]
 
     def has_cublaslt(self) -> bool:
         return bool(self._c.wog_library())
