@@ -38,10 +38,11 @@ Row const* find_row(wog_problem const& p) {
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
-    if (row.kernel != Kernel::kGemm) return 1;
+    // int8 without warps along K reads the sums of whole groups
+    if (row.kernel != Kernel::kGemm || (row.activation_bits == 8 && row.warps_k == 1)) return 1;
     if (p.splits) return p.splits;
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
-    int const by_depth = ceil_div(p.k, 64) / (4 * row.warps_k);
+    int const by_depth = ceil_div(p.k, stage_k(row)) / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
 }
 
@@ -56,6 +57,7 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {p.m > 0 && p.m < (int64_t(1) << 31), "M (rows of x)", "1 .. 2^31 - 1", p.m},
         {p.k > 0 && p.k % 32 == 0, "K (columns of x)", "a positive multiple of 32", p.k},
         {p.n > 0 && p.n % 16 == 0, "N (rows of codes)", "a positive multiple of 16", p.n},
+        {int64_t(p.n) * p.k < int64_t(1) << 35, "N * K", "below 2^35", int64_t(p.n) * p.k},
         {p.group > 0 && p.group % 32 == 0 && p.k % p.group == 0, "group", "a multiple of 32 that divides K", p.group},
         {p.bits == 4 || p.bits == 8, "bits", "4 or 8", p.bits},
         {p.type == WOG_F16 || p.type == WOG_BF16, "type of x", "0 (fp16) or 1 (bf16)", p.type},
@@ -89,20 +91,15 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     // kGemm: as many blocks as fit the device, each of which walks over its tiles
     bool const gemm = row.kernel == Kernel::kGemm;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
-    int const shared = gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
-                            : shared_bytes(row, p.bits);
-    int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
-    bool const int8 = p.activation_bits == 8;
+    int64_t const rows = p.activation_bits == 8 ? int8_buffers(p.m, p.k, p.group).total : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
              grid_m,
              gemm ? std::min(tiles, fit) : tiles,
              row.threads(),
-             shared,
-             dense  ? dense_buffers(p.m, p.n, p.k).total
-             : int8 ? int8_buffers(p.m, p.k, p.group).total
-                    : partials};
+             gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits)) : 0,
+             dense ? dense_buffers(p.m, p.n, p.k).total : rows + (splits > 1 ? splits * p.m * p.n * 4 : 0)};
     return 0;
 }
 
@@ -118,8 +115,9 @@ int64_t wog_workspace(wog_problem const* problem) {
         p.sm = row.min_sm;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         Row const& chosen = kRows[plan.row];
-        int64_t const tile = int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? p.sm_count * tile : 0});
+        int64_t const rows = p.activation_bits == 8 ? int8_buffers(p.m, p.k, p.group).total : 0;
+        int64_t const tiles = p.sm_count * int64_t(chosen.block_m()) * chosen.block_n() * 4;
+        most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? rows + tiles : 0});
     }
     return most;
 }
@@ -152,7 +150,7 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
-    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense};  // by Kernel
+    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_dense};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);

@@ -45,18 +45,6 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
     check(emulated[sm], case.make())
 
 
-@pytest.mark.parametrize("size", [(33, 272, 160, 32), (64, 48, 256, 128), (65, 144, 192, 64), (129, 48, 352, 352)])
-@pytest.mark.parametrize("kind", [(F16, 4, 8), (F16, 8, 8)])
-def test_warpgroup_products(
-    emulated: Kernels, kind: tuple[np.dtype, int, int], size: tuple[int, int, int, int]
-) -> None:
-    (dtype, bits, activation_bits), (m, n, k, group) = kind, size
-    p = Case(m, n, k, bits, group, dtype, bias=True, activation_bits=activation_bits).make()
-    kernel = emulated[90].library.choose(**c_problem(p, 90)).kernel
-    assert kernel == ("int8_" if activation_bits == 8 else "") + ("wgmma64" if m <= 64 else "wgmma128")
-    check(emulated[90], p)
-
-
 @pytest.mark.parametrize(("sm", "m"), [(75, 4), (80, 4), (80, 20), (80, 40), (90, 40)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_long_sums_do_not_drift(emulated: Kernels, bits: int, sm: int, m: int) -> None:
