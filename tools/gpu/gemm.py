@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.op import OP
@@ -58,26 +55,53 @@ class Weight:
 def random_weight(
     n: int, k: int, bits: int, group: int, dtype: torch.dtype, zeros: str = "float", bias: bool = False
 ) -> Weight:
-    """Random codes, a scale and a zero per group; packed by the product's own packer."""
-    rng = np.random.default_rng([n, k, bits, group])
-    top = 2**bits - 1
-    natural: NDArray[Any] = rng.integers(0, top + 1, (n, k), np.uint8)
-    scale = rng.uniform(0.2, 1.5, (k // group, n)) / (top * np.sqrt(k))
-    scale[rng.random(scale.shape) < 0.01] = 0
+    """Random codes, a scale and a zero per group, made and packed where the kernels run."""
+    generator = torch.Generator(DEVICE).manual_seed(hash((n, k, bits, group)))
+    top, shape = 2**bits - 1, (k // group, n)
+    natural = torch.randint(0, top + 1, (n, k), dtype=torch.uint8, device=DEVICE, generator=generator)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, device=DEVICE, generator=generator) * (high - low) + low
+
+    scale = uniform(0.2, 1.5) / (top * k**0.5)
+    scale[uniform(0, 1) < 0.01] = 0
     zero = {
-        "float": rng.uniform(0.3 * top, 0.7 * top, scale.shape),
-        "integer": rng.integers(0, top + 1, scale.shape).astype(np.float64),
-        "low": np.zeros(scale.shape),
-        "high": np.full(scale.shape, float(top)),
-    }[zeros]
+        "float": lambda: uniform(0.3 * top, 0.7 * top),
+        "integer": lambda: uniform(0, top + 1).floor(),
+        "central": lambda: torch.full_like(scale, (top + 1) // 2),
+        "low": lambda: torch.zeros_like(scale),
+        "high": lambda: torch.full_like(scale, top),
+    }[zeros]()
     return Weight(
-        codes=torch.from_numpy(layout.pack(natural, bits).copy()).to(DEVICE),
-        natural=torch.from_numpy(natural).to(DEVICE),
-        affine=torch.from_numpy(np.stack((scale, zero), axis=-1)).to(DEVICE, dtype).contiguous(),
-        bias=torch.from_numpy(rng.standard_normal(n)).to(DEVICE, dtype) if bias else None,
+        codes=pack(natural, bits),
+        natural=natural,
+        affine=torch.stack((scale, zero), dim=-1).to(dtype).contiguous(),
+        bias=torch.randn(n, device=DEVICE, generator=generator).to(dtype) if bias else None,
         bits=bits,
         group=group,
     )
+
+
+def pack(natural: torch.Tensor, bits: int) -> torch.Tensor:
+    """layout.pack, in torch: the product's own takes a second for each 140 million codes. A test holds them equal."""
+    n, k = natural.shape
+    rows = layout.STRIP * layout.TILE_STRIPS
+    padded = torch.nn.functional.pad(natural, (0, -k % layout.block_k(bits)))
+    whole = n - n % rows
+    tiles = (_pack_tiles(part, bits) for part in (padded[:whole], padded[whole:]) if len(part))
+    return torch.cat(list(tiles)).view(torch.int8).view(layout.packed_shape(n, k, bits))
+
+
+def _pack_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of whole tiles, or of the one that is not whole, as bytes: [tile][block][strip][512]."""
+    block = layout.block_k(bits)
+    strips = min(codes.shape[0] // layout.STRIP, layout.TILE_STRIPS)
+    #                  tile strip  h  g  block                     j            h8 t  e
+    w = codes.reshape(-1, strips, 2, 8, codes.shape[1] // block, block // 16, 2, 4, 2)
+    if bits == 8:
+        return w.permute(0, 4, 1, 3, 7, 5, 2, 8, 6).reshape(-1)
+    nibbles = w.permute(0, 4, 1, 3, 7, 5, 8, 6, 2).reshape(-1, 2)
+    return nibbles[:, 0] | nibbles[:, 1] << 4
 
 
 @dataclass

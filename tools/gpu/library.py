@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 CProblem = structure(
     "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,
-    sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32,
+    sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32, row=I32, splits=I32,
 )  # fmt: skip
 CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
 CPlan = structure(
@@ -29,7 +31,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
+    """`kernel` names the row of the table that serves the problem, `row` is its index."""
+
     kernel: str
+    row: int
     splits: int
     grid_m: int
     grid_n: int
@@ -46,6 +51,12 @@ class Library:
         self._c = ctypes.CDLL(str(path))
         self._c.wog_workspace.restype = I64
 
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The names of the table's rows; problem["row"] is an index into them plus one, 0 leaves the choice."""
+        self._c.wog_row_name.restype = ctypes.c_char_p
+        return tuple(self._c.wog_row_name(I32(i)).decode() for i in range(self._c.wog_rows()))
+
     def _call(self, function: str, *args: Any) -> None:
         message = ctypes.create_string_buffer(256)
         if getattr(self._c, function)(*args, message, ctypes.c_size_t(256)):
@@ -55,6 +66,23 @@ class Library:
         plan = CPlan()
         self._call("wog_choose", ctypes.byref(CProblem(**problem)), ctypes.byref(plan))
         return Plan(plan.kernel.decode(), *(getattr(plan, f) for f in list(Plan.__annotations__)[1:]))
+
+    def plans(self, splits: tuple[int, ...] = (0,), **problem: int) -> list[Plan]:
+        """One plan for each row of the table that can serve the problem and each way that it can split K."""
+        found: dict[tuple[int, int], Plan] = {}
+        for row, parts in product(range(len(self.rows)), splits):
+            try:
+                plan = self.choose(**{**problem, "row": row + 1, "splits": parts})
+            except RefusedError:
+                continue
+            found.setdefault((plan.row, plan.splits), plan)
+        return list(found.values())
+
+    def device(self) -> dict[str, int]:
+        """sm and sm_count of this machine's GPU."""
+        sm, sm_count = I32(), I32()
+        self._call("wog_device", ctypes.byref(sm), ctypes.byref(sm_count))
+        return {"sm": sm.value, "sm_count": sm_count.value}
 
     def has_cublaslt(self) -> bool:
         return bool(self._c.wog_library())
