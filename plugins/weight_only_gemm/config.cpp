@@ -23,21 +23,23 @@ bool known_sm(int sm) {
     return false;
 }
 
+bool fits(Row const& row, wog_problem const& p) {
+    if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
+    if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
+    bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
+    return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
+}
+
+// The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
 Row const* find_row(wog_problem const& p) {
-    auto const first = [&p](Kernel kernel) -> Row const* {
-        for (Row const& row : kRows)
-            if (row.kernel == kernel && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm)
-                return &row;
-        return nullptr;
-    };
-    if (p.plain) return first(Kernel::kPlain);
-    if (p.activation_bits == 8) return first(Kernel::kInt8);
-    Row const* const dense = p.rounded_weights && p.library ? first(Kernel::kDense) : nullptr;
-    return dense ? dense : first(Kernel::kGemm);
+    if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
+    return std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
+    if (row.kernel != Kernel::kGemm) return 1;
+    if (p.splits) return p.splits;
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
     int const by_depth = ceil_div(p.k, stage_k(row.kernel)) / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
@@ -65,6 +67,8 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {known_sm(p.sm), "sm of the device", "75, 80, 86, 89, 90, 100, 103, 120 or 121", p.sm},
         {p.type == WOG_F16 || p.sm >= 80, "sm of the device with bf16", "80 or more (use fp16)", p.sm},
         {p.sm_count > 0, "multiprocessor count", "a positive number", p.sm_count},
+        {p.row >= 0, "row (pinned)", "0, or an index + 1", p.row},
+        {p.splits >= 0 && p.splits <= 8, "splits (pinned)", "0 .. 8", p.splits},
     };
     for (Rule const& rule : rules)
         if (!rule.holds) return refuse(error, size, rule.what, rule.expected, rule.found);
@@ -74,12 +78,14 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
 int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size) {
     if (wog_check(problem, error, size)) return 1;
     wog_problem const& p = *problem;
-    Row const& row = *find_row(p);  // the table ends with rows for any m on any known sm
+    Row const* const found = find_row(p);
+    if (!found) return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
+    Row const& row = *found;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
     int const grid_n = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
                              : ceil_div(p.n, row.block_n());
-    int const splits = row.kernel == Kernel::kGemm ? choose_splits(p, row, grid_m * grid_n) : 1;
+    int const splits = choose_splits(p, row, grid_m * grid_n);
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     bool const int8 = p.activation_bits == 8;
     *plan = {row.name,
@@ -112,6 +118,9 @@ int64_t wog_workspace(wog_problem const* problem) {
     }
     return most;
 }
+
+int32_t wog_rows(void) { return kRowCount; }
+char const* wog_row_name(int32_t row) { return row >= 0 && row < kRowCount ? kRows[row].name : nullptr; }
 
 int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
     char const* const failed = query_device(*sm, *sm_count);

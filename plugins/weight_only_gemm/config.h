@@ -13,6 +13,7 @@ enum class Kernel : int32_t { kPlain, kGemm, kInt8, kDense };
 struct Row {
     char const* name;
     Kernel kernel;
+    int activation_bits;   // that it takes; 0: any
     int warps_n, warps_k;  // warps_k of them share their n and divide K
     int strips;            // of 16 n that a warp owns
     int columns;           // of 8 m
@@ -35,27 +36,29 @@ constexpr int kNewest = 999;
 constexpr int64_t kManyRows = 512;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
-// The first row that fits is taken. Shared memory is 64 KiB on sm_75 and 99 KiB on sm_86, 89 and 120, which bounds the
-// stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no asynchronous copies, so two stages
-// are all that helps there.
+// The first row that fits is taken; rows of one kernel stand together. Shared memory is 64 KiB on sm_75 and 99 KiB on
+// sm_86, 89 and 120, which bounds the stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no
+// asynchronous copies, so two stages are all that helps there.
 constexpr Row kRows[] = {
-    {"stream8", Kernel::kGemm, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},
-    {"tile32", Kernel::kGemm, 4, 1, 2, 4, {4, 4}, 3, 32, 80, kNewest},
-    {"wgmma64", Kernel::kGemm, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
-    {"wgmma128", Kernel::kGemm, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
-    {"tile64", Kernel::kGemm, 8, 1, 2, 8, {4, 4}, 1, kAny, 80, kNewest},
-    {"stream8_turing", Kernel::kGemm, 1, 8, 2, 1, {2, 2}, 2, 8, 75, 79},
-    {"stream16_turing", Kernel::kGemm, 1, 4, 2, 2, {2, 2}, 4, 16, 75, 79},
-    {"tile32_turing", Kernel::kGemm, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
-    {"int8_wgmma64", Kernel::kInt8, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
-    {"int8_wgmma128", Kernel::kInt8, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
-    {"int8", Kernel::kInt8, 4, 1, 2, 8, {3, 4}, 2, kAny, 80, kNewest},
-    {"int8_turing", Kernel::kInt8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
-    {"dense", Kernel::kDense, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, false, kManyRows},
-    {"dense", Kernel::kDense, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, false, kManyRows},
-    {"plain", Kernel::kPlain, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
+    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, false, kManyRows},
+    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, false, kManyRows},
+    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
+    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},
+    {"tile32", Kernel::kGemm, 16, 4, 1, 2, 4, {4, 4}, 3, 32, 80, kNewest},
+    {"wgmma64", Kernel::kGemm, 16, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
+    {"wgmma128", Kernel::kGemm, 16, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
+    {"tile64", Kernel::kGemm, 16, 8, 1, 2, 8, {4, 4}, 1, kAny, 80, kNewest},
+    {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {2, 2}, 2, 8, 75, 79},
+    {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {2, 2}, 4, 16, 75, 79},
+    {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
+    {"int8_wgmma64", Kernel::kInt8, 8, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
+    {"int8_wgmma128", Kernel::kInt8, 8, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
+    {"int8", Kernel::kInt8, 8, 4, 1, 2, 8, {3, 4}, 2, kAny, 80, kNewest},
+    {"int8_turing", Kernel::kInt8, 8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
+    {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
+
+constexpr int kRowCount = sizeof kRows / sizeof kRows[0];
 
 constexpr int first_row(Kernel kernel) {
     int i = 0;

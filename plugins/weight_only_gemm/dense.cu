@@ -71,7 +71,7 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
     bool const half = p.type == WOG_F16;
     auto* const kernel = p.bits == 4 ? (half ? dequantize<Half, 4> : dequantize<Bfloat, 4>)
                                      : (half ? dequantize<Half, 8> : dequantize<Bfloat, 8>);
-    if (char const* failed = launch(kernel, dim3(plan.grid_n), plan.threads, 0, static_cast<Stream>(stream), args))
+    if (char const* failed = launch(kernel, {dim3(plan.grid_n), plan.threads}, static_cast<Stream>(stream), args))
         return failed;
     if (blas::multiply(library, half ? blas::kFloat16 : blas::kBfloat16, t.x, dense, sums, p.m, p.n, p.k,
                        workspace + at.library, size_t(kLibraryWorkspace), stream))

@@ -21,6 +21,7 @@
 #include <array>
 #include <utility>
 
+#include "decode.h"
 #include "epilogue.h"
 #include "tile.h"
 
@@ -38,52 +39,6 @@ struct GemmArgs {
 
 constexpr int kStageK = stage_k(Kernel::kGemm);
 
-// ---- codes to exact q - c, one k16 fragment from the words of a block ----
-
-template <class T>
-__device__ __forceinline__ void decode4(uint32_t (&a)[4], uint32_t w);
-template <>
-__device__ __forceinline__ void decode4<Half>(uint32_t (&a)[4], uint32_t w) {
-    // 0x6400 = 1024 has its units in bit 0, 0x5400 = 64 in bit 4: OR puts a nibble there, one add removes bias and c
-    a[0] = add2<Half>((w & 0x000f000f) | 0x64006400, 0xe408e408);  // - (1024 + 8)
-    a[1] = add2<Half>((w & 0x00f000f0) | 0x54005400, 0xd480d480);  // - (64 + 8)
-    a[2] = add2<Half>((w >> 8 & 0x000f000f) | 0x64006400, 0xe408e408);
-    a[3] = add2<Half>((w >> 8 & 0x00f000f0) | 0x54005400, 0xd480d480);
-}
-template <>
-__device__ __forceinline__ void decode4<Bfloat>(uint32_t (&a)[4], uint32_t w) {
-    for (int r = 0; r < 4; r++)  // 0x4300 = 128 has its units in bit 0
-        a[r] = add2<Bfloat>((w >> 4 * r & 0x000f000f) | 0x43004300, 0xc308c308);  // - (128 + 8)
-}
-
-template <class T>
-__device__ __forceinline__ void decode8(uint32_t& low, uint32_t& high, uint32_t w);
-template <>
-__device__ __forceinline__ void decode8<Half>(uint32_t& low, uint32_t& high, uint32_t w) {
-    low = add2<Half>(pick_bytes(w, 0x64646464, 0x4240), 0xe480e480);  // - (1024 + 128)
-    high = add2<Half>(pick_bytes(w, 0x64646464, 0x4341), 0xe480e480);
-}
-template <>
-__device__ __forceinline__ void decode8<Bfloat>(uint32_t& low, uint32_t& high, uint32_t w) {
-    // bf16 has 8 bits: 128 + (q & 127), minus 128 if q >= 128, else minus 256 (0xc300 and 0xc380 differ in bit 7 only)
-    low = add2<Bfloat>((w & 0x007f007f) | 0x43004300, (~w & 0x00800080) | 0xc300c300);
-    w >>= 8;
-    high = add2<Bfloat>((w & 0x007f007f) | 0x43004300, (~w & 0x00800080) | 0xc300c300);
-}
-
-// A fragment of k16 step `step` (0, 1) of 32-k unit `unit` (0, 1) of a stage, from the stage's words of one strip
-template <class T, int Bits>
-__device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const (&words)[Bits / 4], int unit, int step) {
-    if constexpr (Bits == 4) {
-        uint4 const& w = words[0];
-        decode4<T>(a, unit == 0 ? (step == 0 ? w.x : w.y) : (step == 0 ? w.z : w.w));
-    } else {
-        uint4 const& w = words[unit];
-        decode8<T>(a[0], a[2], step == 0 ? w.x : w.z);  // row g
-        decode8<T>(a[1], a[3], step == 0 ? w.y : w.w);  // row g + 8
-    }
-}
-
 // ---- the kernel ----
 
 template <class T, int Bits, int I>
@@ -96,7 +51,6 @@ struct Gemm {
     static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a stage
     static constexpr int kSums = C / WN;      // columns of m whose X this warp counts
     static_assert(C % WN == 0, "warps side by side count the same number of columns");
-    static constexpr float kCenter = Bits == 4 ? 8.0f : 128.0f;
 
     GemmArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -222,7 +176,7 @@ struct Gemm {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float const scale = to_float<T>(uint16_t(affine[s][h]));
-                    float const zero = to_float<T>(uint16_t(affine[s][h] >> 16)) - kCenter;
+                    float const zero = to_float<T>(uint16_t(affine[s][h] >> 16)) - kCenter<Bits>;
                     acc[s][j][2 * h] += scale * (sum[s][j][2 * h] - zero * x0);
                     acc[s][j][2 * h + 1] += scale * (sum[s][j][2 * h + 1] - zero * x1);
                     if constexpr (!kRow.wgmma) sum[s][j][2 * h] = sum[s][j][2 * h + 1] = 0.0f;
@@ -340,25 +294,26 @@ __global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
     finish<T>(p.out, v, m, n);
 }
 
+constexpr int kFirst = first_row(Kernel::kGemm);
+
 template <class T, int Bits, int... I>
 constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(GemmArgs), sizeof...(I)>{gemm<T, Bits, I>...};
+    return std::array<void (*)(GemmArgs), sizeof...(I)>{gemm<T, Bits, kFirst + I>...};
 }
 
 template <class T>
 char const* launch_rows(wog_problem const& p, GemmArgs const& args, wog_plan const& plan, void* stream) {
-    static_assert(first_row(Kernel::kGemm) == 0, "rows are indices of instances");
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kGemm)> kAll;
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
     auto const s = static_cast<Stream>(stream);
-    dim3 const grid(plan.grid_m, plan.grid_n, plan.splits);
-    return launch((p.bits == 4 ? kFour : kEight)[plan.row], grid, plan.threads, plan.shared, s, args);
+    Grid const grid{dim3(plan.grid_m, plan.grid_n, plan.splits), plan.threads, size_t(plan.shared)};
+    return launch((p.bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, s, args);
 }
 
 }  // namespace
 
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream) {
-    return launch(p.type == WOG_F16 ? epilogue<Half> : epilogue<Bfloat>, dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0,
+    return launch(p.type == WOG_F16 ? epilogue<Half> : epilogue<Bfloat>, {dim3(ceil_div(p.m * (p.n / 16), 256)), 256},
                   static_cast<Stream>(stream), EpilogueArgs{parts, output(p, t), splits});
 }
 

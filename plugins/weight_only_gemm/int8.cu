@@ -284,15 +284,15 @@ char const* launch_rows(int bits, Int8Args const& args, wog_plan const& plan, St
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kInt8)> kAll;
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
     auto* const kernel = (bits == 4 ? kFour : kEight)[plan.row - kFirst];
-    return launch(kernel, dim3(plan.grid_m, plan.grid_n), plan.threads, plan.shared, stream, args);
+    return launch(kernel, {dim3(plan.grid_m, plan.grid_n), plan.threads, size_t(plan.shared)}, stream, args);
 }
 
 }  // namespace
 
 char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream) {
     QuantizeArgs const args{static_cast<uint16_t const*>(t.x), int8_rows(p, t.workspace), p.m, p.k, p.group};
-    return launch(p.type == WOG_F16 ? quantize<Half> : quantize<Bfloat>, dim3(unsigned(p.m)), kQuantizeThreads,
-                  32 + size_t(p.k) / 16 * 4, static_cast<Stream>(stream), args);
+    Grid const grid{dim3(unsigned(p.m)), kQuantizeThreads, 32 + size_t(p.k) / 16 * 4};
+    return launch(p.type == WOG_F16 ? quantize<Half> : quantize<Bfloat>, grid, static_cast<Stream>(stream), args);
 }
 
 char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {

@@ -27,6 +27,8 @@ typedef struct {
     int32_t plain;            // 1: the plain kernel, against which the fast ones are tested
     int32_t rounded_weights;  // 1: dequantized weights may be rounded to `type`, for a library's product of many rows
     int32_t library;          // 1: the device has that library (wog_library)
+    int32_t row;              // for measurements: index + 1 of the table's row to use; 0: choose
+    int32_t splits;           // likewise: parts of K for different blocks; 0: choose
 } wog_problem;
 
 typedef struct {
@@ -36,7 +38,7 @@ typedef struct {
 
 typedef struct {
     char const* kernel;         // name of the chosen row of the table
-    int32_t row;                // and its index
+    int32_t row;                // and its index, from 0
     int32_t splits;             // parts of K that different blocks sum; > 1 needs workspace
     int32_t grid_m, grid_n;     // blocks
     int32_t threads, shared;    // per block
@@ -49,6 +51,10 @@ typedef struct {
 WOG_EXPORT int wog_check(wog_problem const* problem, char* error, size_t size);
 WOG_EXPORT int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size);
 WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size);
+
+// The rows of the table, and their names: what wog_problem.row counts.
+WOG_EXPORT int32_t wog_rows(void);
+WOG_EXPORT char const* wog_row_name(int32_t row);
 
 // sm and sm_count of the current CUDA device.
 WOG_EXPORT int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size);

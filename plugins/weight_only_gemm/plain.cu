@@ -62,7 +62,7 @@ char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan co
                          p.k,
                          p.group,
                          p.bits};
-    return launch(p.type == WOG_F16 ? plain<Half> : plain<Bfloat>, dim3(ceil_div(p.m * (p.n / 16), 128)), 128, 0,
+    return launch(p.type == WOG_F16 ? plain<Half> : plain<Bfloat>, {dim3(ceil_div(p.m * (p.n / 16), 128)), 128},
                   static_cast<Stream>(stream), args);
 }
 

@@ -42,6 +42,20 @@ def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
     assert emulated[80].library.choose(**problem(**changes)).kernel == kernel
 
 
+def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> None:
+    library = emulated[80].library
+    rows = library.rows()
+    for name in ("tile64", "stream8"):
+        plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
+        assert (plan.kernel, plan.splits) == (name, 4)
+    refused = {"m": 9}, {"activation_bits": 8}, {"sm": 75}
+    for changes in refused:
+        with pytest.raises(RefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):
+            library.choose(**problem(row=rows.index("stream8") + 1, **changes))
+    with pytest.raises(RefusedError, match=r"row \(pinned\) is 99"):
+        library.choose(**problem(row=99))
+
+
 def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
     choose = emulated[80].library.choose
     assert choose(**problem(n=512, k=18944)).splits == 8  # 16 blocks of 132

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,12 +49,7 @@ class Library:
         self.path = path
         self._c = ctypes.CDLL(str(path))
         self._c.wog_workspace.restype = I64
-
-    @cached_property
-    def rows(self) -> tuple[str, ...]:
-        """The names of the table's rows; problem["row"] is an index into them plus one, 0 leaves the choice."""
         self._c.wog_row_name.restype = ctypes.c_char_p
-        return tuple(self._c.wog_row_name(I32(i)).decode() for i in range(self._c.wog_rows()))
 
     def _call(self, function: str, *args: Any) -> None:
         message = ctypes.create_string_buffer(256)
@@ -67,10 +61,14 @@ class Library:
         self._call("wog_choose", ctypes.byref(CProblem(**problem)), ctypes.byref(plan))
         return Plan(plan.kernel.decode(), *(getattr(plan, f) for f in list(Plan.__annotations__)[1:]))
 
+    def rows(self) -> list[str]:
+        """Names of the table's rows; a problem's `row` is an index into them plus 1. Several rows may share a name."""
+        return [self._c.wog_row_name(i).decode() for i in range(self._c.wog_rows())]
+
     def plans(self, splits: tuple[int, ...] = (0,), **problem: int) -> list[Plan]:
         """One plan for each row of the table that can serve the problem and each way that it can split K."""
         found: dict[tuple[int, int], Plan] = {}
-        for row, parts in product(range(len(self.rows)), splits):
+        for row, parts in product(range(len(self.rows())), splits):
             try:
                 plan = self.choose(**{**problem, "row": row + 1, "splits": parts})
             except RefusedError:

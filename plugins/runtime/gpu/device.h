@@ -130,6 +130,22 @@ __device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
     return __shfl_xor_sync(0xffffffff, value, lane_mask);
 }
 
+// ---- overlap of kernels (sm_90 and newer; elsewhere a kernel starts when the one before it has ended) ----
+//
+// A kernel launched with Grid::overlap reads and writes nothing that another kernel touches before wait_for_inputs; what
+// never changes (weights) may be fetched earlier. release_next lets the next such kernel be scheduled, any time.
+
+__device__ __forceinline__ void wait_for_inputs() {
+#if DEVICE_SM >= 90
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void release_next() {
+#if DEVICE_SM >= 90
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
 
 #define MULTIPLY_16(type)                                                                                        \
@@ -287,16 +303,33 @@ inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
+struct Grid {
+    dim3 blocks;
+    int threads;
+    size_t shared = 0;
+    int cluster = 1;       // neighbours in x that share their memory (sm_90 and newer)
+    bool overlap = false;  // may start while the kernel before it ends (sm_90 and newer): see wait_for_inputs
+};
+
 // Returns null, or what the runtime said. More than 48 KiB of shared memory must be asked for on each device.
 template <class Args>
-char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream stream, Args args) {
+char const* launch(void (*kernel)(Args), Grid const& grid, Stream stream, Args args) {
+    auto* const function = reinterpret_cast<void const*>(kernel);
     cudaError_t status = cudaSuccess;
-    if (shared > 48 * 1024)
-        status = cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      int(shared));
-    if (status == cudaSuccess) {
-        void* pointers[] = {&args};
-        status = cudaLaunchKernel(reinterpret_cast<void const*>(kernel), grid, dim3(threads), pointers, shared, stream);
+    if (grid.shared > 48 * 1024)
+        status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (grid.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {unsigned(grid.cluster), 1, 1};
     }
+    if (grid.overlap) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    cudaLaunchConfig_t config{grid.blocks, dim3(grid.threads), grid.shared, stream, attributes, count};
+    void* pointers[] = {&args};
+    if (status == cudaSuccess) status = cudaLaunchKernelExC(&config, function, pointers);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

@@ -269,6 +269,9 @@ inline uint32_t exchange(uint32_t value, int lane_mask) {
     return emulator::share(value)[(int(threadIdx.x) % 32) ^ lane_mask];
 }
 
+inline void wait_for_inputs() {}
+inline void release_next() {}
+
 // ---- tensor cores: register maps as the PTX manual draws them ----
 
 namespace emulator {
@@ -374,18 +377,26 @@ inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
     return nullptr;
 }
 
+struct Grid {
+    dim3 blocks;
+    int threads;
+    size_t shared = 0;
+    int cluster = 1;
+    bool overlap = false;
+};
+
 template <class Args>
-char const* launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared, Stream, Args args) {
+char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     char const* const seed = std::getenv("EMULATOR_SEED");
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
     size_t const limit = (DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
-    if (shared > limit) return "more shared memory than the smallest device of this family has";
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
+    if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
+    for (unsigned z = 0; z < grid.blocks.z; z++)
+        for (unsigned y = 0; y < grid.blocks.y; y++)
+            for (unsigned x = 0; x < grid.blocks.x; x++) {
                 blockIdx = {x, y, z};
                 emulator::state.body = [&] { kernel(args); };
-                emulator::run_block(threads, shared, random);
+                emulator::run_block(grid.threads, grid.shared, random);
             }
     return nullptr;
 }
