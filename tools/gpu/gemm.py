@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 
 from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import ACTIVATIONS
-from tools.gpu.library import Library, Plan
+from tools.gpu import small
+from tools.gpu.library import HUNG_ROWS, Library, Plan
 
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
+HUNG = frozenset(filter(None, os.environ.get(HUNG_ROWS, "").split(",")))
+FORMATS = small.FORMATS
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
-FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
 DEVICE = "cuda"  # tests of this module put the emulator's memory here
+
+
+class HungRowError(Exception):
+    """The table chose a row that takes the GPU with it."""
 
 
 def current_stream() -> int:
@@ -45,6 +54,9 @@ class Weight:
     @property
     def k(self) -> int:
         return self.natural.shape[1]
+
+    def copy(self) -> Weight:
+        return replace(self, codes=self.codes.clone(), affine=self.affine.clone())
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[N, K] = (code - zero) * scale, exact in float64."""
@@ -115,11 +127,10 @@ class Gemm:
 
     def __post_init__(self) -> None:
         w, gated = self.weight, self.options.get("gated", 0)
-        self.problem = {
-            "m": self.x.shape[0], "n": w.n, "k": w.k, "group": w.group, "bits": w.bits, "type": TYPES[self.x.dtype],
-            "activation_bits": 16, **device_numbers(), **self.options,
-        }  # fmt: skip
+        self.problem = self.problem_of(self.x, w, self.options)
         self.plan: Plan = self.library.choose(**self.problem)
+        if self.plan.kernel in HUNG:
+            raise HungRowError(f"the table's row {self.plan.kernel} did not come back when it was tried")
         self.dtype = torch.float32 if self.options.get("wide") else self.x.dtype
         self.shape = (self.x.shape[0], w.n // (1 + gated))
         self.y_memory = self.poisoned(self.shape[0] * self.shape[1] * self.dtype.itemsize)
@@ -131,11 +142,23 @@ class Gemm:
         }  # fmt: skip
 
     @staticmethod
+    def problem_of(x: torch.Tensor, w: Weight, options: dict[str, int]) -> dict[str, int]:
+        return {
+            "m": x.shape[0], "n": w.n, "k": w.k, "group": w.group, "bits": w.bits, "type": TYPES[x.dtype],
+            "activation_bits": 16, **device_numbers(), **options,
+        }  # fmt: skip
+
+    @staticmethod
     def poisoned(size: int) -> torch.Tensor:
         return torch.full((size + 2 * GUARD,), POISON, dtype=torch.uint8, device=DEVICE)
 
     def __call__(self) -> None:
         self.library.launch(self.problem, self.tensors, current_stream())
+
+    def on(self, weight: Weight) -> Callable[[], None]:
+        """The same launch on a copy of the weights."""
+        tensors = {**self.tensors, "codes": weight.codes.data_ptr(), "affine": weight.affine.data_ptr()}
+        return lambda: self.library.launch(self.problem, tensors, current_stream())
 
     def output(self) -> torch.Tensor:
         """The result; checks that nothing outside the output and the workspace was written."""

@@ -41,7 +41,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def gpu_lost() -> bool:
     import torch
 
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_available():
         return False
     try:
         torch.cuda.synchronize()

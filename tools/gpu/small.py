@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ N, K = 144, 4128  # a tile and a strip; 64 k and a half, 129 times 32
 GROUPS = (32, 96, 4128)
 ROWS = (3, 12, 20, 70, 130, 600)  # of x: the fewest and the most that each kernel's tiles take
 SPLITS = (0, 2)
+COMMON = {"n": N, "k": K, "wide": 1}
+DENSE = {"rounded_weights": 1, "library": 1}
 FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 EXACT, ROUNDED = 2e-5, 1e-3  # relative error before the output's rounding; with weights rounded to 16 bits
@@ -41,12 +43,10 @@ def every_case(library: Library, device: dict[str, int], types: tuple[int, ...] 
     """Each row of the table that this device can run, in each format, type, kind of group and way to split."""
     found: dict[str, None] = {}
     for (bits, activation_bits), type_, group, m, plain in product(FORMATS, types, GROUPS, ROWS, (0, 1)):
-        problem = {
-            **device, "m": m, "n": N, "k": K, "bits": bits, "activation_bits": activation_bits, "type": type_,
-            "group": group, "plain": plain, "rounded_weights": int(m > 512), "library": int(m > 512), "wide": 1,
-        }  # fmt: skip
-        for plan in library.plans(SPLITS, **problem):
-            found[name_of(plan.kernel, {**problem, "row": plan.row + 1, "splits": plan.splits})] = None
+        fields = {**device, "m": m, "bits": bits, "activation_bits": activation_bits, "type": type_, "group": group}
+        for plan in library.plans(SPLITS, **COMMON, **fields, plain=plain, **DENSE):
+            more = {"plain": plain, "row": plan.row + 1, "splits": plan.splits}
+            found[name_of(plan.kernel, {**fields, **more, **(DENSE if plan.kernel == "dense" else {})})] = None
     return sorted(found)
 
 
@@ -56,21 +56,24 @@ def few_cases(cases: list[str]) -> list[str]:
     for case in cases:
         kernel, problem = parse(case)
         if problem["type"] == 0 and problem["group"] == GROUPS[1]:
-            chosen.setdefault((kernel, *(str(problem[f]) for f in ("bits", "activation_bits", "splits"))), []).append(case)
+            chosen.setdefault((kernel, *(str(problem[f]) for f in ("bits", "activation_bits", "splits"))), []).append(
+                case
+            )
     by_rows = (sorted(same, key=lambda case: parse(case)[1]["m"]) for same in chosen.values())
     return sorted({case for same in by_rows for case in (same[0], same[-1])})
 
 
 def name_of(kernel: str, problem: dict[str, int]) -> str:
-    return " ".join([kernel, *(f"{field}={value}" for field, value in problem.items())])
+    return " ".join([kernel, *(f"{field}={value}" for field, value in problem.items() if value)])
 
 
 def parse(case: str) -> tuple[str, dict[str, int]]:
     kernel, *fields = case.split()
-    return kernel, {name: int(value) for name, _, value in (field.partition("=") for field in fields)}
+    given = {name: int(value) for name, _, value in (field.partition("=") for field in fields)}
+    return kernel, {"type": 0, **COMMON, **given}
 
 
-@lru_cache(maxsize=1)
+@cache
 def weights(bits: int, group: int, type_: int) -> tuple[Array, Array, Array]:
     """codes, affine and bias."""
     rng, top = np.random.default_rng([bits, group]), 2**bits - 1
@@ -115,7 +118,7 @@ def run(library: Library, device: Device, problem: dict[str, int], poisoned: boo
 
 def check(library: Library, device: Device, case: str, poisoned: bool) -> None:
     kernel, problem = parse(case)
-    if problem["library"] and not library.has_cublaslt():
+    if kernel == "dense" and not library.has_cublaslt():
         emit(end=case, outcome="skipped", message="no cuBLASLt that serves this GPU")
         return
     worst, allowed = run(library, device, problem, poisoned).max(), ROUNDED if kernel == "dense" else EXACT

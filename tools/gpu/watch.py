@@ -110,7 +110,9 @@ class Job:
         if now and now not in self.outcomes:
             self.outcomes[now] = Outcome(now, ended or "crashed", message)
         elif not any(case in self.outcomes for case in left):
-            self.outcomes.update({case: Outcome(case, ended or "crashed", f"never started: {message}") for case in left})
+            self.outcomes.update(
+                {case: Outcome(case, ended or "crashed", f"never started: {message}") for case in left}
+            )
 
 
 def run_all(jobs: Iterable[Job], seconds: float, workers: int) -> list[Job]:
