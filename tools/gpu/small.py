@@ -136,8 +136,9 @@ def main() -> None:
         try:
             check(library, device, case, memory == "poisoned")
         except Exception as error:
-            emit(end=case, outcome="failed", message=f"{type(error).__name__}: {error}")
-            if isinstance(error, Lost):
+            lost = isinstance(error, Lost)
+            emit(end=case, outcome="crashed" if lost else "failed", message=f"{type(error).__name__}: {error}")
+            if lost:
                 sys.exit(LOST_GPU)
 
 

@@ -2,7 +2,7 @@
 
 A child is given the names of the cases it has still to do and prints JSON lines, one before and one after each:
 
-    {"start": NAME}      {"end": NAME, "outcome": "passed" | "failed" | "skipped", "message": "...", "data": anything}
+    {"start": NAME}      {"end": NAME, "outcome": OUTCOME, "message": "...", "data": anything}
 
 Whatever else it prints is kept only to explain its death. When it goes silent for too long it is killed; the case that
 it was in is called hung, and a new child gets the rest. The same holds for a child that dies.
@@ -31,7 +31,7 @@ BAD = ("failed", "hung", "crashed", "not run")
 @dataclass(frozen=True)
 class Outcome:
     name: str
-    outcome: str  # passed | failed | skipped, as the child said; hung | crashed | not run
+    outcome: str  # passed | failed | skipped | crashed, as the child said; hung | crashed | not run, as seen from here
     message: str = ""
     seconds: float = 0.0
     data: Any = None
