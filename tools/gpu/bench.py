@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tools.gpu import gemm
 from tools.gpu.gemm import Gemm, Weight, random_weight
 from tools.gpu.layers import LAYERS, QUICK, parse_case
 from tools.gpu.library import Library, Plan
@@ -37,9 +38,9 @@ def contestant(name: str, calls: Iterable[Call], size: int, flops: int, plan: st
 
 
 def ours(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **options: int) -> Contestant:
-    gemm, w = Gemm(library, x, weights[0], options), weights[0]
+    one, w = Gemm(library, x, weights[0], options), weights[0]
     size = w.codes.nbytes + w.affine.nbytes + len(x) * (w.n + w.k) * 2
-    return contestant(name, map(gemm.on, weights), size, 2 * len(x) * w.n * w.k, label(gemm.plan))
+    return contestant(name, map(one.on, weights), size, 2 * len(x) * w.n * w.k, label(one.plan))
 
 
 def label(plan: Plan) -> str:
@@ -49,7 +50,7 @@ def label(plan: Plan) -> str:
 
 def cublas(x: torch.Tensor, weights: list[torch.Tensor]) -> Contestant:
     (m, k), n = x.shape, len(weights[0])
-    y = torch.empty((m, n), device="cuda", dtype=x.dtype)
+    y = torch.empty((m, n), device=gemm.DEVICE, dtype=x.dtype)
     calls: list[Call] = [lambda w=w: torch.matmul(x, w.T, out=y) for w in weights]  # type: ignore[misc]
     return contestant(
         "cublas fp16" if x.dtype == HALF else "cublas bf16", calls, (n * k + m * (n + k)) * 2, 2 * m * n * k
@@ -70,8 +71,8 @@ def tinygemm(x: torch.Tensor, weight: Weight) -> Contestant:
 
 def int_mm(m: int, n: int, k: int) -> Contestant:
     """torch._int_mm: int32 output, no scales; the integer GEMM alone."""
-    x = torch.randint(-127, 128, (m, k), device="cuda", dtype=torch.int8)
-    weights = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in range(copies(n * k))]
+    x = torch.randint(-127, 128, (m, k), device=gemm.DEVICE, dtype=torch.int8)
+    weights = [torch.randint(-127, 128, (n, k), device=gemm.DEVICE, dtype=torch.int8) for _ in range(copies(n * k))]
     calls: list[Call] = [lambda w=w: torch._int_mm(x, w.T) for w in weights]  # type: ignore[misc]
     return contestant("torch int_mm", calls, n * k + m * k + m * n * 4, 2 * m * n * k)
 
@@ -100,8 +101,8 @@ def humming(x: torch.Tensor, weight: Weight) -> Contestant:
 
 def roofs(reader: Path) -> dict[str, Any]:
     """What this GPU reaches: reading and copying in bytes/us, GEMMs in operations/us, an empty graph node in us."""
-    data = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
-    other, sink = torch.empty_like(data), torch.zeros(1, dtype=torch.int32, device="cuda")
+    data = torch.empty(4 << 30, dtype=torch.uint8, device=gemm.DEVICE).random_()
+    other, sink = torch.empty_like(data), torch.zeros(1, dtype=torch.int32, device=gemm.DEVICE)
     c = ctypes.CDLL(str(reader))
     c.read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     c.empty.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -121,8 +122,8 @@ def roofs(reader: Path) -> dict[str, Any]:
         ]
         return max(size * count / once(graph.replay) for graph in graphs)
 
-    a = torch.randn((8192, 8192), device="cuda", dtype=BRAIN)
-    i = torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8)
+    a = torch.randn((8192, 8192), device=gemm.DEVICE, dtype=BRAIN)
+    i = torch.randint(-127, 128, (8192, 8192), device=gemm.DEVICE, dtype=torch.int8)
     return {
         "read_bytes_per_us": max(data.nbytes / once(read(sms * per_sm)) for per_sm in (2, 4, 8, 16)),
         "read_bytes_per_us_by_mb": {str(mb): rate(mb << 20) for mb in READ_MB},
@@ -151,12 +152,12 @@ def layer_weights(layer: str) -> dict[str, list[Weight]]:
 def float_weights(layer: str) -> dict[torch.dtype, list[torch.Tensor]]:
     n, k = LAYERS[layer]
     count = range(copies(n * k * 2))
-    return {t: [torch.randn((n, k), device="cuda", dtype=t) for _ in count] for t in (HALF, BRAIN)}
+    return {t: [torch.randn((n, k), device=gemm.DEVICE, dtype=t) for _ in count] for t in (HALF, BRAIN)}
 
 
 def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Contestant]]:
     (n, k), w, floats = LAYERS[layer], layer_weights(layer), float_weights(layer)
-    x = torch.randn((m, k), device="cuda").to(HALF)
+    x = torch.randn((m, k), device=gemm.DEVICE).to(HALF)
     a8, rounded = {"activation_bits": 8}, {"rounded_weights": 1, "library": int(library.has_cublaslt())}
     mine: dict[str, tuple[torch.Tensor, str, dict[str, int]]] = {
         "int4 g128": (x, "int4", {}),

@@ -105,11 +105,11 @@ def replay_in_turn(graphs: dict[str, Call], replays: int, hopeless: float = INFI
 
 
 def race(
-    layer: str, m: int, contestants: list[Contestant], replays: int = REPLAYS, hopeless: float = INFINITE
+    layer: str, m: int, contestants: list[Contestant], replays: int = 0, hopeless: float = INFINITE
 ) -> list[Timing]:
     counts = {c.name: calls_in_graph(c) for c in contestants}
     graphs = {c.name: capture(c.calls, counts[c.name]) for c in contestants}
-    times = replay_in_turn({name: graph.replay for name, graph in graphs.items()}, replays, hopeless)
+    times = replay_in_turn({name: graph.replay for name, graph in graphs.items()}, replays or REPLAYS, hopeless)
     result = []
     for c in contestants:
         ordered = sorted(t / counts[c.name] for t in times[c.name])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tools.gpu import gemm
 from tools.gpu.bench import label, ours
 from tools.gpu.gemm import HUNG, Gemm, Weight, random_weight
 from tools.gpu.layers import LAYERS, parse_case
@@ -55,7 +56,7 @@ def dense(layer: str, key: tuple[int, int]) -> torch.Tensor:
 def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
     """For each format and candidate its time and whether it is the table's choice, or what is wrong."""
     found: list[dict[str, Any]] = []
-    x = torch.randn((m, LAYERS[layer][1]), device="cuda").half()
+    x = torch.randn((m, LAYERS[layer][1]), device=gemm.DEVICE).half()
     for name, (bits, group, activation_bits) in FORMATS.items():
         key = (bits, group or x.shape[1])
         weights, options = layer_weights(layer)[key], {"activation_bits": activation_bits}
@@ -78,11 +79,11 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
     return found
 
 
-def what_is_wrong(gemm: Gemm, truth: torch.Tensor) -> str:
+def what_is_wrong(one: Gemm, truth: torch.Tensor) -> str:
     """Nothing, or what a launch got wrong."""
-    gemm()
+    one()
     try:
-        off = float((gemm.output().float() - truth).norm() / truth.norm())
+        off = float((one.output().float() - truth).norm() / truth.norm())
     except AssertionError as stray:
         return str(stray)
     return "" if off <= WRONG else f"relative error {off:.3g}"
