@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 N, K = 144, 4128  # a tile and a strip; 64 k and a half, 129 times 32
 GROUPS = (32, 96, 4128)
 ROWS = (3, 12, 20, 70, 130, 600)  # of x: the fewest and the most that each kernel's tiles take
-SPLITS = (0, 2)
+SPLITS = (1, 2, 4)
 COMMON = {"n": N, "k": K, "wide": 1}
 DENSE = {"rounded_weights": 1, "library": 1}
 FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
@@ -51,11 +51,11 @@ def every_case(library: Library, device: dict[str, int], types: tuple[int, ...] 
 
 
 def few_cases(cases: list[str]) -> list[str]:
-    """For a sanitizer: fp16, one kind of group, and for each row, format and way to split the fewest and most rows."""
+    """For a sanitizer: fp16, one kind of group, K whole or in two; the fewest and the most rows of each kernel."""
     chosen: dict[tuple[str, ...], list[str]] = {}
     for case in cases:
         kernel, problem = parse(case)
-        if problem["type"] == 0 and problem["group"] == GROUPS[1]:
+        if problem["type"] == 0 and problem["group"] == GROUPS[1] and problem["splits"] <= 2:
             chosen.setdefault((kernel, *(str(problem[f]) for f in ("bits", "activation_bits", "splits"))), []).append(
                 case
             )

@@ -142,7 +142,7 @@ def tests(ring: Ring) -> Part:
     """The pytest module in six processes; a case that hangs or loses the GPU costs itself."""
     names = {f"INSTANTRT_KERNELS{s}": str(path) for s in ("", "_75", "_80") if (path := ring.library(s))}
     status, text = run([*PYTEST, "--collect-only", TESTS], names)
-    cases = [case for line in text.splitlines() for case in (parse(line) or {}).get("collected", [])]
+    cases = collected(text)
     if not cases:
         return {"passed": False, "failures": {TESTS: f"collected nothing, status {status}\n{text[-2000:]}"}}
     size = -(-len(cases) // 6)
@@ -150,6 +150,10 @@ def tests(ring: Ring) -> Part:
     environment = {**ring.environment, **names}
     jobs = [Job(lambda left: [*PYTEST, "-p", "no:terminal", *left], shard, 60, environment) for shard in shards]
     return summary(collect(run_all(jobs, 240, len(jobs))))
+
+
+def collected(text: str) -> list[str]:
+    return [case for line in text.splitlines() for case in (parse(line) or {}).get("collected", [])]
 
 
 def sanitize(ring: Ring) -> Part:
