@@ -85,7 +85,7 @@ def test_pytest_cases_are_watched(tmp_path: Path) -> None:
         "def test_slow():\n    time.sleep(60)\n"
         "def test_no():\n    pytest.skip('why')\ndef test_dies():\n    os._exit(1)\n"
     )
-    command = [*stages.PYTEST, f"--rootdir={tmp_path}"]
+    command = [*stages.PYTEST, "-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}"]
     status, text = stages.run([*command, "--collect-only", str(tmp_path / "test_four.py")])
     assert status == 0
     names = stages.collected(text)
@@ -93,7 +93,7 @@ def test_pytest_cases_are_watched(tmp_path: Path) -> None:
         "test_bits[4]", "test_bits[8]", "test_slow", "test_no", "test_dies"
     ]  # fmt: skip
     paths = {name: f"{tmp_path}/{name}" for name in names}
-    job = Job(lambda left: [*command, "-p", "no:terminal", *(paths[name] for name in left)], names, 4)
+    job = Job(lambda left: [*command, *(paths[name] for name in left)], names, 4)
     run_all([job], 60, 1)
     outcomes = {name.partition("::")[2]: o.outcome for name, o in job.outcomes.items()}
     assert outcomes == {

@@ -148,7 +148,7 @@ def tests(ring: Ring) -> Part:
     size = -(-len(cases) // 6)
     shards = [cases[i : i + size] for i in range(0, len(cases), size)]
     environment = {**ring.environment, **names}
-    jobs = [Job(lambda left: [*PYTEST, "-p", "no:terminal", *left], shard, 60, environment) for shard in shards]
+    jobs = [Job(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
     return summary(collect(run_all(jobs, 240, len(jobs))))
 
 

@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 25  # of a child that died
 BAD = ("failed", "hung", "crashed", "not run")
 
@@ -65,6 +67,7 @@ class Job:
     def _child(self, left: Sequence[str], deadline: float) -> None:
         child = subprocess.Popen(
             self.command(left),
+            cwd=ROOT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             text=True,
             errors="replace",
