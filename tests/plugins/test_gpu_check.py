@@ -45,6 +45,7 @@ def child(script: str, cases: list[str], stall: float = 2.0) -> Job:
 
 def test_a_case_that_hangs_or_dies_costs_itself() -> None:
     job = child(CHILD, ["good", "hangs", "wrong", "dies", "lost", "last"])
+    job.lives = 4
     start = time.monotonic()
     run_all([job], 60, 1)
     assert time.monotonic() - start < 20
@@ -60,6 +61,15 @@ def test_a_case_that_hangs_or_dies_costs_itself() -> None:
     assert job.said == [f"========= ERROR SUMMARY: of {case}" for case in ("good", "wrong", "last")]
     assert job.status == 7
     assert sorted(failures(job.outcomes.values())) == ["dies", "hangs", "lost", "wrong"]
+
+
+def test_what_takes_every_child_is_left_alone() -> None:
+    job = child(CHILD, ["dies", "lost", "good", "hangs", "wrong", "last"], 1)
+    run_all([job], 60, 1)
+    assert [job.outcomes[name].outcome for name in ("dies", "lost", "hangs")] == ["crashed", "crashed", "hung"]
+    assert [job.outcomes[name].outcome for name in ("wrong", "last")] == ["not run", "not run"]
+    assert job.outcomes["good"].outcome == "passed"
+    assert job.outcomes["last"].message == "too many of its neighbours were lost"
 
 
 def test_a_child_that_never_starts_a_case_is_not_tried_again() -> None:
@@ -150,7 +160,7 @@ def test_smoke_names_rows_that_take_the_gpu_with_them(
     assert not ring.hung_rows
     monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "broken", 700))
     ring.report["smoke"] = stages.perform("smoke", ring)
-    assert ring.report["smoke"]["counts"] == {"crashed": len(few)}
+    assert ring.report["smoke"]["counts"] == {"crashed": 2 * 3, "not run": len(few) - 2 * 3}
     assert ring.hung_rows == ["plain", "stream8"]
     assert ring.environment["INSTANTRT_HUNG_ROWS"] == "plain,stream8"
     assert "cuStreamSynchronize failed with CUDA error 700" in stages.text("smoke", ring.report["smoke"])

@@ -33,9 +33,10 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         message = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longreprtext[-1500:]
-        emit(end=report.nodeid, outcome=report.outcome, message=message)
-    if report.outcome == "failed" and gpu_lost():
-        os._exit(LOST_GPU)
+        lost = report.outcome == "failed" and gpu_lost()
+        emit(end=report.nodeid, outcome="crashed" if lost else report.outcome, message=message)
+        if lost:
+            os._exit(LOST_GPU)
 
 
 def gpu_lost() -> bool:

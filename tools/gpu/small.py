@@ -55,7 +55,7 @@ def few_cases(cases: list[str]) -> list[str]:
     chosen: dict[tuple[str, ...], list[str]] = {}
     for case in cases:
         kernel, problem = parse(case)
-        if problem["type"] == 0 and problem["group"] == GROUPS[1] and problem["splits"] <= 2:
+        if problem["type"] == 0 and problem["group"] == GROUPS[1] and problem["splits"] <= 2 and problem["m"] < 200:
             chosen.setdefault((kernel, *(str(problem[f]) for f in ("bits", "activation_bits", "splits"))), []).append(
                 case
             )

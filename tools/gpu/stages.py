@@ -10,8 +10,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from tools.gpu.watch import Job, Outcome, failures, parse, run_all
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "gpu_check_libraries"
 TESTS = "tests/plugins/test_gpu_kernels.py"
-SANITIZERS = {"memcheck": ["--padding", "256"], "racecheck": [], "synccheck": [], "initcheck": []}
+SANITIZERS = {  # and their options; errors of API calls are the launcher's to report
+    "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
+}  # fmt: skip
 PYTEST = [sys.executable, "-m", "pytest", "--noconftest", "-p", "tools.gpu.progress", "-p", "no:cacheprovider"]
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 LONG = 100  # lines
+FIRST_PORT = 49152
 Part = dict[str, Any]
 
 
@@ -164,21 +168,14 @@ def sanitize(ring: Ring) -> Part:
         return {"passed": False, "failures": {"compute-sanitizer": "not on PATH" if path else "nothing was built"}}
     every = small.every_case(Library(path), {"sm": ring.sm, "sm_count": 132})
     cases = [case for case in small.few_cases(every) if case.split()[0] not in ring.hung_rows]
-    jobs = {
-        f"{name} {half + 1}/2": small_job(
-            path, "fresh", cases[half::2], 90, (tool, "--tool", name, "--error-exitcode", "9", *options)
-        )
-        for name, options in SANITIZERS.items()
-        for half in (0, 1)
-    }
+    jobs: dict[str, Job] = {}
+    for (name, options), half in product(SANITIZERS.items(), (0, 1)):
+        port = str(FIRST_PORT + 32 * len(jobs))  # each looks for a free one from here
+        under = (tool, "--tool", name, "--port", port, "--error-exitcode", "9", *options)
+        jobs[f"{name} {half + 1}/2"] = small_job(path, "fresh", cases[half::2], 90, under)
     run_all(jobs.values(), 280, len(jobs))
-    part = summary(
-        [
-            Outcome(f"{name}: {o.name}", o.outcome, o.message)
-            for name, job in jobs.items()
-            for o in job.outcomes.values()
-        ]
-    )
+    named = [replace(o, name=f"{name}: {o.name}") for name, job in jobs.items() for o in job.outcomes.values()]
+    part = summary(named)
     found = {name: job.said[:60] for name, job in jobs.items() if job.status}
     return part | {"passed": part["passed"] and not found, "found": found}
 

@@ -41,7 +41,10 @@ class Outcome:
 
 @dataclass
 class Job:
-    """Cases for one child after another. `stall` is how many seconds a child may say nothing."""
+    """Cases for one child after another. `stall` is how many seconds a child may say nothing.
+
+    After `lives` children that were lost the rest is not run: what has taken them would take more.
+    """
 
     command: Callable[[Sequence[str]], list[str]]
     cases: Sequence[str]
@@ -50,6 +53,7 @@ class Job:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)  # every line that was no event and starts with KEEP
     status: int = 0  # of the first child that ended badly by itself
+    lives: int = 3
 
     KEEP = "========="  # how compute-sanitizer marks its lines
 
@@ -58,10 +62,11 @@ class Job:
 
     def run(self, deadline: float) -> Job:
         """Runs children until every case has an outcome or `deadline`, a time.monotonic(), has passed."""
-        while (left := self.left()) and time.monotonic() < deadline:
+        while (left := self.left()) and self.lives and time.monotonic() < deadline:
             self._child(left, deadline)
+        why = "the stage's time was up" if self.lives else "too many of its neighbours were lost"
         for case in self.left():
-            self.outcomes[case] = Outcome(case, "not run", "the stage's time was up")
+            self.outcomes[case] = Outcome(case, "not run", why)
         return self
 
     def _child(self, left: Sequence[str], deadline: float) -> None:
@@ -96,6 +101,7 @@ class Job:
                 now, began = event["start"], time.monotonic()
             elif "end" in event:
                 name, now = event.pop("end"), ""
+                self.lives -= event["outcome"] == "crashed"
                 self.outcomes[name] = Outcome(name, seconds=round(time.monotonic() - began, 3), **event)
         kill(child, 0 if ended else 5)
         if not ended and child.returncode:
@@ -110,6 +116,7 @@ class Job:
             "": f"its process ended with status {status}",
         }[ended]
         message = f"{words}\n{last}".strip()
+        self.lives -= bool(now)
         if now and now not in self.outcomes:
             self.outcomes[now] = Outcome(now, ended or "crashed", message)
         elif not any(case in self.outcomes for case in left):
