@@ -75,8 +75,8 @@ def test_what_takes_every_child_is_left_alone() -> None:
 def test_a_child_that_never_starts_a_case_is_not_tried_again() -> None:
     job = child("import sys; sys.exit('no such library')", ["a", "b"])
     run_all([job], 60, 1)
-    assert {o.outcome for o in job.outcomes.values()} == {"crashed"}
-    assert "never started" in job.outcomes["b"].message
+    assert {o.outcome for o in job.outcomes.values()} == {"not run"}
+    assert "never came to it" in job.outcomes["b"].message
     assert "no such library" in job.outcomes["b"].message
 
 
@@ -176,6 +176,20 @@ def test_floors() -> None:
     assert (stream["floor_us"], stream["fraction"]) == (9.0, 0.9)
     assert timing("a8w8", "70b o", 2048, 400.0, 10**8, 280 * 10**9)["floor_us"] == pytest.approx(200)
     assert timing("int8", "70b o", 2048, 400.0, 10**8, 280 * 10**9)["floor_us"] == pytest.approx(350)
+
+
+def test_failures_of_one_reason_are_one_line() -> None:
+    outcomes = [Outcome(f"m={m}", "not run", "the time was up") for m in (1, 2, 3)]
+    outcomes += [Outcome("m=8", "crashed", "status 1\nTraceback\n  File\nRuntimeError: illegal address")]
+    part = {**stages.summary(outcomes), "seconds": 1}
+    assert stages.text("tune", part).splitlines()[1:] == [
+        "  m=8: crashed: status 1 ... RuntimeError: illegal address",
+        "  m=1 and 2 more: not run: the time was up",
+    ]
+    long = failures([Outcome("x", "failed", "start" + "." * 5000 + "the end")])["x"]
+    assert len(long) < 900
+    assert long.startswith("failed: start")
+    assert long.endswith("the end")
 
 
 def verdict(timings: list[dict[str, Any]], words: str) -> list[goals.Verdict]:

@@ -130,6 +130,10 @@ def test_small_launches_are_checked(emulated: dict[int, Emulated], capsys: pytes
     assert not device.driver.blocks
     small.check(library, device, first["plain"].replace("bits=4", "bits=8", 1), poisoned=False)
     assert '"outcome": "passed"' in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "run", lambda *_: np.array([np.nan, 1e-7]))
+        small.check(library, device, first["plain"], poisoned=True)
+    assert '"failed", "message": "relative error nan, allowed 2e-05"' in capsys.readouterr().out
     codes, affine, _ = small.weights(4, 32, 1)
     affine[1, 6] *= 1.01  # the kernel reads this; the truth is computed from it later, when it is right again
     problem = small.parse(

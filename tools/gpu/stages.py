@@ -234,7 +234,7 @@ def summary(outcomes: list[Outcome]) -> Part:
 def text(name: str, part: Part, most: int = 10**6) -> str:
     """What a person reads of one stage: no long table, and no more lines of the others, than `most`."""
     lines = [f"== {name}: {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s {part.get('counts', '')}"]
-    lines += [f"  {case}: {why}" for case, why in list(part.get("failures", {}).items())[:most]]
+    lines += grouped(part.get("failures", {}))[:most]
     lines += [f"  {who}: {line}" for who, said in part.get("found", {}).items() for line in said[:12]]
     if part.get("hung_rows"):
         lines.append(f"  later stages leave out: {', '.join(part['hung_rows'])}")
@@ -245,6 +245,18 @@ def text(name: str, part: Part, most: int = 10**6) -> str:
     if "rows" in part:
         lines += tables.tune_table(part["rows"])[:most]
     return "\n".join(lines)
+
+
+def grouped(failures: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the cases that have it: how many, and the first."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for case, why in failures.items():
+        first, *_, last = [line.strip() for line in why.splitlines() if line.strip()] * 2
+        reasons[first if last == first else f"{first} ... {last}"].append(case)
+    return [
+        f"  {cases[0]}{f' and {len(cases) - 1} more' if len(cases) > 1 else ''}: {reason}"
+        for reason, cases in reasons.items()
+    ]
 
 
 STAGES: dict[str, Callable[[Ring], Part]] = {

@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 25  # of a child that died
-BAD = ("failed", "hung", "crashed", "not run")
+BAD = ("hung", "crashed", "failed", "not run")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Job:
                 break
             event = parse(line)
             if event is None:
-                last.append(line.rstrip())
+                last += [line.rstrip()] if line.strip() else []
                 self.said += [line.rstrip()] if line.startswith(self.KEEP) else []
             elif "start" in event:
                 now, began = event["start"], time.monotonic()
@@ -119,9 +119,9 @@ class Job:
         self.lives -= bool(now)
         if now and now not in self.outcomes:
             self.outcomes[now] = Outcome(now, ended or "crashed", message)
-        elif not any(case in self.outcomes for case in left):
+        elif not any(case in self.outcomes for case in left):  # no case is to blame
             self.outcomes.update(
-                {case: Outcome(case, ended or "crashed", f"never started: {message}") for case in left}
+                {case: Outcome(case, "not run", f"its process never came to it: {message}") for case in left}
             )
 
 
@@ -164,5 +164,6 @@ def emit(**event: Any) -> None:
 
 
 def failures(outcomes: Iterable[Outcome]) -> dict[str, str]:
-    """What did not pass, by name."""
-    return {o.name: f"{o.outcome}: {o.message}"[:600] for o in outcomes if o.outcome in BAD}
+    """What did not pass, by name; the worst words first."""
+    bad = sorted((o for o in outcomes if o.outcome in BAD), key=lambda o: BAD.index(o.outcome))
+    return {o.name: f"{o.outcome}: {o.message}"[:200] + o.message[200:][-600:] for o in bad}
