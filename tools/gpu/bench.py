@@ -23,7 +23,7 @@ from tools.gpu import gemm
 from tools.gpu.gemm import Gemm, Weight, random_weight
 from tools.gpu.layers import LAYERS, QUICK, parse_case
 from tools.gpu.library import Library, Plan
-from tools.gpu.race import Call, Contestant, capture, copies, once, race
+from tools.gpu.race import Call, Contestant, Racer, capture, copies, once, race, ready
 from tools.gpu.watch import emit
 
 READ_MB = (6, 17, 34, 68)  # of one launch: the weights of the smaller layers
@@ -188,18 +188,15 @@ def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Con
 
 def case(library: Library, layer: str, m: int) -> dict[str, Any]:
     """Timings of everybody who could take part, and why the others could not."""
-    made: list[Contestant] = []
+    racers: list[Racer] = []
     failures: dict[str, str] = {}
     for name, make in entrants(library, layer, m).items():
         try:
-            entrant = make()
-            entrant.calls[0]()
-            torch.cuda.synchronize()
-            made.append(entrant)
+            racers.append(ready(make()))
         except Exception as error:  # a peer that is absent or refuses a shape is recorded, and the race goes on
             failures[name] = f"{type(error).__name__}: {error}"[:300]
             torch.cuda.synchronize()  # but an error inside a kernel ends this process
-    timings = [asdict(t) for t in race(layer, m, made)]
+    timings = [asdict(t) for t in race(layer, m, racers)]
     torch.cuda.empty_cache()
     return {"timings": timings, "failures": failures}
 

@@ -104,15 +104,30 @@ def replay_in_turn(graphs: dict[str, Call], replays: int, hopeless: float = INFI
     return times
 
 
-def race(
-    layer: str, m: int, contestants: list[Contestant], replays: int = 0, hopeless: float = INFINITE
-) -> list[Timing]:
-    counts = {c.name: calls_in_graph(c) for c in contestants}
-    graphs = {c.name: capture(c.calls, counts[c.name]) for c in contestants}
-    times = replay_in_turn({name: graph.replay for name, graph in graphs.items()}, replays or REPLAYS, hopeless)
+@dataclass(frozen=True)
+class Racer:
+    """A contestant whose calls are captured: `count` of them in a graph."""
+
+    contestant: Contestant
+    count: int
+    graph: torch.cuda.CUDAGraph
+
+
+def ready(contestant: Contestant) -> Racer:
+    """Calls and captures a contestant; whatever is wrong with it shows here."""
+    count = calls_in_graph(contestant)
+    racer = Racer(contestant, count, capture(contestant.calls, count))
+    torch.cuda.synchronize()
+    return racer
+
+
+def race(layer: str, m: int, racers: list[Racer], replays: int = 0, hopeless: float = INFINITE) -> list[Timing]:
+    graphs: dict[str, Call] = {r.contestant.name: r.graph.replay for r in racers}
+    times = replay_in_turn(graphs, replays or REPLAYS, hopeless) if racers else {}
     result = []
-    for c in contestants:
-        ordered = sorted(t / counts[c.name] for t in times[c.name])
+    for racer in racers:
+        c = racer.contestant
+        ordered = sorted(t / racer.count for t in times[c.name])
         low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
         result.append(Timing(layer, m, c.name, statistics.median(ordered), low, high, c.bytes, c.flops, c.plan))
     return result

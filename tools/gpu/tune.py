@@ -19,7 +19,7 @@ from tools.gpu.bench import label, ours
 from tools.gpu.gemm import HUNG, Gemm, Weight, random_weight
 from tools.gpu.layers import LAYERS, parse_case
 from tools.gpu.library import Library, Plan
-from tools.gpu.race import copies, race
+from tools.gpu.race import copies, race, ready
 from tools.gpu.watch import emit
 
 FORMATS = {  # name: bits of codes, group (0: a whole row), bits of activations
@@ -37,7 +37,7 @@ def candidates(library: Library, problem: dict[str, int]) -> list[Plan]:
     most = MOST_WAVES * problem["sm_count"]
     plans = library.plans(SPLITS, **problem)
     worth = [p for p in plans if p.splits == 1 or p.splits * p.grid_m * p.grid_n <= most]
-    return [p for p in {*worth, library.choose(**problem)} if p.kernel not in HUNG]
+    return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if p.kernel not in HUNG]
 
 
 @lru_cache(maxsize=1)
@@ -68,8 +68,8 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
             if wrong := what_is_wrong(Gemm(library, x, weights[0], pinned), truth):
                 found.append({"format": name, "layer": layer, "m": m, "plan": label(plan), "wrong": wrong})
             else:
-                racers.append(ours(library, label(plan), x, weights, **pinned))
-        ran = race(layer, m, racers, REPLAYS, HOPELESS) if racers else []
+                racers.append(ready(ours(library, label(plan), x, weights, **pinned)))
+        ran = race(layer, m, racers, REPLAYS, HOPELESS)
         chosen = label(library.choose(**problem))
         found += [
             {"format": name, "layer": layer, "m": m, "plan": t.kernel, "us": t.median, "chosen": t.kernel == chosen}

@@ -166,4 +166,5 @@ def emit(**event: Any) -> None:
 def failures(outcomes: Iterable[Outcome]) -> dict[str, str]:
     """What did not pass, by name; the worst words first."""
     bad = sorted((o for o in outcomes if o.outcome in BAD), key=lambda o: BAD.index(o.outcome))
-    return {o.name: f"{o.outcome}: {o.message}"[:200] + o.message[200:][-600:] for o in bad}
+    words = {o.name: f"{o.outcome}: {o.message}" for o in bad}
+    return {name: text if len(text) < 800 else f"{text[:200]} ... {text[-600:]}" for name, text in words.items()}
