@@ -2,6 +2,7 @@
 #include "config.h"
 
 #include <cstdio>
+#include <iterator>
 
 namespace wog {
 namespace {
@@ -17,11 +18,16 @@ int refuse(char* error, size_t size, char const* what, char const* expected, int
     return 1;
 }
 
-bool known_sm(int sm) {
-    for (int s : {75, 80, 86, 89, 90, 100, 103, 120, 121})
-        if (s == sm) return true;
-    return false;
-}
+// Volta has a library of its own: today's compilers do not generate its code.
+#ifdef WOG_VOLTA
+constexpr int kKnown[] = {70};
+constexpr char kExpectedSm[] = "70 (newer: libinstantrt_plugins.so)";
+#else
+constexpr int kKnown[] = {75, 80, 86, 89, 90, 100, 103, 120, 121};
+constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: libinstantrt_plugins_sm70.so)";
+#endif
+
+bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
@@ -64,8 +70,9 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {p.activation_bits == 16 || p.activation_bits == 8, "activation_bits", "16 or 8", p.activation_bits},
         {p.rounded_weights == 0 || p.rounded_weights == 1, "rounded_weights", "0 or 1", p.rounded_weights},
         {p.activation_bits == 16 || p.k <= 65536, "K with activation_bits 8", "at most 65536 (int32 sums)", p.k},
-        {known_sm(p.sm), "sm of the device", "75, 80, 86, 89, 90, 100, 103, 120 or 121", p.sm},
+        {known_sm(p.sm), "sm of the device", kExpectedSm, p.sm},
         {p.type == WOG_F16 || p.sm >= 80, "sm of the device with bf16", "80 or more (use fp16)", p.sm},
+        {p.activation_bits == 16 || p.sm >= 75, "sm of the device with activation_bits 8", "75 or more", p.sm},
         {p.sm_count > 0, "multiprocessor count", "a positive number", p.sm_count},
         {p.row >= 0, "row (pinned)", "0, or an index + 1", p.row},
         {p.splits >= 0 && p.splits <= 8, "splits (pinned)", "0 .. 8", p.splits},
@@ -147,7 +154,11 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
+#ifdef WOG_VOLTA
+    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm};  // by Kernel
+#else
     decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense};  // by Kernel
+#endif
     auto* const run = launchers[int(kRows[plan.row].kernel)];
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);

@@ -36,6 +36,9 @@ constexpr int kNewest = 999;
 constexpr int64_t kManyRows = 512;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
+#ifdef WOG_VOLTA
+#include "volta_rows.h"
+#else
 // The first row that fits is taken; rows of one kernel stand together. Shared memory is 64 KiB on sm_75 and 99 KiB on
 // sm_86, 89 and 120, which bounds the stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no
 // asynchronous copies, so two stages are all that helps there.
@@ -57,6 +60,7 @@ constexpr Row kRows[] = {
     {"int8_turing", Kernel::kInt8, 8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
+#endif
 
 constexpr int kRowCount = sizeof kRows / sizeof kRows[0];
 
@@ -80,11 +84,15 @@ constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
 constexpr int w_stage_bytes(Kernel kernel, int strips, int bits) { return strips * 16 * stage_k(kernel) * bits / 8; }
 
 constexpr int shared_bytes(Row const& row, int bits) {
+#ifdef WOG_VOLTA
+    return volta_shared_bytes(row);  // whatever the bits: weights do not pass through it
+#else
     int const ring = row.stages[bits == 8] * row.warps_k *
                      (x_stage_bytes(row.columns) + row.warps_n * w_stage_bytes(row.kernel, row.strips, bits));
     int const sums = row.warps_k * 2 * row.block_m() * 4;
     int const tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
     return std::max(ring + sums, tile);
+#endif
 }
 
 // int8 activations: values, row scales and group sums in the workspace

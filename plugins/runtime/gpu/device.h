@@ -2,7 +2,9 @@
 // tests/plugins/emulator/device.h offers the same functions on the CPU, lane by lane, so kernels also run without a GPU.
 #pragma once
 
+#ifndef __CUDACC_RTC__  // NVRTC has device code alone, see sm70/
 #include <cuda_runtime.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -13,8 +15,6 @@
 #else
 #define DEVICE_SM 0  // host pass of nvcc
 #endif
-
-using Stream = cudaStream_t;
 
 struct Half {};    // type tags: elements travel as uint16_t bits
 struct Bfloat {};  // needs sm_80
@@ -111,6 +111,15 @@ __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+// 16 bytes that nobody reads again: straight into registers, past L1
+__device__ __forceinline__ uint4 load_once(void const* global) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], void const* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -166,6 +175,16 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[2 * h]), "r"(a[2 * h + 1]), "r"(h ? b1 : b0));
 #endif
+}
+
+// Volta's: each of the four quad pairs q, lanes {4 q .. 4 q + 3, 16 + 4 q ..}, multiplies its own 8 x 4 by 4 x 8. A lane
+// gives row r = lane % 4 + 4 * (lane / 16) of a, and of b's columns, and of c owns, for i = 0 .. 7,
+//     row lane % 2 + (i & 2) + 4 * (lane / 16),   column (i & 4) + (lane & 2) + i % 2
+__device__ __forceinline__ void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9}, {%10, %11}, "
+        "{%0, %1, %2, %3, %4, %5, %6, %7};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
+        : "r"(a0), "r"(a1), "r"(b0), "r"(b1));
 }
 
 // a unsigned, b signed, k = 32: unsigned codes cost nothing
@@ -287,6 +306,10 @@ __device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint
 
 // ---- host ----
 
+#ifndef __CUDACC_RTC__
+
+using Stream = cudaStream_t;
+
 inline int current_device() {
     int device = -1;
     return cudaGetDevice(&device) == cudaSuccess ? device : -1;
@@ -333,3 +356,5 @@ char const* launch(void (*kernel)(Args), Grid const& grid, Stream stream, Args a
     if (status == cudaSuccess) status = cudaLaunchKernelExC(&config, function, pointers);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
+
+#endif

@@ -36,6 +36,9 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -249,6 +252,11 @@ inline void copy_wait() {
     }
 }
 
+inline uint4 load_once(void const* global) {
+    if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();
+    return *static_cast<uint4 const*>(global);
+}
+
 inline void load_matrices(uint32_t (&r)[4], void const* row) {
     auto const rows = emulator::share(row);
     int const lane = int(threadIdx.x) % 32;
@@ -294,6 +302,22 @@ inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uin
             int const owner = k % 8 / 2, half = k % 2 * 16;
             uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 8 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 8];
             sum += double(to_float<T>(uint16_t(av >> half))) * to_float<T>(uint16_t(bv >> half));
+        }
+        c[i] = float(c[i] + sum);
+    }
+}
+
+inline void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
+    static_assert(DEVICE_SM >= 70, "tensor cores");
+    auto const f = emulator::fragments({a0, a1, 0, 0}, b0, b1);
+    int const lane = int(threadIdx.x) % 32, quad = lane % 16 / 4;
+    auto const owner = [quad](int row) { return row / 4 * 16 + quad * 4 + row % 4; };
+    for (int i = 0; i < 8; i++) {
+        int const row = (lane & 1) + (i & 2) + lane / 16 * 4, column = (i & 4) + (lane & 2) + (i & 1);
+        double sum = 0;
+        for (int k = 0; k < 4; k++) {
+            uint32_t const av = f[owner(row)].a[k / 2], bv = f[owner(column)].b[k / 2];
+            sum += double(to_float<Half>(uint16_t(av >> k % 2 * 16))) * to_float<Half>(uint16_t(bv >> k % 2 * 16));
         }
         c[i] = float(c[i] + sum);
     }
@@ -389,7 +413,7 @@ template <class Args>
 char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     char const* const seed = std::getenv("EMULATOR_SEED");
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
-    size_t const limit = (DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
+    size_t const limit = (DEVICE_SM < 75 ? 48 : DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
     if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
     for (unsigned z = 0; z < grid.blocks.z; z++)
         for (unsigned y = 0; y < grid.blocks.y; y++)
