@@ -129,6 +129,8 @@ int64_t wog_workspace(wog_problem const* problem) {
 int32_t wog_rows(void) { return kRowCount; }
 char const* wog_row_name(int32_t row) { return row >= 0 && row < kRowCount ? kRows[row].name : nullptr; }
 
+int32_t wog_oldest_sm(void) { return kKnown[0]; }
+
 int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
     char const* const failed = query_device(*sm, *sm_count);
     if (failed) std::snprintf(error, size, "WeightOnlyGemm: cannot query the device: %s", failed);

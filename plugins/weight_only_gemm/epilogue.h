@@ -18,6 +18,8 @@ inline Output output(wog_problem const& p, wog_tensors const& t) {
     return {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide};
 }
 
+#ifndef KERNELS_ELSEWHERE
+
 __device__ __forceinline__ float activate(float v, int activation) {
     switch (activation) {
         case WOG_SILU: return v / (1.0f + expf(-v));
@@ -59,5 +61,7 @@ __device__ __forceinline__ void finish(Output const& out, float (&v)[16], int64_
     y[0] = words[0];
     if (count == 16) y[1] = words[1];
 }
+
+#endif
 
 }  // namespace wog

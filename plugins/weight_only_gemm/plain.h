@@ -16,6 +16,8 @@ struct PlainArgs {
     int32_t k, group, bits;
 };
 
+#ifndef KERNELS_ELSEWHERE
+
 __device__ inline int code(PlainArgs const& p, int n, int k) {
     int const block_k = 256 / p.bits, strip = n / 16, tile = strip / 8 * 8, strips = p.out.n / 16;
     int const blocks = (p.k + block_k - 1) / block_k, width = strips - tile < 8 ? strips - tile : 8;
@@ -47,5 +49,7 @@ __device__ __forceinline__ void plain_strip(PlainArgs const& p) {
         for (int i = 0; i < 16; i++) v[i] *= p.rows.scales[m];
     finish<T>(p.out, v, m, n0);
 }
+
+#endif
 
 }  // namespace wog

@@ -63,8 +63,8 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
 
 private:
     static wog_problem problem(Attributes const& a, int64_t m, int32_t n, int32_t k, int32_t type) {
-        return {m,           n, k, a[kGroup], a[kBits], type, a[kActivation], a[kGated], a[kActivationBits], 80, 1,
-                /*wide=*/0, /*plain=*/0, a[kRoundedWeights], /*library=*/0};
+        return {m, n, k, a[kGroup], a[kBits], type, a[kActivation], a[kGated], a[kActivationBits], wog_oldest_sm(), 1,
+                /*wide=*/0, /*plain=*/0, a[kRoundedWeights], /*library=*/0, /*row=*/0, /*splits=*/0};
     }
 
     static int64_t constant(DimsExprs const& shape, int32_t axis) {

@@ -3,7 +3,6 @@
 
 #include "volta.h"
 
-// How launch() is told of a kernel: where only its binary is linked, by name
 #ifndef KERNEL
 #define KERNEL(name) name
 #endif
