@@ -95,6 +95,13 @@ private:
 
 }  // namespace
 
+// Read from the file by `compile --plugin`: the library's name says for which GPUs it is, whatever the file is called.
+#ifdef WOG_VOLTA
+__attribute__((used)) char const serves[] = "InstantRT serves by libinstantrt_plugins_sm70.so";
+#else
+__attribute__((used)) char const serves[] = "InstantRT serves by libinstantrt_plugins.so";
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // What IPluginRegistry::loadLibrary looks for. The logger finder's type changed between majors: accepted and not used.

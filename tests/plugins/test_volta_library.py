@@ -20,12 +20,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compiler.backend.tensorrt import EngineSpec, build
+from compiler.build import compile_model
+from compiler.kit import read_kit
+from compiler.request import SERVES, Request
+from compiler.target import find_target
 from plugins.sm70 import nvrtc
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
+from tests.conftest import TINY
 from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, SOURCE, WITH_TOOLS, Emulated, cuda_headers
-from tests.plugins.test_tensorrt_layer import HOST, THIRD_PARTY, compile_cpp, headers, registry
+from tests.plugins.test_tensorrt_layer import (
+    HOST,
+    THIRD_PARTY,
+    build_on_rtx,
+    compile_cpp,
+    headers,
+    registry,
+    rtx_alias,
+)
 
 SM70 = ROOT / "plugins" / "sm70"
 KERNELS = {f"volta_{row}_{bits}" for row in ("stream8", "stream16", "tile32") for bits in (4, 8)}
@@ -224,6 +238,51 @@ def test_plugin_in_a_registry(built: Built, driver: Path, volta: Emulated, host:
     assert f"core instantrt {OP.name} {OP.version}" in ran.stdout
     y = np.frombuffer((tmp_path / "y.bin").read_bytes(), np.float16).reshape(9, 48)
     assert np.array_equal(y, volta.run(case, sm_count=80))
+
+
+def test_the_file_says_for_which_gpus_it_is(built: Built) -> None:
+    assert SERVES.findall(built.plugin().read_bytes()) == [find_target("sm70").plugin.encode()]
+
+
+def test_a_kit_with_the_plugin_parses_and_builds_on_rtx(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real parser, if of another TensorRT, and this library's own checks of every node."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(tmp_path)))
+    asked = {"quant": "a16w4", "group_size": 32, "builder": "kit", "plugin": built.plugin(), "max_length": 64}
+    compile_model(Request(TINY, ("sm70",), tmp_path / "out", **asked))
+    kit = read_kit(tmp_path / "out" / "sm70")
+    (library,) = kit.settings.plugins
+    assert library.read_bytes() == built.plugin().read_bytes()
+    paths = (kit.onnx, tmp_path / "m.engine", tmp_path / "l.txt")
+    engine = build(EngineSpec("tensorrt_rtx", *paths, kit.settings.profiles, (89,), (library,)))
+    assert engine.engine.read_bytes().count(OP.name.encode()) >= 4 * 4
+
+
+@pytest.mark.parametrize("changes", [{"activation_bits": 8}, {"group": 64}])
+def test_a_node_that_it_cannot_run_is_refused_while_parsing(
+    built: Built, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    attrs = {**OP.attributes({"group": 32, "gated": 1}), **changes}
+    refused = build_on_rtx(tmp_path, built.plugin(), attrs, n=64)
+    assert refused.returncode == 1, "an error message, not a crash"
+    said = "sm of the device with activation_bits 8 is 70, expected 75" if "activation_bits" in changes else "'affine'"
+    assert f"WeightOnlyGemm: {said}" in refused.stderr
+
+
+def test_a_host_that_only_opens_libraries(built: Built, tmp_path: Path) -> None:
+    """As Triton does, with what registers this library in it; the lean runtime stands in for libnvinfer.so.10."""
+    lean = registry("10")
+    for library in (built.plugin(), built.plugin().with_name("libinstantrt_register_sm70.so")):
+        shutil.copy(library, tmp_path)
+    (tmp_path / "empty.c").write_text("")
+    link = ["-Wl,--no-as-needed", f"-L{lean.parent}", f"-l:{lean.name}", f"-Wl,-rpath,{lean.parent}"]
+    stand_in = ["gcc", "-shared", "-fPIC", str(tmp_path / "empty.c"), "-o", str(tmp_path / "libnvinfer.so.10")]
+    subprocess.run([*stand_in, "-Wl,-soname,libnvinfer.so.10", *link], check=True)
+    compile_cpp(HOST.with_name("triton_host.cpp"), tmp_path / "host", headers("10"))
+    command = [str(tmp_path / name) for name in ("host", "libnvinfer.so.10", "libinstantrt_register_sm70.so")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == ("found\n", "")
 
 
 def test_where_nvrtc_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
