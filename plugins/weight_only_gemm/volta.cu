@@ -24,7 +24,7 @@ template <int Bits, int I>
 struct Volta {
     static constexpr Row kRow = kRows[I];
     static constexpr int WN = kRow.warps_n, WK = kRow.warps_k, S = kRow.strips, C = kRow.columns;
-    static constexpr int kAhead = kRow.stages[Bits == 8];
+    static constexpr int kAhead = kRow.stages[Bits == 8], kThreads = kRow.threads();
     static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m();
     static constexpr int kBlocks = Bits / 4;                 // 512-byte blocks of one strip in a stage
     static constexpr int kSums = C > WN ? C / WN : 1;        // columns of m whose X this warp counts
@@ -246,7 +246,7 @@ struct Volta {
         block_barrier();  // x becomes the tile
         store_sums(tile + wk * kBlockM * kPitch + wn * S * 16, kPitch);
         block_barrier();
-        for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kRow.threads()) {
+        for (int item = threadIdx.x; item < kBlockM * kBlockN / 16; item += kThreads) {
             int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
             int64_t const m = m0 + row;
             int const n = blockIdx.y * kBlockN + column;

@@ -116,6 +116,23 @@ def test_the_code_has_the_right_instructions(compiler: Path, monkeypatch: pytest
         assert "__local_depot" not in body, f"{name} has an indexed array in local memory"
 
 
+def test_nvcc_compiles_it_too(tmp_path: Path) -> None:
+    """For newer GPUs, to check it where no Volta is: test_gpu_volta.py."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc on PATH")
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-DWOG_VOLTA",
+        "-I",
+        str(ROOT / "plugins/runtime/gpu"),
+        "-arch=compute_75",
+        "--ptx",
+    ]
+    subprocess.run([*command, str(SOURCE / "volta.cu"), "-o", str(tmp_path / "volta.ptx")], check=True)
+    assert "mma.sync.aligned.m8n8k4" in (tmp_path / "volta.ptx").read_text()
+
+
 def test_it_links_nothing_of_cuda_or_tensorrt(built: Built) -> None:
     for library in (built.kernels, built.plugin()):
         said = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
