@@ -9,6 +9,10 @@
 //
 // exact zeros as in gemm.cu, and like there a sum over any parts of K. X is a product with ones, in the lanes that need it.
 //
+// That is best for few rows: every load of weights is one coalesced block. But a sum is held four times, so with many rows a
+// warp takes four strips and gives one to each quad pair (kApart): lane (r, q) reads, of strip q, the 16 bytes of lanes
+// 4 r .. 4 r + 3, which are the four parts of K, one after the other. The same registers then hold four times the tile.
+//
 // Work split as in gemm.cu: a block owns WN * S * 16 n, C * 8 m and a part of K; warps (wk, wn). The WN warps of a wk share
 // two slots of x, C KiB each: 128 bytes (64 k) a row, so that one is filled while the other is read.
 #include "volta.h"
@@ -20,6 +24,8 @@
 namespace wog {
 namespace {
 
+constexpr uint32_t kOnes = 0x3c003c00;
+
 template <int Bits, int I>
 struct Volta {
     static constexpr Row kRow = kRows[I];
@@ -29,6 +35,8 @@ struct Volta {
     static constexpr int kBlocks = Bits / 4;                 // 512-byte blocks of one strip in a stage
     static constexpr int kSums = C > WN ? C / WN : 1;        // columns of m whose X this warp counts
     static constexpr int kPieces = (kBlockM * 4 + WN * 32 - 1) / (WN * 32);  // of 32 bytes of x, that a thread moves
+    static constexpr bool kApart = strip_for_each_quad_pair(kRow);
+    static constexpr int kHeld = kApart ? 1 : S;             // strips whose sums a lane holds
     static_assert(C % kSums == 0 && volta_shared_bytes(kRow) <= 48 * 1024, "the table");
 
     VoltaArgs const& p;
@@ -40,11 +48,11 @@ struct Volta {
     float* const group_sums = reinterpret_cast<float*>(dynamic_shared() + WK * kXSlots * kBlockM * 128) +
                               wk * 2 * kQuadPairs * kBlockM;
 
-    float acc[S][C][2][8] = {}, sum[S][C][2][8] = {};  // [strip][column of 8 m][rows 8 h ..]; `sum` is P of the group
-    float x_sum[kSums][8] = {};                        // X of those columns
-    uint32_t affine[S][2][2];                          // of this lane's two rows of each eight
-    uint4 words[kAhead][S][kBlocks];                   // weights in flight
-    uint4 pieces[kPieces][2];                          // x in flight
+    float acc[kHeld][C][2][8] = {}, sum[kHeld][C][2][8] = {};  // [strip][column of 8 m][rows 8 h ..]; `sum` is P
+    float x_sum[kSums][8] = {};                                // X of those columns
+    uint32_t affine[kHeld][2][2];                              // of this lane's two rows of each eight
+    uint4 words[kAhead][S][kBlocks];                           // weights in flight; kApart: by part of K, not by strip
+    uint4 pieces[kPieces][2];                                  // x in flight
     int parity = 0;
 
     __device__ __forceinline__ void barrier() const {
@@ -54,18 +62,21 @@ struct Volta {
             named_barrier(1 + wk, WN * 32);
     }
 
-    __device__ __forceinline__ void load_words(uint4 (&to)[S][kBlocks], int stage) const {
-        int const strips = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
+    // Block b of a stage
+    __device__ __forceinline__ void load_words(uint4 (&to)[S][kBlocks], int stage, int b) const {
+        int const strips = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits), block = stage * kBlocks + b;
 #pragma unroll
         for (int s = 0; s < S; s++) {
-            int const strip = n0 / 16 + s, tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
-#pragma unroll
-            for (int b = 0; b < kBlocks; b++) {
-                int const block = stage * kBlocks + b;
-                int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
-                to[s][b] = uint4{0, 0, 0, 0};
-                if (strip < strips && block < blocks) to[s][b] = load_once(p.codes + at * 512 + (4 * r + q) * 16);
-            }
+            int const strip = n0 / 16 + (kApart ? q : s), part = kApart ? s : q;
+            int const tile = strip / 8 * 8, width = strips - tile < 8 ? strips - tile : 8;
+            int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
+            unsigned char const* const from = p.codes + at * 512 + (4 * r + part) * 16;
+            to[s][b] = uint4{0, 0, 0, 0};
+            if (strip >= strips || block >= blocks) continue;
+            if constexpr (kApart)
+                to[s][b] = *reinterpret_cast<uint4 const*>(from);  // a neighbour's half of 32 bytes waits in L1
+            else
+                to[s][b] = load_once(from);
         }
     }
 
@@ -98,45 +109,84 @@ struct Volta {
         }
     }
 
-    // This lane's four k of a step of row r of the eight from `column`
+    // Of row r of the eight from `column`: the four k of this quad pair of a step; or a chunk, those of parts 2 i, 2 i + 1
     __device__ __forceinline__ uint2 read_x(unsigned char const* slot, int column, int step) const {
         return *reinterpret_cast<uint2 const*>(slot + column * 8 * 128 + place(r, step * 2 + q / 2) + q % 2 * 8);
+    }
+    __device__ __forceinline__ uint4 read_chunk(unsigned char const* slot, int column, int chunk) const {
+        return *reinterpret_cast<uint4 const*>(slot + column * 8 * 128 + place(r, chunk));
     }
 
     __device__ __forceinline__ void load_affine(int unit) {
         uint32_t const* const row = p.affine + int64_t(unit * 32 / p.group) * p.out.n;
 #pragma unroll
-        for (int s = 0; s < S; s++)
+        for (int s = 0; s < kHeld; s++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int const n = n0 + s * 16 + i / 2 * 8 + i % 2 * 2 + lane % 2 + lane / 16 * 4;
+                int const n = n0 + (kApart ? q : s) * 16 + i / 2 * 8 + i % 2 * 2 + lane % 2 + lane / 16 * 4;
                 affine[s][i / 2][i % 2] = n < p.out.n ? row[n] : 0;
             }
     }
 
-    // P += codes * x, X += ones * x, for 32 k
+    // P += codes * x, X += ones * x, for 32 k. Columns to be counted are loaded again: picking them by warp from those
+    // to be multiplied would put these into local memory.
     __device__ __forceinline__ void multiply_unit(unsigned char const* slot, int unit, uint4 const (&w)[S][kBlocks]) {
 #pragma unroll
         for (int step = 0; step < 2; step++) {
-            uint2 x[C];
+            if constexpr (kApart)
+                multiply_step_apart(slot, unit, step, w);
+            else
+                multiply_step(slot, unit, step, w);
+        }
+    }
+
+    __device__ __forceinline__ void multiply_step(unsigned char const* slot, int unit, int step,
+                                                  uint4 const (&w)[S][kBlocks]) {
+        uint2 x[C];
 #pragma unroll
-            for (int j = 0; j < C; j++) x[j] = read_x(slot, j, unit * 2 + step);
+        for (int j = 0; j < C; j++) x[j] = read_x(slot, j, unit * 2 + step);
 #pragma unroll
-            for (int s = 0; s < S; s++) {
+        for (int s = 0; s < S; s++) {
+            uint32_t a[4];
+            decode<Half, Bits>(a, w[s], unit, step);
+#pragma unroll
+            for (int j = 0; j < C; j++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) multiply_add(sum[s][j][h], a[h], a[h + 2], x[j].x, x[j].y);
+        }
+        if (wn * kSums >= C) return;
+#pragma unroll
+        for (int j = 0; j < kSums; j++) {
+            uint2 const own = read_x(slot, wn * kSums + j, unit * 2 + step);
+            multiply_add(x_sum[j], kOnes, kOnes, own.x, own.y);
+        }
+    }
+
+    // Each quad pair has all parts of K, two of them in a chunk of x.
+    __device__ __forceinline__ void multiply_step_apart(unsigned char const* slot, int unit, int step,
+                                                        uint4 const (&w)[S][kBlocks]) {
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            int const chunk = (unit * 2 + step) * 2 + pair;
+            uint4 x[C];
+#pragma unroll
+            for (int j = 0; j < C; j++) x[j] = read_chunk(slot, j, chunk);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
                 uint32_t a[4];
-                decode<Half, Bits>(a, w[s], unit, step);
+                decode<Half, Bits>(a, w[2 * pair + i], unit, step);
 #pragma unroll
                 for (int j = 0; j < C; j++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) multiply_add(sum[s][j][h], a[h], a[h + 2], x[j].x, x[j].y);
+                    for (int h = 0; h < 2; h++)
+                        multiply_add(sum[0][j][h], a[h], a[h + 2], i ? x[j].z : x[j].x, i ? x[j].w : x[j].y);
             }
-            constexpr uint32_t kOnes = 0x3c003c00;
-            if (wn * kSums < C) {
+            if (wn * kSums >= C) continue;
 #pragma unroll
-                for (int j = 0; j < kSums; j++) {  // loaded again: picking them by warp would put x into local memory
-                    uint2 const own = read_x(slot, wn * kSums + j, unit * 2 + step);
-                    multiply_add(x_sum[j], kOnes, kOnes, own.x, own.y);
-                }
+            for (int j = 0; j < kSums; j++) {
+                uint4 const own = read_chunk(slot, wn * kSums + j, chunk);
+                multiply_add(x_sum[j], kOnes, kOnes, own.x, own.y);
+                multiply_add(x_sum[j], kOnes, kOnes, own.z, own.w);
             }
         }
     }
@@ -160,7 +210,7 @@ struct Volta {
             for (int i = 0; i < 8; i++) {
                 float const x = WN == 1 ? x_sum[j % kSums][i] : sums[j * 8 + (i & 4) + (lane & 2) + i % 2];
 #pragma unroll
-                for (int s = 0; s < S; s++)
+                for (int s = 0; s < kHeld; s++)
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         uint32_t const pair = affine[s][h][i / 2 % 2];
@@ -186,7 +236,8 @@ struct Volta {
         load_x(first);
 #pragma unroll
         for (int i = 0; i < kAhead; i++)
-            if (first + i < last) load_words(words[i], first + i);
+            if (first + i < last)
+                for (int b = 0; b < kBlocks; b++) load_words(words[i], first + i, b);
         load_affine(first * 2);
         int const per_group = p.group / 32;
         int left = per_group - first * 2 % per_group;  // units to the end of the group under way
@@ -203,41 +254,47 @@ struct Volta {
                 for (int unit = 0; unit < 2; unit++) {
                     if (stage * 2 + unit >= units) break;  // K % 64 == 32
                     multiply_unit(slot, unit, words[i]);
+                    if ((kBlocks == 2 || unit == 1) && stage + kAhead < last)  // the block has been used
+                        load_words(words[i], stage + kAhead, unit % kBlocks);
                     if (--left > 0) continue;
                     finish_group();
                     left = per_group;
                     if (stage * 2 + unit + 1 < units) load_affine(stage * 2 + unit + 1);
                 }
-                if (stage + kAhead < last) load_words(words[i], stage + kAhead);
             }
         }
         if (left != per_group) finish_group();
     }
 
-    // The sum over quad pairs: halves are handed to the neighbour until a lane has, of a strip and eight m, four sums
+    // Finished sums into a tile of `pitch` floats a row of m. The sum over quad pairs: halves are handed to the neighbour
+    // until a lane has, of a strip and eight m, four sums
     //     n = 8 (q % 2) + lane % 2 + (i & 2) + 4 * (lane / 16),   m = 4 * (q / 2) + (lane & 2) + i % 2,   i = 0 .. 3
     __device__ __forceinline__ void store_sums(float* tile, int pitch) const {
-        bool const odd = q % 2, high = q / 2;
+        int const n = lane % 2 + lane / 16 * 4, m = lane & 2;
 #pragma unroll
-        for (int s = 0; s < S; s++)
+        for (int j = 0; j < C; j++) {
+            if constexpr (kApart) {
 #pragma unroll
-            for (int j = 0; j < C; j++) {
-                float v[8];
+                for (int i = 0; i < 16; i++)
+                    tile[(j * 8 + m + (i & 4) + i % 2) * pitch + q * 16 + i / 8 * 8 + n + (i & 2)] = acc[0][j][i / 8][i % 8];
+            } else {
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    float const keep = odd ? acc[s][j][1][i] : acc[s][j][0][i];
-                    float const give = odd ? acc[s][j][0][i] : acc[s][j][1][i];
-                    v[i] = keep + bits_float(exchange(float_bits(give), 4));
-                }
+                for (int s = 0; s < S; s++) {
+                    float v[8];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float const keep = high ? v[i + 4] : v[i], give = high ? v[i] : v[i + 4];
-                    float const total = keep + bits_float(exchange(float_bits(give), 8));
-                    int const n = s * 16 + q % 2 * 8 + lane % 2 + (i & 2) + lane / 16 * 4;
-                    int const m = j * 8 + q / 2 * 4 + (lane & 2) + i % 2;
-                    tile[m * pitch + n] = total;
+                    for (int i = 0; i < 8; i++) v[i] = add_neighbours(acc[s][j][0][i], acc[s][j][1][i], q % 2, 4);
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        tile[(j * 8 + q / 2 * 4 + m + i % 2) * pitch + s * 16 + q % 2 * 8 + n + (i & 2)] =
+                            add_neighbours(v[i], v[i + 4], q / 2, 8);
                 }
             }
+        }
+    }
+
+    // This lane keeps `low` or `high` and gives the other to the lane that keeps that.
+    __device__ __forceinline__ static float add_neighbours(float low, float high, bool keeps_high, int mask) {
+        return (keeps_high ? high : low) + bits_float(exchange(float_bits(keeps_high ? low : high), mask));
     }
 
     __device__ __forceinline__ void store() {

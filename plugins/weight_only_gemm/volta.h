@@ -6,7 +6,7 @@
 #include "plain.h"
 
 // A row of volta_rows.h, its index there, and its kernels: volta_<row>_4 and volta_<row>_8, by the bits of a code
-#define VOLTA_ROWS(_) _(stream8, 0) _(stream16, 1) _(tile32, 2)
+#define VOLTA_ROWS(_) _(stream8, 0) _(stream16, 1) _(tile32, 2) _(wide32, 3)
 
 namespace wog {
 

@@ -7,11 +7,13 @@
 constexpr Row kRows[] = {
     {"stream8", Kernel::kGemm, 16, 1, 4, 2, 1, {2, 2}, 3, 8, 70, 70},
     {"stream16", Kernel::kGemm, 16, 4, 2, 1, 2, {2, 1}, 2, 16, 70, 70},
-    {"tile32", Kernel::kGemm, 16, 4, 1, 1, 4, {2, 2}, 2, kAny, 70, 70},
+    {"tile32", Kernel::kGemm, 16, 4, 1, 1, 4, {2, 2}, 2, 128, 70, 70},
+    {"wide32", Kernel::kGemm, 16, 4, 1, 4, 4, {2, 1}, 2, kAny, 70, 70},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 70, 70},
 };
 
 constexpr int kXSlots = 2, kQuadPairs = 4;
+constexpr bool strip_for_each_quad_pair(Row const& row) { return row.strips == kQuadPairs; }  // volta.cu says why
 
 // x and the sums of a group by quad pair; then, in their place, the finished sums
 constexpr int volta_shared_bytes(Row const& row) {

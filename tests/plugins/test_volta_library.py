@@ -42,7 +42,7 @@ from tests.plugins.test_tensorrt_layer import (
 )
 
 SM70 = ROOT / "plugins" / "sm70"
-KERNELS = {f"volta_{row}_{bits}" for row in ("stream8", "stream16", "tile32") for bits in (4, 8)}
+KERNELS = {f"volta_{row}_{bits}" for row in ("stream8", "stream16", "tile32", "wide32") for bits in (4, 8)}
 KERNELS |= {"volta_epilogue", "volta_plain"}
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 HEADERS = ("tensorrt-v10.0.1", "tensorrt-v10.4.0", "tensorrt-v10.16", "tensorrt-v11.1")
@@ -199,7 +199,7 @@ def run_cases(library: Path) -> None:
     sm, count = ctypes.c_int32(), ctypes.c_int32()
     kernels.library._call("wog_device", ctypes.byref(sm), ctypes.byref(count))  # as a context does before it launches
     assert (sm.value, count.value) == (70, 80)
-    for m, plain in ((3, False), (12, False), (20, False), (3, True)):
+    for m, plain in ((3, False), (12, False), (20, False), (130, False), (3, True)):
         for bits in (4, 8):
             p = Case(m, 144, 1120, bits, 160, bias=True).make()
             y = kernels.run(p, wide=True, plain=plain, sm_count=80)
@@ -217,7 +217,7 @@ def python(driver: Path, program: str, library: Path, **environment: str) -> sub
 def test_kernels_run_through_the_driver(built: Built, driver: Path) -> None:
     ran = python(driver, RUN, built.kernels)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert set(ran.stdout.split()) == {"stream8", "stream16", "tile32", "plain"}
+    assert set(ran.stdout.split()) == {"stream8", "stream16", "tile32", "wide32", "plain"}
 
 
 @pytest.mark.parametrize(
