@@ -46,7 +46,7 @@ plugins:
 	cmake --install build/plugins --prefix plugins/lib
 	test -e plugins/lib/libinstantrt_plugins.so
 
-# The same for Volta, whose last compiler is NVRTC 12: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12
+# The same for Volta, whose last compiler is NVRTC 12: pip install .[kernels-sm70]
 plugins-sm70:
 	cmake -S plugins/sm70 -B build/plugins-sm70 -G Ninja -DTensorRT_ROOT="$(TENSORRT)" -DPYTHON=$(PYTHON)
 	cmake --build build/plugins-sm70

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from plugins.schema import DType, assert_within
+from plugins.schema import DType, Tolerance, assert_within
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.op import check as check_sizes
 from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact
@@ -17,6 +17,8 @@ from tests.plugins.kernels import Emulated, c_problem
 from tests.plugins.test_config import problem
 from tests.plugins.test_kernels import SIZES, check
 from tools.gpu.library import RefusedError
+
+NEARLY_EXACT = Tolerance(2e-6, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,15 @@ def test_epilogue(volta: Emulated, m: int, gated: int, activation: int) -> None:
     case = Case(m, 48, 64, bias=True, activation=activation, gated=gated)
     check(volta, case.make())
     check(volta, case.make(), OP.tolerance[DType.F16])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("row", ["stream8", "wide32"])
+def test_one_group_of_many_k(volta: Emulated, row: str, bits: int) -> None:
+    """These tensor cores cut off where others round. Codes are small integers, so long sums lose next to nothing."""
+    p = Case(1, 16, 8192, bits, 8192, zeros="low", data="shifted").make()
+    pinned = replace(p, attrs={**p.attrs, "row": volta.library.rows().index(row) + 1})
+    assert_within(volta.run(pinned, wide=True), *exact(p.x, p.codes, p.affine, None, p.attributes()), NEARLY_EXACT)
 
 
 def test_split_k_over_blocks(volta: Emulated) -> None:

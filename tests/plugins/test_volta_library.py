@@ -93,13 +93,13 @@ def built(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_nothing_spills_and_registers_stay_in_budget(built: Built) -> None:
     pattern = re.compile(
         r"entry function '(\w+)' for 'sm_70'.*?"
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
     found = pattern.findall(built.said)
     assert {kernel for kernel, *_ in found} == KERNELS
-    assert [kernel for kernel, stores, loads, _ in found if int(stores) + int(loads)] == []
-    assert [k for k, _, _, used in found if int(used) > BUDGETS[re.sub(r"_[48]$", "", k)]] == []
+    assert [kernel for kernel, *memory, _ in found if any(map(int, memory))] == [], "spills, or indexed arrays"
+    assert [k for k, *_, used in found if int(used) > BUDGETS[re.sub(r"_[48]$", "", k)]] == []
 
 
 def test_the_code_has_the_right_instructions(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_the_code_has_the_right_instructions(compiler: Path, monkeypatch: pytest
     for name, body in bodies.items():
         gemm = name not in ("volta_epilogue", "volta_plain")
         assert ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32" in body) == gemm, name
-        assert ("ld.global.nc.L1::no_allocate.v4.u32" in body) == gemm, name
+        assert ("ld.global.nc.L1::no_allocate.v4.u32" in body) == (gemm and "wide" not in name), name
         assert not re.search(r"\b(atom|red|ldmatrix|cp\.async|bf16)\b", body), name
         assert "__local_depot" not in body, f"{name} has an indexed array in local memory"
 
