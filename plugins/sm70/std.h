@@ -27,6 +27,10 @@ template <class T>
 constexpr T const& max(T const& a, T const& b) {
     return a < b ? b : a;
 }
+template <class T>
+constexpr T const& min(T const& a, T const& b) {
+    return b < a ? b : a;
+}
 
 }  // namespace std
 

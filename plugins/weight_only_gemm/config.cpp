@@ -42,12 +42,12 @@ Row const* find_row(wog_problem const& p) {
     return std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
 }
 
-// K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
+// K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
-    if (row.kernel != Kernel::kGemm) return 1;
+    if (!splits_k(row.kernel)) return 1;
     if (p.splits) return p.splits;
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
-    int const by_depth = ceil_div(p.k, stage_k(row.kernel)) / (4 * row.warps_k);
+    int const by_depth = ceil_div(p.k, 64) / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
 }
 
@@ -90,18 +90,23 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     Row const& row = *found;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
-    int const grid_n = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
-                             : ceil_div(p.n, row.block_n());
-    int const splits = choose_splits(p, row, grid_m * grid_n);
+    int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
+                            : ceil_div(p.n, row.block_n());
+    int const splits = choose_splits(p, row, grid_m * tiles);
+    // kGemm: as many blocks as fit the device, each of which walks over its tiles
+    bool const gemm = row.kernel == Kernel::kGemm;
+    int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
+    int const shared = gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
+                            : shared_bytes(row, p.bits);
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     bool const int8 = p.activation_bits == 8;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
              grid_m,
-             grid_n,
+             gemm ? std::min(tiles, fit) : tiles,
              row.threads(),
-             shared_bytes(row, p.bits),
+             shared,
              dense  ? dense_buffers(p.m, p.n, p.k).total
              : int8 ? int8_buffers(p.m, p.k, p.group).total
                     : partials};
@@ -121,7 +126,7 @@ int64_t wog_workspace(wog_problem const* problem) {
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         Row const& chosen = kRows[plan.row];
         int64_t const tile = int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? p.sm_count * tile : 0});
+        most = std::max({most, plan.workspace, splits_k(chosen.kernel) ? p.sm_count * tile : 0});
     }
     return most;
 }
@@ -157,11 +162,11 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
 #ifdef WOG_VOLTA
-    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm};  // by Kernel
+    auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
     decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense};  // by Kernel
-#endif
     auto* const run = launchers[int(kRows[plan.row].kernel)];
+#endif
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);
         return 1;

@@ -12,7 +12,7 @@ namespace wog {
 char const* query_device(int32_t& sm, int32_t& sm_count) { return describe_device(sm, sm_count); }
 int32_t find_library() { return 0; }
 
-char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+char const* launch_volta(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
 #define VOLTA_PAIR(row, index) {KERNEL(volta_##row##_4), KERNEL(volta_##row##_8)},
     static decltype(+KERNEL(volta_epilogue)) const kKernels[][2] = {VOLTA_ROWS(VOLTA_PAIR)};
     VoltaArgs const args{static_cast<uint16_t const*>(t.x),

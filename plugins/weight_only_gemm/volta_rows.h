@@ -5,10 +5,10 @@
 #pragma once
 
 constexpr Row kRows[] = {
-    {"stream8", Kernel::kGemm, 16, 1, 4, 2, 1, {2, 2}, 3, 8, 70, 70},
-    {"stream16", Kernel::kGemm, 16, 4, 2, 1, 2, {2, 1}, 2, 16, 70, 70},
-    {"tile32", Kernel::kGemm, 16, 4, 1, 1, 4, {2, 2}, 2, 128, 70, 70},
-    {"wide32", Kernel::kGemm, 16, 4, 1, 4, 4, {2, 1}, 2, kAny, 70, 70},
+    {"stream8", Kernel::kVolta, 16, 1, 4, 2, 1, {2, 2}, 3, 8, 70, 70},
+    {"stream16", Kernel::kVolta, 16, 4, 2, 1, 2, {2, 1}, 2, 16, 70, 70},
+    {"tile32", Kernel::kVolta, 16, 4, 1, 1, 4, {2, 2}, 2, 128, 70, 70},
+    {"wide32", Kernel::kVolta, 16, 4, 1, 4, 4, {2, 1}, 2, kAny, 70, 70},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 70, 70},
 };
 

@@ -42,6 +42,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 using Stream = void*;
 struct Half {};
 struct Bfloat {};
@@ -161,6 +164,7 @@ struct BlockIndex {
 
 inline emulator::ThreadIndex threadIdx;
 inline emulator::BlockIndex blockIdx;
+inline dim3 gridDim;
 
 // ---- numbers ----
 
@@ -219,6 +223,9 @@ inline uint32_t add2(uint32_t a, uint32_t b) {
     return low | uint32_t(from_float<T>(to_float<T>(uint16_t(a >> 16)) + to_float<T>(uint16_t(b >> 16)))) << 16;
 }
 
+inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline int uniform(int value);
+
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t const all = uint64_t(b) << 32 | a;
     uint32_t out = 0;
@@ -233,7 +240,21 @@ inline unsigned char* dynamic_shared() {
     return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
 }
 
-inline void copy_async(void* shared, void const* global, bool valid) {
+using Shared = unsigned char*;
+inline Shared shared_address(void const* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
+
+inline Shared flip(Shared address, int bits) {
+    return reinterpret_cast<Shared>(reinterpret_cast<uintptr_t>(address) ^ uintptr_t(bits));
+}
+
+inline uint4 load_once(void const* global) {
+    if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();
+    uint4 v;
+    std::memcpy(&v, global, 16);
+    return v;
+}
+
+inline void copy_async(Shared shared, void const* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) std::abort();
     emulator::Copy copy{shared, {}};
     if (valid) std::memcpy(copy.bytes, global, 16);
@@ -252,16 +273,11 @@ inline void copy_wait() {
     }
 }
 
-inline uint4 load_once(void const* global) {
-    if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();
-    return *static_cast<uint4 const*>(global);
-}
-
-inline void load_matrices(uint32_t (&r)[4], void const* row) {
+inline void load_matrices(uint32_t (&r)[4], Shared row) {
     auto const rows = emulator::share(row);
     int const lane = int(threadIdx.x) % 32;
     for (int i = 0; i < 4; i++) {
-        auto const* at = static_cast<unsigned char const*>(rows[i * 8 + lane / 4]) + lane % 4 * 4;
+        auto const* at = rows[i * 8 + lane / 4] + lane % 4 * 4;
         if (reinterpret_cast<uintptr_t>(rows[i * 8]) % 16) std::abort();
         std::memcpy(&r[i], at, 4);
     }
@@ -277,12 +293,23 @@ inline uint32_t exchange(uint32_t value, int lane_mask) {
     return emulator::share(value)[(int(threadIdx.x) % 32) ^ lane_mask];
 }
 
+inline int uniform(int value) {
+    auto const all = emulator::share(value);
+    if (all[0] != value) std::abort();  // it was not
+    return value;
+}
+
 inline void wait_for_inputs() {}
 inline void release_next() {}
 
 // ---- tensor cores: register maps as the PTX manual draws them ----
 
 namespace emulator {
+// Tensor cores do not round their fp32 sums to nearest: the worst that was seen of them is that they cut bits off.
+inline float cut(double sum) {
+    float const nearest = float(sum);
+    return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
 struct Fragments {
     uint32_t a[4], b[2];
 };
@@ -303,7 +330,7 @@ inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uin
             uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 8 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 8];
             sum += double(to_float<T>(uint16_t(av >> half))) * to_float<T>(uint16_t(bv >> half));
         }
-        c[i] = float(c[i] + sum);
+        c[i] = emulator::cut(c[i] + sum);
     }
 }
 
@@ -382,7 +409,7 @@ inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], voi
                     uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
                     sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
                 }
-                (*out)[j][i] = float((add ? (*out)[j][i] : 0.0f) + sum);
+                (*out)[j][i] = emulator::cut((add ? (*out)[j][i] : 0.0f) + sum);
             }
     });
 }
@@ -430,6 +457,7 @@ char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
     size_t const limit = (DEVICE_SM < 75 ? 48 : DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
     if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
+    gridDim = grid.blocks;
     for (unsigned z = 0; z < grid.blocks.z; z++)
         for (unsigned y = 0; y < grid.blocks.y; y++)
             for (unsigned x = 0; x < grid.blocks.x; x++) {
