@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SERVE  := .venv-serve
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-arm lint setup serving plugins
+.PHONY: demo test test-arm lint setup serving plugins plugins-sm70
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,13 @@ plugins:
 	rm -rf plugins/lib
 	cmake --install build/plugins --prefix plugins/lib
 	test -e plugins/lib/libinstantrt_plugins.so
+
+# The same for Volta, whose last compiler is NVRTC 12: pip install .[kernels-sm70]
+plugins-sm70:
+	cmake -S plugins/sm70 -B build/plugins-sm70 -G Ninja -DTensorRT_ROOT="$(TENSORRT)" -DPYTHON=$(PYTHON)
+	cmake --build build/plugins-sm70
+	cmake --install build/plugins-sm70 --prefix plugins/lib
+	test -e plugins/lib/libinstantrt_plugins_sm70.so
 
 # The aarch64 ONNX Runtime under emulation; needs a Debian machine's package sources, installs nothing on it.
 .venv-arm/python: tools/arm_setup.sh

@@ -253,7 +253,8 @@ def write_engine(
     graph, llm = planned.lowered[target.name], planned.model.llm
     limits = request.engine_limits(llm.max_length if llm else 0)
     ranges = profiles(graph.inputs, limits, llm=llm is not None)
-    libraries = () if request.plugin is None else (Path(shutil.copy(request.plugin, folder)),)
+    library = request.library(target)
+    libraries = () if library is None else (Path(shutil.copy(library, folder)),)
     settings = Settings(planned.types[target.name].name, ranges, request.engine_options(), libraries)
     linears = quantized_linears(graph)
     artifact = replace(

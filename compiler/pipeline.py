@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from compiler.profiles import Limits
@@ -37,6 +38,7 @@ from passes.permute_fold import FoldOrder
 from passes.permute_inputs import SortInputs
 from passes.rewrite import Ledger, Rewrite, run
 from passes.verify import Stage, verify
+from plugins.ops import DOMAIN
 
 
 def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
@@ -128,7 +130,8 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph
             fix="another target, or another --quant or --group-size where a weight is named",
         )
     graph.opset = OPSET
-    graph.import_domains = None  # else the exporter would write the old opset
+    own = [domain for domain in graph.import_domains or () if domain.domain == DOMAIN]
+    graph.import_domains = [onnx.helper.make_opsetid("", OPSET), *own]  # else the exporter would write the old opset
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from compiler.target import Target, find_target
 from passes.errors import UserError
 from passes.lower_ort_linear import Preset
 
-PACKAGED_PLUGIN = Path(plugins.__file__).parent / "lib" / "libinstantrt_plugins.so"
+PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
+AUTO = Path("auto")
+SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
 Logits = Literal["last", "all"]
 KvCache = Literal["concat", "in-place"]
 HeadFormat = Literal["float", "int8"]
@@ -39,7 +42,7 @@ class Request:
     embeddings       stored (as in the checkpoint) or int8
     cpu_preset       exact: 16-bit activations keep 14 bits of each token or block; fast: int8 activations by block
     plugin           engines: plugin library whose WeightOnlyGemm runs the weight-only linears, exact zero points;
-                     `auto` is the library that this installation carries
+                     `auto` is the library for the target that this installation carries
     plugin_rounding  plugin: many rows may use weights rounded to 16 bits once, for cuBLASLt; takes scratch memory
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
@@ -119,18 +122,11 @@ class Request:
                 raise UserError(name, expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
-        if self.plugin == Path("auto"):
-            object.__setattr__(self, "plugin", PACKAGED_PLUGIN)
-        if self.plugin is not None and not self.plugin.is_file():
-            raise UserError(
-                "no plugin library here",
-                where=str(self.plugin),
-                fix="`make plugins TENSORRT=DIR` in a checkout, with nvcc and DIR/include of TensorRT, makes one",
-            )
         if self.plugin_rounding and self.plugin is None:
             raise UserError("plugin_rounding without a plugin", fix="--plugin FILE")
         for target in self.resolved_targets():
             self.check_old_tensorrt(target)
+            self.check_plugin(target)
         self.engine_limits()
         self.engine_options()
 
@@ -138,17 +134,40 @@ class Request:
         """What a GPU cannot have whose last TensorRT is an old one, refused before any work."""
         if target.whole_operators:
             return
-        missing = (
-            (self.kv_cache == "in-place", "--kv-cache in-place", f"TensorRT {target.tensorrt} has no TensorScatter"),
-            (self.plugin is not None, "--plugin", "its kernels start at sm75"),
-        )
-        for asked, option, why in missing:
-            if asked:
-                raise UserError(
-                    f"{option} is not supported on {target.name} ({target.family})",
-                    found=why,
-                    fix=f"leave it out, or compile for {target.name} apart",
-                )
+        if self.kv_cache == "in-place":
+            raise UserError(
+                f"--kv-cache in-place is not supported on {target.name} ({target.family})",
+                found=f"TensorRT {target.tensorrt} has no TensorScatter",
+                fix=f"leave it out, or compile for {target.name} apart",
+            )
+
+    def library(self, target: Target) -> Path | None:
+        """The plugin library for `target`, or for none that has use for one."""
+        if self.plugin != AUTO:
+            return self.plugin
+        return PACKAGED_PLUGINS / target.plugin if target.plugin else None
+
+    def check_plugin(self, target: Target) -> None:
+        """Is there a library for `target`, and is it not one for other GPUs?"""
+        library = self.library(target)
+        if library is None:
+            return
+        if not library.is_file():
+            goal, compiler = ("plugins-sm70", "NVRTC 12") if target.sm == 70 else ("plugins", "nvcc")
+            raise UserError(
+                "no plugin library here",
+                where=str(library),
+                fix=f"`make {goal} TENSORRT=DIR` in a checkout, with {compiler} and DIR/include of TensorRT, makes one",
+            )
+        serves = SERVES.search(library.read_bytes())
+        if serves and target.plugin not in ("", serves[1].decode()):
+            raise UserError(
+                f"a plugin library for other GPUs than {target.name} ({target.family})",
+                where=str(library),
+                expected=target.plugin,
+                found=serves[1].decode(),
+                fix=f"--plugin auto takes each from this installation; or compile for {target.name} apart",
+            )
 
     @property
     def has_budget(self) -> bool:

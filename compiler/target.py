@@ -47,6 +47,13 @@ class Target:
         assert self.sm is None or (self.bf16 == (self.sm >= 80) and self.int8_mma == (self.sm >= 75)), self
 
     @property
+    def plugin(self) -> str:
+        """The file of our plugin library for it. Volta has its own: today's compilers do not generate its code."""
+        if self.sm is None:
+            return ""
+        return "libinstantrt_plugins_sm70.so" if self.sm == 70 else "libinstantrt_plugins.so"
+
+    @property
     def whole_operators(self) -> bool:
         """Its TensorRT parses the operators of opset 23 and 24 that our graphs have."""
         return SpecifierSet(self.tensorrt).contains(WHOLE)

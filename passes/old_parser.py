@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from passes.explicit_scales import INT4_BLOCKS
+from plugins.ops import DOMAIN
 
 OPSET = 21
 
@@ -63,6 +64,8 @@ def unsupported(graph: gs.Graph) -> Iterator[tuple[gs.Node, str]]:
 
 def problem_of(node: gs.Node) -> str:
     """Why the parser refuses `node`, or nothing; a tensor of unknown type is taken to be of a good one."""
+    if node.domain == DOMAIN:  # a node that the parser does not know is looked for among the plugins
+        return ""
     types = TYPES.get(node.op)
     if types is None or node.domain not in (None, "", "ai.onnx"):
         return "has no such operator"

@@ -13,6 +13,10 @@
 #include <cstring>
 #include <new>
 
+#ifndef PLUGIN_LIBRARY
+#define PLUGIN_LIBRARY "libinstantrt_plugins.so"
+#endif
+
 namespace {
 
 using namespace nvinfer1;
@@ -34,7 +38,7 @@ struct Registration {
         char path[4096];
         char const* const slash = std::strrchr(self.dli_fname, '/');
         int const folder = slash ? int(slash - self.dli_fname) + 1 : 0;
-        std::snprintf(path, sizeof path, "%.*slibinstantrt_plugins.so", folder, self.dli_fname);
+        std::snprintf(path, sizeof path, "%.*s" PLUGIN_LIBRARY, folder, self.dli_fname);
         auto* const creators =
             reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(symbol(path, RTLD_NOW | RTLD_LOCAL, "getCreators"));
         // NOLOAD: a second copy of TensorRT would have a second registry

@@ -2,6 +2,7 @@
 #include "config.h"
 
 #include <cstdio>
+#include <iterator>
 
 namespace wog {
 namespace {
@@ -17,11 +18,16 @@ int refuse(char* error, size_t size, char const* what, char const* expected, int
     return 1;
 }
 
-bool known_sm(int sm) {
-    for (int s : {75, 80, 86, 89, 90, 100, 103, 120, 121})
-        if (s == sm) return true;
-    return false;
-}
+// Volta has a library of its own: today's compilers do not generate its code.
+#ifdef WOG_VOLTA
+constexpr int kKnown[] = {70};
+constexpr char kExpectedSm[] = "70 (newer: libinstantrt_plugins.so)";
+#else
+constexpr int kKnown[] = {75, 80, 86, 89, 90, 100, 103, 120, 121};
+constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: libinstantrt_plugins_sm70.so)";
+#endif
+
+bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
@@ -38,8 +44,7 @@ Row const* find_row(wog_problem const& p) {
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
-    // int8 without warps along K reads the sums of whole groups
-    if (row.kernel != Kernel::kGemm || (row.activation_bits == 8 && row.warps_k == 1)) return 1;
+    if (!splits_k(row)) return 1;
     if (p.splits) return p.splits;
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
     int const by_depth = ceil_div(p.k, stage_k(row)) / (4 * row.warps_k);
@@ -66,8 +71,9 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {p.activation_bits == 16 || p.activation_bits == 8, "activation_bits", "16 or 8", p.activation_bits},
         {p.rounded_weights == 0 || p.rounded_weights == 1, "rounded_weights", "0 or 1", p.rounded_weights},
         {p.activation_bits == 16 || p.k <= 65536, "K with activation_bits 8", "at most 65536 (int32 sums)", p.k},
-        {known_sm(p.sm), "sm of the device", "75, 80, 86, 89, 90, 100, 103, 120 or 121", p.sm},
+        {known_sm(p.sm), "sm of the device", kExpectedSm, p.sm},
         {p.type == WOG_F16 || p.sm >= 80, "sm of the device with bf16", "80 or more (use fp16)", p.sm},
+        {p.activation_bits == 16 || p.sm >= 75, "sm of the device with activation_bits 8", "75 or more", p.sm},
         {p.sm_count > 0, "multiprocessor count", "a positive number", p.sm_count},
         {p.row >= 0, "row (pinned)", "0, or an index + 1", p.row},
         {p.splits >= 0 && p.splits <= 8, "splits (pinned)", "0 .. 8", p.splits},
@@ -98,7 +104,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              grid_m,
              gemm ? std::min(tiles, fit) : tiles,
              row.threads(),
-             gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits)) : 0,
+             shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : rows + (splits > 1 ? splits * p.m * p.n * 4 : 0)};
     return 0;
 }
@@ -117,13 +123,15 @@ int64_t wog_workspace(wog_problem const* problem) {
         Row const& chosen = kRows[plan.row];
         int64_t const rows = p.activation_bits == 8 ? int8_buffers(p.m, p.k, p.group).total : 0;
         int64_t const tiles = p.sm_count * int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? rows + tiles : 0});
+        most = std::max({most, plan.workspace, splits_k(chosen) ? rows + tiles : 0});
     }
     return most;
 }
 
 int32_t wog_rows(void) { return kRowCount; }
 char const* wog_row_name(int32_t row) { return row >= 0 && row < kRowCount ? kRows[row].name : nullptr; }
+
+int32_t wog_oldest_sm(void) { return kKnown[0]; }
 
 int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
     char const* const failed = query_device(*sm, *sm_count);
@@ -150,8 +158,12 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
+#ifdef WOG_VOLTA
+    auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
+#else
     decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_dense};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
+#endif
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);
         return 1;

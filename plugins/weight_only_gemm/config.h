@@ -8,7 +8,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense };
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kVolta };
 
 struct Row {
     char const* name;
@@ -35,6 +35,9 @@ constexpr int kNewest = 999;
 constexpr int64_t kManyRows = 512;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
+#ifdef WOG_VOLTA
+#include "volta_rows.h"
+#else
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "narrow" and "wide" are never taken: they are
 // there to be measured beside the others (tools/gpu_check).
@@ -58,6 +61,7 @@ constexpr Row kRows[] = {
     {"int8_tile32_turing", Kernel::kGemm, 8, 4, 1, 2, 4, {2, 1}, 2, kAny, 75, 79},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
+#endif
 
 constexpr int kRowCount = sizeof kRows / sizeof kRows[0];
 
@@ -70,6 +74,11 @@ constexpr int count_rows(Kernel kernel) {
     int count = 0;
     for (Row const& row : kRows) count += row.kernel == kernel;
     return count;
+}
+
+// int8 without warps along K reads the sums of whole groups.
+constexpr bool splits_k(Row const& row) {
+    return row.kernel == Kernel::kVolta || (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
 }
 
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -97,6 +106,14 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
     int const all = ceil_div(most, chunk) * chunk, two = 2 * chunk;
     bool const fit = gemm_shared(row, gemm_x_rows(row, p.m), all) <= shared_limit(p.sm, row.resident);
     return all <= two || fit ? all : two;
+}
+
+constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
+#ifdef WOG_VOLTA
+    return row.kernel == Kernel::kVolta ? volta_shared_bytes(row) : 0;
+#else
+    return row.kernel == Kernel::kGemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits)) : 0;
+#endif
 }
 
 // int8 activations: values, row scales and group sums in the workspace
@@ -128,5 +145,6 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
 char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);
+char const* launch_volta(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 
 }  // namespace wog

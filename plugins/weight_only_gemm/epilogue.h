@@ -18,6 +18,8 @@ inline Output output(wog_problem const& p, wog_tensors const& t) {
     return {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide};
 }
 
+#ifndef KERNELS_ELSEWHERE
+
 // One branch for all values, not one for each
 template <int Count>
 __device__ __forceinline__ void activate(float (&v)[Count], int activation) {
@@ -90,5 +92,7 @@ __device__ __forceinline__ void finish_one(Output const& out, float sum, float u
     else
         static_cast<uint16_t*>(out.y)[at] = from_float<T>(v[0]);
 }
+
+#endif
 
 }  // namespace wog

@@ -22,7 +22,7 @@ typedef struct {
     int32_t activation;       // wog_activation
     int32_t gated;            // 1: y[M, N/2] = act(gate) * up, strips of eight gates and eight ups
     int32_t activation_bits;  // 16, or 8: x is quantized per row to int8
-    int32_t sm, sm_count;     // of the device: 75, 80, 86, 89, 90, 100, 120
+    int32_t sm, sm_count;     // of the device: 75, 80, 86, 89, 90, 100, 120; 70 in Volta's library
     int32_t wide;             // 1: y is float32, for tests of the arithmetic before the output's rounding
     int32_t plain;            // 1: the plain kernel, against which the fast ones are tested
     int32_t rounded_weights;  // 1: dequantized weights may be rounded to `type`, for a library's product of many rows
@@ -55,6 +55,9 @@ WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors
 // The rows of the table, and their names: what wog_problem.row counts.
 WOG_EXPORT int32_t wog_rows(void);
 WOG_EXPORT char const* wog_row_name(int32_t row);
+
+// The oldest SM that this library serves: for checks before a device is known.
+WOG_EXPORT int32_t wog_oldest_sm(void);
 
 // sm and sm_count of the current CUDA device.
 WOG_EXPORT int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size);

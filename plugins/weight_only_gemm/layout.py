@@ -21,6 +21,12 @@ lanes, and is read by exactly one warp with one 16-byte load per lane.
         The four words are, unchanged, the A registers of mma.m16n8k32.u8 when the int8 activations are stored in
         ACTIVATION_ORDER.
 
+    Volta's mma.m8n8k4 takes four k of one row from a lane, and which four does not matter as long as x agrees: any
+    partition of K sums to the same. So its lanes read the same bytes, exchanged inside the block: lane L, row
+    r = L % 4 + 4 (L / 16) of quad pair q = L % 16 / 4, reads what is drawn above for lane (g, t) = (r, q): four k of
+    row r, and the same four of row r + 8, for each k16 step. The four quad pairs hold parts of one sum. A layout of its
+    own would serve nothing: loads are as wide and as coalesced, and codes decode as everywhere.
+
     Blocks: [N / 128][K / block k][8 strips][512 bytes]; the last tile has only the strips that exist. K is padded to a
     whole block with code 0; kernels never multiply padding by anything but zero.
 

@@ -63,8 +63,8 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
 
 private:
     static wog_problem problem(Attributes const& a, int64_t m, int32_t n, int32_t k, int32_t type) {
-        return {m,           n, k, a[kGroup], a[kBits], type, a[kActivation], a[kGated], a[kActivationBits], 80, 1,
-                /*wide=*/0, /*plain=*/0, a[kRoundedWeights], /*library=*/0};
+        return {m, n, k, a[kGroup], a[kBits], type, a[kActivation], a[kGated], a[kActivationBits], wog_oldest_sm(), 1,
+                /*wide=*/0, /*plain=*/0, a[kRoundedWeights], /*library=*/0, /*row=*/0, /*splits=*/0};
     }
 
     static int64_t constant(DimsExprs const& shape, int32_t axis) {
@@ -94,6 +94,13 @@ private:
 };
 
 }  // namespace
+
+// Read from the file by `compile --plugin`: the library's name says for which GPUs it is, whatever the file is called.
+#ifdef WOG_VOLTA
+__attribute__((used)) char const serves[] = "InstantRT serves by libinstantrt_plugins_sm70.so";
+#else
+__attribute__((used)) char const serves[] = "InstantRT serves by libinstantrt_plugins.so";
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

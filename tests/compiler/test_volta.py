@@ -16,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
+import compiler.request
 from compiler.artifact import read_manifest
 from compiler.backend import trt_child
 from compiler.backend.fusion import carriers
@@ -27,6 +28,8 @@ from compiler.target import TARGETS, find_target
 from passes.errors import UserError
 from passes.evaluate import Evaluation
 from passes.old_parser import unsupported
+from plugins.ops import DOMAIN
+from plugins.weight_only_gemm.op import OP
 from tests.conftest import TINY
 from tests.graphs import evaluate, relative
 
@@ -38,6 +41,19 @@ METHODS = {
     "a16w4-group":    ("a16w4", 64, "FUSED"),
     "a16w4-group-32": ("a16w4", 32, "EXPANDED"),
 }  # fmt: skip
+
+
+NEWER, VOLTAS = "libinstantrt_plugins.so", "libinstantrt_plugins_sm70.so"
+
+
+@pytest.fixture
+def libraries(tmp_path: Path) -> Path:
+    """A folder as `plugins/lib`, with files that say for which GPUs they are."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    for name in (NEWER, VOLTAS):
+        (folder / name).write_bytes(b"\x7fELF...InstantRT serves by " + name.encode() + b"\0...")
+    return folder
 
 
 def request(out: Path, *targets: str, **fields: Any) -> Request:
@@ -119,14 +135,84 @@ def test_targets_of_old_and_new_releases_do_not_share_a_graph(tmp_path: Path) ->
     ("fields", "words"),
     [
         ({"kv_cache": "in-place"}, r"--kv-cache in-place is not supported on sm70[^$]*has no TensorScatter"),
-        ({"plugin": Path(__file__)}, r"--plugin is not supported on sm70[^$]*its kernels start at sm75"),
+        ({"plugin": NEWER}, rf"a plugin library for other GPUs than sm70[^$]*{VOLTAS}[^$]*{NEWER}"),
     ],
     ids=["cache", "plugin"],
 )
-def test_what_volta_cannot_have_is_refused_before_any_work(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_volta_cannot_have_is_refused_before_any_work(
+    fields: dict[str, Any], words: str, libraries: Path, tmp_path: Path
+) -> None:
+    fields = {name: libraries / value if name == "plugin" else value for name, value in fields.items()}
     with pytest.raises(UserError, match=words):
         request(tmp_path / "out", "sm80", "sm70", **fields)
     request(tmp_path / "out", "sm80", **fields)
+
+
+def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler.request, "PACKAGED_PLUGINS", libraries)
+    asked = request(tmp_path, "sm70", "sm80", "x86", plugin=Path("auto"))
+    found = {t.name: asked.library(t) for t in asked.resolved_targets()}
+    assert found == {"sm70": libraries / VOLTAS, "sm80": libraries / NEWER, "x86": None}
+    with pytest.raises(UserError, match=rf"a plugin library for other GPUs than sm80[^$]*{NEWER}[^$]*{VOLTAS}"):
+        request(tmp_path, "sm70", "sm80", plugin=libraries / VOLTAS)
+    (libraries / VOLTAS).unlink()
+    request(tmp_path, "sm80", "x86", plugin=Path("auto"))
+    with pytest.raises(UserError, match="make plugins-sm70 TENSORRT=DIR"):
+        request(tmp_path, "sm70", "sm80", plugin=Path("auto"))
+
+
+@pytest.mark.parametrize(("quant", "group"), [("a16w8", None), ("a16w8", 64), ("a16w4", 32), ("a16w4", None)])
+def test_a_kit_with_the_plugin(
+    quant: str, group: int | None, libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler.request, "PACKAGED_PLUGINS", libraries)
+    compile_model(request(tmp_path, "sm70", quant=quant, group_size=group, plugin=Path("auto")))
+    (artifact,) = read_manifest(tmp_path)
+    assert artifact.plugins == (f"sm70/{VOLTAS}",)
+    assert (tmp_path / artifact.plugins[0]).read_bytes() == (libraries / VOLTAS).read_bytes()
+    kit = read_kit(tmp_path / "sm70")
+    assert [path.name for path in kit.settings.plugins] == [VOLTAS]
+    assert f"--dynamicPlugins={VOLTAS}" in json.loads((kit.folder / "kit.json").read_text())["trtexec"]
+    model = onnx.load(kit.onnx, load_external_data=False)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 21), (DOMAIN, OP.version)]
+    gemms = [node for node in model.graph.node if node.domain == DOMAIN]
+    assert [node.op_type for node in gemms] == [OP.name] * 4 * 4, "q, k and v are one product; gate and up another"
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    assert {types[node.input[2]] for node in gemms} == {onnx.TensorProto.FLOAT16}
+    assert not WHOLE & {node.op_type for node in model.graph.node}
+    assert not list(unsupported(gs.import_onnx(model)))
+
+
+def test_a_node_of_another_domain_is_not_taken_for_the_plugin() -> None:
+    x, y = gs.Variable("x", np.float16, (1,)), gs.Variable("y", np.float16, (1,))
+    reasons = [list(unsupported(gs.Graph([gs.Node(OP.name, "n", {}, [x], [y], domain=d)]))) for d in (DOMAIN, "other")]
+    assert [len(each) for each in reasons] == [0, 1]
+
+
+def test_the_plugin_computes_what_native_forms_do(
+    libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler.request, "PACKAGED_PLUGINS", libraries)
+    fields: dict[str, Any] = {"quant": "a16w4", "group_size": 64, "logits": "all"}
+    native, plugin = (
+        plan(request(tmp_path, "sm70", **fields, plugin=asked)).lowered["sm70"] for asked in (None, Path("auto"))
+    )
+    assert OP.name in {n.op for n in plugin.nodes} - {n.op for n in native.nodes}
+    feeds: dict[str, np.ndarray] = {
+        "input_ids": np.array([[7, 11, 13]]),
+        "attention_mask": np.ones((1, 3), np.int64),
+        "position_ids": np.array([[0, 1, 2]]),
+    }
+    for tensor in native.inputs[3:]:
+        feeds[tensor.name] = np.zeros((1, tensor.shape[1], 0, tensor.shape[3]), np.float16)
+    want, got = (Evaluation(g, feeds, ["logits"]).peek("logits").astype(np.float32) for g in (native, plugin))
+    assert want.std() > 0.1
+    assert relative(got, want) < 4e-3
+
+
+def test_activations_stay_16_bits_with_the_plugin(libraries: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no int8 tensor cores"):
+        plan(request(tmp_path, "sm70", quant="a8w8", plugin=libraries / VOLTAS))
 
 
 def test_only_volta_is_for_old_releases() -> None:

@@ -47,6 +47,7 @@ def cuda_headers() -> Path:
 
 
 KERNELS = ("gemm.cu", "int8.cu", "dense.cu", "plain.cu")
+VOLTA = ("volta.cu", "volta.cpp")
 
 
 def c_problem(
@@ -135,9 +136,13 @@ def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
     """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-I", str(Path(__file__).parent / "emulator"), "-x", "c++"]
-    sources = [str(SOURCE / name) for name in (*KERNELS, "config.cpp")]
+
+    def options(sm: int) -> list[str]:
+        names, library = (VOLTA, ["-DWOG_VOLTA"]) if sm == 70 else (KERNELS, [])
+        return [f"-DDEVICE_SM={sm}", *library, *(str(SOURCE / name) for name in (*names, "config.cpp"))]
+
     built = {sm: folder / f"emulated_{sm}.so" for sm in sms}
-    running = [subprocess.Popen([*command, f"-DDEVICE_SM={sm}", *sources, "-o", str(out)]) for sm, out in built.items()]
+    running = [subprocess.Popen([*command, *options(sm), "-o", str(out)]) for sm, out in built.items()]
     codes = [process.wait() for process in running]
     if any(codes):
         raise AssertionError("the emulator does not compile; the compiler's message is above")

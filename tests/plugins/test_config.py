@@ -95,7 +95,10 @@ REFUSED = [
     ({"activation": 9}, "activation is 9"),
     ({"gated": 2}, "gated is 2"),
     ({"activation_bits": 4}, "activation_bits is 4, expected 16 or 8"),
-    ({"sm": 70}, "sm of the device is 70, expected 75"),
+    (
+        {"sm": 70},
+        "sm of the device is 70, expected 75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: libinstantrt_plugins_sm70.so)",
+    ),
     ({"sm": 75, "type": 1}, "sm of the device with bf16 is 75, expected 80 or more"),
     ({"sm_count": 0}, "multiprocessor count is 0"),
     ({"bits": 8, "activation_bits": 8, "k": 65536 + 128}, "K with activation_bits 8 is 65664"),

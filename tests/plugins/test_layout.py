@@ -104,3 +104,33 @@ def test_words_are_the_integer_fragments_with_permuted_activations(bits: int) ->
     stored = x.reshape(8, 2, 16)[:, :, layout.ACTIVATION_ORDER]  # what the quantize kernel writes
     b = stored.reshape(8, 2, 4, 4).transpose(0, 2, 1, 3)  # row m = lane g, t, register j, byte
     assert np.array_equal(int8_mma(a, b, [0, 1]), w @ x.T)
+
+
+def mma_m8n8k4(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Four products, one for each quad pair: [32 lanes, 4 k] operands -> [quad pair, 8 rows of a, 8 rows of b].
+
+    Lane 4 q + i has row i of quad pair q, lane 16 + 4 q + i row 4 + i: of either operand, as the PTX manual draws them.
+    """
+    a, b = (operand.reshape(2, 4, 4, 4).transpose(1, 0, 2, 3).reshape(4, 8, 4) for operand in (a, b))
+    return np.einsum("qik,qjk->qij", a, b)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_are_fragments_of_volta_when_read_by_other_lanes(bits: int) -> None:
+    """m8n8k4 wants four k of one row from a lane, and does not care which: the labels need only agree with x."""
+    k, w, x = 16, codes(16, 32, bits).astype(np.int64), np.random.default_rng(2).integers(-9, 9, (8, 32))
+    ((block,),) = (words(layout.pack(w.astype(np.uint8), bits), bits, 16, 32).values(),)
+    lanes = np.arange(32)
+    rows, quads = lanes % 4 + lanes // 16 * 4, lanes % 16 // 4
+    mine = block[4 * rows + quads]  # still one coalesced block of 512 bytes
+    total = np.zeros((4, 16, 8), np.int64)
+    for step in range(2):
+        labels = k * step + np.stack([2 * quads, 2 * quads + 1, 2 * quads + 8, 2 * quads + 9], axis=1)
+        for h in (0, 1):
+            if bits == 4:
+                a = np.stack([mine[:, step] >> 4 * (4 * e + 2 * h8 + h) & 15 for h8 in (0, 1) for e in (0, 1)], axis=1)
+            else:
+                a = np.stack([mine[:, 2 * step + h] >> 8 * (2 * e + h8) & 255 for h8 in (0, 1) for e in (0, 1)], axis=1)
+            total[:, 8 * h : 8 * h + 8] += mma_m8n8k4(a.astype(np.int64), x[rows[:, None], labels])
+    assert np.array_equal(total.sum(axis=0), w @ x.T), "the quad pairs hold parts of one sum"
+    assert not np.array_equal(total[0], w @ x.T)

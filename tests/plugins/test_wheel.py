@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from compiler import request
-from compiler.request import PACKAGED_PLUGIN, Request
+from compiler.request import PACKAGED_PLUGINS, Request
+from compiler.target import find_target
 from passes.errors import UserError
 from tests.conftest import ROOT
 
@@ -47,10 +48,11 @@ def test_a_wheel_carries_what_was_installed_into_the_package(tmp_path: Path) -> 
 
 
 def test_auto_is_the_packaged_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PACKAGED_PLUGIN.relative_to(ROOT) == Path("plugins/lib", LIBRARIES[0])
-    monkeypatch.setattr(request, "PACKAGED_PLUGIN", tmp_path / LIBRARIES[0])
+    assert PACKAGED_PLUGINS.relative_to(ROOT) == Path("plugins/lib")
+    monkeypatch.setattr(request, "PACKAGED_PLUGINS", tmp_path)
     with pytest.raises(UserError, match="no plugin library here") as refused:
         Request(tmp_path, ("sm89",), tmp_path, plugin=Path("auto"))
     assert "make plugins TENSORRT=DIR" in refused.value.fix
     (tmp_path / LIBRARIES[0]).write_bytes(b"\x7fELF")
-    assert Request(tmp_path, ("sm89",), tmp_path, plugin=Path("auto")).plugin == tmp_path / LIBRARIES[0]
+    asked = Request(tmp_path, ("sm89",), tmp_path, plugin=Path("auto"))
+    assert asked.library(find_target("sm89")) == tmp_path / LIBRARIES[0]

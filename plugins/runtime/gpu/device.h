@@ -2,7 +2,9 @@
 // tests/plugins/emulator/device.h offers the same functions on the CPU, lane by lane, so kernels also run without a GPU.
 #pragma once
 
+#ifndef __CUDACC_RTC__  // NVRTC has device code alone, see sm70/
 #include <cuda_runtime.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -13,8 +15,6 @@
 #else
 #define DEVICE_SM 0  // host pass of nvcc
 #endif
-
-using Stream = cudaStream_t;
 
 struct Half {};    // type tags: elements travel as uint16_t bits
 struct Bfloat {};  // needs sm_80
@@ -191,6 +191,16 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[
 #endif
 }
 
+// Volta's: each of the four quad pairs q, lanes {4 q .. 4 q + 3, 16 + 4 q ..}, multiplies its own 8 x 4 by 4 x 8. A lane
+// gives row r = lane % 4 + 4 * (lane / 16) of a, and of b's columns, and of c owns, for i = 0 .. 7,
+//     row lane % 2 + (i & 2) + 4 * (lane / 16),   column (i & 4) + (lane & 2) + i % 2
+__device__ __forceinline__ void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9}, {%10, %11}, "
+        "{%0, %1, %2, %3, %4, %5, %6, %7};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
+        : "r"(a0), "r"(a1), "r"(b0), "r"(b1));
+}
+
 // a unsigned, b signed, k = 32: unsigned codes cost nothing
 __device__ __forceinline__ void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
 #if DEVICE_SM >= 80
@@ -310,6 +320,10 @@ __device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint
 
 // ---- host ----
 
+#ifndef __CUDACC_RTC__
+
+using Stream = cudaStream_t;
+
 inline int current_device() {
     int device = -1;
     return cudaGetDevice(&device) == cudaSuccess ? device : -1;
@@ -356,3 +370,5 @@ char const* launch(void (*kernel)(Args), Grid const& grid, Stream stream, Args a
     if (status == cudaSuccess) status = cudaLaunchKernelExC(&config, function, pointers);
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
+
+#endif

@@ -36,6 +36,9 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -331,6 +334,37 @@ inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uin
     }
 }
 
+namespace emulator {
+// As measured on V100 (Fasi et al. 2021): all five terms are cut to the last of 24 bits of the largest, so is their sum.
+inline float sum_as_volta(double const (&terms)[5]) {
+    double most = 0, sum = 0;
+    for (double const t : terms) most = std::max(most, std::fabs(t));
+    for (double const t : terms)
+        if (!std::isfinite(t)) return float(terms[0] + terms[1] + terms[2] + terms[3] + terms[4]);
+    if (most == 0) return 0.0f;
+    double const unit = std::ldexp(1.0, std::max(std::ilogb(most), -126) - 23);
+    for (double const t : terms) sum += std::trunc(t / unit) * unit;
+    float const nearest = float(sum);
+    return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+}  // namespace emulator
+
+inline void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
+    static_assert(DEVICE_SM >= 70, "tensor cores");
+    auto const f = emulator::fragments({a0, a1, 0, 0}, b0, b1);
+    int const lane = int(threadIdx.x) % 32, quad = lane % 16 / 4;
+    auto const owner = [quad](int row) { return row / 4 * 16 + quad * 4 + row % 4; };
+    for (int i = 0; i < 8; i++) {
+        int const row = (lane & 1) + (i & 2) + lane / 16 * 4, column = (i & 4) + (lane & 2) + (i & 1);
+        double terms[5] = {c[i]};
+        for (int k = 0; k < 4; k++) {
+            uint32_t const av = f[owner(row)].a[k / 2], bv = f[owner(column)].b[k / 2];
+            terms[k + 1] = double(to_float<Half>(uint16_t(av >> k % 2 * 16))) * to_float<Half>(uint16_t(bv >> k % 2 * 16));
+        }
+        c[i] = emulator::sum_as_volta(terms);
+    }
+}
+
 inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
     auto const f = emulator::fragments(a, b0, b1);
     int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
@@ -421,7 +455,7 @@ template <class Args>
 char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     char const* const seed = std::getenv("EMULATOR_SEED");
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
-    size_t const limit = (DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
+    size_t const limit = (DEVICE_SM < 75 ? 48 : DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
     if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
     gridDim = grid.blocks;
     for (unsigned z = 0; z < grid.blocks.z; z++)
