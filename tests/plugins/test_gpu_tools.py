@@ -114,7 +114,7 @@ def test_small_launches_reach_every_row_of_the_table(emulated: dict[int, Emulate
     formats = {(p["bits"], p["activation_bits"], p["type"]) for p in (small.parse(case)[1] for case in cases)}
     assert len(formats) == 2 * 2 * 2
     turing = small.every_case(emulated[75].library, {"sm": 75, "sm_count": 40}, (0,))
-    assert {case.split()[0] for case in turing} >= {"tile32_turing", "int8_turing", "dense"}
+    assert {case.split()[0] for case in turing} >= {"tile32_turing", "int8_tile32_turing", "dense"}
     few = small.few_cases(cases)
     assert {case.split()[0] for case in few} == kernels
     assert 2 * len(kernels) <= len(few) <= len(cases) / 8
