@@ -127,12 +127,14 @@ def disassembler() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
+def machine_code(library: Path, sm: str) -> str:
+    command = ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler()).stdout
+
+
 @pytest.mark.parametrize("sm", SMS)
 def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: str) -> None:
-    dump = subprocess.run(
-        ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(build[0] / "libinstantrt_kernels.so")],
-        capture_output=True, text=True, check=True, env=disassembler(),
-    ).stdout  # fmt: skip
+    dump = machine_code(build[0] / "libinstantrt_kernels.so", sm)
     seen = Counter(re.findall(r"\b(HMMA|HGMMA|IMMA|IGMMA|LDGSTS|LDL|STL|ATOM|RED)(\.[A-Za-z0-9_.]+)?\b", dump))
     names = {"".join(key) for key in seen}
     expected = (
@@ -143,3 +145,33 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
     assert expected <= names, f"missing {sorted(expected - names)}"
     assert {n for n in names if n.startswith(("LDL", "STL"))} == set(), "local memory: a spilled or indexed array"
     assert {n for n in names if n.startswith(("ATOM", "RED"))} == set(), "atomics would make results depend on timing"
+
+
+# Instructions of the loop that streams weights, for each of its products of tensor cores, of which it has 3 for 16 weights
+# of a lane at up to 8 rows of x, and 6 at up to 16. The ends of groups are counted in every step, though few have one.
+# What a multiprocessor can issue while its share of the weights arrives bounds this, not only the memory.
+MOST_A_PRODUCT = {("stream8", 4): 20, ("stream8", 8): 20, ("stream16", 4): 14, ("stream16", 8): 15}
+
+
+@pytest.mark.parametrize(("row", "bits"), MOST_A_PRODUCT)
+def test_the_streaming_loops_stay_short(build: tuple[Path, str], row: str, bits: int) -> None:
+    """What a memory-bound kernel may not have: more instructions than can be issued while its weights arrive."""
+    sm = next((sm for sm in SMS if sm != "75"), None) or pytest.skip("streams on sm_80 and newer")
+    library = build[0] / "libinstantrt_kernels.so"
+    index = Library(library).rows().index(row)
+    (code,) = (
+        text
+        for text in machine_code(library, sm).split("Function : ")[1:]
+        if f"gemmI4HalfLi{bits}ELi{index}E" in text.split("\n")[0]
+    )
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    place = {at: i for i, (at, _) in enumerate(instructions)}
+    jumps = [(i, re.search(r"BRA.* 0x([0-9a-f]+)", text), at) for i, (at, text) in enumerate(instructions)]
+    loops = [(place[int(to[1], 16)], i) for i, to, at in jumps if to and int(to[1], 16) < at]
+    lengths = []
+    for first, last in loops:
+        body = [text for _, text in instructions[first : last + 1]]
+        products, loads = (sum(word in text for text in body) for word in ("HMMA", "LDG.E.NA"))
+        if products and loads:
+            lengths.append((len(body) / products, len(body)))
+    assert min(lengths)[0] <= MOST_A_PRODUCT[row, bits], sorted(lengths)[:3]

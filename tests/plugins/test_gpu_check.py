@@ -149,7 +149,9 @@ def test_smoke_names_rows_that_take_the_gpu_with_them(
 ) -> None:
     path = emulated[90].library.path
     cases = small.every_case(emulated[90].library, {"sm": 90, "sm_count": 132}, (0,))
-    few = [case for case in cases if " m=3 " in case and " group=96 " in case and case.startswith(("plain ", "stream8 "))]
+    few = [
+        case for case in cases if " m=3 " in case and " group=96 " in case and case.startswith(("plain ", "stream8 "))
+    ]
     assert len(few) == 4 + 2 * len(small.SPLITS)
     monkeypatch.setattr(stages, "smoke_cases", lambda ring: [(path, few)])
     monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "sound", 0))

@@ -1,14 +1,12 @@
 """Volta's kernels on a real GPU, against float64: a Volta, or any newer one through the driver's compiler.
 
-INSTANTRT_KERNELS_VOLTA names a library: libinstantrt_kernels_sm70.so on a Volta. Without it nvcc builds the same
-sources as PTX, whose m8n8k4 products newer GPUs still compute, slowly.
+INSTANTRT_KERNELS_VOLTA names a library: libinstantrt_kernels_sm70.so on a Volta; elsewhere what
+`python -m tools.gpu_check` builds of the same sources as PTX, whose m8n8k4 products newer GPUs still compute, slowly.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,21 +27,13 @@ F16, ROUNDED = torch.float16, OP.tolerance[DType.F16]
 M = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 127, 300)
 SHAPES = [(16, 64, 32), (48, 96, 96), (144, 3584, 128), (3584, 3584, 3584), (4608, 4096, 64)]  # n, k, group
 VOLTA = {"sm": 70, "sm_count": 80}
-PLUGINS = Path(__file__).parents[2] / "plugins"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library() -> Library:
     if given := os.environ.get("INSTANTRT_KERNELS_VOLTA"):
         return Library(Path(given))
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc on PATH, or INSTANTRT_KERNELS_VOLTA")
-    out = tmp_path_factory.mktemp("volta") / "libinstantrt_kernels_volta.so"
-    command = ["nvcc", "-std=c++17", "-O3", "-DWOG_VOLTA", "-shared", "-Xcompiler", "-fPIC", "-x", "cu", "-o", str(out)]
-    command += ["-gencode", "arch=compute_75,code=compute_75", "-I", str(PLUGINS / "runtime/gpu")]
-    sources = [str(PLUGINS / "weight_only_gemm" / name) for name in ("volta.cu", "volta.cpp", "config.cpp")]
-    subprocess.run([*command, *sources], check=True)
-    return Library(out)
+    pytest.skip("INSTANTRT_KERNELS_VOLTA is not set: `python -m tools.gpu_check` builds the library and sets it")
 
 
 def rows(m: int, k: int) -> torch.Tensor:

@@ -22,7 +22,8 @@ from tools.gpu.watch import Job, Outcome, failures, parse, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "gpu_check_libraries"
-TESTS = "tests/plugins/test_gpu_kernels.py"
+READER, VOLTA = FOLDER / "reader" / "libread.so", FOLDER / "volta" / "libinstantrt_kernels_volta.so"
+TESTS = ("tests/plugins/test_gpu_kernels.py", "tests/plugins/test_gpu_volta.py")
 SANITIZERS = {  # and their options; errors of API calls are the launcher's to report
     "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
 }  # fmt: skip
@@ -49,6 +50,7 @@ class Ring:
             "": lambda: cmake(FOLDER / "native", native),
             "_75": lambda: cmake(FOLDER / "75", "75-virtual"),
             "_80": lambda: cmake(FOLDER / "80", "80-virtual"),
+            "_VOLTA": volta,
             "reader": reader,
         }
         with ThreadPoolExecutor() as pool:
@@ -59,8 +61,9 @@ class Ring:
         """A library that was built, else None: its failure is in the report."""
         if suffix in self.built["failures"]:
             return None
-        folder = {"": "native", "_75": "75", "_80": "80", "reader": "reader"}[suffix]
-        return FOLDER / folder / ("libread.so" if suffix == "reader" else "libinstantrt_kernels.so")
+        if alone := {"reader": READER, "_VOLTA": VOLTA}.get(suffix):
+            return alone
+        return FOLDER / {"": "native", "_75": "75", "_80": "80"}[suffix] / "libinstantrt_kernels.so"
 
     @property
     def hung_rows(self) -> list[str]:
@@ -98,12 +101,23 @@ def cmake(folder: Path, architectures: str) -> str:
     return ""
 
 
+def nvcc(out: Path, *arguments: str) -> str:
+    """A library without CMake; what went wrong, or nothing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    status, text = run(["nvcc", "-O3", "-shared", "-Xcompiler", "-fPIC", *arguments, "-o", str(out)])
+    return text[-4000:] if status else ""
+
+
 def reader() -> str:
     """The benchmark's own kernels."""
-    (FOLDER / "reader").mkdir(parents=True, exist_ok=True)
-    out = ["-o", str(FOLDER / "reader" / "libread.so")]
-    status, text = run(["nvcc", "-O3", "-shared", "-Xcompiler", "-fPIC", "-arch=native", "tools/gpu/read.cu", *out])
-    return text[-4000:] if status else ""
+    return nvcc(READER, "-arch=native", "tools/gpu/read.cu")
+
+
+def volta() -> str:
+    """Volta's kernels as PTX, whose m8n8k4 products the driver compiles for newer GPUs: slow, and right."""
+    sources = [f"plugins/weight_only_gemm/{name}" for name in ("volta.cu", "volta.cpp", "config.cpp")]
+    target = ["-gencode", "arch=compute_75,code=compute_75"]
+    return nvcc(VOLTA, "-std=c++17", "-DWOG_VOLTA", "-x", "cu", *target, "-Iplugins/runtime/gpu", *sources)
 
 
 def build(ring: Ring) -> Part:
@@ -143,12 +157,12 @@ def small_job(library: Path, memory: str, cases: list[str], stall: float, under:
 
 
 def tests(ring: Ring) -> Part:
-    """The pytest module in six processes; a case that hangs or loses the GPU costs itself."""
-    names = {f"INSTANTRT_KERNELS{s}": str(path) for s in ("", "_75", "_80") if (path := ring.library(s))}
-    status, text = run([*PYTEST, "--collect-only", TESTS], names)
+    """The pytest modules in six processes; a case that hangs or loses the GPU costs itself."""
+    names = {f"INSTANTRT_KERNELS{s}": str(path) for s in ("", "_75", "_80", "_VOLTA") if (path := ring.library(s))}
+    status, text = run([*PYTEST, "--collect-only", *TESTS], names)
     cases = collected(text)
     if not cases:
-        return {"passed": False, "failures": {TESTS: f"collected nothing, status {status}\n{text[-2000:]}"}}
+        return {"passed": False, "failures": {" ".join(TESTS): f"collected nothing, status {status}\n{text[-2000:]}"}}
     size = -(-len(cases) // 6)
     shards = [cases[i : i + size] for i in range(0, len(cases), size)]
     environment = {**ring.environment, **names}
