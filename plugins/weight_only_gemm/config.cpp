@@ -27,21 +27,35 @@ bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
+    if (row.whole_k && p.group != p.k) return false;
     return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
+}
+
+// Tiles of 256 m load an eighth to a quarter less than two of 128, but fill the device in coarser steps.
+bool worth(Row const& row, wog_problem const& p) {
+    if (row.block_m() != 256) return true;
+    int64_t const n = ceil_div(p.n, row.block_n());
+    int const coarse = ceil_div(n * ceil_div(p.m, 256), p.sm_count), fine = ceil_div(n * ceil_div(p.m, 128), p.sm_count);
+    return 8 * coarse <= 5 * fine;
 }
 
 // The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
 Row const* find_row(wog_problem const& p) {
     if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
-    return std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
+    return std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p) && worth(row, p); });
+}
+
+// int8 activations come with sums of whole groups, which are not divided.
+bool splits_k(Row const& row) {
+    return row.kernel == Kernel::kGemm || (row.kernel == Kernel::kWarpgroup && row.activation_bits == 16);
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
-    if (row.kernel != Kernel::kGemm) return 1;
+    if (!splits_k(row)) return 1;
     if (p.splits) return p.splits;
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
-    int const by_depth = ceil_div(p.k, stage_k(row.kernel)) / (4 * row.warps_k);
+    int const by_depth = ceil_div(p.k, 64) / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
 }
 
@@ -114,7 +128,7 @@ int64_t wog_workspace(wog_problem const* problem) {
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         Row const& chosen = kRows[plan.row];
         int64_t const tile = int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        most = std::max({most, plan.workspace, chosen.kernel == Kernel::kGemm ? p.sm_count * tile : 0});
+        most = std::max({most, plan.workspace, splits_k(chosen) ? p.sm_count * tile : 0});
     }
     return most;
 }
@@ -147,7 +161,8 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
-    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense};  // by Kernel
+    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense,
+                                                   launch_warpgroup};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);

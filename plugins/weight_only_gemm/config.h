@@ -8,7 +8,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kInt8, kDense };
+enum class Kernel : int32_t { kPlain, kGemm, kInt8, kDense, kWarpgroup };
 
 struct Row {
     char const* name;
@@ -21,12 +21,13 @@ struct Row {
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
-    bool wgmma = false;    // tensor cores by warpgroup: four warps, activations straight from shared memory
     int64_t min_m = 0;
+    int cluster = 1;       // blocks side by side in n that share what they load of x
+    bool whole_k = false;  // takes only groups that are all of K
 
     constexpr int block_n() const { return warps_n * strips * 16; }
     constexpr int block_m() const { return columns * 8; }
-    constexpr int threads() const { return warps_n * warps_k * 32; }
+    constexpr int threads() const { return (warps_n * warps_k + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
 };
 
 constexpr int64_t kAny = int64_t(1) << 40;
@@ -40,19 +41,20 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // sm_86, 89 and 120, which bounds the stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no
 // asynchronous copies, so two stages are all that helps there.
 constexpr Row kRows[] = {
-    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, false, kManyRows},
-    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, false, kManyRows},
+    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
+    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
+    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, 64, 90, 90, 32},
+    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 64},
+    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90},
+    {"int8_warpgroup256", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 128, 1, true},
+    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64},
     {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 1, 2, 4, {4, 4}, 3, 32, 80, kNewest},
-    {"wgmma64", Kernel::kGemm, 16, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
-    {"wgmma128", Kernel::kGemm, 16, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
     {"tile64", Kernel::kGemm, 16, 8, 1, 2, 8, {4, 4}, 1, kAny, 80, kNewest},
     {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {2, 2}, 2, 8, 75, 79},
     {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {2, 2}, 4, 16, 75, 79},
     {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
-    {"int8_wgmma64", Kernel::kInt8, 8, 8, 1, 2, 8, {4, 4}, 1, 64, 90, 90, true},
-    {"int8_wgmma128", Kernel::kInt8, 8, 8, 1, 1, 16, {4, 4}, 1, kAny, 90, 90, true},
     {"int8", Kernel::kInt8, 8, 4, 1, 2, 8, {3, 4}, 2, kAny, 80, kNewest},
     {"int8_turing", Kernel::kInt8, 8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
@@ -79,7 +81,18 @@ constexpr int stage_k(Kernel kernel) { return kernel == Kernel::kInt8 ? 128 : 64
 constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
 constexpr int w_stage_bytes(Kernel kernel, int strips, int bits) { return strips * 16 * stage_k(kernel) * bits / 8; }
 
+// kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each of
+// two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
+constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kSumSlots = 4;
+constexpr int warpgroup_stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
+constexpr int warpgroup_bytes(Row const& row, int bits) {
+    int const stage = x_stage_bytes(row.columns) + row.block_n() * warpgroup_stage_k(row) * bits / 8;
+    int const staged = 2 * kStagedRows * kStagedPitch * 4, sums = kSumSlots * row.block_m() * 4;
+    return row.stages[bits == 8] * stage + staged + sums + 2 * (row.stages[bits == 8] + kSumSlots) * 8;
+}
+
 constexpr int shared_bytes(Row const& row, int bits) {
+    if (row.kernel == Kernel::kWarpgroup) return warpgroup_bytes(row, bits);
     int const ring = row.stages[bits == 8] * row.warps_k *
                      (x_stage_bytes(row.columns) + row.warps_n * w_stage_bytes(row.kernel, row.strips, bits));
     int const sums = row.warps_k * 2 * row.block_m() * 4;
@@ -87,12 +100,13 @@ constexpr int shared_bytes(Row const& row, int bits) {
     return std::max(ring + sums, tile);
 }
 
-// int8 activations: values, row scales and group sums in the workspace
+// int8 activations: values, row scales and group sums in the workspace; sums of whole tiles of rows, which are copied whole
+constexpr int64_t padded_rows(int64_t m) { return (m + 255) / 256 * 256; }
 struct Int8Buffers {
     int64_t values, scales, sums, total;  // offsets
 };
 constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
-    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + align(k / group * m * 4);
+    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + k / group * padded_rows(m) * 4;
     return {0, scales, sums, total};
 }
 
@@ -116,6 +130,7 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
 char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);
+char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 
 }  // namespace wog

@@ -1,5 +1,4 @@
-// The 16-bit-activation kernels of WeightOnlyGemm: one template streams weights (few rows), tiles (many rows), and on
-// Hopper multiplies by warpgroup.
+// The 16-bit-activation kernels of WeightOnlyGemm: one template streams weights (few rows), tiles (many rows).
 //
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s and a
 // lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
@@ -66,7 +65,6 @@ struct Gemm {
     float x_sum[kSums][4] = {};                  // X of those columns
     uint32_t affine[S][2];                       // of rows g, g + 8 of each strip, for the group under way
     int parity = 0;
-    bool fresh = true;  // the group under way has no products yet
 
     // The WN warps that share an x ring
     __device__ __forceinline__ void barrier() const {
@@ -125,35 +123,6 @@ struct Gemm {
         count_unit(slot, unit);
     }
 
-    // The same by warpgroup. A product runs while the next unit is decoded and x is counted; nothing that depends on data
-    // may stand between its start and the wait, or the compiler serializes.
-    template <int Units>
-    __device__ __forceinline__ void multiply_units(int slot, int first, uint4 const (&words)[S][kBlocks]) {
-        uint32_t a[Units][2][S][4];
-        settle(sum);
-#pragma unroll
-        for (int u = 0; u < Units; u++) {
-#pragma unroll
-            for (int step = 0; step < 2; step++)
-#pragma unroll
-                for (int s = 0; s < S; s++) decode<T, Bits>(a[u][step][s], words[s], first + u, step);
-            settle(a[u]);
-            warpgroup_begin();
-#pragma unroll
-            for (int step = 0; step < 2; step++)
-#pragma unroll
-                for (int s = 0; s < S; s++)
-                    warpgroup_multiply_add<T>(sum[s], a[u][step][s], x_ring + slot * kXStage, (first + u) * 2 + step,
-                                              u > 0 || step > 0 || !fresh);
-            warpgroup_commit();
-        }
-#pragma unroll
-        for (int u = 0; u < Units; u++) count_unit(slot, first + u);
-        warpgroup_wait<0>();
-        settle(sum);
-        fresh = false;
-    }
-
     // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
     __device__ __forceinline__ void finish_group() {
         float const* sums = group_sums + parity * kBlockM;
@@ -179,12 +148,11 @@ struct Gemm {
                     float const zero = to_float<T>(uint16_t(affine[s][h] >> 16)) - kCenter<Bits>;
                     acc[s][j][2 * h] += scale * (sum[s][j][2 * h] - zero * x0);
                     acc[s][j][2 * h + 1] += scale * (sum[s][j][2 * h + 1] - zero * x1);
-                    if constexpr (!kRow.wgmma) sum[s][j][2 * h] = sum[s][j][2 * h + 1] = 0.0f;
+                    sum[s][j][2 * h] = sum[s][j][2 * h + 1] = 0.0f;
                 }
         }
         for (int i = 0; i < kSums; i++) x_sum[i][0] = x_sum[i][1] = x_sum[i][2] = x_sum[i][3] = 0.0f;
         parity ^= 1;
-        fresh = true;
     }
 
     __device__ __forceinline__ void accumulate() {
@@ -209,7 +177,6 @@ struct Gemm {
         for (int stage = first; stage < last; stage++) {
             int const slot = (stage - first) % kStages;
             copy_wait<kStages - 2>();
-            if constexpr (kRow.wgmma) publish_copies();
             barrier();  // the stage is there for all, and all have left the slot that is loaded next
             if (stage + kStages - 1 < last) load_stage(stage + kStages - 1, (stage - first + kStages - 1) % kStages);
             copy_commit();
@@ -218,20 +185,10 @@ struct Gemm {
                 for (int b = 0; b < kBlocks; b++)
                     words[s][b] = *reinterpret_cast<uint4 const*>(w_ring + slot * kWStage + (s * kBlocks + b) * 512 +
                                                                   lane * 16);
-            if constexpr (kRow.wgmma) {
-                if (p.group % kStageK == 0 && stage * 2 + 1 < units) {  // no group ends inside
-                    multiply_units<2>(slot, 0, words);
-                    advance(2, stage * 2 + 2);
-                    continue;
-                }
-            }
 #pragma unroll
             for (int unit = 0; unit < 2; unit++) {
                 if (stage * 2 + unit >= units) break;  // K % 64 == 32
-                if constexpr (kRow.wgmma)
-                    multiply_units<1>(slot, unit, words);
-                else
-                    multiply_unit(slot, unit, words);
+                multiply_unit(slot, unit, words);
                 advance(1, stage * 2 + unit + 1);
             }
         }

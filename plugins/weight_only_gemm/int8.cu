@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize(QuantizeArgs const 
         uint32_t sum = 0;
         for (int i = lane; i < per_group; i += 32) sum += uint32_t(chunk_sums[group * per_group + i]);
         for (int mask = 16; mask; mask /= 2) sum += exchange(sum, mask);
-        if (lane == 0) p.rows.sums[group * p.m + m] = int32_t(sum);
+        if (lane == 0) p.rows.sums[group * p.rows.pitch + m] = int32_t(sum);
     }
 }
 
@@ -115,7 +115,6 @@ struct Int8Gemm {
 
     float acc[S][C][4] = {};
     int32_t sum[S][C][4] = {};
-    bool fresh = true;  // the group under way has no products yet
 
     __device__ __forceinline__ void load_stage(int stage, int slot) const {
         load_rows<kBlockM, kThreads>(x_ring + slot * kXStage, p.rows.values, m0, p.out.m, p.k, stage, threadIdx.x);
@@ -155,28 +154,6 @@ struct Int8Gemm {
         }
     }
 
-    // The same by warpgroup, for `Units` times 32 k
-    template <int Units>
-    __device__ __forceinline__ void multiply_units(int slot, int first) {
-        uint32_t a[Units][S][4];
-#pragma unroll
-        for (int u = 0; u < Units; u++)
-#pragma unroll
-            for (int s = 0; s < S; s++) unpack(a[u][s], load_words(slot, s, (first + u) / kBlockUnits), first + u);
-        settle(a);
-        settle(sum);
-        warpgroup_begin();
-#pragma unroll
-        for (int u = 0; u < Units; u++)
-#pragma unroll
-            for (int s = 0; s < S; s++)
-                warpgroup_multiply_add(sum[s], a[u][s], x_ring + slot * kXStage, first + u, u > 0 || !fresh);
-        warpgroup_commit();
-        warpgroup_wait<0>();
-        settle(sum);
-        fresh = false;
-    }
-
     __device__ __forceinline__ void finish_group(int group) {
 #pragma unroll
         for (int s = 0; s < S; s++)
@@ -190,13 +167,12 @@ struct Int8Gemm {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         int64_t const m = m0 + j * 8 + 2 * t + e;
-                        int32_t const x_sum = m < p.out.m ? p.rows.sums[group * p.out.m + m] : 0;
+                        int32_t const x_sum = m < p.out.m ? p.rows.sums[group * p.rows.pitch + m] : 0;
                         int32_t& total = sum[s][j][2 * h + e];
                         acc[s][j][2 * h + e] += scale * (float(total - kCenter * x_sum) - zero * float(x_sum));
-                        if constexpr (!kRow.wgmma) total = 0;
+                        total = 0;
                     }
             }
-        fresh = true;
     }
 
     __device__ __forceinline__ void accumulate() {
@@ -215,28 +191,16 @@ struct Int8Gemm {
         for (int stage = 0; stage < stages; stage++) {
             int const slot = stage % Stages;
             copy_wait<Stages - 2>();
-            if constexpr (kRow.wgmma) publish_copies();
             block_barrier();
             if (stage + Stages - 1 < stages) load_stage(stage + Stages - 1, (stage + Stages - 1) % Stages);
             copy_commit();
-            if constexpr (kRow.wgmma) {
-                if (p.group % kStageK == 0) {  // no group ends inside, and no stage is short
-                    multiply_units<4>(slot, 0);
-                    advance(4);
-                    continue;
-                }
-            }
             uint4 words[S];
 #pragma unroll
             for (int unit = 0; unit < 4; unit++) {
                 if (stage * 4 + unit >= units) break;
-                if constexpr (kRow.wgmma) {
-                    multiply_units<1>(slot, unit);
-                } else {
-                    if (unit % kBlockUnits == 0)
-                        for (int s = 0; s < S; s++) words[s] = load_words(slot, s, unit / kBlockUnits);
-                    multiply_unit(slot, unit, words);
-                }
+                if (unit % kBlockUnits == 0)
+                    for (int s = 0; s < S; s++) words[s] = load_words(slot, s, unit / kBlockUnits);
+                multiply_unit(slot, unit, words);
                 advance(1);
             }
         }

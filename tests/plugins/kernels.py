@@ -46,7 +46,7 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
-KERNELS = ("gemm.cu", "int8.cu", "dense.cu", "plain.cu")
+KERNELS = ("gemm.cu", "int8.cu", "dense.cu", "plain.cu", "warpgroup.cu")
 
 
 def c_problem(
@@ -133,7 +133,7 @@ def build_cublaslt(folder: Path) -> Path:
 
 def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
     """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
     command += ["-I", str(Path(__file__).parent / "emulator"), "-x", "c++"]
     sources = [str(SOURCE / name) for name in (*KERNELS, "config.cpp")]
     built = {sm: folder / f"emulated_{sm}.so" for sm in sms}
