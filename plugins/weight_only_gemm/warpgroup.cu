@@ -249,12 +249,17 @@ struct Summer {
                 wait(S::full(at.slot), at.parity);
                 float sums[2];
                 sums[0] = unit_sum(at.slot, part);
-                sums[1] = kParts == 1 ? unit_sum(at.slot, 1) : bits_float(exchange(float_bits(sums[0]), 1));
+                if constexpr (kParts == 1) {
+                    sums[1] = unit_sum(at.slot, 1);
+                } else {
+                    float const mine = sums[0], other = bits_float(exchange(float_bits(mine), 1));
+                    sums[0] = part ? other : mine, sums[1] = part ? mine : other;
+                }
                 S::release(at.slot, lane);
 #pragma unroll
                 for (int i = 0; i < 2; i++, unit++) {
                     if (unit >= cut.last) break;
-                    total += sums[part ? 1 - i : i];
+                    total += sums[i];
                     if (unit + 1 < end) continue;
                     wait(S::sum_empty(slot.slot), slot.parity ^ 1);
                     if (part == 0) S::template sums<float>(slot.slot)[row] = total;
@@ -440,28 +445,37 @@ struct Consumer {
         }
     }
 
-    // 32 m at a time through shared memory, so that a thread has 16 n of a row and neighbours have neighbouring n
-    __device__ __forceinline__ void store(Item const& item) {
-        float* const tile = S::staged(who);
-#pragma unroll
-        for (int pass = 0; pass < S::kBlockM / kStagedRows; pass++) {
-            if (item.m0 + pass * kStagedRows >= p.out.m) break;  // the same for all
+    // 32 m of the result to shared memory. The index is known when compiling: sums stay in registers.
+    template <int Pass>
+    __device__ __forceinline__ void stage_result(float* tile, int pass) const {
+        if (pass == Pass) {
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float* const to = tile + (j * 8 + 2 * t + i % 2) * kStagedPitch + warp * 16 + i / 2 * 8 + g;
                     if constexpr (kWhole)
-                        *to = bits_float(uint32_t(sum[pass * 4 + j][i]));
+                        *to = bits_float(uint32_t(sum[Pass * 4 + j][i]));
                     else
-                        *to = acc[pass * 4 + j][i];
+                        *to = acc[Pass * 4 + j][i];
                 }
+        } else if constexpr ((Pass + 1) * 4 < C) {
+            stage_result<Pass + 1>(tile, pass);
+        }
+    }
+
+    // Through shared memory, so that a thread has 16 n of a row and neighbours have neighbouring n
+    __device__ __forceinline__ void store(Item const& item) const {
+        float* const tile = S::staged(who);
+        int const row = thread / 4, column = thread % 4 * 16, n = item.tile_n * 128 + who * 64 + column;
+        int64_t m = item.m0 + row;
+#pragma unroll 1
+        for (int pass = 0; pass < C / 4; pass++, m += kStagedRows) {
+            stage_result<0>(tile, pass);
             named_barrier(1 + who, 128);
-            int64_t const m = item.m0 + pass * kStagedRows + thread / 4;
-            int const column = thread % 4 * 16, n = item.tile_n * 128 + who * 64 + column;
             float v[16];
 #pragma unroll
-            for (int i = 0; i < 16; i++) v[i] = tile[thread / 4 * kStagedPitch + column + i];
+            for (int i = 0; i < 16; i++) v[i] = tile[row * kStagedPitch + column + i];
             named_barrier(1 + who, 128);
             if (m >= p.out.m || n >= p.out.n) continue;
             if constexpr (S::kInt8) {
