@@ -50,7 +50,7 @@ bool splits_k(Row const& row) {
     return row.kernel == Kernel::kGemm || (row.kernel == Kernel::kWarpgroup && row.activation_bits == 16);
 }
 
-// K is divided among blocks only while that lets idle multiprocessors work, and never below four stages for each warp.
+// K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     if (p.splits) return p.splits;
@@ -97,18 +97,23 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     Row const& row = *found;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
-    int const grid_n = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
-                             : ceil_div(p.n, row.block_n());
-    int const splits = choose_splits(p, row, grid_m * grid_n);
+    int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
+                            : ceil_div(p.n, row.block_n());
+    int const splits = choose_splits(p, row, grid_m * tiles);
+    // kGemm: as many blocks as fit the device, each of which walks over its tiles
+    bool const gemm = row.kernel == Kernel::kGemm;
+    int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
+    int const shared = gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
+                            : shared_bytes(row, p.bits);
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     bool const int8 = p.activation_bits == 8;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
              grid_m,
-             grid_n,
+             gemm ? std::min(tiles, fit) : tiles,
              row.threads(),
-             shared_bytes(row, p.bits),
+             shared,
              dense  ? dense_buffers(p.m, p.n, p.k).total
              : int8 ? int8_buffers(p.m, p.k, p.group).total
                     : partials};

@@ -17,7 +17,7 @@ struct Row {
     int warps_n, warps_k;  // warps_k of them share their n and divide K
     int strips;            // of 16 n that a warp owns
     int columns;           // of 8 m
-    int stages[2];         // of the shared-memory ring, for codes of 4 and 8 bits
+    int stages[2];         // of the shared-memory ring (kGemm: steps of weights on their way), for codes of 4 and 8 bits
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
@@ -48,13 +48,13 @@ constexpr Row kRows[] = {
     {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90},
     {"int8_warpgroup256", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 128, 1, true},
     {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64},
-    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 4}, 2, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {4, 3}, 2, 16, 80, kNewest},
-    {"tile32", Kernel::kGemm, 16, 4, 1, 2, 4, {4, 4}, 3, 32, 80, kNewest},
-    {"tile64", Kernel::kGemm, 16, 8, 1, 2, 8, {4, 4}, 1, kAny, 80, kNewest},
-    {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {2, 2}, 2, 8, 75, 79},
-    {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {2, 2}, 4, 16, 75, 79},
-    {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 3, kAny, 75, 79},
+    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 2, 8, 80, kNewest},
+    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {4, 2}, 2, 16, 80, kNewest},
+    {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
+    {"tile64", Kernel::kGemm, 16, 8, 1, 2, 8, {2, 2}, 1, kAny, 80, kNewest},
+    {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 2, 8, 75, 79},
+    {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 2, 16, 75, 79},
+    {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 2, kAny, 75, 79},
     {"int8", Kernel::kInt8, 8, 4, 1, 2, 8, {3, 4}, 2, kAny, 80, kNewest},
     {"int8_turing", Kernel::kInt8, 8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
@@ -81,6 +81,8 @@ constexpr int stage_k(Kernel kernel) { return kernel == Kernel::kInt8 ? 128 : 64
 constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
 constexpr int w_stage_bytes(Kernel kernel, int strips, int bits) { return strips * 16 * stage_k(kernel) * bits / 8; }
 
+// ---- what a block of each kernel has in shared memory ----
+
 // kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each of
 // two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
 constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kSumSlots = 4;
@@ -98,6 +100,25 @@ constexpr int shared_bytes(Row const& row, int bits) {
     int const sums = row.warps_k * 2 * row.block_m() * 4;
     int const tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
     return std::max(ring + sums, tile);
+}
+
+// kGemm: rows of x (few where it streams: they may all fit), and how many steps of 64 k have a place
+constexpr int gemm_x_rows(Row const& row, int64_t m) {
+    return row.warps_n == 1 ? int(std::min<int64_t>(m, row.block_m())) : row.block_m();
+}
+constexpr int gemm_shared(Row const& row, int x_rows, int x_steps) {
+    int const sums = row.warps_k * 2 * row.block_m() * 4, tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
+    return 128 + row.warps_k * x_steps * x_rows * 128 + sums + tile;
+}
+// Of a multiprocessor, for `resident` blocks; 1 KiB of each is the driver's
+constexpr int shared_limit(int sm, int resident) {
+    int const kib = sm < 80 ? 64 : sm == 80 ? 164 : sm == 90 || sm == 100 || sm == 103 ? 228 : 100;
+    return (kib / resident - (sm < 80 ? 0 : 1)) * 1024;
+}
+constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
+    int const most = ceil_div(ceil_div(p.k, 64), splits * row.warps_k), all = (most + 1) / 2 * 2;
+    int const rows = gemm_x_rows(row, p.m), limit = shared_limit(p.sm, row.resident);
+    return all <= 4 || gemm_shared(row, rows, all) <= limit ? all : 4;
 }
 
 // int8 activations: values, row scales and group sums in the workspace; sums of whole tiles of rows, which are copied whole

@@ -13,15 +13,15 @@ __device__ __forceinline__ void decode4(uint32_t (&a)[4], uint32_t w);
 template <>
 __device__ __forceinline__ void decode4<Half>(uint32_t (&a)[4], uint32_t w) {
     // 0x6400 = 1024 has its units in bit 0, 0x5400 = 64 in bit 4: OR puts a nibble there, one add removes bias and c
-    a[0] = add2<Half>((w & 0x000f000f) | 0x64006400, 0xe408e408);  // - (1024 + 8)
-    a[1] = add2<Half>((w & 0x00f000f0) | 0x54005400, 0xd480d480);  // - (64 + 8)
-    a[2] = add2<Half>((w >> 8 & 0x000f000f) | 0x64006400, 0xe408e408);
-    a[3] = add2<Half>((w >> 8 & 0x00f000f0) | 0x54005400, 0xd480d480);
+    a[0] = add2<Half>(mask_or(w, 0x000f000f, 0x64006400), 0xe408e408);  // - (1024 + 8)
+    a[1] = add2<Half>(mask_or(w, 0x00f000f0, 0x54005400), 0xd480d480);  // - (64 + 8)
+    a[2] = add2<Half>(mask_or(w >> 8, 0x000f000f, 0x64006400), 0xe408e408);
+    a[3] = add2<Half>(mask_or(w >> 8, 0x00f000f0, 0x54005400), 0xd480d480);
 }
 template <>
 __device__ __forceinline__ void decode4<Bfloat>(uint32_t (&a)[4], uint32_t w) {
     for (int r = 0; r < 4; r++)  // 0x4300 = 128 has its units in bit 0
-        a[r] = add2<Bfloat>((w >> 4 * r & 0x000f000f) | 0x43004300, 0xc308c308);  // - (128 + 8)
+        a[r] = add2<Bfloat>(mask_or(w >> 4 * r, 0x000f000f, 0x43004300), 0xc308c308);  // - (128 + 8)
 }
 
 template <class T>
@@ -34,9 +34,9 @@ __device__ __forceinline__ void decode8<Half>(uint32_t& low, uint32_t& high, uin
 template <>
 __device__ __forceinline__ void decode8<Bfloat>(uint32_t& low, uint32_t& high, uint32_t w) {
     // bf16 has 8 bits: 128 + (q & 127), minus 128 if q >= 128, else minus 256 (0xc300 and 0xc380 differ in bit 7 only)
-    low = add2<Bfloat>((w & 0x007f007f) | 0x43004300, (~w & 0x00800080) | 0xc300c300);
+    low = add2<Bfloat>(mask_or(w, 0x007f007f, 0x43004300), mask_or(~w, 0x00800080, 0xc300c300));
     w >>= 8;
-    high = add2<Bfloat>((w & 0x007f007f) | 0x43004300, (~w & 0x00800080) | 0xc300c300);
+    high = add2<Bfloat>(mask_or(w, 0x007f007f, 0x43004300), mask_or(~w, 0x00800080, 0xc300c300));
 }
 
 // A fragment of k16 step `step` (0, 1) of 32-k unit `unit` (0, 1) of a stage, from the stage's words of one strip

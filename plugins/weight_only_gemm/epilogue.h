@@ -1,4 +1,4 @@
-// What all kernels do with finished sums: bias, activation, gate times up, one rounding, one 16- or 32-byte store.
+// What all kernels do with finished sums: bias, activation, gate times up, one rounding, one store.
 #pragma once
 
 #include <device.h>
@@ -18,46 +18,77 @@ inline Output output(wog_problem const& p, wog_tensors const& t) {
     return {static_cast<uint16_t const*>(t.bias), t.y, p.m, p.n, p.activation, p.gated, p.wide};
 }
 
-__device__ __forceinline__ float activate(float v, int activation) {
-    switch (activation) {
-        case WOG_SILU: return v / (1.0f + expf(-v));
-        case WOG_GELU: return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
-        case WOG_GELU_TANH: return 0.5f * v * (1.0f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-        default: return v;
+// One branch for all values, not one for each
+template <int Count>
+__device__ __forceinline__ void activate(float (&v)[Count], int activation) {
+    if (activation == WOG_SILU) {
+#pragma unroll
+        for (float& f : v) f = f / (1.0f + expf(-f));
+    } else if (activation == WOG_GELU) {
+#pragma unroll
+        for (float& f : v) f = 0.5f * f * (1.0f + erff(f * 0.70710678118654752f));
+    } else if (activation == WOG_GELU_TANH) {
+#pragma unroll
+        for (float& f : v) f = 0.5f * f * (1.0f + tanhf(0.79788456080286536f * (f + 0.044715f * f * f * f)));
+    }
+}
+
+template <class T>
+__device__ __forceinline__ float biased(Output const& out, float v, int n) {
+    return out.bias ? v + to_float<T>(out.bias[n]) : v;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+    return from_float<T>(low) | uint32_t(from_float<T>(high)) << 16;
+}
+
+// Columns first .. first + 7 of row m of y
+template <class T>
+__device__ __forceinline__ void store_eight(Output const& out, float const* v, int64_t m, int first) {
+    int64_t const at = m * (out.gated ? out.n / 2 : out.n) + first;
+    if (out.wide) {
+        auto* const y = reinterpret_cast<float4*>(static_cast<float*>(out.y) + at);
+        y[0] = {v[0], v[1], v[2], v[3]};
+        y[1] = {v[4], v[5], v[6], v[7]};
+    } else {
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.y) + at) = {
+            round_pair<T>(v[0], v[1]), round_pair<T>(v[2], v[3]), round_pair<T>(v[4], v[5]), round_pair<T>(v[6], v[7])};
     }
 }
 
 // v: the sums of row m, columns n0 .. n0 + 15, n0 a multiple of 16
 template <class T>
 __device__ __forceinline__ void finish(Output const& out, float (&v)[16], int64_t m, int n0) {
-    if (out.bias)
-        for (int i = 0; i < 16; i++) v[i] += to_float<T>(out.bias[n0 + i]);
-    int count = 16, first = n0;
-    int64_t stride = out.n;
+#pragma unroll
+    for (int i = 0; i < 16; i++) v[i] = biased<T>(out, v[i], n0 + i);
     if (out.gated) {
-        for (int i = 0; i < 8; i++) v[i] = activate(v[i], out.activation) * v[i + 8];
-        count = 8, first = n0 / 2, stride = out.n / 2;
-    } else if (out.activation != WOG_NONE) {
-        for (int i = 0; i < 16; i++) v[i] = activate(v[i], out.activation);
-    }
-    int64_t const at = m * stride + first;
-    if (out.wide) {
-#pragma unroll  // with a fixed count: v must stay in registers
-        for (int i = 0; i < 16; i++)
-            if (i < count) static_cast<float*>(out.y)[at + i] = v[i];
+        float gate[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) gate[i] = v[i];
+        activate(gate, out.activation);
+#pragma unroll
+        for (int i = 0; i < 8; i++) gate[i] *= v[8 + i];
+        store_eight<T>(out, gate, m, n0 / 2);
         return;
     }
-    uint4 words[2];
-    for (int i = 0; i < 2; i++) {
-        float const* f = v + 8 * i;
-        words[i] = {from_float<T>(f[0]) | uint32_t(from_float<T>(f[1])) << 16,
-                    from_float<T>(f[2]) | uint32_t(from_float<T>(f[3])) << 16,
-                    from_float<T>(f[4]) | uint32_t(from_float<T>(f[5])) << 16,
-                    from_float<T>(f[6]) | uint32_t(from_float<T>(f[7])) << 16};
-    }
-    uint4* const y = reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.y) + at);
-    y[0] = words[0];
-    if (count == 16) y[1] = words[1];
+    activate(v, out.activation);
+    store_eight<T>(out, v, m, n0);
+    store_eight<T>(out, v + 8, m, n0 + 8);
+}
+
+// One output of row m: the sum of column n, or of the gate in column n and the `up` eight columns on
+template <class T>
+__device__ __forceinline__ void finish_one(Output const& out, float sum, float up, int64_t m, int n) {
+    float v[1] = {biased<T>(out, sum, n)};
+    activate(v, out.activation);
+    int column = n;
+    if (out.gated) v[0] *= biased<T>(out, up, n + 8), column = n / 16 * 8 + n % 8;
+    int64_t const at = m * (out.gated ? out.n / 2 : out.n) + column;
+    if (out.wide)
+        static_cast<float*>(out.y)[at] = v[0];
+    else
+        static_cast<uint16_t*>(out.y)[at] = from_float<T>(v[0]);
 }
 
 }  // namespace wog

@@ -145,7 +145,7 @@ struct Int8Gemm {
         for (int j = 0; j < C; j += 2) {  // two columns of 8 m: 32 k of each is two 8x16-byte matrices
             uint32_t x[4];
             int const row = (j + lane / 16) * 8 + lane % 8, chunk = unit * 2 + lane / 8 % 2;
-            load_matrices(x, x_ring + slot * kXStage + row * 128 + (chunk ^ row % 8) * 16);
+            load_matrices(x, shared_address(x_ring) + slot * kXStage + row * 128 + (chunk ^ row % 8) * 16);
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 multiply_add(sum[s][j], a[s], x[0], x[1]);

@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_rows(unsigned char* slot, Element const* x,
     for (int i = thread; i < BlockM * 8; i += Threads) {
         int const row = i / 8, chunk = i % 8, at = stage * 8 * kChunk + chunk * kChunk;
         bool const valid = m0 + row < m && at < k;
-        copy_async(slot + row * 128 + (chunk ^ row % 8) * 16, x + (valid ? (m0 + row) * k + at : 0), valid);
+        copy_async(shared_address(slot) + row * 128 + (chunk ^ row % 8) * 16, x + (valid ? (m0 + row) * k + at : 0), valid);
     }
 }
 
@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_weights(unsigned char* slot, unsigned char 
             int const block = stage * Blocks + b;
             bool const valid = strip < strips && block < blocks;
             int64_t const at = int64_t(tile) * blocks + int64_t(block) * width + (strip - tile);
-            copy_async(slot + (s * Blocks + b) * 512 + lane * 16, codes + (valid ? at * 512 + lane * 16 : 0), valid);
+            copy_async(shared_address(slot) + (s * Blocks + b) * 512 + lane * 16, codes + (valid ? at * 512 + lane * 16 : 0), valid);
         }
     }
 }

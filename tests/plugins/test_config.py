@@ -27,7 +27,7 @@ def problem(**changes: int) -> dict[str, int]:
     ("changes", "kernel"),
     [
         ({"m": 1}, "stream8"), ({"m": 8}, "stream8"), ({"m": 9}, "stream16"), ({"m": 16}, "stream16"),
-        ({"m": 17}, "tile32"), ({"m": 33}, "wgmma64"), ({"m": 65}, "wgmma128"), ({"m": 4097}, "wgmma128"),
+        ({"m": 17}, "tile32"), ({"m": 33}, "tile64"), ({"m": 4097}, "tile64"),
         ({"m": 33, "sm": 80}, "tile64"), ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
         ({"bits": 8, "activation_bits": 8}, "int8_wgmma64"), ({"activation_bits": 8}, "int8_wgmma64"),

@@ -46,7 +46,7 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
 
 
 @pytest.mark.parametrize("size", [(33, 272, 160, 32), (64, 48, 256, 128), (65, 144, 192, 64), (129, 48, 352, 352)])
-@pytest.mark.parametrize("kind", [(F16, 4, 16), (BF16, 8, 16), (F16, 4, 8), (F16, 8, 8)])
+@pytest.mark.parametrize("kind", [(F16, 4, 8), (F16, 8, 8)])
 def test_warpgroup_products(
     emulated: Kernels, kind: tuple[np.dtype, int, int], size: tuple[int, int, int, int]
 ) -> None:
@@ -55,6 +55,24 @@ def test_warpgroup_products(
     kernel = emulated[90].library.choose(**c_problem(p, 90)).kernel
     assert kernel == ("int8_" if activation_bits == 8 else "") + ("wgmma64" if m <= 64 else "wgmma128")
     check(emulated[90], p)
+
+
+@pytest.mark.parametrize(("sm", "m"), [(75, 4), (80, 4), (80, 20), (80, 40), (90, 40)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_long_sums_do_not_drift(emulated: Kernels, bits: int, sm: int, m: int) -> None:
+    """Tensor cores cut bits off their sums (the emulator's do): by channel over a long K this must not add up."""
+    case = Case(m, 16, 18944, bits, 18944, zeros="low", data="shifted")
+    check(emulated[sm], case.make(), sm_count=1)
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 2176), (8, 2176), (3, 18944), (16, 4096), (20, 2176)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_walk_over_many_tiles(emulated: Kernels, bits: int, m: int, k: int) -> None:
+    """Fewer blocks than tiles: weights of the next tile are on their way when one ends; x stays, or comes again."""
+    p = Case(m, 336, k, bits, 32 if k == 2176 else 128, bias=True).make()
+    options = {**c_problem(p, 80, sm_count=2), "splits": 1}
+    assert emulated[80].library.choose(**options).grid_n < -(-336 // 32)
+    check(emulated[80], p, sm_count=2)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -92,7 +110,7 @@ def test_split_k_over_blocks(emulated: Kernels) -> None:
     p = Case(20, 144, 1120, group=160, bias=True, activation=SILU).make()
     assert emulated[80].library.choose(
         m=20, n=144, k=1120, **p.attrs, type=0, sm=80, sm_count=132
-    ).splits == 4, "the case must split"  # fmt: skip
+    ).splits == 2, "the case must split"  # fmt: skip
     split = check(emulated[80], p)
     whole = check(emulated[80], p, sm_count=1)
     assert not np.array_equal(split, whole), "different orders of summation should differ in the last bits"

@@ -74,6 +74,16 @@ __device__ __forceinline__ uint32_t add2<Bfloat>(uint32_t a, uint32_t b) {
     return d;
 }
 
+// a & mask | bits, in the one instruction that the compiler does not find for two constants
+__device__ __forceinline__ uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
+
+// The same value in all lanes, and the compiler may know it
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
+
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
@@ -85,16 +95,29 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
     return memory;
 }
 
-__device__ __forceinline__ uint32_t shared_address(void const* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+using Shared = uint32_t;  // an address in shared memory
+__device__ __forceinline__ Shared shared_address(void const* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes, global to shared, zeros where !valid. Past L1: x is shared through L2, weights are read once.
-__device__ __forceinline__ void copy_async(void* shared, void const* global, bool valid) {
+__device__ __forceinline__ Shared flip(Shared address, int bits) { return address ^ bits; }
+
+// 16 bytes that one lane reads once and nobody changes, straight to registers: weights
+__device__ __forceinline__ uint4 load_once(void const* global) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(global));
+    return v;
+}
+
+// 16 bytes, global to shared, zeros where !valid. Past L1: x is shared through L2.
+__device__ __forceinline__ void copy_async(Shared shared, void const* global, bool valid) {
 #if DEVICE_SM >= 80
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 #else
-    *reinterpret_cast<uint4*>(shared) = valid ? __ldg(reinterpret_cast<uint4 const*>(global)) : uint4{0, 0, 0, 0};
+    uint4 const v = valid ? __ldg(reinterpret_cast<uint4 const*>(global)) : uint4{0, 0, 0, 0};
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 #endif
 }
 
@@ -112,10 +135,10 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], void const* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 

@@ -70,12 +70,6 @@ inline void audit_barriers() {
     phases.clear();
 }
 
-// The value that tensor cores' sums have: never rounded away from zero
-inline float toward_zero(double v) {
-    float const f = float(v);
-    return std::fabs(double(f)) > std::fabs(v) ? std::nextafter(f, 0.0f) : f;
-}
-
 }  // namespace emulator
 
 // ---- barriers ----
@@ -177,7 +171,7 @@ inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], voi
                     uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
                     sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
                 }
-                (*out)[j][i] = emulator::toward_zero((add ? (*out)[j][i] : 0.0f) + sum);
+                (*out)[j][i] = emulator::cut((add ? (*out)[j][i] : 0.0f) + sum);
             }
     });
 }

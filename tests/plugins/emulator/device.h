@@ -40,6 +40,9 @@ struct dim3 {
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 using Stream = void*;
 struct Half {};
 struct Bfloat {};
@@ -205,6 +208,7 @@ struct BlockIndex {
 
 inline emulator::ThreadIndex threadIdx;
 inline emulator::BlockIndex blockIdx;
+inline dim3 gridDim;
 
 // ---- numbers ----
 
@@ -263,6 +267,9 @@ inline uint32_t add2(uint32_t a, uint32_t b) {
     return low | uint32_t(from_float<T>(to_float<T>(uint16_t(a >> 16)) + to_float<T>(uint16_t(b >> 16)))) << 16;
 }
 
+inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline int uniform(int value);
+
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t const all = uint64_t(b) << 32 | a;
     uint32_t out = 0;
@@ -280,7 +287,21 @@ inline unsigned char* shared_of(unsigned rank) {
 }  // namespace emulator
 inline unsigned char* dynamic_shared() { return emulator::shared_of(emulator::state.now->rank); }
 
-inline void copy_async(void* shared, void const* global, bool valid) {
+using Shared = unsigned char*;
+inline Shared shared_address(void const* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
+
+inline Shared flip(Shared address, int bits) {
+    return reinterpret_cast<Shared>(reinterpret_cast<uintptr_t>(address) ^ uintptr_t(bits));
+}
+
+inline uint4 load_once(void const* global) {
+    if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();
+    uint4 v;
+    std::memcpy(&v, global, 16);
+    return v;
+}
+
+inline void copy_async(Shared shared, void const* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) std::abort();
     emulator::Copy copy{shared, {}};
     if (valid) std::memcpy(copy.bytes, global, 16);
@@ -299,11 +320,11 @@ inline void copy_wait() {
     }
 }
 
-inline void load_matrices(uint32_t (&r)[4], void const* row) {
+inline void load_matrices(uint32_t (&r)[4], Shared row) {
     auto const rows = emulator::share(row);
     int const lane = int(threadIdx.x) % 32;
     for (int i = 0; i < 4; i++) {
-        auto const* at = static_cast<unsigned char const*>(rows[i * 8 + lane / 4]) + lane % 4 * 4;
+        auto const* at = rows[i * 8 + lane / 4] + lane % 4 * 4;
         if (reinterpret_cast<uintptr_t>(rows[i * 8]) % 16) std::abort();
         std::memcpy(&r[i], at, 4);
     }
@@ -321,12 +342,23 @@ inline uint32_t exchange(uint32_t value, int lane_mask) {
     return emulator::share(value)[(int(threadIdx.x) % 32) ^ lane_mask];
 }
 
+inline int uniform(int value) {
+    auto const all = emulator::share(value);
+    if (all[0] != value) std::abort();  // it was not
+    return value;
+}
+
 inline void wait_for_inputs() {}
 inline void release_next() {}
 
 // ---- tensor cores: register maps as the PTX manual draws them ----
 
 namespace emulator {
+// Tensor cores do not round their fp32 sums to nearest: the worst that was seen of them is that they cut bits off.
+inline float cut(double sum) {
+    float const nearest = float(sum);
+    return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
 struct Fragments {
     uint32_t a[4], b[2];
 };
@@ -347,7 +379,7 @@ inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uin
             uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 8 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 8];
             sum += double(to_float<T>(uint16_t(av >> half))) * to_float<T>(uint16_t(bv >> half));
         }
-        c[i] = float(c[i] + sum);
+        c[i] = emulator::cut(c[i] + sum);
     }
 }
 
@@ -386,6 +418,7 @@ char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
     if (grid.blocks.x % unsigned(grid.cluster)) return "a grid that is no multiple of its clusters";
     emulator::state.body = [&] { kernel(args); };
+    gridDim = grid.blocks;
     for (unsigned z = 0; z < grid.blocks.z; z++)
         for (unsigned y = 0; y < grid.blocks.y; y++)
             for (unsigned x = 0; x < grid.blocks.x; x += unsigned(grid.cluster))
