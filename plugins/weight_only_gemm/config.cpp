@@ -106,6 +106,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     int const shared = gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
                             : shared_bytes(row, p.bits);
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
+    int64_t const sums = row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
     bool const int8 = p.activation_bits == 8;
     *plan = {row.name,
              int32_t(&row - kRows),
@@ -116,7 +117,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              shared,
              dense  ? dense_buffers(p.m, p.n, p.k).total
              : int8 ? int8_buffers(p.m, p.k, p.group).total
-                    : partials};
+                    : sums + partials};
     return 0;
 }
 
@@ -133,7 +134,8 @@ int64_t wog_workspace(wog_problem const* problem) {
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         Row const& chosen = kRows[plan.row];
         int64_t const tile = int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        most = std::max({most, plan.workspace, splits_k(chosen) ? p.sm_count * tile : 0});
+        int64_t const sums = chosen.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
+        most = std::max({most, plan.workspace, splits_k(chosen) ? sums + p.sm_count * tile : 0});
     }
     return most;
 }

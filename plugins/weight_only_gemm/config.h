@@ -123,11 +123,12 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
 
 // int8 activations: values, row scales and group sums in the workspace; sums of whole tiles of rows, which are copied whole
 constexpr int64_t padded_rows(int64_t m) { return (m + 255) / 256 * 256; }
+constexpr int64_t row_sums_bytes(int64_t m, int64_t k, int64_t group) { return k / group * padded_rows(m) * 4; }
 struct Int8Buffers {
     int64_t values, scales, sums, total;  // offsets
 };
 constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
-    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + k / group * padded_rows(m) * 4;
+    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + row_sums_bytes(m, k, group);
     return {0, scales, sums, total};
 }
 

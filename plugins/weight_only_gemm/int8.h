@@ -1,4 +1,4 @@
-// int8 activations: what the quantize kernel leaves in the workspace for the integer GEMM.
+// What rows.cu leaves in the workspace for products: int8 activations, sums of rows.
 #pragma once
 
 #include <device.h>
@@ -25,5 +25,7 @@ inline Int8Rows int8_rows(wog_problem const& p, void* workspace) {
 __device__ __forceinline__ int int8_position(int k) { return (k & ~15) + (k % 8 / 2) * 4 + k % 2 * 2 + k % 16 / 8; }
 
 char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream);
+// Of 16-bit x: [K / group, padded_rows(M)]
+char const* launch_sums(wog_problem const& p, wog_tensors const& t, float* sums, void* stream);
 
 }  // namespace wog

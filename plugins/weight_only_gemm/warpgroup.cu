@@ -2,19 +2,22 @@
 //
 // A block owns a multiprocessor and works through tiles of 128 n x BM m (BM = 64, 128 or 256), each with all of K or a part.
 //
-//     loader (warp 0)       x: one tensor copy a stage, 128 bytes of each row          full[stage] -> consumers, sums
-//                           weights: one bulk copy a stage, the strips of 128 n        empty[stage] <- the same
-//     sums (warps 0 .. 3)   X = sum of each row of x in fp32, from the stages          sum_full[slot] -> consumers
-//         for int8 the quantize kernel left them: warp 1 copies them                   sum_empty[slot] <- consumers
-//     consumers (4 .. 7, 8 .. 11)   64 n each: codes to registers, decode, multiply, scale, store
+//     loader (warp 0)       x: one tensor copy a stage, 128 bytes of each row      full[stage] -> consumers
+//                           weights: one bulk copy a stage, the strips of 128 n    empty[stage] <- consumers
+//     sums (warp 1)         X of a group, which rows.cu left in the workspace      sum_full[slot] -> consumers
+//                                                                                  sum_empty[slot] <- consumers
+//     consumers (warps 4 .. 7, 8 .. 11)   64 n each: codes to registers, decode, multiply, scale, store
+//
+// X is not summed here: that would take as many instructions as decoding, and a quarter of shared memory's bandwidth.
 //
 // The two groups of consumers share stages and nothing else: while one decodes, scales or stores, the other multiplies. Each
 // also decodes the next half of a stage while a half is under way in the tensor cores. Work goes on over the end of a tile:
 // the ring is full again when the sums of a tile have been stored.
 //
-// Arithmetic: P = sum of x * (q - c), c = 8 or 128, in the tensor cores, in fp32 or int32. At every cut, which is the end of
-// a group, of the part of K, or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long),
-// acc += s * (P - (z - c) * X) in fp32. For int8, s_x follows at the end: y = s_x * acc; the bits are those of int8.cu.
+// Arithmetic: P = sum of x * (q - c), c = 8 or 128, in the tensor cores, in fp32 or int32; X = sum of x over a group. At
+// each cut, which is the end of a group, of the part of K, or of 1024 k (fp32 sums inside tensor cores are truncated: they
+// may not run long), acc += s * P in fp32, and at the end of a group acc -= s * (z - c) * X: P - (z - c) * X before s, so
+// that what cancels does. For int8, s_x follows: y = s_x * acc, with the bits of int8.cu.
 #include <array>
 #include <utility>
 
@@ -30,19 +33,20 @@ namespace {
 
 struct WarpgroupArgs {
     TensorMap x;  // rows of x, or of its int8 values
-    Int8Rows rows;
+    float const* scales;        // of rows, for int8
+    unsigned char const* sums;  // [K / group, pitch]: X as int32 or float
+    int64_t pitch;
     unsigned char const* codes;
     uint32_t const* affine;
     float* partials;  // [splits][M][N], null when K is not split
     Output out;
-    int32_t k, group, splits;
+    int32_t k, group, groups, splits;
     int32_t tiles_m, tiles_n, items, clusters;  // items of work for a cluster: tiles of m, of n by clusters, parts of K
 };
 
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // times 128 and 256 threads: 64512 of 65536
-constexpr int kBand = 8;     // tiles of m that blocks at work together share weights over
-constexpr int kLag = 3;      // stages that the sums may be ahead of the consumers
-constexpr int kLongest = 32; // units of 32 k from one cut to the next
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // times 128 and 256 threads: 64512 of 65536
+constexpr int kBand = 8;      // tiles of m that blocks at work together share weights over
+constexpr int kLongest = 32;  // units of 32 k from one cut to the next
 
 // A part of a tile. Neighbours in a cluster differ in tile_n only.
 struct Item {
@@ -68,20 +72,16 @@ struct Shape {
     static constexpr int kXStage = x_stage_bytes(C), kStage = kXStage + kBlocks * 8 * 512;
     static constexpr int kStaged = kStages * kStage, kSums = kStaged + 2 * kStagedRows * kStagedPitch * 4;
     static constexpr int kBarriers = kSums + kSumSlots * kBlockM * 4;
-    static constexpr int kReaders = kInt8 ? 8 : 12;  // warps that read a stage
     static_assert(kBarriers + 2 * (kStages + kSumSlots) * 8 == warpgroup_bytes(kRow, Bits), "as the table says");
     static_assert(warpgroup_bytes(kRow, Bits) <= 227 * 1024, "what a block of sm_90 may use");
-    static_assert(kRow.block_n() == 128 && kRow.threads() == 384 && (kInt8 || kStages > kLag + 1), "roles of warps");
+    static_assert(kRow.block_n() == 128 && kRow.threads() == 384 && kStages >= 3, "roles of warps");
     static_assert(kXStage / kCluster % 1024 == 0 && kStage % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
     static __device__ __forceinline__ unsigned char* stage(int slot) { return dynamic_shared() + slot * kStage; }
     static __device__ __forceinline__ float* staged(int group) {
         return reinterpret_cast<float*>(dynamic_shared() + kStaged) + group * kStagedRows * kStagedPitch;
     }
-    template <class Sum>
-    static __device__ __forceinline__ Sum* sums(int slot) {
-        return reinterpret_cast<Sum*>(dynamic_shared() + kSums) + slot * kBlockM;
-    }
+    static __device__ __forceinline__ unsigned char* sums(int slot) { return dynamic_shared() + kSums + slot * kBlockM * 4; }
     static __device__ __forceinline__ Barrier* barrier(int i) {
         return reinterpret_cast<Barrier*>(dynamic_shared() + kBarriers) + i;
     }
@@ -91,8 +91,8 @@ struct Shape {
     static __device__ __forceinline__ Barrier* sum_empty(int slot) { return barrier(2 * kStages + kSumSlots + slot); }
 
     static __device__ __forceinline__ void start_barriers() {
-        for (int i = 0; i < kStages; i++) barrier_init(full(i), 1), barrier_init(empty(i), kReaders * kCluster);
-        for (int i = 0; i < kSumSlots; i++) barrier_init(sum_full(i), kInt8 ? 1 : 4), barrier_init(sum_empty(i), 8);
+        for (int i = 0; i < kStages; i++) barrier_init(full(i), 1), barrier_init(empty(i), 8 * kCluster);
+        for (int i = 0; i < kSumSlots; i++) barrier_init(sum_full(i), 1), barrier_init(sum_empty(i), 8);
         publish_barriers();
     }
 
@@ -117,7 +117,7 @@ struct Shape {
     static __device__ __forceinline__ int first_item() { return int(blockIdx.x / kCluster); }
 };
 
-// The cuts of one item, in units of 32 k, for those who make X and those who use it
+// The cuts of one item, in units of 32 k, for the warp that brings X and those that use it
 template <class S>
 struct Cuts {
     int unit, last, group, group_end, per_group;
@@ -133,6 +133,7 @@ struct Cuts {
         if (!S::kInt8 && e > unit + kLongest) e = unit + kLongest;
         return e;
     }
+    __device__ __forceinline__ bool ends_group() const { return end() == group_end; }
     __device__ __forceinline__ void next() {
         unit = end();
         if (unit == group_end) group++, group_end += per_group;
@@ -186,90 +187,26 @@ struct Loader {
         for (int i = 0; i < count && left(); i++) load_x(), next();
     }
 
-    __device__ __forceinline__ void load() {
-        if (!left()) return;
-        load_weights(), load_x(), next();
-    }
-
-    // int8: sums of the rows, for each group
+    // X of every group that ends in an item
     __device__ __forceinline__ void copy_sums() {
         Cursor<kSumSlots> slot;
+        wait_for_inputs();
         for (; left(); index += p.clusters) {
             item = S::item(p, index);
-            for (Cuts<S> cut(p, item); cut.left(); cut.next(), slot.next()) {
+            for (Cuts<S> cut(p, item); cut.left(); cut.next()) {
+                if (!cut.ends_group()) continue;
                 wait(S::sum_empty(slot.slot), slot.parity ^ 1);
                 arrive_expecting(S::sum_full(slot.slot), S::kBlockM * 4);
-                copy_bulk(S::template sums<int32_t>(slot.slot), p.rows.sums + cut.group * p.rows.pitch + item.m0,
-                          S::kBlockM * 4, S::sum_full(slot.slot));
+                copy_bulk(S::sums(slot.slot), p.sums + (cut.group * p.pitch + item.m0) * 4, S::kBlockM * 4,
+                          S::sum_full(slot.slot));
+                slot.next();
             }
         }
-    }
-};
-
-// ---- sums of x: four warps; a row for each thread, or half a row ----
-
-template <class T, class S, int Bits>
-struct Summer {
-    static constexpr int kParts = 128 / S::kBlockM;  // threads of a row: each has one of the two units of a stage
-    static_assert(kParts == 1 || kParts == 2, "rows of a tile");
-
-    WarpgroupArgs const& p;
-    int const thread = threadIdx.x, lane = thread % 32, row = thread / kParts, part = thread % kParts;
-
-    static __device__ __forceinline__ float add(uint4 const& v) {
-        float f[8];
-        uint32_t const words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) f[i] = to_float<T>(uint16_t(words[i / 2] >> i % 2 * 16));
-        return ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
-    }
-
-    // Threads of neighbouring rows read different chunks at a time, so that banks differ.
-    __device__ __forceinline__ float unit_sum(int slot, int unit) const {
-        unsigned char const* const x = S::stage(slot) + row * 128;
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum += add(*reinterpret_cast<uint4 const*>(x + ((unit * 4 + i) ^ row % 8) * 16));
-        return sum;
     }
 
     __device__ __forceinline__ void run() {
-        Loader<S, Bits> loader{p};
-        if (thread == 0) loader.begin(S::kStages - kLag);
-        Cursor<S::kStages> at;
-        Cursor<kSumSlots> slot;
-        for (int index = S::first_item(); index < p.items; index += p.clusters) {
-            Item const item = S::item(p, index);
-            Cuts<S> cut(p, item);
-            float total = 0;
-            int unit = cut.unit, end = cut.end();
-            for (int stage = item.first; stage < item.last; stage++, at.next()) {
-                if (thread == 0) loader.load();
-                warp_barrier();
-                wait(S::full(at.slot), at.parity);
-                float sums[2];
-                sums[0] = unit_sum(at.slot, part);
-                if constexpr (kParts == 1) {
-                    sums[1] = unit_sum(at.slot, 1);
-                } else {
-                    float const mine = sums[0], other = bits_float(exchange(float_bits(mine), 1));
-                    sums[0] = part ? other : mine, sums[1] = part ? mine : other;
-                }
-                S::release(at.slot, lane);
-#pragma unroll
-                for (int i = 0; i < 2; i++, unit++) {
-                    if (unit >= cut.last) break;
-                    total += sums[i];
-                    if (unit + 1 < end) continue;
-                    wait(S::sum_empty(slot.slot), slot.parity ^ 1);
-                    if (part == 0) S::template sums<float>(slot.slot)[row] = total;
-                    warp_barrier();
-                    if (lane == 0) arrive(S::sum_full(slot.slot));
-                    slot.next(), cut.next();
-                    total = 0, end = cut.end();
-                }
-            }
-        }
+        begin(S::kStages);
+        while (left()) load_weights(), load_x(), next();
     }
 };
 
@@ -353,35 +290,43 @@ struct Consumer {
         Affine affine{};
         for (int h = 0; h < 2; h++) {
             int const n = n0 + h * 8 + g;
-            if (n < p.out.n && group < p.k / p.group) affine.of[h] = p.affine[int64_t(group) * p.out.n + n];
+            if (n < p.out.n && group < p.groups) affine.of[h] = p.affine[int64_t(group) * p.out.n + n];
         }
         return affine;
     }
 
-    // acc += s * (P - (z - c) * X)
-    __device__ __forceinline__ void promote(Affine const& affine, bool first) {
+    // acc += s * (P - (z - c) * X), or without X inside a group
+    template <bool End>
+    __device__ __forceinline__ void promote(Affine const& affine) {
         float scale[2], zero[2];
         for (int h = 0; h < 2; h++) {
             scale[h] = to_float<T>(uint16_t(affine.of[h]));
             zero[h] = to_float<T>(uint16_t(affine.of[h] >> 16)) - kCenter<Bits>;
         }
-        wait(S::sum_full(sum_at.slot), sum_at.parity);
-        Sum const* const x = S::template sums<Sum>(sum_at.slot) + 2 * t;
+        if constexpr (End) wait(S::sum_full(sum_at.slot), sum_at.parity);
+        Sum const* const x = reinterpret_cast<Sum const*>(S::sums(sum_at.slot)) + 2 * t;
 #pragma unroll
         for (int j = 0; j < C; j++) {
-            float const x_sum[2] = {float(x[j * 8]), float(x[j * 8 + 1])};
+            float const x_sum[2] = {End ? float(x[j * 8]) : 0.0f, End ? float(x[j * 8 + 1]) : 0.0f};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float const v = scale[i / 2] * (float(sum[j][i]) - zero[i / 2] * x_sum[i % 2]);
+                float const total = End ? float(sum[j][i]) - zero[i / 2] * x_sum[i % 2] : float(sum[j][i]);
                 if constexpr (kWhole)
-                    sum[j][i] = int32_t(float_bits(v));
+                    sum[j][i] = int32_t(float_bits(scale[i / 2] * total));
                 else
-                    acc[j][i] = (first ? 0.0f : acc[j][i]) + v;
+                    acc[j][i] += scale[i / 2] * total;
             }
         }
+        if constexpr (!End) return;
         warp_barrier();
         if (lane == 0) arrive(S::sum_empty(sum_at.slot));
         sum_at.next();
+    }
+    __device__ __forceinline__ void promote(Affine const& affine, bool end) {
+        if (S::kInt8 || end)
+            promote<true>(affine);
+        else
+            promote<false>(affine);
     }
 
     // Cuts at ends of stages. A half of a stage is decoded while the half before it is multiplied; nothing that depends on
@@ -392,8 +337,8 @@ struct Consumer {
         wait(S::full(at.slot), at.parity);
         decode_half<0>(at.slot);
         for (Cuts<S> cut(p, item); cut.left();) {
-            bool const first = stage == item.first;
             int const stages = (cut.end() - cut.unit + S::kUnits - 1) / S::kUnits;
+            bool const end = cut.ends_group();
             cut.next();
             Affine const next = load_affine(n0, cut.group);
             int slot = at.slot;
@@ -414,14 +359,14 @@ struct Consumer {
             warpgroup_wait<0>();
             settle(sum);
             S::release(slot, lane);
-            promote(affine, first);
+            promote(affine, end);
             affine = next;
         }
     }
 
     // Any cuts: 32 k at a time
     template <int Unit>
-    __device__ __forceinline__ void accumulate_unit(Cuts<S>& cut, int& unit, int n0, bool& fresh, bool& first) {
+    __device__ __forceinline__ void accumulate_unit(Cuts<S>& cut, int& unit, int n0, bool& fresh) {
         constexpr int kSteps = 4 / S::kUnits, kFirst = Unit * kSteps;
         if (unit < cut.last) {
             decode_step<kFirst>(at.slot);
@@ -430,17 +375,17 @@ struct Consumer {
             warpgroup_wait<0>();
             settle(sum);
             fresh = ++unit == cut.end();
-            if (fresh) promote(load_affine(n0, cut.group), first), cut.next(), first = false;
+            if (fresh) promote(load_affine(n0, cut.group), cut.ends_group()), cut.next();
         }
-        if constexpr (Unit + 1 < S::kUnits) accumulate_unit<Unit + 1>(cut, unit, n0, fresh, first);
+        if constexpr (Unit + 1 < S::kUnits) accumulate_unit<Unit + 1>(cut, unit, n0, fresh);
     }
     __device__ __forceinline__ void accumulate_ragged(Item const& item, int n0) {
         Cuts<S> cut(p, item);
         int unit = cut.unit;
-        bool fresh = true, first = true;
+        bool fresh = true;
         for (int stage = item.first; stage < item.last; stage++, at.next()) {
             wait(S::full(at.slot), at.parity);
-            accumulate_unit<0>(cut, unit, n0, fresh, first);
+            accumulate_unit<0>(cut, unit, n0, fresh);
             S::release(at.slot, lane);
         }
     }
@@ -479,7 +424,7 @@ struct Consumer {
             named_barrier(1 + who, 128);
             if (m >= p.out.m || n >= p.out.n) continue;
             if constexpr (S::kInt8) {
-                float const row_scale = p.rows.scales[m];
+                float const row_scale = p.scales[m];
 #pragma unroll
                 for (int i = 0; i < 16; i++) v[i] *= row_scale;
             }
@@ -502,6 +447,8 @@ struct Consumer {
             Item const item = S::item(p, index);
             int const strips = p.out.n / 16 - item.tile_n * 8, n0 = item.tile_n * 128 + who * 64 + warp * 16;
             width = strips < 0 ? 0 : strips < 8 ? strips : 8;
+#pragma unroll
+            for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
             if (kWhole || p.group % S::kStageK == 0 || p.group == p.k)
                 accumulate(item, n0);
             else if constexpr (!kWhole)
@@ -524,18 +471,8 @@ __global__ void __launch_bounds__(384, 1) warpgroup(__grid_constant__ WarpgroupA
             block_barrier();
         if (threadIdx.x < 128) {
             keep_registers<kProducerRegisters>();
-            if constexpr (S::kInt8) {
-                Loader<S, Bits> loader{p};
-                if (threadIdx.x == 0) {
-                    loader.begin(S::kStages);
-                    while (loader.left()) loader.load();
-                } else if (threadIdx.x == 32) {
-                    wait_for_inputs();
-                    loader.copy_sums();
-                }
-            } else {
-                Summer<T, S, Bits>{p}.run();
-            }
+            if (threadIdx.x == 0) Loader<S, Bits>{p}.run();
+            if (threadIdx.x == 32) Loader<S, Bits>{p}.copy_sums();
         } else {
             take_registers<kConsumerRegisters>();
             Consumer<T, Bits, I>{p}.run();
@@ -566,28 +503,32 @@ char const* launch_rows(int bits, WarpgroupArgs const& args, wog_plan const& pla
 char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
     bool const int8 = p.activation_bits == 8;
+    Int8Rows const rows = int8_rows(p, t.workspace);
+    auto* const sums = int8 ? reinterpret_cast<unsigned char*>(rows.sums) : static_cast<unsigned char*>(t.workspace);
+    auto* const partials = reinterpret_cast<float*>(sums + row_sums_bytes(p.m, p.k, p.group));
     int const items = plan.grid_m * ceil_div(plan.grid_n, row.cluster) * plan.splits;
     WarpgroupArgs args{{},
-                       int8 ? int8_rows(p, t.workspace) : Int8Rows{},
+                       rows.scales,
+                       sums,
+                       padded_rows(p.m),
                        static_cast<unsigned char const*>(t.codes),
                        static_cast<uint32_t const*>(t.affine),
-                       plan.splits > 1 ? static_cast<float*>(t.workspace) : nullptr,
+                       plan.splits > 1 ? partials : nullptr,
                        output(p, t),
                        p.k,
                        p.group,
+                       p.k / p.group,
                        plan.splits,
                        plan.grid_m,
                        plan.grid_n,
                        items,
                        std::max(1, std::min(items, p.sm_count / row.cluster))};
-    void const* const x = int8 ? args.rows.values : t.x;
-    if (int8)
-        if (char const* failed = launch_quantize(p, t, stream)) return failed;
-    if (char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster))
-        return failed;
+    void const* const x = int8 ? rows.values : t.x;
+    char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
+    if (!failed) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, reinterpret_cast<float*>(sums), stream);
+    if (failed) return failed;
     auto const s = static_cast<Stream>(stream);
-    char const* const failed = p.type == WOG_F16 ? launch_rows<Half>(p.bits, args, plan, s)
-                                                 : launch_rows<Bfloat>(p.bits, args, plan, s);
+    failed = p.type == WOG_F16 ? launch_rows<Half>(p.bits, args, plan, s) : launch_rows<Bfloat>(p.bits, args, plan, s);
     return failed || plan.splits == 1 ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 

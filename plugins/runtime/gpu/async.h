@@ -126,8 +126,8 @@ __device__ __forceinline__ void settle(Element (&array)[Size]) {
 // step: which 32 of a row's 128 bytes (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost no
 // registers of zeros.
 __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) {
-    uint64_t const address = (shared_address(tile) + step * 32) >> 4 & 0x3fff;
-    return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;  // 8 rows apart; 128-byte swizzle
+    uint32_t const low = (shared_address(tile) >> 4 & 0x3fff) | 1 << 16 | step * 2;  // in units of 16 bytes
+    return low | uint64_t(1024 >> 4 | 1 << 30) << 32;                                 // 8 rows apart; 128-byte swizzle
 }
 
 // d's registers in an operand list and in the text, by columns of 8 m

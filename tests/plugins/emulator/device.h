@@ -270,6 +270,10 @@ inline uint32_t add2(uint32_t a, uint32_t b) {
 inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 inline int uniform(int value);
 
+inline uint32_t max_halves(uint32_t a, uint32_t b) {
+    return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t const all = uint64_t(b) << 32 | a;
     uint32_t out = 0;
