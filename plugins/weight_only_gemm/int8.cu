@@ -99,7 +99,7 @@ struct Int8Gemm {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         int64_t const m = m0 + j * 8 + 2 * t + e;
-                        int32_t const x_sum = m < p.out.m ? p.rows.sums[group * p.rows.pitch + m] : 0;
+                        int32_t const x_sum = m < p.out.m ? int32_t(p.rows.sums[group * p.rows.pitch + m]) : 0;
                         int32_t& total = sum[s][j][2 * h + e];
                         acc[s][j][2 * h + e] += scale * (float(total - kCenter * x_sum) - zero * float(x_sum));
                         total = 0;

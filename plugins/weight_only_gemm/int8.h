@@ -10,7 +10,7 @@ namespace wog {
 struct Int8Rows {
     int8_t* values;   // [M, K], each 16 in layout.py's ACTIVATION_ORDER
     float* scales;    // [M]
-    int32_t* sums;    // [K / group, pitch]: sums of the values of a group
+    float* sums;      // [K / group, pitch]: sums of the values of a group, whole numbers
     int64_t pitch;    // padded_rows(M)
 };
 
@@ -18,7 +18,7 @@ inline Int8Rows int8_rows(wog_problem const& p, void* workspace) {
     Int8Buffers const at = int8_buffers(p.m, p.k, p.group);
     auto* const base = static_cast<unsigned char*>(workspace);
     return {reinterpret_cast<int8_t*>(base + at.values), reinterpret_cast<float*>(base + at.scales),
-            reinterpret_cast<int32_t*>(base + at.sums), padded_rows(p.m)};
+            reinterpret_cast<float*>(base + at.sums), padded_rows(p.m)};
 }
 
 // Where element k of a row lies: position 4t + i of each 16 holds k = [2t, 2t + 8, 2t + 1, 2t + 9][i].

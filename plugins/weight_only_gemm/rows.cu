@@ -17,7 +17,7 @@ struct RowsArgs {
     uint16_t const* x;
     int8_t* values;  // [M, K], for int8
     float* scales;   // [M], likewise
-    void* sums;      // [K / group, pitch]: int32 of values, or float of x
+    float* sums;     // [K / group, pitch]: of values, or of x
     int64_t pitch, m;
     int32_t k, group, threads;  // of a row: 32 .. 256
 };
@@ -116,7 +116,7 @@ struct Rows {
             if (group < groups && chunks)
                 for (int i = lane % lanes; i < per_group; i += lanes) sum += chunk_sums[group * per_group + i];
             for (int mask = lanes / 2; mask; mask /= 2) sum += exchange_sum(sum, mask);
-            if (group < groups && chunks && lane % lanes == 0) static_cast<Sum*>(p.sums)[group * p.pitch + m] = sum;
+            if (group < groups && chunks && lane % lanes == 0) p.sums[group * p.pitch + m] = float(sum);
         }
     }
 

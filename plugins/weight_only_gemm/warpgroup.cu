@@ -34,7 +34,7 @@ namespace {
 struct WarpgroupArgs {
     TensorMap x;  // rows of x, or of its int8 values
     float const* scales;        // of rows, for int8
-    unsigned char const* sums;  // [K / group, pitch]: X as int32 or float
+    float const* sums;          // [K / group, pitch]: X
     int64_t pitch;
     unsigned char const* codes;
     uint32_t const* affine;
@@ -81,7 +81,9 @@ struct Shape {
     static __device__ __forceinline__ float* staged(int group) {
         return reinterpret_cast<float*>(dynamic_shared() + kStaged) + group * kStagedRows * kStagedPitch;
     }
-    static __device__ __forceinline__ unsigned char* sums(int slot) { return dynamic_shared() + kSums + slot * kBlockM * 4; }
+    static __device__ __forceinline__ float* sums(int slot) {
+        return reinterpret_cast<float*>(dynamic_shared() + kSums) + slot * kBlockM;
+    }
     static __device__ __forceinline__ Barrier* barrier(int i) {
         return reinterpret_cast<Barrier*>(dynamic_shared() + kBarriers) + i;
     }
@@ -197,7 +199,7 @@ struct Loader {
                 if (!cut.ends_group()) continue;
                 wait(S::sum_empty(slot.slot), slot.parity ^ 1);
                 arrive_expecting(S::sum_full(slot.slot), S::kBlockM * 4);
-                copy_bulk(S::sums(slot.slot), p.sums + (cut.group * p.pitch + item.m0) * 4, S::kBlockM * 4,
+                copy_bulk(S::sums(slot.slot), p.sums + cut.group * p.pitch + item.m0, S::kBlockM * 4,
                           S::sum_full(slot.slot));
                 slot.next();
             }
@@ -282,57 +284,55 @@ struct Consumer {
         warpgroup_commit();
     }
 
-    // {scale, zero} of rows g and g + 8 of the warp's strip
+    // {scale, zero} of rows g and g + 8 of the warp's strip; n is row g. After the last group: that again, for nothing.
     struct Affine {
         uint32_t of[2];
     };
-    __device__ __forceinline__ Affine load_affine(int n0, int group) const {
-        Affine affine{};
-        for (int h = 0; h < 2; h++) {
-            int const n = n0 + h * 8 + g;
-            if (n < p.out.n && group < p.groups) affine.of[h] = p.affine[int64_t(group) * p.out.n + n];
-        }
-        return affine;
+    __device__ __forceinline__ Affine load_affine(int n, int group) const {
+        uint32_t const* const at = p.affine + int64_t(group < p.groups ? group : p.groups - 1) * p.out.n + n;
+        return {{at[0], at[8]}};
     }
 
-    // acc += s * (P - (z - c) * X), or without X inside a group
-    template <bool End>
-    __device__ __forceinline__ void promote(Affine const& affine) {
-        float scale[2], zero[2];
-        for (int h = 0; h < 2; h++) {
-            scale[h] = to_float<T>(uint16_t(affine.of[h]));
-            zero[h] = to_float<T>(uint16_t(affine.of[h] >> 16)) - kCenter<Bits>;
-        }
-        if constexpr (End) wait(S::sum_full(sum_at.slot), sum_at.parity);
-        Sum const* const x = reinterpret_cast<Sum const*>(S::sums(sum_at.slot)) + 2 * t;
+    // acc += s * (P - (z - c) * X), or without X
+    template <bool X>
+    __device__ __forceinline__ void add_sums(float const (&scale)[2], float const (&zero)[2]) {
+        float const* const x = S::sums(sum_at.slot) + 2 * t;
 #pragma unroll
         for (int j = 0; j < C; j++) {
-            float const x_sum[2] = {End ? float(x[j * 8]) : 0.0f, End ? float(x[j * 8 + 1]) : 0.0f};
+            float const x_sum[2] = {X ? x[j * 8] : 0.0f, X ? x[j * 8 + 1] : 0.0f};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float const total = End ? float(sum[j][i]) - zero[i / 2] * x_sum[i % 2] : float(sum[j][i]);
+                float const total = X ? float(sum[j][i]) - zero[i / 2] * x_sum[i % 2] : float(sum[j][i]);
                 if constexpr (kWhole)
                     sum[j][i] = int32_t(float_bits(scale[i / 2] * total));
                 else
                     acc[j][i] += scale[i / 2] * total;
             }
         }
-        if constexpr (!End) return;
+        settle(acc);  // or the compiler joins the ends of the two forms, at the cost of an instruction for each sum
+    }
+    // X counts where a group ends, and not for zeros in the middle of the codes, as symmetric quantization has them.
+    __device__ __forceinline__ void promote(Affine const& affine, bool end) {
+        float scale[2], zero[2];
+        for (int h = 0; h < 2; h++) {
+            scale[h] = to_float<T>(uint16_t(affine.of[h]));
+            zero[h] = to_float<T>(uint16_t(affine.of[h] >> 16)) - kCenter<Bits>;
+        }
+        if (end) wait(S::sum_full(sum_at.slot), sum_at.parity);
+        if (end && any_lane(zero[0] != 0 || zero[1] != 0))
+            add_sums<true>(scale, zero);
+        else
+            add_sums<false>(scale, zero);
+        if (!end) return;
         warp_barrier();
         if (lane == 0) arrive(S::sum_empty(sum_at.slot));
         sum_at.next();
     }
-    __device__ __forceinline__ void promote(Affine const& affine, bool end) {
-        if (S::kInt8 || end)
-            promote<true>(affine);
-        else
-            promote<false>(affine);
-    }
 
     // Cuts at ends of stages. A half of a stage is decoded while the half before it is multiplied; nothing that depends on
     // data stands between a product's start and the wait for it, or the compiler serializes.
-    __device__ __forceinline__ void accumulate(Item const& item, int n0) {
-        Affine affine = load_affine(n0, Cuts<S>(p, item).group);
+    __device__ __forceinline__ void accumulate(Item const& item, int n) {
+        Affine affine = load_affine(n, Cuts<S>(p, item).group);
         int stage = item.first;
         wait(S::full(at.slot), at.parity);
         decode_half<0>(at.slot);
@@ -340,7 +340,7 @@ struct Consumer {
             int const stages = (cut.end() - cut.unit + S::kUnits - 1) / S::kUnits;
             bool const end = cut.ends_group();
             cut.next();
-            Affine const next = load_affine(n0, cut.group);
+            Affine const next = load_affine(n, cut.group);
             int slot = at.slot;
             for (int i = 0; i < stages; i++) {
                 int const before = slot;
@@ -366,7 +366,7 @@ struct Consumer {
 
     // Any cuts: 32 k at a time
     template <int Unit>
-    __device__ __forceinline__ void accumulate_unit(Cuts<S>& cut, int& unit, int n0, bool& fresh) {
+    __device__ __forceinline__ void accumulate_unit(Cuts<S>& cut, int& unit, int n, bool& fresh) {
         constexpr int kSteps = 4 / S::kUnits, kFirst = Unit * kSteps;
         if (unit < cut.last) {
             decode_step<kFirst>(at.slot);
@@ -375,17 +375,17 @@ struct Consumer {
             warpgroup_wait<0>();
             settle(sum);
             fresh = ++unit == cut.end();
-            if (fresh) promote(load_affine(n0, cut.group), cut.ends_group()), cut.next();
+            if (fresh) promote(load_affine(n, cut.group), cut.ends_group()), cut.next();
         }
-        if constexpr (Unit + 1 < S::kUnits) accumulate_unit<Unit + 1>(cut, unit, n0, fresh);
+        if constexpr (Unit + 1 < S::kUnits) accumulate_unit<Unit + 1>(cut, unit, n, fresh);
     }
-    __device__ __forceinline__ void accumulate_ragged(Item const& item, int n0) {
+    __device__ __forceinline__ void accumulate_ragged(Item const& item, int n) {
         Cuts<S> cut(p, item);
         int unit = cut.unit;
         bool fresh = true;
         for (int stage = item.first; stage < item.last; stage++, at.next()) {
             wait(S::full(at.slot), at.parity);
-            accumulate_unit<0>(cut, unit, n0, fresh);
+            accumulate_unit<0>(cut, unit, n, fresh);
             S::release(at.slot, lane);
         }
     }
@@ -445,14 +445,15 @@ struct Consumer {
         wait_for_inputs();
         for (int index = S::first_item(); index < p.items; index += p.clusters) {
             Item const item = S::item(p, index);
-            int const strips = p.out.n / 16 - item.tile_n * 8, n0 = item.tile_n * 128 + who * 64 + warp * 16;
+            int const strips = p.out.n / 16 - item.tile_n * 8, strip = who * 4 + warp;
+            int const n = strip < strips ? item.tile_n * 128 + strip * 16 + g : g;  // beyond the last: any that exists
             width = strips < 0 ? 0 : strips < 8 ? strips : 8;
 #pragma unroll
             for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
             if (kWhole || p.group % S::kStageK == 0 || p.group == p.k)
-                accumulate(item, n0);
+                accumulate(item, n);
             else if constexpr (!kWhole)
-                accumulate_ragged(item, n0);
+                accumulate_ragged(item, n);
             store(item);
         }
     }
@@ -504,8 +505,8 @@ char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_pla
     Row const& row = kRows[plan.row];
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
-    auto* const sums = int8 ? reinterpret_cast<unsigned char*>(rows.sums) : static_cast<unsigned char*>(t.workspace);
-    auto* const partials = reinterpret_cast<float*>(sums + row_sums_bytes(p.m, p.k, p.group));
+    float* const sums = int8 ? rows.sums : static_cast<float*>(t.workspace);
+    float* const partials = sums + row_sums_bytes(p.m, p.k, p.group) / 4;
     int const items = plan.grid_m * ceil_div(plan.grid_n, row.cluster) * plan.splits;
     WarpgroupArgs args{{},
                        rows.scales,
@@ -525,7 +526,7 @@ char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_pla
                        std::max(1, std::min(items, p.sm_count / row.cluster))};
     void const* const x = int8 ? rows.values : t.x;
     char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
-    if (!failed) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, reinterpret_cast<float*>(sums), stream);
+    if (!failed) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
     auto const s = static_cast<Stream>(stream);
     failed = p.type == WOG_F16 ? launch_rows<Half>(p.bits, args, plan, s) : launch_rows<Bfloat>(p.bits, args, plan, s);

@@ -342,6 +342,10 @@ inline void named_barrier(int id, int threads) {
     emulator::meet(emulator::state.barriers[emulator::state.now->rank].at(id), threads);
 }
 inline void block_barrier() { named_barrier(0, int(emulator::state.threads)); }
+inline bool any_lane(bool holds) {
+    auto const all = emulator::share(holds);
+    return std::find(all.begin(), all.end(), true) != all.end();
+}
 inline uint32_t exchange(uint32_t value, int lane_mask) {
     return emulator::share(value)[(int(threadIdx.x) % 32) ^ lane_mask];
 }
