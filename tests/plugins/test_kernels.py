@@ -45,16 +45,45 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
     check(emulated[sm], case.make())
 
 
-@pytest.mark.parametrize("size", [(33, 272, 160, 32), (64, 48, 256, 128), (65, 144, 192, 64), (129, 48, 352, 352)])
-@pytest.mark.parametrize("kind", [(F16, 4, 8), (F16, 8, 8)])
+# Less of K than a ring holds, one short stage, several turns of the ring; groups that end in stages, at their ends and
+# after 1024 k; tiles of n without work for one group of consumers, or with no strip for a warp; rows beyond the last.
+WARPGROUP_SIZES = [
+    (33, 16, 32, 32), (33, 272, 160, 32), (64, 48, 256, 128), (65, 144, 192, 64), (129, 48, 352, 352), (70, 80, 2080, 2080),
+    (140, 400, 448, 64), (257, 144, 1120, 160), (300, 144, 1440, 96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", WARPGROUP_SIZES)
+@pytest.mark.parametrize("kind", [(F16, 4, 16), (BF16, 8, 16), (F16, 4, 8), (F16, 8, 8)])
 def test_warpgroup_products(
     emulated: Kernels, kind: tuple[np.dtype, int, int], size: tuple[int, int, int, int]
 ) -> None:
     (dtype, bits, activation_bits), (m, n, k, group) = kind, size
     p = Case(m, n, k, bits, group, dtype, bias=True, activation_bits=activation_bits).make()
     kernel = emulated[90].library.choose(**c_problem(p, 90)).kernel
-    assert kernel == ("int8_" if activation_bits == 8 else "") + ("wgmma64" if m <= 64 else "wgmma128")
+    assert kernel == ("int8_" if activation_bits == 8 else "") + ("warpgroup64" if m <= 64 else "warpgroup128")
     check(emulated[90], p)
+    check(emulated[90], p, sm_count=2, seed=2)  # blocks that go from tile to tile, without the end of one between
+
+
+@pytest.mark.parametrize("size", [(512, 16, 160), (600, 272, 416)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_warpgroup_products_of_256_rows(emulated: Kernels, bits: int, size: tuple[int, int, int]) -> None:
+    m, n, k = size
+    p = Case(m, n, k, bits, k, BF16, bias=True, activation_bits=8).make()
+    assert emulated[90].library.choose(**c_problem(p, 90, sm_count=2)).kernel == "int8_warpgroup256"
+    check(emulated[90], p, sm_count=2)
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+def test_warpgroup_products_of_symmetric_codes(emulated: Kernels, bits: int, activation_bits: int) -> None:
+    """A zero in the middle of the codes leaves the sums of rows out; one other zero in a strip brings them back."""
+    p = Case(40, 144, 320, bits, 64, bias=True, activation_bits=activation_bits, data="shifted").make()
+    affine = p.affine.copy()
+    affine[:, 1::2] = 2 ** (bits - 1)
+    check(emulated[90], replace(p, affine=affine))
+    affine[2, 2 * 37 + 1] += 1
+    check(emulated[90], replace(p, affine=affine))
 
 
 @pytest.mark.parametrize(("sm", "m"), [(75, 4), (80, 4), (80, 20), (80, 40), (90, 40)])
@@ -94,7 +123,8 @@ def test_awkward_data(
 @pytest.mark.parametrize("m", [3, 40])
 def test_epilogue(emulated: Kernels, m: int, gated: int, activation: int) -> None:
     case = Case(m, 48, 64, bias=True, activation=activation, gated=gated)
-    check(emulated[80], case.make())
+    for sm in (80, 90):
+        check(emulated[sm], case.make())
     for bits in (4, 8):
         check(emulated[80], replace(case, bits=bits, activation_bits=8).make())
 
