@@ -31,10 +31,12 @@ bool fits(Row const& row, wog_problem const& p) {
     return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
 }
 
-// Tiles of 256 m load an eighth to a quarter less than two of 128, but fill the device in coarser steps.
+// Blocks of a cluster need tiles of n for all, or many. Tiles of 256 m load a quarter less than two of 128 (int8 x, 128 n),
+// but fill the device in coarser steps.
 bool worth(Row const& row, wog_problem const& p) {
-    if (row.block_m() != 256) return true;
     int64_t const n = ceil_div(p.n, row.block_n());
+    if (n % row.cluster && n < 16) return false;
+    if (row.block_m() != 256) return true;
     int const coarse = ceil_div(n * ceil_div(p.m, 256), p.sm_count), fine = ceil_div(n * ceil_div(p.m, 128), p.sm_count);
     return 8 * coarse <= 5 * fine;
 }
@@ -53,7 +55,7 @@ bool splits_k(Row const& row) {
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
-    if (p.splits) return p.splits;
+    if (p.splits) return std::min(p.splits, ceil_div(p.k, 64));
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
     int const by_depth = ceil_div(p.k, 64) / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
