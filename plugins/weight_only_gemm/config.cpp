@@ -31,34 +31,41 @@ bool fits(Row const& row, wog_problem const& p) {
     return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
 }
 
-// Blocks of a cluster need tiles of n for all, or many. Tiles of 256 m load a quarter less than two of 128 (int8 x, 128 n),
-// but fill the device in coarser steps.
-bool worth(Row const& row, wog_problem const& p) {
-    int64_t const n = ceil_div(p.n, row.block_n());
-    if (n % row.cluster && n < 16) return false;
-    if (row.block_m() != 256) return true;
-    int const coarse = ceil_div(n * ceil_div(p.m, 256), p.sm_count), fine = ceil_div(n * ceil_div(p.m, 128), p.sm_count);
-    return 8 * coarse <= 5 * fine;
-}
-
-// The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
-Row const* find_row(wog_problem const& p) {
-    if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
-    return std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p) && worth(row, p); });
-}
-
-// int8 activations come with sums of whole groups, which are not divided.
 bool splits_k(Row const& row) {
-    return row.kernel == Kernel::kGemm || (row.kernel == Kernel::kWarpgroup && row.activation_bits == 16);
+    return row.kernel == Kernel::kGemm || (row.kernel == Kernel::kWarpgroup && !row.whole_k);
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
-    if (p.splits) return std::min(p.splits, ceil_div(p.k, 64));
+    int const steps = ceil_div(p.k, p.activation_bits == 8 ? 128 : 64);
+    if (p.splits) return std::min(p.splits, steps);
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
-    int const by_depth = ceil_div(p.k, 64) / (4 * row.warps_k);
+    int const by_depth = steps / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
+}
+
+// What rows.cu leaves in the workspace; partial sums follow.
+int64_t before_partials(Row const& row, wog_problem const& p) {
+    if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
+    return row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
+}
+
+// What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
+int64_t duration(Row const& row, wog_problem const& p) {
+    int const across = ceil_div(ceil_div(p.n, row.block_n()), row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
+    int const splits = choose_splits(p, row, across * down), places = std::max(1, p.sm_count / row.cluster * row.cluster);
+    int64_t const waves = ceil_div(int64_t(across) * down * splits, places), steps = ceil_div(ceil_div(p.k, 64), splits);
+    return waves * steps * row.pace + (splits > 1 ? 3000 + splits * p.m * p.n * 8 / (28 * p.sm_count) : 0);
+}
+
+// The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
+Row const* find_row(wog_problem const& p) {
+    if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
+    Row const* best = std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
+    for (Row const* row = best; best->kernel == Kernel::kWarpgroup && row->kernel == Kernel::kWarpgroup; row++)
+        if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
+    return best;
 }
 
 }  // namespace
@@ -108,8 +115,6 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     int const shared = gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
                             : shared_bytes(row, p.bits);
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
-    int64_t const sums = row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
-    bool const int8 = p.activation_bits == 8;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
@@ -117,9 +122,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              gemm ? std::min(tiles, fit) : tiles,
              row.threads(),
              shared,
-             dense  ? dense_buffers(p.m, p.n, p.k).total
-             : int8 ? int8_buffers(p.m, p.k, p.group).total
-                    : sums + partials};
+             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
     return 0;
 }
 
@@ -134,10 +137,11 @@ int64_t wog_workspace(wog_problem const* problem) {
         p.m = std::min(problem->m, row.max_m);
         p.sm = row.min_sm;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
-        Row const& chosen = kRows[plan.row];
-        int64_t const tile = int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        int64_t const sums = chosen.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
-        most = std::max({most, plan.workspace, splits_k(chosen) ? sums + p.sm_count * tile : 0});
+        most = std::max(most, plan.workspace);
+        for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
+            int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
+            if (splits_k(other)) most = std::max(most, before_partials(other, p) + p.sm_count * tile);
+        }
     }
     return most;
 }

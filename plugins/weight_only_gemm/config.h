@@ -23,6 +23,7 @@ struct Row {
     int min_sm, max_sm;
     int64_t min_m = 0;
     int cluster = 1;       // blocks side by side in n that share what they load of x
+    int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
     bool whole_k = false;  // takes only groups that are all of K
 
     constexpr int block_n() const { return warps_n * strips * 16; }
@@ -40,17 +41,19 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken; rows of one kernel stand together. Shared memory is 64 KiB on sm_75 and 99 KiB on
 // sm_86, 89 and 120, which bounds the stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no
 // asynchronous copies, so two stages are all that helps there.
+// Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor cores
+// need (2048 fp16 or 4096 int8 multiplications a cycle), the L2 (28 bytes a cycle) and the consumers' instructions.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
-    {"warpgroup64x2", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, 64, 90, 90, 32, 2},
-    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, 64, 90, 90, 32},
-    {"warpgroup128x2", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 2},
-    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32},
-    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90},
-    {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, true},
-    {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2},
-    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64},
+    {"warpgroup128x2", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 2, 512},
+    {"warpgroup64x2", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 2, 310},
+    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 1, 730},
+    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 1, 440},
+    {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, 585, true},
+    {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, 440},
+    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, 585},
+    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 0, 1, 440},
     {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 2, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {4, 2}, 2, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},

@@ -103,8 +103,11 @@ class Emulated:
         sm_count: int = 132,
         seed: int = 1,
         library: bool = False,
+        row: str = "",
     ) -> Array:
         problem = c_problem(p, self.sm, sm_count, wide, plain, library)
+        if row:
+            problem["row"] = self.library.rows().index(row) + 1
         os.environ["EMULATOR_SEED"] = str(seed)
         shape = (p.x.shape[0], p.affine.shape[1] // 2 // (1 + p.attrs["gated"]))
         dtype = np.dtype(np.float32) if wide else p.x.dtype

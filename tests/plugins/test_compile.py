@@ -28,8 +28,8 @@ SMS = ALL if ASKED == "all" else tuple(ASKED.split(","))
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 
 ROWS = (
-    "dense", "dense", "warpgroup64x2", "warpgroup64", "warpgroup128x2", "warpgroup128",
-    "int8_warpgroup64", "int8_warpgroup256x2", "int8_warpgroup128x2", "int8_warpgroup128",
+    "dense", "dense", "warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64",
+    "int8_warpgroup256x2", "int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64",
     "stream8", "stream16", "tile32", "tile64",
     "stream8_turing", "stream16_turing", "tile32_turing",
     "int8", "int8_turing",

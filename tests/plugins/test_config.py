@@ -27,13 +27,15 @@ def problem(**changes: int) -> dict[str, int]:
     ("changes", "kernel"),
     [
         ({"m": 1}, "stream8"), ({"m": 8}, "stream8"), ({"m": 9}, "stream16"), ({"m": 16}, "stream16"),
-        ({"m": 17}, "tile32"), ({"m": 33}, "warpgroup64x2"), ({"m": 65}, "warpgroup128x2"), ({"m": 4097}, "warpgroup128x2"),
+        ({"m": 17}, "tile32"), ({"m": 33}, "warpgroup64x2"), ({"m": 65}, "warpgroup128x2"),
+        ({"m": 4097}, "warpgroup128x2"),
         ({"m": 33, "sm": 80}, "tile64"), ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
         ({"bits": 8, "activation_bits": 8}, "int8_warpgroup64"), ({"activation_bits": 8}, "int8_warpgroup64"),
         ({"activation_bits": 8, "sm": 100}, "int8"),
         ({"m": 65, "bits": 8, "activation_bits": 8}, "int8_warpgroup128x2"),
-        ({"m": 65, "n": 384}, "warpgroup128"), ({"m": 65, "n": 384, "activation_bits": 8}, "int8_warpgroup128"),
+        ({"m": 192}, "warpgroup64x2"), ({"m": 384}, "warpgroup128x2"),  # what fills the device
+        ({"m": 32768, "n": 128}, "warpgroup128"), ({"m": 32768, "n": 128, "activation_bits": 8}, "int8_warpgroup128"),
         # by channel: tiles of 256 rows, unless those of 128 fill the device in much less time
         ({"m": 2048, "activation_bits": 8}, "int8_warpgroup128x2"),
         ({"m": 2048, "activation_bits": 8, "group": 4096}, "int8_warpgroup256x2"),

@@ -47,6 +47,10 @@ inline void advance(void const* barrier, int arrivals, int64_t bytes) {
 }
 
 inline void* at_rank(void const* shared, unsigned rank) {
+    size_t const first = rank * state.threads;
+    bool lives = false;
+    for (size_t i = first; i < first + state.threads; i++) lives = lives || !state.fibers[i].done;
+    if (!lives) fail("block " + std::to_string(rank) + " of the cluster has ended and its memory is gone");
     return shared_of(rank) + (static_cast<unsigned char const*>(shared) - dynamic_shared());
 }
 

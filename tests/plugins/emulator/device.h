@@ -225,12 +225,22 @@ inline float bits_float(uint32_t u) {
 
 template <class T>
 inline float to_float(uint16_t bits);
-template <>
-inline float to_float<Half>(uint16_t bits) {
+namespace emulator {
+inline float half_value(int bits) {
     int const exponent = bits >> 10 & 31, mantissa = bits & 1023;
     float const sign = bits >> 15 ? -1.0f : 1.0f;
     if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
     return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+}
+inline std::vector<float> const half_values = [] {
+    std::vector<float> all(65536);
+    for (int i = 0; i < 65536; i++) all[size_t(i)] = half_value(i);
+    return all;
+}();
+}  // namespace emulator
+template <>
+inline float to_float<Half>(uint16_t bits) {
+    return emulator::half_values[bits];
 }
 template <>
 inline float to_float<Bfloat>(uint16_t bits) {
