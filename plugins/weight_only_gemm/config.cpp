@@ -53,9 +53,10 @@ int64_t before_partials(Row const& row, wog_problem const& p) {
 
 // What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
 int64_t duration(Row const& row, wog_problem const& p) {
-    int const across = ceil_div(ceil_div(p.n, row.block_n()), row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
-    int const splits = choose_splits(p, row, across * down), places = std::max(1, p.sm_count / row.cluster * row.cluster);
-    int64_t const waves = ceil_div(int64_t(across) * down * splits, places), steps = ceil_div(ceil_div(p.k, 64), splits);
+    int const across = ceil_div(p.n, row.block_n() * row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
+    int const splits = choose_splits(p, row, across * down), steps = ceil_div(ceil_div(p.k, 64), splits);
+    int const places = std::max(1, p.sm_count / row.cluster * row.cluster);
+    int64_t const waves = ceil_div(int64_t(across) * down * splits, places);
     return waves * steps * row.pace + (splits > 1 ? 3000 + splits * p.m * p.n * 8 / (28 * p.sm_count) : 0);
 }
 

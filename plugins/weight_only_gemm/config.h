@@ -41,8 +41,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken; rows of one kernel stand together. Shared memory is 64 KiB on sm_75 and 99 KiB on
 // sm_86, 89 and 120, which bounds the stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no
 // asynchronous copies, so two stages are all that helps there.
-// Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor cores
-// need (2048 fp16 or 4096 int8 multiplications a cycle), the L2 (28 bytes a cycle) and the consumers' instructions.
+// Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
+// cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
@@ -89,8 +89,8 @@ constexpr int w_stage_bytes(Kernel kernel, int strips, int bits) { return strips
 
 // ---- what a block of each kernel has in shared memory ----
 
-// kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each of
-// two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
+// kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each
+// of two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
 constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kSumSlots = 4;
 constexpr int warpgroup_stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
 constexpr int warpgroup_bytes(Row const& row, int bits) {
@@ -127,7 +127,7 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
     return all <= 4 || gemm_shared(row, rows, all) <= limit ? all : 4;
 }
 
-// int8 activations: values, row scales and group sums in the workspace; sums of whole tiles of rows, which are copied whole
+// In the workspace: int8 activations, their rows' scales, sums of rows (of whole tiles, for bulk copies)
 constexpr int64_t padded_rows(int64_t m) { return (m + 255) / 256 * 256; }
 constexpr int64_t row_sums_bytes(int64_t m, int64_t k, int64_t group) { return k / group * padded_rows(m) * 4; }
 struct Int8Buffers {

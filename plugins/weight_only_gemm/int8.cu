@@ -2,9 +2,9 @@
 //
 //     y[m, n] = s_x[m] * sum_g s[g, n] * (P_g[m, n] - z[g, n] * X_g[m]) + bias,    P, X exact int32
 //
-// rows.cu quantizes. int8_gemm: the roles and rings of tiles with stages of 128 k, WN warps side by side in n, each S strips
-// x C * 8 m. The packed words are the A registers of mma.sync: for 8 bits as they are, for 4 bits after one mask each for
-// row g (low nibbles) and row g + 8 (high ones). c X is subtracted in int32, c = 8 or 128, so that the float zero is z - c
+// rows.cu quantizes. int8_gemm: tiles with rings of stages of 128 k, WN warps side by side in n, each S strips x C * 8
+// m. The packed words are the A registers of mma.sync: for 8 bits as they are, for 4 bits after one mask each for row g
+// (low nibbles) and row g + 8 (high ones). c X is subtracted in int32, c = 8 or 128, so that the float zero is z - c
 // and small.
 #include "int8.h"
 

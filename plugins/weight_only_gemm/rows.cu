@@ -1,9 +1,9 @@
-// What products of many rows need to know of x beforehand, in one pass over it: X, the sum of each row over each group, and
-// for int8 activations the rows' values and scales.
+// What products of many rows need to know of x beforehand, in one pass over it: X, the sum of each row over each group,
+// and for int8 activations the rows' values and scales.
 //
-// A block of 256 threads has 1 to 8 rows, a thread every so many 16 k of one row, the first of them kept in registers from
-// the search for the largest to the rounding. s_x = max|x| / 127 (1 for a row of zeros), values half to even; the same bits
-// as semantics.py. A row with a NaN or infinity gets a scale of NaN or infinity and spoils no other row.
+// A block of 256 threads has 1 to 8 rows, a thread every so many 16 k of one row, the first of them kept in registers
+// from the search for the largest to the rounding. s_x = max|x| / 127 (1 for a row of zeros), values half to even; the
+// same bits as semantics.py. A row with a NaN or infinity gets a scale of NaN or infinity and spoils no other row.
 #include <type_traits>
 
 #include "int8.h"
@@ -31,7 +31,8 @@ struct Rows {
     using Sum = std::conditional_t<kInt8, int32_t, float>;
 
     RowsArgs const& p;
-    int const thread = threadIdx.x % p.threads, lane = thread % 32, warp = thread / 32, inside = threadIdx.x / p.threads;
+    int const inside = threadIdx.x / p.threads, thread = threadIdx.x % p.threads;
+    int const lane = thread % 32, warp = thread / 32;
     int64_t const m = int64_t(blockIdx.x) * (kThreads / p.threads) + inside;
     int const chunks = m < p.m ? p.k / 16 : 0;
     uint32_t* const warp_max = reinterpret_cast<uint32_t*>(dynamic_shared());
@@ -159,8 +160,10 @@ __global__ void __launch_bounds__(kThreads) rows(RowsArgs const p) {
     Rows<T, kInt8>{p}.run();
 }
 
-char const* launch_rows(void (*kernel)(RowsArgs), wog_problem const& p, RowsArgs args, void* stream) {
-    args.threads = 32;
+// `to`: where the results go
+char const* launch_rows(void (*kernel)(RowsArgs), wog_problem const& p, RowsArgs to, wog_tensors const& t,
+                        void* stream) {
+    RowsArgs args{static_cast<uint16_t const*>(t.x), to.values, to.scales, to.sums, to.pitch, p.m, p.k, p.group, 32};
     while (args.threads < kThreads && args.threads * 2 < p.k / 16) args.threads *= 2;
     int const rows = kThreads / args.threads;
     size_t const shared = kThreads / 32 * 4 + size_t(rows) * (p.k / 16) * 4;
@@ -172,13 +175,13 @@ char const* launch_rows(void (*kernel)(RowsArgs), wog_problem const& p, RowsArgs
 
 char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream) {
     Int8Rows const to = int8_rows(p, t.workspace);
-    RowsArgs const args{static_cast<uint16_t const*>(t.x), to.values, to.scales, to.sums, to.pitch, p.m, p.k, p.group, 0};
-    return launch_rows(p.type == WOG_F16 ? rows<Half, true> : rows<Bfloat, true>, p, args, stream);
+    auto* const kernel = p.type == WOG_F16 ? rows<Half, true> : rows<Bfloat, true>;
+    return launch_rows(kernel, p, {nullptr, to.values, to.scales, to.sums, to.pitch}, t, stream);
 }
 
 char const* launch_sums(wog_problem const& p, wog_tensors const& t, float* sums, void* stream) {
-    RowsArgs const args{static_cast<uint16_t const*>(t.x), nullptr, nullptr, sums, padded_rows(p.m), p.m, p.k, p.group, 0};
-    return launch_rows(p.type == WOG_F16 ? rows<Half, false> : rows<Bfloat, false>, p, args, stream);
+    auto* const kernel = p.type == WOG_F16 ? rows<Half, false> : rows<Bfloat, false>;
+    return launch_rows(kernel, p, {nullptr, nullptr, nullptr, sums, padded_rows(p.m)}, t, stream);
 }
 
 }  // namespace wog

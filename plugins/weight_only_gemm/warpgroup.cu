@@ -1,6 +1,7 @@
 // The Hopper kernel of WeightOnlyGemm for many rows: 16-bit or int8 activations, warpgroup products, warps with roles.
 //
-// A block owns a multiprocessor and works through tiles of 128 n x BM m (BM = 64, 128 or 256), each with all of K or a part.
+// A block owns a multiprocessor and works through tiles of 128 n x BM m (BM = 64, 128 or 256), each with all of K or a
+// part. Blocks of a pair work on neighbours in n: each loads half of the rows of x, for both.
 //
 //     loader (warp 0)       x: one tensor copy a stage, 128 bytes of each row      full[stage] -> consumers
 //                           weights: one bulk copy a stage, the strips of 128 n    empty[stage] <- consumers
@@ -10,14 +11,17 @@
 //
 // X is not summed here: that would take as many instructions as decoding, and a quarter of shared memory's bandwidth.
 //
-// The two groups of consumers share stages and nothing else: while one decodes, scales or stores, the other multiplies. Each
-// also decodes the next half of a stage while a half is under way in the tensor cores. Work goes on over the end of a tile:
-// the ring is full again when the sums of a tile have been stored.
+// The two groups of consumers share stages and nothing else: while one decodes, scales or stores, the other multiplies.
+// Each also decodes the next half of a stage while a half is under way in the tensor cores. Work goes on over the end
+// of a tile: the ring is full again when the sums of a tile have been stored.
 //
-// Arithmetic: P = sum of x * (q - c), c = 8 or 128, in the tensor cores, in fp32 or int32; X = sum of x over a group. At
-// each cut, which is the end of a group, of the part of K, or of 1024 k (fp32 sums inside tensor cores are truncated: they
-// may not run long), acc += s * P in fp32, and at the end of a group acc -= s * (z - c) * X: P - (z - c) * X before s, so
-// that what cancels does. For int8, s_x follows: y = s_x * acc, with the bits of int8.cu.
+// Arithmetic: P = sum of x * (q - c), c = 8 or 128, in the tensor cores, in fp32 or int32; X = sum of x over a group.
+// At each cut, which is the end of a group, of the part of K, or of 1024 k (fp32 sums inside tensor cores are
+// truncated: they may not run long), acc += s * P in fp32; at the end of a group s * (P - (z - c) * X). For int8, s_x
+// follows: y = s_x * acc, and where K is whole the bits are those of int8.cu.
+//
+// 256 rows are for int8 with one group: sums of 128 registers, and no others beside them until the end. In fp32 they
+// are promoted every 1024 k, which takes as many again: 256 registers of sums.
 #include <array>
 #include <utility>
 
@@ -32,9 +36,9 @@ namespace wog {
 namespace {
 
 struct WarpgroupArgs {
-    TensorMap x;  // rows of x, or of its int8 values
-    float const* scales;        // of rows, for int8
-    float const* sums;          // [K / group, pitch]: X
+    TensorMap x;          // rows of x, or of its int8 values
+    float const* scales;  // of rows, for int8
+    float const* sums;    // [K / group, pitch]: X
     int64_t pitch;
     unsigned char const* codes;
     uint32_t const* affine;
@@ -154,8 +158,8 @@ struct Loader {
 
     __device__ __forceinline__ bool left() const { return index < p.items; }
 
-    // Waits for the stage's memory, says how many bytes will come, and lets those of the weights come. The last tile of n
-    // may have fewer strips (a cluster's last block none), the last stage fewer blocks of k.
+    // Waits for the stage's memory, says how many bytes will come, and lets those of the weights come. The last tile of
+    // n may have fewer strips (a pair's second block none), the last stage fewer blocks of k.
     __device__ __forceinline__ void load_weights() const {
         int const strips = p.out.n / 16 - item.tile_n * 8, width = strips < 0 ? 0 : strips < 8 ? strips : 8;
         int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), block = stage * S::kBlocks;
@@ -329,8 +333,8 @@ struct Consumer {
         sum_at.next();
     }
 
-    // Cuts at ends of stages. A half of a stage is decoded while the half before it is multiplied; nothing that depends on
-    // data stands between a product's start and the wait for it, or the compiler serializes.
+    // Cuts at ends of stages. A half of a stage is decoded while the half before it is multiplied; nothing that depends
+    // on data stands between a product's start and the wait for it, or the compiler serializes.
     __device__ __forceinline__ void accumulate(Item const& item, int n) {
         Affine affine = load_affine(n, Cuts<S>(p, item).group);
         int stage = item.first;
@@ -435,10 +439,9 @@ struct Consumer {
         }
     }
     __device__ __forceinline__ void store_partial(float const (&v)[16], int64_t at) const {
-        auto* const to = reinterpret_cast<uint4*>(p.partials + at);
+        auto* const to = reinterpret_cast<float4*>(p.partials + at);
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            to[i] = {float_bits(v[4 * i]), float_bits(v[4 * i + 1]), float_bits(v[4 * i + 2]), float_bits(v[4 * i + 3])};
+        for (int i = 0; i < 4; i++) to[i] = {v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
     }
 
     __device__ __forceinline__ void run() {
@@ -495,7 +498,8 @@ char const* launch_rows(int bits, WarpgroupArgs const& args, wog_plan const& pla
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kWarpgroup)> kAll;
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
     int const cluster = kRows[plan.row].cluster;
-    Grid const grid{dim3(unsigned(args.clusters * cluster)), plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
+    dim3 const blocks(unsigned(args.clusters * cluster));
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
     return launch((bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, stream, args);
 }
 

@@ -1,4 +1,4 @@
-"""The emulator sees what would hang a GPU, or be wrong there now and then: each mistake of faults.cu has its message."""
+"""The emulator sees what would hang a GPU, or be wrong there now and then: each of faults.cu has its message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// What runs beside the threads on Hopper: barriers in shared memory that count bytes, bulk and tensor copies, products by
-// warpgroup, clusters. As device.h; tests/plugins/emulator/async.h offers the same on the CPU. sm_90a only.
+// What runs beside the threads on Hopper: barriers in shared memory that count bytes, bulk and tensor copies, products
+// by warpgroup, clusters. As device.h; tests/plugins/emulator/async.h offers the same on the CPU. sm_90a only.
 #pragma once
 
 #include <cuda.h>
@@ -11,8 +11,8 @@
 
 // ---- barriers: a phase ends when its arrivals and the bytes that they announced are complete ----
 //
-// Phases are told apart by parity. wait(b, 0) passes once the first phase has ended, wait(b, 1) once the second has; on a
-// new barrier wait(b, 1) passes at once, as if a phase before the first had ended.
+// Phases are told apart by parity. wait(b, 0) passes once the first phase has ended, wait(b, 1) once the second has; on
+// a new barrier wait(b, 1) passes at once, as if a phase before the first had ended.
 
 using Barrier = uint64_t;  // in shared memory
 
@@ -62,14 +62,14 @@ __device__ __forceinline__ void copy_bulk(void* shared, void const* global, int 
 
 using TensorMap = CUtensorMap;  // a parameter of the kernel (__grid_constant__) that copy_box takes by address
 
-// 128 bytes from byte `byte` of the map's rows from `row`, zeros beyond the matrix, chunks of 16 bytes XORed with the row:
-// into the same place of every block of a cluster of so many, and counted there.
+// 128 bytes from byte `byte` of the map's rows from `row`, zeros beyond the matrix, chunks of 16 bytes XORed with the
+// row: into the same place of every block of a cluster of so many, and counted there.
 template <int Cluster>
 __device__ __forceinline__ void copy_box(void* shared, TensorMap const& map, int byte, int64_t row, Barrier* barrier) {
     if constexpr (Cluster == 1)
         asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                shared_address(shared)),
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
             "l"(&map), "r"(byte), "r"(int(row)), "r"(shared_address(barrier))
             : "memory");
     else
@@ -91,7 +91,7 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// The registers of a thread, for all of a warpgroup: fewer than the kernel was compiled for leave some for other groups.
+// The registers of a thread, for all of a warpgroup: fewer than the kernel was compiled for leave some for others.
 template <int Count>
 __device__ __forceinline__ void keep_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
@@ -103,9 +103,9 @@ __device__ __forceinline__ void take_registers() {
 
 // ---- warpgroup tensor cores: d[64 x 8 C] += a[64 x 16] * x[8 C x 16]^T ----
 //
-// A warp gives 16 rows of a as an m16n8k16 fragment and gets its d as C fragments of 16 x 8. x is a tile in shared memory:
-// 128 bytes (64 k) per row, 16-byte chunks XORed with the row, 1024-byte aligned. Products run on until waited for, and
-// until then neither a nor d may be touched.
+// A warp gives 16 rows of a as an m16n8k16 fragment and gets its d as C fragments of 16 x 8. x is a tile in shared
+// memory: 128 bytes (64 k) per row, 16-byte chunks XORed with the row, 1024-byte aligned. Products run on until waited
+// for, and until then neither a nor d may be touched.
 
 __device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -113,7 +113,7 @@ template <int Pending>
 __device__ __forceinline__ void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
-// Keeps the compiler from moving reads of a result above the wait for it, or writes of an operand below warpgroup_begin.
+// Keeps the compiler from moving reads of a result above the wait, or writes of an operand below warpgroup_begin.
 __device__ __forceinline__ void settle(float& f) { asm volatile("" : "+f"(f)::"memory"); }
 __device__ __forceinline__ void settle(uint32_t& u) { asm volatile("" : "+r"(u)::"memory"); }
 __device__ __forceinline__ void settle(int32_t& i) { asm volatile("" : "+r"(i)::"memory"); }
@@ -123,8 +123,8 @@ __device__ __forceinline__ void settle(Element (&array)[Size]) {
     for (size_t i = 0; i < Size; i++) settle(array[i]);
 }
 
-// step: which 32 of a row's 128 bytes (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost no
-// registers of zeros.
+// step: which 32 of a row's 128 bytes (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost
+// no registers of zeros.
 __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) {
     uint32_t const low = (shared_address(tile) >> 4 & 0x3fff) | 1 << 16 | step * 2;  // in units of 16 bytes
     return low | uint64_t(1024 >> 4 | 1 << 30) << 32;                                 // 8 rows apart; 128-byte swizzle

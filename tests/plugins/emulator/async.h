@@ -25,7 +25,8 @@ inline std::string describe_barrier(void const* barrier) {
     std::string where = "?";
     for (unsigned rank = 0; rank < state.shared.size(); rank++) {
         auto const at = static_cast<unsigned char const*>(barrier) - shared_of(rank);
-        if (at >= 0 && at < long(state.shared[rank].size())) where = std::to_string(at) + " of block " + std::to_string(rank);
+        if (at >= 0 && at < long(state.shared[rank].size()))
+            where = std::to_string(at) + " of block " + std::to_string(rank);
     }
     return "the barrier at byte " + where + ", phase " + std::to_string(p.ended) + ": " + std::to_string(p.missing) +
            " of " + std::to_string(p.arrivals) + " arrivals and " + std::to_string(p.bytes) + " bytes missing";
@@ -86,7 +87,9 @@ inline void barrier_init(Barrier* barrier, int arrivals) {
 }
 inline void publish_barriers() {}
 inline void arrive(Barrier* barrier) { emulator::advance(barrier, 1, 0); }
-inline void arrive_at(Barrier* barrier, int rank) { emulator::advance(emulator::at_rank(barrier, unsigned(rank)), 1, 0); }
+inline void arrive_at(Barrier* barrier, int rank) {
+    emulator::advance(emulator::at_rank(barrier, unsigned(rank)), 1, 0);
+}
 inline void arrive_expecting(Barrier* barrier, int bytes) { emulator::advance(barrier, 1, bytes); }
 inline void wait(Barrier* barrier, int parity) {
     emulator::Fiber* const me = emulator::state.now;

@@ -1,9 +1,10 @@
 // plugins/runtime/gpu/device.h on the CPU: the kernels' own source, compiled by a C++ compiler and run lane by lane.
 //
 // Every thread of a block is a fiber; a barrier or warp-wide instruction suspends it until all its peers have arrived.
-// The order in which threads run is drawn from a seed (EMULATOR_SEED), so a missing barrier changes results. Copies into
-// shared memory happen only when waited for, shared memory starts as NaNs, and fragments follow the PTX register maps:
-// wrong indices, missing waits and unwritten memory show. Timing, and memory order between threads of a warp, do not.
+// The order in which threads run is drawn from a seed (EMULATOR_SEED), so a missing barrier changes results. Copies
+// into shared memory happen only when waited for, shared memory starts as NaNs, and fragments follow the PTX register
+// maps: wrong indices, missing waits and unwritten memory show. Timing, and memory order between threads of a warp, do
+// not.
 #pragma once
 
 #include <ucontext.h>
