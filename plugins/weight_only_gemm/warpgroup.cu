@@ -213,6 +213,8 @@ struct Loader {
     __device__ __forceinline__ void run() {
         begin(S::kStages);
         while (left()) load_weights(), load_x(), next();
+        if constexpr (S::kCluster > 1)  // neighbours arrive here until they have left the last stages
+            for (int i = 0; i < S::kStages; i++, at.next()) wait(S::empty(at.slot), at.parity ^ 1);
     }
 };
 
@@ -481,7 +483,6 @@ __global__ void __launch_bounds__(384, 1) warpgroup(__grid_constant__ WarpgroupA
             take_registers<kConsumerRegisters>();
             Consumer<T, Bits, I>{p}.run();
         }
-        if constexpr (S::kCluster > 1) cluster_barrier();  // neighbours copy here and arrive here until they are done
     }
 #endif
 }

@@ -19,7 +19,7 @@ using Barrier = uint64_t;  // in shared memory
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// By the thread that initialised them, for copies and other blocks of the cluster; cluster_barrier follows.
+// By the thread that initialised them, for copies and other blocks of the cluster; a barrier of all follows.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -27,11 +27,12 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier in the same place of another block of the cluster
+// At the barrier in the same place of another block of the cluster: what this thread read may be written over there and
+// here. Not for handing over what it wrote, for which .release.cluster would wait for all its stores to memory.
 __device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
         "r"(rank)
         : "memory");
 }
@@ -86,9 +87,9 @@ __device__ __forceinline__ void prefetch_map(TensorMap const& map) {
 
 // ---- clusters and warpgroups ----
 
-// All threads of the cluster: what they wrote before is seen after.
+// All threads of the cluster. Of what was written before, only published barriers are surely seen after.
 __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // The registers of a thread, for all of a warpgroup: fewer than the kernel was compiled for leave some for others.
