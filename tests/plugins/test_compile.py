@@ -138,7 +138,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
         capture_output=True, text=True, check=True, env=disassembler(),
     ).stdout  # fmt: skip
     kinds = "HMMA|HGMMA|IMMA|IGMMA|LDGSTS|LDL|STL|ATOM|RED|UTMALDG|UBLKCP|USETMAXREG"
-    seen = Counter(re.findall(rf"\b({kinds})(\.[A-Za-z0-9_.]+)?\b", dump))
+    seen = Counter(re.findall(rf"(?<![\w.])({kinds})(\.[A-Za-z0-9_.]+)?\b", dump))
     names = {"".join(key) for key in seen}
     expected = (
         {"HMMA.1688.F32", "IMMA.8816.U8.S8"}
