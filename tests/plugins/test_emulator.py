@@ -11,7 +11,7 @@ import pytest
 EMULATOR = Path(__file__).parent / "emulator"
 FAULTS = {
     0: "",
-    1: "0 at the barrier at byte 8192 of block 0, phase 0: 1 of 2 arrivals and 0 bytes missing",
+    1: "at the barrier at byte 8192 of block 0, phase 0: 1 of 2 arrivals and 0 bytes missing",
     2: "0 of 1 arrivals and 4096 bytes missing",
     3: "more arrivals than the barrier at byte 8192 of block 0",
     4: "bytes that nobody announced",
