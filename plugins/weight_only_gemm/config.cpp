@@ -31,14 +31,16 @@ bool fits(Row const& row, wog_problem const& p) {
     return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
 }
 
+// Not where int8 sums of whole groups are read as they are
 bool splits_k(Row const& row) {
-    return row.kernel == Kernel::kGemm || (row.kernel == Kernel::kWarpgroup && !row.whole_k);
+    if (row.kernel == Kernel::kWarpgroup) return !row.whole_k;
+    return row.kernel == Kernel::kGemm && !(row.activation_bits == 8 && row.warps_k == 1);
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
-    int const steps = ceil_div(p.k, p.activation_bits == 8 ? 128 : 64);
+    int const steps = ceil_div(p.k, stage_k(row));
     if (p.splits) return std::min(p.splits, steps);
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
     int const by_depth = steps / (4 * row.warps_k);
@@ -80,6 +82,7 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {p.m > 0 && p.m < (int64_t(1) << 31), "M (rows of x)", "1 .. 2^31 - 1", p.m},
         {p.k > 0 && p.k % 32 == 0, "K (columns of x)", "a positive multiple of 32", p.k},
         {p.n > 0 && p.n % 16 == 0, "N (rows of codes)", "a positive multiple of 16", p.n},
+        {int64_t(p.n) * p.k < int64_t(1) << 35, "N * K", "below 2^35", int64_t(p.n) * p.k},
         {p.group > 0 && p.group % 32 == 0 && p.k % p.group == 0, "group", "a multiple of 32 that divides K", p.group},
         {p.bits == 4 || p.bits == 8, "bits", "4 or 8", p.bits},
         {p.type == WOG_F16 || p.type == WOG_BF16, "type of x", "0 (fp16) or 1 (bf16)", p.type},
@@ -114,7 +117,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     bool const gemm = row.kernel == Kernel::kGemm;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
     int const shared = gemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
-                            : shared_bytes(row, p.bits);
+                       : row.kernel == Kernel::kWarpgroup ? warpgroup_bytes(row, p.bits)
+                                                          : 0;
     int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
@@ -175,8 +179,7 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
             return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
-    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_int8, launch_dense,
-                                                   launch_warpgroup};  // by Kernel
+    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);

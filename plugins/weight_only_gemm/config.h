@@ -8,7 +8,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kInt8, kDense, kWarpgroup };
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup };
 
 struct Row {
     char const* name;
@@ -17,7 +17,7 @@ struct Row {
     int warps_n, warps_k;  // warps_k of them share their n and divide K
     int strips;            // of 16 n that a warp owns
     int columns;           // of 8 m
-    int stages[2];         // of the shared-memory ring (kGemm: steps of weights on their way), for codes of 4 and 8 bits
+    int stages[2];         // steps of weights on their way, for codes of 4 and 8 bits
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
@@ -38,9 +38,9 @@ constexpr int kNewest = 999;
 constexpr int64_t kManyRows = 512;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
-// The first row that fits is taken; rows of one kernel stand together. Shared memory is 64 KiB on sm_75 and 99 KiB on
-// sm_86, 89 and 120, which bounds the stages: for 4 bits "int8" takes three, so that two blocks fit there. sm_75 has no
-// asynchronous copies, so two stages are all that helps there.
+// The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
+// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "narrow" and "wide" are never taken: they are
+// there to be measured beside the others (tools/gpu_check).
 // Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
 // cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
@@ -53,16 +53,22 @@ constexpr Row kRows[] = {
     {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, 585, true},
     {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, 440},
     {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, 585},
-    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 0, 1, 440},
-    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 2, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {4, 2}, 2, 16, 80, kNewest},
+    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, 440},
+    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {8, 4}, 1, 8, 80, kNewest},
+    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
-    {"tile64", Kernel::kGemm, 16, 8, 1, 2, 8, {2, 2}, 1, kAny, 80, kNewest},
-    {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 2, 8, 75, 79},
-    {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 2, 16, 75, 79},
+    {"tile64", Kernel::kGemm, 16, 8, 1, 1, 8, {4, 2}, 1, kAny, 80, kNewest},
+    {"stream8_narrow", Kernel::kGemm, 16, 1, 8, 1, 1, {4, 2}, 2, 8, 80, kNewest},
+    {"stream16_wide", Kernel::kGemm, 16, 1, 8, 4, 2, {2, 1}, 1, 16, 80, kNewest},
+    {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 1, 8, 75, 79},
+    {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 1, 16, 75, 79},
     {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 2, kAny, 75, 79},
-    {"int8", Kernel::kInt8, 8, 4, 1, 2, 8, {3, 4}, 2, kAny, 80, kNewest},
-    {"int8_turing", Kernel::kInt8, 8, 4, 1, 2, 8, {2, 2}, 2, kAny, 75, 79},
+    {"int8_stream8", Kernel::kGemm, 8, 1, 8, 2, 1, {4, 2}, 1, 8, 80, kNewest},
+    {"int8_stream16", Kernel::kGemm, 8, 1, 8, 2, 2, {4, 2}, 1, 16, 80, kNewest},
+    {"int8_tile32", Kernel::kGemm, 8, 4, 2, 2, 4, {2, 1}, 1, 32, 80, kNewest},
+    {"int8_tile64", Kernel::kGemm, 8, 4, 1, 2, 8, {1, 1}, 2, kAny, 80, kNewest},
+    {"int8_stream8_turing", Kernel::kGemm, 8, 1, 8, 2, 1, {2, 1}, 1, 8, 75, 79},
+    {"int8_tile32_turing", Kernel::kGemm, 8, 4, 1, 2, 4, {2, 1}, 2, kAny, 75, 79},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 
@@ -82,33 +88,21 @@ constexpr int count_rows(Kernel kernel) {
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// A stage is 128 bytes of k for every row of x: 64 k of 16-bit x, 128 k of int8 x. Weights are counted for one warp.
-constexpr int stage_k(Kernel kernel) { return kernel == Kernel::kInt8 ? 128 : 64; }
-constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
-constexpr int w_stage_bytes(Kernel kernel, int strips, int bits) { return strips * 16 * stage_k(kernel) * bits / 8; }
-
-// ---- what a block of each kernel has in shared memory ----
+// A step is 128 bytes of a row of x; a chunk, the steps that x comes in
+constexpr int stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
+constexpr int gemm_chunk(Row const& row, int bits) { return row.stages[bits == 8] % 2 ? 1 : 2; }
 
 // kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each
 // of two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
 constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kSumSlots = 4;
-constexpr int warpgroup_stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
+constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
 constexpr int warpgroup_bytes(Row const& row, int bits) {
-    int const stage = x_stage_bytes(row.columns) + row.block_n() * warpgroup_stage_k(row) * bits / 8;
+    int const stage = x_stage_bytes(row.columns) + row.block_n() * stage_k(row) * bits / 8;
     int const staged = 2 * kStagedRows * kStagedPitch * 4, sums = kSumSlots * row.block_m() * 4;
     return row.stages[bits == 8] * stage + staged + sums + 2 * (row.stages[bits == 8] + kSumSlots) * 8;
 }
 
-constexpr int shared_bytes(Row const& row, int bits) {
-    if (row.kernel == Kernel::kWarpgroup) return warpgroup_bytes(row, bits);
-    int const ring = row.stages[bits == 8] * row.warps_k *
-                     (x_stage_bytes(row.columns) + row.warps_n * w_stage_bytes(row.kernel, row.strips, bits));
-    int const sums = row.warps_k * 2 * row.block_m() * 4;
-    int const tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
-    return std::max(ring + sums, tile);
-}
-
-// kGemm: rows of x (few where it streams: they may all fit), and how many steps of 64 k have a place
+// Shared memory of kGemm: rows of x (few where it streams: they may all fit), and how many steps have a place
 constexpr int gemm_x_rows(Row const& row, int64_t m) {
     return row.warps_n == 1 ? int(std::min<int64_t>(m, row.block_m())) : row.block_m();
 }
@@ -122,9 +116,10 @@ constexpr int shared_limit(int sm, int resident) {
     return (kib / resident - (sm < 80 ? 0 : 1)) * 1024;
 }
 constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
-    int const most = ceil_div(ceil_div(p.k, 64), splits * row.warps_k), all = (most + 1) / 2 * 2;
-    int const rows = gemm_x_rows(row, p.m), limit = shared_limit(p.sm, row.resident);
-    return all <= 4 || gemm_shared(row, rows, all) <= limit ? all : 4;
+    int const chunk = gemm_chunk(row, p.bits), most = ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
+    int const all = ceil_div(most, chunk) * chunk, two = 2 * chunk;
+    bool const fit = gemm_shared(row, gemm_x_rows(row, p.m), all) <= shared_limit(p.sm, row.resident);
+    return all <= two || fit ? all : two;
 }
 
 // In the workspace: int8 activations, their rows' scales, sums of rows (of whole tiles, for bulk copies)
@@ -159,6 +154,5 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);
 char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
-char const* launch_int8(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 
 }  // namespace wog

@@ -1,12 +1,10 @@
-// Codes to exact small integers q - c in T, c = 8 for 4 bits and 128 for 8: one k16 fragment from the words of a block.
+// Packed codes to the MMA's A registers: for 16-bit x as exact small integers q - c in T (c = 8 for 4 bits, 128 for 8), for
+// int8 x as they are.
 #pragma once
 
 #include <device.h>
 
 namespace wog {
-
-template <int Bits>
-constexpr float kCenter = Bits == 4 ? 8.0f : 128.0f;
 
 template <class T>
 __device__ __forceinline__ void decode4(uint32_t (&a)[4], uint32_t w);
@@ -39,16 +37,26 @@ __device__ __forceinline__ void decode8<Bfloat>(uint32_t& low, uint32_t& high, u
     high = add2<Bfloat>(mask_or(w, 0x007f007f, 0x43004300), mask_or(~w, 0x00800080, 0xc300c300));
 }
 
-// A fragment of k16 step `step` (0, 1) of 32-k unit `unit` (0, 1) of a stage, from the stage's words of one strip
+// The A fragment of 16-bit x: k16 step `step` of the block, counted from any multiple of its steps
 template <class T, int Bits>
-__device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const (&words)[Bits / 4], int unit, int step) {
+__device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const& w, int step) {
     if constexpr (Bits == 4) {
-        uint4 const& w = words[0];
-        decode4<T>(a, unit == 0 ? (step == 0 ? w.x : w.y) : (step == 0 ? w.z : w.w));
+        decode4<T>(a, step % 4 < 2 ? (step % 2 ? w.y : w.x) : (step % 2 ? w.w : w.z));
     } else {
-        uint4 const& w = words[unit];
-        decode8<T>(a[0], a[2], step == 0 ? w.x : w.z);  // row g
-        decode8<T>(a[1], a[3], step == 0 ? w.y : w.w);  // row g + 8
+        decode8<T>(a[0], a[2], step % 2 ? w.z : w.x);  // row g
+        decode8<T>(a[1], a[3], step % 2 ? w.w : w.y);  // row g + 8
+    }
+}
+
+// The A fragment of int8 x: the codes as they are, 32-k unit `unit` of the block
+template <int Bits>
+__device__ __forceinline__ void unpack(uint32_t (&a)[4], uint4 const& w, int unit) {
+    if constexpr (Bits == 8) {
+        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    } else {
+        uint32_t const low = unit % 2 ? w.z : w.x, high = unit % 2 ? w.w : w.y;  // k16 steps
+        a[0] = low & 0x0f0f0f0f, a[1] = low >> 4 & 0x0f0f0f0f;
+        a[2] = high & 0x0f0f0f0f, a[3] = high >> 4 & 0x0f0f0f0f;
     }
 }
 

@@ -21,6 +21,7 @@ def check(v: Mapping[str, int]) -> str | None:
     rules = (
         (k > 0 and k % 32 == 0, f"K is {k}, expected a positive multiple of 32"),
         (n > 0 and n % 16 == 0, f"N is {n}, expected a positive multiple of 16"),
+        (n * k < 2**35, f"N * K is {n * k}, expected below 2^35"),
         (
             group > 0 and group % 32 == 0 == k % group,
             f"group is {group}, expected a multiple of 32 that divides K = {k}",

@@ -18,7 +18,7 @@
 // Arithmetic: P = sum of x * (q - c), c = 8 or 128, in the tensor cores, in fp32 or int32; X = sum of x over a group.
 // At each cut, which is the end of a group, of the part of K, or of 1024 k (fp32 sums inside tensor cores are
 // truncated: they may not run long), acc += s * P in fp32; at the end of a group s * (P - (z - c) * X). For int8, s_x
-// follows: y = s_x * acc, and where K is whole the bits are those of int8.cu.
+// follows: y = s_x * acc, and where K is whole the bits are those of gemm.cu.
 //
 // 256 rows are for int8 with one group: sums of 128 registers, and no others beside them until the end. In fp32 they
 // are promoted every 1024 k, which takes as many again: 256 registers of sums.
@@ -71,7 +71,7 @@ struct Shape {
     static constexpr Row kRow = kRows[I];
     static constexpr bool kInt8 = kRow.activation_bits == 8;
     static constexpr int C = kRow.columns, kBlockM = kRow.block_m(), kCluster = kRow.cluster;
-    static constexpr int kStages = kRow.stages[Bits == 8], kStageK = warpgroup_stage_k(kRow), kUnits = kStageK / 32;
+    static constexpr int kStages = kRow.stages[Bits == 8], kStageK = stage_k(kRow), kUnits = kStageK / 32;
     static constexpr int kBlocks = kStageK * Bits / 256;  // 512-byte blocks of codes of a strip in a stage
     static constexpr int kXStage = x_stage_bytes(C), kStage = kXStage + kBlocks * 8 * 512;
     static constexpr int kStaged = kStages * kStage, kSums = kStaged + 2 * kStagedRows * kStagedPitch * 4;
@@ -226,6 +226,7 @@ struct Consumer {
     using Sum = std::conditional_t<S::kInt8, int32_t, float>;
     static constexpr int C = S::C;
     static constexpr bool kWhole = S::kRow.whole_k;
+    static constexpr float kCenter = 1 << (Bits - 1);
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
 
     WarpgroupArgs const& p;
@@ -248,13 +249,7 @@ struct Consumer {
         }
         uint4 const& w = codes;
         if constexpr (!S::kInt8) {
-            constexpr int kInBlock = Step % kBlockSteps;
-            if constexpr (Bits == 4) {
-                decode4<T>(a[Step], kInBlock == 0 ? w.x : kInBlock == 1 ? w.y : kInBlock == 2 ? w.z : w.w);
-            } else {
-                decode8<T>(a[Step][0], a[Step][2], kInBlock == 0 ? w.x : w.z);
-                decode8<T>(a[Step][1], a[Step][3], kInBlock == 0 ? w.y : w.w);
-            }
+            decode<T, Bits>(a[Step], w, Step % kBlockSteps);
         } else if constexpr (Bits == 8) {  // q - 128 as a signed byte
             a[Step][0] = w.x ^ 0x80808080, a[Step][1] = w.y ^ 0x80808080;
             a[Step][2] = w.z ^ 0x80808080, a[Step][3] = w.w ^ 0x80808080;
@@ -322,7 +317,7 @@ struct Consumer {
         float scale[2], zero[2];
         for (int h = 0; h < 2; h++) {
             scale[h] = to_float<T>(uint16_t(affine.of[h]));
-            zero[h] = to_float<T>(uint16_t(affine.of[h] >> 16)) - kCenter<Bits>;
+            zero[h] = to_float<T>(uint16_t(affine.of[h] >> 16)) - kCenter;
         }
         if (end) wait(S::sum_full(sum_at.slot), sum_at.parity);
         if (end && any_lane(zero[0] != 0 || zero[1] != 0))

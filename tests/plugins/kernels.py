@@ -46,7 +46,7 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
-KERNELS = ("gemm.cu", "int8.cu", "dense.cu", "plain.cu", "rows.cu", "warpgroup.cu")
+KERNELS = ("gemm.cu", "dense.cu", "plain.cu", "rows.cu", "warpgroup.cu")
 
 
 def c_problem(

@@ -30,9 +30,9 @@ BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 ROWS = (
     "dense", "dense", "warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64",
     "int8_warpgroup256x2", "int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64",
-    "stream8", "stream16", "tile32", "tile64",
+    "stream8", "stream16", "tile32", "tile64", "stream8_narrow", "stream16_wide",
     "stream8_turing", "stream16_turing", "tile32_turing",
-    "int8", "int8_turing",
+    "int8_stream8", "int8_stream16", "int8_tile32", "int8_tile64", "int8_stream8_turing", "int8_tile32_turing",
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def name(kernel: str, arguments: str) -> tuple[str, str, int]:
     kind, *numbers = (a.strip() for a in arguments.split(","))
     if kernel == "rows":
         return "quantize" if numbers[0] == "true" else "sums", kind, 0
-    if kernel in ("gemm", "int8_gemm", "warpgroup"):
+    if kernel in ("gemm", "warpgroup"):
         return ROWS[int(numbers[1])], kind, int(numbers[0])
     return kernel, kind, int(numbers[0]) if numbers else 0
 

@@ -31,8 +31,11 @@ def problem(**changes: int) -> dict[str, int]:
         ({"m": 4097}, "warpgroup128x2"),
         ({"m": 33, "sm": 80}, "tile64"), ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
-        ({"bits": 8, "activation_bits": 8}, "int8_warpgroup64"), ({"activation_bits": 8}, "int8_warpgroup64"),
-        ({"activation_bits": 8, "sm": 100}, "int8"),
+        ({"activation_bits": 8}, "int8_stream8"), ({"m": 9, "activation_bits": 8}, "int8_stream16"),
+        ({"m": 17, "activation_bits": 8}, "int8_tile32"), ({"m": 65, "activation_bits": 8, "sm": 100}, "int8_tile64"),
+        ({"m": 33, "activation_bits": 8}, "int8_warpgroup64"),
+        ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_stream8_turing"),
+        ({"m": 9, "bits": 8, "activation_bits": 8, "sm": 75}, "int8_tile32_turing"),
         ({"m": 65, "bits": 8, "activation_bits": 8}, "int8_warpgroup128x2"),
         ({"m": 192}, "warpgroup64x2"), ({"m": 384}, "warpgroup128x2"),  # what fills the device
         ({"m": 32768, "n": 128}, "warpgroup128"), ({"m": 32768, "n": 128, "activation_bits": 8}, "int8_warpgroup128"),
@@ -40,8 +43,6 @@ def problem(**changes: int) -> dict[str, int]:
         ({"m": 2048, "activation_bits": 8}, "int8_warpgroup128x2"),
         ({"m": 2048, "activation_bits": 8, "group": 4096}, "int8_warpgroup256x2"),
         ({"m": 512, "activation_bits": 8, "group": 4096}, "int8_warpgroup128x2"),
-        ({"bits": 8, "activation_bits": 8, "sm": 120}, "int8"),
-        ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_turing"),
         ({"plain": 1}, "plain"),
     ],
 )  # fmt: skip
@@ -65,7 +66,7 @@ def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> N
 
 def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
     choose = emulated[80].library.choose
-    assert choose(**problem(n=512, k=18944)).splits == 8  # 16 blocks of 132
+    assert choose(**problem(n=512, k=18944)).splits == 8  # 16 tiles for 132 multiprocessors
     assert choose(**problem(n=512, k=512)).splits == 1  # too short: 8 warps, one stage each
     assert choose(**problem(n=37888)).splits == 1
     assert choose(**problem(n=512, k=18944)) == choose(**problem(n=512, k=18944)), "a function of the problem alone"
@@ -95,6 +96,7 @@ REFUSED = [
     ({"m": 0}, "M (rows of x) is 0, expected 1 .. 2^31 - 1"),
     ({"k": 4100}, "K (columns of x) is 4100, expected a positive multiple of 32"),
     ({"n": 4097}, "N (rows of codes) is 4097, expected a positive multiple of 16"),
+    ({"n": 1 << 30, "k": 64}, "N * K is 68719476736, expected below 2^35"),
     ({"group": 48}, "group is 48, expected a multiple of 32 that divides K"),
     ({"group": 0}, "group is 0"),
     ({"bits": 5}, "bits is 5, expected 4 or 8"),

@@ -84,7 +84,7 @@ def test_the_table_chooses_it_only_where_all_agree(emulated: Kernels) -> None:
     assert choose(**{**base, "sm": 90}).kernel != "dense", "warpgroups do not need it"
     for change, kernel in (
         ({"m": M - 1}, "tile64"), ({"rounded_weights": 0}, "tile64"), ({"library": 0}, "tile64"),
-        ({"activation_bits": 8}, "int8"), ({"plain": 1}, "plain"),
+        ({"activation_bits": 8}, "int8_tile64"), ({"plain": 1}, "plain"),
     ):  # fmt: skip
         assert choose(**{**base, **change}).kernel == kernel
 

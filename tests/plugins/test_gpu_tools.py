@@ -1,23 +1,21 @@
-"""The GPU ring's own code, run here: its runner and oracle on the emulator, its report and plot on made-up timings."""
+"""The GPU ring's kernels' side, run here: packing, runner, oracle, small launches and timing, all on the emulator."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from plugins.weight_only_gemm import semantics
+from plugins.weight_only_gemm import layout, semantics
 from plugins.weight_only_gemm.op import OP
-from tests.plugins.kernels import ROOT, Emulated
-from tools.gpu import bench, gemm
-from tools.gpu.gemm import FORMATS, GUARD, Gemm, check, exact, random_weight
-from tools.gpu_check import by_outcome
+from tests.compiler.tensorrt_stand_in import HostDevice
+from tests.plugins.kernels import Emulated
+from tools.gpu import bench, gemm, race, small, tables, tune
+from tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
+from tools.gpu.library import Library
 
 
 @pytest.fixture(autouse=True)
@@ -65,34 +63,183 @@ class SilentLibrary:
         """Leaves what an earlier launch wrote."""
 
 
-def test_report_and_plot(tmp_path: Path) -> None:
-    roof = {"read_bytes_per_us": 4e6, "bf16_ops_per_us": 8e8, "int8_ops_per_us": 1.4e9}
-    stream = bench.with_floor(bench.Timing("70b o", 1, "int4 g128", 10.0, 9.5, 11.0, 36_000_000, 134_000_000), roof)
-    assert (stream.floor_us, stream.fraction) == (9.0, 0.9)
-    dense = bench.with_floor(bench.Timing("70b o", 2048, "a8w8", 400.0, 390.0, 410.0, 10**8, 280 * 10**9), roof)
-    assert dense.floor_us == pytest.approx(200)
-    report = {"timings": [t.__dict__ for t in (stream, dense)]}
-    bench.plot(report, tmp_path / "roof.png")
-    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
-    json.dumps(report)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (144, 1120), (256, 192), (272, 96)])
+def test_packing_in_torch_is_the_products_own(n: int, k: int, bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    ours, theirs = pack(codes, bits).numpy(), layout.pack(codes.numpy(), bits)
+    assert ours.dtype == theirs.dtype
+    assert np.array_equal(ours, theirs)
 
 
-def test_the_report_names_every_case(tmp_path: Path) -> None:
-    tests = "import pytest\n@pytest.mark.parametrize('w', [4, 8])\ndef test_bits(w):\n    assert w == 4\n"
-    (tmp_path / "test_two.py").write_text(tests + "def test_no():\n    pytest.skip('why')\n")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
-    subprocess.run(
-        [*command, f"--junit-xml={tmp_path}/t.xml", str(tmp_path / "test_two.py")], check=False, cwd=tmp_path
+@pytest.mark.parametrize("zeros", ["float", "integer", "central", "low", "high"])
+def test_random_weights_are_what_they_are_called(zeros: str) -> None:
+    weight = random_weight(144, 512, 4, 64, torch.float16, zeros)
+    scale, zero = weight.affine.double().unbind(-1)
+    assert 0 < int((scale == 0).sum()) < 100  # dead groups
+    whole = bool((zero == zero.round()).all())
+    assert whole == (zeros != "float")
+    ends = {"central": (8, 8), "low": (0, 0), "high": (15, 15)}
+    if zeros in ends:
+        assert (float(zero.min()), float(zero.max())) == ends[zeros]
+    else:
+        assert float(zero.min()) < 6
+        assert float(zero.max()) > 9
+    assert set(weight.natural.unique().tolist()) == set(range(16))
+
+
+def test_a_row_that_hung_is_not_launched(emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = random_weight(48, 192, 4, 64, torch.float16), torch.randn(3, 192).half()
+    kernel = Gemm(emulated[90].library, x, weight, {}).plan.kernel
+    monkeypatch.setattr(gemm, "HUNG", frozenset({kernel}))
+    with pytest.raises(HungRowError, match=kernel):
+        Gemm(emulated[90].library, x, weight, {})
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small launches of a small K: the emulator takes its time."""
+    monkeypatch.setattr(small, "K", 288)
+    monkeypatch.setattr(small, "COMMON", {**small.COMMON, "k": 288})
+    monkeypatch.setattr(small, "GROUPS", (32, 96, 288))
+    small.weights.cache_clear()
+
+
+@pytest.mark.usefixtures("shallow")
+def test_small_launches_reach_every_row_of_the_table(emulated: dict[int, Emulated]) -> None:
+    library = emulated[90].library
+    cases = small.every_case(library, {"sm": 90, "sm_count": 132})
+    kernels = {plan for plan in library.rows() if not plan.endswith("_turing")} - {"dense"}
+    assert {case.split()[0] for case in cases} == kernels
+    formats = {(p["bits"], p["activation_bits"], p["type"]) for p in (small.parse(case)[1] for case in cases)}
+    assert len(formats) == 2 * 2 * 2
+    turing = small.every_case(emulated[75].library, {"sm": 75, "sm_count": 40}, (0,))
+    assert {case.split()[0] for case in turing} >= {"tile32_turing", "int8_turing", "dense"}
+    few = small.few_cases(cases)
+    assert {case.split()[0] for case in few} == kernels
+    assert 2 * len(kernels) <= len(few) <= len(cases) / 8
+
+
+@pytest.mark.usefixtures("shallow")
+def test_small_launches_are_checked(emulated: dict[int, Emulated], capsys: pytest.CaptureFixture[str]) -> None:
+    library, device = emulated[90].library, HostDevice()
+    cases = small.every_case(library, {"sm": 90, "sm_count": 132}, (1,))
+    first = {case.split()[0]: case for case in reversed(cases) if " m=3 " in case}
+    for case in first.values():
+        assert small.run(library, device, small.parse(case)[1], poisoned=True).max() < small.EXACT / 10
+    assert not device.driver.blocks
+    small.check(library, device, first["plain"].replace("bits=4", "bits=8", 1), poisoned=False)
+    assert '"outcome": "passed"' in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "run", lambda *_: np.array([np.nan, 1e-7]))
+        small.check(library, device, first["plain"], poisoned=True)
+    assert '"failed", "message": "relative error nan, allowed 2e-05"' in capsys.readouterr().out
+    codes, affine, _ = small.weights(4, 32, 1)
+    affine[1, 6] *= 1.01  # the kernel reads this; the truth is computed from it later, when it is right again
+    problem = small.parse(
+        next(case for case in cases if "stream8" in case and " bits=4 " in case and "group=32" in case)
     )
-    expected = {"passed": ["test_bits[4]"], "failure": ["test_bits[8]"], "error": [], "skipped": ["test_no"]}
-    assert by_outcome(tmp_path / "t.xml") == expected
-    assert not any(by_outcome(tmp_path / "absent.xml").values())
+
+    def launch(*arguments: Any) -> None:
+        library.launch(*arguments)
+        affine[1, 6] /= 1.01
+
+    wrong: Any = SimpleNamespace(choose=library.choose, launch=launch)
+    assert small.run(wrong, device, problem[1], poisoned=True).max() > small.EXACT
+    assert codes.any()
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU: run tools.gpu_check itself")
-def test_without_a_gpu_it_says_so() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 1
-    assert run.stderr.startswith("no GPU: nvidia-smi is not on PATH.")
+class Graph:
+    """A CUDA graph of calls on this CPU."""
+
+    def __init__(self, calls: list[race.Call], count: int) -> None:
+        self.calls = [calls[i % len(calls)] for i in range(count)]
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing without a GPU: the clock counts calls, so that the first row tried wins."""
+    ticks = iter(range(1, 1 << 30))
+
+    def timed(call: race.Call) -> float:
+        call()
+        return float(next(ticks))
+
+    for module in (bench, tune):
+        monkeypatch.setattr(module, "LAYERS", {"qwen2-7b o": (32, 128)})
+        monkeypatch.setattr(module, "copies", lambda size: 2)
+    monkeypatch.setattr(race, "FEWEST_CALLS", 2)
+    monkeypatch.setattr(race, "WARM", 0)
+    monkeypatch.setattr(tune, "REPLAYS", 1)
+    monkeypatch.setattr(tune, "SPLITS", (0, 2))
+    monkeypatch.setattr(race, "capture", Graph)
+    monkeypatch.setattr(race, "timed", timed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_a_case_of_the_benchmark(emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "REPLAYS", 2)
+    done = bench.case(emulated[90].library, "qwen2-7b o", 17)
+    names = [t["kernel"] for t in done["timings"]]
+    assert names[:8] == [
+        "int4 g128", "int4 g128 symmetric", "int4 g128 bf16", "int8", "int8 g128", "a8w8", "a8w8 g128", "a8w4 g128"
+    ]  # fmt: skip
+    assert {"cublas fp16", "cublas bf16"} <= set(names)
+    weights = done["timings"][0]["bytes"] - 17 * (32 + 128) * 2
+    assert weights == 32 * 128 // 2 + 32 * 4
+    assert not [name for name in done["failures"] if name.startswith(("int4", "int8", "a8"))]
+    assert all(t["median"] > 0 and t["plan"] for t in done["timings"][:8])
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_tuning_tries_every_row_and_none_that_is_wrong(emulated: dict[int, Emulated]) -> None:
+    library = emulated[90].library
+    rows = tune.case(library, "qwen2-7b o", 4)
+    tried = {row["format"]: {r["plan"] for r in rows if r["format"] == row["format"]} for row in rows}
+    for name, (bits, _, activation_bits) in tune.FORMATS.items():
+        fields = {"m": 4, "n": 32, "k": 128, "group": 128, "bits": bits, "activation_bits": activation_bits}
+        plans = library.plans((0, 2), **fields, **gemm.device_numbers())
+        assert tried[name] == {bench.label(plan) for plan in plans}
+        assert len(plans) > 1
+    assert all(sum(r.get("chosen", False) for r in rows if r["format"] == name) == 1 for name in tried)
+    assert not any("wrong" in row for row in rows)
+    assert {r["format"] for r in tables.losses(rows)} == set(tune.FORMATS)
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_a_row_that_computes_something_else_cannot_win(
+    emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, broken = Library.launch, "tile64"
+
+    def launch(self: Library, problem: dict[str, int], tensors: dict[str, int], stream: int = 0) -> None:
+        if self.rows()[problem["row"] - 1] != broken:
+            right(self, problem, tensors, stream)
+
+    monkeypatch.setattr(Library, "launch", launch)
+    monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
+    rows = tune.case(emulated[90].library, "qwen2-7b o", 4)
+    assert {row["plan"].split("/")[0] for row in rows if "wrong" in row} == {broken}
+    assert not any(row["plan"].startswith(broken) for row in rows if "us" in row)
+
+
+def test_who_is_hopelessly_slow_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "timed", lambda call: call())
+    graphs: dict[str, race.Call] = {"best": lambda: 1.0, "near": lambda: 2.9, "far": lambda: 3.1}
+    times = race.replay_in_turn(graphs, 9, 3)
+    assert {name: len(each) for name, each in times.items()} == {"best": 9, "near": 9, "far": 2}
+    assert {len(each) for each in race.replay_in_turn(graphs, 9).values()} == {9}
+
+
+def test_graphs_exceed_the_cache() -> None:
+    for size in (1 << 20, 6 << 20, 17 << 20, 235 << 20):
+        assert size * race.copies(size) >= min(64 * size, 256 << 20)
+    calls: list[race.Call] = [lambda: None] * 2
+    assert race.calls_in_graph(race.Contestant("slow", calls, 0, 0, floor_us=900.0)) == 3
+    assert race.calls_in_graph(race.Contestant("quick", calls, 0, 0, floor_us=2.0)) == 32
+    assert race.calls_in_graph(race.Contestant("many copies", calls * 24, 0, 0, floor_us=2.0)) == 48

@@ -1,7 +1,7 @@
-"""Times WeightOnlyGemm and its peers: CUDA graphs over rotating copies of the weights, peers interleaved, medians.
+"""Times WeightOnlyGemm and its peers on the layers of known models: a child of tools.gpu.watch.
 
-One launch is a graph of enough calls that the weights they touch exceed the L2 cache several times. All contestants of
-a case are captured first and then replayed in turn (A, B, C, A, B, C, ...), so that clocks and heat treat them alike.
+    python -m tools.gpu.bench LIBRARY READER CASE...          cases: "roofs", "qwen2-7b o m=16"
+
 The quantize kernel of A8W8 and A8W4 is inside its time. `floor_us` is bytes over the measured read bandwidth, or
 operations over the measured rate, whichever is more; fractions are of that.
 """
@@ -10,137 +10,71 @@ from __future__ import annotations
 
 import ctypes
 import json
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tools.gpu import gemm
 from tools.gpu.gemm import Gemm, Weight, random_weight
-from tools.gpu.library import Library
+from tools.gpu.layers import LAYERS, QUICK, parse_case
+from tools.gpu.library import Library, Plan
+from tools.gpu.race import Call, Contestant, Racer, capture, copies, once, race, ready
+from tools.gpu.watch import emit
 
-LAYERS = {  # name: (n, k)
-    "qwen2-7b qkv": (4608, 3584), "qwen2-7b o": (3584, 3584), "qwen2-7b gate_up": (37888, 3584),
-    "qwen2-7b down": (3584, 18944), "llama3-8b qkv": (6144, 4096), "llama3-8b down": (4096, 14336),
-    "70b o": (8192, 8192), "70b gate_up": (57344, 8192),
-}  # fmt: skip
-QUICK = ("qwen2-7b o", "qwen2-7b gate_up", "70b o")
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-WORKING_SET = 320 << 20  # bytes of distinct weights that one graph touches
-REPLAYS = 20
-Call = Callable[[], object]
+READ_MB = (6, 17, 34, 68)  # of one launch: the weights of the smaller layers
+SLOW_TO_PREPARE = (1, 16, 64, 256)  # rows at which a peer that compiles for every shape takes part
+READ_US, BF16_US, INT8_US = 4.0e6, 7.5e8, 1.2e9  # bytes and operations per microsecond, to size graphs by
+HALF, BRAIN = torch.float16, torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call."""
-
-    layer: str
-    m: int
-    kernel: str
-    median: float
-    p10: float
-    p90: float
-    bytes: int
-    flops: int
-    plan: str = ""
-    floor_us: float = 0.0
-    fraction: float = 0.0
+def contestant(name: str, calls: Iterable[Call], size: int, flops: int, plan: str = "") -> Contestant:
+    rate = INT8_US if name.startswith(("a8", "torch int_mm")) else BF16_US
+    return Contestant(name, list(calls), size, flops, plan, max(size / READ_US, flops / rate))
 
 
-@dataclass(frozen=True)
-class Contestant:
-    name: str
-    calls: list[Call]  # one for each copy of the weights
-    bytes: int
-    flops: int
-    plan: str = ""
+def ours(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **options: int) -> Contestant:
+    one, w = Gemm(library, x, weights[0], options), weights[0]
+    size = w.codes.nbytes + w.affine.nbytes + len(x) * (w.n + w.k) * 2
+    return contestant(name, map(one.on, weights), size, 2 * len(x) * w.n * w.k, label(one.plan))
 
 
-def pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    return start, stop
+def label(plan: Plan) -> str:
+    """The row of the table, and how many parts of K it sums."""
+    return plan.kernel + (f"/{plan.splits}" if plan.splits > 1 else "")
 
 
-def capture(calls: list[Call], launches: int) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            calls[i % len(calls)]()
-    return graph
-
-
-def race(layer: str, m: int, contestants: list[Contestant]) -> list[Timing]:
-    launches = {c.name: max(32, len(c.calls)) for c in contestants}
-    graphs = {c.name: capture(c.calls, launches[c.name]) for c in contestants}
-    times: dict[str, list[float]] = {c.name: [] for c in contestants}
-    for replay in range(REPLAYS + 2):
-        for c in contestants:
-            start, stop = pair()
-            start.record()
-            graphs[c.name].replay()
-            stop.record()
-            stop.synchronize()
-            if replay >= 2:
-                times[c.name].append(start.elapsed_time(stop) * 1e3 / launches[c.name])
-    result = []
-    for c in contestants:
-        ordered = sorted(times[c.name])
-        low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
-        middle = statistics.median(ordered)
-        result.append(Timing(layer, m, c.name, middle, low, high, c.bytes, c.flops, c.plan))
-    return result
-
-
-def copies(size: int) -> int:
-    return max(2, min(64, -(-WORKING_SET // size)))
-
-
-def ours(library: Library, name: str, x: torch.Tensor, weight: Weight, **options: int) -> Contestant:
-    size = weight.codes.nbytes + weight.affine.nbytes
-    clones = [
-        replace(weight, codes=weight.codes.clone(), affine=weight.affine.clone()) for _ in range(copies(size) - 1)
-    ]
-    gemms = [Gemm(library, x, w, options) for w in (weight, *clones)]
-    m, flops = len(x), 2 * len(x) * weight.n * weight.k
-    calls: list[Call] = list(gemms)
-    return Contestant(name, calls, size + m * (weight.n + weight.k) * 2, flops, gemms[0].plan.kernel)
-
-
-def cublas(x: torch.Tensor, n: int) -> Contestant:
-    m, k = x.shape
-    weights = [torch.randn((n, k), device="cuda", dtype=torch.float16).to(x.dtype) for _ in range(copies(n * k * 2))]
-    y = torch.empty((m, n), device="cuda", dtype=x.dtype)
+def cublas(x: torch.Tensor, weights: list[torch.Tensor]) -> Contestant:
+    (m, k), n = x.shape, len(weights[0])
+    y = torch.empty((m, n), device=gemm.DEVICE, dtype=x.dtype)
     calls: list[Call] = [lambda w=w: torch.matmul(x, w.T, out=y) for w in weights]  # type: ignore[misc]
-    name = "cublas fp16" if x.dtype == torch.float16 else "cublas bf16"
-    return Contestant(name, calls, (n * k + m * (n + k)) * 2, 2 * m * n * k)
+    return contestant(
+        "cublas fp16" if x.dtype == HALF else "cublas bf16", calls, (n * k + m * (n + k)) * 2, 2 * m * n * k
+    )
 
 
 def tinygemm(x: torch.Tensor, weight: Weight) -> Contestant:
     """torch._weight_int4pack_mm: w = (code - 8) * scale + zero', so zero' = (8 - zero) * scale."""
     even = (weight.natural[:, 0::2] << 4 | weight.natural[:, 1::2]).contiguous()
-    packed = [torch._convert_weight_to_int4pack(even, 8) for _ in range(copies(weight.codes.nbytes))]
+    packed = torch._convert_weight_to_int4pack(even, 8)
+    clones = [packed, *(packed.clone() for _ in range(copies(weight.codes.nbytes) - 1))]
     scale, zero = weight.affine.float().unbind(-1)
     both = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16().contiguous()
-    calls: list[Call] = [lambda w=w: torch._weight_int4pack_mm(x, w, weight.group, both) for w in packed]  # type: ignore[misc]
+    calls: list[Call] = [lambda w=w: torch._weight_int4pack_mm(x, w, weight.group, both) for w in clones]  # type: ignore[misc]
     m, n, k = len(x), weight.n, weight.k
-    return Contestant("torch int4pack bf16", calls, weight.codes.nbytes + both.nbytes + m * (n + k) * 2, 2 * m * n * k)
+    return contestant("torch int4pack bf16", calls, weight.codes.nbytes + both.nbytes + m * (n + k) * 2, 2 * m * n * k)
 
 
 def int_mm(m: int, n: int, k: int) -> Contestant:
     """torch._int_mm: int32 output, no scales; the integer GEMM alone."""
-    x = torch.randint(-127, 128, (m, k), device="cuda", dtype=torch.int8)
-    weights = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in range(copies(n * k))]
+    x = torch.randint(-127, 128, (m, k), device=gemm.DEVICE, dtype=torch.int8)
+    weights = [torch.randint(-127, 128, (n, k), device=gemm.DEVICE, dtype=torch.int8) for _ in range(copies(n * k))]
     calls: list[Call] = [lambda w=w: torch._int_mm(x, w.T) for w in weights]  # type: ignore[misc]
-    return Contestant("torch int_mm", calls, n * k + m * k + m * n * 4, 2 * m * n * k)
+    return contestant("torch int_mm", calls, n * k + m * k + m * n * 4, 2 * m * n * k)
 
 
 def humming(x: torch.Tensor, weight: Weight) -> Contestant:
@@ -155,131 +89,126 @@ def humming(x: torch.Tensor, weight: Weight) -> Contestant:
     for _ in range(copies(weight.codes.nbytes)):
         layer = HummingLayer(
             shape_n=weight.n, shape_k=weight.k, weight_config=config,
-            input_config={"dtype": "float16", "group_size": 0}, torch_dtype=torch.float16,
+            input_config={"dtype": "float16", "group_size": 0}, torch_dtype=HALF,
         ).cuda()  # fmt: skip
         layer.transform()
         tuned = get_heuristics_config(meta=layer.humming_metas[""])
         calls.append(lambda f=layer, t=tuned: f(inputs=x, compute_config=plain, tuning_config=t))  # type: ignore[misc]
     m, n, k = len(x), weight.n, weight.k
     size = weight.codes.nbytes + weight.affine.nbytes + m * (n + k) * 2
-    return Contestant(f"humming int{weight.bits}", calls, size, 2 * m * n * k)
+    return contestant(f"humming int{weight.bits}", calls, size, 2 * m * n * k)
 
 
-def roofs(reader: Path) -> dict[str, float]:
-    """What this GPU reaches: reading and copying in bytes/us, GEMMs in operations/us."""
-    data = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
-    other, sink = torch.empty_like(data), torch.zeros(1, dtype=torch.int32, device="cuda")
-    read = ctypes.CDLL(str(reader)).read_bytes
-    read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+def roofs(reader: Path) -> dict[str, Any]:
+    """What this GPU reaches: reading and copying in bytes/us, GEMMs in operations/us, an empty graph node in us."""
+    data = torch.empty(4 << 30, dtype=torch.uint8, device=gemm.DEVICE).random_()
+    other, sink = torch.empty_like(data), torch.zeros(1, dtype=torch.int32, device=gemm.DEVICE)
+    c = ctypes.CDLL(str(reader))
+    c.read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    c.empty.argtypes = [ctypes.c_int, ctypes.c_void_p]
     sms = torch.cuda.get_device_properties(0).multi_processor_count
 
-    def reads(blocks: int) -> Call:
-        stream = torch.cuda.current_stream
-        return lambda: read(data.data_ptr(), data.nbytes, sink.data_ptr(), blocks, stream().cuda_stream)
+    def stream() -> int:
+        return int(torch.cuda.current_stream().cuda_stream)
 
-    a = torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16)
-    i = torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8)
-    best = max(data.nbytes / once(reads(sms * per_sm)) for per_sm in (2, 4, 8, 16))
+    def read(blocks: int, size: int = data.nbytes, start: int = 0) -> Call:
+        return lambda: c.read_bytes(data.data_ptr() + start, size, sink.data_ptr(), blocks, stream())
+
+    def rate(size: int) -> float:
+        """Bytes/us of launches that read `size` bytes each, the next of them each time, in a graph."""
+        count = max(64, copies(size))
+        graphs = [
+            capture([read(sms * per_sm, size, i * size) for i in range(copies(size))], count) for per_sm in (1, 2, 4, 8)
+        ]
+        return max(size * count / once(graph.replay) for graph in graphs)
+
+    a = torch.randn((8192, 8192), device=gemm.DEVICE, dtype=BRAIN)
+    i = torch.randint(-127, 128, (8192, 8192), device=gemm.DEVICE, dtype=torch.int8)
     return {
-        "read_bytes_per_us": best,
+        "read_bytes_per_us": max(data.nbytes / once(read(sms * per_sm)) for per_sm in (2, 4, 8, 16)),
+        "read_bytes_per_us_by_mb": {str(mb): rate(mb << 20) for mb in READ_MB},
+        "empty_node_us": once(capture([lambda: c.empty(sms, stream())], 256).replay) / 256,
         "copy_bytes_per_us": 2 * data.nbytes / once(lambda: other.copy_(data)),
         "bf16_ops_per_us": 2 * 8192**3 / once(lambda: a @ a),
         "int8_ops_per_us": 2 * 8192**3 / once(lambda: torch._int_mm(i, i.T)),
+        "gpu": torch.cuda.get_device_name(0),
+        "cuda": torch.version.cuda,
     }
 
 
-def once(call: Call) -> float:
-    """Median microseconds of one large call."""
-    times: list[float] = []
-    for _ in range(12):
-        start, stop = pair()
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times[2:])
-
-
-def case(library: Library, layer: str, m: int, weights: dict[str, Weight], failures: list[str]) -> list[Timing]:
+@lru_cache(maxsize=1)
+def layer_weights(layer: str) -> dict[str, list[Weight]]:
+    """Each format of one layer, in as many copies as it takes."""
     n, k = LAYERS[layer]
-    x = torch.randn((m, k), device="cuda").half()
-    rounded = {"rounded_weights": 1, "library": int(library.has_cublaslt())}
-    entrants: dict[str, Callable[[], Contestant]] = {
-        "int4 g128": lambda: ours(library, "int4 g128", x, weights["int4"]),
-        "int8": lambda: ours(library, "int8", x, weights["int8"]),
-        "int4 g128 rounded": lambda: ours(library, "int4 g128 rounded", x, weights["int4"], **rounded),
-        "int4 g128 bf16": lambda: ours(library, "int4 g128 bf16", x.bfloat16(), weights["int4 bf16"]),
-        "a8w8": lambda: ours(library, "a8w8", x, weights["int8"], activation_bits=8),
-        "a8w4 g128": lambda: ours(library, "a8w4 g128", x, weights["int4"], activation_bits=8),
-        "a8w8 g128": lambda: ours(library, "a8w8 g128", x, weights["int8 g128"], activation_bits=8),
-        "cublas fp16": lambda: cublas(x, n),
-        "cublas bf16": lambda: cublas(x.bfloat16(), n),
-        "torch int4pack bf16": lambda: tinygemm(x.bfloat16(), weights["int4 bf16"]),
-        "torch int_mm": lambda: int_mm(m, n, k),
-        "humming int4": lambda: humming(x, weights["int4"]),
-        "humming int8": lambda: humming(x, weights["int8 g128"]),
+    made = {
+        "int4": random_weight(n, k, 4, 128, HALF), "int4 central": random_weight(n, k, 4, 128, HALF, "central"),
+        "int4 bf16": random_weight(n, k, 4, 128, BRAIN), "int8": random_weight(n, k, 8, k, HALF),
+        "int8 g128": random_weight(n, k, 8, 128, HALF),
+    }  # fmt: skip
+    return {name: [w, *(w.copy() for _ in range(copies(w.codes.nbytes) - 1))] for name, w in made.items()}
+
+
+@lru_cache(maxsize=1)
+def float_weights(layer: str) -> dict[torch.dtype, list[torch.Tensor]]:
+    n, k = LAYERS[layer]
+    count = range(copies(n * k * 2))
+    return {t: [torch.randn((n, k), device=gemm.DEVICE, dtype=t) for _ in count] for t in (HALF, BRAIN)}
+
+
+def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Contestant]]:
+    (n, k), w, floats = LAYERS[layer], layer_weights(layer), float_weights(layer)
+    x = torch.randn((m, k), device=gemm.DEVICE).to(HALF)
+    a8, rounded = {"activation_bits": 8}, {"rounded_weights": 1, "library": int(library.has_cublaslt())}
+    mine: dict[str, tuple[torch.Tensor, str, dict[str, int]]] = {
+        "int4 g128": (x, "int4", {}),
+        "int4 g128 symmetric": (x, "int4 central", {}),
+        "int4 g128 bf16": (x.to(BRAIN), "int4 bf16", {}),
+        "int8": (x, "int8", {}),
+        "int8 g128": (x, "int8 g128", {}),
+        "a8w8": (x, "int8", a8),
+        "a8w8 g128": (x, "int8 g128", a8),
+        "a8w4 g128": (x, "int4", a8),
     }
-    if m <= 16:
-        del entrants["torch int_mm"]  # it takes more than 16 rows
-    if Gemm(library, x, weights["int4"], rounded).plan.kernel != "dense":
-        del entrants["int4 g128 rounded"]  # the table has the exact kernel here
-    made = []
-    for name, make in entrants.items():
+    if library.choose(**Gemm.problem_of(x, w["int4"][0], rounded)).kernel == "dense":  # else as without
+        mine["int4 g128 rounded"] = (x, "int4", rounded)
+    every: dict[str, Callable[[], Contestant]] = {
+        name: lambda name=name, t=t, key=key, o=o: ours(library, name, t, w[key], **o)  # type: ignore[misc]
+        for name, (t, key, o) in mine.items()
+    }
+    every["cublas fp16"] = lambda: cublas(x, floats[HALF])
+    every["cublas bf16"] = lambda: cublas(x.to(BRAIN), floats[BRAIN])
+    every["torch int4pack bf16"] = lambda: tinygemm(x.to(BRAIN), w["int4 bf16"][0])
+    if m > 16:  # it takes no fewer
+        every["torch int_mm"] = lambda: int_mm(m, n, k)
+    if layer in QUICK and m in SLOW_TO_PREPARE:
+        every["humming int4"] = lambda: humming(x, w["int4"][0])
+        every["humming int8"] = lambda: humming(x, w["int8 g128"][0])
+    return every
+
+
+def case(library: Library, layer: str, m: int) -> dict[str, Any]:
+    """Timings of everybody who could take part, and why the others could not."""
+    racers: list[Racer] = []
+    failures: dict[str, str] = {}
+    for name, make in entrants(library, layer, m).items():
         try:
-            made.append(make())
-            made[-1].calls[0]()
-            torch.cuda.synchronize()
+            racers.append(ready(make()))
         except Exception as error:  # a peer that is absent or refuses a shape is recorded, and the race goes on
-            made = [c for c in made if c.name != name]
-            failures.append(f"{layer}, m={m}, {name}: {type(error).__name__}: {error}"[:300])
-    return race(layer, m, made)
+            failures[name] = f"{type(error).__name__}: {error}"[:300]
+            torch.cuda.synchronize()  # but an error inside a kernel ends this process
+    timings = [asdict(t) for t in race(layer, m, racers)]
+    torch.cuda.empty_cache()
+    return {"timings": timings, "failures": failures}
 
 
-def run(library_path: Path, reader: Path, quick: bool) -> dict[str, Any]:
-    library, roof = Library(library_path), roofs(reader)
-    timings: list[Timing] = []
-    failures: list[str] = []
-    for layer in QUICK if quick else LAYERS:
-        n, k = LAYERS[layer]
-        half, brain = torch.float16, torch.bfloat16
-        weights = {
-            "int4": random_weight(n, k, 4, 128, half), "int4 bf16": random_weight(n, k, 4, 128, brain),
-            "int8": random_weight(n, k, 8, k, half), "int8 g128": random_weight(n, k, 8, 128, half),
-        }  # fmt: skip
-        for m in ROWS:
-            timings += case(library, layer, m, weights, failures)
-            torch.cuda.empty_cache()
-    return {
-        "roofs": roof,
-        "timings": [asdict(with_floor(t, roof)) for t in timings],
-        "failures": sorted(set(failures)),
-    }
+def main() -> None:
+    path, reader, *cases = sys.argv[1:]
+    library = Library(Path(path))
+    for name in cases:
+        emit(start=name)
+        data = roofs(Path(reader)) if name == "roofs" else case(library, *parse_case(name))
+        emit(end=name, outcome="passed", data=data)
 
 
-def with_floor(t: Timing, roof: dict[str, float]) -> Timing:
-    rate = roof["int8_ops_per_us"] if t.kernel.startswith(("a8", "torch int_mm")) else roof["bf16_ops_per_us"]
-    floor = max(t.bytes / roof["read_bytes_per_us"], t.flops / rate)
-    return replace(t, floor_us=floor, fraction=floor / t.median)
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Time over floor against M, one line for each kernel and peer, one panel for each layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    layers = list(dict.fromkeys(t["layer"] for t in report["timings"]))
-    figure, panels = pyplot.subplots(1, len(layers), figsize=(6 * len(layers), 5), squeeze=False, sharey=True)
-    for panel, layer in zip(panels[0], layers, strict=True):
-        here = [t for t in report["timings"] if t["layer"] == layer]
-        for kernel in dict.fromkeys(t["kernel"] for t in here):
-            points = [(t["m"], t["median"] / t["floor_us"]) for t in here if t["kernel"] == kernel]
-            panel.plot(*zip(*points, strict=True), marker="o", label=kernel)
-        panel.set(title=layer, xscale="log", xlabel="M", ylabel="time / floor", ylim=(1, 8))
-        panel.set_xticks(ROWS, [str(m) for m in ROWS])
-        panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
+if __name__ == "__main__":
+    main()

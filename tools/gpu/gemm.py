@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from plugins.weight_only_gemm import layout
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import ACTIVATIONS
-from tools.gpu.library import Library, Plan
+from tools.gpu import small
+from tools.gpu.library import HUNG_ROWS, Library, Plan
 
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
+HUNG = frozenset(filter(None, os.environ.get(HUNG_ROWS, "").split(",")))
+FORMATS = small.FORMATS
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
-FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
 DEVICE = "cuda"  # tests of this module put the emulator's memory here
+
+
+class HungRowError(Exception):
+    """The table chose a row that takes the GPU with it."""
 
 
 def current_stream() -> int:
@@ -49,6 +55,9 @@ class Weight:
     def k(self) -> int:
         return self.natural.shape[1]
 
+    def copy(self) -> Weight:
+        return replace(self, codes=self.codes.clone(), affine=self.affine.clone())
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[N, K] = (code - zero) * scale, exact in float64."""
         scale, zero = (self.affine[:, :, i].to(torch.float64).T.repeat_interleave(self.group, 1) for i in (0, 1))
@@ -58,26 +67,53 @@ class Weight:
 def random_weight(
     n: int, k: int, bits: int, group: int, dtype: torch.dtype, zeros: str = "float", bias: bool = False
 ) -> Weight:
-    """Random codes, a scale and a zero per group; packed by the product's own packer."""
-    rng = np.random.default_rng([n, k, bits, group])
-    top = 2**bits - 1
-    natural: NDArray[Any] = rng.integers(0, top + 1, (n, k), np.uint8)
-    scale = rng.uniform(0.2, 1.5, (k // group, n)) / (top * np.sqrt(k))
-    scale[rng.random(scale.shape) < 0.01] = 0
+    """Random codes, a scale and a zero per group, made and packed where the kernels run."""
+    generator = torch.Generator(DEVICE).manual_seed(hash((n, k, bits, group)))
+    top, shape = 2**bits - 1, (k // group, n)
+    natural = torch.randint(0, top + 1, (n, k), dtype=torch.uint8, device=DEVICE, generator=generator)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, device=DEVICE, generator=generator) * (high - low) + low
+
+    scale = uniform(0.2, 1.5) / (top * k**0.5)
+    scale[uniform(0, 1) < 0.01] = 0
     zero = {
-        "float": rng.uniform(0.3 * top, 0.7 * top, scale.shape),
-        "integer": rng.integers(0, top + 1, scale.shape).astype(np.float64),
-        "low": np.zeros(scale.shape),
-        "high": np.full(scale.shape, float(top)),
-    }[zeros]
+        "float": lambda: uniform(0.3 * top, 0.7 * top),
+        "integer": lambda: uniform(0, top + 1).floor(),
+        "central": lambda: torch.full_like(scale, (top + 1) // 2),
+        "low": lambda: torch.zeros_like(scale),
+        "high": lambda: torch.full_like(scale, top),
+    }[zeros]()
     return Weight(
-        codes=torch.from_numpy(layout.pack(natural, bits).copy()).to(DEVICE),
-        natural=torch.from_numpy(natural).to(DEVICE),
-        affine=torch.from_numpy(np.stack((scale, zero), axis=-1)).to(DEVICE, dtype).contiguous(),
-        bias=torch.from_numpy(rng.standard_normal(n)).to(DEVICE, dtype) if bias else None,
+        codes=pack(natural, bits),
+        natural=natural,
+        affine=torch.stack((scale, zero), dim=-1).to(dtype).contiguous(),
+        bias=torch.randn(n, device=DEVICE, generator=generator).to(dtype) if bias else None,
         bits=bits,
         group=group,
     )
+
+
+def pack(natural: torch.Tensor, bits: int) -> torch.Tensor:
+    """layout.pack, in torch: the product's own takes a second for each 140 million codes. A test holds them equal."""
+    n, k = natural.shape
+    rows = layout.STRIP * layout.TILE_STRIPS
+    padded = torch.nn.functional.pad(natural, (0, -k % layout.block_k(bits)))
+    whole = n - n % rows
+    tiles = (_pack_tiles(part, bits) for part in (padded[:whole], padded[whole:]) if len(part))
+    return torch.cat(list(tiles)).view(torch.int8).view(layout.packed_shape(n, k, bits))
+
+
+def _pack_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of whole tiles, or of the one that is not whole, as bytes: [tile][block][strip][512]."""
+    block = layout.block_k(bits)
+    strips = min(codes.shape[0] // layout.STRIP, layout.TILE_STRIPS)
+    #                  tile strip  h  g  block                     j            h8 t  e
+    w = codes.reshape(-1, strips, 2, 8, codes.shape[1] // block, block // 16, 2, 4, 2)
+    if bits == 8:
+        return w.permute(0, 4, 1, 3, 7, 5, 2, 8, 6).reshape(-1)
+    nibbles = w.permute(0, 4, 1, 3, 7, 5, 8, 6, 2).reshape(-1, 2)
+    return nibbles[:, 0] | nibbles[:, 1] << 4
 
 
 @dataclass
@@ -91,11 +127,10 @@ class Gemm:
 
     def __post_init__(self) -> None:
         w, gated = self.weight, self.options.get("gated", 0)
-        self.problem = {
-            "m": self.x.shape[0], "n": w.n, "k": w.k, "group": w.group, "bits": w.bits, "type": TYPES[self.x.dtype],
-            "activation_bits": 16, **device_numbers(), **self.options,
-        }  # fmt: skip
+        self.problem = self.problem_of(self.x, w, self.options)
         self.plan: Plan = self.library.choose(**self.problem)
+        if self.plan.kernel in HUNG:
+            raise HungRowError(f"the table's row {self.plan.kernel} did not come back when it was tried")
         self.dtype = torch.float32 if self.options.get("wide") else self.x.dtype
         self.shape = (self.x.shape[0], w.n // (1 + gated))
         self.y_memory = self.poisoned(self.shape[0] * self.shape[1] * self.dtype.itemsize)
@@ -107,11 +142,23 @@ class Gemm:
         }  # fmt: skip
 
     @staticmethod
+    def problem_of(x: torch.Tensor, w: Weight, options: dict[str, int]) -> dict[str, int]:
+        return {
+            "m": x.shape[0], "n": w.n, "k": w.k, "group": w.group, "bits": w.bits, "type": TYPES[x.dtype],
+            "activation_bits": 16, **device_numbers(), **options,
+        }  # fmt: skip
+
+    @staticmethod
     def poisoned(size: int) -> torch.Tensor:
         return torch.full((size + 2 * GUARD,), POISON, dtype=torch.uint8, device=DEVICE)
 
     def __call__(self) -> None:
         self.library.launch(self.problem, self.tensors, current_stream())
+
+    def on(self, weight: Weight) -> Callable[[], None]:
+        """The same launch on a copy of the weights."""
+        tensors = {**self.tensors, "codes": weight.codes.data_ptr(), "affine": weight.affine.data_ptr()}
+        return lambda: self.library.launch(self.problem, tensors, current_stream())
 
     def output(self) -> torch.Tensor:
         """The result; checks that nothing outside the output and the workspace was written."""

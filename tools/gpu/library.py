@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
+HUNG_ROWS = "INSTANTRT_HUNG_ROWS"  # environment: rows of the table not to launch, names separated by commas
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 CProblem = structure(
     "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,
-    sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32,
-    row=I32, splits=I32,
+    sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32, row=I32, splits=I32,
 )  # fmt: skip
 CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
 CPlan = structure(
@@ -30,7 +31,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
+    """`kernel` names the row of the table that serves the problem, `row` is its index."""
+
     kernel: str
+    row: int
     splits: int
     grid_m: int
     grid_n: int
@@ -61,6 +65,23 @@ class Library:
     def rows(self) -> list[str]:
         """Names of the table's rows; a problem's `row` is an index into them plus 1. Several rows may share a name."""
         return [self._c.wog_row_name(i).decode() for i in range(self._c.wog_rows())]
+
+    def plans(self, splits: tuple[int, ...] = (0,), **problem: int) -> list[Plan]:
+        """One plan for each row of the table that can serve the problem and each way that it can split K."""
+        found: dict[tuple[int, int], Plan] = {}
+        for row, parts in product(range(len(self.rows())), splits):
+            try:
+                plan = self.choose(**{**problem, "row": row + 1, "splits": parts})
+            except RefusedError:
+                continue
+            found.setdefault((plan.row, plan.splits), plan)
+        return list(found.values())
+
+    def device(self) -> dict[str, int]:
+        """sm and sm_count of this machine's GPU."""
+        sm, sm_count = I32(), I32()
+        self._call("wog_device", ctypes.byref(sm), ctypes.byref(sm_count))
+        return {"sm": sm.value, "sm_count": sm_count.value}
 
     def has_cublaslt(self) -> bool:
         return bool(self._c.wog_library())

@@ -1,0 +1,338 @@
+"""The GPU ring's runner, run here: watched children, stages, merging, goals, tables and plot on made-up results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.plugins.kernels import ROOT, Emulated
+from tools import gpu_check
+from tools.gpu import goals, layers, small, stages, tables
+from tools.gpu.plot import plot
+from tools.gpu.watch import Job, Outcome, failures, run_all
+
+ROOF = {"read_bytes_per_us": 4e6, "bf16_ops_per_us": 8e8, "int8_ops_per_us": 1.4e9}
+CHILD = """
+import os, sys, time
+from tools.gpu.watch import emit
+for case in sys.argv[1:]:
+    print("loading", case)
+    emit(start=case)
+    if case == "hangs":
+        time.sleep(60)
+    if case == "dies":
+        print("Segmentation fault")
+        os._exit(7)
+    if case == "lost":
+        emit(end=case, outcome="crashed", message="illegal address")
+        sys.exit(3)
+    print("========= ERROR SUMMARY: of", case)
+    emit(end=case, outcome="failed" if case == "wrong" else "passed", message="off by one", data=len(case))
+"""
+
+
+def child(script: str, cases: list[str], stall: float = 2.0) -> Job:
+    return Job(lambda left: [sys.executable, "-c", script, *left], cases, stall)
+
+
+def test_a_case_that_hangs_or_dies_costs_itself() -> None:
+    job = child(CHILD, ["good", "hangs", "wrong", "dies", "lost", "last"])
+    job.lives = 4
+    start = time.monotonic()
+    run_all([job], 60, 1)
+    assert time.monotonic() - start < 20
+    assert {name: o.outcome for name, o in job.outcomes.items()} == {
+        "good": "passed", "hangs": "hung", "wrong": "failed", "dies": "crashed", "lost": "crashed", "last": "passed"
+    }  # fmt: skip
+    assert job.outcomes["hangs"].message.startswith("no sign of life for 2 s\n")
+    assert job.outcomes["hangs"].message.endswith("loading hangs")
+    assert "status 7" in job.outcomes["dies"].message
+    assert "Segmentation fault" in job.outcomes["dies"].message
+    assert job.outcomes["lost"].message == "illegal address"
+    assert job.outcomes["last"].data == 4
+    assert job.said == [f"========= ERROR SUMMARY: of {case}" for case in ("good", "wrong", "last")]
+    assert job.status == 7
+    assert sorted(failures(job.outcomes.values())) == ["dies", "hangs", "lost", "wrong"]
+
+
+def test_what_takes_every_child_is_left_alone() -> None:
+    job = child(CHILD, ["dies", "lost", "good", "hangs", "wrong", "last"], 1)
+    run_all([job], 60, 1)
+    assert [job.outcomes[name].outcome for name in ("dies", "lost", "hangs")] == ["crashed", "crashed", "hung"]
+    assert [job.outcomes[name].outcome for name in ("wrong", "last")] == ["not run", "not run"]
+    assert job.outcomes["good"].outcome == "passed"
+    assert job.outcomes["last"].message == "too many of its neighbours were lost"
+
+
+def test_a_child_that_never_starts_a_case_is_not_tried_again() -> None:
+    job = child("import sys; sys.exit('no such library')", ["a", "b"])
+    run_all([job], 60, 1)
+    assert {o.outcome for o in job.outcomes.values()} == {"not run"}
+    assert "never came to it" in job.outcomes["b"].message
+    assert "no such library" in job.outcomes["b"].message
+
+
+def test_a_stage_ends_in_time_and_says_what_it_left() -> None:
+    jobs = [child(CHILD, ["good", "hangs", "last"], 50), child(CHILD, ["good"])]
+    start = time.monotonic()
+    run_all(jobs, 3, 1)
+    assert time.monotonic() - start < 8
+    assert [o.outcome for o in jobs[0].outcomes.values()] == ["passed", "not run", "not run"]
+    assert [o.outcome for o in jobs[1].outcomes.values()] == ["not run"]
+
+
+def test_pytest_cases_are_watched(tmp_path: Path) -> None:
+    (tmp_path / "test_four.py").write_text(
+        "import os, time, pytest\n@pytest.mark.parametrize('w', [4, 8])\ndef test_bits(w):\n    assert w == 4\n"
+        "def test_slow():\n    time.sleep(60)\n"
+        "def test_no():\n    pytest.skip('why')\ndef test_dies():\n    os._exit(1)\n"
+    )
+    command = [*stages.PYTEST, "-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}"]
+    status, text = stages.run([*command, "--collect-only", str(tmp_path / "test_four.py")])
+    assert status == 0
+    names = stages.collected(text)
+    assert [name.partition("::")[2] for name in names] == [
+        "test_bits[4]", "test_bits[8]", "test_slow", "test_no", "test_dies"
+    ]  # fmt: skip
+    paths = {name: f"{tmp_path}/{name}" for name in names}
+    job = Job(lambda left: [*command, *(paths[name] for name in left)], names, 4)
+    run_all([job], 60, 1)
+    outcomes = {name.partition("::")[2]: o.outcome for name, o in job.outcomes.items()}
+    assert outcomes == {
+        "test_bits[4]": "passed", "test_bits[8]": "failed", "test_slow": "hung", "test_no": "skipped",
+        "test_dies": "crashed",
+    }  # fmt: skip
+    assert "assert 8 == 4" in job.outcomes[names[1]].message
+    assert "why" in job.outcomes[names[3]].message
+    part = stages.summary(list(job.outcomes.values()))
+    assert part["counts"] == {"passed": 1, "failed": 1, "hung": 1, "skipped": 1, "crashed": 1}
+    assert not part["passed"]
+
+
+LIBCUDA = """
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+int cuInit(unsigned f) { return 0; }
+int cuDeviceGet(int* d, int i) { return *d = 0; }
+int cuDevicePrimaryCtxRetain(void** c, int d) { *c = c; return 0; }
+int cuCtxSetCurrent(void* c) { return 0; }
+int cuStreamCreate(void** s, unsigned f) { *s = 0; return 0; }
+int cuMemAlloc_v2(uint64_t* p, size_t n) { *p = (uint64_t)aligned_alloc(256, (n + 255) / 256 * 256); return 0; }
+int cuMemFree_v2(uint64_t p) { free((void*)p); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t p, void* h, size_t n, void* s) { memcpy((void*)p, h, n); return 0; }
+int cuMemcpyDtoHAsync_v2(void* h, uint64_t p, size_t n, void* s) { memcpy(h, (void*)p, n); return 0; }
+int cuMemsetD8Async(uint64_t p, unsigned char v, size_t n, void* s) { memset((void*)p, v, n); return 0; }
+int cuStreamSynchronize(void* s) { return FAILS; }
+"""
+
+
+def driver(folder: Path, fails: int) -> dict[str, str]:
+    """A CUDA driver whose device is this CPU, for children: the environment that finds it."""
+    folder.mkdir()
+    source = folder / "driver.c"
+    source.write_text(LIBCUDA.replace("FAILS", str(fails)))
+    subprocess.run(["gcc", "-shared", "-fPIC", "-w", str(source), "-o", str(folder / "libcuda.so.1")], check=True)
+    return {"LD_LIBRARY_PATH": str(folder)}
+
+
+def test_smoke_names_rows_that_take_the_gpu_with_them(
+    emulated: dict[int, Emulated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = emulated[90].library.path
+    cases = small.every_case(emulated[90].library, {"sm": 90, "sm_count": 132}, (0,))
+    few = [case for case in cases if " m=3 " in case and " group=96 " in case and case.startswith(("plain", "stream8"))]
+    assert len(few) == 4 + 2 * len(small.SPLITS)
+    monkeypatch.setattr(stages, "smoke_cases", lambda ring: [(path, few)])
+    monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "sound", 0))
+    ring = stages.Ring(90, True, {})
+    ring.report["smoke"] = stages.perform("smoke", ring)
+    assert ring.report["smoke"]["counts"] == {"passed": len(few)}, ring.report["smoke"]["failures"]
+    assert ring.report["smoke"]["passed"]
+    assert not ring.hung_rows
+    monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "broken", 700))
+    ring.report["smoke"] = stages.perform("smoke", ring)
+    assert ring.report["smoke"]["counts"] == {"crashed": 2 * 3, "not run": len(few) - 2 * 3}
+    assert ring.hung_rows == ["plain", "stream8"]
+    assert ring.environment["INSTANTRT_HUNG_ROWS"] == "plain,stream8"
+    assert "cuStreamSynchronize failed with CUDA error 700" in stages.text("smoke", ring.report["smoke"])
+
+
+def timing(kernel: str, layer: str, m: int, median: float, size: int = 36_000_000, flops: int = 1) -> dict[str, Any]:
+    row = {"kernel": kernel, "layer": layer, "m": m, "median": median, "bytes": size, "flops": flops}
+    return tables.with_floor(row, ROOF)
+
+
+def test_floors() -> None:
+    stream = timing("int4 g128", "70b o", 1, 10.0, 36_000_000, 134_000_000)
+    assert (stream["floor_us"], stream["fraction"]) == (9.0, 0.9)
+    assert timing("a8w8", "70b o", 2048, 400.0, 10**8, 280 * 10**9)["floor_us"] == pytest.approx(200)
+    assert timing("int8", "70b o", 2048, 400.0, 10**8, 280 * 10**9)["floor_us"] == pytest.approx(350)
+
+
+def test_failures_of_one_reason_are_one_line() -> None:
+    outcomes = [Outcome(f"m={m}", "not run", "the time was up") for m in (1, 2, 3)]
+    outcomes += [Outcome("m=8", "crashed", "status 1\nTraceback\n  File\nRuntimeError: illegal address")]
+    part = {**stages.summary(outcomes), "seconds": 1}
+    assert stages.text("tune", part).splitlines()[1:] == [
+        "  m=8: crashed: status 1 ... RuntimeError: illegal address",
+        "  m=1 and 2 more: not run: the time was up",
+    ]
+    long = failures([Outcome("x", "failed", "start" + "." * 5000 + "the end")])["x"]
+    assert len(long) < 900
+    assert long.startswith("failed: start")
+    assert long.endswith("the end")
+
+
+def verdict(timings: list[dict[str, Any]], words: str) -> list[goals.Verdict]:
+    return [v for v in goals.judge(timings) if words in v.goal]
+
+
+def test_goals_are_met_up_to_their_limit() -> None:
+    limit = 9 / 0.85 + 2
+    for took, met in ((limit - 1e-6, True), (limit + 1e-3, False)):
+        (found,) = verdict([timing("int4 g128", "70b o", 1, took)], "within floor")
+        assert (found.met, found.layer, found.m) == (met, "70b o", 1)
+        assert found.limit == pytest.approx(limit)
+    tall = [timing("int8", "down", 1, 20.0), timing("int8", "down", 16, 21.5)]
+    (found,) = verdict(tall, "16 rows within 5 % of one")
+    assert (found.limit, found.met) == (21.0, False)
+    against = [timing("int4 g128", "70b o", m, 10.0) for m in (1, 64, 512)]
+    against += [timing("cublas fp16", "70b o", m, us) for m, us in ((1, 28.0), (64, 19.9), (512, 9.1))]
+    assert [(v.m, v.met) for v in verdict(against, "x cuBLAS fp16")] == [(1, True), (64, False), (512, True)]
+
+
+def test_goals_ask_only_what_they_name() -> None:
+    small_layer = [timing("int4 g128", "o", 1, 3.0, 7_000_000), timing("cublas fp16", "o", 1, 7.0)]
+    assert [v.goal for v in goals.judge(small_layer)] == ["int4 g128 2.0 x cuBLAS fp16 to 16 rows, up to 16 MB"]
+    between = [timing("int4 g128", "x", 1, 3.0, 20_000_000), timing("cublas fp16", "x", 1, 7.0)]
+    assert not goals.judge(between)
+    assert not goals.judge([timing("a8w8", "o", 512, 3.0)])  # its reference was not timed
+    many = [timing(k, "o", m, 10.0) for k in ("a8w8", "cublas bf16") for m in (1, 256, 512, 2048)]
+    assert [v.m for v in verdict(many, "a8w8 1.5 x")] == [512, 2048]
+    zeros = [timing("int4 g128", "o", 1, 10.3), timing("int4 g128 symmetric", "o", 1, 10.0)]
+    assert [v.met for v in verdict(zeros, "float zeros")] == [False]
+
+
+def test_goal_table() -> None:
+    timings = [timing("int4 g128", layer, 1, took) for layer, took in (("a", 10.0), ("b", 13.0), ("c", 12.8))]
+    lines = goals.goal_table(goals.judge(timings))
+    assert len(lines) == len(goals.GOALS)
+    assert lines[0].startswith("MISSED        int4 g128 within floor")
+    assert lines[0].endswith("1 of 3; b m=1 took 13.00 us, limit 12.59 us".removesuffix(" us"))
+    assert lines[1].startswith("not measured  int8 within floor")
+    names = {k for t in goals.GOALS for k in (t.kernel, t.reference)} - {goals.FLOOR, goals.ONE_ROW}
+    assert names <= {*bench_names(), "cublas fp16", "cublas bf16"}
+
+
+def bench_names() -> set[str]:
+    source = (ROOT / "tools/gpu/bench.py").read_text()
+    return {line.split('"')[1] for line in source.splitlines() if line.startswith('        "')}
+
+
+def test_losses_of_the_table() -> None:
+    def row(plan: str, us: float, chosen: bool = False, m: int = 1) -> dict[str, Any]:
+        return {"format": "int8", "layer": "o", "m": m, "plan": plan, "us": us, "chosen": chosen}
+
+    rows = [row("tile64", 5.0, True), row("stream8/2", 4.0), row("wgmma64", 6.0), row("tile64", 3.0, True, 16)]
+    rows += [{"format": "int8", "layer": "o", "m": 1, "plan": "broken", "wrong": "relative error 0.5"}]
+    worst, none = tables.losses(rows)
+    assert (worst["chosen"], worst["best"], worst["best_us"], worst["loss"]) == ("tile64", "stream8/2", 4.0, 0.25)
+    assert (none["m"], none["loss"]) == (16, 0)
+    only = tables.losses([*rows, row("stream8", 1.0, m=64)])
+    assert (only[0]["m"], only[0]["chosen"]) == (64, "not run")
+    lines = tables.tune_table(rows)
+    assert lines[0] == "WRONG int8 o m=1 broken: relative error 0.5"
+    assert lines[2].split() == ["int8", "o", "1", "tile64", "5.00", "stream8/2", "4.00", "25%"]
+
+
+def test_cases_name_layer_and_rows() -> None:
+    assert [layers.parse_case(name) for name in layers.cases(True)[:2]] == [("qwen2-7b o", 1), ("qwen2-7b o", 4)]
+    assert len(layers.cases(False)) == len(layers.LAYERS) * len(layers.ROWS)
+
+
+def report() -> dict[str, Any]:
+    """As the stages leave it."""
+    timings = [
+        timing(kernel, layer, m, 9 * factor + m / 64, m * 10**9)
+        for layer in layers.LAYERS
+        for m in layers.ROWS
+        for kernel, factor in (("int4 g128", 1.3), ("cublas fp16", 4.0), ("humming int4", 2.0), ("a8w8", 1.5))
+    ]
+    roof = {**ROOF, "read_bytes_per_us_by_mb": {"6": 2e6}, "empty_node_us": 1.2}
+    outcome = [asdict(Outcome("x", "passed"))]
+    return {
+        "before": {"name": "a GPU"},
+        "bench": {
+            "passed": True, "seconds": 7, "counts": {"passed": len(outcome)}, "roofs": roof, "timings": timings,
+            "absent": {"70b o m=1, humming int8": "ModuleNotFoundError: no humming"},
+        },
+    }  # fmt: skip
+
+
+def test_what_is_printed_is_short_and_what_is_written_whole() -> None:
+    part = report()["bench"]
+    long, short = stages.text("bench", part), stages.text("bench", part, 45)
+    assert sum(line.startswith("70b gate_up") for line in long.splitlines()) == 4
+    assert len(long.splitlines()) > len(layers.LAYERS) * 4
+    assert len(short.splitlines()) < 40
+    assert "  humming int8: ModuleNotFoundError: no humming" in short.splitlines()
+    assert short.splitlines()[-len(goals.GOALS)].startswith(("met", "MISSED"))
+    assert "empty node              1.200 us" in short
+
+
+def test_plot(tmp_path: Path) -> None:
+    made = report()
+    for count in (1, 3, 8):
+        some = list(layers.LAYERS)[:count]
+        timings = [t for t in made["bench"]["timings"] if t["layer"] in some]
+        plot({**made, "timings": timings}, tmp_path / f"{count}.png")
+        assert (tmp_path / f"{count}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stages_add_up_only_for_one_source(tmp_path: Path) -> None:
+    identity = {"commit": "c", "sources": "s", "gpu": "g"}
+    out = tmp_path / "h200.json"
+    assert gpu_check.earlier(out, identity) == identity
+    gpu_check.write(out, json.dumps({**identity, "smoke": {"passed": True}}))
+    assert gpu_check.earlier(out, identity)["smoke"] == {"passed": True}
+    for name in identity:
+        other = {**identity, name: "other"}
+        assert gpu_check.earlier(out, other) == other
+    out.write_text("{half")
+    assert gpu_check.earlier(out, identity) == identity
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_sources_are_told_apart(tmp_path: Path) -> None:
+    kernel = tmp_path / "plugins" / "weight_only_gemm" / "gemm.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("one")
+    first = gpu_check.sources(tmp_path)
+    assert gpu_check.sources(tmp_path) == first
+    kernel.write_text("two")
+    assert gpu_check.sources(tmp_path) != first
+    assert len(gpu_check.sources()) == len(first)
+
+
+def test_stages_run_in_their_order() -> None:
+    assert gpu_check.parse_stages("tests,build") == ["build", "tests"]
+    with pytest.raises(Exception, match="unknown test; expected build,smoke,tests,sanitize,bench,tune"):
+        gpu_check.parse_stages("test")
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU: run tools.gpu_check itself")
+def test_without_a_gpu_it_says_so() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("no GPU: nvidia-smi is not on PATH.")

@@ -1,0 +1,129 @@
+"""The test of TensorRT-RTX engines on a GPU, as far as a CPU goes: engines built, and a stand-in that runs them."""
+
+# ruff: noqa: ARG002  (the arguments are TensorRT's)
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from compiler.backend.tensorrt import read_header
+from tests.compiler.tensorrt_stand_in import HostDevice
+from tools import gpu_rtx
+from tools.gpu_rtx import ROOT, Variant
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One engine, unpacked."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path_factory.mktemp("rtx")
+    gpu_rtx.prepare(folder, (Variant("a16w4", 128, (89,)),))
+    with tarfile.open(folder / gpu_rtx.ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_names_tell_variants_apart() -> None:
+    names = [variant.name for variant in gpu_rtx.VARIANTS]
+    assert len(set(names)) == len(names)
+    assert {"a16w4-g128-default", "a8w8-default", "a16w4-g128-sm120"} <= set(names)
+
+
+def test_engines_and_what_they_should_compute(prepared: Path) -> None:
+    engines = sorted(path.stem for path in prepared.glob("*.engine"))
+    assert engines == ["a16w4-g128-sm89"]
+    assert {read_header(prepared / f"{name}.engine").flavour for name in engines} == {"tensorrt_rtx"}
+    arrays = dict(np.load(prepared / "a16w4-g128.npz"))
+    given, wanted = (gpu_rtx.part(arrays, f"decode/{side}/") for side in ("in", "out"))
+    assert given["input_ids"].shape == (1, 1)
+    assert given["past_key_values.0.key"].shape[2] == gpu_rtx.TOKENS
+    assert wanted["present.0.key"].shape[2] == gpu_rtx.TOKENS + 1
+    assert wanted["logits"].shape[:2] == (1, 1)
+    past = gpu_rtx.part(arrays, "prefill/out/")["present.3.value"]
+    np.testing.assert_array_equal(wanted["present.3.value"][:, :, :-1], past)
+    assert (prepared / gpu_rtx.ARCHIVE).stat().st_size < 6e6
+
+
+def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What TensorRT-RTX itself says here, where there is no GPU."""
+    gpu_rtx.one(prepared, "a16w4-g128-sm89")
+    start, end = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line)
+    assert start == {"start": "a16w4-g128-sm89"}
+    if end["data"]["gpu"] != "no NVIDIA GPU":
+        pytest.skip("this machine has a GPU: run tools.gpu_rtx itself")
+    assert (end["outcome"], end["data"]["loaded"]) == ("failed", False)
+    assert "EngineValidity.INVALID" in end["message"]
+    assert "CUDA driver version is insufficient" in "".join(end["data"]["said"])
+
+
+def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.gpu_rtx", "run", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(("no GPU: the driver library", "there is no"))
+
+
+class Doubler:
+    """An engine of one input, and its context: y = 2 x, of bfloat16."""
+
+    def __init__(self, device: HostDevice) -> None:
+        self.device = device
+        self.shape: tuple[int, ...] = ()
+        self.addresses: dict[str, int] = {}
+        self.profile = -1
+
+    def create_execution_context(self) -> Doubler:
+        return self
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name="BF16")
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+        self.profile = profile
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return shape[0] < 3
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        size = 2 * int(np.prod(self.shape))
+        x, y = (self.device.driver.bytes_at(self.addresses[n], size).view(ml_dtypes.bfloat16) for n in "xy")
+        y[...] = 2 * x
+        return True
+
+
+def test_execution() -> None:
+    device = HostDevice()
+    engine, x = Doubler(device), np.linspace(-3, 3, 14, dtype=np.float32).reshape(2, 7)
+    got = gpu_rtx.execute(engine, device, 1, {"x": x}, ["y"])
+    np.testing.assert_array_equal(got["y"], 2 * x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert engine.profile == 1
+    with pytest.raises(RuntimeError, match=r"not built for x of shape \(3, 7\)"):
+        gpu_rtx.execute(engine, device, 0, {"x": np.zeros((3, 7), np.float32)}, ["y"])
+
+
+def test_types_and_errors() -> None:
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    rounded = values.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(gpu_rtx.as_type(values, "BF16"), rounded.view(np.uint16))
+    assert gpu_rtx.as_type(values, "HALF").dtype == np.float16
+    want = {"logits": values, "present.0.key": values, "present.0.value": values}
+    got = {"logits": 1.01 * values, "present.0.key": values, "present.0.value": 1.1 * values}
+    errors = gpu_rtx.compared(got, want)
+    assert errors == pytest.approx({"logits": 0.01, "caches": 0.1}, rel=1e-3)
+    assert gpu_rtx.compared({**got, "logits": values * np.nan}, want)["logits"] == np.inf

@@ -1,0 +1,20 @@
+"""The layers that are timed, and how a case of a benchmark is called."""
+
+from __future__ import annotations
+
+LAYERS = {  # name: (n, k); those of a quick run first, the one that takes as long as all others last
+    "qwen2-7b o": (3584, 3584), "qwen2-7b gate_up": (37888, 3584), "70b o": (8192, 8192),
+    "qwen2-7b qkv": (4608, 3584), "qwen2-7b down": (3584, 18944), "llama3-8b qkv": (6144, 4096),
+    "llama3-8b down": (4096, 14336), "70b gate_up": (57344, 8192),
+}  # fmt: skip
+QUICK = tuple(LAYERS)[:3]
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def cases(quick: bool) -> list[str]:
+    return [f"{layer} m={m}" for layer in (QUICK if quick else LAYERS) for m in ROWS]
+
+
+def parse_case(name: str) -> tuple[str, int]:
+    layer, _, m = name.rpartition(" m=")
+    return layer, int(m)

@@ -1,0 +1,271 @@
+"""The stages of tools.gpu_check. Each takes the ring and returns its part of the report, with `passed`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tools.gpu import goals, layers, small, tables
+from tools.gpu.library import HUNG_ROWS, Library
+from tools.gpu.watch import Job, Outcome, failures, parse, run_all
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "gpu_check_libraries"
+TESTS = "tests/plugins/test_gpu_kernels.py"
+SANITIZERS = {  # and their options; errors of API calls are the launcher's to report
+    "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
+}  # fmt: skip
+PYTEST = [sys.executable, "-m", "pytest", "--noconftest", "-p", "tools.gpu.progress", "-p", "no:cacheprovider"]
+FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
+LONG = 100  # lines
+FIRST_PORT = 49152
+Part = dict[str, Any]
+
+
+@dataclass
+class Ring:
+    """A run on one GPU: `sm` is its compute capability times ten, `report` what earlier stages found."""
+
+    sm: int
+    quick: bool
+    report: dict[str, Any]
+
+    @cached_property
+    def built(self) -> Part:
+        """All libraries, side by side; what is already built costs a look."""
+        native = f"{self.sm}a-real" if self.sm == 90 else f"{self.sm}-real"
+        builds: dict[str, Callable[[], str]] = {
+            "": lambda: cmake(FOLDER / "native", native),
+            "_75": lambda: cmake(FOLDER / "75", "75-virtual"),
+            "_80": lambda: cmake(FOLDER / "80", "80-virtual"),
+            "reader": reader,
+        }
+        with ThreadPoolExecutor() as pool:
+            errors = dict(zip(builds, pool.map(lambda make: make(), builds.values()), strict=True))
+        return {"passed": not any(errors.values()), "failures": {name: text for name, text in errors.items() if text}}
+
+    def library(self, suffix: str = "") -> Path | None:
+        """A library that was built, else None: its failure is in the report."""
+        if suffix in self.built["failures"]:
+            return None
+        folder = {"": "native", "_75": "75", "_80": "80", "reader": "reader"}[suffix]
+        return FOLDER / folder / ("libread.so" if suffix == "reader" else "libinstantrt_kernels.so")
+
+    @property
+    def hung_rows(self) -> list[str]:
+        """Rows of the table that took the GPU or their process with them in the smoke stage."""
+        return self.report.get("smoke", {}).get("hung_rows", [])  # type: ignore[no-any-return]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {HUNG_ROWS: ",".join(self.hung_rows), **FEW_THREADS}
+
+
+def run(command: list[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.returncode, done.stdout
+
+
+def cmake(folder: Path, architectures: str) -> str:
+    """libinstantrt_kernels.so for these CUDA architectures; what went wrong, or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = ["-S", "plugins", "-B", str(folder), "-G", "Ninja"]
+    configure = ["cmake", *where, f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    target = ["cmake", "--build", str(folder), "--target", "instantrt_kernels"]
+    for command in (configure, target):
+        status, text = run(command)
+        if status:
+            return f"{' '.join(command)} failed:\n{text[-4000:]}"
+    return ""
+
+
+def reader() -> str:
+    """The benchmark's own kernels."""
+    (FOLDER / "reader").mkdir(parents=True, exist_ok=True)
+    out = ["-o", str(FOLDER / "reader" / "libread.so")]
+    status, text = run(["nvcc", "-O3", "-shared", "-Xcompiler", "-fPIC", "-arch=native", "tools/gpu/read.cu", *out])
+    return text[-4000:] if status else ""
+
+
+def build(ring: Ring) -> Part:
+    return ring.built
+
+
+def smoke(ring: Ring) -> Part:
+    """Every row of the table in every format, each row in a process of its own; a silent one is killed."""
+    jobs = [
+        small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(ring) for cases in by_row(every).values()
+    ]
+    outcomes = collect(run_all(jobs, 150, 8))
+    lost = sorted({o.name.split()[0] for o in outcomes if o.outcome in ("hung", "crashed")})
+    return summary(outcomes) | {"hung_rows": lost}
+
+
+def smoke_cases(ring: Ring) -> list[tuple[Path, list[str]]]:
+    """Cases of the native library, and of those that the driver compiles: the tables of older GPUs."""
+    found = []
+    for suffix, sm, types in (("", ring.sm, (0, 1)), ("_75", 75, (0,)), ("_80", 80, (0, 1))):
+        if path := ring.library(suffix):
+            # multiprocessors do not change which rows serve: what the emulator and every GPU can run
+            found.append((path, small.every_case(Library(path), {"sm": sm, "sm_count": 132}, types)))
+    return found
+
+
+def by_row(cases: Iterable[str]) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        rows[case.split()[0]].append(case)
+    return rows
+
+
+def small_job(library: Path, memory: str, cases: list[str], stall: float, under: tuple[str, ...] = ()) -> Job:
+    command = [*under, sys.executable, "-m", "tools.gpu.small", memory, str(library)]
+    return Job(lambda left: [*command, *left], cases, stall, FEW_THREADS)
+
+
+def tests(ring: Ring) -> Part:
+    """The pytest module in six processes; a case that hangs or loses the GPU costs itself."""
+    names = {f"INSTANTRT_KERNELS{s}": str(path) for s in ("", "_75", "_80") if (path := ring.library(s))}
+    status, text = run([*PYTEST, "--collect-only", TESTS], names)
+    cases = collected(text)
+    if not cases:
+        return {"passed": False, "failures": {TESTS: f"collected nothing, status {status}\n{text[-2000:]}"}}
+    size = -(-len(cases) // 6)
+    shards = [cases[i : i + size] for i in range(0, len(cases), size)]
+    environment = {**ring.environment, **names}
+    jobs = [Job(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
+    return summary(collect(run_all(jobs, 240, len(jobs))))
+
+
+def collected(text: str) -> list[str]:
+    return [case for line in text.splitlines() for case in (parse(line) or {}).get("collected", [])]
+
+
+def sanitize(ring: Ring) -> Part:
+    """compute-sanitizer's four tools over a few cases of every row, side by side, without torch."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    path = ring.library()
+    if tool is None or path is None:
+        return {"passed": False, "failures": {"compute-sanitizer": "not on PATH" if path else "nothing was built"}}
+    every = small.every_case(Library(path), {"sm": ring.sm, "sm_count": 132})
+    cases = [case for case in small.few_cases(every) if case.split()[0] not in ring.hung_rows]
+    jobs: dict[str, Job] = {}
+    for (name, options), half in product(SANITIZERS.items(), (0, 1)):
+        port = str(FIRST_PORT + 32 * len(jobs))  # each looks for a free one from here
+        under = (tool, "--tool", name, "--port", port, "--error-exitcode", "9", *options)
+        jobs[f"{name} {half + 1}/2"] = small_job(path, "fresh", cases[half::2], 90, under)
+    run_all(jobs.values(), 280, len(jobs))
+    named = [replace(o, name=f"{name}: {o.name}") for name, job in jobs.items() for o in job.outcomes.values()]
+    part = summary(named)
+    found = {name: job.said[:60] for name, job in jobs.items() if job.status}
+    return part | {"passed": part["passed"] and not found, "found": found}
+
+
+def bench(ring: Ring) -> Part:
+    outcomes = measure(
+        ring, "tools.gpu.bench", ["roofs", *layers.cases(ring.quick)], 470, [str(ring.library("reader"))]
+    )
+    data = {o.name: o.data for o in outcomes if o.data}
+    roof = data.pop("roofs", None)
+    part = summary(outcomes)
+    if roof is None:
+        return part | {"passed": False}
+    absent = {f"{case}, {who}": why for case, d in data.items() for who, why in d["failures"].items()}
+    mine = {name: why for name, why in absent.items() if name.split(", ")[1].startswith(("int", "a8"))}
+    return part | {
+        "passed": part["passed"] and not mine,
+        "roofs": roof,
+        "timings": [tables.with_floor(t, roof) for d in data.values() for t in d["timings"]],
+        "absent": absent,
+    }
+
+
+def tune(ring: Ring) -> Part:
+    outcomes = measure(ring, "tools.gpu.tune", layers.cases(ring.quick), 470)
+    rows = [row for o in outcomes for row in o.data or []]
+    part = summary(outcomes)
+    return part | {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}
+
+
+def measure(ring: Ring, module: str, cases: list[str], seconds: float, more: Iterable[str] = ()) -> list[Outcome]:
+    """One child alone on the GPU, for so many seconds at most."""
+    if (path := ring.library()) is None:
+        return [Outcome(module, "not run", "nothing was built")]
+    command = [sys.executable, "-m", module, str(path), *more]
+    return collect(run_all([Job(lambda left: [*command, *left], cases, 90, ring.environment)], seconds, 1))
+
+
+def collect(jobs: Iterable[Job]) -> list[Outcome]:
+    return [outcome for job in jobs for outcome in job.outcomes.values()]
+
+
+def summary(outcomes: list[Outcome]) -> Part:
+    counts = Counter(o.outcome for o in outcomes)
+    slowest = sorted(outcomes, key=lambda o: -o.seconds)[:5]
+    return {
+        "passed": bool(outcomes) and not failures(outcomes),
+        "counts": dict(counts),
+        "failures": failures(outcomes),
+        "skipped": {o.name: o.message for o in outcomes if o.outcome == "skipped"},
+        "slowest": {o.name: o.seconds for o in slowest},
+        "cases": {o.name: o.outcome for o in outcomes},
+    }
+
+
+def text(name: str, part: Part, most: int = 10**6) -> str:
+    """What a person reads of one stage: no long table, and no more lines of the others, than `most`."""
+    lines = [f"== {name}: {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s {part.get('counts', '')}"]
+    lines += grouped(part.get("failures", {}))[:most]
+    lines += [f"  {who}: {line}" for who, said in part.get("found", {}).items() for line in said[:12]]
+    if part.get("hung_rows"):
+        lines.append(f"  later stages leave out: {', '.join(part['hung_rows'])}")
+    if "roofs" in part:
+        lines += sorted({f"  {case.split(', ')[1]}: {why}" for case, why in part["absent"].items()})[:most]
+        lines += tables.time_table(part["timings"])[:most] if most > LONG else []
+        lines += [*tables.roof_table(part["roofs"]), *goals.goal_table(goals.judge(part["timings"]))]
+    if "rows" in part:
+        lines += tables.tune_table(part["rows"])[:most]
+    return "\n".join(lines)
+
+
+def grouped(failures: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the cases that have it: how many, and the first."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for case, why in failures.items():
+        first, *_, last = [line.strip() for line in why.splitlines() if line.strip()] * 2
+        reasons[first if last == first else f"{first} ... {last}"].append(case)
+    return [
+        f"  {cases[0]}{f' and {len(cases) - 1} more' if len(cases) > 1 else ''}: {reason}"
+        for reason, cases in reasons.items()
+    ]
+
+
+STAGES: dict[str, Callable[[Ring], Part]] = {
+    "build": build, "smoke": smoke, "tests": tests, "sanitize": sanitize, "bench": bench, "tune": tune,
+}  # fmt: skip
+
+
+def perform(name: str, ring: Ring) -> Part:
+    """Runs one stage and says how long it took."""
+    start = time.monotonic()
+    part = STAGES[name](ring)
+    return {**part, "seconds": round(time.monotonic() - start)}

@@ -1,0 +1,66 @@
+"""What a person reads of the measurements: pure functions of OUT.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def with_floor(timing: Row, roof: Mapping[str, float]) -> dict[str, Any]:
+    """A timing and what its bytes or operations take at the measured rates, in microseconds."""
+    int8 = timing["kernel"].startswith(("a8", "torch int_mm"))
+    operations = timing["flops"] / roof["int8_ops_per_us" if int8 else "bf16_ops_per_us"]
+    floor = max(timing["bytes"] / roof["read_bytes_per_us"], operations)
+    return {**timing, "floor_us": floor, "fraction": floor / timing["median"]}
+
+
+def losses(tuned: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the table's choice loses to the best row, for each format, layer and m; the worst first."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in tuned:
+        if "us" in row:
+            groups.setdefault((row["format"], row["layer"], row["m"]), []).append(row)
+    result = []
+    for (name, layer, m), rows in groups.items():
+        best, chosen = min(rows, key=lambda r: r["us"]), next((r for r in rows if r["chosen"]), None)
+        took = chosen or {"plan": "not run", "us": float("nan")}
+        loss = took["us"] / best["us"] - 1
+        result.append(
+            {"format": name, "layer": layer, "m": m, "chosen": took["plan"], "chosen_us": took["us"],
+             "best": best["plan"], "best_us": best["us"], "loss": loss}
+        )  # fmt: skip
+    return sorted(result, key=lambda r: -math.inf if math.isnan(r["loss"]) else -r["loss"])
+
+
+def tune_table(tuned: Sequence[Row]) -> list[str]:
+    lines = [f"{'format':10} {'layer':17} {'m':>5}  {'chosen':18} {'us':>8}  {'best':18} {'us':>8}  loss"]
+    lines += [
+        f"{r['format']:10} {r['layer']:17} {r['m']:5}  {r['chosen']:18} {r['chosen_us']:8.2f}  "
+        f"{r['best']:18} {r['best_us']:8.2f} {r['loss']:5.0%}"
+        for r in losses(tuned)
+    ]
+    wrong = [f"WRONG {r['format']} {r['layer']} m={r['m']} {r['plan']}: {r['wrong']}" for r in tuned if "wrong" in r]
+    return wrong + lines
+
+
+def time_table(timings: Sequence[Row]) -> list[str]:
+    """Microseconds of everybody, a line for each layer and kernel, a column for each m."""
+    ms = sorted({t["m"] for t in timings})
+    lines = [f"{'us':38}" + "".join(f"{m:>9}" for m in ms)]
+    for layer, kernel in dict.fromkeys((t["layer"], t["kernel"]) for t in timings):
+        row = {t["m"]: t["median"] for t in timings if (t["layer"], t["kernel"]) == (layer, kernel)}
+        cells = "".join(f"{row[m]:9.2f}" if m in row else " " * 9 for m in ms)
+        lines.append(f"{layer:17} {kernel:20}{cells}")
+    return lines
+
+
+def roof_table(roof: Row) -> list[str]:
+    rates = {name: value for name, value in roof.items() if isinstance(value, float) and name.endswith("per_us")}
+    lines = [f"{name.removesuffix('_per_us'):18} {value / 1e6:10.3f} T/s" for name, value in rates.items()]
+    lines += [
+        f"read {mb:>3} MB a node    {value / 1e6:10.3f} TB/s" for mb, value in roof["read_bytes_per_us_by_mb"].items()
+    ]
+    return [*lines, f"empty node         {roof['empty_node_us']:10.3f} us"]

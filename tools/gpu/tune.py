@@ -1,0 +1,101 @@
+"""Times every row of the table that can serve a layer, to edit the table from: a child of tools.gpu.watch.
+
+    python -m tools.gpu.tune LIBRARY CASE...                  cases: "qwen2-7b o m=16"
+
+What a row computes is compared with torch's product of the dequantized weights, so that none is fast by being wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.gpu import gemm
+from tools.gpu.bench import label, ours
+from tools.gpu.gemm import HUNG, Gemm, Weight, random_weight
+from tools.gpu.layers import LAYERS, parse_case
+from tools.gpu.library import Library, Plan
+from tools.gpu.race import copies, race, ready
+from tools.gpu.watch import emit
+
+FORMATS = {  # name: bits of codes, group (0: a whole row), bits of activations
+    "int4 g128": (4, 128, 16), "int8": (8, 0, 16), "int8 g128": (8, 128, 16), "a8w8": (8, 0, 8),
+}  # fmt: skip
+SPLITS = (0, 1, 2, 4, 8)
+MOST_WAVES = 4  # blocks for each multiprocessor beyond which K is not worth splitting
+REPLAYS = 9
+HOPELESS = 3  # times the best: who is slower need not run again
+WRONG = 0.03  # relative error; int8 activations alone make up to 0.01
+
+
+def candidates(library: Library, problem: dict[str, int]) -> list[Plan]:
+    """Every row and way to split that is worth its time."""
+    most = MOST_WAVES * problem["sm_count"]
+    plans = library.plans(SPLITS, **problem)
+    worth = [p for p in plans if p.splits == 1 or p.splits * p.grid_m * p.grid_n <= most]
+    return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if p.kernel not in HUNG]
+
+
+@lru_cache(maxsize=1)
+def layer_weights(layer: str) -> dict[tuple[int, int], list[Weight]]:
+    n, k = LAYERS[layer]
+    formats = {(bits, group or k) for bits, group, _ in FORMATS.values()}
+    made = {key: random_weight(n, k, *key, torch.float16) for key in sorted(formats)}
+    return {key: [w, *(w.copy() for _ in range(copies(w.codes.nbytes) - 1))] for key, w in made.items()}
+
+
+@lru_cache(maxsize=4)
+def dense(layer: str, key: tuple[int, int]) -> torch.Tensor:
+    return layer_weights(layer)[key][0].dense(torch.float16)
+
+
+def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
+    """For each format and candidate its time and whether it is the table's choice, or what is wrong."""
+    found: list[dict[str, Any]] = []
+    x = torch.randn((m, LAYERS[layer][1]), device=gemm.DEVICE).half()
+    for name, (bits, group, activation_bits) in FORMATS.items():
+        key = (bits, group or x.shape[1])
+        weights, options = layer_weights(layer)[key], {"activation_bits": activation_bits}
+        truth = (x @ dense(layer, key).T).float()
+        problem = Gemm.problem_of(x, weights[0], options)
+        racers = []
+        for plan in candidates(library, problem):
+            pinned = {**options, "row": plan.row + 1, "splits": plan.splits}
+            if wrong := what_is_wrong(Gemm(library, x, weights[0], pinned), truth):
+                found.append({"format": name, "layer": layer, "m": m, "plan": label(plan), "wrong": wrong})
+            else:
+                racers.append(ready(ours(library, label(plan), x, weights, **pinned)))
+        ran = race(layer, m, racers, REPLAYS, HOPELESS)
+        chosen = label(library.choose(**problem))
+        found += [
+            {"format": name, "layer": layer, "m": m, "plan": t.kernel, "us": t.median, "chosen": t.kernel == chosen}
+            for t in ran
+        ]
+        torch.cuda.empty_cache()
+    return found
+
+
+def what_is_wrong(one: Gemm, truth: torch.Tensor) -> str:
+    """Nothing, or what a launch got wrong."""
+    one()
+    try:
+        off = float((one.output().float() - truth).norm() / truth.norm())
+    except AssertionError as stray:
+        return str(stray)
+    return "" if off <= WRONG else f"relative error {off:.3g}"
+
+
+def main() -> None:
+    path, *cases = sys.argv[1:]
+    library = Library(Path(path))
+    for name in cases:
+        emit(start=name)
+        emit(end=name, outcome="passed", data=case(library, *parse_case(name)))
+
+
+if __name__ == "__main__":
+    main()
