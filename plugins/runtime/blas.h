@@ -41,10 +41,13 @@ struct Functions {
                     void const* algorithm, void* workspace, size_t size, void* stream);
 };
 
-// Null where no cuBLASLt of a known major, or one without these functions, is found.
+// Null where no cuBLASLt of a known major, or one without these functions, is found: what is not there may come later.
 inline Functions const* functions() noexcept {
     static Functions table{};
-    static bool const complete = [] {
+    static bool complete = false;
+    static std::mutex lock;
+    std::lock_guard<std::mutex> const guard(lock);
+    auto const find = [] {
         for (char const* name : kLibraries) {
             void* const library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
             if (!library) continue;
@@ -71,7 +74,8 @@ inline Functions const* functions() noexcept {
             if (all) return true;
         }
         return false;
-    }();
+    };
+    complete = complete || find();
     return complete ? &table : nullptr;
 }
 

@@ -33,22 +33,42 @@ bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
+    if (row.whole_k && p.group != p.k) return false;
     return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
-}
-
-// The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
-Row const* find_row(wog_problem const& p) {
-    if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
-    return std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
-    if (p.splits) return p.splits;
+    int const steps = ceil_div(p.k, stage_k(row));
+    if (p.splits) return std::min(p.splits, steps);
     int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
-    int const by_depth = ceil_div(p.k, stage_k(row)) / (4 * row.warps_k);
+    int const by_depth = steps / (4 * row.warps_k);
     return std::max(1, std::min({by_device, by_depth, 8}));
+}
+
+// What rows.cu leaves in the workspace; partial sums follow.
+int64_t before_partials(Row const& row, wog_problem const& p) {
+    if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
+    return row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
+}
+
+// What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
+int64_t duration(Row const& row, wog_problem const& p) {
+    int const across = ceil_div(p.n, row.block_n() * row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
+    int const splits = choose_splits(p, row, across * down), steps = ceil_div(ceil_div(p.k, 64), splits);
+    int const places = std::max(1, p.sm_count / row.cluster * row.cluster);
+    int64_t const waves = ceil_div(int64_t(across) * down * splits, places);
+    return waves * steps * row.pace + (splits > 1 ? 3000 + splits * p.m * p.n * 8 / (28 * p.sm_count) : 0);
+}
+
+// The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
+Row const* find_row(wog_problem const& p) {
+    if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
+    Row const* best = std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
+    for (Row const* row = best; best->kernel == Kernel::kWarpgroup && row->kernel == Kernel::kWarpgroup; row++)
+        if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
+    return best;
 }
 
 }  // namespace
@@ -97,7 +117,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     // kGemm: as many blocks as fit the device, each of which walks over its tiles
     bool const gemm = row.kernel == Kernel::kGemm;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
-    int64_t const rows = p.activation_bits == 8 ? int8_buffers(p.m, p.k, p.group).total : 0;
+    int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
@@ -105,7 +125,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              gemm ? std::min(tiles, fit) : tiles,
              row.threads(),
              shared_bytes(row, p, splits),
-             dense ? dense_buffers(p.m, p.n, p.k).total : rows + (splits > 1 ? splits * p.m * p.n * 4 : 0)};
+             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
     return 0;
 }
 
@@ -120,10 +140,11 @@ int64_t wog_workspace(wog_problem const* problem) {
         p.m = std::min(problem->m, row.max_m);
         p.sm = row.min_sm;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
-        Row const& chosen = kRows[plan.row];
-        int64_t const rows = p.activation_bits == 8 ? int8_buffers(p.m, p.k, p.group).total : 0;
-        int64_t const tiles = p.sm_count * int64_t(chosen.block_m()) * chosen.block_n() * 4;
-        most = std::max({most, plan.workspace, splits_k(chosen) ? rows + tiles : 0});
+        most = std::max(most, plan.workspace);
+        for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
+            int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
+            if (splits_k(other)) most = std::max(most, before_partials(other, p) + p.sm_count * tile);
+        }
     }
     return most;
 }
@@ -161,7 +182,7 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
 #ifdef WOG_VOLTA
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
-    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_dense};  // by Kernel
+    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
     if (char const* failed = run(*problem, t, plan, stream)) {

@@ -8,7 +8,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense, kVolta };
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kVolta };
 
 struct Row {
     char const* name;
@@ -22,10 +22,13 @@ struct Row {
     int64_t max_m;
     int min_sm, max_sm;
     int64_t min_m = 0;
+    int cluster = 1;       // blocks side by side in n that share what they load of x
+    int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
+    bool whole_k = false;  // takes only groups that are all of K
 
     constexpr int block_n() const { return warps_n * strips * 16; }
     constexpr int block_m() const { return columns * 8; }
-    constexpr int threads() const { return warps_n * warps_k * 32; }
+    constexpr int threads() const { return (warps_n * warps_k + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
 };
 
 constexpr int64_t kAny = int64_t(1) << 40;
@@ -41,9 +44,19 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "narrow" and "wide" are never taken: they are
 // there to be measured beside the others (tools/gpu_check).
+// Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
+// cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
+    {"warpgroup128x2", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 2, 512},
+    {"warpgroup64x2", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 2, 310},
+    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 1, 730},
+    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 1, 440},
+    {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, 585, true},
+    {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, 440},
+    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, 585},
+    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, 440},
     {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {8, 4}, 1, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
@@ -76,8 +89,9 @@ constexpr int count_rows(Kernel kernel) {
     return count;
 }
 
-// int8 without warps along K reads the sums of whole groups.
+// Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
+    if (row.kernel == Kernel::kWarpgroup) return !row.whole_k;
     return row.kernel == Kernel::kVolta || (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
 }
 
@@ -87,6 +101,16 @@ constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 // A step is 128 bytes of a row of x; a chunk, the steps that x comes in
 constexpr int stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
 constexpr int gemm_chunk(Row const& row, int bits) { return row.stages[bits == 8] % 2 ? 1 : 2; }
+
+// kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each
+// of two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
+constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kSumSlots = 4;
+constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
+constexpr int warpgroup_bytes(Row const& row, int bits) {
+    int const stage = x_stage_bytes(row.columns) + row.block_n() * stage_k(row) * bits / 8;
+    int const staged = 2 * kStagedRows * kStagedPitch * 4, sums = kSumSlots * row.block_m() * 4;
+    return row.stages[bits == 8] * stage + staged + sums + 2 * (row.stages[bits == 8] + kSumSlots) * 8;
+}
 
 // Shared memory of kGemm: rows of x (few where it streams: they may all fit), and how many steps have a place
 constexpr int gemm_x_rows(Row const& row, int64_t m) {
@@ -112,16 +136,20 @@ constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
 #ifdef WOG_VOLTA
     return row.kernel == Kernel::kVolta ? volta_shared_bytes(row) : 0;
 #else
-    return row.kernel == Kernel::kGemm ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits)) : 0;
+    return row.kernel == Kernel::kGemm        ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
+           : row.kernel == Kernel::kWarpgroup ? warpgroup_bytes(row, p.bits)
+                                              : 0;
 #endif
 }
 
-// int8 activations: values, row scales and group sums in the workspace
+// In the workspace: int8 activations, their rows' scales, sums of rows (of whole tiles, for bulk copies)
+constexpr int64_t padded_rows(int64_t m) { return (m + 255) / 256 * 256; }
+constexpr int64_t row_sums_bytes(int64_t m, int64_t k, int64_t group) { return k / group * padded_rows(m) * 4; }
 struct Int8Buffers {
     int64_t values, scales, sums, total;  // offsets
 };
 constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
-    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + align(k / group * m * 4);
+    int64_t const scales = align(m * k), sums = scales + align(m * 4), total = sums + row_sums_bytes(m, k, group);
     return {0, scales, sums, total};
 }
 
@@ -146,5 +174,6 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);
 char const* launch_volta(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 
 }  // namespace wog

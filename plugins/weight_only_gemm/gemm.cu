@@ -267,13 +267,13 @@ struct Gemm {
 #pragma unroll
             for (int h = 0; h < 2; h++) affine[s][h] = s < live ? p.affine[affine_at + (s * 16ull + h * 8)] : 0;
         if constexpr (!kCounts) {
-            int32_t const* const sums = p.rows.sums + (p.groups - 1 - groups_left) * p.out.m;
+            float const* const sums = p.rows.sums + (p.groups - 1 - groups_left) * p.rows.pitch;
 #pragma unroll
             for (int j = 0; j < C; j++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     int64_t const m = m0 + j * 8 + 2 * t + e;
-                    x_whole[j][e] = m < p.out.m ? sums[m] : 0;
+                    x_whole[j][e] = m < p.out.m ? Sum(sums[m]) : 0;
                 }
         }
     }

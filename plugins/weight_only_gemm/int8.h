@@ -1,4 +1,4 @@
-// int8 activations: what the quantize kernel leaves in the workspace for the integer GEMM.
+// What rows.cu leaves in the workspace for products: int8 activations, sums of rows.
 #pragma once
 
 #include <device.h>
@@ -10,19 +10,22 @@ namespace wog {
 struct Int8Rows {
     int8_t* values;   // [M, K], each 16 in layout.py's ACTIVATION_ORDER
     float* scales;    // [M]
-    int32_t* sums;    // [K / group, M]: sums of the values of a group
+    float* sums;      // [K / group, pitch]: sums of the values of a group, whole numbers
+    int64_t pitch;    // padded_rows(M)
 };
 
 inline Int8Rows int8_rows(wog_problem const& p, void* workspace) {
     Int8Buffers const at = int8_buffers(p.m, p.k, p.group);
     auto* const base = static_cast<unsigned char*>(workspace);
     return {reinterpret_cast<int8_t*>(base + at.values), reinterpret_cast<float*>(base + at.scales),
-            reinterpret_cast<int32_t*>(base + at.sums)};
+            reinterpret_cast<float*>(base + at.sums), padded_rows(p.m)};
 }
 
 // Where element k of a row lies: position 4t + i of each 16 holds k = [2t, 2t + 8, 2t + 1, 2t + 9][i].
 __device__ __forceinline__ int int8_position(int k) { return (k & ~15) + (k % 8 / 2) * 4 + k % 2 * 2 + k % 16 / 8; }
 
 char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream);
+// Of 16-bit x: [K / group, padded_rows(M)]
+char const* launch_sums(wog_problem const& p, wog_tensors const& t, float* sums, void* stream);
 
 }  // namespace wog

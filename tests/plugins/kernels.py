@@ -46,7 +46,7 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
-KERNELS = ("gemm.cu", "int8.cu", "dense.cu", "plain.cu")
+KERNELS = ("gemm.cu", "dense.cu", "plain.cu", "rows.cu", "warpgroup.cu")
 VOLTA = ("volta.cu", "volta.cpp")
 
 
@@ -104,8 +104,11 @@ class Emulated:
         sm_count: int = 132,
         seed: int = 1,
         library: bool = False,
+        row: str = "",
     ) -> Array:
         problem = c_problem(p, self.sm, sm_count, wide, plain, library)
+        if row:
+            problem["row"] = self.library.rows().index(row) + 1
         os.environ["EMULATOR_SEED"] = str(seed)
         shape = (p.x.shape[0], p.affine.shape[1] // 2 // (1 + p.attrs["gated"]))
         dtype = np.dtype(np.float32) if wide else p.x.dtype
@@ -134,7 +137,7 @@ def build_cublaslt(folder: Path) -> Path:
 
 def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
     """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
     command += ["-I", str(Path(__file__).parent / "emulator"), "-x", "c++"]
 
     def options(sm: int) -> list[str]:

@@ -28,7 +28,9 @@ SMS = ALL if ASKED == "all" else tuple(ASKED.split(","))
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 
 ROWS = (
-    "dense", "dense", "stream8", "stream16", "tile32", "tile64", "stream8_narrow", "stream16_wide",
+    "dense", "dense", "warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64",
+    "int8_warpgroup256x2", "int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64",
+    "stream8", "stream16", "tile32", "tile64", "stream8_narrow", "stream16_wide",
     "stream8_turing", "stream16_turing", "tile32_turing",
     "int8_stream8", "int8_stream16", "int8_tile32", "int8_tile64", "int8_stream8_turing", "int8_tile32_turing",
 )  # fmt: skip
@@ -72,7 +74,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def name(kernel: str, arguments: str) -> tuple[str, str, int]:
     """gemm<Half, 4, 0> -> ("stream8", "Half", 4): rows of the table by their names."""
     kind, *numbers = (a.strip() for a in arguments.split(","))
-    if kernel == "gemm":
+    if kernel == "rows":
+        return "quantize" if numbers[0] == "true" else "sums", kind, 0
+    if kernel in ("gemm", "warpgroup"):
         return ROWS[int(numbers[1])], kind, int(numbers[0])
     return kernel, kind, int(numbers[0]) if numbers else 0
 
@@ -96,10 +100,10 @@ def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compil
     built = {(c.kernel, c.type, c.bits) for c in compiled if c.sm == sm and c.registers > EMPTY}
     turing, hopper = sm == "75", sm == "90a"
     rows = [r for r in ROWS[2:] if r.endswith("_turing") == turing]
-    rows = [r for r in rows if hopper or "wgmma" not in r]
+    rows = [r for r in rows if hopper or "warpgroup" not in r]
     types = ("Half",) if turing else ("Half", "Bfloat")
     chosen = {(r, t, b) for r in rows for t in types for b in (4, 8)}
-    always = {(k, t, 0) for k in ("plain", "quantize", "epilogue") for t in ("Half", "Bfloat")}
+    always = {(k, t, 0) for k in ("plain", "quantize", "sums", "epilogue") for t in ("Half", "Bfloat")}
     dequantize = {("dequantize", t, b) for t in ("Half", "Bfloat") for b in (4, 8)}
     assert built == chosen | always | dequantize
 
@@ -135,21 +139,27 @@ def machine_code(library: Path, sm: str) -> str:
 @pytest.mark.parametrize("sm", SMS)
 def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: str) -> None:
     dump = machine_code(build[0] / "libinstantrt_kernels.so", sm)
-    seen = Counter(re.findall(r"\b(HMMA|HGMMA|IMMA|IGMMA|LDGSTS|LDL|STL|ATOM|RED)(\.[A-Za-z0-9_.]+)?\b", dump))
+    kinds = "HMMA|HGMMA|IMMA|IGMMA|LDGSTS|LDL|STL|ATOM|RED|UTMALDG|UBLKCP|USETMAXREG"
+    seen = Counter(re.findall(rf"(?<![\w.])({kinds})(\.[A-Za-z0-9_.]+)?\b", dump))
     names = {"".join(key) for key in seen}
     expected = (
         {"HMMA.1688.F32", "IMMA.8816.U8.S8"}
         if sm == "75"
         else {"HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.U8.S8", "LDGSTS.E.BYPASS.128"}
     )
+    if sm == "90a":
+        expected |= {f"HGMMA.64x{n}x16.F32{t}" for n in (64, 128) for t in ("", ".BF16")}
+        expected |= {f"IGMMA.64x{n}x32.S8.S8" for n in (64, 128, 256)}
+        expected |= {"UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UBLKCP.S.G"}
+        expected |= {"USETMAXREG.DEALLOC.CTAPOOL", "USETMAXREG.TRY_ALLOC.CTAPOOL"}
     assert expected <= names, f"missing {sorted(expected - names)}"
     assert {n for n in names if n.startswith(("LDL", "STL"))} == set(), "local memory: a spilled or indexed array"
     assert {n for n in names if n.startswith(("ATOM", "RED"))} == set(), "atomics would make results depend on timing"
 
 
-# Instructions of the loop that streams weights, for each of its products of tensor cores, of which it has 3 for 16 weights
-# of a lane at up to 8 rows of x, and 6 at up to 16. The ends of groups are counted in every step, though few have one.
-# What a multiprocessor can issue while its share of the weights arrives bounds this, not only the memory.
+# Instructions of the loop that streams weights, for each of its products of tensor cores, of which it has 3 for 16
+# weights of a lane at up to 8 rows of x, and 6 at up to 16. The ends of groups are counted in every step, though few
+# have one. What a multiprocessor can issue while its share of the weights arrives bounds this, not only the memory.
 MOST_A_PRODUCT = {("stream8", 4): 20, ("stream8", 8): 20, ("stream16", 4): 14, ("stream16", 8): 15}
 
 

@@ -36,6 +36,7 @@ SHAPES = [  # n, k, group
 ]  # fmt: skip
 SIZES = [(*shape, m) for shape in SHAPES for m in (M if shape[0] * shape[1] < 40_000_000 else M[::3])]
 
+SHORT = [(16, 32, 32), (272, 160, 32), (144, 192, 64), (80, 2080, 2080), (400, 1120, 160)]
 
 every_format = pytest.mark.parametrize("format_", FORMATS, ids=[f"a{a}w{w}" for w, a in FORMATS])
 
@@ -150,6 +151,20 @@ def test_a_bad_row_spoils_no_other(format_: tuple[int, int], m: int) -> None:
     others = [i for i in range(m) if i not in (1, 3)]
     assert torch.equal(good.output()[others], spoiled.output()[others])
     assert bool(spoiled.output()[3].isnan().all())
+
+
+@pytest.mark.parametrize("row", ["128x2", "64x2", "128", "64", "int8_256x2", "int8_128x2", "int8_128", "int8_64"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_row_for_hopper(bits: int, row: str) -> None:
+    """Those that the table would not choose too: fewer stages than the ring, ragged tiles, groups of every kind."""
+    if device_numbers()["sm"] != 90:
+        pytest.skip("needs sm_90")
+    name = row.replace("_", "_warpgroup") if "_" in row else f"warpgroup{row}"
+    options = {"row": library().rows().index(name) + 1, "activation_bits": 8 if "int8" in row else 16, "wide": 1}
+    for n, k, group in SHORT + SHAPES[3:5]:
+        weight = random_weight(n, k, bits, k if "256" in row else group, BF16, bias=True)
+        for m in (33, 64) if row.endswith("_64") else (65, 127, 300, 1000):
+            check(Gemm(library(), rows(m, k, BF16), weight, options), 2e-5, 1e-5)
 
 
 @every_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ SIZES = [  # m, n, k, group: every row of the table, ragged m, n and k, groups t
 ]  # fmt: skip
 
 
-def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options: bool | int) -> np.ndarray:
+def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options: Any) -> np.ndarray:
     y = kernels.run(p, wide=tolerance is WIDE, **options)
     assert_within(y, *exact(p.x, p.codes, p.affine, p.bias, p.attributes()), tolerance)
     return y
@@ -43,6 +44,59 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
     m, n, k, group = size
     case = Case(m, n, k, bits, group, dtype, bias=m % 2 == 0, activation_bits=activation_bits)
     check(emulated[sm], case.make())
+
+
+# Less of K than a ring holds, one short stage, several turns of the ring; groups that end in stages, at their ends and
+# after 1024 k; tiles of n without work for one group of consumers, for a warp or for a block of a pair; ragged rows.
+WARPGROUP_SIZES = [
+    (33, 16, 32, 32), (65, 272, 160, 32), (64, 48, 256, 128), (129, 144, 192, 64), (70, 80, 2080, 2080),
+    (140, 400, 448, 64), (150, 144, 1120, 160),
+]  # fmt: skip
+WARPGROUP_ROWS = ("warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64")
+
+
+def turns(p: Problem, kernels: Emulated, row: str) -> None:
+    check(kernels, p, row=row)
+    check(kernels, p, row=row, sm_count=2, seed=2)  # blocks that go from tile to tile, without the end of one between
+
+
+@pytest.mark.parametrize("size", WARPGROUP_SIZES)
+@pytest.mark.parametrize("kind", [(F16, 4), (BF16, 8)])
+@pytest.mark.parametrize("row", WARPGROUP_ROWS)
+def test_warpgroup_products(
+    emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]
+) -> None:
+    (dtype, bits), (m, n, k, group) = kind, size
+    turns(Case(m, n, k, bits, group, dtype, bias=True).make(), emulated[90], row)
+
+
+@pytest.mark.parametrize("size", WARPGROUP_SIZES)
+@pytest.mark.parametrize("kind", [(F16, 4), (BF16, 8)])
+@pytest.mark.parametrize("row", ["int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64"])
+def test_warpgroup_products_of_int8(
+    emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]
+) -> None:
+    (dtype, bits), (m, n, k, group) = kind, size
+    m = min(m, 64) if row.endswith("64") else max(m, 65)
+    turns(Case(m, n, k, bits, group, dtype, bias=True, activation_bits=8).make(), emulated[90], row)
+
+
+@pytest.mark.parametrize("size", [(65, 16, 32), (512, 144, 160), (600, 400, 416)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_warpgroup_products_of_256_rows(emulated: Kernels, bits: int, size: tuple[int, int, int]) -> None:
+    m, n, k = size
+    turns(Case(m, n, k, bits, k, BF16, bias=True, activation_bits=8).make(), emulated[90], "int8_warpgroup256x2")
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+def test_warpgroup_products_of_symmetric_codes(emulated: Kernels, bits: int, activation_bits: int) -> None:
+    """A zero in the middle of the codes leaves the sums of rows out; one other zero in a strip brings them back."""
+    p = Case(40, 144, 320, bits, 64, bias=True, activation_bits=activation_bits, data="shifted").make()
+    affine = p.affine.copy()
+    affine[:, 1::2] = 2 ** (bits - 1)
+    check(emulated[90], replace(p, affine=affine))
+    affine[2, 2 * 37 + 1] += 1
+    check(emulated[90], replace(p, affine=affine))
 
 
 @pytest.mark.parametrize(("sm", "m"), [(75, 4), (80, 4), (80, 20), (80, 40), (90, 40)])
@@ -82,7 +136,8 @@ def test_awkward_data(
 @pytest.mark.parametrize("m", [3, 40])
 def test_epilogue(emulated: Kernels, m: int, gated: int, activation: int) -> None:
     case = Case(m, 48, 64, bias=True, activation=activation, gated=gated)
-    check(emulated[80], case.make())
+    for sm in (80, 90):
+        check(emulated[sm], case.make())
     for bits in (4, 8):
         check(emulated[80], replace(case, bits=bits, activation_bits=8).make())
 

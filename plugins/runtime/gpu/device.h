@@ -84,6 +84,9 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t 
 // The same value in all lanes, and the compiler may know it
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 
+// The larger of each of two unsigned halves
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
@@ -149,6 +152,7 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+__device__ __forceinline__ bool any_lane(bool holds) { return __any_sync(0xffffffff, holds); }  // in a lane of the warp
 __device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
     return __shfl_xor_sync(0xffffffff, value, lane_mask);
 }
@@ -215,107 +219,6 @@ __device__ __forceinline__ void multiply_add(int32_t (&c)[4], uint32_t const (&a
                 : "+r"(c[2 * h]), "+r"(c[2 * h + 1])
                 : "r"(a[2 * j + h]), "r"(j ? b1 : b0));
 #endif
-}
-
-// ---- warpgroup tensor cores (sm_90a): d[64 x 8 C] += a[64 x 16] * x[8 C x 16]^T ----
-//
-// A warp gives 16 rows of a as an m16n8k16 fragment and gets its d as C fragments of 16 x 8. x is a tile in shared memory:
-// 128 bytes (64 k) per row, 16-byte chunks XORed with the row, 1024-byte aligned. Products run on until waited for.
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#error "compile for sm_90a, not sm_90: the table chooses warpgroup kernels there"
-#endif
-
-__device__ __forceinline__ void warpgroup_begin() {
-#if DEVICE_SM == 90
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void warpgroup_commit() {
-#if DEVICE_SM == 90
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-template <int Pending>
-__device__ __forceinline__ void warpgroup_wait() {
-#if DEVICE_SM == 90
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-#endif
-}
-// Keeps the compiler from moving reads of a result above the wait for it, or writes of an operand below warpgroup_begin.
-__device__ __forceinline__ void settle(float& f) { asm volatile("" : "+f"(f)::"memory"); }
-__device__ __forceinline__ void settle(uint32_t& u) { asm volatile("" : "+r"(u)::"memory"); }
-__device__ __forceinline__ void settle(int32_t& i) { asm volatile("" : "+r"(i)::"memory"); }
-template <class Element, size_t Size>
-__device__ __forceinline__ void settle(Element (&array)[Size]) {
-#pragma unroll
-    for (size_t i = 0; i < Size; i++) settle(array[i]);
-}
-// What this thread copied into shared memory becomes visible to warpgroup products; a barrier follows.
-__device__ __forceinline__ void publish_copies() {
-#if DEVICE_SM == 90
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// step: which 32 of a row's 128 bytes (16 halves, 32 int8). In a product, !add overwrites d: sums that start anew cost no
-// registers of zeros.
-__device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) {
-    uint64_t const address = (shared_address(tile) + step * 32) >> 4 & 0x3fff;
-    return address | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;  // 8 rows apart; 128-byte swizzle
-}
-
-// d's registers in an operand list and in the text, by columns of 8 m
-#define D_1(c, j) "+" c(d[j][0]), "+" c(d[j][1]), "+" c(d[j][2]), "+" c(d[j][3])
-#define D_4(c, j) D_1(c, j), D_1(c, j + 1), D_1(c, j + 2), D_1(c, j + 3)
-#define D_8(c) D_4(c, 0), D_4(c, 4)
-#define D_16(c) D_8(c), D_4(c, 8), D_4(c, 12)
-#define TEXT_8                                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TEXT_16                                                                                                      \
-    TEXT_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-           "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define ADD_8 "setp.ne.b32 add, %37, 0;"
-#define ADD_16 "setp.ne.b32 add, %69, 0;"
-#define REST_8 "}, {%32, %33, %34, %35}, %36, add"
-#define REST_16 "}, {%64, %65, %66, %67}, %68, add"
-
-// `c`: the constraint of d's registers; `signs`: factors of a and x and their order, which integer products do not have
-#if DEVICE_SM == 90
-#define WARPGROUP_MULTIPLY(columns, c, instruction, signs)                                                            \
-    asm volatile("{\n.reg .pred add;\n" ADD_##columns "\nwgmma.mma_async.sync.aligned." instruction " " TEXT_##columns \
-                     REST_##columns signs ";\n}"                                                                     \
-                 : D_##columns(c)                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, step)), "r"(int(add)))
-#else
-#define WARPGROUP_MULTIPLY(columns, c, instruction, signs) static_cast<void>(0)
-#endif
-
-template <class T>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[8][4], uint32_t const (&a)[4], void const* tile,
-                                                       int step, bool add) {
-    if constexpr (std::is_same<T, Half>::value)
-        WARPGROUP_MULTIPLY(8, "f", "m64n64k16.f32.f16.f16", ", 1, 1, 0");
-    else
-        WARPGROUP_MULTIPLY(8, "f", "m64n64k16.f32.bf16.bf16", ", 1, 1, 0");
-}
-template <class T>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint32_t const (&a)[4], void const* tile,
-                                                       int step, bool add) {
-    if constexpr (std::is_same<T, Half>::value)
-        WARPGROUP_MULTIPLY(16, "f", "m64n128k16.f32.f16.f16", ", 1, 1, 0");
-    else
-        WARPGROUP_MULTIPLY(16, "f", "m64n128k16.f32.bf16.bf16", ", 1, 1, 0");
-}
-// The same for int8: d[64 x 8 C] += a[64 x 32] * x[8 C x 32]^T, a unsigned, x signed
-__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[8][4], uint32_t const (&a)[4], void const* tile,
-                                                       int step, bool add) {
-    WARPGROUP_MULTIPLY(8, "r", "m64n64k32.s32.u8.s8", "");
-}
-__device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[16][4], uint32_t const (&a)[4], void const* tile,
-                                                       int step, bool add) {
-    WARPGROUP_MULTIPLY(16, "r", "m64n128k32.s32.u8.s8", "");
 }
 
 // ---- host ----

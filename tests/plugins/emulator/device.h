@@ -1,9 +1,10 @@
 // plugins/runtime/gpu/device.h on the CPU: the kernels' own source, compiled by a C++ compiler and run lane by lane.
 //
 // Every thread of a block is a fiber; a barrier or warp-wide instruction suspends it until all its peers have arrived.
-// The order in which threads run is drawn from a seed (EMULATOR_SEED), so a missing barrier changes results. Copies into
-// shared memory happen only when waited for, shared memory starts as NaNs, and fragments follow the PTX register maps:
-// wrong indices, missing waits and unwritten memory show. Timing, and memory order between threads of a warp, do not.
+// The order in which threads run is drawn from a seed (EMULATOR_SEED), so a missing barrier changes results. Copies
+// into shared memory happen only when waited for, shared memory starts as NaNs, and fragments follow the PTX register
+// maps: wrong indices, missing waits and unwritten memory show. Timing, and memory order between threads of a warp, do
+// not.
 #pragma once
 
 #include <ucontext.h>
@@ -29,6 +30,7 @@
 #endif
 #define __global__
 #define __device__
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -59,7 +61,9 @@ struct Copy {
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    unsigned thread = 0;
+    dim3 block;
+    unsigned rank = 0, thread = 0, warp = 0;  // block of the cluster, thread of the block, warp of the cluster
+    void const* waiting = nullptr;            // for what, for the message when that never comes
     bool done = false;
     std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
     std::vector<std::vector<std::function<void()>>> products{1};
@@ -75,15 +79,26 @@ struct Payload {
 };
 
 inline struct State {
-    std::vector<Fiber> fibers;
-    std::vector<Meeting> barriers, warps;
+    std::vector<Fiber> fibers;  // of a cluster: of one block, most often
+    size_t threads = 0;         // of a block
+    std::vector<std::array<Meeting, 16>> barriers;  // of each block
+    std::vector<Meeting> warps;
+    Meeting cluster;
     std::vector<std::array<std::array<Payload, 32>, 2>> mail;  // two generations of each warp's exchange
     ucontext_t scheduler;
     Fiber* now = nullptr;
     uint64_t progress = 0;
-    std::vector<unsigned char> shared;
+    std::vector<std::vector<unsigned char>> shared;  // of each block
+    std::vector<std::function<void()>> later;        // what happens at some time while threads run on
+    std::function<std::string(void const*)> describe;
+    std::function<void()> audit;  // when all threads have ended
     std::function<void()> body;
 } state;
+
+[[noreturn]] inline void fail(std::string const& what) {
+    std::fprintf(stderr, "emulator: %s\n", what.c_str());
+    std::abort();
+}
 
 inline void yield() { swapcontext(&state.now->context, &state.scheduler); }
 
@@ -102,7 +117,7 @@ inline uint64_t meet(Meeting& meeting, int threads) {
 template <class Value>
 inline std::array<Value, 32> share(Value const& value) {
     static_assert(sizeof(Value) <= sizeof(Payload), "payload");
-    unsigned const warp = state.now->thread / 32, lane = state.now->thread % 32;
+    unsigned const warp = state.now->warp, lane = state.now->thread % 32;
     auto& box = state.mail[warp][state.warps[warp].generation % 2];
     std::memcpy(box[lane].bytes, &value, sizeof value);
     meet(state.warps[warp], 32);
@@ -118,37 +133,66 @@ inline void enter() {
     yield();
 }
 
-inline void run_block(int threads, size_t shared, std::mt19937& random) {
-    state.fibers = std::vector<Fiber>(threads);
-    state.barriers.assign(16, {});
-    state.warps.assign((threads + 31) / 32, {});
+inline void prepare(Fiber& f, dim3 block, unsigned rank, unsigned thread, unsigned warps) {
+    f.block = block, f.rank = rank, f.thread = thread, f.warp = rank * warps + thread / 32;
+    constexpr size_t kStack = 64 * 1024;
+    f.stack = std::make_unique<char[]>(kStack);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    makecontext(&f.context, reinterpret_cast<void (*)()>(enter), 0);
+}
+
+// Some of what may happen now; when all threads wait, at least one thing. Returns whether anything did.
+inline bool happen(bool all_wait, std::mt19937& random) {
+    auto& later = state.later;
+    std::shuffle(later.begin(), later.end(), random);
+    size_t count = later.empty() ? 0 : random() % (later.size() + 1) / 2;
+    if (all_wait && !later.empty()) count = std::max<size_t>(count, 1);
+    std::vector<std::function<void()>> now(later.end() - long(count), later.end());
+    later.resize(later.size() - count);
+    for (auto const& event : now) event();
+    return count > 0;
+}
+
+inline void run_cluster(dim3 first, unsigned blocks, int threads, size_t shared, std::mt19937& random) {
+    unsigned const warps = unsigned(threads + 31) / 32;
+    state.fibers = std::vector<Fiber>(threads * blocks);
+    state.threads = size_t(threads);
+    state.barriers.assign(blocks, {});
+    state.warps.assign(warps * blocks, {});
+    state.cluster = {};
     state.mail.resize(state.warps.size());
-    state.shared.assign(shared + 1024, 0xff);
+    state.shared.assign(blocks, std::vector<unsigned char>(shared + 2048, 0xff));
     std::vector<Fiber*> order;
-    for (int i = 0; i < threads; i++) {
-        Fiber& f = state.fibers[i];
-        f.thread = unsigned(i);
-        constexpr size_t kStack = 64 * 1024;
-        f.stack = std::make_unique<char[]>(kStack);
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.get();
-        f.context.uc_stack.ss_size = kStack;
-        makecontext(&f.context, reinterpret_cast<void (*)()>(enter), 0);
-        order.push_back(&f);
-    }
+    for (unsigned rank = 0; rank < blocks; rank++)
+        for (unsigned i = 0; i < unsigned(threads); i++) {
+            Fiber& f = state.fibers[rank * unsigned(threads) + i];
+            prepare(f, {first.x + rank, first.y, first.z}, rank, i, warps);
+            order.push_back(&f);
+        }
     while (!order.empty()) {
         std::shuffle(order.begin(), order.end(), random);
         uint64_t const before = state.progress;
+        unsigned const resting = random() % 2 ? random() % blocks : blocks;  // one block of a cluster may fall behind
         for (Fiber* f : order) {
+            if (blocks > 1 && f->rank == resting) continue;
             state.now = f;
             swapcontext(&state.scheduler, &f->context);
         }
         order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
-        if (state.progress == before) {
-            std::fprintf(stderr, "emulator: %zu threads wait for others that never come\n", order.size());
-            std::abort();
-        }
+        bool const stuck = state.progress == before && (blocks == 1 || resting == blocks);
+        if (happen(stuck, random) || !stuck) continue;
+        std::string what = std::to_string(order.size()) + " threads wait for others that never come";
+        for (Fiber* f : order)
+            if (f->waiting) {
+                what += "; thread " + std::to_string(f->thread) + " at " + state.describe(f->waiting);
+                break;
+            }
+        fail(what);
     }
+    if (!state.later.empty()) fail("a block ended before its copies had landed");
+    if (state.audit) state.audit();
 }
 
 struct ThreadIndex {
@@ -156,8 +200,14 @@ struct ThreadIndex {
         operator int() const { return int(state.now->thread); }
     } x;
 };
+template <unsigned dim3::*Axis>
+struct BlockAxis {
+    operator unsigned() const { return state.now->block.*Axis; }
+};
 struct BlockIndex {
-    unsigned x, y, z;
+    BlockAxis<&dim3::x> x;
+    BlockAxis<&dim3::y> y;
+    BlockAxis<&dim3::z> z;
 };
 
 }  // namespace emulator
@@ -181,12 +231,22 @@ inline float bits_float(uint32_t u) {
 
 template <class T>
 inline float to_float(uint16_t bits);
-template <>
-inline float to_float<Half>(uint16_t bits) {
+namespace emulator {
+inline float half_value(int bits) {
     int const exponent = bits >> 10 & 31, mantissa = bits & 1023;
     float const sign = bits >> 15 ? -1.0f : 1.0f;
     if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
     return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+}
+inline std::vector<float> const half_values = [] {
+    std::vector<float> all(65536);
+    for (int i = 0; i < 65536; i++) all[size_t(i)] = half_value(i);
+    return all;
+}();
+}  // namespace emulator
+template <>
+inline float to_float<Half>(uint16_t bits) {
+    return emulator::half_values[bits];
 }
 template <>
 inline float to_float<Bfloat>(uint16_t bits) {
@@ -226,6 +286,10 @@ inline uint32_t add2(uint32_t a, uint32_t b) {
 inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 inline int uniform(int value);
 
+inline uint32_t max_halves(uint32_t a, uint32_t b) {
+    return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t const all = uint64_t(b) << 32 | a;
     uint32_t out = 0;
@@ -235,10 +299,13 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 // ---- memory ----
 
-inline unsigned char* dynamic_shared() {
-    auto const at = reinterpret_cast<uintptr_t>(emulator::state.shared.data());
+namespace emulator {
+inline unsigned char* shared_of(unsigned rank) {
+    auto const at = reinterpret_cast<uintptr_t>(state.shared[rank].data());
     return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
 }
+}  // namespace emulator
+inline unsigned char* dynamic_shared() { return emulator::shared_of(emulator::state.now->rank); }
 
 using Shared = unsigned char*;
 inline Shared shared_address(void const* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
@@ -287,8 +354,14 @@ inline void load_matrices(uint32_t (&r)[4], Shared row) {
 // ---- barriers and exchange ----
 
 inline void warp_barrier() { emulator::share(0); }
-inline void named_barrier(int id, int threads) { emulator::meet(emulator::state.barriers.at(id), threads); }
-inline void block_barrier() { named_barrier(0, int(emulator::state.fibers.size())); }
+inline void named_barrier(int id, int threads) {
+    emulator::meet(emulator::state.barriers[emulator::state.now->rank].at(id), threads);
+}
+inline void block_barrier() { named_barrier(0, int(emulator::state.threads)); }
+inline bool any_lane(bool holds) {
+    auto const all = emulator::share(holds);
+    return std::find(all.begin(), all.end(), true) != all.end();
+}
 inline uint32_t exchange(uint32_t value, int lane_mask) {
     return emulator::share(value)[(int(threadIdx.x) % 32) ^ lane_mask];
 }
@@ -376,65 +449,6 @@ inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, u
         }
 }
 
-// ---- warpgroup tensor cores: nothing is read or written before it is waited for ----
-
-inline void warpgroup_begin() {}
-inline void publish_copies() {}
-template <class Anything>
-inline void settle(Anything&) {}
-inline void warpgroup_commit() { emulator::state.now->products.emplace_back(); }
-template <int Pending>
-inline void warpgroup_wait() {
-    auto& products = emulator::state.now->products;
-    while (products.size() > Pending + 1) {
-        for (auto const& product : products.front()) product();
-        products.erase(products.begin());
-    }
-}
-
-template <class T, size_t C>
-inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k16, bool add) {
-    if (reinterpret_cast<uintptr_t>(tile) % 1024) std::abort();
-    auto const f = emulator::fragments(a, 0, 0);
-    auto const* const bytes = static_cast<unsigned char const*>(tile);
-    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
-    emulator::state.now->products.back().push_back([f, bytes, k16, g, t, add, out = &d] {
-        for (size_t j = 0; j < C; j++)
-            for (int i = 0; i < 4; i++) {
-                double sum = 0;
-                for (int k = 0; k < 16; k++) {
-                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k16 * 2 + k / 8;
-                    uint16_t x;
-                    std::memcpy(&x, bytes + row * 128 + (chunk ^ row % 8) * 16 + k % 8 * 2, 2);
-                    uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
-                    sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
-                }
-                (*out)[j][i] = emulator::cut((add ? (*out)[j][i] : 0.0f) + sum);
-            }
-    });
-}
-
-template <size_t C>
-inline void warpgroup_multiply_add(int32_t (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k32, bool add) {
-    if (reinterpret_cast<uintptr_t>(tile) % 1024) std::abort();
-    auto const f = emulator::fragments(a, 0, 0);
-    auto const* const bytes = static_cast<unsigned char const*>(tile);
-    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
-    emulator::state.now->products.back().push_back([f, bytes, k32, g, t, add, out = &d] {
-        for (size_t j = 0; j < C; j++)
-            for (int i = 0; i < 4; i++) {
-                int32_t sum = add ? (*out)[j][i] : 0;
-                for (int k = 0; k < 32; k++) {
-                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k32 * 2 + k / 16;
-                    auto const x = int8_t(bytes[row * 128 + (chunk ^ row % 8) * 16 + k % 16]);
-                    uint32_t const av = f[g * 4 + k % 16 / 4].a[i / 2 + k / 16 * 2];
-                    sum += int32_t(uint8_t(av >> k % 4 * 8)) * x;
-                }
-                (*out)[j][i] = sum;
-            }
-    });
-}
-
 // ---- host ----
 
 inline int current_device() { return 0; }
@@ -457,13 +471,12 @@ char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
     size_t const limit = (DEVICE_SM < 75 ? 48 : DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
     if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
+    if (grid.blocks.x % unsigned(grid.cluster)) return "a grid that is no multiple of its clusters";
+    emulator::state.body = [&] { kernel(args); };
     gridDim = grid.blocks;
     for (unsigned z = 0; z < grid.blocks.z; z++)
         for (unsigned y = 0; y < grid.blocks.y; y++)
-            for (unsigned x = 0; x < grid.blocks.x; x++) {
-                blockIdx = {x, y, z};
-                emulator::state.body = [&] { kernel(args); };
-                emulator::run_block(grid.threads, grid.shared, random);
-            }
+            for (unsigned x = 0; x < grid.blocks.x; x += unsigned(grid.cluster))
+                emulator::run_cluster({x, y, z}, unsigned(grid.cluster), grid.threads, grid.shared, random);
     return nullptr;
 }

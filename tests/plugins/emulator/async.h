@@ -1,0 +1,209 @@
+// plugins/runtime/gpu/async.h on the CPU: copies that land at a random later time, barriers that count them, clusters.
+//
+// Strict where the hardware would hang or silently be wrong: memory under a copy is poison until it lands; a phase that
+// never ends, bytes that nobody announced, a block that ends before its copies, and fragments or sums that change under
+// a running product all abort with a message.
+#pragma once
+
+#include <device.h>
+
+#include <map>
+
+using Barrier = uint64_t;
+
+namespace emulator {
+
+struct Phases {
+    int arrivals = 0, missing = 0;  // of each phase; of the current one
+    int64_t bytes = 0;              // announced less landed; below zero when a neighbour's copy is early
+    uint64_t ended = 0;             // phases
+};
+inline std::map<void const*, Phases> phases;
+
+inline std::string describe_barrier(void const* barrier) {
+    Phases const& p = phases.at(barrier);
+    std::string where = "?";
+    for (unsigned rank = 0; rank < state.shared.size(); rank++) {
+        auto const at = static_cast<unsigned char const*>(barrier) - shared_of(rank);
+        if (at >= 0 && at < long(state.shared[rank].size()))
+            where = std::to_string(at) + " of block " + std::to_string(rank);
+    }
+    return "the barrier at byte " + where + ", phase " + std::to_string(p.ended) + ": " + std::to_string(p.missing) +
+           " of " + std::to_string(p.arrivals) + " arrivals and " + std::to_string(p.bytes) + " bytes missing";
+}
+
+inline Phases& phases_of(void const* barrier) {
+    auto const found = phases.find(barrier);
+    if (found == phases.end()) fail("a barrier that was not initialised");
+    return found->second;
+}
+
+inline void advance(void const* barrier, int arrivals, int64_t bytes) {
+    Phases& p = phases_of(barrier);
+    p.missing -= arrivals, p.bytes += bytes;
+    if (p.missing < 0) fail("more arrivals than " + describe_barrier(barrier) + " counts");
+    if (p.bytes < 0 && state.shared.size() == 1) fail("bytes that nobody announced at " + describe_barrier(barrier));
+    if (p.missing || p.bytes) return;
+    p.missing = p.arrivals, p.ended++, state.progress++;
+}
+
+inline void* at_rank(void const* shared, unsigned rank) {
+    size_t const first = rank * state.threads;
+    bool lives = false;
+    for (size_t i = first; i < first + state.threads; i++) lives = lives || !state.fibers[i].done;
+    if (!lives) fail("block " + std::to_string(rank) + " of the cluster has ended and its memory is gone");
+    return shared_of(rank) + (static_cast<unsigned char const*>(shared) - dynamic_shared());
+}
+
+// Poison until the copy lands
+inline void copy_later(void* to, std::vector<unsigned char> bytes, void const* barrier) {
+    std::memset(to, 0xff, bytes.size());
+    state.later.push_back([to, bytes, barrier] {
+        std::memcpy(to, bytes.data(), bytes.size());
+        advance(barrier, 0, -int64_t(bytes.size()));
+    });
+}
+
+inline void require(bool holds, char const* what) {
+    if (!holds) fail(what);
+}
+inline bool aligned(void const* p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+inline void audit_barriers() {
+    for (auto const& [barrier, p] : phases)
+        if (p.bytes) fail("left over at " + describe_barrier(barrier));
+    phases.clear();
+}
+
+}  // namespace emulator
+
+// ---- barriers ----
+
+inline void barrier_init(Barrier* barrier, int arrivals) {
+    emulator::require(emulator::aligned(barrier, 8), "a barrier is not aligned");
+    emulator::phases[barrier] = {arrivals, arrivals};
+    emulator::state.describe = emulator::describe_barrier;
+    emulator::state.audit = emulator::audit_barriers;
+}
+inline void publish_barriers() {}
+inline void arrive(Barrier* barrier) { emulator::advance(barrier, 1, 0); }
+inline void arrive_at(Barrier* barrier, int rank) {
+    emulator::advance(emulator::at_rank(barrier, unsigned(rank)), 1, 0);
+}
+inline void arrive_expecting(Barrier* barrier, int bytes) { emulator::advance(barrier, 1, bytes); }
+inline void wait(Barrier* barrier, int parity) {
+    emulator::Fiber* const me = emulator::state.now;
+    me->waiting = barrier;
+    while (int(emulator::phases_of(barrier).ended % 2) == parity) emulator::yield();
+    me->waiting = nullptr;
+}
+
+// ---- copies ----
+
+inline void copy_bulk(void* shared, void const* global, int bytes, Barrier* barrier) {
+    emulator::require(bytes > 0 && bytes % 16 == 0, "a bulk copy of bytes that are no multiple of 16");
+    emulator::require(emulator::aligned(shared, 16) && emulator::aligned(global, 16), "a bulk copy is not aligned");
+    auto const* const from = static_cast<unsigned char const*>(global);
+    emulator::copy_later(shared, {from, from + bytes}, barrier);
+}
+
+struct alignas(64) TensorMap {
+    unsigned char const* base;
+    int64_t rows, row_bytes;
+    int box;
+};
+
+template <int Cluster>
+inline void copy_box(void* shared, TensorMap const& map, int byte, int64_t row, Barrier* barrier) {
+    emulator::require(emulator::aligned(shared, 1024), "a tile is not aligned to its swizzle");
+    std::vector<unsigned char> bytes(size_t(map.box) * 128);
+    for (int i = 0; i < map.box * 8; i++) {
+        int const r = i / 8, at = byte + i % 8 * 16;
+        if (row + r < map.rows && at < map.row_bytes)
+            std::memcpy(&bytes[size_t(r * 128 + (i % 8 ^ r % 8) * 16)], map.base + (row + r) * map.row_bytes + at, 16);
+    }
+    for (unsigned rank = 0; rank < unsigned(Cluster); rank++)
+        emulator::copy_later(Cluster == 1 ? shared : emulator::at_rank(shared, rank), bytes,
+                             Cluster == 1 ? barrier : emulator::at_rank(barrier, rank));
+}
+inline void prefetch_map(TensorMap const&) {}
+
+// ---- clusters and warpgroups ----
+
+inline void cluster_barrier() { emulator::meet(emulator::state.cluster, int(emulator::state.fibers.size())); }
+template <int Count>
+inline void keep_registers() {}
+template <int Count>
+inline void take_registers() {}
+
+inline void warpgroup_begin() {}
+template <class Anything>
+inline void settle(Anything&) {}
+inline void warpgroup_commit() { emulator::state.now->products.emplace_back(); }
+template <int Pending>
+inline void warpgroup_wait() {
+    auto& products = emulator::state.now->products;
+    while (products.size() > Pending + 1) {
+        for (auto const& product : products.front()) product();
+        products.erase(products.begin());
+    }
+}
+
+namespace emulator {
+// A product of this lane runs when it is waited for; until then its fragment must keep its value.
+template <class Product>
+inline void multiply_later(uint32_t const (&a)[4], void const* tile, Product const& product) {
+    require(aligned(tile, 1024), "a tile is not aligned to its swizzle");
+    auto const f = fragments(a, 0, 0);
+    auto const* const bytes = static_cast<unsigned char const*>(tile);
+    std::array<uint32_t, 4> const mine{a[0], a[1], a[2], a[3]};
+    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+    state.now->products.back().push_back([=, live = &a] {
+        require(!std::memcmp(mine.data(), live, sizeof mine), "a fragment changed under its product");
+        product(f, bytes, g, t);
+    });
+}
+}  // namespace emulator
+
+template <class T, size_t C>
+inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k16, bool add) {
+    emulator::multiply_later(a, tile, [k16, add, out = &d](auto const& f, unsigned char const* bytes, int g, int t) {
+        for (size_t j = 0; j < C; j++)
+            for (int i = 0; i < 4; i++) {
+                double sum = 0;
+                for (int k = 0; k < 16; k++) {
+                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k16 * 2 + k / 8;
+                    uint16_t x;
+                    std::memcpy(&x, bytes + row * 128 + (chunk ^ row % 8) * 16 + k % 8 * 2, 2);
+                    uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
+                    sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
+                }
+                (*out)[j][i] = emulator::cut((add ? (*out)[j][i] : 0.0f) + sum);
+            }
+    });
+}
+
+template <size_t C>
+inline void warpgroup_multiply_add(int32_t (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k32, bool add) {
+    emulator::multiply_later(a, tile, [k32, add, out = &d](auto const& f, unsigned char const* bytes, int g, int t) {
+        for (size_t j = 0; j < C; j++)
+            for (int i = 0; i < 4; i++) {
+                int32_t sum = add ? (*out)[j][i] : 0;
+                for (int k = 0; k < 32; k++) {
+                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k32 * 2 + k / 16;
+                    auto const x = int8_t(bytes[row * 128 + (chunk ^ row % 8) * 16 + k % 16]);
+                    uint32_t const av = f[g * 4 + k % 16 / 4].a[i / 2 + k / 16 * 2];
+                    sum += int32_t(int8_t(av >> k % 4 * 8)) * x;
+                }
+                (*out)[j][i] = sum;
+            }
+    });
+}
+
+// ---- host ----
+
+inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows, int64_t row_bytes, int box) {
+    if (!emulator::aligned(base, 16) || row_bytes % 16 || box > 256) return "a tensor map that no driver would make";
+    map = {static_cast<unsigned char const*>(base), rows, row_bytes, box};
+    return nullptr;
+}
