@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(shell find plugins tests tools -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 
 # Two workers, a file to one of them: the fixtures that cost an export live in a file.
 test: lint serving

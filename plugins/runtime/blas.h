@@ -111,8 +111,8 @@ inline int multiply(void* handle, Type type, void const* x, void const* w, float
     if (!status && !found) status = kNotSupported;
     float const one = 1.0f, none = 0.0f;
     if (!status)
-        status = f.multiply(handle, matmul, &one, w, a, x, b, &none, y, c, y, c, best.algorithm, workspace, size,
-                            stream);
+        status =
+            f.multiply(handle, matmul, &one, w, a, x, b, &none, y, c, y, c, best.algorithm, workspace, size, stream);
     if (preference) f.forget_preference(preference);
     for (void* layout : {a, b, c})
         if (layout) f.forget_layout(layout);

@@ -39,9 +39,12 @@ public:
     // IPluginV3
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
         switch (type) {
-            case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-            case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-            case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+            case PluginCapabilityType::kCORE:
+                return static_cast<IPluginV3OneCore*>(this);
+            case PluginCapabilityType::kBUILD:
+                return static_cast<IPluginV3OneBuild*>(this);
+            case PluginCapabilityType::kRUNTIME:
+                return static_cast<IPluginV3OneRuntime*>(this);
         }
         return nullptr;
     }
@@ -62,10 +65,11 @@ public:
                             int32_t) noexcept override {
         return 0;
     }
-    int32_t getOutputDataTypes(DataType* out, int32_t outputs, DataType const* in, int32_t inputs) const noexcept override {
+    int32_t getOutputDataTypes(DataType* out, int32_t outputs, DataType const* in,
+                               int32_t inputs) const noexcept override {
         if (inputs < Op::kRequiredInputs || inputs > Op::kInputs || outputs != 1) {
-            complain(Op::kName, "expected %d to %d inputs and 1 output, found %d and %d", Op::kRequiredInputs, Op::kInputs,
-                     inputs, outputs);
+            complain(Op::kName, "expected %d to %d inputs and 1 output, found %d and %d", Op::kRequiredInputs,
+                     Op::kInputs, inputs, outputs);
             return -1;
         }
         out[0] = in[0];
@@ -97,8 +101,8 @@ public:
         mInputs = inputs;
         return 0;
     }
-    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
-                    void* workspace, cudaStream_t stream) noexcept override {
+    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
+                    void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
         return Op::launch(mAttributes, mDevice, in, inputs, mInputs, outputs[0], workspace, stream);
     }
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
@@ -120,7 +124,7 @@ private:
     Attributes<Op> mAttributes;
     std::array<PluginField, std::size(Op::kFields)> mFields{};
     PluginFieldCollection mCollection{};
-    Device mDevice;  // of the context this object is attached to
+    Device mDevice;       // of the context this object is attached to
     int32_t mInputs = 0;  // optional ports are the last; enqueue is not told how many there are
     char mTimingId[128] = {};
 };

@@ -1,9 +1,9 @@
-// Registers our creators as soon as this library is loaded: for hosts that only dlopen plugin libraries, such as Triton's
-// TensorRT backend with its `plugins=` setting, which never asks a library for getCreators.
+// Registers our creators as soon as this library is loaded: for hosts that only dlopen plugin libraries, such as
+// Triton's TensorRT backend with its `plugins=` setting, which never asks a library for getCreators.
 //
-// Built once for each TensorRT major (the registry's layout differs), loads libinstantrt_plugins.so from its own folder,
-// and links nothing of TensorRT: the libnvinfer.so.<major> that the process already has is asked. On any failure it says
-// so and registers nothing.
+// Built once for each TensorRT major (the registry's layout differs), loads libinstantrt_plugins.so from its own
+// folder, and links nothing of TensorRT: the libnvinfer.so.<major> that the process already has is asked. On any
+// failure it says so and registers nothing.
 #include <NvInferRuntime.h>
 #include <NvInferVersion.h>
 #include <dlfcn.h>
@@ -39,8 +39,8 @@ struct Registration {
         char const* const slash = std::strrchr(self.dli_fname, '/');
         int const folder = slash ? int(slash - self.dli_fname) + 1 : 0;
         std::snprintf(path, sizeof path, "%.*s" PLUGIN_LIBRARY, folder, self.dli_fname);
-        auto* const creators =
-            reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(symbol(path, RTLD_NOW | RTLD_LOCAL, "getCreators"));
+        auto* const creators = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(
+            symbol(path, RTLD_NOW | RTLD_LOCAL, "getCreators"));
         // NOLOAD: a second copy of TensorRT would have a second registry
         auto* const registry = reinterpret_cast<IPluginRegistry* (*)()>(
             symbol("libnvinfer.so." STRING(NV_TENSORRT_MAJOR), RTLD_NOW | RTLD_NOLOAD, "getPluginRegistry"));

@@ -1,6 +1,7 @@
 // The GPU as host code alone sees it: kernels were compiled by nvrtc.py into the image that is linked beside this, are
-// found there by name, and run through the CUDA driver, which is opened when asked for. Nothing of CUDA is linked, so one
-// library serves every TensorRT and every CUDA 12 that still know Volta. plugins/runtime/gpu/device.h has the device side.
+// found there by name, and run through the CUDA driver, which is opened when asked for. Nothing of CUDA is linked, so
+// one library serves every TensorRT and every CUDA 12 that still know Volta. plugins/runtime/gpu/device.h has the
+// device side.
 #pragma once
 
 #include <dlfcn.h>
@@ -83,8 +84,7 @@ inline char const* library(void*& loaded) noexcept {
     Functions const* const f = functions(failed);
     if (!f) return failed;
     std::lock_guard<std::mutex> const guard(lock);
-    if (!image_library)
-        failed = explain(f->load(&image_library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
+    if (!image_library) failed = explain(f->load(&image_library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
     loaded = image_library;
     return failed;
 }

@@ -1,4 +1,5 @@
-// What device code of ours needs of the standard headers, for NVRTC, which has none: nvrtc.py gives it for each of them.
+// What device code of ours needs of the standard headers, for NVRTC, which has none: nvrtc.py gives it for each of
+// them.
 #ifndef INSTANTRT_STD  // not `pragma once`: it goes by names, and this file has several
 #define INSTANTRT_STD
 

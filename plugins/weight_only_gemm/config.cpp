@@ -14,7 +14,8 @@ struct Rule {
 };
 
 int refuse(char* error, size_t size, char const* what, char const* expected, int64_t found) {
-    std::snprintf(error, size, "WeightOnlyGemm: %s is %lld, expected %s", what, static_cast<long long>(found), expected);
+    std::snprintf(error, size, "WeightOnlyGemm: %s is %lld, expected %s", what, static_cast<long long>(found),
+                  expected);
     return 1;
 }
 
@@ -107,12 +108,13 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     if (wog_check(problem, error, size)) return 1;
     wog_problem const& p = *problem;
     Row const* const found = find_row(p);
-    if (!found) return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
+    if (!found)
+        return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
     Row const& row = *found;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
-    int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
-                            : ceil_div(p.n, row.block_n());
+    int const tiles =
+        dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles
     bool const gemm = row.kernel == Kernel::kGemm;
@@ -170,19 +172,19 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
         char const* name;
         void const* pointer;
         bool needed;
-    } const pointers[] = {{"address of x", t.x, true},
-                          {"address of codes", t.codes, true},
-                          {"address of affine", t.affine, true},
-                          {"address of bias", t.bias, false},
-                          {"address of y", t.y, true},
-                          {"address of workspace", t.workspace, plan.workspace > 0}};
+    } const pointers[] = {
+        {"address of x", t.x, true},           {"address of codes", t.codes, true},
+        {"address of affine", t.affine, true}, {"address of bias", t.bias, false},
+        {"address of y", t.y, true},           {"address of workspace", t.workspace, plan.workspace > 0}};
     for (auto const& p : pointers)
         if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
-            return refuse(error, size, p.name, "a multiple of 16, not null", int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
+            return refuse(error, size, p.name, "a multiple of 16, not null",
+                          int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
 #ifdef WOG_VOLTA
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
-    decltype(&launch_gemm) const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup};  // by Kernel
+    decltype(&launch_gemm)
+        const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
     if (char const* failed = run(*problem, t, plan, stream)) {

@@ -42,8 +42,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #include "volta_rows.h"
 #else
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
-// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "narrow" and "wide" are never taken: they are
-// there to be measured beside the others (tools/gpu_check).
+// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "narrow" and "wide" are never taken: they
+// are there to be measured beside the others (tools/gpu_check).
 // Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
 // cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
@@ -92,7 +92,8 @@ constexpr int count_rows(Kernel kernel) {
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
     if (row.kernel == Kernel::kWarpgroup) return !row.whole_k;
-    return row.kernel == Kernel::kVolta || (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
+    return row.kernel == Kernel::kVolta ||
+           (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
 }
 
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }

@@ -1,5 +1,5 @@
-// Packed codes to the MMA's A registers: for 16-bit x as exact small integers q - c in T (c = 8 for 4 bits, 128 for 8), for
-// int8 x as they are.
+// Packed codes to the MMA's A registers: for 16-bit x as exact small integers q - c in T (c = 8 for 4 bits, 128 for
+// 8), for int8 x as they are.
 #pragma once
 
 #include <device.h>

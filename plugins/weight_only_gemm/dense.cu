@@ -3,8 +3,8 @@
 //     W[n, k] = T((q - z) * s), one rounding;   y = x @ W^T in fp32;   bias, activation, gate as everywhere
 //
 // The rounding of W is why the op must ask for it (`rounded_weights`): each product is off by half a step of T, so the
-// error of y is about that of rounding y once more, but does not vanish where products cancel. Sums go through memory in
-// fp32, so that bias, activation and gate are those of all other kernels.
+// error of y is about that of rounding y once more, but does not vanish where products cancel. Sums go through memory
+// in fp32, so that bias, activation and gate are those of all other kernels.
 #include "../runtime/blas.h"
 #include "epilogue.h"
 
@@ -66,8 +66,8 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
     DenseBuffers const at = dense_buffers(p.m, p.n, p.k);
     auto* const dense = reinterpret_cast<uint16_t*>(workspace + at.weights);
     auto* const sums = reinterpret_cast<float*>(workspace + at.sums);
-    DequantizeArgs const args{static_cast<unsigned char const*>(t.codes), static_cast<uint32_t const*>(t.affine), dense,
-                              p.n, p.k, p.group};
+    DequantizeArgs const args{
+        static_cast<unsigned char const*>(t.codes), static_cast<uint32_t const*>(t.affine), dense, p.n, p.k, p.group};
     bool const half = p.type == WOG_F16;
     auto* const kernel = p.bits == 4 ? (half ? dequantize<Half, 4> : dequantize<Bfloat, 4>)
                                      : (half ? dequantize<Half, 8> : dequantize<Bfloat, 8>);

@@ -1,8 +1,8 @@
-// The kernels of WeightOnlyGemm for mma.sync, for 16-bit and for int8 activations: one template streams weights (few rows
-// of x) and multiplies tiles (more rows).
+// The kernels of WeightOnlyGemm for mma.sync, for 16-bit and for int8 activations: one template streams weights (few
+// rows of x) and multiplies tiles (more rows).
 //
-// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s and
-// a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
+// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
+// and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
 // Work split: a block owns C * 8 m and a part of K, and walks over tiles of WN * S * 16 n, gridDim.y apart.
 //     warp (wk, wn):   n  -->  wn = 0   1   2  ..  WN-1        each warp S strips of 16 n
@@ -11,16 +11,17 @@
 //                      v       ..                              and are summed, in order, in shared memory
 //
 // A step is 128 bytes of a row of x: 64 k, or 128 k of int8; a quarter of it is one MMA deep. Weights go from memory to
-// registers, D steps ahead, across the ends of tiles: each byte is used by one lane, and no barrier holds the stream up.
-// x goes through shared memory in chunks of one or two steps: the two chunks under way, or, where they fit, all chunks of
-// the block's K once for all its tiles. The 16-byte pieces of a row are XORed with the row: free of bank conflicts.
+// registers, D steps ahead, across the ends of tiles: each byte is used by one lane, and no barrier holds the stream
+// up. x goes through shared memory in chunks of one or two steps: the two chunks under way, or, where they fit, all
+// chunks of the block's K once for all its tiles. The 16-byte pieces of a row are XORed with the row: free of bank
+// conflicts.
 //
-// Arithmetic, 16-bit x: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32 sums
-// P; at the end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones), all in
-// fp32: the float zero is never rounded into T. The sum is linear, so K may be cut anywhere at a multiple of 32; P is also
-// handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them.
-// int8 x (quantize.cu): P and X are exact int32 of the codes as they are, c X is subtracted in int32, so that the zero is
-// again z - c and small; the row's scale comes last.
+// Arithmetic, 16-bit x: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32
+// sums P; at the end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones),
+// all in fp32: the float zero is never rounded into T. The sum is linear, so K may be cut anywhere at a multiple of
+// 32; P is also handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them.
+// int8 x (rows.cu): P and X are exact int32 of the codes as they are, c X is subtracted in int32, so that the zero
+// is again z - c and small; the row's scale comes last.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
 #include <array>
@@ -81,7 +82,9 @@ struct Gemm {
 
     // Shared memory: [zeros: a row that x does not have][x of each wk][sums of x of each wk][finished sums]
     __device__ __forceinline__ int x_step() const { return (WN == 1 ? p.x_rows : kBlockM) * 128; }
-    __device__ __forceinline__ unsigned char* x_ring() const { return dynamic_shared() + 128 + wk * p.x_steps * x_step(); }
+    __device__ __forceinline__ unsigned char* x_ring() const {
+        return dynamic_shared() + 128 + wk * p.x_steps * x_step();
+    }
     __device__ __forceinline__ Sum* group_sums() const {
         return reinterpret_cast<Sum*>(dynamic_shared() + 128 + WK * p.x_steps * x_step()) + wk * 2 * kBlockM;
     }
@@ -93,17 +96,17 @@ struct Gemm {
     int row_moves[kRows8];
     Shared pair_at;
     bool x_stays;
-    int x_at = 0;        // of the step under way, from the first
+    int x_at = 0;  // of the step under way, from the first
 
     // Groups: counted in steps, or in units of 32 k where groups end inside steps
     uint32_t affine_at = 0;
-    uint32_t affine[S][2];  // scale and zero of rows g, g + 8 of each strip, for the group under way
-    int groups_left = 0;    // after the group under way
+    uint32_t affine[S][2];         // scale and zero of rows g, g + 8 of each strip, for the group under way
+    int groups_left = 0;           // after the group under way
     int left = 0, group_left = 0;  // to the next handing over of P; from there to the end of the group
     int parity = 0;
-    float acc[S][C][4] = {};  // [strip][column of 8 m]
-    Sum sum[S][C][4] = {};    // P
-    Sum x_sum[kSums][4] = {};  // X of the columns that this warp counts
+    float acc[S][C][4] = {};                   // [strip][column of 8 m]
+    Sum sum[S][C][4] = {};                     // P
+    Sum x_sum[kSums][4] = {};                  // X of the columns that this warp counts
     int32_t x_whole[kCounts ? 1 : C][2] = {};  // X of the whole group, where quantize has counted it
 
     __device__ __forceinline__ explicit Gemm(GemmArgs const& args) : p(args) {
@@ -175,8 +178,8 @@ struct Gemm {
         copy_commit();
     }
 
-    // What load_matrices reads from the step of x under way: two quarters of one column, or one quarter of two columns, which
-    // keeps fewer registers. Quarters are 32 bytes apart, which XOR keeps inside the swizzled 128.
+    // What load_matrices reads from the step of x under way: two quarters of one column, or one quarter of two
+    // columns, which keeps fewer registers. Quarters are 32 bytes apart, which XOR keeps inside the swizzled 128.
     __device__ __forceinline__ Shared one_column(int quarter, int j) const {
         Shared const row = WN == 1 ? row_at[j % kRows8] + (x_at & row_moves[j % kRows8]) : row_at[0] + x_at + j * 1024;
         return flip(row, quarter * 32);
@@ -226,7 +229,8 @@ struct Gemm {
                 uint32_t a[4];
                 fragment(a, words[s], quarter);
 #pragma unroll
-                for (int j = 0; j < C; j++) multiply(sum[s][j], a, kPairs ? x[j / 2] + j % 2 * 2 : x[j] + quarter % 2 * 2);
+                for (int j = 0; j < C; j++)
+                    multiply(sum[s][j], a, kPairs ? x[j / 2] + j % 2 * 2 : x[j] + quarter % 2 * 2);
             }
             if ((quarter + 1) * kBlocks % 4 == 0) load_block(words, quarter * kBlocks / 4);
             if constexpr (kCounts) {
@@ -498,20 +502,21 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
     Int8Rows const rows = int8_rows(p, t.workspace);
     int64_t const before = int8 ? int8_buffers(p.m, p.k, p.group).total : 0;
     if (char const* failed = int8 ? launch_quantize(p, t, stream) : nullptr) return failed;
-    GemmArgs const args{int8 ? reinterpret_cast<unsigned char const*>(rows.values) : static_cast<unsigned char const*>(t.x),
-                        rows,
-                        static_cast<unsigned char const*>(t.codes),
-                        static_cast<uint32_t const*>(t.affine),
-                        plan.splits > 1 ? reinterpret_cast<float*>(static_cast<unsigned char*>(t.workspace) + before) : nullptr,
-                        output(p, t),
-                        p.k,
-                        p.group,
-                        p.k / p.group,
-                        plan.splits,
-                        steps / parts,
-                        steps % parts,
-                        gemm_x_rows(row, p.m),
-                        gemm_x_steps(row, p, plan.splits)};
+    GemmArgs const args{
+        int8 ? reinterpret_cast<unsigned char const*>(rows.values) : static_cast<unsigned char const*>(t.x),
+        rows,
+        static_cast<unsigned char const*>(t.codes),
+        static_cast<uint32_t const*>(t.affine),
+        plan.splits > 1 ? reinterpret_cast<float*>(static_cast<unsigned char*>(t.workspace) + before) : nullptr,
+        output(p, t),
+        p.k,
+        p.group,
+        p.k / p.group,
+        plan.splits,
+        steps / parts,
+        steps % parts,
+        gemm_x_rows(row, p.m),
+        gemm_x_steps(row, p, plan.splits)};
     char const* const failed =
         p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
     return failed || plan.splits == 1 ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);

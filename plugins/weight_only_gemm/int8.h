@@ -8,10 +8,10 @@
 namespace wog {
 
 struct Int8Rows {
-    int8_t* values;   // [M, K], each 16 in layout.py's ACTIVATION_ORDER
-    float* scales;    // [M]
-    float* sums;      // [K / group, pitch]: sums of the values of a group, whole numbers
-    int64_t pitch;    // padded_rows(M)
+    int8_t* values;  // [M, K], each 16 in layout.py's ACTIVATION_ORDER
+    float* scales;   // [M]
+    float* sums;     // [K / group, pitch]: sums of the values of a group, whole numbers
+    int64_t pitch;   // padded_rows(M)
 };
 
 inline Int8Rows int8_rows(wog_problem const& p, void* workspace) {

@@ -1,4 +1,5 @@
-// WeightOnlyGemm: y[M, N] = act(x[M, K] @ dequant(W[N, K])^T + bias[N])         op.py has the contract, layout.py the bytes
+// WeightOnlyGemm: y[M, N] = act(x[M, K] @ dequant(W[N, K])^T + bias[N])         op.py has the contract, layout.py the
+// bytes
 //
 // One plain C function launches it: a problem, pointers, a stream. No TensorRT, no PyTorch, no allocation, no
 // synchronisation; the same problem always gives the same bits; everything can be captured in a CUDA graph.
@@ -37,12 +38,12 @@ typedef struct {
 } wog_tensors;
 
 typedef struct {
-    char const* kernel;         // name of the chosen row of the table
-    int32_t row;                // and its index, from 0
-    int32_t splits;             // parts of K that different blocks sum; > 1 needs workspace
-    int32_t grid_m, grid_n;     // blocks
-    int32_t threads, shared;    // per block
-    int64_t workspace;          // bytes
+    char const* kernel;       // name of the chosen row of the table
+    int32_t row;              // and its index, from 0
+    int32_t splits;           // parts of K that different blocks sum; > 1 needs workspace
+    int32_t grid_m, grid_n;   // blocks
+    int32_t threads, shared;  // per block
+    int64_t workspace;        // bytes
 } wog_plan;
 
 #define WOG_EXPORT __attribute__((visibility("default")))
@@ -50,7 +51,8 @@ typedef struct {
 // These return 0, or 1 with a message in `error`. The first two are pure functions of the problem and need no GPU.
 WOG_EXPORT int wog_check(wog_problem const* problem, char* error, size_t size);
 WOG_EXPORT int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size);
-WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size);
+WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error,
+                          size_t size);
 
 // The rows of the table, and their names: what wog_problem.row counts.
 WOG_EXPORT int32_t wog_rows(void);

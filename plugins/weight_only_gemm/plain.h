@@ -1,5 +1,5 @@
-// The plain kernel of WeightOnlyGemm: one thread per row and strip of 16 outputs, fp32 sums in the order of k, no tensor
-// cores. It reads frag16 by the formula of layout.py and is what the fast kernels are tested against on a GPU.
+// The plain kernel of WeightOnlyGemm: one thread per row and strip of 16 outputs, fp32 sums in the order of k, no
+// tensor cores. It reads frag16 by the formula of layout.py and is what the fast kernels are tested against on a GPU.
 #pragma once
 
 #include "epilogue.h"

@@ -11,7 +11,8 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
     using Attributes = runtime::Attributes<schema::WeightOnlyGemm>;
 
     // Shapes of everything but x's leading axes are build-time constants: checked here, where an error names the node.
-    static int32_t shape(Attributes const& a, DimsExprs const* in, int32_t count, DimsExprs& out, IExprBuilder& builder) {
+    static int32_t shape(Attributes const& a, DimsExprs const* in, int32_t count, DimsExprs& out,
+                         IExprBuilder& builder) {
         if (count < kRequiredInputs || count > kInputs || in[kX].nbDims < 1 || in[kAffine].nbDims != 2) {
             runtime::complain(kName, "expected x [..., K], codes, affine [K/group, 2 N] and maybe bias [N]");
             return -1;
@@ -34,7 +35,8 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
     }
 
     static size_t workspace(Attributes const& a, DynamicPluginTensorDesc const* in) {
-        wog_problem const p = problem(a, rows(in[kX].max), int32_t(in[kAffine].max.d[1] / 2), columns(in[kX].max), WOG_F16);
+        wog_problem const p =
+            problem(a, rows(in[kX].max), int32_t(in[kAffine].max.d[1] / 2), columns(in[kX].max), WOG_F16);
         return size_t(wog_workspace(&p));
     }
 
@@ -54,7 +56,7 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
                                 in[kX].type == DataType::kBF16 ? WOG_BF16 : WOG_F16);
         p.sm = device.sm, p.sm_count = device.multiprocessors, p.library = device.library;
         wog_tensors const t{inputs[kX], inputs[kCodes], inputs[kAffine], count == kInputs ? inputs[kBias] : nullptr,
-                            y, workspace};
+                            y,          workspace};
         char error[256];
         if (!wog_launch(&p, &t, stream, error, sizeof error)) return 0;
         runtime::complain(kName, "%s", error);
@@ -63,8 +65,23 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
 
 private:
     static wog_problem problem(Attributes const& a, int64_t m, int32_t n, int32_t k, int32_t type) {
-        return {m, n, k, a[kGroup], a[kBits], type, a[kActivation], a[kGated], a[kActivationBits], wog_oldest_sm(), 1,
-                /*wide=*/0, /*plain=*/0, a[kRoundedWeights], /*library=*/0, /*row=*/0, /*splits=*/0};
+        return {m,
+                n,
+                k,
+                a[kGroup],
+                a[kBits],
+                type,
+                a[kActivation],
+                a[kGated],
+                a[kActivationBits],
+                wog_oldest_sm(),
+                1,
+                /*wide=*/0,
+                /*plain=*/0,
+                a[kRoundedWeights],
+                /*library=*/0,
+                /*row=*/0,
+                /*splits=*/0};
     }
 
     static int64_t constant(DimsExprs const& shape, int32_t axis) {
@@ -76,8 +93,8 @@ private:
         for (int64_t const size : expected) {
             int64_t const found = axis < in[port].nbDims ? constant(in[port], axis) : -1;
             if (found != size) {
-                runtime::complain(kName, "'%s' axis %d is %lld, expected %lld", name, axis, static_cast<long long>(found),
-                                  static_cast<long long>(size));
+                runtime::complain(kName, "'%s' axis %d is %lld, expected %lld", name, axis,
+                                  static_cast<long long>(found), static_cast<long long>(size));
                 return false;
             }
             axis++;

@@ -1,20 +1,22 @@
 // The kernels of WeightOnlyGemm for Volta: the first tensor cores, no asynchronous copies, no ldmatrix.
 //
-// mma.m8n8k4 multiplies 8 x 4 by 4 x 8 in each of four quad pairs (device.h has the map). Whoever names the four k the same
-// way in a and b may choose them, so frag16 serves as it is: lane (r, q) = row and quad pair reads the 16 bytes that lane
-// 4 r + q reads elsewhere. Quad pair q then has, of every k16 step, k = {2q, 2q+1, 2q+8, 2q+9}, for rows r (registers 0, 2
-// of the decoded fragment) and r + 8 (1, 3), and the four quad pairs hold parts of one sum:
+// mma.m8n8k4 multiplies 8 x 4 by 4 x 8 in each of four quad pairs (device.h has the map). Whoever names the four k the
+// same way in a and b may choose them, so frag16 serves as it is: lane (r, q) = row and quad pair reads the 16 bytes
+// that lane 4 r + q reads elsewhere. Quad pair q then has, of every k16 step, k = {2q, 2q+1, 2q+8, 2q+9}, for rows r
+// (registers 0, 2 of the decoded fragment) and r + 8 (1, 3), and the four quad pairs hold parts of one sum:
 //
 //     acc(q) += s * (P(q) - (z - c) * X(q))   at the end of each group, all fp32;   sum over q at the very end
 //
-// exact zeros as in gemm.cu, and like there a sum over any parts of K. X is a product with ones, in the lanes that need it.
+// exact zeros as in gemm.cu, and like there a sum over any parts of K. X is a product with ones, in the lanes that
+// need it.
 //
-// That is best for few rows: every load of weights is one coalesced block. But a sum is held four times, so with many rows a
-// warp takes four strips and gives one to each quad pair (kApart): lane (r, q) reads, of strip q, the 16 bytes of lanes
-// 4 r .. 4 r + 3, which are the four parts of K, one after the other. The same registers then hold four times the tile.
+// That is best for few rows: every load of weights is one coalesced block. But a sum is held four times, so with many
+// rows a warp takes four strips and gives one to each quad pair (kApart): lane (r, q) reads, of strip q, the 16 bytes
+// of lanes 4 r .. 4 r + 3, which are the four parts of K, one after the other. The same registers then hold four times
+// the tile.
 //
-// Work split as in gemm.cu: a block owns WN * S * 16 n, C * 8 m and a part of K; warps (wk, wn). The WN warps of a wk share
-// two slots of x, C KiB each: 128 bytes (64 k) a row, so that one is filled while the other is read.
+// Work split as in gemm.cu: a block owns WN * S * 16 n, C * 8 m and a part of K; warps (wk, wn). The WN warps of a wk
+// share two slots of x, C KiB each: 128 bytes (64 k) a row, so that one is filled while the other is read.
 #include "volta.h"
 
 #include <device.h>
@@ -32,11 +34,11 @@ struct Volta {
     static constexpr int WN = kRow.warps_n, WK = kRow.warps_k, S = kRow.strips, C = kRow.columns;
     static constexpr int kAhead = kRow.stages[Bits == 8], kThreads = kRow.threads();
     static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m();
-    static constexpr int kBlocks = Bits / 4;                 // 512-byte blocks of one strip in a stage
-    static constexpr int kSums = C > WN ? C / WN : 1;        // columns of m whose X this warp counts
+    static constexpr int kBlocks = Bits / 4;                                 // 512-byte blocks of one strip in a stage
+    static constexpr int kSums = C > WN ? C / WN : 1;                        // columns of m whose X this warp counts
     static constexpr int kPieces = (kBlockM * 4 + WN * 32 - 1) / (WN * 32);  // of 32 bytes of x, that a thread moves
     static constexpr bool kApart = strip_for_each_quad_pair(kRow);
-    static constexpr int kHeld = kApart ? 1 : S;             // strips whose sums a lane holds
+    static constexpr int kHeld = kApart ? 1 : S;  // strips whose sums a lane holds
     static_assert(C % kSums == 0 && volta_shared_bytes(kRow) <= 48 * 1024, "the table");
 
     VoltaArgs const& p;
@@ -45,8 +47,8 @@ struct Volta {
     int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
     int const n0 = blockIdx.y * kBlockN + wn * S * 16;
     unsigned char* const x_slots = dynamic_shared() + wk * kXSlots * kBlockM * 128;
-    float* const group_sums = reinterpret_cast<float*>(dynamic_shared() + WK * kXSlots * kBlockM * 128) +
-                              wk * 2 * kQuadPairs * kBlockM;
+    float* const group_sums =
+        reinterpret_cast<float*>(dynamic_shared() + WK * kXSlots * kBlockM * 128) + wk * 2 * kQuadPairs * kBlockM;
 
     float acc[kHeld][C][2][8] = {}, sum[kHeld][C][2][8] = {};  // [strip][column of 8 m][rows 8 h ..]; `sum` is P
     float x_sum[kSums][8] = {};                                // X of those columns
@@ -109,7 +111,8 @@ struct Volta {
         }
     }
 
-    // Of row r of the eight from `column`: the four k of this quad pair of a step; or a chunk, those of parts 2 i, 2 i + 1
+    // Of row r of the eight from `column`: the four k of this quad pair of a step; or a chunk, those of parts 2 i, 2 i
+    // + 1
     __device__ __forceinline__ uint2 read_x(unsigned char const* slot, int column, int step) const {
         return *reinterpret_cast<uint2 const*>(slot + column * 8 * 128 + place(r, step * 2 + q / 2) + q % 2 * 8);
     }
@@ -266,8 +269,8 @@ struct Volta {
         if (left != per_group) finish_group();
     }
 
-    // Finished sums into a tile of `pitch` floats a row of m. The sum over quad pairs: halves are handed to the neighbour
-    // until a lane has, of a strip and eight m, four sums
+    // Finished sums into a tile of `pitch` floats a row of m. The sum over quad pairs: halves are handed to the
+    // neighbour until a lane has, of a strip and eight m, four sums
     //     n = 8 (q % 2) + lane % 2 + (i & 2) + 4 * (lane / 16),   m = 4 * (q / 2) + (lane & 2) + i % 2,   i = 0 .. 3
     __device__ __forceinline__ void store_sums(float* tile, int pitch) const {
         int const n = lane % 2 + lane / 16 * 4, m = lane & 2;
@@ -276,7 +279,8 @@ struct Volta {
             if constexpr (kApart) {
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    tile[(j * 8 + m + (i & 4) + i % 2) * pitch + q * 16 + i / 8 * 8 + n + (i & 2)] = acc[0][j][i / 8][i % 8];
+                    tile[(j * 8 + m + (i & 4) + i % 2) * pitch + q * 16 + i / 8 * 8 + n + (i & 2)] =
+                        acc[0][j][i / 8][i % 8];
             } else {
 #pragma unroll
                 for (int s = 0; s < S; s++) {
@@ -325,12 +329,12 @@ struct Volta {
 }  // namespace
 }  // namespace wog
 
-#define VOLTA_KERNEL(row, index, bits)                                                                      \
+#define VOLTA_KERNEL(row, index, bits)                                                                    \
     extern "C" __global__ void __launch_bounds__(wog::kRows[index].threads(), wog::kRows[index].resident) \
-        volta_##row##_##bits(wog::VoltaArgs p) {                                                           \
-        wog::Volta<bits, index> block{p};                                                                  \
-        block.accumulate();                                                                                \
-        block.store();                                                                                     \
+        volta_##row##_##bits(wog::VoltaArgs p) {                                                          \
+        wog::Volta<bits, index> block{p};                                                                 \
+        block.accumulate();                                                                               \
+        block.store();                                                                                    \
     }
 #define VOLTA_KERNELS(row, index) VOLTA_KERNEL(row, index, 4) VOLTA_KERNEL(row, index, 8)
 VOLTA_ROWS(VOLTA_KERNELS)

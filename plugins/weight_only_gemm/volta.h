@@ -21,7 +21,7 @@ struct VoltaArgs {
 
 }  // namespace wog
 
-#define VOLTA_DECLARE(row, index)                                \
+#define VOLTA_DECLARE(row, index)                                 \
     extern "C" __global__ void volta_##row##_4(wog::VoltaArgs p); \
     extern "C" __global__ void volta_##row##_8(wog::VoltaArgs p);
 VOLTA_ROWS(VOLTA_DECLARE)

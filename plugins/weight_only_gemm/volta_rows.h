@@ -1,7 +1,7 @@
 // The table of the library for Volta. As in config.h: the first row that fits is taken.
 //
-// Weights go from global memory straight into registers: `stages` counts those in flight. x has two slots in shared memory,
-// of which Volta gives 48 KiB to a block.
+// Weights go from global memory straight into registers: `stages` counts those in flight. x has two slots in shared
+// memory, of which Volta gives 48 KiB to a block.
 #pragma once
 
 constexpr Row kRows[] = {

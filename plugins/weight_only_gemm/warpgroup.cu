@@ -114,11 +114,8 @@ struct Shape {
         int const split = index / tiles, tile = index % tiles, band = tile / (kBand * across);
         int const inside = tile % (kBand * across), left = p.tiles_m - band * kBand, rows = left < kBand ? left : kBand;
         int const stages = (p.k + kStageK - 1) / kStageK;
-        return {int64_t(band * kBand + inside % rows) * kBlockM,
-                inside / rows * kCluster + int(blockIdx.x % kCluster),
-                split,
-                int(int64_t(stages) * split / p.splits),
-                int(int64_t(stages) * (split + 1) / p.splits)};
+        return {int64_t(band * kBand + inside % rows) * kBlockM, inside / rows * kCluster + int(blockIdx.x % kCluster),
+                split, int(int64_t(stages) * split / p.splits), int(int64_t(stages) * (split + 1) / p.splits)};
     }
     static __device__ __forceinline__ int first_item() { return int(blockIdx.x / kCluster); }
 };
@@ -234,10 +231,10 @@ struct Consumer {
     int const who = threadIdx.x / 128 - 1;  // which of the two
     int width = 8;                          // strips of the tile
 
-    Sum sum[C][4];                       // P since the last cut
-    float acc[kWhole ? 1 : C][4];        // with one cut, its result takes P's place
-    uint32_t a[4][4];                    // fragments of the four steps of a stage
-    uint4 codes;                         // that fragments are decoded from
+    Sum sum[C][4];                 // P since the last cut
+    float acc[kWhole ? 1 : C][4];  // with one cut, its result takes P's place
+    uint32_t a[4][4];              // fragments of the four steps of a stage
+    uint4 codes;                   // that fragments are decoded from
     Cursor<S::kStages> at{};
     Cursor<kSumSlots> sum_at{};
 

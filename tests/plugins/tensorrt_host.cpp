@@ -1,6 +1,6 @@
 // A host for the plugin library, built against one TensorRT's headers: what a builder and a runtime would ask of it.
-// usage: host PLUGIN.so REGISTRY.so|- M N K FOLDER      int4, group 32, gated, SiLU, fp16, with bias; FOLDER holds x.bin, ...
-// Prints one "name value" line for each thing that the Python test compares, and writes FOLDER/y.bin.
+// usage: host PLUGIN.so REGISTRY.so|- M N K FOLDER      int4, group 32, gated, SiLU, fp16, with bias; FOLDER holds
+// x.bin, ... Prints one "name value" line for each thing that the Python test compares, and writes FOLDER/y.bin.
 #include <NvInferImpl.h>
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -34,7 +34,9 @@ struct Expressions final : IExprBuilder, apiv::VExprBuilder {
     IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&, IDimensionExpr const&) override {
         std::abort();  // the plugin computes with constants only
     }
-    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override { std::abort(); }
+    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override {
+        std::abort();
+    }
     IDimensionExpr const* add(int64_t v, bool fixed) {
         pool.emplace_back(v, fixed);
         return &pool.back();
@@ -98,7 +100,9 @@ int main(int argc, char** argv) {
     int32_t const bits = 4, group = 32, silu = 1, one = 1, two = 2;
     int64_t const wide_bits = 4;
     float const real = 1.0f;
-    auto i32 = [](char const* name, int32_t const* value) { return PluginField{name, value, PluginFieldType::kINT32, 1}; };
+    auto i32 = [](char const* name, int32_t const* value) {
+        return PluginField{name, value, PluginFieldType::kINT32, 1};
+    };
     require(!create({i32("layout_version", &two)}), "another layout version is refused");
     require(!create({i32("no_such", &one)}), "an unknown field is refused");
     require(!create({PluginField{"bits", &real, PluginFieldType::kFLOAT32, 1}}), "a float is refused");
@@ -137,8 +141,8 @@ int main(int argc, char** argv) {
         require(build->getOutputShapes(wrong, 4, nullptr, 0, &out, 1, e) != 0, "a wrong shape is refused");
     }
 
-    std::vector<std::vector<int64_t>> const sizes = {{1, m, k}, {n / 16, (k + 63) / 64, 512}, {k / group, 2 * n}, {n},
-                                                     {1, m, n / 2}};
+    std::vector<std::vector<int64_t>> const sizes = {
+        {1, m, k}, {n / 16, (k + 63) / 64, 512}, {k / group, 2 * n}, {n}, {1, m, n / 2}};
     std::vector<DynamicPluginTensorDesc> all(5);
     for (size_t i = 0; i < 5; i++) {
         all[i].desc.dims = all[i].min = all[i].max = dims(sizes[i]);
@@ -159,18 +163,21 @@ int main(int argc, char** argv) {
     std::printf("timing %s\n", build->getTimingCacheID());
 
     // what an engine file does
-    auto* const runtime = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    auto* const runtime =
+        static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     auto* const again = creator->createPlugin("node", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
     require(again, "createPlugin from serialized fields");
     delete plugin;
-    auto* const loaded = static_cast<IPluginV3OneRuntime*>(again->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    auto* const loaded =
+        static_cast<IPluginV3OneRuntime*>(again->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     auto const* const fields = loaded->getFieldsToSerialize();
     for (int32_t i = 0; i < fields->nbFields; i++)
         std::printf("serialized %s %d\n", fields->fields[i].name, *static_cast<int32_t const*>(fields->fields[i].data));
 
     auto* const attached = loaded->attachToContext(nullptr);
     require(attached, "attachToContext");
-    auto* const run = static_cast<IPluginV3OneRuntime*>(attached->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    auto* const run =
+        static_cast<IPluginV3OneRuntime*>(attached->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     PluginTensorDesc descs[5];
     for (int i = 0; i < 5; i++) descs[i] = all[i].desc;
     require(run->onShapeChange(descs, 4, &descs[4], 1) == 0, "onShapeChange");
@@ -188,7 +195,8 @@ int main(int argc, char** argv) {
     }
     void* outputs[] = {y.data()};
     require(run->enqueue(descs, &descs[4], inputs, outputs, scratch.data(), nullptr) == 0, "enqueue");
-    std::ofstream(folder + "/y.bin", std::ios::binary).write(reinterpret_cast<char*>(y.data()), std::streamsize(y.size() * 16));
+    std::ofstream(folder + "/y.bin", std::ios::binary)
+        .write(reinterpret_cast<char*>(y.data()), std::streamsize(y.size() * 16));
     inputs[0] = reinterpret_cast<char const*>(inputs[0]) + 2;
     require(run->enqueue(descs, &descs[4], inputs, outputs, scratch.data(), nullptr) != 0, "a misaligned x is refused");
     descs[0].dims.d[1] = 0;

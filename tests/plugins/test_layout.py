@@ -89,7 +89,7 @@ def int8_mma(a: np.ndarray, b: np.ndarray, k_of_register: list[int]) -> np.ndarr
 
 
 def integer_fragments(packed: np.ndarray, bits: int) -> np.ndarray:
-    """A registers of 32 k as int8.cu makes them of a block's words -> [32 lanes, k16 step, row g + 8 h, byte]."""
+    """A registers of 32 k as decode.h makes them of a block's words -> [32 lanes, k16 step, row g + 8 h, byte]."""
     (lanes,) = words(packed, bits, 16, 32).values()
     if bits == 4:
         lanes = np.stack([lanes[:, j] >> 4 * h & 0x0F0F0F0F for j in (0, 1) for h in (0, 1)], axis=1)

@@ -1,4 +1,5 @@
-// What a graph node costs, and pure reading: every thread sums 16-byte loads. The bandwidth that this reaches is the roof for kernels that stream weights.
+// What a graph node costs, and pure reading: every thread sums 16-byte loads. The bandwidth that this reaches is the
+// roof for kernels that stream weights.
 #include <cuda_runtime.h>
 
 #include <cstdint>

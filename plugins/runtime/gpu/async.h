@@ -43,11 +43,12 @@ __device__ __forceinline__ void arrive_expecting(Barrier* barrier, int bytes) {
 }
 __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
     uint32_t done;
-    do asm volatile(
-        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+    do
+        asm volatile(
+            "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
     while (!done);
 }
 
@@ -128,7 +129,7 @@ __device__ __forceinline__ void settle(Element (&array)[Size]) {
 // no registers of zeros.
 __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) {
     uint32_t const low = (shared_address(tile) >> 4 & 0x3fff) | 1 << 16 | step * 2;  // in units of 16 bytes
-    return low | uint64_t(1024 >> 4 | 1 << 30) << 32;                                 // 8 rows apart; 128-byte swizzle
+    return low | uint64_t(1024 >> 4 | 1 << 30) << 32;                                // 8 rows apart; 128-byte swizzle
 }
 
 // d's registers in an operand list and in the text, by columns of 8 m
@@ -140,13 +141,15 @@ __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) 
 #define TEXT_8                                                                                              \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TEXT_16                                                                                                     \
-    TEXT_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+#define TEXT_16                                                                                              \
+    TEXT_8                                                                                                   \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
     "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TEXT_32                                                                                                      \
-    TEXT_16 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
-    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "       \
-    "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "         \
+#define TEXT_32                                                                                                \
+    TEXT_16                                                                                                    \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "   \
+    "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
+    "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
     "%121, %122, %123, %124, %125, %126, %127"
 #define ADD_8 "setp.ne.b32 add, %37, 0;"
 #define ADD_16 "setp.ne.b32 add, %69, 0;"
@@ -156,29 +159,29 @@ __device__ __forceinline__ uint64_t tile_descriptor(void const* tile, int step) 
 #define REST_32 "}, {%128, %129, %130, %131}, %132, add"
 
 // `c`: the constraint of d's registers; `signs`: factors of a and x and their order, which integer products do not have
-#define WARPGROUP_MULTIPLY(columns, c, instruction, signs)                                                            \
-    asm volatile("{\n.reg .pred add;\n" ADD_##columns "\nwgmma.mma_async.sync.aligned." instruction " " TEXT_##columns \
-                     REST_##columns signs ";\n}"                                                                     \
-                 : D_##columns(c)                                                                                     \
+#define WARPGROUP_MULTIPLY(columns, c, instruction, signs)                                           \
+    asm volatile("{\n.reg .pred add;\n" ADD_##columns "\nwgmma.mma_async.sync.aligned." instruction  \
+                                                      " " TEXT_##columns REST_##columns signs ";\n}" \
+                 : D_##columns(c)                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile_descriptor(tile, step)), "r"(int(add)))
 
-#define WARPGROUP_FLOAT(columns, shape)                                                                     \
-    template <class T>                                                                                      \
-    __device__ __forceinline__ void warpgroup_multiply_add(float (&d)[columns][4], uint32_t const (&a)[4],  \
-                                                           void const* tile, int step, bool add) {          \
-        if constexpr (std::is_same<T, Half>::value)                                                         \
-            WARPGROUP_MULTIPLY(columns, "f", shape "k16.f32.f16.f16", ", 1, 1, 0");                         \
-        else                                                                                                \
-            WARPGROUP_MULTIPLY(columns, "f", shape "k16.f32.bf16.bf16", ", 1, 1, 0");                       \
+#define WARPGROUP_FLOAT(columns, shape)                                                                   \
+    template <class T>                                                                                    \
+    __device__ __forceinline__ void warpgroup_multiply_add(float (&d)[columns][4], uint32_t const(&a)[4], \
+                                                           void const* tile, int step, bool add) {        \
+        if constexpr (std::is_same<T, Half>::value)                                                       \
+            WARPGROUP_MULTIPLY(columns, "f", shape "k16.f32.f16.f16", ", 1, 1, 0");                       \
+        else                                                                                              \
+            WARPGROUP_MULTIPLY(columns, "f", shape "k16.f32.bf16.bf16", ", 1, 1, 0");                     \
     }
 WARPGROUP_FLOAT(8, "m64n64")
 WARPGROUP_FLOAT(16, "m64n128")
 
 // The same for int8: d[64 x 8 C] += a[64 x 32] * x[8 C x 32]^T
-#define WARPGROUP_INTEGER(columns, shape)                                                                    \
-    __device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[columns][4], uint32_t const (&a)[4], \
-                                                           void const* tile, int step, bool add) {           \
-        WARPGROUP_MULTIPLY(columns, "r", shape "k32.s32.s8.s8", "");                                         \
+#define WARPGROUP_INTEGER(columns, shape)                                                                   \
+    __device__ __forceinline__ void warpgroup_multiply_add(int32_t (&d)[columns][4], uint32_t const(&a)[4], \
+                                                           void const* tile, int step, bool add) {          \
+        WARPGROUP_MULTIPLY(columns, "r", shape "k32.s32.s8.s8", "");                                        \
     }
 WARPGROUP_INTEGER(8, "m64n64")
 WARPGROUP_INTEGER(16, "m64n128")
@@ -199,9 +202,8 @@ inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows,
     if (!encode) return "the driver has no cuTensorMapEncodeTiled";
     cuuint64_t const sizes[] = {cuuint64_t(row_bytes), cuuint64_t(rows)}, pitch[] = {cuuint64_t(row_bytes)};
     cuuint32_t const boxes[] = {128, cuuint32_t(box)}, steps[] = {1, 1};
-    CUresult const status =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, boxes, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult const status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, boxes,
+                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the rows of x";
 }

@@ -1,5 +1,6 @@
 // The GPU as our kernels see it: every PTX instruction and launch that they use, behind a C++ function.
-// tests/plugins/emulator/device.h offers the same functions on the CPU, lane by lane, so kernels also run without a GPU.
+// tests/plugins/emulator/device.h offers the same functions on the CPU, lane by lane, so kernels also run without a
+// GPU.
 #pragma once
 
 #ifndef __CUDACC_RTC__  // NVRTC has device code alone, see sm70/
@@ -159,8 +160,8 @@ __device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
 
 // ---- overlap of kernels (sm_90 and newer; elsewhere a kernel starts when the one before it has ended) ----
 //
-// A kernel launched with Grid::overlap reads and writes nothing that another kernel touches before wait_for_inputs; what
-// never changes (weights) may be fetched earlier. release_next lets the next such kernel be scheduled, any time.
+// A kernel launched with Grid::overlap reads and writes nothing that another kernel touches before wait_for_inputs;
+// what never changes (weights) may be fetched earlier. release_next lets the next such kernel be scheduled, any time.
 
 __device__ __forceinline__ void wait_for_inputs() {
 #if DEVICE_SM >= 90
@@ -175,10 +176,11 @@ __device__ __forceinline__ void release_next() {
 
 // ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
 
-#define MULTIPLY_16(type)                                                                                        \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
-        "{%0, %1, %2, %3};"                                                                                      \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                         \
+#define MULTIPLY_16(type)                                      \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
+        "{%0, %1, %2, %3};"                                    \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])       \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
@@ -195,8 +197,8 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], uint32_t const (&a)[
 #endif
 }
 
-// Volta's: each of the four quad pairs q, lanes {4 q .. 4 q + 3, 16 + 4 q ..}, multiplies its own 8 x 4 by 4 x 8. A lane
-// gives row r = lane % 4 + 4 * (lane / 16) of a, and of b's columns, and of c owns, for i = 0 .. 7,
+// Volta's: each of the four quad pairs q, lanes {4 q .. 4 q + 3, 16 + 4 q ..}, multiplies its own 8 x 4 by 4 x 8. A
+// lane gives row r = lane % 4 + 4 * (lane / 16) of a, and of b's columns, and of c owns, for i = 0 .. 7,
 //     row lane % 2 + (i & 2) + 4 * (lane / 16),   column (i & 4) + (lane & 2) + i % 2
 __device__ __forceinline__ void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9}, {%10, %11}, "
@@ -238,7 +240,8 @@ inline char const* describe_device(int32_t& sm, int32_t& multiprocessors) {
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     sm = major * 10 + minor;
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

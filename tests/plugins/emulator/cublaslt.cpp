@@ -30,18 +30,18 @@ EXPORT int cublasLtMatmulPreferenceSetAttribute(size_t* preference, int attribut
     return *preference = *value, 0;
 }
 EXPORT int cublasLtMatmulPreferenceDestroy(size_t* preference) { return delete preference, 0; }
-EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, Matmul*, Layout*, Layout*, Layout*, Layout*, size_t* most, int, uint64_t* out,
-                                          int* found) {
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, Matmul*, Layout*, Layout*, Layout*, Layout*, size_t* most, int,
+                                          uint64_t* out, int* found) {
     out[0] = *most;  // the algorithm remembers what it may use
     return *found = 1, 0;
 }
-EXPORT int cublasLtMatmul(int* handle, Matmul* matmul, float* alpha, void const* a, Layout* al, void const* b, Layout* bl,
-                          float* beta, void const*, Layout*, float* d, Layout* dl, uint64_t* algorithm, void* workspace,
-                          size_t size, void*) {
+EXPORT int cublasLtMatmul(int* handle, Matmul* matmul, float* alpha, void const* a, Layout* al, void const* b,
+                          Layout* bl, float* beta, void const*, Layout*, float* d, Layout* dl, uint64_t* algorithm,
+                          void* workspace, size_t size, void*) {
     uint64_t const n = dl->rows, m = dl->columns, k = bl->rows;
     bool const fits = al->rows == k && al->columns == n && bl->columns == m && al->type == bl->type && dl->type == 0;
-    if (*handle != 7 || matmul->compute != 68 || matmul->scale || matmul->transpose_a != 1 || *alpha != 1 || *beta || !fits ||
-        al->pitch < int64_t(k) || bl->pitch < int64_t(k) || dl->pitch < int64_t(n) || algorithm[0] > size)
+    if (*handle != 7 || matmul->compute != 68 || matmul->scale || matmul->transpose_a != 1 || *alpha != 1 || *beta ||
+        !fits || al->pitch < int64_t(k) || bl->pitch < int64_t(k) || dl->pitch < int64_t(n) || algorithm[0] > size)
         return 7;
     std::memset(workspace, 0x5a, size);
     auto const number = [type = al->type](void const* from, uint64_t at) {

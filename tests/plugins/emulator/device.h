@@ -79,8 +79,8 @@ struct Payload {
 };
 
 inline struct State {
-    std::vector<Fiber> fibers;  // of a cluster: of one block, most often
-    size_t threads = 0;         // of a block
+    std::vector<Fiber> fibers;                      // of a cluster: of one block, most often
+    size_t threads = 0;                             // of a block
     std::vector<std::array<Meeting, 16>> barriers;  // of each block
     std::vector<Meeting> warps;
     Meeting cluster;
@@ -200,7 +200,7 @@ struct ThreadIndex {
         operator int() const { return int(state.now->thread); }
     } x;
 };
-template <unsigned dim3::*Axis>
+template <unsigned dim3::* Axis>
 struct BlockAxis {
     operator unsigned() const { return state.now->block.*Axis; }
 };
@@ -408,7 +408,8 @@ inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uin
 }
 
 namespace emulator {
-// As measured on V100 (Fasi et al. 2021): all five terms are cut to the last of 24 bits of the largest, so is their sum.
+// As measured on V100 (Fasi et al. 2021): all five terms are cut to the last of 24 bits of the largest, so is their
+// sum.
 inline float sum_as_volta(double const (&terms)[5]) {
     double most = 0, sum = 0;
     for (double const t : terms) most = std::max(most, std::fabs(t));
@@ -432,7 +433,8 @@ inline void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, u
         double terms[5] = {c[i]};
         for (int k = 0; k < 4; k++) {
             uint32_t const av = f[owner(row)].a[k / 2], bv = f[owner(column)].b[k / 2];
-            terms[k + 1] = double(to_float<Half>(uint16_t(av >> k % 2 * 16))) * to_float<Half>(uint16_t(bv >> k % 2 * 16));
+            terms[k + 1] =
+                double(to_float<Half>(uint16_t(av >> k % 2 * 16))) * to_float<Half>(uint16_t(bv >> k % 2 * 16));
         }
         c[i] = emulator::sum_as_volta(terms);
     }

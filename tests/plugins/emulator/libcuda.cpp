@@ -16,7 +16,7 @@ struct Entry {
     void (*plain)(wog::PlainArgs);
     int threads;
 };
-#define ENTRIES(row, index)                                                       \
+#define ENTRIES(row, index)                                                      \
     {"volta_" #row "_4", volta_##row##_4, nullptr, wog::kRows[index].threads()}, \
         {"volta_" #row "_8", volta_##row##_8, nullptr, wog::kRows[index].threads()},
 Entry const entries[] = {VOLTA_ROWS(ENTRIES){"volta_epilogue", volta_epilogue, nullptr, 256},
@@ -46,7 +46,8 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
     return *value = found, found < 0 ? kInvalid : kSuccess;
 }
 #ifndef OLD_DRIVER
-EXPORT int cuLibraryLoadData(void const** library, void const* image, void*, void*, unsigned options, void*, void*, unsigned) {
+EXPORT int cuLibraryLoadData(void const** library, void const* image, void*, void*, unsigned options, void*, void*,
+                             unsigned) {
     constexpr int kCuda = 190;
     bool const elf = !std::memcmp(image, "\177ELF", 4) && at<uint16_t>(image, 18) == kCuda;
     if (!elf || options || int(at<uint32_t>(image, 48) & 255) != sm()) return kNoBinary;
@@ -65,10 +66,12 @@ EXPORT int cuLibraryGetKernel(Entry const** kernel, void const* library, char co
         if (std::string(entry.name) == name) return *kernel = &entry, kSuccess;
     return kNotFound;
 }
-EXPORT int cuKernelGetFunction(void const** function, Entry const* kernel) { return *function = kernel, prepared++, kSuccess; }
+EXPORT int cuKernelGetFunction(void const** function, Entry const* kernel) {
+    return *function = kernel, prepared++, kSuccess;
+}
 #endif
-EXPORT int cuLaunchKernel(Entry const* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                          unsigned shared, void* stream, void** arguments, void** extra) {
+EXPORT int cuLaunchKernel(Entry const* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                          unsigned bz, unsigned shared, void* stream, void** arguments, void** extra) {
     int const all = int(sizeof entries / sizeof *entries);
     if (prepared < all || by != 1 || bz != 1 || int(bx) != kernel->threads || extra) return kInvalid;
     Grid const grid{dim3(gx, gy, gz), int(bx), shared};
