@@ -130,7 +130,7 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
     int const chunk = gemm_chunk(row, p.bits), most = ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
     int const all = ceil_div(most, chunk) * chunk, two = 2 * chunk;
     bool const fit = gemm_shared(row, gemm_x_rows(row, p.m), all) <= shared_limit(p.sm, row.resident);
-    return all <= two || fit ? all : two;
+    return row.warps_n == 1 && (all <= two || fit) ? all : two;
 }
 
 constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {

@@ -13,7 +13,7 @@
 // A step is 128 bytes of a row of x: 64 k, or 128 k of int8; a quarter of it is one MMA deep. Weights go from memory to
 // registers, D steps ahead, across the ends of tiles: each byte is used by one lane, and no barrier holds the stream
 // up. x goes through shared memory in chunks of one or two steps: the two chunks under way, or, where they fit, all
-// chunks of the block's K once for all its tiles. The 16-byte pieces of a row are XORed with the row: free of bank
+// chunks of the block's K, which stay there for all its tiles. The 16-byte pieces of a row are XORed with the row: free of bank
 // conflicts.
 //
 // Arithmetic, 16-bit x: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32
@@ -113,7 +113,7 @@ struct Gemm {
         int const part = blockIdx.z * WK + wk;
         count = p.share + (part < p.longer);
         first = count ? part * p.share + (part < p.longer ? part : p.longer) : 0;
-        x_stays = p.x_steps >= (count + kChunk - 1) / kChunk * kChunk;
+        x_stays = WN == 1 && p.x_steps >= (count + kChunk - 1) / kChunk * kChunk;
 #pragma unroll
         for (int j = 0; j < kRows8; j++) {
             int const row = j * 8 + lane % 8;
@@ -170,11 +170,17 @@ struct Gemm {
     // The chunk under way becomes readable; the one after it, maybe the next tile's first, is sent for.
     __device__ __forceinline__ void next_chunk(int steps_left, bool more_tiles) {
         copy_wait<0>();
-        barrier();  // it is there for all, and all have left the other slot
-        if (kChunk == 2 && (x_at == x_step() || x_at == 3 * x_step())) x_at += x_step();  // half a chunk ended the tile
-        if (x_at == 2 * kChunk * x_step()) x_at = 0;
-        bool const last = steps_left <= kChunk;
-        if (!last || more_tiles) load_chunk(last ? 0 : (count - steps_left) / kChunk + 1, x_at ? 0 : 1);
+        barrier();  // it is there for all, and all have left the other place
+        if (!x_stays) {
+            if (kChunk == 2 && (x_at == x_step() || x_at == 3 * x_step()))
+                x_at += x_step();  // half of one ended a tile
+            if (x_at == 2 * kChunk * x_step()) x_at = 0;
+        }
+        int const chunk = (count - steps_left) / kChunk, place = x_stays ? chunk + 1 : x_at ? 0 : 1;
+        if (steps_left > kChunk)
+            load_chunk(chunk + 1, place);
+        else if (more_tiles && !x_stays)
+            load_chunk(0, place);
         copy_commit();
     }
 
@@ -360,10 +366,9 @@ struct Gemm {
         if (threadIdx.x < 8) reinterpret_cast<uint4*>(dynamic_shared())[threadIdx.x] = {0, 0, 0, 0};
         wait_for_inputs();
         release_next();
-        for (int chunk = 0; chunk * kChunk < (x_stays ? count : 1); chunk++) load_chunk(chunk, chunk);
+        load_chunk(0, 0);
         copy_commit();
-        if (x_stays) copy_wait<0>();
-        block_barrier();
+        block_barrier();  // the zeros
 
         int const step_y = int(gridDim.y);
 #pragma unroll 1
@@ -376,7 +381,8 @@ struct Gemm {
 #pragma unroll
                 for (int d = 0; d < D; d++) {
                     if (d < steps_left) {
-                        if (d % kChunk == 0 && !x_stays) next_chunk(steps_left - d, tile + step_y < tiles());
+                        if (d % kChunk == 0 && (!x_stays || tile == int(blockIdx.y)))
+                            next_chunk(steps_left - d, tile + step_y < tiles());
                         multiply_step<Fine>(ring[d], tile);
                         x_at += x_step();
                     } else {  // places that this part of K does not fill
