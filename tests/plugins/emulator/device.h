@@ -378,7 +378,8 @@ inline void release_next() {}
 // ---- tensor cores: register maps as the PTX manual draws them ----
 
 namespace emulator {
-// Tensor cores do not round their fp32 sums to nearest: the worst that was seen of them is that they cut bits off.
+// Assumed, not measured on a GPU: tensor cores cut bits off their fp32 sums instead of rounding them to nearest, after
+// every product of one instruction.
 inline float cut(double sum) {
     float const nearest = float(sum);
     return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
