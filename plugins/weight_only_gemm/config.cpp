@@ -48,12 +48,6 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     return std::max(1, std::min({by_device, by_depth, 8}));
 }
 
-// What rows.cu leaves in the workspace; partial sums follow.
-int64_t before_partials(Row const& row, wog_problem const& p) {
-    if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
-    return row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
-}
-
 // What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
 int64_t duration(Row const& row, wog_problem const& p) {
     int const across = ceil_div(p.n, row.block_n() * row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());

@@ -154,6 +154,15 @@ constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
     return {0, scales, sums, total};
 }
 
+// Where partial sums start in the workspace: after what rows.cu leaves there
+constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
+    if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
+    return row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
+}
+inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
+    return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));
+}
+
 constexpr int64_t kLibraryWorkspace = 4 << 20;  // what cuBLASLt recommends before Hopper
 
 // dequantized weights, fp32 sums and the library's own, in the workspace

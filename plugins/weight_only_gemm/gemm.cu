@@ -13,8 +13,8 @@
 // A step is 128 bytes of a row of x: 64 k, or 128 k of int8; a quarter of it is one MMA deep. Weights go from memory to
 // registers, D steps ahead, across the ends of tiles: each byte is used by one lane, and no barrier holds the stream
 // up. x goes through shared memory in chunks of one or two steps: the two chunks under way, or, where they fit, all
-// chunks of the block's K, which stay there for all its tiles. The 16-byte pieces of a row are XORed with the row: free of bank
-// conflicts.
+// chunks of the block's K, which stay there for all its tiles. The 16-byte pieces of a row are XORed with the row: free
+// of bank conflicts.
 //
 // Arithmetic, 16-bit x: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32
 // sums P; at the end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones),
@@ -506,14 +506,13 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
-    int64_t const before = int8 ? int8_buffers(p.m, p.k, p.group).total : 0;
     if (char const* failed = int8 ? launch_quantize(p, t, stream) : nullptr) return failed;
     GemmArgs const args{
         int8 ? reinterpret_cast<unsigned char const*>(rows.values) : static_cast<unsigned char const*>(t.x),
         rows,
         static_cast<unsigned char const*>(t.codes),
         static_cast<uint32_t const*>(t.affine),
-        plan.splits > 1 ? reinterpret_cast<float*>(static_cast<unsigned char*>(t.workspace) + before) : nullptr,
+        plan.splits > 1 ? partials(row, p, t.workspace) : nullptr,
         output(p, t),
         p.k,
         p.group,

@@ -17,16 +17,8 @@ char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan co
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
     if (char const* failed = int8 ? launch_quantize(p, t, stream) : nullptr) return failed;
-    PlainArgs const args{int8 ? nullptr : static_cast<uint16_t const*>(t.x),
-                         rows,
-                         static_cast<unsigned char const*>(t.codes),
-                         static_cast<uint16_t const*>(t.affine),
-                         output(p, t),
-                         p.k,
-                         p.group,
-                         p.bits};
     return launch(p.type == WOG_F16 ? plain<Half> : plain<Bfloat>, {dim3(ceil_div(p.m * (p.n / 16), 128)), 128},
-                  static_cast<Stream>(stream), args);
+                  static_cast<Stream>(stream), plain_args(p, t, rows));
 }
 
 }  // namespace wog

@@ -16,6 +16,17 @@ struct PlainArgs {
     int32_t k, group, bits;
 };
 
+inline PlainArgs plain_args(wog_problem const& p, wog_tensors const& t, Int8Rows const& rows) {
+    return {p.activation_bits == 8 ? nullptr : static_cast<uint16_t const*>(t.x),
+            rows,
+            static_cast<unsigned char const*>(t.codes),
+            static_cast<uint16_t const*>(t.affine),
+            output(p, t),
+            p.k,
+            p.group,
+            p.bits};
+}
+
 #ifndef KERNELS_ELSEWHERE
 
 __device__ inline int code(PlainArgs const& p, int n, int k) {

@@ -31,15 +31,8 @@ char const* launch_volta(wog_problem const& p, wog_tensors const& t, wog_plan co
 }
 
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const&, void* stream) {
-    PlainArgs const args{static_cast<uint16_t const*>(t.x),
-                         {},
-                         static_cast<unsigned char const*>(t.codes),
-                         static_cast<uint16_t const*>(t.affine),
-                         output(p, t),
-                         p.k,
-                         p.group,
-                         p.bits};
-    return launch(KERNEL(volta_plain), {dim3(ceil_div(p.m * (p.n / 16), 128)), 128}, static_cast<Stream>(stream), args);
+    return launch(KERNEL(volta_plain), {dim3(ceil_div(p.m * (p.n / 16), 128)), 128}, static_cast<Stream>(stream),
+                  plain_args(p, t, {}));
 }
 
 }  // namespace wog

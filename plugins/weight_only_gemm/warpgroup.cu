@@ -503,7 +503,6 @@ char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_pla
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
     float* const sums = int8 ? rows.sums : static_cast<float*>(t.workspace);
-    float* const partials = sums + row_sums_bytes(p.m, p.k, p.group) / 4;
     int const items = plan.grid_m * ceil_div(plan.grid_n, row.cluster) * plan.splits;
     WarpgroupArgs args{{},
                        rows.scales,
@@ -511,7 +510,7 @@ char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_pla
                        padded_rows(p.m),
                        static_cast<unsigned char const*>(t.codes),
                        static_cast<uint32_t const*>(t.affine),
-                       plan.splits > 1 ? partials : nullptr,
+                       plan.splits > 1 ? partials(row, p, t.workspace) : nullptr,
                        output(p, t),
                        p.k,
                        p.group,
