@@ -32,7 +32,7 @@ class Request:
 
     model            folder with config.json and safetensors, or an .onnx file
     targets          names from `compile --list-targets`
-    quant            a16w8, a16w4, a8w8 or none; None takes what the checkpoint is, float or quantized
+    quant            a16w8, a16w4, a8w8, a8w4 or none; None takes what the checkpoint is, float or quantized
     group_size       -1 per channel, else consecutive inputs that share a scale
     weight_only      8-bit GPTQ checkpoints run as A16W8 instead of A8W8 (the spec's `weight_only_quant`)
     enable_quant     the spec's switch; None means: as the other fields say

@@ -19,12 +19,13 @@ from compiler.accuracy.forms import Limits
 from compiler.accuracy.ledger import aligned, layers_of, quantized_bytes
 from compiler.accuracy.metrics import Tokens, compare_tokens, summary
 from compiler.frontend.model import FloatModel, LlmShape
+from compiler.quant.instant import Quantizer
 from compiler.request import Request
 from passes.errors import UserError
 from passes.evaluate import Evaluation
 from passes.insert_qdq import Decisions
 from passes.lazy import Array
-from passes.quant import InstantQuant, QuantTensor, dequantize
+from passes.quant import QuantTensor, dequantize
 from passes.rewrite import Ledger, Reject
 from plugins.weight_only_gemm.semantics import quantize_rows
 
@@ -112,9 +113,7 @@ def check(model: FloatModel, decisions: Decisions, data: Data, limits: Limits) -
         raise UserError("a budget counts tokens; this model is no causal LM", where=str(model.folder))
     if limits.max_ppl_increase is not None and data.kind == "generated":
         raise UserError("perplexity needs a text", fix="--text FILE")
-    stored = [
-        path for path, q in decisions.items() if isinstance(q, QuantTensor) and not isinstance(q.source, InstantQuant)
-    ]
+    stored = [path for path, q in decisions.items() if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer)]
     if stored:
         raise UserError(
             "a budget chooses how to quantize, but the checkpoint is quantized already",
@@ -173,7 +172,7 @@ def plan_steps(graph: gs.Graph, decisions: Decisions, feeds: Mapping[str, Array]
 
 def ladder_steps(quant: QuantTensor, x: Array) -> Iterator[Step]:
     """The steps of one layer that are worth taking: the corners of the convex hull of error over bytes."""
-    assert isinstance(quant.source, InstantQuant)
+    assert isinstance(quant.source, Quantizer)
     n, k = quant.shape
     stored = getattr(quant.source.weight, "dtype", np.dtype(np.float16))
     rungs = [(quantized_bytes(q), output_error(q, x), str(f)) for f, q in ladder(quant)]
@@ -203,7 +202,7 @@ def ladder(quant: QuantTensor) -> list[tuple[Format, QuantTensor]]:
 
 def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
     """The same float weight in another format."""
-    assert isinstance(quant.source, InstantQuant)
+    assert isinstance(quant.source, Quantizer)
     group = quant.shape[1] if form.group == -1 else form.group
     symmetric = form.activations == "int8"
     source = replace(quant.source, bits=form.bits, group_size=group, symmetric=symmetric)
@@ -225,7 +224,7 @@ def parse_format(text: str) -> Format:
 
 def output_error(quant: QuantTensor, x: Array) -> float:
     """(|x_hat W_hat^T - x W^T| / |x W^T|)^2 on x [..., K]; x_hat is x, or x in int8 per token."""
-    assert isinstance(quant.source, InstantQuant)
+    assert isinstance(quant.source, Quantizer)
     rows = x.reshape(-1, x.shape[-1])
     seen = rows
     if quant.activations == "int8":

@@ -20,6 +20,7 @@ from passes.insert_qdq import quantized
 from passes.lazy import Array, Missing, Source, convert
 from passes.linear import linear
 from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
+from passes.search import SearchedQuant
 
 FUSED = 4  # operators after a linear that a fusion may swallow: bias, activation, gate
 PROBES = 4  # one-hot inputs for each group of a weight
@@ -229,13 +230,13 @@ def aligned(rows: Source, quant: QuantTensor) -> Iterator[tuple[Array, Codes]]:
 
 
 def weight_findings(layer: Layer, steps: float | None, gain: float | None) -> list[str]:
-    """InstantQuant's weights must be what rounding makes of the float ones."""
+    """InstantQuant's weights must be what rounding makes of the float ones; a search clips, which makes them smaller."""
     if layer.quant is None or steps is None or gain is None:
         return []
     found = []
     if steps > STEPS and isinstance(layer.quant.source, InstantQuant):
         found.append(f"a weight is {steps:.3g} steps off, rounding explains at most 1")
-    if abs(gain - 1) > GAIN:
+    if abs(gain - 1) > GAIN and not isinstance(layer.quant.source, SearchedQuant):
         found.append(f"the weights' size changed by {gain - 1:+.2%}, rounding is unbiased")
     return found
 

@@ -15,7 +15,8 @@ from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Reject
 from passes.search import SearchedQuant
 
-QUANTIZERS: dict[str, type[InstantQuant | SearchedQuant]] = {"none": InstantQuant, "mse": SearchedQuant}
+Quantizer = InstantQuant | SearchedQuant
+QUANTIZERS: dict[str, type[Quantizer]] = {"none": InstantQuant, "mse": SearchedQuant}
 
 
 def decide(

@@ -47,8 +47,6 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
         raise UserError("group_size", expected=str(raw["group_size"]), found=str(request.group_size))
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
     parsed = parse_quant_config(raw, where)
-    if request.weight_only and request.quant_config is not None:
-        parsed = replace(parsed, compute_method=raw.get("compute_method", "weight_only"))
     if request.weight_only and parsed.activate_quant:
         raise UserError("weight_only and activation quantization exclude each other", where=where)
     return replace(parsed, ignore=(*parsed.ignore, *request.ignore))

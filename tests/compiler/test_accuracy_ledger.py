@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,6 +17,7 @@ from passes.lazy import InMemory, Tile
 from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
 from passes.quant import Codes, InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
+from passes.search import SearchedQuant
 from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, fill, float_graph, forms
 
 MODES = {
@@ -42,6 +43,19 @@ def test_a_right_lowering_has_no_findings(mode: str) -> None:
         assert row.weight is not None
         assert 0 < row.added < 0.3
         assert row.lowering < 2e-3
+
+
+def test_a_search_for_clips_has_no_findings() -> None:
+    def searched(graph: gs.Graph) -> Decisions:
+        return {
+            path: replace(q, source=SearchedQuant(*(getattr(q.source, f.name) for f in fields(InstantQuant))))
+            for path, q in decisions(graph, 4, 16).items()
+            if isinstance(q, QuantTensor)
+        }
+
+    filled = fill(forms(searched, "fast"))
+    assert filled.findings == []
+    assert min(row.gain or 0 for row in filled.rows) < 1 - 4e-3  # clipped: smaller than by rounding alone
 
 
 def scale_off(graph: gs.Graph) -> None:

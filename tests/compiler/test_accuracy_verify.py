@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from compiler import build
+from compiler import build, pipeline
 from compiler.accuracy.budget import Bought, override, search
 from compiler.accuracy.data import load_data
 from compiler.accuracy.forms import Limits, Subject
@@ -29,10 +29,13 @@ from compiler.accuracy.subjects import subjects
 from compiler.accuracy.verify import Verdict, not_run, verify
 from compiler.backend.writer import write_model
 from compiler.frontend.model import FloatModel
+from compiler.quant import instant
+from compiler.quant.config import QuantConfig
 from compiler.request import Request
 from passes.errors import UserError
 from passes.quant import QuantTensor
 from passes.rewrite import Reject
+from passes.search import SearchedQuant
 from tests.conftest import ROOT, TEXT, TINY
 
 SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
@@ -220,6 +223,20 @@ def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
     assert spend(Limits(max_kl=limit)).layers == tight.layers  # deterministic
     assert {tight.decisions[path] != decisions[path] for path in tight.layers} == {True}
     assert override(decisions, tight.layers) == tight.decisions
+
+
+def test_a_budget_keeps_the_search_for_clips(compiled: Compiled) -> None:
+    """The checkpoint is float: a search makes other codes of it, in every format on the ladder."""
+    planned = compiled.planned
+    some = [f for f in pipeline.linears(planned.model.graph) if f.path.startswith("model.layers.0.mlp")]
+    config = QuantConfig(weight_format="uint4", group_size=128, search="mse")
+    decisions = {f.path: instant.instant(f, config, np.dtype(np.float32), 4) for f in some}
+    data = load_data(planned.model, TEXT, limit=64)
+    found = search(planned.model.graph, planned.model, decisions, data, Limits(max_kl=1e-5), lambda text: None)
+    quants = [q for q in found.decisions.values() if isinstance(q, QuantTensor)]
+    assert found.steps
+    assert quants
+    assert {type(q.source) for q in quants} == {SearchedQuant}
 
 
 def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
