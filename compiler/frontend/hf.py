@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 23
+FOUND = 200  # characters of an error of transformers that a user is shown
 FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
@@ -93,6 +95,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
             hf_config.__dict__.pop("quantization_config", None)
         else:
             hf_config = AutoConfig.for_model(plain.get("model_type", ""), **kwargs)
+        llm_shape(hf_config)  # a model without attention has none
         with no_init_weights(), untouched_parameters():
             model = AutoModelForCausalLM.from_config(
                 hf_config,
@@ -101,11 +104,11 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
                 trust_remote_code=trust_remote_code,
             )
             model.tie_weights()  # skipping the initialisation skips this as well
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # a config is the user's, and what nonsense in it raises is of any type
         raise UserError(
             "transformers cannot build a causal language model from this config",
             where=str(folder / "config.json"),
-            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
             fix="the model may need a newer transformers, or it is not a causal language model",
         ) from error
     return model.eval()

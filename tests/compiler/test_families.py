@@ -188,6 +188,29 @@ def test_what_is_no_causal_lm_is_refused(tmp_path: Path, config: str) -> None:
         hf.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("nonsense", "found"),
+    [
+        ({"hidden_size": "abc"}, "expected int, got str"),
+        ({"hidden_size": -1}, "Error: "),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"vocab_size": 0}, "IndexError"),
+        ({"model_type": "nosuch"}, "Unrecognized model identifier: nosuch"),
+    ],
+)
+def test_nonsense_in_a_config_is_named_in_a_few_words(nonsense: dict[str, Any], found: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        hf.build_skeleton({**SIZES, "model_type": "llama", **nonsense}, tmp_path, False)
+    assert caught.value.where == str(tmp_path / "config.json")
+    assert found in caught.value.found
+    assert len(caught.value.found) <= 200
+
+
+def test_a_model_without_attention_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no attribute 'num_attention_heads'"):
+        hf.build_skeleton({"model_type": "mamba"}, tmp_path, False)
+
+
 def test_storage_stays_untouched(tmp_path: Path) -> None:
     """A model of 70 B parameters is built in no time and no memory."""
 
