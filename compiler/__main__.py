@@ -5,19 +5,24 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
 from compiler.checkpoint import read_json
+from compiler.engine import Builder
+from compiler.quant.config import Quant
+from compiler.request import HeadFormat, KvCache, Logits, Request, TableFormat, check_options, fields_from_json
 from passes.errors import UserError
+from passes.lower_ort_linear import Preset
 
 if TYPE_CHECKING:
+    from compiler.accuracy.data import Data
     from compiler.artifact import Artifact
     from compiler.build import Plan
-    from compiler.request import Request
 
 # Groups of options in --help.
 quantization = partial(typer.Option, rich_help_panel="Quantization")
@@ -25,32 +30,45 @@ cpu = partial(typer.Option, rich_help_panel="CPU artifacts")
 engines = partial(typer.Option, rich_help_panel="Engines")
 accuracy = partial(typer.Option, rich_help_panel="Accuracy")
 looking = partial(typer.Option, rich_help_panel="Looking, not compiling")
+# What looks at something else than a model to compile, and the only options that it takes.
+APART = {"list_targets": (), "check": (), "inspect": ("json_output", "trust_remote_code")}
+# Options that do nothing where none of these is given with them.
+NEEDS = {"json_output": ("inspect",), "text": ("verify", "max_kl", "max_ppl_increase")}
+Finisher = Literal["auto", "tensorrt-rtx", "tensorrt"]  # of a build kit
 INTERRUPTED = 130  # the exit status that typer makes of an interruption
+
+
+def words(choices: Any) -> str:
+    """The values of a Literal in words, for --help: as its metavar a long list would take the whole width."""
+    *first, last = get_args(choices)
+    return f"{', '.join(first)} or {last}"
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def compile_command(
+    ctx: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="Hugging Face folder, or .onnx file")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="what to compile for; may be repeated")] = None,
+    targets: Annotated[list[str] | None, typer.Option("--target", help="what to compile for; may be repeated")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
     triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what is written")] = None,
-    quant: Annotated[str | None, quantization(help="a16w8, a16w4, a8w8, a8w4 or none")] = None,
+    quant: Annotated[Quant | None, quantization(metavar="<format>", help=words(Quant))] = None,
     group_size: Annotated[int | None, quantization(help="inputs that share a scale; -1 per channel")] = None,
     weight_only: Annotated[bool, quantization("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
     quant_config: Annotated[Path | None, quantization(help="JSON file with the spec's keys")] = None,
     ignore: Annotated[list[str] | None, quantization(help="module pattern that stays float; may be repeated")] = None,
-    lm_head: Annotated[str, quantization(help="float or int8")] = "float",
-    embeddings: Annotated[str, quantization(help="stored or int8")] = "stored",
-    cpu_preset: Annotated[str, cpu(help="of 16-bit activations: exact keeps 14 bits, fast 8")] = "exact",
+    lm_head: Annotated[HeadFormat, quantization(help="of a float checkpoint")] = Request.lm_head,
+    embeddings: Annotated[TableFormat, quantization(help="stored: as in the checkpoint")] = Request.embeddings,
+    cpu_preset: Annotated[Preset, cpu(help="of 16-bit activations: exact keeps 14 bits, fast 8")] = Request.cpu_preset,
     portable: Annotated[bool, cpu("--portable", help="standard ONNX attention")] = False,
-    builder: Annotated[str, engines(help="auto, tensorrt-rtx, tensorrt or kit")] = "auto",
-    max_batch: Annotated[int, engines(help="sequences that run together")] = 1,
+    builder: Annotated[Builder, engines(metavar="<builder>", help=words(Builder))] = Request.builder,
+    max_batch: Annotated[int, engines(help="sequences that run together")] = Request.max_batch,
     max_length: Annotated[int | None, engines(help="tokens of a sequence, cache included")] = None,
     opt_length: Annotated[int | None, engines(help="the length to tune for")] = None,
-    logits: Annotated[str, engines(help="last (of each sequence) or all")] = "last",
-    kv_cache: Annotated[str, engines(help="concat or in-place")] = "concat",
+    logits: Annotated[Logits, engines(help="of the last token of each sequence, or of all")] = Request.logits,
+    kv_cache: Annotated[KvCache, engines(help="present: a longer copy, or the same buffer")] = Request.kv_cache,
     memory_limit: Annotated[int | None, engines(help="MiB of scratch memory")] = None,
     optimization_level: Annotated[int | None, engines(help="0 to 5")] = None,
     weight_streaming: Annotated[bool, engines("--weight-streaming", help="weights may stay on the host")] = False,
@@ -77,86 +95,96 @@ def compile_command(
 
     `compile build KIT` finishes a build kit on the machine with its GPU.
     """
-    from compiler import report
-
+    given = locals()  # an option has the name of its field in a request
+    check_given(ctx)
     if list_targets:
-        report.show_targets()
-        return
-    if inspect is not None:
+        from compiler.report import show_targets
+
+        show_targets()
+    elif inspect is not None:
         show_inspection(inspect, trust_remote_code=trust_remote_code, as_json=json_output)
-        return
-    if check is not None:
-        from compiler.check import check as check_folder_of_artifacts
-
-        for line in check_folder_of_artifacts(check):
-            report.console.print(line, soft_wrap=True)
-        report.console.print("PASSED")
-        return
-    if model is None:
+    elif check is not None:
+        check_folder_of_artifacts(check)
+    elif model is None:
         raise UserError("no model given", expected="compile MODEL --target T -o DIR", fix="compile --help")
-    from compiler.build import compile_planned, plan
-    from compiler.request import Request, fields_from_json
+    else:
+        asked = {f.name: given[f.name] for f in fields(Request) if f.name in given}
+        lists = {"targets": tuple(targets or ()), "ignore": tuple(ignore or ())}
+        request = Request(**asked | lists | quant_fields(quant_config, weight_only=weight_only))
+        compile_request(request, triton, verify=verify, explain=explain, dry_run=dry_run)
 
-    fields: dict[str, Any] = {"quant": quant, "group_size": group_size, "weight_only": weight_only}
-    if quant_config is not None:
-        try:
-            given = fields_from_json(read_json(quant_config))
-        except UserError as error:
-            raise UserError(error.what, where=str(quant_config), expected=error.expected, found=error.found) from None
-        fields |= {**given, "weight_only": weight_only or given.get("weight_only", False)}
-    request = Request(
-        model=model,
-        targets=tuple(target or ()),
-        out=out,
-        ignore=tuple(ignore or ()),
-        lm_head=lm_head,  # type: ignore[arg-type]
-        embeddings=embeddings,  # type: ignore[arg-type]
-        cpu_preset=cpu_preset,  # type: ignore[arg-type]
-        portable=portable,
-        builder=builder,  # type: ignore[arg-type]
-        max_batch=max_batch,
-        max_length=max_length,
-        opt_length=opt_length,
-        logits=logits,  # type: ignore[arg-type]
-        kv_cache=kv_cache,  # type: ignore[arg-type]
-        memory_limit=memory_limit,
-        optimization_level=optimization_level,
-        weight_streaming=weight_streaming,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        timing_cache=timing_cache,
-        plugin=plugin,
-        plugin_rounding=plugin_rounding,
-        trust_remote_code=trust_remote_code,
-        max_kl=max_kl,
-        max_ppl_increase=max_ppl_increase,
-        text=text,
-        **fields,
-    )
+
+def check_given(ctx: typer.Context) -> None:
+    """An option that has nothing to do beside the others is an error."""
+    flags = {p.name: p.opts[-1] for p in ctx.command.params if came_from_user(ctx, p.name)}
+    for alone, takes in APART.items():
+        idle = [flag for name, flag in flags.items() if name not in (alone, *takes)]
+        if alone in flags and idle:
+            raise UserError(f"{flags[alone]} has no use for {' and '.join(idle)}", fix="leave one out")
+    for name, needed in NEEDS.items():
+        if name in flags and not flags.keys() & set(needed):
+            options = (p.opts[-1] for p in ctx.command.params if p.name in needed)
+            raise UserError(f"{flags[name]} does nothing by itself", expected=f"with {' or '.join(options)}")
+
+
+def came_from_user(ctx: typer.Context, name: str | None) -> bool:
+    source = ctx.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def quant_fields(file: Path | None, *, weight_only: bool) -> dict[str, Any]:
+    """The fields of a request that --quant-config says; --weight-only may say the same."""
+    if file is None:
+        return {"quant_config": None}
+    try:
+        found = fields_from_json(read_json(file))
+    except UserError as error:
+        raise UserError(error.what, where=str(file), expected=error.expected, found=error.found) from None
+    return {"quant_config": None, **found, "weight_only": weight_only or found.get("weight_only", False)}
+
+
+def compile_request(request: Request, triton: Path | None, *, verify: bool, explain: bool, dry_run: bool) -> None:
+    """Plans, explains, writes and verifies, as far as asked for; says how it went."""
+    from compiler import report
+    from compiler.accuracy.data import load_data
+    from compiler.build import compile_planned, plan
+
+    check_options(request)
     if triton is not None:
         from compiler.repository import check_folder
 
         check_folder(triton)  # before any work
     started = time.monotonic()
-    with report.console.status("") as status:
-        planned = plan(request, status.update)
+    with report.stages() as say:
+        planned = plan(request, say)
     report.show_notes(planned)
     if explain:
         report.show_explanation(planned)
     if dry_run:
         report.show_plan(request, planned)
         return
+    data = load_data(planned.model, request.text) if verify else None  # a text that is missing ends it here
     with report.writing(sum(planned.size(t) for t in planned.lowered)) as progress:
         artifacts = compile_planned(request, planned, progress)
     report.show_artifacts(request.out, artifacts, every_weight=explain)
     if triton is not None:
         from compiler.repository import write_repository
 
-        for each in write_repository(out, triton):
+        for each in write_repository(request.out, triton):
             report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
-    if verify:
-        verify_artifacts(planned, request, artifacts)
+    if data is not None:
+        verify_artifacts(planned, request, artifacts, data)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+
+
+def check_folder_of_artifacts(folder: Path) -> None:
+    """Prints a line for each artifact that is sound."""
+    from compiler.check import check
+    from compiler.report import console
+
+    for line in check(folder):
+        console.print(line, soft_wrap=True)
+    console.print("PASSED")
 
 
 def show_inspection(folder: Path, *, trust_remote_code: bool, as_json: bool) -> None:
@@ -177,7 +205,7 @@ def show_inspection(folder: Path, *, trust_remote_code: bool, as_json: bool) -> 
 def build_command(
     kit: Annotated[Path, typer.Argument(help="a build kit that compile left")],
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
-    builder: Annotated[str, typer.Option(help="auto, tensorrt-rtx or tensorrt")] = "auto",
+    builder: Annotated[Finisher, typer.Option(metavar="<builder>", help=words(Finisher))] = "auto",
 ) -> None:
     """Finish a build KIT on the machine with the GPU it was made for."""
     from compiler import report
@@ -185,25 +213,23 @@ def build_command(
     from compiler.kit import read_kit
 
     started = time.monotonic()
-    with report.console.status("") as status:
-        artifact = build_kit(read_kit(kit), out, builder, status.update)  # type: ignore[arg-type]
+    with report.stages(report.PAUSE) as say:
+        artifact = build_kit(read_kit(kit), out, builder, say)
     report.console.print(f"{out / artifact.path}", soft_wrap=True)
     report.show_engine(artifact.target, artifact.engine or {}, every_weight=False)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
 
 
-def verify_artifacts(planned: Plan, request: Request, artifacts: list[Artifact]) -> None:
+def verify_artifacts(planned: Plan, request: Request, artifacts: list[Artifact], data: Data) -> None:
     """Leaves a report for every target in OUT/report; ends with FAILED where one is not what it should be."""
     from compiler import report
-    from compiler.accuracy.data import load_data
     from compiler.accuracy.forms import Limits
     from compiler.accuracy.run import check_artifacts, show_verdict
 
     folder = request.out / "report"
-    data = load_data(planned.model, request.text)
     limits = Limits(request.max_kl, request.max_ppl_increase)
-    with report.console.status("verifying") as status:
-        verdicts = check_artifacts(planned, request, artifacts, data, limits, folder, say=status.update)
+    with report.stages() as say:
+        verdicts = check_artifacts(planned, request, artifacts, data, limits, folder, say=say)
     for verdict in verdicts:
         show_verdict(report.console, verdict, folder)
     if not all(v.passed for v in verdicts):
@@ -223,6 +249,8 @@ def main() -> NoReturn:
         print(f"error: {error}\nFAILED", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
+        if stop.code == 2:  # typer has said what is wrong with the command line
+            print("FAILED", file=sys.stderr)
         if stop.code == INTERRUPTED:
             print("interrupted; nothing half-written was left\nFAILED", file=sys.stderr)
         raise

@@ -41,7 +41,7 @@ from compiler.profiles import profiles
 from compiler.quant import instant, stored
 from compiler.quant.config import QuantConfig
 from compiler.quant.resolve import resolve
-from compiler.request import Request
+from compiler.request import Request, check_options
 from compiler.support import check_supported
 from compiler.target import Backend, Target, find_target
 from compiler.triton.integrity import sha256
@@ -131,14 +131,15 @@ def lower(
     any_builder = request.plugin is not None or all(documented(q) for q in quantized(decisions))
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
-        dtype = types.get(target.name)
+        dtype, before = types.get(target.name), len(ledger.entries)
         if dtype is None:
             lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
-            continue
-        key = (dtype, target.whole_operators, target.rtx or any_builder)
-        if key not in shared:
-            shared[key] = pipeline.lower_tensorrt(canonical.copy(), target, dtype, request, limits, ledger)
-        lowered[target.name] = shared[key]
+        else:
+            key = (dtype, target.whole_operators, target.rtx or any_builder)
+            if key not in shared:
+                shared[key] = pipeline.lower_tensorrt(canonical.copy(), target, dtype, request, limits, ledger)
+            lowered[target.name] = shared[key]
+        ledger.entries[before:] = [replace(entry, target=target.name) for entry in ledger.entries[before:]]
     return lowered
 
 
@@ -200,6 +201,7 @@ def decide(
 
 def compile_model(request: Request, say: Say = lambda text: None, progress: Progress = lambda name, size: None) -> Plan:
     """Compiles and writes `request.out`: `<target>/model.onnx` with its data and tokenizer files, and manifest.json."""
+    check_options(request)
     planned = plan(request, say)
     compile_planned(request, planned, progress)
     return planned

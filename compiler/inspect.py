@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from compiler.checkpoint import read_checkpoint
@@ -25,6 +26,11 @@ from compiler.target import TARGETS, Backend, Target
 from passes.errors import UserError
 from passes.lazy import FileTensor
 from passes.quant import QuantTensor
+
+CACHE: Mapping[Backend, np.dtype[Any]] = {  # of TensorRT: float16 or bfloat16
+    Backend.ONNXRUNTIME: np.dtype(np.float32),
+    Backend.TENSORRT: np.dtype(np.float16),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is. `targets` says what each would do with it, `bytes_on` what the artifact's weights take."""
+    """What a checkpoint is. `targets` says what each would do with it.
+
+    `bytes_on` is what the weights of an artifact take for each runtime, `cache_bytes_per_token` its keys and values.
+    """
 
     model: str
     format: str
@@ -68,7 +77,7 @@ class Inspection:
     notes: tuple[str, ...]
     targets: Mapping[str, str]
     bytes_on: Mapping[str, int]
-    cache_bytes_per_token: int
+    cache_bytes_per_token: Mapping[str, int]
 
 
 def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
@@ -88,6 +97,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     quantized = {layer.path for layer in layers if layer.scales is not None}
     unannounced = announced(model, tensors, quantized, problems)
     llm = hf.llm_shape(model.config)
+    numbers = 2 * llm.layers * llm.kv_heads * llm.head_dim
     asked = as_config(reader)
     return Inspection(
         model=folder.name,
@@ -102,7 +112,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         notes=reader.notes if reader is not None else (),
         targets={t.name: outlook(t, asked) for t in TARGETS},
         bytes_on={kind.value: artifact_bytes(model, layers, kind, asked) for kind in Backend},
-        cache_bytes_per_token=2 * llm.layers * llm.kv_heads * llm.head_dim * 4,
+        cache_bytes_per_token={kind.value: numbers * cache.itemsize for kind, cache in CACHE.items()},
     )
 
 
@@ -227,14 +237,19 @@ def show(found: Inspection) -> None:
         order = ", inputs sorted" if layer.sorted_inputs else ""
         shape = f"[{layer.shape[0]}, {layer.shape[1]}]"
         line = f"  {layer.path:<{width}} {shape:<14} {layer.stored}{zeros}{scales}{order}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     targets = Table("target", "would", title="targets")
     for name, would in found.targets.items():
         targets.add_row(name, would)
     console.print(targets)
     for kind, count in found.bytes_on.items():
-        console.print(f"{kind}: about {count / 1e6:,.1f} MB of weights on disk and in memory, "
-                      f"{found.cache_bytes_per_token / 1e3:,.1f} kB of cache a token (float32)")  # fmt: skip
+        cache = found.cache_bytes_per_token[kind] / 1e3
+        bits = 8 * CACHE[Backend(kind)].itemsize
+        console.print(
+            f"{kind}: about {count / 1e6:,.1f} MB of weights on disk and in memory, "
+            f"{cache:,.1f} kB of cache a token ({bits} bits)",
+            soft_wrap=True,
+        )
     for note in found.notes:
         console.print(f"note: {note}")
     if found.unannounced:
@@ -242,5 +257,5 @@ def show(found: Inspection) -> None:
         console.print(f"note: {len(found.unannounced)} tensors that config.json does not announce: {names}")
     for each in found.problems:
         error = UserError(each.what, where=each.where, expected=each.expected, found=each.found, fix=each.fix)
-        console.print(f"problem: {error}", markup=False, soft_wrap=True)
+        console.print(f"problem: {error}", soft_wrap=True)
     console.print(f"{len(found.problems)} problems")

@@ -25,7 +25,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field, value, least in (("max_batch", self.max_batch, 1), ("max_length", self.max_length, 2)):
             if value < least:
-                raise UserError(field, expected=f"at least {least}", found=str(value))
+                raise UserError(f"{field} is too small", expected=f"at least {least}", found=str(value))
         if not 1 <= self.opt_length <= self.max_length:
             raise UserError(
                 "opt_length is outside of the profile",

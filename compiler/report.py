@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,24 +14,52 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from compiler.artifact import Artifact
 from compiler.backend.writer import Progress as Report
-from compiler.build import Plan
+from compiler.build import Plan, Say
 from compiler.engine import expanded
+from compiler.quant.config import pattern_of
 from compiler.request import Request
 from compiler.target import TARGETS
 from passes.join_linears import parts_of
 from passes.quant import QuantTensor
 
-console = Console()
+console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
+# Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
+WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
+PAUSE = 10.0  # seconds between lines of what changes all the time
+
+
+@contextmanager
+def stages(pause: float = 0.0) -> Iterator[Say]:
+    """Shows what is being done. Where nobody watches, a line a stage, no two within `pause` seconds."""
+    if console.is_interactive:
+        with console.status("") as status:
+            yield lambda text: status.update(Text(text))
+        return
+    last = -math.inf
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= pause:
+            last = time.monotonic()
+            console.print(text, soft_wrap=True)
+
+    yield say
 
 
 @contextmanager
 def writing(total: int) -> Iterator[Report]:
-    """A bar of the bytes written, with rate and time left."""
+    """A bar of the bytes written, with rate and time left; where nobody watches, a line now and then."""
+    if not console.is_interactive:
+        with stages(PAUSE) as say:
+            say(f"writing {total / 1e6:,.1f} MB of weights")
+            yield lambda name, size: say(f"writing {name}")
+        return
     columns = (
-        TextColumn("{task.description:<36.36}"),
+        TextColumn("{task.description:<36.36}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -53,45 +83,54 @@ def yes(flag: bool) -> str:
 
 
 def show_explanation(planned: Plan) -> None:
-    """One line a linear: what it was quantized to and lowered to, or why it was left float; then other refusals."""
-    lowered: dict[str, list[str]] = {}
+    """For each linear what it was quantized to and runs as, or why it was left float; then other refusals."""
+    sharing = targets_by_graph(planned)
+    lowered: dict[str, dict[str, list[str]]] = {}  # layer -> what runs it -> targets
     for entry in planned.ledger.entries:
         if entry.rewrite.startswith("Lower") and entry.done:
             parts = parts_of(entry.node)
             for path in parts:
                 joined = [p for p in parts if p != path]
-                lowered.setdefault(path, []).append(entry.done + (f", with {short(joined)}" if joined else ""))
-    same: dict[tuple[str, str, str], list[str]] = {}
+                how = entry.done + (f", with {short(joined)}" if joined else "")
+                lowered.setdefault(path, {}).setdefault(how, []).extend(sharing[entry.target])
+    same: dict[tuple[str, str], list[str]] = {}
     for path, decision in planned.decisions.items():
         if isinstance(decision, QuantTensor):
-            row = (pattern(path), str(decision), " | ".join(dict.fromkeys(lowered.get(path, []))))
+            forms = lowered.get(path, {})
+            if len(sharing) > 1:
+                became = "\n".join([str(decision), *(f"{', '.join(names)}: {how}" for how, names in forms.items())])
+            else:
+                became = f"{decision}: {' | '.join(forms)}"
         else:
-            row = (pattern(path), "float", decision.reason)
-        same.setdefault(row, []).append(path)
+            became = f"float: {decision.reason}"
+        same.setdefault((pattern_of(path), became), []).append(path)
     layers = Column("layers", no_wrap=True)  # a name cut short says nothing
-    table = Table(layers, "quantized to", "runs as, or why it stays float", title="linear layers")
-    for (layer, kind, how), paths in same.items():
-        table.add_row(layer.replace("*", numbers(paths)), kind, how)
+    table = Table(layers, "quantized to, and what runs it; or why it stays float", title="linear layers")
+    for (layer, became), paths in same.items():
+        table.add_row(layer.replace("*", numbers(paths)), became)
     console.print(table)
     show_orders(planned)
     linears = set(planned.decisions) | set(lowered)
     rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
-    others = Counter((e.rewrite, e.reason) for e in rejected)
+    others = Counter((e.rewrite, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
     if others:
-        rest = Table("pass", "nodes", "why it left them", title="other passes")
-        for (rewrite, reason), count in others.items():
-            rest.add_row(rewrite, str(count), reason)
+        rest = Table("pass", "for", "nodes", "why it left them", title="other passes")
+        for (rewrite, names, reason), count in others.items():
+            rest.add_row(rewrite, names or "all", str(count), reason)
         console.print(rest)
+
+
+def targets_by_graph(planned: Plan) -> dict[str, list[str]]:
+    """The first target of each lowered graph -> all that share it."""
+    graphs: dict[int, list[str]] = {}
+    for target, graph in planned.lowered.items():
+        graphs.setdefault(id(graph), []).append(target)
+    return {names[0]: names for names in graphs.values()}
 
 
 def short(paths: list[str]) -> str:
     """a.b.k_proj, a.b.v_proj -> k_proj and v_proj."""
     return " and ".join(path.rpartition(".")[2] for path in paths)
-
-
-def pattern(path: str) -> str:
-    """`model.layers.3.mlp.up_proj` -> `model.layers.*.mlp.up_proj`."""
-    return re.sub(r"\.\d+\.", ".*.", path, count=1)
 
 
 def numbers(paths: list[str]) -> str:
@@ -142,7 +181,11 @@ def show_plan(request: Request, planned: Plan) -> None:
         kinds = "\n".join(f"{count} x {kind}" for kind, count in summary.items()) or "nothing, stays float"
         table.add_row(target, str(len(quantized)), kinds, f"{planned.size(target) / 1e6:,.1f} MB")
     console.print(table)
-    console.print("Memory to compile: below 1.5 GB whatever the model's size; nothing was written.")
+    built = [name for name, choice in planned.builders.items() if choice.flavour is not None]
+    for what, names in ((WRITING, [t for t in planned.lowered if t not in built]), (BUILDING, built)):
+        if names:
+            console.print(f"Memory for {', '.join(names)}: {what}.")
+    console.print("Nothing was written.")
 
 
 def show_notes(planned: Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,8 +12,8 @@ import plugins
 from compiler.backend.tensorrt import EngineOptions
 from compiler.engine import Builder
 from compiler.profiles import Limits
-from compiler.quant.config import SHORT
-from compiler.target import Target, find_target
+from compiler.quant.config import Quant
+from compiler.target import Backend, Target, find_target
 from passes.errors import UserError
 from passes.lower_ort_linear import Preset
 
@@ -64,7 +64,7 @@ class Request:
     model: Path
     targets: tuple[str, ...]
     out: Path
-    quant: str | None = None
+    quant: Quant | None = None
     group_size: int | None = None
     weight_only: bool = False
     enable_quant: bool | None = None
@@ -98,7 +98,7 @@ class Request:
         if not self.targets:
             raise UserError("no target", fix="--target x86; compile --list-targets shows all")
         allowed = (
-            ("quant", self.quant, (None, "none", *SHORT)),
+            ("quant", self.quant, (None, *get_args(Quant))),
             ("lm_head", self.lm_head, get_args(HeadFormat)),
             ("embeddings", self.embeddings, get_args(TableFormat)),
             ("cpu_preset", self.cpu_preset, get_args(Preset)),
@@ -108,18 +108,19 @@ class Request:
         )
         for name, value, values in allowed:
             if value not in values:
-                raise UserError(name, expected=" or ".join(str(v) for v in values if v), found=repr(value))
+                expected = " or ".join(str(v) for v in values if v)
+                raise UserError(f"{name} has no such value", expected=expected, found=repr(value))
         if self.quant is not None and self.quant_config is not None:
             raise UserError("quant and quant_config both say how to quantize", fix="give one of them")
-        if self.quant_config is not None and self.enable_quant is False:
+        if self.enable_quant is False and (self.quant_config is not None or self.quant not in (None, "none")):
             raise UserError(
                 "a custom quantization config with quantization disabled",
-                found="enable_quant = false and customized_quant_config",
+                found=f"enable_quant = false and {'customized_quant_config' if self.quant_config else self.quant}",
                 fix="set enable_quant to true, or leave the config out",
             )
         for name, limit in (("max_kl", self.max_kl), ("max_ppl_increase", self.max_ppl_increase)):
             if limit is not None and not limit > 0:
-                raise UserError(name, expected="a number above 0", found=str(limit))
+                raise UserError(f"{name} is no bound", expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
         if self.plugin_rounding and self.plugin is None:
@@ -181,7 +182,9 @@ class Request:
         """What an engine accepts; `longest` is the model's own maximum, 0 where it has none."""
         if longest and (self.max_length or 0) > longest:
             raise UserError(
-                "max_length", expected=f"at most {longest}, which the model was made for", found=str(self.max_length)
+                "max_length is more than the model was made for",
+                expected=f"at most {longest}",
+                found=str(self.max_length),
             )
         max_length = self.max_length if self.max_length is not None else min(2048, longest or 2048)
         return Limits(
@@ -197,6 +200,36 @@ class Request:
             hardware_compatible=self.hardware_compatible,
             timing_cache=self.timing_cache,
         )
+
+
+# What a compilation may lack -> the fields that then say nothing.
+CPU, GPU, QUANTIZATION, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
+WITHOUT = {
+    CPU: ("cpu_preset", "portable"),
+    GPU: (
+        *("builder", "max_batch", "max_length", "opt_length", "logits", "kv_cache", "memory_limit"),
+        *("optimization_level", "weight_streaming", "version_compatible", "hardware_compatible", "timing_cache"),
+        *("plugin", "plugin_rounding"),
+    ),
+    QUANTIZATION: ("group_size", "weight_only", "ignore", "lm_head", "max_kl", "max_ppl_increase"),
+    FLOAT: ("lm_head",),
+}
+DEFAULTS = {f.name: f.default for f in fields(Request)}
+
+
+def check_options(request: Request) -> None:
+    """Refuses what no target has use for."""
+    backends = {target.backend for target in request.resolved_targets()}
+    for backend, lacking in ((Backend.ONNXRUNTIME, CPU), (Backend.TENSORRT, GPU)):
+        if backend not in backends:
+            refuse_idle(request, lacking, where=", ".join(request.targets))
+
+
+def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it out") -> None:
+    """Refuses a field that says nothing without what this compilation lacks."""
+    for name in WITHOUT[lacking]:
+        if getattr(request, name) != DEFAULTS[name]:
+            raise UserError(f"{name} does nothing without {lacking}", where=where, fix=fix)
 
 
 JSON_KEYS = {
@@ -215,5 +248,6 @@ def fields_from_json(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("unknown key", expected=", ".join(JSON_KEYS), found=", ".join(map(repr, unknown)))
     for key, kind in (("enable_quant", bool), ("weight_only_quant", bool), ("customized_quant_config", dict)):
         if key in raw and not isinstance(raw[key], kind):
-            raise UserError(key, expected=f"a JSON {'object' if kind is dict else 'boolean'}", found=repr(raw[key]))
+            expected = f"a JSON {'object' if kind is dict else 'boolean'}"
+            raise UserError(f"{key} has a value of another kind", expected=expected, found=repr(raw[key]))
     return {JSON_KEYS[key]: value for key, value in raw.items()}

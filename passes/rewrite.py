@@ -27,12 +27,16 @@ class Reject:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger: pass, node (its module path where it has one), and a reason or what was done."""
+    """One line of the ledger: pass, node (its module path where it has one), and a reason or what was done.
+
+    `target` is the first that a lowering was made for; before the lowerings there is none.
+    """
 
     rewrite: str
     node: str
     done: str = ""
     reason: str = ""
+    target: str = ""
 
 
 @dataclass

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import typer
-from rich.console import Console
 
 from compiler.accuracy.bisect import Culprit, Watch, bisect
 from compiler.accuracy.data import Data, llm_feeds, load_data
@@ -25,6 +24,7 @@ from compiler.accuracy.subjects import subjects
 from compiler.artifact import MANIFEST, Artifact, read_manifest
 from compiler.build import Plan, Say, lower, plan
 from compiler.checkpoint import read_json
+from compiler.report import console, stages
 from compiler.request import Request
 from compiler.target import Backend, find_target
 from passes.errors import UserError
@@ -93,13 +93,12 @@ def main(
     find: Annotated[bool, typer.Option("--bisect", help="find the first pass and node that go wrong")] = False,
 ) -> None:
     """Say whether an artifact is right, and what quantization cost."""
-    console = Console()
     request, artifacts = request_of(out, model, target)
-    with console.status("") as status:
-        planned = plan(request, status.update)
+    with stages() as say:
+        planned = plan(request, say)
         data = load_data(planned.model, text, prompt or (), tokens)
         if find:
-            culprits = find_culprits(planned, request, artifacts, data, status.update)
+            culprits = find_culprits(planned, request, artifacts, data, say)
         else:
             folder = report or out / "report"
             chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
@@ -111,7 +110,7 @@ def main(
                 Limits(max_kl, max_ppl_increase),
                 folder,
                 forms=chosen,
-                say=status.update,
+                say=say,
             )
     if find:
         for name, culprit in culprits.items():

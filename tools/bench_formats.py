@@ -24,11 +24,13 @@ from tokenizers import Tokenizer
 from compiler.backend.writer import write_model
 from compiler.build import Plan, compile_model
 from compiler.checkpoint import read_checkpoint, read_json
+from compiler.quant.config import Quant
 from compiler.quant.readers import find_reader
 from compiler.quant.stored import Layer
 from compiler.request import Request
 from passes.insert_qdq import Quantized
 from passes.lazy import Array, InMemory, convert, whole
+from passes.lower_ort_linear import Preset
 from passes.lower_ort_nbits import BlockwiseMatch, matmul_nbits
 from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
 from passes.rewrite import take_over
@@ -92,21 +94,15 @@ def main() -> None:
 @app.command("perplexity")
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="quantized checkpoints")],
-    quant: Annotated[str | None, typer.Option(help="a8w4, say")] = None,
-    preset: Annotated[str, typer.Option(help="exact or fast")] = "exact",
+    quant: Annotated[Quant | None, typer.Option(metavar="<format>", help="a8w4, say")] = None,
+    preset: Annotated[Preset, typer.Option(help="of 16-bit activations")] = "exact",
     text: Annotated[Path, typer.Option(help="the text")] = TEXT,
 ) -> None:
     """Print the artifact's perplexity and that of the dequantized weights, for each checkpoint."""
     rows = {}
     for folder in folders:
         with tempfile.TemporaryDirectory() as out:
-            request = Request(
-                model=folder,
-                targets=("x86",),
-                out=Path(out),
-                quant=quant,
-                cpu_preset=preset,  # type: ignore[arg-type]
-            )
+            request = Request(model=folder, targets=("x86",), out=Path(out), quant=quant, cpu_preset=preset)
             planned = compile_model(request)
             parts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), text.read_text("utf-8")))
             expected = perplexity(reference_logits(planned), parts)

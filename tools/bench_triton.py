@@ -25,6 +25,7 @@ import typer
 from tokenizers import Tokenizer
 
 from compiler.build import SIDE_FILES, compile_model
+from compiler.quant.config import Quant
 from compiler.repository import write_repository
 from compiler.request import Request
 from tools.generate import Model
@@ -56,7 +57,7 @@ def scaled_example(folder: Path) -> Path:
     return folder
 
 
-def serve_compiled(model: Path, quant: str, scratch: Path) -> tuple[Path, Path, str]:
+def serve_compiled(model: Path, quant: Quant, scratch: Path) -> tuple[Path, Path, str]:
     """The output folder, the repository, and the name of the generate model of `model`."""
     out, repository = scratch / f"{model.name}-{quant}", scratch / f"{model.name}-{quant}-triton"
     compile_model(Request(model=model, targets=("x86",), out=out, quant=quant))

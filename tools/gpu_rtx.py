@@ -42,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compiler.gpu import describe, gpus
+from compiler.quant.config import Quant
 from compiler.triton.cuda import Device
 from compiler.triton.tensorrt_engine import BFLOAT16, TYPES, widened
 from tools.gpu.watch import Job, Outcome, emit, run_all
@@ -59,7 +60,7 @@ LIMIT = 120  # seconds without a word from an engine's process: the runtime comp
 class Variant:
     """One engine; no SMs: the builder's default, which is to run on whatever comes later, too."""
 
-    quant: str
+    quant: Quant
     group: int = -1
     sms: tuple[int, ...] = ()
 

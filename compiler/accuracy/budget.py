@@ -113,7 +113,9 @@ def check(model: FloatModel, decisions: Decisions, data: Data, limits: Limits) -
         raise UserError("a budget counts tokens; this model is no causal LM", where=str(model.folder))
     if limits.max_ppl_increase is not None and data.kind == "generated":
         raise UserError("perplexity needs a text", fix="--text FILE")
-    stored = [path for path, q in decisions.items() if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer)]
+    stored = [
+        path for path, q in decisions.items() if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer)
+    ]
     if stored:
         raise UserError(
             "a budget chooses how to quantize, but the checkpoint is quantized already",

@@ -230,7 +230,7 @@ def aligned(rows: Source, quant: QuantTensor) -> Iterator[tuple[Array, Codes]]:
 
 
 def weight_findings(layer: Layer, steps: float | None, gain: float | None) -> list[str]:
-    """InstantQuant's weights must be what rounding makes of the float ones; a search clips, which makes them smaller."""
+    """InstantQuant's weights must be what rounding makes of the float ones; a search makes them smaller."""
     if layer.quant is None or steps is None or gain is None:
         return []
     found = []

@@ -47,7 +47,7 @@ def check_artifacts(
 def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
     """One table and the violations; the report's path last."""
     if verdict.data.warning:
-        console.print(f"[bold yellow]{verdict.data.warning}[/]", soft_wrap=True)
+        console.print(verdict.data.warning, style="bold yellow", soft_wrap=True)
     table = Table(
         "kind", "form", "against", "relative L2", "bound", "arithmetic", title=f"accuracy of {verdict.target}"
     )
@@ -67,7 +67,7 @@ def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
         each = ", ".join(f"{form} {value:.4f}" for form, value in verdict.perplexities.items())
         console.print(f"perplexity of each form: {each}", soft_wrap=True)
     for violation in verdict.violations[:SHOWN]:
-        console.print(f"[red]{violation}[/]", soft_wrap=True)
+        console.print(violation, style="red", soft_wrap=True)
     if len(verdict.violations) > SHOWN:
         console.print(f"... and {len(verdict.violations) - SHOWN} more in the report")
     console.print(f"{folder / verdict.target / 'report.html'}", soft_wrap=True)

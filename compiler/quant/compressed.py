@@ -98,7 +98,7 @@ def read_layer(layer: Layer, scheme: Scheme) -> QuantTensor:
         weight = layer.part("weight_packed", (n, words_for(k, bits)), INT32)
         shape = whole(layer.part("weight_shape", (2,), INT64)).tolist()
         if shape != [n, k]:
-            raise UserError("weight_shape", where=layer.path, expected=str([n, k]), found=str(shape))
+            raise UserError("weight_shape is not the layer's", where=layer.path, expected=str([n, k]), found=str(shape))
     else:
         weight = layer.part("weight", (n, k), INT8)
     scales = layer.part("weight_scale", (1,) if scheme.per_tensor else (n, groups), *FLOATS)
@@ -169,7 +169,7 @@ def parse(raw: Mapping[str, Any], where: str) -> CompressedConfig:
         raise UserError("a quantized cache or weight transforms (rotations) are not supported", where=where)
     groups = section(raw, "config_groups", where)
     if not groups or not all(isinstance(g, dict) for g in groups.values()):
-        raise UserError("config_groups", where=where, expected="an object of schemes", found=repr(groups))
+        raise UserError("config_groups is no object", where=where, expected="an object of schemes", found=repr(groups))
     notes: list[str] = []
     schemes = tuple(
         parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes) for name, group in groups.items()
@@ -191,17 +191,28 @@ def parse_scheme(group: Mapping[str, Any], default_format: str, where: str, note
         raise UserError("compressed-tensors format", where=where, expected=f"{PACKED} or {BYTES}", found=repr(form))
     weights = group.get("weights")
     if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
-        raise UserError("weights", where=where, expected="static integers", found=repr(weights))
+        raise UserError(
+            "weights are quantized in a way that is not read",
+            where=where,
+            expected="static integers",
+            found=repr(weights),
+        )
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     if type(bits) is not int or bits not in ((4, 8) if form == PACKED else (8,)):
-        raise UserError("num_bits", where=where, expected="4 or 8, 8 unless packed", found=repr(bits))
+        raise UserError(
+            "num_bits is a width that is not read", where=where, expected="4 or 8, 8 unless packed", found=repr(bits)
+        )
     if strategy not in STRATEGIES:
         raise UserError("weight strategy", where=where, expected=" or ".join(STRATEGIES), found=repr(strategy))
     group_size = weights.get("group_size") if strategy == "group" else -1
     if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise UserError("group_size", where=where, expected="a positive integer", found=repr(group_size))
+        raise UserError(
+            "group_size is no size of a group", where=where, expected="a positive integer", found=repr(group_size)
+        )
     if not isinstance(weights.get("symmetric", True), bool):
-        raise UserError("symmetric", where=where, expected="true or false", found=repr(weights["symmetric"]))
+        raise UserError(
+            "symmetric is no boolean", where=where, expected="true or false", found=repr(weights["symmetric"])
+        )
     return Scheme(
         patterns(group.get("targets") or [], f"{where}, targets"),
         form == PACKED,
@@ -218,7 +229,12 @@ def parse_activations(raw: Any, where: str, notes: list[str]) -> Activations:
     if raw is None:
         return "float"
     if not isinstance(raw, dict) or raw.get("type", "int") != "int" or raw.get("num_bits") != 8:
-        raise UserError("input_activations", where=where, expected="none, or int with 8 bits", found=repr(raw))
+        raise UserError(
+            "input_activations are of a kind that is not read",
+            where=where,
+            expected="none, or int with 8 bits",
+            found=repr(raw),
+        )
     if not raw.get("dynamic"):
         notes.append("the checkpoint's static activation scales are not used: every token gets its own scale")
     elif raw.get("strategy") != "token" or not raw.get("symmetric", True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from passes.errors import UserError
 
+Quant = Literal["a16w8", "a16w4", "a8w8", "a8w4", "none"]
 # The command line's short names, as the spec's keys.
 SHORT: dict[str, dict[str, str]] = {
     "a16w8": {"weight_format": "int8", "compute_method": "weight_only"},
@@ -16,11 +18,13 @@ SHORT: dict[str, dict[str, str]] = {
     "a8w8": {"weight_format": "int8", "compute_method": "activate_quant"},
     "a8w4": {"weight_format": "uint4", "compute_method": "activate_quant"},
 }
+assert set(get_args(Quant)) == {*SHORT, "none"}
 # Everything but instant_quant names the format of a checkpoint that is quantized already.
 METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8")
 FORMATS = {"int8": 8, "uint4": 4}
 COMPUTE = ("weight_only", "activate_quant")
 SEARCHES = ("none", "mse")
+FEW = 3
 KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore", "search")
 
 
@@ -51,6 +55,17 @@ class QuantConfig:
         return next((p for p in self.ignore if fnmatchcase(path, p)), None)
 
 
+def pattern_of(path: str) -> str:
+    """`model.layers.3.mlp.up_proj` -> `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+\.", ".*.", path, count=1)
+
+
+def or_ignore(paths: Iterable[str]) -> str:
+    """The end of an advice: the options that leave these layers float, where they are of a few kinds."""
+    patterns = dict.fromkeys(map(pattern_of, paths))
+    return ", or " + " ".join(f"--ignore '{p}'" for p in patterns) if len(patterns) <= FEW else ""
+
+
 def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
     """A validated config from the spec's keys; `where` names the file or argument in errors."""
     unknown = sorted(set(raw) - set(KEYS))
@@ -75,11 +90,14 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
     group_size = raw.get("group_size", -1)
     if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size != -1 and group_size < 1):
         raise UserError(
-            "group_size", where=where, expected="-1 (per channel) or a positive integer", found=repr(group_size)
+            "group_size is no size of a group",
+            where=where,
+            expected="-1 (per channel) or a positive integer",
+            found=repr(group_size),
         )
     ignore = raw.get("ignore", ())
     if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in ignore):
-        raise UserError("ignore", where=where, expected="a list of module patterns", found=repr(ignore))
+        raise UserError("ignore is no list", where=where, expected="a list of module patterns", found=repr(ignore))
     config = QuantConfig(**{**raw, "ignore": tuple(ignore)})
     if config.quant_method != "instant_quant" and config.search != "none":
         raise UserError(
@@ -112,4 +130,4 @@ def refuse_activate(config: QuantConfig, where: str) -> None:
 
 def choice(raw: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> None:
     if key in raw and raw[key] not in allowed:
-        raise UserError(key, where=where, expected=" or ".join(allowed), found=repr(raw[key]))
+        raise UserError(f"{key} has no such value", where=where, expected=" or ".join(allowed), found=repr(raw[key]))

@@ -155,7 +155,9 @@ def override(pattern: str, changes: Any, where: str) -> tuple[re.Pattern[str], M
     if pattern.startswith("-:"):
         return compiled, None
     if not isinstance(changes, dict):
-        raise UserError("overrides", where=where, expected="an object", found=repr(changes))
+        raise UserError(
+            "the overrides of a module are no object", where=where, expected="an object", found=repr(changes)
+        )
     return compiled, {key: changes[key] for key in OVERRIDES if key in changes}
 
 

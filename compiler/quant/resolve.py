@@ -9,7 +9,7 @@ from compiler.frontend.model import FloatModel
 from compiler.quant.config import SHORT, QuantConfig, parse_quant_config
 from compiler.quant.readers import find_reader
 from compiler.quant.stored import Reader
-from compiler.request import Request
+from compiler.request import FLOAT, QUANTIZATION, Request, refuse_idle
 from passes.errors import UserError
 
 
@@ -31,9 +31,10 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
                 where=str(folder),
                 fix="instant_quant",
             )
-        if asked is None and (request.group_size is not None or request.weight_only):
-            raise UserError("group_size and weight_only say nothing without quantization", fix="--quant a16w8")
+        if asked is None:
+            refuse_idle(request, QUANTIZATION, str(folder), fix="--quant a16w8, or leave it out")
         return asked, None
+    refuse_idle(request, FLOAT, str(folder))
     return checkpoint_config(request, asked, reader, str(folder)), reader
 
 
@@ -44,7 +45,9 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
     short = {"quant_method": method, **SHORT.get(str(request.quant), {})}
     raw: dict[str, Any] = dict(short if request.quant_config is None else request.quant_config)
     if request.group_size is not None and raw.setdefault("group_size", request.group_size) != request.group_size:
-        raise UserError("group_size", expected=str(raw["group_size"]), found=str(request.group_size))
+        raise UserError(
+            "group_size is said twice, and differs", expected=str(raw["group_size"]), found=str(request.group_size)
+        )
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
     parsed = parse_quant_config(raw, where)
     if request.weight_only and parsed.activate_quant:
@@ -87,4 +90,5 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
     default = reader.activations == "int8" and not request.weight_only
     activate = asked.activate_quant if asked is not None and explicit else default
     compute = "activate_quant" if activate else "weight_only"
-    return QuantConfig(reader.method, weight_format, reader.group_size, compute, request.ignore)
+    ignore = request.ignore if asked is None else asked.ignore
+    return QuantConfig(reader.method, weight_format, reader.group_size, compute, ignore)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -350,6 +351,19 @@ def test_an_explanation_says_what_each_layer_became(
     show_explanation(plan(Request(TINY, ("sm89",), tmp_path, quant=quant, builder="kit")))
     (line,) = (line for line in console.export_text().splitlines() if "self_attn.q_proj" in line)
     assert words in line
+
+
+def test_an_explanation_says_which_target_runs_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    monkeypatch.setattr("compiler.report.console", console)
+    targets = ("x86", "sm80", "sm89", "sm70")
+    show_explanation(plan(Request(TINY, targets, tmp_path, quant="a16w4", group_size=128, builder="kit")))
+    shown = console.export_text()
+    words = " ".join(re.sub(r"[│\s]+", " ", shown.split("self_attn.o_proj")[1].split("mlp.gate_proj")[0]).split())
+    assert "x86: MatMulNBits, 4 bits" in words
+    assert "sm80, sm89, sm70: int4 blocks of 128" in words
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "model.layers.{0-3}.self_attn.o_proj" in shown
 
 
 @pytest.mark.parametrize(

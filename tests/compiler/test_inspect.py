@@ -45,6 +45,8 @@ def test_a_float_checkpoint() -> None:
     found = inspect(TINY)
     assert (found.format, found.problems) == ("float", ())
     assert "IQ-INT8 (A16W8): run" in found.targets["x86"]
+    numbers = 2 * 4 * 2 * 64  # keys and values, layers, heads, sizes
+    assert found.cache_bytes_per_token == {"onnxruntime": 4 * numbers, "tensorrt": 2 * numbers}
 
 
 Change = Callable[[dict[str, Any], dict[str, Array]], None]
