@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from compiler.profiles import Limits
+from compiler.quant.config import or_ignore
 from compiler.request import Request
 from compiler.target import Target
 from passes.cast_compute_type import cast_compute_type
@@ -83,16 +84,16 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
 
 def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
     """A quantized linear that no lowering took is an error that gives their reasons, never a slow or other form."""
-    for node in graph.nodes:
-        if quantized(node) is not None:
-            reasons = dict.fromkeys(e.reason for e in ledger.entries if e.node == node.name and e.reason)
-            patterns = " ".join(f"--ignore {path}" for path in parts_of(node.name))
-            raise UserError(
-                f"{backend} has no form for this quantized layer",
-                where=node.name,
-                found="; ".join(reasons),
-                fix=f"another --group-size, --weight-only for 8-bit GPTQ, or {patterns}",
-            )
+    left = [node.name for node in graph.nodes if quantized(node) is not None]
+    if left:
+        reasons = dict.fromkeys(e.reason for e in ledger.entries if e.node == left[0] and e.reason)
+        raise UserError(
+            f"{backend} has no form for this quantized layer",
+            where=left[0] + (f", and {len(left) - 1} more" if left[1:] else ""),
+            found="; ".join(reasons),
+            fix="another --group-size, --weight-only for 8-bit GPTQ"
+            + or_ignore(path for name in left for path in parts_of(name)),
+        )
 
 
 def lower_tensorrt(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from compiler.quant.config import QuantConfig
+from compiler.quant.config import QuantConfig, or_ignore
 from passes.errors import UserError
 from passes.insert_qdq import Decisions
 from passes.linear import Linear
@@ -15,6 +15,7 @@ from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Reject
 from passes.search import SearchedQuant
 
+GROUPS = (128, 64, 32)  # those that every target has a form for
 Quantizer = InstantQuant | SearchedQuant
 QUANTIZERS: dict[str, type[Quantizer]] = {"none": InstantQuant, "mse": SearchedQuant}
 
@@ -23,29 +24,42 @@ def decide(
     linears: Iterable[Linear], config: QuantConfig, scale_dtype: np.dtype[Any], head: str | None, head_format: str
 ) -> Decisions:
     """Path -> how to quantize it. `head` is the path of the language-model head, which stays float unless `int8`."""
-    decisions: dict[str, QuantTensor | Reject] = {}
-    for found in linears:
-        pattern = config.ignored(found.path)
-        if pattern is not None:
-            decisions[found.path] = Reject(f"ignored by {pattern!r}")
-        elif found.path == head and head_format == "float":
-            decisions[found.path] = Reject("the head stays float unless asked: --lm-head int8")
-        else:
-            decisions[found.path] = instant(found, config, scale_dtype, bits=8 if found.path == head else config.bits)
-    return decisions
+    linears = list(linears)
+    kept = {found.path: reason for found in linears if (reason := why_float(found.path, config, head, head_format))}
+    check_groups([found for found in linears if found.path not in kept], config.group_size)
+    return {
+        found.path: Reject(kept[found.path])
+        if found.path in kept
+        else instant(found, config, scale_dtype, bits=8 if found.path == head else config.bits)
+        for found in linears
+    }
+
+
+def why_float(path: str, config: QuantConfig, head: str | None, head_format: str) -> str:
+    """The reason, or nothing."""
+    pattern = config.ignored(path)
+    if pattern is not None:
+        return f"ignored by {pattern!r}"
+    return "the head stays float unless asked: --lm-head int8" if path == head and head_format == "float" else ""
+
+
+def check_groups(linears: list[Linear], group_size: int) -> None:
+    """-1, a whole row, divides every one."""
+    bad = [found for found in linears if found.shape[1] % group_size]
+    if not bad:
+        return
+    fitting = [f"{size}, " for size in GROUPS if not any(found.shape[1] % size for found in linears)]
+    raise UserError(
+        "group_size does not divide the input width of this layer",
+        where=bad[0].path + (f", and {len(bad) - 1} more" if bad[1:] else ""),
+        expected=" or ".join(f"a divisor of {k}" for k in sorted({found.shape[1] for found in bad})),
+        found=f"group_size {group_size}",
+        fix=f"--group-size {''.join(fitting)}-1 (per channel){or_ignore(found.path for found in bad)}",
+    )
 
 
 def instant(found: Linear, config: QuantConfig, scale_dtype: np.dtype[Any], bits: int) -> QuantTensor:
-    k = found.shape[1]
-    group = k if config.group_size == -1 else config.group_size
-    if k % group:
-        raise UserError(
-            "group_size does not divide the layer's input width",
-            where=found.path,
-            expected=f"a divisor of {k}",
-            found=f"group_size {group}",
-            fix=f"another --group-size, or --ignore '{found.path}'",
-        )
+    group = found.shape[1] if config.group_size == -1 else config.group_size
     symmetric = config.activate_quant
     source = QUANTIZERS[config.search](found.path, found.rows, bits, group, symmetric, scale_dtype)
     activations: Activations = "int8" if config.activate_quant else "float"

@@ -123,12 +123,21 @@ def test_ignored_layers_stay_float(tiny_float: FloatModel, tmp_path: Path) -> No
 def test_a_group_that_does_not_divide_is_refused(tiny_float: FloatModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"group_size does not divide") as caught:
         compiled(tiny_float, tmp_path, quant="a16w8", group_size=96)
-    assert "model.layers.0.self_attn.q_proj" in str(caught.value)
+    assert caught.value.where == "model.layers.0.self_attn.q_proj, and 23 more"  # down_proj is 768 wide
+    assert caught.value.fix == "--group-size 128, 64, 32, -1 (per channel)"  # too many kinds of layers to ignore
+    with pytest.raises(UserError) as caught:
+        compiled(tiny_float, tmp_path, quant="a16w8", group_size=512, ignore=("*_proj",), lm_head="int8")
+    assert caught.value.fix.endswith("or --ignore 'lm_head'")
 
 
 def test_a_group_without_a_kernel_is_refused(tiny_float: FloatModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no form for this quantized layer"):
+    with pytest.raises(UserError, match=r"no form for this quantized layer") as caught:
         compiled(tiny_float, tmp_path, quant="a16w8", group_size=8)
+    assert caught.value.where == "model.layers.0.self_attn.q_proj, and 27 more"
+    assert "--ignore" not in caught.value.fix
+    with pytest.raises(UserError) as caught:
+        compiled(tiny_float, tmp_path, quant="a16w8", group_size=8, ignore=("*attn*", "*gate_proj", "*up_proj"))
+    assert caught.value.fix.endswith("or --ignore 'model.layers.*.mlp.down_proj'")
     assert not (tmp_path / "x86").exists()
 
 
@@ -193,7 +202,7 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
         "import compiler.backend.writer as writer\n"
         "from compiler.__main__ import main\n"
         "write = writer.write_source\n"
-        "def slow(*a):\n    print('writing', flush=True); time.sleep(2); write(*a)\n"
+        "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
         "writer.write_source = slow\n"
         "main()\n"
     )
@@ -201,7 +210,7 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None
     for line in child.stdout:
-        if "writing" in line:
+        if "in a tensor" in line:
             break
     child.send_signal(number)
     _, stderr = child.communicate(timeout=60)
@@ -239,10 +248,10 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         ((), "no model given"),
+        ((TINY, "--target", "sm89", "--portable"), "portable does nothing without a CPU target"),
         (("nowhere", "--target", "x86"), "no model here"),
         ((TINY,), "no target"),
         ((TINY, "--target", "x87"), "unknown target"),
-        ((TINY, "--target", "x86", "--quant", "a16w9"), "a16w8"),
         ((TINY, "--target", "sm70", "--quant", "a8w8"), "no int8 tensor cores"),
         ((TINY, "--target", "x86", "--quant-config", "nowhere.json"), "the file is missing"),
     ],
@@ -255,6 +264,13 @@ def test_errors_have_no_traceback(arguments: tuple[str | Path, ...], says: str, 
     assert "Traceback" not in err
     assert err.endswith("FAILED\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_command_line_ends_with_failed() -> None:
+    child = cli(TINY, "--target", "x86", "--quant", "a16w9")
+    _, err = child.communicate()
+    assert child.returncode == 2
+    assert err.endswith("FAILED\n")
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
