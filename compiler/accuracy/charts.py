@@ -45,8 +45,8 @@ def kl_histogram(kl: Array) -> KlHistogram:
     return KlHistogram([float(e) for e in edges], [int(c) for c in counts])
 
 
-def draw(rows: Sequence[Row], histogram: KlHistogram | None, png: Path) -> dict[str, str]:
-    """Title -> SVG of every picture; all of them together go to `png`."""
+def draw(rows: Sequence[Row], histogram: KlHistogram | None, png: Path, what: str) -> dict[str, str]:
+    """Title -> SVG of every picture; all of them together go to `png`, under the name of `what` they show."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -71,6 +71,7 @@ def draw(rows: Sequence[Row], histogram: KlHistogram | None, png: Path) -> dict[
         for axes, (title, plot) in zip(grid, pictures.items(), strict=True):
             plot(axes)
             axes.set_title(title, loc="left", fontweight="bold")
+        figure.suptitle(what, fontsize=12, fontweight="bold")
         figure.savefig(png, dpi=110, metadata={"Software": None})
         pyplot.close(figure)
     return svg
@@ -90,7 +91,7 @@ def errors(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("relative L2 error of the output")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    above(axes)
     name_layers(axes, rows)
 
 
@@ -99,8 +100,13 @@ def sizes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.bar(at - 0.2, [r.bytes_before / 1e6 for r in rows], 0.4, color=GREY, label="before")
     axes.bar(at + 0.2, [r.bytes_after / 1e6 for r in rows], 0.4, color=BLUE, label="after")
     axes.set_ylabel("MB")
-    axes.legend(frameon=False)
+    above(axes)
     name_layers(axes, rows)
+
+
+def above(axes: Axes) -> None:
+    """The legend in one line above the picture, at the right: the title is at the left, the data below."""
+    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def tokens(axes: Axes, histogram: KlHistogram) -> None:

@@ -26,11 +26,18 @@ class Data:
     batches: tuple[Array, ...] = ()
     feeds: tuple[Mapping[str, Array], ...] = ()
     decode: Callable[[list[int]], str] = str
+    file: str = ""  # where a text is from
+
+    def __str__(self) -> str:
+        tokens = sum(batch.size for batch in self.batches)
+        return " ".join(filter(None, (self.kind, self.file))) + (f": {tokens:,} tokens" if self.batches else " inputs")
 
     @property
     def warning(self) -> str:
         if self.kind != "generated":
             return ""
+        if self.feeds:
+            return "GENERATED DATA: random inputs stand in for real ones. Errors are indicative."
         return (
             "GENERATED DATA: random inputs stand in for text. Errors and KL are indicative, perplexity says nothing; "
             "give --text FILE."
@@ -96,7 +103,7 @@ def load_data(
         raise UserError("the text cannot be read", where=str(text), expected="UTF-8 text", found=str(error)) from None
     if len(ids) < 2:
         raise UserError("the text is empty", where=str(text), expected="at least two tokens")
-    return Data("text", windows(ids, window), decode=tokens.decode)
+    return Data("text", windows(ids, window), decode=tokens.decode, file=text.name)
 
 
 def generated(model: FloatModel) -> Data:

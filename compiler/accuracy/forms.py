@@ -35,11 +35,12 @@ EXPORT = replace(FLOAT32, name="float32 export", model=1e-3)
 class Subject:
     """One model for one target. `floating` is None where the checkpoint itself is quantized; `file` is the artifact.
 
-    `dtype` is what the lowered graph computes in.
+    `dtype` is what the lowered graph computes in; `about` says for a reader what was asked for.
     """
 
     model: FloatModel
     target: str
+    about: Mapping[str, str]
     floating: gs.Graph | None
     canonical: gs.Graph
     lowered: gs.Graph

@@ -20,6 +20,25 @@ from passes.lazy import Array
 
 CONTEXT = 12  # tokens before a bad prediction that are shown with it
 WORST = 15
+# What the columns of the two tables say.
+COMPARED = {
+    "kind": "quantization: what the user pays; lowering: rounding alone, which the arithmetic bounds",
+    "form, against": "float: the model; twin: quantized, in plain ONNX; artifact, lowered: what the target runs",
+    "relative L2": "size of the difference of the outputs, as a part of their size",
+    "largest": "largest difference of one output value",
+    "bound": "what the arithmetic explains of relative L2; beyond it something is wrong",
+    "arithmetic": "what the bound is for: the least exact arithmetic of the form",
+}
+LAYERS = {
+    "MB before, after": "of the layer's weights: as stored, and with codes, scales and zero points",
+    "weights": "relative L2 error of the quantized weights",
+    "steps": "largest error of a weight, in steps of its scale; rounding explains 1, a search for clips more",
+    "added": "relative L2 error of the layer's output on the float model's own input",
+    "piled up": "the same on the quantized model's input: what all layers so far have caused together",
+    "lowering": "relative L2 error of the lowered layer's worst output channel against the twin on the same input",
+    "probe": "error of the lowered layer's worst weight against the twin, seen through one-hot inputs",
+    "arithmetic": "what runs the lowered layer",
+}
 JSON, HTML, PNG = "report.json", "report.html", "report.png"
 
 
@@ -39,14 +58,19 @@ def write_report(verdict: Verdict, folder: Path) -> Path:
     """Writes report.html, report.png and report.json into `folder`; returns the page."""
     worst = worst_tokens(verdict.tokens, verdict.data) if verdict.tokens is not None else []
     histogram = kl_histogram(verdict.tokens.kl) if verdict.tokens is not None else None
-    pictures = draw(verdict.ledger.rows, histogram, folder / PNG)
+    pictures = draw(verdict.ledger.rows, histogram, folder / PNG, f"{verdict.about['model']} for {verdict.target}")
     (folder / JSON).write_text(json.dumps(numbers(verdict, worst, histogram), indent=1) + "\n", "utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
     page = environment.get_template("report.html.j2").render(
-        verdict=verdict, pictures=pictures, worst=worst, megabytes=lambda size: f"{size / 1e6:,.2f}"
+        verdict=verdict,
+        pictures=pictures,
+        worst=worst,
+        compared=COMPARED,
+        layers=LAYERS,
+        megabytes=lambda size: f"{size / 1e6:,.2f}",
     )
     (folder / HTML).write_text(page, "utf-8")
     return folder / HTML
@@ -86,6 +110,7 @@ def numbers(verdict: Verdict, worst: list[WorstToken], histogram: KlHistogram | 
     """Everything that the page shows; a number that is not finite is a string, as JSON has none."""
     body = {
         "target": verdict.target,
+        "about": dict(verdict.about),
         "passed": verdict.passed,
         "violations": list(verdict.violations),
         "data": {"kind": verdict.data.kind, "warning": verdict.data.warning},

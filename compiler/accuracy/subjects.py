@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,14 @@ import onnx_graphsurgeon as gs
 
 from compiler.accuracy.forms import Subject
 from compiler.artifact import Artifact
-from compiler.build import Plan, lower
+from compiler.build import Plan, lower, summary
 from compiler.check import check_digests
 from compiler.frontend import onnx_file
-from compiler.request import Request
+from compiler.request import DEFAULTS, Request
 from compiler.target import Backend, Target
 from passes.lazy import Missing
 from passes.linear import linear
+from passes.quant import QuantTensor
 from passes.rewrite import Ledger
 
 
@@ -40,6 +42,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
     return Subject(
         model=planned.model,
         target=target.name,
+        about=about(planned, request, target),
         floating=None if is_quantized(planned.model.graph) else planned.model.graph,
         canonical=planned.canonical,
         lowered=lowered,
@@ -47,6 +50,18 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         file=file,
         plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),
     )
+
+
+def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
+    """What a report begins with."""
+    asked = [f"{name} {value}" for name, value in summary(request).items() if value and value != DEFAULTS[name]]
+    became = Counter(str(q) if isinstance(q, QuantTensor) else "float" for q in planned.decisions.values())
+    return {
+        "model": request.model.resolve().name,
+        "target": f"{target.name}, {target.family}",
+        "asked for": ", ".join(asked) or "nothing: the model as it is",
+        "linear layers": ", ".join(f"{count} x {kind}" for kind, count in became.items()) or "float",
+    }
 
 
 def all_positions(planned: Plan, request: Request, target: Target, dtype: np.dtype[Any]) -> gs.Graph:

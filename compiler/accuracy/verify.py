@@ -45,6 +45,7 @@ class Verdict:
     """Everything a report shows."""
 
     target: str
+    about: Mapping[str, str]  # model, request and data, for a reader
     data: Data
     comparisons: tuple[Comparison, ...]
     tokens: Tokens | None  # twin against float
@@ -93,7 +94,8 @@ def verify(
     violations = (*filled.findings, *unheld, *native, *(limits.violations(figures) if figures else ()))
     texts = {form: perplexity(np.concatenate(parts)) for form, parts in nll.items()} if data.kind != "generated" else {}
     note = not_run(subject, forms)
-    return Verdict(subject.target, data, comparisons, tokens, figures, texts, filled, violations, command, note)
+    said = {**subject.about, "measured on": str(data)}
+    return Verdict(subject.target, said, data, comparisons, tokens, figures, texts, filled, violations, command, note)
 
 
 def not_run(subject: Subject, forms: Sequence[str]) -> str:

@@ -89,6 +89,13 @@ def test_data_says_what_it_is(tiny_float: FloatModel, tmp_path: Path) -> None:
     assert all((a == b).all() for a, b in zip(drawn.batches, again.batches, strict=True))
     plain = load_data(replace(tiny_float, llm=None))
     assert plain.feeds[0]["input_ids"].shape == (8, 8)
+    assert "GENERATED DATA" in plain.warning
+    assert "--text" not in plain.warning  # such a model takes none
+    assert [str(data) for data in (text, drawn, plain)] == [
+        "text evaluation.txt: 300 tokens",
+        "generated: 512 tokens",
+        "generated inputs",
+    ]
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for file, message in (("empty.txt", "empty"), ("latin.txt", "cannot be read"), ("none.txt", "cannot be read")):
