@@ -1,4 +1,4 @@
-"""How every tool ends: a user's error prints without a traceback and exits with 1."""
+"""How every tool ends: a user's error prints without a traceback and exits with 1, a wrong command line with 2."""
 
 from __future__ import annotations
 
@@ -17,3 +17,7 @@ def run(main: Callable[..., None]) -> None:
     except UserError as error:
         print(f"error: {error}\nFAILED", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 2:  # typer has said what is wrong with the command line
+            print("FAILED", file=sys.stderr)
+        raise

@@ -121,16 +121,17 @@ class Cache:
         return logits
 
 
-def stream(model: CausalLm, text: Text, prompt: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
-    """The generated text in pieces that are whole characters."""
-    pieces = Detokenizer(text.tokenizer, stop_words=())
+def stream(
+    model: CausalLm, text: Text, prompt: list[int], max_tokens: int, sampling: Sampling
+) -> Iterator[tuple[str, int]]:
+    """The generated text in pieces that are whole characters, each with the number of tokens so far."""
+    pieces, count = Detokenizer(text.tokenizer, stop_words=()), 0
     for token in model.tokens(prompt, max_tokens, Sampler(sampling, prompt).choose):
+        count += 1
         if token in text.end_tokens:
             break
-        if piece := pieces.add(token):
-            yield piece
-    if rest := pieces.finish():
-        yield rest
+        yield pieces.add(token), count
+    yield pieces.finish(), count
 
 
 def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
@@ -152,7 +153,7 @@ def main(
     prompt: Annotated[str, typer.Option(help="the text to continue")],
     target: Annotated[str | None, typer.Option(help="which artifact, where there are several")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt through the chat template")] = False,
-    max_tokens: Annotated[int, typer.Option(help="how many tokens at most")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="how many tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps all")] = 1.0,
@@ -168,16 +169,16 @@ def main(
     except ValueError as error:
         raise UserError(str(error)) from None
     if compare is not None:
-        greedy = "".join(stream(model, text, ids, max_tokens, Sampling()))
+        greedy = "".join(piece for piece, _ in stream(model, text, ids, max_tokens, Sampling()))
         print(f"float     {json.dumps(float_text(compare, ids, max_tokens), ensure_ascii=False)}")
         print(f"compiled  {json.dumps(greedy, ensure_ascii=False)}")
         return
     started, count = time.monotonic(), 0
-    for piece in stream(model, text, ids, max_tokens, sampling):
+    for piece, made in stream(model, text, ids, max_tokens, sampling):
         print(piece, end="", flush=True)
-        count += 1
+        count = made
     seconds = time.monotonic() - started
-    print(f"\n[{count} pieces in {seconds:.2f} s]", file=sys.stderr)
+    print(f"\n[{count} tokens in {seconds:.2f} s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def artifacts(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) 
 
 def generated(folder: Path, count: int) -> str:
     text = Text(TINY)
-    return "".join(stream(Model(folder), text, text.encode(PROMPT), count, Sampling()))
+    return "".join(piece for piece, _ in stream(Model(folder), text, text.encode(PROMPT), count, Sampling()))
 
 
 def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
@@ -42,6 +42,27 @@ def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
     client = [sys.executable, ROOT / "examples/plain_client.py", artifacts / "shared/x86", PROMPT]
     plain = subprocess.run(client, capture_output=True, text=True, check=True).stdout
     assert plain.startswith(want)
+
+
+def command(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    called = [sys.executable, "-m", "tools.generate", folder, "--prompt", PROMPT, *options]
+    return subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_counts_tokens(artifacts: Path) -> None:
+    """One that completes no character counts as well."""
+    done = command(artifacts / "shared", "--max-tokens", "9")
+    assert done.returncode == 0
+    assert "[9 tokens in " in done.stderr
+
+
+@pytest.mark.parametrize("count", ["0", "-5"])
+def test_no_tokens_are_no_number_of_tokens(artifacts: Path, count: str) -> None:
+    done = command(artifacts / "shared", "--max-tokens", count)
+    assert done.returncode == 2
+    assert "--max-tokens" in done.stderr
+    assert done.stderr.endswith("FAILED\n")
+    assert done.stdout == ""
 
 
 def test_quantized_text_stays_the_same_for_a_while(artifacts: Path) -> None:
