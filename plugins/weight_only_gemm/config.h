@@ -96,6 +96,10 @@ constexpr bool splits_k(Row const& row) {
            (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
 }
 
+// Where the blocks that divide K are a cluster: no workspace, no second kernel. Only where multiprocessors are known to
+// come in sixteens or more, so that clusters of up to eight fill the device.
+constexpr bool in_cluster(Row const& row, wog_problem const& p) { return row.kernel == Kernel::kGemm && p.sm == 90; }
+
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 

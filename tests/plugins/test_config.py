@@ -72,6 +72,15 @@ def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
     assert choose(**problem(n=512, k=18944)) == choose(**problem(n=512, k=18944)), "a function of the problem alone"
 
 
+def test_blocks_of_a_cluster_have_a_tile_each_and_no_workspace(emulated: Kernels) -> None:
+    choose = emulated[80].library.choose
+    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm)) for sm in (80, 90))
+    assert (apart.splits, cluster.splits) == (3, 2), "clusters come in powers of two: 44 tiles, 132 multiprocessors"
+    assert (apart.workspace, cluster.workspace) == (3 * 1408 * 4, 0)
+    pinned = choose(**problem(n=8192, k=18944, splits=8))
+    assert (pinned.splits, pinned.grid_n) == (8, 8192 // 32)
+
+
 @pytest.mark.parametrize("sm", SMS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_shared_memory_fits_every_device(emulated: Kernels, sm: int, bits: int) -> None:
