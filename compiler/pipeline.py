@@ -100,7 +100,7 @@ def lower_tensorrt(
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     if request.logits == "last":
-        run(graph, [LastLogits()], ledger)
+        run(graph, [LastLogits(), QuantizeActivations()], ledger)
     if request.kv_cache == "in-place":
         kv_in_place(graph, limits.max_length, ledger)
     run(graph, [JoinLinears(gated=request.plugin is None)], ledger)
