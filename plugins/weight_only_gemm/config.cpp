@@ -35,7 +35,8 @@ bool fits(Row const& row, wog_problem const& p) {
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
-    return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
+    bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
+    return bits && rows && row.min_sm <= p.sm && p.sm <= row.max_sm;
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.

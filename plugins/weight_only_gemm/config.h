@@ -21,7 +21,7 @@ struct Row {
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
-    int64_t min_m = 0;
+    int64_t min_m = 0;     // not chosen up to it; may be pinned there
     int cluster = 1;       // blocks side by side in n that share what they load of x
     int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
     bool whole_k = false;  // takes only groups that are all of K

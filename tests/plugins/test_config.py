@@ -56,6 +56,8 @@ def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> N
     for name in ("tile64", "stream8"):
         plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
         assert (plan.kernel, plan.splits) == (name, 4)
+    early = library.choose(**problem(m=17, row=rows.index("warpgroup64x2") + 1))
+    assert early.kernel == "warpgroup64x2", "tune asks whether it should be chosen from there"
     refused = {"m": 9}, {"activation_bits": 8}, {"sm": 75}
     for changes in refused:
         with pytest.raises(RefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):
