@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,23 @@ def module_path(node: gs.Node, weight: gs.Constant) -> str:
 
 @dataclass(frozen=True)
 class LinearMatch:
+    """A linear to be: `module` is the path of its module, `weight` the name of its stored constant."""
+
     node: gs.Node
     x: gs.Tensor
     rows: Source
     shape: tuple[int, int]
-    path: str
+    module: str
+    weight: str
     bias: gs.Tensor | None = None
+
+
+def linear_path(graph: gs.Graph, match: LinearMatch) -> str:
+    """The module's path; where a module has several weights, the later ones have their own names behind it."""
+    taken = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
+    own = f"{match.module}.{match.weight}"
+    names = chain((match.module, own), (f"{own}.{i}" for i in count(2)))
+    return next(name for name in names if taken.get(name, match.rows) == match.rows)
 
 
 class NormalizeMatMul(Rewrite[LinearMatch]):
@@ -86,12 +98,12 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
             return None
         rows, shape = rows_of(stored, transposed=turned)
-        return LinearMatch(node, x, rows, shape, module_path(node, stored))
+        return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        node = match.node
-        node.inputs[1] = weight_constant(match.path, match.rows, match.shape)
-        node.name = unique_name(graph, node, match.path)
+        node, path = match.node, linear_path(graph, match)
+        node.inputs[1] = weight_constant(path, match.rows, match.shape)
+        node.name = unique_name(graph, node, path)
 
 
 class NormalizeGemm(Rewrite[LinearMatch]):
@@ -106,16 +118,16 @@ class NormalizeGemm(Rewrite[LinearMatch]):
         weight = node.inputs[1]
         rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), bias)
+        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        out = take_over(match.node)
-        weight = weight_constant(match.path, match.rows, match.shape)
-        name = unique_name(graph, match.node, match.path)
+        out, path = take_over(match.node), linear_path(graph, match)
+        weight = weight_constant(path, match.rows, match.shape)
+        name = unique_name(graph, match.node, path)
         if match.bias is None:
             add(graph, "MatMul", [match.x, weight], out, name=name)
             return
-        product = add(graph, "MatMul", [match.x, weight], f"{match.path}.product", name=name)
+        product = add(graph, "MatMul", [match.x, weight], f"{name}.product", name=name)
         add(graph, "Add", [product, match.bias], out)
 
 
@@ -130,6 +142,8 @@ def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int
         return view.source, (a, b)
     if isinstance(view.source, FileTensor):
         return Transposed(view.source), (b, a)
+    if isinstance(view.source, InMemory):
+        return InMemory(view.source.array.T), (b, a)
     return InMemory(view.load().T), (b, a)
 
 
