@@ -93,7 +93,7 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         x, w = node.inputs
         stored, turned = w, True
         while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
-            turned ^= step.op == "Transpose"
+            turned ^= step.op == "Transpose" and step.attrs.get("perm", [1, 0]) == [1, 0]
             stored = step.inputs[0]
         if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
             return None

@@ -46,3 +46,9 @@ def test_a_weight_used_twice_is_stored_once(tmp_path: Path) -> None:
         (tmp_path / scope / "x86/model.onnx.data").stat().st_size for scope in ("one weight twice", "two weights")
     )
     assert twice == 2 * once
+
+
+@pytest.mark.parametrize("perm", ["", "<perm = [1, 0]>", "<perm = [0, 1]>"])
+def test_a_transpose_is_one_that_swaps(perm: str, tmp_path: Path) -> None:
+    model = model_file(tmp_path / "m.onnx", f"w = Transpose{perm}(a) y = MatMul(x, w)", {"a": A})
+    assert compiled_error(model, "none", tmp_path / "out") < 1e-6
