@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -102,7 +100,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     ledger = Ledger()
     graph = pipeline.normalize(model.graph, ledger)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
-    types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
+    types = {target.name: compute_type(target, model.types) for target in gpu_targets}
     say("deciding how to quantize")
     decisions = decide(graph, model, config, reader, request, scale_type(types.values()))
     bought = None
@@ -146,18 +144,10 @@ def quantized(decisions: Decisions) -> list[QuantTensor]:
     return [q for q in decisions.values() if isinstance(q, QuantTensor)]
 
 
-def stored_types(model: FloatModel) -> Mapping[np.dtype[Any], int]:
-    """Bytes of the checkpoint in each of its types."""
-    sizes: Counter[np.dtype[Any]] = Counter()
-    for tensor in model.tensors.values():
-        sizes[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
-    return sizes
-
-
 def engine_notes(
     model: FloatModel, builders: Mapping[str, Choice], types: Mapping[str, np.dtype[Any]]
 ) -> tuple[str, ...]:
-    bfloat16 = compute_type(find_target("sm80"), stored_types(model)) != np.float16
+    bfloat16 = compute_type(find_target("sm80"), model.types) != np.float16
     kits = [
         f"{name}: a build kit for TensorRT {find_target(name).tensorrt}, because {c.reason}"
         for name, c in builders.items()

@@ -114,6 +114,10 @@ class InMemory:
     array: Array
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    @property
     def memory(self) -> tuple[object, ...]:
         a = self.array
         return a.__array_interface__["data"], a.strides, a.shape, a.dtype
