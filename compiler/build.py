@@ -47,7 +47,7 @@ from passes.errors import UserError
 from passes.explicit_scales import documented
 from passes.insert_qdq import Decisions
 from passes.quant import QuantTensor
-from passes.rewrite import Ledger
+from passes.rewrite import Ledger, Reject
 
 if TYPE_CHECKING:
     from compiler.accuracy.budget import Bought
@@ -111,7 +111,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
     lowered = lower(canonical, model, decisions, types, request, ledger)
     builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
-    notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
 
 
@@ -178,14 +178,25 @@ def decide(
     found = pipeline.linears(graph)
     if config is None:
         return {}
+    if not found:
+        raise UserError(
+            "the model has no linear layer to quantize",
+            expected="MatMul or Gemm by a constant float matrix",
+            fix="compile it without --quant",
+        )
     for pattern in config.ignore:
         if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
             raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
     if reader is not None:
         constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
-        return stored.decide(found, model.tensors, constants, reader, config)
-    head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
-    return instant.decide(found, config, scale_dtype, head, request.lm_head)
+        decisions = stored.decide(found, model.tensors, constants, reader, config)
+    else:
+        head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
+        decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
+    if not quantized(decisions):
+        reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
+        raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
+    return decisions
 
 
 def compile_model(request: Request, say: Say = lambda text: None, progress: Progress = lambda name, size: None) -> Plan:

@@ -8,10 +8,13 @@ from itertools import chain, count
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from passes.lazy import Array, FileTensor, InMemory, Source, Tile, Transposed, View, view_of
 from passes.rewrite import Reject, Rewrite, add, producer, take_over
+
+FLOAT = onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ def linear_path(graph: gs.Graph, match: LinearMatch) -> str:
 
 
 class NormalizeMatMul(Rewrite[LinearMatch]):
-    """MatMul with a constant matrix, given as [K, N] or as Transpose([N, K]), in any float type -> the normal form.
+    """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
 
-    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
     After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
     """
 
@@ -93,10 +96,14 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         x, w = node.inputs
         stored, turned = w, True
         while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
+            if step.attrs.get("to", FLOAT) != FLOAT:
+                return None
             turned ^= step.op == "Transpose" and step.attrs.get("perm", [1, 0]) == [1, 0]
             stored = step.inputs[0]
         if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
             return None
+        if stored.dtype != np.float32:
+            return Reject(f"a matrix of {stored.dtype}")
         rows, shape = rows_of(stored, transposed=turned)
         return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
 
@@ -116,6 +123,8 @@ class NormalizeGemm(Rewrite[LinearMatch]):
         if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
             return Reject("Gemm with alpha, beta or transA is not a linear layer")
         weight = node.inputs[1]
+        if weight.dtype != np.float32:
+            return Reject(f"a matrix of {weight.dtype}")
         rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)

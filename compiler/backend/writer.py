@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from compiler.subgraphs import graphs, tensors
 from passes.errors import UserError
 from passes.lazy import FOUR_BIT, Array, Source, View, view_of
 
@@ -45,7 +46,7 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
     placed, total = place(graph)
     model = gs.export_onnx(graph)
     offsets = {p.name: p for p in placed}
-    for tensor in model.graph.initializer:
+    for tensor in (t for each in graphs(model.graph) for t in each.initializer):
         if tensor.name in offsets:
             p = offsets[tensor.name]
             fields = (("location", path.name + DATA_SUFFIX), ("offset", p.offset), ("length", p.view.nbytes))
@@ -86,7 +87,7 @@ def place(graph: gs.Graph) -> tuple[list[Placed], int]:
     """Gives every large constant its offset, in the order of the graph; small lazy ones are loaded."""
     placed: list[Placed] = []
     offset = 0
-    for tensor in graph.tensors().values():
+    for tensor in tensors(graph).values():
         view = view_of(tensor)
         if view is None:
             continue

@@ -41,7 +41,7 @@ class FloatModel:
 
     `tensors` is the whole checkpoint (a reader of quantized weights looks there); `llm` is None for a plain ONNX file.
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
-    there, as far as they are not quantized.
+    there, as far as they are not quantized; `notes` are what a user should know of how it was read.
     """
 
     graph: gs.Graph
@@ -51,6 +51,7 @@ class FloatModel:
     llm: LlmShape | None
     files: tuple[Path, ...] = ()
     types: Mapping[np.dtype[Any], int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:
