@@ -310,6 +310,12 @@ def test_timings_outlive_the_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "70b o             int4 g128               10.00" in stages.text("bench", part).splitlines()
 
 
+def test_a_stage_with_a_mistake_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "measure", lambda *_: 1 / 0)
+    part = stages.perform("tune", stages.Ring(90, True, {}))
+    assert stages.text("tune", part).endswith("ZeroDivisionError: division by zero")
+
+
 def test_a_program_that_is_absent_has_failed() -> None:
     status, said = stages.run(["no-such-program"])
     assert status
