@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -49,7 +47,7 @@ from passes.errors import UserError
 from passes.explicit_scales import documented
 from passes.insert_qdq import Decisions
 from passes.quant import QuantTensor
-from passes.rewrite import Ledger
+from passes.rewrite import Ledger, Reject
 
 if TYPE_CHECKING:
     from compiler.accuracy.budget import Bought
@@ -102,7 +100,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     ledger = Ledger()
     graph = pipeline.normalize(model.graph, ledger)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
-    types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
+    types = {target.name: compute_type(target, model.types) for target in gpu_targets}
     say("deciding how to quantize")
     decisions = decide(graph, model, config, reader, request, scale_type(types.values()))
     bought = None
@@ -113,7 +111,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     canonical = pipeline.quantize(graph.copy(), decisions, ledger)
     lowered = lower(canonical, model, decisions, types, request, ledger)
     builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
-    notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
 
 
@@ -147,18 +145,10 @@ def quantized(decisions: Decisions) -> list[QuantTensor]:
     return [q for q in decisions.values() if isinstance(q, QuantTensor)]
 
 
-def stored_types(model: FloatModel) -> Mapping[np.dtype[Any], int]:
-    """Bytes of the checkpoint in each of its types."""
-    sizes: Counter[np.dtype[Any]] = Counter()
-    for tensor in model.tensors.values():
-        sizes[tensor.dtype] += math.prod(tensor.shape) * tensor.dtype.itemsize
-    return sizes
-
-
 def engine_notes(
     model: FloatModel, builders: Mapping[str, Choice], types: Mapping[str, np.dtype[Any]]
 ) -> tuple[str, ...]:
-    bfloat16 = compute_type(find_target("sm80"), stored_types(model)) != np.float16
+    bfloat16 = compute_type(find_target("sm80"), model.types) != np.float16
     kits = [
         f"{name}: a build kit for TensorRT {find_target(name).tensorrt}, because {c.reason}"
         for name, c in builders.items()
@@ -189,14 +179,25 @@ def decide(
     found = pipeline.linears(graph)
     if config is None:
         return {}
+    if not found:
+        raise UserError(
+            "the model has no linear layer to quantize",
+            expected="MatMul or Gemm by a constant float matrix",
+            fix="compile it without --quant",
+        )
     for pattern in config.ignore:
         if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
             raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
     if reader is not None:
         constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
-        return stored.decide(found, model.tensors, constants, reader, config)
-    head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
-    return instant.decide(found, config, scale_dtype, head, request.lm_head)
+        decisions = stored.decide(found, model.tensors, constants, reader, config)
+    else:
+        head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
+        decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
+    if not quantized(decisions):
+        reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
+        raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
+    return decisions
 
 
 def compile_model(request: Request, say: Say = lambda text: None, progress: Progress = lambda name, size: None) -> Plan:

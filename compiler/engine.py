@@ -46,7 +46,7 @@ class Choice:
 def compute_type(target: Target, stored: Mapping[np.dtype[Any], int]) -> np.dtype[Any]:
     """The 16-bit type an engine computes in: the checkpoint's; float16 where the GPU has no bfloat16.
 
-    stored   bytes of the checkpoint by type
+    stored   bytes of the checkpoint's float weights by type
     """
     most = max(stored, key=lambda dtype: stored[dtype], default=FLOAT16)
     return BFLOAT16 if most == BFLOAT16 and target.bf16 else FLOAT16

@@ -109,9 +109,24 @@ class Transposed:
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
-    """A small tensor that is already here."""
+    """A small tensor that is already here. It equals another that looks at the same memory in the same way."""
 
     array: Array
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    @property
+    def memory(self) -> tuple[object, ...]:
+        a = self.array
+        return a.__array_interface__["data"], a.strides, a.shape, a.dtype
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InMemory) and self.memory == other.memory
+
+    def __hash__(self) -> int:
+        return hash(self.memory)
 
     def tiles(self) -> Iterator[Tile]:
         yield Tile(0, (self.array,))

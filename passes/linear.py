@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from passes.lazy import Array, FileTensor, InMemory, Source, Tile, Transposed, View, view_of
 from passes.rewrite import Reject, Rewrite, add, producer, take_over
+
+FLOAT = onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,29 @@ def module_path(node: gs.Node, weight: gs.Constant) -> str:
 
 @dataclass(frozen=True)
 class LinearMatch:
+    """A linear to be: `module` is the path of its module, `weight` the name of its stored constant."""
+
     node: gs.Node
     x: gs.Tensor
     rows: Source
     shape: tuple[int, int]
-    path: str
+    module: str
+    weight: str
     bias: gs.Tensor | None = None
 
 
-class NormalizeMatMul(Rewrite[LinearMatch]):
-    """MatMul with a constant matrix, given as [K, N] or as Transpose([N, K]), in any float type -> the normal form.
+def linear_path(graph: gs.Graph, match: LinearMatch) -> str:
+    """The module's path; where a module has several weights, the later ones have their own names behind it."""
+    taken = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
+    own = f"{match.module}.{match.weight}"
+    names = chain((match.module, own), (f"{own}.{i}" for i in count(2)))
+    return next(name for name in names if taken.get(name, match.rows) == match.rows)
 
-    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast
+
+class NormalizeMatMul(Rewrite[LinearMatch]):
+    """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
+
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
     After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
     """
 
@@ -81,17 +96,21 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         x, w = node.inputs
         stored, turned = w, True
         while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
-            turned ^= step.op == "Transpose"
+            if step.attrs.get("to", FLOAT) != FLOAT:
+                return None
+            turned ^= step.op == "Transpose" and step.attrs.get("perm", [1, 0]) == [1, 0]
             stored = step.inputs[0]
         if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
             return None
+        if stored.dtype != np.float32:
+            return Reject(f"a matrix of {stored.dtype}")
         rows, shape = rows_of(stored, transposed=turned)
-        return LinearMatch(node, x, rows, shape, module_path(node, stored))
+        return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        node = match.node
-        node.inputs[1] = weight_constant(match.path, match.rows, match.shape)
-        node.name = unique_name(graph, node, match.path)
+        node, path = match.node, linear_path(graph, match)
+        node.inputs[1] = weight_constant(path, match.rows, match.shape)
+        node.name = unique_name(graph, node, path)
 
 
 class NormalizeGemm(Rewrite[LinearMatch]):
@@ -104,18 +123,20 @@ class NormalizeGemm(Rewrite[LinearMatch]):
         if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
             return Reject("Gemm with alpha, beta or transA is not a linear layer")
         weight = node.inputs[1]
+        if weight.dtype != np.float32:
+            return Reject(f"a matrix of {weight.dtype}")
         rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), bias)
+        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        out = take_over(match.node)
-        weight = weight_constant(match.path, match.rows, match.shape)
-        name = unique_name(graph, match.node, match.path)
+        out, path = take_over(match.node), linear_path(graph, match)
+        weight = weight_constant(path, match.rows, match.shape)
+        name = unique_name(graph, match.node, path)
         if match.bias is None:
             add(graph, "MatMul", [match.x, weight], out, name=name)
             return
-        product = add(graph, "MatMul", [match.x, weight], f"{match.path}.product", name=name)
+        product = add(graph, "MatMul", [match.x, weight], f"{name}.product", name=name)
         add(graph, "Add", [product, match.bias], out)
 
 
@@ -130,6 +151,8 @@ def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int
         return view.source, (a, b)
     if isinstance(view.source, FileTensor):
         return Transposed(view.source), (b, a)
+    if isinstance(view.source, InMemory):
+        return InMemory(view.source.array.T), (b, a)
     return InMemory(view.load().T), (b, a)
 
 

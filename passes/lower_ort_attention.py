@@ -99,7 +99,7 @@ def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
     """[B, H, S, D] -> [B, S, H*D]; undoes a head split where that is all that happened, rotary embedding included."""
     rotary = producer(heads, "RotaryEmbedding")
     split = producer(rotary.inputs[0] if rotary else heads, "Transpose")
-    reshape = producer(split.inputs[0], "Reshape") if split and split.attrs["perm"] == [0, 2, 1, 3] else None
+    reshape = producer(split.inputs[0], "Reshape") if split and split.attrs.get("perm") == [0, 2, 1, 3] else None
     if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
         turned = add(graph, "Transpose", [heads], f"{name}/turned", perm=[0, 2, 1, 3])
         return add(graph, "Reshape", [turned, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
@@ -119,7 +119,7 @@ class MergeHeads(Rewrite[gs.Node]):
         same = split is not None and split.inputs[0].shape is not None and node.outputs[0].shape is not None
         if turned is None or back is None or split is None or not same:
             return None
-        undone = turned.attrs["perm"] == back.attrs["perm"] == [0, 2, 1, 3]
+        undone = turned.attrs.get("perm") == back.attrs.get("perm") == [0, 2, 1, 3]
         last = (split.inputs[0].shape[-1], node.outputs[0].shape[-1])
         return node if undone and len(node.outputs[0].shape) == 3 and last[0] == last[1] else None
 

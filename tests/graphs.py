@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_graphsurgeon as gs
 
 from compiler.accuracy.runners import session
 from compiler.backend.writer import write_model
+from compiler.build import compile_model
+from compiler.request import Request
 from passes.insert_qdq import InsertDequantize, QuantizeActivations
 from passes.lazy import InMemory
 from passes.linear import weight_constant
@@ -63,3 +67,20 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
     """|got - want| / |want|, Frobenius; infinite where anything is not finite."""
     error = float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
     return error if np.isfinite(got).all() else float("inf")
+
+
+def model_file(path: Path, nodes: str, weights: Mapping[str, np.ndarray], opset: int = 21, kind: str = "float") -> Path:
+    """x [b, 64] -> `nodes`, in ONNX's text syntax -> y [b, 64] as an .onnx file whose inputs and outputs are `kind`."""
+    head = f'<ir_version: 10, opset_import: ["": {opset}]> g ({kind}[b, 64] x) => ({kind}[b, 64] y)'
+    model = onnx.parser.parse_model(f"{head} {{ {nodes} }}")
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in weights.items())
+    onnx.save(model, path)
+    return path
+
+
+def compiled_error(model: Path, quant: str, out: Path) -> float:
+    """How far the x86 artifact of a model_file is from the file, both on ONNX Runtime."""
+    compile_model(Request(model, ("x86",), out, quant=quant))
+    feeds = {"x": np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)}
+    want, got = (session(path)().run(None, feeds)[0] for path in (model, out / "x86/model.onnx"))
+    return relative(got, want)

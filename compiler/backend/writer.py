@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from compiler.subgraphs import graphs, tensors
 from passes.errors import UserError
 from passes.lazy import FOUR_BIT, Array, Source, View, view_of
 
@@ -38,12 +40,13 @@ class Placed:
 def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, size: None) -> int:
     """Writes `path` and `path.data`; returns the size of the data. The caller owns the folder and renames it.
 
-    At most two sources are in flight, each holding a few tiles: memory does not grow with the model.
+    At most two sources are in flight, each holding a few tiles: memory does not grow with the model. What was written
+    is valid ONNX, or a UserError.
     """
     placed, total = place(graph)
     model = gs.export_onnx(graph)
     offsets = {p.name: p for p in placed}
-    for tensor in model.graph.initializer:
+    for tensor in (t for each in graphs(model.graph) for t in each.initializer):
         if tensor.name in offsets:
             p = offsets[tensor.name]
             fields = (("location", path.name + DATA_SUFFIX), ("offset", p.offset), ("length", p.view.nbytes))
@@ -60,14 +63,31 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
             expected=f"{total / 1e9:.2f} GB of free space",
             found=os.strerror(error.errno) if error.errno else str(error),
         ) from None
+    check_graph(path)
     return total
+
+
+def check_graph(path: Path) -> None:
+    """Types, shapes and operators of an ONNX file as the standard has them; its external data is not read.
+
+    Whatever a pass overlooked, no file is handed out that no runtime loads.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(
+            "the artifact is not a valid ONNX model",
+            where=path.name,
+            found=textwrap.shorten(str(error), 400),
+            fix="if onnx.checker takes the model that was given, please report this",
+        ) from None
 
 
 def place(graph: gs.Graph) -> tuple[list[Placed], int]:
     """Gives every large constant its offset, in the order of the graph; small lazy ones are loaded."""
     placed: list[Placed] = []
     offset = 0
-    for tensor in graph.tensors().values():
+    for tensor in tensors(graph).values():
         view = view_of(tensor)
         if view is None:
             continue

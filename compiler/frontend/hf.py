@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from compiler.checkpoint import DTYPES, read_checkpoint, read_json
-from compiler.frontend.model import FloatModel, LlmShape
+from compiler.frontend.model import FloatModel, LlmShape, stored_types
 from passes.errors import UserError
 from passes.lazy import FileTensor, Missing, Source, View
 
@@ -49,7 +49,7 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
     graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    return FloatModel(graph=graph, folder=folder, config=config, tensors=tensors, llm=shape, files=files)
+    return FloatModel(graph, folder, config, tensors, shape, files, stored_types(graph))
 
 
 def renamed(tensors: Mapping[str, FileTensor], model: Any) -> dict[str, FileTensor]:

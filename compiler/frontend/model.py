@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from passes.lazy import FileTensor
+from passes.lazy import FileTensor, InMemory, view_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class FloatModel:
     """A FLOAT graph with lazy weights, and where it came from.
 
     `tensors` is the whole checkpoint (a reader of quantized weights looks there); `llm` is None for a plain ONNX file.
-    `files` are those that decide what the artifacts hold.
+    `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
+    there, as far as they are not quantized; `notes` are what a user should know of how it was read.
     """
 
     graph: gs.Graph
@@ -46,3 +50,15 @@ class FloatModel:
     tensors: Mapping[str, FileTensor]
     llm: LlmShape | None
     files: tuple[Path, ...] = ()
+    types: Mapping[np.dtype[Any], int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:
+    """Bytes of a new graph's float weights by the type they are stored in."""
+    sizes: Counter[np.dtype[Any]] = Counter()
+    for tensor in graph.tensors().values():
+        view = view_of(tensor)
+        if view is not None and view.dtype == np.float32 and isinstance(view.source, FileTensor | InMemory):
+            sizes[view.source.dtype] += math.prod(view.shape) * view.source.dtype.itemsize
+    return sizes

@@ -8,46 +8,102 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
+from onnx import TensorProto
+from onnx.numpy_helper import from_array, to_array
 
-from compiler.frontend.model import FloatModel, LlmShape
+from compiler.frontend.model import FloatModel, LlmShape, stored_types
+from compiler.subgraphs import graphs, tensors
 from passes.errors import UserError
-from passes.lazy import FOUR_BIT, FileTensor, InMemory, View
+from passes.lazy import FOUR_BIT, FileTensor, InMemory, Source, View
+from passes.verify import QDQ_OPS
 
-MIN_OPSET = 21  # block-wise DequantizeLinear
-TARGET_OPSET = 23
+OPSET = 23  # with the operators that passes fuse
+SAME = 21  # from here on, opsets up to OPSET only took in types and attributes: what was said still means the same
+SMALL = 1 << 10  # elements: the values of axes, shapes and scalars are looked at, weights are references
+NARROW = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+LITERALS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 def load(path: Path) -> FloatModel:
-    """Reads `path`; external data must lie in its folder. An LLM with the interface's names is recognised by them."""
+    """Reads `path`; external data must lie in its folder. An LLM with the interface's names is recognised by them.
+
+    Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
+    widened as they are read.
+    """
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         raise UserError("not a readable ONNX file", where=str(path), found=str(error)) from None
     if not model.graph.node:
         raise UserError("not an ONNX model, or an empty one", where=str(path))
-    external = {t.name: file_tensor(path, t) for t in model.graph.initializer if t.external_data}
-    graph = gs.import_onnx(with_output_ranks(at_least_opset(model, path), path))
-    for tensor in graph.tensors().values():
-        if not isinstance(tensor, gs.Constant):
-            continue
-        if tensor.name in external:
-            stored = external[tensor.name]
-            tensor.values = View(stored, stored.shape, stored.dtype)
-        elif math.prod(tensor.shape) > 1 << 10:
-            tensor.values = View(InMemory(tensor.values), tuple(tensor.shape), tensor.dtype)
-    files = (path, *dict.fromkeys(stored.path for stored in external.values()))
-    return FloatModel(graph=graph, folder=path.parent, config={}, tensors={}, llm=llm_shape(graph), files=files)
+    model = at_opset(model, path)
+    refuse_quantized(model, path)
+    constant_nodes(model)
+    notes = widen(model)
+    weights = take_weights(model, path)
+    graph = gs.import_onnx(inferred(model, path))
+    for name, tensor in tensors(graph).items():
+        if name in weights:
+            tensor.values = weights[name]
+    files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
+    return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
 
 
-def with_output_ranks(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model with the type and rank of every output, inferred where it does not say."""
-    if not unranked(model):
-        return model
-    inferred = onnx.shape_inference.infer_shapes(model)
-    if names := unranked(inferred):
+def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
+    found = next((n for graph in graphs(model.graph) for n in graph.node if n.op_type in QDQ_OPS), None)
+    if found is not None:
+        raise UserError(
+            "the model is quantized already",
+            where=str(path),
+            expected="a float model",
+            found=f"{found.op_type} {found.name}".strip(),
+            fix="compile the float model it was made from",
+        )
+
+
+def constant_nodes(model: onnx.ModelProto) -> None:
+    """Constant nodes become initializers, which is what passes look for."""
+    for graph in graphs(model.graph):
+        outputs = {output.name for output in graph.output}
+        for index, node in reversed(list(enumerate(graph.node))):
+            value = literal(node) if node.op_type == "Constant" and node.output[0] not in outputs else None
+            if value is not None:
+                graph.initializer.add().CopyFrom(value)
+                graph.initializer[-1].name = node.output[0]
+                del graph.node[index]
+
+
+def literal(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor that a Constant node holds; None for strings and sparse ones."""
+    (attribute,) = node.attribute
+    if attribute.name in LITERALS:
+        return from_array(np.array(onnx.helper.get_attribute_value(attribute), LITERALS[attribute.name]))
+    return attribute.t if attribute.name == "value" else None
+
+
+def widen(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Makes float32 of all that has a narrow float type but initializers; says so of inputs and outputs."""
+    interface = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+    for graph in graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in NARROW:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for attribute in (a for node in graph.node for a in node.attribute):
+            if attribute.name in ("to", "dtype") and attribute.i in NARROW:  # of Cast and of generators
+                attribute.i = TensorProto.FLOAT
+            if attribute.t.data_type in NARROW:
+                attribute.t.CopyFrom(from_array(to_array(attribute.t).astype(np.float32)))
+    return tuple(f"{name} inputs and outputs become float32" for kind, name in NARROW.items() if kind in interface)
+
+
+def inferred(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model with every type and shape that follows from its inputs and weights; passes go by them."""
+    model = onnx.shape_inference.infer_shapes(model)
+    if names := unranked(model):
         raise UserError(
             "the rank of an output is not known",
             where=str(path),
@@ -55,7 +111,7 @@ def with_output_ranks(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             found=", ".join(names),
             fix="export the model with the shapes of its outputs",
         )
-    return inferred
+    return model
 
 
 def unranked(model: onnx.ModelProto) -> list[str]:
@@ -63,20 +119,40 @@ def unranked(model: onnx.ModelProto) -> list[str]:
     return [name for name, kind in kinds.items() if not kind.elem_type or not kind.HasField("shape")]
 
 
-def at_least_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model at an opset that has block-wise quantization; an older one is converted."""
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset >= MIN_OPSET:
-        return model
+def at_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model at OPSET or later, its local functions inlined; an older one is converted."""
     try:
-        return onnx.version_converter.convert_version(model, TARGET_OPSET)
-    except RuntimeError as error:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model, convert_version=True)
+        standard = [o for o in model.opset_import if o.domain in ("", "ai.onnx")]
+        if not standard or standard[0].version < SAME:
+            return onnx.version_converter.convert_version(model, OPSET)
+    except (RuntimeError, onnx.checker.ValidationError) as error:
         raise UserError(
-            f"opset {opset} cannot be brought to {TARGET_OPSET}",
+            f"the model cannot be brought to opset {OPSET}",
             where=str(path),
             found=str(error).splitlines()[0],
-            fix=f"export the model at opset {MIN_OPSET} or later",
+            fix=f"export the model at opset {SAME} or later, without local functions",
         ) from None
+    standard[0].version = max(standard[0].version, OPSET)
+    return model
+
+
+def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
+    """References to what is large or external, by name; what the model had of it is dropped."""
+    weights: dict[str, View] = {}
+    for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
+        wide = TensorProto.FLOAT if tensor.data_type in NARROW else tensor.data_type
+        if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
+            if wide != tensor.data_type:
+                tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
+            continue
+        if tensor.name in weights:
+            raise UserError("weights of different branches have one name", where=str(path), found=tensor.name)
+        source: Source = file_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
+        weights[tensor.name] = View(source, tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(wide))
+        tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=wide))
+    return weights
 
 
 def file_tensor(model: Path, tensor: onnx.TensorProto) -> FileTensor:

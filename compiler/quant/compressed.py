@@ -63,20 +63,25 @@ class CompressedConfig:
     method = "compressed-tensors"
 
     @property
+    def main(self) -> Scheme:
+        """The first scheme; where some quantize activations, the first of those."""
+        return next((s for s in self.schemes if s.activations == "int8"), self.schemes[0])
+
+    @property
     def bits(self) -> int:
-        return self.schemes[0].bits
+        return self.main.bits
 
     @property
     def group_size(self) -> int:
-        return self.schemes[0].group_size
+        return self.main.group_size
 
     @property
     def activations(self) -> Activations:
-        return self.schemes[0].activations
+        return self.main.activations
 
     @property
     def mark(self) -> str:
-        return "weight_packed" if self.schemes[0].packed else "weight"
+        return "weight_packed" if self.main.packed else "weight"
 
     def read(self, layer: Layer) -> QuantTensor | Reject:
         weight = layer.find("weight")
@@ -113,7 +118,7 @@ def read_layer(layer: Layer, scheme: Scheme) -> QuantTensor:
     if layer.find("weight_g_idx") is not None:
         order, places = input_order(layer.part("weight_g_idx", (k,), INT32), group)
     rows = CompressedRows((n, k), bits, weight, scales, zeros, order, tuple(int(p) for p in places))
-    return QuantTensor(layer.path, rows, (n, k), bits, group, scheme.symmetric, scales.dtype, order=order)
+    return QuantTensor(layer.path, rows, (n, k), bits, group, scheme.symmetric, scales.dtype, scheme.activations, order)
 
 
 @dataclass(frozen=True)

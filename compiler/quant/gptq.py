@@ -80,7 +80,9 @@ class GptqConfig:
         rows = GptqRows(
             layer.path, (n, k), qweight, qzeros, scales, config.zero_offset, bits, config.symmetric, order, places
         )
-        return QuantTensor(layer.path, rows, (n, k), bits, group, config.symmetric, scales.dtype, order=order)
+        return QuantTensor(
+            layer.path, rows, (n, k), bits, group, config.symmetric, scales.dtype, config.activations, order
+        )
 
     def order(self, layer: Layer, group: int) -> tuple[Order | None, tuple[int, ...]]:
         k = layer.shape[1]

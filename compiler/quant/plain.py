@@ -52,7 +52,8 @@ class PlainConfig:
                 raise UserError("zero points in a plain int8 checkpoint", where=f"{layer.path}.{other}")
         rank = len(layer.tensors[f"{layer.path}.{found[0]}"].shape)
         scales = layer.part(found[0], (n,) if rank == 1 else (n, 1), *FLOATS)
-        return QuantTensor(layer.path, PlainRows(weight, scales), layer.shape, 8, layer.shape[1], True, scales.dtype)
+        rows, (_, k) = PlainRows(weight, scales), layer.shape
+        return QuantTensor(layer.path, rows, layer.shape, 8, k, True, scales.dtype, self.activations)
 
 
 def parse(raw: Mapping[str, Any], where: str) -> PlainConfig:  # noqa: ARG001  (as every reader is called)

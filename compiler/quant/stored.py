@@ -83,7 +83,7 @@ class Reader(Protocol):
     method       its name in the config
     bits         of the layers that no override changes
     group_size   of the same, -1 per channel
-    activations  what the checkpoint was made to run with
+    activations  what the checkpoint was made to run with: int8 where a layer of it was
     mark         the tensor that a quantized layer has
     notes        what a user should know of how it is read
     """
@@ -102,7 +102,7 @@ class Reader(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
     def read(self, layer: Layer) -> QuantTensor | Reject:
-        """The layer as it is stored, or why it is float."""
+        """The layer as it is stored and with the activations it was made for, or why it is float."""
         ...
 
 
@@ -115,8 +115,8 @@ def decide(
 ) -> Decisions:
     """Path -> the checkpoint's own quantization of it, or why it stays float.
 
-    `constants` are the names of the graph's own constants. Layers of the checkpoint's main width meet the activations
-    that `config` asks for; overrides of another width stay weight-only.
+    `constants` are the names of the graph's own constants. Where `config` asks for int8 activations, the layers meet
+    them that the checkpoint made for them; where it made none, those of its main width.
     """
     decisions: dict[str, QuantTensor | Reject] = {}
     for found in linears:
@@ -126,8 +126,8 @@ def decide(
                 raise UserError(
                     "an ignored layer is stored only quantized", where=found.path, found=f"ignore {pattern!r}"
                 )
-            activations: Activations = "int8" if config.activate_quant and quant.bits == reader.bits else "float"
-            quant = replace(quant, activations=activations)
+            made = quant.activations == "int8" if reader.activations == "int8" else quant.bits == reader.bits
+            quant = replace(quant, activations="int8" if config.activate_quant and made else "float")
         decisions[found.path] = quant
     known = set(constants)
     for name, tensor in tensors.items():

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +36,8 @@ from compiler.target import find_target
 from compiler.triton.integrity import check_folder, sha256
 from passes.errors import UserError
 from passes.join_linears import parts_of
+from passes.lazy import Array
+from tests.checkpoints import whole_checkpoint
 from tests.conftest import ROOT, TINY
 
 NO_GPU = not gpus()
@@ -387,6 +390,25 @@ def test_the_compute_type_is_the_checkpoints_where_the_gpu_has_it(target: str) -
     row = find_target(target)
     assert compute_type(row, {bfloat16: 10, float32: 2}) == (bfloat16 if row.bf16 else np.float16)
     assert compute_type(row, {float32: 2}) == np.float16
+
+
+def test_quantized_weights_do_not_decide_the_compute_type(tmp_path: Path) -> None:
+    """Most of the checkpoint are int8 codes; with float32 scales beside a small vocabulary it is bfloat16 still."""
+
+    def shrink(config: dict[str, Any], tensors: dict[str, Array]) -> None:
+        config.update(vocab_size=64, num_hidden_layers=1, layer_types=["full_attention"])
+        for name, array in tensors.items():
+            tensors[name] = array[:64] if array.shape[:1] == (4096,) else array
+            if name.endswith("weight_scale"):
+                tensors[name] = array.astype(np.float32)
+
+    model = whole_checkpoint("ct-w8a8-dyn", tmp_path / "model", shrink)
+    request = Request(model, ("sm75", "sm89"), tmp_path / "out", builder="kit")
+    planned = plan(request)
+    assert {name: dtype.name for name, dtype in planned.types.items()} == {"sm75": "float16", "sm89": "bfloat16"}
+    assert [note for note in planned.notes if "bfloat16" in note] == [
+        "sm75: computes in float16, the checkpoint is bfloat16: this GPU has none"
+    ]
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU, beside which full TensorRT may build")

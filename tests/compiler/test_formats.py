@@ -213,3 +213,24 @@ def test_the_other_activations_on_request(
     expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
     found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
+
+
+@pytest.mark.parametrize("first", ["self_attn", "mlp"])
+def test_schemes_with_and_without_quantized_activations(first: str, tmp_path: Path, parts: list[Array]) -> None:
+    """Layers meet int8 activations where the checkpoint was made for them, in whichever order the schemes come."""
+
+    def mix(config: dict[str, Any], tensors: dict[str, Array]) -> None:  # noqa: ARG001  (its weights stay)
+        stored = config["quantization_config"]
+        (both,) = stored["config_groups"].values()
+        groups = {
+            "self_attn": both | {"targets": ["re:.*self_attn.*"]},
+            "mlp": both | {"targets": ["re:.*mlp.*"], "input_activations": None},
+        }
+        stored["config_groups"] = {name: groups[name] for name in sorted(groups, reverse=first == "self_attn")}
+
+    model = whole_checkpoint("ct-w8a8-dyn", tmp_path / "m", mix)
+    planned = compile_model(Request(model, ("x86",), tmp_path / "o"))
+    modes = {(p.split(".")[3], q.mode) for p, q in planned.decisions.items() if isinstance(q, QuantTensor)}
+    assert modes == {("self_attn", "A8W8"), ("mlp", "A16W8")}
+    expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
+    assert abs(perplexity(artifact_logits(tmp_path / "o"), parts[:2]) / expected - 1) < 2e-4

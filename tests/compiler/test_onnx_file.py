@@ -7,21 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from compiler.build import compile_model
+from compiler.accuracy.runners import session
+from compiler.build import compile_model, plan
 from compiler.frontend import load
 from compiler.request import Request
 from compiler.triton.integrity import sha256
 from passes.errors import UserError
 from passes.quant import QuantTensor
 from tests.conftest import TINY
-from tests.graphs import relative
+from tests.graphs import compiled_error, model_file, relative
 
 FEEDS = {"input_ids": np.array([[5, 7, 9, 11]]), "attention_mask": np.ones((1, 4), np.int64)}
 
@@ -164,3 +167,137 @@ def test_the_rank_of_an_output_is_inferred(tmp_path: Path) -> None:
 def test_an_output_of_unknown_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the rank of an output is not known[^$]*found:\s+y"):
         load(unranked(tmp_path, "Mystery", "custom"))
+
+
+RANDOM = np.random.default_rng(2)
+A, B = (RANDOM.standard_normal((64, 64)).astype(np.float32) for _ in range(2))
+X = RANDOM.standard_normal((5, 64)).astype(np.float32)
+
+
+@pytest.mark.parametrize("quant", ["none", "a16w8"])
+@pytest.mark.parametrize("stored", ["inline", "external"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_narrow_floats_are_widened(kind: str, stored: str, quant: str, tmp_path: Path) -> None:
+    """Weights, small constants, attributes, casts and the interface; what float32 computes with the same weights."""
+    dtype = np.dtype(getattr(ml_dtypes, kind, kind))
+    to, one = onnx.helper.np_dtype_to_tensor_dtype(dtype), np.array(1, dtype).view(np.uint16)  # the syntax wants bits
+    body = f"""t = MatMul(x, a) n = Shape(t) z = ConstantOfShape <value = {kind}[1] {{{one}}}> (n) u = Add(t, z)
+        v = Mul(u, half) w = Cast <to = 1> (v) r = Relu(w) s = Cast <to = {to}> (r) y = MatMul(s, b)"""
+    a, b, half = A.astype(dtype), B.astype(dtype), np.array(0.5, dtype)
+    path = model_file(tmp_path / "m.onnx", body, {"a": a, "b": b, "half": half}, kind=kind)
+    if stored == "external":
+        onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=1024)
+    planned = compile_model(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
+    assert (planned.types["sm89"].name, planned.notes[0]) == (kind, f"{kind} inputs and outputs become float32")
+    (got,) = session(tmp_path / "out/x86/model.onnx")().run(None, {"x": X})
+    want = np.maximum((X @ a.astype(np.float32) + 1) / 2, 0) @ b.astype(np.float32)
+    assert relative(got, want) < (1e-6 if quant == "none" else 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["double", "int64"])
+def test_other_numbers_stay_as_they_are(kind: str, tmp_path: Path) -> None:
+    dtype = np.dtype({"double": np.float64}.get(kind, kind))
+    path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": (A * 9).astype(dtype)}, kind=kind)
+    compile_model(Request(path, ("x86",), tmp_path / "out", quant="none"))
+    feeds = {"x": (X * 9).astype(dtype)}
+    want, got = (session(each)().run(None, feeds)[0] for each in (path, tmp_path / "out/x86/model.onnx"))
+    assert (got == want).all()
+    with pytest.raises(UserError, match="no linear layer to quantize"):
+        plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8"))
+
+
+@pytest.mark.parametrize("opset", [17, 21, 22, 24])
+def test_operators_that_are_fused_exist_in_the_artifacts_opset(opset: int, tmp_path: Path) -> None:
+    axes = "m = ReduceMean <axes = [-1]> (p)" if opset < 18 else "m = ReduceMean(p, last)"
+    body = f"""p = Pow(x, two) {axes} e = Add(m, eps) s = Sqrt(e) r = Reciprocal(s) n = Mul(x, r) o = Mul(g, n)
+        d = Div(o, root) f = Erf(d) h = Add(f, one) i = Mul(o, h) j = Mul(i, half) y = MatMul(j, a)"""
+    scalars = {"two": 2, "eps": 1e-5, "root": 2**0.5, "one": 1, "half": 0.5}
+    weights = {name: np.array(value, np.float32) for name, value in scalars.items()}
+    weights |= {"g": np.full(64, 1.5, np.float32), "a": A} | ({"last": np.array([-1])} if opset > 17 else {})
+    path = model_file(tmp_path / "m.onnx", body, weights, opset)
+    assert compiled_error(path, "a16w8", tmp_path / "out") < 2e-2
+    written = onnx.load(tmp_path / "out/x86/model.onnx", load_external_data=False)
+    assert {"RMSNormalization", "Gelu"} <= {node.op_type for node in written.graph.node}
+
+
+BRANCHES = """e = ReduceMax <keepdims = 0> (x) c = Greater(e, zero)
+    t = If(c) <then_branch = one () => (float[b, 64] p) {{ {} p = MatMul(x, a) }},
+               else_branch = two () => (float[b, 64] q) {{ q = MatMul(x, b) }}>
+    u = MatMul(x, a) s = Add(t, u) y = MatMul(s, b)"""
+
+
+@pytest.mark.parametrize("stored", ["inline", "external"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_weights_of_branches_are_stored(inner: bool, stored: str, tmp_path: Path) -> None:
+    """Those that a branch holds, and those that it takes from the graph around it."""
+    body = BRANCHES.format("").replace("MatMul(x, b)", "MatMul(x, w)" if inner else "MatMul(x, b)")
+    path = model_file(tmp_path / "m.onnx", body, {"a": A, "b": B, "zero": np.array(0, np.float32)})
+    model = onnx.load(path)
+    if inner:
+        (branch,) = (a.g for n in model.graph.node for a in n.attribute if a.name == "else_branch")
+        branch.initializer.append(onnx.numpy_helper.from_array(A + B, "w"))
+    onnx.save(model, path, save_as_external_data=stored == "external", location="m.data", size_threshold=1024)
+    for quant, bound in (("none", 1e-6), ("a16w8", 2e-2)):
+        out = tmp_path / quant
+        assert compiled_error(path, quant, out) < bound
+        feeds = {"x": -np.abs(X)}  # the other branch
+        want, got = (session(each)().run(None, feeds)[0] for each in (path, out / "x86/model.onnx"))
+        assert relative(got, want) < bound
+
+
+def test_branches_whose_weights_share_a_name_are_refused(tmp_path: Path) -> None:
+    body = BRANCHES.format("").replace("MatMul(x, a) }", "MatMul(x, w) }").replace("MatMul(x, b) }", "MatMul(x, w) }")
+    path = model_file(tmp_path / "m.onnx", body, {"a": A, "b": B, "zero": np.array(0, np.float32)})
+    model = onnx.load(path)
+    for attribute in (a for n in model.graph.node for a in n.attribute if a.name.endswith("branch")):
+        attribute.g.initializer.append(onnx.numpy_helper.from_array(A, "w"))
+    onnx.save(model, path)
+    with pytest.raises(UserError, match="different branches have one name"):
+        load(path)
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_weights_in_constant_nodes_and_functions_are_quantized(opset: int, tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", "t = my.linear(x, a) u = Mul(t, k) y = MatMul(u, c)", {"a": A}, opset)
+    model = onnx.load(path)
+    constants = {"c": {"value": onnx.numpy_helper.from_array(B)}, "k": {"value_float": 0.5}}
+    for name, value in constants.items():
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], **value))
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    product = onnx.helper.make_node("MatMul", ["p", "q"], ["o"])
+    model.functions.append(onnx.helper.make_function("my", "linear", ["p", "q"], ["o"], [product], opsets))
+    model.opset_import.append(onnx.helper.make_opsetid("my", 1))
+    onnx.save(model, path)
+    planned = plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8"))
+    assert len([q for q in planned.decisions.values() if isinstance(q, QuantTensor)]) == 2
+    assert compiled_error(path, "a16w8", tmp_path / "out") < 2e-2
+
+
+def test_a_function_that_calls_itself_is_refused(tmp_path: Path) -> None:
+    head = '<ir_version: 10, opset_import: ["": 21, "my": 1]> g (float[b, 64] x) => (float[b, 64] y) { y = my.f(x) }'
+    model = onnx.parser.parse_model(f'{head} <domain: "my", opset_import: ["my": 1]> f (a) => (o) {{ o = my.f(a) }}')
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="cannot be brought to opset"):
+        load(tmp_path / "m.onnx")
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    weights = {"q": np.ones((64, 64), np.int8), "s": np.array(0.1, np.float32)}
+    path = model_file(tmp_path / "m.onnx", '["fc/dq"] w = DequantizeLinear(q, s) y = MatMul(x, w)', weights)
+    with pytest.raises(UserError, match=r"quantized already[^$]*DequantizeLinear fc/dq"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "ignore", "says"),
+    [
+        ("y = Relu(x)", (), "no linear layer to quantize"),
+        ("y = Relu(x)", ("foo",), "no linear layer to quantize"),
+        ("y = MatMul(x, a)", ("*",), "no linear layer is left to quantize"),
+        ("y = MatMul(x, a)", ("foo",), "matches no layer"),
+    ],
+)
+def test_a_quantization_of_nothing_is_refused(body: str, ignore: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", body, {"a": A})
+    with pytest.raises(UserError, match=says):
+        plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8", ignore=ignore))

@@ -16,7 +16,7 @@ import torch
 
 from tools.gpu import gemm
 from tools.gpu.bench import label, ours
-from tools.gpu.gemm import HUNG, Gemm, Weight, random_weight
+from tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
 from tools.gpu.layers import LAYERS, parse_case
 from tools.gpu.library import Library, Plan
 from tools.gpu.race import copies, race, ready
@@ -37,7 +37,7 @@ def candidates(library: Library, problem: dict[str, int]) -> list[Plan]:
     most = MOST_WAVES * problem["sm_count"]
     plans = library.plans(SPLITS, **problem)
     worth = [p for p in plans if p.splits == 1 or p.splits * p.grid_m * p.grid_n <= most]
-    return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if p.kernel not in HUNG]
+    return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if not is_hung(p, problem["sm"])]
 
 
 @lru_cache(maxsize=1)
@@ -65,10 +65,14 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
         racers = []
         for plan in candidates(library, problem):
             pinned = {**options, "row": plan.row + 1, "splits": plan.splits}
-            if wrong := what_is_wrong(Gemm(library, x, weights[0], pinned), truth):
+            try:
+                if not (wrong := what_is_wrong(Gemm(library, x, weights[0], pinned), truth)):
+                    racers.append(ready(ours(library, label(plan), x, weights, **pinned)))
+            except Exception as error:  # one that cannot be launched; the others go on
+                wrong = f"{type(error).__name__}: {error}"
+                torch.cuda.synchronize()  # but an error inside a kernel ends this process
+            if wrong:
                 found.append({"format": name, "layer": layer, "m": m, "plan": label(plan), "wrong": wrong})
-            else:
-                racers.append(ready(ours(library, label(plan), x, weights, **pinned)))
         ran = race(layer, m, racers, REPLAYS, HOPELESS)
         chosen = label(library.choose(**problem))
         found += [

@@ -1,0 +1,25 @@
+"""The graphs within a graph: the branches and bodies of If, Loop and Scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+import onnx_graphsurgeon as gs
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all within it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from graphs(attribute.g)
+
+
+def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
+    """The tensors of a graph and all within it. A name of the graph itself says what it says there."""
+    found: dict[str, gs.Tensor] = {}
+    for each in (graph, *graph.subgraphs(recursive=True)):
+        found = each.tensors() | found
+    return found
