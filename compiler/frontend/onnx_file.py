@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,40 @@ def load(path: Path) -> FloatModel:
     Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
     widened as they are read.
     """
+    model = at_opset(read(path), path)
+    refuse_quantized(model, path)
+    constant_nodes(model)
+    notes = widen(model)
+    weights = take_weights(model, path)
+    graph = referring(gs.import_onnx(inferred(model, path)), weights)
+    files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
+    return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
+
+
+def as_written(path: Path) -> gs.Graph:
+    """The graph of an artifact of ours: its operators, opsets and types are those of the file."""
+    model = read(path)
+    weights = take_weights(model, path, widened={})
+    return referring(gs.import_onnx(model), weights)
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The model without its external data."""
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         raise UserError("not a readable ONNX file", where=str(path), found=str(error)) from None
     if not model.graph.node:
         raise UserError("not an ONNX model, or an empty one", where=str(path))
-    model = at_opset(model, path)
-    refuse_quantized(model, path)
-    constant_nodes(model)
-    notes = widen(model)
-    weights = take_weights(model, path)
-    graph = gs.import_onnx(inferred(model, path))
+    return model
+
+
+def referring(graph: gs.Graph, weights: Mapping[str, View]) -> gs.Graph:
+    """`graph` with its weights as references."""
     for name, tensor in tensors(graph).items():
         if name in weights:
             tensor.values = weights[name]
-    files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
-    return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
+    return graph
 
 
 def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
@@ -138,11 +156,16 @@ def at_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     return model
 
 
-def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
-    """References to what is large or external, by name; what the model had of it is dropped."""
+def take_weights(
+    model: onnx.ModelProto, path: Path, widened: Container[TensorProto.DataType] = NARROW
+) -> dict[str, View]:
+    """References to what is large or external, by name; what the model had of it is dropped.
+
+    Tensors of `widened` types become float32.
+    """
     weights: dict[str, View] = {}
     for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
-        wide = TensorProto.FLOAT if tensor.data_type in NARROW else tensor.data_type
+        wide = TensorProto.FLOAT if tensor.data_type in widened else tensor.data_type
         if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
             if wide != tensor.data_type:
                 tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
