@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -66,27 +65,43 @@ SIDE_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+FLOAT32 = np.dtype(np.float32)
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be written, decided before a byte is: a lowered graph for each target, and the ledger.
+class Twin:
+    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against."""
 
-    `model.graph` stays the normalized float graph; `canonical` is the twin that every lowering is held against.
-    Targets may share one graph. `builders` and `types` say who builds each engine and in which type it computes;
-    `notes` are what the user should know.
+    decisions: Decisions
+    canonical: gs.Graph
+    bought: Bought | None = None
+
+    @property
+    def quantized(self) -> Mapping[str, QuantTensor]:
+        return {path: q for path, q in self.decisions.items() if isinstance(q, QuantTensor)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, decided before a byte is: for each target a twin and a lowered graph, and the ledger.
+
+    `model.graph` stays the normalized float graph. Targets may share a twin, and a lowered graph. `builders` and
+    `types` say who builds each engine and in which type it computes; `notes` are what the user should know.
     """
 
     model: FloatModel
-    decisions: Decisions
-    canonical: gs.Graph
-    lowered: dict[str, gs.Graph]
+    twins: Mapping[str, Twin]
+    lowered: Mapping[str, gs.Graph]
     ledger: Ledger
     builders: Mapping[str, Choice] = field(default_factory=dict)
     types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    bought: Bought | None = None
+
+    @property
+    def each_twin(self) -> list[Twin]:
+        """Every twin once."""
+        return list({id(twin): twin for twin in self.twins.values()}.values())
 
     def size(self, target: str) -> int:
         """Bytes of the artifact's weights."""
@@ -104,23 +119,37 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, stored_types(model)) for target in gpu_targets}
     say("deciding how to quantize")
-    decisions = decide(graph, model, config, reader, request, scale_type(types.values()))
+    # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
+    # What a checkpoint stores, it stores for all.
+    made: dict[np.dtype[Any] | None, Twin] = {}
+    twins: dict[str, Twin] = {}
+    for target in request.resolved_targets():
+        dtype = types.get(target.name, FLOAT32)
+        key = dtype if reader is None and config is not None else None
+        if key not in made:
+            decisions = decide(graph, model, config, reader, request, dtype)
+            made[key] = make_twin(graph, model, decisions, request, ledger, say)
+        twins[target.name] = made[key]
+    lowered = lower(twins, model, types, request, ledger)
+    builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
+    notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    return Plan(model, twins, lowered, ledger, builders, types, notes)
+
+
+def make_twin(
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
+) -> Twin:
     bought = None
     if request.layers or request.has_budget:
         from compiler.accuracy.budget import within_budget
 
         decisions, bought = within_budget(graph, model, decisions, request, say)
-    canonical = pipeline.quantize(graph.copy(), decisions, ledger)
-    lowered = lower(canonical, model, decisions, types, request, ledger)
-    builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
-    notes = (*engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), bought)
 
 
 def lower(
-    canonical: gs.Graph,
+    twins: Mapping[str, Twin],
     model: FloatModel,
-    decisions: Decisions,
     types: Mapping[str, np.dtype[Any]],
     request: Request,
     ledger: Ledger,
@@ -128,22 +157,18 @@ def lower(
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
     shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
-    any_builder = request.plugin is not None or all(documented(q) for q in quantized(decisions))
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
-        dtype = types.get(target.name)
+        dtype, twin = types.get(target.name), twins[target.name]
         if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
+            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, ledger)
             continue
+        any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
         key = (dtype, target.whole_operators, target.rtx or any_builder)
         if key not in shared:
-            shared[key] = pipeline.lower_tensorrt(canonical.copy(), target, dtype, request, limits, ledger)
+            shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, ledger)
         lowered[target.name] = shared[key]
     return lowered
-
-
-def quantized(decisions: Decisions) -> list[QuantTensor]:
-    return [q for q in decisions.values() if isinstance(q, QuantTensor)]
 
 
 def stored_types(model: FloatModel) -> Mapping[np.dtype[Any], int]:
@@ -169,11 +194,6 @@ def engine_notes(
         if bfloat16 and dtype == np.float16
     ]
     return (*kits, *narrow)
-
-
-def scale_type(types: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
-    """The type that scales are rounded to before codes are computed: the one with the fewest bits of all targets'."""
-    return max([np.dtype(np.float32), *types], key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
 
 
 def decide(
@@ -211,7 +231,8 @@ def compile_planned(request: Request, planned: Plan, progress: Progress) -> list
     inputs = hashed_aside(planned.model.files)
     with LoweredFiles(request.out, progress) as files:
         artifacts = [write_target(request, planned, target, files) for target in request.resolved_targets()]
-    chosen = {**request.layers, **planned.bought.layers} if planned.bought is not None else request.layers
+    bought = next(iter(planned.twins.values())).bought
+    chosen = {**request.layers, **bought.layers} if bought is not None else request.layers
     asked = summary(replace(request, layers=chosen, max_kl=None, max_ppl_increase=None))
     write_manifest(request.out, artifacts, {"model": request.model.name, "files": inputs(), "request": asked})
     return artifacts
@@ -226,7 +247,7 @@ def write_target(request: Request, planned: Plan, target: Target, files: Lowered
         path=f"{target.name}/{MODEL}",
         inputs=specs(graph.inputs),
         outputs=specs(graph.outputs),
-        quant={path: str(q) for path, q in planned.decisions.items() if isinstance(q, QuantTensor)},
+        quant={path: str(q) for path, q in planned.twins[target.name].quantized.items()},
         llm=asdict(planned.model.llm) if planned.model.llm else None,
         limits={"cache": cache_kind(graph)} if planned.model.llm else {},
         digests={},

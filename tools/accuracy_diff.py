@@ -69,7 +69,7 @@ def again(planned: Plan, request: Request, subject: Subject, ledger: Ledger) -> 
     plain = replace(request, targets=(subject.target,), logits="all", kv_cache="concat")
     gpu = find_target(subject.target).backend is Backend.TENSORRT
     types = {subject.target: np.dtype(subject.dtype)} if gpu else {}
-    return lower(planned.canonical, planned.model, planned.decisions, types, plain, ledger)[subject.target]
+    return lower(planned.twins, planned.model, types, plain, ledger)[subject.target]
 
 
 def written(subject: Subject) -> gs.Graph | None:

@@ -73,9 +73,9 @@ def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
     console.print(f"{folder / verdict.target / 'report.html'}", soft_wrap=True)
 
 
-def show_bought(console: Console, bought: Bought) -> None:
+def show_bought(console: Console, bought: Bought, targets: str) -> None:
     """What a budget bought, and what it cost."""
-    table = Table("layer", "was", "is", "bytes more", title="accuracy budget")
+    table = Table("layer", "was", "is", "bytes more", title=f"accuracy budget of {targets}")
     for layer, now in bought.layers.items():
         steps = [s for s in bought.steps if s.layer == layer]
         table.add_row(layer, steps[0].before, now, f"{sum(s.bytes for s in steps):,}")

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from compiler import pipeline
+from compiler import build, pipeline
 from compiler.artifact import read_manifest
-from compiler.build import Plan, compile_planned, replaced_folder
+from compiler.build import Plan, Twin, compile_model, compile_planned, replaced_folder
 from compiler.frontend.model import FloatModel
 from compiler.quant import instant
 from compiler.quant.config import parse_quant_config
@@ -45,7 +45,7 @@ def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
     lowered = {
         t.name: pipeline.lower_onnxruntime(canonical.copy(), t, request, ledger) for t in request.resolved_targets()
     }
-    planned = Plan(model, decisions, canonical, lowered, ledger)
+    planned = Plan(model, dict.fromkeys(lowered, Twin(decisions, canonical)), lowered, ledger)
     compile_planned(request, planned, lambda name, size: None)
     return planned
 
@@ -104,6 +104,21 @@ def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: P
         assert all(sha256(tmp_path / "a" / file) == digest for file, digest in artifact.digests.items())
 
 
+def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
+    tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x86 stores float32 scales, sm75 float16, sm89 bfloat16: codes are computed against each one's own."""
+    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+
+    def weights(*targets: str) -> dict[str, str]:
+        out = tmp_path / "-".join(targets)
+        compile_model(Request(TINY, targets, out, quant="a16w8", builder="kit"))
+        return {target: sha256(out / target / "model.onnx.data") for target in targets}
+
+    alone = {**weights("x86"), **weights("sm75"), **weights("sm89")}
+    assert weights("x86", "sm75", "sm89") == alone
+
+
 def test_tables_keep_their_sixteen_bits(tiny_float: FloatModel, tmp_path: Path) -> None:
     """Two float tables of 4096 x 256: 2 bytes an element in the artifact, 1 when asked."""
     sizes = {}
@@ -116,7 +131,7 @@ def test_tables_keep_their_sixteen_bits(tiny_float: FloatModel, tmp_path: Path) 
 
 def test_ignored_layers_stay_float(tiny_float: FloatModel, tmp_path: Path) -> None:
     planned = compiled(tiny_float, tmp_path, quant="a16w8", ignore=("*.down_proj", "model.layers.0.*"))
-    left = [path for path, d in planned.decisions.items() if not isinstance(d, QuantTensor)]
+    left = [path for path, d in planned.twins["x86"].decisions.items() if not isinstance(d, QuantTensor)]
     assert len(left) == 3 + 7 + 1
 
 

@@ -19,7 +19,6 @@ from compiler.frontend import load
 from compiler.request import Request
 from compiler.triton.integrity import sha256
 from passes.errors import UserError
-from passes.quant import QuantTensor
 from tests.conftest import TINY
 from tests.graphs import relative
 
@@ -56,7 +55,7 @@ def run(path: Path, feeds: dict[str, Any]) -> np.ndarray:
 )
 def test_an_encoder_compiles(bert: Path, tmp_path: Path, quant: str, group: int | None, bound: float) -> None:
     planned = compile_model(Request(bert, ("x86",), tmp_path, quant=quant, group_size=group))
-    quantized = [q for q in planned.decisions.values() if isinstance(q, QuantTensor)]
+    quantized = planned.twins["x86"].quantized
     assert len(quantized) == (0 if quant == "none" else 12)
     assert relative(run(tmp_path / "x86/model.onnx", FEEDS), run(bert, FEEDS)) < bound
     files = json.loads((tmp_path / "manifest.json").read_text())["source"]["files"]
@@ -72,7 +71,8 @@ def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     twice = Request(tmp_path / "float/x86/model.onnx", ("x86",), tmp_path / "twice", quant="a16w8")
     planned = compile_model(twice)
     direct = compile_model(Request(TINY, ("x86",), tmp_path / "direct", quant="a16w8"))
-    assert {p: str(q) for p, q in planned.decisions.items()} == {p: str(q) for p, q in direct.decisions.items()}
+    kinds = [{path: str(d) for path, d in p.twins["x86"].decisions.items()} for p in (planned, direct)]
+    assert kinds[0] == kinds[1]
     codes = [initializers(tmp_path / f"{name}/x86/model.onnx", r"codes_s8$") for name in ("twice", "direct")]
     assert len(codes[0]) == 28
     assert all((codes[0][name] == values).all() for name, values in codes[1].items())
