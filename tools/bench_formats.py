@@ -22,7 +22,7 @@ import typer
 from tokenizers import Tokenizer
 
 from compiler.backend.writer import write_model
-from compiler.build import Plan, compile_model
+from compiler.build import Plan, compile_planned, plan
 from compiler.checkpoint import read_checkpoint, read_json
 from compiler.quant.readers import find_reader
 from compiler.quant.stored import Layer
@@ -107,7 +107,8 @@ def compare(
                 quant=quant,
                 cpu_preset=preset,  # type: ignore[arg-type]
             )
-            planned = compile_model(request)
+            planned = plan(request)
+            compile_planned(request, planned)
             parts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), text.read_text("utf-8")))
             expected = perplexity(reference_logits(planned), parts)
             found = perplexity(artifact_logits(Path(out)), parts)

@@ -131,7 +131,8 @@ def build(spec: EngineSpec, progress: Progress = silent) -> Built:
         raise UserError("the lowered model is not there", where=str(spec.onnx))
     spec.engine.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done, warnings = _run_child({"build": spec.to_json()}, str(spec.onnx), progress)
+        where = str(Path(*spec.engine.parts[-2:]))  # what is above it may be a temporary folder
+        done, warnings = _run_child({"build": spec.to_json()}, where, progress)
         spec.partial.replace(spec.engine)
     except BaseException:
         spec.partial.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ def compiled(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
         planned = build.plan(request)
-        artifacts = build.compile_planned(request, planned, lambda name, size: None)
+        artifacts = build.compile_planned(request, planned)
         yield Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
 
 
@@ -235,6 +235,8 @@ def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
         spend(replace(planned.model, llm=None), Limits(max_kl=1.0))
     with pytest.raises(UserError, match="no quantized layer"):
         override(decisions, {"lm_head": "float"})
+    with pytest.raises(UserError, match="does not divide"):
+        override(decisions, {"model.layers.0.mlp.up_proj": "a16w4:7"})
     kept = override(decisions, {"model.layers.0.mlp.up_proj": "float", "model.layers.1.mlp.up_proj": "a16w8:64"})
     assert isinstance(kept["model.layers.0.mlp.up_proj"], Reject)
     finer = kept["model.layers.1.mlp.up_proj"]

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from compiler.__main__ import app
-from compiler.build import Plan, compile_model
+from compiler.build import Plan
 from compiler.checkpoint import read_checkpoint
 from compiler.frontend import hf
 from compiler.inspect import inspect
@@ -24,6 +24,7 @@ from passes.lazy import Array, whole
 from passes.quant import quantize_asymmetric
 from passes.rewrite import Reject
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
+from tests.conftest import planned_and_written
 from tools.bench_formats import reference_logits
 from tools.perplexity import artifact_logits, perplexity, windows
 
@@ -73,7 +74,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Each library's checkpoint, compiled for x86 as it is."""
     folder = tmp_path_factory.mktemp(request.param)
     asked = Request(model=whole_checkpoint(request.param, folder / "model"), targets=("x86",), out=folder / "out")
-    return Compiled(request.param, compile_model(asked), folder / "out")
+    return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
 def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts: list[Array]) -> None:
@@ -163,7 +164,7 @@ def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: li
         tensors |= requantized(DOWN_PROJ, 8, 768) | requantized("lm_head", 4, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
-    planned = compile_model(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    planned = planned_and_written(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
     kinds = {path: str(decision) for path, decision in planned.twins["x86"].decisions.items()}
     assert kinds[DOWN_PROJ] == "A16W8 per-channel asymmetric"
     assert kinds["lm_head"] == "A16W4 group 128 asymmetric"
@@ -180,7 +181,7 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
             tensors |= requantized(path, 8, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
-    planned = compile_model(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    planned = planned_and_written(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
     kinds = {str(q) for q in planned.twins["x86"].quantized.values()}
     assert kinds == {"A8W8 group 128 asymmetric"}
     assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 7
@@ -208,7 +209,7 @@ def test_the_other_activations_on_request(
     name: str, quant: str, modes: set[str], tmp_path: Path, parts: list[Array]
 ) -> None:
     asked = Request(model=whole_checkpoint(name, tmp_path / "m"), targets=("x86",), out=tmp_path / "o", quant=quant)
-    planned = compile_model(asked)
+    planned = planned_and_written(asked)
     assert {q.mode for q in planned.twins["x86"].quantized.values()} == modes
     expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
     found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
