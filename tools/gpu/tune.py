@@ -74,16 +74,16 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
         problem = Gemm.problem_of(x, weights[0], options)
         racers = []
         plans = candidates(library, problem)
-        for plan, pinned in (each for plan in plans for each in variants(plan, problem["sm"])):
+        for called, pinned in (each for plan in plans for each in variants(plan, problem["sm"])):
             asked = {**options, **pinned}
             try:
                 if not (wrong := what_is_wrong(Gemm(library, x, weights[0], asked), truth)):
-                    racers.append(ready(ours(library, plan, x, weights, **asked)))
+                    racers.append(ready(ours(library, called, x, weights, **asked)))
             except Exception as error:  # one that cannot be launched; the others go on
                 wrong = f"{type(error).__name__}: {error}"
                 torch.cuda.synchronize()  # but an error inside a kernel ends this process
             if wrong:
-                found.append({"format": name, "layer": layer, "m": m, "plan": plan, "wrong": wrong})
+                found.append({"format": name, "layer": layer, "m": m, "plan": called, "wrong": wrong})
         ran = race(layer, m, racers, REPLAYS, HOPELESS)
         chosen = label(library.choose(**problem))
         found += [
