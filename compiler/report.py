@@ -85,32 +85,33 @@ def yes(flag: bool) -> str:
 def show_explanation(planned: Plan) -> None:
     """For each linear what it was quantized to and runs as, or why it was left float; then other refusals."""
     sharing = targets_by_graph(planned)
-    lowered: dict[str, dict[str, list[str]]] = {}  # layer -> what runs it -> targets
+    forms: dict[tuple[str, str], dict[str, None]] = {}
     for entry in planned.ledger.entries:
         if entry.rewrite.startswith("Lower") and entry.done:
             parts = parts_of(entry.node)
             for path in parts:
                 joined = [p for p in parts if p != path]
-                how = entry.done + (f", with {short(joined)}" if joined else "")
-                lowered.setdefault(path, {}).setdefault(how, []).extend(sharing[entry.target])
-    same: dict[tuple[str, str], list[str]] = {}
-    for path, decision in planned.decisions.items():
-        if isinstance(decision, QuantTensor):
-            forms = lowered.get(path, {})
-            if len(sharing) > 1:
-                became = "\n".join([str(decision), *(f"{', '.join(names)}: {how}" for how, names in forms.items())])
+                form = entry.done + (f", with {short(joined)}" if joined else "")
+                forms.setdefault((entry.target, path), {})[form] = None
+    became: dict[str, dict[str, list[str]]] = {}  # layer -> what it became -> targets
+    for first, targets in sharing.items():
+        for path, decision in planned.twins[first].decisions.items():
+            if isinstance(decision, QuantTensor):
+                what = f"{decision}: {' | '.join(forms.get((first, path), ()))}"
             else:
-                became = f"{decision}: {' | '.join(forms)}"
-        else:
-            became = f"float: {decision.reason}"
-        same.setdefault((pattern_of(path), became), []).append(path)
+                what = f"float: {decision.reason}"
+            became.setdefault(path, {}).setdefault(what, []).extend(targets)
+    same: dict[tuple[str, str], list[str]] = {}
+    for path, found in became.items():
+        lines = found if len(found) == 1 else (f"{', '.join(targets)}: {what}" for what, targets in found.items())
+        same.setdefault((pattern_of(path), "\n".join(lines)), []).append(path)
     layers = Column("layers", no_wrap=True)  # a name cut short says nothing
     table = Table(layers, "quantized to, and what runs it; or why it stays float", title="linear layers")
-    for (layer, became), paths in same.items():
-        table.add_row(layer.replace("*", numbers(paths)), became)
+    for (layer, text), paths in same.items():
+        table.add_row(layer.replace("*", numbers(paths)), text)
     console.print(table)
     show_orders(planned)
-    linears = set(planned.decisions) | set(lowered)
+    linears = set(became).union(path for _, path in forms)
     rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
     others = Counter((e.rewrite, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
     if others:
@@ -174,10 +175,10 @@ def show_engine(target: str, engine: Mapping[str, Any], *, every_weight: bool) -
 
 def show_plan(request: Request, planned: Plan) -> None:
     """What a compilation would write and need."""
-    quantized = [q for q in planned.decisions.values() if isinstance(q, QuantTensor)]
-    summary = Counter(str(q) for q in quantized)
     table = Table("target", "layers", "quantized to", "weights on disk", title=f"plan for {request.model}")
     for target in planned.lowered:
+        quantized = planned.twins[target].quantized.values()
+        summary = Counter(str(q) for q in quantized)
         kinds = "\n".join(f"{count} x {kind}" for kind, count in summary.items()) or "nothing, stays float"
         table.add_row(target, str(len(quantized)), kinds, f"{planned.size(target) / 1e6:,.1f} MB")
     console.print(table)
@@ -192,10 +193,11 @@ def show_notes(planned: Plan) -> None:
     """What the user should know before anything is written: notes, and what an accuracy budget bought."""
     for note in planned.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    if planned.bought is not None:
-        from compiler.accuracy.run import show_bought
+    for twin in planned.each_twin:
+        if twin.bought is not None:
+            from compiler.accuracy.run import show_bought
 
-        show_bought(console, planned.bought)
+            show_bought(console, twin.bought, ", ".join(name for name, t in planned.twins.items() if t is twin))
 
 
 def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:

@@ -1,4 +1,7 @@
-"""How every tool ends: a user's error prints without a traceback and exits with 1, a wrong command line with 2."""
+"""How every tool ends: an error of the user or the system prints without a traceback and exits with 1.
+
+A wrong command line exits with 2.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def run(main: Callable[..., None]) -> None:
     """Runs `main` with the command line's arguments."""
     try:
         typer.run(main)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}\nFAILED", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:

@@ -245,7 +245,8 @@ def weight_findings(layer: Layer, steps: float | None, gain: float | None) -> li
 
 def explained_steps(quant: QuantTensor) -> float:
     """What rounding explains, in steps of the scale: one that was rounded down in its type also cuts off the range."""
-    return STEPS + ((1 << quant.bits) - 1) * float(ml_dtypes.finfo(quant.scale_dtype).eps) / 2
+    levels, eps = 2**quant.bits - 1, float(ml_dtypes.finfo(quant.scale_dtype).eps)
+    return float(STEPS + levels * eps / 2)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 
 from compiler.accuracy.forms import Subject
 from compiler.artifact import Artifact
-from compiler.build import Plan, lower, summary
+from compiler.build import Plan, lower
 from compiler.check import check_digests
 from compiler.frontend import onnx_file
-from compiler.request import DEFAULTS, Request
+from compiler.request import DEFAULTS, PATHS, Request
 from compiler.target import Backend, Target
 from passes.lazy import Missing
 from passes.linear import linear
@@ -44,7 +44,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         target=target.name,
         about=about(planned, request, target),
         floating=None if is_quantized(planned.model.graph) else planned.model.graph,
-        canonical=planned.canonical,
+        canonical=planned.twins[target.name].canonical,
         lowered=lowered,
         dtype=dtype,
         file=file,
@@ -54,8 +54,10 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
 
 def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
     """What a report begins with."""
-    asked = [f"{name} {value}" for name, value in summary(request).items() if value and value != DEFAULTS[name]]
-    became = Counter(str(q) if isinstance(q, QuantTensor) else "float" for q in planned.decisions.values())
+    said = {name: getattr(request, name) for name in DEFAULTS if name not in ("targets", *PATHS)}
+    asked = [f"{name} {value}" for name, value in said.items() if value and value != DEFAULTS[name]]
+    decisions = planned.twins[target.name].decisions.values()
+    became = Counter(str(q) if isinstance(q, QuantTensor) else "float" for q in decisions)
     return {
         "model": request.model.resolve().name,
         "target": f"{target.name}, {target.family}",
@@ -67,9 +69,7 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
 def all_positions(planned: Plan, request: Request, target: Target, dtype: np.dtype[Any]) -> gs.Graph:
     """The graph of an engine, but with the logits of every position and no buffer of a fixed length for its cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.canonical, planned.model, planned.decisions, {target.name: dtype}, plain, Ledger())[
-        target.name
-    ]
+    return lower(planned.twins, planned.model, {target.name: dtype}, plain, Ledger())[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:
