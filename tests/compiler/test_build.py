@@ -112,7 +112,8 @@ def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
 
     def files(*targets: str) -> dict[str, str]:
         out = tmp_path / "-".join(targets)
-        compile_model(Request(TINY, targets, out, quant="a16w8", builder="kit"))
+        builder = {} if targets == ("x86",) else {"builder": "kit"}
+        compile_model(Request(TINY, targets, out, quant="a16w8", **builder))
         return {str(p.relative_to(out)): sha256(p) for p in out.glob("*/*")}
 
     assert files("x86", "sm75", "sm89") == files("x86") | files("sm75") | files("sm89")
