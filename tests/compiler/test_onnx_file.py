@@ -187,7 +187,7 @@ def test_narrow_floats_are_widened(kind: str, stored: str, quant: str, tmp_path:
     path = model_file(tmp_path / "m.onnx", body, {"a": a, "b": b, "half": half}, kind=kind)
     if stored == "external":
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=1024)
-    planned = compile_model(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
+    planned = planned_and_written(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
     assert (planned.types["sm89"].name, planned.notes[0]) == (kind, f"{kind} inputs and outputs become float32")
     (got,) = session(tmp_path / "out/x86/model.onnx")().run(None, {"x": X})
     want = np.maximum((X @ a.astype(np.float32) + 1) / 2, 0) @ b.astype(np.float32)
