@@ -245,6 +245,21 @@ def test_weights_of_branches_are_stored(inner: bool, stored: str, tmp_path: Path
         assert relative(got, want) < bound
 
 
+LOOP = """n = Constant <value = int64 {3}> () t = Loop(n, , x) <body = one (int64 i, bool c, float[b, 64] p) =>
+    (bool d, float[b, 64] q) { d = Identity(c) r = MatMul(p, a) s = Tanh(r) q = Add(s, x) }> y = MatMul(t, b)"""
+
+
+@pytest.mark.parametrize("target", ["sm89", "sm70"])
+@pytest.mark.parametrize("body", [BRANCHES.format(""), LOOP])
+def test_branches_of_an_engine_compute_in_float32(body: str, target: str, tmp_path: Path) -> None:
+    weights = {"a": A / 8, "b": B / 8, "zero": np.array(0, np.float32)}
+    path = model_file(tmp_path / "m.onnx", body, weights)
+    compile_model(Request(path, (target,), tmp_path, quant="a16w8", builder="kit"))
+    lowered = session(tmp_path / target / "model.onnx", as_written=True)
+    want, got = (each().run(None, {"x": X})[0] for each in (session(path), lowered))
+    assert relative(got, want) < 2e-2
+
+
 def test_branches_whose_weights_share_a_name_are_refused(tmp_path: Path) -> None:
     body = BRANCHES.format("").replace("MatMul(x, a) }", "MatMul(x, w) }").replace("MatMul(x, b) }", "MatMul(x, w) }")
     path = model_file(tmp_path / "m.onnx", body, {"a": A, "b": B, "zero": np.array(0, np.float32)})
