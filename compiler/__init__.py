@@ -1,7 +1,7 @@
 """InstantRT: an ahead-of-time compiler from checkpoints to deployable artifacts with quantized weights.
 
 from compiler import Request, compile_model
-compile_model(Request(Path("model"), targets=("x86",), out=Path("build"), quant="a16w8"))
+(artifact,) = compile_model(Request("model", targets="x86", out="build", quant="a16w8"))
 """
 
 import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,8 +16,11 @@ from compiler.checkpoint import read_json
 from passes.errors import UserError
 
 if TYPE_CHECKING:
+    from compiler.accuracy.data import Data
+    from compiler.accuracy.verify import Verdict
     from compiler.artifact import Artifact
     from compiler.build import Plan
+    from compiler.output import Staging
     from compiler.request import Request
 
 # Groups of options in --help.
@@ -35,7 +39,7 @@ def compile_command(
     model: Annotated[Path | None, typer.Argument(help="Hugging Face folder, or .onnx file")] = None,
     target: Annotated[list[str] | None, typer.Option(help="what to compile for; may be repeated")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("build"),
-    triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what is written")] = None,
+    triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what OUT holds")] = None,
     quant: Annotated[str | None, quantization(help="a16w8, a16w4, a8w8, a8w4 or none")] = None,
     group_size: Annotated[int | None, quantization(help="inputs that share a scale; -1 per channel")] = None,
     weight_only: Annotated[bool, quantization("--weight-only", help="8-bit GPTQ as A16W8 instead of A8W8")] = False,
@@ -94,7 +98,6 @@ def compile_command(
         return
     if model is None:
         raise UserError("no model given", expected="compile MODEL --target T -o DIR", fix="compile --help")
-    from compiler.build import compile_planned, plan
     from compiler.request import Request, fields_from_json
 
     fields: dict[str, Any] = {"quant": quant, "group_size": group_size, "weight_only": weight_only}
@@ -133,11 +136,26 @@ def compile_command(
         text=text,
         **fields,
     )
-    if triton is not None:
-        from compiler.repository import check_folder
+    compile_request(request, triton, verify=verify, dry_run=dry_run, explain=explain)
 
-        check_folder(triton)  # before any work
-    started = time.monotonic()
+
+def compile_request(request: Request, triton: Path | None, *, verify: bool, dry_run: bool, explain: bool) -> None:
+    """Plans, writes and shows. What a user can have wrong is found before the long parts."""
+    from compiler import report
+    from compiler.build import outline, plan, write_artifacts
+    from compiler.output import Staging, artifacts_kept, check_out
+
+    started, out, targets = time.monotonic(), request.out, request.resolved_targets()
+    check_out(out, targets, [request.model, *([triton] if triton is not None else [])])
+    if triton is not None:
+        from compiler.repository import check_folder, plan_repository, stage_repository
+
+        check_folder(triton)
+    if verify:
+        from compiler.accuracy.data import load_data
+        from compiler.accuracy.run import check_reports, show_verdict
+
+        check_reports(out / "report", targets)
     with report.console.status("") as status:
         planned = plan(request, status.update)
     report.show_notes(planned)
@@ -146,16 +164,24 @@ def compile_command(
     if dry_run:
         report.show_plan(request, planned)
         return
-    with report.writing(sum(planned.size(t) for t in planned.lowered)) as progress:
-        artifacts = compile_planned(request, planned, progress)
-    report.show_artifacts(request.out, artifacts, every_weight=explain)
+    data = load_data(planned.model, request.text) if verify else None
     if triton is not None:
-        from compiler.repository import write_repository
-
-        for each in write_repository(out, triton):
-            report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
-    if verify:
-        verify_artifacts(planned, request, artifacts)
+        plan_repository([*artifacts_kept(out, targets), *(outline(request, planned, target) for target in targets)])
+    with Staging() as staging:
+        with report.writing(sum(planned.size(t) for t in planned.lowered)) as progress:
+            artifacts = write_artifacts(request, planned, staging, progress)
+        verdicts = verdicts_on(planned, request, artifacts, data, staging) if data is not None else []
+        passed = all(verdict.passed for verdict in verdicts)
+        served = stage_repository(staging.aside(out), triton, staging) if triton is not None and passed else ()
+    report.show_artifacts(out, artifacts, every_weight=explain)
+    for each in served:
+        report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
+    for verdict in verdicts:
+        show_verdict(report.console, verdict, out / "report")
+    if not passed:
+        left = "" if triton is None else f"; {triton} is as it was"
+        report.console.print(f"FAILED: the artifacts are written, but they are not what they should be{left}")
+        raise typer.Exit(1)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
 
 
@@ -192,34 +218,32 @@ def build_command(
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
 
 
-def verify_artifacts(planned: Plan, request: Request, artifacts: list[Artifact]) -> None:
-    """Leaves a report for every target in OUT/report; ends with FAILED where one is not what it should be."""
+def verdicts_on(
+    planned: Plan, request: Request, artifacts: list[Artifact], data: Data, staging: Staging
+) -> list[Verdict]:
+    """Verifies the artifacts where they lie aside, and leaves a report for each beside them."""
     from compiler import report
-    from compiler.accuracy.data import load_data
     from compiler.accuracy.forms import Limits
-    from compiler.accuracy.run import check_artifacts, show_verdict
+    from compiler.accuracy.run import check_artifacts
 
-    folder = request.out / "report"
-    data = load_data(planned.model, request.text)
+    aside, folder = replace(request, out=staging.aside(request.out)), request.out / "report"
     limits = Limits(request.max_kl, request.max_ppl_increase)
     with report.console.status("verifying") as status:
-        verdicts = check_artifacts(planned, request, artifacts, data, limits, folder, say=status.update)
-    for verdict in verdicts:
-        show_verdict(report.console, verdict, folder)
-    if not all(v.passed for v in verdicts):
-        report.console.print("FAILED: the artifacts are written, but they are not what they should be")
-        raise typer.Exit(1)
+        return check_artifacts(planned, aside, artifacts, data, limits, folder, staging, say=status.update)
 
 
 def main() -> NoReturn:
-    """Runs the command; a user's error prints without a traceback and exits with 1, an interruption with 130."""
+    """Runs the command; an error of the user or the system prints without a traceback and exits with 1.
+
+    An interruption exits with 130.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if sys.argv[1:2] == ["build"] and len(sys.argv) > 2:  # a model folder of that name is ./build
             del sys.argv[1]
             typer.run(build_command)
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}\nFAILED", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:

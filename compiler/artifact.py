@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from compiler.checkpoint import read_json
 from passes.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Artifact:
     quant     module path -> what it was quantized to
     llm       sizes of the causal LM's interface (layers, kv_heads, head_dim, vocab, max_length), None for others
     digests   file -> sha256, relative to the manifest
+    source    what it was made of: the model's name, `files` (name -> sha256), the request without paths
     engine    builder, version, sm, profiles, options, how each weight is read; None for what is not an engine
     """
 
@@ -44,17 +45,15 @@ class Artifact:
     quant: Mapping[str, str]
     llm: Mapping[str, int] | None
     digests: Mapping[str, str]
+    source: Mapping[str, Any]
     limits: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
     engine: Mapping[str, Any] | None = None
 
 
-def write_manifest(folder: Path, artifacts: list[Artifact], source: Mapping[str, Any]) -> None:
-    """Writes the manifest beside its final name, then renames it."""
-    body = {"format": FORMAT, "source": source, "artifacts": [asdict(a) for a in artifacts]}
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
-    partial.replace(folder / MANIFEST)
+def write_manifest(folder: Path, artifacts: Iterable[Artifact]) -> None:
+    body = {"format": FORMAT, "artifacts": [asdict(a) for a in artifacts]}
+    (folder / MANIFEST).write_text(json.dumps(body, indent=2) + "\n", "utf-8")
 
 
 def read_manifest(folder: Path) -> list[Artifact]:
@@ -65,6 +64,7 @@ def read_manifest(folder: Path) -> list[Artifact]:
             where=str(folder / MANIFEST),
             expected=str(FORMAT),
             found=str(body.get("format")),
+            fix="compile into another folder",
         )
     try:
         return [artifact_from_json(raw) for raw in body["artifacts"]]

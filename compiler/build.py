@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from compiler import pipeline
-from compiler.artifact import MANIFEST, Artifact, TensorSpec, read_manifest, write_manifest
+from compiler.artifact import Artifact, TensorSpec, write_manifest
 from compiler.backend.writer import Progress, place, write_model
-from compiler.checkpoint import read_json
 from compiler.engine import (
     ENGINE,
+    TIMINGS,
     Builder,
     Choice,
     Settings,
@@ -35,6 +32,7 @@ from compiler.engine import (
 from compiler.frontend import load
 from compiler.frontend.model import FloatModel
 from compiler.kit import KIT, MODEL, Kit, finished, write_kit
+from compiler.output import LoweredFiles, Staging, artifacts_kept, check_out
 from compiler.profiles import profiles
 from compiler.quant import instant, stored
 from compiler.quant.config import QuantConfig
@@ -64,27 +62,43 @@ SIDE_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+FLOAT32 = np.dtype(np.float32)
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be written, decided before a byte is: a lowered graph for each target, and the ledger.
+class Twin:
+    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against."""
 
-    `model.graph` stays the normalized float graph; `canonical` is the twin that every lowering is held against.
-    Targets may share one graph. `builders` and `types` say who builds each engine and in which type it computes;
-    `notes` are what the user should know.
+    decisions: Decisions
+    canonical: gs.Graph
+    bought: Bought | None = None
+
+    @property
+    def quantized(self) -> Mapping[str, QuantTensor]:
+        return {path: q for path, q in self.decisions.items() if isinstance(q, QuantTensor)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, decided before a byte is: for each target a twin and a lowered graph, and the ledger.
+
+    `model.graph` stays the normalized float graph. Targets may share a twin, and a lowered graph. `builders` and
+    `types` say who builds each engine and in which type it computes; `notes` are what the user should know.
     """
 
     model: FloatModel
-    decisions: Decisions
-    canonical: gs.Graph
-    lowered: dict[str, gs.Graph]
+    twins: Mapping[str, Twin]
+    lowered: Mapping[str, gs.Graph]
     ledger: Ledger
     builders: Mapping[str, Choice] = field(default_factory=dict)
     types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    bought: Bought | None = None
+
+    @property
+    def each_twin(self) -> list[Twin]:
+        """Every twin once."""
+        return list({id(twin): twin for twin in self.twins.values()}.values())
 
     def size(self, target: str) -> int:
         """Bytes of the artifact's weights."""
@@ -102,23 +116,41 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
     say("deciding how to quantize")
-    decisions = decide(graph, model, config, reader, request, scale_type(types.values()))
+    # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
+    # What a checkpoint stores, it stores for all.
+    made: dict[np.dtype[Any] | None, Twin] = {}
+    twins: dict[str, Twin] = {}
+    for target in request.resolved_targets():
+        dtype = types.get(target.name, FLOAT32)
+        key = dtype if reader is None and config is not None else None
+        if key not in made:
+            decisions = decide(graph, model, config, reader, request, dtype)
+            made[key] = make_twin(graph, model, decisions, request, ledger, say)
+        twins[target.name] = made[key]
+    lowered = lower(twins, model, types, request, ledger)
+    options = request.engine_options()
+    builders = {
+        t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
+        for t in gpu_targets
+    }
+    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    return Plan(model, twins, lowered, ledger, builders, types, notes)
+
+
+def make_twin(
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
+) -> Twin:
     bought = None
     if request.layers or request.has_budget:
         from compiler.accuracy.budget import within_budget
 
         decisions, bought = within_budget(graph, model, decisions, request, say)
-    canonical = pipeline.quantize(graph.copy(), decisions, ledger)
-    lowered = lower(canonical, model, decisions, types, request, ledger)
-    builders = {t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name])) for t in gpu_targets}
-    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, decisions, canonical, lowered, ledger, builders, types, notes, bought)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), bought)
 
 
 def lower(
-    canonical: gs.Graph,
+    twins: Mapping[str, Twin],
     model: FloatModel,
-    decisions: Decisions,
     types: Mapping[str, np.dtype[Any]],
     request: Request,
     ledger: Ledger,
@@ -126,22 +158,18 @@ def lower(
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
     shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
-    any_builder = request.plugin is not None or all(documented(q) for q in quantized(decisions))
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
-        dtype = types.get(target.name)
+        dtype, twin = types.get(target.name), twins[target.name]
         if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(canonical.copy(), target, request, ledger)
+            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, ledger)
             continue
+        any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
         key = (dtype, target.whole_operators, target.rtx or any_builder)
         if key not in shared:
-            shared[key] = pipeline.lower_tensorrt(canonical.copy(), target, dtype, request, limits, ledger)
+            shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, ledger)
         lowered[target.name] = shared[key]
     return lowered
-
-
-def quantized(decisions: Decisions) -> list[QuantTensor]:
-    return [q for q in decisions.values() if isinstance(q, QuantTensor)]
 
 
 def engine_notes(
@@ -159,11 +187,6 @@ def engine_notes(
         if bfloat16 and dtype == np.float16
     ]
     return (*kits, *narrow)
-
-
-def scale_type(types: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
-    """The type that scales are rounded to before codes are computed: the one with the fewest bits of all targets'."""
-    return max([np.dtype(np.float32), *types], key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
 
 
 def decide(
@@ -193,52 +216,77 @@ def decide(
     else:
         head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
         decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
-    if not quantized(decisions):
+    if not any(isinstance(d, QuantTensor) for d in decisions.values()):
         reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
         raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
     return decisions
 
 
-def compile_model(request: Request, say: Say = lambda text: None, progress: Progress = lambda name, size: None) -> Plan:
+def compile_model(
+    request: Request, say: Say = lambda text: None, progress: Progress = lambda name, size: None
+) -> list[Artifact]:
     """Compiles and writes `request.out`: `<target>/model.onnx` with its data and tokenizer files, and manifest.json."""
-    planned = plan(request, say)
-    compile_planned(request, planned, progress)
-    return planned
+    check_out(request.out, request.resolved_targets(), [request.model])
+    return compile_planned(request, plan(request, say), progress)
 
 
-def compile_planned(request: Request, planned: Plan, progress: Progress) -> list[Artifact]:
-    """Writes what was planned; a target's folder appears when it is complete, the manifest last."""
-    request.out.mkdir(parents=True, exist_ok=True)
+def compile_planned(request: Request, planned: Plan, progress: Progress = lambda name, size: None) -> list[Artifact]:
+    """Writes what was planned; all of it appears at once."""
+    with Staging() as staging:
+        return write_artifacts(request, planned, staging, progress)
+
+
+def write_artifacts(request: Request, planned: Plan, staging: Staging, progress: Progress) -> list[Artifact]:
+    """Writes, aside, what `request.out` will be: a folder for each target, links to what stays, the manifest of all."""
+    targets = request.resolved_targets()
+    check_out(request.out, targets, [request.model])
+    out = staging.aside(request.out)
     inputs = hashed_aside(planned.model.files)
-    with LoweredFiles(request.out, progress) as files:
-        artifacts = [write_target(request, planned, target, files) for target in request.resolved_targets()]
-    chosen = {**request.layers, **planned.bought.layers} if planned.bought is not None else request.layers
-    asked = summary(replace(request, layers=chosen, max_kl=None, max_ppl_increase=None))
-    write_manifest(request.out, artifacts, {"model": request.model.name, "files": inputs(), "request": asked})
+    with LoweredFiles(out, progress) as files:
+        artifacts = [write_target(request, planned, target, files, inputs) for target in targets]
+    kept = artifacts_kept(request.out, targets)
+    for artifact in kept:
+        (out / artifact.target).symlink_to(request.out.absolute() / artifact.target)
+    write_manifest(out, [*kept, *artifacts])
     return artifacts
 
 
-def write_target(request: Request, planned: Plan, target: Target, files: LoweredFiles) -> Artifact:
-    """Writes OUT/<target>/, which holds model.onnx, model.engine or a build kit."""
+def write_target(
+    request: Request, planned: Plan, target: Target, files: LoweredFiles, inputs: Callable[[], Mapping[str, str]]
+) -> Artifact:
+    """Writes <target>/, which holds model.onnx, model.engine or a build kit."""
     graph, choice = planned.lowered[target.name], planned.builders.get(target.name)
-    artifact = Artifact(
+    folder = files.out / target.name
+    folder.mkdir()
+    copy_side_files(planned.model.folder, folder)
+    artifact = outline(request, planned, target)
+
+    def complete(artifact: Artifact) -> Artifact:
+        return replace(artifact, digests=digests(folder), source={**artifact.source, "files": inputs()})
+
+    if choice is not None:
+        return write_engine(request, planned, target, choice, artifact, files, folder, complete)
+    write_model(graph, folder / MODEL, files.progress)
+    return complete(artifact)
+
+
+def outline(request: Request, planned: Plan, target: Target) -> Artifact:
+    """The artifact as far as the plan knows it."""
+    graph, twin, choice = planned.lowered[target.name], planned.twins[target.name], planned.builders.get(target.name)
+    kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
+    return Artifact(
         target=target.name,
-        kind="onnx",
-        path=f"{target.name}/{MODEL}",
+        kind=kind,
+        path=f"{target.name}/{file}",
         inputs=specs(graph.inputs),
         outputs=specs(graph.outputs),
-        quant={path: str(q) for path, q in planned.decisions.items() if isinstance(q, QuantTensor)},
+        quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(planned.model.llm) if planned.model.llm else None,
         limits={"cache": cache_kind(graph)} if planned.model.llm else {},
         digests={},
+        source=source(request, twin),
+        engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
     )
-    with replaced_folder(request.out / target.name) as folder:
-        copy_side_files(planned.model.folder, folder)
-        if choice is None:
-            write_model(graph, folder / MODEL, files.progress)
-        else:
-            artifact = write_engine(request, planned, target, choice, artifact, files, folder)
-        return replace(artifact, digests=artifact.digests or digests(folder, target.name))
 
 
 def write_engine(
@@ -249,8 +297,9 @@ def write_engine(
     artifact: Artifact,
     files: LoweredFiles,
     folder: Path,
+    complete: Callable[[Artifact], Artifact],
 ) -> Artifact:
-    """An engine in `folder`, or the kit to build it elsewhere."""
+    """An engine in `folder`, or the kit to build it elsewhere; `complete` adds what is known once it is there."""
     graph, llm = planned.lowered[target.name], planned.model.llm
     limits = request.engine_limits(llm.max_length if llm else 0)
     ranges = profiles(graph.inputs, limits, llm=llm is not None)
@@ -265,40 +314,18 @@ def write_engine(
     )
     if choice.flavour is None:
         files.link(graph, folder)
-        artifact = replace(artifact, digests=digests(folder, target.name))
+        artifact = complete(artifact)
         write_kit(folder, settings, linears, artifact)
-        known = {**artifact.digests, f"{target.name}/{KIT}": sha256(folder / KIT)}
-        return replace(artifact, kind="kit", path=f"{target.name}/{KIT}", digests=dict(sorted(known.items())))
-    onnx = files.path(graph)
-    engine = build_engine(choice, target, onnx, folder, settings, linears, lambda text: files.progress(text, 0))
-    return replace(artifact, kind="engine", path=f"{target.name}/{ENGINE}", engine=engine)
+        known = {**artifact.digests, artifact.path: sha256(folder / KIT)}
+        return replace(artifact, digests=dict(sorted(known.items())))
+    onnx, timings = files.path(graph), request.timing_cache or timing_cache(request.out, target)
+    engine = build_engine(choice, target, onnx, folder, settings, linears, timings, lambda t: files.progress(t, 0))
+    return complete(replace(artifact, engine=engine))
 
 
-class LoweredFiles:
-    """Lowered graphs on disk beside the output, each written once however many targets share it; gone at the end."""
-
-    def __init__(self, out: Path, progress: Progress) -> None:
-        self.out, self.progress = out, progress
-        self.folders: dict[int, Path] = {}
-
-    def __enter__(self) -> LoweredFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for folder in self.folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def path(self, graph: gs.Graph) -> Path:
-        """The model file of `graph`."""
-        if id(graph) not in self.folders:
-            self.folders[id(graph)] = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
-            write_model(graph, self.folders[id(graph)] / MODEL, self.progress)
-        return self.folders[id(graph)] / MODEL
-
-    def link(self, graph: gs.Graph, folder: Path) -> None:
-        """Puts the files of `graph` into `folder`, without a second copy of their bytes."""
-        for file in self.path(graph).parent.iterdir():
-            os.link(file, folder / file.name)
+def timing_cache(out: Path, target: Target) -> Path:
+    """Beside the artifact's folder, which each build replaces."""
+    return out / f"{target.name}.{TIMINGS}"
 
 
 def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
@@ -306,20 +333,19 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say) -> Artifact:
 
     OUT may be the folder that the kit lies in; what else is there stays.
     """
-    there = (out / MANIFEST).is_file()
-    others = [a for a in read_manifest(out) if a.target != kit.target.name] if there else []
-    source = read_json(out / MANIFEST)["source"] if there else {"kit": kit.folder.name}
-    choice = choose_builder(kit.target, builder)
+    check_out(out, [kit.target])
+    choice = choose_builder(kit.target, builder, options=kit.settings.options)
     if choice.flavour is None:
         raise UserError(f"this machine cannot build for {kit.target.name} either", found=choice.reason)
-    out.mkdir(parents=True, exist_ok=True)
-    with replaced_folder(out / kit.target.name) as folder:
+    with Staging() as staging:
+        folder, timings = staging.aside(out) / kit.target.name, timing_cache(out, kit.target)
+        folder.mkdir()
         copy_side_files(kit.folder, folder)
         for library in kit.settings.plugins:
             shutil.copy(library, folder)
-        engine = build_engine(choice, kit.target, kit.onnx, folder, kit.settings, kit.linears, say)
-        artifact = finished(kit, engine, digests(folder, kit.target.name), f"{kit.target.name}/{ENGINE}")
-    write_manifest(out, [*others, artifact], source)
+        engine = build_engine(choice, kit.target, kit.onnx, folder, kit.settings, kit.linears, timings, say)
+        artifact = finished(kit, engine, digests(folder), f"{kit.target.name}/{ENGINE}")
+        write_manifest(folder.parent, [*artifacts_kept(out, [kit.target]), artifact])
     return artifact
 
 
@@ -345,26 +371,8 @@ def hashed_aside(files: Iterable[Path]) -> Callable[[], dict[str, str]]:
     return found.result
 
 
-def digests(folder: Path, target: str) -> dict[str, str]:
-    return {f"{target}/{path.name}": sha256(path) for path in sorted(folder.iterdir())}
-
-
-@contextmanager
-def replaced_folder(final: Path) -> Iterator[Path]:
-    """A folder written beside `final` that takes its place when complete, and vanishes when anything fails."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        if final.exists():
-            old = partial.with_name(partial.name + ".old")
-            final.rename(old)
-            partial.rename(final)
-            shutil.rmtree(old)
-        else:
-            partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def digests(folder: Path) -> dict[str, str]:
+    return {f"{folder.name}/{path.name}": sha256(path) for path in sorted(folder.iterdir())}
 
 
 def cache_kind(graph: gs.Graph) -> str:
@@ -378,7 +386,13 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(t.name, np.dtype(t.dtype).name, tuple(t.shape)) for t in tensors)
 
 
-def summary(request: Request) -> dict[str, Any]:
-    """The request without paths of this machine: the same input gives the same bytes anywhere."""
+def source(request: Request, twin: Twin) -> dict[str, Any]:
+    """What an artifact is made of: the model's name and the request.
+
+    No path of this machine is in it: the same input gives the same bytes anywhere. A budget is what it bought.
+    """
     local = ("model", "out", "targets", "timing_cache", "text", "plugin")
-    return {key: value for key, value in asdict(request).items() if key not in local}
+    layers = {**request.layers, **(twin.bought.layers if twin.bought is not None else {})}
+    asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
+    name = Path(os.path.abspath(request.model)).name  # noqa: PTH100  ("." has a name; a link keeps its own)
+    return {"model": name, "request": {k: v for k, v in asked.items() if k not in local}}

@@ -52,13 +52,15 @@ def compute_type(target: Target, stored: Mapping[np.dtype[Any], int]) -> np.dtyp
     return BFLOAT16 if most == BFLOAT16 and target.bf16 else FLOAT16
 
 
-def choose_builder(target: Target, wanted: Builder, *, int4: bool = False) -> Choice:
-    """The builder for `target`; `int4`: the builder itself is to multiply 4-bit weights, no plugin of ours.
+def choose_builder(
+    target: Target, wanted: Builder, *, int4: bool = False, options: EngineOptions | None = None
+) -> Choice:
+    """The builder for `target` with these options; `int4`: it is to multiply 4-bit weights itself, no plugin of ours.
 
     auto: full TensorRT beside the GPU itself, else TensorRT-RTX, which needs no GPU, else a build kit.
     """
     assert target.sm is not None
-    why_not = {"tensorrt": no_tensorrt(target), "tensorrt_rtx": no_rtx(target, int4)}
+    why_not = {"tensorrt": no_tensorrt(target), "tensorrt_rtx": no_rtx(target, int4, options or EngineOptions())}
     if wanted == "kit":
         return Choice(None, "a build kit was asked for")
     order = ("tensorrt", "tensorrt_rtx") if wanted == "auto" else (wanted.replace("-", "_"),)
@@ -80,7 +82,7 @@ def no_tensorrt(target: Target) -> str:
     return ""
 
 
-def no_rtx(target: Target, int4: bool) -> str:
+def no_rtx(target: Target, int4: bool, options: EngineOptions) -> str:
     """Why TensorRT-RTX cannot build for `target` here, or nothing."""
     if not target.rtx:
         return f"has no {target.name}"
@@ -88,17 +90,27 @@ def no_rtx(target: Target, int4: bool) -> str:
         return "not installed"
     if target.sm == 75 and int4:
         return "has no int4 on sm75"
+    if options.version_compatible or options.hardware_compatible:
+        return "has no version-compatible or hardware-compatible engines"
     return ""
 
 
 def build_engine(
-    choice: Choice, target: Target, onnx: Path, folder: Path, settings: Settings, linears: tuple[str, ...], say: Say
+    choice: Choice,
+    target: Target,
+    onnx: Path,
+    folder: Path,
+    settings: Settings,
+    linears: tuple[str, ...],
+    timings: Path,
+    say: Say,
 ) -> dict[str, Any]:
-    """Builds `folder`/model.engine and says what it is: the engine part of the manifest."""
+    """Builds `folder`/model.engine and says what it is: the engine part of the manifest.
+
+    The next build for this GPU starts from the `timings` of this one.
+    """
     assert choice.flavour is not None
     assert target.sm is not None
-    # Beside the artifact's folder, which each build replaces: the next build for this GPU starts from these timings.
-    timings = settings.options.timing_cache or folder.parent / f"{target.name}.{TIMINGS}"
     spec = EngineSpec(
         flavour=choice.flavour,
         onnx=onnx,

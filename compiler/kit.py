@@ -23,7 +23,7 @@ from compiler.triton.integrity import sha256
 from passes.errors import UserError
 
 KIT, MODEL = "kit.json", "model.onnx"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def read_kit(folder: Path) -> Kit:
         raise UserError(
             "not a kit of ours", where=str(folder / KIT), found=f"{type(error).__name__}: {error}"
         ) from None
+
+
+def listed_files(folder: Path) -> set[str]:
+    """The names of a kit's files, as its kit.json has them; none where `folder` is no kit."""
+    return {KIT, *read_json(folder / KIT).get("digests", ())} if (folder / KIT).is_file() else set()
 
 
 def check_digests(folder: Path, digests: Mapping[str, str]) -> None:

@@ -37,6 +37,7 @@ from passes.old_parser import OPSET, unsupported
 from passes.permute_fold import FoldOrder
 from passes.permute_inputs import SortInputs
 from passes.rewrite import Ledger, Rewrite, run
+from passes.tables import LowerNativeTables
 from passes.verify import Stage, verify
 from plugins.ops import DOMAIN
 
@@ -100,10 +101,12 @@ def lower_tensorrt(
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     if request.logits == "last":
-        run(graph, [LastLogits()], ledger)
+        run(graph, [LastLogits(), QuantizeActivations()], ledger)
     if request.kv_cache == "in-place":
         kv_in_place(graph, limits.max_length, ledger)
     run(graph, [JoinLinears(gated=request.plugin is None)], ledger)
+    if request.embeddings == "int8":
+        run(graph, [LowerNativeTables(dtype)], ledger)
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     cast_compute_type(graph, dtype, ledger)
     if request.plugin is not None:

@@ -61,20 +61,20 @@ def show_explanation(planned: Plan) -> None:
             for path in parts:
                 joined = [p for p in parts if p != path]
                 lowered.setdefault(path, []).append(entry.done + (f", with {short(joined)}" if joined else ""))
-    same: dict[tuple[str, str, str], list[str]] = {}
-    for path, decision in planned.decisions.items():
+    same: dict[tuple[str, str, str], dict[str, None]] = {}
+    for path, decision in (each for twin in planned.each_twin for each in twin.decisions.items()):
         if isinstance(decision, QuantTensor):
             row = (pattern(path), str(decision), " | ".join(dict.fromkeys(lowered.get(path, []))))
         else:
             row = (pattern(path), "float", decision.reason)
-        same.setdefault(row, []).append(path)
+        same.setdefault(row, {})[path] = None
     layers = Column("layers", no_wrap=True)  # a name cut short says nothing
     table = Table(layers, "quantized to", "runs as, or why it stays float", title="linear layers")
     for (layer, kind, how), paths in same.items():
-        table.add_row(layer.replace("*", numbers(paths)), kind, how)
+        table.add_row(layer.replace("*", numbers(list(paths))), kind, how)
     console.print(table)
     show_orders(planned)
-    linears = set(planned.decisions) | set(lowered)
+    linears = set(lowered).union(*(twin.decisions for twin in planned.each_twin))
     rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
     others = Counter((e.rewrite, e.reason) for e in rejected)
     if others:
@@ -135,10 +135,10 @@ def show_engine(target: str, engine: Mapping[str, Any], *, every_weight: bool) -
 
 def show_plan(request: Request, planned: Plan) -> None:
     """What a compilation would write and need."""
-    quantized = [q for q in planned.decisions.values() if isinstance(q, QuantTensor)]
-    summary = Counter(str(q) for q in quantized)
     table = Table("target", "layers", "quantized to", "weights on disk", title=f"plan for {request.model}")
     for target in planned.lowered:
+        quantized = planned.twins[target].quantized.values()
+        summary = Counter(str(q) for q in quantized)
         kinds = "\n".join(f"{count} x {kind}" for kind, count in summary.items()) or "nothing, stays float"
         table.add_row(target, str(len(quantized)), kinds, f"{planned.size(target) / 1e6:,.1f} MB")
     console.print(table)
@@ -149,10 +149,11 @@ def show_notes(planned: Plan) -> None:
     """What the user should know before anything is written: notes, and what an accuracy budget bought."""
     for note in planned.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    if planned.bought is not None:
-        from compiler.accuracy.run import show_bought
+    for twin in planned.each_twin:
+        if twin.bought is not None:
+            from compiler.accuracy.run import show_bought
 
-        show_bought(console, planned.bought)
+            show_bought(console, twin.bought, ", ".join(name for name, t in planned.twins.items() if t is twin))
 
 
 def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:

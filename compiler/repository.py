@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compiler.artifact import MANIFEST, Artifact, read_manifest
-from compiler.build import replaced_folder
-from compiler.checkpoint import read_json
+from compiler.artifact import Artifact, read_manifest
+from compiler.output import Staging
 from compiler.repository_readme import readme, requirements
 from compiler.triton.integrity import RECORD
 from compiler.triton_config import bare_config, generate_config, why_no_bare, why_no_generate
@@ -55,11 +54,17 @@ class Served:
 
 
 def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
-    """Writes the artifacts that `out` holds as models below `folder`; each model appears when it is complete."""
-    served = plan_repository(out)
+    """Writes the artifacts that `out` holds as models below `folder`; all of them appear at once."""
+    with Staging() as staging:
+        return stage_repository(out, folder, staging)
+
+
+def stage_repository(out: Path, folder: Path, staging: Staging) -> tuple[Served, ...]:
+    """As `write_repository`, for whoever has more that is to appear with the models."""
+    served = plan_repository(read_manifest(out))
     check_folder(folder)
     try:
-        write_models(out, folder, served)
+        write_models(out, staging.aside(folder), served)
     except OSError as error:
         raise UserError(
             "the repository could not be written", where=str(folder), found=error.strerror or str(error)
@@ -68,36 +73,32 @@ def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
 
 
 def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for each in served:
-        source, name = out / each.artifact.path, each.name
+        source = out / each.artifact.path
         if not each.no_bare:
-            with replaced_folder(folder / name) as model:
-                write_bare(source, model, name, each.artifact)
+            write_bare(source, folder / each.name, each.artifact)
         if not each.no_generate:
-            with replaced_folder(folder / f"{name}_generate") as model:
-                write_generate(source, model, f"{name}_generate", each.artifact)
-                place([out / plugin for plugin in each.artifact.plugins], model / "1")
+            write_generate(source, folder / f"{each.name}_generate", each.artifact)
+            place([out / plugin for plugin in each.artifact.plugins], folder / f"{each.name}_generate" / "1")
     plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
     if plugins:
-        with replaced_folder(folder / "plugins") as partial:
-            place([out / plugin for plugin in plugins], partial)
+        (folder / "plugins").mkdir()
+        place([out / plugin for plugin in plugins], folder / "plugins")
     (folder / "requirements.txt").write_text("\n".join(requirements(served)) + "\n", "utf-8")
     (folder / "README.md").write_text(readme(served), "utf-8")
 
 
-def plan_repository(out: Path) -> tuple[Served, ...]:
-    """Which models the artifacts in `out` become. An error where none of them becomes one."""
-    artifacts, source = read_manifest(out), read_json(out / MANIFEST)["source"]
-    stem = str(source.get("model") or source.get("kit")).removesuffix(".onnx")
-    served = tuple(
-        Served(stem if len(artifacts) == 1 else f"{stem}_{a.target}", a, why_no_bare(a), why_no_generate(a))
-        for a in artifacts
-    )
+def plan_repository(artifacts: Sequence[Artifact]) -> tuple[Served, ...]:
+    """Which models the artifacts become. An error where none of them becomes one."""
+
+    def name(artifact: Artifact) -> str:
+        stem = str(artifact.source["model"]).removesuffix(".onnx")
+        return stem if len(artifacts) == 1 else f"{stem}_{artifact.target}"
+
+    served = tuple(Served(name(a), a, why_no_bare(a), why_no_generate(a)) for a in artifacts)
     if not any(each.models for each in served):
         raise UserError(
             "nothing here can be served by Triton",
-            where=str(out),
             found="; ".join(f"{each.artifact.target}: {each.no_bare}" for each in served),
         )
     return served
@@ -119,22 +120,22 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_bare(source: Path, model: Path, name: str, artifact: Artifact) -> None:
+def write_bare(source: Path, model: Path, artifact: Artifact) -> None:
     version = model / "1"
-    version.mkdir()
+    version.mkdir(parents=True)
     place([p for p in source.parent.iterdir() if p.name.startswith(source.name)], version)
     (version / source.name).rename(version / BARE_FILES[artifact.kind])
-    (model / "config.pbtxt").write_text(bare_config(name, artifact), "utf-8")
+    (model / "config.pbtxt").write_text(bare_config(model.name, artifact), "utf-8")
 
 
-def write_generate(source: Path, model: Path, name: str, artifact: Artifact) -> None:
+def write_generate(source: Path, model: Path, artifact: Artifact) -> None:
     version = model / "1"
-    version.mkdir()
+    version.mkdir(parents=True)
     place([p for p in source.parent.iterdir() if p.is_file()], version)
     for file in RUNTIME_FILES:
         shutil.copyfile(RUNTIME / file, version / file)
     (version / RECORD).write_text(json.dumps(record(artifact), indent=2) + "\n", "utf-8")
-    (model / "config.pbtxt").write_text(generate_config(name, artifact), "utf-8")
+    (model / "config.pbtxt").write_text(generate_config(model.name, artifact), "utf-8")
 
 
 def record(artifact: Artifact) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from passes.lower_ort_linear import Preset
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")
 SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
+PATHS = ("model", "out", "timing_cache", "plugin", "text")
+LISTS = ("targets", "ignore")
+LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 Logits = Literal["last", "all"]
 KvCache = Literal["concat", "in-place"]
 HeadFormat = Literal["float", "int8"]
@@ -28,7 +31,7 @@ TableFormat = Literal["stored", "int8"]
 
 @dataclass(frozen=True)
 class Request:
-    """Compile `model` for `targets` into `out`.
+    """Compile `model` for `targets` into `out`. Where a path or a tuple of names is due, a string will do.
 
     model            folder with config.json and safetensors, or an .onnx file
     targets          names from `compile --list-targets`
@@ -95,6 +98,12 @@ class Request:
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in LISTS:
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if not self.targets:
             raise UserError("no target", fix="--target x86; compile --list-targets shows all")
         allowed = (
@@ -122,6 +131,9 @@ class Request:
                 raise UserError(name, expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
+        for path, form in self.layers.items():
+            if not LAYER_FORMAT.fullmatch(form):
+                raise UserError("a layer's format", where=path, expected="float, or as a16w4:32", found=repr(form))
         if self.plugin_rounding and self.plugin is None:
             raise UserError("plugin_rounding without a plugin", fix="--plugin FILE")
         for target in self.resolved_targets():

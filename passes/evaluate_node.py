@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
 from passes.lazy import Array, View, convert, view_of
+from passes.rewrite import producer, scalar
 from plugins.ops import DOMAIN, OPS
 
 FLOAT32 = np.dtype(np.float32)
@@ -22,8 +23,12 @@ EXTERNAL_BYTES = 1 << 20  # larger constants reach a session as they lie in memo
 
 def dependencies(node: gs.Node) -> list[gs.Tensor]:
     """The variables a node reads; a weight that streams is no variable."""
-    streamed = node.op == "MatMul" and column_blocks(node.inputs[1]) is not None
-    return [t for t in (node.inputs[:1] if streamed else node.inputs) if isinstance(t, gs.Variable) and t.name]
+    read = node.inputs
+    if node.op == "MatMul" and column_blocks(node.inputs[1]) is not None:
+        read = node.inputs[:1]
+    elif node.op == "Gather" and stored_table(node) is not None:
+        read = node.inputs[1:]
+    return [t for t in read if isinstance(t, gs.Variable) and t.name]
 
 
 def evaluate_node(node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> list[Array]:
@@ -115,18 +120,31 @@ def dequantized_blocks(codes: View, others: list[View], attrs: Mapping[str, Any]
         yield (q - zero[0] if zero else q) * scale
 
 
-def gather(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
-    """Rows of a stored table [V, H], picked as its tiles go by."""
-    view = view_of(node.inputs[0])
-    if view is None or view.axis != 0 or node.attrs.get("axis", 0) != 0:
+def stored_table(node: gs.Node) -> tuple[View, float | None] | None:
+    """The table [V, ...] whose rows a Gather picks, and the one scale it is dequantized by, None where it is not."""
+    codes, scale = node.inputs[0], None
+    dq = producer(codes, "DequantizeLinear")
+    if dq is not None and len(dq.inputs) == 2:
+        codes, scale = dq.inputs[0], scalar(dq.inputs[1])
+    view = view_of(codes)
+    if view is None or view.axis != 0 or node.attrs.get("axis", 0) != 0 or (dq is not None and scale is None):
         return None
+    return view, scale
+
+
+def gather(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
+    """Rows of a stored table, picked as its tiles go by."""
+    found = stored_table(node)
+    if found is None:
+        return None
+    view, scale = found
     ids = value_of(node.inputs[1], values)
     out = np.empty((*ids.shape, *view.shape[1:]), view.dtype)
     for tile in view.source.tiles():
         here = (ids >= tile.start) & (ids < tile.start + len(tile.parts[0]))
         if here.any():
             out[here] = view.block(tile)[ids[here] - tile.start]
-    return out
+    return out if scale is None else out.astype(FLOAT32) * np.float32(scale)
 
 
 def cast(node: gs.Node, values: Mapping[str, Array]) -> Array:

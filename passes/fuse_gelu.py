@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.polynomial import Polynomial
 
 from passes.rewrite import Reject, Rewrite, add, producer, scalar, take_over
+
+ROOT = math.sqrt(2 / math.pi)
+# approximate: f, and the polynomial p of f(p(x)) by its coefficients
+FORMS = {"none": ("Erf", (0, math.sqrt(0.5))), "tanh": ("Tanh", (0, ROOT, 0, 0.044715 * ROOT))}
+NO_POLYNOMIAL = Polynomial([math.nan])
+DEEPEST = 6  # nodes from x to f; what lies further up is no GELU
+
+
+def divide(a: Polynomial, b: Polynomial) -> Polynomial:
+    return a / b.coef[0] if b.degree() == 0 else NO_POLYNOMIAL
+
+
+def power(a: Polynomial, b: Polynomial) -> Polynomial:
+    return a ** int(b.coef[0]) if b.degree() == 0 and b.coef[0] in (2, 3) else NO_POLYNOMIAL
+
+
+ARITHMETIC: dict[str, Callable[[Polynomial, Polynomial], Polynomial]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "Div": divide,
+    "Pow": power,
+}
 
 
 @dataclass(frozen=True)
@@ -19,10 +45,12 @@ class GeluMatch:
 
 
 class FuseGelu(Rewrite[GeluMatch]):
-    """x * 0.5 * (1 + f(x)), multiplied in any order -> Gelu(x).
+    """x * 0.5 * (1 + f(p(x))), multiplied in any order -> Gelu(x).
 
-    f(x) = Erf(x / sqrt(2))                                     approximate = none
-    f(x) = Tanh(sqrt(2 / pi) * (x + 0.044715 * Pow(x, 3)))      approximate = tanh
+    f(p(x)) = Erf(x / sqrt(2))                                  approximate = none
+    f(p(x)) = Tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))         approximate = tanh
+
+    However p(x) is spelled: transformers has x + 0.044715 * Pow(x, 3), and in gelu_fast x * (1 + 0.044715 * x * x).
     """
 
     def match(self, node: gs.Node) -> GeluMatch | Reject | None:
@@ -35,8 +63,9 @@ class FuseGelu(Rewrite[GeluMatch]):
             for x, half, shifted in permutations((*product.inputs, third)):
                 if not near(half, 0.5):
                     continue
-                for approximate, argument in (("none", erf_of(shifted)), ("tanh", tanh_of(shifted))):
-                    if argument is x:
+                for approximate, (op, coefficients) in FORMS.items():
+                    argument = one_plus(shifted, op)
+                    if argument is not None and equal(polynomial(argument, x), coefficients):
                         return GeluMatch(node, x, approximate)
         return None
 
@@ -51,38 +80,27 @@ def near(tensor: gs.Tensor, value: float) -> bool:
     return found is not None and math.isclose(found, value, rel_tol=1e-6)
 
 
-def other(tensor: gs.Tensor, op: str, value: float) -> gs.Tensor | None:
-    """y, if `tensor` is `op`(y, value) for a commutative op."""
-    node = producer(tensor, op)
-    if node is None:
-        return None
-    return next((y for y, constant in (node.inputs, node.inputs[::-1]) if near(constant, value)), None)
-
-
 def one_plus(tensor: gs.Tensor, op: str) -> gs.Tensor | None:
     """y, if `tensor` is 1 + `op`(y)."""
-    called = other(tensor, "Add", 1.0)
-    node = producer(called, op) if called is not None else None
-    return node.inputs[0] if node is not None else None
-
-
-def erf_of(tensor: gs.Tensor) -> gs.Tensor | None:
-    """x, if `tensor` is 1 + Erf(x / sqrt(2))."""
-    argument = one_plus(tensor, "Erf")
-    quotient = producer(argument, "Div") if argument is not None else None
-    if quotient is not None and near(quotient.inputs[1], math.sqrt(2)):
-        return quotient.inputs[0]
-    return other(argument, "Mul", math.sqrt(0.5)) if argument is not None else None
-
-
-def tanh_of(tensor: gs.Tensor) -> gs.Tensor | None:
-    """x, if `tensor` is 1 + Tanh(sqrt(2 / pi) * (x + 0.044715 * Pow(x, 3)))."""
-    argument = one_plus(tensor, "Tanh")
-    total = other(argument, "Mul", math.sqrt(2 / math.pi)) if argument is not None else None
-    addition = producer(total, "Add") if total is not None else None
-    for x, cubic in (addition.inputs, addition.inputs[::-1]) if addition is not None else ():
-        cube = other(cubic, "Mul", 0.044715)
-        power = producer(cube, "Pow") if cube is not None else None
-        if power is not None and power.inputs[0] is x and near(power.inputs[1], 3.0):
-            return x
+    node = producer(tensor, "Add")
+    for called, one in (node.inputs, node.inputs[::-1]) if node is not None else ():
+        inner = producer(called, op)
+        if inner is not None and near(one, 1.0):
+            return inner.inputs[0]
     return None
+
+
+def polynomial(tensor: gs.Tensor, x: gs.Tensor, depth: int = DEEPEST) -> Polynomial:
+    """`tensor` as a polynomial in `x`; NO_POLYNOMIAL, or what was made of it, where it is none."""
+    constant = scalar(tensor)
+    if tensor is x or constant is not None:
+        return Polynomial([0, 1] if constant is None else [constant])
+    node = tensor.inputs[0] if tensor.inputs else None
+    if node is None or node.op not in ARITHMETIC or not depth:
+        return NO_POLYNOMIAL
+    return ARITHMETIC[node.op](*(polynomial(t, x, depth - 1) for t in node.inputs))
+
+
+def equal(found: Polynomial, coefficients: tuple[float, ...]) -> bool:
+    """Are the coefficients those, in float32?"""
+    return len(found) == len(coefficients) and np.allclose(found.coef, coefficients, rtol=1e-6, atol=0)

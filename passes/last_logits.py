@@ -2,6 +2,9 @@
 
 Before: MatMul(x [B, S, K], W) -> (Add, Mul, Div, Tanh, Cast)* -> logits [B, S, V]
 After:  MatMul(x[:, -1:], W)   -> the same                    -> logits [B, 1, V]
+
+An x that was quantized per token is sliced before that, and left float for `QuantizeActivations`: TensorRT-RTX crashes
+over a Slice of what was dequantized with scales computed at run time, and the other tokens' codes would be wasted.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from passes.insert_qdq import float_input
 from passes.lazy import small
 from passes.rewrite import Reject, Rewrite, add
 
@@ -30,7 +34,7 @@ class HeadMatch:
 
 @dataclass(frozen=True)
 class LastLogits(Rewrite[HeadMatch]):
-    """Put before quantization: the head is then an ordinary linear with a shorter x."""
+    """Put before the lowerings, and before `QuantizeActivations`: the head is then a linear with a shorter x."""
 
     def match(self, node: gs.Node) -> HeadMatch | Reject | None:
         if node.op != "MatMul":
@@ -44,7 +48,7 @@ class LastLogits(Rewrite[HeadMatch]):
 
     def rewrite(self, graph: gs.Graph, match: HeadMatch) -> None:
         node = match.node
-        x = node.inputs[0]
+        x = float_input(node.inputs[0])
         bounds = [small(f"{LOGITS}/{n}", [v], np.int64) for n, v in (("start", -1), ("stop", TO_THE_END), ("axis", 1))]
         shape = [x.shape[0], 1, *x.shape[2:]] if x.shape else None
         node.inputs[0] = add(graph, "Slice", [x, *bounds], gs.Variable(f"{x.name}/last", x.dtype, shape))

@@ -12,9 +12,8 @@ import onnx_graphsurgeon as gs
 
 from passes.lazy import FileTensor, View, first_part, view_of
 from passes.linear import Linear, linear
-from passes.lower_ort_nbits import BLOCKS
-from passes.quant import InstantQuant, QuantTensor
 from passes.rewrite import Reject, Rewrite, add, take_over
+from passes.tables import Table, table
 
 HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): onnx.TensorProto.BFLOAT16}
 
@@ -81,31 +80,13 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
         node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
 
 
-@dataclass(frozen=True)
-class EmbeddingMatch:
-    node: gs.Node
-    table: gs.Constant
-    quant: QuantTensor
-
-
-class QuantizeTables(Rewrite[EmbeddingMatch]):
+class QuantizeTables(Rewrite[Table]):
     """Gather(table [V, H], ids) -> com.microsoft.GatherBlockQuantized, 8 bits, asymmetric, in blocks along H."""
 
-    def match(self, node: gs.Node) -> EmbeddingMatch | Reject | None:
-        view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
-        if view is None or len(view.shape) != 2:
-            return None
-        v, h = view.shape
-        block = next((b for b in BLOCKS[1:] if h % b == 0), None)
-        if block is None:
-            return Reject(f"width {h} is no multiple of 16")
-        name = node.inputs[0].name
-        source = InstantQuant(name, view.source, 8, block, False, np.dtype(np.float32))
-        return EmbeddingMatch(
-            node, node.inputs[0], QuantTensor(name, source, (v, h), 8, block, False, np.dtype(np.float32))
-        )
+    def match(self, node: gs.Node) -> Table | Reject | None:
+        return table(node, np.dtype(np.float32))
 
-    def rewrite(self, graph: gs.Graph, match: EmbeddingMatch) -> None:
+    def rewrite(self, graph: gs.Graph, match: Table) -> None:
         q, node = match.quant, match.node
         v, h = q.shape
         inputs = [
@@ -117,7 +98,7 @@ class QuantizeTables(Rewrite[EmbeddingMatch]):
         attrs = {"bits": 8, "block_size": q.group_size, "gather_axis": 0, "quantize_axis": 1}
         add(graph, "GatherBlockQuantized", inputs, take_over(node), domain="com.microsoft", name=node.name, **attrs)
 
-    def note(self, match: EmbeddingMatch) -> str:
+    def note(self, match: Table) -> str:
         return f"GatherBlockQuantized, {match.quant.bits} bits"
 
 

@@ -72,6 +72,13 @@ def signed_and_symmetric(node: gs.Node) -> str | None:
     return "a zero point" if zero is not None and (view_of(zero) is not None or zero.values.any()) else None
 
 
+def scale_is_constant(node: gs.Node) -> str | None:
+    """TensorRT-RTX ends the process over some scales that are computed at run time: a Slice behind them is enough."""
+    if node.op not in QDQ_OPS:
+        return None
+    return None if isinstance(node.inputs[1], gs.Constant) else "a scale computed at run time"
+
+
 def int8_product_is_by_tensor(node: gs.Node) -> str | None:
     """An int8 product takes one weight scale. TensorRT reads block scales as if they were a channel's, without a word;
     a channel's it multiplies too late, after the unscaled sums were written as float16.
@@ -98,5 +105,5 @@ RULES: dict[Stage, tuple[Rule, ...]] = {
     Stage.FLOAT: (no_qdq,),
     Stage.QDQ: (weight_dq_feeds_matmul, activation_q_is_followed_by_dq),
     Stage.ONNXRUNTIME: (no_weight_dequantize,),
-    Stage.TENSORRT: (signed_and_symmetric, int8_product_is_by_tensor, attention_is_explicit),
+    Stage.TENSORRT: (signed_and_symmetric, scale_is_constant, int8_product_is_by_tensor, attention_is_explicit),
 }

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from compiler import pipeline
-from compiler.build import compile_model
+from compiler.build import Plan, compile_model, compile_planned, plan
 from compiler.frontend import load
 from compiler.frontend.model import FloatModel
 from compiler.request import Request
@@ -24,6 +24,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-qwen2"
 TEXT = ROOT / "examples" / "text" / "evaluation.txt"
+
+
+def planned_and_written(request: Request) -> Plan:
+    """As `compile_model`, for who wants to see the plan."""
+    planned = plan(request)
+    compile_planned(request, planned)
+    return planned
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,11 @@ from rich.console import Console
 from compiler.accuracy.bisect import Culprit, Watch, bisect
 from compiler.accuracy.data import Data, llm_feeds, load_data
 from compiler.accuracy.forms import Limits, Subject
-from compiler.accuracy.run import check_artifacts, show_verdict
+from compiler.accuracy.run import check_artifacts, check_reports, show_verdict
 from compiler.accuracy.subjects import subjects
 from compiler.artifact import MANIFEST, Artifact, read_manifest
 from compiler.build import Plan, Say, lower, plan
-from compiler.checkpoint import read_json
+from compiler.output import Staging
 from compiler.request import Request
 from compiler.target import Backend, find_target
 from passes.errors import UserError
@@ -40,8 +40,9 @@ def request_of(out: Path, model: Path, target: str | None) -> tuple[Request, lis
     if not artifacts:
         known = ", ".join(a.target for a in read_manifest(out))
         raise UserError(f"no artifact for target {target}", where=str(out), expected=known)
-    fields: dict[str, Any] = read_json(out / MANIFEST)["source"].get("request", {})
-    fields["ignore"] = tuple(fields.get("ignore", ()))
+    fields: dict[str, Any] = dict(artifacts[0].source["request"])
+    if any(a.source["request"] != fields for a in artifacts):
+        raise UserError("the artifacts are of several requests", where=str(out), fix="name one with --target")
     targets = tuple(a.target for a in artifacts)
     try:
         return Request(model=model, targets=targets, out=out, **fields), artifacts
@@ -69,7 +70,7 @@ def again(planned: Plan, request: Request, subject: Subject, ledger: Ledger) -> 
     plain = replace(request, targets=(subject.target,), logits="all", kv_cache="concat")
     gpu = find_target(subject.target).backend is Backend.TENSORRT
     types = {subject.target: np.dtype(subject.dtype)} if gpu else {}
-    return lower(planned.canonical, planned.model, planned.decisions, types, plain, ledger)[subject.target]
+    return lower(planned.twins, planned.model, types, plain, ledger)[subject.target]
 
 
 def written(subject: Subject) -> gs.Graph | None:
@@ -95,24 +96,21 @@ def main(
     """Say whether an artifact is right, and what quantization cost."""
     console = Console()
     request, artifacts = request_of(out, model, target)
+    folder = report or out / "report"
+    if not find:
+        check_reports(folder, request.resolved_targets())
     with console.status("") as status:
         planned = plan(request, status.update)
         data = load_data(planned.model, text, prompt or (), tokens)
         if find:
             culprits = find_culprits(planned, request, artifacts, data, status.update)
         else:
-            folder = report or out / "report"
             chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
-            verdicts = check_artifacts(
-                planned,
-                request,
-                artifacts,
-                data,
-                Limits(max_kl, max_ppl_increase),
-                folder,
-                forms=chosen,
-                say=status.update,
-            )
+            limits = Limits(max_kl, max_ppl_increase)
+            with Staging() as staging:
+                verdicts = check_artifacts(
+                    planned, request, artifacts, data, limits, folder, staging, forms=chosen, say=status.update
+                )
     if find:
         for name, culprit in culprits.items():
             console.print(f"{name}: {culprit}", soft_wrap=True)

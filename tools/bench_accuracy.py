@@ -28,7 +28,7 @@ def child(folder: Path) -> None:
     feeds, ids = next(load_data(planned.model).each(planned.model.llm))
     assert ids is not None
     started = time.monotonic()
-    filled = ledger(Forms(planned.canonical, planned.model.graph, planned.lowered["x86"]), feeds)
+    filled = ledger(Forms(planned.twins["x86"].canonical, planned.model.graph, planned.lowered["x86"]), feeds)
     peak = peak_mb()
     print(
         f"{len(filled.rows)} layers, {ids.size} tokens, {len(filled.findings)} findings, "

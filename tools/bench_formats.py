@@ -22,7 +22,7 @@ import typer
 from tokenizers import Tokenizer
 
 from compiler.backend.writer import write_model
-from compiler.build import Plan, compile_model
+from compiler.build import Plan, compile_planned, plan
 from compiler.checkpoint import read_checkpoint, read_json
 from compiler.quant.readers import find_reader
 from compiler.quant.stored import Layer
@@ -64,7 +64,7 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        decision = planned.decisions.get(name.removesuffix(".weight"))
+        decision = planned.twins["x86"].decisions.get(name.removesuffix(".weight"))
         stored = planned.model.tensors.get(name)
         if not isinstance(decision, QuantTensor) and stored is None:
             continue  # tied to another
@@ -72,7 +72,7 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
         state[name] = torch.from_numpy(found.astype(np.float32)).reshape(parameter.shape)
     model.load_state_dict(state, strict=False)
     for name, module in model.named_modules():
-        decision = planned.decisions.get(name)
+        decision = planned.twins["x86"].decisions.get(name)
         if int8_tokens and isinstance(decision, QuantTensor) and decision.activations == "int8":
             module.register_forward_pre_hook(rounded)
 
@@ -107,11 +107,12 @@ def compare(
                 quant=quant,
                 cpu_preset=preset,  # type: ignore[arg-type]
             )
-            planned = compile_model(request)
+            planned = plan(request)
+            compile_planned(request, planned)
             parts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), text.read_text("utf-8")))
             expected = perplexity(reference_logits(planned), parts)
             found = perplexity(artifact_logits(Path(out)), parts)
-        kinds = Counter(str(q) for q in planned.decisions.values() if isinstance(q, QuantTensor))
+        kinds = Counter(str(q) for q in planned.twins["x86"].quantized.values())
         rows[folder.name] = {
             "layers": dict(kinds),
             "dequantized": round(expected, 4),

@@ -1,4 +1,4 @@
-"""How every tool ends: a user's error prints without a traceback and exits with 1."""
+"""How every tool ends: an error of the user or the system prints without a traceback and exits with 1."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def run(main: Callable[..., None]) -> None:
     """Runs `main` with the command line's arguments."""
     try:
         typer.run(main)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}\nFAILED", file=sys.stderr)
         sys.exit(1)

@@ -3,13 +3,15 @@
     python -m tools.gpu_check --out benchmarks/gpu/h200 [--stages build,smoke,tests] [--quick]
 
 Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy, ml_dtypes; no network and no TensorRT. Stages may be run
-one by one with the same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same.
+one by one with the same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same. All of
+them build first, which costs a look when it is done. Where a command may take ten minutes, these fit surely:
+build,smoke,tests; bench; sanitize; tune.
 OUT.txt has the tables of all stages and OUT.png the plot. The last lines printed are the goals, or the losses of the
 table of configurations.
 
 The time that each stage is expected to take on one H200 with 16 cores, and when it is stopped:
 
-    build       40 s          libraries for this GPU, and of PTX for sm_75 and sm_80, side by side
+    build       60 s          libraries for this GPU, and of what older ones run, compiled for it; side by side
     smoke       40 s   150 s  each row of the table in each format, in processes whose silence of 25 s ends them
     tests       70 s   240 s  the pytest module in six processes, 60 s without a word end one
     sanitize   120 s   280 s  four tools over a few cases of each row, side by side
@@ -81,7 +83,7 @@ def parse_stages(names: str) -> list[str]:
     asked = names.split(",")
     if unknown := sorted(set(asked) - set(STAGES)):
         raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; expected {','.join(STAGES)}")
-    return [name for name in STAGES if name in asked]
+    return [name for name in STAGES if name in asked or name == "build"]
 
 
 def main() -> None:
@@ -99,16 +101,17 @@ def main() -> None:
     ring = Ring(int(query("compute_cap")["compute_cap"].replace(".", "")), args.quick, report)
     for name in args.stages:
         report[name] = perform(name, ring)
-        report["after"] = query(QUERY)
         write(out, json.dumps(report, indent=1) + "\n")
         done = [text(stage, report[stage]) for stage in STAGES if stage in report]
         write(out.with_suffix(".txt"), "\n".join(done) + "\n")
         print(text(name, report[name], 45), flush=True)
-    if report.get("bench", {}).get("timings"):
+    if report.get("bench", {}).get("roofs"):
         try:
             plot({**report, **report["bench"]}, out.with_suffix(".png"))
         except ImportError as error:
             print(f"no plot: {error}")
+    report["after"] = query(QUERY)  # ends this process where the GPU is lost
+    write(out, json.dumps(report, indent=1) + "\n")
     failed = [name for name in args.stages if not report[name]["passed"]]
     print(f"{'FAILED: ' + ', '.join(failed) if failed else 'PASSED'}: {out}")
     sys.exit(bool(failed))

@@ -113,7 +113,7 @@ def compile_mode(folder: Path, variants: list[Variant]) -> None:
             engine = folder / f"{variant.name}.engine"
             build(EngineSpec("tensorrt_rtx", onnx, engine, Path(scratch, "layers"), ranges, variant.sms))
         twin = Path(scratch, "twin.onnx")
-        write_model(planned.canonical.copy(), twin)
+        write_model(planned.twins[target].canonical.copy(), twin)
         np.savez(folder / f"{first.mode}.npz", **expected(twin))  # type: ignore[arg-type]
 
 

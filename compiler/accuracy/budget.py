@@ -205,6 +205,13 @@ def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
     """The same float weight in another format."""
     assert isinstance(quant.source, InstantQuant)
     group = quant.shape[1] if form.group == -1 else form.group
+    if quant.shape[1] % group:
+        raise UserError(
+            "the group does not divide the layer's input width",
+            where=quant.name,
+            expected=f"a divisor of {quant.shape[1]}",
+            found=str(form),
+        )
     symmetric = form.activations == "int8"
     source = replace(quant.source, bits=form.bits, group_size=group, symmetric=symmetric)
     return replace(

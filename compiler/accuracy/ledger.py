@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -233,11 +234,18 @@ def weight_findings(layer: Layer, steps: float | None, gain: float | None) -> li
     if layer.quant is None or steps is None or gain is None:
         return []
     found = []
-    if steps > STEPS and isinstance(layer.quant.source, InstantQuant):
-        found.append(f"a weight is {steps:.3g} steps off, rounding explains at most 1")
+    explained = explained_steps(layer.quant)
+    if steps > explained and isinstance(layer.quant.source, InstantQuant):
+        found.append(f"a weight is {steps:.3g} steps off, rounding explains at most {explained:.3g}")
     if abs(gain - 1) > GAIN:
         found.append(f"the weights' size changed by {gain - 1:+.2%}, rounding is unbiased")
     return found
+
+
+def explained_steps(quant: QuantTensor) -> float:
+    """What rounding explains, in steps of the scale: one that was rounded down in its type also cuts off the range."""
+    levels, eps = 2**quant.bits - 1, float(ml_dtypes.finfo(quant.scale_dtype).eps)
+    return float(STEPS + levels * eps / 2)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,14 @@ REPEATED = 32  # tokens of the run that is saved: small files, and enough to rep
 
 
 def polygraphy_files(
-    subject: Subject, data: Data, runners: Mapping[str, BaseRunner], folder: Path, final: Path
+    subject: Subject,
+    data: Data,
+    runners: Mapping[str, BaseRunner],
+    folder: Path,
+    final: Callable[[Path], Path],
 ) -> tuple[str, list[str]]:
     """Writes inputs.json, run_results.json, twin.json and accuracy_results.json. Returns the command that repeats the
-    comparison, and what Polygraphy's L2 comparator objects to."""
+    comparison, where `final` says that each path will be, and what Polygraphy's L2 comparator objects to."""
     llm = subject.model.llm
     feeds = llm_feeds(data.batches[0][:1, :REPEATED], llm) if llm is not None else data.feeds[0]
     results = RunResults()
@@ -49,10 +53,10 @@ def polygraphy_files(
     objections = [
         f"Polygraphy: {pair} differ" for each in accuracy for pair, ok in each.items() if not all(map(bool, ok))
     ]
-    return repeat_command(subject, results, final), objections
+    return repeat_command(subject, results, folder, final), objections
 
 
-def repeat_command(subject: Subject, results: RunResults, folder: Path) -> str:
+def repeat_command(subject: Subject, results: RunResults, folder: Path, final: Callable[[Path], Path]) -> str:
     """`polygraphy run` on the artifact against the saved twin; empty where there is no file that it can run."""
     if subject.file is None or "twin" not in results.keys():  # noqa: SIM118  (a list of pairs)
         return ""
@@ -60,6 +64,6 @@ def repeat_command(subject: Subject, results: RunResults, folder: Path) -> str:
     bound = bound_of(subject.lowered.nodes, subject.dtype)
     limit = bound.model * max(float(np.linalg.norm(v)) for v in results["twin"][0].values())
     return (
-        f"polygraphy run {subject.file} {backend} --load-inputs {folder / 'inputs.json'} "
-        f"--load-outputs {folder / TWIN} --compare l2 --l2-threshold {limit:.6g}"
+        f"polygraphy run {final(subject.file)} {backend} --load-inputs {final(folder / 'inputs.json')} "
+        f"--load-outputs {final(folder / TWIN)} --compare l2 --l2-threshold {limit:.6g}"
     )

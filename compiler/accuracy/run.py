@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from compiler.accuracy.report import number, write_report
 from compiler.accuracy.subjects import subjects
 from compiler.accuracy.verify import Verdict, verify
 from compiler.artifact import Artifact
-from compiler.build import Plan, Say, replaced_folder
+from compiler.build import Plan, Say
+from compiler.output import Staging
 from compiler.request import Request
+from compiler.target import Target
+from passes.errors import UserError
 
 SHOWN = 12  # violations that a terminal shows; the report has all
 
@@ -28,20 +32,35 @@ def check_artifacts(
     data: Data,
     limits: Limits,
     folder: Path,
+    staging: Staging,
     *,
     forms: Sequence[str] = (),
     say: Say = lambda text: None,
 ) -> list[Verdict]:
-    """Verifies every target and writes `folder`/<target>/report.html, .json, .png and Polygraphy's files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Verifies every target and writes, aside, `folder`/<target>/report.html, .json, .png and Polygraphy's files.
+
+    The artifacts, too, may lie aside: in `request.out`.
+    """
     verdicts = []
     for subject in subjects(planned, request, artifacts):
-        final = folder / subject.target
-        with replaced_folder(final) as partial:
-            verdict = verify(subject, data, partial, forms=forms, limits=limits, final=final, say=say)
-            write_report(verdict, partial)
+        partial = staging.aside(folder) / subject.target
+        partial.mkdir()
+        verdict = verify(subject, data, partial, forms=forms, limits=limits, final=staging.final, say=say)
+        write_report(verdict, partial)
         verdicts.append(verdict)
     return verdicts
+
+
+def check_reports(folder: Path, targets: Iterable[Target]) -> None:
+    """Refuses, before any work, to replace what is no report."""
+    for target in targets:
+        there = folder / target.name
+        if os.path.lexists(there) and not (there / "report.json").is_file():
+            raise UserError(
+                "this is no report of ours, and would be lost",
+                where=str(there),
+                fix="move it away, or name another folder",
+            )
 
 
 def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
@@ -73,9 +92,9 @@ def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
     console.print(f"{folder / verdict.target / 'report.html'}", soft_wrap=True)
 
 
-def show_bought(console: Console, bought: Bought) -> None:
+def show_bought(console: Console, bought: Bought, targets: str) -> None:
     """What a budget bought, and what it cost."""
-    table = Table("layer", "was", "is", "bytes more", title="accuracy budget")
+    table = Table("layer", "was", "is", "bytes more", title=f"accuracy budget of {targets}")
     for layer, now in bought.layers.items():
         steps = [s for s in bought.steps if s.layer == layer]
         table.add_row(layer, steps[0].before, now, f"{sum(s.bytes for s in steps):,}")

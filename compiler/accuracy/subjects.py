@@ -41,7 +41,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         model=planned.model,
         target=target.name,
         floating=None if is_quantized(planned.model.graph) else planned.model.graph,
-        canonical=planned.canonical,
+        canonical=planned.twins[target.name].canonical,
         lowered=lowered,
         dtype=dtype,
         file=file,
@@ -52,9 +52,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
 def all_positions(planned: Plan, request: Request, target: Target, dtype: np.dtype[Any]) -> gs.Graph:
     """The graph of an engine, but with the logits of every position and no buffer of a fixed length for its cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.canonical, planned.model, planned.decisions, {target.name: dtype}, plain, Ledger())[
-        target.name
-    ]
+    return lower(planned.twins, planned.model, {target.name: dtype}, plain, Ledger())[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:

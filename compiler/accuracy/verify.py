@@ -67,17 +67,17 @@ def verify(
     *,
     forms: Sequence[str] = (),
     limits: Limits = UNLIMITED,
-    final: Path | None = None,
+    final: Callable[[Path], Path] = lambda path: path,
     say: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
-    """Compares; leaves Polygraphy's files in `folder`, which exists and will be called `final`."""
+    """Compares; leaves Polygraphy's files in `folder`, which exists. `final` says where a path will be."""
     forms = tuple(forms) or subject.default_forms()
     check_forms(subject, forms)
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
         totals, tokens, nll = compare(subject, data, runners)
         say("comparing with Polygraphy")
-        command, native = polygraphy_files(subject, data, runners, folder, final or folder)
+        command, native = polygraphy_files(subject, data, runners, folder, final)
         bad = first_bad(subject, runners, totals, data)
     say("filling the ledger, layer by layer")
     feeds, _ = next(data.each(subject.model.llm))

@@ -75,6 +75,11 @@ class EngineSpec:
             check_profile(profile, f"profile {number}")
 
     @property
+    def title(self) -> str:
+        """What is built, in words. `onnx` may lie in a folder that is gone when a user reads of it."""
+        return f"engine for {', '.join(f'sm{sm}' for sm in self.sms) or 'the GPU of this machine'}"
+
+    @property
     def partial(self) -> Path:
         return self.engine.with_name(self.engine.name + ".partial")
 
@@ -126,12 +131,13 @@ def silent(fraction: float, phase: str) -> None:
 def build(spec: EngineSpec, progress: Progress = silent) -> Built:
     """Builds one engine; raises UserError with the builder's words when it cannot."""
     if importlib.util.find_spec(spec.flavour) is None:
-        raise UserError(f"{PRODUCT[spec.flavour]} is not installed", where=str(spec.engine), fix=install(spec))
+        raise UserError(f"{PRODUCT[spec.flavour]} is not installed", where=spec.title, fix=install(spec))
     if not spec.onnx.is_file():
         raise UserError("the lowered model is not there", where=str(spec.onnx))
     spec.engine.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done, warnings = _run_child({"build": spec.to_json()}, str(spec.onnx), progress)
+        job = Job({"build": spec.to_json()}, spec.title, PRODUCT[spec.flavour], FAULT.format(PRODUCT[spec.flavour]))
+        done, warnings = _run_child(job, progress)
         spec.partial.replace(spec.engine)
     except BaseException:
         spec.partial.unlink(missing_ok=True)
@@ -146,7 +152,7 @@ def load(flavour: Flavour, engine: Path, plugins: Sequence[Path] = ()) -> str:
     Call `read_header` and compare digests first: an engine is code.
     """
     order = {"load": {"flavour": flavour, "engine": str(engine), "plugins": list(map(str, plugins))}}
-    done, _ = _run_child(order, str(engine), silent)
+    done, _ = _run_child(Job(order, str(engine), PRODUCT[flavour]), silent)
     return str(done["version"])
 
 
@@ -183,8 +189,24 @@ def read_header(engine: Path) -> Header:
     return Header(flavour, version)
 
 
-def _run_child(order: Mapping[str, Any], where: str, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """Runs the child and follows its events: the result and the warnings. `where` names the file in errors."""
+FAULT = (
+    "this is a fault of {}: a layer may be quantized in another way (--quant, --group-size, --lm-head) or stay float "
+    "(--ignore); --builder kit leaves the lowered model, for full TensorRT to build or for a report to NVIDIA"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a child is to do. Errors name it by `where`; `fix` is what to do when `product` takes its process down."""
+
+    order: Mapping[str, Any]
+    where: str
+    product: str
+    fix: str = ""
+
+
+def _run_child(job: Job, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+    """Runs the child and follows its events: the result and the warnings."""
     done: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     said: list[tuple[str, str]] = []  # severity, text
@@ -194,7 +216,7 @@ def _run_child(order: Mapping[str, Any], where: str, progress: Progress) -> tupl
         assert child.stdout
         try:
             with child.stdin as stdin:
-                stdin.write(json.dumps(order))
+                stdin.write(json.dumps(job.order))
             for line in child.stdout:
                 event = json.loads(line)
                 if "progress" in event:
@@ -212,9 +234,9 @@ def _run_child(order: Mapping[str, Any], where: str, progress: Progress) -> tupl
         stderr.seek(0)
         tail = stderr.read()[-2000:].strip()
     if failure:
-        raise _refusal(where, failure, said)
+        raise _refusal(job.where, failure, said)
     if done is None or status:
-        raise _abort(where, status, phase, said, tail)
+        raise _abort(job, status, phase, said, tail)
     return done, [text for severity, text in said if severity == "WARNING"]
 
 
@@ -251,16 +273,16 @@ def _refusal(where: str, failure: Mapping[str, Any], said: Sequence[tuple[str, s
     )
 
 
-def _abort(where: str, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
+def _abort(job: Job, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
     """The child ended without an account: a signal, or an exception of ours (then its traceback is the tail)."""
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     last = said[-1][1] if said else "none"
-    killed = "the machine ran out of memory, or someone ended the process" if how == "SIGKILL" else ""
+    fault = job.fix if status < 0 else ""
     return UserError(
-        f"the builder process ended ({how}) during: {phase}",
-        where=where,
-        found=f"last builder message: {last}" + (f"\n{tail}" if tail else ""),
-        fix=killed,
+        f"the process of {job.product} ended ({how}) during: {phase}",
+        where=job.where,
+        found=f"last message: {last}" + (f"\n{tail}" if tail else ""),
+        fix="the machine ran out of memory, or someone ended the process" if how == "SIGKILL" else fault,
     )
 
 

@@ -44,6 +44,8 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
     is valid ONNX, or a UserError.
     """
     placed, total = place(graph)
+    if graph.import_domains is not None:  # copies of a graph share the list, and the exporter adds to it
+        graph.import_domains = list(graph.import_domains)
     model = gs.export_onnx(graph)
     offsets = {p.name: p for p in placed}
     for tensor in (t for each in graphs(model.graph) for t in each.initializer):

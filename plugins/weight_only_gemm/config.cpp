@@ -35,7 +35,8 @@ bool fits(Row const& row, wog_problem const& p) {
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
-    return bits && row.min_m < p.m && p.m <= row.max_m && row.min_sm <= p.sm && p.sm <= row.max_sm;
+    bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
+    return bits && rows && row.min_sm <= p.sm && p.sm <= row.max_sm;
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
@@ -43,9 +44,11 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
     if (p.splits) return std::min(p.splits, steps);
-    int const by_device = std::min(p.sm_count, kMostMultiprocessors) / std::max(blocks, 1);
-    int const by_depth = steps / (4 * row.warps_k);
-    return std::max(1, std::min({by_device, by_depth, 8}));
+    int const usable = in_cluster(row, p) ? p.sm_count / 16 * 16 : std::min(p.sm_count, kMostMultiprocessors);
+    int const by_depth = steps / (4 * row.warps_k), most = std::min({usable / std::max(blocks, 1), by_depth, 8});
+    int splits = std::max(1, most);
+    while (in_cluster(row, p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
+    return splits;
 }
 
 // What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
@@ -110,15 +113,15 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     int const tiles =
         dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
     int const splits = choose_splits(p, row, grid_m * tiles);
-    // kGemm: as many blocks as fit the device, each of which walks over its tiles
-    bool const gemm = row.kernel == Kernel::kGemm;
+    // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
+    bool const clusters = splits > 1 && in_cluster(row, p), walks = row.kernel == Kernel::kGemm && !clusters;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
-    int64_t const partials = splits > 1 ? splits * p.m * p.n * 4 : 0;
+    int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
              grid_m,
-             gemm ? std::min(tiles, fit) : tiles,
+             walks ? std::min(tiles, fit) : tiles,
              row.threads(),
              shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};

@@ -21,7 +21,7 @@ struct Row {
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
-    int64_t min_m = 0;
+    int64_t min_m = 0;     // not chosen up to it; may be pinned there
     int cluster = 1;       // blocks side by side in n that share what they load of x
     int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
     bool whole_k = false;  // takes only groups that are all of K
@@ -95,6 +95,10 @@ constexpr bool splits_k(Row const& row) {
     return row.kernel == Kernel::kVolta ||
            (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
 }
+
+// Where the blocks that divide K are a cluster: no workspace, no second kernel. Only where multiprocessors are known to
+// come in sixteens or more, so that clusters of up to eight fill the device.
+constexpr bool in_cluster(Row const& row, wog_problem const& p) { return row.kernel == Kernel::kGemm && p.sm == 90; }
 
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }

@@ -4,7 +4,8 @@
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
 // and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
-// Work split: a block owns C * 8 m and a part of K, and walks over tiles of WN * S * 16 n, gridDim.y apart.
+// Work split: a block owns C * 8 m and a part of K, and walks over tiles of WN * S * 16 n, gridDim.y apart. The blocks
+// with the other parts are its neighbours in z: on Hopper a cluster, that adds up in shared memory.
 //     warp (wk, wn):   n  -->  wn = 0   1   2  ..  WN-1        each warp S strips of 16 n
 //                      k   wk = 0
 //                      |        1                              the WK rows of warps divide the block's K
@@ -41,7 +42,7 @@ struct GemmArgs {
     Int8Rows rows;
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
-    float* partials;         // [splits][M][N], null when K is not split
+    float* partials;         // [splits][M][N], null where nothing is added up in the workspace
     Output out;
     int32_t k, group, groups, splits;
     int32_t share, longer;    // steps of each warp that divides K, and how many of them have one more
@@ -394,6 +395,7 @@ struct Gemm {
             finish_group();  // of the group that goes on in another warp; else of nothing
             store(tile);
         }
+        if (DEVICE_SM == 90 && p.splits > 1 && !p.partials) finish_in_cluster(blockIdx.y * kBlockN);
     }
 
     __device__ __forceinline__ int tiles() const { return (p.out.n + kBlockN - 1) / kBlockN; }
@@ -407,9 +409,22 @@ struct Gemm {
         return kInt8 ? v * p.rows.scales[m0 + row] : v;
     }
 
+    // use(row, column) for every output of a tile, or every gate, `step` threads apart
+    template <class Use>
+    static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int first, int step, Use const& use) {
+        int const width = gated ? kBlockN / 2 : kBlockN;
+        for (int item = first; item < rows * width; item += step) {
+            int const row = gated ? item / (kBlockN / 2) : item / kBlockN, i = item - row * width;
+            int const column = gated ? i / 8 * 16 + i % 8 : i;
+            if (column < n_end) use(row, column);
+        }
+    }
+
+    __device__ __forceinline__ int rows() const { return p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM; }
+    __device__ __forceinline__ int columns(int n0) const { return p.out.n - n0 < kBlockN ? p.out.n - n0 : kBlockN; }
+
     __device__ __forceinline__ void store(int tile) {
-        int const n0 = tile * kBlockN, n_end = p.out.n - n0 < kBlockN ? p.out.n - n0 : kBlockN;
-        int const rows = p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM;
+        int const n0 = tile * kBlockN, n_end = columns(n0), rows = this->rows();
         block_barrier();  // all have read the tile before
         store_sums(tile_sums(), kPitch, acc, wk * kBlockM, wn * S * 16, g, t);
 #pragma unroll
@@ -417,19 +432,16 @@ struct Gemm {
 #pragma unroll
             for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
         block_barrier();
-        if (p.partials || kBlockM <= 16) {  // few values: one for each thread
-            bool const gated = p.out.gated && !p.partials;
-            int const width = gated ? kBlockN / 2 : kBlockN;
-            for (int item = threadIdx.x; item < rows * width; item += kThreads) {
-                int const row = gated ? item / (kBlockN / 2) : item / kBlockN, i = item - row * width;
-                int const column = gated ? i / 8 * 16 + i % 8 : i;
-                if (column >= n_end) continue;
-                float const v = total(row, column);
-                if (p.partials)
-                    p.partials[(blockIdx.z * p.out.m + m0 + row) * p.out.n + n0 + column] = v;
-                else
-                    finish_one<T>(p.out, v, gated ? total(row, column + 8) : 0.0f, m0 + row, n0 + column);
-            }
+        if (p.splits > 1) {
+            float* const to = p.partials ? p.partials + (blockIdx.z * p.out.m + m0) * p.out.n + n0 : tile_sums();
+            int64_t const pitch = p.partials ? p.out.n : kPitch;
+            each(rows, n_end, false, threadIdx.x, kThreads,
+                 [&](int row, int column) { to[row * pitch + column] = total(row, column); });
+        } else if (kBlockM <= 16) {  // few values
+            each(rows, n_end, p.out.gated, threadIdx.x, kThreads, [&](int row, int column) {
+                float const up = p.out.gated ? total(row, column + 8) : 0.0f;
+                finish_one<T>(p.out, total(row, column), up, m0 + row, n0 + column);
+            });
         } else {
             for (int item = threadIdx.x; item < rows * (kBlockN / 16); item += kThreads) {
                 int const row = item / (kBlockN / 16), column = item % (kBlockN / 16) * 16;
@@ -440,6 +452,22 @@ struct Gemm {
                 finish<T>(p.out, v, m0 + row, n0 + column);
             }
         }
+    }
+
+    // The sums that the blocks of a cluster have left in their shared memory; each finishes some of the outputs.
+    __device__ __forceinline__ void finish_in_cluster(int n0) const {
+        auto const sum_of_all = [&](int row, int column) {
+            float v = 0.0f;
+            for (int rank = 0; rank < p.splits; rank++) v += load_from(rank, tile_sums() + row * kPitch + column);
+            return v;
+        };
+        cluster_barrier();
+        each(rows(), columns(n0), p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads,
+             [&](int row, int i) {
+                 float const up = p.out.gated ? sum_of_all(row, i + 8) : 0.0f;
+                 finish_one<T>(p.out, sum_of_all(row, i), up, m0 + row, n0 + i);
+             });
+        relaxed_cluster_barrier();  // a block that has ended has no memory
     }
 };
 
@@ -489,14 +517,15 @@ template <class T>
 char const* launch_rows(wog_problem const& p, GemmArgs const& args, wog_plan const& plan, void* stream) {
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kGemm)> kAll;
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
-    Grid const grid{dim3(plan.grid_m, plan.grid_n, plan.splits), plan.threads, size_t(plan.shared), 1, p.sm >= 90};
+    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
     return launch((p.bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
 }
 
 }  // namespace
 
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream) {
-    Grid const grid{dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0, 1, p.sm >= 90};
+    Grid const grid{dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0, dim3(1), p.sm >= 90};
     return launch(p.type == WOG_F16 ? epilogue<Half> : epilogue<Bfloat>, grid, static_cast<Stream>(stream),
                   EpilogueArgs{parts, output(p, t), splits});
 }
@@ -512,7 +541,7 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
         rows,
         static_cast<unsigned char const*>(t.codes),
         static_cast<uint32_t const*>(t.affine),
-        plan.splits > 1 ? partials(row, p, t.workspace) : nullptr,
+        plan.splits > 1 && !in_cluster(row, p) ? partials(row, p, t.workspace) : nullptr,
         output(p, t),
         p.k,
         p.group,
@@ -524,7 +553,7 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
         gemm_x_steps(row, p, plan.splits)};
     char const* const failed =
         p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
-    return failed || plan.splits == 1 ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
+    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
 }  // namespace wog

@@ -40,7 +40,7 @@ typedef struct {
 typedef struct {
     char const* kernel;       // name of the chosen row of the table
     int32_t row;              // and its index, from 0
-    int32_t splits;           // parts of K that different blocks sum; > 1 needs workspace
+    int32_t splits;           // parts of K that different blocks sum, in a cluster or in the workspace
     int32_t grid_m, grid_n;   // blocks
     int32_t threads, shared;  // per block
     int64_t workspace;        // bytes

@@ -167,7 +167,7 @@ char const* launch_rows(void (*kernel)(RowsArgs), wog_problem const& p, RowsArgs
     while (args.threads < kThreads && args.threads * 2 < p.k / 16) args.threads *= 2;
     int const rows = kThreads / args.threads;
     size_t const shared = kThreads / 32 * 4 + size_t(rows) * (p.k / 16) * 4;
-    Grid const grid{dim3(unsigned(ceil_div(p.m, rows))), kThreads, shared, 1, p.sm >= 90};
+    Grid const grid{dim3(unsigned(ceil_div(p.m, rows))), kThreads, shared, dim3(1), p.sm >= 90};
     return launch(kernel, grid, static_cast<Stream>(stream), args);
 }
 

@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(384, 1) warpgroup(__grid_constant__ WarpgroupA
         release_next();
         if (threadIdx.x == 0) S::start_barriers();
         if constexpr (S::kCluster > 1)
-            cluster_barrier();
+            relaxed_cluster_barrier();
         else
             block_barrier();
         if (threadIdx.x < 128) {
@@ -490,8 +490,7 @@ template <class T>
 char const* launch_rows(int bits, WarpgroupArgs const& args, wog_plan const& plan, Stream stream) {
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kWarpgroup)> kAll;
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
-    int const cluster = kRows[plan.row].cluster;
-    dim3 const blocks(unsigned(args.clusters * cluster));
+    dim3 const cluster(kRows[plan.row].cluster), blocks(args.clusters * cluster.x);
     Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
     return launch((bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, stream, args);
 }

@@ -20,7 +20,6 @@ from compiler.accuracy.subjects import subjects
 from compiler.artifact import read_manifest
 from compiler.backend.tensorrt import HEADER
 from compiler.backend.writer import write_model
-from compiler.build import compile_model
 from compiler.frontend.model import FloatModel
 from compiler.gpu import gpus
 from compiler.request import Request
@@ -28,7 +27,7 @@ from passes.errors import UserError
 from passes.last_logits import LastLogits
 from passes.rewrite import Ledger, run
 from tests.compiler.tensorrt_stand_in import TYPES, HostDevice
-from tests.conftest import TINY
+from tests.conftest import TINY, planned_and_written
 
 LONGEST = 12
 
@@ -189,7 +188,7 @@ def test_a_foreign_file_is_not_opened_further(tmp_path: Path) -> None:
 
 def test_a_damaged_engine_is_found_before_it_becomes_a_form(tmp_path: Path) -> None:
     request = Request(TINY, ("sm89",), tmp_path / "out", quant="a16w4", builder="tensorrt-rtx")
-    planned = compile_model(request)
+    planned = planned_and_written(request)
     (subject,) = subjects(planned, request, read_manifest(request.out))
     assert subject.file == request.out / "sm89" / "model.engine"
     data = bytearray(subject.file.read_bytes())

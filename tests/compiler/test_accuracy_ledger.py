@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
 from compiler import pipeline
-from compiler.accuracy.ledger import Forms, aligned, layers_of, weight_errors
+from compiler.accuracy.ledger import Forms, Layer, aligned, layers_of, weight_errors, weight_findings
 from passes.cast_compute_type import cast_compute_type
 from passes.insert_qdq import Decisions
 from passes.lazy import InMemory, Tile
@@ -164,6 +165,24 @@ def test_a_wrong_quantizer_is_found_too(mistake: str, bits: int) -> None:
     findings = fill(replace(forms(chosen), lowered=None)).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("scale_type", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_rounded_scale_is_no_mistake(scale_type: type, bits: int, symmetric: bool) -> None:
+    """A bfloat16 scale of 8-bit codes may be half a percent short: the ends of the range are then a step away."""
+    w = np.random.default_rng(1).standard_normal((512, 256)).astype(np.float32)
+    dtype = np.dtype(scale_type)
+
+    def findings(mistake: float) -> list[str]:
+        source = InstantQuant("w", InMemory(w), bits, 256, symmetric, dtype)
+        quant = QuantTensor("w", source, w.shape, bits, 256, symmetric, dtype)
+        _, steps, gain = weight_errors(quant, InMemory(w * np.float32(mistake)))
+        return weight_findings(Layer("w", "x", "y", w.shape, quant, InMemory(w)), steps, gain)
+
+    assert findings(1) == []
+    assert findings(1.02)
 
 
 def test_the_first_tensor_that_is_not_finite_is_named() -> None:

@@ -54,7 +54,7 @@ def compiled(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
         planned = build.plan(request)
-        artifacts = build.compile_planned(request, planned, lambda name, size: None)
+        artifacts = build.compile_planned(request, planned)
         yield Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
 
 
@@ -203,7 +203,7 @@ def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
     planned = compiled.planned
     data = load_data(planned.model, TEXT, limit=64)
     some = ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj")
-    decisions = {path: q for path, q in planned.decisions.items() if path in some}
+    decisions = {path: q for path, q in planned.twins["x86"].decisions.items() if path in some}
 
     def spend(limits: Limits) -> Bought:
         return search(planned.model.graph, planned.model, decisions, data, limits, lambda text: None)
@@ -224,19 +224,20 @@ def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
 
 def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
     planned = compiled.planned
+    decisions = planned.twins["x86"].decisions
 
     def spend(model: FloatModel, limits: Limits) -> None:
-        search(planned.model.graph, model, planned.decisions, load_data(model), limits, lambda text: None)
+        search(planned.model.graph, model, decisions, load_data(model), limits, lambda text: None)
 
     with pytest.raises(UserError, match="perplexity needs a text"):
         spend(planned.model, Limits(max_ppl_increase=1.0))
     with pytest.raises(UserError, match="no causal LM"):
         spend(replace(planned.model, llm=None), Limits(max_kl=1.0))
     with pytest.raises(UserError, match="no quantized layer"):
-        override(planned.decisions, {"lm_head": "float"})
-    kept = override(
-        planned.decisions, {"model.layers.0.mlp.up_proj": "float", "model.layers.1.mlp.up_proj": "a16w8:64"}
-    )
+        override(decisions, {"lm_head": "float"})
+    with pytest.raises(UserError, match="does not divide"):
+        override(decisions, {"model.layers.0.mlp.up_proj": "a16w4:7"})
+    kept = override(decisions, {"model.layers.0.mlp.up_proj": "float", "model.layers.1.mlp.up_proj": "a16w8:64"})
     assert isinstance(kept["model.layers.0.mlp.up_proj"], Reject)
     finer = kept["model.layers.1.mlp.up_proj"]
     assert isinstance(finer, QuantTensor)

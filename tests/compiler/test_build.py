@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from compiler import pipeline
+from compiler import build, pipeline
 from compiler.artifact import read_manifest
-from compiler.build import Plan, compile_planned, replaced_folder
+from compiler.build import Plan, Twin, compile_model, compile_planned
 from compiler.frontend.model import FloatModel
 from compiler.quant import instant
 from compiler.quant.config import parse_quant_config
@@ -45,8 +45,8 @@ def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
     lowered = {
         t.name: pipeline.lower_onnxruntime(canonical.copy(), t, request, ledger) for t in request.resolved_targets()
     }
-    planned = Plan(model, decisions, canonical, lowered, ledger)
-    compile_planned(request, planned, lambda name, size: None)
+    planned = Plan(model, dict.fromkeys(lowered, Twin(decisions, canonical)), lowered, ledger)
+    compile_planned(request, planned)
     return planned
 
 
@@ -97,11 +97,25 @@ def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: P
     a, b = (read_manifest(tmp_path / name) for name in ("a", "b"))
     assert a == b
     assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
-    files = json.loads((tmp_path / "a/manifest.json").read_text())["source"]["files"]
+    files = json.loads((tmp_path / "a/manifest.json").read_text())["artifacts"][0]["source"]["files"]
     assert set(files) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
     assert all(sha256(TINY / name) == digest for name, digest in files.items())
     for artifact in a:
         assert all(sha256(tmp_path / "a" / file) == digest for file, digest in artifact.digests.items())
+
+
+def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
+    tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x86 stores float32 scales, sm75 float16, sm89 bfloat16: codes are computed against each one's own."""
+    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+
+    def files(*targets: str) -> dict[str, str]:
+        out = tmp_path / "-".join(targets)
+        compile_model(Request(TINY, targets, out, quant="a16w8", builder="kit"))
+        return {str(p.relative_to(out)): sha256(p) for p in out.glob("*/*")}
+
+    assert files("x86", "sm75", "sm89") == files("x86") | files("sm75") | files("sm89")
 
 
 def test_tables_keep_their_sixteen_bits(tiny_float: FloatModel, tmp_path: Path) -> None:
@@ -116,7 +130,7 @@ def test_tables_keep_their_sixteen_bits(tiny_float: FloatModel, tmp_path: Path) 
 
 def test_ignored_layers_stay_float(tiny_float: FloatModel, tmp_path: Path) -> None:
     planned = compiled(tiny_float, tmp_path, quant="a16w8", ignore=("*.down_proj", "model.layers.0.*"))
-    left = [path for path, d in planned.decisions.items() if not isinstance(d, QuantTensor)]
+    left = [path for path, d in planned.twins["x86"].decisions.items() if not isinstance(d, QuantTensor)]
     assert len(left) == 3 + 7 + 1
 
 
@@ -164,19 +178,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_nothing(tiny_float: FloatModel, small_disk: Path) -> None:
     with pytest.raises(UserError, match="could not be written"):
         compiled(tiny_float, small_disk / "out", quant="a16w8")
-    assert list((small_disk / "out").iterdir()) == []
-
-
-def test_a_failure_keeps_the_artifact_that_was_there(tmp_path: Path) -> None:
-    with replaced_folder(tmp_path / "x86") as folder:
-        (folder / "model").write_text("old")
-    with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "x86") as folder:
-        (folder / "nowhere" / "model").write_text("new")
-    assert (tmp_path / "x86/model").read_text() == "old"
-    with replaced_folder(tmp_path / "x86") as folder:
-        (folder / "model").write_text("new")
-    assert (tmp_path / "x86/model").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["x86"]
+    assert list(small_disk.iterdir()) == []
 
 
 def cli(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
@@ -207,7 +209,7 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "nothing half-written was left" in stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from compiler.__main__ import app
-from compiler.build import Plan, compile_model
+from compiler.build import Plan
 from compiler.checkpoint import read_checkpoint
 from compiler.frontend import hf
 from compiler.inspect import inspect
 from compiler.request import Request
 from passes.lazy import Array, whole
-from passes.quant import QuantTensor, quantize_asymmetric
+from passes.quant import quantize_asymmetric
 from passes.rewrite import Reject
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
+from tests.conftest import planned_and_written
 from tools.bench_formats import reference_logits
 from tools.perplexity import artifact_logits, perplexity, windows
 
@@ -73,11 +74,11 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Each library's checkpoint, compiled for x86 as it is."""
     folder = tmp_path_factory.mktemp(request.param)
     asked = Request(model=whole_checkpoint(request.param, folder / "model"), targets=("x86",), out=folder / "out")
-    return Compiled(request.param, compile_model(asked), folder / "out")
+    return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
 def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts: list[Array]) -> None:
-    modes = {q.mode for q in compiled.planned.decisions.values() if isinstance(q, QuantTensor)}
+    modes = {q.mode for q in compiled.planned.twins["x86"].quantized.values()}
     assert modes == {MODES.get(compiled.name, "A16W4")}
     expected = perplexity(reference_logits(compiled.planned, int8_tokens=True), parts)
     found = perplexity(artifact_logits(compiled.out), parts)
@@ -87,7 +88,7 @@ def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts
 def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> None:
     tensors = {name: whole(t) for name, t in read_checkpoint(HERE / compiled.name).items()}
     written = {t.name: t for t in onnx.load(compiled.out / "x86" / "model.onnx").graph.initializer}
-    quantized = [path for path, q in compiled.planned.decisions.items() if isinstance(q, QuantTensor)]
+    quantized = compiled.planned.twins["x86"].quantized
     assert len(quantized) == 7
     for path in quantized:
         expected = stored_codes(tensors, path)
@@ -163,11 +164,11 @@ def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: li
         tensors |= requantized(DOWN_PROJ, 8, 768) | requantized("lm_head", 4, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
-    planned = compile_model(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
-    kinds = {path: str(decision) for path, decision in planned.decisions.items()}
+    planned = planned_and_written(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    kinds = {path: str(decision) for path, decision in planned.twins["x86"].decisions.items()}
     assert kinds[DOWN_PROJ] == "A16W8 per-channel asymmetric"
     assert kinds["lm_head"] == "A16W4 group 128 asymmetric"
-    assert isinstance(planned.decisions[o_proj], Reject)
+    assert isinstance(planned.twins["x86"].decisions[o_proj], Reject)
     expected = perplexity(reference_logits(planned), parts[:2])
     found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 5e-4, f"{found} is not {expected}"
@@ -180,8 +181,8 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
             tensors |= requantized(path, 8, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
-    planned = compile_model(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
-    kinds = {str(q) for q in planned.decisions.values() if isinstance(q, QuantTensor)}
+    planned = planned_and_written(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    kinds = {str(q) for q in planned.twins["x86"].quantized.values()}
     assert kinds == {"A8W8 group 128 asymmetric"}
     assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 7
     expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
@@ -208,8 +209,8 @@ def test_the_other_activations_on_request(
     name: str, quant: str, modes: set[str], tmp_path: Path, parts: list[Array]
 ) -> None:
     asked = Request(model=whole_checkpoint(name, tmp_path / "m"), targets=("x86",), out=tmp_path / "o", quant=quant)
-    planned = compile_model(asked)
-    assert {q.mode for q in planned.decisions.values() if isinstance(q, QuantTensor)} == modes
+    planned = planned_and_written(asked)
+    assert {q.mode for q in planned.twins["x86"].quantized.values()} == modes
     expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
     found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
@@ -229,8 +230,8 @@ def test_schemes_with_and_without_quantized_activations(first: str, tmp_path: Pa
         stored["config_groups"] = {name: groups[name] for name in sorted(groups, reverse=first == "self_attn")}
 
     model = whole_checkpoint("ct-w8a8-dyn", tmp_path / "m", mix)
-    planned = compile_model(Request(model, ("x86",), tmp_path / "o"))
-    modes = {(p.split(".")[3], q.mode) for p, q in planned.decisions.items() if isinstance(q, QuantTensor)}
+    planned = planned_and_written(Request(model, ("x86",), tmp_path / "o"))
+    modes = {(p.split(".")[3], q.mode) for p, q in planned.twins["x86"].quantized.items()}
     assert modes == {("self_attn", "A8W8"), ("mlp", "A16W8")}
     expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
     assert abs(perplexity(artifact_logits(tmp_path / "o"), parts[:2]) / expected - 1) < 2e-4

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
 from compiler import pipeline
 from compiler.backend.fusion import Carrier, Read, carriers, kernels
-from compiler.backend.tensorrt import EngineSpec, build
+from compiler.backend.tensorrt import Built, EngineSpec, build
 from compiler.backend.writer import write_model
 from compiler.engine import quantized_linears
 from compiler.frontend.model import FloatModel
@@ -17,9 +19,9 @@ from compiler.profiles import Limits, profiles
 from compiler.request import Request
 from compiler.target import find_target
 from passes.cast_compute_type import cast_compute_type
-from passes.insert_qdq import InsertDequantize, QuantizeActivations
+from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
 from passes.lazy import InMemory
-from passes.quant import InstantQuant, QuantTensor
+from passes.quant import Activations, InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
 from tests.conftest import TINY
 from tests.graphs import linear_graph
@@ -91,25 +93,56 @@ def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     assert all(len(c.kernels) == len(ranges) for c in found)
 
 
+def built(model: FloatModel, decisions: Decisions, folder: Path, **fields: Any) -> tuple[Built, gs.Graph]:
+    """The example model in a real engine for one sequence, and the graph that it was built from."""
+    limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
+    canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
+    request = Request(TINY, ("sm89",), folder, **fields)
+    graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, ledger)
+    write_model(graph, folder / "model.onnx")
+    ranges = profiles(graph.inputs, limits, llm=True)
+    spec = EngineSpec("tensorrt_rtx", folder / "model.onnx", folder / "m.engine", folder / "m.txt", ranges, (89,))
+    return build(spec), graph
+
+
+def read(made: Built, graph: gs.Graph) -> tuple[Carrier, ...]:
+    return carriers(made.layers.read_text("utf-8"), quantized_linears(graph))
+
+
+def channels(model: FloatModel, activations: Activations) -> dict[str, QuantTensor]:
+    """8 bits by channel for every linear of the example model."""
+    symmetric, table = activations == "int8", {}
+    for layer in pipeline.linears(model.graph):
+        path, shape, k = layer.path, layer.shape, layer.shape[1]
+        source = InstantQuant(path, layer.rows, 8, k, symmetric, FLOAT16)
+        table[path] = QuantTensor(path, source, shape, 8, k, symmetric, FLOAT16, activations)
+    return table
+
+
 def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatModel, tmp_path: Path) -> None:
     """With a batch of exactly 1 the builder joins q, k and v where we have not, and expands their weights to do so."""
-    weights = {layer.path: layer for layer in pipeline.linears(tiny_float.graph) if layer.path != "lm_head"}
-    decisions = {
-        path: QuantTensor(path, InstantQuant(path, layer.rows, 8, k, False, FLOAT16), (n, k), 8, k, False, FLOAT16)
-        for path, layer in weights.items()
-        for n, k in [layer.shape]
-    }
-    limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
-    canonical = pipeline.quantize(tiny_float.graph.copy(), decisions, ledger)
-    graph = pipeline.lower_tensorrt(
-        canonical, find_target("sm89"), FLOAT16, Request(TINY, ("sm89",), tmp_path), limits, ledger
-    )
-    write_model(graph, tmp_path / "model.onnx")
-    ranges = profiles(graph.inputs, limits, llm=True)
-    spec = EngineSpec("tensorrt_rtx", tmp_path / "model.onnx", tmp_path / "m.engine", tmp_path / "m.txt", ranges, (89,))
-    found = carriers(build(spec).layers.read_text("utf-8"), quantized_linears(graph))
+    decisions = channels(tiny_float, "float")
+    del decisions["lm_head"]
+    found = read(*built(tiny_float, decisions, tmp_path))
     assert len(found) == 4 * 4, "q, k and v are one product; gate and up another"
     assert {(c.read, c.dtype) for c in found} == {(FUSED, "Int8")}
+
+
+def test_int8_tokens_reach_the_head_too(tiny_float: FloatModel, tmp_path: Path) -> None:
+    """The head sees the last token alone; the builder's process used to end over where it was cut off."""
+    found = read(*built(tiny_float, channels(tiny_float, "int8"), tmp_path))
+    assert "lm_head" in {c.linear for c in found}
+    assert {(c.read, c.dtype, c.tokens) for c in found} == {(FUSED, "Int8", "Int8")}
+
+
+def test_an_int8_table_is_one_in_the_engine(tiny_float: FloatModel, tmp_path: Path) -> None:
+    """4096 rows of 256 in one byte instead of two; a block of 128 has a scale and a zero point, 3 bytes."""
+    stored, _ = built(tiny_float, {}, tmp_path)
+    small, _ = built(tiny_float, {}, tmp_path, quant="none", embeddings="int8")
+    assert stored.bytes - small.bytes == pytest.approx(4096 * (256 - 2 * 3), rel=0.05)
+    readers = [k for k in kernels(small.layers.read_text("utf-8")) if "Int8" in k.constants]
+    assert len(readers) == 2, "one kernel in each profile"
+    assert all("Int64" in k.inputs and k.constants.count("Int8") == 2 for k in readers)
 
 
 LINE = (

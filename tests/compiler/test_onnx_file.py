@@ -22,8 +22,7 @@ from compiler.frontend import load
 from compiler.request import Request
 from compiler.triton.integrity import sha256
 from passes.errors import UserError
-from passes.quant import QuantTensor
-from tests.conftest import TINY
+from tests.conftest import TINY, planned_and_written
 from tests.graphs import compiled_error, model_file, relative
 
 FEEDS = {"input_ids": np.array([[5, 7, 9, 11]]), "attention_mask": np.ones((1, 4), np.int64)}
@@ -58,11 +57,11 @@ def run(path: Path, feeds: dict[str, Any]) -> np.ndarray:
     ("quant", "group", "bound"), [("a16w8", None, 5e-3), ("a16w4", 32, 1e-1), ("none", None, 1e-6)]
 )
 def test_an_encoder_compiles(bert: Path, tmp_path: Path, quant: str, group: int | None, bound: float) -> None:
-    planned = compile_model(Request(bert, ("x86",), tmp_path, quant=quant, group_size=group))
-    quantized = [q for q in planned.decisions.values() if isinstance(q, QuantTensor)]
+    planned = planned_and_written(Request(bert, ("x86",), tmp_path, quant=quant, group_size=group))
+    quantized = planned.twins["x86"].quantized
     assert len(quantized) == (0 if quant == "none" else 12)
     assert relative(run(tmp_path / "x86/model.onnx", FEEDS), run(bert, FEEDS)) < bound
-    files = json.loads((tmp_path / "manifest.json").read_text())["source"]["files"]
+    files = json.loads((tmp_path / "manifest.json").read_text())["artifacts"][0]["source"]["files"]
     assert files == {path.name: sha256(path) for path in bert.parent.iterdir()}
 
 
@@ -73,9 +72,10 @@ def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     assert exported.llm is not None
     assert (exported.llm.layers, exported.llm.kv_heads, exported.llm.vocab) == (4, 2, 4096)
     twice = Request(tmp_path / "float/x86/model.onnx", ("x86",), tmp_path / "twice", quant="a16w8")
-    planned = compile_model(twice)
-    direct = compile_model(Request(TINY, ("x86",), tmp_path / "direct", quant="a16w8"))
-    assert {p: str(q) for p, q in planned.decisions.items()} == {p: str(q) for p, q in direct.decisions.items()}
+    planned = planned_and_written(twice)
+    direct = planned_and_written(Request(TINY, ("x86",), tmp_path / "direct", quant="a16w8"))
+    kinds = [{path: str(d) for path, d in p.twins["x86"].decisions.items()} for p in (planned, direct)]
+    assert kinds[0] == kinds[1]
     codes = [initializers(tmp_path / f"{name}/x86/model.onnx", r"codes_s8$") for name in ("twice", "direct")]
     assert len(codes[0]) == 28
     assert all((codes[0][name] == values).all() for name, values in codes[1].items())
@@ -284,7 +284,7 @@ def test_weights_in_constant_nodes_and_functions_are_quantized(opset: int, tmp_p
     model.opset_import.append(onnx.helper.make_opsetid("my", 1))
     onnx.save(model, path)
     planned = plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8"))
-    assert len([q for q in planned.decisions.values() if isinstance(q, QuantTensor)]) == 2
+    assert len(planned.twins["x86"].quantized) == 2
     assert compiled_error(path, "a16w8", tmp_path / "out") < 2e-2
 
 

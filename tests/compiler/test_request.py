@@ -94,6 +94,18 @@ def test_impossible_requests_are_refused(fields: dict[str, Any]) -> None:
         request(**fields)
 
 
+def test_strings_do_where_a_path_or_names_are_due() -> None:
+    plain = Request("m", "x86", "o", ignore="lm_head", layers={"a": "a16w4:32"})  # type: ignore[arg-type]
+    assert plain == request(ignore=("lm_head",), layers={"a": "a16w4:32"})
+    assert request(targets=["x86"]).targets == ("x86",)
+
+
+@pytest.mark.parametrize("form", ["a16w4:0", "a16w4", "w4:32", "a16w2:32", ""])
+def test_a_format_of_a_layer_that_does_not_exist_is_refused(form: str) -> None:
+    with pytest.raises(UserError, match=r"^a\.b: .*\n.*a16w4:32"):
+        request(layers={"a.b": form})
+
+
 def test_json_has_the_spec_names() -> None:
     custom = {"quant_method": "instant_quant", "weight_format": "int8"}
     assert fields_from_json(custom) == {"quant_config": custom}

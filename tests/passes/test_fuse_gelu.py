@@ -39,10 +39,17 @@ def tanh(e: Expression, x: gs.Tensor, power: float = 3.0, factor: float = 0.0447
     return e("Add", e("Tanh", e("Mul", e("Add", x, cube), math.sqrt(2 / math.pi))), 1.0)
 
 
+def tanh_fast(e: Expression, x: gs.Tensor, root: float = 0.7978845608) -> gs.Tensor:
+    """transformers' gelu_fast: tanh(x * root * (1 + 0.044715 * x * x))."""
+    square = e("Mul", e("Mul", x, 0.044715), x)
+    return e("Add", e("Tanh", e("Mul", e("Mul", x, root), e("Add", square, 1.0))), 1.0)
+
+
 FORMS: dict[str, tuple[str, Callable[[Expression], gs.Tensor]]] = {
     # as transformers' gelu_python and gelu_new are exported
     "half first": ("none", lambda e: e("Mul", e("Mul", e.x, 0.5), erf(e, e.x))),
     "tanh": ("tanh", lambda e: e("Mul", e("Mul", 0.5, e.x), tanh(e, e.x))),
+    "fast": ("tanh", lambda e: e("Mul", e("Mul", e.x, 0.5), tanh_fast(e, e.x))),
     # as torch's older exporter writes its own gelu
     "half last": ("none", lambda e: e("Mul", e("Mul", e.x, erf(e, e.x)), 0.5)),
     "half inside": ("tanh", lambda e: e("Mul", e.x, e("Mul", 0.5, tanh(e, e.x)))),
@@ -54,7 +61,11 @@ FORMS: dict[str, tuple[str, Callable[[Expression], gs.Tensor]]] = {
 NEAR_MISSES: dict[str, Callable[[Expression], gs.Tensor]] = {
     "another x": lambda e: e("Mul", e("Mul", e("Neg", e.x), 0.5), erf(e, e.x)),
     "another half": lambda e: e("Mul", e("Mul", e.x, 0.501), erf(e, e.x)),
+    "a quotient of two": lambda e: e("Mul", e("Mul", e.x, 0.5), erf(e, e("Div", e.x, e("Add", e.x, 1.0)))),
     "another power": lambda e: e("Mul", e("Mul", e.x, 0.5), tanh(e, e.x, power=2.0)),
+    "another root": lambda e: e("Mul", e("Mul", e.x, 0.5), tanh_fast(e, e.x, root=0.798)),
+    "a constant more": lambda e: e("Mul", e("Mul", e.x, 0.5), erf(e, e("Add", e.x, 0.01))),
+    "quick_gelu": lambda e: e("Mul", e.x, e("Sigmoid", e("Mul", e.x, 1.702))),
     "another factor": lambda e: e("Mul", e("Mul", e.x, 0.5), tanh(e, e.x, factor=0.0447)),
 }
 

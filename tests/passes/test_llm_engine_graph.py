@@ -8,12 +8,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from compiler import pipeline
 from compiler.frontend.model import FloatModel
 from passes.errors import UserError
+from passes.insert_qdq import QuantizeActivations
 from passes.kv_in_place import kv_in_place
 from passes.last_logits import LastLogits
+from passes.quant import InstantQuant, QuantTensor
 from passes.rewrite import Ledger, run
-from tests.graphs import evaluate
+from tests.graphs import FLOAT32, evaluate, relative
 
 B, S, P, M = 2, 3, 5, 16
 
@@ -47,6 +50,23 @@ def test_last_logits_are_the_last_row_of_all(tiny_float: FloatModel, feeds: dict
     np.testing.assert_allclose(got[0], want[0][:, -1:], rtol=1e-4, atol=1e-4)
     for present, expected in zip(got[1:], want[1:], strict=True):
         np.testing.assert_array_equal(present, expected)
+
+
+def test_the_last_token_alone_is_quantized_for_the_head(
+    tiny_float: FloatModel, feeds: dict, want: list, tmp_path: Path
+) -> None:
+    """The same codes and scales, from a Slice before them: TensorRT-RTX crashes over one behind them."""
+    (head,) = (layer for layer in pipeline.linears(tiny_float.graph) if layer.path == "lm_head")
+    k = head.shape[1]
+    source = InstantQuant("lm_head", head.rows, 8, k, True, FLOAT32)
+    decisions = {"lm_head": QuantTensor("lm_head", source, head.shape, 8, k, True, FLOAT32, "int8")}
+    twin = pipeline.quantize(tiny_float.graph.copy(), decisions, Ledger())
+    last = run(twin.copy(), [LastLogits(), QuantizeActivations()], Ledger())
+    (quantize,) = (node for node in last.nodes if node.op == "QuantizeLinear")
+    assert quantize.inputs[0].inputs[0].op == "Slice"
+    all_tokens = evaluate(twin, feeds, tmp_path)[0]
+    assert relative(all_tokens, want[0]) > 1e-3, "quantization shows"
+    np.testing.assert_allclose(evaluate(last, feeds, tmp_path)[0], all_tokens[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_cache_in_place_gives_the_same_logits_and_entries(

@@ -78,3 +78,10 @@ def test_unsigned_codes_are_refused() -> None:
     graph.nodes[2].inputs[0] = gs.Constant("codes", np.ones((K, N), np.uint8))
     with pytest.raises(AssertionError, match="unsigned codes"):
         verify(graph, Stage.TENSORRT)
+
+
+def test_scales_that_are_computed_are_refused() -> None:
+    graph = int8_product(np.array(1.0))
+    graph.nodes[1].inputs[1] = gs.Variable("step", np.float16, [])
+    with pytest.raises(AssertionError, match=r"node dq .*a scale computed at run time"):
+        verify(graph, Stage.TENSORRT)

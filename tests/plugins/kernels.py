@@ -105,8 +105,9 @@ class Emulated:
         seed: int = 1,
         library: bool = False,
         row: str = "",
+        splits: int = 0,
     ) -> Array:
-        problem = c_problem(p, self.sm, sm_count, wide, plain, library)
+        problem = {**c_problem(p, self.sm, sm_count, wide, plain, library), "splits": splits}
         if row:
             problem["row"] = self.library.rows().index(row) + 1
         os.environ["EMULATOR_SEED"] = str(seed)

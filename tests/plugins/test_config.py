@@ -56,6 +56,8 @@ def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> N
     for name in ("tile64", "stream8"):
         plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
         assert (plan.kernel, plan.splits) == (name, 4)
+    early = library.choose(**problem(m=17, row=rows.index("warpgroup64x2") + 1))
+    assert early.kernel == "warpgroup64x2", "tune asks whether it should be chosen from there"
     refused = {"m": 9}, {"activation_bits": 8}, {"sm": 75}
     for changes in refused:
         with pytest.raises(RefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):
@@ -70,6 +72,15 @@ def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
     assert choose(**problem(n=512, k=512)).splits == 1  # too short: 8 warps, one stage each
     assert choose(**problem(n=37888)).splits == 1
     assert choose(**problem(n=512, k=18944)) == choose(**problem(n=512, k=18944)), "a function of the problem alone"
+
+
+def test_blocks_of_a_cluster_have_a_tile_each_and_no_workspace(emulated: Kernels) -> None:
+    choose = emulated[80].library.choose
+    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm)) for sm in (80, 90))
+    assert (apart.splits, cluster.splits) == (3, 2), "clusters come in powers of two: 44 tiles, 132 multiprocessors"
+    assert (apart.workspace, cluster.workspace) == (3 * 1408 * 4, 0)
+    pinned = choose(**problem(n=8192, k=18944, splits=8))
+    assert (pinned.splits, pinned.grid_n) == (8, 8192 // 32)
 
 
 @pytest.mark.parametrize("sm", SMS)

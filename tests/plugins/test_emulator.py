@@ -19,6 +19,8 @@ FAULTS = {
     6: "poison",
     7: "phase 1: 1 of 1 arrivals",
     8: "a fragment changed under its product",
+    9: "sums changed under their product",
+    10: "rows of x changed under their product",
 }
 
 

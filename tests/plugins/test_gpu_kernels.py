@@ -1,7 +1,7 @@
-"""The kernels on a real GPU, against float64: sizes, awkward data, determinism, graphs, streams, JIT of older SMs.
+"""The kernels on a real GPU, against float64: sizes, awkward data, determinism, graphs, streams, code of older SMs.
 
-INSTANTRT_KERNELS names libinstantrt_kernels.so; INSTANTRT_KERNELS_75 and _80 name builds with only compute_75 or
-compute_80 PTX, which the driver compiles for whatever GPU is here. `python -m tools.gpu_check` builds all three, tries
+INSTANTRT_KERNELS names libinstantrt_kernels.so; INSTANTRT_KERNELS_75 and _80 name builds of what compute_75 and
+compute_80 get, compiled for whatever GPU is here. `python -m tools.gpu_check` builds all three, tries
 every row of the table with small sizes first, and names those that hung in INSTANTRT_HUNG_ROWS. Each case is one m, so
 that a kernel that hangs here is named with its sizes.
 """
@@ -164,7 +164,7 @@ def test_every_row_for_hopper(bits: int, row: str) -> None:
     for n, k, group in SHORT + SHAPES[3:5]:
         weight = random_weight(n, k, bits, k if "256" in row else group, BF16, bias=True)
         for m in (33, 64) if row.endswith("_64") else (65, 127, 300, 1000):
-            check(Gemm(library(), rows(m, k, BF16), weight, options), 2e-5, 1e-5)
+            check(prepared(rows(m, k, BF16), weight, options), 2e-5, 1e-5)
 
 
 @every_format
@@ -177,7 +177,7 @@ def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
 @for_each_m(1, 9, 20, 70, 130)
 @pytest.mark.parametrize("sm", [75, 80])
 @every_format
-def test_code_of_older_gpus_through_the_driver_compiler(format_: tuple[int, int], sm: int, m: int) -> None:
+def test_code_of_older_gpus(format_: tuple[int, int], sm: int, m: int) -> None:
     weight = weight_of(272, 1120, format_[0], 160, F16, bias=True)
     options = {"activation_bits": format_[1], "wide": 1, "sm": sm}
     check(prepared(rows(m, 1120, F16), weight, options, f"_{sm}"), 2e-5, 1e-5)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from tests.compiler.tensorrt_stand_in import HostDevice
 from tests.plugins.kernels import Emulated
 from tools.gpu import bench, gemm, race, small, tables, tune
 from tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
-from tools.gpu.library import Library
+from tools.gpu.library import Library, RefusedError
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +90,10 @@ def test_random_weights_are_what_they_are_called(zeros: str) -> None:
 def test_a_row_that_hung_is_not_launched(emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = random_weight(48, 192, 4, 64, torch.float16), torch.randn(3, 192).half()
     kernel = Gemm(emulated[90].library, x, weight, {}).plan.kernel
-    monkeypatch.setattr(gemm, "HUNG", frozenset({kernel}))
+    monkeypatch.setattr(gemm, "HUNG", frozenset({f"{kernel} sm=90"}))
     with pytest.raises(HungRowError, match=kernel):
         Gemm(emulated[90].library, x, weight, {})
+    assert Gemm(emulated[90].library, x, weight, {"sm": 80}).plan.kernel == kernel  # another library's hung, not this
 
 
 @pytest.fixture
@@ -134,19 +134,15 @@ def test_small_launches_are_checked(emulated: dict[int, Emulated], capsys: pytes
         patch.setattr(small, "run", lambda *_: np.array([np.nan, 1e-7]))
         small.check(library, device, first["plain"], poisoned=True)
     assert '"failed", "message": "relative error nan, allowed 2e-05"' in capsys.readouterr().out
-    codes, affine, _ = small.weights(4, 32, 1)
-    affine[1, 6] *= 1.01  # the kernel reads this; the truth is computed from it later, when it is right again
-    problem = small.parse(
+    _, problem = small.parse(
         next(case for case in cases if "stream8" in case and " bits=4 " in case and "group=32" in case)
     )
-
-    def launch(*arguments: Any) -> None:
-        library.launch(*arguments)
-        affine[1, 6] /= 1.01
-
-    wrong: Any = SimpleNamespace(choose=library.choose, launch=launch)
-    assert small.run(wrong, device, problem[1], poisoned=True).max() > small.EXACT
+    assert small.run(library, device, problem, poisoned=True).max() < small.EXACT / 10
+    codes, affine, _ = small.weights(4, 32, 1)
+    affine[1, 6] *= 1.01  # the kernel reads this; the truth is of what it was
+    assert small.run(library, device, problem, poisoned=True).max() > small.EXACT
     assert codes.any()
+    small.weights.cache_clear()
 
 
 class Graph:
@@ -204,7 +200,9 @@ def test_tuning_tries_every_row_and_none_that_is_wrong(emulated: dict[int, Emula
     for name, (bits, _, activation_bits) in tune.FORMATS.items():
         fields = {"m": 4, "n": 32, "k": 128, "group": 128, "bits": bits, "activation_bits": activation_bits}
         plans = library.plans((0, 2), **fields, **gemm.device_numbers())
-        assert tried[name] == {bench.label(plan) for plan in plans}
+        split = {bench.label(plan) for plan in plans if plan.splits > 1 and "warpgroup" not in plan.kernel}
+        assert tried[name] == {bench.label(plan) for plan in plans} | {f"{each} by memory" for each in split}
+        assert split or activation_bits == 8, "a step of int8 is all of this K"
         assert len(plans) > 1
     assert all(sum(r.get("chosen", False) for r in rows if r["format"] == name) == 1 for name in tried)
     assert not any("wrong" in row for row in rows)
@@ -226,6 +224,65 @@ def test_a_row_that_computes_something_else_cannot_win(
     rows = tune.case(emulated[90].library, "qwen2-7b o", 4)
     assert {row["plan"].split("/")[0] for row in rows if "wrong" in row} == {broken}
     assert not any(row["plan"].startswith(broken) for row in rows if "us" in row)
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_a_row_that_cannot_be_launched_costs_itself(
+    emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Library.launch
+
+    def launch(self: Library, problem: dict[str, int], tensors: dict[str, int], stream: int = 0) -> None:
+        if self.rows()[problem["row"] - 1] == "tile64":
+            raise RefusedError("too many resources requested for launch")
+        right(self, problem, tensors, stream)
+
+    monkeypatch.setattr(Library, "launch", launch)
+    monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
+    rows = tune.case(emulated[90].library, "qwen2-7b o", 4)
+    assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
+        "RefusedError: too many resources requested for launch"
+    }
+    assert any(row["plan"].startswith("stream8") and row["us"] for row in rows)
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_few_rows_are_also_timed_from_the_cache_and_in_turn(emulated: dict[int, Emulated]) -> None:
+    done = bench.case(emulated[90].library, "qwen2-7b o", 4)
+    plans = {t["kernel"]: t["plan"] for t in done["timings"]}
+    assert plans["int4 g128 cached"] == plans["int4 g128 in turn"] == plans["int4 g128"]
+    assert "torch int8pack bf16" in plans
+    assert not [name for name in done["failures"] if name.startswith(("int4", "int8", "a8"))]
+
+
+def test_facts_that_cannot_be_had_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "biased_errors", lambda: {"0": 1e-7})
+    found = bench.facts(Path("no such library"))
+    assert found["biased codes, error"] == {"0": 1e-7}
+    assert found["sums of split K, us"].startswith("OSError: no such library")
+
+
+def test_the_launch_of_a_graph_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record(self) -> None:
+            done.append(self.name)
+
+        def synchronize(self) -> None:
+            done.append(f"wait for {self.name}")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 0.25 if (self.name, other.name) == ("start", "stop") else 0.0
+
+    monkeypatch.setattr(race, "pair", lambda: (Event("start"), Event("stop")))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("busy"))
+    assert race.timed(lambda: done.append("call")) == 250
+    assert done == ["busy", "start", "call", "stop", "wait for stop"]
 
 
 def test_who_is_hopelessly_slow_stops(monkeypatch: pytest.MonkeyPatch) -> None:

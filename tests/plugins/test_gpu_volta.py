@@ -1,7 +1,7 @@
-"""Volta's kernels on a real GPU, against float64: a Volta, or any newer one through the driver's compiler.
+"""Volta's kernels on a real GPU, against float64: a Volta, or any newer one.
 
 INSTANTRT_KERNELS_VOLTA names a library: libinstantrt_kernels_sm70.so on a Volta; elsewhere what
-`python -m tools.gpu_check` builds of the same sources as PTX, whose m8n8k4 products newer GPUs still compute, slowly.
+`python -m tools.gpu_check` builds of the same sources, whose m8n8k4 products newer GPUs still compute, slowly.
 """
 
 from __future__ import annotations

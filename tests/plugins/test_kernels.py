@@ -159,6 +159,21 @@ def test_split_k_over_blocks(emulated: Kernels) -> None:
     assert not np.array_equal(split, whole), "different orders of summation should differ in the last bits"
 
 
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+@pytest.mark.parametrize(("m", "splits"), [(1, 8), (5, 2), (11, 3), (20, 4), (32, 2)])
+def test_clusters_add_up_as_the_workspace_does(
+    emulated: Kernels, m: int, splits: int, bits: int, activation_bits: int, gated: int
+) -> None:
+    """On Hopper the blocks that divide K read each other's sums; elsewhere a second kernel does. The order is one."""
+    p = Case(m, 80, 1120, bits, 160, bias=True, activation=SILU, gated=gated, activation_bits=activation_bits).make()
+    apart, cluster = (check(emulated[sm], p, splits=splits) for sm in (80, 90))
+    assert np.array_equal(apart, cluster)
+    with_x = {sm: emulated[sm].library.choose(**c_problem(p, sm), splits=1).workspace for sm in (80, 90)}
+    assert emulated[90].library.choose(**c_problem(p, 90), splits=splits).workspace == with_x[90]
+    assert emulated[80].library.choose(**c_problem(p, 80), splits=splits).workspace > with_x[80]
+
+
 @pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8), (90, 16), (90, 8)])
 @pytest.mark.parametrize("m", [12, 40])
 def test_same_bits_whatever_order_threads_run_in(emulated: Kernels, sm: int, activation_bits: int, m: int) -> None:

@@ -38,7 +38,7 @@ from plugins import ops
 from plugins.weight_only_gemm.op import OP
 from plugins.weight_only_gemm.semantics import SILU
 from tests.checkpoints import whole_checkpoint
-from tests.conftest import TINY
+from tests.conftest import TINY, planned_and_written
 from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, Emulated, cuda_headers
 
@@ -328,7 +328,7 @@ def test_int8_by_int4_engines_with_the_plugin(
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
     model = whole_checkpoint("gptq-int4-g32-asym", tmp_path / "model")
     request = Request(model, ("sm75", "sm89", "sm90"), tmp_path / "out", quant="a8w4", plugin=plugin["11"])
-    planned = compile_model(request)
+    planned = planned_and_written(request)
     gemms = [node for node in planned.lowered["sm75"].nodes if node.op == OP.name]
     assert len(gemms) == 4, "q, k and v are one; gate and up another"
     assert {(node.attrs["bits"], node.attrs["activation_bits"]) for node in gemms} == {(4, 8)}

@@ -42,8 +42,9 @@ def plan(request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factor
         digests={"sm89/model.engine": sha256(made.file)},
         limits={"cache": request.param, "max_batch": 4, "max_length": LENGTH},
         engine={"builder": "tensorrt", "version": "10.13.0.35", "sm": 89},
+        source={"model": "tiny"},
     )
-    write_manifest(folder.parent, [artifact], {"model": "tiny"})
+    write_manifest(folder.parent, [artifact])
     return made
 
 

@@ -27,6 +27,10 @@ class HungRowError(Exception):
     """The table chose a row that takes the GPU with it."""
 
 
+def is_hung(plan: Plan, sm: int) -> bool:
+    return f"{plan.kernel} sm={sm}" in HUNG
+
+
 def current_stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream) if DEVICE == "cuda" else 0
 
@@ -129,7 +133,7 @@ class Gemm:
         w, gated = self.weight, self.options.get("gated", 0)
         self.problem = self.problem_of(self.x, w, self.options)
         self.plan: Plan = self.library.choose(**self.problem)
-        if self.plan.kernel in HUNG:
+        if is_hung(self.plan, self.problem["sm"]):
             raise HungRowError(f"the table's row {self.plan.kernel} did not come back when it was tried")
         self.dtype = torch.float32 if self.options.get("wide") else self.x.dtype
         self.shape = (self.x.shape[0], w.n // (1 + gated))

@@ -11,7 +11,7 @@ from typing import Any
 
 FLOOR, ONE_ROW = "floor", "m=1"  # references that are no other kernel
 MB = 1e6
-LARGE, SMALL, ANY = (30 * MB, float("inf")), (0.0, 16 * MB), (0.0, float("inf"))
+LARGE, MEDIUM, SMALL, ANY = (30 * MB, float("inf")), (6 * MB, 20 * MB), (0.0, 16 * MB), (0.0, float("inf"))
 MANY = 1 << 30
 
 
@@ -33,17 +33,31 @@ GOALS = (
         "int4 g128 within floor / 0.85 + 2 us, up to 8 rows, from 30 MB", "int4 g128", (1, 8), LARGE, FLOOR, 1 / 0.85, 2
     ),
     Goal("int8 within floor / 0.85 + 2 us, up to 8 rows, from 30 MB", "int8", (1, 8), LARGE, FLOOR, 1 / 0.85, 2),
+    Goal(
+        "int4 g128 within floor / 0.85 + 2 us, up to 8 rows, to 20 MB", "int4 g128", (1, 8), MEDIUM, FLOOR, 1 / 0.85, 2
+    ),
+    Goal("int4 g128 within floor / 0.70 at 32 rows", "int4 g128", (32, 32), ANY, FLOOR, 1 / 0.70),
+    Goal("int4 g128 within floor / 0.65 at 64 rows", "int4 g128", (64, 64), ANY, FLOOR, 1 / 0.65),
     Goal("int4 g128: 16 rows within 5 % of one", "int4 g128", (16, 16), ANY, ONE_ROW, 1.05),
     Goal("int8: 16 rows within 5 % of one", "int8", (16, 16), ANY, ONE_ROW, 1.05),
     Goal("int4 g128 2.8 x cuBLAS fp16 to 16 rows, from 30 MB", "int4 g128", (1, 16), LARGE, "cublas fp16", 1 / 2.8),
+    Goal("int4 g128 2.6 x cuBLAS fp16 at 32 rows, from 30 MB", "int4 g128", (32, 32), LARGE, "cublas fp16", 1 / 2.6),
     Goal("int4 g128 2.0 x cuBLAS fp16 at 64 rows, from 30 MB", "int4 g128", (64, 64), LARGE, "cublas fp16", 1 / 2.0),
     Goal("int4 g128 1.2 x cuBLAS fp16 at 128 rows, from 30 MB", "int4 g128", (128, 128), LARGE, "cublas fp16", 1 / 1.2),
+    Goal(
+        "int4 g128 0.95 x cuBLAS fp16 at 256 rows, from 30 MB", "int4 g128", (256, 256), LARGE, "cublas fp16", 1 / 0.95
+    ),
     Goal(
         "int4 g128 0.9 x cuBLAS fp16 from 512 rows, from 30 MB", "int4 g128", (512, MANY), LARGE, "cublas fp16", 1 / 0.9
     ),
     Goal("int8 1.75 x cuBLAS fp16 to 64 rows, from 30 MB", "int8", (1, 64), LARGE, "cublas fp16", 1 / 1.75),
+    Goal("int8 1.3 x cuBLAS fp16 at 128 rows, from 30 MB", "int8", (128, 128), LARGE, "cublas fp16", 1 / 1.3),
+    Goal("int8 0.95 x cuBLAS fp16 from 256 rows, from 30 MB", "int8", (256, MANY), LARGE, "cublas fp16", 1 / 0.95),
+    Goal("int8 g128 within 5 % of per-channel to 16 rows", "int8 g128", (1, 16), ANY, "int8", 1.05),
+    Goal("int8 g128 within 10 % of per-channel at 2048 rows", "int8 g128", (2048, 2048), ANY, "int8", 1.10),
     Goal("int4 g128 2.0 x cuBLAS fp16 to 16 rows, up to 16 MB", "int4 g128", (1, 16), SMALL, "cublas fp16", 1 / 2.0),
     Goal("a8w8 1.5 x cuBLAS bf16 from 512 rows", "a8w8", (512, MANY), ANY, "cublas bf16", 1 / 1.5),
+    Goal("a8w8 within 5 % of int_mm from 512 rows", "a8w8", (512, MANY), ANY, "torch int_mm", 1.05),
     Goal("a8w8 g128 within 10 % of per-channel from 512 rows", "a8w8 g128", (512, MANY), ANY, "a8w8", 1.10),
     Goal("float zeros within 2 % of central ones", "int4 g128", (1, MANY), ANY, "int4 g128 symmetric", 1.02),
 )

@@ -13,7 +13,7 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-HUNG_ROWS = "INSTANTRT_HUNG_ROWS"  # environment: rows of the table not to launch, names separated by commas
+HUNG_ROWS = "INSTANTRT_HUNG_ROWS"  # environment: rows of the table not to launch: "NAME sm=SM,..."
 I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 CProblem = structure(
     "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,

@@ -32,7 +32,9 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
-        message = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longreprtext[-1500:]
+        crash = getattr(report.longrepr, "reprcrash", None)  # what was raised, before where: one line is printed of it
+        said = f"{crash.message}\n{report.longreprtext[-1500:]}" if crash else report.longreprtext[-1500:]
+        message = report.longrepr[-1] if isinstance(report.longrepr, tuple) else said
         lost = report.outcome == "failed" and gpu_lost()
         emit(end=report.nodeid, outcome="crashed" if lost else report.outcome, message=message)
         if lost:

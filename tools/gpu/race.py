@@ -15,6 +15,7 @@ import torch
 WORKING_SET = 320 << 20  # bytes of distinct weights that one graph touches; the L2 cache of an H200 has 60 MB
 FEWEST_CALLS, GRAPH_US = 32, 2000  # of a graph: enough calls of short kernels, not too much time for long ones
 WARM, REPLAYS = 2, 20
+AHEAD = 300_000  # cycles, 0.15 ms: longer than it takes to launch a graph
 INFINITE = float("inf")
 Call = Callable[[], object]
 
@@ -74,8 +75,11 @@ def capture(calls: list[Call], count: int) -> torch.cuda.CUDAGraph:
 
 
 def timed(call: Call) -> float:
-    """Microseconds between two events around a call, once."""
+    """Microseconds between two events around a call, once. The GPU is busy until the call has reached it: on an idle
+    one the first event would be long past when the graph arrives, and its launch would count.
+    """
     start, stop = pair()
+    torch.cuda._sleep(AHEAD)  # type: ignore[no-untyped-call]
     start.record()
     call()
     stop.record()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ SANITIZERS = {  # and their options; errors of API calls are the launcher's to r
 PYTEST = [sys.executable, "-m", "pytest", "--noconftest", "-p", "tools.gpu.progress", "-p", "no:cacheprovider"]
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 LONG = 100  # lines
+PATIENCE = 300  # seconds
 FIRST_PORT = 49152
 Part = dict[str, Any]
 
@@ -47,11 +49,11 @@ class Ring:
         """All libraries, side by side; what is already built costs a look."""
         native = f"{self.sm}a-real" if self.sm == 90 else f"{self.sm}-real"
         builds: dict[str, Callable[[], str]] = {
-            "": lambda: cmake(FOLDER / "native", native),
-            "_75": lambda: cmake(FOLDER / "75", "75-virtual"),
-            "_80": lambda: cmake(FOLDER / "80", "80-virtual"),
-            "_VOLTA": volta,
-            "reader": reader,
+            "": lambda: cmake(FOLDER / "native", f"-DCMAKE_CUDA_ARCHITECTURES={native}"),
+            "_75": lambda: cmake(FOLDER / "75", *older(75, self.sm)),
+            "_80": lambda: cmake(FOLDER / "80", *older(80, self.sm)),
+            "_VOLTA": lambda: volta(self.sm),
+            "reader": lambda: reader(self.sm),
         }
         with ThreadPoolExecutor() as pool:
             errors = dict(zip(builds, pool.map(lambda make: make(), builds.values()), strict=True))
@@ -67,7 +69,7 @@ class Ring:
 
     @property
     def hung_rows(self) -> list[str]:
-        """Rows of the table that took the GPU or their process with them in the smoke stage."""
+        """Rows of the table, each with its SM, that took the GPU or their process with them in the smoke stage."""
         return self.report.get("smoke", {}).get("hung_rows", [])  # type: ignore[no-any-return]
 
     @property
@@ -76,23 +78,37 @@ class Ring:
 
 
 def run(command: list[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-    done = subprocess.run(
-        command,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    """Exit status and output. A program that is absent, or silent for minutes beside a lost GPU, has failed, too."""
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=PATIENCE,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 127, str(error)
     return done.returncode, done.stdout
 
 
-def cmake(folder: Path, architectures: str) -> str:
-    """libinstantrt_kernels.so for these CUDA architectures; what went wrong, or nothing."""
+def older(sm: int, here: int) -> list[str]:
+    """Options for what an older SM gets, compiled for this one: of PTX each process would compile all, for minutes."""
+    return ["-DCMAKE_CUDA_ARCHITECTURES=OFF", f"-DCMAKE_CUDA_FLAGS={' '.join(target(sm, here))}"]
+
+
+def target(sm: int, here: int) -> list[str]:
+    return ["-gencode", f"arch=compute_{sm},code=sm_{here}"]
+
+
+def cmake(folder: Path, *options: str) -> str:
+    """libinstantrt_kernels.so; what went wrong, or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     where = ["-S", "plugins", "-B", str(folder), "-G", "Ninja"]
-    configure = ["cmake", *where, f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    configure = ["cmake", *where, *options]
     target = ["cmake", "--build", str(folder), "--target", "instantrt_kernels"]
     for command in (configure, target):
         status, text = run(command)
@@ -108,16 +124,16 @@ def nvcc(out: Path, *arguments: str) -> str:
     return text[-4000:] if status else ""
 
 
-def reader() -> str:
+def reader(sm: int) -> str:
     """The benchmark's own kernels."""
-    return nvcc(READER, "-arch=native", "tools/gpu/read.cu")
+    return nvcc(READER, *target(sm, sm), "tools/gpu/read.cu")
 
 
-def volta() -> str:
-    """Volta's kernels as PTX, whose m8n8k4 products the driver compiles for newer GPUs: slow, and right."""
+def volta(sm: int) -> str:
+    """Volta's kernels, whose m8n8k4 products newer GPUs compute, too: slowly, and right."""
     sources = [f"plugins/weight_only_gemm/{name}" for name in ("volta.cu", "volta.cpp", "config.cpp")]
-    target = ["-gencode", "arch=compute_75,code=compute_75"]
-    return nvcc(VOLTA, "-std=c++17", "-DWOG_VOLTA", "-x", "cu", *target, "-Iplugins/runtime/gpu", *sources)
+    options = ["-std=c++17", "-DWOG_VOLTA", "-x", "cu", *target(75, sm), "-Iplugins/runtime/gpu"]
+    return nvcc(VOLTA, *options, *sources)
 
 
 def build(ring: Ring) -> Part:
@@ -130,12 +146,20 @@ def smoke(ring: Ring) -> Part:
         small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(ring) for cases in by_row(every).values()
     ]
     outcomes = collect(run_all(jobs, 150, 8))
-    lost = sorted({o.name.split()[0] for o in outcomes if o.outcome in ("hung", "crashed")})
-    return summary(outcomes) | {"hung_rows": lost}
+    lost = sorted({row_of(o.name) for o in outcomes if o.outcome in ("hung", "crashed")})
+    errors: dict[str, float] = {}
+    for o in outcomes:
+        errors[row_of(o.name)] = max(errors.get(row_of(o.name), 0.0), o.data or 0.0)
+    return summary(outcomes) | {"hung_rows": lost, "errors": errors}
+
+
+def row_of(case: str) -> str:
+    """As HUNG_ROWS has it: libraries for several SMs have rows of one name."""
+    return " ".join(case.split()[:2])
 
 
 def smoke_cases(ring: Ring) -> list[tuple[Path, list[str]]]:
-    """Cases of the native library, and of those that the driver compiles: the tables of older GPUs."""
+    """Cases of the native library, and of those with the code and the tables of older GPUs."""
     found = []
     for suffix, sm, types in (("", ring.sm, (0, 1)), ("_75", 75, (0,)), ("_80", 80, (0, 1))):
         if path := ring.library(suffix):
@@ -147,7 +171,7 @@ def smoke_cases(ring: Ring) -> list[tuple[Path, list[str]]]:
 def by_row(cases: Iterable[str]) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = defaultdict(list)
     for case in cases:
-        rows[case.split()[0]].append(case)
+        rows[row_of(case)].append(case)
     return rows
 
 
@@ -181,7 +205,7 @@ def sanitize(ring: Ring) -> Part:
     if tool is None or path is None:
         return {"passed": False, "failures": {"compute-sanitizer": "not on PATH" if path else "nothing was built"}}
     every = small.every_case(Library(path), {"sm": ring.sm, "sm_count": 132})
-    cases = [case for case in small.few_cases(every) if case.split()[0] not in ring.hung_rows]
+    cases = [case for case in small.few_cases(every) if row_of(case) not in ring.hung_rows]
     jobs: dict[str, Job] = {}
     for (name, options), half in product(SANITIZERS.items(), (0, 1)):
         port = str(FIRST_PORT + 32 * len(jobs))  # each looks for a free one from here
@@ -195,22 +219,16 @@ def sanitize(ring: Ring) -> Part:
 
 
 def bench(ring: Ring) -> Part:
-    outcomes = measure(
-        ring, "tools.gpu.bench", ["roofs", *layers.cases(ring.quick)], 470, [str(ring.library("reader"))]
-    )
+    cases = ["roofs", "facts", *layers.cases(ring.quick)]
+    outcomes = measure(ring, "tools.gpu.bench", cases, 470, [str(ring.library("reader"))])
     data = {o.name: o.data for o in outcomes if o.data}
     roof = data.pop("roofs", None)
-    part = summary(outcomes)
-    if roof is None:
-        return part | {"passed": False}
+    part = summary(outcomes) | {"facts": data.pop("facts", {})}
     absent = {f"{case}, {who}": why for case, d in data.items() for who, why in d["failures"].items()}
     mine = {name: why for name, why in absent.items() if name.split(", ")[1].startswith(("int", "a8"))}
-    return part | {
-        "passed": part["passed"] and not mine,
-        "roofs": roof,
-        "timings": [tables.with_floor(t, roof) for d in data.values() for t in d["timings"]],
-        "absent": absent,
-    }
+    timings = [t for d in data.values() for t in d["timings"]]
+    part |= {"passed": part["passed"] and not mine, "absent": absent, "timings": timings}
+    return part | {"roofs": roof, "timings": [tables.with_floor(t, roof) for t in timings]} if roof else part
 
 
 def tune(ring: Ring) -> Part:
@@ -250,11 +268,16 @@ def text(name: str, part: Part, most: int = 10**6) -> str:
     lines = [f"== {name}: {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s {part.get('counts', '')}"]
     lines += grouped(part.get("failures", {}))[:most]
     lines += [f"  {who}: {line}" for who, said in part.get("found", {}).items() for line in said[:12]]
+    if part.get("errors"):
+        row = max(part["errors"], key=part["errors"].__getitem__)
+        lines.append(f"  largest relative error before the output's rounding: {part['errors'][row]:.2g}, {row}")
     if part.get("hung_rows"):
         lines.append(f"  later stages leave out: {', '.join(part['hung_rows'])}")
-    if "roofs" in part:
+    if "timings" in part:
         lines += sorted({f"  {case.split(', ')[1]}: {why}" for case, why in part["absent"].items()})[:most]
         lines += tables.time_table(part["timings"])[:most] if most > LONG else []
+    lines += [f"  {name}: {answer}" for name, answer in part.get("facts", {}).items()]
+    if "roofs" in part:
         lines += [*tables.roof_table(part["roofs"]), *goals.goal_table(goals.judge(part["timings"]))]
     if "rows" in part:
         lines += tables.tune_table(part["rows"])[:most]
@@ -279,7 +302,10 @@ STAGES: dict[str, Callable[[Ring], Part]] = {
 
 
 def perform(name: str, ring: Ring) -> Part:
-    """Runs one stage and says how long it took."""
+    """Runs one stage and says how long it took. A mistake in it costs the stage, and not those that follow."""
     start = time.monotonic()
-    part = STAGES[name](ring)
+    try:
+        part = STAGES[name](ring)
+    except Exception:
+        part = {"passed": False, "failures": {name: traceback.format_exc()}}
     return {**part, "seconds": round(time.monotonic() - start)}

@@ -8,6 +8,7 @@ What a row computes is compared with torch's product of the dequantized weights,
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from tools.gpu import gemm
 from tools.gpu.bench import label, ours
-from tools.gpu.gemm import HUNG, Gemm, Weight, random_weight
+from tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
 from tools.gpu.layers import LAYERS, parse_case
 from tools.gpu.library import Library, Plan
 from tools.gpu.race import copies, race, ready
@@ -27,6 +28,7 @@ FORMATS = {  # name: bits of codes, group (0: a whole row), bits of activations
 }  # fmt: skip
 SPLITS = (0, 1, 2, 4, 8)
 MOST_WAVES = 4  # blocks for each multiprocessor beyond which K is not worth splitting
+NO_CLUSTERS = {"sm": 100}  # whose rows for few m are those of 90
 REPLAYS = 9
 HOPELESS = 3  # times the best: who is slower need not run again
 WRONG = 0.03  # relative error; int8 activations alone make up to 0.01
@@ -37,7 +39,15 @@ def candidates(library: Library, problem: dict[str, int]) -> list[Plan]:
     most = MOST_WAVES * problem["sm_count"]
     plans = library.plans(SPLITS, **problem)
     worth = [p for p in plans if p.splits == 1 or p.splits * p.grid_m * p.grid_n <= most]
-    return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if p.kernel not in HUNG]
+    return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if not is_hung(p, problem["sm"])]
+
+
+def variants(plan: Plan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Labels and options that pin a plan; where its blocks are a cluster, also one that adds up in the workspace."""
+    pinned = {"row": plan.row + 1, "splits": plan.splits}
+    yield label(plan), pinned
+    if sm == 90 and plan.splits > 1 and "warpgroup" not in plan.kernel:
+        yield f"{label(plan)} by memory", {**pinned, **NO_CLUSTERS}
 
 
 @lru_cache(maxsize=1)
@@ -63,12 +73,17 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
         truth = (x @ dense(layer, key).T).float()
         problem = Gemm.problem_of(x, weights[0], options)
         racers = []
-        for plan in candidates(library, problem):
-            pinned = {**options, "row": plan.row + 1, "splits": plan.splits}
-            if wrong := what_is_wrong(Gemm(library, x, weights[0], pinned), truth):
-                found.append({"format": name, "layer": layer, "m": m, "plan": label(plan), "wrong": wrong})
-            else:
-                racers.append(ready(ours(library, label(plan), x, weights, **pinned)))
+        plans = candidates(library, problem)
+        for called, pinned in (each for plan in plans for each in variants(plan, problem["sm"])):
+            asked = {**options, **pinned}
+            try:
+                if not (wrong := what_is_wrong(Gemm(library, x, weights[0], asked), truth)):
+                    racers.append(ready(ours(library, called, x, weights, **asked)))
+            except Exception as error:  # one that cannot be launched; the others go on
+                wrong = f"{type(error).__name__}: {error}"
+                torch.cuda.synchronize()  # but an error inside a kernel ends this process
+            if wrong:
+                found.append({"format": name, "layer": layer, "m": m, "plan": called, "wrong": wrong})
         ran = race(layer, m, racers, REPLAYS, HOPELESS)
         chosen = label(library.choose(**problem))
         found += [

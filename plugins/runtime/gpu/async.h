@@ -86,12 +86,7 @@ __device__ __forceinline__ void prefetch_map(TensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// ---- clusters and warpgroups ----
-
-// All threads of the cluster. Of what was written before, only published barriers are surely seen after.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+// ---- warpgroups ----
 
 // The registers of a thread, for all of a warpgroup: fewer than the kernel was compiled for leave some for others.
 template <int Count>

@@ -174,6 +174,32 @@ __device__ __forceinline__ void release_next() {
 #endif
 }
 
+// ---- clusters: blocks that run at the same time and read each other's shared memory (sm_90 and newer) ----
+
+// Of all threads of the cluster: what one wrote to shared memory before it, all of them see after it.
+__device__ __forceinline__ void cluster_barrier() {
+#if DEVICE_SM >= 90
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The same without waiting for anybody's writes: published barriers are seen after it, and all reads are over.
+__device__ __forceinline__ void relaxed_cluster_barrier() {
+#if DEVICE_SM >= 90
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// What block `rank` of the cluster has in the place of `own`
+__device__ __forceinline__ float load_from(int rank, float const* own) {
+    float v = 0.0f;
+#if DEVICE_SM >= 90
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(v)
+                 : "r"(shared_address(own)), "r"(rank)
+                 : "memory");
+#endif
+    return v;
+}
+
 // ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
 
 #define MULTIPLY_16(type)                                      \
@@ -250,22 +276,30 @@ struct Grid {
     dim3 blocks;
     int threads;
     size_t shared = 0;
-    int cluster = 1;       // neighbours in x that share their memory (sm_90 and newer)
+    dim3 cluster{1};       // neighbours that share their memory (sm_90 and newer)
     bool overlap = false;  // may start while the kernel before it ends (sm_90 and newer): see wait_for_inputs
 };
 
-// Returns null, or what the runtime said. More than 48 KiB of shared memory must be asked for on each device.
+// Returns null, or what the runtime said. More than 48 KiB of shared memory must be asked for on each device: the most
+// that it has, whatever this launch needs, because threads that launch one kernel with different sizes would set each
+// other's limit.
 template <class Args>
 char const* launch(void (*kernel)(Args), Grid const& grid, Stream stream, Args args) {
     auto* const function = reinterpret_cast<void const*>(kernel);
     cudaError_t status = cudaSuccess;
-    if (grid.shared > 48 * 1024)
-        status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
+    if (grid.shared > 48 * 1024) {
+        int device = 0, most = 0;
+        status = cudaGetDevice(&device);
+        if (status == cudaSuccess)
+            status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (status == cudaSuccess)
+            status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     cudaLaunchAttribute attributes[2] = {};
     unsigned count = 0;
-    if (grid.cluster > 1) {
+    if (grid.cluster.x * grid.cluster.z > 1) {
         attributes[count].id = cudaLaunchAttributeClusterDimension;
-        attributes[count++].val.clusterDim = {unsigned(grid.cluster), 1, 1};
+        attributes[count++].val.clusterDim = {grid.cluster.x, 1, grid.cluster.z};
     }
     if (grid.overlap) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;

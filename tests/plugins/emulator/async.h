@@ -1,8 +1,8 @@
 // plugins/runtime/gpu/async.h on the CPU: copies that land at a random later time, barriers that count them, clusters.
 //
 // Strict where the hardware would hang or silently be wrong: memory under a copy is poison until it lands; a phase that
-// never ends, bytes that nobody announced, a block that ends before its copies, and fragments or sums that change under
-// a running product all abort with a message.
+// never ends, bytes that nobody announced, a block that ends before its copies, and fragments, sums or rows of x that
+// change under a running product all abort with a message.
 #pragma once
 
 #include <device.h>
@@ -45,14 +45,6 @@ inline void advance(void const* barrier, int arrivals, int64_t bytes) {
     if (p.bytes < 0 && state.shared.size() == 1) fail("bytes that nobody announced at " + describe_barrier(barrier));
     if (p.missing || p.bytes) return;
     p.missing = p.arrivals, p.ended++, state.progress++;
-}
-
-inline void* at_rank(void const* shared, unsigned rank) {
-    size_t const first = rank * state.threads;
-    bool lives = false;
-    for (size_t i = first; i < first + state.threads; i++) lives = lives || !state.fibers[i].done;
-    if (!lives) fail("block " + std::to_string(rank) + " of the cluster has ended and its memory is gone");
-    return shared_of(rank) + (static_cast<unsigned char const*>(shared) - dynamic_shared());
 }
 
 // Poison until the copy lands
@@ -128,9 +120,8 @@ inline void copy_box(void* shared, TensorMap const& map, int byte, int64_t row, 
 }
 inline void prefetch_map(TensorMap const&) {}
 
-// ---- clusters and warpgroups ----
+// ---- warpgroups ----
 
-inline void cluster_barrier() { emulator::meet(emulator::state.cluster, int(emulator::state.fibers.size())); }
 template <int Count>
 inline void keep_registers() {}
 template <int Count>
@@ -150,54 +141,76 @@ inline void warpgroup_wait() {
 }
 
 namespace emulator {
-// A product of this lane runs when it is waited for; until then its fragment must keep its value.
-template <class Product>
-inline void multiply_later(uint32_t const (&a)[4], void const* tile, Product const& product) {
+// What 32 bytes of each row of a tile hold
+inline uint64_t digest(unsigned char const* tile, size_t rows, int step) {
+    uint64_t sum = 0;
+    for (size_t row = 0; row < rows; row++)
+        for (size_t chunk = 0; chunk < 2; chunk++) {
+            uint64_t words[2];
+            std::memcpy(words, tile + row * 128 + ((size_t(step) * 2 + chunk) ^ row % 8) * 16, 16);
+            sum = (sum * 31 + words[0]) * 31 + words[1];
+        }
+    return sum;
+}
+
+// A product of this lane runs when it is waited for; until then its fragment, its sums and its rows of x must keep
+// their values.
+template <class Sum, size_t C, class Product>
+inline void multiply_later(Sum (&d)[C][4], uint32_t const (&a)[4], void const* tile, int step, Product const& product) {
     require(aligned(tile, 1024), "a tile is not aligned to its swizzle");
     auto const f = fragments(a, 0, 0);
     auto const* const bytes = static_cast<unsigned char const*>(tile);
     std::array<uint32_t, 4> const mine{a[0], a[1], a[2], a[3]};
-    int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
-    state.now->products.back().push_back([=, live = &a] {
+    int const lane = int(threadIdx.x) % 32;
+    uint64_t const rows = lane ? 0 : digest(bytes, 8 * C, step);  // one lane looks for all
+    Running& running = state.now->running;
+    auto const* const raw = reinterpret_cast<unsigned char const*>(d);
+    if (running.products++ == 0) running.sums.assign(raw, raw + sizeof d);
+    state.now->products.back().push_back([=, live = &a, &running, &d] {
         require(!std::memcmp(mine.data(), live, sizeof mine), "a fragment changed under its product");
-        product(f, bytes, g, t);
+        require(!std::memcmp(running.sums.data(), raw, sizeof d), "sums changed under their product");
+        require(lane || rows == digest(bytes, 8 * C, step), "rows of x changed under their product");
+        product(f, bytes, lane / 4, lane % 4);
+        running.products--, running.sums.assign(raw, raw + sizeof d);
     });
 }
 }  // namespace emulator
 
 template <class T, size_t C>
 inline void warpgroup_multiply_add(float (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k16, bool add) {
-    emulator::multiply_later(a, tile, [k16, add, out = &d](auto const& f, unsigned char const* bytes, int g, int t) {
-        for (size_t j = 0; j < C; j++)
-            for (int i = 0; i < 4; i++) {
-                double sum = 0;
-                for (int k = 0; k < 16; k++) {
-                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k16 * 2 + k / 8;
-                    uint16_t x;
-                    std::memcpy(&x, bytes + row * 128 + (chunk ^ row % 8) * 16 + k % 8 * 2, 2);
-                    uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
-                    sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
-                }
-                (*out)[j][i] = emulator::cut((add ? (*out)[j][i] : 0.0f) + sum);
-            }
-    });
+    emulator::multiply_later(d, a, tile, k16,
+                             [k16, add, out = &d](auto const& f, unsigned char const* bytes, int g, int t) {
+                                 for (size_t j = 0; j < C; j++)
+                                     for (int i = 0; i < 4; i++) {
+                                         double sum = 0;
+                                         for (int k = 0; k < 16; k++) {
+                                             int const row = int(j) * 8 + 2 * t + i % 2, chunk = k16 * 2 + k / 8;
+                                             uint16_t x;
+                                             std::memcpy(&x, bytes + row * 128 + (chunk ^ row % 8) * 16 + k % 8 * 2, 2);
+                                             uint32_t const av = f[g * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
+                                             sum += double(to_float<T>(uint16_t(av >> k % 2 * 16))) * to_float<T>(x);
+                                         }
+                                         (*out)[j][i] = emulator::cut((add ? (*out)[j][i] : 0.0f) + sum);
+                                     }
+                             });
 }
 
 template <size_t C>
 inline void warpgroup_multiply_add(int32_t (&d)[C][4], uint32_t const (&a)[4], void const* tile, int k32, bool add) {
-    emulator::multiply_later(a, tile, [k32, add, out = &d](auto const& f, unsigned char const* bytes, int g, int t) {
-        for (size_t j = 0; j < C; j++)
-            for (int i = 0; i < 4; i++) {
-                int32_t sum = add ? (*out)[j][i] : 0;
-                for (int k = 0; k < 32; k++) {
-                    int const row = int(j) * 8 + 2 * t + i % 2, chunk = k32 * 2 + k / 16;
-                    auto const x = int8_t(bytes[row * 128 + (chunk ^ row % 8) * 16 + k % 16]);
-                    uint32_t const av = f[g * 4 + k % 16 / 4].a[i / 2 + k / 16 * 2];
-                    sum += int32_t(int8_t(av >> k % 4 * 8)) * x;
-                }
-                (*out)[j][i] = sum;
-            }
-    });
+    emulator::multiply_later(d, a, tile, k32,
+                             [k32, add, out = &d](auto const& f, unsigned char const* bytes, int g, int t) {
+                                 for (size_t j = 0; j < C; j++)
+                                     for (int i = 0; i < 4; i++) {
+                                         int32_t sum = add ? (*out)[j][i] : 0;
+                                         for (int k = 0; k < 32; k++) {
+                                             int const row = int(j) * 8 + 2 * t + i % 2, chunk = k32 * 2 + k / 16;
+                                             auto const x = int8_t(bytes[row * 128 + (chunk ^ row % 8) * 16 + k % 16]);
+                                             uint32_t const av = f[g * 4 + k % 16 / 4].a[i / 2 + k / 16 * 2];
+                                             sum += int32_t(int8_t(av >> k % 4 * 8)) * x;
+                                         }
+                                         (*out)[j][i] = sum;
+                                     }
+                             });
 }
 
 // ---- host ----

@@ -58,6 +58,11 @@ struct Copy {
     unsigned char bytes[16];
 };
 
+struct Running {  // products of a warpgroup that have not been waited for; they all add to the same sums
+    int products = 0;
+    std::vector<unsigned char> sums;
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -67,6 +72,7 @@ struct Fiber {
     bool done = false;
     std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
     std::vector<std::vector<std::function<void()>>> products{1};
+    Running running;
 };
 
 struct Meeting {  // of the threads that take part in a barrier or a warp-wide instruction
@@ -155,8 +161,8 @@ inline bool happen(bool all_wait, std::mt19937& random) {
     return count > 0;
 }
 
-inline void run_cluster(dim3 first, unsigned blocks, int threads, size_t shared, std::mt19937& random) {
-    unsigned const warps = unsigned(threads + 31) / 32;
+inline void run_cluster(dim3 first, dim3 cluster, int threads, size_t shared, std::mt19937& random) {
+    unsigned const warps = unsigned(threads + 31) / 32, blocks = cluster.x * cluster.z;
     state.fibers = std::vector<Fiber>(threads * blocks);
     state.threads = size_t(threads);
     state.barriers.assign(blocks, {});
@@ -168,7 +174,7 @@ inline void run_cluster(dim3 first, unsigned blocks, int threads, size_t shared,
     for (unsigned rank = 0; rank < blocks; rank++)
         for (unsigned i = 0; i < unsigned(threads); i++) {
             Fiber& f = state.fibers[rank * unsigned(threads) + i];
-            prepare(f, {first.x + rank, first.y, first.z}, rank, i, warps);
+            prepare(f, {first.x + rank % cluster.x, first.y, first.z + rank / cluster.x}, rank, i, warps);
             order.push_back(&f);
         }
     while (!order.empty()) {
@@ -345,7 +351,7 @@ inline void load_matrices(uint32_t (&r)[4], Shared row) {
     int const lane = int(threadIdx.x) % 32;
     for (int i = 0; i < 4; i++) {
         auto const* at = rows[i * 8 + lane / 4] + lane % 4 * 4;
-        if (reinterpret_cast<uintptr_t>(rows[i * 8]) % 16) std::abort();
+        if (reinterpret_cast<uintptr_t>(rows[i * 8 + lane / 4]) % 16) std::abort();
         std::memcpy(&r[i], at, 4);
     }
     emulator::share(0);  // nobody overwrites what a slower lane still reads: the instruction is warp-wide
@@ -370,6 +376,24 @@ inline int uniform(int value) {
     auto const all = emulator::share(value);
     if (all[0] != value) std::abort();  // it was not
     return value;
+}
+
+// ---- clusters ----
+
+inline void cluster_barrier() { emulator::meet(emulator::state.cluster, int(emulator::state.fibers.size())); }
+inline void relaxed_cluster_barrier() { cluster_barrier(); }
+
+namespace emulator {
+inline void* at_rank(void const* shared, unsigned rank) {
+    size_t const first = rank * state.threads;
+    bool lives = false;
+    for (size_t i = first; i < first + state.threads; i++) lives = lives || !state.fibers[i].done;
+    if (!lives) fail("block " + std::to_string(rank) + " of the cluster has ended and its memory is gone");
+    return shared_of(rank) + (static_cast<unsigned char const*>(shared) - dynamic_shared());
+}
+}  // namespace emulator
+inline float load_from(int rank, float const* own) {
+    return *static_cast<float const*>(emulator::at_rank(own, unsigned(rank)));
 }
 
 inline void wait_for_inputs() {}
@@ -464,7 +488,7 @@ struct Grid {
     dim3 blocks;
     int threads;
     size_t shared = 0;
-    int cluster = 1;
+    dim3 cluster{1};
     bool overlap = false;
 };
 
@@ -474,12 +498,13 @@ char const* launch(void (*kernel)(Args), Grid const& grid, Stream, Args args) {
     std::mt19937 random(seed ? unsigned(std::atoi(seed)) : 1u);
     size_t const limit = (DEVICE_SM < 75 ? 48 : DEVICE_SM < 80 ? 64 : DEVICE_SM == 90 ? 227 : 99) * 1024;
     if (grid.shared > limit) return "more shared memory than the smallest device of this family has";
-    if (grid.blocks.x % unsigned(grid.cluster)) return "a grid that is no multiple of its clusters";
+    if (grid.blocks.x % grid.cluster.x || grid.blocks.z % grid.cluster.z)
+        return "a grid that is no multiple of its clusters";
     emulator::state.body = [&] { kernel(args); };
     gridDim = grid.blocks;
-    for (unsigned z = 0; z < grid.blocks.z; z++)
+    for (unsigned z = 0; z < grid.blocks.z; z += grid.cluster.z)
         for (unsigned y = 0; y < grid.blocks.y; y++)
-            for (unsigned x = 0; x < grid.blocks.x; x += unsigned(grid.cluster))
-                emulator::run_cluster({x, y, z}, unsigned(grid.cluster), grid.threads, grid.shared, random);
+            for (unsigned x = 0; x < grid.blocks.x; x += grid.cluster.x)
+                emulator::run_cluster({x, y, z}, grid.cluster, grid.threads, grid.shared, random);
     return nullptr;
 }

@@ -31,6 +31,8 @@ void kernel(Args const p) {
     warpgroup_multiply_add<Half>(d, a, tile, 0, true);
     warpgroup_commit();
     if (p.fault == 8) a[0] = 1;
+    if (p.fault == 9) d[3][1] = 1.0f;
+    if (p.fault == 10 && threadIdx.x == 0) tile[5 * 128 + 5 * 16] = 1;
     warpgroup_wait<0>();
 }
 

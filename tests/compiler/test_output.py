@@ -1,0 +1,261 @@
+"""The output folder: what is not lost in it, and that all of a run appears at once or nothing does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import typer
+
+import compiler.__main__ as command
+from compiler import build
+from compiler.accuracy.verify import Verdict
+from compiler.artifact import MANIFEST, read_manifest
+from compiler.build import Twin, compile_model, source
+from compiler.check import check
+from compiler.frontend.model import FloatModel
+from compiler.kit import KIT
+from compiler.output import Staging, check_out
+from compiler.repository import write_repository
+from compiler.request import Request
+from compiler.target import find_target
+from compiler.triton.integrity import sha256
+from passes.errors import UserError
+from tests.conftest import TEXT, TINY
+from tools.accuracy_diff import request_of
+from tools.cli import run
+
+X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
+
+
+@pytest.fixture
+def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file, hidden ones too, with its digest."""
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def old_and_new(folder: Path, staging: Staging) -> None:
+    """A file and a folder, there and aside; the folder's content changes."""
+    for place, text in ((folder, "old"), (staging.aside(folder), "new")):
+        (place / "x86").mkdir(parents=True)
+        (place / "x86" / text).write_text(text)
+        (place / MANIFEST).write_text(text)
+
+
+def test_what_lies_aside_takes_its_place_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b" / "c"
+    first.mkdir()
+    rename, moved = Path.rename, []
+    monkeypatch.setattr(Path, "rename", lambda path, to: (moved.append(to.name), rename(path, to)))
+    with Staging() as staging:
+        old_and_new(first, staging)
+        (staging.aside(first) / ".scratch").mkdir()
+        (staging.aside(first) / "link").symlink_to(tmp_path)
+        (staging.aside(second) / "file").write_text("new")
+        assert staging.final(staging.aside(second) / "file") == second / "file"
+        assert staging.final(tmp_path) == tmp_path
+        assert (first / MANIFEST).read_text() == "old"
+    assert moved == ["x86", "x86", "file", MANIFEST, MANIFEST], "the manifest last"
+    assert contents(tmp_path).keys() == {"a/x86/new", "a/manifest.json", "b/c/file"}
+    assert {p.name for p in first.iterdir()} == {"x86", MANIFEST}
+    assert (first / MANIFEST).read_text() == "new"
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the four moves in turn; the fifth stands for whatever came before them."""
+    rename, moves = Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        moves.append(target)
+        if len(moves) == failing:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def write() -> None:
+        with Staging() as staging:
+            old_and_new(folder, staging)
+            staging.aside(tmp_path / "never" / "made")
+            if failing == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {name: (folder / name).read_text() for name in contents(folder)} == {"x86/old": "old", MANIFEST: "old"}
+
+
+@pytest.fixture
+def out(tiny_compiled: Path, tmp_path: Path) -> Path:
+    """An x86 artifact, to be changed."""
+    return Path(shutil.copytree(tiny_compiled, tmp_path / "out"))
+
+
+def test_what_compile_did_not_write_is_not_replaced(out: Path) -> None:
+    check_out(out, [X86, ARM])
+    (out / "x86" / "notes").mkdir()
+    check_out(out, [X86])
+    (out / "x86" / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out/x86: .* would be lost\n.*notes/a.txt\n"):
+        check_out(out, [X86])
+    check_out(out, [ARM])
+    (out / "armv9").write_text("a file")
+    with pytest.raises(UserError, match="would be lost"):
+        check_out(out, [ARM])
+    (out / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"config.json, .* and \d more"):
+        check_out(out, [X86])
+
+
+def test_a_kit_counts_as_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "sm90"
+    folder.mkdir()
+    (folder / KIT).write_text(json.dumps({"digests": {"model.onnx": ""}}))
+    (folder / "model.onnx").write_text("")
+    check_out(tmp_path, [SM90])
+    (folder / "model.engine").write_text("built by hand")
+    with pytest.raises(UserError, match=r"found: +sm90/model.engine"):
+        check_out(tmp_path, [SM90])
+
+
+def test_a_model_is_not_replaced_by_its_artifact(out: Path) -> None:
+    model = out / "x86" / "model.onnx"
+    before = contents(out)
+    with pytest.raises(UserError, match=r"model.onnx: this lies in the folder that the artifact for x86 replaces"):
+        compile_model(Request(model, ("x86",), out))
+    with pytest.raises(UserError, match="this lies in the folder"):
+        check_out(out, [X86], [out / "x86" / "repository"])
+    check_out(out, [ARM], [model])
+    assert contents(out) == before
+
+
+def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="not a folder that can be written"):
+            check_out(out, [X86])
+    check_out(tmp_path / "new" / "folder", [X86])
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
+    (first,) = read_manifest(out)
+    compile_model(Request(TINY, ("armv9",), out, quant="a16w4", group_size=32))
+    kept, second = read_manifest(out)
+    assert kept == first
+    assert [line.partition(":")[0] for line in check(out)] == ["x86", "armv9"]
+    assert (kept.source["request"]["quant"], second.source["request"]["quant"]) == ("a16w8", "a16w4")
+    with pytest.raises(UserError, match="the artifacts are of several requests"):
+        request_of(out, TINY, None)
+    assert request_of(out, TINY, "x86")[0].quant == "a16w8"
+    assert [s.name for s in write_repository(out, out.parent / "triton")] == ["tiny-qwen2_x86", "tiny-qwen2_armv9"]
+    shutil.rmtree(out / "x86")
+    compile_model(Request(TINY, ("armv9",), out, quant="none"))
+    assert [a.target for a in read_manifest(out)] == ["armv9"]
+
+
+@pytest.mark.usefixtures("no_export")
+def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    other.write_text("")
+    compile_model(Request(other, ("armv9",), out, quant="none"))
+    assert [a.source["model"] for a in read_manifest(out)] == ["tiny-qwen2", "other.onnx"]
+    names = [s.name for s in write_repository(out, tmp_path / "triton")]
+    assert names == ["tiny-qwen2_x86", "other_armv9"]
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_target_that_fails_leaves_the_others_as_they_were(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, write = contents(out), build.write_model
+
+    def full(graph: object, path: Path, progress: object) -> int:
+        if path.parent.name == "armv9":
+            raise UserError("the artifact could not be written")
+        return write(graph, path, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "write_model", full)
+    with pytest.raises(UserError, match="could not be written"):
+        compile_model(Request(TINY, ("x86", "armv9"), out, quant="a16w4"))
+    assert contents(out) == before
+    assert not [p for p in out.iterdir() if p.name not in ("x86", MANIFEST)]
+
+
+def test_the_current_folder_has_a_name(tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(TINY)
+    twin = Twin({}, tiny_float.graph)
+    assert source(Request(tmp_path / "link", ("x86",), tmp_path), twin)["model"] == "link"
+    monkeypatch.chdir(TINY)
+    assert source(Request(Path(), ("x86",), tmp_path), twin)["model"] == TINY.name
+
+
+def compile_all(request: Request, triton: Path) -> None:
+    command.compile_request(request, triton, verify=True, dry_run=False, explain=False)
+
+
+@pytest.mark.usefixtures("no_export")
+def test_report_and_repository_appear_with_the_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, triton = tmp_path / "out", tmp_path / "triton"
+    compile_all(Request(TINY, ("x86",), out, quant="a16w8"), triton)
+    assert {p.name for p in out.iterdir()} == {"x86", "report", MANIFEST}
+    words = json.loads((out / "report" / "x86" / "report.json").read_text())["polygraphy"].split()
+    assert words[2] == str(out / "x86" / "model.onnx")
+    assert all(Path(word).is_file() for word in words if word.startswith("/"))
+    served, compiled = contents(triton), contents(out)
+
+    monkeypatch.setattr("compiler.repository.generate_config", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left"):
+        compile_all(Request(TINY, ("x86",), out, quant="a16w4"), triton)
+    assert (contents(triton), contents(out)) == (served, compiled)
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_model_that_fails_is_written_and_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Verdict, "passed", False)
+    with pytest.raises(typer.Exit):
+        compile_all(Request(TINY, ("x86",), tmp_path / "out", quant="a16w8"), tmp_path / "triton")
+    assert (tmp_path / "out" / "report" / "x86" / "report.json").is_file()
+    assert not (tmp_path / "triton").exists()
+
+
+@pytest.mark.usefixtures("no_export")
+def test_what_verify_and_triton_need_is_known_before_anything_is_written(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "write_artifacts", lambda *a: pytest.fail("written first"))
+    with pytest.raises(UserError, match="the text cannot be read"):
+        compile_all(Request(TINY, ("x86",), out, text=tmp_path / "nowhere"), tmp_path / "triton")
+    (out / "report" / "x86").mkdir(parents=True)
+    (out / "report" / "x86" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="this is no report of ours"):
+        compile_all(Request(TINY, ("x86",), out, text=TEXT), tmp_path / "triton")
+    with pytest.raises(UserError, match="nothing here can be served"):
+        compile_all(Request(TINY, ("sm90",), tmp_path / "kit", builder="kit"), tmp_path / "triton")
+
+
+def refused() -> None:
+    raise OSError(30, "Read-only file system", "/there/x86")
+
+
+@pytest.mark.parametrize("tool", [False, True])
+def test_what_the_system_refuses_has_no_traceback(
+    tool: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "app", refused)
+    monkeypatch.setattr("sys.argv", ["compile"])
+    with pytest.raises(SystemExit) as stop:
+        run(refused) if tool else command.main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"

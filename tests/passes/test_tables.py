@@ -1,0 +1,63 @@
+"""Embedding tables of 8 bits in plain operators: the row of every id, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from passes.evaluate import Evaluation
+from passes.evaluate_node import dependencies
+from passes.lazy import InMemory, View
+from passes.quant import dequantize, quantize_asymmetric
+from passes.rewrite import Ledger, add, run
+from passes.tables import LowerNativeTables
+from tests.graphs import evaluate
+
+V, H, BLOCK = 40, 96, 32
+FLOAT16 = np.dtype(np.float16)
+IDS = np.array([[3, 39, 0], [17, 3, 20]])
+
+
+def reader(table: np.ndarray, readers: int = 1) -> gs.Graph:
+    """Gather(table, ids), several times where a model reads a table twice."""
+    ids = gs.Variable("ids", np.int64, ["b", "s"])
+    graph = gs.Graph(inputs=[ids], opset=23, ir_version=10)
+    constant = gs.Constant("embedding.weight", View(InMemory(table), table.shape, np.float32))
+    for i in range(readers):
+        out = gs.Variable(f"y{i}", np.float32, ["b", "s", table.shape[1]])
+        graph.outputs.append(add(graph, "Gather", [constant, ids], out, axis=0))
+    return graph
+
+
+@pytest.fixture
+def table() -> np.ndarray:
+    """Rows of different sizes, none of which has its zero in the middle."""
+    rng = np.random.default_rng(0)
+    return (rng.standard_normal((V, H)) * rng.uniform(0.1, 10, (V, 1)) + 0.3).astype(np.float32)
+
+
+def test_rows_are_the_dequantized_ones_exactly(table: np.ndarray, tmp_path: Path) -> None:
+    block = quantize_asymmetric(table.reshape(V, -1, BLOCK).copy(), 8, FLOAT16)
+    assert len(np.unique(block.zero)) > 10
+    want = dequantize(block, BLOCK)[IDS]
+    graph = run(reader(table, 2), [LowerNativeTables(FLOAT16)], Ledger())
+    for got in evaluate(graph.copy(), {"ids": IDS}, tmp_path):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(Evaluation(graph, {"ids": IDS}).take("y0"), want)
+
+
+def test_the_table_streams_when_the_graph_is_evaluated(table: np.ndarray) -> None:
+    graph = run(reader(table), [LowerNativeTables(FLOAT16)], Ledger())
+    gathers = [node for node in graph.nodes if node.op == "Gather"]
+    assert len(gathers) == 3
+    assert {t.name for node in gathers for t in dependencies(node)} == {"ids"}
+
+
+def test_a_table_without_blocks_stays_and_says_why(table: np.ndarray) -> None:
+    ledger = Ledger()
+    graph = run(reader(table[:, :40]), [LowerNativeTables(FLOAT16)], ledger)
+    assert [node.op for node in graph.nodes] == ["Gather"]
+    assert [entry.reason for entry in ledger.rejected()] == ["width 40 is no multiple of 16"]
