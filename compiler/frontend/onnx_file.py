@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onnx.numpy_helper import from_array, to_array
 from compiler.frontend.model import FloatModel, LlmShape, stored_types
 from compiler.subgraphs import graphs, tensors
 from passes.errors import UserError
-from passes.lazy import FOUR_BIT, FileTensor, InMemory, Source, View
+from passes.lazy import FOUR_BIT, FileTensor, InMemory, View
 from passes.verify import QDQ_OPS
 
 OPSET = 23  # with the operators that passes fuse
@@ -34,23 +35,39 @@ def load(path: Path) -> FloatModel:
     Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
     widened as they are read.
     """
+    model = at_opset(read(path), path)
+    refuse_quantized(model, path)
+    constant_nodes(model)
+    weights = take_weights(model, path)
+    notes = widen(model, weights)
+    graph = imported(inferred(model, path), weights)
+    files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
+    return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
+
+
+def load_artifact(path: Path) -> gs.Graph:
+    """The graph of a file that the compiler wrote, as it is."""
+    model = read(path)
+    weights = take_weights(model, path)
+    return imported(model, weights)
+
+
+def read(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         raise UserError("not a readable ONNX file", where=str(path), found=str(error)) from None
     if not model.graph.node:
         raise UserError("not an ONNX model, or an empty one", where=str(path))
-    model = at_opset(model, path)
-    refuse_quantized(model, path)
-    constant_nodes(model)
-    notes = widen(model)
-    weights = take_weights(model, path)
-    graph = gs.import_onnx(inferred(model, path))
+    return model
+
+
+def imported(model: onnx.ModelProto, weights: Mapping[str, View]) -> gs.Graph:
+    graph = gs.import_onnx(model)
     for name, tensor in tensors(graph).items():
         if name in weights:
             tensor.values = weights[name]
-    files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
-    return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
+    return graph
 
 
 def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
@@ -85,13 +102,19 @@ def literal(node: onnx.NodeProto) -> onnx.TensorProto | None:
     return attribute.t if attribute.name == "value" else None
 
 
-def widen(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Makes float32 of all that has a narrow float type but initializers; says so of inputs and outputs."""
+def widen(model: onnx.ModelProto, weights: dict[str, View]) -> tuple[str, ...]:
+    """Makes float32 of all that has a narrow float type, `weights` included; says so of inputs and outputs."""
     interface = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
     for graph in graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type in NARROW:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for tensor in graph.initializer:
+            if tensor.data_type in NARROW and tensor.name in weights:
+                view, tensor.data_type = weights[tensor.name], TensorProto.FLOAT
+                weights[tensor.name] = View(view.source, view.shape, np.float32)
+            elif tensor.data_type in NARROW:
+                tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
         for attribute in (a for node in graph.node for a in node.attribute):
             if attribute.name in ("to", "dtype") and attribute.i in NARROW:  # of Cast and of generators
                 attribute.i = TensorProto.FLOAT
@@ -142,16 +165,13 @@ def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
     """References to what is large or external, by name; what the model had of it is dropped."""
     weights: dict[str, View] = {}
     for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
-        wide = TensorProto.FLOAT if tensor.data_type in NARROW else tensor.data_type
         if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
-            if wide != tensor.data_type:
-                tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
             continue
         if tensor.name in weights:
             raise UserError("weights of different branches have one name", where=str(path), found=tensor.name)
-        source: Source = file_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
-        weights[tensor.name] = View(source, tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(wide))
-        tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=wide))
+        source = file_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
+        weights[tensor.name] = View(source, tuple(tensor.dims), source.dtype)
+        tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
     return weights
 
 
