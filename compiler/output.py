@@ -35,8 +35,8 @@ class Staging:
         """The hidden folder in `folder` that its new contents are written to."""
         if folder not in self.asides:
             missing = [f for f in (folder, *folder.parents) if not f.exists()]
+            self.made = [*missing, *self.made]  # first: an interruption may come at any time
             folder.mkdir(parents=True, exist_ok=True)
-            self.made = [*missing, *self.made]
             self.asides[folder] = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
         return self.asides[folder]
 

@@ -38,7 +38,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         lowered = all_positions(planned, request, target, dtype)
     else:
         dtype = np.dtype(np.float32)
-        lowered = onnx_file.as_written(file) if file is not None else planned.lowered[target.name]
+        lowered = onnx_file.load_artifact(file) if file is not None else planned.lowered[target.name]
     return Subject(
         model=planned.model,
         target=target.name,

@@ -108,13 +108,12 @@ def write_data(placed: list[Placed], total: int, path: Path, progress: Progress)
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
         if total:
             os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour
-        jobs = [
-            pool.submit(write_source, source, views, file.fileno(), progress) for source, views in by_source.items()
-        ]
         try:
+            fd = file.fileno()
+            jobs = [pool.submit(write_source, source, views, fd, progress) for source, views in by_source.items()]
             for job in jobs:
                 job.result()
-        except BaseException:
+        except BaseException:  # an interruption may come while jobs are still handed out
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from onnx.numpy_helper import from_array, to_array
 from compiler.frontend.model import FloatModel, LlmShape, stored_types
 from compiler.subgraphs import graphs, tensors
 from passes.errors import UserError
-from passes.lazy import FOUR_BIT, FileTensor, InMemory, Source, View
+from passes.lazy import FOUR_BIT, FileTensor, InMemory, View
 from passes.verify import QDQ_OPS
 
 OPSET = 23  # with the operators that passes fuse
@@ -38,22 +38,21 @@ def load(path: Path) -> FloatModel:
     model = at_opset(read(path), path)
     refuse_quantized(model, path)
     constant_nodes(model)
-    notes = widen(model)
     weights = take_weights(model, path)
-    graph = referring(gs.import_onnx(inferred(model, path)), weights)
+    notes = widen(model, weights)
+    graph = imported(inferred(model, path), weights)
     files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
     return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
 
 
-def as_written(path: Path) -> gs.Graph:
-    """The graph of an artifact of ours: its operators, opsets and types are those of the file."""
+def load_artifact(path: Path) -> gs.Graph:
+    """The graph of a file that the compiler wrote, as it is."""
     model = read(path)
-    weights = take_weights(model, path, widened={})
-    return referring(gs.import_onnx(model), weights)
+    weights = take_weights(model, path)
+    return imported(model, weights)
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The model without its external data."""
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
@@ -63,8 +62,8 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def referring(graph: gs.Graph, weights: Mapping[str, View]) -> gs.Graph:
-    """`graph` with its weights as references."""
+def imported(model: onnx.ModelProto, weights: Mapping[str, View]) -> gs.Graph:
+    graph = gs.import_onnx(model)
     for name, tensor in tensors(graph).items():
         if name in weights:
             tensor.values = weights[name]
@@ -103,13 +102,19 @@ def literal(node: onnx.NodeProto) -> onnx.TensorProto | None:
     return attribute.t if attribute.name == "value" else None
 
 
-def widen(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Makes float32 of all that has a narrow float type but initializers; says so of inputs and outputs."""
+def widen(model: onnx.ModelProto, weights: dict[str, View]) -> tuple[str, ...]:
+    """Makes float32 of all that has a narrow float type, `weights` included; says so of inputs and outputs."""
     interface = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
     for graph in graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type in NARROW:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for tensor in graph.initializer:
+            if tensor.data_type in NARROW and tensor.name in weights:
+                view, tensor.data_type = weights[tensor.name], TensorProto.FLOAT
+                weights[tensor.name] = View(view.source, view.shape, np.float32)
+            elif tensor.data_type in NARROW:
+                tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
         for attribute in (a for node in graph.node for a in node.attribute):
             if attribute.name in ("to", "dtype") and attribute.i in NARROW:  # of Cast and of generators
                 attribute.i = TensorProto.FLOAT
@@ -156,25 +161,17 @@ def at_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     return model
 
 
-def take_weights(
-    model: onnx.ModelProto, path: Path, widened: Container[TensorProto.DataType] = NARROW
-) -> dict[str, View]:
-    """References to what is large or external, by name; what the model had of it is dropped.
-
-    Tensors of `widened` types become float32.
-    """
+def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
+    """References to what is large or external, by name; what the model had of it is dropped."""
     weights: dict[str, View] = {}
     for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
-        wide = TensorProto.FLOAT if tensor.data_type in widened else tensor.data_type
         if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
-            if wide != tensor.data_type:
-                tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
             continue
         if tensor.name in weights:
             raise UserError("weights of different branches have one name", where=str(path), found=tensor.name)
-        source: Source = file_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
-        weights[tensor.name] = View(source, tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(wide))
-        tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=wide))
+        source = file_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
+        weights[tensor.name] = View(source, tuple(tensor.dims), source.dtype)
+        tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
     return weights
 
 

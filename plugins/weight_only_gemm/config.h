@@ -42,8 +42,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #include "volta_rows.h"
 #else
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
-// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "narrow" and "wide" are never taken: they
-// are there to be measured beside the others (tools/gpu_check).
+// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "stream8_narrow" is never taken: it is
+// there to be measured beside the others (tools/gpu_check).
 // Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
 // cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
@@ -62,7 +62,6 @@ constexpr Row kRows[] = {
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
     {"tile64", Kernel::kGemm, 16, 8, 1, 1, 8, {4, 2}, 1, kAny, 80, kNewest},
     {"stream8_narrow", Kernel::kGemm, 16, 1, 8, 1, 1, {4, 2}, 2, 8, 80, kNewest},
-    {"stream16_wide", Kernel::kGemm, 16, 1, 8, 4, 2, {2, 1}, 1, 16, 80, kNewest},
     {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 1, 8, 75, 79},
     {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 1, 16, 75, 79},
     {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 2, kAny, 75, 79},

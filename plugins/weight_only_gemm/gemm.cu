@@ -433,8 +433,9 @@ struct Gemm {
             for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
         block_barrier();
         if (p.splits > 1) {
-            float* const to = p.partials ? p.partials + (blockIdx.z * p.out.m + m0) * p.out.n + n0 : tile_sums();
-            int64_t const pitch = p.partials ? p.out.n : kPitch;
+            bool const apart = DEVICE_SM != 90 || p.partials;  // and not in a cluster
+            float* const to = apart ? p.partials + (blockIdx.z * p.out.m + m0) * p.out.n + n0 : tile_sums();
+            int64_t const pitch = apart ? p.out.n : kPitch;
             each(rows, n_end, false, threadIdx.x, kThreads,
                  [&](int row, int column) { to[row * pitch + column] = total(row, column); });
         } else if (kBlockM <= 16) {  // few values

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import BertConfig, BertModel
 from compiler.accuracy.runners import session
 from compiler.build import compile_model, plan
 from compiler.frontend import load
+from compiler.frontend.onnx_file import load_artifact
 from compiler.request import Request
 from compiler.triton.integrity import sha256
 from passes.errors import UserError
@@ -187,11 +189,26 @@ def test_narrow_floats_are_widened(kind: str, stored: str, quant: str, tmp_path:
     path = model_file(tmp_path / "m.onnx", body, {"a": a, "b": b, "half": half}, kind=kind)
     if stored == "external":
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=1024)
-    planned = compile_model(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
+    planned = planned_and_written(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
     assert (planned.types["sm89"].name, planned.notes[0]) == (kind, f"{kind} inputs and outputs become float32")
     (got,) = session(tmp_path / "out/x86/model.onnx")().run(None, {"x": X})
     want = np.maximum((X @ a.astype(np.float32) + 1) / 2, 0) @ b.astype(np.float32)
     assert relative(got, want) < (1e-6 if quant == "none" else 2e-2)
+
+
+def test_an_artifact_is_read_back_as_it_is(tmp_path: Path) -> None:
+    """With the 16 bits of an embedding table, and the QuantizeLinear of activations."""
+    body = "i = ArgMax <axis = 1, keepdims = 0> (x) e = Gather(t, i) y = MatMul(e, a)"
+    model = model_file(
+        tmp_path / "m.onnx", body, {"t": A.astype(np.float16), "a": B.astype(np.float16)}, kind="float16"
+    )
+    onnx.save(onnx.load(model), model, save_as_external_data=True, location="m.data", size_threshold=1024)
+    (planned,) = planned_and_written(Request(model, ("x86",), tmp_path, quant="a8w8")).lowered.values()
+    back = load_artifact(tmp_path / "x86/model.onnx")
+    assert {"Cast", "QuantizeLinear"} <= {node.op for node in back.nodes}
+    types = [{n: t.dtype for n, t in g.tensors().items() if isinstance(t, gs.Constant)} for g in (back, planned)]
+    assert types[0] == types[1]
+    assert np.dtype(np.float16) in types[0].values()
 
 
 @pytest.mark.parametrize("kind", ["double", "int64"])
@@ -243,6 +260,21 @@ def test_weights_of_branches_are_stored(inner: bool, stored: str, tmp_path: Path
         feeds = {"x": -np.abs(X)}  # the other branch
         want, got = (session(each)().run(None, feeds)[0] for each in (path, out / "x86/model.onnx"))
         assert relative(got, want) < bound
+
+
+LOOP = """n = Constant <value = int64 {3}> () t = Loop(n, , x) <body = one (int64 i, bool c, float[b, 64] p) =>
+    (bool d, float[b, 64] q) { d = Identity(c) r = MatMul(p, a) s = Tanh(r) q = Add(s, x) }> y = MatMul(t, b)"""
+
+
+@pytest.mark.parametrize("target", ["sm89", "sm70"])
+@pytest.mark.parametrize("body", [BRANCHES.format(""), LOOP])
+def test_branches_of_an_engine_compute_in_float32(body: str, target: str, tmp_path: Path) -> None:
+    weights = {"a": A / 8, "b": B / 8, "zero": np.array(0, np.float32)}
+    path = model_file(tmp_path / "m.onnx", body, weights)
+    compile_model(Request(path, (target,), tmp_path, quant="a16w8", builder="kit"))
+    lowered = session(tmp_path / target / "model.onnx", as_written=True)
+    want, got = (each().run(None, {"x": X})[0] for each in (session(path), lowered))
+    assert relative(got, want) < 2e-2
 
 
 def test_branches_whose_weights_share_a_name_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 ROWS = (
     "dense", "dense", "warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64",
     "int8_warpgroup256x2", "int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64",
-    "stream8", "stream16", "tile32", "tile64", "stream8_narrow", "stream16_wide",
+    "stream8", "stream16", "tile32", "tile64", "stream8_narrow",
     "stream8_turing", "stream16_turing", "tile32_turing",
     "int8_stream8", "int8_stream16", "int8_tile32", "int8_tile64", "int8_stream8_turing", "int8_tile32_turing",
 )  # fmt: skip
