@@ -409,10 +409,12 @@ struct Gemm {
         return kInt8 ? v * p.rows.scales[m0 + row] : v;
     }
 
-    // use(row, column) for every output of a tile, or every gate, `step` threads apart
+    // use(row, column) for every output of a tile, or every gate, `step` threads apart. Unrolled, these few rounds would
+    // take registers from the loop that streams.
     template <class Use>
     static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int first, int step, Use const& use) {
         int const width = gated ? kBlockN / 2 : kBlockN;
+#pragma unroll 1
         for (int item = first; item < rows * width; item += step) {
             int const row = gated ? item / (kBlockN / 2) : item / kBlockN, i = item - row * width;
             int const column = gated ? i / 8 * 16 + i % 8 : i;
