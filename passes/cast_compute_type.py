@@ -73,7 +73,7 @@ class CastComputeType(Rewrite[CastMatch]):
     dtype: np.dtype[Any]
 
     def match(self, node: gs.Node) -> CastMatch | Reject | None:
-        if subgraphs(node):
+        if next(node.subgraphs(), None) is not None:
             return Reject("a node with subgraphs keeps float32")
         floats = tuple(i for i, t in enumerate(node.inputs) if t.dtype in (FLOAT32, self.dtype))
         hidden = any(t.dtype == self.dtype and not isinstance(t, gs.Constant) for t in node.inputs)
@@ -102,18 +102,13 @@ class WidenForBranches(Rewrite[list[gs.Node]]):
     dtype: np.dtype[Any]
 
     def match(self, node: gs.Node) -> list[gs.Node] | Reject | None:
-        inner = [n for graph in subgraphs(node) for n in graph.nodes]
+        inner = [n for graph in node.subgraphs(recursive=True) for n in graph.nodes]
         readers = [node, *inner] if inner else []
         return [n for n in readers if any(t.dtype == self.dtype for t in n.inputs)] or None
 
     def rewrite(self, graph: gs.Graph, match: list[gs.Node]) -> None:
         for node in match:
             node.inputs = [cast(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
-
-
-def subgraphs(node: gs.Node) -> list[gs.Graph]:
-    inner = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
-    return inner + [deeper for graph in inner for deeper in graph.subgraphs(recursive=True)]
 
 
 def is_weight_reader(node: gs.Node) -> bool:
