@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 import typer
 
 from compiler.checkpoint import read_json
+from compiler.ending import errors_told
 from compiler.engine import Builder
 from compiler.quant.config import Quant
 from compiler.request import HeadFormat, KvCache, Logits, Request, TableFormat, check_options, fields_from_json
@@ -256,16 +257,12 @@ def main() -> NoReturn:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if sys.argv[1:2] == ["build"] and len(sys.argv) > 2:  # a model folder of that name is ./build
-            del sys.argv[1]
-            typer.run(build_command)
-        app()
-    except (UserError, OSError) as error:
-        print(f"error: {error}\nFAILED", file=sys.stderr)
-        sys.exit(1)
+        with errors_told():
+            if sys.argv[1:2] == ["build"] and len(sys.argv) > 2:  # a model folder of that name is ./build
+                del sys.argv[1]
+                typer.run(build_command)
+            app()
     except SystemExit as stop:
-        if stop.code == 2:  # typer has said what is wrong with the command line
-            print("FAILED", file=sys.stderr)
         if stop.code == INTERRUPTED:
             print("interrupted; nothing half-written was left\nFAILED", file=sys.stderr)
         raise

@@ -1,26 +1,15 @@
-"""How every tool ends: an error of the user or the system prints without a traceback and exits with 1.
-
-A wrong command line exits with 2.
-"""
+"""How every tool runs, and ends as the compiler does."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import typer
 
-from passes.errors import UserError
+from compiler.ending import errors_told
 
 
 def run(main: Callable[..., None]) -> None:
     """Runs `main` with the command line's arguments."""
-    try:
+    with errors_told():
         typer.run(main)
-    except (UserError, OSError) as error:
-        print(f"error: {error}\nFAILED", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == 2:  # typer has said what is wrong with the command line
-            print("FAILED", file=sys.stderr)
-        raise
