@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -11,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from compiler import pipeline
+from compiler import build, pipeline
 from compiler.build import Plan, compile_model, compile_planned, plan
 from compiler.frontend import load
 from compiler.frontend.model import FloatModel
@@ -39,6 +40,12 @@ def tiny_float() -> FloatModel:
     model = load(TINY)
     pipeline.normalize(model.graph, Ledger())
     return model
+
+
+@pytest.fixture
+def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilations of the example start from its one export."""
+    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
 
 @pytest.fixture(scope="session")

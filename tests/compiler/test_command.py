@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,11 +26,6 @@ from tests.compiler.accuracy_models import float_graph
 from tests.conftest import TINY
 
 UNSAID = {"enable_quant", "layers"}  # in JSON alone
-
-
-@pytest.fixture
-def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -30,11 +29,6 @@ from tools.accuracy_diff import request_of
 from tools.cli import run
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
-
-
-@pytest.fixture
-def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
 
 def contents(folder: Path) -> dict[str, str]:
