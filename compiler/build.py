@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -37,7 +36,7 @@ from compiler.profiles import profiles
 from compiler.quant import instant, stored
 from compiler.quant.config import QuantConfig
 from compiler.quant.resolve import resolve
-from compiler.request import Request, check_options
+from compiler.request import PATHS, Request, check_options
 from compiler.support import check_supported
 from compiler.target import Backend, Target, find_target
 from compiler.triton.integrity import sha256
@@ -393,8 +392,7 @@ def source(request: Request, twin: Twin) -> dict[str, Any]:
 
     No path of this machine is in it: the same input gives the same bytes anywhere. A budget is what it bought.
     """
-    local = ("model", "out", "targets", "timing_cache", "text", "plugin")
     layers = {**request.layers, **(twin.bought.layers if twin.bought is not None else {})}
     asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
-    name = Path(os.path.abspath(request.model)).name  # noqa: PTH100  ("." has a name; a link keeps its own)
-    return {"model": name, "request": {k: v for k, v in asked.items() if k not in local}}
+    said = {key: value for key, value in asked.items() if key not in ("targets", *PATHS)}
+    return {"model": request.model_name, "request": said}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -202,6 +203,11 @@ class Request:
         return Limits(
             self.max_batch, max_length, self.opt_length if self.opt_length is not None else min(512, max_length)
         )
+
+    @property
+    def model_name(self) -> str:
+        """Of the folder or file: "." has one, too, and a link keeps its own."""
+        return Path(os.path.abspath(self.model)).name  # noqa: PTH100
 
     def engine_options(self) -> EngineOptions:
         return EngineOptions(

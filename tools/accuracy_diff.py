@@ -7,12 +7,10 @@ node first break the lowering. Ends with PASSED or FAILED, and with exit code 0 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 import typer
 
@@ -20,15 +18,14 @@ from compiler.accuracy.bisect import Culprit, Watch, bisect
 from compiler.accuracy.data import Data, llm_feeds, load_data
 from compiler.accuracy.forms import Limits, Subject
 from compiler.accuracy.run import check_artifacts, check_reports, show_verdict
-from compiler.accuracy.subjects import subjects
+from compiler.accuracy.subjects import all_positions, subjects
 from compiler.artifact import MANIFEST, Artifact, read_manifest
-from compiler.build import Plan, Say, lower, plan
+from compiler.build import Plan, Say, plan
 from compiler.output import Staging
 from compiler.report import console, stages
 from compiler.request import Request
-from compiler.target import Backend, find_target
+from compiler.target import find_target
 from passes.errors import UserError
-from passes.rewrite import Ledger
 from tools.cli import run
 
 BISECT_TOKENS = 32  # every tensor of the twin is kept
@@ -59,18 +56,10 @@ def find_culprits(
     found = {}
     for subject in subjects(planned, request, artifacts):
         watch = Watch(canonical=subject.canonical, feeds=feeds, dtype=subject.dtype, say=say)
-        culprit = bisect(partial(again, planned, request, subject), watch, written(subject))
+        culprit = bisect(partial(all_positions, planned, request, find_target(subject.target)), watch, written(subject))
         if culprit is not None:
             found[subject.target] = culprit
     return found
-
-
-def again(planned: Plan, request: Request, subject: Subject, ledger: Ledger) -> gs.Graph:
-    """Lowers once more, every position's logits included."""
-    plain = replace(request, targets=(subject.target,), logits="all", kv_cache="concat")
-    gpu = find_target(subject.target).backend is Backend.TENSORRT
-    types = {subject.target: np.dtype(subject.dtype)} if gpu else {}
-    return lower(planned.twins, planned.model, types, plain, ledger)[subject.target]
 
 
 def written(subject: Subject) -> gs.Graph | None:

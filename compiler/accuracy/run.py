@@ -12,7 +12,7 @@ from rich.table import Table
 from compiler.accuracy.budget import Bought
 from compiler.accuracy.data import Data
 from compiler.accuracy.forms import Limits
-from compiler.accuracy.report import number, write_report
+from compiler.accuracy.report import HTML, JSON, number, write_report
 from compiler.accuracy.subjects import subjects
 from compiler.accuracy.verify import Verdict, verify
 from compiler.artifact import Artifact
@@ -55,7 +55,7 @@ def check_reports(folder: Path, targets: Iterable[Target]) -> None:
     """Refuses, before any work, to replace what is no report."""
     for target in targets:
         there = folder / target.name
-        if os.path.lexists(there) and not (there / "report.json").is_file():
+        if os.path.lexists(there) and not (there / JSON).is_file():
             raise UserError(
                 "this is no report of ours, and would be lost",
                 where=str(there),
@@ -89,7 +89,7 @@ def show_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
         console.print(violation, style="red", soft_wrap=True)
     if len(verdict.violations) > SHOWN:
         console.print(f"... and {len(verdict.violations) - SHOWN} more in the report")
-    console.print(f"{folder / verdict.target / 'report.html'}", soft_wrap=True)
+    console.print(f"{folder / verdict.target / HTML}", soft_wrap=True)
 
 
 def show_bought(console: Console, bought: Bought, targets: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -35,7 +34,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
     if target.backend is Backend.TENSORRT:
         dtype = planned.types[target.name]
-        lowered = all_positions(planned, request, target, dtype)
+        lowered = all_positions(planned, request, target, Ledger())
     else:
         dtype = np.dtype(np.float32)
         lowered = onnx_file.load_artifact(file) if file is not None else planned.lowered[target.name]
@@ -59,17 +58,17 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
     decisions = planned.twins[target.name].decisions.values()
     became = Counter(str(q) if isinstance(q, QuantTensor) else "float" for q in decisions)
     return {
-        "model": request.model.resolve().name,
+        "model": request.model_name,
         "target": f"{target.name}, {target.family}",
         "asked for": ", ".join(asked) or "nothing: the model as it is",
         "linear layers": ", ".join(f"{count} x {kind}" for kind, count in became.items()) or "float",
     }
 
 
-def all_positions(planned: Plan, request: Request, target: Target, dtype: np.dtype[Any]) -> gs.Graph:
-    """The graph of an engine, but with the logits of every position and no buffer of a fixed length for its cache."""
+def all_positions(planned: Plan, request: Request, target: Target, ledger: Ledger) -> gs.Graph:
+    """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.twins, planned.model, {target.name: dtype}, plain, Ledger())[target.name]
+    return lower(planned.twins, planned.model, planned.types, plain, ledger)[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:
