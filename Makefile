@@ -25,7 +25,7 @@ serving: $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVE
 
 demo: setup
 	$(BIN)/compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
-	$(BIN)/python -m tools.generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
+	$(BIN)/python -m instantrt.tools.cli.generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler import pipeline
-from compiler.artifact import Artifact, TensorSpec, write_manifest
-from compiler.backend.writer import Progress, place, write_model
-from compiler.engine import (
+from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.manifest import Artifact, TensorSpec, write_manifest
+from instantrt.compiler.artifact.staging import LoweredFiles, Staging, artifacts_kept, check_out
+from instantrt.compiler.backend.onnx_writer import Progress, place, write_model
+from instantrt.compiler.backend.tensorrt.choose import (
     ENGINE,
     TIMINGS,
     Builder,
@@ -28,26 +29,25 @@ from compiler.engine import (
     native_int4,
     quantized_linears,
 )
-from compiler.frontend import load
-from compiler.frontend.model import FloatModel
-from compiler.kit import KIT, MODEL, Kit, finished, write_kit
-from compiler.output import LoweredFiles, Staging, artifacts_kept, check_out
-from compiler.profiles import profiles
-from compiler.quant import instant, stored
-from compiler.quant.config import QuantConfig
-from compiler.quant.resolve import resolve
-from compiler.request import PATHS, Request, check_options
-from compiler.support import check_supported
-from compiler.target import Backend, Target, find_target
-from compiler.triton.integrity import sha256
-from passes.errors import UserError
-from passes.explicit_scales import documented
-from passes.insert_qdq import Decisions
-from passes.quant import QuantTensor
-from passes.rewrite import Ledger, Reject
+from instantrt.compiler.backend.tensorrt.kit import KIT, MODEL, Kit, finished, write_kit
+from instantrt.compiler.backend.tensorrt.profiles import profiles
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant import instant, stored
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.resolve import resolve
+from instantrt.compiler.request import PATHS, Request, check_options
+from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.compiler.support import check_supported
+from instantrt.compiler.target import Backend, Target, find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Ledger, Reject
+from instantrt.passes.qdq.insert_qdq import Decisions
+from instantrt.passes.tensorrt.explicit_scales import documented
 
 if TYPE_CHECKING:
-    from compiler.accuracy.budget import Bought
+    from instantrt.compiler.accuracy.budget import Bought
 
 SIDE_FILES = (
     "config.json",
@@ -141,7 +141,7 @@ def make_twin(
 ) -> Twin:
     bought = None
     if request.layers or request.has_budget:
-        from compiler.accuracy.budget import within_budget
+        from instantrt.compiler.accuracy.budget import within_budget
 
         decisions, bought = within_budget(graph, model, decisions, request, say)
     return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), bought)

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from passes.errors import UserError
-from passes.lazy import FileTensor
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FileTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

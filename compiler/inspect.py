@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from compiler.checkpoint import read_checkpoint
-from compiler.frontend import hf
-from compiler.quant.config import QuantConfig
-from compiler.quant.readers import find_reader
-from compiler.quant.stored import Layer, Reader, StoredRows, check_no_bias
-from compiler.report import console
-from compiler.support import METHODS, cell, method_of
-from compiler.target import TARGETS, Backend, Target
-from passes.errors import UserError
-from passes.lazy import FileTensor
-from passes.quant import QuantTensor
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.frontend import hf
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.stored import Layer, Reader, StoredRows, check_no_bias
+from instantrt.compiler.support import METHODS, cell, method_of
+from instantrt.compiler.target import TARGETS, Backend, Target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FileTensor
+from instantrt.passes.core.quant import QuantTensor
 
 CACHE: Mapping[Backend, np.dtype[Any]] = {  # of TensorRT: float16 or bfloat16
     Backend.ONNXRUNTIME: np.dtype(np.float32),
@@ -218,44 +216,3 @@ def artifact_bytes(model: Any, layers: tuple[LayerReport, ...], backend: Backend
 
 def size(tensor: FileTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def as_json(found: Inspection) -> dict[str, Any]:
-    return asdict(found)
-
-
-def show(found: Inspection) -> None:
-    """Prints an inspection: the summary, the layers, the targets, and the problems last."""
-    console.print(f"{found.model}: {found.format}; runs as {found.runs_as}")
-    console.print(
-        f"{found.tensors} tensors, {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB in files"
-    )
-    width = max((len(layer.path) for layer in found.layers), default=0)
-    for layer in found.layers:
-        zeros = "" if layer.zeros is None else f", zeros {layer.zeros[0]} .. {layer.zeros[1]}"
-        scales = "" if layer.scales is None else f", scales {layer.scales[0]:.2e} .. {layer.scales[1]:.2e}"
-        order = ", inputs sorted" if layer.sorted_inputs else ""
-        shape = f"[{layer.shape[0]}, {layer.shape[1]}]"
-        line = f"  {layer.path:<{width}} {shape:<14} {layer.stored}{zeros}{scales}{order}"
-        console.print(line, highlight=False, soft_wrap=True)
-    targets = Table("target", "would", title="targets")
-    for name, would in found.targets.items():
-        targets.add_row(name, would)
-    console.print(targets)
-    for kind, count in found.bytes_on.items():
-        cache = found.cache_bytes_per_token[kind] / 1e3
-        bits = 8 * CACHE[Backend(kind)].itemsize
-        console.print(
-            f"{kind}: about {count / 1e6:,.1f} MB of weights on disk and in memory, "
-            f"{cache:,.1f} kB of cache a token ({bits} bits)",
-            soft_wrap=True,
-        )
-    for note in found.notes:
-        console.print(f"note: {note}")
-    if found.unannounced:
-        names = ", ".join(found.unannounced[:5])
-        console.print(f"note: {len(found.unannounced)} tensors that config.json does not announce: {names}")
-    for each in found.problems:
-        error = UserError(each.what, where=each.where, expected=each.expected, found=each.found, fix=each.fix)
-        console.print(f"problem: {error}", soft_wrap=True)
-    console.print(f"{len(found.problems)} problems")

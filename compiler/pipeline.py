@@ -8,39 +8,39 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from compiler.profiles import Limits
-from compiler.quant.config import or_ignore
-from compiler.request import Request
-from compiler.target import Target
-from passes.cast_compute_type import cast_compute_type
-from passes.decompose_attention import DecomposeAttention
-from passes.decompose_rms_norm import DecomposeRmsNorm
-from passes.decompose_rotary import DecomposeRotary
-from passes.errors import UserError
-from passes.explicit_scales import ExplicitScales
-from passes.fuse_gelu import FuseGelu
-from passes.fuse_rms_norm import FUSE_RMS_NORM
-from passes.fuse_rotary import FUSE_ROTARY
-from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
-from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
-from passes.join_linears import JoinLinears, parts_of
-from passes.kv_in_place import kv_in_place
-from passes.last_logits import LastLogits
-from passes.linear import NORMALIZE_LINEARS, Linear, linear
-from passes.lower_native_int8 import LowerNativeInt8
-from passes.lower_native_weight_only import LowerNativeWeightOnly
-from passes.lower_ort_attention import ATTENTION
-from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86
-from passes.lower_ort_linear import linear_passes
-from passes.lower_ort_tables import AS_STORED, QuantizeTables
-from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
-from passes.old_parser import OPSET, unsupported
-from passes.permute_fold import FoldOrder
-from passes.permute_inputs import SortInputs
-from passes.rewrite import Ledger, Rewrite, run
-from passes.tables import LowerNativeTables
-from passes.verify import Stage, verify
-from plugins.ops import DOMAIN
+from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.quant.config import or_ignore
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import Target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.linear import NORMALIZE_LINEARS, Linear, linear
+from instantrt.passes.core.rewrite import Ledger, Rewrite, run
+from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.float.fuse_gelu import FuseGelu
+from instantrt.passes.float.fuse_rms_norm import FUSE_RMS_NORM
+from instantrt.passes.float.fuse_rotary import FUSE_ROTARY
+from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
+from instantrt.passes.ort.linear import linear_passes
+from instantrt.passes.ort.tables import AS_STORED, QuantizeTables
+from instantrt.passes.qdq.fold_order import FoldOrder
+from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
+from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
+from instantrt.passes.qdq.last_logits import LastLogits
+from instantrt.passes.qdq.sort_inputs import SortInputs
+from instantrt.passes.qdq.tables import LowerNativeTables
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.decompose_attention import DecomposeAttention
+from instantrt.passes.tensorrt.decompose_rms_norm import DecomposeRmsNorm
+from instantrt.passes.tensorrt.decompose_rotary import DecomposeRotary
+from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
+from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
+from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
+from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
+from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
+from instantrt.passes.tensorrt.old_parser import OPSET, unsupported
+from instantrt.plugins.ops import DOMAIN
 
 
 def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:

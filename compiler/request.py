@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import plugins
-from compiler.backend.tensorrt import EngineOptions
-from compiler.engine import Builder
-from compiler.profiles import Limits
-from compiler.quant.config import Quant
-from compiler.target import Backend, Target, find_target
-from passes.errors import UserError
-from passes.lower_ort_linear import Preset
+from instantrt import plugins
+from instantrt.compiler.backend.tensorrt.build import EngineOptions
+from instantrt.compiler.backend.tensorrt.choose import Builder
+from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.target import Backend, Target, find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.ort.linear import Preset
 
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from compiler.quant.config import QuantConfig
-from compiler.target import TARGETS, Backend, Target
-from passes.errors import UserError
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.target import TARGETS, Backend, Target
+from instantrt.passes.core.errors import UserError
 
 
 class Shown(Enum):

@@ -7,7 +7,7 @@ from enum import Enum
 
 from packaging.specifiers import SpecifierSet
 
-from passes.errors import UserError
+from instantrt.passes.core.errors import UserError
 
 WHOLE = "10.15"  # the first TensorRT that parses all of Attention, RMSNormalization, RotaryEmbedding, TensorScatter
 

@@ -1,11 +1,11 @@
-"""`python -m plugins.codegen` writes runtime/schema.h from the op definitions, so that C++ cannot drift from Python."""
+"""`python -m instantrt.plugins.codegen` writes runtime/schema.h from the op definitions: no drift."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from plugins.ops import DOMAIN, OPS
-from plugins.schema import Attr, Op
+from instantrt.plugins.ops import DOMAIN, OPS
+from instantrt.plugins.schema import Attr, Op
 
 HEADER = Path(__file__).parent / "runtime" / "schema.h"
 MOST_CHOICES = max(len(a.allowed or ()) for op in OPS for a in op.attrs)

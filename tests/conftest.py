@@ -12,12 +12,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from compiler import build, pipeline
-from compiler.build import Plan, compile_model, compile_planned, plan
-from compiler.frontend import load
-from compiler.frontend.model import FloatModel
-from compiler.request import Request
-from passes.rewrite import Ledger
+from instantrt.compiler import build, pipeline
+from instantrt.compiler.build import Plan, compile_model, compile_planned, plan
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.passes.core.rewrite import Ledger
 
 # A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,15 +10,15 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 
-from compiler.accuracy.runners import session
-from compiler.backend.writer import write_model
-from compiler.build import compile_model
-from compiler.request import Request
-from passes.insert_qdq import InsertDequantize, QuantizeActivations
-from passes.lazy import InMemory
-from passes.linear import weight_constant
-from passes.quant import Activations, InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
+from instantrt.compiler.accuracy.runners import session
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.build import compile_model
+from instantrt.compiler.request import Request
+from instantrt.passes.core.lazy import InMemory
+from instantrt.passes.core.linear import weight_constant
+from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -1,4 +1,4 @@
-"""A causal LM's engine on this machine's GPU, full TensorRT or TensorRT-RTX: `tools.generate` uses it for engines."""
+"""A causal LM's engine on this machine's GPU, full TensorRT or TensorRT-RTX: `instantrt generate` uses it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compiler.artifact import Artifact
-from compiler.check import check_digests, check_header, check_runtime, inside
-from compiler.gpu import describe, gpus
-from compiler.triton.cuda import Device
-from compiler.triton.tensorrt_engine import open_engine
-from passes.errors import UserError
+from instantrt.compiler.artifact.check import check_digests, check_header, check_runtime, inside
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.serving.runtime.cuda import Device
+from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
+from instantrt.passes.core.errors import UserError
 
 Array = npt.NDArray[Any]
 
 
 class EngineModel:
-    """A causal LM's engine, with the interface of `tools.generate.Model`; the sequence is in row 0."""
+    """A causal LM's engine, with the interface of `instantrt.tools.cli.generate.Model`; the sequence is in row 0."""
 
     def __init__(self, folder: Path, artifact: Artifact) -> None:
         if artifact.engine is None or artifact.llm is None:

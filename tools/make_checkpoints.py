@@ -1,4 +1,4 @@
-"""Checkpoints written by the real libraries, to test the readers with: `python -m tools.make_checkpoints make|slim`.
+"""Checkpoints written by the real libraries, to test the readers with: `make_checkpoints make|slim`.
 
 `make` quantizes a float model with GPTQModel or llmcompressor where they are installed, and stores beside each
 checkpoint what that library itself dequantizes. `slim` cuts such a folder down to one layer for tests/checkpoints.
@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from compiler.checkpoint import DTYPES, read_checkpoint, read_json
-from passes.errors import UserError
-from passes.lazy import Array, whole
+from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, whole
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 REFERENCE = "reference_dequant.npz"

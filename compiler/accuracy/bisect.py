@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler.accuracy.bounds import Bound, bound_of, int8_block, seen_by
-from compiler.accuracy.metrics import difference
-from passes.evaluate import Evaluation
-from passes.evaluate_node import HALVES, numpy_type
-from passes.lazy import Array
-from passes.rewrite import Ledger
+from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block, seen_by
+from instantrt.compiler.accuracy.metrics import difference
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate_node import HALVES, numpy_type
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.rewrite import Ledger
 
 MASKED = np.float32(-3e4)  # anything this low is a mask's minus infinity, which every type spells differently
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from passes.lazy import Array
+from instantrt.passes.core.lazy import Array
 
 
 @dataclass(frozen=True)

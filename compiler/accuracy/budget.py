@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler import pipeline
-from compiler.accuracy.data import Data, load_data
-from compiler.accuracy.forms import Limits
-from compiler.accuracy.ledger import aligned, layers_of, quantized_bytes
-from compiler.accuracy.metrics import Tokens, compare_tokens, summary
-from compiler.frontend.model import FloatModel, LlmShape
-from compiler.quant.instant import Quantizer
-from compiler.request import Request
-from passes.errors import UserError
-from passes.evaluate import Evaluation
-from passes.insert_qdq import Decisions
-from passes.lazy import Array
-from passes.quant import QuantTensor, dequantize
-from passes.rewrite import Ledger, Reject
-from plugins.weight_only_gemm.semantics import quantize_rows
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.data import Data, load_data
+from instantrt.compiler.accuracy.forms import Limits
+from instantrt.compiler.accuracy.ledger import aligned, layers_of, quantized_bytes
+from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
+from instantrt.compiler.frontend.model import FloatModel, LlmShape
+from instantrt.compiler.quant.instant import Quantizer
+from instantrt.compiler.request import Request
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.quant import QuantTensor, dequantize
+from instantrt.passes.core.rewrite import Ledger, Reject
+from instantrt.passes.qdq.insert_qdq import Decisions
+from instantrt.plugins.weight_only_gemm.semantics import quantize_rows
 
 GROUPS = (128, 64, 32)
 FLOAT = "float"

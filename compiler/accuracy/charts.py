@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compiler.accuracy.ledger import Row
-from passes.lazy import Array
+from instantrt.compiler.accuracy.ledger import Row
+from instantrt.passes.core.lazy import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

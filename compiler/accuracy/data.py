@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler.frontend.model import FloatModel, LlmShape
-from passes.errors import UserError
-from passes.lazy import Array
+from instantrt.compiler.frontend.model import FloatModel, LlmShape
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
 
 WINDOW = 128  # tokens that see one another
 BATCH = 4  # windows that run together: 512 tokens, so that logits of a large vocabulary stay below a gigabyte

@@ -17,12 +17,12 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from compiler.backend.tensorrt import PRODUCT, read_header
-from compiler.gpu import describe
-from compiler.triton.cuda import Device
-from compiler.triton.tensorrt_engine import load_engine
-from passes.errors import UserError
-from passes.lazy import Array
+from instantrt.compiler.backend.tensorrt.build import PRODUCT, read_header
+from instantrt.compiler.backend.tensorrt.gpu import describe
+from instantrt.compiler.serving.runtime.cuda import Device
+from instantrt.compiler.serving.runtime.tensorrt_engine import load_engine
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
 
 ON_CPU = "run this on the GPU machine; --forms float,twin,lowered checks the lowered graph on this CPU"
 TYPES: dict[str, np.dtype[Any]] = {

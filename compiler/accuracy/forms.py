@@ -11,13 +11,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from polygraphy.backend.base import BaseRunner
 
-from compiler.accuracy.bounds import FLOAT32, Bound, bound_of
-from compiler.accuracy.engine_runner import EngineRunner
-from compiler.accuracy.ledger import layers_of
-from compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, session
-from compiler.backend.writer import write_model
-from compiler.frontend.model import FloatModel
-from passes.errors import UserError
+from instantrt.compiler.accuracy.bounds import FLOAT32, Bound, bound_of
+from instantrt.compiler.accuracy.engine_runner import EngineRunner
+from instantrt.compiler.accuracy.ledger import layers_of
+from instantrt.compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, session
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.errors import UserError
 
 # form -> (what it is held against, the kind of difference that is)
 AGAINST = {

@@ -14,14 +14,14 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler.accuracy.bounds import Bound, bound_of, seen_by
-from compiler.accuracy.metrics import difference, element_error
-from passes.evaluate import Evaluation
-from passes.insert_qdq import quantized
-from passes.lazy import Array, Missing, Source, convert
-from passes.linear import linear
-from passes.quant import Codes, InstantQuant, QuantTensor, dequantize
-from passes.search import SearchedQuant
+from instantrt.compiler.accuracy.bounds import Bound, bound_of, seen_by
+from instantrt.compiler.accuracy.metrics import difference, element_error
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import Array, Missing, Source, convert
+from instantrt.passes.core.linear import linear
+from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
+from instantrt.passes.core.search import SearchedQuant
+from instantrt.passes.qdq.insert_qdq import quantized
 
 FUSED = 4  # operators after a linear that a fusion may swallow: bias, activation, gate
 PROBES = 4  # one-hot inputs for each group of a weight

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from passes.lazy import Array
+from instantrt.passes.core.lazy import Array
 
 FLOOR = 0.25  # a channel this much quieter than the average one is measured against the average: it may be cancellation
 TOP = 5

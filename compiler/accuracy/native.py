@@ -10,9 +10,9 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import AccuracyResults, Comparator, L2CompareFunc, RunResults
 from polygraphy.json import save_json
 
-from compiler.accuracy.bounds import bound_of
-from compiler.accuracy.data import Data, llm_feeds
-from compiler.accuracy.forms import AGAINST, Subject, model_bound
+from instantrt.compiler.accuracy.bounds import bound_of
+from instantrt.compiler.accuracy.data import Data, llm_feeds
+from instantrt.compiler.accuracy.forms import AGAINST, Subject, model_bound
 
 TWIN = "twin.json"
 REPEATED = 32  # tokens of the run that is saved: small files, and enough to repeat a comparison

@@ -12,11 +12,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from compiler.accuracy.charts import KlHistogram, draw, kl_histogram
-from compiler.accuracy.data import Data
-from compiler.accuracy.metrics import Tokens
-from compiler.accuracy.verify import Verdict
-from passes.lazy import Array
+from instantrt.compiler.accuracy.charts import KlHistogram, draw, kl_histogram
+from instantrt.compiler.accuracy.data import Data
+from instantrt.compiler.accuracy.metrics import Tokens
+from instantrt.compiler.accuracy.verify import Verdict
+from instantrt.passes.core.lazy import Array
 
 CONTEXT = 12  # tokens before a bad prediction that are shown with it
 WORST = 15

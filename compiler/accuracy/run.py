@@ -9,18 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from compiler.accuracy.budget import Bought
-from compiler.accuracy.data import Data
-from compiler.accuracy.forms import Limits
-from compiler.accuracy.report import HTML, JSON, number, write_report
-from compiler.accuracy.subjects import subjects
-from compiler.accuracy.verify import Verdict, verify
-from compiler.artifact import Artifact
-from compiler.build import Plan, Say
-from compiler.output import Staging
-from compiler.request import Request
-from compiler.target import Target
-from passes.errors import UserError
+from instantrt.compiler.accuracy.budget import Bought
+from instantrt.compiler.accuracy.data import Data
+from instantrt.compiler.accuracy.forms import Limits
+from instantrt.compiler.accuracy.report import HTML, JSON, number, write_report
+from instantrt.compiler.accuracy.subjects import subjects
+from instantrt.compiler.accuracy.verify import Verdict, verify
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.artifact.staging import Staging
+from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import Target
+from instantrt.passes.core.errors import UserError
 
 SHOWN = 12  # violations that a terminal shows; the report has all
 

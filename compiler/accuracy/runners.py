@@ -16,9 +16,9 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
-from passes.evaluate import Evaluation
-from passes.evaluate_node import numpy_type
-from passes.lazy import Array
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate_node import numpy_type
+from instantrt.passes.core.lazy import Array
 
 G_LOGGER.module_severity = {"": G_LOGGER.ERROR}  # its progress lines would drown ours
 

@@ -9,17 +9,17 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler.accuracy.forms import Subject
-from compiler.artifact import Artifact
-from compiler.build import Plan, lower
-from compiler.check import check_digests
-from compiler.frontend import onnx_file
-from compiler.request import DEFAULTS, PATHS, Request
-from compiler.target import Backend, Target
-from passes.lazy import Missing
-from passes.linear import linear
-from passes.quant import QuantTensor
-from passes.rewrite import Ledger
+from instantrt.compiler.accuracy.forms import Subject
+from instantrt.compiler.artifact.check import check_digests
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.build import Plan, lower
+from instantrt.compiler.frontend import onnx_file
+from instantrt.compiler.request import DEFAULTS, PATHS, Request
+from instantrt.compiler.target import Backend, Target
+from instantrt.passes.core.lazy import Missing
+from instantrt.passes.core.linear import linear
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Ledger
 
 
 def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()) -> list[Subject]:

@@ -12,15 +12,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 
-from compiler.accuracy.data import Data
-from compiler.accuracy.forms import AGAINST, RUNNERS, UNLIMITED, Limits, Subject, model_bound
-from compiler.accuracy.ledger import Forms, Ledger, ledger
-from compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
-from compiler.accuracy.native import polygraphy_files
-from compiler.accuracy.runners import GraphRunner
-from passes.errors import UserError
-from passes.evaluate import Evaluation
-from passes.lazy import Array
+from instantrt.compiler.accuracy.data import Data
+from instantrt.compiler.accuracy.forms import AGAINST, RUNNERS, UNLIMITED, Limits, Subject, model_bound
+from instantrt.compiler.accuracy.ledger import Forms, Ledger, ledger
+from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
+from instantrt.compiler.accuracy.native import polygraphy_files
+from instantrt.compiler.accuracy.runners import GraphRunner
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import Array
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def not_run(subject: Subject, forms: Sequence[str]) -> str:
         return "There is no engine yet: what ran, on this CPU, is the lowered graph that it will be built from."
     return (
         "The engine itself was not run: what ran, on this CPU, is the lowered graph that it was built from. "
-        "On a machine with its GPU, tools.accuracy_diff --forms twin,engine runs an engine from --logits all."
+        "On a machine with its GPU, instantrt diff --forms twin,engine runs an engine from --logits all."
     )
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compiler.frontend.model import FloatModel
-from passes.errors import UserError
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.errors import UserError
 
 
 def load(model: Path, *, trust_remote_code: bool = False) -> FloatModel:
     """Reads a Hugging Face folder or an ONNX file, told apart by what is there."""
     if model.is_dir():
-        from compiler.frontend import hf
+        from instantrt.compiler.frontend import hf
 
         return hf.load(model, trust_remote_code=trust_remote_code)
     if model.is_file() and model.suffix == ".onnx":
-        from compiler.frontend import onnx_file
+        from instantrt.compiler.frontend import onnx_file
 
         return onnx_file.load(model)
     raise UserError(

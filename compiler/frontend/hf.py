@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler.checkpoint import DTYPES, read_checkpoint, read_json
-from compiler.frontend.model import FloatModel, LlmShape, stored_types
-from passes.errors import UserError
-from passes.lazy import FileTensor, Missing, Source, View
+from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
+from instantrt.compiler.frontend.model import FloatModel, LlmShape, stored_types
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
     from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
-    from compiler.frontend.hf_attention import IMPLEMENTATION, register
+    from instantrt.compiler.frontend.hf_attention import IMPLEMENTATION, register
 
     register()
     logging.set_verbosity_error()
@@ -156,7 +156,7 @@ def export_graph(model: Any, shape: LlmShape) -> gs.Graph:
     import torch
     from onnxscript import optimizer
 
-    from compiler.frontend.hf_attention import WithCache
+    from instantrt.compiler.frontend.hf_attention import WithCache
 
     batch, sequence, past = 2, 3, 5  # any sizes that are not 0 or 1, which the exporter would specialise
     cache = [

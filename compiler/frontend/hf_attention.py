@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from passes.errors import UserError
+from instantrt.passes.core.errors import UserError
 
 IMPLEMENTATION = "instantrt"
 Tensor: TypeAlias = torch.Tensor

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from passes.lazy import FileTensor, InMemory, view_of
+from instantrt.passes.core.lazy import FileTensor, InMemory, view_of
 
 
 @dataclass(frozen=True)

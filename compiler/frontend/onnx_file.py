@@ -16,11 +16,11 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.numpy_helper import from_array, to_array
 
-from compiler.frontend.model import FloatModel, LlmShape, stored_types
-from compiler.subgraphs import graphs, tensors
-from passes.errors import UserError
-from passes.lazy import FOUR_BIT, FileTensor, InMemory, View
-from passes.verify import QDQ_OPS
+from instantrt.compiler.frontend.model import FloatModel, LlmShape, stored_types
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
+from instantrt.passes.core.subgraphs import graphs, tensors
+from instantrt.passes.core.verify import QDQ_OPS
 
 OPSET = 23  # with the operators that passes fuse
 SAME = 21  # from here on, opsets up to OPSET only took in types and attributes: what was said still means the same

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compiler.quant.stored import FLOATS, INT32, Layer, checked_scales, strips
-from passes.errors import UserError
-from passes.lazy import Array, FileTensor, Tile, whole
-from passes.quant import Activations, Codes, QuantTensor
-from passes.rewrite import Reject
+from instantrt.compiler.quant.stored import FLOATS, INT32, Layer, checked_scales, strips
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, FileTensor, Tile, whole
+from instantrt.passes.core.quant import Activations, Codes, QuantTensor
+from instantrt.passes.core.rewrite import Reject
 
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # channel n of a word lies in this nibble, counted from the lowest
 CENTRAL = 8

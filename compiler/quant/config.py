@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from passes.errors import UserError
+from instantrt.passes.core.errors import UserError
 
 Quant = Literal["a16w8", "a16w4", "a8w8", "a8w4", "none"]
 # The command line's short names, as the spec's keys.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compiler.quant.stored import (
+from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
     Layer,
@@ -26,10 +26,10 @@ from compiler.quant.stored import (
     unpack,
     words_for,
 )
-from passes.errors import UserError
-from passes.lazy import Array, FileTensor, Tile, whole
-from passes.quant import Activations, Codes, Order, QuantTensor
-from passes.rewrite import Reject
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, FileTensor, Tile, whole
+from instantrt.passes.core.quant import Activations, Codes, Order, QuantTensor
+from instantrt.passes.core.rewrite import Reject
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what has to be added to a stored zero
 OVERRIDES = ("bits", "group_size", "sym", "desc_act")

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from compiler.quant.config import QuantConfig, or_ignore
-from passes.errors import UserError
-from passes.insert_qdq import Decisions
-from passes.linear import Linear
-from passes.quant import Activations, InstantQuant, QuantTensor
-from passes.rewrite import Reject
-from passes.search import SearchedQuant
+from instantrt.compiler.quant.config import QuantConfig, or_ignore
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.linear import Linear
+from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.core.search import SearchedQuant
+from instantrt.passes.qdq.insert_qdq import Decisions
 
 GROUPS = (128, 64, 32)  # those that every target has a form for
 Quantizer = InstantQuant | SearchedQuant

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compiler.quant.compressed import INT8, shifted
-from compiler.quant.stored import FLOATS, Layer, checked_scales
-from passes.errors import UserError
-from passes.lazy import Array, FileTensor, Tile
-from passes.quant import Activations, Codes, QuantTensor
-from passes.rewrite import Reject
+from instantrt.compiler.quant.compressed import INT8, shifted
+from instantrt.compiler.quant.stored import FLOATS, Layer, checked_scales
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, FileTensor, Tile
+from instantrt.passes.core.quant import Activations, Codes, QuantTensor
+from instantrt.passes.core.rewrite import Reject
 
 SCALES = ("weight_scale", "scale", "scales")
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compiler.checkpoint import read_json
-from compiler.quant import awq, compressed, gptq, plain
-from compiler.quant.stored import Reader
-from passes.errors import UserError
-from passes.lazy import FileTensor
+from instantrt.compiler.checkpoint import read_json
+from instantrt.compiler.quant import awq, compressed, gptq, plain
+from instantrt.compiler.quant.stored import Reader
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FileTensor
 
 READERS: dict[str, Callable[[Mapping[str, Any], str], Reader]] = {
     "gptq": gptq.parse,

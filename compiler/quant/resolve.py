@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from compiler.frontend.model import FloatModel
-from compiler.quant.config import SHORT, QuantConfig, parse_quant_config
-from compiler.quant.readers import find_reader
-from compiler.quant.stored import Reader
-from compiler.request import FLOAT, QUANTIZATION, Request, refuse_idle
-from passes.errors import UserError
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant.config import SHORT, QuantConfig, parse_quant_config
+from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.stored import Reader
+from instantrt.compiler.request import FLOAT, QUANTIZATION, Request, refuse_idle
+from instantrt.passes.core.errors import UserError
 
 
 def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:

@@ -13,13 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from compiler.quant.config import QuantConfig
-from passes.errors import UserError
-from passes.insert_qdq import Decisions
-from passes.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
-from passes.linear import Linear
-from passes.quant import Activations, Order, QuantTensor
-from passes.rewrite import Reject
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
+from instantrt.passes.core.linear import Linear
+from instantrt.passes.core.quant import Activations, Order, QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.qdq.insert_qdq import Decisions
 
 FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32))
 INT32 = np.dtype(np.int32)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plugins.schema import Array, Attr, DType, Op, Port, Tolerance
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.semantics import ACTIVATIONS, NONE, exact
+from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, NONE, exact
 
 
 def reference(x: Array, codes: Array, affine: Array, bias: Array | None = None, **attrs: Any) -> tuple[Array, ...]:

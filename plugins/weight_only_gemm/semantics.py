@@ -7,8 +7,8 @@ from math import erf
 
 import numpy as np
 
-from plugins.schema import Array
-from plugins.weight_only_gemm import layout
+from instantrt.plugins.schema import Array
+from instantrt.plugins.weight_only_gemm import layout
 
 NONE, SILU, GELU, GELU_TANH = range(4)
 _ERF = np.vectorize(erf, otypes=[np.float64])

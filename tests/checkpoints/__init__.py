@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from compiler.checkpoint import read_checkpoint
-from compiler.quant.readers import find_reader
-from compiler.quant.stored import Layer
-from passes.lazy import Array, whole
-from passes.quant import Codes, QuantTensor, dequantize
-from tools.make_checkpoints import write_safetensors
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.stored import Layer
+from instantrt.passes.core.lazy import Array, whole
+from instantrt.passes.core.quant import Codes, QuantTensor, dequantize
+from instantrt.tools.make_checkpoints import write_safetensors
 
 HERE = Path(__file__).parent
 TINY = HERE.parent.parent / "examples" / "tiny-qwen2"

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from compiler import pipeline
-from compiler.accuracy.ledger import Forms, Ledger, ledger
-from compiler.request import Request
-from compiler.target import find_target
-from passes.insert_qdq import Decisions
-from passes.lazy import Array, InMemory
-from passes.linear import weight_constant
-from passes.quant import InstantQuant, QuantTensor
-from passes.rewrite import Ledger as PassLedger
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.ledger import Forms, Ledger, ledger
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.lazy import Array, InMemory
+from instantrt.passes.core.linear import weight_constant
+from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger as PassLedger
+from instantrt.passes.qdq.insert_qdq import Decisions
 
 K = 64
 FLOAT32 = np.dtype(np.float32)

@@ -16,9 +16,9 @@ from unittest.mock import NonCallableMagicMock
 
 import tensorrt_bindings as trt
 
-from compiler.backend import trt_child
-from compiler.backend.tensorrt import EngineOptions, EngineSpec
-from compiler.target import find_target
+from instantrt.compiler.backend.tensorrt import child as trt_child
+from instantrt.compiler.backend.tensorrt.build import EngineOptions, EngineSpec
+from instantrt.compiler.target import find_target
 
 sys.modules["tensorrt"] = trt
 Builder, Parser, Runtime = trt.Builder, trt.OnnxParser, trt.Runtime

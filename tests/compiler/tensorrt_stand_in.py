@@ -20,10 +20,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
-from compiler.backend.writer import write_model
-from compiler.profiles import Limits, profiles
-from compiler.triton.cuda import Device
-from compiler.triton.tensorrt_engine import open_engine
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.serving.runtime.cuda import Device
+from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
 
 TYPES = {"tensor(int64)": ("INT64", np.int64), "tensor(float)": ("FLOAT", np.float32)}
 ALIGNMENT = 256

@@ -8,11 +8,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from compiler import pipeline
-from compiler.accuracy.bisect import Watch, bisect
-from passes.lower_ort_limbs import ONE_LIMB_X86
-from passes.lower_ort_linear import linear_passes
-from passes.rewrite import Ledger, Reject, Rewrite, run
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.bisect import Watch, bisect
+from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, run
+from instantrt.passes.ort.limbs import ONE_LIMB_X86
+from instantrt.passes.ort.linear import linear_passes
 from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
 
 

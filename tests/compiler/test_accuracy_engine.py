@@ -15,17 +15,17 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from compiler.accuracy.engine_runner import EngineRunner
-from compiler.accuracy.subjects import subjects
-from compiler.artifact import read_manifest
-from compiler.backend.tensorrt import HEADER
-from compiler.backend.writer import write_model
-from compiler.frontend.model import FloatModel
-from compiler.gpu import gpus
-from compiler.request import Request
-from passes.errors import UserError
-from passes.last_logits import LastLogits
-from passes.rewrite import Ledger, run
+from instantrt.compiler.accuracy.engine_runner import EngineRunner
+from instantrt.compiler.accuracy.subjects import subjects
+from instantrt.compiler.artifact.manifest import read_manifest
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.backend.tensorrt.build import HEADER
+from instantrt.compiler.backend.tensorrt.gpu import gpus
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.qdq.last_logits import LastLogits
 from tests.compiler.tensorrt_stand_in import TYPES, HostDevice
 from tests.conftest import TINY, planned_and_written
 

@@ -10,15 +10,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from compiler import pipeline
-from compiler.accuracy.ledger import Forms, Layer, aligned, layers_of, weight_errors, weight_findings
-from passes.cast_compute_type import cast_compute_type
-from passes.insert_qdq import Decisions
-from passes.lazy import InMemory, Tile
-from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
-from passes.quant import Codes, InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
-from passes.search import SearchedQuant
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.ledger import Forms, Layer, aligned, layers_of, weight_errors, weight_findings
+from instantrt.passes.core.lazy import InMemory, Tile
+from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.search import SearchedQuant
+from instantrt.passes.qdq.insert_qdq import Decisions
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
 from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, fill, float_graph, forms
 
 MODES = {

@@ -8,12 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.accuracy.bounds import int8_blocks
-from compiler.accuracy.data import load_data, windows
-from compiler.accuracy.forms import Limits
-from compiler.accuracy.metrics import compare_tokens, difference, element_error, log_softmax, perplexity, summary
-from compiler.frontend.model import FloatModel
-from passes.errors import UserError
+from instantrt.compiler.accuracy.bounds import int8_blocks
+from instantrt.compiler.accuracy.data import load_data, windows
+from instantrt.compiler.accuracy.forms import Limits
+from instantrt.compiler.accuracy.metrics import (
+    compare_tokens,
+    difference,
+    element_error,
+    log_softmax,
+    perplexity,
+    summary,
+)
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.errors import UserError
 from tests.conftest import TEXT
 
 RANDOM = np.random.default_rng(11)

@@ -20,22 +20,22 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from compiler import build, pipeline
-from compiler.accuracy.budget import Bought, override, search
-from compiler.accuracy.data import load_data
-from compiler.accuracy.forms import Limits, Subject
-from compiler.accuracy.report import HTML, JSON, PNG, number, write_report
-from compiler.accuracy.subjects import subjects
-from compiler.accuracy.verify import Verdict, not_run, verify
-from compiler.backend.writer import write_model
-from compiler.frontend.model import FloatModel
-from compiler.quant import instant
-from compiler.quant.config import QuantConfig
-from compiler.request import Request
-from passes.errors import UserError
-from passes.quant import QuantTensor
-from passes.rewrite import Reject
-from passes.search import SearchedQuant
+from instantrt.compiler import build, pipeline
+from instantrt.compiler.accuracy.budget import Bought, override, search
+from instantrt.compiler.accuracy.data import load_data
+from instantrt.compiler.accuracy.forms import Limits, Subject
+from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
+from instantrt.compiler.accuracy.subjects import subjects
+from instantrt.compiler.accuracy.verify import Verdict, not_run, verify
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant import instant
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.request import Request
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.core.search import SearchedQuant
 from tests.conftest import ROOT, TEXT, TINY
 
 SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look

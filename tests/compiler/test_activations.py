@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from compiler.build import compile_model, plan
-from compiler.request import Request
-from passes.evaluate import Evaluation
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE
+from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.request import Request
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE
 from tests.compiler.test_onnx_file import run
 from tests.conftest import planned_and_written
 from tests.graphs import relative

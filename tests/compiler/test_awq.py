@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiler.checkpoint import read_checkpoint
-from compiler.quant import awq, stored
-from passes.errors import UserError
-from passes.lazy import Array
-from passes.quant import QuantTensor
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.quant import awq, stored
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.tools.make_checkpoints import write_safetensors
 from tests.checkpoints import decoded, weight
-from tools.make_checkpoints import write_safetensors
 
 PATH = "model.layers.0.mlp.up_proj"
 N, K, GROUP = 24, 32, 16

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from compiler import build, pipeline
-from compiler.artifact import read_manifest
-from compiler.build import Plan, Twin, compile_model, compile_planned
-from compiler.frontend.model import FloatModel
-from compiler.quant import instant
-from compiler.quant.config import parse_quant_config
-from compiler.quant.resolve import asked_config
-from compiler.request import Request
-from compiler.triton.integrity import sha256
-from passes.errors import UserError
-from passes.quant import QuantTensor
-from passes.rewrite import Ledger
+from instantrt.compiler import build, pipeline
+from instantrt.compiler.artifact.manifest import read_manifest
+from instantrt.compiler.build import Plan, Twin, compile_model, compile_planned
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant import instant
+from instantrt.compiler.quant.config import parse_quant_config
+from instantrt.compiler.quant.resolve import asked_config
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Ledger
+from instantrt.tools.bench.compile import STAGE
+from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
 from tests.conftest import ROOT, TEXT, TINY
-from tools.bench_compile import STAGE
-from tools.perplexity import artifact_logits, perplexity, transformers_logits, windows
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -202,7 +202,7 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
-        "import compiler.backend.writer as writer\n"
+        "import instantrt.compiler.backend.onnx_writer as writer\n"
         "from compiler.__main__ import main\n"
         "write = writer.write_source\n"
         "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
@@ -230,7 +230,7 @@ def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:
     generate = [
         sys.executable,
         "-m",
-        "tools.generate",
+        "instantrt.tools.cli.generate",
         str(tmp_path),
         "--prompt",
         "Once upon a time",
@@ -278,7 +278,7 @@ def test_a_wrong_command_line_ends_with_failed() -> None:
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """256 MB of weights are quantized and written in less than 150 MB."""
-    make = "import sys; from pathlib import Path; from tools.bench_compile import write_weights\n"
+    make = "import sys; from pathlib import Path; from instantrt.tools.bench.compile import write_weights\n"
     make += "write_weights(Path(sys.argv[1]), [(8192, 8192), (8192, 8192)])"
     subprocess.run([sys.executable, "-c", make, tmp_path], cwd=ROOT, check=True)
     stage = [sys.executable, "-c", STAGE, tmp_path, "A16W8 per-channel"]

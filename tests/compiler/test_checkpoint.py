@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_header, read_json
-from passes.errors import UserError
-from passes.lazy import View
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_header, read_json
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import View
 
 VALUES = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float16)}
 

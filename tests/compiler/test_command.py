@@ -11,16 +11,16 @@ import onnx_graphsurgeon as gs
 import pytest
 from typer.testing import CliRunner
 
-from compiler import build
-from compiler.__main__ import app
-from compiler.backend.writer import write_model
-from compiler.checkpoint import read_checkpoint
-from compiler.engine import Builder
-from compiler.frontend.model import FloatModel
-from compiler.quant.config import Quant
-from compiler.quant.resolve import resolve
-from compiler.request import WITHOUT, KvCache, Logits, Request, check_options
-from passes.errors import UserError
+from instantrt.compiler import build
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.backend.tensorrt.choose import Builder
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.quant.resolve import resolve
+from instantrt.compiler.request import WITHOUT, KvCache, Logits, Request, check_options
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli.app import app
 from tests.checkpoints import HERE, config_of
 from tests.compiler.accuracy_models import float_graph
 from tests.conftest import TINY
@@ -55,7 +55,7 @@ def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> No
 
 def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[Request] = []
-    monkeypatch.setattr("compiler.__main__.compile_request", lambda request, *a, **k: made.append(request))
+    monkeypatch.setattr("instantrt.tools.cli.app.compile_request", lambda request, *a, **k: made.append(request))
     config = tmp_path / "q.json"
     config.write_text(json.dumps({"weight_only_quant": True, "customized_quant_config": {"weight_format": "int8"}}))
     arguments = ["m", "--target", "x86", "--target", "sm89", "--quant-config", config, "--ignore", "a", "-o", "o"]

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.checkpoint import read_checkpoint
-from compiler.quant import compressed, plain, readers, stored
-from passes.errors import UserError
-from passes.lazy import Array
-from passes.quant import QuantTensor
-from passes.rewrite import Reject
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.quant import compressed, plain, readers, stored
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.tools.make_checkpoints import write_safetensors
 from tests.checkpoints import decoded, weight
-from tools.make_checkpoints import write_safetensors
 
 PATH = "model.layers.0.mlp.up_proj"
 N, K, GROUP = 20, 48, 16

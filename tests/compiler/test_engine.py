@@ -22,21 +22,21 @@ import pytest
 from onnx import TensorProto, helper
 from rich.console import Console
 
-from compiler.artifact import read_manifest
-from compiler.backend.tensorrt import EngineOptions, read_header
-from compiler.build import build_kit, compile_model, plan
-from compiler.check import check
-from compiler.engine import Choice, choose_builder, compute_type
-from compiler.gpu import Gpu, gpus
-from compiler.kit import read_kit
-from compiler.report import show_explanation
-from compiler.repository import write_repository
-from compiler.request import Request
-from compiler.target import find_target
-from compiler.triton.integrity import check_folder, sha256
-from passes.errors import UserError
-from passes.join_linears import parts_of
-from passes.lazy import Array
+from instantrt.compiler.artifact.check import check
+from instantrt.compiler.artifact.manifest import read_manifest
+from instantrt.compiler.backend.tensorrt.build import EngineOptions, read_header
+from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type
+from instantrt.compiler.backend.tensorrt.gpu import Gpu, gpus
+from instantrt.compiler.backend.tensorrt.kit import read_kit
+from instantrt.compiler.build import build_kit, compile_model, plan
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.repository import write_repository
+from instantrt.compiler.serving.runtime.integrity import check_folder, sha256
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.qdq.join_linears import parts_of
+from instantrt.tools.cli.show import show_explanation
 from tests.checkpoints import whole_checkpoint
 from tests.conftest import ROOT, TINY
 
@@ -182,16 +182,18 @@ def truncated_engine(folder: Path) -> None:
 )
 def test_check_refuses(copy: Path, damage, words: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     damage(copy)
-    monkeypatch.setattr("compiler.check.load", lambda *a: pytest.fail("loaded before it was checked"))
+    monkeypatch.setattr(
+        "instantrt.compiler.artifact.check.load", lambda *a: pytest.fail("loaded before it was checked")
+    )
     with pytest.raises(UserError, match=words):
         list(check(copy))
 
 
 def test_a_runtime_of_another_version_is_not_loaded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with the engine's GPU, and a newer TensorRT-RTX."""
-    monkeypatch.setattr("compiler.check.gpus", lambda: (Gpu("RTX 4090", 89),))
+    monkeypatch.setattr("instantrt.compiler.artifact.check.gpus", lambda: (Gpu("RTX 4090", 89),))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9.9")
-    monkeypatch.setattr("compiler.check.load", lambda *a: pytest.fail("loaded with another version"))
+    monkeypatch.setattr("instantrt.compiler.artifact.check.load", lambda *a: pytest.fail("loaded with another version"))
     with pytest.raises(UserError, match="the engine and the installed runtime differ") as caught:
         list(check(out))
     assert caught.value.found == "9.9.9.9"
@@ -259,7 +261,7 @@ def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, mo
     body = json.loads(kit_for(copy, "sm89").joinpath("kit.json").read_text())
     body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
     (copy / "sm90" / "kit.json").write_text(json.dumps(body))
-    monkeypatch.setattr("compiler.build.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
+    monkeypatch.setattr("instantrt.compiler.build.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
     artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
     (library,) = artifact.plugins
     assert (tmp_path / "built" / library).read_bytes() == b"a library"
@@ -350,7 +352,7 @@ def test_an_explanation_says_what_each_layer_became(
     quant: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    monkeypatch.setattr("compiler.report.console", console)
+    monkeypatch.setattr("instantrt.tools.cli.show.console", console)
     show_explanation(plan(Request(TINY, ("sm89",), tmp_path, quant=quant, builder="kit")))
     (line,) = (line for line in console.export_text().splitlines() if "self_attn.q_proj" in line)
     assert words in line
@@ -358,7 +360,7 @@ def test_an_explanation_says_what_each_layer_became(
 
 def test_an_explanation_says_which_target_runs_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    monkeypatch.setattr("compiler.report.console", console)
+    monkeypatch.setattr("instantrt.tools.cli.show.console", console)
     targets = ("x86", "sm80", "sm89", "sm70")
     show_explanation(plan(Request(TINY, targets, tmp_path, quant="a16w4", group_size=128, builder="kit")))
     shown = console.export_text()

@@ -19,15 +19,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from compiler import pipeline
-from compiler.backend.writer import write_model
-from compiler.frontend import hf
-from compiler.frontend.model import LlmShape
-from compiler.request import Request
-from compiler.target import find_target
-from passes.errors import UserError
-from passes.kv_in_place import kv_in_place
-from passes.rewrite import Ledger
+from instantrt.compiler import pipeline
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

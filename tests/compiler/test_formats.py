@@ -14,19 +14,19 @@ import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from compiler.__main__ import app
-from compiler.build import Plan
-from compiler.checkpoint import read_checkpoint
-from compiler.frontend import hf
-from compiler.inspect import inspect
-from compiler.request import Request
-from passes.lazy import Array, whole
-from passes.quant import quantize_asymmetric
-from passes.rewrite import Reject
+from instantrt.compiler.build import Plan
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.frontend import hf
+from instantrt.compiler.inspect import inspect
+from instantrt.compiler.request import Request
+from instantrt.passes.core.lazy import Array, whole
+from instantrt.passes.core.quant import quantize_asymmetric
+from instantrt.passes.core.rewrite import Reject
+from instantrt.tools.bench.formats import reference_logits
+from instantrt.tools.cli.app import app
+from instantrt.tools.cli.perplexity import artifact_logits, perplexity, windows
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
 from tests.conftest import planned_and_written
-from tools.bench_formats import reference_logits
-from tools.perplexity import artifact_logits, perplexity, windows
 
 TEXT = TINY.parent / "text" / "evaluation.txt"
 

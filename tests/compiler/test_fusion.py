@@ -9,20 +9,20 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from compiler import pipeline
-from compiler.backend.fusion import Carrier, Read, carriers, kernels
-from compiler.backend.tensorrt import Built, EngineSpec, build
-from compiler.backend.writer import write_model
-from compiler.engine import quantized_linears
-from compiler.frontend.model import FloatModel
-from compiler.profiles import Limits, profiles
-from compiler.request import Request
-from compiler.target import find_target
-from passes.cast_compute_type import cast_compute_type
-from passes.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
-from passes.lazy import InMemory
-from passes.quant import Activations, InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
+from instantrt.compiler import pipeline
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.backend.tensorrt.build import Built, EngineSpec, build
+from instantrt.compiler.backend.tensorrt.choose import quantized_linears
+from instantrt.compiler.backend.tensorrt.fusion import Carrier, Read, carriers, kernels
+from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.lazy import InMemory
+from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from tests.conftest import TINY
 from tests.graphs import linear_graph
 

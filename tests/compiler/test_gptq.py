@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.checkpoint import read_checkpoint
-from compiler.quant import gptq, readers, stored
-from compiler.quant.config import QuantConfig
-from passes.errors import UserError
-from passes.lazy import Array, FileTensor, InMemory, whole
-from passes.linear import Linear
-from passes.quant import QuantTensor
-from passes.rewrite import Reject
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.quant import gptq, readers, stored
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, FileTensor, InMemory, whole
+from instantrt.passes.core.linear import Linear
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.tools.make_checkpoints import write_safetensors
 from tests.checkpoints import HERE, Q_PROJ, SHAPES, decoded, gptq_tensors, read_layer, weight
-from tools.make_checkpoints import write_safetensors
 
 PATH = "model.layers.0.mlp.down_proj"
 RANDOM = np.random.default_rng(11)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from compiler.__main__ import app
-from compiler.inspect import inspect
-from passes.errors import UserError
-from passes.lazy import Array
+from instantrt.compiler.inspect import inspect
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
+from instantrt.tools.cli.app import app
 from tests.checkpoints import DOWN_PROJ, NAMES, Q_PROJ, TINY, whole_checkpoint
 
 FORMATS = {

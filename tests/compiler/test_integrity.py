@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from compiler.triton.integrity import CHUNK, RECORD, check_folder, sha256
-from compiler.triton.scheduler import Limits
+from instantrt.compiler.serving.runtime.integrity import CHUNK, RECORD, check_folder, sha256
+from instantrt.compiler.serving.runtime.scheduler import Limits
 from tests.compiler.tensorrt_stand_in import PLAN
 
 
@@ -70,7 +70,7 @@ def test_what_was_changed_is_refused_before_it_is_loaded(
 ) -> None:
     """By the entry that Triton calls, which imports TensorRT only after that."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace())
-    model = importlib.import_module("compiler.triton.model")
+    model = importlib.import_module("instantrt.compiler.serving.runtime.model")
     monkeypatch.setattr(model.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     damage(folder)
     with pytest.raises(RuntimeError, match=words):

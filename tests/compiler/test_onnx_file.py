@@ -17,13 +17,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from compiler.accuracy.runners import session
-from compiler.build import compile_model, plan
-from compiler.frontend import load
-from compiler.frontend.onnx_file import load_artifact
-from compiler.request import Request
-from compiler.triton.integrity import sha256
-from passes.errors import UserError
+from instantrt.compiler.accuracy.runners import session
+from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.onnx_file import load_artifact
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.passes.core.errors import UserError
 from tests.conftest import TINY, planned_and_written
 from tests.graphs import compiled_error, model_file, relative
 

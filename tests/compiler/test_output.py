@@ -10,23 +10,23 @@ from unittest.mock import Mock
 import pytest
 import typer
 
-import compiler.__main__ as command
-from compiler import build
-from compiler.accuracy.verify import Verdict
-from compiler.artifact import MANIFEST, read_manifest
-from compiler.build import Twin, compile_model, source
-from compiler.check import check
-from compiler.frontend.model import FloatModel
-from compiler.kit import KIT
-from compiler.output import Staging, check_out
-from compiler.repository import write_repository
-from compiler.request import Request
-from compiler.target import find_target
-from compiler.triton.integrity import sha256
-from passes.errors import UserError
+import instantrt.tools.cli.app as command
+from instantrt.compiler import build
+from instantrt.compiler.accuracy.verify import Verdict
+from instantrt.compiler.artifact.check import check
+from instantrt.compiler.artifact.manifest import MANIFEST, read_manifest
+from instantrt.compiler.artifact.staging import Staging, check_out
+from instantrt.compiler.backend.tensorrt.kit import KIT
+from instantrt.compiler.build import Twin, compile_model, source
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.repository import write_repository
+from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli.diff import request_of
+from instantrt.tools.cli.ending import run
 from tests.conftest import TEXT, TINY
-from tools.accuracy_diff import request_of
-from tools.cli import run
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
 
@@ -209,7 +209,8 @@ def test_report_and_repository_appear_with_the_artifacts(tmp_path: Path, monkeyp
     assert all(Path(word).is_file() for word in words if word.startswith("/"))
     served, compiled = contents(triton), contents(out)
 
-    monkeypatch.setattr("compiler.repository.generate_config", Mock(side_effect=OSError(28, "No space left on device")))
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("instantrt.compiler.serving.repository.generate_config", full)
     with pytest.raises(UserError, match="No space left"):
         compile_all(Request(TINY, ("x86",), out, quant="a16w4"), triton)
     assert (contents(triton), contents(out)) == (served, compiled)

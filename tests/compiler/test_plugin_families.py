@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiler import pipeline
-from compiler.frontend import hf
-from compiler.profiles import Limits
-from compiler.request import Request
-from compiler.target import find_target
-from passes.evaluate import Evaluation
-from passes.quant import InstantQuant, QuantTensor
-from passes.rewrite import Ledger
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
+from instantrt.compiler import pipeline
+from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.frontend import hf
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 from tests.compiler.test_families import FAMILIES, make
 
 F16 = np.dtype(np.float16)

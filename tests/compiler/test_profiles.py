@@ -6,9 +6,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from compiler.backend.tensorrt import check_profile
-from compiler.profiles import Limits, profiles
-from passes.errors import UserError
+from instantrt.compiler.backend.tensorrt.build import check_profile
+from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.passes.core.errors import UserError
 
 INPUTS = [
     gs.Variable("input_ids", np.int64, ["batch", "sequence"]),

@@ -11,11 +11,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from compiler.artifact import Artifact, TensorSpec, write_manifest
-from compiler.repository import RUNTIME, RUNTIME_FILES, write_repository
-from compiler.repository_readme import ONNXRUNTIME, REQUIREMENTS
-from compiler.triton_config import bare_config, generate_config
-from passes.errors import UserError
+from instantrt.compiler.artifact.manifest import Artifact, TensorSpec, write_manifest
+from instantrt.compiler.serving.config import bare_config, generate_config
+from instantrt.compiler.serving.readme import ONNXRUNTIME, REQUIREMENTS
+from instantrt.compiler.serving.repository import RUNTIME, RUNTIME_FILES, write_repository
+from instantrt.passes.core.errors import UserError
 from tests.conftest import ROOT
 
 CPU = Artifact(
@@ -221,7 +221,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_failure_leaves_no_half_written_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, folder = output(tmp_path / "out", CPU), tmp_path / "repository"
 
-    monkeypatch.setattr("compiler.repository.generate_config", Mock(side_effect=OSError(28, "No space left on device")))
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("instantrt.compiler.serving.repository.generate_config", full)
     with pytest.raises(UserError, match=r"could not be written\n.*No space left"):
         write_repository(out, folder)
     assert not folder.exists()

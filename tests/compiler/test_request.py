@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler.quant.config import KEYS, QuantConfig, parse_quant_config
-from compiler.request import Request, fields_from_json
-from compiler.target import TARGETS, find_target
-from passes.errors import UserError
+from instantrt.compiler.quant.config import KEYS, QuantConfig, parse_quant_config
+from instantrt.compiler.request import Request, fields_from_json
+from instantrt.compiler.target import TARGETS, find_target
+from instantrt.passes.core.errors import UserError
 
 
 def request(**fields: Any) -> Request:
@@ -124,10 +124,10 @@ def test_targets_are_found_by_any_name() -> None:
 
 
 def test_the_public_names_are_reached_from_the_package() -> None:
-    import compiler
-    from compiler.build import compile_model
+    import instantrt
+    from instantrt.compiler.build import compile_model
 
-    assert compiler.Request is Request
-    assert compiler.compile_model is compile_model
+    assert instantrt.Request is Request
+    assert instantrt.compile_model is compile_model
     with pytest.raises(AttributeError):
-        _ = compiler.nothing
+        _ = instantrt.nothing

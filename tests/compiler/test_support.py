@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from compiler.quant.config import QuantConfig
-from compiler.support import METHODS, Shown, cell, check_supported, markdown, method_of
-from compiler.target import TARGETS, Backend, find_target
-from passes.errors import UserError
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.support import METHODS, Shown, cell, check_supported, markdown, method_of
+from instantrt.compiler.target import TARGETS, Backend, find_target
+from instantrt.passes.core.errors import UserError
 from tests.conftest import ROOT
 
 # The spec's rows; ours may offer more.
@@ -22,7 +22,9 @@ SPEC = (
 
 
 def test_the_readme_shows_the_table() -> None:
-    assert markdown() in (ROOT / "README.md").read_text("utf-8"), "python -m compiler.support prints the table"
+    assert markdown() in (ROOT / "README.md").read_text("utf-8"), (
+        "python -m instantrt.compiler.support prints the table"
+    )
 
 
 def test_every_row_of_the_spec_is_there() -> None:

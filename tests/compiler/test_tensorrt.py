@@ -19,10 +19,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compiler.backend import tensorrt
-from compiler.backend.fusion import Read, carriers
-from compiler.backend.tensorrt import EngineOptions, EngineSpec, build, read_header
-from passes.errors import UserError
+from instantrt.compiler.backend.tensorrt import build as tensorrt
+from instantrt.compiler.backend.tensorrt.build import EngineOptions, EngineSpec, build, read_header
+from instantrt.compiler.backend.tensorrt.fusion import Read, carriers
+from instantrt.passes.core.errors import UserError
 
 K, N = 64, 32
 RANGE = {"x": ((1, 1, K), (1, 16, K), (2, 32, K))}
@@ -263,7 +263,7 @@ def test_loading_without_a_gpu_is_an_error_not_a_crash(spec: EngineSpec) -> None
 
 
 def tensorrt_sees_a_gpu() -> bool:
-    from compiler.gpu import gpus
+    from instantrt.compiler.backend.tensorrt.gpu import gpus
 
     return bool(gpus())
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.backend.writer import write_model
-from compiler.frontend.model import FloatModel
-from compiler.triton.engine import ENGINES, ConcatEngine, SharedEngine
-from passes.lower_ort_attention import ATTENTION
-from passes.rewrite import Ledger, run
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.serving.runtime.engine import ENGINES, ConcatEngine, SharedEngine
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.ort.attention import ATTENTION
 
 Engines = tuple[SharedEngine | ConcatEngine, ...]
 

@@ -18,9 +18,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from compiler.triton.sampling import SHORTLIST, Sampler, Sampling, largest
-from compiler.triton.scheduler import CHUNK, Failure, Job, Limits, RefusedError, Scheduler
-from compiler.triton.text import Detokenizer, Text
+from instantrt.compiler.serving.runtime.sampling import SHORTLIST, Sampler, Sampling, largest
+from instantrt.compiler.serving.runtime.scheduler import CHUNK, Failure, Job, Limits, RefusedError, Scheduler
+from instantrt.compiler.serving.runtime.text import Detokenizer, Text
 from tests.conftest import TINY
 
 Array = npt.NDArray[Any]

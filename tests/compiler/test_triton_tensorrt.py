@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from compiler.frontend.model import FloatModel
-from compiler.triton import cuda, tensorrt_engine
-from compiler.triton.engine import ConcatEngine
-from compiler.triton.scheduler import Job, Scheduler
-from compiler.triton.scheduler import Limits as Served
-from compiler.triton.tensorrt_engine import DECODE, PAST, PREFILL, open_engine, widened
-from compiler.triton.text import Text
-from passes.kv_in_place import kv_in_place
-from passes.rewrite import Ledger
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.serving.runtime import cuda, tensorrt_engine
+from instantrt.compiler.serving.runtime.engine import ConcatEngine
+from instantrt.compiler.serving.runtime.scheduler import Job, Scheduler
+from instantrt.compiler.serving.runtime.scheduler import Limits as Served
+from instantrt.compiler.serving.runtime.tensorrt_engine import DECODE, PAST, PREFILL, open_engine, widened
+from instantrt.compiler.serving.runtime.text import Text
+from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.compiler.tensorrt_stand_in import LENGTH, ROWS, Context, Engine, HostDevice, Plan, stand_in
 from tests.compiler.test_triton_runtime import Listener, wait
 from tests.conftest import TINY
@@ -184,7 +184,7 @@ def test_a_cache_that_does_not_fit_says_so(in_place: Plan, monkeypatch: pytest.M
 
 
 def test_rows_that_would_not_be_aligned_are_refused(in_place: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compiler.triton.tensorrt_engine.ALIGNMENT", 3 * 256)
+    monkeypatch.setattr("instantrt.compiler.serving.runtime.tensorrt_engine.ALIGNMENT", 3 * 256)
     with pytest.raises(RuntimeError, match="have 32768 bytes, expected a multiple of 768"):
         in_place.open()
     assert in_place.open(rows=1)

@@ -16,20 +16,20 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-import compiler.request
-from compiler.artifact import read_manifest
-from compiler.backend import trt_child
-from compiler.backend.fusion import carriers
-from compiler.backend.tensorrt import EngineSpec, build
-from compiler.build import compile_model, plan
-from compiler.kit import read_kit
-from compiler.request import Request
-from compiler.target import TARGETS, find_target
-from passes.errors import UserError
-from passes.evaluate import Evaluation
-from passes.old_parser import unsupported
-from plugins.ops import DOMAIN
-from plugins.weight_only_gemm.op import OP
+from instantrt.compiler import request as request_module
+from instantrt.compiler.artifact.manifest import read_manifest
+from instantrt.compiler.backend.tensorrt import child as trt_child
+from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
+from instantrt.compiler.backend.tensorrt.fusion import carriers
+from instantrt.compiler.backend.tensorrt.kit import read_kit
+from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import TARGETS, find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.tensorrt.old_parser import unsupported
+from instantrt.plugins.ops import DOMAIN
+from instantrt.plugins.weight_only_gemm.op import OP
 from tests.conftest import TINY
 from tests.graphs import evaluate, relative
 
@@ -149,7 +149,7 @@ def test_what_volta_cannot_have_is_refused_before_any_work(
 
 
 def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler.request, "PACKAGED_PLUGINS", libraries)
+    monkeypatch.setattr(request_module, "PACKAGED_PLUGINS", libraries)
     asked = request(tmp_path, "sm70", "sm80", "x86", plugin=Path("auto"))
     found = {t.name: asked.library(t) for t in asked.resolved_targets()}
     assert found == {"sm70": libraries / VOLTAS, "sm80": libraries / NEWER, "x86": None}
@@ -165,7 +165,7 @@ def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, mon
 def test_a_kit_with_the_plugin(
     quant: str, group: int | None, libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler.request, "PACKAGED_PLUGINS", libraries)
+    monkeypatch.setattr(request_module, "PACKAGED_PLUGINS", libraries)
     compile_model(request(tmp_path, "sm70", quant=quant, group_size=group, plugin=Path("auto")))
     (artifact,) = read_manifest(tmp_path)
     assert artifact.plugins == (f"sm70/{VOLTAS}",)
@@ -192,7 +192,7 @@ def test_a_node_of_another_domain_is_not_taken_for_the_plugin() -> None:
 def test_the_plugin_computes_what_native_forms_do(
     libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler.request, "PACKAGED_PLUGINS", libraries)
+    monkeypatch.setattr(request_module, "PACKAGED_PLUGINS", libraries)
     fields: dict[str, Any] = {"quant": "a16w4", "group_size": 64, "logits": "all"}
     native, plugin = (
         plan(request(tmp_path, "sm70", **fields, plugin=asked)).lowered["sm70"] for asked in (None, Path("auto"))

@@ -9,9 +9,9 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
-from compiler.backend.writer import check_graph, write_model
-from passes.errors import UserError
-from passes.lazy import InMemory, View
+from instantrt.compiler.backend.onnx_writer import check_graph, write_model
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import InMemory, View
 
 FLOAT32 = np.dtype(np.float32)
 

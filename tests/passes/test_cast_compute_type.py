@@ -7,11 +7,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.cast_compute_type import cast_compute_type
-from passes.errors import UserError
-from passes.evaluate import Evaluation
-from passes.lazy import InMemory, View, view_of
-from passes.rewrite import Ledger
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import InMemory, View, view_of
+from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 
 FLOAT16, FLOAT32, INT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int64)
 

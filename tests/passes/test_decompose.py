@@ -11,13 +11,13 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from compiler import pipeline
-from passes.errors import UserError
-from passes.evaluate import Evaluation
-from passes.explicit_scales import ExplicitScales
-from passes.lazy import InMemory, View
-from passes.old_parser import unsupported
-from passes.rewrite import Ledger, run
+from instantrt.compiler import pipeline
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import InMemory, View
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
+from instantrt.passes.tensorrt.old_parser import unsupported
 from tests.graphs import evaluate, relative
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)

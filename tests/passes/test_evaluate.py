@@ -10,8 +10,8 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.evaluate import Evaluation
-from passes.lazy import InMemory, View, small
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import InMemory, View, small
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
 RANDOM = np.random.default_rng(3)

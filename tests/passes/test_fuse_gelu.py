@@ -9,10 +9,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.evaluate import Evaluation
-from passes.fuse_gelu import FuseGelu
-from passes.lazy import small
-from passes.rewrite import Ledger, add, run
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.float.fuse_gelu import FuseGelu
 
 
 class Expression:

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.insert_qdq import quantized
-from passes.join_linears import JoinLinears, join_paths, parts_of
-from passes.rewrite import Ledger, run
-from passes.verify import Stage, verify
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.qdq.insert_qdq import quantized
+from instantrt.passes.qdq.join_linears import JoinLinears, join_paths, parts_of
 from tests.graphs import FLOAT32, evaluate, linear_graph, quantize, relative
 
 K = 64

@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import numpy_helper
 
-from compiler.backend import writer
-from passes import lazy
-from passes.errors import UserError
-from passes.lazy import FileTensor, InMemory, Transposed, View
+from instantrt.compiler.backend import onnx_writer as writer
+from instantrt.passes.core import lazy
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FileTensor, InMemory, Transposed, View
 
 
 def stored(path: Path, values: np.ndarray) -> FileTensor:

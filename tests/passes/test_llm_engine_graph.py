@@ -8,14 +8,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from compiler import pipeline
-from compiler.frontend.model import FloatModel
-from passes.errors import UserError
-from passes.insert_qdq import QuantizeActivations
-from passes.kv_in_place import kv_in_place
-from passes.last_logits import LastLogits
-from passes.quant import InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
+from instantrt.compiler import pipeline
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.qdq.insert_qdq import QuantizeActivations
+from instantrt.passes.qdq.last_logits import LastLogits
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.graphs import FLOAT32, evaluate, relative
 
 B, S, P, M = 2, 3, 5, 16

@@ -11,16 +11,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.cast_compute_type import cast_compute_type
-from passes.errors import UserError
-from passes.evaluate import Evaluation
-from passes.insert_qdq import InsertDequantize, QuantizeActivations
-from passes.lazy import InMemory, Tile, view_of
-from passes.lower_native_int8 import LowerNativeInt8
-from passes.lower_native_weight_only import LowerNativeWeightOnly
-from passes.quant import Codes, InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
-from passes.verify import Stage, verify
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import InMemory, Tile, view_of
+from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
+from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from tests.graphs import FLOAT32, evaluate, linear_graph
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -170,7 +170,7 @@ def test_int4_by_channel_is_written_in_blocks_with_repeated_scales() -> None:
 def test_no_weight_is_loaded_by_a_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights()
     twin = canonical(w, table(w, 4, 64, symmetric=False))
-    monkeypatch.setattr("passes.lazy.View.load", lambda view: pytest.fail(f"loaded {view.shape}"))
+    monkeypatch.setattr("instantrt.passes.core.lazy.View.load", lambda view: pytest.fail(f"loaded {view.shape}"))
     lower(twin, FLOAT16)
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.insert_qdq import InsertDequantize, QuantizeActivations
-from passes.lazy import InMemory, View, view_of
-from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs
-from passes.lower_ort_linear import linear_passes
-from passes.quant import Activations, InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
-from passes.verify import Stage, verify
+from instantrt.passes.core.lazy import InMemory, View, view_of
+from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs
+from instantrt.passes.ort.linear import linear_passes
+from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 from tests.graphs import evaluate, linear_graph
 from tests.passes.test_lower_ort_linear import per_row, tokens, weights
 

@@ -8,11 +8,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.lower_ort_limbs import ONE_LIMB_ARM, ONE_LIMB_X86
-from passes.lower_ort_linear import linear_passes
-from passes.lower_ort_nbits import LowerToMatMulNBits
-from passes.rewrite import Ledger, run
-from passes.verify import Stage, verify
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
+from instantrt.passes.ort.linear import linear_passes
+from instantrt.passes.ort.nbits import LowerToMatMulNBits
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
 K = 256

@@ -11,18 +11,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.cast_compute_type import cast_compute_type
-from passes.evaluate import Evaluation
-from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
-from passes.insert_qdq import InsertDequantize, QuantizeActivations
-from passes.lazy import Array, InMemory, Tile, view_of
-from passes.linear import weight_constant
-from passes.lower_weight_only_gemm import LowerWeightOnlyGemm, Packed
-from passes.quant import Activations, InstantQuant, QuantTensor
-from passes.rewrite import Ledger, add, run
-from plugins.schema import DType, Tolerance, assert_within
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import Array, InMemory, Tile, view_of
+from instantrt.passes.core.linear import weight_constant
+from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm, Packed
+from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 TOLERANCE = {F16: OP.tolerance[DType.F16], BF16: OP.tolerance[DType.BF16]}

@@ -10,13 +10,13 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from passes.insert_qdq import InsertDequantize, quantized
-from passes.lazy import Array, InMemory, View
-from passes.linear import linear, weight_constant
-from passes.permute_fold import FoldOrder, Permuted
-from passes.permute_inputs import SortInputs
-from passes.quant import Codes, InstantQuant, Order, QuantTensor
-from passes.rewrite import Ledger, add, run
+from instantrt.passes.core.lazy import Array, InMemory, View
+from instantrt.passes.core.linear import linear, weight_constant
+from instantrt.passes.core.quant import Codes, InstantQuant, Order, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.qdq.fold_order import FoldOrder, Permuted
+from instantrt.passes.qdq.insert_qdq import InsertDequantize, quantized
+from instantrt.passes.qdq.sort_inputs import SortInputs
 
 K, N = 32, 64
 RANDOM = np.random.default_rng(5)

@@ -11,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from passes.errors import UserError
-from passes.lazy import InMemory, convert
-from passes.quant import Codes, InstantQuant, dequantize, quantize_asymmetric, quantize_symmetric, reduce_groups
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import InMemory, convert
+from instantrt.passes.core.quant import (
+    Codes,
+    InstantQuant,
+    dequantize,
+    quantize_asymmetric,
+    quantize_symmetric,
+    reduce_groups,
+)
 
 FLOAT32 = np.dtype(np.float32)
 STORED = [FLOAT32, np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]

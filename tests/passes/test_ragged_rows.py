@@ -14,11 +14,11 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
-from compiler.backend.writer import write_model
-from compiler.frontend.model import FloatModel
-from passes.kv_in_place import kv_in_place
-from passes.lower_ort_attention import ATTENTION
-from passes.rewrite import Ledger, run
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 
 Array = npt.NDArray[Any]
 LENGTHS = (5, 17, 2, 40)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from compiler.quant.config import parse_quant_config
-from compiler.quant.instant import instant
-from passes.errors import UserError
-from passes.lazy import Array, InMemory
-from passes.linear import Linear
-from passes.quant import Codes, InstantQuant, dequantize, quantize_asymmetric, quantize_symmetric
-from passes.search import BLOCK, RATIOS, SearchedQuant, search
+from instantrt.compiler.quant.config import parse_quant_config
+from instantrt.compiler.quant.instant import instant
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, InMemory
+from instantrt.passes.core.linear import Linear
+from instantrt.passes.core.quant import Codes, InstantQuant, dequantize, quantize_asymmetric, quantize_symmetric
+from instantrt.passes.core.search import BLOCK, RATIOS, SearchedQuant, search
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 

@@ -8,12 +8,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.evaluate import Evaluation
-from passes.evaluate_node import dependencies
-from passes.lazy import InMemory, View
-from passes.quant import dequantize, quantize_asymmetric
-from passes.rewrite import Ledger, add, run
-from passes.tables import LowerNativeTables
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate_node import dependencies
+from instantrt.passes.core.lazy import InMemory, View
+from instantrt.passes.core.quant import dequantize, quantize_asymmetric
+from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.qdq.tables import LowerNativeTables
 from tests.graphs import evaluate
 
 V, H, BLOCK = 40, 96, 32

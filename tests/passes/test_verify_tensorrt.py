@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from passes.verify import Stage, verify
+from instantrt.passes.core.verify import Stage, verify
 
 K, N = 8, 4
 

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
 
 Array = NDArray[Any]
 F16 = np.dtype(np.float16)

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from instantrt.tools.gpu.library import Library
 from tests.plugins.kernels import Emulated, build_emulators
-from tools.gpu.library import Library
 
 
 @pytest.fixture(scope="session")

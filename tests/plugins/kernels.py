@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from instantrt.tools.gpu.library import PTR, Library
 from tests.plugins.cases import BF16, Problem
-from tools.gpu.library import PTR, Library
 
 Array = NDArray[Any]
 ROOT = Path(__file__).parents[2]

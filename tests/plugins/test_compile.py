@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from instantrt.tools.gpu.library import Library
 from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels
-from tools.gpu.library import Library
 
 ALL = ("75", "80", "86", "89", "90a", "100", "120")
 DEFAULT = ("75", "90a")

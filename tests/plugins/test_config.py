@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from plugins.weight_only_gemm.op import check
+from instantrt.plugins.weight_only_gemm.op import check
+from instantrt.tools.gpu.library import RefusedError
 from tests.plugins.kernels import Emulated
-from tools.gpu.library import RefusedError
 
 SMS = (75, 80, 86, 89, 90, 100, 120)
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may use

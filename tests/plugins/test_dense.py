@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from plugins.schema import DType, Tolerance, assert_within
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact
+from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact
 from tests.plugins.cases import BF16, F16, Case, Problem
 from tests.plugins.kernels import ROOT, Emulated, build_cublaslt, c_problem
 
@@ -107,7 +107,7 @@ import sys
 from pathlib import Path
 from tests.plugins.cases import Case
 from tests.plugins.kernels import Emulated
-from tools.gpu.library import Library
+from instantrt.tools.gpu.library import Library
 kernels = Emulated(Library(Path(sys.argv[1])), 80)
 assert not kernels.library.has_cublaslt()
 kernels.run(Case(513, 16, 32, rounded_weights=1).make(), library=True)

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
+from instantrt.tools.gpu import check as gpu_check
+from instantrt.tools.gpu import goals, layers, small, stages, tables
+from instantrt.tools.gpu.plot import plot
+from instantrt.tools.gpu.race import Timing
+from instantrt.tools.gpu.watch import Job, Outcome, failures, run_all
 from tests.plugins.kernels import ROOT, Emulated
-from tools import gpu_check
-from tools.gpu import goals, layers, small, stages, tables
-from tools.gpu.plot import plot
-from tools.gpu.race import Timing
-from tools.gpu.watch import Job, Outcome, failures, run_all
 
 ROOF = {"read_bytes_per_us": 4e6, "bf16_ops_per_us": 8e8, "int8_ops_per_us": 1.4e9}
 CHILD = """
 import os, sys, time
-from tools.gpu.watch import emit
+from instantrt.tools.gpu.watch import emit
 for case in sys.argv[1:]:
     print("loading", case)
     emit(start=case)
@@ -362,10 +362,12 @@ def test_stages_run_in_their_order_and_build_first() -> None:
         gpu_check.parse_stages("test")
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU: run tools.gpu_check itself")
+@pytest.mark.skipif(
+    shutil.which("nvidia-smi") is not None, reason="this machine has a GPU: run instantrt gpu-check itself"
+)
 def test_without_a_gpu_it_says_so() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "instantrt.tools.gpu.check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 1
     assert run.stderr.startswith("no GPU: nvidia-smi is not on PATH.")

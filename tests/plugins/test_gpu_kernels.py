@@ -1,7 +1,7 @@
 """The kernels on a real GPU, against float64: sizes, awkward data, determinism, graphs, streams, code of older SMs.
 
 INSTANTRT_KERNELS names libinstantrt_kernels.so; INSTANTRT_KERNELS_75 and _80 name builds of what compute_75 and
-compute_80 get, compiled for whatever GPU is here. `python -m tools.gpu_check` builds all three, tries
+compute_80 get, compiled for whatever GPU is here. `instantrt gpu-check` builds all three, tries
 every row of the table with small sizes first, and names those that hung in INSTANTRT_HUNG_ROWS. Each case is one m, so
 that a kernel that hangs here is named with its sizes.
 """
@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from plugins.schema import DType
-from plugins.weight_only_gemm.op import OP
-from tools.gpu.gemm import FORMATS, Gemm, HungRowError, Weight, check, device_numbers, random_weight
-from tools.gpu.library import Library
+from instantrt.plugins.schema import DType
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.tools.gpu.gemm import FORMATS, Gemm, HungRowError, Weight, check, device_numbers, random_weight
+from instantrt.tools.gpu.library import Library
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip(
-        "needs an NVIDIA GPU: run `python -m tools.gpu_check` on a machine that has one", allow_module_level=True
+        "needs an NVIDIA GPU: run `instantrt gpu-check` on a machine that has one",
+        allow_module_level=True,
     )
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -44,7 +45,7 @@ every_format = pytest.mark.parametrize("format_", FORMATS, ids=[f"a{a}w{w}" for 
 def library(sm: str = "") -> Library:
     name = f"INSTANTRT_KERNELS{sm}"
     if name not in os.environ:
-        pytest.skip(f"{name} is not set: `python -m tools.gpu_check` builds the library and sets it")
+        pytest.skip(f"{name} is not set: `instantrt gpu-check` builds the library and sets it")
     return Library(Path(os.environ[name]))
 
 

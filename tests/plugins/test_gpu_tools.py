@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from plugins.weight_only_gemm import layout, semantics
-from plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm import layout, semantics
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.tools.gpu import bench, gemm, race, small, tables, tune
+from instantrt.tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
+from instantrt.tools.gpu.library import Library, RefusedError
 from tests.compiler.tensorrt_stand_in import HostDevice
 from tests.plugins.kernels import Emulated
-from tools.gpu import bench, gemm, race, small, tables, tune
-from tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
-from tools.gpu.library import Library, RefusedError
 
 
 @pytest.fixture(autouse=True)

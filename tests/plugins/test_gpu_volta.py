@@ -1,7 +1,7 @@
 """Volta's kernels on a real GPU, against float64: a Volta, or any newer one.
 
 INSTANTRT_KERNELS_VOLTA names a library: libinstantrt_kernels_sm70.so on a Volta; elsewhere what
-`python -m tools.gpu_check` builds of the same sources, whose m8n8k4 products newer GPUs still compute, slowly.
+`instantrt gpu-check` builds of the same sources, whose m8n8k4 products newer GPUs still compute, slowly.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugins.schema import DType
-from plugins.weight_only_gemm.op import OP
-from tools.gpu.gemm import Gemm, check, random_weight
-from tools.gpu.library import Library
+from instantrt.plugins.schema import DType
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.tools.gpu.gemm import Gemm, check, random_weight
+from instantrt.tools.gpu.library import Library
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip(
-        "needs an NVIDIA GPU: run `python -m tools.gpu_check` on a machine that has one", allow_module_level=True
+        "needs an NVIDIA GPU: run `instantrt gpu-check` on a machine that has one",
+        allow_module_level=True,
     )
 
 F16, ROUNDED = torch.float16, OP.tolerance[DType.F16]
@@ -33,7 +34,7 @@ VOLTA = {"sm": 70, "sm_count": 80}
 def library() -> Library:
     if given := os.environ.get("INSTANTRT_KERNELS_VOLTA"):
         return Library(Path(given))
-    pytest.skip("INSTANTRT_KERNELS_VOLTA is not set: `python -m tools.gpu_check` builds the library and sets it")
+    pytest.skip("INSTANTRT_KERNELS_VOLTA is not set: `instantrt gpu-check` builds the library and sets it")
 
 
 def rows(m: int, k: int) -> torch.Tensor:

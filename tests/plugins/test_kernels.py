@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plugins.schema import DType, Tolerance, assert_within
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
+from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
+from instantrt.tools.gpu.gemm import FORMATS
+from instantrt.tools.gpu.library import RefusedError
 from tests.plugins.cases import BF16, F16, Case, Problem
 from tests.plugins.kernels import Emulated, c_problem
-from tools.gpu.gemm import FORMATS
-from tools.gpu.library import RefusedError
 
 WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
 Kernels = dict[int, Emulated]

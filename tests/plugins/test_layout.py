@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm import layout
 
 LANES = [(lane // 4, lane % 4) for lane in range(32)]
 

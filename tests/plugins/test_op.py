@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from plugins import codegen
-from plugins.schema import DType, ShapeError, assert_within
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact, quantize_rows
+from instantrt.plugins import codegen
+from instantrt.plugins.schema import DType, ShapeError, assert_within
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact, quantize_rows
 from tests.plugins.cases import BF16, F16, Case
 
 NUMPY = {DType.F16: F16, DType.BF16: BF16}
@@ -15,7 +15,7 @@ SHAPES = ((2, 3, 256), (4, 4, 512), (2, 128), (64,))
 
 
 def test_header_is_what_codegen_writes() -> None:
-    assert codegen.HEADER.read_text() == codegen.render(), "run `python -m plugins.codegen`"
+    assert codegen.HEADER.read_text() == codegen.render(), "run `python -m instantrt.plugins.codegen`"
 
 
 def test_bind_gives_the_output_shape() -> None:

@@ -19,24 +19,24 @@ import numpy as np
 import onnx
 import pytest
 
-from compiler import pipeline
-from compiler.artifact import find_artifact, read_manifest
-from compiler.backend.tensorrt import EngineSpec, build
-from compiler.backend.writer import write_model
-from compiler.build import compile_model
-from compiler.frontend.model import FloatModel
-from compiler.kit import read_kit, trtexec
-from compiler.profiles import Limits, profiles
-from compiler.request import Request
-from passes.cast_compute_type import cast_compute_type
-from passes.evaluate import Evaluation
-from passes.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
-from passes.lower_weight_only_gemm import LowerWeightOnlyGemm
-from passes.quant import InstantQuant, QuantTensor
-from passes.rewrite import Ledger, run
-from plugins import ops
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import SILU
+from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.manifest import find_artifact, read_manifest
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
+from instantrt.compiler.backend.tensorrt.kit import read_kit, trtexec
+from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.build import compile_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
+from instantrt.plugins import ops
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import SILU
 from tests.checkpoints import whole_checkpoint
 from tests.conftest import TINY, planned_and_written
 from tests.plugins.cases import Case

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.backend.tensorrt import EngineSpec, build
-from compiler.build import compile_model
-from compiler.kit import read_kit
-from compiler.request import SERVES, Request
-from compiler.target import find_target
-from plugins.sm70 import nvrtc
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import SILU
+from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
+from instantrt.compiler.backend.tensorrt.kit import read_kit
+from instantrt.compiler.build import compile_model
+from instantrt.compiler.request import SERVES, Request
+from instantrt.compiler.target import find_target
+from instantrt.plugins.sm70 import nvrtc
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import SILU
 from tests.conftest import TINY
 from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, SOURCE, WITH_TOOLS, Emulated, cuda_headers
@@ -190,11 +190,11 @@ run_cases(Path(sys.argv[1]))
 
 def run_cases(library: Path) -> None:
     """In a process whose only CUDA driver is ours."""
-    from plugins.schema import assert_within
-    from plugins.weight_only_gemm.semantics import exact
+    from instantrt.plugins.schema import assert_within
+    from instantrt.plugins.weight_only_gemm.semantics import exact
+    from instantrt.tools.gpu.library import Library
     from tests.plugins.kernels import c_problem
     from tests.plugins.test_kernels import WIDE
-    from tools.gpu.library import Library
 
     kernels = Emulated(Library(library), 70)
     sm, count = ctypes.c_int32(), ctypes.c_int32()

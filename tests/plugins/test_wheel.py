@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from compiler import request
-from compiler.request import PACKAGED_PLUGINS, Request
-from compiler.target import find_target
-from passes.errors import UserError
+from instantrt.compiler import request
+from instantrt.compiler.request import PACKAGED_PLUGINS, Request
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
 from tests.conftest import ROOT
 
 pytest.importorskip("setuptools.command.bdist_wheel")
@@ -26,13 +26,15 @@ def wheel(source: Path, out: Path) -> tuple[str, list[str]]:
     subprocess.run([*command, str(source)], check=True)
     (file,) = out.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
-        carried = [name for name in archive.namelist() if name.startswith("plugins/lib/")]
+        carried = [name for name in archive.namelist() if name.startswith("instantrt/plugins/lib/")]
     return file.stem.split("-", 2)[2], sorted(carried)
 
 
 def test_a_wheel_carries_what_was_installed_into_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "plugins", source / "plugins", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    (source / "instantrt").mkdir()
+    (source / "instantrt/plugins").symlink_to("../plugins")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     assert wheel(source, tmp_path / "pure") == ("py3-none-any", [])
@@ -42,13 +44,13 @@ def test_a_wheel_carries_what_was_installed_into_the_package(tmp_path: Path) -> 
     tag, carried = wheel(source, tmp_path / "platform")
     assert tag.startswith("py3-none-")
     assert not tag.endswith("any")
-    assert carried == [f"plugins/lib/{name}" for name in LIBRARIES]
+    assert carried == [f"instantrt/plugins/lib/{name}" for name in LIBRARIES]
     shutil.rmtree(source / "plugins/lib")
     assert wheel(source, tmp_path / "again") == ("py3-none-any", []), "nothing is left of an earlier build"
 
 
 def test_auto_is_the_packaged_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PACKAGED_PLUGINS.relative_to(ROOT) == Path("plugins/lib")
+    assert PACKAGED_PLUGINS.resolve().relative_to(ROOT) == Path("plugins/lib")
     monkeypatch.setattr(request, "PACKAGED_PLUGINS", tmp_path)
     with pytest.raises(UserError, match="no plugin library here") as refused:
         Request(tmp_path, ("sm89",), tmp_path, plugin=Path("auto"))

@@ -13,11 +13,11 @@ import onnx
 import pytest
 import typer
 
-from compiler import build
-from compiler.frontend.model import FloatModel
-from passes.errors import UserError
+from instantrt.compiler import build
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli import diff as accuracy_diff
 from tests.conftest import TINY
-from tools import accuracy_diff
 
 LAYER = "model.layers.1.mlp.gate_proj"
 PROMPT = "Once upon a time there was a small house in the middle of a large forest"

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from compiler.frontend.model import FloatModel
+from instantrt.compiler.frontend.model import FloatModel
 from tests.compiler.test_build import compiled
 from tests.graphs import relative
 

@@ -1,4 +1,4 @@
-"""tools.generate on an engine: the driver that serves it, on the stand-in for TensorRT and the GPU."""
+"""instantrt.tools.cli.generate on an engine: the driver that serves it, on the stand-in for TensorRT and the GPU."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compiler.artifact import Artifact, read_manifest, write_manifest
-from compiler.backend.writer import write_model
-from compiler.frontend.model import FloatModel
-from compiler.gpu import Gpu
-from compiler.triton.engine import ConcatEngine
-from compiler.triton.integrity import sha256
-from passes.errors import UserError
-from passes.kv_in_place import kv_in_place
-from passes.rewrite import Ledger
+from instantrt.compiler.artifact.manifest import Artifact, read_manifest, write_manifest
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.backend.tensorrt.gpu import Gpu
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.serving.runtime.engine import ConcatEngine
+from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
+from instantrt.tools import engine as tool
+from instantrt.tools.cli.generate import open_model
 from tests.compiler.tensorrt_stand_in import LENGTH, Engine, HostDevice, Plan, stand_in
-from tools import engine as tool
-from tools.generate import open_model
 
 PROMPT = [5, 17, 3, 900, 41]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiler.frontend.model import FloatModel
-from compiler.triton.sampling import Sampler, Sampling
-from compiler.triton.text import Text
-from passes.errors import UserError
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
+from instantrt.compiler.serving.runtime.text import Text
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli.generate import Model, float_text, stream
 from tests.compiler.test_build import compiled
 from tests.conftest import ROOT, TINY
-from tools.generate import Model, float_text, stream
 
 PROMPT = "The server receives a request"
 GREEDY = Sampler(Sampling(), []).choose
@@ -45,7 +45,7 @@ def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
 
 
 def command(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    called = [sys.executable, "-m", "tools.generate", folder, "--prompt", PROMPT, *options]
+    called = [sys.executable, "-m", "instantrt.tools.cli.generate", folder, "--prompt", PROMPT, *options]
     return subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

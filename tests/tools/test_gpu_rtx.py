@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from compiler.backend.tensorrt import read_header
+from instantrt.compiler.backend.tensorrt.build import read_header
+from instantrt.tools.gpu import rtx as gpu_rtx
+from instantrt.tools.gpu.rtx import ROOT, Variant
 from tests.compiler.tensorrt_stand_in import HostDevice
-from tools import gpu_rtx
-from tools.gpu_rtx import ROOT, Variant
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,14 @@ def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest
     start, end = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line)
     assert start == {"start": "a16w4-g128-sm89"}
     if end["data"]["gpu"] != "no NVIDIA GPU":
-        pytest.skip("this machine has a GPU: run tools.gpu_rtx itself")
+        pytest.skip("this machine has a GPU: run instantrt.tools.gpu.rtx itself")
     assert (end["outcome"], end["data"]["loaded"]) == ("failed", False)
     assert "EngineValidity.INVALID" in end["message"]
     assert "CUDA driver version is insufficient" in "".join(end["data"]["said"])
 
 
 def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.gpu_rtx", "run", str(tmp_path)]
+    command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "run", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(("no GPU: the driver library", "there is no"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from passes.errors import UserError
-from tools import load_test
-from tools.load_test import Reply, measure, plot, resident, table
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli import load_test
+from instantrt.tools.cli.load_test import Reply, measure, plot, resident, table
 
 SERVER: Any = SimpleNamespace(http="", process=SimpleNamespace(pid=os.getpgrp()), tail=lambda: "the end of the log")
 

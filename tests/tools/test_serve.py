@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from compiler.repository import write_repository
-from compiler.triton_config import GENERATE_INPUTS, GENERATE_OUTPUTS
-from passes.errors import UserError
+from instantrt.compiler.serving.config import GENERATE_INPUTS, GENERATE_OUTPUTS
+from instantrt.compiler.serving.repository import write_repository
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli.generate import Model
+from instantrt.tools.cli.load_test import ask, measure, resident
+from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving, stop
 from tests.conftest import ROOT
-from tools.generate import Model
-from tools.load_test import ask, measure, resident
-from tools.serve import ENVIRONMENT, Server, serving, stop
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
 MODEL = "tiny-qwen2_generate"
@@ -301,7 +301,7 @@ def test_changed_weights_are_refused_in_words(repository: Path, tmp_path: Path) 
 
 
 def test_the_command_serves_until_it_is_ended(repository: Path) -> None:
-    command = [sys.executable, "-m", "tools.serve", str(repository)]
+    command = [sys.executable, "-m", "instantrt.tools.cli.serve", str(repository)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         ready = process.stdout.readline()

@@ -1,6 +1,6 @@
-"""Times WeightOnlyGemm and its peers on the layers of known models: a child of tools.gpu.watch.
+"""Times WeightOnlyGemm and its peers on the layers of known models: a child of instantrt.tools.gpu.watch.
 
-    python -m tools.gpu.bench LIBRARY READER CASE...          cases: "roofs", "facts", "qwen2-7b o m=16"
+    python -m instantrt.tools.gpu.bench LIBRARY READER CASE...          cases: "roofs", "facts", "qwen2-7b o m=16"
 
 The quantize kernel of A8W8 and A8W4 is inside its time. `floor_us` is bytes over the measured read bandwidth, or
 operations over the measured rate, whichever is more; fractions are of that.
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from tools.gpu import gemm
-from tools.gpu.gemm import Gemm, Weight, random_weight
-from tools.gpu.layers import LAYERS, QUICK, parse_case
-from tools.gpu.library import Library, Plan
-from tools.gpu.race import Call, Contestant, Racer, capture, copies, once, race, ready
-from tools.gpu.watch import emit
+from instantrt.tools.gpu import gemm
+from instantrt.tools.gpu.gemm import Gemm, Weight, random_weight
+from instantrt.tools.gpu.layers import LAYERS, QUICK, parse_case
+from instantrt.tools.gpu.library import Library, Plan
+from instantrt.tools.gpu.race import Call, Contestant, Racer, capture, copies, once, race, ready
+from instantrt.tools.gpu.watch import emit
 
 READ_MB = (6, 17, 34, 68)  # of one launch: the weights of the smaller layers
 SLOW_TO_PREPARE = (1, 16, 64, 256)  # rows at which a peer that compiles for every shape takes part

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import ACTIVATIONS
-from tools.gpu import small
-from tools.gpu.library import HUNG_ROWS, Library, Plan
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS
+from instantrt.tools.gpu import small
+from instantrt.tools.gpu.library import HUNG_ROWS, Library, Plan
 
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5

@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p tools.gpu.progress`: the events that tools.gpu.watch reads, and an end for a lost GPU.
+"""A pytest plugin, `-p instantrt.tools.gpu.progress`: the events that tools.gpu.watch reads, and an end for a lost GPU.
 
 An error inside a kernel leaves a CUDA context in which every later call fails. The process ends after the test that did
 it, so that only that test is blamed; the watcher runs the others in a new one.

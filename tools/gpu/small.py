@@ -1,7 +1,7 @@
-"""A small launch of every row of the table, checked: `python -m tools.gpu.small fresh|poisoned LIBRARY CASE...`
+"""A small launch of every row of the table, checked: `small fresh|poisoned LIBRARY CASE...`
 
 Without torch, so that it starts at once and compute-sanitizer watches our kernels alone; the truth is NumPy's. A case
-is its own name: the row of the table, then the fields of the C problem. It runs as a child of tools.gpu.watch.
+is its own name: the row of the table, then the fields of the C problem. It runs as a child of tools/gpu/watch.py.
 `fresh` leaves output and workspace as the driver hands them out, which initcheck needs; `poisoned` fills them.
 """
 
@@ -18,12 +18,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from compiler.triton.cuda import Device
-from plugins.weight_only_gemm import layout
-from plugins.weight_only_gemm.op import OP
-from plugins.weight_only_gemm.semantics import exact
-from tools.gpu.library import Library
-from tools.gpu.watch import emit
+from instantrt.compiler.serving.runtime.cuda import Device
+from instantrt.plugins.weight_only_gemm import layout
+from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.plugins.weight_only_gemm.semantics import exact
+from instantrt.tools.gpu.library import Library
+from instantrt.tools.gpu.watch import emit
 
 Array = npt.NDArray[Any]
 N, K = 144, 4128  # a tile and a strip; 64 k and a half, 129 times 32

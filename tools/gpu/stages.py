@@ -1,4 +1,4 @@
-"""The stages of tools.gpu_check. Each takes the ring and returns its part of the report, with `passed`."""
+"""The stages of instantrt.tools.gpu.check. Each takes the ring and returns its part of the report, with `passed`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tools.gpu import goals, layers, small, tables
-from tools.gpu.library import HUNG_ROWS, Library
-from tools.gpu.watch import Job, Outcome, failures, parse, run_all
+from instantrt.tools.gpu import goals, layers, small, tables
+from instantrt.tools.gpu.library import HUNG_ROWS, Library
+from instantrt.tools.gpu.watch import Job, Outcome, failures, parse, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "gpu_check_libraries"
@@ -28,7 +28,16 @@ TESTS = ("tests/plugins/test_gpu_kernels.py", "tests/plugins/test_gpu_volta.py")
 SANITIZERS = {  # and their options; errors of API calls are the launcher's to report
     "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
 }  # fmt: skip
-PYTEST = [sys.executable, "-m", "pytest", "--noconftest", "-p", "tools.gpu.progress", "-p", "no:cacheprovider"]
+PYTEST = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "--noconftest",
+    "-p",
+    "instantrt.tools.gpu.progress",
+    "-p",
+    "no:cacheprovider",
+]
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 LONG = 100  # lines
 PATIENCE = 300  # seconds
@@ -176,7 +185,7 @@ def by_row(cases: Iterable[str]) -> dict[str, list[str]]:
 
 
 def small_job(library: Path, memory: str, cases: list[str], stall: float, under: tuple[str, ...] = ()) -> Job:
-    command = [*under, sys.executable, "-m", "tools.gpu.small", memory, str(library)]
+    command = [*under, sys.executable, "-m", "instantrt.tools.gpu.small", memory, str(library)]
     return Job(lambda left: [*command, *left], cases, stall, FEW_THREADS)
 
 
@@ -220,7 +229,7 @@ def sanitize(ring: Ring) -> Part:
 
 def bench(ring: Ring) -> Part:
     cases = ["roofs", "facts", *layers.cases(ring.quick)]
-    outcomes = measure(ring, "tools.gpu.bench", cases, 470, [str(ring.library("reader"))])
+    outcomes = measure(ring, "instantrt.tools.gpu.bench", cases, 470, [str(ring.library("reader"))])
     data = {o.name: o.data for o in outcomes if o.data}
     roof = data.pop("roofs", None)
     part = summary(outcomes) | {"facts": data.pop("facts", {})}
@@ -232,7 +241,7 @@ def bench(ring: Ring) -> Part:
 
 
 def tune(ring: Ring) -> Part:
-    outcomes = measure(ring, "tools.gpu.tune", layers.cases(ring.quick), 470)
+    outcomes = measure(ring, "instantrt.tools.gpu.tune", layers.cases(ring.quick), 470)
     rows = [row for o in outcomes for row in o.data or []]
     part = summary(outcomes)
     return part | {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}

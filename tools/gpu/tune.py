@@ -1,6 +1,6 @@
-"""Times every row of the table that can serve a layer, to edit the table from: a child of tools.gpu.watch.
+"""Times every row of the table that can serve a layer, to edit the table from: a child of instantrt.tools.gpu.watch.
 
-    python -m tools.gpu.tune LIBRARY CASE...                  cases: "qwen2-7b o m=16"
+    python -m instantrt.tools.gpu.tune LIBRARY CASE...                  cases: "qwen2-7b o m=16"
 
 What a row computes is compared with torch's product of the dequantized weights, so that none is fast by being wrong.
 """
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from tools.gpu import gemm
-from tools.gpu.bench import label, ours
-from tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
-from tools.gpu.layers import LAYERS, parse_case
-from tools.gpu.library import Library, Plan
-from tools.gpu.race import copies, race, ready
-from tools.gpu.watch import emit
+from instantrt.tools.gpu import gemm
+from instantrt.tools.gpu.bench import label, ours
+from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
+from instantrt.tools.gpu.layers import LAYERS, parse_case
+from instantrt.tools.gpu.library import Library, Plan
+from instantrt.tools.gpu.race import copies, race, ready
+from instantrt.tools.gpu.watch import emit
 
 FORMATS = {  # name: bits of codes, group (0: a whole row), bits of activations
     "int4 g128": (4, 128, 16), "int8": (8, 0, 16), "int8 g128": (8, 128, 16), "a8w8": (8, 0, 8),

@@ -1,0 +1,98 @@
+"""What a compilation leaves behind: manifest.json, the public record of every artifact in the output folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from instantrt.compiler.checkpoint import read_json
+from instantrt.passes.core.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of an artifact; a dimension is a size or the name of a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One compiled model for one target.
+
+    path      relative to the manifest
+    kind      onnx | engine | kit
+    quant     module path -> what it was quantized to
+    llm       sizes of the causal LM's interface (layers, kv_heads, head_dim, vocab, max_length), None for others
+    digests   file -> sha256, relative to the manifest
+    source    what it was made of: the model's name, `files` (name -> sha256), the request without paths
+    engine    builder, version, sm, profiles, options, how each weight is read; None for what is not an engine
+    """
+
+    target: str
+    kind: str
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    quant: Mapping[str, str]
+    llm: Mapping[str, int] | None
+    digests: Mapping[str, str]
+    source: Mapping[str, Any]
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
+    engine: Mapping[str, Any] | None = None
+
+
+def write_manifest(folder: Path, artifacts: Iterable[Artifact]) -> None:
+    body = {"format": FORMAT, "artifacts": [asdict(a) for a in artifacts]}
+    (folder / MANIFEST).write_text(json.dumps(body, indent=2) + "\n", "utf-8")
+
+
+def read_manifest(folder: Path) -> list[Artifact]:
+    body = read_json(folder / MANIFEST)
+    if body.get("format") != FORMAT:
+        raise UserError(
+            "a manifest of another version",
+            where=str(folder / MANIFEST),
+            expected=str(FORMAT),
+            found=str(body.get("format")),
+            fix="compile into another folder",
+        )
+    try:
+        return [artifact_from_json(raw) for raw in body["artifacts"]]
+    except (KeyError, TypeError) as error:
+        raise UserError("not a manifest of ours", where=str(folder / MANIFEST), found=str(error)) from None
+
+
+def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
+    """The inverse of `asdict`; KeyError or TypeError where `raw` is something else."""
+    return Artifact(
+        **{
+            **raw,
+            "inputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["inputs"]),
+            "outputs": tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in raw["outputs"]),
+            "plugins": tuple(raw.get("plugins", ())),
+        }
+    )
+
+
+def find_artifact(folder: Path, target: str | None = None) -> Artifact:
+    """The artifact for `target`, or the only one there is."""
+    artifacts = read_manifest(folder)
+    found = [a for a in artifacts if target in (None, a.target)]
+    if len(found) != 1:
+        raise UserError(
+            "which artifact?" if target is None else f"no artifact for target {target}",
+            where=str(folder),
+            expected="one of " + ", ".join(a.target for a in artifacts),
+            fix="name one with --target",
+        )
+    return found[0]

@@ -1,0 +1,207 @@
+"""Writes a graph of lazy constants as .onnx with external data: every source is read once, every byte written once."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FOUR_BIT, Array, Source, View, view_of
+from instantrt.passes.core.subgraphs import graphs, tensors
+
+DATA_SUFFIX = ".data"
+INLINE_LIMIT = 1 << 10  # shape inference wants to see axes and shapes; weights are always larger
+ALIGNMENT = 4096  # so that a runtime can map the pages as they are
+STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
+STRIP_MEMORY = 1 << 24  # and as wide as this allows
+THREADS = 2
+
+Progress = Callable[[str, int], None]  # (tensor, bytes just written)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A view and where its bytes go."""
+
+    name: str
+    view: View
+    offset: int
+
+
+def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, size: None) -> int:
+    """Writes `path` and `path.data`; returns the size of the data. The caller owns the folder and renames it.
+
+    At most two sources are in flight, each holding a few tiles: memory does not grow with the model. What was written
+    is valid ONNX, or a UserError.
+    """
+    placed, total = place(graph)
+    if graph.import_domains is not None:  # copies of a graph share the list, and the exporter adds to it
+        graph.import_domains = list(graph.import_domains)
+    model = gs.export_onnx(graph)
+    offsets = {p.name: p for p in placed}
+    for tensor in (t for each in graphs(model.graph) for t in each.initializer):
+        if tensor.name in offsets:
+            p = offsets[tensor.name]
+            fields = (("location", path.name + DATA_SUFFIX), ("offset", p.offset), ("length", p.view.nbytes))
+            tensor.ClearField("external_data")
+            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in fields)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    try:
+        write_data(placed, total, data, progress)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise UserError(
+            "the artifact could not be written",
+            where=str(path.parent),
+            expected=f"{total / 1e9:.2f} GB of free space",
+            found=os.strerror(error.errno) if error.errno else str(error),
+        ) from None
+    check_graph(path)
+    return total
+
+
+def check_graph(path: Path) -> None:
+    """Types, shapes and operators of an ONNX file as the standard has them; its external data is not read.
+
+    Whatever a pass overlooked, no file is handed out that no runtime loads.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(
+            "the artifact is not a valid ONNX model",
+            where=path.name,
+            found=textwrap.shorten(str(error), 400),
+            fix="if onnx.checker takes the model that was given, please report this",
+        ) from None
+
+
+def place(graph: gs.Graph) -> tuple[list[Placed], int]:
+    """Gives every large constant its offset, in the order of the graph; small lazy ones are loaded."""
+    placed: list[Placed] = []
+    offset = 0
+    for tensor in tensors(graph).values():
+        view = view_of(tensor)
+        if view is None:
+            continue
+        if view.nbytes < INLINE_LIMIT and view.dtype not in FOUR_BIT:
+            tensor.values = view.load()
+            continue
+        placed.append(Placed(tensor.name, view, offset))
+        offset += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
+    return placed, offset
+
+
+def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> None:
+    by_source: dict[Source, list[Placed]] = defaultdict(list)
+    for p in placed:
+        by_source[p.view.source].append(p)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+        if total:
+            os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour
+        try:
+            fd = file.fileno()
+            jobs = [pool.submit(write_source, source, views, fd, progress) for source, views in by_source.items()]
+            for job in jobs:
+                job.result()
+        except BaseException:  # an interruption may come while jobs are still handed out
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_source(source: Source, views: list[Placed], fd: int, progress: Progress) -> None:
+    """Reads `source` once and puts each tile's part of every view in its place."""
+    whole = [p for p in views if crosses_bytes(p.view)]
+    rows = [p for p in views if p.view.axis == 0 and p not in whole]
+    strips = [Strip(p, fd) for p in views if p.view.axis != 0 and p not in whole]
+    for p in whole:
+        pwrite(fd, pack(p.view.load().reshape(-1)), p.offset)
+    positions = {p.name: p.offset for p in rows}
+    for tile in source.tiles() if rows or strips else ():
+        for p in rows:
+            data = pack(p.view.block(tile))
+            pwrite(fd, data, positions[p.name])
+            positions[p.name] += data.nbytes
+        for strip in strips:
+            strip.put(strip.placed.view.block(tile))
+        progress(views[0].name, sum(tile_bytes(p.view, len(tile.parts[0])) for p in views))
+    for strip in strips:
+        strip.flush()
+
+
+def tile_bytes(view: View, rows: int) -> int:
+    return view.nbytes * rows // max(1, view.shape[view.axis])
+
+
+def crosses_bytes(view: View) -> bool:
+    """A four-bit tensor with odd rows packs across tiles: such a one (none of a model's) is written whole."""
+    return view.dtype in FOUR_BIT and view.shape[-1] % 2 == 1
+
+
+class Strip:
+    """Collects columns of a row-major matrix until they are wide enough to be worth a write per row."""
+
+    def __init__(self, placed: Placed, fd: int) -> None:
+        view = placed.view
+        self.placed, self.fd = placed, fd
+        self.rows, self.width = int(np.prod(view.shape[:-1])), view.shape[-1]
+        self.row_bytes = view.nbytes // self.rows
+        strip = max(STRIP_BYTES, STRIP_MEMORY // self.rows)
+        self.room = min(self.width, strip * self.width // self.row_bytes)
+        self.buffer = np.empty((self.rows, self.room), view.dtype)
+        self.start, self.filled = 0, 0
+
+    def put(self, block: Array) -> None:
+        """Takes columns [rows, n], a few at a time: a transposed block copied whole misses the cache every time."""
+        block = block.reshape(self.rows, -1)
+        taken = 0
+        while taken < block.shape[1]:
+            count = min(16, block.shape[1] - taken, self.room - self.filled)
+            self.buffer[:, self.filled : self.filled + count] = block[:, taken : taken + count]
+            self.filled += count
+            taken += count
+            if self.filled == self.room:
+                self.flush()
+
+    def flush(self) -> None:
+        if not self.filled:
+            return
+        data = pack(self.buffer[:, : self.filled])
+        offset = self.placed.offset + self.start * self.row_bytes // self.width
+        if self.filled == self.width:
+            pwrite(self.fd, data, offset)
+        else:
+            flat, strip = memoryview(data.reshape(-1).view(np.uint8).data), data.nbytes // self.rows
+            for row in range(self.rows):
+                write_all(self.fd, flat[row * strip : (row + 1) * strip], offset + row * self.row_bytes)
+        self.start += self.filled
+        self.filled = 0
+
+
+def pack(values: Array) -> Array:
+    """The bytes of an array in row-major order; four-bit types two a byte, the first in the low nibble."""
+    if values.dtype not in FOUR_BIT:
+        return np.ascontiguousarray(values)
+    codes = np.ascontiguousarray(values).view(np.uint8).reshape(-1) & 0xF
+    if len(codes) % 2:
+        codes = np.append(codes, np.uint8(0))
+    return codes[0::2] | (codes[1::2] << 4)
+
+
+def pwrite(fd: int, data: Array, offset: int) -> None:
+    write_all(fd, memoryview(data.reshape(-1).view(np.uint8).data), offset)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written

@@ -1,0 +1,159 @@
+"""config.pbtxt of the models in a Triton repository: a function of the manifest and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from instantrt.compiler.artifact.manifest import Artifact, TensorSpec
+from instantrt.passes.core.errors import UserError
+
+# What the generate model starts with; its config.pbtxt may be edited.
+MAX_BATCH = 16
+MAX_LENGTH = 4096  # the cache of every row is as long, so a model's own limit may be too much
+MAX_QUEUE = 1024
+DTYPES = {
+    "bool": "TYPE_BOOL",
+    "int8": "TYPE_INT8",
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float32": "TYPE_FP32",
+}
+# The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too. The server
+# refuses inputs that are not declared: what the front end always sends is here even where there is nothing to choose.
+GENERATE_INPUTS = (
+    ("text_input", "TYPE_STRING", 1),
+    ("messages", "TYPE_STRING", 1),
+    ("max_tokens", "TYPE_INT32", 1),
+    ("min_tokens", "TYPE_INT32", 1),
+    ("stop_words", "TYPE_STRING", -1),
+    ("stream", "TYPE_BOOL", 1),
+    ("temperature", "TYPE_FP32", 1),
+    ("top_k", "TYPE_INT32", 1),
+    ("top_p", "TYPE_FP32", 1),
+    ("repetition_penalty", "TYPE_FP32", 1),
+    ("frequency_penalty", "TYPE_FP32", 1),
+    ("presence_penalty", "TYPE_FP32", 1),
+    ("seed", "TYPE_UINT64", 1),
+    ("exclude_input_in_output", "TYPE_BOOL", 1),
+    ("return_num_input_tokens", "TYPE_BOOL", 1),
+    ("return_num_output_tokens", "TYPE_BOOL", 1),
+)
+GENERATE_OUTPUTS = (
+    ("text_output", "TYPE_STRING", 1),
+    ("output_ids", "TYPE_INT32", -1),
+    ("finish_reason", "TYPE_STRING", 1),
+    ("num_input_tokens", "TYPE_UINT32", 1),
+    ("num_output_tokens", "TYPE_UINT32", 1),
+)
+
+
+KIT = "a build kit is not a model yet: build it on its GPU machine"
+
+
+class Word(str):
+    """An identifier of the text format, which has no quotes."""
+
+
+def why_no_bare(artifact: Artifact) -> str:
+    """Why Triton's own backends cannot serve the artifact, or nothing."""
+    builder = (artifact.engine or {}).get("builder")
+    reasons = {
+        KIT: artifact.kind == "kit",
+        "Triton has no backend for TensorRT-RTX engines: compile with --builder tensorrt": builder == "tensorrt_rtx",
+        "Triton's TensorRT backend does not alias past and present: compile with --kv-cache concat": (
+            artifact.kind == "engine" and artifact.limits.get("cache") == "shared"
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def why_no_generate(artifact: Artifact) -> str:
+    """Why there is no model that generates text, or nothing."""
+    reasons = {
+        KIT: artifact.kind == "kit",
+        "it is no causal language model": artifact.llm is None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def runtime(artifact: Artifact) -> str:
+    """The Python module that runs the artifact."""
+    return str(artifact.engine["builder"]) if artifact.engine else "onnxruntime"
+
+
+def bare_config(name: str, artifact: Artifact) -> str:
+    """config.pbtxt of an engine or an ONNX model as it is."""
+    engine = artifact.kind == "engine"
+    instance: dict[str, Any] = {"count": 1, "kind": Word("KIND_GPU" if engine else "KIND_CPU")}
+    if profiles := (artifact.engine or {}).get("profiles"):
+        instance["profile"] = [str(i) for i in range(len(profiles))]  # without it only the first is used
+    return text_format(
+        {
+            "name": name,
+            "platform": "tensorrt_plan" if engine else "onnxruntime_onnx",
+            "max_batch_size": 0,
+            "input": [tensor(spec) for spec in artifact.inputs],
+            "output": [tensor(spec) for spec in artifact.outputs],
+            "instance_group": [instance],
+        }
+    )
+
+
+def generate_config(name: str, artifact: Artifact) -> str:
+    """config.pbtxt of the model that takes text and streams text."""
+    assert artifact.llm is not None
+    longest = artifact.limits.get("max_length") or min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH)
+    in_place = artifact.kind == "engine" and artifact.limits["cache"] == "shared"
+    parameters = {
+        # An engine's batch was decided when it was built; what runs row by row takes any.
+        "max_batch": artifact.limits["max_batch"] if in_place else MAX_BATCH,
+        "max_length": longest,
+        "max_queue": MAX_QUEUE,
+        "threads": 0,
+        "runtime": runtime(artifact),
+        "cache": artifact.limits["cache"],
+    }
+    device = {"kind": Word("KIND_GPU"), "gpus": [0]} if artifact.kind == "engine" else {"kind": Word("KIND_CPU")}
+    inputs = [
+        {"name": name, "data_type": Word(kind), "dims": [dim], "optional": Word("true")}
+        for name, kind, dim in GENERATE_INPUTS
+    ]
+    return text_format(
+        {
+            "name": name,
+            "backend": "python",
+            "max_batch_size": 1,  # of one request; requests are batched inside
+            "model_transaction_policy": {"decoupled": Word("true")},
+            "input": inputs,
+            "output": [{"name": name, "data_type": Word(kind), "dims": [dim]} for name, kind, dim in GENERATE_OUTPUTS],
+            "instance_group": [{"count": 1, **device}],
+            "parameters": [{"key": key, "value": {"string_value": str(v)}} for key, v in parameters.items()],
+        }
+    )
+
+
+def tensor(spec: TensorSpec) -> dict[str, Any]:
+    if spec.dtype not in DTYPES:
+        raise UserError("Triton has no such tensor type", where=spec.name, expected=", ".join(DTYPES), found=spec.dtype)
+    dims = [d if isinstance(d, int) else -1 for d in spec.shape]
+    return {"name": spec.name, "data_type": Word(DTYPES[spec.dtype]), "dims": dims}
+
+
+def text_format(message: Mapping[str, Any]) -> str:
+    """A protobuf message in its text format, one field a line."""
+    return "".join(f"{key}: {value_text(value)}\n" for key, value in message.items())
+
+
+def value_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k}: {value_text(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        parts = [value_text(v) for v in value]
+        return "[\n  " + ",\n  ".join(parts) + "\n]" if parts and "{" in parts[0] else "[" + ", ".join(parts) + "]"
+    if isinstance(value, str) and not isinstance(value, Word):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return str(value)

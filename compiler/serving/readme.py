@@ -1,0 +1,158 @@
+"""README.md of a Triton model repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE
+
+if TYPE_CHECKING:
+    from instantrt.compiler.serving.repository import Served
+
+REQUIREMENTS = (
+    "jinja2==3.1.6",
+    "numpy==1.26.4  # Triton 2.51 and older read NumPy 2 arrays wrongly",
+    "tokenizers==0.23.3",
+)
+ONNXRUNTIME = "onnxruntime==1.32.0"
+MEANING = {
+    "text_input": "the prompt, as it is; either this or `messages`",
+    "messages": 'a chat as JSON, `[{"role": "user", "content": "..."}]`, put through the model\'s chat template',
+    "max_tokens": "how many tokens at most; 64",
+    "min_tokens": "no end of text before so many; 0",
+    "stop_words": "the text ends before the first of these",
+    "stream": "true: a response for each piece of text; false: one response",
+    "temperature": "0 is greedy; 0",
+    "top_k": "0 keeps all; 0",
+    "top_p": "1 keeps all; 1",
+    "repetition_penalty": "1 changes nothing; 1",
+    "frequency_penalty": "0 changes nothing; 0",
+    "presence_penalty": "0 changes nothing; 0",
+    "seed": "of the sampling: the same seed gives the same text, alone or in a batch; 0",
+    "exclude_input_in_output": "false: the text begins with the prompt; true",
+    "return_num_input_tokens": "taken, and changes nothing: the output is there for whoever asks for it",
+    "return_num_output_tokens": "likewise",
+}
+
+
+def requirements(served: Iterable[Served]) -> tuple[str, ...]:
+    """What the generate models import, with versions: an engine is read by the version that built it alone."""
+    engines = [each.artifact.engine for each in served if not each.no_generate]
+    runtimes = {f"{e['builder'].replace('_', '-')}=={e['version']}" if e else ONNXRUNTIME for e in engines}
+    return (*REQUIREMENTS, *sorted(runtimes))
+
+
+def readme(served: Iterable[Served]) -> str:
+    """What is in the repository and how to start it."""
+    served = tuple(served)
+    generate = [name for each in served for name in each.models if name.endswith("_generate")]
+    parts = [TITLE, models_table(served)]
+    if generate:
+        parts.append(GENERATE.format(name=generate[0], inputs=inputs_table(), **LIMITS))
+    if any(each.artifact.kind == "engine" and not each.no_generate for each in served):
+        parts.append(ENGINES)
+    if any(each.artifact.kind == "onnx" for each in served):
+        parts.append(BARE_ONNX)
+    if plugins := sorted({plugin.rsplit("/", 1)[-1] for each in served for plugin in each.artifact.plugins}):
+        parts.append(PLUGINS.format(libraries=";".join(f"plugins/{name}" for name in plugins)))
+    return "\n".join(parts)
+
+
+def models_table(served: Iterable[Served]) -> str:
+    rows = ["| artifact | model | backend |", "|---|---|---|"]
+    for each in served:
+        backend = "tensorrt" if each.artifact.kind == "engine" else "onnxruntime"
+        cells = (
+            (each.name, backend, each.no_bare),
+            (f"{each.name}_generate", "python", each.no_generate),
+        )
+        rows += [f"| {each.artifact.target} | {f'none: {no}' if no else f'`{n}`'} | {b} |" for n, b, no in cells]
+    return "\n".join(rows) + "\n"
+
+
+def inputs_table() -> str:
+    rows = ["| input | type | meaning; default |", "|---|---|---|"]
+    rows += [f"| `{name}` | {kind.removeprefix('TYPE_')} | {MEANING[name]} |" for name, kind, _ in GENERATE_INPUTS]
+    return "\n".join(rows)
+
+
+LIMITS = {"max_batch": MAX_BATCH, "max_length": MAX_LENGTH, "max_queue": MAX_QUEUE}
+TITLE = """# Triton model repository
+
+Written by `compile --triton`. Start the server on it where Triton Inference Server is installed:
+
+```
+tritonserver --model-repository . --model-control-mode explicit --load-model '*'
+```
+
+A server without one of the backends below loads the others when they are named, each with its own `--load-model`.
+"""
+GENERATE = """## Generate
+
+The generate models take text and stream text. They need the Python backend and, in the Python that it runs:
+
+```
+pip install -r requirements.txt
+curl -N localhost:8000/v2/models/{name}/generate_stream \\
+    -d '{{"text_input": "Once upon a time", "max_tokens": 20, "stream": true}}'
+```
+
+{inputs}
+
+They are decoupled: ask over gRPC streams, or over HTTP's `generate` and `generate_stream`.
+
+Outputs: `text_output` and `output_ids` hold what is new in this response; `finish_reason` is empty until the last one,
+then `stop` or `length`; `num_input_tokens` and `num_output_tokens` count.
+
+Requests that arrive together run as one batch; they join and leave it between two tokens. Those cancelled over gRPC,
+and `generate_stream` requests whose client has gone, leave at once. Where nothing is written before the end, nobody
+notices that a client has gone: a request over HTTP's `generate` runs on to its last token. These parameters in
+`config.pbtxt` may be edited:
+
+| parameter | default | meaning |
+|---|---|---|
+| `max_batch` | {max_batch}, or what an engine was built for | sequences that run together; others wait |
+| `max_length` | {max_length}, or less if the model has less | tokens of a sequence with its prompt; more is refused |
+| `max_queue` | {max_queue} | requests that wait; more are refused |
+| `threads` | 0 | of ONNX Runtime; 0 takes all cores |
+
+`runtime` and `cache` say what the artifact is; with the cache `concat` (from `--portable`) rows run one by one.
+
+The cache takes `max_batch * max_length` tokens of address space; memory is taken as sequences grow.
+
+When it loads, a generate model compares the SHA-256 of its model, weights and plugins with `1/artifact.json`, and
+refuses what was changed. That reads every byte once, at half a gigabyte a second or more. Bare models are not checked.
+
+The names are those of TensorRT-LLM's models, which Triton's OpenAI front end (`python/openai` in the server's sources)
+sends to every backend but vLLM. It takes no relative path to a repository, and would load the bare models, too:
+
+```
+python3 openai_frontend/main.py --model-repository "$PWD" --tokenizer "$PWD/{name}/1" \\
+    --model-control-mode explicit --load-model {name}
+```
+
+A front end without `--load-model` needs a repository with the generate models alone.
+"""
+ENGINES = """## Generate with engines
+
+The engine, its caches and its plugins live in the generate model's own process: no server flag is needed.
+
+An engine from `--kv-cache in-place` decodes its sequences as one batch, in shapes that never change, so that a step
+is one CUDA graph. `max_batch` and `max_length` cannot exceed what it was built for (`--max-batch`, `--max-length`),
+and the cache, the engine's `--max-length` for each row, is taken when it loads. An engine from `--kv-cache
+concat` runs its sequences one after the other, and takes memory for a row when that is first used.
+"""
+BARE_ONNX = """## Bare ONNX models
+
+Inputs and outputs are those of the ONNX file: `input_ids`, `attention_mask`, `position_ids` and the cache in; `logits`
+and the cache out. The caller keeps the cache between calls; an empty one has length 0.
+"""
+PLUGINS = """## Plugins
+
+Triton takes plugin libraries for the whole server. The engines need:
+
+```
+tritonserver --model-repository . --backend-config=tensorrt,plugins="{libraries}"
+```
+"""

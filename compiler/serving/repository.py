@@ -1,0 +1,160 @@
+"""Artifacts -> a Triton model repository.
+
+DIR/README.md, requirements.txt       how to start the server, what the models take and give
+DIR/<name>/1/model.onnx|model.plan    the bare model: tensors in, tensors out
+DIR/<name>_generate/1/model.py, ...   text in, text out: a copy of compiler/triton with the artifact beside it
+DIR/plugins/*.so                      what a bare engine needs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instantrt.compiler.artifact.manifest import Artifact, read_manifest
+from instantrt.compiler.artifact.staging import Staging
+from instantrt.compiler.serving.config import bare_config, generate_config, why_no_bare, why_no_generate
+from instantrt.compiler.serving.readme import readme, requirements
+from instantrt.compiler.serving.runtime.integrity import RECORD
+from instantrt.passes.core.errors import UserError
+
+RUNTIME = Path(__file__).parent / "runtime"
+RUNTIME_FILES = (
+    "model.py",
+    "cuda.py",
+    "engine.py",
+    "integrity.py",
+    "sampling.py",
+    "scheduler.py",
+    "tensorrt_engine.py",
+    "text.py",
+)
+OWN_FILES = ("plugins", "README.md", "requirements.txt")
+BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What stands for one artifact in a repository; a reason where a model does not."""
+
+    name: str
+    artifact: Artifact
+    no_bare: str
+    no_generate: str
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        bare = () if self.no_bare else (self.name,)
+        return bare if self.no_generate else (*bare, f"{self.name}_generate")
+
+
+def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
+    """Writes the artifacts that `out` holds as models below `folder`; all of them appear at once."""
+    with Staging() as staging:
+        return stage_repository(out, folder, staging)
+
+
+def stage_repository(out: Path, folder: Path, staging: Staging) -> tuple[Served, ...]:
+    """As `write_repository`, for whoever has more that is to appear with the models."""
+    served = plan_repository(read_manifest(out))
+    check_folder(folder)
+    try:
+        write_models(out, staging.aside(folder), served)
+    except OSError as error:
+        raise UserError(
+            "the repository could not be written", where=str(folder), found=error.strerror or str(error)
+        ) from None
+    return served
+
+
+def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
+    for each in served:
+        source = out / each.artifact.path
+        if not each.no_bare:
+            write_bare(source, folder / each.name, each.artifact)
+        if not each.no_generate:
+            write_generate(source, folder / f"{each.name}_generate", each.artifact)
+            place([out / plugin for plugin in each.artifact.plugins], folder / f"{each.name}_generate" / "1")
+    plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
+    if plugins:
+        (folder / "plugins").mkdir()
+        place([out / plugin for plugin in plugins], folder / "plugins")
+    (folder / "requirements.txt").write_text("\n".join(requirements(served)) + "\n", "utf-8")
+    (folder / "README.md").write_text(readme(served), "utf-8")
+
+
+def plan_repository(artifacts: Sequence[Artifact]) -> tuple[Served, ...]:
+    """Which models the artifacts become. An error where none of them becomes one."""
+
+    def name(artifact: Artifact) -> str:
+        stem = str(artifact.source["model"]).removesuffix(".onnx")
+        return stem if len(artifacts) == 1 else f"{stem}_{artifact.target}"
+
+    served = tuple(Served(name(a), a, why_no_bare(a), why_no_generate(a)) for a in artifacts)
+    if not any(each.models for each in served):
+        raise UserError(
+            "nothing here can be served by Triton",
+            found="; ".join(f"{each.artifact.target}: {each.no_bare}" for each in served),
+        )
+    return served
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses to mix models into a folder that is something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError("not a folder", where=str(folder), fix="name another for --triton")
+    others = [p for p in folder.glob("[!.]*") if p.name not in OWN_FILES]
+    strangers = sorted(p.name for p in others if not (p / "config.pbtxt").is_file())
+    if strangers:
+        raise UserError(
+            "not a model repository",
+            where=str(folder),
+            expected="a new or empty folder, or models with config.pbtxt",
+            found=", ".join(strangers[:5]),
+            fix="name another for --triton",
+        )
+
+
+def write_bare(source: Path, model: Path, artifact: Artifact) -> None:
+    version = model / "1"
+    version.mkdir(parents=True)
+    place([p for p in source.parent.iterdir() if p.name.startswith(source.name)], version)
+    (version / source.name).rename(version / BARE_FILES[artifact.kind])
+    (model / "config.pbtxt").write_text(bare_config(model.name, artifact), "utf-8")
+
+
+def write_generate(source: Path, model: Path, artifact: Artifact) -> None:
+    version = model / "1"
+    version.mkdir(parents=True)
+    place([p for p in source.parent.iterdir() if p.is_file()], version)
+    for file in RUNTIME_FILES:
+        shutil.copyfile(RUNTIME / file, version / file)
+    (version / RECORD).write_text(json.dumps(record(artifact), indent=2) + "\n", "utf-8")
+    (model / "config.pbtxt").write_text(generate_config(model.name, artifact), "utf-8")
+
+
+def record(artifact: Artifact) -> dict[str, Any]:
+    """What the generate model holds its own files against before it loads them."""
+    code = [name for name in artifact.digests if name.startswith(artifact.path) or name in artifact.plugins]
+    missing = {artifact.path, *artifact.plugins} - set(code)
+    if missing:
+        raise UserError("the manifest has no digest of this file", where=min(missing), fix="compile again")
+    engine = {key: artifact.engine[key] for key in ("builder", "version")} if artifact.engine else None
+    return {"files": {Path(name).name: artifact.digests[name] for name in code}, "engine": engine}
+
+
+def place(files: Iterable[Path], folder: Path) -> None:
+    """Links weights, which nobody edits, so that two models cost the disk of one; copies all else."""
+    for file in files:
+        target = folder / file.name
+        try:
+            if not file.name.startswith("model."):
+                raise OSError
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)

@@ -1,0 +1,29 @@
+"""InstantRT: an ahead-of-time compiler from checkpoints to deployable artifacts with quantized weights.
+
+from instantrt import Request, compile_model
+(artifact,) = compile_model(Request("model", targets="x86", out="build", quant="a16w8"))
+
+The packages lie at the top of the repository, beside this folder; the links here give them their one import name.
+"""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from instantrt.compiler.build import compile_model
+    from instantrt.compiler.request import Request
+
+__all__ = ["Request", "compile_model"]
+
+# ONNX Runtime's Linux wheels report home by default; the switch is read when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+_WHERE = {"Request": "instantrt.compiler.request", "compile_model": "instantrt.compiler.build"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: `import instantrt` alone stays cheap."""
+    if name not in _WHERE:
+        raise AttributeError(name)
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,86 @@
+"""Runs any graph of ours on a CPU, node by node: a value is made when it is asked for and dropped after its last use.
+
+Weights stream: a product with a constant matrix reads that matrix tile by tile, whether it is float, quantized, or
+stored in 16 bits. Memory is therefore that of the live activations and one tile, whatever the model's size. Operators
+of ours run through their reference functions, everything else through ONNX Runtime, one node at a time and unfused.
+Where a graph computes in float16 or bfloat16, a node computes in float32 and rounds once, to its output's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.evaluate_node import HALVES, dependencies, evaluate_node
+from instantrt.passes.core.lazy import Array, view_of
+
+
+class Evaluation:
+    """One run of `graph` on `feeds`, which may also name inner tensors: what lies before those is not computed.
+
+    `keep` names tensors that will be asked for later than their last consumer runs. `first_bad` is the first tensor
+    that is not finite although everything it was made of is.
+    """
+
+    def __init__(self, graph: gs.Graph, feeds: Mapping[str, Array], keep: Iterable[str] = ()) -> None:
+        self.graph = graph
+        self.order = {id(node): i for i, node in enumerate(graph.nodes)}
+        self.made_by = {t.name: node for node in graph.nodes for t in node.outputs}
+        self.waiting = {t.name: len(t.outputs) for t in graph.tensors().values()}
+        self.values = dict(feeds)
+        self.keep = set(keep) | set(feeds)
+        self.bad: set[str] = set()
+        self.first_bad: str | None = None
+
+    def take(self, name: str) -> Array:
+        """The value of one tensor; what only it needed is dropped."""
+        value = self.peek(name)
+        self.keep.discard(name)
+        if not self.waiting.get(name):
+            del self.values[name]
+        return value
+
+    def peek(self, name: str) -> Array:
+        """The value of one tensor, which stays."""
+        self.keep.add(name)
+        for node in self.needed(name):
+            self.run(node)
+        return self.values[name]
+
+    def needed(self, name: str) -> list[gs.Node]:
+        """The nodes that have to run before `name` is there, in order; KeyError for a tensor nobody makes or feeds."""
+        found: dict[int, gs.Node] = {}
+        stack = [name] if name not in self.values else []
+        while stack:
+            node = self.made_by[stack.pop()]
+            if id(node) in found:
+                continue
+            found[id(node)] = node
+            stack += [t.name for t in dependencies(node) if t.name not in self.values]
+        return sorted(found.values(), key=lambda n: self.order[id(n)])
+
+    def run(self, node: gs.Node) -> None:
+        outputs = evaluate_node(node, self.values, self.graph)
+        inputs = {t.name for t in dependencies(node)}
+        tainted = bool(inputs & self.bad) or any(not_finite(t.values) for t in node.inputs if small_constant(t))
+        for tensor, value in zip(node.outputs, outputs, strict=True):
+            self.values[tensor.name] = value
+            if not_finite(value):
+                self.bad.add(tensor.name)
+                if not tainted:
+                    self.first_bad = self.first_bad or tensor.name
+        for name in [*inputs, *(t.name for t in node.outputs)]:
+            self.waiting[name] -= name in inputs
+            if self.waiting[name] <= 0 and name not in self.keep:
+                self.values.pop(name, None)
+
+
+def small_constant(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and view_of(tensor) is None
+
+
+def not_finite(value: Array) -> bool:
+    floating = value.dtype.kind == "f" or value.dtype in HALVES
+    return floating and not np.isfinite(value).all()

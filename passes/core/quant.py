@@ -1,0 +1,212 @@
+"""Quantized weights in one normal form, and the arithmetic of DashInfer's InstantQuant.
+
+A weight is W `[N, K]`, one row per output channel. A group is `group_size` consecutive k of one row; per-channel
+is one group of K. Codes are unsigned (`uint8`, one a byte, 0 .. 2^bits - 1); `w = (code - zero) * scale`.
+Signed int8 is the same codes less 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, Source, Tile, convert
+
+Activations = Literal["float", "int8"]
+
+
+class Codes(NamedTuple):
+    """One block of a quantized weight.
+
+    codes  [n, K]  uint8    0 .. 2^bits - 1
+    scale  [n, G]  float32  positive, representable in the type it will be stored in
+    zero   [n, G]  uint8    0 .. 2^bits - 1
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array
+
+
+@dataclass(frozen=True)
+class Order:
+    """A permutation of channels, by value: channel j of what follows is channel `indices[j]` of what was."""
+
+    data: bytes  # int32; bytes hash once
+
+    @classmethod
+    def of(cls, indices: Array) -> Order:
+        return cls(indices.astype(np.int32).tobytes())
+
+    @property
+    def indices(self) -> Array:
+        return np.frombuffer(self.data, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.data) // 4
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """A quantized weight `[N, K]` that is computed or decoded tile by tile.
+
+    `source` delivers `Codes`. `symmetric` promises that every zero point is the central code 2^(bits-1).
+    `activations` says what the linear multiplies it with: float, or int8 quantized per token.
+    `order` is the order its inputs have to be brought into, None for the model's own (GPTQ's desc_act sorts them).
+    """
+
+    name: str
+    source: Source
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: np.dtype[Any]
+    activations: Activations = "float"
+    order: Order | None = None
+
+    def __post_init__(self) -> None:
+        assert self.bits in (4, 8)
+        assert self.shape[1] % self.group_size == 0
+
+    @property
+    def groups(self) -> int:
+        return self.shape[1] // self.group_size
+
+    @property
+    def per_channel(self) -> bool:
+        return self.groups == 1
+
+    @property
+    def central(self) -> int:
+        """The zero point of a symmetric weight."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def mode(self) -> str:
+        """The field's name for it: A16W8, A16W4 or A8W8."""
+        return f"A{'8' if self.activations == 'int8' else '16'}W{self.bits}"
+
+    def __str__(self) -> str:
+        grain = "per-channel" if self.per_channel else f"group {self.group_size}"
+        return f"{self.mode} {grain} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+    def tiles(self) -> Iterator[Tile]:
+        return self.source.tiles()
+
+
+def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
+    """InstantQuant weight-only. w `[n, G, g]` float32, contiguous; its memory is reused.
+
+    fmin' = min(fmin, 0), fmax' = max(fmax, 0), scale = (fmax' - fmin') / (2^bits - 1),
+    zero = clamp(round(-fmin' / scale)), code = clamp(round(w / scale) + zero). With 0 inside the range a one-sided or
+    constant group stays exact to one step, and the zero point is an integer of the code's own type.
+    Rounding is half to even; scale is rounded to `scale_dtype` before it is used.
+    """
+    top = np.float32(2**bits - 1)
+    low = np.minimum(reduce_groups(np.minimum, w), 0)
+    high = np.maximum(reduce_groups(np.maximum, w), 0)
+    scale = stored((high - low) / top, scale_dtype)
+    zero = np.clip(np.rint(-low / scale), 0, top)
+    w /= scale[..., None]
+    np.rint(w, out=w)
+    w += zero[..., None]
+    np.clip(w, 0, top, out=w)
+    return Codes(w.astype(np.uint8).reshape(len(w), -1), scale, zero.astype(np.uint8))
+
+
+def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
+    """InstantQuant activation quantization's weights: scale = max|w| / (2^(bits-1) - 1).
+
+    w `[n, G, g]` float32, contiguous; its memory is reused.
+    """
+    top = np.float32(2 ** (bits - 1) - 1)
+    peak = np.maximum(reduce_groups(np.maximum, w), -reduce_groups(np.minimum, w))
+    scale = stored(peak / top, scale_dtype)
+    w /= scale[..., None]
+    np.rint(w, out=w)
+    np.clip(w, -top, top, out=w)
+    w += top + 1
+    zero = np.full(scale.shape, top + 1, np.uint8)
+    return Codes(w.astype(np.uint8).reshape(len(w), -1), scale, zero)
+
+
+def reduce_groups(op: np.ufunc, w: Array) -> Array:
+    """`op` over the last axis of w `[n, G, g]`; short groups by halving, which keeps NumPy's loops long."""
+    n, groups, size = w.shape
+    if size > 64 or size & (size - 1):
+        result: Array = op.reduce(w, axis=2)
+        return result
+    halves = w.reshape(-1)
+    while len(halves) > n * groups:
+        halves = op(halves[0::2], halves[1::2])
+    return halves.reshape(n, groups)
+
+
+def stored(scale: Array, dtype: np.dtype[Any]) -> Array:
+    """The scale as it will be read back: rounded to `dtype`, 1 for an all-zero group, never subnormal.
+
+    NaN and infinity stay: the caller knows which tensor to name.
+    """
+    tiny = np.float32(np.finfo(np.float16).tiny if dtype == np.float16 else np.finfo(np.float32).tiny)
+    with np.errstate(over="ignore"):
+        rounded = np.maximum(scale, tiny).astype(dtype).astype(np.float32)
+    return np.where(scale == 0, np.float32(1), rounded)
+
+
+def dequantize(block: Codes, group_size: int) -> Array:
+    """`(code - zero) * scale` in float32: `[n, K]`."""
+    n, k = block.codes.shape
+    q = block.codes.reshape(n, k // group_size, group_size).astype(np.float32)
+    q -= block.zero[..., None]
+    q *= block.scale[..., None]
+    return q.reshape(n, k)
+
+
+@dataclass(frozen=True)
+class InstantQuant:
+    """Quantizes the rows of a float weight as they stream by; no calibration data."""
+
+    name: str
+    weight: Source
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: np.dtype[Any]
+
+    def tiles(self) -> Iterator[Tile]:
+        quantize = quantize_symmetric if self.symmetric else quantize_asymmetric
+        for start, (rows,) in self.weight.tiles():
+            w = rows.copy() if rows.dtype == np.float32 else convert(rows, np.dtype(np.float32))
+            w = w.reshape(len(rows), -1, self.group_size)
+            with np.errstate(invalid="ignore", over="ignore"):
+                block = quantize(w, self.bits, self.scale_dtype)
+            if not np.isfinite(block.scale).all():
+                raise not_finite(self.name, start, convert(rows, np.dtype(np.float32)))
+            yield Tile(start, block)
+
+
+def not_finite(name: str, start: int, flat: Array) -> UserError:
+    """What is wrong with the rows `flat` [n, K] that gave a scale that is not finite."""
+    bad = np.argwhere(~np.isfinite(flat))
+    if len(bad):
+        row, column = bad[0]
+        return UserError(
+            "the weight is not finite",
+            where=f"{name}[{start + row}, {column}]",
+            expected="finite numbers",
+            found=str(flat[row, column]),
+            fix="repair the checkpoint, or leave this layer float with --ignore",
+        )
+    row = int(np.abs(flat).max(axis=1).argmax())
+    return UserError(
+        "the weight is too large for its scale",
+        where=f"{name}[{start + row}]",
+        expected="a scale that fits float16 (at most 65504)",
+        found=f"max|w| = {np.abs(flat[row]).max():g}",
+        fix="leave this layer float with --ignore",
+    )

@@ -1,0 +1,86 @@
+"""Brings decomposed RMS norms back to the operator of opset 23."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, ints, producer, scalar, take_over
+
+
+@dataclass(frozen=True)
+class FoldMatch:
+    node: gs.Node
+    values: Array
+
+
+class FoldSmallConstants(Rewrite[FoldMatch]):
+    """An elementwise node whose inputs are all small constants -> its value (Gemma's `1 + weight`)."""
+
+    def match(self, node: gs.Node) -> FoldMatch | Reject | None:
+        if node.op not in ("Add", "Sub", "Mul", "Cast") or not all(isinstance(t, gs.Constant) for t in node.inputs):
+            return None
+        if any(len(t.shape) > 1 for t in node.inputs):  # norm weights fold, matrices never do
+            return None
+        feeds = {f"i{i}": t.values for i, t in enumerate(node.inputs)}
+        proto = onnx.helper.make_node(node.op, list(feeds), ["o"], **node.attrs)
+        (values,) = ReferenceEvaluator(proto, opsets={"": 23}).run(None, feeds)
+        return FoldMatch(node, np.asarray(values))
+
+    def rewrite(self, graph: gs.Graph, match: FoldMatch) -> None:  # noqa: ARG002
+        take_over(match.node).to_constant(match.values)
+
+
+@dataclass(frozen=True)
+class NormMatch:
+    node: gs.Node
+    x: gs.Tensor
+    scale: gs.Tensor
+    epsilon: float
+
+
+class FuseRmsNorm(Rewrite[NormMatch]):
+    """Mul(scale [D], Mul(x, Reciprocal(Sqrt(Add(ReduceMean(Pow(x, 2), -1), eps))))) -> RMSNormalization(x, scale)."""
+
+    def match(self, node: gs.Node) -> NormMatch | Reject | None:
+        if node.op != "Mul":
+            return None
+        for scale, normed in (node.inputs, reversed(node.inputs)):
+            inner = producer(normed, "Mul")
+            if inner is None or scale.shape is None or len(scale.shape) != 1:
+                continue
+            for x, reciprocal in (inner.inputs, reversed(inner.inputs)):
+                epsilon = reciprocal_rms_of(reciprocal, x)
+                if epsilon is not None:
+                    return NormMatch(node, x, scale, epsilon)
+        return None
+
+    def rewrite(self, graph: gs.Graph, match: NormMatch) -> None:
+        name = match.node.name
+        out = take_over(match.node)
+        add(graph, "RMSNormalization", [match.x, match.scale], out, name=name, axis=-1, epsilon=match.epsilon)
+
+
+def reciprocal_rms_of(tensor: gs.Tensor, x: gs.Tensor) -> float | None:
+    """epsilon, if `tensor` is 1 / sqrt(mean(x^2, last axis) + epsilon)."""
+    reciprocal = producer(tensor, "Reciprocal")
+    sqrt = producer(reciprocal.inputs[0], "Sqrt") if reciprocal else None
+    plus = producer(sqrt.inputs[0], "Add") if sqrt else None
+    if plus is None:
+        return None
+    mean, epsilon = producer(plus.inputs[0], "ReduceMean"), scalar(plus.inputs[1])
+    if mean is None or epsilon is None or ints(mean.inputs[1]) != [-1]:
+        return None
+    power = producer(mean.inputs[0], "Pow")
+    return epsilon if power is not None and power.inputs[0] is x and scalar(power.inputs[1]) == 2.0 else None
+
+
+# Constants first: Gemma's scale is `1 + weight`.
+FUSE_RMS_NORM: tuple[Rewrite[Any], ...] = (FoldSmallConstants(), FuseRmsNorm())

@@ -1,0 +1,131 @@
+"""Attention for ONNX Runtime's CPU provider: one operator that may keep the cache of a sequence in one buffer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    node: gs.Node
+    query: gs.Tensor
+    key: gs.Tensor
+    value: gs.Tensor
+    past_key: gs.Tensor
+    past_value: gs.Tensor
+    present_key: gs.Tensor
+    present_value: gs.Tensor
+    mask: gs.Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
+    """Attention(q, Concat(past, k), Concat(past, v), mask) -> com.microsoft.GroupQueryAttention.
+
+    Before: present_k = Concat(past_k, k); y [B, H, S, D] = Attention(q, present_k, present_v, mask [B, 1, S, T])
+    After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, last, T, mask)
+
+    Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy
+    of the cache at decode), or grow by each call as the interface says.
+    """
+
+    def match(self, node: gs.Node) -> AttentionMatch | Reject | None:
+        if node.op != "Attention":
+            return None
+        if len(node.inputs) != 4 or len(node.outputs) != 1:
+            return Reject("attention without an explicit mask, or with its own cache")
+        query, keys, values, mask = node.inputs
+        concat_k, concat_v = producer(keys, "Concat"), producer(values, "Concat")
+        if concat_k is None or concat_v is None:
+            return Reject("keys and values are not the concatenation of a cache and new ones")
+        heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
+        if not all(isinstance(d, int) for d in (heads, head_dim, kv_heads)):
+            return Reject("the number of heads is not a constant")
+        past_k, k = concat_k.inputs
+        past_v, v = concat_v.inputs
+        return AttentionMatch(node, query, k, v, past_k, past_v, keys, values, mask, heads, kv_heads, head_dim)
+
+    def rewrite(self, graph: gs.Graph, match: AttentionMatch) -> None:
+        node = match.node
+        out = take_over(node)
+        for tensor in (match.present_key, match.present_value):
+            tensor.inputs.clear()
+        total, last = lengths(graph, match.mask)
+        q, k, v = (
+            rows(graph, t, f"{node.name}/{part}")
+            for t, part in zip((match.query, match.key, match.value), "qkv", strict=True)
+        )
+        y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
+        nothing = gs.Variable.empty()
+        inputs = [q, k, v, match.past_key, match.past_value, last, total, nothing, nothing, nothing, match.mask]
+        attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": float(node.attrs["scale"])}
+        outputs = [y, match.present_key, match.present_value]
+        graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
+        shape = small(f"{node.name}/heads", [0, 0, match.heads, match.head_dim], np.int64)
+        split = add(graph, "Reshape", [y, shape], f"{node.name}/y_heads")
+        add(graph, "Transpose", [split], out, perm=[0, 2, 1, 3])
+
+
+def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
+    """(total length int32 scalar, each row's length less one int32 [B]) of a mask [B, 1, S, T], made once for a mask.
+
+    A row ends at the last key that its last query sees. Rows padded on the left all end at T. Rows padded on the right
+    end where they end, so sequences of different lengths decode in one batch, each in its own place in the cache.
+    """
+    prefix = f"{mask.name}/lengths"
+    tensors = {t.name: t for n in graph.nodes if n.name.startswith(prefix) for t in n.outputs}
+    if f"{prefix}/last" in tensors:
+        return tensors[f"{prefix}/total"], tensors[f"{prefix}/last"]
+    one = add(graph, "Shape", [mask], f"{prefix}/t", start=3, end=4)
+    scalar = add(graph, "Squeeze", [one], f"{prefix}/scalar")
+    total = add(graph, "Cast", [scalar], f"{prefix}/total", to=onnx.TensorProto.INT32)
+    query = add(graph, "Gather", [mask, small(f"{prefix}/query", -1, np.int64)], f"{prefix}/seen", axis=2)
+    key = add(graph, "ArgMax", [query], f"{prefix}/key", axis=2, keepdims=0, select_last_index=1)
+    row = add(graph, "Reshape", [key, small(f"{prefix}/row", [-1], np.int64)], f"{prefix}/rows")
+    return total, add(graph, "Cast", [row], f"{prefix}/last", to=onnx.TensorProto.INT32)
+
+
+def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
+    """[B, H, S, D] -> [B, S, H*D]; undoes a head split where that is all that happened, rotary embedding included."""
+    rotary = producer(heads, "RotaryEmbedding")
+    split = producer(rotary.inputs[0] if rotary else heads, "Transpose")
+    reshape = producer(split.inputs[0], "Reshape") if split and split.attrs.get("perm") == [0, 2, 1, 3] else None
+    if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
+        turned = add(graph, "Transpose", [heads], f"{name}/turned", perm=[0, 2, 1, 3])
+        return add(graph, "Reshape", [turned, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
+    if rotary is None:
+        return reshape.inputs[0]
+    attrs = {**rotary.attrs, "num_heads": heads.shape[1]}
+    return add(graph, "RotaryEmbedding", [reshape.inputs[0], *rotary.inputs[1:]], f"{name}/rotated", **attrs)
+
+
+class MergeHeads(Rewrite[gs.Node]):
+    """Reshape(Transpose(Transpose(Reshape(y [B, S, H*D])))) -> y, left by the attention lowering."""
+
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
+        turned = producer(node.inputs[0], "Transpose") if node.op == "Reshape" else None
+        back = producer(turned.inputs[0], "Transpose") if turned else None
+        split = producer(back.inputs[0], "Reshape") if back else None
+        same = split is not None and split.inputs[0].shape is not None and node.outputs[0].shape is not None
+        if turned is None or back is None or split is None or not same:
+            return None
+        undone = turned.attrs.get("perm") == back.attrs.get("perm") == [0, 2, 1, 3]
+        last = (split.inputs[0].shape[-1], node.outputs[0].shape[-1])
+        return node if undone and len(node.outputs[0].shape) == 3 and last[0] == last[1] else None
+
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        y = match.i().i().i().inputs[0]
+        add(graph, "Identity", [y], take_over(match))
+
+
+ATTENTION: tuple[Rewrite[Any], ...] = (LowerToGroupQueryAttention(), MergeHeads())

@@ -1,0 +1,66 @@
+"""Group-wise weights against float activations on MatMulNBits, without the rounding that operator brings.
+
+Its fast kernels quantize x to int8 by block. Before: MatMul(x, DequantizeLinear(codes in groups)). After: x = hi + lo,
+hi on the grid that MatMulNBits will choose for the block, lo the rest, 254 times finer; both are rows of one product,
+so that at decode the weights are still read once. Activations then carry about 15 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.ort.limbs import LimbNodes, reachable
+from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block
+from instantrt.passes.qdq.insert_qdq import Quantized, quantized
+
+TOP = 127
+
+
+@dataclass(frozen=True)
+class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
+    """MatMul(x, DequantizeLinear(codes)) -> two limbs of x by block -> MatMulNBits -> their sum."""
+
+    def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
+        found = quantized(node)
+        if found is None or found.quant.activations != "float":
+            return None
+        block = nbits_block(found.quant)
+        if block is None or found.quant.shape[1] % block:
+            return Reject(f"{found.quant} has no whole blocks")
+        return BlockwiseMatch(found, block)
+
+    def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
+        found, path, n = match.linear, match.linear.path, match.linear.quant.shape[0]
+        rows, leading = block_limbs(graph, found, match.block)
+        out = take_over(found.node)
+        y = matmul_nbits(graph, match, rows, f"{path}/limbs")
+        parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
+        graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
+        y = add(graph, "Add", parts, f"{path}/rows")
+        shape = add(graph, "Concat", [leading, small(f"{path}.n", [n], np.int64)], f"{path}/shape", axis=0)
+        add(graph, "Reshape", [y, shape], out)
+
+    def note(self, match: BlockwiseMatch) -> str:
+        return f"MatMulNBits, {match.linear.quant.bits} bits, two limbs by {match.block} (exact)"
+
+
+def block_limbs(graph: gs.Graph, linear: Quantized, block: int) -> tuple[gs.Tensor, gs.Tensor]:
+    """(hi over lo [2 M, K], leading dimensions of x), made once for each x and block."""
+    x, k = linear.x, linear.quant.shape[1]
+    nodes = LimbNodes(graph, f"{x.name}/by{block}")
+    made = {t.name: t for node in x.outputs for t in reachable(node, nodes.prefix)}
+    if f"{nodes.prefix}/limbs" in made:
+        return made[f"{nodes.prefix}/limbs"], made[f"{nodes.prefix}/leading"]
+    leading = nodes("Shape", [x], "leading", start=0, end=-1)
+    rows = nodes("Reshape", [x, nodes.const("blocks_shape", [-1, k // block, block], np.int64)], "blocks")
+    peak = nodes("ReduceMax", [nodes("Abs", [rows], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)
+    step = nodes("Mul", [peak, nodes.const("per_top", 1 / TOP, np.float32)], "step")
+    step = nodes("Max", [step, nodes.const("tiny", 1e-20, np.float32)], "step1")
+    high = nodes("Mul", [nodes("Round", [nodes("Div", [rows, step], "units")], "codes"), step], "high")
+    both = nodes("Concat", [high, nodes("Sub", [rows, high], "low")], "both", axis=0)
+    return nodes("Reshape", [both, nodes.const("rows_shape", [-1, k], np.int64)], "limbs"), leading

@@ -1,0 +1,26 @@
+"""Canonical Q/DQ linears -> the explicit integer operators of ONNX Runtime's CPU provider: which form for which.
+
+Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from instantrt.passes.core.rewrite import Rewrite
+from instantrt.passes.ort.blocks import LowerToExactBlocks
+from instantrt.passes.ort.groups import LowerGroups
+from instantrt.passes.ort.limbs import TWO_LIMBS, Limbs, LowerPerChannel
+from instantrt.passes.ort.nbits import LowerToMatMulNBits
+
+Preset = Literal["exact", "fast"]
+
+
+def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Rewrite[Any], ...]:
+    """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left.
+
+    exact: activations keep 14 bits or what the scheme gives them; fast: whatever is not A8W8 by channel goes to
+    MatMulNBits, whose activations are int8 by block.
+    """
+    exact = (LowerPerChannel(TWO_LIMBS, "float"), LowerGroups(one_limb), LowerToExactBlocks())
+    return (LowerPerChannel(one_limb, "int8"), *(exact if preset == "exact" else ()), LowerToMatMulNBits())

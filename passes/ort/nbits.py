@@ -1,0 +1,111 @@
+"""Canonical Q/DQ linears -> com.microsoft.MatMulNBits, ONNX Runtime's operator for weights in blocks along K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import Array, Tile, View
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.qdq.insert_qdq import Quantized, quantized
+
+BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes; above 256 some releases return garbage
+CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of this size: 4 % more bytes, the fastest kernel
+
+
+def nbits_block(q: QuantTensor) -> int | None:
+    """The block size that expresses q's groups: the largest that divides one, each group's scale repeated."""
+    if q.per_channel:
+        return CHANNEL_BLOCK
+    return next((b for b in BLOCKS if q.group_size % b == 0), None)
+
+
+@dataclass(frozen=True)
+class BlockwiseMatch:
+    linear: Quantized
+    block: int
+
+
+@dataclass(frozen=True)
+class LowerToMatMulNBits(Rewrite[BlockwiseMatch]):
+    """MatMul(x, DequantizeLinear(codes)) -> com.microsoft.MatMulNBits(x, codes [N, K/b, b*bits/8], scale, zero).
+
+    accuracy_level 4 (int8 activations per block) is the only level with a fast 8-bit kernel. Zero points are explicit
+    even where all are central: without them ARM cores differ from one another.
+    """
+
+    def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
+        found = quantized(node)
+        if found is None:
+            return None
+        block = nbits_block(found.quant)
+        if block is None:
+            return Reject(f"group_size {found.quant.group_size} is no multiple of 16, which MatMulNBits needs")
+        return BlockwiseMatch(found, block)
+
+    def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
+        matmul_nbits(graph, match, match.linear.x, take_over(match.linear.node))
+
+    def note(self, match: BlockwiseMatch) -> str:
+        return f"MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
+
+
+def matmul_nbits(graph: gs.Graph, match: BlockwiseMatch, x: gs.Tensor, out: gs.Tensor | str) -> gs.Tensor:
+    """MatMulNBits of x [..., K] with the weight of `match`, under the name of its MatMul."""
+    q, path, block = match.linear.quant, match.linear.path, match.block
+    n, k = q.shape
+    blocks = -(-k // block)
+    layout = Blocks(q.bits, block, blocks, q.groups)
+    inputs = [
+        x,
+        gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=layout.codes)),
+        gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=layout.scales)),
+        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=layout.zeros)),
+    ]
+    attrs = {"K": k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
+    return add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """MatMulNBits' layout: K padded to whole blocks, four-bit values two a byte, low nibble first."""
+
+    bits: int
+    block: int
+    count: int
+    groups: int
+
+    @property
+    def zero_bytes(self) -> int:
+        return self.count if self.bits == 8 else (self.count + 1) // 2
+
+    def codes(self, tile: Tile) -> Array:
+        codes = tile.parts[0]
+        n, k = codes.shape
+        padding = self.count * self.block - k
+        if padding:
+            codes = np.pad(codes, ((0, 0), (0, padding)))
+        return self.packed(codes).reshape(n, self.count, -1)
+
+    def scales(self, tile: Tile) -> Array:
+        return self.repeated(tile.parts[1])
+
+    def zeros(self, tile: Tile) -> Array:
+        return self.packed(self.repeated(tile.parts[2]))
+
+    def repeated(self, per_group: Array) -> Array:
+        """[n, G] -> [n, blocks]; a channel's one value for every block, padding included."""
+        repeated: Array = np.repeat(per_group, self.count // self.groups, axis=1)
+        return repeated
+
+    def packed(self, values: Array) -> Array:
+        if self.bits == 8:
+            return values
+        if values.shape[1] % 2:
+            values = np.pad(values, ((0, 0), (0, 1)))
+        pairs = np.ascontiguousarray(values).view("<u2")  # odd code << 8 | even code
+        packed: Array = (pairs | pairs >> 4).astype(np.uint8)
+        return packed

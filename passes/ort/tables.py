@@ -1,0 +1,106 @@
+"""What stays float in an artifact for ONNX Runtime keeps the 16 bits it is stored in; embeddings may become int8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import FileTensor, View, first_part, view_of
+from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.qdq.tables import Table, table
+
+HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): onnx.TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class TableMatch:
+    node: gs.Node
+    table: gs.Constant
+    stored: FileTensor
+
+
+class KeepTablesInHalf(Rewrite[TableMatch]):
+    """Gather(table float32) -> Cast(Gather(table as stored)): a 16-bit embedding keeps its bytes."""
+
+    def match(self, node: gs.Node) -> TableMatch | Reject | None:
+        view = view_of(node.inputs[0]) if node.op == "Gather" else None
+        if view is None or view.dtype != np.float32 or not isinstance(view.source, FileTensor):
+            return None
+        if view.source.dtype not in HALF_TYPES or view.source.shape != view.shape:
+            return Reject("the table is not stored in 16 bits")
+        return TableMatch(node, node.inputs[0], view.source)
+
+    def rewrite(self, graph: gs.Graph, match: TableMatch) -> None:
+        match.table.values = View(match.stored, match.stored.shape, match.stored.dtype)
+        out = take_over(match.node)
+        taken = gs.Variable(f"{out.name}/half", HALF_TYPES[match.stored.dtype], out.shape)
+        match.node.outputs.append(taken)
+        add(graph, "Cast", [taken], out, to=onnx.TensorProto.FLOAT)
+
+
+@dataclass(frozen=True)
+class FloatLinearMatch:
+    linear: Linear
+    stored: FileTensor
+
+
+def holds_table(tensor: gs.Tensor, stored: FileTensor) -> bool:
+    """Is `tensor` the stored matrix as it is (an embedding), not a linear's [K, N] view of it?"""
+    view = view_of(tensor)
+    return view is not None and view.source == stored and view.project is first_part
+
+
+@dataclass(frozen=True)
+class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
+    """MatMul(x, W float32) -> MatMul(x, Cast(W as stored)) for linears left float; a tied head shares the embedding.
+
+    ONNX Runtime folds the Cast once when it loads; the file stays half as large.
+    """
+
+    def match(self, node: gs.Node) -> FloatLinearMatch | Reject | None:
+        found = linear(node)
+        if found is None or not isinstance(found.rows, FileTensor) or found.rows.dtype not in HALF_TYPES:
+            return None
+        return FloatLinearMatch(found, found.rows)
+
+    def rewrite(self, graph: gs.Graph, match: FloatLinearMatch) -> None:
+        stored, node = match.stored, match.linear.node
+        tied = next((t for t in graph.tensors().values() if holds_table(t, stored)), None)
+        if tied is not None:
+            half = add(graph, "Transpose", [tied], f"{match.linear.path}/tied", perm=[1, 0])
+        else:
+            k_n = View(stored, stored.shape[::-1], stored.dtype, axis=1, project=lambda t: t.parts[0].T)
+            half = gs.Constant(f"{match.linear.path}.weight_half", k_n)
+        node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
+
+
+class QuantizeTables(Rewrite[Table]):
+    """Gather(table [V, H], ids) -> com.microsoft.GatherBlockQuantized, 8 bits, asymmetric, in blocks along H."""
+
+    def match(self, node: gs.Node) -> Table | Reject | None:
+        return table(node, np.dtype(np.float32))
+
+    def rewrite(self, graph: gs.Graph, match: Table) -> None:
+        q, node = match.quant, match.node
+        v, h = q.shape
+        inputs = [
+            gs.Constant(f"{q.name}.codes", View(q, (v, h), np.uint8)),
+            node.inputs[1],
+            gs.Constant(f"{q.name}.scales", View(q, (v, q.groups), np.float32, project=lambda t: t.parts[1])),
+            gs.Constant(f"{q.name}.zeros", View(q, (v, q.groups), np.uint8, project=lambda t: t.parts[2])),
+        ]
+        attrs = {"bits": 8, "block_size": q.group_size, "gather_axis": 0, "quantize_axis": 1}
+        add(graph, "GatherBlockQuantized", inputs, take_over(node), domain="com.microsoft", name=node.name, **attrs)
+
+    def note(self, match: Table) -> str:
+        return f"GatherBlockQuantized, {match.quant.bits} bits"
+
+
+# Embeddings first, so that a tied head finds the table it shares.
+AS_STORED: tuple[Rewrite[Any], ...] = (KeepTablesInHalf(), KeepFloatLinearsInHalf())

@@ -1,0 +1,152 @@
+"""FLOAT -> canonical Q/DQ: plain ONNX that states the quantization, and that ONNX Runtime runs as it is (the twin)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import Array, Tile, View, small, view_of
+from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+
+CODE_TYPES = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
+Decisions = Mapping[str, QuantTensor | Reject]  # module path -> how to quantize it, or why not
+
+
+def codes_kn(tile: Tile) -> Array:
+    """codes [n, K] -> [K, n]."""
+    return tile.parts[0].T
+
+
+def scale_gn(tile: Tile) -> Array:
+    """scale [n, G] -> [G, n]."""
+    return tile.parts[1].T
+
+
+def zero_gn(tile: Tile) -> Array:
+    """zero [n, G] -> [G, n]."""
+    return tile.parts[2].T
+
+
+@dataclass(frozen=True)
+class QuantizeMatch:
+    linear: Linear
+    quant: QuantTensor
+
+
+@dataclass(frozen=True)
+class InsertDequantize(Rewrite[QuantizeMatch]):
+    """MatMul(x, W [K, N]) -> MatMul(x, DequantizeLinear(codes [K, N], scale, zero)).
+
+    Per channel: axis = 1, scale and zero [N]. In groups: axis = 0, block_size = group_size, scale and zero [K / g, N].
+    """
+
+    decisions: Decisions
+
+    def match(self, node: gs.Node) -> QuantizeMatch | Reject | None:
+        found = linear(node)
+        if found is None:
+            if node.op == "MatMul" and any(isinstance(t, gs.Constant) for t in node.inputs):
+                return Reject("not a linear layer in normal form")
+            return None
+        decision = self.decisions.get(found.path, Reject("no quantization parameters for this layer"))
+        if isinstance(decision, Reject):
+            return decision
+        assert decision.shape == found.shape, f"{found.path}: {decision.shape} is not {found.shape}"
+        return QuantizeMatch(found, decision)
+
+    def rewrite(self, graph: gs.Graph, match: QuantizeMatch) -> None:
+        q, node, path = match.quant, match.linear.node, match.linear.path
+        made = next((t for n in graph.nodes for t in n.outputs if t.name == f"{path}.dequantized"), None)
+        if made is not None:  # the module is used several times
+            node.inputs[1] = made
+            return
+        node.inputs[1] = dequantized(graph, q, path)
+
+    def note(self, match: QuantizeMatch) -> str:
+        return str(match.quant)
+
+
+def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
+    """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
+    (n, k), code_type = q.shape, CODE_TYPES[q.bits]
+    per_group = (q.groups, n)
+    codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
+    scale = View(q, per_group, np.float32, axis=1, project=scale_gn)
+    zero = View(q, per_group, code_type, axis=1, project=zero_gn)
+    attrs: dict[str, Any] = {"axis": 0, "block_size": q.group_size}
+    if q.per_channel:
+        scale = View(q, (n,), np.float32, project=lambda tile: tile.parts[1][:, 0])
+        zero = View(q, (n,), code_type, project=lambda tile: tile.parts[2][:, 0])
+        attrs = {"axis": 1}
+    inputs = [codes, gs.Constant(f"{path}.scale", scale), gs.Constant(f"{path}.zero", zero)]
+    return add(graph, "DequantizeLinear", inputs, f"{path}.dequantized", **attrs)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A linear layer in canonical Q/DQ form.
+
+    `x` is the float input, before activation Q/DQ where there is one; `path` names what a lowering makes of this layer.
+    """
+
+    node: gs.Node
+    x: gs.Tensor
+    quant: QuantTensor
+    path: str
+
+
+def quantized(node: gs.Node) -> Quantized | None:
+    """The quantized linear that this MatMul is, if it is one."""
+    dq = producer(node.inputs[1], "DequantizeLinear") if node.op == "MatMul" else None
+    codes = view_of(dq.inputs[0]) if dq is not None else None
+    if dq is None or codes is None or not isinstance(codes.source, QuantTensor):
+        return None
+    if codes.dtype != CODE_TYPES[codes.source.bits]:  # a lowering has made them signed
+        return None
+    return Quantized(node, float_input(node.inputs[0]), codes.source, node.name)
+
+
+def float_input(x: gs.Tensor) -> gs.Tensor:
+    """x, or what was quantized per token into it."""
+    dq = producer(x, "DequantizeLinear")
+    q = producer(dq.inputs[0], "QuantizeLinear") if dq is not None else None
+    return q.inputs[0] if q is not None else x
+
+
+class QuantizeActivations(Rewrite[Quantized]):
+    """x -> DequantizeLinear(QuantizeLinear(x, s)) in front of every A8 linear; s = max|x_row| / 127, 1 for a zero row.
+
+    One Q/DQ pair for each distinct x. The scale of a token is a block as wide as the token.
+    """
+
+    def match(self, node: gs.Node) -> Quantized | Reject | None:
+        found = quantized(node)
+        if found is None or found.quant.activations == "float" or found.x is not node.inputs[0]:
+            return None
+        return found
+
+    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
+        x, k = match.x, match.quant.shape[1]
+        done = next((n for n in x.outputs if n.name == f"{x.name}/quantize"), None)
+        if done is not None:
+            match.node.inputs[0] = done.outputs[0].outputs[0].outputs[0]
+            return
+        prefix = f"{x.name}/per_token"
+        magnitude = add(graph, "Abs", [x], f"{prefix}/abs")
+        peak = add(
+            graph, "ReduceMax", [magnitude, small(f"{prefix}/axes", [-1], np.int64)], f"{prefix}/max", keepdims=1
+        )
+        scale = add(graph, "Mul", [peak, small(f"{prefix}/127th", 1 / 127, np.float32)], f"{prefix}/step")
+        zero_row = add(graph, "Equal", [scale, small(f"{prefix}/0", 0, np.float32)], f"{prefix}/zero_row")
+        scale = add(graph, "Where", [zero_row, small(f"{prefix}/1", 1, np.float32), scale], f"{prefix}/scale")
+        block: dict[str, Any] = {"axis": -1, "block_size": k}
+        codes = gs.Variable(f"{prefix}/codes", np.int8, x.shape)
+        add(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
+        match.node.inputs[0] = add(graph, "DequantizeLinear", [codes, scale], f"{prefix}/dequantized", **block)

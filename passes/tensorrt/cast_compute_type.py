@@ -1,0 +1,166 @@
+"""A float32 graph -> one that computes in float16 or bfloat16, as strongly typed TensorRT wants it.
+
+What derives from integers alone (rotary angles, masks) stays float32 and is cast where it meets hidden states; squares,
+means and roots, of which norms are made, stay float32 too. Caches become the compute type; every other input and
+output keeps float32, so that the interface is the same on all targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, Tile, View, convert, small, view_of
+from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, add, run
+from instantrt.passes.tensorrt.clamp_mask import ClampMask
+
+FLOAT32 = np.dtype(np.float32)
+WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"}
+CACHES = ("past_key_values.", "present.")
+
+
+def cast_compute_type(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+    """Casts `graph`, in topological order, to `dtype`; float32 leaves it as it is."""
+    if dtype == FLOAT32:
+        return graph
+    narrow_inputs(graph, dtype)
+    run(graph.toposort(), [ClampMask(dtype), CastComputeType(dtype), WidenForBranches(dtype)], ledger)
+    widen_outputs(graph)
+    return graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def narrow_inputs(graph: gs.Graph, dtype: np.dtype[Any]) -> None:
+    for tensor in graph.inputs:
+        if tensor.dtype != FLOAT32:
+            continue
+        if tensor.name.startswith(CACHES):
+            tensor.dtype = dtype
+            continue
+        consumers = list(tensor.outputs)
+        narrow = cast(graph, tensor, dtype)
+        for node in consumers:
+            node.inputs = [narrow if t is tensor else t for t in node.inputs]
+
+
+def widen_outputs(graph: gs.Graph) -> None:
+    for index, tensor in enumerate(graph.outputs):
+        if tensor.name.startswith(CACHES) or tensor.dtype.kind in "iub" or tensor.dtype == FLOAT32:
+            continue
+        name, tensor.name = tensor.name, f"{tensor.name}/{tensor.dtype.name}"
+        graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
+        # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
+        add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
+
+
+@dataclass(frozen=True)
+class CastMatch:
+    """`node` computes in `dtype`: its float inputs `indices` are to have it, its float outputs will."""
+
+    node: gs.Node
+    dtype: np.dtype[Any]
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CastComputeType(Rewrite[CastMatch]):
+    dtype: np.dtype[Any]
+
+    def match(self, node: gs.Node) -> CastMatch | Reject | None:
+        if next(node.subgraphs(), None) is not None:
+            return Reject("a node with subgraphs keeps float32")
+        floats = tuple(i for i, t in enumerate(node.inputs) if t.dtype in (FLOAT32, self.dtype))
+        hidden = any(t.dtype == self.dtype and not isinstance(t, gs.Constant) for t in node.inputs)
+        if not hidden and not is_weight_reader(node):
+            return None
+        return CastMatch(node, FLOAT32 if node.op in WIDE else self.dtype, floats)
+
+    def rewrite(self, graph: gs.Graph, match: CastMatch) -> None:
+        node, dtype = match.node, match.dtype
+        for index in match.indices:
+            node.inputs[index] = cast(graph, node.inputs[index], dtype)
+        if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT:
+            node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        for output in node.outputs:
+            if output.dtype == FLOAT32 or output.dtype is None:
+                output.dtype = dtype
+
+    def note(self, match: CastMatch) -> str:
+        return match.dtype.name
+
+
+@dataclass(frozen=True)
+class WidenForBranches(Rewrite[list[gs.Node]]):
+    """What a node with subgraphs takes from the graph around it becomes float32 again, in which these compute."""
+
+    dtype: np.dtype[Any]
+
+    def match(self, node: gs.Node) -> list[gs.Node] | Reject | None:
+        inner = [n for graph in node.subgraphs(recursive=True) for n in graph.nodes]
+        readers = [node, *inner] if inner else []
+        return [n for n in readers if any(t.dtype == self.dtype for t in n.inputs)] or None
+
+    def rewrite(self, graph: gs.Graph, match: list[gs.Node]) -> None:
+        for node in match:
+            node.inputs = [cast(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
+
+
+def is_weight_reader(node: gs.Node) -> bool:
+    """Hidden states begin here: an embedding table, or a dequantized weight."""
+    first = node.inputs[0] if node.inputs else None
+    if not isinstance(first, gs.Constant):
+        return False
+    return node.op == "DequantizeLinear" or (node.op == "Gather" and len(first.shape) > 1)
+
+
+def cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype[Any]) -> gs.Tensor:
+    """`tensor` as `dtype`: a constant of that type, or one Cast for all who ask."""
+    if tensor.dtype == dtype:
+        return tensor
+    name = f"{tensor.name}/{dtype.name}"
+    view = view_of(tensor)
+    if view is not None:
+        project = Narrow(view.project, dtype, tensor.name)
+        return gs.Constant(name, View(view.source, view.shape, dtype, axis=view.axis, project=project))
+    if isinstance(tensor, gs.Constant):
+        return small(name, narrowed(tensor.values, dtype, tensor.name), dtype)
+    known = next((node for node in tensor.outputs if node.name == name), None)
+    if known is not None:
+        return known.outputs[0]
+    output = gs.Variable(name, dtype, tensor.shape)
+    return add(graph, "Cast", [tensor], output, to=onnx.helper.np_dtype_to_tensor_dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A projection whose result is cast to `dtype`, and refused where that would make infinities."""
+
+    project: Callable[[Tile], Array]
+    dtype: np.dtype[Any]
+    name: str
+
+    def __call__(self, tile: Tile) -> Array:
+        return narrowed(self.project(tile), self.dtype, self.name)
+
+
+def narrowed(values: Array, dtype: np.dtype[Any], name: str) -> Array:
+    if values.dtype == dtype:
+        return values
+    wide = convert(values, FLOAT32)
+    limit = float(ml_dtypes.finfo(dtype).max)
+    largest = float(np.abs(wide).max(initial=0.0))
+    if largest > limit:
+        raise UserError(
+            f"a weight does not fit {dtype.name}",
+            where=name,
+            expected=f"at most {limit:.5g}",
+            found=f"{largest:.5g}",
+            fix="build for a target with bfloat16 (sm80 and newer) from a bfloat16 checkpoint",
+        )
+    return convert(wide, dtype)

@@ -1,0 +1,61 @@
+"""RMSNormalization in the operators that TensorRT had before 10.15."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+
+FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class NormMatch:
+    node: gs.Node
+    x: gs.Tensor
+    scale: gs.Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class DecomposeRmsNorm(Rewrite[NormMatch]):
+    """RMSNormalization(x, scale) -> x / Sqrt(ReduceMean(x * x) + epsilon) * scale, along the last axis.
+
+    Squares of float16 overflow above 255: all but the last product is in float32, as the operator itself has it.
+    `dtype` is the type of x and of the result.
+    """
+
+    dtype: np.dtype[Any]
+
+    def match(self, node: gs.Node) -> NormMatch | Reject | None:
+        if node.op != "RMSNormalization":
+            return None
+        x, scale = node.inputs
+        axis = node.attrs.get("axis", -1)
+        if axis != -1 and (x.shape is None or axis != len(x.shape) - 1):
+            return Reject("a norm over more than the last axis")
+        if node.attrs.get("stash_type", onnx.TensorProto.FLOAT) != onnx.TensorProto.FLOAT:
+            return Reject("a norm that does not compute in float32")
+        return NormMatch(node, x, scale, node.attrs.get("epsilon", 1e-5))
+
+    def rewrite(self, graph: gs.Graph, match: NormMatch) -> None:
+        out, name = take_over(match.node), match.node.name
+        x, narrow = match.x, self.dtype != FLOAT32
+        if narrow:
+            x = add(graph, "Cast", [x], f"{name}/wide", to=onnx.TensorProto.FLOAT)
+        square = add(graph, "Mul", [x, x], f"{name}/square")
+        axes = small(f"{name}/axes", [-1], np.int64)
+        mean = add(graph, "ReduceMean", [square, axes], f"{name}/mean", keepdims=1)
+        raised = add(graph, "Add", [mean, small(f"{name}/epsilon", match.epsilon, FLOAT32)], f"{name}/raised")
+        rms = add(graph, "Sqrt", [raised], f"{name}/rms")
+        unit = add(graph, "Div", [x, rms], f"{name}/unit")
+        if narrow:
+            to = onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
+            unit = add(graph, "Cast", [unit], f"{name}/narrow", to=to)
+        add(graph, "Mul", [unit, match.scale], out, name=name)

@@ -1,0 +1,135 @@
+"""A cache of fixed length that is written in place, instead of one that grows by a copy at each step.
+
+Before: present [B, H, P + S, D] = Concat(past [B, H, P, D], new);       Attention(q, K, V, mask [B, 1, S, P + S])
+After:  present [B, H, M, D] = TensorScatter(past [B, H, M, D], new, P); Attention(q, K, V, mask padded to M)
+
+The engine's past and present share one buffer. A row ends at the last key that its row of attention_mask allows, and
+its S new tokens are the last of it: P[r] = max(end[r] - S, 0). Rows padded on the left all end where the mask does.
+Rows padded on the right end where they end, so sequences of different lengths decode in one batch, each in its own
+place; and the mask may always have the full length M, zeros behind the end, so that no shape changes from step to step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, add, producer, run, take_over
+from instantrt.passes.tensorrt.native import once
+
+OPSET = 24  # the first with TensorScatter
+PAST = "past_key_values."
+POSITION = "cache/position"
+HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
+
+
+def kv_in_place(graph: gs.Graph, max_length: int, ledger: Ledger) -> gs.Graph:
+    """Every cache of `graph` in place, or a UserError that names the first one that cannot be."""
+    run(graph, [ScatterCache(max_length), PadMask(max_length)], ledger)
+    for tensor in graph.inputs:
+        if tensor.name.startswith(PAST) and any(n.op not in ("TensorScatter", "Shape") for n in tensor.outputs):
+            raise UserError(
+                "this cache cannot be updated in place",
+                where=tensor.name,
+                expected="Concat(past, new) that only an Attention node reads",
+                found=", ".join(node.op for node in tensor.outputs),
+                fix="use --kv-cache concat",
+            )
+    graph.opset = max(graph.opset, OPSET)
+    graph.import_domains = None  # else the exporter would write the old opset
+    return graph
+
+
+@dataclass(frozen=True)
+class CacheMatch:
+    node: gs.Node
+    past: gs.Tensor
+    new: gs.Tensor
+
+
+@dataclass(frozen=True)
+class ScatterCache(Rewrite[CacheMatch]):
+    max_length: int
+
+    def match(self, node: gs.Node) -> CacheMatch | Reject | None:
+        if node.op != "Concat" or len(node.inputs) != 2 or not node.inputs[0].name.startswith(PAST):
+            return None
+        if node.attrs["axis"] not in (2, -2):
+            return Reject("the cache does not grow along its second last axis")
+        if any(reader.op != "Attention" for reader in node.outputs[0].outputs):
+            return Reject("something other than Attention reads the cache")
+        return CacheMatch(node, *node.inputs)
+
+    def rewrite(self, graph: gs.Graph, match: CacheMatch) -> None:
+        present = take_over(match.node)
+        for tensor in (match.past, present):
+            tensor.shape = [*tensor.shape[:2], self.max_length, tensor.shape[3]]
+        add(
+            graph,
+            "TensorScatter",
+            [match.past, match.new, write_position(graph)],
+            present,
+            name=match.node.name,
+            axis=-2,
+            mode="linear",
+        )
+
+
+@dataclass(frozen=True)
+class MaskMatch:
+    node: gs.Node
+    mask: gs.Tensor
+
+
+@dataclass(frozen=True)
+class PadMask(Rewrite[MaskMatch]):
+    """What lies behind the written part of a cache is hidden."""
+
+    max_length: int
+
+    def match(self, node: gs.Node) -> MaskMatch | Reject | None:
+        if node.op != "Attention" or producer(node.inputs[1], "TensorScatter") is None:
+            return None
+        return MaskMatch(node, node.inputs[3])
+
+    def rewrite(self, graph: gs.Graph, match: MaskMatch) -> None:
+        mask = match.mask
+        total = length(graph, "attention_mask", 1)
+        used = once(graph, "Neg", [total], "cache/used")
+        room = once(graph, "Add", [used, small("cache/max_length", [self.max_length], np.int64)], "cache/room")
+        pads = once(graph, "Pad", [room, small("cache/seven", [7, 0], np.int64)], "cache/pads")
+        padded = once(graph, "Pad", [mask, pads, small("cache/hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
+        padded.dtype, padded.shape = mask.dtype, [*mask.shape[:3], self.max_length]
+        match.node.inputs[3] = padded
+
+
+def write_position(graph: gs.Graph) -> gs.Tensor:
+    """Where each row's new entries go, int64 `[B]`; made once."""
+    known = next((node for node in graph.nodes if node.name == POSITION), None)
+    if known is not None:
+        (position,) = known.outputs
+        return position
+    axis, zero, one = (small(f"{POSITION}/{n}", v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
+    mask = graph_input(graph, "attention_mask")
+    allowed = add(graph, "Cast", [mask], f"{POSITION}/allowed", to=onnx.TensorProto.BOOL)
+    total = add(graph, "Squeeze", [length(graph, "attention_mask", 1)], f"{POSITION}/total")
+    ends = add(graph, "Range", [one, add(graph, "Add", [total, one], f"{POSITION}/limit"), one], f"{POSITION}/ends")
+    seen = add(graph, "Where", [allowed, ends, zero], f"{POSITION}/seen")
+    end = add(graph, "ReduceMax", [seen, axis], f"{POSITION}/end", keepdims=0)
+    start = add(graph, "Sub", [end, length(graph, "input_ids", 1)], f"{POSITION}/start")
+    return add(graph, "Max", [start, zero], POSITION)
+
+
+def length(graph: gs.Graph, name: str, axis: int) -> gs.Tensor:
+    """One dimension of a graph input, int64 `[1]`."""
+    return once(graph, "Shape", [graph_input(graph, name)], f"{name}/dim{axis}", start=axis, end=axis + 1)
+
+
+def graph_input(graph: gs.Graph, name: str) -> gs.Tensor:
+    (tensor,) = (t for t in graph.inputs if t.name == name)
+    return tensor

@@ -1,0 +1,89 @@
+"""A8W8 for TensorRT without a plugin: int8 tensor cores, activations quantized per token as they come.
+
+Before: MatMul(DequantizeLinear(QuantizeLinear(x, s)), DequantizeLinear(codes, scale, zero)), s = max|x| / 127 by token
+After:  span = max|x| * 128/127;  xq = QuantizeLinear(x / span, 2^-7)          in float32
+        y = MatMul(DequantizeLinear(xq, 2^-7), DequantizeLinear(signed codes, 2^-7)) * (scale * 2^7) * span
+
+Both constants are powers of two, so they round nothing; the builder makes them the factor 2^-14 of the int8 GEMM,
+where one product of codes is the smallest normal float16 and the sum of K <= 65504 largest ones is still finite.
+A weight scale by channel inside the DequantizeLinear would instead make the GEMM write its unscaled sums as float16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.qdq.insert_qdq import Quantized, quantized
+from instantrt.passes.tensorrt.native import channel_scales, corrections, once, signed_codes
+
+STEP = 2.0**-7
+LARGEST_K = 65504
+TINY = 1e-30  # in place of the largest value of an all-zero token
+FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class LowerNativeInt8(Rewrite[Quantized]):
+    """`dtype` is the compute type: that of x and of the GEMM's output."""
+
+    dtype: np.dtype[Any]
+
+    def match(self, node: gs.Node) -> Quantized | Reject | None:
+        found = quantized(node)
+        if found is None or found.quant.activations != "int8":
+            return None
+        if not found.quant.per_channel or found.quant.bits != 8:
+            return Reject(f"TensorRT multiplies int8 tokens with int8 weights by channel only, not {found.quant}")
+        if found.quant.shape[1] > LARGEST_K:
+            return Reject(f"sums of more than {LARGEST_K} products may overflow float16, K is {found.quant.shape[1]}")
+        return found
+
+    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
+        out, name = take_over(match.node), match.node.name
+        codes, span = quantized_tokens(graph, match.x)
+        token = once(graph, "DequantizeLinear", [codes, step(match.x, self.dtype)], f"{match.x.name}/unit")
+        inputs = [signed_codes(match.quant), small(f"{name}/weight/step", STEP, self.dtype)]
+        weight = add(graph, "DequantizeLinear", inputs, f"{name}/weight")
+        y = add(graph, "MatMul", [token, weight], f"{name}/int8", name=name)
+        y = add(graph, "Cast", [y], f"{name}/wide", to=onnx.TensorProto.FLOAT)
+        y = add(graph, "Mul", [y, channel_scales(match.quant, FLOAT32, 1 / STEP)], f"{name}/by_channel")
+        if not match.quant.symmetric:
+            mean = code_mean(graph, match.x, codes)
+            term = add(graph, "Mul", [mean, corrections(match.quant, FLOAT32)], f"{name}/correction")
+            y = add(graph, "Add", [y, term], f"{name}/corrected")
+        y = add(graph, "Mul", [y, span], f"{name}/by_token")
+        add(graph, "Cast", [y], out, name=f"{name}/narrow", to=onnx.helper.np_dtype_to_tensor_dtype(self.dtype))
+
+    def note(self, match: Quantized) -> str:  # noqa: ARG002
+        return "int8 GEMM, scales by token and channel"
+
+
+def quantized_tokens(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
+    """int8 codes of x / span, and span `[..., 1]` float32; computed once for all linears that share x."""
+    axes = small(f"{x.name}/token/axes", [-1], np.int64)
+    wide = once(graph, "Cast", [x], f"{x.name}/token/wide", to=onnx.TensorProto.FLOAT)
+    magnitude = once(graph, "Abs", [wide], f"{x.name}/token/abs")
+    peak = once(graph, "ReduceMax", [magnitude, axes], f"{x.name}/token/peak", keepdims=1)
+    peak = once(graph, "Max", [peak, small(f"{x.name}/token/tiny", TINY, FLOAT32)], f"{x.name}/token/floor")
+    span = once(graph, "Mul", [peak, small(f"{x.name}/token/128_127", 128 / 127, FLOAT32)], f"{x.name}/token/span")
+    unit = once(graph, "Div", [wide, span], f"{x.name}/token/unit")
+    zero = small(f"{x.name}/token/zero", 0, np.int8)
+    return once(graph, "QuantizeLinear", [unit, step(x, FLOAT32), zero], f"{x.name}/token/codes"), span
+
+
+def step(x: gs.Tensor, dtype: np.dtype[Any]) -> gs.Constant:
+    return small(f"{x.name}/token/step_{dtype.name}", STEP, dtype)
+
+
+def code_mean(graph: gs.Graph, x: gs.Tensor, codes: gs.Tensor) -> gs.Tensor:
+    """The mean of the quantized x / span: `[..., 1]` float32."""
+    unit = once(graph, "DequantizeLinear", [codes, step(x, FLOAT32)], f"{x.name}/token/wide_unit")
+    axes = small(f"{x.name}/token/mean_axes", [-1], np.int64)
+    return once(graph, "ReduceMean", [unit, axes], f"{x.name}/token/mean", keepdims=1)

@@ -1,0 +1,86 @@
+"""A16W8 and A16W4 for TensorRT without a plugin: signed symmetric codes, and the exact zero point correction beside.
+
+Before: MatMul(x, DequantizeLinear(unsigned codes, scale, zero))
+After:  MatMul(x, DequantizeLinear(signed codes, scale))  [+ mean(x by group) @ correction]
+
+The builder reads int8 with one scale a channel, and int4 in blocks, straight into the GEMM. An int8 *group* weight it
+expands to a float matrix on every run; the fusion gate reports that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.qdq.insert_qdq import Quantized, quantized
+from instantrt.passes.tensorrt.native import block_scales, block_size, channel_scales, corrections, once, signed_codes
+
+
+@dataclass(frozen=True)
+class LowerNativeWeightOnly(Rewrite[Quantized]):
+    """`dtype` is the compute type: that of x, of the scales and of the corrections."""
+
+    dtype: np.dtype[Any]
+
+    def match(self, node: gs.Node) -> Quantized | Reject | None:
+        found = quantized(node)
+        if found is None or found.quant.activations != "float":
+            return None
+        n, k = found.quant.shape
+        if found.quant.bits == 4 and n * k % 2:
+            return Reject("TensorRT has no int4 tensor with an odd number of elements")
+        if found.x.shape is None and not (found.quant.symmetric or found.quant.per_channel):
+            return Reject("the rank of the activation is not known")
+        return found
+
+    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
+        out, name = take_over(match.node), match.node.name
+        weight = self.dequantized(graph, match.quant, name)
+        if match.quant.symmetric:
+            add(graph, "MatMul", [match.x, weight], out, name=name)
+            return
+        product = add(graph, "MatMul", [match.x, weight], f"{name}/uncorrected", name=name)
+        add(graph, "Add", [product, self.correction(graph, match, name)], out, name=f"{name}/sum")
+
+    def note(self, match: Quantized) -> str:
+        tail = "" if match.quant.symmetric else " + zero point correction"
+        return f"{layout(match.quant)}{tail}"
+
+    def dequantized(self, graph: gs.Graph, quant: QuantTensor, name: str) -> gs.Tensor:
+        """The symmetric DequantizeLinear `[K, N]`; the fusion gate finds it by its name, `<linear>/weight`."""
+        codes = signed_codes(quant)
+        if quant.bits == 8 and quant.per_channel:
+            inputs = [codes, channel_scales(quant, self.dtype)]
+            return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=1)
+        block = block_size(quant)
+        inputs = [codes, block_scales(quant, block, self.dtype)]
+        return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=0, block_size=block)
+
+    def correction(self, graph: gs.Graph, match: Quantized, name: str) -> gs.Tensor:
+        """mean(x by group) @ correction: `[..., N]`."""
+        means = group_means(graph, match.x, match.quant)
+        op = "Mul" if match.quant.per_channel else "MatMul"
+        return add(graph, op, [means, corrections(match.quant, self.dtype)], f"{name}/correction")
+
+
+def layout(quant: QuantTensor) -> str:
+    if quant.bits == 8 and quant.per_channel:
+        return "int8 by channel"
+    return f"int{quant.bits} blocks of {block_size(quant)}"
+
+
+def group_means(graph: gs.Graph, x: gs.Tensor, quant: QuantTensor) -> gs.Tensor:
+    """The mean of x over each group, `[..., G]` (one group: `[..., 1]`); computed once for all linears that share x."""
+    name = f"{x.name}/mean{quant.group_size}"
+    last = small(f"{name}/axes", [-1], np.int64)
+    if quant.per_channel:
+        return once(graph, "ReduceMean", [x, last], name, keepdims=1)
+    shape = small(f"{name}/shape", [0] * (len(x.shape) - 1) + [quant.groups, quant.group_size], np.int64)
+    grouped = once(graph, "Reshape", [x, shape], f"{name}/grouped")
+    return once(graph, "ReduceMean", [grouped, last], name, keepdims=0)

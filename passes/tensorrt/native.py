@@ -1,0 +1,113 @@
+"""Views of a quantized weight in the forms that TensorRT takes without a plugin.
+
+TensorRT takes signed codes and no zero points. With c the central code 2^(bits-1) the same weight is
+
+    (code - zero) * scale  =  (code - c) * scale  +  (c - zero) * scale
+
+a symmetric DequantizeLinear, and a term that is constant within a group: x times it is mean(x over the group) times
+`group_size * (c - zero) * scale`. The mean, not the sum: it cannot overflow float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array, Tile, View
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import add
+
+INT4_BLOCK = 128  # TensorRT fuses int4 in blocks of 8 to 1024, and neither one block of K nor one scale a channel
+
+
+def quant_view(
+    weight: QuantTensor, suffix: str, shape: tuple[int, ...], dtype: Any, project: Callable[[Tile], Array], *, axis: int
+) -> gs.Constant:
+    return gs.Constant(f"{weight.name}/{suffix}", View(weight, shape, dtype, axis=axis, project=project))
+
+
+def signed_codes(weight: QuantTensor) -> gs.Constant:
+    """code - c as int8 or int4 `[K, N]`."""
+    n, k = weight.shape
+    dtype = np.dtype(np.int8 if weight.bits == 8 else ml_dtypes.int4)
+
+    def project(tile: Tile) -> Array:
+        return np.subtract(tile.parts[0], np.uint8(weight.central)).view(dtype).T
+
+    return quant_view(weight, "codes", (k, n), dtype, project, axis=1)
+
+
+def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Constant:
+    """Scales for blocks of `block` along K: `[K / block, N]`; a scale that covers several blocks is repeated."""
+    n, k = weight.shape
+    repeat = weight.group_size // block
+
+    def project(tile: Tile) -> Array:
+        return np.repeat(in_range(tile.parts[1], dtype, weight, tile.start), repeat, axis=1).T
+
+    return quant_view(weight, "scale", (k // block, n), dtype, project, axis=1)
+
+
+def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.0) -> gs.Constant:
+    """One scale a channel, times `factor`: `[N]`."""
+    assert weight.per_channel
+
+    def project(tile: Tile) -> Array:
+        return in_range(tile.parts[1][:, 0] * np.float32(factor), dtype, weight, tile.start)
+
+    return quant_view(weight, "scale", (weight.shape[0],), dtype, project, axis=0)
+
+
+def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
+    """group_size * (c - zero) * scale: `[G, N]`, or `[N]` for one group."""
+    n, g = weight.shape[0], weight.groups
+
+    def project(tile: Tile) -> Array:
+        _, scale, zero = tile.parts
+        values = (np.float32(weight.central) - zero) * scale * np.float32(weight.group_size)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(dtype)
+        if not np.isfinite(narrow).all():
+            raise out_of_range(weight, tile.start, float(np.abs(values).max()), dtype, "zero point correction")
+        return narrow[:, 0] if g == 1 else narrow.T
+
+    return quant_view(weight, "corrections", (n,) if g == 1 else (g, n), dtype, project, axis=0 if g == 1 else 1)
+
+
+def in_range(scale: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int) -> Array:
+    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does."""
+    info = ml_dtypes.finfo(dtype)
+    low, high = float(scale.min()), float(scale.max())
+    if low < float(info.tiny) or high > float(info.max):
+        raise out_of_range(weight, start, low if low < float(info.tiny) else high, dtype, "scale")
+    return scale.astype(dtype)
+
+
+def out_of_range(weight: QuantTensor, start: int, value: float, dtype: np.dtype[Any], what: str) -> UserError:
+    info = ml_dtypes.finfo(dtype)
+    return UserError(
+        f"a {what} does not fit {dtype.name}",
+        where=f"{weight.name}, rows from {start}",
+        expected=f"{float(info.tiny):.3g} to {float(info.max):.5g}",
+        found=f"{value:.5g}",
+        fix="leave this layer float with --ignore",
+    )
+
+
+def block_size(weight: QuantTensor) -> int:
+    """The block in the graph: the group, or for int4 a part of it where TensorRT would not fuse the whole."""
+    n = weight.group_size
+    if weight.bits == 8 or (n <= 1024 and not weight.per_channel):
+        return n
+    return next((b for b in (INT4_BLOCK, 64, 32, 16, 8) if n % b == 0 and b < weight.shape[1]), n)
+
+
+def once(graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
+    """`add`, or what it added before under this name: for values that several linears share."""
+    known = next((node for node in inputs[0].outputs if node.name == name), None)
+    return known.outputs[0] if known is not None else add(graph, op, inputs, name, **attrs)

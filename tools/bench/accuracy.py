@@ -1,0 +1,47 @@
+"""Peak memory of the ledger on a model of Qwen2-7B's shape with two layers: `instantrt bench accuracy`.
+
+Writes a checkpoint of random weights (3.1 GB) to a temporary folder and fills the ledger in a child process, whose
+largest resident set it prints. Memory-mapped pages would count as well; there are none.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from instantrt.tools.bench.compile import peak_mb
+from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
+
+
+def child(folder: Path) -> None:
+    from instantrt.compiler.accuracy.data import load_data
+    from instantrt.compiler.accuracy.ledger import Forms, ledger
+    from instantrt.compiler.build import plan
+    from instantrt.compiler.request import Request
+
+    request = Request(folder, ("x86",), folder / "out", quant="a16w8", group_size=128)
+    planned = plan(request)
+    exported = peak_mb()
+    feeds, ids = next(load_data(planned.model).each(planned.model.llm))
+    assert ids is not None
+    started = time.monotonic()
+    filled = ledger(Forms(planned.twins["x86"].canonical, planned.model.graph, planned.lowered["x86"]), feeds)
+    peak = peak_mb()
+    print(
+        f"{len(filled.rows)} layers, {ids.size} tokens, {len(filled.findings)} findings, "
+        f"{time.monotonic() - started:.0f} s, peak RSS {peak / 1024:.2f} GiB ({exported / 1024:.2f} after the export)"
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_checkpoint(model, {**QWEN2_7B, "num_hidden_layers": 2})
+        subprocess.run([sys.executable, "-m", "instantrt.tools.bench.accuracy", model], check=True)
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1])) if len(sys.argv) > 1 else main()

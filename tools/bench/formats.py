@@ -1,0 +1,296 @@
+"""Quantized checkpoints of every format against transformers on their dequantized weights, and how fast they stream.
+
+`instantrt bench formats perplexity DIR...` compiles each checkpoint and compares perplexities;
+`instantrt bench formats stream` reads and writes a synthetic GPTQ layer; `search` compares ways to quantize.
+Each prints a JSON object; benchmarks/ keeps what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import typer
+from tokenizers import Tokenizer
+
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.build import Plan, compile_planned, plan
+from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.stored import Layer
+from instantrt.compiler.request import Request
+from instantrt.passes.core.lazy import Array, InMemory, convert, whole
+from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
+from instantrt.passes.core.rewrite import take_over
+from instantrt.passes.core.search import SearchedQuant
+from instantrt.passes.ort.linear import Preset
+from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
+from instantrt.passes.qdq.insert_qdq import Quantized
+from instantrt.tools.cli.perplexity import Logits, artifact_logits, perplexity, windows
+from instantrt.tools.make_checkpoints import write_safetensors
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+TEXT = Path("examples/text/evaluation.txt")
+
+
+def dequantized(quant: QuantTensor) -> Array:
+    """W [N, K] in float32, inputs in the model's own order."""
+    w = np.concatenate([dequantize(Codes(*tile.parts), quant.group_size) for tile in quant.tiles()])
+    return w if quant.order is None else w[:, np.argsort(quant.order.indices)]
+
+
+def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
+    """Transformers, in float32, on the dequantized weights of what was planned.
+
+    `int8_tokens` also rounds the inputs of A8 layers as they run: per token, symmetric, max|x| / 127.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:  # noqa: ARG001
+        (x,) = inputs
+        step = x.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 127
+        return torch.round(x / step) * step
+
+    config = {k: v for k, v in planned.model.config.items() if k not in ("quantization_config", "model_type", "dtype")}
+    hf_config = AutoConfig.for_model(planned.model.config["model_type"], **config)
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        decision = planned.twins["x86"].decisions.get(name.removesuffix(".weight"))
+        stored = planned.model.tensors.get(name)
+        if not isinstance(decision, QuantTensor) and stored is None:
+            continue  # tied to another
+        found = dequantized(decision) if isinstance(decision, QuantTensor) else whole(planned.model.tensors[name])
+        state[name] = torch.from_numpy(found.astype(np.float32)).reshape(parameter.shape)
+    model.load_state_dict(state, strict=False)
+    for name, module in model.named_modules():
+        decision = planned.twins["x86"].decisions.get(name)
+        if int8_tokens and isinstance(decision, QuantTensor) and decision.activations == "int8":
+            module.register_forward_pre_hook(rounded)
+
+    def run(ids: Array) -> Array:
+        with torch.no_grad():
+            logits: Array = model(torch.from_numpy(ids)).logits.numpy()
+        return logits
+
+    return run
+
+
+@app.callback()
+def main() -> None:
+    """Measures quantized checkpoints."""
+
+
+@app.command("perplexity")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="quantized checkpoints")],
+    quant: Annotated[Quant | None, typer.Option(metavar="<format>", help="a8w4, say")] = None,
+    preset: Annotated[Preset, typer.Option(help="of 16-bit activations")] = "exact",
+    text: Annotated[Path, typer.Option(help="the text")] = TEXT,
+) -> None:
+    """Print the artifact's perplexity and that of the dequantized weights, for each checkpoint."""
+    rows = {}
+    for folder in folders:
+        with tempfile.TemporaryDirectory() as out:
+            request = Request(model=folder, targets=("x86",), out=Path(out), quant=quant, cpu_preset=preset)
+            planned = plan(request)
+            compile_planned(request, planned)
+            parts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), text.read_text("utf-8")))
+            expected = perplexity(reference_logits(planned), parts)
+            found = perplexity(artifact_logits(Path(out)), parts)
+        kinds = Counter(str(q) for q in planned.twins["x86"].quantized.values())
+        rows[folder.name] = {
+            "layers": dict(kinds),
+            "dequantized": round(expected, 4),
+            "artifact": round(found, 4),
+            "difference_percent": round(100 * (found / expected - 1), 4),
+        }
+        print(folder.name, json.dumps(rows[folder.name]), flush=True)
+    print(json.dumps(rows, indent=2))
+
+
+@app.command("search")
+def compare_searches(
+    model: Annotated[Path, typer.Argument(help="float checkpoint")] = Path("examples/tiny-qwen2"),
+    gptq: Annotated[list[Path] | None, typer.Option(help="4-bit GPTQ checkpoints of it, for comparison")] = None,
+    text: Annotated[Path, typer.Option(help="the text")] = TEXT,
+) -> None:
+    """Print weight error and perplexity of uint4 by the plain formula, the MSE search, HQQ and GPTQ."""
+    parts = list(windows(Tokenizer.from_file(str(model / "tokenizer.json")), text.read_text("utf-8")))
+    weights = linear_weights(model)
+    rows: dict[str, dict[str, float]] = {
+        "float": {"perplexity": round(perplexity(changed_logits(model, {}), parts), 3)}
+    }
+    for group in (32, 64, 128):
+        for name, quantize in QUANTIZERS.items():
+            changed = {path: quantize(w, group) for path, w in weights.items()}
+            rows[f"{name} g{group}"] = measured(model, weights, changed, parts)
+    for folder in gptq or []:
+        tensors = read_checkpoint(folder)
+        reader = find_reader(folder, read_json(folder / "config.json"), tensors)
+        assert reader is not None
+        quants = {path: reader.read(Layer(path, (w.shape[0], w.shape[1]), tensors)) for path, w in weights.items()}
+        changed = {path: dequantized(q) for path, q in quants.items() if isinstance(q, QuantTensor)}
+        rows[folder.name] = measured(model, weights, changed, parts)
+    print(json.dumps(rows, indent=2))
+
+
+def linear_weights(model: Path) -> dict[str, Array]:
+    """Path -> W [N, K] of the layers inside the blocks."""
+    return {
+        name.removesuffix(".weight"): convert(whole(tensor), np.dtype(np.float32))
+        for name, tensor in read_checkpoint(model).items()
+        if "_proj." in name and name.endswith(".weight")
+    }
+
+
+def changed_logits(model: Path, changed: dict[str, Array]) -> Logits:
+    """Transformers with some weights replaced."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    net.load_state_dict({f"{path}.weight": torch.from_numpy(w) for path, w in changed.items()}, strict=False)
+
+    def run(ids: Array) -> Array:
+        with torch.no_grad():
+            logits: Array = net(torch.from_numpy(ids)).logits.numpy()
+        return logits
+
+    return run
+
+
+def measured(model: Path, weights: dict[str, Array], changed: dict[str, Array], parts: list[Array]) -> dict[str, float]:
+    """Root mean square error relative to the weights, and perplexity."""
+    error = sum(float(((changed[path] - w).astype(np.float64) ** 2).sum()) for path, w in weights.items())
+    power = sum(float((w.astype(np.float64) ** 2).sum()) for w in weights.values())
+    value = perplexity(changed_logits(model, changed), parts)
+    return {"weight_error": round((error / power) ** 0.5, 5), "perplexity": round(value, 3)}
+
+
+def by_source(kind: type[InstantQuant] | type[SearchedQuant]) -> Callable[[Array, int], Array]:
+    def quantize(w: Array, group: int) -> Array:
+        source = kind("w", InMemory(w), 4, group, False, np.dtype(np.float32))
+        return np.concatenate([dequantize(Codes(*tile.parts), group) for tile in source.tiles()])
+
+    return quantize
+
+
+def hqq(w: Array, group: int, *, integer_zero: bool = False) -> Array:
+    """Half-quadratic quantization (Badri and Shaji, 2023): the zero point moves, the scale stays; p = 0.7, 20 rounds.
+
+    Its zero is a real number, which Q/DQ and our kernels' integer zeros do not express; `integer_zero` rounds it.
+    """
+    g = w.reshape(-1, group).astype(np.float32)
+    low, high = g.min(1, keepdims=True), g.max(1, keepdims=True)
+    scale = np.maximum(high - low, 1e-9) / 15
+    zero, beta = -low / scale, 10.0
+
+    def restored(zero: Array) -> Array:
+        result: Array = (np.clip(np.rint(g / scale + zero), 0, 15) - zero) * scale
+        return result
+
+    best, least = zero, np.full_like(zero, np.inf)
+    for _ in range(20):
+        candidate = np.clip(np.rint(zero), 0, 15) if integer_zero else zero
+        error = ((restored(candidate) - g) ** 2).sum(1, keepdims=True)
+        best, least = np.where(error < least, candidate, best), np.minimum(error, least)
+        rest = g - restored(zero)
+        size = np.abs(rest)
+        shrunk = np.sign(rest) * np.maximum(size - np.power(size + 1e-8, -0.3) / beta, 0)
+        codes = np.clip(np.rint(g / scale + zero), 0, 15)
+        zero = (codes - (g - shrunk) / scale).mean(1, keepdims=True)
+        beta *= 1.01
+    return restored(best).reshape(w.shape)
+
+
+QUANTIZERS: dict[str, Callable[[Array, int], Array]] = {
+    "plain": by_source(InstantQuant),
+    "mse": by_source(SearchedQuant),
+    "hqq, real zero": hqq,
+    "hqq, integer zero": partial(hqq, integer_zero=True),
+}
+
+
+@app.command()
+def stream(
+    rows: Annotated[int, typer.Option(help="K of the synthetic layers")] = 4096,
+    columns: Annotated[int, typer.Option(help="N of the synthetic layers")] = 11008,
+    layers: Annotated[int, typer.Option(help="how many, each in its own file")] = 8,
+) -> None:
+    """Print how fast GPTQ layers are read, decoded and written as MatMulNBits, and the memory that it took."""
+    found = {}
+    for bits, order in ((4, False), (4, True), (8, False)):
+        with tempfile.TemporaryDirectory() as folder:
+            found[f"{bits} bits{', sorted inputs' if order else ''}"] = stream_once(
+                Path(folder), bits, rows, columns, layers, order=order
+            )
+    print(json.dumps(found, indent=2))
+
+
+def stream_once(folder: Path, bits: int, k: int, n: int, layers: int, *, order: bool) -> dict[str, float]:
+    """One model of equal layers: written by NumPy, read by our reader, written as an artifact."""
+    random, group = np.random.default_rng(0), 128
+    g_idx = random.permutation(np.arange(k) // group) if order else np.arange(k) // group
+    tensors = {
+        "qweight": random.integers(-(2**31), 2**31, (k * bits // 32, n), np.int32),
+        "qzeros": random.integers(-(2**31), 2**31, (k // group, n * bits // 32), np.int32),
+        "scales": (random.random((k // group, n), np.float32) + 0.1).astype(np.float16),
+        "g_idx": g_idx.astype(np.int32),
+    }
+    write_safetensors(
+        folder / "model.safetensors", {f"{i}.{name}": a for i in range(layers) for name, a in tensors.items()}
+    )
+    del tensors
+    raw = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": False, "desc_act": order}
+    reader = find_reader(folder, {"quantization_config": raw}, {})
+    assert reader is not None
+    stored = read_checkpoint(folder)
+    x = gs.Variable("x", np.float32, ["rows", k])
+    graph = gs.Graph([], [x], [], opset=23)
+    for i in range(layers):
+        quant = reader.read(Layer(str(i), (n, k), stored))
+        assert isinstance(quant, QuantTensor)
+        node = gs.Node("MatMul", str(i), {}, [x], [gs.Variable(f"y{i}", np.float32, ["rows", n])])
+        layout = Quantized(node, x, quant, str(i))
+        graph.nodes.append(node)
+        graph.outputs += node.outputs
+        matmul_nbits(graph, BlockwiseMatch(layout, group), x, take_over(node))
+        graph.nodes.remove(node)
+    before = restart_peak()
+    started = time.perf_counter()
+    size = write_model(graph, folder / "model.onnx")
+    seconds = time.perf_counter() - started
+    grown = peak() - before
+    return {
+        "million_weights": layers * k * n / 1e6,
+        "million_weights_per_second": round(layers * k * n / seconds / 1e6, 1),
+        "artifact_mb": round(size / 1e6, 1),
+        "peak_memory_grew_mb": round(grown / 1e3, 1),
+    }
+
+
+def peak() -> int:
+    """The most kB this process has held since the last restart (Linux)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1])
+
+
+def restart_peak() -> int:
+    """Forgets the peak so far, and returns what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+if __name__ == "__main__":
+    app()

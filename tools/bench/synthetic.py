@@ -1,0 +1,68 @@
+"""Checkpoints of random weights in a known model's shape, for benchmarks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+QWEN2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+}
+QWEN2_7B = {
+    **QWEN2,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+DECODER_12 = {
+    **QWEN2,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+CHUNK = 1 << 23  # weights made at a time
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
+    """config.json and model.safetensors, bfloat16; returns the bytes of weights.
+
+    Norms are 1; everything else lies between 2^-7 and 2^-5, with both signs, and no two tensors are equal.
+    """
+    from instantrt.compiler.frontend.hf import build_skeleton
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {name: tuple(p.shape) for name, p in build_skeleton(config, folder, False).named_parameters()}
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    random = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            for start in range(0, math.prod(shape), CHUNK):
+                count = min(CHUNK, math.prod(shape) - start)
+                bits = np.frombuffer(random.bytes(2 * count), np.uint16)
+                file.write((np.full_like(bits, 0x3F80) if "norm" in name else (bits & 0x80FF) | 0x3C00).tobytes())
+    return offset

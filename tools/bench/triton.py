@@ -1,0 +1,189 @@
+"""What serving costs and what batching brings, through the real server: `instantrt bench triton`.
+
+Contestants take turns in every round, so that whatever else the machine does meets all of them; ratios are of one
+round, and the median round counts.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tokenizers import Tokenizer
+
+from instantrt.compiler.build import SIDE_FILES, compile_model
+from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.repository import write_repository
+from instantrt.tools.cli.generate import Model
+from instantrt.tools.cli.load_test import PROMPTS, Result, load, measure, plot
+from instantrt.tools.cli.serve import Server, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "tiny-qwen2"
+SCALED = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 4}
+LAYERS = 8
+ROUNDS = 7
+TOKENS = 48
+PROMPT = PROMPTS[0]
+
+
+def scaled_example(folder: Path) -> Path:
+    """The example's architecture and tokenizer with 105 M random weights, so that a decode step takes its time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(EXAMPLE)
+    for name, value in {**SCALED, "num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in set(SIDE_FILES) - {"config.json"}:
+        if (EXAMPLE / name).is_file():
+            shutil.copyfile(EXAMPLE / name, folder / name)
+    return folder
+
+
+def serve_compiled(model: Path, quant: Quant, scratch: Path) -> tuple[Path, Path, str]:
+    """The output folder, the repository, and the name of the generate model of `model`."""
+    out, repository = scratch / f"{model.name}-{quant}", scratch / f"{model.name}-{quant}-triton"
+    compile_model(Request(model=model, targets=("x86",), out=out, quant=quant))
+    (served,) = write_repository(out, repository)
+    return out, repository, served.models[1]
+
+
+def through_triton(server: Server, name: str, clients: int) -> float:
+    """Tokens a second of `clients` that ask at once, once each."""
+    body: dict[str, object] = {"max_tokens": TOKENS, "min_tokens": TOKENS}
+    replies, seconds = load(server.http, name, clients=clients, requests=clients, body=body, prompts=(PROMPT,))
+    tokens = sum(len(reply.tokens) for _, reply in replies if reply is not None)
+    assert tokens == clients * TOKENS
+    return tokens / seconds
+
+
+def generate_loop(out: Path, pipe: Connection) -> None:
+    """Tokens a second of tools/generate, prefill included as it is for a client, each time that `pipe` asks."""
+    model = Model(out)
+    prompt = Tokenizer.from_file(str(model.folder / "tokenizer.json")).encode(PROMPT).ids
+    while pipe.recv():
+        started = time.perf_counter()
+        count = sum(1 for _ in model.tokens(prompt, TOKENS, lambda logits: int(logits.argmax())))
+        assert count == TOKENS
+        pipe.send(count / (time.perf_counter() - started))
+
+
+@contextmanager
+def generating(out: Path) -> Iterator[Callable[[], float]]:
+    """A process with tools/generate, that measures when called."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=generate_loop, args=(out, there), daemon=True)
+    process.start()
+
+    def run() -> float:
+        here.send(True)
+        rate: float = here.recv()
+        return rate
+
+    yield run
+    here.send(False)
+    process.join(10)
+
+
+def compare(out: Path, repository: Path, name: str) -> dict[str, Any]:
+    """One client through Triton against tools/generate, and eight clients against one."""
+    with generating(out) as generate, serving(repository, (name,)) as server:
+        turns = [
+            (generate(), through_triton(server, name, 1), through_triton(server, name, 8)) for _ in range(ROUNDS + 1)
+        ]
+    turns = turns[1:]  # the first warms up
+    return {
+        "generate_step_ms": round(1e3 / statistics.median(g for g, _, _ in turns), 1),
+        "one_client_of_generate": round(statistics.median(one / g for g, one, _ in turns), 3),
+        "eight_clients_of_one": round(statistics.median(eight / one for _, one, eight in turns), 2),
+        "rounds": [[round(v, 1) for v in turn] for turn in turns],
+    }
+
+
+def soak(repository: Path, name: str, requests: int) -> Result:
+    body: dict[str, object] = {"max_tokens": 8, "min_tokens": 8}
+    with serving(repository, (name,)) as server:
+        return measure(server, name, clients=16, requests=requests, body=body, prompts=PROMPTS, warm_up=requests // 10)
+
+
+def clients_plot(repository: Path, name: str, path: Path) -> list[Result]:
+    body: dict[str, object] = {"max_tokens": TOKENS, "min_tokens": TOKENS}
+    with serving(repository, (name,)) as server:
+        results = [
+            measure(server, name, clients=n, requests=2 * n, body=body, prompts=PROMPTS) for n in (1, 2, 4, 8, 16, 64)
+        ]
+    plot(results, path)
+    return results
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as tables."""
+    lines = [
+        "# What serving costs, and what batching brings",
+        "",
+        "Written by `instantrt bench triton`: the real Triton server on the machine that runs the clients.",
+        "",
+        "The example's architecture with 105 M random weights. Ratios are of one round, in which all take turns; the",
+        f"median of {ROUNDS} rounds. {record['cores']} cores, load {record['load'][0]:.1f} before and"
+        f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the",
+        "machine, which scatters the rounds; triton.json has them all.",
+        "",
+        "| weights | a step of tools/generate | one client : tools/generate | eight clients : one |",
+        "|---|---|---|---|",
+    ]
+    for quant, row in record["models"].items():
+        one, eight = row["one_client_of_generate"], row["eight_clients_of_one"]
+        lines.append(f"| {quant} | {row['generate_step_ms']} ms | {one:.1%} | {eight:.2f} x |")
+    lines += ["", "![clients against throughput and latency](triton.png)", ""]
+    s = record["soak"]
+    lines += [
+        f"Soak on the example model: {s['requests']} requests of {s['clients']} clients, {s['wrong']} lost or different"
+        f" from the same prompt's alone, {s['growth']:+.1%} memory after the first tenth.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where triton.json, .md and .png go")] = ROOT / "benchmarks",
+    requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
+) -> None:
+    """Measure serving and write the record."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
+    with tempfile.TemporaryDirectory(prefix="bench.") as folder:
+        scratch = Path(folder)
+        scaled = scaled_example(scratch / "scaled")
+        record: dict[str, Any] = {"cores": os.cpu_count(), "load": [os.getloadavg()[0]], "models": {}}
+        for quant in ("none", "a16w8"):
+            compiled = serve_compiled(scaled, quant, scratch)
+            record["models"][quant] = compare(*compiled)
+            print(quant, json.dumps(record["models"][quant]), flush=True)
+        record["clients"] = [asdict(r) for r in clients_plot(*compiled[1:], out / "triton.png")]
+        _, repository, name = serve_compiled(EXAMPLE, "a16w8", scratch)
+        record["soak"] = asdict(soak(repository, name, requests))
+    record["load"].append(os.getloadavg()[0])
+    (out / "triton.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    (out / "triton.md").write_text(markdown(record), "utf-8")
+    print(markdown(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)

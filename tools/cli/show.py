@@ -1,0 +1,209 @@
+"""What the command line shows: tables that fit a terminal, progress with rates."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.backend.onnx_writer import Progress as Report
+from instantrt.compiler.backend.tensorrt.choose import expanded
+from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.quant.config import pattern_of
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import TARGETS
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.qdq.join_linears import parts_of
+
+console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
+# Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
+WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
+PAUSE = 10.0  # seconds between lines of what changes all the time
+
+
+@contextmanager
+def stages(pause: float = 0.0) -> Iterator[Say]:
+    """Shows what is being done. Where nobody watches, a line a stage, no two within `pause` seconds."""
+    if console.is_interactive:
+        with console.status("") as status:
+            yield lambda text: status.update(Text(text))
+        return
+    last = -math.inf
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= pause:
+            last = time.monotonic()
+            console.print(text, soft_wrap=True)
+
+    yield say
+
+
+@contextmanager
+def writing(total: int) -> Iterator[Report]:
+    """A bar of the bytes written, with rate and time left; where nobody watches, a line now and then."""
+    if not console.is_interactive:
+        with stages(PAUSE) as say:
+            say(f"writing {total / 1e6:,.1f} MB of weights")
+            yield lambda name, size: say(f"writing {name}")
+        return
+    columns = (
+        TextColumn("{task.description:<36.36}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda name, size: bar.update(task, advance=size, description=name)
+
+
+def show_targets() -> None:
+    table = Table("target", "family", "also called", "artifact", "A8W8", "bf16")
+    for t in TARGETS:
+        kind = "ONNX Runtime" if t.sm is None else f"TensorRT {t.tensorrt}" + (", RTX" if t.rtx else "")
+        table.add_row(t.name, t.family, ", ".join(t.aliases), kind, yes(t.int8_mma), yes(t.bf16))
+    console.print(table)
+
+
+def yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def show_explanation(planned: Plan) -> None:
+    """For each linear what it was quantized to and runs as, or why it was left float; then other refusals."""
+    sharing = targets_by_graph(planned)
+    forms: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in planned.ledger.entries:
+        if entry.rewrite.startswith("Lower") and entry.done:
+            parts = parts_of(entry.node)
+            for path in parts:
+                joined = [p for p in parts if p != path]
+                form = entry.done + (f", with {short(joined)}" if joined else "")
+                forms.setdefault((entry.target, path), {})[form] = None
+    became: dict[str, dict[str, list[str]]] = {}  # layer -> what it became -> targets
+    for first, targets in sharing.items():
+        for path, decision in planned.twins[first].decisions.items():
+            if isinstance(decision, QuantTensor):
+                what = f"{decision}: {' | '.join(forms.get((first, path), ()))}"
+            else:
+                what = f"float: {decision.reason}"
+            became.setdefault(path, {}).setdefault(what, []).extend(targets)
+    same: dict[tuple[str, str], list[str]] = {}
+    for path, found in became.items():
+        lines = found if len(found) == 1 else (f"{', '.join(targets)}: {what}" for what, targets in found.items())
+        same.setdefault((pattern_of(path), "\n".join(lines)), []).append(path)
+    layers = Column("layers", no_wrap=True)  # a name cut short says nothing
+    table = Table(layers, "quantized to, and what runs it; or why it stays float", title="linear layers")
+    for (layer, text), paths in same.items():
+        table.add_row(layer.replace("*", numbers(paths)), text)
+    console.print(table)
+    show_orders(planned)
+    linears = set(became).union(path for _, path in forms)
+    rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
+    others = Counter((e.rewrite, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
+    if others:
+        rest = Table("pass", "for", "nodes", "why it left them", title="other passes")
+        for (rewrite, names, reason), count in others.items():
+            rest.add_row(rewrite, names or "all", str(count), reason)
+        console.print(rest)
+
+
+def targets_by_graph(planned: Plan) -> dict[str, list[str]]:
+    """The first target of each lowered graph -> all that share it."""
+    graphs: dict[int, list[str]] = {}
+    for target, graph in planned.lowered.items():
+        graphs.setdefault(id(graph), []).append(target)
+    return {names[0]: names for names in graphs.values()}
+
+
+def short(paths: list[str]) -> str:
+    """a.b.k_proj, a.b.v_proj -> k_proj and v_proj."""
+    return " and ".join(path.rpartition(".")[2] for path in paths)
+
+
+def numbers(paths: list[str]) -> str:
+    """The layers that share a pattern: `{0-3,7}`, or the number alone."""
+    found = sorted(int(m[1]) for path in paths if (m := re.search(r"\.(\d+)\.", path)))
+    if len(found) < 2:
+        return "".join(map(str, found))
+    starts = [n for n in found if n - 1 not in found]
+    ends = [n for n in found if n + 1 not in found]
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) + "}"
+
+
+def show_orders(planned: Plan) -> None:
+    """What became of each input order: folded into the layers before, or one Gather for all that share it."""
+    sharing: dict[str, list[str]] = {}
+    for entry in planned.ledger.applied("SortInputs"):
+        sharing.setdefault(entry.done, []).append(entry.node)
+    table = Table("layers whose inputs are sorted", "how", title="activation order")
+    for entry in planned.ledger.entries:
+        if entry.rewrite == "FoldOrder" and entry.node in sharing:
+            table.add_row("\n".join(sharing[entry.node]), entry.done or f"one Gather: {entry.reason}")
+    if table.row_count:
+        console.print(table)
+
+
+def show_engine(target: str, engine: Mapping[str, Any], *, every_weight: bool) -> None:
+    """How an engine reads its quantized weights: a warning where it expands some, a table of all where asked for."""
+    slow = expanded(engine)
+    if slow:
+        console.print(
+            f"note: {target}: {len(slow)} quantized weights are written out as float on every run ({slow[0]}, say): "
+            "this engine is smaller than a float one, and no faster",
+            soft_wrap=True,
+        )
+    if every_weight:
+        table = Table("layer", f"how {target} reads its weight", title="engine")
+        for linear, read in engine["weights"].items():
+            table.add_row(linear, read)
+        console.print(table)
+
+
+def show_plan(request: Request, planned: Plan) -> None:
+    """What a compilation would write and need."""
+    table = Table("target", "layers", "quantized to", "weights on disk", title=f"plan for {request.model}")
+    for target in planned.lowered:
+        quantized = planned.twins[target].quantized.values()
+        summary = Counter(str(q) for q in quantized)
+        kinds = "\n".join(f"{count} x {kind}" for kind, count in summary.items()) or "nothing, stays float"
+        table.add_row(target, str(len(quantized)), kinds, f"{planned.size(target) / 1e6:,.1f} MB")
+    console.print(table)
+    built = [name for name, choice in planned.builders.items() if choice.flavour is not None]
+    for what, names in ((WRITING, [t for t in planned.lowered if t not in built]), (BUILDING, built)):
+        if names:
+            console.print(f"Memory for {', '.join(names)}: {what}.")
+    console.print("Nothing was written.")
+
+
+def show_notes(planned: Plan) -> None:
+    """What the user should know before anything is written: notes, and what an accuracy budget bought."""
+    for note in planned.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for twin in planned.each_twin:
+        if twin.bought is not None:
+            from instantrt.compiler.accuracy.run import show_bought
+
+            show_bought(console, twin.bought, ", ".join(name for name, t in planned.twins.items() if t is twin))
+
+
+def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:
+    """Every artifact with its size; of an engine, what the builder made of its weights."""
+    for artifact in artifacts:
+        size = sum((out / f).stat().st_size for f in artifact.digests)
+        console.print(f"{out / artifact.path}  {size / 1e6:,.1f} MB", soft_wrap=True)
+        if artifact.engine is not None:
+            show_engine(artifact.target, artifact.engine, every_weight=every_weight)

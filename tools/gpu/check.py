@@ -1,0 +1,121 @@
+"""One command for a machine with an NVIDIA GPU: build, try, test, watch with compute-sanitizer, time, report.
+
+    python -m instantrt.tools.gpu.check --out benchmarks/gpu/h200 [--stages build,smoke,tests] [--quick]
+
+Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy, ml_dtypes; no network and no TensorRT. Stages may be run
+one by one with the same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same. All of
+them build first, which costs a look when it is done. Where a command may take ten minutes, these fit surely:
+build,smoke,tests; bench; sanitize; tune.
+OUT.txt has the tables of all stages and OUT.png the plot. The last lines printed are the goals, or the losses of the
+table of configurations.
+
+The time that each stage is expected to take on one H200 with 16 cores, and when it is stopped:
+
+    build       60 s          libraries for this GPU, and of what older ones run, compiled for it; side by side
+    smoke       40 s   150 s  each row of the table in each format, in processes whose silence of 25 s ends them
+    tests       70 s   240 s  the pytest module in six processes, 60 s without a word end one
+    sanitize   120 s   280 s  four tools over a few cases of each row, side by side
+    bench      120 s   470 s  kernels and peers on eight layers
+    tune       160 s   470 s  every row of the table that serves a layer
+
+A row of the table that hangs or crashes in `smoke` is left out of later stages by name. What had no time is named, too.
+The exit status is 0 only when everything that ran passed; goals that are missed fail nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from instantrt.tools.gpu.plot import plot
+from instantrt.tools.gpu.stages import ROOT, STAGES, Ring, perform, run, text
+
+QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
+SOURCES = ("plugins/**/*.cu", "plugins/**/*.h", "plugins/**/*.cpp", "plugins/**/*.py", "tools/gpu/*")
+IDENTITY = ("commit", "sources", "gpu")  # parts of one report share these
+
+
+def query(fields: str) -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        sys.exit("no GPU: nvidia-smi is not on PATH. Run this on a machine with an NVIDIA GPU and its driver.")
+    status, said = run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"])
+    if status:
+        sys.exit(f"no GPU: nvidia-smi said {said.strip()!r}. Run this on a machine with an NVIDIA GPU and its driver.")
+    return dict(zip(fields.split(","), (v.strip() for v in said.strip().split(",")), strict=True))
+
+
+def commit() -> str:
+    status, said = run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    return said.strip() if status == 0 else "unknown: not a git checkout"
+
+
+def sources(root: Path = ROOT) -> str:
+    """A digest of what is measured: two trees of one commit, or of none, may differ."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def earlier(path: Path, identity: dict[str, str]) -> dict[str, Any]:
+    """The report at `path` if it is of the same commit, sources and GPU; else a new one."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return dict(identity)
+    return report if {k: report.get(k) for k in IDENTITY} == identity else dict(identity)
+
+
+def write(path: Path, content: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content)
+    partial.replace(path)
+
+
+def parse_stages(names: str) -> list[str]:
+    asked = names.split(",")
+    if unknown := sorted(set(asked) - set(STAGES)):
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; expected {','.join(STAGES)}")
+    return [name for name in STAGES if name in asked or name == "build"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.png")
+    parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=",".join(STAGES))
+    parser.add_argument("--quick", action="store_true", help="bench and tune: three layers instead of eight")
+    args = parser.parse_args()
+
+    before = query(QUERY)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out.with_name(args.out.name + ".json")
+    report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
+    report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
+    ring = Ring(int(query("compute_cap")["compute_cap"].replace(".", "")), args.quick, report)
+    for name in args.stages:
+        report[name] = perform(name, ring)
+        write(out, json.dumps(report, indent=1) + "\n")
+        done = [text(stage, report[stage]) for stage in STAGES if stage in report]
+        write(out.with_suffix(".txt"), "\n".join(done) + "\n")
+        print(text(name, report[name], 45), flush=True)
+    if report.get("bench", {}).get("roofs"):
+        try:
+            plot({**report, **report["bench"]}, out.with_suffix(".png"))
+        except ImportError as error:
+            print(f"no plot: {error}")
+    report["after"] = query(QUERY)  # ends this process where the GPU is lost
+    write(out, json.dumps(report, indent=1) + "\n")
+    failed = [name for name in args.stages if not report[name]["passed"]]
+    print(f"{'FAILED: ' + ', '.join(failed) if failed else 'PASSED'}: {out}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
