@@ -5,3 +5,7 @@ Two kinds of difference, never mixed:
     lowering error       artifact against the canonical Q/DQ twin: rounding only, bounded by the artifact's arithmetic
     quantization error   twin against the float model: what the user pays, in output error, KL, agreement, perplexity
 """
+
+from instantrt.passes.core.errors import require
+
+require("accuracy", "measuring accuracy (--verify, a budget, instantrt diff)")

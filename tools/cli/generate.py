@@ -24,7 +24,7 @@ import typer
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Detokenizer, Text
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require
 from instantrt.tools.cli.ending import run
 
 Array = npt.NDArray[Any]
@@ -136,6 +136,7 @@ def stream(
 
 def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
     """What transformers generates greedily from the float checkpoint."""
+    require("hf", "--compare")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require
 from instantrt.tools.cli.ending import run
 from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving
 
@@ -234,6 +234,8 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     body: dict[str, object] = {"max_tokens": max_tokens, "min_tokens": max_tokens}
     results = []
+    if plot_to is not None:
+        require("report", "--plot")
     with serving(repository, (model,) if model else (), environment=environment.absolute()) as server:
         name = model or next(iter(sorted(p.parent.name for p in repository.glob("*_generate/config.pbtxt"))))
         for count in clients or [1, 8, 64]:

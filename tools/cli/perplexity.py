@@ -17,6 +17,7 @@ import typer
 from tokenizers import Tokenizer
 
 from instantrt.compiler.artifact.manifest import find_artifact
+from instantrt.passes.core.errors import require
 
 Array = npt.NDArray[Any]
 Logits = Callable[[Array], Array]  # ids [1, S] -> logits [1, S, vocab]
@@ -62,6 +63,7 @@ def artifact_logits(folder: Path, target: str | None = None) -> Logits:
 
 def transformers_logits(folder: Path) -> Logits:
     """The logits of the float checkpoint in transformers, float32."""
+    require("hf", "the perplexity of a float checkpoint")
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
