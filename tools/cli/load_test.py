@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from instantrt.passes.core.errors import UserError, require
-from instantrt.tools.cli.ending import run
 from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving
 
 PROMPTS = (
@@ -246,7 +245,3 @@ def main(
         plot(results, plot_to)
     if wrong := sum(r.wrong for r in results):
         raise UserError(f"{wrong} replies are lost, or differ from the same prompt's alone")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -24,7 +24,6 @@ from typing import Annotated
 import typer
 
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.ending import run
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
@@ -201,7 +200,3 @@ def main(
             raise UserError("the server ended by itself", found=server.tail())
     except KeyboardInterrupt:
         print("stopped")
-
-
-if __name__ == "__main__":
-    run(main)
