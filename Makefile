@@ -24,8 +24,8 @@ setup: $(VENV)/.installed
 serving: $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVE)/.installed)
 
 demo: setup
-	$(BIN)/compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
-	$(BIN)/python -m instantrt.tools.cli.generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
+	$(BIN)/instantrt compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
+	$(BIN)/instantrt generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -119,9 +119,7 @@ class EngineOptions:
     memory_limit: int | None = option(
         None, "MiB of scratch memory", GPU, rule=MIB, trtexec="--memPoolSize=workspace:{}"
     )
-    optimization_level: int | None = option(
-        None, "0 to 5", GPU, rule=LEVELS, trtexec="--builderOptimizationLevel={}"
-    )
+    optimization_level: int | None = option(None, "0 to 5", GPU, rule=LEVELS, trtexec="--builderOptimizationLevel={}")
     weight_streaming: bool = option(
         False, "weights may stay on the host", GPU, trtexec="--allowWeightStreaming", flag="WEIGHT_STREAMING"
     )
@@ -176,7 +174,7 @@ class Looking:
 
 def settle(options: Any) -> None:
     """Makes paths and tuples of strings, and refuses values that do not exist: the `__post_init__` of a group."""
-    for name, types in types_of(type(options)).items():
+    for name, types in types_of(options.__class__).items():
         value = getattr(options, name)
         if Path in types and value is not None:
             object.__setattr__(options, name, Path(value))

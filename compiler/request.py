@@ -147,6 +147,7 @@ class Request(
         return EngineOptions(**{f.name: getattr(self, f.name) for f in fields(EngineOptions)})
 
 
+DEFAULTS = {f.name: f.default for f in fields(Request)}
 PATHS = tuple(name for name, types in types_of(Request).items() if Path in types)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
@@ -10,13 +11,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from instantrt.passes.core.errors import MissingExtra
 from instantrt.tools.cli.ending import exit_on_error
 
 CLI, BENCH = "instantrt.tools.cli.", "instantrt.tools.bench."
 COMMANDS = {  # name -> (module, what --help says)
     "compile": (f"{CLI}compile", "Compile a model into quantized artifacts, one for each target."),
     "build": (f"{CLI}build", "Finish a build kit on the machine with the GPU it was made for."),
-    "inspect": (f"{CLI}inspect", "Say what a checkpoint is, what is wrong with it, what it would become."),
+    "inspect": (f"{CLI}inspect", "Say what a checkpoint is, and what is wrong with it."),
     "check": (f"{CLI}check", "Verify an output folder: digests, versions, loading."),
     "targets": (f"{CLI}targets", "Print what can be compiled for."),
     "generate": (f"{CLI}generate", "Generate text with a compiled artifact."),
@@ -69,13 +71,15 @@ class Loaded(TyperCommand):
             if flag is not None and not any(flag in p.opts for p in self.params):
                 owners = [f"instantrt {name}" for name in COMMANDS if flag in flags_of(name)]
                 if owners:
-                    error.message += f", which is an option of {' and of '.join(owners)}"  # type: ignore[attr-defined]
+                    ctx.fail(f"{flag} is no option of this command, but of {' and of '.join(owners)}")
             raise
 
 
 def flags_of(name: str) -> list[str]:
-    """The options of a subcommand."""
-    return [flag for p in Subcommand(name, *COMMANDS[name]).load().params for flag in p.opts]
+    """The options of a subcommand; none where it needs an extra that is not installed."""
+    with suppress(MissingExtra):
+        return [flag for p in Subcommand(name, *COMMANDS[name]).load().params for flag in p.opts]
+    return []
 
 
 def print_version(asked: bool) -> None:

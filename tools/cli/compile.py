@@ -39,9 +39,10 @@ PANELS: dict[type, str] = {
 @takes(PANELS)
 def main(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder, or .onnx file")],
-    targets: Annotated[list[str], typer.Option("--target", help="what to compile for; may be repeated")],
+    targets: Annotated[list[str] | None, typer.Option("--target", help="what to compile for; may be repeated")] = None,
     out: Out = Path("build"),
     triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what OUT holds")] = None,
+    *,
     verify: Annotated[
         bool, typer.Option("--verify", help="check the artifacts, write OUT/report/", rich_help_panel="Accuracy")
     ] = False,
@@ -55,7 +56,7 @@ def main(
 ) -> None:
     """Compiles, and prints what became of it."""
     config = quant_fields(options.pop("quant_config"), weight_only=options.pop("weight_only"))
-    request = Request(model, tuple(targets), out, **options, **config)
+    request = Request(model, tuple(targets or ()), out, **options, **config)
     if request.text is not None and not verify and not request.has_budget:
         raise UserError("--text does nothing by itself", expected="with --verify, --max-kl or --max-ppl-increase")
     compile_request(request, triton, verify=verify, explain=explain, dry_run=dry_run)

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 from instantrt.passes.core.errors import UserError
 
-WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer makes of them; of the first it says what is wrong
+WRONG_COMMAND_LINE, INTERRUPTED = (
+    2,
+    130,
+)  # the exit statuses that typer gives them
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
 
 

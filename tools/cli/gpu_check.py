@@ -9,7 +9,7 @@ main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @main.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def hand_on(ctx: typer.Context) -> None:
-    """What `--help` says is said there: `rtx prepare` and `rtx run` try TensorRT-RTX's engines, all else the kernels."""
+    """`rtx prepare` and `rtx run` try TensorRT-RTX's engines, all else the kernels."""
     from instantrt.tools.gpu import check, rtx
 
     name, *words = ctx.args or [""]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -230,7 +229,6 @@ def main(
     plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
     """Start a server on a model repository, load it, print what the clients saw."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     body: dict[str, object] = {"max_tokens": max_tokens, "min_tokens": max_tokens}
     results = []
     if plot_to is not None:

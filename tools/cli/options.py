@@ -1,4 +1,4 @@
-"""Makes the command line's options of the groups that compiler/options.py holds, and those that several commands share."""
+"""Makes options for typer of the groups in compiler/options.py; and the arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ Command = Callable[..., None]
 
 
 def takes(panels: dict[type, str]) -> Callable[[Command], Command]:
-    """Decorates a command that takes, as **options, all options of some groups, each group under a title in --help."""
+    """Decorates a command that takes, as **options, all options of some groups, each group under a title in --help.
+
+    They come before the command's own keyword-only parameters.
+    """
 
     def decorate(command: Command) -> Command:
-        own = inspect.signature(command, eval_str=True)
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [
             parameter(f.name, f.default, option, types_of(group)[f.name], panel)
             for group, panel in panels.items()
             for f, option in options_of(group)
         ]
-        named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        command.__signature__ = own.replace(parameters=[*named, *made])  # type: ignore[attr-defined]
+        ordered = sorted([*made, *own], key=lambda p: p.kind)  # stable: those made come first of their kind
+        command.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
         return command
 
     return decorate

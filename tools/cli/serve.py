@@ -190,7 +190,6 @@ def main(
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
 ) -> None:
     """Serve a model repository until interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with serving(
             repository, tuple(model or ()), environment=environment.absolute(), http=http_port, grpc=grpc_port
