@@ -1,4 +1,4 @@
-"""What `compile --verify` and the accuracy tool share: from a plan to reports and a verdict on the terminal."""
+"""What `compile --verify` and `instantrt diff` share: from a plan to reports and a verdict on the terminal."""
 
 from __future__ import annotations
 

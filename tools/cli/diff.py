@@ -25,8 +25,7 @@ from instantrt.compiler.build import Plan, Say, plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.ending import run
-from instantrt.tools.cli.show import console, stages
+from instantrt.tools.cli.console import console, stages
 
 BISECT_TOKENS = 32  # every tensor of the twin is kept
 
@@ -109,7 +108,3 @@ def main(
         passed = all(v.passed for v in verdicts)
     console.print("PASSED" if passed else "FAILED")
     raise typer.Exit(0 if passed else 1)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -25,7 +25,6 @@ from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Detokenizer, Text
 from instantrt.passes.core.errors import UserError, require
-from instantrt.tools.cli.ending import run
 
 Array = npt.NDArray[Any]
 
@@ -180,7 +179,3 @@ def main(
         count = made
     seconds = time.monotonic() - started
     print(f"\n[{count} tokens in {seconds:.2f} s]", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)

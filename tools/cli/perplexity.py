@@ -91,7 +91,3 @@ def main(
     parts = list(windows(Tokenizer.from_file(str(side / "tokenizer.json")), text.read_text("utf-8")))
     value = perplexity(artifact_logits(folder, target) if compiled else transformers_logits(folder), parts)
     print(json.dumps({"model": str(folder), "tokens": sum(p.shape[1] for p in parts), "perplexity": round(value, 4)}))
-
-
-if __name__ == "__main__":
-    typer.run(main)
