@@ -16,7 +16,11 @@ from tests.conftest import ROOT
 PAGES = sorted(
     p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")) if p.is_file()
 )
-CODE = [p for folder in ("compiler", "passes", "plugins", "tools", "instantrt", "tests") for p in ROOT.glob(f"{folder}/**/*")]
+CODE = [
+    p
+    for folder in ("compiler", "passes", "plugins", "tools", "instantrt", "tests")
+    for p in ROOT.glob(f"{folder}/**/*")
+]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 CITED = re.compile(r'docs/facts\.md, "([^"]+)"')
