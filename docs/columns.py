@@ -1,4 +1,4 @@
-"""For the API pages: a docstring's paragraph that is written in columns, or that is a drawing, stays as it is written."""
+"""For the API pages: paragraphs of docstrings that are written in columns, and drawings, stay as they are."""
 
 from __future__ import annotations
 

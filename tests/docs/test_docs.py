@@ -1,4 +1,4 @@
-"""What the documentation names is there: commands, options, files, headings that code cites, folders, the tool's pages."""
+"""What the documentation names is there: commands, options, files, folders, and the headings that code cites."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from tests.conftest import ROOT
 PAGES = sorted(
     p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")) if p.is_file()
 )
-CODE = [
-    p
-    for folder in ("compiler", "passes", "plugins", "tools", "instantrt", "tests")
-    for p in ROOT.glob(f"{folder}/**/*")
-]
+FOLDERS = ("compiler", "passes", "plugins", "tools", "instantrt", "tests")
+CODE = [path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*")]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 CITED = re.compile(r'docs/facts\.md, "([^"]+)"')
