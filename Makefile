@@ -43,7 +43,7 @@ test-fast: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 docs: setup
-	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 # For this platform where the plugin library is in plugins/lib, for any where it is not. What an earlier build left
 # there would be packed.
