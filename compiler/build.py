@@ -20,7 +20,6 @@ from instantrt.compiler.backend.onnx_writer import Progress, place, write_model
 from instantrt.compiler.backend.tensorrt.choose import (
     ENGINE,
     TIMINGS,
-    Builder,
     Choice,
     Settings,
     build_engine,
@@ -33,6 +32,7 @@ from instantrt.compiler.backend.tensorrt.kit import KIT, MODEL, Kit, finished, w
 from instantrt.compiler.backend.tensorrt.profiles import profiles
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import Builder
 from instantrt.compiler.quant import instant, stored
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.resolve import resolve

@@ -1,4 +1,4 @@
-"""`compile --check DIR`: are the artifacts what was written, and can this machine load them? In words for people."""
+"""`instantrt check DIR`: are the artifacts what was written, and can this machine load them? In words for people."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_model(folder: Path, artifact: Artifact) -> str:
     releases = find_target(artifact.target).tensorrt
     return (
         f"a build kit ({nodes}); on a machine with an {artifact.target} GPU and TensorRT {releases}, "
-        f"finish it with: compile build {path.parent} -o {folder}"
+        f"finish it with: instantrt build {path.parent} -o {folder}"
     )
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant.config import SHORT, QuantConfig, parse_quant_config
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader
-from instantrt.compiler.request import FLOAT, QUANTIZATION, Request, refuse_idle
+from instantrt.compiler.request import Request, refuse_idle
 from instantrt.passes.core.errors import UserError
 
 
@@ -32,7 +33,7 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
                 fix="instant_quant",
             )
         if asked is None:
-            refuse_idle(request, QUANTIZATION, str(folder), fix="--quant a16w8, or leave it out")
+            refuse_idle(request, QUANTIZED, str(folder), fix="--quant a16w8, or leave it out")
         return asked, None
     refuse_idle(request, FLOAT, str(folder))
     return checkpoint_config(request, asked, reader, str(folder)), reader

@@ -80,7 +80,7 @@ def inputs_table() -> str:
 LIMITS = {"max_batch": MAX_BATCH, "max_length": MAX_LENGTH, "max_queue": MAX_QUEUE}
 TITLE = """# Triton model repository
 
-Written by `compile --triton`. Start the server on it where Triton Inference Server is installed:
+Written by `instantrt compile --triton`. Start the server on it where Triton Inference Server is installed:
 
 ```
 tritonserver --model-repository . --model-control-mode explicit --load-model '*'

@@ -24,11 +24,12 @@ from rich.console import Console
 
 from instantrt.compiler.artifact.check import check
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, read_header
+from instantrt.compiler.backend.tensorrt.build import read_header
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type
 from instantrt.compiler.backend.tensorrt.gpu import Gpu, gpus
 from instantrt.compiler.backend.tensorrt.kit import read_kit
 from instantrt.compiler.build import build_kit, compile_model, plan
+from instantrt.compiler.options import EngineOptions
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.serving.runtime.integrity import check_folder, sha256

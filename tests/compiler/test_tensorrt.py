@@ -20,8 +20,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from instantrt.compiler.backend.tensorrt import build as tensorrt
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, EngineSpec, build, read_header
+from instantrt.compiler.backend.tensorrt.build import EngineSpec, build, read_header
 from instantrt.compiler.backend.tensorrt.fusion import Read, carriers
+from instantrt.compiler.options import EngineOptions
 from instantrt.passes.core.errors import UserError
 
 K, N = 64, 32
@@ -277,5 +278,5 @@ def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
 
 
 def test_options_that_rtx_takes(spec: EngineSpec) -> None:
-    options = EngineOptions(memory_limit=1 << 28, optimization_level=1, weight_streaming=True)
+    options = EngineOptions(memory_limit=1 << 8, optimization_level=1, weight_streaming=True)
     assert build(replace(spec, options=options)).bytes

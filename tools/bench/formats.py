@@ -32,12 +32,12 @@ from instantrt.passes.core.lazy import Array, InMemory, convert, whole
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import take_over
 from instantrt.passes.core.search import SearchedQuant
-from instantrt.passes.ort.linear import Preset
+from instantrt.passes.ort import Preset
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
 from instantrt.passes.qdq.insert_qdq import Quantized
 from instantrt.tools.make_checkpoints import write_safetensors
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TEXT = Path("examples/text/evaluation.txt")
 
 
@@ -85,12 +85,7 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
     return run
 
 
-@app.callback()
-def main() -> None:
-    """Measures quantized checkpoints."""
-
-
-@app.command("perplexity")
+@main.command("perplexity")
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="quantized checkpoints")],
     quant: Annotated[Quant | None, typer.Option(metavar="<format>", help="a8w4, say")] = None,
@@ -118,7 +113,7 @@ def compare(
     print(json.dumps(rows, indent=2))
 
 
-@app.command("search")
+@main.command("search")
 def compare_searches(
     model: Annotated[Path, typer.Argument(help="float checkpoint")] = Path("examples/tiny-qwen2"),
     gptq: Annotated[list[Path] | None, typer.Option(help="4-bit GPTQ checkpoints of it, for comparison")] = None,
@@ -221,7 +216,7 @@ QUANTIZERS: dict[str, Callable[[Array, int], Array]] = {
 }
 
 
-@app.command()
+@main.command()
 def stream(
     rows: Annotated[int, typer.Option(help="K of the synthetic layers")] = 4096,
     columns: Annotated[int, typer.Option(help="N of the synthetic layers")] = 11008,
@@ -289,7 +284,3 @@ def restart_peak() -> int:
     """Forgets the peak so far, and returns what is held now."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
-
-
-if __name__ == "__main__":
-    app()

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import tempfile
 import time
@@ -167,7 +166,6 @@ def main(
     requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         scratch = Path(folder)
         scaled = scaled_example(scratch / "scaled")
@@ -183,7 +181,3 @@ def main(
     (out / "triton.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (out / "triton.md").write_text(markdown(record), "utf-8")
     print(markdown(record))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -18,8 +18,7 @@ from instantrt.compiler.accuracy.run import check_artifacts, check_reports
 from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.staging import Staging
 from instantrt.compiler.build import plan
-from instantrt.tools.cli.ending import run
-from instantrt.tools.cli.show import console, stages
+from instantrt.tools.cli.console import console, stages
 from instantrt.tools.cli.show_accuracy import show_verdict
 
 
@@ -63,7 +62,3 @@ def main(
     passed = not culprits and all(v.passed for v in verdicts)
     console.print("PASSED" if passed else "FAILED")
     raise typer.Exit(0 if passed else 1)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -10,7 +10,6 @@ import typer
 
 from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
 from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
-from instantrt.tools.cli.ending import run
 
 
 def main(
@@ -23,7 +22,3 @@ def main(
     parts = text_windows((folder / find_artifact(folder, target).path).parent if compiled else folder, text)
     value = perplexity_of(artifact_logits(folder, target) if compiled else transformers_logits(folder), parts)
     print(json.dumps({"model": str(folder), "tokens": sum(p.shape[1] for p in parts), "perplexity": round(value, 4)}))
-
-
-if __name__ == "__main__":
-    run(main)

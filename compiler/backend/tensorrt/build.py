@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from instantrt.compiler.options import EngineOptions
 from instantrt.compiler.serving.runtime.integrity import HEADER, MAGIC, Flavour, parse_header
 from instantrt.passes.core.errors import UserError
 
@@ -29,26 +30,6 @@ Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 INSTALL = {"tensorrt": "pip install 'tensorrt{}'", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a user may ask of the builder. `None` and `False` leave the builder's own default."""
-
-    memory_limit: int | None = None  # bytes of device scratch memory while building and running
-    optimization_level: int | None = None  # 0 ... 5
-    weight_streaming: bool = False
-    version_compatible: bool = False
-    hardware_compatible: str = ""  # a name of HardwareCompatibilityLevel, such as ampere_plus
-    timing_cache: Path | None = None  # read if there, written after the build
-
-    def __post_init__(self) -> None:
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UserError(
-                "the optimization level is out of range", expected="0 to 5", found=str(self.optimization_level)
-            )
-        if self.memory_limit is not None and self.memory_limit <= 0:
-            raise UserError("the memory limit is not a size", expected="bytes, above 0", found=str(self.memory_limit))
 
 
 @dataclass(frozen=True)

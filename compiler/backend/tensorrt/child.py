@@ -201,18 +201,16 @@ def configure(trt: Any, builder: Any, spec: EngineSpec) -> Any:
     for number, profile in enumerate(spec.profiles):
         add_profile(builder, config, number, profile)
     if options.memory_limit:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit << 20)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    if options.weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if is_rtx(trt) and (options.version_compatible or options.hardware_compatible):
         raise Refused(
             "TensorRT-RTX has no version-compatible or hardware-compatible engines",
             fix="name several targets: one RTX engine may serve a list of SMs",
         )
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    for flag in (option.flag for option, _ in options.asked if option.flag):
+        config.set_flag(trt.BuilderFlag.__members__[flag])
     if options.hardware_compatible:
         levels = trt.HardwareCompatibilityLevel.__members__
         if options.hardware_compatible.upper() not in levels:

@@ -6,20 +6,20 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.backend.tensorrt.build import PRODUCT, EngineOptions, EngineSpec, Profile, build
+from instantrt.compiler.backend.tensorrt.build import PRODUCT, EngineSpec, Profile, build
 from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, carriers
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.options import Builder, EngineOptions
 from instantrt.compiler.serving.runtime.integrity import Flavour
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
-Builder = Literal["auto", "tensorrt-rtx", "tensorrt", "kit"]
 ENGINE, LAYERS, TIMINGS = "model.engine", "model.layers.txt", "timing.cache"
 FLOAT16, BFLOAT16, INT4 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.int4)
 Say = Callable[[str], None]

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, artifact_from_json
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, Profile
+from instantrt.compiler.backend.tensorrt.build import Profile
 from instantrt.compiler.backend.tensorrt.choose import Settings
 from instantrt.compiler.backend.tensorrt.profiles import trtexec_shapes
 from instantrt.compiler.checkpoint import read_json
+from instantrt.compiler.options import EngineOptions
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.compiler.target import Target, find_target
 from instantrt.passes.core.errors import UserError
@@ -126,22 +127,14 @@ def trtexec(settings: Settings) -> str:
     words = ["trtexec", f"--onnx={MODEL}", "--saveEngine=model.engine", "--stronglyTyped"]
     for number, profile in enumerate(settings.profiles):
         words += [f"--profile={number}", *trtexec_shapes(profile)]
-    options = settings.options
     words += [f"--dynamicPlugins={path.name}" for path in settings.plugins]
-    words += [f"--memPoolSize=workspace:{options.memory_limit >> 20}"] if options.memory_limit else []
-    words += (
-        [f"--builderOptimizationLevel={options.optimization_level}"] if options.optimization_level is not None else []
-    )
-    words += ["--allowWeightStreaming"] if options.weight_streaming else []
-    words += ["--versionCompatible"] if options.version_compatible else []
-    if options.hardware_compatible:
-        words.append(f"--hardwareCompatibilityLevel={camel(options.hardware_compatible)}")
+    words += [option.trtexec.format(spelled(value)) for option, value in settings.options.asked if option.trtexec]
     return shlex.join(words)
 
 
-def camel(name: str) -> str:
-    """ampere_plus -> ampere+, as trtexec spells its levels; others in camel case."""
-    first, *rest = name.lower().split("_")
+def spelled(value: Any) -> str:
+    """As trtexec spells it: ampere_plus is ampere+, other names are in camel case."""
+    first, *rest = str(value).lower().split("_")
     return f"{first}+" if rest == ["plus"] else first + "".join(word.title() for word in rest)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import onnx_graphsurgeon as gs
+from typing import TYPE_CHECKING
 
 from instantrt.compiler.backend.tensorrt.build import Profile, Shape
 from instantrt.passes.core.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
 
 SIZES = ("min", "opt", "max")
 Range = tuple[int, int, int]
