@@ -49,6 +49,7 @@ class Request:
                      `auto` is the library for the target that this installation carries
     plugin_rounding  plugin: many rows may use weights rounded to 16 bits once, for cuBLASLt; takes scratch memory
     portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
+    logits           causal LMs: of the last token of each sequence, or of all
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
     max_ppl_increase the same for the increase of perplexity on `text`, in percent
     text             what the budget is measured on, and `--verify`
@@ -59,7 +60,6 @@ class Request:
     max_batch        sequences that run together
     max_length       tokens of a sequence, cache included; None: 2048, or the model's own maximum where that is less
     opt_length       the length to tune for; None: 512, or max_length where that is less
-    logits           last (of each sequence) or all
     kv_cache         concat (present is a longer copy of past) or in-place (one buffer of max_length)
     memory_limit     MiB of scratch memory
     optimization_level, weight_streaming, version_compatible, hardware_compatible, timing_cache: as TensorRT has them
@@ -225,7 +225,7 @@ CPU, GPU, QUANTIZATION, FLOAT = "a CPU target", "a GPU target", "quantization", 
 WITHOUT = {
     CPU: ("cpu_preset", "portable"),
     GPU: (
-        *("builder", "max_batch", "max_length", "opt_length", "logits", "kv_cache", "memory_limit"),
+        *("builder", "max_batch", "max_length", "opt_length", "kv_cache", "memory_limit"),
         *("optimization_level", "weight_streaming", "version_compatible", "hardware_compatible", "timing_cache"),
         *("plugin", "plugin_rounding"),
     ),

@@ -14,7 +14,7 @@ from polygraphy.backend.base import BaseRunner
 from instantrt.compiler.accuracy.bounds import FLOAT32, Bound, bound_of
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.ledger import layers_of
-from instantrt.compiler.accuracy.runners import GraphRunner, OnnxRunner, TransformersRunner, session
+from instantrt.compiler.accuracy.runners import GraphRunner, LastLogitsRunner, OnnxRunner, TransformersRunner, session
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
@@ -35,7 +35,8 @@ EXPORT = replace(FLOAT32, name="float32 export", model=1e-3)
 class Subject:
     """One model for one target. `floating` is None where the checkpoint itself is quantized; `file` is the artifact.
 
-    `dtype` is what the lowered graph computes in; `about` says for a reader what was asked for.
+    `dtype` is what the lowered graph computes in; `about` says for a reader what was asked for; `logits` says which the
+    file delivers, the last or all. The graphs have all.
     """
 
     model: FloatModel
@@ -46,6 +47,7 @@ class Subject:
     lowered: gs.Graph
     dtype: np.dtype[np.generic]
     file: Path | None = None
+    logits: str = "all"
     plugins: tuple[Path, ...] = ()
 
     @property
@@ -102,11 +104,16 @@ def existing(subject: Subject, suffix: str) -> Path:
     return subject.file
 
 
+def artifact_runner(subject: Subject, scratch: Path) -> BaseRunner:  # noqa: ARG001  (as its neighbours)
+    kind = LastLogitsRunner if subject.logits == "last" else OnnxRunner
+    return kind(session(existing(subject, ".onnx")), subject.outputs, "artifact")
+
+
 RUNNERS: dict[str, Callable[[Subject, Path], BaseRunner]] = {
     "float": lambda s, scratch: GraphRunner(s.floating, s.outputs, "float"),
     "transformers": lambda s, scratch: TransformersRunner(s.model.folder, "transformers"),
     "twin": twin_runner,
-    "artifact": lambda s, scratch: OnnxRunner(session(existing(s, ".onnx")), s.outputs, "artifact"),
+    "artifact": artifact_runner,
     "lowered": lambda s, scratch: GraphRunner(s.lowered, s.outputs, "lowered"),
     "engine": lambda s, scratch: EngineRunner(existing(s, ".engine"), s.plugins, s.outputs, "engine"),
 }

@@ -13,6 +13,7 @@ from polygraphy.json import save_json
 from instantrt.compiler.accuracy.bounds import bound_of
 from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.forms import AGAINST, Subject, model_bound
+from instantrt.passes.core.lazy import Array
 
 TWIN = "twin.json"
 REPEATED = 32  # tokens of the run that is saved: small files, and enough to repeat a comparison
@@ -34,9 +35,12 @@ def polygraphy_files(
         results.add([dict(each.infer(feeds, check_inputs=False))], runtime=each.last_inference_time(), runner_name=form)
     save_json([dict(feeds)], str(folder / "inputs.json"))
     results.save(str(folder / "run_results.json"))
-    for form in set(runners) & {"twin"}:  # alone: the tool compares everything that it loads with one bound
-        only = RunResults()
-        only.append((form, results[form]))
+    twin = {}
+    if "twin" in runners:  # alone: the tool compares everything that it loads with one bound
+        only, twin = RunResults(), dict(results["twin"][0])
+        if subject.logits == "last":
+            twin = {name: value[:, -1:] for name, value in twin.items()}
+        only.add([twin], runtime=runners["twin"].last_inference_time(), runner_name="twin")
         only.save(str(folder / TWIN))
     accuracy = AccuracyResults()
     names = list(runners)
@@ -53,16 +57,16 @@ def polygraphy_files(
     objections = [
         f"Polygraphy: {pair} differ" for each in accuracy for pair, ok in each.items() if not all(map(bool, ok))
     ]
-    return repeat_command(subject, results, folder, final), objections
+    return repeat_command(subject, twin, folder, final), objections
 
 
-def repeat_command(subject: Subject, results: RunResults, folder: Path, final: Callable[[Path], Path]) -> str:
+def repeat_command(subject: Subject, twin: Mapping[str, Array], folder: Path, final: Callable[[Path], Path]) -> str:
     """`polygraphy run` on the artifact against the saved twin; empty where there is no file that it can run."""
-    if subject.file is None or "twin" not in results.keys():  # noqa: SIM118  (a list of pairs)
+    if subject.file is None or not twin:
         return ""
     backend = "--onnxrt" if subject.file.suffix == ".onnx" else "--trt"
     bound = bound_of(subject.lowered.nodes, subject.dtype)
-    limit = bound.model * max(float(np.linalg.norm(v)) for v in results["twin"][0].values())
+    limit = bound.model * max(float(np.linalg.norm(v)) for v in twin.values())
     return (
         f"polygraphy run {final(subject.file)} {backend} --load-inputs {final(folder / 'inputs.json')} "
         f"--load-outputs {final(folder / TWIN)} --compare l2 --l2-threshold {limit:.6g}"

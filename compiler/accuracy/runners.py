@@ -16,6 +16,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
+from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
@@ -82,15 +83,15 @@ class TransformersRunner(BaseRunner):  # type: ignore[misc]
             return OrderedDict(logits=self.model(**given, use_cache=False).logits.numpy())
 
 
-def session(path: Path, *, as_written: bool = False) -> Callable[[], ort.InferenceSession]:
-    """Loads an ONNX file when the runner is activated.
+def session(path: Path, *, as_written: bool = False) -> Callable[..., ort.InferenceSession]:
+    """Loads an ONNX file when the runner is activated; where asked, with the logits of every position.
 
     `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
     dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
     wrong; and at its highest level of optimization it crashes on some float16 graphs.
     """
 
-    def load() -> ort.InferenceSession:
+    def load(*, every_position: bool = False) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
@@ -98,6 +99,8 @@ def session(path: Path, *, as_written: bool = False) -> Callable[[], ort.Inferen
         if as_written:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if every_position:
+            return open_every_position(path, options)
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     return load
@@ -106,9 +109,26 @@ def session(path: Path, *, as_written: bool = False) -> Callable[[], ort.Inferen
 class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
     """ONNX Runtime, fetching only what is compared: a cache is as large as the logits and says nothing more."""
 
-    def __init__(self, load: Callable[[], ort.InferenceSession], outputs: Sequence[str], name: str) -> None:
+    def __init__(self, load: Callable[..., ort.InferenceSession], outputs: Sequence[str], name: str) -> None:
         super().__init__(load, name)
-        self.outputs = outputs
+        self.load, self.outputs = load, outputs
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         return OrderedDict(zip(self.outputs, self.sess.run(list(self.outputs), dict(feed_dict)), strict=True))
+
+
+class LastLogitsRunner(OnnxRunner):
+    """An artifact of the last token's logits, made to deliver all; in the first answer the last are its own."""
+
+    def activate_impl(self) -> None:
+        super().activate_impl()
+        self.every_position = False
+
+    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = super().infer_impl(feed_dict)
+        if not self.every_position:
+            self.sess, self.every_position = None, True  # two would hold the weights twice
+            self.sess = self.load(every_position=True)
+            as_written, outputs = outputs, super().infer_impl(feed_dict)
+            outputs["logits"][:, -1:] = as_written["logits"]
+        return outputs

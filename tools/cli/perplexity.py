@@ -17,6 +17,7 @@ import typer
 from tokenizers import Tokenizer
 
 from instantrt.compiler.artifact.manifest import find_artifact
+from instantrt.compiler.artifact.positions import open_every_position
 
 Array = npt.NDArray[Any]
 Logits = Callable[[Array], Array]  # ids [1, S] -> logits [1, S, vocab]
@@ -43,12 +44,12 @@ def perplexity(logits_of: Logits, parts: list[Array]) -> float:
 
 
 def artifact_logits(folder: Path, target: str | None = None) -> Logits:
-    """The logits of a compiled ONNX artifact, without a past."""
+    """The logits of a compiled ONNX artifact, without a past; of every position, even where it delivers the last's."""
     artifact = find_artifact(folder, target)
     assert artifact.llm is not None
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(folder / artifact.path, options, providers=["CPUExecutionProvider"])
+    session = open_every_position(folder / artifact.path, options)
     empty = np.zeros((1, artifact.llm["kv_heads"], 0, artifact.llm["head_dim"]), np.float32)
     past = {t.name: empty for t in artifact.inputs if t.name.startswith("past_key_values.")}
 
