@@ -47,7 +47,7 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
 if TYPE_CHECKING:
-    from instantrt.compiler.accuracy.budget import Bought
+    from instantrt.compiler.accuracy.budget import Raised
 
 SIDE_FILES = (
     "config.json",
@@ -71,7 +71,7 @@ class Twin:
 
     decisions: Decisions
     canonical: gs.Graph
-    bought: Bought | None = None
+    raised: Raised | None = None
 
     @property
     def quantized(self) -> Mapping[str, QuantTensor]:
@@ -139,12 +139,12 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
 def make_twin(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
 ) -> Twin:
-    bought = None
+    raised = None
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
-        decisions, bought = within_budget(graph, model, decisions, request, say)
-    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), bought)
+        decisions, raised = within_budget(graph, model, decisions, request, say)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), raised)
 
 
 def lower(
@@ -396,9 +396,9 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
 def source(request: Request, twin: Twin) -> dict[str, Any]:
     """What an artifact is made of: the model's name and the request.
 
-    No path of this machine is in it: the same input gives the same bytes anywhere. A budget is what it bought.
+    No path of this machine is in it: the same input gives the same bytes anywhere. A budget is the formats it chose.
     """
-    layers = {**request.layers, **(twin.bought.layers if twin.bought is not None else {})}
+    layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
     asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
     said = {key: value for key, value in asked.items() if key not in ("targets", *PATHS)}
     return {"model": request.model_name, "request": said}

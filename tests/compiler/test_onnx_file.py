@@ -191,7 +191,7 @@ def test_narrow_floats_are_widened(kind: str, stored: str, quant: str, tmp_path:
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=1024)
     planned = planned_and_written(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
     assert (planned.types["sm89"].name, planned.notes[0]) == (kind, f"{kind} inputs and outputs become float32")
-    (got,) = session(tmp_path / "out/x86/model.onnx")().run(None, {"x": X})
+    (got,) = session(tmp_path / "out/x86/model.onnx").run(None, {"x": X})
     want = np.maximum((X @ a.astype(np.float32) + 1) / 2, 0) @ b.astype(np.float32)
     assert relative(got, want) < (1e-6 if quant == "none" else 2e-2)
 
@@ -217,7 +217,7 @@ def test_other_numbers_stay_as_they_are(kind: str, tmp_path: Path) -> None:
     path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": (A * 9).astype(dtype)}, kind=kind)
     compile_model(Request(path, ("x86",), tmp_path / "out", quant="none"))
     feeds = {"x": (X * 9).astype(dtype)}
-    want, got = (session(each)().run(None, feeds)[0] for each in (path, tmp_path / "out/x86/model.onnx"))
+    want, got = (session(each).run(None, feeds)[0] for each in (path, tmp_path / "out/x86/model.onnx"))
     assert (got == want).all()
     with pytest.raises(UserError, match="no linear layer to quantize"):
         plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8"))
@@ -258,7 +258,7 @@ def test_weights_of_branches_are_stored(inner: bool, stored: str, tmp_path: Path
         out = tmp_path / quant
         assert compiled_error(path, quant, out) < bound
         feeds = {"x": -np.abs(X)}  # the other branch
-        want, got = (session(each)().run(None, feeds)[0] for each in (path, out / "x86/model.onnx"))
+        want, got = (session(each).run(None, feeds)[0] for each in (path, out / "x86/model.onnx"))
         assert relative(got, want) < bound
 
 
@@ -273,7 +273,7 @@ def test_branches_of_an_engine_compute_in_float32(body: str, target: str, tmp_pa
     path = model_file(tmp_path / "m.onnx", body, weights)
     compile_model(Request(path, (target,), tmp_path, quant="a16w8", builder="kit"))
     lowered = session(tmp_path / target / "model.onnx", as_written=True)
-    want, got = (each().run(None, {"x": X})[0] for each in (session(path), lowered))
+    want, got = (each.run(None, {"x": X})[0] for each in (session(path), lowered))
     assert relative(got, want) < 2e-2
 
 

@@ -12,6 +12,7 @@ import typer
 
 import instantrt.tools.cli.app as command
 from instantrt.compiler import build
+from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.artifact.check import check
 from instantrt.compiler.artifact.manifest import MANIFEST, read_manifest
@@ -24,7 +25,6 @@ from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.diff import request_of
 from instantrt.tools.cli.ending import run
 from tests.conftest import TEXT, TINY
 

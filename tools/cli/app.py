@@ -169,7 +169,8 @@ def compile_request(request: Request, triton: Path | None, *, verify: bool, dry_
         check_folder(triton)
     if verify:
         from instantrt.compiler.accuracy.data import load_data
-        from instantrt.compiler.accuracy.run import check_reports, show_verdict
+        from instantrt.compiler.accuracy.run import check_reports
+        from instantrt.tools.cli.show_accuracy import show_verdict
 
         check_reports(out / "report", targets)
     with report.stages() as say:
@@ -193,7 +194,7 @@ def compile_request(request: Request, triton: Path | None, *, verify: bool, dry_
     for each in served:
         report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
     for verdict in verdicts:
-        show_verdict(report.console, verdict, out / "report")
+        show_verdict(verdict, out / "report")
     if not passed:
         left = "" if triton is None else f"; {triton} is as it was"
         report.console.print(f"FAILED: the artifacts are written, but they are not what they should be{left}")
@@ -249,14 +250,14 @@ def verdicts_on(
     planned: Plan, request: Request, artifacts: list[Artifact], data: Data, staging: Staging
 ) -> list[Verdict]:
     """Verifies the artifacts where they lie aside, and leaves a report for each beside them."""
-    from instantrt.compiler.accuracy.forms import Limits
+    from instantrt.compiler.accuracy.forms import Budget
     from instantrt.compiler.accuracy.run import check_artifacts
     from instantrt.tools.cli import show as report
 
     aside, folder = replace(request, out=staging.aside(request.out)), request.out / "report"
-    limits = Limits(request.max_kl, request.max_ppl_increase)
+    budget = Budget(request.max_kl, request.max_ppl_increase)
     with report.stages() as say:
-        return check_artifacts(planned, aside, artifacts, data, limits, folder, staging, say=say)
+        return check_artifacts(planned, aside, artifacts, data, budget, folder, staging, say=say)
 
 
 def main() -> NoReturn:

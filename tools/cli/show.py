@@ -190,14 +190,14 @@ def show_plan(request: Request, planned: Plan) -> None:
 
 
 def show_notes(planned: Plan) -> None:
-    """What the user should know before anything is written: notes, and what an accuracy budget bought."""
+    """What the user should know before anything is written: notes, and the layers that an accuracy budget raised."""
     for note in planned.notes:
         console.print(f"note: {note}", soft_wrap=True)
     for twin in planned.each_twin:
-        if twin.bought is not None:
-            from instantrt.compiler.accuracy.run import show_bought
+        if twin.raised is not None:
+            from instantrt.tools.cli.show_accuracy import show_raised
 
-            show_bought(console, twin.bought, ", ".join(name for name, t in planned.twins.items() if t is twin))
+            show_raised(twin.raised, ", ".join(name for name, t in planned.twins.items() if t is twin))
 
 
 def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:
