@@ -283,7 +283,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         outputs=specs(graph.outputs),
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(planned.model.llm) if planned.model.llm else None,
-        limits={"cache": cache_kind(graph)} if planned.model.llm else {},
+        limits={"cache": cache_kind(graph), "logits": logits_kind(graph)} if planned.model.llm else {},
         digests={},
         source=source(request, twin),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
@@ -310,7 +310,7 @@ def write_engine(
     linears = quantized_linears(graph)
     artifact = replace(
         artifact,
-        limits={**artifact.limits, **asdict(limits), "logits": request.logits},
+        limits={**artifact.limits, **asdict(limits)},
         plugins=tuple(f"{target.name}/{library.name}" for library in libraries),
     )
     if choice.flavour is None:
@@ -381,6 +381,12 @@ def cache_kind(graph: gs.Graph) -> str:
     present = [t for t in graph.outputs if t.name.startswith("present.")]
     in_place = all(t.inputs and t.inputs[0].op in ("GroupQueryAttention", "TensorScatter") for t in present)
     return "shared" if in_place else "concat"
+
+
+def logits_kind(graph: gs.Graph) -> str:
+    """`last`: of each sequence's last new token; `all`: of every new token."""
+    (logits,) = (t for t in graph.outputs if t.name == "logits")
+    return "last" if logits.shape[1] == 1 else "all"
 
 
 def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:

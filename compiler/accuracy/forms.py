@@ -26,13 +26,17 @@ EXPORT = replace(FLOAT32, name="float32 export", model=1e-3)
 
 @dataclass(frozen=True, kw_only=True)
 class Subject(Graphs):
-    """One model for one target; `file` is the artifact, `about` says for a reader what was asked for."""
+    """One model for one target; `file` is the artifact, `about` says for a reader what was asked for.
+
+    `logits` says which the file delivers, the last or all; the graphs have all.
+    """
 
     model: FloatModel
     target: str
     about: Mapping[str, str]
     lowered: gs.Graph
     file: Path | None = None
+    logits: str = "all"
     plugins: tuple[Path, ...] = ()
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 
 from instantrt.compiler.accuracy.data import llm_feeds, read_text, token_feeds, tokenizer_of, windows
 from instantrt.compiler.accuracy.metrics import log_softmax, next_nll, perplexity
-from instantrt.compiler.accuracy.runners import onnx_runner, session, transformers_runner
+from instantrt.compiler.accuracy.runners import onnx_runner, transformers_runner
 from instantrt.compiler.artifact.manifest import find_artifact
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.passes.core.errors import UserError
@@ -32,28 +32,15 @@ def perplexity_of(logits_of: Logits, parts: Sequence[Array]) -> float:
 
 
 def artifact_logits(folder: Path, target: str | None = None) -> Logits:
-    """The logits of a compiled ONNX artifact, without a past."""
+    """The logits of a compiled ONNX artifact without a past: of every position, where it delivers the last's, too."""
     artifact = find_artifact(folder, target)
     if artifact.kind != "onnx" or artifact.llm is None:
         found = artifact.kind if artifact.kind != "onnx" else "another model"
         fix = "instantrt diff --forms twin,engine measures an engine on its GPU" if artifact.kind == "engine" else ""
         raise UserError("not a causal LM for ONNX Runtime", where=f"{folder}, {artifact.target}", found=found, fix=fix)
     llm = LlmShape(**artifact.llm)
-    run = onnx_runner(session(folder / artifact.path), ["logits"])
-
-    def logits_of(ids: Array) -> Array:
-        logits = run(llm_feeds(ids, llm))["logits"]
-        if logits.shape[1] != ids.shape[1]:
-            raise UserError(
-                "the artifact delivers the logits of the last token alone",
-                where=str(folder / artifact.path),
-                expected=f"logits of {ids.shape[1]} tokens",
-                found=str(logits.shape[1]),
-                fix="compile with --logits all",
-            )
-        return logits
-
-    return logits_of
+    run = onnx_runner(folder / artifact.path, ["logits"], every_position=True)
+    return lambda ids: run(llm_feeds(ids, llm))["logits"]
 
 
 def transformers_logits(folder: Path) -> Logits:

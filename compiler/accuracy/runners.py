@@ -16,6 +16,7 @@ import onnxruntime as ort
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.accuracy.layer_errors import layers_of
+from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.passes.core.errors import UserError, require
 from instantrt.passes.core.evaluate import Evaluation
@@ -43,14 +44,15 @@ def open_form(subject: Subject, form: str, scratch: Path, stack: ExitStack) -> R
         case "transformers":
             return transformers_runner(subject.model.folder)
         case "artifact":
-            return onnx_runner(session(existing(subject, ".onnx")), outputs)
+            file = existing(subject, ".onnx")
+            return (last_logits_runner if subject.logits == "last" else onnx_runner)(file, outputs)
         case "engine":
             return stack.enter_context(EngineRunner(existing(subject, ".engine"), subject.plugins, outputs))
     assert form == "twin"
     if 4 * sum(math.prod(layer.shape) for layer in layers_of(None, subject.canonical)) > TWIN_BYTES:
         return GraphRunner(subject.canonical, outputs)
     write_model(subject.canonical.copy(), scratch / "twin.onnx")
-    return onnx_runner(session(scratch / "twin.onnx", as_written=True), outputs)
+    return onnx_runner(scratch / "twin.onnx", outputs, as_written=True)
 
 
 def existing(subject: Subject, suffix: str) -> Path:
@@ -101,8 +103,8 @@ def transformers_runner(folder: Path) -> Runner:
     return run
 
 
-def session(path: Path, *, as_written: bool = False) -> ort.InferenceSession:
-    """An ONNX file in ONNX Runtime, on all of this process's cores.
+def session(path: Path, *, as_written: bool = False, every_position: bool = False) -> ort.InferenceSession:
+    """An ONNX file in ONNX Runtime, on all of this process's cores; where asked, with the logits of every position.
 
     `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
     dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
@@ -115,12 +117,31 @@ def session(path: Path, *, as_written: bool = False) -> ort.InferenceSession:
     if as_written:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if every_position:
+        return open_every_position(path, options)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_runner(loaded: ort.InferenceSession, outputs: Sequence[str]) -> Runner:
+def onnx_runner(path: Path, outputs: Sequence[str], **how: bool) -> Runner:
     """Only what is compared is fetched: a cache is as large as the logits and says nothing more."""
+    loaded = session(path, **how)
     return lambda feeds: dict(zip(outputs, loaded.run(list(outputs), dict(feeds)), strict=True))
+
+
+def last_logits_runner(path: Path, outputs: Sequence[str]) -> Runner:
+    """An artifact of the last token's logits, made to deliver all; in its first answer the last are the file's own."""
+    runners: list[Runner] = []
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if runners:
+            return runners[0](feeds)
+        as_written = onnx_runner(path, outputs)(feeds)  # closed by now: two sessions would hold the weights twice
+        runners.append(onnx_runner(path, outputs, every_position=True))
+        found = runners[0](feeds)
+        found["logits"][:, -1:] = as_written["logits"]
+        return found
+
+    return run
 
 
 def cut(outputs: Mapping[str, Array], like: Mapping[str, Array]) -> dict[str, Array]:

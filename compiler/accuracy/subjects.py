@@ -56,7 +56,9 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         lowered = all_positions(planned, request, target, Ledger())
     else:
         dtype = np.dtype(np.float32)
-        lowered = onnx_file.load_artifact(file) if file is not None else planned.lowered[target.name]
+        lowered = (
+            onnx_file.artifact_graph(file) if file is not None else all_positions(planned, request, target, Ledger())
+        )
     return Subject(
         model=planned.model,
         target=target.name,
@@ -66,6 +68,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         lowered=lowered,
         dtype=dtype,
         file=file,
+        logits=artifact.limits.get("logits", "all") if artifact is not None else "all",
         plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),
     )
 

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 from instantrt.compiler.accuracy.runners import session
 from instantrt.compiler.build import compile_model, plan
 from instantrt.compiler.frontend import load
-from instantrt.compiler.frontend.onnx_file import load_artifact
+from instantrt.compiler.frontend.onnx_file import artifact_graph
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
@@ -204,7 +204,7 @@ def test_an_artifact_is_read_back_as_it_is(tmp_path: Path) -> None:
     )
     onnx.save(onnx.load(model), model, save_as_external_data=True, location="m.data", size_threshold=1024)
     (planned,) = planned_and_written(Request(model, ("x86",), tmp_path, quant="a8w8")).lowered.values()
-    back = load_artifact(tmp_path / "x86/model.onnx")
+    back = artifact_graph(tmp_path / "x86/model.onnx")
     assert {"Cast", "QuantizeLinear"} <= {node.op for node in back.nodes}
     types = [{n: t.dtype for n, t in g.tensors().items() if isinstance(t, gs.Constant)} for g in (back, planned)]
     assert types[0] == types[1]
