@@ -155,17 +155,15 @@ def described(quant: QuantTensor) -> str:
 
 def announced(model: Any, tensors: Mapping[str, FileTensor], quantized: set[str], problems: list[Problem]) -> list[str]:
     """Tensors of the checkpoint that the model has no place for; missing ones and lost biases become problems."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+    groups = hf.parameter_names(model)
     unreadable = {p.where.rpartition(".")[0] for p in problems} | {p.where for p in problems}
-    for names in groups.values():
+    for names in groups:
         path = names[0].removesuffix(".weight")
         if not any(name in tensors for name in names) and path not in quantized | unreadable:
             problems.append(
                 Problem("the checkpoint has no such tensor", names[0], fix="check that all shards are there")
             )
-    known = {name for names in groups.values() for name in names} | {name for name, _ in model.named_buffers()}
+    known = {name for names in groups for name in names} | {name for name, _ in model.named_buffers()}
     extra = [n for n in tensors if n not in known and n.rpartition(".")[0] not in quantized]
     for path in quantized:
         bias = tensors.get(f"{path}.bias")
