@@ -57,34 +57,17 @@ class Scheme:
 
 @dataclass(frozen=True)
 class CompressedConfig:
-    """What a compressed-tensors checkpoint says of itself."""
+    """What a compressed-tensors checkpoint says of itself; its sizes are those of its main scheme."""
 
     schemes: tuple[Scheme, ...]
     ignore: tuple[str | re.Pattern[str], ...]
-    notes: tuple[str, ...] = ()
+    bits: int
+    group_size: int
+    activations: Activations
+    mark: str
+    notes: tuple[str, ...]
 
     method = "compressed-tensors"
-
-    @property
-    def main(self) -> Scheme:
-        """The first scheme; where some quantize activations, the first of those."""
-        return next((s for s in self.schemes if s.activations == "int8"), self.schemes[0])
-
-    @property
-    def bits(self) -> int:
-        return self.main.bits
-
-    @property
-    def group_size(self) -> int:
-        return self.main.group_size
-
-    @property
-    def activations(self) -> Activations:
-        return self.main.activations
-
-    @property
-    def mark(self) -> str:
-        return "weight_packed" if self.main.packed else "weight"
 
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         weight = layer.find("weight")
@@ -105,8 +88,7 @@ def read_layer(layer: StoredLayer, scheme: Scheme) -> QuantTensor:
     if scheme.packed:
         weight = layer.part("weight_packed", (n, words_for(k, bits)), INT32)
         shape = whole(layer.part("weight_shape", (2,), INT64)).tolist()
-        if shape != [n, k]:
-            raise UserError("weight_shape is not the layer's", where=layer.path, expected=str([n, k]), found=str(shape))
+        expect(shape == [n, k], shape, "weight_shape is not the layer's", str([n, k]), layer.path)
     else:
         weight = layer.part("weight", (n, k), INT8)
     scales = layer.part("weight_scale", (1,) if scheme.per_tensor else (n, groups), *FLOATS)
@@ -176,7 +158,16 @@ def parse_compressed(raw: Mapping[str, Any], where: str) -> CompressedConfig:
     schemes = tuple(
         parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes) for name, group in groups.items()
     )
-    return CompressedConfig(schemes, patterns(raw.get("ignore") or [], f"{where}, ignore"), tuple(dict.fromkeys(notes)))
+    main = next((s for s in schemes if s.activations == "int8"), schemes[0])
+    return CompressedConfig(
+        schemes,
+        ignore=patterns(raw.get("ignore") or [], f"{where}, ignore"),
+        bits=main.bits,
+        group_size=main.group_size,
+        activations=main.activations,
+        mark="weight_packed" if main.packed else "weight",
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def section(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -103,20 +103,11 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
 
 def refuse_activate(config: QuantConfig, where: str) -> None:
     """Activation quantization of InstantQuant is int8 and per channel, as in the spec."""
-    if config.weight_format != "int8":
-        raise UserError(
-            "activate_quant takes int8 weights",
-            where=where,
-            found=f"weight_format {config.weight_format!r}",
-            fix="weight_format int8, or compute_method weight_only",
-        )
-    if config.group_size != -1:
-        raise UserError(
-            "activate_quant is per channel only",
-            where=where,
-            found=f"group_size {config.group_size}",
-            fix="leave group_size out, or compute_method weight_only",
-        )
+    other = "or compute_method weight_only"
+    what = "activate_quant takes int8 weights"
+    expect(config.weight_format == "int8", config.weight_format, what, "weight_format int8", where, f"int8, {other}")
+    what = "activate_quant is per channel only"
+    expect(config.group_size == -1, config.group_size, what, "-1", where, f"leave group_size out, {other}")
 
 
 def choice(raw: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.config import QuantConfig, expect
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
 from instantrt.passes.core.linear import Linear
@@ -58,13 +58,8 @@ class StoredLayer:
         """`group_size`, or K for -1; it must divide K."""
         k = self.shape[1]
         group = k if group_size == -1 else group_size
-        if k % group:
-            raise UserError(
-                "group_size does not divide the layer's input width",
-                where=self.path,
-                expected=f"a divisor of {k}",
-                found=str(group),
-            )
+        what = "group_size does not divide the layer's input width"
+        expect(k % group == 0, group, what, f"a divisor of {k}", self.path)
         return group
 
 
