@@ -26,7 +26,7 @@ EXTRAS = {  # of this package -> the modules that tell whether it is installed
 }
 
 
-class MissingExtra(UserError):
+class MissingExtra(UserError):  # noqa: N818 -- says what is missing
     """Something was asked for whose packages are not installed."""
 
 
