@@ -20,7 +20,7 @@ from instantrt.compiler.artifact.staging import Staging
 from instantrt.compiler.build import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require
 
 SHOWN = 12  # violations that a terminal shows; the report has all
 
@@ -52,7 +52,8 @@ def check_artifacts(
 
 
 def check_reports(folder: Path, targets: Iterable[Target]) -> None:
-    """Refuses, before any work, to replace what is no report."""
+    """Refuses, before any work, to replace what is no report, and to start what cannot be finished."""
+    require("accuracy", "an accuracy report")
     for target in targets:
         there = folder / target.name
         if os.path.lexists(there) and not (there / JSON).is_file():
