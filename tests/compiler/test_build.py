@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_nothing(tiny_float: FloatModel, small_disk: Path) ->
 
 
 def cli(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "compiler", *map(str, arguments)]
+    command = [sys.executable, "-m", "instantrt", "compile", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -203,11 +203,11 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
     script.write_text(
         "import sys, time\n"
         "import instantrt.compiler.backend.onnx_writer as writer\n"
-        "from compiler.__main__ import main\n"
+        "from instantrt.tools.cli.app import compile_main\n"
         "write = writer.write_source\n"
         "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
         "writer.write_source = slow\n"
-        "main()\n"
+        "compile_main()\n"
     )
     command = [sys.executable, script, TINY, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -227,16 +227,7 @@ def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:
     assert err == ""
     assert "PASSED" in out
     assert "lm_head" in out
-    generate = [
-        sys.executable,
-        "-m",
-        "instantrt.tools.cli.generate",
-        str(tmp_path),
-        "--prompt",
-        "Once upon a time",
-        "--max-tokens",
-        "8",
-    ]
+    generate = [sys.executable, "-m", "instantrt", "generate", tmp_path, "--prompt", "Once upon", "--max-tokens", "8"]
     done = subprocess.run(generate, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.strip()) > 5
 
@@ -250,7 +241,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "no model given"),
         ((TINY, "--target", "sm89", "--portable"), "portable does nothing without a CPU target"),
         (("nowhere", "--target", "x86"), "no model here"),
         ((TINY,), "no target"),

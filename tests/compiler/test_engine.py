@@ -1,4 +1,4 @@
-"""From the example model to an engine and a build kit, and what `--check` says of them."""
+"""From the example model to an engine and a build kit, and what `instantrt check` says of them."""
 
 from __future__ import annotations
 
@@ -222,7 +222,8 @@ def test_an_operator_that_tensorrt_lacks_leaves_no_artifact(tmp_path: Path) -> N
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C while the builder, a process of its own, is at work."""
-    command = [sys.executable, "-m", "compiler", TINY, "--target", "sm89", "--quant", "a16w8", "-o", tmp_path / "out"]
+    words = [TINY, "--target", "sm89", "--quant", "a16w8", "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "instantrt", "compile", *words]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     builders: list[int] = []

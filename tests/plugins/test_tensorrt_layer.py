@@ -305,7 +305,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
 def test_compile_puts_the_plugin_into_engines_and_kits(
     folder: Path, plugin: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: Any
 ) -> None:
-    """`compile --plugin`: the library lies beside the artifact, and the manifest names it."""
+    """`instantrt compile --plugin`: the library lies beside the artifact, and the manifest names it."""
     headers("11")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
     fields: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "builder": builder, "plugin": plugin["11"]}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from instantrt.compiler import options as groups
-from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.request import Request, check_options, fields_from_json
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.options import Out, takes
@@ -66,6 +65,8 @@ def quant_fields(file: Path | None, *, weight_only: bool) -> dict[str, Any]:
     """The fields of a request that --quant-config says; --weight-only may say the same."""
     if file is None:
         return {"weight_only": weight_only}
+    from instantrt.compiler.checkpoint import read_json
+
     try:
         found = fields_from_json(read_json(file))
     except UserError as error:
