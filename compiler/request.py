@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from instantrt import plugins
 from instantrt.compiler.backend.tensorrt.build import EngineOptions
 from instantrt.compiler.backend.tensorrt.choose import Builder
-from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.errors import UserError
@@ -191,7 +191,7 @@ class Request:
         """The target rows, each once, in the order asked for."""
         return tuple(dict.fromkeys(find_target(name) for name in self.targets))
 
-    def engine_limits(self, longest: int = 0) -> Limits:
+    def engine_limits(self, longest: int = 0) -> EngineLimits:
         """What an engine accepts; `longest` is the model's own maximum, 0 where it has none."""
         if longest and (self.max_length or 0) > longest:
             raise UserError(
@@ -200,7 +200,7 @@ class Request:
                 found=str(self.max_length),
             )
         max_length = self.max_length if self.max_length is not None else min(2048, longest or 2048)
-        return Limits(
+        return EngineLimits(
             self.max_batch, max_length, self.opt_length if self.opt_length is not None else min(512, max_length)
         )
 

@@ -11,10 +11,10 @@ import onnx_graphsurgeon as gs
 import pytest
 from typer.testing import CliRunner
 
-from instantrt.compiler import build
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.choose import Builder
 from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.resolve import resolve
@@ -110,7 +110,7 @@ def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: s
         needed = {"plugin": Path(__file__)} if name == "plugin_rounding" else {}
         given = {**needed, name: OTHER.get(name, True)}
         with pytest.raises(UserError, match=f"{next(iter(given))} does nothing without {lacking}"):
-            build.compile_model(Request(TINY, (target,), tmp_path, **given))
+            compile_model(Request(TINY, (target,), tmp_path, **given))
         check_options(Request(TINY, ("sm89", "x86"), tmp_path, **given))
 
 

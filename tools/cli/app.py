@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
@@ -21,19 +21,11 @@ from instantrt.compiler.request import (
     Logits,
     Request,
     TableFormat,
-    check_options,
     fields_from_json,
 )
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.ort.linear import Preset
 from instantrt.tools.cli.ending import errors_told
-
-if TYPE_CHECKING:
-    from instantrt.compiler.accuracy.data import Data
-    from instantrt.compiler.accuracy.verify import Verdict
-    from instantrt.compiler.artifact.manifest import Artifact
-    from instantrt.compiler.artifact.staging import Staging
-    from instantrt.compiler.build import Plan
 
 # Groups of options in --help.
 quantization = partial(typer.Option, rich_help_panel="Quantization")
@@ -155,55 +147,31 @@ def quant_fields(file: Path | None, *, weight_only: bool) -> dict[str, Any]:
 
 
 def compile_request(request: Request, triton: Path | None, *, verify: bool, dry_run: bool, explain: bool) -> None:
-    """Plans, writes and shows. What a user can have wrong is found before the long parts."""
-    from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
-    from instantrt.compiler.build import outline, plan, write_artifacts
+    """Compiles and prints what is to be seen of it."""
+    from instantrt.compiler.compile import VerificationError, check_places, compile_model
+    from instantrt.compiler.plan import plan
     from instantrt.tools.cli import show as report
 
-    check_options(request)
-    started, out, targets = time.monotonic(), request.out, request.resolved_targets()
-    check_out(out, targets, [request.model, *([triton] if triton is not None else [])])
-    if triton is not None:
-        from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
-
-        check_folder(triton)
-    if verify:
-        from instantrt.compiler.accuracy.data import load_data
-        from instantrt.compiler.accuracy.run import check_reports, show_verdict
-
-        check_reports(out / "report", targets)
-    with report.stages() as say:
-        planned = plan(request, say)
-    report.show_notes(planned)
-    if explain:
-        report.show_explanation(planned)
-    if dry_run:
-        report.show_plan(request, planned)
-        return
-    data = load_data(planned.model, request.text) if verify else None
-    if triton is not None:
-        plan_repository([*artifacts_kept(out, targets), *(outline(request, planned, target) for target in targets)])
-    with Staging() as staging:
-        with report.writing(sum(planned.size(t) for t in planned.lowered)) as progress:
-            artifacts = write_artifacts(request, planned, staging, progress)
-        verdicts = verdicts_on(planned, request, artifacts, data, staging) if data is not None else []
-        passed = all(verdict.passed for verdict in verdicts)
-        served = stage_repository(staging.aside(out), triton, staging) if triton is not None and passed else ()
-    report.show_artifacts(out, artifacts, every_weight=explain)
-    for each in served:
-        report.console.print(f"{triton}  {', '.join(each.models) or 'none: ' + each.no_bare}", soft_wrap=True)
-    for verdict in verdicts:
-        show_verdict(report.console, verdict, out / "report")
-    if not passed:
-        left = "" if triton is None else f"; {triton} is as it was"
-        report.console.print(f"FAILED: the artifacts are written, but they are not what they should be{left}")
-        raise typer.Exit(1)
+    started = time.monotonic()
+    with report.Shown(request, triton, explain=explain) as watch:
+        if dry_run:
+            check_places(request, verify=verify, triton=triton)
+            planned = plan(request, watch.say)
+            watch.planned(planned)
+            report.show_plan(request, planned)
+            return
+        try:
+            artifacts = compile_model(request, verify=verify, triton=triton, watch=watch)
+        except VerificationError as error:
+            watch.finished(error.artifacts)
+            raise
+        watch.finished(artifacts)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
 
 
 def check_folder_of_artifacts(folder: Path) -> None:
     """Prints a line for each artifact that is sound."""
-    from instantrt.compiler.artifact.check import check
+    from instantrt.compiler.check import check
     from instantrt.tools.cli.show import console
 
     for line in check(folder):
@@ -233,8 +201,7 @@ def build_command(
     builder: Annotated[Finisher, typer.Option(metavar="<builder>", help=words(Finisher))] = "auto",
 ) -> None:
     """Finish a build KIT on the machine with the GPU it was made for."""
-    from instantrt.compiler.backend.tensorrt.kit import read_kit
-    from instantrt.compiler.build import build_kit
+    from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
     from instantrt.tools.cli import show as report
 
     started = time.monotonic()
@@ -243,20 +210,6 @@ def build_command(
     report.console.print(f"{out / artifact.path}", soft_wrap=True)
     report.show_engine(artifact.target, artifact.engine or {}, every_weight=False)
     report.console.print(f"PASSED in {time.monotonic() - started:.1f} s")
-
-
-def verdicts_on(
-    planned: Plan, request: Request, artifacts: list[Artifact], data: Data, staging: Staging
-) -> list[Verdict]:
-    """Verifies the artifacts where they lie aside, and leaves a report for each beside them."""
-    from instantrt.compiler.accuracy.forms import Limits
-    from instantrt.compiler.accuracy.run import check_artifacts
-    from instantrt.tools.cli import show as report
-
-    aside, folder = replace(request, out=staging.aside(request.out)), request.out / "report"
-    limits = Limits(request.max_kl, request.max_ppl_increase)
-    with report.stages() as say:
-        return check_artifacts(planned, aside, artifacts, data, limits, folder, staging, say=say)
 
 
 def main() -> NoReturn:
