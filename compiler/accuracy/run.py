@@ -17,7 +17,7 @@ from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, verify
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.plan import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
@@ -43,7 +43,7 @@ def check_artifacts(
     """
     verdicts = []
     for subject in subjects(planned, request, artifacts):
-        partial = staging.aside(folder) / subject.target
+        partial = staging.staged(folder) / subject.target
         partial.mkdir()
         verdict = verify(subject, data, partial, forms=forms, limits=limits, final=staging.final, say=say)
         write_report(verdict, partial)

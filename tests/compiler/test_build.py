@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from instantrt.compiler import build, pipeline
+from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.build import Plan, Twin, compile_model, compile_planned
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, Twin
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
 from instantrt.compiler.quant.resolve import asked_config
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Ledger
@@ -46,7 +48,7 @@ def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
         t.name: pipeline.lower_onnxruntime(canonical.copy(), t, request, ledger) for t in request.resolved_targets()
     }
     planned = Plan(model, dict.fromkeys(lowered, Twin(decisions, canonical)), lowered, ledger)
-    compile_planned(request, planned)
+    write_planned(request, planned)
     return planned
 
 
@@ -108,7 +110,9 @@ def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
     tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x86 stores float32 scales, sm75 float16, sm89 bfloat16: codes are computed against each one's own."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+    monkeypatch.setattr(
+        "instantrt.compiler.plan.load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy())
+    )
 
     def files(*targets: str) -> dict[str, str]:
         out = tmp_path / "-".join(targets)

@@ -22,17 +22,19 @@ import pytest
 from onnx import TensorProto, helper
 from rich.console import Console
 
-from instantrt.compiler.artifact.check import check
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.tensorrt.build import read_header
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type
 from instantrt.compiler.backend.tensorrt.gpu import Gpu, gpus
-from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import build_kit, compile_model, plan
+from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
+from instantrt.compiler.check import check
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.options import EngineOptions
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
-from instantrt.compiler.serving.runtime.integrity import check_folder, sha256
+from instantrt.compiler.serving.runtime.integrity import check_folder
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
@@ -183,18 +185,16 @@ def truncated_engine(folder: Path) -> None:
 )
 def test_check_refuses(copy: Path, damage, words: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     damage(copy)
-    monkeypatch.setattr(
-        "instantrt.compiler.artifact.check.load", lambda *a: pytest.fail("loaded before it was checked")
-    )
+    monkeypatch.setattr("instantrt.compiler.check.load", lambda *a: pytest.fail("loaded before it was checked"))
     with pytest.raises(UserError, match=words):
         list(check(copy))
 
 
 def test_a_runtime_of_another_version_is_not_loaded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with the engine's GPU, and a newer TensorRT-RTX."""
-    monkeypatch.setattr("instantrt.compiler.artifact.check.gpus", lambda: (Gpu("RTX 4090", 89),))
+    monkeypatch.setattr("instantrt.compiler.check.gpus", lambda: (Gpu("RTX 4090", 89),))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9.9")
-    monkeypatch.setattr("instantrt.compiler.artifact.check.load", lambda *a: pytest.fail("loaded with another version"))
+    monkeypatch.setattr("instantrt.compiler.check.load", lambda *a: pytest.fail("loaded with another version"))
     with pytest.raises(UserError, match="the engine and the installed runtime differ") as caught:
         list(check(out))
     assert caught.value.found == "9.9.9.9"
@@ -263,7 +263,7 @@ def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, mo
     body = json.loads(kit_for(copy, "sm89").joinpath("kit.json").read_text())
     body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
     (copy / "sm90" / "kit.json").write_text(json.dumps(body))
-    monkeypatch.setattr("instantrt.compiler.build.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
+    monkeypatch.setattr("instantrt.compiler.backend.tensorrt.kit.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
     artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
     (library,) = artifact.plugins
     assert (tmp_path / "built" / library).read_bytes() == b"a library"

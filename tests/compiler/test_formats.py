@@ -13,10 +13,10 @@ import onnx_graphsurgeon as gs
 import pytest
 from tokenizers import Tokenizer
 
-from instantrt.compiler.build import Plan
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import quantize_asymmetric

@@ -14,7 +14,7 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.build import Built, EngineSpec, build
 from instantrt.compiler.backend.tensorrt.choose import quantized_linears
 from instantrt.compiler.backend.tensorrt.fusion import Carrier, Read, carriers, kernels
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
@@ -95,7 +95,7 @@ def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
 
 def built(model: FloatModel, decisions: Decisions, folder: Path, **fields: Any) -> tuple[Built, gs.Graph]:
     """The example model in a real engine for one sequence, and the graph that it was built from."""
-    limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
+    limits, ledger = EngineLimits(max_batch=1, max_length=64, opt_length=16), Ledger()
     canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
     request = Request(TINY, ("sm89",), folder, **fields)
     graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, ledger)

@@ -22,7 +22,8 @@ from instantrt.compiler.backend.tensorrt import child as trt_child
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
 from instantrt.compiler.backend.tensorrt.fusion import carriers
 from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import TARGETS, find_target
 from instantrt.passes.core.errors import UserError

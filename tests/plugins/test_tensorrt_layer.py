@@ -24,8 +24,8 @@ from instantrt.compiler.artifact.manifest import find_artifact, read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
 from instantrt.compiler.backend.tensorrt.kit import read_kit, trtexec
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
@@ -285,7 +285,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
 
     write_model(graph, folder / "tiny.onnx")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
-    limits = Limits(max_batch=1, max_length=64, opt_length=16)
+    limits = EngineLimits(max_batch=1, max_length=64, opt_length=16)
     ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec(
         "tensorrt_rtx",

@@ -13,10 +13,11 @@ from typing import Any, get_args
 import onnx_graphsurgeon as gs
 import pytest
 
-from instantrt.compiler import build
+from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
 from instantrt.compiler.quant.config import Quant
@@ -24,6 +25,7 @@ from instantrt.compiler.quant.resolve import resolve
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.app import BENCHES, COMMANDS
+from instantrt.tools.cli.ending import exit_on_error
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
@@ -99,6 +101,13 @@ def test_a_wrong_command_line_says_what_is_right(words: tuple[str | Path, ...], 
     assert says in words_of(done.output)
 
 
+def test_what_the_system_refuses_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise OSError(30, "Read-only file system", "/there/x86")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"
+
+
 def test_a_manifest_of_another_version_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text('{"format": 1, "artifacts": []}')
     for words in (["check", tmp_path], ["generate", tmp_path, "--prompt", "x"], ["diff", tmp_path, "--model", TINY]):
@@ -119,7 +128,7 @@ def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> No
 
 def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[Request] = []
-    monkeypatch.setattr("instantrt.tools.cli.compile.compile_request", lambda request, *a, **k: made.append(request))
+    monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])
     config = tmp_path / "q.json"
     config.write_text(json.dumps({"weight_only_quant": True, "customized_quant_config": {"weight_format": "int8"}}))
     arguments = ["m", "--target", "x86", "--target", "sm89", "--quant-config", config, "--ignore", "a", "-o", "o"]
@@ -164,7 +173,7 @@ def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: s
         needed = {"plugin": Path(__file__)} if name == "plugin_rounding" else {}
         given = {**needed, name: OTHER.get(name, True)}
         with pytest.raises(UserError, match=f"{next(iter(given))} does nothing without {lacking}"):
-            build.compile_model(Request(TINY, (target,), tmp_path, **given))
+            compile_model(Request(TINY, (target,), tmp_path, **given))
         check_options(Request(TINY, ("sm89", "x86"), tmp_path, **given))
 
 
@@ -225,6 +234,16 @@ def test_a_path_is_printed_as_it_is(name: str, small: Path) -> None:
     assert done.exit_code == 0, done.output
     assert f"{out / 'x86/model.onnx'}  " in done.output
     assert str(out / "report/x86/report.html") in done.output
+
+
+def test_artifacts_that_fail_are_shown_with_their_report(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Verdict, "passed", False)
+    out = small.parent / "o"
+    done = invoke("compile", small, "--target", "x86", "--quant", "a16w8", "--verify", "-o", out)
+    assert isinstance(done.exception, VerificationError)
+    assert f"{out / 'x86/model.onnx'}  " in done.output
+    assert str(out / "report/x86/report.html") in done.output
+    assert "PASSED" not in done.output
 
 
 def test_a_line_a_stage_where_nobody_watches(small: Path) -> None:

@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import typer
 from tokenizers import Tokenizer
 
-from instantrt.compiler.build import SIDE_FILES, compile_model
+from instantrt.compiler.artifact.staging import SIDE_FILES
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository

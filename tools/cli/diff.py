@@ -21,7 +21,7 @@ from instantrt.compiler.accuracy.run import check_artifacts, check_reports, show
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.build import Plan, Say, plan
+from instantrt.compiler.plan import Plan, Say, plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError

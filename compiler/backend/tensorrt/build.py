@@ -1,10 +1,10 @@
 """Builds a TensorRT engine from an ONNX file: full TensorRT (10.x, 11.x) or TensorRT-RTX, one road for both.
 
-The build runs in a child process (`trt_child`), because a few paths of the builder abort the process they run in; an
+The build runs in a child process (child.py), because a few paths of the builder abort the process they run in; an
 abort becomes an error with the builder's last message. The plan is streamed beside its final name and renamed when it
 is complete, so a failure, a full disk or Ctrl-C leaves nothing that looks finished.
 
-    build(spec) --spec, JSON on stdin--> trt_child --events, JSON lines--> progress, warnings, result or refusals
+    build(spec) --spec, JSON on stdin--> child --events, JSON lines--> progress, warnings, result or refusals
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from instantrt.compiler.backend.tensorrt.header import HEADER, MAGIC, Flavour, parse_header
 from instantrt.compiler.options import EngineOptions
-from instantrt.compiler.serving.runtime.integrity import HEADER, MAGIC, Flavour, parse_header
 from instantrt.passes.core.errors import UserError
 
 Shape = tuple[int, ...]
