@@ -20,7 +20,7 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "stream8_narrow" is never taken: it is
-// there to be measured beside the others (tools/gpu_check).
+// there to be measured beside the others (tools/gpu).
 // Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
 // cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
