@@ -169,8 +169,8 @@ def truncated_engine(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_engine, "a file has changed since compile wrote it"),
-        (forget_tokenizer, "a file is gone"),
+        (damage_engine, "model.engine: this is not what compile wrote\n.*sha256 .*\n.*[0-9a-f]{64}"),
+        (forget_tokenizer, "tokenizer.json: this is not what compile wrote\n.*\n.*no such file"),
         (lie_about_the_version, "not the one that the manifest describes"),
         (foreign_engine, "not a TensorRT engine"),
         (truncated_engine, "the engine is truncated"),
@@ -179,7 +179,7 @@ def truncated_engine(folder: Path) -> None:
             lambda folder: edit(folder, {"digests": {"../secret": "0", "sm89/model.engine": "0"}}),
             "leads out of the folder",
         ),
-        (lambda folder: edit(folder, {"digests": {}}), "no digest of this file"),
+        (lambda folder: edit(folder, {"digests": {}}), "model.engine: .*\n.*a digest in its record\n.*none"),
     ],
     ids=["damaged", "missing", "version", "foreign", "truncated", "no manifest", "path", "no digest"],
 )
@@ -260,9 +260,14 @@ def test_a_kit_is_finished_elsewhere_into_the_same_engine(copy: Path, tmp_path: 
 
 def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "sm90" / "libwoq.so").write_bytes(b"a library")
-    body = json.loads(kit_for(copy, "sm89").joinpath("kit.json").read_text())
+    path = kit_for(copy, "sm89") / "kit.json"
+    body = json.loads(path.read_text())
     body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
-    (copy / "sm90" / "kit.json").write_text(json.dumps(body))
+    path.write_text(json.dumps(body))
+    with pytest.raises(UserError, match=r"libwoq.so: .*\n.*a digest in its record"):
+        read_kit(copy / "sm90")
+    body["digests"]["libwoq.so"] = sha256(copy / "sm90" / "libwoq.so")
+    path.write_text(json.dumps(body))
     monkeypatch.setattr("instantrt.compiler.backend.tensorrt.kit.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
     artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
     (library,) = artifact.plugins
@@ -296,12 +301,13 @@ def test_a_kit_prints_the_command_of_tensorrts_own_tool(out: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"model.onnx.data": "', '"model.onnx.data": "0', "not what was written"),
-        ('"plugins": []', '"plugins": ["../evil.so"]', "leaves the kit"),
+        ('"model.onnx.data": "', '"model.onnx.data": "0', "not what compile wrote"),
+        ('"plugins": []', '"plugins": ["../evil.so"]', r"evil.so: .*\n.*a digest in its record"),
+        ('"model.onnx.data": "', '"../evil": "0", "model.onnx.data": "', "leads out of the folder"),
         ('"format": 2', '"format": 9', "another version"),
         ('"precision"', '"imprecision"', "not a kit of ours"),
     ],
-    ids=["digest", "path", "format", "key"],
+    ids=["digest", "plugin", "path", "format", "key"],
 )
 def test_a_kit_is_checked_before_it_is_built(copy: Path, old: str, new: str, words: str) -> None:
     path = copy / "sm90" / "kit.json"

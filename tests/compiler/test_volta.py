@@ -92,7 +92,7 @@ def test_tensorrt_rtx_builds_it_with_weights_fused(kit: tuple[str, Path], sm: in
     spec = EngineSpec(
         "tensorrt_rtx", read.onnx, tmp_path / "m.engine", tmp_path / "l.txt", read.settings.profiles, (sm,)
     )
-    found = {c.linear: c.read.name for c in carriers(build(spec).layers.read_text("utf-8"), read.linears)}
+    found = {c.linear: c.read.name for c in carriers(build(spec).layers.read_text("utf-8"), read.settings.linears)}
     assert len(found) == 16, "q, k and v are one product; gate and up another"
     expected = {"FUSED", "EXPANDED"} if sm == 75 else {METHODS[method][2]}
     assert set(found.values()) == expected
