@@ -20,11 +20,11 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.decide import asked_config
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, Twin
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
-from instantrt.compiler.quant.resolve import asked_config
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
