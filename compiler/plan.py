@@ -25,7 +25,7 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
 if TYPE_CHECKING:
-    from instantrt.compiler.accuracy.budget import Bought
+    from instantrt.compiler.accuracy.budget import Raised
 
 FLOAT32 = np.dtype(np.float32)
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ class Twin:
 
     decisions: Decisions
     canonical: gs.Graph
-    bought: Bought | None = None
+    raised: Raised | None = None
 
     @property
     def quantized(self) -> Mapping[str, QuantTensor]:
@@ -112,12 +112,12 @@ def engine_limits(request: Request, model: FloatModel) -> EngineLimits:
 def make_twin(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
 ) -> Twin:
-    bought = None
+    raised = None
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
-        decisions, bought = within_budget(graph, model, decisions, request, say)
-    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), bought)
+        decisions, raised = within_budget(graph, model, decisions, request, say)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), raised)
 
 
 def lower(
