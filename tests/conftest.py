@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
@@ -27,6 +28,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-qwen2"
 TEXT = ROOT / "examples" / "text" / "evaluation.txt"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file, hidden ones too, with its digest."""
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 def planned_and_written(request: Request) -> Plan:
