@@ -8,4 +8,4 @@ Two kinds of difference, never mixed:
 
 from instantrt.passes.core.errors import require
 
-require("accuracy", "measuring accuracy (--verify, a budget, instantrt diff)")
+require("accuracy", "an accuracy report")
