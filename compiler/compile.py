@@ -113,11 +113,11 @@ def stage_reports(
     planned: Plan, request: Request, artifacts: list[Artifact], data: Data, staging: Staging, watch: Watch
 ) -> list[Verdict]:
     """Verifies the artifacts where they are staged, and leaves a report for each beside them."""
-    from instantrt.compiler.accuracy.forms import Limits
+    from instantrt.compiler.accuracy.forms import Budget
     from instantrt.compiler.accuracy.run import check_artifacts
 
     staged, folder = replace(request, out=staging.staged(request.out)), request.out / REPORT
-    limits = Limits(request.max_kl, request.max_ppl_increase)
-    verdicts = check_artifacts(planned, staged, artifacts, data, limits, folder, staging, say=watch.say)
+    budget = Budget(request.max_kl, request.max_ppl_increase)
+    verdicts = check_artifacts(planned, staged, artifacts, data, budget, folder, staging, say=watch.say)
     watch.verdicts(verdicts)
     return verdicts

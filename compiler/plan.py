@@ -13,22 +13,19 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.decide import decide, resolve
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.quant import instant, stored
-from instantrt.compiler.quant.config import QuantConfig
-from instantrt.compiler.quant.resolve import resolve
 from instantrt.compiler.request import Request
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
-from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger, Reject
+from instantrt.passes.core.rewrite import Ledger
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
 if TYPE_CHECKING:
-    from instantrt.compiler.accuracy.budget import Bought
+    from instantrt.compiler.accuracy.budget import Raised
 
 FLOAT32 = np.dtype(np.float32)
 Say = Callable[[str], None]
@@ -40,7 +37,7 @@ class Twin:
 
     decisions: Decisions
     canonical: gs.Graph
-    bought: Bought | None = None
+    raised: Raised | None = None
 
     @property
     def quantized(self) -> Mapping[str, QuantTensor]:
@@ -115,12 +112,12 @@ def engine_limits(request: Request, model: FloatModel) -> EngineLimits:
 def make_twin(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
 ) -> Twin:
-    bought = None
+    raised = None
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
-        decisions, bought = within_budget(graph, model, decisions, request, say)
-    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), bought)
+        decisions, raised = within_budget(graph, model, decisions, request, say)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), raised)
 
 
 def lower(
@@ -163,36 +160,3 @@ def engine_notes(
         if bfloat16 and dtype == np.float16
     ]
     return (*kits, *narrow)
-
-
-def decide(
-    graph: gs.Graph,
-    model: FloatModel,
-    config: QuantConfig | None,
-    reader: stored.Reader | None,
-    request: Request,
-    scale_dtype: np.dtype[Any],
-) -> Decisions:
-    """How each linear is quantized, or why it is not."""
-    found = pipeline.linears(graph)
-    if config is None:
-        return {}
-    if not found:
-        raise UserError(
-            "the model has no linear layer to quantize",
-            expected="MatMul or Gemm by a constant float matrix",
-            fix="compile it without --quant",
-        )
-    for pattern in config.ignore:
-        if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
-            raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
-    if reader is not None:
-        constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
-        decisions = stored.decide(found, model.tensors, constants, reader, config)
-    else:
-        head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
-        decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
-    if not any(isinstance(d, QuantTensor) for d in decisions.values()):
-        reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
-        raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
-    return decisions

@@ -108,9 +108,9 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     graph, twin, choice = planned.lowered[target.name], planned.twins[target.name], planned.builders.get(target.name)
     kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
     llm, library = planned.model.llm, request.library(target)
-    limits: dict[str, Any] = {"cache": cache_kind(graph)} if llm else {}
+    limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
     if choice is not None:
-        limits |= asdict(planned.limits) | {"logits": request.logits}
+        limits |= asdict(planned.limits)
     return Artifact(
         target=target.name,
         kind=kind,
@@ -162,6 +162,12 @@ def cache_kind(graph: gs.Graph) -> str:
     return "shared" if in_place else "concat"
 
 
+def logits_kind(graph: gs.Graph) -> str:
+    """`last`: of each sequence's last new token; `all`: of every new token."""
+    (logits,) = (t for t in graph.outputs if t.name == "logits")
+    return "last" if logits.shape[1] == 1 else "all"
+
+
 def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(t.name, np.dtype(t.dtype).name, tuple(t.shape)) for t in tensors)
 
@@ -169,9 +175,9 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
 def source(request: Request, twin: Twin) -> dict[str, Any]:
     """What an artifact is made of: the model's name and the request.
 
-    No path of this machine is in it: the same input gives the same bytes anywhere. A budget is what it raised.
+    No path of this machine is in it: the same input gives the same bytes anywhere. A budget is the formats it chose.
     """
-    layers = {**request.layers, **(twin.bought.layers if twin.bought is not None else {})}
+    layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
     asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
     said = {key: value for key, value in asked.items() if key not in ("targets", *PATHS)}
     return {"model": request.model_name, "request": said}

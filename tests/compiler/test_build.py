@@ -14,24 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.decide import asked_config
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, Twin
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
-from instantrt.compiler.quant.resolve import asked_config
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Ledger
 from instantrt.tools.bench.compile import STAGE
-from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
 from tests.conftest import ROOT, TEXT, TINY
 
 FLOAT32 = np.dtype(np.float32)
@@ -54,12 +53,12 @@ def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
 
 @pytest.fixture(scope="module")
 def text() -> list[np.ndarray]:
-    return list(windows(Tokenizer.from_file(str(TINY / "tokenizer.json")), TEXT.read_text("utf-8")))
+    return text_windows(TINY, TEXT)
 
 
 @pytest.fixture(scope="module")
 def float_perplexity(text: list[np.ndarray]) -> float:
-    return perplexity(transformers_logits(TINY), text)
+    return perplexity_of(transformers_logits(TINY), text)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_perplexity_stays_near_float(
     tiny_float: FloatModel, tmp_path: Path, text: list[np.ndarray], float_perplexity: float, fields: Any, percent: float
 ) -> None:
     compiled(tiny_float, tmp_path, **fields)
-    value = perplexity(artifact_logits(tmp_path), text)
+    value = perplexity_of(artifact_logits(tmp_path), text)
     assert abs(value / float_perplexity - 1) * 100 < percent
 
 
@@ -90,7 +89,7 @@ def test_the_perplexity_bound_bites(
 ) -> None:
     """Per-channel uint4, which is that much worse, breaks the 8-bit bound."""
     compiled(tiny_float, tmp_path, quant="a16w4")
-    assert perplexity(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
+    assert perplexity_of(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
 
 
 def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: Path) -> None:

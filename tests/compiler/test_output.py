@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import KIT, MANIFEST, read_manifest
@@ -23,7 +24,6 @@ from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.target import find_target
 from instantrt.compiler.write import source
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.diff import request_of
 from tests.conftest import TEXT, TINY
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))

@@ -18,10 +18,10 @@ from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.compile import VerificationError, compile_model
+from instantrt.compiler.decide import resolve
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
 from instantrt.compiler.quant.config import Quant
-from instantrt.compiler.quant.resolve import resolve
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.app import BENCHES, COMMANDS

@@ -1,6 +1,6 @@
-"""Peak memory of the ledger on a model of Qwen2-7B's shape with two layers: `instantrt bench accuracy`.
+"""Peak memory of the layer errors on a model of Qwen2-7B's shape with two layers: `instantrt bench accuracy`.
 
-Writes a checkpoint of random weights (3.1 GB) to a temporary folder and fills the ledger in a child process, whose
+Writes a checkpoint of random weights (3.1 GB) to a temporary folder and measures them in a child process, whose
 largest resident set it prints. Memory-mapped pages would count as well; there are none.
 """
 
@@ -25,7 +25,7 @@ child(Path(sys.argv[1]))
 
 def child(folder: Path) -> None:
     from instantrt.compiler.accuracy.data import load_data
-    from instantrt.compiler.accuracy.ledger import Forms, ledger
+    from instantrt.compiler.accuracy.layer_errors import Graphs, measure_layers
     from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
@@ -35,10 +35,11 @@ def child(folder: Path) -> None:
     feeds, ids = next(load_data(planned.model).each(planned.model.llm))
     assert ids is not None
     started = time.monotonic()
-    filled = ledger(Forms(planned.twins["x86"].canonical, planned.model.graph, planned.lowered["x86"]), feeds)
+    twin, lowered = planned.twins["x86"].canonical, planned.lowered["x86"]
+    found = measure_layers(Graphs(canonical=twin, floating=planned.model.graph, lowered=lowered), feeds)
     peak = peak_mb()
     print(
-        f"{len(filled.rows)} layers, {ids.size} tokens, {len(filled.findings)} findings, "
+        f"{len(found.rows)} layers, {ids.size} tokens, {len(found.findings)} findings, "
         f"{time.monotonic() - started:.0f} s, peak RSS {peak / 1024:.2f} GiB ({exported / 1024:.2f} after the export)"
     )
 

@@ -289,14 +289,11 @@ PERPLEXITY = (
 
 def perplexities(folder: Path) -> Result:
     """Of each mode on the evaluation text, and the increase over float in percent."""
-    from tokenizers import Tokenizer
-
-    from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
+    from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
 
     model = ROOT / "examples" / "tiny-qwen2"
-    text = (ROOT / "examples" / "text" / "evaluation.txt").read_text("utf-8")
-    parts = list(windows(Tokenizer.from_file(str(model / "tokenizer.json")), text))
-    base = perplexity(transformers_logits(model), parts)
+    parts = text_windows(model, ROOT / "examples" / "text" / "evaluation.txt")
+    base = perplexity_of(transformers_logits(model), parts)
     result: Result = {"transformers float32": {"perplexity": round(base, 3)}}
     for mode in PERPLEXITY:
         command = [
@@ -311,7 +308,7 @@ def perplexities(folder: Path) -> Result:
             str(folder / "out"),
         ]
         subprocess.run([*command, "--quant", *mode.split()], check=True, stdout=subprocess.DEVNULL)
-        value = perplexity(artifact_logits(folder / "out"), parts)
+        value = perplexity_of(artifact_logits(folder / "out"), parts)
         result[mode] = {"perplexity": round(value, 3), "increase_percent": round((value / base - 1) * 100, 3)}
     return result
 

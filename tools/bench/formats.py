@@ -19,8 +19,8 @@ from typing import Annotated
 import numpy as np
 import onnx_graphsurgeon as gs
 import typer
-from tokenizers import Tokenizer
 
+from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_checkpoint, read_json
 from instantrt.compiler.plan import Plan, plan
@@ -36,7 +36,6 @@ from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
 from instantrt.passes.qdq.insert_qdq import Quantized
-from instantrt.tools.cli.perplexity import Logits, artifact_logits, perplexity, windows
 from instantrt.tools.make_checkpoints import write_safetensors
 
 main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -101,9 +100,9 @@ def compare(
             request = Request(model=folder, targets=("x86",), out=Path(out), quant=quant, cpu_preset=preset)
             planned = plan(request)
             write_planned(request, planned)
-            parts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), text.read_text("utf-8")))
-            expected = perplexity(reference_logits(planned), parts)
-            found = perplexity(artifact_logits(Path(out)), parts)
+            parts = text_windows(folder, text)
+            expected = perplexity_of(reference_logits(planned), parts)
+            found = perplexity_of(artifact_logits(Path(out)), parts)
         kinds = Counter(str(q) for q in planned.twins["x86"].quantized.values())
         rows[folder.name] = {
             "layers": dict(kinds),
@@ -122,10 +121,10 @@ def compare_searches(
     text: Annotated[Path, typer.Option(help="the text")] = TEXT,
 ) -> None:
     """Print weight error and perplexity of uint4 by the plain formula, the MSE search, HQQ and GPTQ."""
-    parts = list(windows(Tokenizer.from_file(str(model / "tokenizer.json")), text.read_text("utf-8")))
+    parts = text_windows(model, text)
     weights = linear_weights(model)
     rows: dict[str, dict[str, float]] = {
-        "float": {"perplexity": round(perplexity(changed_logits(model, {}), parts), 3)}
+        "float": {"perplexity": round(perplexity_of(changed_logits(model, {}), parts), 3)}
     }
     for group in (32, 64, 128):
         for name, quantize in QUANTIZERS.items():
@@ -170,7 +169,7 @@ def measured(model: Path, weights: dict[str, Array], changed: dict[str, Array], 
     """Root mean square error relative to the weights, and perplexity."""
     error = sum(float(((changed[path] - w).astype(np.float64) ** 2).sum()) for path, w in weights.items())
     power = sum(float((w.astype(np.float64) ** 2).sum()) for w in weights.values())
-    value = perplexity(changed_logits(model, changed), parts)
+    value = perplexity_of(changed_logits(model, changed), parts)
     return {"weight_error": round((error / power) ** 0.5, 5), "perplexity": round(value, 3)}
 
 

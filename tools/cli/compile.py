@@ -49,14 +49,14 @@ def main(
     from instantrt.compiler.compile import VerificationError, check_places, compile_model
     from instantrt.compiler.plan import plan
     from instantrt.tools.cli.console import console
-    from instantrt.tools.cli.show import Shown, show_plan
+    from instantrt.tools.cli.show import ConsoleWatch, show_plan
 
     config = quant_fields(options.pop("quant_config"), weight_only=options.pop("weight_only"))
     request = Request(model, tuple(targets or ()), out, **options, **config)
     if request.text is not None and not verify and not request.has_budget:
         raise UserError("--text does nothing by itself", expected="with --verify, --max-kl or --max-ppl-increase")
     started = time.monotonic()
-    with Shown(request, triton, explain=explain) as watch:
+    with ConsoleWatch(request, triton, explain=explain) as watch:
         if dry_run:
             check_places(request, verify=verify, triton=triton)
             planned = plan(request, watch.say)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
 
 
-class Shown(Watch):
+class ConsoleWatch(Watch):
     """A compilation on the terminal: one stage or bar at a time, what was planned, then what came out."""
 
     def __init__(self, request: Request, triton: Path | None, *, explain: bool) -> None:
@@ -40,7 +40,7 @@ class Shown(Watch):
         self.bar: Report = lambda name, size: None
         self.kept: list[Callable[[], None]] = []  # what is printed at the end
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> ConsoleWatch:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,9 +75,9 @@ class Shown(Watch):
             self.kept.append(partial(console.print, line, soft_wrap=True))
 
     def verdicts(self, verdicts: Sequence[Verdict]) -> None:
-        from instantrt.compiler.accuracy.run import show_verdict
+        from instantrt.tools.cli.show_accuracy import show_verdict
 
-        self.kept += [partial(show_verdict, console, verdict, self.request.out / REPORT) for verdict in verdicts]
+        self.kept += [partial(show_verdict, verdict, self.request.out / REPORT) for verdict in verdicts]
 
     def finished(self, artifacts: list[Artifact]) -> None:
         """What is there now."""
@@ -195,14 +195,14 @@ def show_plan(request: Request, planned: Plan) -> None:
 
 
 def show_notes(planned: Plan) -> None:
-    """What the user should know before anything is written: notes, and what an accuracy budget bought."""
+    """What the user should know before anything is written: notes, and the layers that an accuracy budget raised."""
     for note in planned.notes:
         console.print(f"note: {note}", soft_wrap=True)
     for twin in planned.each_twin:
-        if twin.bought is not None:
-            from instantrt.compiler.accuracy.run import show_bought
+        if twin.raised is not None:
+            from instantrt.tools.cli.show_accuracy import show_raised
 
-            show_bought(console, twin.bought, ", ".join(name for name, t in planned.twins.items() if t is twin))
+            show_raised(twin.raised, ", ".join(name for name, t in planned.twins.items() if t is twin))
 
 
 def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:

@@ -122,7 +122,7 @@ def expected(twin: Path) -> dict[str, Array]:
     """A prompt on an empty cache, then a token on what it left there."""
     from instantrt.compiler.accuracy.runners import session
 
-    run = session(twin, as_written=True)()
+    run = session(twin, as_written=True)
     names = [output.name for output in run.get_outputs()]
     shapes = {i.name: i.shape for i in run.get_inputs() if i.name.startswith("past_key_values.")}
     ids = np.random.default_rng(0).integers(1, 4000, (1, TOKENS + 1))

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.artifact.manifest import ENGINE
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, EngineSpec, Profile, build
-from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, carriers
+from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, weight_reads
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.backend.tensorrt.header import Flavour
 from instantrt.compiler.options import Builder, EngineOptions
@@ -122,7 +122,7 @@ def build_engine(
         releases=target.tensorrt,
     )
     built = build(spec, lambda fraction, phase: say(f"{target.name} {fraction:4.0%} {phase}"))
-    read = carriers(built.layers.read_text("utf-8"), settings.linears)
+    read = weight_reads(built.layers.read_text("utf-8"), settings.linears)
     return {
         "builder": flavour,
         "version": built.version,
