@@ -160,14 +160,14 @@ class Accuracy:
 
     max_kl: float | None = option(
         None,
-        "finer formats until the mean KL to the float model's next token, in nats, is below",
+        "bound on the mean KL to the float model's next token, in nats",
         QUANTIZED,
         rule=ABOVE_ZERO,
     )
     max_ppl_increase: float | None = option(
-        None, "the same for the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
+        None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
     )
-    text: Path | None = option(None, "text in UTF-8 to measure on: for budgets and verification")
+    text: Path | None = option(None, "text in UTF-8 to measure on")
 
 
 @dataclass(frozen=True, kw_only=True)
