@@ -81,7 +81,7 @@ class Inspection:
 def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all."""
     if not folder.is_dir():
-        raise UserError("--inspect takes a checkpoint's folder", where=str(folder))
+        raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
     config = hf.read_config(folder, trust_remote_code)
     model = hf.build_skeleton(config, folder, trust_remote_code)
     tensors = hf.renamed(read_checkpoint(folder), model)

@@ -18,8 +18,8 @@ from instantrt.compiler.serving.config import GENERATE_INPUTS, GENERATE_OUTPUTS
 from instantrt.compiler.serving.repository import write_repository
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.generate import Model
-from instantrt.tools.cli.load_test import ask, measure, resident
-from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving, stop
+from instantrt.tools.serving.load import ask, measure, resident
+from instantrt.tools.serving.server import ENVIRONMENT, Server, serving, stop
 from tests.conftest import ROOT
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"

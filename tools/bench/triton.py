@@ -29,8 +29,8 @@ from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
 from instantrt.tools.cli.generate import Model
-from instantrt.tools.cli.load_test import PROMPTS, Result, load, measure, plot
-from instantrt.tools.cli.serve import Server, serving
+from instantrt.tools.serving.load import PROMPTS, Result, load, measure, plot
+from instantrt.tools.serving.server import Server, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-qwen2"
