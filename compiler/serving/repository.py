@@ -27,8 +27,9 @@ RUNTIME = Path(__file__).parent / "runtime"
 RUNTIME_FILES = (
     "model.py",
     "cuda.py",
-    "engine.py",
     "integrity.py",
+    "onnx_engine.py",
+    "opening.py",
     "sampling.py",
     "scheduler.py",
     "tensorrt_engine.py",
