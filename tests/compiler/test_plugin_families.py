@@ -43,7 +43,7 @@ MLP = {
 def test_mlps_are_two_nodes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, family, OURS[family])
     make(family, tmp_path)
-    model, decisions = hf.load(tmp_path), {}
+    model, decisions = hf.load_checkpoint(tmp_path), {}
     graph = pipeline.normalize(model.graph, Ledger())
     for layer in pipeline.linears(graph):
         source = InstantQuant(layer.path, layer.rows, 4, 32, False, F16)
