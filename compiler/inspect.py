@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.quant.resolve import own_config
 from instantrt.compiler.quant.stored import Reader, StoredLayer, StoredRows, check_no_bias
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
@@ -82,7 +82,7 @@ class Inspection:
 def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all."""
     if not folder.is_dir():
-        raise UserError("--inspect takes a checkpoint's folder", where=str(folder))
+        raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
     config = hf.read_config(folder, trust_remote_code)
     model = hf.build_skeleton(config, folder, trust_remote_code)
     tensors = hf.renamed(read_checkpoint(folder), model)

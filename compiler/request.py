@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from instantrt import plugins
-from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.options import (
     CPU,
     GPU,
@@ -125,7 +125,7 @@ class Request(
         """The target rows, each once, in the order asked for."""
         return tuple(dict.fromkeys(find_target(name) for name in self.targets))
 
-    def engine_limits(self, longest: int = 0) -> Limits:
+    def engine_limits(self, longest: int = 0) -> EngineLimits:
         """What an engine accepts; `longest` is the model's own maximum, 0 where it has none."""
         if longest and (self.max_length or 0) > longest:
             raise UserError(
@@ -134,7 +134,7 @@ class Request(
                 found=str(self.max_length),
             )
         max_length = self.max_length if self.max_length is not None else min(2048, longest or 2048)
-        return Limits(
+        return EngineLimits(
             self.max_batch, max_length, self.opt_length if self.opt_length is not None else min(512, max_length)
         )
 

@@ -18,7 +18,7 @@ from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.metrics import difference
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
 from instantrt.compiler.artifact.manifest import Artifact
-from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.plan import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation

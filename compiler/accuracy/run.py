@@ -13,7 +13,7 @@ from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, verify
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.plan import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError, require
@@ -37,7 +37,7 @@ def check_artifacts(
     """
     verdicts = []
     for subject in subjects(planned, request, artifacts):
-        partial = staging.aside(folder) / subject.target
+        partial = staging.staged(folder) / subject.target
         partial.mkdir()
         verdict = verify(subject, data, partial, forms=forms, budget=budget, final=staging.final, say=say)
         write_report(verdict, partial)

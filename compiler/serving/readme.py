@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE
-
-if TYPE_CHECKING:
-    from instantrt.compiler.serving.repository import Served
+from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE, Served
 
 REQUIREMENTS = (
     "jinja2==3.1.6",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_it_is_that_of_every_token_but_the_first_of_a_window() -> None:
 
     losses = []
     for (window,) in parts:
-        for token, following in zip(window, window[1:], strict=False):
+        for token, following in itertools.pairwise(window):
             row = [float(value) for value in table[token]]
             losses.append(math.log(math.fsum(math.exp(value) for value in row)) - row[following])
     assert len(losses) == 6 + 2

@@ -26,7 +26,7 @@ child(Path(sys.argv[1]))
 def child(folder: Path) -> None:
     from instantrt.compiler.accuracy.data import load_data
     from instantrt.compiler.accuracy.layer_errors import Graphs, measure_layers
-    from instantrt.compiler.build import plan
+    from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
     request = Request(folder, ("x86",), folder / "out", quant="a16w8", group_size=128)

@@ -22,12 +22,13 @@ import typer
 
 from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.build import Plan, compile_planned, plan
 from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.lazy import Array, InMemory, convert, whole
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import take_over
@@ -98,7 +99,7 @@ def compare(
         with tempfile.TemporaryDirectory() as out:
             request = Request(model=folder, targets=("x86",), out=Path(out), quant=quant, cpu_preset=preset)
             planned = plan(request)
-            compile_planned(request, planned)
+            write_planned(request, planned)
             parts = text_windows(folder, text)
             expected = perplexity_of(reference_logits(planned), parts)
             found = perplexity_of(artifact_logits(Path(out)), parts)

@@ -47,8 +47,7 @@ class Subcommand(TyperCommand):
 
     def load(self) -> Any:
         """The command itself: its module's `main`, a function or a Typer of several."""
-        main = import_module(self.module).main
-        app = main
+        app = main = import_module(self.module).main
         if not isinstance(main, typer.Typer):
             app = typer.Typer(add_completion=False, **SETTINGS)
             app.command(self.name, cls=Loaded)(main)
@@ -69,9 +68,9 @@ class Loaded(TyperCommand):
         except Exception as error:  # typer's class for it is not public
             flag: Any = getattr(error, "option_name", None)
             if flag is not None and not any(flag in p.opts for p in self.params):
-                owners = [f"instantrt {name}" for name in COMMANDS if flag in flags_of(name)]
+                owners = [name for name in COMMANDS if flag in flags_of(name)]
                 if owners:
-                    ctx.fail(f"{flag} is no option of this command, but of {' and of '.join(owners)}")
+                    ctx.fail(f"{flag} is an option of instantrt {' and '.join(owners)}, not of this command")
             raise
 
 
@@ -88,7 +87,19 @@ def print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(no_args_is_help=True, **SETTINGS)
+class Commands(TyperGroup):
+    """All subcommands."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        bench = TyperGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
+        for group, table in ((self, COMMANDS), (bench, BENCHES)):
+            for name, each in table.items():
+                group.add_command(Subcommand(name, *each))
+        self.add_command(bench)
+
+
+app = typer.Typer(name="instantrt", cls=Commands, no_args_is_help=True, **SETTINGS)
 
 
 @app.callback()
@@ -100,20 +111,9 @@ def root(
     """Compile language models ahead of time: TensorRT engines and ONNX Runtime artifacts with quantized weights."""
 
 
-def command() -> Any:
-    """`instantrt` with all its subcommands."""
-    whole: Any = typer.main.get_command(app)
-    bench = TyperGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
-    for group, table in ((whole, COMMANDS), (bench, BENCHES)):
-        for name, each in table.items():
-            group.add_command(Subcommand(name, *each))
-    whole.add_command(bench)
-    return whole
-
-
 def main() -> NoReturn:
     with exit_on_error():
-        command()(prog_name="instantrt")
+        app(prog_name="instantrt")
     sys.exit(0)
 
 

@@ -19,8 +19,7 @@ def main(
     builder: Annotated[Finisher, typer.Option(help="who builds")] = "auto",
 ) -> None:
     """Builds, and prints how the engine reads its weights."""
-    from instantrt.compiler.backend.tensorrt.kit import read_kit
-    from instantrt.compiler.build import build_kit
+    from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
     from instantrt.tools.cli.console import PAUSE, console, stages
     from instantrt.tools.cli.show import show_engine
 

@@ -7,7 +7,7 @@ from instantrt.tools.cli.options import Folder
 
 def main(folder: Folder) -> None:
     """Prints a line for each artifact that is sound."""
-    from instantrt.compiler.artifact.check import check
+    from instantrt.compiler.check import check
     from instantrt.tools.cli.console import console
 
     for line in check(folder):

@@ -12,11 +12,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
+Say = Callable[[str], None]
+Report = Callable[[str, int], None]  # the tensor that is written, and how many more bytes
 PAUSE = 10.0  # seconds between lines of what changes all the time
 
 
 @contextmanager
-def stages(pause: float = 0.0) -> Iterator[Callable[[str], None]]:
+def stages(pause: float = 0.0) -> Iterator[Say]:
     """Shows what is being done. Where nobody watches, a line a stage, no two within `pause` seconds."""
     if console.is_interactive:
         with console.status("") as status:
@@ -34,7 +36,7 @@ def stages(pause: float = 0.0) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def writing(total: int) -> Iterator[Callable[[str, int], None]]:
+def writing(total: int) -> Iterator[Report]:
     """A bar of the bytes written, with rate and time left; where nobody watches, a line now and then."""
     if not console.is_interactive:
         with stages(PAUSE) as say:

@@ -4,23 +4,87 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.backend.tensorrt.choose import expanded
-from instantrt.compiler.build import Plan
+from instantrt.compiler.compile import REPORT, Watch
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.config import pattern_of
 from instantrt.compiler.request import Request
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.qdq.join_linears import parts_of
-from instantrt.tools.cli.console import console
+from instantrt.tools.cli.console import Report, Say, console, stages, writing
+
+if TYPE_CHECKING:
+    from instantrt.compiler.accuracy.verify import Verdict
+    from instantrt.compiler.serving.config import Served
 
 # Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
 WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
+
+
+class ConsoleWatch(Watch):
+    """A compilation on the terminal: one stage or bar at a time, what was planned, then what came out."""
+
+    def __init__(self, request: Request, triton: Path | None, *, explain: bool) -> None:
+        self.request, self.triton, self.explain = request, triton, explain
+        self.live = ExitStack()  # the line or bar that is shown now
+        self.stage: Say | None = None
+        self.bar: Report = lambda name, size: None
+        self.kept: list[Callable[[], None]] = []  # what is printed at the end
+
+    def __enter__(self) -> ConsoleWatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.close()
+
+    def say(self, text: str) -> None:
+        if self.stage is None:
+            self.live.close()
+            self.stage = self.live.enter_context(stages())
+        self.stage(text)
+
+    def planned(self, plan: Plan) -> None:
+        self.close()
+        show_notes(plan)
+        if self.explain:
+            show_explanation(plan)
+
+    def writing(self, total: int) -> None:
+        self.close()
+        self.bar = self.live.enter_context(writing(total))
+
+    def progress(self, name: str, size: int) -> None:
+        self.bar(name, size)
+
+    def close(self) -> None:
+        self.live.close()
+        self.stage = None
+
+    def served(self, served: Sequence[Served]) -> None:
+        for each in served:
+            line = f"{self.triton}  {', '.join(each.models) or 'none: ' + each.no_bare}"
+            self.kept.append(partial(console.print, line, soft_wrap=True))
+
+    def verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        from instantrt.tools.cli.show_accuracy import show_verdict
+
+        self.kept += [partial(show_verdict, verdict, self.request.out / REPORT) for verdict in verdicts]
+
+    def finished(self, artifacts: list[Artifact]) -> None:
+        """What is there now."""
+        self.close()
+        show_artifacts(self.request.out, artifacts, every_weight=self.explain)
+        for show in self.kept:
+            show()
 
 
 def show_explanation(planned: Plan) -> None:

@@ -96,7 +96,7 @@ def compile_mode(folder: Path, variants: list[Variant]) -> None:
     from instantrt.compiler.backend.onnx_writer import write_model
     from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
     from instantrt.compiler.backend.tensorrt.profiles import profiles
-    from instantrt.compiler.build import plan
+    from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
     first, target = variants[0], "sm89"  # any that TensorRT-RTX builds for: one lowering serves them all

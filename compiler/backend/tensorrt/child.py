@@ -117,7 +117,7 @@ def network_flags(trt: Any) -> int:
 
 
 def make_logger(trt: Any, events: Events) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class BuilderLog(trt.ILogger):  # type: ignore[misc]
         """Passes warnings and errors on; keeps the table of kernels, which only verbose messages carry."""
 
         def __init__(self) -> None:
@@ -133,7 +133,7 @@ def make_logger(trt: Any, events: Events) -> Any:
                 self.spoke = True
                 events.send(message=[name, message.strip()])
 
-    return Log()
+    return BuilderLog()
 
 
 def load(flavour: str, engine: str, plugins: Sequence[str], events: Events) -> dict[str, Any]:
@@ -318,11 +318,11 @@ def write_plan(trt: Any, builder: Any, network: Any, config: Any, spec: EngineSp
     plan = PlanFile(spec.partial)
     if hasattr(builder, "build_serialized_network_to_stream"):
 
-        class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        class PlanStream(trt.IStreamWriter):  # type: ignore[misc]
             def write(self, data: Any) -> int:
                 return plan.write(data)
 
-        ok = builder.build_serialized_network_to_stream(network, config, Writer())
+        ok = builder.build_serialized_network_to_stream(network, config, PlanStream())
     else:
         memory = builder.build_serialized_network(network, config)
         ok = memory is not None
