@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
-from instantrt.tools.cli.app import Subcommand, command
+from instantrt.tools.cli.app import Subcommand, app
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -22,7 +23,7 @@ FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 CITED = re.compile(r'docs/facts\.md, "([^"]+)"')
 FILE = re.compile(r"^(?:compiler|passes|plugins|tools|tests|docs|benchmarks|examples)(?:/[\w.-]+)+$")
-COMMANDS = command()
+COMMANDS = typer.main.get_command(app)
 
 
 def commands(page: Path) -> Iterator[str]:
