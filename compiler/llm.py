@@ -197,7 +197,9 @@ class LLM:
         self.release()
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompt: Prompt, **options: Unpack[Options]
+    ) -> Completion: ...
     @overload
     def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
@@ -207,10 +209,10 @@ class LLM:
         try:
             for each in [prompt] if one else prompt:
                 running.append(self.submit(each, **options))  # type: ignore[arg-type]  # it is a Prompt now
-            found = [each.result() for each in running]
+            found = [generation.result() for generation in running]
         except BaseException:
-            for each in running:
-                each.cancel()
+            for generation in running:
+                generation.cancel()
             raise
         return found[0] if one else found
 
