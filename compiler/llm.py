@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from instantrt.compiler.artifact.check import check_digests, check_header, check_runtime, inside
+from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.check import check_header, check_runtime
 from instantrt.compiler.serving.config import KIT, parameters
 from instantrt.compiler.serving.runtime.opening import open_engine
 from instantrt.compiler.serving.runtime.sampling import Sampling

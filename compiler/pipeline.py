@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
@@ -105,7 +105,7 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
 
 
 def lower_tensorrt(
-    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger
+    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: EngineLimits, ledger: Ledger
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     if request.kv_cache == "in-place":

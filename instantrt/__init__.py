@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from instantrt.compiler.build import compile_model
+    from instantrt.compiler.compile import compile_model
     from instantrt.compiler.llm import LLM, load_artifact
     from instantrt.compiler.request import Request
 
@@ -25,7 +25,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _WHERE = {
     "LLM": "instantrt.compiler.llm",
     "Request": "instantrt.compiler.request",
-    "compile_model": "instantrt.compiler.build",
+    "compile_model": "instantrt.compiler.compile",
     "load_artifact": "instantrt.compiler.llm",
 }
 

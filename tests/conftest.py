@@ -12,11 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from instantrt.compiler import build, pipeline
-from instantrt.compiler.build import Plan, compile_model, compile_planned, plan
+from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.rewrite import Ledger
 
 # A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
@@ -27,10 +30,15 @@ TINY = ROOT / "examples" / "tiny-qwen2"
 TEXT = ROOT / "examples" / "text" / "evaluation.txt"
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Every file, hidden ones too, with its digest."""
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
 def planned_and_written(request: Request) -> Plan:
     """As `compile_model`, for who wants to see the plan."""
     planned = plan(request)
-    compile_planned(request, planned)
+    write_planned(request, planned)
     return planned
 
 
@@ -45,7 +53,9 @@ def tiny_float() -> FloatModel:
 @pytest.fixture
 def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compilations of the example start from its one export."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+    monkeypatch.setattr(
+        "instantrt.compiler.plan.load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy())
+    )
 
 
 @pytest.fixture(scope="session")

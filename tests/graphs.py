@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.runners import session
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.linear import weight_constant

@@ -15,11 +15,10 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block, seen_by
 from instantrt.compiler.accuracy.data import Data, llm_feeds
-from instantrt.compiler.accuracy.layer_errors import every_row
 from instantrt.compiler.accuracy.metrics import difference
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
 from instantrt.compiler.artifact.manifest import Artifact
-from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.plan import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation
@@ -85,7 +84,7 @@ class BisectingLog(Ledger):
             for t in graph.tensors().values()
             if t.name in self.truth and t.dtype is not None
         }
-        given = every_row({name: as_type(value, fed.get(name)) for name, value in self.truth.items()})
+        given = {name: as_type(value, fed.get(name)) for name, value in self.truth.items()}
         for node in graph.nodes:
             for tensor in node.outputs:
                 if tensor.name in self.truth:

@@ -262,7 +262,7 @@ def check_lowering(
     layer: TwinLinear, canonical: gs.Graph, lowered: gs.Graph, dtype: np.dtype[np.generic], x: Array, y: Array
 ) -> Check:
     """Both on the same inputs: the twin's real one, and one-hot probes that show the weights through any layout."""
-    run = Evaluation(lowered, every_row({layer.x: x}))
+    run = Evaluation(lowered, {layer.x: x})
     point = meeting_point(layer, canonical, run)
     if point is None:
         return Check(bound_of((), dtype), missing=layer.y)
@@ -272,13 +272,8 @@ def check_lowering(
     expected = y if seen is x and point == layer.y else Evaluation(canonical, {layer.x: seen}).take(point)
     got = run.take(point)
     hot = {layer.x: probes(layer)}
-    found, wanted = Evaluation(lowered, every_row(hot)).take(point), Evaluation(canonical, hot).take(point)
+    found, wanted = Evaluation(lowered, hot).take(point), Evaluation(canonical, hot).take(point)
     return Check(bound, difference(got, expected).channel, element_error(found, wanted, bound.floor))
-
-
-def every_row(feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """`feeds`, and the same behind the slice of a graph that computes the logits of the last position alone."""
-    return {**feeds, **{f"{name}/last": value for name, value in feeds.items()}}
 
 
 def meeting_point(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> str | None:

@@ -1,4 +1,4 @@
-"""What `compile --verify` and `diff` share: from a plan and its artifacts to verdicts, and a report for each target."""
+"""What `compile --verify` and `instantrt diff` share: from a plan and its artifacts to verdicts and reports."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, verify
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.plan import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require
 
 
 def check_artifacts(
@@ -37,7 +37,7 @@ def check_artifacts(
     """
     verdicts = []
     for subject in subjects(planned, request, artifacts):
-        partial = staging.aside(folder) / subject.target
+        partial = staging.staged(folder) / subject.target
         partial.mkdir()
         verdict = verify(subject, data, partial, forms=forms, budget=budget, final=staging.final, say=say)
         write_report(verdict, partial)
@@ -46,7 +46,8 @@ def check_artifacts(
 
 
 def check_reports(folder: Path, targets: Iterable[Target]) -> None:
-    """Refuses, before any work, to replace what is no report."""
+    """Refuses, before any work, to replace what is no report, and to begin without what a report is made with."""
+    require("accuracy", "comparing an artifact with its model (--verify, instantrt diff)")
     for target in targets:
         there = folder / target.name
         if os.path.lexists(there) and not (there / JSON).is_file():

@@ -18,7 +18,7 @@ from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
@@ -86,6 +86,7 @@ class GraphRunner:
 
 def transformers_runner(folder: Path) -> Runner:
     """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter."""
+    require("hf", "running a float checkpoint")
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.artifact.check import check_digests
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
-from instantrt.compiler.build import Plan, lower
 from instantrt.compiler.frontend import onnx_file
+from instantrt.compiler.plan import Plan, lower
 from instantrt.compiler.request import DEFAULTS, PATHS, Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError

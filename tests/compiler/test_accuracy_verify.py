@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from instantrt.compiler import build, pipeline
+from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.budget import Raised, override, search
 from instantrt.compiler.accuracy.data import load_data
 from instantrt.compiler.accuracy.forms import Budget, Subject
@@ -29,9 +29,11 @@ from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, not_run, verify
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.request import Request
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
@@ -44,7 +46,7 @@ SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
 @dataclass(frozen=True)
 class Compiled:
     subject: Subject
-    planned: build.Plan
+    planned: Plan
     request: Request
     out: Path
 
@@ -55,9 +57,11 @@ def compiled(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("accuracy")
     request = Request(model=TINY, targets=("x86",), out=out, quant="a16w4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
-        planned = build.plan(request)
-        artifacts = build.compile_planned(request, planned)
+        patch.setattr(
+            "instantrt.compiler.plan.load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy())
+        )
+        planned = plan(request)
+        artifacts = write_planned(request, planned)
         yield Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
 
 

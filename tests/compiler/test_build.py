@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instantrt.compiler import build, pipeline
+from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.build import Plan, Twin, compile_model, compile_planned
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.decide import asked_config
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, Twin
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
-from instantrt.compiler.quant.resolve import asked_config
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.runtime.integrity import sha256
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Ledger
@@ -45,7 +47,7 @@ def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
         t.name: pipeline.lower_onnxruntime(canonical.copy(), t, request, ledger) for t in request.resolved_targets()
     }
     planned = Plan(model, dict.fromkeys(lowered, Twin(decisions, canonical)), lowered, ledger)
-    compile_planned(request, planned)
+    write_planned(request, planned)
     return planned
 
 
@@ -107,7 +109,9 @@ def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
     tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x86 stores float32 scales, sm75 float16, sm89 bfloat16: codes are computed against each one's own."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+    monkeypatch.setattr(
+        "instantrt.compiler.plan.load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy())
+    )
 
     def files(*targets: str) -> dict[str, str]:
         out = tmp_path / "-".join(targets)
@@ -191,7 +195,7 @@ def test_a_full_disk_leaves_nothing(tiny_float: FloatModel, small_disk: Path) ->
 
 
 def cli(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "compiler", *map(str, arguments)]
+    command = [sys.executable, "-m", "instantrt", "compile", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -202,11 +206,11 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
     script.write_text(
         "import sys, time\n"
         "import instantrt.compiler.backend.onnx_writer as writer\n"
-        "from compiler.__main__ import main\n"
+        "from instantrt.tools.cli.app import compile_main\n"
         "write = writer.write_source\n"
         "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
         "writer.write_source = slow\n"
-        "main()\n"
+        "compile_main()\n"
     )
     command = [sys.executable, script, TINY, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -226,16 +230,7 @@ def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:
     assert err == ""
     assert "PASSED" in out
     assert "lm_head" in out
-    generate = [
-        sys.executable,
-        "-m",
-        "instantrt.tools.cli.generate",
-        str(tmp_path),
-        "--prompt",
-        "Once upon a time",
-        "--max-tokens",
-        "8",
-    ]
+    generate = [sys.executable, "-m", "instantrt", "generate", tmp_path, "--prompt", "Once upon", "--max-tokens", "8"]
     done = subprocess.run(generate, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.strip()) > 5
 
@@ -249,7 +244,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "no model given"),
         ((TINY, "--target", "sm89", "--portable"), "portable does nothing without a CPU target"),
         (("nowhere", "--target", "x86"), "no model here"),
         ((TINY,), "no target"),

@@ -11,20 +11,19 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from typer.testing import CliRunner
 
 from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows
-from instantrt.compiler.build import Plan
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import quantize_asymmetric
 from instantrt.passes.core.rewrite import Reject
 from instantrt.tools.bench.formats import reference_logits
-from instantrt.tools.cli.app import app
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
+from tests.commands import invoke
 from tests.conftest import planned_and_written
 
 TEXT = TINY.parent / "text" / "evaluation.txt"
@@ -190,8 +189,8 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
 
 def test_explain_says_where_each_order_went(tmp_path: Path) -> None:
     folder = whole_checkpoint("gptq-int4-g128-desc_act", tmp_path / "m")
-    arguments = [str(folder), "--target", "x86", "--explain", "--dry-run", "-o", str(tmp_path / "o")]
-    shown = " ".join(CliRunner().invoke(app, arguments).output.replace("│", " ").split())
+    arguments = ["compile", folder, "--target", "x86", "--explain", "--dry-run", "-o", tmp_path / "o"]
+    shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
     assert shown.count("one Gather: the channels") == 3  # q, k and v share one; gate and up another; o has its own
     assert "folded into the output channels of" in shown
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from instantrt.compiler import llm as module
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest, write_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.gpu import Gpu, gpus
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.llm import LLM
 from instantrt.compiler.serving.runtime import cuda
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError

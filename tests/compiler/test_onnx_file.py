@@ -18,11 +18,12 @@ import torch
 from transformers import BertConfig, BertModel
 
 from instantrt.compiler.accuracy.runners import session
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.onnx_file import artifact_graph
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TINY, planned_and_written
 from tests.graphs import compiled_error, model_file, relative

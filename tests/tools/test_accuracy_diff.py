@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,13 @@ import onnx
 import pytest
 import typer
 
-from instantrt.compiler import build
 from instantrt.compiler.accuracy.subjects import request_of
-from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli import diff as accuracy_diff
 from tests.conftest import TINY
 
 LAYER = "model.layers.1.mlp.gate_proj"
 PROMPT = "Once upon a time there was a small house in the middle of a large forest"
-
-
-@pytest.fixture
-def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
 
 def run(out: Path, **given: Any) -> int:

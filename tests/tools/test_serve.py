@@ -20,8 +20,8 @@ from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.serving.config import GENERATE_INPUTS, GENERATE_OUTPUTS
 from instantrt.compiler.serving.repository import write_repository
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.load_test import ask, measure, resident
-from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving, stop
+from instantrt.tools.serving.load import ask, measure, resident
+from instantrt.tools.serving.server import ENVIRONMENT, Server, serving, stop
 from tests.conftest import ROOT
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
@@ -309,7 +309,7 @@ def test_changed_weights_are_refused_in_words(repository: Path, tmp_path: Path) 
 
 
 def test_the_command_serves_until_it_is_ended(repository: Path) -> None:
-    command = [sys.executable, "-m", "instantrt.tools.cli.serve", str(repository)]
+    command = [sys.executable, "-m", "instantrt", "serve", str(repository)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         ready = process.stdout.readline()

@@ -15,11 +15,18 @@ from pathlib import Path
 from instantrt.tools.bench.compile import peak_mb
 from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
 
+CHILD = """
+import sys
+from pathlib import Path
+from instantrt.tools.bench.accuracy import child
+child(Path(sys.argv[1]))
+"""
+
 
 def child(folder: Path) -> None:
     from instantrt.compiler.accuracy.data import load_data
     from instantrt.compiler.accuracy.layer_errors import Graphs, measure_layers
-    from instantrt.compiler.build import plan
+    from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
     request = Request(folder, ("x86",), folder / "out", quant="a16w8", group_size=128)
@@ -38,11 +45,8 @@ def child(folder: Path) -> None:
 
 
 def main() -> None:
+    """Writes the model, and measures in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_checkpoint(model, {**QWEN2_7B, "num_hidden_layers": 2})
-        subprocess.run([sys.executable, "-m", "instantrt.tools.bench.accuracy", model], check=True)
-
-
-if __name__ == "__main__":
-    child(Path(sys.argv[1])) if len(sys.argv) > 1 else main()
+        subprocess.run([sys.executable, "-c", CHILD, model], check=True)

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import tempfile
 import time
@@ -23,13 +22,14 @@ from typing import Annotated, Any
 
 import typer
 
-from instantrt.compiler.build import SIDE_FILES, compile_model
+from instantrt.compiler.artifact.staging import SIDE_FILES
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.llm import LLM
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
-from instantrt.tools.cli.load_test import PROMPTS, Result, load, measure, plot
-from instantrt.tools.cli.serve import Server, serving
+from instantrt.tools.serving.load import PROMPTS, Result, load, measure, plot
+from instantrt.tools.serving.server import Server, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-qwen2"
@@ -165,7 +165,6 @@ def main(
     requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         scratch = Path(folder)
         scaled = scaled_example(scratch / "scaled")
@@ -181,7 +180,3 @@ def main(
     (out / "triton.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (out / "triton.md").write_text(markdown(record), "utf-8")
     print(markdown(record))
-
-
-if __name__ == "__main__":
-    typer.run(main)

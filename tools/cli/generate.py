@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from instantrt.compiler.llm import LLM, Prompt
-from instantrt.tools.cli.ending import run
+from instantrt.passes.core.errors import require
 
 
 def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
     """What transformers generates greedily from the float checkpoint."""
+    require("hf", "--compare")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -56,7 +57,3 @@ def main(
             print(piece, end="", flush=True)
         seconds = time.monotonic() - started
     print(f"\n[{len(generation.tokens)} tokens in {seconds:.2f} s]", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)

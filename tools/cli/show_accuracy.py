@@ -9,7 +9,7 @@ from rich.table import Table
 from instantrt.compiler.accuracy.budget import Raised
 from instantrt.compiler.accuracy.report import HTML, number
 from instantrt.compiler.accuracy.verify import Verdict
-from instantrt.tools.cli.show import console
+from instantrt.tools.cli.console import console
 
 SHOWN = 12  # violations that a terminal shows; the report has all
 
