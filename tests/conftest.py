@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,10 +43,22 @@ def tiny_float() -> FloatModel:
     return model
 
 
+def spare_export(model: FloatModel, patch: pytest.MonkeyPatch) -> None:
+    """Compilations start from `model`, exported before."""
+    patch.setattr(build, "load", lambda *a, **k: replace(model, graph=model.graph.copy()))
+
+
 @pytest.fixture
 def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compilations of the example start from its one export."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+    spare_export(tiny_float, monkeypatch)
+
+
+def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
+    """The example compiled, for x86 if nothing else is asked, from its one export: the product's road but for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        spare_export(model, patch)
+        return planned_and_written(Request(TINY, fields.pop("targets", ("x86",)), out, **fields))
 
 
 @pytest.fixture(scope="session")

@@ -16,38 +16,21 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from instantrt.compiler import build, pipeline
+from instantrt.compiler import pipeline
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.build import Plan, Twin, compile_model, compile_planned
+from instantrt.compiler.build import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
-from instantrt.compiler.quant.resolve import asked_config
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
 from instantrt.tools.bench.compile import STAGE
 from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
-from tests.conftest import ROOT, TEXT, TINY
+from tests.conftest import ROOT, TEXT, TINY, compiled
 
 FLOAT32 = np.dtype(np.float32)
-
-
-def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
-    """compile_model without the export: the fixture's graph, quantized, lowered and written."""
-    request = Request(TINY, fields.pop("targets", ("x86",)), out, **fields)
-    config, ledger = asked_config(request, "instant_quant"), Ledger()
-    linears = pipeline.linears(model.graph)
-    decisions = instant.decide(linears, config, FLOAT32, "lm_head", request.lm_head) if config else {}
-    canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
-    lowered = {
-        t.name: pipeline.lower_onnxruntime(canonical.copy(), t, request, ledger) for t in request.resolved_targets()
-    }
-    planned = Plan(model, dict.fromkeys(lowered, Twin(decisions, canonical)), lowered, ledger)
-    compile_planned(request, planned)
-    return planned
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +87,9 @@ def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: P
         assert all(sha256(tmp_path / "a" / file) == digest for file, digest in artifact.digests.items())
 
 
-def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
-    tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_export")
+def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(tmp_path: Path) -> None:
     """x86 stores float32 scales, sm75 float16, sm89 bfloat16: codes are computed against each one's own."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
     def files(*targets: str) -> dict[str, str]:
         out = tmp_path / "-".join(targets)

@@ -18,7 +18,7 @@ from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import Ledger
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
-from tests.compiler.test_families import FAMILIES, make
+from tests.models import make
 
 F16 = np.dtype(np.float16)
 NEOX = {"model_type": "gpt_neox", "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -40,9 +40,8 @@ MLP = {
 
 
 @pytest.mark.parametrize("family", OURS)
-def test_mlps_are_two_nodes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, family, OURS[family])
-    make(family, tmp_path)
+def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
+    make(family, tmp_path, **OURS[family])
     model, decisions = hf.load(tmp_path), {}
     graph = pipeline.normalize(model.graph, Ledger())
     for layer in pipeline.linears(graph):

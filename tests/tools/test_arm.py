@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from instantrt.compiler.frontend.model import FloatModel
-from tests.compiler.test_build import compiled
+from tests.conftest import compiled
 from tests.graphs import relative
 
 EMULATED = os.environ.get("ARM_PYTHON", "")

@@ -14,8 +14,7 @@ from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.generate import Model, float_text, stream
-from tests.compiler.test_build import compiled
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, compiled
 
 PROMPT = "The server receives a request"
 GREEDY = Sampler(Sampling(), []).choose
