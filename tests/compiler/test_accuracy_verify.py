@@ -38,6 +38,8 @@ from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.core.search import SearchedQuant
 from tests.conftest import ROOT, TEXT, TINY
 
+pytestmark = pytest.mark.slow
+
 SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
 
 

@@ -49,6 +49,7 @@ def export(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     return x.numpy(), want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(WHOLE) | NO_GELU))
 def test_an_activation_of_transformers(name: str, tmp_path: Path) -> None:
     x, want = export(name, tmp_path / "m.onnx")
@@ -64,6 +65,7 @@ def test_an_activation_of_transformers(name: str, tmp_path: Path) -> None:
     assert relative(Evaluation(lowered, {"x": x}).take(lowered.outputs[0].name), want) < 1e-2
 
 
+@pytest.mark.slow
 def test_an_engine_of_quick_gelu_builds(tmp_path: Path) -> None:
     export("quick_gelu", tmp_path / "m.onnx")
     compile_model(Request(tmp_path / "m.onnx", ("sm89",), tmp_path / "out", quant="a16w8", builder="tensorrt-rtx"))

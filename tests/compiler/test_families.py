@@ -94,6 +94,7 @@ def alone(length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ones((1, length), np.int64), np.arange(length)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make(family, tmp_path)
@@ -122,6 +123,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     check_lengths(kv_in_place(graph.copy(), LENGTH, Ledger()), exported.llm, model, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     make("llama", tmp_path)
     config = tmp_path / "config.json"

@@ -46,6 +46,7 @@ def bert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder / "bert.onnx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quant", "group", "bound"), [("a16w8", None, 5e-3), ("a16w4", 32, 1e-1), ("none", None, 1e-6)]
 )
@@ -58,6 +59,7 @@ def test_an_encoder_compiles(bert: Path, tmp_path: Path, quant: str, group: int 
     assert files == {path.name: sha256(path) for path in bert.parent.iterdir()}
 
 
+@pytest.mark.slow
 def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     """Hugging Face -> float ONNX -> quantized ONNX gives the same weights as the direct road."""
     compile_model(Request(TINY, ("x86",), tmp_path / "float", quant="none", portable=True))

@@ -144,7 +144,6 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None
     check_out(tmp_path / "new" / "folder", [X86])
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
     (first,) = read_manifest(out)
     compile_model(Request(TINY, ("armv9",), out, quant="a16w4", group_size=32))
@@ -161,7 +160,6 @@ def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
     assert [a.target for a in read_manifest(out)] == ["armv9"]
 
 
-@pytest.mark.usefixtures("no_export")
 def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.onnx"
     other.write_text("")
@@ -171,7 +169,6 @@ def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> No
     assert names == ["tiny-qwen2_x86", "other_armv9"]
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_target_that_fails_leaves_the_others_as_they_were(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, write = contents(out), build.write_model
 
@@ -199,7 +196,7 @@ def compile_all(request: Request, triton: Path) -> None:
     command.compile_request(request, triton, verify=True, dry_run=False, explain=False)
 
 
-@pytest.mark.usefixtures("no_export")
+@pytest.mark.slow
 def test_report_and_repository_appear_with_the_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, triton = tmp_path / "out", tmp_path / "triton"
     compile_all(Request(TINY, ("x86",), out, quant="a16w8"), triton)
@@ -216,7 +213,7 @@ def test_report_and_repository_appear_with_the_artifacts(tmp_path: Path, monkeyp
     assert (contents(triton), contents(out)) == (served, compiled)
 
 
-@pytest.mark.usefixtures("no_export")
+@pytest.mark.slow
 def test_a_model_that_fails_is_written_and_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Verdict, "passed", False)
     with pytest.raises(typer.Exit):
@@ -225,7 +222,6 @@ def test_a_model_that_fails_is_written_and_not_served(tmp_path: Path, monkeypatc
     assert not (tmp_path / "triton").exists()
 
 
-@pytest.mark.usefixtures("no_export")
 def test_what_verify_and_triton_need_is_known_before_anything_is_written(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 from tests.models import make
 
+pytestmark = pytest.mark.slow
+
 F16 = np.dtype(np.float16)
 NEOX = {"model_type": "gpt_neox", "num_key_value_heads": 4, "tie_word_embeddings": True}
 OURS: dict[str, dict[str, Any]] = {

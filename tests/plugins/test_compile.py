@@ -14,12 +14,15 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from instantrt.tools.gpu.library import Library
 from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels
+
+pytestmark = pytest.mark.slow
 
 ALL = ("75", "80", "86", "89", "90a", "100", "120")
 DEFAULT = ("75", "90a")
@@ -131,6 +134,7 @@ def disassembler() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
+@cache
 def machine_code(library: Path, sm: str) -> str:
     command = ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler()).stdout

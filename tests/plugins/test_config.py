@@ -10,6 +10,8 @@ from instantrt.plugins.weight_only_gemm.op import check
 from instantrt.tools.gpu.library import RefusedError
 from tests.plugins.kernels import Emulated, problem
 
+pytestmark = pytest.mark.slow
+
 SMS = (75, 80, 86, 89, 90, 100, 120)
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may use
 Kernels = dict[int, Emulated]

@@ -16,6 +16,8 @@ from instantrt.tools.gpu.library import RefusedError
 from tests.plugins.cases import BF16, F16, SIZES, Case, Problem
 from tests.plugins.kernels import Emulated, c_problem, check
 
+pytestmark = pytest.mark.slow
+
 Kernels = dict[int, Emulated]
 
 KINDS = [  # sm, type, bits, activation bits

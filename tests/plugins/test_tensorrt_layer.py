@@ -39,6 +39,8 @@ from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, Emulated
 from tests.plugins.registries import HEADERS, HOST, build_on_rtx, compile_cpp, headers, registry, rtx_alias
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from instantrt.tools.gpu.library import RefusedError
 from tests.plugins.cases import SIZES, Case
 from tests.plugins.kernels import Emulated, c_problem, check, problem
 
+pytestmark = pytest.mark.slow
+
 NEARLY_EXACT = Tolerance(2e-6, 1e-6)
 
 

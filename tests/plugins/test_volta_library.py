@@ -34,6 +34,8 @@ from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, SOURCE, WITH_TOOLS, Emulated, cuda_headers
 from tests.plugins.registries import HOST, THIRD_PARTY, build_on_rtx, compile_cpp, headers, registry, rtx_alias
 
+pytestmark = pytest.mark.slow
+
 SM70 = ROOT / "plugins" / "sm70"
 KERNELS = {f"volta_{row}_{bits}" for row in ("stream8", "stream16", "tile32", "wide32") for bits in (4, 8)}
 KERNELS |= {"volta_epilogue", "volta_plain"}

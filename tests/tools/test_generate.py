@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
@@ -21,11 +20,11 @@ GREEDY = Sampler(Sampling(), []).choose
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    compiled(tiny_float, folder / "shared", quant="none")
-    compiled(tiny_float, folder / "concat", quant="none", portable=True)
-    compiled(tiny_float, folder / "a16w8", quant="a16w8")
+    compiled(folder / "shared", quant="none")
+    compiled(folder / "concat", quant="none", portable=True)
+    compiled(folder / "a16w8", quant="a16w8")
     return folder
 
 
