@@ -29,6 +29,7 @@ from instantrt.passes.core.quant import QuantTensor
 from instantrt.tools.bench.compile import STAGE
 from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
 from tests.conftest import ROOT, TEXT, TINY, compiled
+from tests.graphs import model_file
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -176,10 +177,16 @@ def cli(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def small_model(folder: Path) -> Path:
+    """One linear, for what does not depend on the model: it is there without an export, nor an import of torch."""
+    return model_file(folder / "small.onnx", "y = MatMul(x, w)", {"w": np.ones((64, 64), np.float32)})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("model", "number"), [("checkpoint", signal.SIGINT), ("file", signal.SIGTERM)])
+def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, model: str, number: signal.Signals) -> None:
     """Stopped while it writes, slowed down so that the signal finds it there."""
+    source = TINY if model == "checkpoint" else small_model(tmp_path)
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
@@ -190,7 +197,7 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
         "writer.write_source = slow\n"
         "main()\n"
     )
-    command = [sys.executable, script, TINY, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
+    command = [sys.executable, script, source, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None
     for line in child.stdout:
@@ -239,12 +246,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("nowhere", "--target", "x86"), "no model here"),
         ((TINY,), "no target"),
         ((TINY, "--target", "x87"), "unknown target"),
-        ((TINY, "--target", "sm70", "--quant", "a8w8"), "no int8 tensor cores"),
+        (("MODEL", "--target", "sm70", "--quant", "a8w8"), "no int8 tensor cores"),
         ((TINY, "--target", "x86", "--quant-config", "nowhere.json"), "the file is missing"),
     ],
 )
 def test_errors_have_no_traceback(arguments: tuple[str | Path, ...], says: str, tmp_path: Path) -> None:
-    child = cli(*arguments, "-o", tmp_path / "out")
+    words = (small_model(tmp_path) if word == "MODEL" else word for word in arguments)
+    child = cli(*words, "-o", tmp_path / "out")
     _, err = child.communicate()
     assert child.returncode == 1
     assert says in err

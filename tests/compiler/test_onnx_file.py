@@ -28,20 +28,27 @@ from tests.graphs import compiled_error, first_output, model_file, relative
 FEEDS = {"input_ids": np.array([[5, 7, 9, 11]]), "attention_mask": np.ones((1, 4), np.int64)}
 
 
-@pytest.fixture(scope="module", params=["inline", "external"])
-def bert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def exported() -> torch.onnx.ONNXProgram:
     """A tiny BERT as torch exports it, opset 18, at which block-wise quantization does not exist."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     torch.manual_seed(0)
     config = BertConfig(**sizes, vocab_size=99, attn_implementation="eager")
     model = BertModel(config, add_pooling_layer=False).eval()
-    folder = tmp_path_factory.mktemp("bert")
     inputs = tuple(torch.from_numpy(v) for v in FEEDS.values())
     program = torch.onnx.export(
         model, inputs, input_names=list(FEEDS), output_names=["hidden"], opset_version=18, dynamo=True, verbose=False
     )
     assert program is not None
-    program.save(folder / "bert.onnx", external_data=request.param == "external")
+    return program
+
+
+@pytest.fixture(scope="module", params=["inline", "external"])
+def bert(
+    request: pytest.FixtureRequest, exported: torch.onnx.ONNXProgram, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    exported.save(folder / "bert.onnx", external_data=request.param == "external")
     assert (folder / "bert.onnx.data").exists() == (request.param == "external")
     return folder / "bert.onnx"
 
