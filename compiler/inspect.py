@@ -1,4 +1,4 @@
-"""The checkpoint doctor, `compile --inspect MODEL`: what a checkpoint is, what is wrong with it, what it would become.
+"""What `instantrt inspect MODEL` finds: what a checkpoint is, what is wrong with it, what it would become.
 
 Nothing is compiled and no weight is read but scales, zero points and input orders. The model is instantiated without
 storage, which says what config.json announces.
@@ -194,7 +194,7 @@ def as_config(reader: Reader | None) -> QuantConfig | None:
 
 
 def outlook(target: Target, asked: QuantConfig | None) -> str:
-    """What `compile --target` would do with the checkpoint."""
+    """What `instantrt compile --target` would do with the checkpoint."""
     if asked is not None:
         return str(cell(method_of(asked), target))
     methods = [m for m in METHODS if m.quant_method == "instant_quant"]

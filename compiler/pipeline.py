@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
@@ -26,7 +26,7 @@ from instantrt.passes.ort.tables import AS_STORED, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
-from instantrt.passes.qdq.last_logits import LastLogits
+from instantrt.passes.qdq.last_logits import MASK, LastLogits
 from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.passes.qdq.tables import LowerNativeTables
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
@@ -68,11 +68,11 @@ def quantize(graph: gs.Graph, decisions: Decisions, ledger: Ledger) -> gs.Graph:
 
 def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger: Ledger) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider."""
-    passes: list[Rewrite[Any]] = []
     if not request.portable:
-        passes += ATTENTION
+        run(graph, ATTENTION, ledger)
+    last_logits(graph, request, ledger, by_mask=True)
     one_limb = ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86
-    passes += linear_passes(request.cpu_preset, one_limb)
+    passes: list[Rewrite[Any]] = [*linear_passes(request.cpu_preset, one_limb)]
     if request.embeddings == "int8":
         passes.append(QuantizeTables())
     # Last: what is float by now stays float, in the 16 bits it is stored in.
@@ -81,6 +81,13 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     refuse_leftovers(graph, ledger, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
     return graph
+
+
+def last_logits(graph: gs.Graph, request: Request, ledger: Ledger, *, by_mask: bool) -> None:
+    """The head of a causal LM for the last token alone, unless all were asked for; other models keep their logits."""
+    inputs = {t.name for t in graph.inputs}
+    if request.logits == "last" and any(name.startswith("past_key_values.") for name in inputs):
+        run(graph, [LastLogits(by_mask and MASK in inputs), QuantizeActivations()], ledger)
 
 
 def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
@@ -98,13 +105,12 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
 
 
 def lower_tensorrt(
-    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger
+    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: EngineLimits, ledger: Ledger
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
-    if request.logits == "last":
-        run(graph, [LastLogits(), QuantizeActivations()], ledger)
     if request.kv_cache == "in-place":
         kv_in_place(graph, limits.max_length, ledger)
+    last_logits(graph, request, ledger, by_mask=request.kv_cache == "in-place")
     run(graph, [JoinLinears(gated=request.plugin is None)], ledger)
     if request.embeddings == "int8":
         run(graph, [LowerNativeTables(dtype)], ledger)

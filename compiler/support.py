@@ -1,4 +1,4 @@
-"""The support table as data: what has been shown for each method and target; the README shows it."""
+"""The support table as data: what has been shown for each method and target; docs/support.md shows it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def method_of(config: QuantConfig) -> Method:
 
 
 def markdown() -> str:
-    """The table as the README shows it: reasons as notes below, so that it fits a page."""
+    """The table as docs/support.md shows it: reasons as notes below, so that it fits a page."""
     header = ["method", "per-channel", "sub-channel", *(t.name for t in TARGETS)]
     notes: dict[str, int] = {}
     lines = [row(header), "|---" * len(header) + "|"]

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from instantrt.compiler.build import compile_model
+    from instantrt.compiler.compile import compile_model
     from instantrt.compiler.request import Request
 
 __all__ = ["Request", "compile_model"]
@@ -19,7 +19,7 @@ __all__ = ["Request", "compile_model"]
 # ONNX Runtime's Linux wheels report home by default; the switch is read when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_WHERE = {"Request": "instantrt.compiler.request", "compile_model": "instantrt.compiler.build"}
+_WHERE = {"Request": "instantrt.compiler.request", "compile_model": "instantrt.compiler.compile"}
 
 
 def __getattr__(name: str) -> Any:

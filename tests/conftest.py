@@ -15,10 +15,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.build import Plan, compile_model, compile_planned, plan
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.rewrite import Ledger
 from tests.once import made_once
 
@@ -33,7 +35,7 @@ TEXT = ROOT / "examples" / "text" / "evaluation.txt"
 def planned_and_written(request: Request) -> Plan:
     """As `compile_model`, for who wants to see the plan."""
     planned = plan(request)
-    compile_planned(request, planned)
+    write_planned(request, planned)
     return planned
 
 

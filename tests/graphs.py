@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from instantrt.compiler.accuracy.runners import session
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.linear import weight_constant
@@ -88,7 +88,7 @@ def quantize(
 def evaluate(graph: gs.Graph, feeds: Mapping[str, np.ndarray], folder: Path) -> list[np.ndarray]:
     """Runs a graph on ONNX Runtime as it is: no fusion of Q/DQ into other kernels."""
     write_model(graph, folder / "model.onnx")
-    outputs: list[np.ndarray] = session(folder / "model.onnx", as_written=True)().run(None, dict(feeds))
+    outputs: list[np.ndarray] = session(folder / "model.onnx", as_written=True).run(None, dict(feeds))
     return outputs
 
 
@@ -111,7 +111,7 @@ def compiled_error(model: Path, quant: str, out: Path) -> float:
     """How far the x86 artifact of a model_file is from the file, both on ONNX Runtime."""
     compile_model(Request(model, ("x86",), out, quant=quant))
     feeds = {"x": np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)}
-    want, got = (session(path)().run(None, feeds)[0] for path in (model, out / "x86/model.onnx"))
+    want, got = (session(path).run(None, feeds)[0] for path in (model, out / "x86/model.onnx"))
     return relative(got, want)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instantrt.compiler.artifact.check import check_digests, check_header, check_runtime, inside
+from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.check import check_header, check_runtime
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
 from instantrt.passes.core.errors import UserError

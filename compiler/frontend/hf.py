@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
 from instantrt.compiler.frontend.model import FloatModel, LlmShape, stored_types
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
+    require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.numpy_helper import from_array, to_array
 
+from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.model import FloatModel, LlmShape, stored_types
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
@@ -45,9 +46,9 @@ def load(path: Path) -> FloatModel:
     return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
 
 
-def load_artifact(path: Path) -> gs.Graph:
-    """The graph of a file that the compiler wrote, as it is."""
-    model = read(path)
+def artifact_graph(path: Path) -> gs.Graph:
+    """The graph of a file that the compiler wrote, as it is but for its logits: they are those of every position."""
+    model = every_position(read(path))
     weights = take_weights(model, path)
     return imported(model, weights)
 

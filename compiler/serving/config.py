@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, TensorSpec
@@ -49,13 +50,26 @@ GENERATE_OUTPUTS = (
     ("num_input_tokens", "TYPE_UINT32", 1),
     ("num_output_tokens", "TYPE_UINT32", 1),
 )
-
-
 KIT = "a build kit is not a model yet: build it on its GPU machine"
 
 
 class Word(str):
     """An identifier of the text format, which has no quotes."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What stands for one artifact in a repository; a reason where a model does not."""
+
+    name: str
+    artifact: Artifact
+    no_bare: str
+    no_generate: str
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        bare = () if self.no_bare else (self.name,)
+        return bare if self.no_generate else (*bare, f"{self.name}_generate")
 
 
 def why_no_bare(artifact: Artifact) -> str:

@@ -23,8 +23,11 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from instantrt.passes.core.errors import UserError
+
+G_LOGGER.severity = G_LOGGER.ERROR  # its warnings (no colours, bf16 has no NumPy type) say nothing to a user
 
 Array = npt.NDArray[Any]
 TILE_BYTES = 1 << 18  # its float32 copy fits an L2 cache, where the arithmetic runs several times faster

@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """What every pass did and why it did not do more; `compile --explain` prints it."""
+    """What every pass did and why it did not do more; `instantrt compile --explain` prints it."""
 
     entries: list[Entry] = field(default_factory=list)
 

@@ -5,15 +5,14 @@ Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activa
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from instantrt.passes.core.rewrite import Rewrite
+from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
 from instantrt.passes.ort.groups import LowerGroups
 from instantrt.passes.ort.limbs import TWO_LIMBS, Limbs, LowerPerChannel
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
-
-Preset = Literal["exact", "fast"]
 
 
 def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Rewrite[Any], ...]:

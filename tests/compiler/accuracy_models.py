@@ -8,13 +8,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.ledger import Forms, Ledger, ledger
+from instantrt.compiler.accuracy.layer_errors import Graphs, LayerErrors, measure_layers
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import Array, InMemory
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger as PassLedger
+from instantrt.passes.core.rewrite import Ledger
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 K = 64
@@ -57,20 +57,20 @@ def decisions(graph: gs.Graph, bits: int, group: int, activations: str = "float"
     return found
 
 
-def forms(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Forms:
+def graphs(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Graphs:
     """Float, twin, and what x86 makes of it, with every constant of the lowered graph at hand."""
     graph = float_graph()
-    twin = pipeline.quantize(graph.copy(), chosen(graph), PassLedger())
+    twin = pipeline.quantize(graph.copy(), chosen(graph), Ledger())
     request = Request(".", ("x86",), ".", cpu_preset=preset)  # type: ignore[arg-type]
-    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, PassLedger())
+    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, Ledger())
     for tensor in lowered.tensors().values():
         if isinstance(tensor, gs.Constant):
             tensor.values = np.array(tensor.values)
-    return Forms(twin, graph, lowered)
+    return Graphs(canonical=twin, floating=graph, lowered=lowered)
 
 
-def fill(form: Forms, feeds: Mapping[str, Array] = FEEDS) -> Ledger:
-    return ledger(form, feeds)
+def measured(graphs: Graphs, feeds: Mapping[str, Array] = FEEDS) -> LayerErrors:
+    return measure_layers(graphs, feeds)
 
 
 def constant(graph: gs.Graph, name: str) -> Array:

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
 
@@ -247,7 +247,7 @@ class Plan:
 
     def __init__(self, graph: gs.Graph, folder: Path) -> None:
         self.onnx, self.file = folder / "model.onnx", folder / "model.engine"
-        self.profiles = profiles(graph.inputs, Limits(ROWS, LENGTH, 8), llm=True)
+        self.profiles = profiles(graph.inputs, EngineLimits(ROWS, LENGTH, 8), llm=True)
         write_model(graph, self.onnx)
         self.file.write_bytes(PLAN)
         options = ort.SessionOptions()

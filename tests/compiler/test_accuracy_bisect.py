@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.bisect import Watch, bisect
+from instantrt.compiler.accuracy.bisect import BisectingLog, bisect
 from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
@@ -42,8 +42,8 @@ class LeakyRelu(Rewrite[gs.Node]):
         match.op, match.attrs["alpha"] = "LeakyRelu", 1e-3
 
 
-def watch(canonical: gs.Graph) -> Watch:
-    return Watch(canonical=canonical, feeds=FEEDS, say=lambda text: None)
+def looking(canonical: gs.Graph) -> BisectingLog:
+    return BisectingLog(canonical=canonical, feeds=FEEDS)
 
 
 def twin() -> gs.Graph:
@@ -65,7 +65,7 @@ def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Nod
         run(graph, [wrong], ledger)
         return graph
 
-    culprit = bisect(lower, watch(canonical))
+    culprit = bisect(lower, looking(canonical))
     assert culprit is not None
     assert culprit.after == type(wrong).__name__
     assert culprit.tensor == tensor
@@ -79,9 +79,9 @@ def test_a_right_lowering_has_no_culprit_and_a_wrong_file_has() -> None:
     def lower(ledger: Ledger) -> gs.Graph:
         return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), ledger)
 
-    assert bisect(lower, watch(canonical), lower(Ledger())) is None
+    assert bisect(lower, looking(canonical), lower(Ledger())) is None
     written = run(lower(Ledger()), [WrongScale("first")], Ledger())
-    culprit = bisect(lower, watch(canonical), written)
+    culprit = bisect(lower, looking(canonical), written)
     assert culprit is not None
     assert culprit.after == "writing the artifact"
     assert culprit.tensor.startswith("first.")

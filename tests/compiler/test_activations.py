@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.plugins.weight_only_gemm.op import OP

@@ -14,20 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.tools.bench.compile import STAGE
-from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
 from tests.conftest import ROOT, TEXT, TINY, compiled
 from tests.graphs import model_file
 
@@ -36,12 +35,12 @@ FLOAT32 = np.dtype(np.float32)
 
 @pytest.fixture(scope="module")
 def text() -> list[np.ndarray]:
-    return list(windows(Tokenizer.from_file(str(TINY / "tokenizer.json")), TEXT.read_text("utf-8")))
+    return text_windows(TINY, TEXT)
 
 
 @pytest.fixture(scope="module")
 def float_perplexity(text: list[np.ndarray]) -> float:
-    return perplexity(transformers_logits(TINY), text)
+    return perplexity_of(transformers_logits(TINY), text)
 
 
 @pytest.mark.slow
@@ -64,7 +63,7 @@ def test_perplexity_stays_near_float(
     tmp_path: Path, text: list[np.ndarray], float_perplexity: float, fields: Any, percent: float
 ) -> None:
     compiled(tmp_path, **fields)
-    value = perplexity(artifact_logits(tmp_path), text)
+    value = perplexity_of(artifact_logits(tmp_path), text)
     assert abs(value / float_perplexity - 1) * 100 < percent
 
 
@@ -72,7 +71,7 @@ def test_perplexity_stays_near_float(
 def test_the_perplexity_bound_bites(tmp_path: Path, text: list[np.ndarray], float_perplexity: float) -> None:
     """Per-channel uint4, which is that much worse, breaks the 8-bit bound."""
     compiled(tmp_path, quant="a16w4")
-    assert perplexity(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
+    assert perplexity_of(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_a_full_disk_leaves_nothing(small_disk: Path) -> None:
 
 
 def cli(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "compiler", *map(str, arguments)]
+    command = [sys.executable, "-m", "instantrt", "compile", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -191,11 +190,11 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, model: str, numbe
     script.write_text(
         "import sys, time\n"
         "import instantrt.compiler.backend.onnx_writer as writer\n"
-        "from compiler.__main__ import main\n"
+        "from instantrt.tools.cli.app import compile_main\n"
         "write = writer.write_source\n"
         "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
         "writer.write_source = slow\n"
-        "main()\n"
+        "compile_main()\n"
     )
     command = [sys.executable, script, source, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -216,16 +215,7 @@ def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:
     assert err == ""
     assert "PASSED" in out
     assert "lm_head" in out
-    generate = [
-        sys.executable,
-        "-m",
-        "instantrt.tools.cli.generate",
-        str(tmp_path),
-        "--prompt",
-        "Once upon a time",
-        "--max-tokens",
-        "8",
-    ]
+    generate = [sys.executable, "-m", "instantrt", "generate", tmp_path, "--prompt", "Once upon", "--max-tokens", "8"]
     done = subprocess.run(generate, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.strip()) > 5
 
@@ -241,7 +231,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "no model given"),
         ((TINY, "--target", "sm89", "--portable"), "portable does nothing without a CPU target"),
         (("nowhere", "--target", "x86"), "no model here"),
         ((TINY,), "no target"),

@@ -13,8 +13,8 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.build import Built, EngineSpec, build
 from instantrt.compiler.backend.tensorrt.choose import quantized_linears
-from instantrt.compiler.backend.tensorrt.fusion import Carrier, Read, carriers, kernels
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.backend.tensorrt.fusion import Read, WeightRead, kernels, weight_reads
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
@@ -89,14 +89,14 @@ def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     assert sorted(linears) == sorted(table)
     ranges = tuple({name: r for name, r in p.items() if name[2:] in table} for p in PROFILES)
     spec = EngineSpec("tensorrt_rtx", onnx, tmp_path / "m.engine", tmp_path / "m.txt", ranges, (sm,))
-    found = carriers(build(spec).layers.read_text("utf-8"), table)
+    found = weight_reads(build(spec).layers.read_text("utf-8"), table)
     assert {c.linear: (c.read, c.dtype, c.tokens) for c in found} == table
     assert all(len(c.kernels) == len(ranges) for c in found)
 
 
 def built(model: FloatModel, decisions: Decisions, folder: Path, **fields: Any) -> tuple[Built, gs.Graph]:
     """The example model in a real engine for one sequence, and the graph that it was built from."""
-    limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
+    limits, ledger = EngineLimits(max_batch=1, max_length=64, opt_length=16), Ledger()
     canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
     request = Request(TINY, ("sm89",), folder, **fields)
     graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, ledger)
@@ -106,8 +106,8 @@ def built(model: FloatModel, decisions: Decisions, folder: Path, **fields: Any) 
     return build(spec), graph
 
 
-def read(made: Built, graph: gs.Graph) -> tuple[Carrier, ...]:
-    return carriers(made.layers.read_text("utf-8"), quantized_linears(graph))
+def read(made: Built, graph: gs.Graph) -> tuple[WeightRead, ...]:
+    return weight_reads(made.layers.read_text("utf-8"), quantized_linears(graph))
 
 
 def channels(model: FloatModel, activations: Activations) -> dict[str, QuantTensor]:
@@ -163,21 +163,21 @@ def line(name: str, kind: str, constant: str, tokens: str = "Half") -> str:
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ([line("a", "gemm", "Int8", "Int8")], Carrier("l", FUSED, "Int8", "Int8", ("a",))),
+        ([line("a", "gemm", "Int8", "Int8")], WeightRead("l", FUSED, "Int8", "Int8", ("a",))),
         (
             [line("a", "runtime_fusion", "Int4"), line("b", "kgen", "Int4")],
-            Carrier("l", EXPANDED, "Int4", "float", ("a", "b")),
+            WeightRead("l", EXPANDED, "Int4", "float", ("a", "b")),
         ),
-        ([line("a", "gemm", "Half")], Carrier("l", Read.FLOAT, kernels=("a",))),
+        ([line("a", "gemm", "Half")], WeightRead("l", Read.FLOAT, kernels=("a",))),
         (
             [line("a", "gemm", "Int8").replace("[ONNX Layer: l/weight]", "[ONNX Layer: m/weight]")],
-            Carrier("l", FUSED, "Int8", "float", ("a",)),
+            WeightRead("l", FUSED, "Int8", "float", ("a",)),
         ),
-        ([], Carrier("l", Read.UNSEEN)),
+        ([], WeightRead("l", Read.UNSEEN)),
     ],
     ids=["fused", "one profile expands", "folded to float", "joined with another", "absent"],
 )
-def test_the_verdict_is_that_of_the_worst_profile(lines: list[str], expected: Carrier) -> None:
+def test_the_verdict_is_that_of_the_worst_profile(lines: list[str], expected: WeightRead) -> None:
     table = "\n".join(["Layers:", *lines, "", "Bindings:"])
     assert len(kernels(table)) == len(lines)
-    assert carriers(table, ["l"]) == (expected,)
+    assert weight_reads(table, ["l"]) == (expected,)

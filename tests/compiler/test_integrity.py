@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from instantrt.compiler.serving.runtime.integrity import CHUNK, RECORD, check_folder, sha256
+from instantrt.compiler.artifact.digest import CHUNK, sha256
+from instantrt.compiler.serving.runtime.integrity import RECORD, check_folder
 from instantrt.compiler.serving.runtime.scheduler import Limits
 from tests.compiler.tensorrt_stand_in import PLAN
 
@@ -61,7 +62,10 @@ def edit_record(folder: Path, old: str, new: str) -> None:
             lambda folder: edit_record(folder, "10.13.0.35", "10.14.0.1"),
             "expected tensorrt 10.14.0.1, found tensorrt 10.13.0.35",
         ),
-        (lambda folder: edit_record(folder, "model.engine", "engine.model"), "no digest of model.engine"),
+        (
+            lambda folder: edit_record(folder, "model.engine", "engine.model"),
+            "model.engine .* expected a digest in its record, found none",
+        ),
     ],
     ids=["engine", "plugin", "missing", "version", "no digest"],
 )

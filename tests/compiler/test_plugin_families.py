@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
@@ -51,7 +51,7 @@ def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
         decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 32, False, F16)
     twin = pipeline.quantize(graph, decisions, Ledger())
     request = Request(tmp_path, ("sm89",), tmp_path, logits="all", plugin=Path(__file__))
-    lowered = pipeline.lower_tensorrt(twin.copy(), find_target("sm80"), F16, request, Limits(1, 64, 16), Ledger())
+    lowered = pipeline.lower_tensorrt(twin.copy(), find_target("sm80"), F16, request, EngineLimits(1, 64, 16), Ledger())
 
     mlp = [n for n in lowered.nodes if n.op == OP.name and ".layers.0.mlp" in n.name]
     found = [(n.attrs["activation"], n.attrs["gated"], len(n.inputs) == len(OP.inputs)) for n in mlp]

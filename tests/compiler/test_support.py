@@ -1,4 +1,4 @@
-"""The support table: the README shows what the data says, and a refused pair is refused before any work."""
+"""The support table: docs/support.md shows what the data says, and a refused pair is refused before any work."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SPEC = (
 )
 
 
-def test_the_readme_shows_the_table() -> None:
-    assert markdown() in (ROOT / "README.md").read_text("utf-8"), (
+def test_the_documentation_shows_the_table() -> None:
+    assert markdown() in (ROOT / "docs/support.md").read_text("utf-8"), (
         "python -m instantrt.compiler.support prints the table"
     )
 
@@ -51,7 +51,7 @@ def test_what_is_refused_says_why_and_where_it_runs() -> None:
 
 
 def test_the_plugin_runs_what_tensorrt_alone_cannot() -> None:
-    """Every GPU with int8 tensor cores that TensorRT still knows; the README says so in a note of the refused cell."""
+    """Every GPU with int8 tensor cores that TensorRT still knows; the table says so in a note of the refused cell."""
     a8w4 = QuantConfig("gptq", "uint4", compute_method="activate_quant")
     for target in (t for t in TARGETS if t.backend is Backend.TENSORRT):
         with pytest.raises(UserError) as refused:

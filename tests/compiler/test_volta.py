@@ -20,9 +20,10 @@ from instantrt.compiler import request as request_module
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.tensorrt import child as trt_child
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
-from instantrt.compiler.backend.tensorrt.fusion import carriers
+from instantrt.compiler.backend.tensorrt.fusion import weight_reads
 from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import TARGETS, find_target
 from instantrt.passes.core.errors import UserError
@@ -93,7 +94,7 @@ def test_tensorrt_rtx_builds_it_with_weights_fused(kit: tuple[str, Path], sm: in
     spec = EngineSpec(
         "tensorrt_rtx", read.onnx, tmp_path / "m.engine", tmp_path / "l.txt", read.settings.profiles, (sm,)
     )
-    found = {c.linear: c.read.name for c in carriers(build(spec).layers.read_text("utf-8"), read.linears)}
+    found = {c.linear: c.read.name for c in weight_reads(build(spec).layers.read_text("utf-8"), read.settings.linears)}
     assert len(found) == 16, "q, k and v are one product; gate and up another"
     expected = {"FUSED", "EXPANDED"} if sm == 75 else {METHODS[method][2]}
     assert set(found.values()) == expected

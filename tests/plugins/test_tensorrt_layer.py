@@ -20,8 +20,8 @@ from instantrt.compiler.artifact.manifest import find_artifact, read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
 from instantrt.compiler.backend.tensorrt.kit import read_kit, trtexec
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
@@ -196,7 +196,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
 
     write_model(graph, folder / "tiny.onnx")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
-    limits = Limits(max_batch=1, max_length=64, opt_length=16)
+    limits = EngineLimits(max_batch=1, max_length=64, opt_length=16)
     ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec(
         "tensorrt_rtx",
@@ -216,7 +216,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
 def test_compile_puts_the_plugin_into_engines_and_kits(
     folder: Path, plugin: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: Any
 ) -> None:
-    """`compile --plugin`: the library lies beside the artifact, and the manifest names it."""
+    """`instantrt compile --plugin`: the library lies beside the artifact, and the manifest names it."""
     headers("11")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
     fields: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "builder": builder, "plugin": plugin["11"]}

@@ -23,7 +23,7 @@ import pytest
 
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
 from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import SERVES, Request
 from instantrt.compiler.target import find_target
 from instantrt.plugins.sm70 import nvrtc

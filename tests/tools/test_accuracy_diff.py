@@ -12,6 +12,7 @@ import onnx
 import pytest
 import typer
 
+from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli import diff as accuracy_diff
 from tests.conftest import TINY
@@ -69,4 +70,4 @@ def test_an_untouched_artifact_passes(tiny_compiled: Path, tmp_path: Path, capsy
 
 def test_a_target_that_was_not_compiled_is_refused(tiny_compiled: Path) -> None:
     with pytest.raises(UserError, match="no artifact for target sm90"):
-        accuracy_diff.request_of(tiny_compiled, TINY, "sm90")
+        request_of(tiny_compiled, TINY, "sm90")

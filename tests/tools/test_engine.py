@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest, write_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.gpu import Gpu
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime.engine import ConcatEngine
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.rewrite import Ledger
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place

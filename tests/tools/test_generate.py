@@ -43,7 +43,7 @@ def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
 
 
 def command(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    called = [sys.executable, "-m", "instantrt.tools.cli.generate", folder, "--prompt", PROMPT, *options]
+    called = [sys.executable, "-m", "instantrt", "generate", folder, "--prompt", PROMPT, *options]
     return subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -68,7 +68,7 @@ def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest
 
 
 def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "run", str(tmp_path)]
+    command = [sys.executable, "-m", "instantrt", "gpu-check", "rtx", "run", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(("no GPU: the driver library", "there is no"))

@@ -304,7 +304,7 @@ def test_changed_weights_are_refused_in_words(repository: Path, tmp_path: Path) 
 
 
 def test_the_command_serves_until_it_is_ended(repository: Path) -> None:
-    command = [sys.executable, "-m", "instantrt.tools.cli.serve", str(repository)]
+    command = [sys.executable, "-m", "instantrt", "serve", str(repository)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         ready = process.stdout.readline()

@@ -184,9 +184,9 @@ print(before, peak_mb())
 """
 COMPILE = """
 import atexit, sys
-from instantrt.tools.cli.app import main
+from instantrt.tools.cli.app import compile_main
 atexit.register(lambda: print(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")), file=sys.stderr))
-main()
+compile_main()
 """
 
 
@@ -289,19 +289,26 @@ PERPLEXITY = (
 
 def perplexities(folder: Path) -> Result:
     """Of each mode on the evaluation text, and the increase over float in percent."""
-    from tokenizers import Tokenizer
-
-    from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
+    from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
 
     model = ROOT / "examples" / "tiny-qwen2"
-    text = (ROOT / "examples" / "text" / "evaluation.txt").read_text("utf-8")
-    parts = list(windows(Tokenizer.from_file(str(model / "tokenizer.json")), text))
-    base = perplexity(transformers_logits(model), parts)
+    parts = text_windows(model, ROOT / "examples" / "text" / "evaluation.txt")
+    base = perplexity_of(transformers_logits(model), parts)
     result: Result = {"transformers float32": {"perplexity": round(base, 3)}}
     for mode in PERPLEXITY:
-        command = [sys.executable, "-m", "compiler", str(model), "--target", "x86", "-o", str(folder / "out")]
+        command = [
+            sys.executable,
+            "-m",
+            "instantrt",
+            "compile",
+            str(model),
+            "--target",
+            "x86",
+            "-o",
+            str(folder / "out"),
+        ]
         subprocess.run([*command, "--quant", *mode.split()], check=True, stdout=subprocess.DEVNULL)
-        value = perplexity(artifact_logits(folder / "out"), parts)
+        value = perplexity_of(artifact_logits(folder / "out"), parts)
         result[mode] = {"perplexity": round(value, 3), "increase_percent": round((value / base - 1) * 100, 3)}
     return result
 
@@ -350,7 +357,3 @@ def main(
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"machine": machine, "results": ordered}, indent=2) + "\n")
     out.with_suffix(".md").write_text(markdown(ordered))
-
-
-if __name__ == "__main__":
-    typer.run(main)

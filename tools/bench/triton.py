@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import tempfile
 import time
@@ -24,7 +23,8 @@ from typing import Annotated, Any
 import typer
 from tokenizers import Tokenizer
 
-from instantrt.compiler.build import SIDE_FILES, compile_model
+from instantrt.compiler.artifact.staging import SIDE_FILES
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
@@ -167,7 +167,6 @@ def main(
     requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         scratch = Path(folder)
         scaled = scaled_example(scratch / "scaled")
@@ -183,7 +182,3 @@ def main(
     (out / "triton.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (out / "triton.md").write_text(markdown(record), "utf-8")
     print(markdown(record))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -24,8 +24,7 @@ import typer
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Detokenizer, Text
-from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.ending import run
+from instantrt.passes.core.errors import UserError, require
 
 Array = npt.NDArray[Any]
 
@@ -136,6 +135,7 @@ def stream(
 
 def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
     """What transformers generates greedily from the float checkpoint."""
+    require("hf", "--compare")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -179,7 +179,3 @@ def main(
         count = made
     seconds = time.monotonic() - started
     print(f"\n[{count} tokens in {seconds:.2f} s]", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.ending import run
+from instantrt.passes.core.errors import UserError, require
 from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving
 
 PROMPTS = (
@@ -231,9 +229,10 @@ def main(
     plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG or SVG file")] = None,
 ) -> None:
     """Start a server on a model repository, load it, print what the clients saw."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     body: dict[str, object] = {"max_tokens": max_tokens, "min_tokens": max_tokens}
     results = []
+    if plot_to is not None:
+        require("report", "--plot")
     with serving(repository, (model,) if model else (), environment=environment.absolute()) as server:
         name = model or next(iter(sorted(p.parent.name for p in repository.glob("*_generate/config.pbtxt"))))
         for count in clients or [1, 8, 64]:
@@ -244,7 +243,3 @@ def main(
         plot(results, plot_to)
     if wrong := sum(r.wrong for r in results):
         raise UserError(f"{wrong} replies are lost, or differ from the same prompt's alone")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -24,7 +24,6 @@ from typing import Annotated
 import typer
 
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.ending import run
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
@@ -191,7 +190,6 @@ def main(
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
 ) -> None:
     """Serve a model repository until interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with serving(
             repository, tuple(model or ()), environment=environment.absolute(), http=http_port, grpc=grpc_port
@@ -201,7 +199,3 @@ def main(
             raise UserError("the server ended by itself", found=server.tail())
     except KeyboardInterrupt:
         print("stopped")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,16 +1,28 @@
-"""Request + checkpoint -> the one quantization that will happen, or an error that says what does not fit."""
+"""Request + checkpoint -> the one quantization that will happen, and what it makes of each layer.
+
+What does not fit, is impossible or would do nothing is an error.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler import pipeline
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import FLOAT, QUANTIZED
+from instantrt.compiler.quant import instant, stored
 from instantrt.compiler.quant.config import SHORT, QuantConfig, parse_quant_config
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader
-from instantrt.compiler.request import FLOAT, QUANTIZATION, Request, refuse_idle
+from instantrt.compiler.request import Request, refuse_idle
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.qdq.insert_qdq import Decisions
 
 
 def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
@@ -32,7 +44,7 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
                 fix="instant_quant",
             )
         if asked is None:
-            refuse_idle(request, QUANTIZATION, str(folder), fix="--quant a16w8, or leave it out")
+            refuse_idle(request, QUANTIZED, str(folder), fix="--quant a16w8, or leave it out")
         return asked, None
     refuse_idle(request, FLOAT, str(folder))
     return checkpoint_config(request, asked, reader, str(folder)), reader
@@ -92,3 +104,36 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
     compute = "activate_quant" if activate else "weight_only"
     ignore = request.ignore if asked is None else asked.ignore
     return QuantConfig(reader.method, weight_format, reader.group_size, compute, ignore)
+
+
+def decide(
+    graph: gs.Graph,
+    model: FloatModel,
+    config: QuantConfig | None,
+    reader: stored.Reader | None,
+    request: Request,
+    scale_dtype: np.dtype[Any],
+) -> Decisions:
+    """How each linear is quantized, or why it is not."""
+    found = pipeline.linears(graph)
+    if config is None:
+        return {}
+    if not found:
+        raise UserError(
+            "the model has no linear layer to quantize",
+            expected="MatMul or Gemm by a constant float matrix",
+            fix="compile it without --quant",
+        )
+    for pattern in config.ignore:
+        if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
+            raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
+    if reader is not None:
+        constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
+        decisions = stored.decide(found, model.tensors, constants, reader, config)
+    else:
+        head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
+        decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
+    if not any(isinstance(d, QuantTensor) for d in decisions.values()):
+        reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
+        raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
+    return decisions
