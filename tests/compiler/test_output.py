@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from instantrt.compiler.accuracy.subjects import request_of
@@ -25,6 +26,7 @@ from instantrt.compiler.target import find_target
 from instantrt.compiler.write import source
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TEXT, TINY
+from tests.graphs import model_file
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
 
@@ -159,8 +161,8 @@ def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
 
 
 def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.onnx"
-    other.write_text("")
+    weights = {"w": np.ones((64, 64), np.float32)}
+    other = model_file(tmp_path / "other.onnx", "y = MatMul(x, w)", weights)
     compile_model(Request(other, ("armv9",), out, quant="none"))
     assert [a.source["model"] for a in read_manifest(out)] == ["tiny-qwen2", "other.onnx"]
     names = [s.name for s in write_repository(out, tmp_path / "triton")]

@@ -30,7 +30,6 @@ def wheel(source: Path, out: Path) -> tuple[str, list[str]]:
     return file.stem.split("-", 2)[2], sorted(carried)
 
 
-@pytest.mark.slow
 def test_a_wheel_carries_what_was_installed_into_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "plugins", source / "plugins", ignore=shutil.ignore_patterns("lib", "__pycache__"))
