@@ -27,6 +27,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.tools.bench.compile import STAGE
+from tests.commands import invoke
 from tests.conftest import ROOT, TEXT, TINY, compiled
 from tests.graphs import model_file
 
@@ -220,10 +221,9 @@ def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:
     assert len(done.stdout.strip()) > 5
 
 
-@pytest.mark.slow
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    out, _ = cli(TINY, "--target", "x86", "--quant", "a8w8", "--dry-run", "-o", tmp_path / "out").communicate()
-    assert "28 x A8W8 per-channel symmetric" in out
+    done = invoke("compile", TINY, "--target", "x86", "--quant", "a8w8", "--dry-run", "-o", tmp_path / "out")
+    assert "28 x A8W8 per-channel symmetric" in done.output
     assert not (tmp_path / "out").exists()
 
 
