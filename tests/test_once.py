@@ -13,6 +13,7 @@ from tests.once import made_once
 
 def test_the_second_waits_for_what_the_first_makes(tmp_path_factory: pytest.TempPathFactory) -> None:
     made = []
+    tmp_path_factory.getbasetemp()  # which threads would each make for themselves
 
     def make(folder: Path) -> None:
         made.append(folder)
