@@ -80,25 +80,29 @@ class Generation:
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
-        self.pieces: queue.SimpleQueue[str | UserError | None] = queue.SimpleQueue()
-        self.text, self.tokens, self.finish = "", [], ""  # type: str, list[int], str
-        self.gone = False
+        self.text, self.finish = "", ""
+        self.tokens: list[int] = []
+        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None is the end
+        self.error: UserError | None = None
+        self.ended = self.gone = False
 
     def __iter__(self) -> Iterator[str]:
         """Whoever stops listening cancels the request."""
         try:
-            while (piece := self.pieces.get()) is not None:
-                if isinstance(piece, UserError):
-                    raise piece
-                yield piece
+            while not self.ended:
+                piece = self.pieces.get()
+                self.ended = piece is None
+                if piece is not None:
+                    yield piece
         finally:
             self.cancel()
+        if self.error is not None:
+            raise self.error
 
     def result(self) -> Completion:
-        """Waits for the end; call it once, instead of the iteration or after it."""
-        if not self.finish or not self.pieces.empty():
-            for _ in self:
-                pass
+        """Waits for the end."""
+        for _ in self:
+            pass
         return Completion(self.text, tuple(self.tokens), self.finish, self.prompt_tokens)
 
     def cancel(self) -> None:
@@ -107,18 +111,18 @@ class Generation:
 
     def piece(self, text: str, tokens: list[int], finish: str) -> None:
         """From the scheduler, as what follows."""
-        self.text, self.tokens = self.text + text, self.tokens + tokens
+        self.text, self.tokens, self.finish = self.text + text, self.tokens + tokens, finish
         if text:
             self.pieces.put(text)
         if finish:
-            self.finish = finish
             self.pieces.put(None)
 
     def fail(self, failure: Failure, message: str) -> None:
-        self.pieces.put(UserError(f"the request was not finished ({failure.value})", found=message))
+        self.error = UserError(f"the request was not finished: {failure.value}", found=message)
+        self.pieces.put(None)
 
     def cancelled(self) -> bool:
-        return self.gone and not self.finish
+        return self.gone
 
 
 class LLM:
@@ -129,7 +133,8 @@ class LLM:
     A `with` block starts and releases.
 
     target       which artifact, where `folder` holds several
-    max_batch    sequences that run together; max_length: tokens of one, prompt included; as in Triton if not given
+    max_batch    sequences that run together; if not given, as many as in Triton
+    max_length   tokens of one, prompt included; if not given, as many as the artifact can take
     threads      CPU: 0 is one a core
     """
 
@@ -156,8 +161,15 @@ class LLM:
             raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
         self.model, self.text = path, Text(path.parent)
         self.given = parameters(self.artifact) | {"threads": threads}
-        rows, length = max_batch or self.given["max_batch"], max_length or self.given["max_length"]
-        self.limits = SequenceLimits(rows, length, sys.maxsize)
+        longest = self.artifact.limits.get("max_length") or self.artifact.llm["max_length"] or self.given["max_length"]
+        if max_length is not None and max_length > longest:
+            most = f"at most {longest}"
+            raise UserError("max_length is more than the artifact can take", expected=most, found=str(max_length))
+        try:
+            rows = self.given["max_batch"] if max_batch is None else max_batch
+            self.limits = SequenceLimits(rows, longest if max_length is None else max_length, sys.maxsize)
+        except ValueError as error:
+            raise UserError(f"max_batch or max_length: {error}") from None
         self.engine: Engine | None = None
         self.scheduler: Scheduler | None = None
         self.state = "new"  # started, stopped, released
@@ -198,7 +210,9 @@ class LLM:
         self.release()
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompt: Prompt, **options: Unpack[Options]
+    ) -> Completion: ...
     @overload
     def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
@@ -208,10 +222,10 @@ class LLM:
         try:
             for each in [prompt] if one else prompt:
                 running.append(self.submit(each, **options))  # type: ignore[arg-type]  # it is a Prompt now
-            found = [each.result() for each in running]
+            found = [generation.result() for generation in running]
         except BaseException:
-            for each in running:
-                each.cancel()
+            for generation in running:
+                generation.cancel()
             raise
         return found[0] if one else found
 
@@ -270,8 +284,9 @@ class LLM:
         how = {name: self.given[name] for name in ("runtime", "cache", "threads")}
         try:
             return open_engine(self.model, libraries, self.limits, gpu=ordinal, **how)
-        except RuntimeError as error:
-            raise UserError("the model cannot be loaded", where=str(self.model), found=str(error)) from None
+        except (RuntimeError, MemoryError) as error:
+            fix = "a smaller max_batch or max_length" if isinstance(error, MemoryError) else ""
+            raise UserError("the model cannot be loaded", where=str(self.model), found=str(error), fix=fix) from None
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,18 @@ def test_limits_and_options_are_refused_in_words(tiny_compiled: Path) -> None:
         assert llm.generate([]) == []
 
 
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"max_length": 1025}, "max_length is more than the artifact can take\n.*at most 1024\n.*1025"),
+        ({"max_batch": 0}, "rows: expected 1 or more, found 0"),
+    ],
+)
+def test_limits_that_it_cannot_have(tiny_compiled: Path, limits: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        LLM(tiny_compiled, **limits)  # type: ignore[arg-type]
+
+
 def test_what_is_no_artifact_is_refused_in_words(tiny_compiled: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json"):
         LLM(tmp_path)

@@ -124,9 +124,13 @@ def test_an_engine_is_checked_before_it_is_loaded(plan: Plan, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_engine_that_cannot_be_loaded_is_a_users_error(plan: Plan) -> None:
+def test_an_engine_that_cannot_be_loaded_is_a_users_error(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = plan.file.parent.parent
+    (artifact,) = read_manifest(out)
+    longer = replace(artifact, limits={**artifact.limits, "max_length": 65})
+    monkeypatch.setattr(module, "find_artifact", lambda *a: longer)
     with pytest.raises(UserError, match=r"cannot be loaded\n.*max_length: expected at most 64"):
-        LLM(plan.file.parent.parent, max_length=65).start()
+        LLM(out).start()
 
 
 def test_without_its_gpu_an_engine_is_refused_in_words(plan: Plan) -> None:

@@ -50,8 +50,9 @@ def main(
             print(f"compiled  {json.dumps(greedy.text, ensure_ascii=False)}")
             return
         started = time.monotonic()
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        generation = llm.submit(given, max_tokens=max_tokens, **options)
+        generation = llm.submit(
+            given, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
         for piece in generation:
             print(piece, end="", flush=True)
         seconds = time.monotonic() - started
