@@ -194,7 +194,7 @@ def test_base_says_what_finishes_a_build_kit(base: Path, compiled: Path, tmp_pat
     done = run(base, "build", compiled / "sm89", "-o", "out", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "not installed" in done.stderr
+    assert "TensorRT-RTX: not installed: pip install 'instantrt[rtx]'" in done.stderr
 
 
 @pytest.mark.parametrize(

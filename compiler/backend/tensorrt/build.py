@@ -29,7 +29,7 @@ from instantrt.passes.core.errors import UserError
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-INSTALL = {"tensorrt": "pip install 'tensorrt{}'", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
+INSTALL = {"tensorrt": "pip install 'tensorrt{}'", "tensorrt_rtx": "pip install 'instantrt[rtx]'"}
 
 
 @dataclass(frozen=True)
