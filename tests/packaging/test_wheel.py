@@ -28,6 +28,7 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from tests.conftest import ROOT, TINY
 
+pytestmark = pytest.mark.slow
 ROOMS = ("compiler", "passes", "plugins", "tools")
 LIBRARIES = ("libinstantrt_plugins.so", "libinstantrt_register_trt10.so")
 HF = "needs torch, transformers, onnxscript: pip install 'instantrt[hf]'"
