@@ -50,7 +50,7 @@ docs: setup
 # there would be packed.
 wheel: setup
 	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 # The plugin library into the Python package, for `--plugin auto` and for wheels. TENSORRT: folders that hold TensorRT's
 # include/, one for each major that is to load it, separated by semicolons.

@@ -75,7 +75,11 @@ def compile_model(
     planned = plan(request, watch.say)
     watch.planned(planned)
     targets = request.resolved_targets()
-    data = verification_data(planned, request) if verify else None
+    data = None
+    if verify:
+        from instantrt.compiler.accuracy.data import load_data
+
+        data = load_data(planned.model, request.text)
     if triton is not None:
         plan_repository([*artifacts_kept(request.out, targets), *(outline(request, planned, t) for t in targets)])
     with Staging() as staging:
@@ -101,12 +105,6 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
         from instantrt.compiler.accuracy.run import check_reports
 
         check_reports(request.out / REPORT, targets)
-
-
-def verification_data(planned: Plan, request: Request) -> Data:
-    from instantrt.compiler.accuracy.data import load_data
-
-    return load_data(planned.model, request.text)
 
 
 def stage_reports(

@@ -15,7 +15,7 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
-from instantrt.compiler.quant.config import SHORT, QuantConfig, parse_quant_config
+from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader
 from instantrt.compiler.request import Request, refuse_idle
@@ -67,43 +67,29 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
     return replace(parsed, ignore=(*parsed.ignore, *request.ignore))
 
 
+def own_config(reader: Reader, *, weight_only: bool = False) -> QuantConfig:
+    """How a quantized checkpoint runs when nothing else is asked for."""
+    compute = "activate_quant" if reader.activations == "int8" and not weight_only else "weight_only"
+    return QuantConfig(reader.method, "int8" if reader.bits == 8 else "uint4", reader.group_size, compute)
+
+
 def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reader, where: str) -> QuantConfig:
     """A quantized checkpoint runs as it is; the request may only choose between float and int8 activations."""
-    weight_format = "int8" if reader.bits == 8 else "uint4"
+    own = own_config(reader, weight_only=request.weight_only)
     if request.quant == "none" or request.enable_quant is False:
         raise UserError("the checkpoint holds its weights only quantized", where=where, fix="leave quant out")
-    if asked is not None and asked.quant_method != reader.method:
-        raise UserError(
-            "the checkpoint is quantized already; quantizing its weights again would lose accuracy",
-            where=where,
-            expected=f"quant_method {reader.method}",
-            found=f"quant_method {asked.quant_method}",
-        )
-    if (
-        asked is not None
-        and asked.weight_format != weight_format
-        and (request.quant or "weight_format" in (request.quant_config or {}))
-    ):
-        raise UserError(
-            "the checkpoint has weights of another width",
-            where=where,
-            expected=weight_format,
-            found=asked.weight_format,
-        )
-    for group_size in (request.group_size, (request.quant_config or {}).get("group_size")):
-        if group_size not in (None, reader.group_size):
-            raise UserError(
-                "the checkpoint has another group_size",
-                where=where,
-                expected=str(reader.group_size),
-                found=str(group_size),
-            )
-    explicit = asked is not None and (request.quant is not None or "compute_method" in (request.quant_config or {}))
-    default = reader.activations == "int8" and not request.weight_only
-    activate = asked.activate_quant if asked is not None and explicit else default
-    compute = "activate_quant" if activate else "weight_only"
-    ignore = request.ignore if asked is None else asked.ignore
-    return QuantConfig(reader.method, weight_format, reader.group_size, compute, ignore)
+    said = request.quant_config or {}
+    if asked is not None:
+        what = "the checkpoint is quantized already; quantizing its weights again would lose accuracy"
+        expect(asked.quant_method == reader.method, asked.quant_method, what, f"quant_method {reader.method}", where)
+        right = asked.weight_format == own.weight_format or not (request.quant or "weight_format" in said)
+        expect(right, asked.weight_format, "the checkpoint has weights of another width", own.weight_format, where)
+    for group_size in (request.group_size, said.get("group_size")):
+        right = group_size in (None, reader.group_size)
+        expect(right, group_size, "the checkpoint has another group_size", str(reader.group_size), where)
+    explicit = asked is not None and (request.quant is not None or "compute_method" in said)
+    compute = asked.compute_method if asked is not None and explicit else own.compute_method
+    return replace(own, compute_method=compute, ignore=request.ignore if asked is None else asked.ignore)
 
 
 def decide(

@@ -75,8 +75,8 @@ class Quantization:
     enable_quant: bool | None = None  # the spec's switch; None: as the other fields say
     quant_config: Mapping[str, Any] | None = option(None, "JSON file with the spec's keys", line=Path)
     ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
-    lm_head: HeadFormat = option("float", "of a float checkpoint", QUANTIZED, FLOAT)
-    embeddings: TableFormat = option("stored", "stored: as in the checkpoint")
+    lm_head: HeadFormat = option("float", "the head of a float checkpoint", QUANTIZED, FLOAT)
+    embeddings: TableFormat = option("stored", "the table of embeddings; stored: as in the checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,10 @@ class Engines:
 class LanguageModel:
     """What a causal LM's artifact takes and gives."""
 
-    logits: Logits = option("last", "of the last token of each sequence, or of all")
-    kv_cache: KvCache = option("concat", "present: a longer copy of past, or one buffer of the longest length", GPU)
+    logits: Logits = option("last", "of each sequence's last token, or of all tokens")
+    kv_cache: KvCache = option(
+        "concat", "present is a longer copy of past, or both are one buffer of the longest length", GPU
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,10 @@ class Accuracy:
     """What quantization may cost: worst layers get finer formats until it does not cost more."""
 
     max_kl: float | None = option(
-        None, "bound on the mean KL of the next token against the float model, in nats", QUANTIZED, rule=ABOVE_ZERO
+        None,
+        "bound on the mean KL to the float model's next token, in nats",
+        QUANTIZED,
+        rule=ABOVE_ZERO,
     )
     max_ppl_increase: float | None = option(
         None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO

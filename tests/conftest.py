@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import FloatModel
@@ -32,6 +33,11 @@ TINY = ROOT / "examples" / "tiny-qwen2"
 TEXT = ROOT / "examples" / "text" / "evaluation.txt"
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Every file, hidden ones too, with its digest."""
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
 def planned_and_written(request: Request) -> Plan:
     """As `compile_model`, for who wants to see the plan."""
     planned = plan(request)
@@ -42,9 +48,9 @@ def planned_and_written(request: Request) -> Plan:
 @pytest.fixture(scope="session", autouse=True)
 def one_export() -> Iterator[None]:
     """Whatever reads the example in this process gets a copy of one export of it. Children export for themselves."""
-    export, exports = hf.load, {}
+    export, exports = hf.load_checkpoint, {}
 
-    def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+    def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
         if folder != TINY:
             return export(folder, trust_remote_code=trust_remote_code)
         if TINY not in exports:
@@ -52,7 +58,7 @@ def one_export() -> Iterator[None]:
         return replace(exports[TINY], graph=exports[TINY].graph.copy())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "load", load)
+        patch.setattr(hf, "load_checkpoint", load_checkpoint)
         yield
 
 

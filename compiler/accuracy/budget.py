@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,6 +20,7 @@ from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.layer_errors import aligned, layers_of, quantized_bytes
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
+from instantrt.compiler.quant.config import expect
 from instantrt.compiler.quant.instant import Quantizer
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -82,18 +84,27 @@ def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, data: Data,
     assert model.llm is not None
     measure = Trial(graph, model.llm, first_batches(data, model.llm))
     before = after = measure(decisions)
-    if not budget.violations(before):
-        return raised(decisions, [], before, after, 1, data)
-    say("weighing the layers")
-    steps = plan_steps(graph, decisions, measure.batches[0][0])
-    low, high = 0, len(steps)
-    figures = {high: measure.unquantized()}
-    while high - low > 1:
-        middle = (low + high) // 2
-        say(f"trying {middle} of {len(steps)} steps")
-        figures[middle] = measure(taken(decisions, steps[:middle]))
-        low, high = (middle, high) if budget.violations(figures[middle]) else (low, middle)
-    return raised(decisions, steps[:high], before, figures[high], len(figures), data)
+    steps: list[Raise] = []
+    trials = 1
+    if budget.violations(before):
+        say("weighing the layers")
+        steps = plan_steps(graph, decisions, measure.batches[0][0])
+        low, high = 0, len(steps)
+        figures = {high: measure.unquantized()}
+        while high - low > 1:
+            middle = (low + high) // 2
+            say(f"trying {middle} of {len(steps)} steps")
+            figures[middle] = measure(override(decisions, formats(steps[:middle])))
+            low, high = (middle, high) if budget.violations(figures[middle]) else (low, middle)
+        steps, after, trials = steps[:high], figures[high], len(figures)
+    layers = formats(steps)
+    size = sum(quantized_bytes(q) for q in decisions.values() if isinstance(q, QuantTensor))
+    return Raised(override(decisions, layers), layers, tuple(steps), before, after, size, trials, data.kind)
+
+
+def formats(steps: list[Raise]) -> dict[str, str]:
+    """Layer -> its format after `steps`."""
+    return {step.layer: step.after for step in steps}
 
 
 def within_budget(
@@ -113,15 +124,10 @@ def check(model: FloatModel, decisions: Decisions, data: Data, budget: Budget) -
         raise UserError("a budget counts tokens; this model is no causal LM", where=str(model.folder))
     if budget.max_ppl_increase is not None and data.kind == "generated":
         raise UserError("perplexity needs a text", fix="--text FILE")
-    stored = [
-        path for path, q in decisions.items() if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer)
-    ]
-    if stored:
-        raise UserError(
-            "a budget chooses how to quantize, but the checkpoint is quantized already",
-            where=stored[0],
-            fix="start from the float checkpoint",
-        )
+    for path, q in decisions.items():
+        if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer):
+            what = "a budget chooses how to quantize, but the checkpoint is quantized already"
+            raise UserError(what, where=path, fix="start from the float checkpoint")
 
 
 def first_batches(data: Data, llm: LlmShape) -> Data:
@@ -206,23 +212,12 @@ def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
     """The same float weight in another format."""
     assert isinstance(quant.source, Quantizer)
     group = quant.shape[1] if form.group == -1 else form.group
-    if quant.shape[1] % group:
-        raise UserError(
-            "the group does not divide the layer's input width",
-            where=quant.name,
-            expected=f"a divisor of {quant.shape[1]}",
-            found=str(form),
-        )
+    what = "the group does not divide the layer's input width"
+    expect(quant.shape[1] % group == 0, str(form), what, f"a divisor of {quant.shape[1]}", quant.name)
     symmetric = form.activations == "int8"
-    source = replace(quant.source, bits=form.bits, group_size=group, symmetric=symmetric)
-    return replace(
-        quant,
-        source=source,
-        bits=form.bits,
-        group_size=group,
-        symmetric=symmetric,
-        activations="int8" if symmetric else "float",
-    )
+    sizes: dict[str, Any] = {"bits": form.bits, "group_size": group, "symmetric": symmetric}
+    source = replace(quant.source, **sizes)
+    return replace(quant, source=source, activations="int8" if symmetric else "float", **sizes)
 
 
 def parse_format(text: str) -> Format:
@@ -248,11 +243,6 @@ def output_error(quant: QuantTensor, x: Array) -> float:
     return off / max(size, np.finfo(np.float64).tiny)
 
 
-def taken(decisions: Decisions, steps: list[Raise]) -> Decisions:
-    """`decisions` after `steps`."""
-    return override(decisions, {step.layer: step.after for step in steps})
-
-
 def override(decisions: Decisions, layers: Mapping[str, str]) -> Decisions:
     """`decisions` with the formats that `layers` names: those a budget raised, as the manifest records them."""
     changed = dict(decisions)
@@ -264,16 +254,3 @@ def override(decisions: Decisions, layers: Mapping[str, str]) -> Decisions:
             Reject("the accuracy budget keeps it float") if name == FLOAT else reformat(quant, parse_format(name))
         )
     return changed
-
-
-def raised(
-    decisions: Decisions,
-    steps: list[Raise],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    trials: int,
-    data: Data,
-) -> Raised:
-    layers = {step.layer: step.after for step in steps}
-    size = sum(quantized_bytes(q) for q in decisions.values() if isinstance(q, QuantTensor))
-    return Raised(override(decisions, layers), layers, tuple(steps), before, after, size, trials, data.kind)

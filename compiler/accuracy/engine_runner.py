@@ -13,20 +13,17 @@ import numpy as np
 
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe
+from instantrt.compiler.serving.runtime import tensorrt_engine
 from instantrt.compiler.serving.runtime.cuda import Device
-from instantrt.compiler.serving.runtime.tensorrt_engine import load_engine
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 
 ON_CPU = "run this on the GPU machine; --forms float,twin,lowered checks the lowered graph on this CPU"
-TYPES: dict[str, np.dtype[Any]] = {
-    "FLOAT": np.dtype(np.float32),
-    "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "INT64": np.dtype(np.int64),
-    "INT32": np.dtype(np.int32),
-    "INT8": np.dtype(np.int8),
-    "BOOL": np.dtype(np.bool_),
+TYPES: dict[str, type[np.generic]] = {
+    **tensorrt_engine.TYPES,
+    "BF16": ml_dtypes.bfloat16,
+    "INT8": np.int8,
+    "BOOL": np.bool_,
 }
 
 
@@ -69,7 +66,7 @@ class EngineRunner:
                 "an engine runs on a GPU", where=str(self.path), found=f"{describe()} ({error})", fix=ON_CPU
             ) from None
         try:
-            self.runtime, self.engine = load_engine(self.path, self.plugins, trt)
+            self.runtime, self.engine = tensorrt_engine.load_engine(self.path, self.plugins, trt)
         except RuntimeError as error:
             raise UserError(
                 "the engine cannot be loaded here",
@@ -88,7 +85,7 @@ class EngineRunner:
         del self.context, self.engine, self.runtime, self.device
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return TYPES[self.engine.get_tensor_dtype(name).name]
+        return np.dtype(TYPES[self.engine.get_tensor_dtype(name).name])
 
     def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: given[name].astype(self.dtype(name), copy=False) for name in self.inputs}

@@ -47,7 +47,7 @@ def check_artifacts(
 
 def check_reports(folder: Path, targets: Iterable[Target]) -> None:
     """Refuses, before any work, to replace what is no report, and to begin without what a report is made with."""
-    require("accuracy", "comparing an artifact with its model (--verify, instantrt diff)")
+    require("accuracy", "an accuracy report")
     for target in targets:
         there = folder / target.name
         if os.path.lexists(there) and not (there / JSON).is_file():

@@ -26,7 +26,7 @@ EXTRAS = {  # of this package -> the modules that tell whether it is installed
 }
 
 
-class MissingExtra(UserError):
+class MissingExtra(UserError):  # noqa: N818 -- says what is missing
     """Something was asked for whose packages are not installed."""
 
 
@@ -37,4 +37,4 @@ def require(extra: str, purpose: str) -> None:
     """
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
-        raise MissingExtra(f"{purpose} needs {' and '.join(missing)}: pip install 'instantrt[{extra}]'")
+        raise MissingExtra(f"{purpose} needs {', '.join(missing)}: pip install 'instantrt[{extra}]'")

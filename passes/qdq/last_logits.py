@@ -55,6 +55,8 @@ class LastLogits(Rewrite[HeadMatch]):
             return None
         if len(chain[-1].shape) != 3:
             return Reject(f"the logits have {len(chain[-1].shape)} dimensions, not [batch, sequence, vocabulary]")
+        if chain[-1].shape[1] == 1:
+            return Reject("the logits are those of one token already")
         return HeadMatch(node, chain)
 
     def rewrite(self, graph: gs.Graph, match: HeadMatch) -> None:

@@ -9,11 +9,12 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.layer_errors import Graphs, LayerErrors, measure_layers
+from instantrt.compiler.quant import instant
+from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import Array, InMemory
 from instantrt.passes.core.linear import weight_constant
-from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import Ledger
 from instantrt.passes.qdq.insert_qdq import Decisions
 
@@ -40,21 +41,11 @@ def float_graph() -> gs.Graph:
 
 
 def decisions(graph: gs.Graph, bits: int, group: int, activations: str = "float") -> Decisions:
-    symmetric = activations == "int8"
-    found = {}
-    for each in pipeline.linears(graph):
-        source = InstantQuant(each.path, each.rows, bits, group, symmetric, FLOAT32)
-        found[each.path] = QuantTensor(
-            each.path,
-            source,
-            each.shape,
-            bits,
-            group,
-            symmetric,
-            FLOAT32,
-            activations,  # type: ignore[arg-type]
-        )
-    return found
+    compute = "activate_quant" if activations == "int8" else "weight_only"
+    config = QuantConfig(
+        weight_format=f"{'int' if bits == 8 else 'uint'}{bits}", group_size=group, compute_method=compute
+    )
+    return {each.path: instant.instant(each, config, FLOAT32, bits) for each in pipeline.linears(graph)}
 
 
 def graphs(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Graphs:

@@ -113,6 +113,16 @@ class HostDriver:
     def cuGraphDestroy(self, graph: Any) -> int:
         return 0
 
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self.graphs[executable.value]
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:
+        return 0
+
     def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
         self.launches += 1
         for work in self.graphs[executable.value]:
@@ -125,7 +135,8 @@ class HostDevice(Device):
 
     def __init__(self) -> None:
         self.driver: Any = HostDriver()
-        self.context, self.stream = ctypes.c_void_p(1), ctypes.c_void_p(7)
+        self.device, self.context, self.stream = ctypes.c_int(0), ctypes.c_void_p(1), ctypes.c_void_p(7)
+        self.held, self.graphs = set(), []
 
 
 @dataclass

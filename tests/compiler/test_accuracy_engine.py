@@ -19,8 +19,8 @@ from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.backend.tensorrt.build import HEADER
 from instantrt.compiler.backend.tensorrt.gpu import gpus
+from instantrt.compiler.backend.tensorrt.header import HEADER
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError

@@ -1,4 +1,4 @@
-"""The checkpoint doctor: says what a checkpoint is, and finds what is wrong with it."""
+"""The inspection says what a checkpoint is, and finds what is wrong with it."""
 
 from __future__ import annotations
 

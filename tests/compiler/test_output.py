@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from instantrt.compiler.accuracy.subjects import request_of
-from instantrt.compiler.accuracy.verify import Verdict
-from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import KIT, MANIFEST, read_manifest
 from instantrt.compiler.artifact.staging import Staging, check_out
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.check import check
-from instantrt.compiler.compile import VerificationError, compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Twin
 from instantrt.compiler.request import Request
@@ -25,15 +22,10 @@ from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.target import find_target
 from instantrt.compiler.write import source
 from instantrt.passes.core.errors import UserError
-from tests.conftest import TEXT, TINY
+from tests.conftest import TINY, contents
 from tests.graphs import model_file
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file, hidden ones too, with its digest."""
-    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 def old_and_new(folder: Path, staging: Staging) -> None:
@@ -190,47 +182,3 @@ def test_the_current_folder_has_a_name(tiny_float: FloatModel, tmp_path: Path, m
     assert source(Request(tmp_path / "link", ("x86",), tmp_path), twin)["model"] == "link"
     monkeypatch.chdir(TINY)
     assert source(Request(Path(), ("x86",), tmp_path), twin)["model"] == TINY.name
-
-
-def compile_all(request: Request, triton: Path) -> None:
-    compile_model(request, verify=True, triton=triton)
-
-
-@pytest.mark.slow
-def test_report_and_repository_appear_with_the_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, triton = tmp_path / "out", tmp_path / "triton"
-    compile_all(Request(TINY, ("x86",), out, quant="a16w8"), triton)
-    assert {p.name for p in out.iterdir()} == {"x86", "report", MANIFEST}
-    words = json.loads((out / "report" / "x86" / "report.json").read_text())["polygraphy"].split()
-    assert words[2] == str(out / "x86" / "model.onnx")
-    assert all(Path(word).is_file() for word in words if word.startswith("/"))
-    served, compiled = contents(triton), contents(out)
-
-    full = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr("instantrt.compiler.serving.repository.generate_config", full)
-    with pytest.raises(UserError, match="No space left"):
-        compile_all(Request(TINY, ("x86",), out, quant="a16w4"), triton)
-    assert (contents(triton), contents(out)) == (served, compiled)
-
-
-@pytest.mark.slow
-def test_a_model_that_fails_is_written_and_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Verdict, "passed", False)
-    with pytest.raises(VerificationError):
-        compile_all(Request(TINY, ("x86",), tmp_path / "out", quant="a16w8"), tmp_path / "triton")
-    assert (tmp_path / "out" / "report" / "x86" / "report.json").is_file()
-    assert not (tmp_path / "triton").exists()
-
-
-def test_what_verify_and_triton_need_is_known_before_anything_is_written(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instantrt.compiler.compile.stage_artifacts", lambda *a: pytest.fail("written first"))
-    with pytest.raises(UserError, match="the text cannot be read"):
-        compile_all(Request(TINY, ("x86",), out, text=tmp_path / "nowhere"), tmp_path / "triton")
-    (out / "report" / "x86").mkdir(parents=True)
-    (out / "report" / "x86" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="this is no report of ours"):
-        compile_all(Request(TINY, ("x86",), out, text=TEXT), tmp_path / "triton")
-    with pytest.raises(UserError, match="nothing here can be served"):
-        compile_all(Request(TINY, ("sm90",), tmp_path / "kit", builder="kit"), tmp_path / "triton")

@@ -44,7 +44,7 @@ MLP = {
 @pytest.mark.parametrize("family", OURS)
 def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
     make(family, tmp_path, num_hidden_layers=1, **OURS[family])
-    model, decisions = hf.load(tmp_path), {}
+    model, decisions = hf.load_checkpoint(tmp_path), {}
     graph = pipeline.normalize(model.graph, Ledger())
     for layer in pipeline.linears(graph):
         source = InstantQuant(layer.path, layer.rows, 4, 32, False, F16)

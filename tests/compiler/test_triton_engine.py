@@ -9,7 +9,7 @@ import pytest
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.serving.runtime.engine import ENGINES, ConcatEngine, SharedEngine
+from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, ConcatEngine, SharedEngine
 from instantrt.passes.core.rewrite import Ledger, run
 from instantrt.passes.ort.attention import ATTENTION
 

@@ -15,9 +15,8 @@ import pytest
 
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime import cuda, tensorrt_engine
-from instantrt.compiler.serving.runtime.engine import ConcatEngine
-from instantrt.compiler.serving.runtime.scheduler import Job, Scheduler
-from instantrt.compiler.serving.runtime.scheduler import Limits as Served
+from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
+from instantrt.compiler.serving.runtime.scheduler import Job, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.tensorrt_engine import DECODE, PAST, PREFILL, open_engine, widened
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.rewrite import Ledger
@@ -142,7 +141,7 @@ def prompts() -> list[tuple[int, ...]]:
 def generate(engine: Any, jobs: list[Job]) -> list[list[int]]:
     """The tokens of each job, all submitted at once to the scheduler that serves them."""
     listeners = [Listener() for _ in jobs]
-    scheduler = Scheduler(engine, Text(TINY), Served(ROWS, LENGTH))
+    scheduler = Scheduler(engine, Text(TINY), SequenceLimits(ROWS, LENGTH))
     for job, listener in zip(jobs, listeners, strict=True):
         scheduler.submit(job, listener)
     wait(*listeners)

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from instantrt.compiler.llm import LLM
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.generate import Model, float_text, stream
+from instantrt.tools.cli.generate import float_text
 from tests.conftest import ROOT, TINY, compiled
 
 PROMPT = "The server receives a request"
-GREEDY = Sampler(Sampling(), []).choose
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generated(folder: Path, count: int) -> str:
-    text = Text(TINY)
-    return "".join(piece for piece, _ in stream(Model(folder), text, text.encode(PROMPT), count, Sampling()))
+    with LLM(folder) as llm:
+        return llm.generate(PROMPT, max_tokens=count).text
 
 
 def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
@@ -81,16 +80,6 @@ def test_sampling_is_repeatable_and_bounded() -> None:
     assert set(drawn(Sampling(temperature=1.0, top_k=2))) == {0, 1}
     assert set(drawn(Sampling(temperature=1.0, top_p=0.6))) == {0, 1}
     assert set(drawn(Sampling(temperature=1.0, top_p=0.4))) == {0}
-
-
-def test_limits_are_refused(artifacts: Path) -> None:
-    model = Model(artifacts / "shared")
-    with pytest.raises(UserError, match="empty"):
-        next(model.tokens([], 4, GREEDY))
-    with pytest.raises(UserError, match="at most 1023 tokens"):
-        next(model.tokens([5] * 1024, 4, GREEDY))
-    assert len(list(model.tokens([5] * 1000, 100, GREEDY))) == 25
-    assert len(list(model.tokens([5, 6], 3, GREEDY))) == 3
 
 
 def test_the_chat_template_is_the_models(artifacts: Path) -> None:

@@ -34,6 +34,9 @@ from safetensors.numpy import save_file
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_header
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.llm import load_artifact
+from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
@@ -41,7 +44,7 @@ from instantrt.passes.core.rewrite import Ledger, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
-from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
+from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_7B, write_checkpoint
 
 Array = npt.NDArray[Any]
 Result = dict[str, Any]
@@ -270,6 +273,34 @@ def per_channel_error(folder: Path) -> Result:
     return {"weight_only_floor": float(f"{floor:.4g}"), "two_limbs": float(f"{ours:.4g}")}
 
 
+def prefill(folder: Path) -> Result:
+    """A prompt of 512 tokens on a model of Qwen2-0.5B's shape, 152,064 words: logits of all tokens and of the last.
+
+    The two take turns; quartiles of the milliseconds of ten rounds, and of the ratios within a round.
+    """
+    write_checkpoint(folder / "model", QWEN2_05B)
+    models = {}
+    for logits in ("all", "last"):
+        request = Request(folder / "model", ("x86",), folder / logits, quant="a16w8", group_size=128, logits=logits)
+        compile_model(request)
+        models[logits] = load_artifact(folder / logits)
+    ids = np.random.default_rng(0).integers(0, 1000, (1, 512))
+    caches = [spec for spec in models["all"].artifact.inputs if spec.name.startswith("past_key_values.")]
+    past = {spec.name: np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32) for spec in caches}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(11):
+        for name, model in models.items():
+            started = time.perf_counter()
+            model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(512)[None], **past)
+            times[name].append((time.perf_counter() - started) * 1e3)
+    base, last = (np.array(times[name][1:]) for name in models)  # the first round warms up
+
+    def quartiles(values: Array) -> list[float]:
+        return [round(float(v), 2) for v in np.percentile(values, (25, 50, 75))]
+
+    return {name: {"quartiles": quartiles(v)} for name, v in (("all", base), ("last", last), ("ratio", base / last))}
+
+
 PERPLEXITY = (
     "none",
     "a16w8",
@@ -326,6 +357,7 @@ PARTS: dict[str, Callable[[Path], Result]] = {
     "rate": rate,
     "memory": memory,
     "decode": decode,
+    "prefill": prefill,
     "perplexity": perplexities,
 }
 
@@ -342,7 +374,9 @@ def markdown(results: Mapping[str, Result]) -> str:
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help="rate, memory, decode, perplexity; all by default")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="rate, memory, decode, prefill, perplexity; all by default")
+    ] = None,
     scratch: Annotated[Path | None, typer.Option(help="a folder with 40 GB of room")] = None,
 ) -> None:
     """Run the parts and write benchmarks/compile.json and compile.md; parts not run keep their last results."""

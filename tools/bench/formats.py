@@ -26,7 +26,7 @@ from instantrt.compiler.checkpoint import read_checkpoint, read_json
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.quant.stored import Layer
+from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.lazy import Array, InMemory, convert, whole
@@ -134,7 +134,9 @@ def compare_searches(
         tensors = read_checkpoint(folder)
         reader = find_reader(folder, read_json(folder / "config.json"), tensors)
         assert reader is not None
-        quants = {path: reader.read(Layer(path, (w.shape[0], w.shape[1]), tensors)) for path, w in weights.items()}
+        quants = {
+            path: reader.read(StoredLayer(path, (w.shape[0], w.shape[1]), tensors)) for path, w in weights.items()
+        }
         changed = {path: dequantized(q) for path, q in quants.items() if isinstance(q, QuantTensor)}
         rows[folder.name] = measured(model, weights, changed, parts)
     print(json.dumps(rows, indent=2))
@@ -254,7 +256,7 @@ def stream_once(folder: Path, bits: int, k: int, n: int, layers: int, *, order: 
     x = gs.Variable("x", np.float32, ["rows", k])
     graph = gs.Graph([], [x], [], opset=23)
     for i in range(layers):
-        quant = reader.read(Layer(str(i), (n, k), stored))
+        quant = reader.read(StoredLayer(str(i), (n, k), stored))
         assert isinstance(quant, QuantTensor)
         node = gs.Node("MatMul", str(i), {}, [x], [gs.Variable(f"y{i}", np.float32, ["rows", n])])
         layout = Quantized(node, x, quant, str(i))

@@ -13,7 +13,7 @@ from instantrt.compiler.request import Request, fields_from_json
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.options import Out, takes
 
-LOOKING = "Looking"
+LOOKING, ACCURACY = "Looking", "Accuracy: layers get finer formats until the bounds hold"
 PANELS: dict[type, str] = {
     groups.Checkpoint: "",
     groups.Quantization: "Quantization",
@@ -22,7 +22,7 @@ PANELS: dict[type, str] = {
     groups.Engines: "Engines",
     groups.EngineOptions: "Engines",
     groups.Plugins: "Engines",
-    groups.Accuracy: "Accuracy",
+    groups.Accuracy: ACCURACY,
     groups.Looking: LOOKING,
 }
 
@@ -35,7 +35,7 @@ def main(
     triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what OUT holds")] = None,
     *,
     verify: Annotated[
-        bool, typer.Option("--verify", help="check the artifacts, write OUT/report/", rich_help_panel="Accuracy")
+        bool, typer.Option("--verify", help="check the artifacts, write OUT/report/", rich_help_panel=ACCURACY)
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan, write nothing", rich_help_panel=LOOKING)

@@ -7,37 +7,41 @@ node first break the lowering. Ends with PASSED or FAILED, and with exit code 0 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from instantrt.compiler.accuracy.bisect import find_culprits
-from instantrt.compiler.accuracy.data import load_data
-from instantrt.compiler.accuracy.forms import Budget
-from instantrt.compiler.accuracy.run import check_artifacts, check_reports
-from instantrt.compiler.accuracy.subjects import request_of
-from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.plan import plan
+from instantrt.compiler.options import Accuracy
 from instantrt.tools.cli.console import console, stages
-from instantrt.tools.cli.show_accuracy import show_verdict
+from instantrt.tools.cli.options import Folder, Which, takes
 
 
+@takes({Accuracy: ""})
 def main(
-    out: Annotated[Path, typer.Argument(help="output folder of compile")],
+    out: Folder,
     model: Annotated[Path, typer.Option(help="the checkpoint or .onnx file it was compiled from")],
-    target: Annotated[str | None, typer.Option(help="which artifact, where there are several")] = None,
-    text: Annotated[Path | None, typer.Option(help="a text in UTF-8 to measure on")] = None,
+    target: Which = None,
+    *,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to measure on; may be repeated")] = None,
     tokens: Annotated[int | None, typer.Option(help="at most so many tokens of the text")] = None,
     forms: Annotated[
         str, typer.Option(help="two or more of float, transformers, twin, artifact, lowered, engine")
     ] = "",
-    max_kl: Annotated[float | None, typer.Option(help="bound on the mean KL, in nats")] = None,
-    max_ppl_increase: Annotated[float | None, typer.Option(help="bound on the perplexity's increase, in %")] = None,
     report: Annotated[Path | None, typer.Option(help="folder for the reports; OUT/report if not given")] = None,
     find: Annotated[bool, typer.Option("--bisect", help="find the first pass and node that go wrong")] = False,
+    **bounds: Any,
 ) -> None:
-    """Say whether an artifact is right, and what quantization cost."""
+    """Prints verdicts, or with --bisect culprits."""
+    from instantrt.compiler.accuracy.bisect import find_culprits
+    from instantrt.compiler.accuracy.data import load_data
+    from instantrt.compiler.accuracy.forms import Budget
+    from instantrt.compiler.accuracy.run import check_artifacts, check_reports
+    from instantrt.compiler.accuracy.subjects import request_of
+    from instantrt.compiler.artifact.staging import Staging
+    from instantrt.compiler.plan import plan
+    from instantrt.tools.cli.show_accuracy import show_verdict
+
+    text = bounds.pop("text")
     request, artifacts = request_of(out, model, target)
     folder = report or out / "report"
     if not find:
@@ -50,7 +54,7 @@ def main(
             verdicts = []
         else:
             chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
-            budget, culprits = Budget(max_kl, max_ppl_increase), {}
+            budget, culprits = Budget(**bounds), {}
             with Staging() as staging:
                 verdicts = check_artifacts(
                     planned, request, artifacts, data, budget, folder, staging, forms=chosen, say=say

@@ -16,6 +16,8 @@ FEW = 3  # values of a choice that fit into the column of types; more are said i
 Folder = Annotated[Path, typer.Argument(help="output folder of compile")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="output folder")]
 Which = Annotated[str | None, typer.Option("--target", help="which artifact, where there are several")]
+Repository = Annotated[Path, typer.Argument(help="folder that compile --triton wrote")]
+Environment = Annotated[Path, typer.Option(help="virtual environment with the server's wheel")]
 Command = Callable[..., None]
 
 

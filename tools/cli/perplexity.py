@@ -8,16 +8,23 @@ from typing import Annotated
 
 import typer
 
-from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
-from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
+from instantrt.tools.cli.options import Which
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="output folder of compile, or a float checkpoint")],
     text: Annotated[Path, typer.Option(help="the text")] = Path("examples/text/evaluation.txt"),
-    target: Annotated[str | None, typer.Option(help="which artifact, where there are several")] = None,
+    target: Which = None,
 ) -> None:
-    """Print the perplexity of a model on a text."""
+    """Prints one JSON object."""
+    from instantrt.compiler.accuracy.perplexity import (
+        artifact_logits,
+        perplexity_of,
+        text_windows,
+        transformers_logits,
+    )
+    from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
+
     compiled = (folder / MANIFEST).is_file()
     parts = text_windows((folder / find_artifact(folder, target).path).parent if compiled else folder, text)
     value = perplexity_of(artifact_logits(folder, target) if compiled else transformers_logits(folder), parts)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.artifact.manifest import ENGINE
-from instantrt.compiler.backend.tensorrt.build import PRODUCT, EngineSpec, Profile, build
+from instantrt.compiler.backend.tensorrt.build import INSTALL, PRODUCT, EngineSpec, Profile, build
 from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, weight_reads
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.backend.tensorrt.header import Flavour
@@ -93,7 +93,7 @@ def no_rtx(target: Target, int4: bool, options: EngineOptions) -> str:
     if not target.rtx:
         return f"has no {target.name}"
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return "not installed"
+        return f"not installed: {INSTALL['tensorrt_rtx']}"
     if target.sm == 75 and int4:
         return "has no int4 on sm75"
     if options.version_compatible or options.hardware_compatible:

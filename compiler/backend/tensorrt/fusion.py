@@ -81,9 +81,7 @@ def weight_reads(table: str, linears: Iterable[str]) -> tuple[WeightRead, ...]:
         for node in kernel.nodes:
             by_node.setdefault(node, []).append(kernel)
     # A kernel of joined linears names every product, but the DequantizeLinear of one of them only.
-    return tuple(
-        weight_read(linear, [*by_node.get(linear + WEIGHT, []), *by_node.get(linear, [])]) for linear in linears
-    )
+    return tuple(weight_read(name, [*by_node.get(name + WEIGHT, []), *by_node.get(name, [])]) for name in linears)
 
 
 def weight_read(linear: str, readers: list[Kernel]) -> WeightRead:
