@@ -11,8 +11,9 @@ import onnx
 
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import MANIFEST, MODEL, Artifact, read_manifest
-from instantrt.compiler.backend.tensorrt.build import PRODUCT, Header, load, read_header
+from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.backend.tensorrt.header import Header
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 

@@ -76,7 +76,14 @@ class Writer:
             return self.complete(artifact, folder)
         library = self.request.library(target)
         libraries = () if library is None else (Path(shutil.copy(library, folder)),)
-        settings = engine_settings(self.request, self.planned, target, libraries)
+        settings = EngineSettings(
+            target=target,
+            precision=self.planned.types[target.name].name,
+            profiles=profiles(graph.inputs, self.planned.limits, llm=self.planned.model.llm is not None),
+            options=self.request.engine_options(),
+            plugins=libraries,
+            linears=quantized_linears(graph),
+        )
         flavour = self.planned.builders[target.name].flavour
         if flavour is not None:
             timings = self.request.timing_cache or timing_cache(self.request.out, target)
@@ -124,18 +131,6 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         limits=limits,
         plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
-    )
-
-
-def engine_settings(request: Request, planned: Plan, target: Target, libraries: tuple[Path, ...]) -> EngineSettings:
-    graph = planned.lowered[target.name]
-    return EngineSettings(
-        target=target,
-        precision=planned.types[target.name].name,
-        profiles=profiles(graph.inputs, planned.limits, llm=planned.model.llm is not None),
-        options=request.engine_options(),
-        plugins=libraries,
-        linears=quantized_linears(graph),
     )
 
 

@@ -19,8 +19,8 @@ from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.backend.tensorrt.build import HEADER
 from instantrt.compiler.backend.tensorrt.gpu import gpus
+from instantrt.compiler.backend.tensorrt.header import HEADER
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -185,6 +185,7 @@ def test_a_foreign_file_is_not_opened_further(tmp_path: Path) -> None:
         EngineRunner(tmp_path / "m.engine", (), ["y"])
 
 
+@pytest.mark.slow
 def test_a_damaged_engine_is_found_before_it_becomes_a_form(tmp_path: Path) -> None:
     request = Request(TINY, ("sm89",), tmp_path / "out", quant="a16w4", builder="tensorrt-rtx")
     planned = planned_and_written(request)

@@ -67,7 +67,7 @@ def test_an_engine_its_header_and_its_layers(spec: EngineSpec) -> None:
     built = build(spec)
     assert left(spec) == ["m.engine", "m.layers.txt"]
     assert built.bytes == spec.engine.stat().st_size
-    assert read_header(spec.engine) == tensorrt.Header("tensorrt_rtx", built.version)
+    assert read_header(spec.engine) == ("tensorrt_rtx", built.version, built.bytes)
     (weight,) = weight_reads(built.layers.read_text("utf-8"), ["l"])
     assert (weight.read, weight.dtype) == (Read.FUSED, "Int8")
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instantrt.compiler.backend.tensorrt.header import HEADER, MAGIC, Flavour, parse_header
+from instantrt.compiler.backend.tensorrt.header import MAGIC, Flavour, Header, parse_header
 from instantrt.compiler.options import EngineOptions
 from instantrt.passes.core.errors import UserError
 
@@ -138,37 +138,26 @@ def load(flavour: Flavour, engine: Path, plugins: Sequence[Path] = ()) -> str:
     return str(done["version"])
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the first bytes of an engine say: which product built it, and its version."""
-
-    flavour: Flavour
-    version: str
-
-
 def read_header(engine: Path) -> Header:
-    """Reads 28 bytes of an engine, deserializing nothing; a UserError for a truncated or foreign file."""
-    with engine.open("rb") as file:
-        head = file.read(HEADER.size)
-    header = parse_header(head)
+    """What built an engine; a UserError for a truncated or foreign file."""
+    header, found = parse_header(engine), engine.stat().st_size
     if header is None:
+        starts = " or ".join(repr(m.decode()) for m in MAGIC)
         raise UserError(
             "not a TensorRT engine",
             where=str(engine),
-            expected=f"a file that starts with {' or '.join(repr(m.decode()) for m in MAGIC)}",
-            found=repr(head[:4]) if head else "an empty file",
+            expected=f"a file that starts with {starts}",
+            found=f"another file of {found} bytes" if found else "an empty file",
         )
-    flavour, size, version = header
-    found = engine.stat().st_size
-    if flavour == "tensorrt_rtx" and size != found:
+    if header.flavour == "tensorrt_rtx" and header.size != found:
         raise UserError(
             "the engine is truncated",
             where=str(engine),
-            expected=f"{size} bytes",
+            expected=f"{header.size} bytes",
             found=f"{found} bytes",
             fix="copy it again",
         )
-    return Header(flavour, version)
+    return header
 
 
 FAULT = (

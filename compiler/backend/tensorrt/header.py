@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import struct
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]  # the module that built an engine, and runs it
 MAGIC: dict[bytes, Flavour] = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
 HEADER = struct.Struct("<16sQ4B")  # magic and format, size of the file (TensorRT-RTX), version
 
 
-def parse_header(head: bytes) -> tuple[Flavour, int, str] | None:
-    """(module, size, version) from the first bytes of an engine: what built it. None where they are no engine's."""
+class Header(NamedTuple):
+    """What built an engine, its version, and the size of the file, which TensorRT-RTX alone says."""
+
+    flavour: Flavour
+    version: str
+    size: int
+
+
+def parse_header(engine: Path) -> Header | None:
+    """Reads the start of an engine, deserializing nothing. None where it is the start of something else."""
+    with engine.open("rb") as file:
+        head = file.read(HEADER.size)
     flavour = MAGIC.get(head[:4])
     if flavour is None or len(head) < HEADER.size:
         return None
-    _, size, *version = HEADER.unpack(head[: HEADER.size])
-    return flavour, size, ".".join(map(str, version))
+    _, size, *version = HEADER.unpack(head)
+    return Header(flavour, ".".join(map(str, version)), size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .digest import ChangedError, check_files
-from .header import HEADER, parse_header
+from .header import parse_header
 
 RECORD = "artifact.json"
 MODELS = {"onnx": "model.onnx", "engine": "model.engine"}
@@ -30,8 +30,7 @@ def check_folder(folder: Path, kind: str) -> tuple[Path, ...]:
 
 def check_header(path: Path, engine: dict[str, Any]) -> None:
     """RuntimeError where an engine is not by the builder and version that its record names."""
-    with path.open("rb") as file:
-        header = parse_header(file.read(HEADER.size))
-    found = f"{header[0]} {header[2]}" if header else "no engine"
+    header = parse_header(path)
+    found = f"{header.flavour} {header.version}" if header else "no engine"
     if found != (expected := f"{engine['builder']} {engine['version']}"):
         raise RuntimeError(f"{path.name} is not the engine of its record: expected {expected}, found {found}")
