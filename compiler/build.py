@@ -42,7 +42,7 @@ from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger, Reject
+from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -89,7 +89,7 @@ class Plan:
     model: FloatModel
     twins: Mapping[str, Twin]
     lowered: Mapping[str, gs.Graph]
-    ledger: Ledger
+    ledger: PassLog
     builders: Mapping[str, Choice] = field(default_factory=dict)
     types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     model = load(request.model, trust_remote_code=request.trust_remote_code)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
-    ledger = Ledger()
+    ledger = PassLog()
     graph = pipeline.normalize(model.graph, ledger)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
@@ -137,7 +137,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
 
 
 def make_twin(
-    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: PassLog, say: Say
 ) -> Twin:
     bought = None
     if request.layers or request.has_budget:
@@ -152,7 +152,7 @@ def lower(
     model: FloatModel,
     types: Mapping[str, np.dtype[Any]],
     request: Request,
-    ledger: Ledger,
+    ledger: PassLog,
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}

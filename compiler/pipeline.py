@@ -14,7 +14,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.linear import NORMALIZE_LINEARS, Linear, linear
-from instantrt.passes.core.rewrite import Ledger, Rewrite, run
+from instantrt.passes.core.rewrite import PassLog, Rewrite, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FUSE_RMS_NORM
@@ -43,7 +43,7 @@ from instantrt.passes.tensorrt.old_parser import OPSET, unsupported
 from instantrt.plugins.ops import DOMAIN
 
 
-def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
+def normalize(graph: gs.Graph, ledger: PassLog) -> gs.Graph:
     """FLOAT: whole norms, GELUs, rotary embeddings; linears are MatMul(x, constant [K, N]) named after the module."""
     run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, FuseGelu(), *NORMALIZE_LINEARS), ledger)
     verify(graph, Stage.FLOAT)
@@ -55,7 +55,7 @@ def linears(graph: gs.Graph) -> list[Linear]:
     return [found for node in graph.nodes if (found := linear(node)) is not None]
 
 
-def quantize(graph: gs.Graph, decisions: Decisions, ledger: Ledger) -> gs.Graph:
+def quantize(graph: gs.Graph, decisions: Decisions, ledger: PassLog) -> gs.Graph:
     """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against."""
     outputs = frozenset(t.name for t in graph.outputs)
     # Weights first: an activation is quantized because the weight it meets says so. It is quantized in the order the
@@ -66,7 +66,7 @@ def quantize(graph: gs.Graph, decisions: Decisions, ledger: Ledger) -> gs.Graph:
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger: Ledger) -> gs.Graph:
+def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger: PassLog) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider."""
     passes: list[Rewrite[Any]] = []
     if not request.portable:
@@ -83,7 +83,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger:
     return graph
 
 
-def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
+def refuse_leftovers(graph: gs.Graph, ledger: PassLog, backend: str) -> None:
     """A quantized linear that no lowering took is an error that gives their reasons, never a slow or other form."""
     left = [node.name for node in graph.nodes if quantized(node) is not None]
     if left:
@@ -98,7 +98,7 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
 
 
 def lower_tensorrt(
-    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: Ledger
+    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: Limits, ledger: PassLog
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     if request.logits == "last":
@@ -118,7 +118,7 @@ def lower_tensorrt(
     return graph if target.whole_operators else decompose(graph, dtype, ledger)
 
 
-def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: PassLog) -> gs.Graph:
     """A graph lowered for TensorRT, for the releases before the operators of opset 23: every node is one of theirs.
 
     Last of all: what comes before matches whole operators.
@@ -139,7 +139,7 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph
     return graph
 
 
-def lower_native(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+def lower_native(graph: gs.Graph, dtype: np.dtype[Any], ledger: PassLog) -> gs.Graph:
     """Every quantized linear in the form that TensorRT fuses, or a UserError that says why one has none."""
     run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], ledger)
     refuse_leftovers(graph, ledger, "TensorRT without plugins")

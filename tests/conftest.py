@@ -17,7 +17,7 @@ from instantrt.compiler.build import Plan, compile_model, compile_planned, plan
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 
 # A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,7 +38,7 @@ def planned_and_written(request: Request) -> Plan:
 def tiny_float() -> FloatModel:
     """The example model, exported and normalized. Copy the graph (`graph.copy()`) before a pass changes it."""
     model = load(TINY)
-    pipeline.normalize(model.graph, Ledger())
+    pipeline.normalize(model.graph, PassLog())
     return model
 
 

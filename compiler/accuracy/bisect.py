@@ -17,7 +17,7 @@ from instantrt.compiler.accuracy.metrics import difference
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import HALVES, numpy_type
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 
 MASKED = np.float32(-3e4)  # anything this low is a mask's minus infinity, which every type spells differently
 
@@ -48,7 +48,7 @@ class Found(Exception):  # noqa: N818  (an answer, not an error)
 
 
 @dataclass
-class Watch(Ledger):
+class Watch(PassLog):
     """A ledger that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
 
     canonical: gs.Graph = field(default_factory=gs.Graph)
@@ -115,7 +115,7 @@ def as_type(value: Array, dtype: np.dtype[np.generic] | None) -> Array:
         return value.astype(dtype) if dtype in HALVES and value.dtype == np.float32 else value
 
 
-def bisect(lower: Callable[[Ledger], gs.Graph], watch: Watch, written: gs.Graph | None = None) -> Culprit | None:
+def bisect(lower: Callable[[PassLog], gs.Graph], watch: Watch, written: gs.Graph | None = None) -> Culprit | None:
     """Lowers again under watch; then looks at the graph that was read back from the artifact."""
     try:
         lower(watch)

@@ -19,7 +19,7 @@ from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.lazy import Missing
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 
 
 def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()) -> list[Subject]:
@@ -34,7 +34,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
     if target.backend is Backend.TENSORRT:
         dtype = planned.types[target.name]
-        lowered = all_positions(planned, request, target, Ledger())
+        lowered = all_positions(planned, request, target, PassLog())
     else:
         dtype = np.dtype(np.float32)
         lowered = onnx_file.load_artifact(file) if file is not None else planned.lowered[target.name]
@@ -65,7 +65,7 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
     }
 
 
-def all_positions(planned: Plan, request: Request, target: Target, ledger: Ledger) -> gs.Graph:
+def all_positions(planned: Plan, request: Request, target: Target, ledger: PassLog) -> gs.Graph:
     """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
     return lower(planned.twins, planned.model, planned.types, plain, ledger)[target.name]

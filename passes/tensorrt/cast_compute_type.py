@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, Tile, View, convert, small, view_of
-from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, add, run
+from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, add, run
 from instantrt.passes.tensorrt.clamp_mask import ClampMask
 
 FLOAT32 = np.dtype(np.float32)
@@ -26,7 +26,7 @@ WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"
 CACHES = ("past_key_values.", "present.")
 
 
-def cast_compute_type(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+def cast_compute_type(graph: gs.Graph, dtype: np.dtype[Any], ledger: PassLog) -> gs.Graph:
     """Casts `graph`, in topological order, to `dtype`; float32 leaves it as it is."""
     if dtype == FLOAT32:
         return graph

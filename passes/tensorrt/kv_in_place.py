@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, add, producer, run, take_over
+from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, add, producer, run, take_over
 from instantrt.passes.tensorrt.native import once
 
 OPSET = 24  # the first with TensorScatter
@@ -28,7 +28,7 @@ POSITION = "cache/position"
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 
-def kv_in_place(graph: gs.Graph, max_length: int, ledger: Ledger) -> gs.Graph:
+def kv_in_place(graph: gs.Graph, max_length: int, ledger: PassLog) -> gs.Graph:
     """Every cache of `graph` in place, or a UserError that names the first one that cannot be."""
     run(graph, [ScatterCache(max_length), PadMask(max_length)], ledger)
     for tensor in graph.inputs:

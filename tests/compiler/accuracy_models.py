@@ -14,7 +14,7 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import Array, InMemory
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger as PassLedger
+from instantrt.passes.core.rewrite import PassLog as PassLedger
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 K = 64

@@ -27,7 +27,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.tools.bench.compile import STAGE
 from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
 from tests.conftest import ROOT, TEXT, TINY
@@ -38,7 +38,7 @@ FLOAT32 = np.dtype(np.float32)
 def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
     """compile_model without the export: the fixture's graph, quantized, lowered and written."""
     request = Request(TINY, fields.pop("targets", ("x86",)), out, **fields)
-    config, ledger = asked_config(request, "instant_quant"), Ledger()
+    config, ledger = asked_config(request, "instant_quant"), PassLog()
     linears = pipeline.linears(model.graph)
     decisions = instant.decide(linears, config, FLOAT32, "lm_head", request.lm_head) if config else {}
     canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)

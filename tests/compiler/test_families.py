@@ -26,7 +26,7 @@ from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 
 SIZES: dict[str, Any] = {
@@ -141,7 +141,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make(family, tmp_path)
     exported = hf.load(tmp_path)
     assert exported.llm is not None
-    graph = pipeline.normalize(exported.graph, Ledger())
+    graph = pipeline.normalize(exported.graph, PassLog())
     ops = {n.op for n in graph.nodes}
     norm, down = PARTS.get(family, ("RMSNormalization", "model.layers.1.mlp.down_proj"))
     assert {norm, "RotaryEmbedding"} <= ops
@@ -150,18 +150,18 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     assert down in names
     assert "lm_head" in names
     check(graph, exported.llm, model, tmp_path)
-    decomposed = pipeline.decompose(graph.copy(), FLOAT32, Ledger())
+    decomposed = pipeline.decompose(graph.copy(), FLOAT32, PassLog())
     assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & {n.op for n in decomposed.nodes}
     check(decomposed, exported.llm, model, tmp_path)
     request = Request(model=tmp_path, targets=("x86",), out=tmp_path)
-    lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, Ledger())
+    lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, PassLog())
     check(lowered, exported.llm, model, tmp_path)
     if family == "gemma2":  # no Attention operator caps its scores: the cache has to grow
         with pytest.raises(UserError, match="cannot be updated in place"):
-            kv_in_place(graph.copy(), LENGTH, Ledger())
+            kv_in_place(graph.copy(), LENGTH, PassLog())
         return
     check_lengths(lowered, exported.llm, model, tmp_path)
-    check_lengths(kv_in_place(graph.copy(), LENGTH, Ledger()), exported.llm, model, tmp_path)
+    check_lengths(kv_in_place(graph.copy(), LENGTH, PassLog()), exported.llm, model, tmp_path)
 
 
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, InMemory, Tile, view_of
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
@@ -68,14 +68,14 @@ class Network:
 
     def compile(
         self, *outputs: gs.Tensor, between: Callable[[gs.Graph], None] = lambda graph: None
-    ) -> tuple[gs.Graph, gs.Graph, Ledger]:
+    ) -> tuple[gs.Graph, gs.Graph, PassLog]:
         """-> the twin, the lowered graph in the compute type, what the lowering said."""
         self.graph.outputs = list(outputs)
-        run(self.graph, [InsertDequantize(self.decisions)], Ledger())
+        run(self.graph, [InsertDequantize(self.decisions)], PassLog())
         between(self.graph)
-        run(self.graph.toposort(), [QuantizeActivations()], Ledger())
-        twin, ledger = self.graph.copy(), Ledger()
-        lowered = cast_compute_type(self.graph, self.dtype, Ledger())
+        run(self.graph.toposort(), [QuantizeActivations()], PassLog())
+        twin, ledger = self.graph.copy(), PassLog()
+        lowered = cast_compute_type(self.graph, self.dtype, PassLog())
         run(lowered, [LowerWeightOnlyGemm(self.dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
         return twin, lowered, ledger
 
@@ -244,9 +244,9 @@ def test_gate_and_up_alternate_in_strips_of_eight() -> None:
 def test_weights_are_rounded_only_where_asked(activations: Activations, expected: int) -> None:
     net = Network()
     net.graph.outputs = [net.linear("layer", activations=activations)]
-    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], Ledger())
+    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], PassLog())
     for rounded, attribute in ((False, 0), (True, expected)):
-        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, rounded)], Ledger())
+        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, rounded)], PassLog())
         (node,) = (n for n in lowered.nodes if n.op == OP.name)
         assert node.attrs["rounded_weights"] == attribute
 

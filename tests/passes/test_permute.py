@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from instantrt.passes.core.lazy import Array, InMemory, View
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import Codes, InstantQuant, Order, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.qdq.fold_order import FoldOrder, Permuted
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, quantized
 from instantrt.passes.qdq.sort_inputs import SortInputs
@@ -78,15 +78,15 @@ def evaluate(graph: gs.Graph, x: Array) -> list[Array]:
     return ReferenceEvaluator(gs.export_onnx(loaded.cleanup().toposort())).run(None, {"x": x})
 
 
-def check(build: Build, orders: dict[str, Order | None]) -> tuple[gs.Graph, Ledger]:
+def check(build: Build, orders: dict[str, Order | None]) -> tuple[gs.Graph, PassLog]:
     """Runs the passes; the result computes what the unfolded weights compute in the model's own order."""
     graph = graph_of(build)
     decisions = sorted_quant(graph, orders)
     plain = {  # the same codes with their inputs put back, which needs no order: groups of one input
         path: replace(q, source=Unsorted(q), group_size=1, order=None) for path, q in decisions.items()
     }
-    expected_graph, ledger = graph.copy(), Ledger()
-    run(expected_graph, (InsertDequantize(plain),), Ledger())
+    expected_graph, ledger = graph.copy(), PassLog()
+    run(expected_graph, (InsertDequantize(plain),), PassLog())
     fold = FoldOrder(frozenset(t.name for t in graph.outputs))
     run(graph, (SortInputs(decisions), InsertDequantize(decisions), fold), ledger)
     x = matrix(2, K)
