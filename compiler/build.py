@@ -40,6 +40,7 @@ from instantrt.compiler.request import PATHS, Request, check_options
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
+from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog, Reject
@@ -110,7 +111,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     model = load(request.model, trust_remote_code=request.trust_remote_code)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
-    ledger = PassLog()
+    ledger = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     graph = pipeline.normalize(model.graph, ledger)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
@@ -159,7 +160,7 @@ def lower(
     shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
-        dtype, twin, before = types.get(target.name), twins[target.name], len(ledger.entries)
+        dtype, twin, ledger.target = types.get(target.name), twins[target.name], target.name
         if dtype is None:
             lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, ledger)
         else:
@@ -168,7 +169,6 @@ def lower(
             if key not in shared:
                 shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, ledger)
             lowered[target.name] = shared[key]
-        ledger.entries[before:] = [replace(entry, target=target.name) for entry in ledger.entries[before:]]
     return lowered
 
 

@@ -21,7 +21,7 @@ from instantrt.passes.ort.linear import Preset
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")
 SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
-PATHS = ("model", "out", "timing_cache", "plugin", "text")
+PATHS = ("model", "out", "timing_cache", "plugin", "text", "dump_passes")
 LISTS = ("targets", "ignore")
 LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 Logits = Literal["last", "all"]
@@ -52,6 +52,7 @@ class Request:
     max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
     max_ppl_increase the same for the increase of perplexity on `text`, in percent
     text             what the budget is measured on, and `--verify`
+    dump_passes      new folder for the graph as text after each pass, for who works on the compiler
     layers           module path -> format (`a16w4:32`, `a16w8:-1`, `float`), as a budget chose them
 
     For TensorRT targets:
@@ -96,6 +97,7 @@ class Request:
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     text: Path | None = None
+    dump_passes: Path | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from instantrt.compiler.accuracy.metrics import difference
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import HALVES, numpy_type
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.rewrite import Pass, PassLog
 
 MASKED = np.float32(-3e4)  # anything this low is a mask's minus infinity, which every type spells differently
 
@@ -49,7 +49,7 @@ class Found(Exception):  # noqa: N818  (an answer, not an error)
 
 @dataclass
 class Watch(PassLog):
-    """A ledger that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
+    """A log that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
 
     canonical: gs.Graph = field(default_factory=gs.Graph)
     feeds: Mapping[str, Array] = field(default_factory=dict)
@@ -64,7 +64,11 @@ class Watch(PassLog):
             run.peek(output.name)
         self.truth = run.values
 
-    def passed(self, rewrite: str, graph: gs.Graph) -> None:
+    def passed(self, by: Pass, graph: gs.Graph, *, changed: bool) -> None:
+        if changed:
+            self.look(type(by).__name__, graph)
+
+    def look(self, rewrite: str, graph: gs.Graph) -> None:
         self.say(f"after {rewrite}: {len(graph.nodes)} nodes")
         for culprit in self.wrong(rewrite, graph):
             raise Found(culprit)
@@ -120,7 +124,7 @@ def bisect(lower: Callable[[PassLog], gs.Graph], watch: Watch, written: gs.Graph
     try:
         lower(watch)
         if written is not None:
-            watch.passed("writing the artifact", written)
+            watch.look("writing the artifact", written)
     except Found as found:
         return found.culprit
     return None

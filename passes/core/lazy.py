@@ -10,6 +10,7 @@ of one weight do), and a writer then reads that source once. Passes exchange vie
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -199,6 +200,17 @@ class View(LazyValues):  # type: ignore[misc]
             dims=self.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )
+
+    @property
+    def as_stored(self) -> bool:
+        """Is it what its source delivers, as it is?"""
+        return self.axis == 0 and self.project is first_part
+
+    def over(self, source: Source) -> View:
+        """The same view of another source."""
+        view = copy.copy(self)
+        view.source = source
+        return view
 
     def block(self, tile: Tile) -> Array:
         """What one tile contributes, in the view's own dtype."""

@@ -1,9 +1,9 @@
 """A pass: `match` finds, returning a value; `rewrite` builds, deciding nothing.
 
-`match` answers None ("something else"), a `Reject` ("mine, but ...": a reason a user can read) or a match value with all
-that `rewrite` needs. A node that begins to look like what the pass is about, and then is not, is a `Reject`. `rewrite`
-replaces what it must; dead nodes are swept once after each pass, so no pass asks whether a node is used elsewhere.
-What a pass relies on it declares as rules: `requires` of the graph it is given, `ensures` of the one it leaves.
+`match` answers None ("something else"), a `Reject` ("mine, but ...": a reason a user can read) or a match value with
+all that `rewrite` needs. A node that begins to look like what the pass is about, and then is not, is a `Reject`.
+`rewrite` replaces what it must; dead nodes are swept once after each pass, so no pass asks whether a node is used
+elsewhere. What a pass relies on it declares as rules: `requires` of the graph it is given, `ensures` of what it leaves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import small
 
 M = TypeVar("M")
 Rule = Callable[[gs.Node], str | None]  # what is wrong with a node; its name says what holds where nothing is
@@ -106,7 +109,7 @@ def run(graph: gs.Graph, passes: Sequence[Pass], log: PassLog) -> gs.Graph:
     """Applies the passes in turn; after each that changed the graph, removes what died and sorts."""
     for each in passes:
         name = type(each).__name__
-        check(graph, each.requires, f"{name} requires", "is its place in the pipeline right?")
+        check(graph, each.requires, f"{name} requires")
         changed = False
         for node, said in each.apply(graph):
             done, reason = ("", said.reason) if isinstance(said, Reject) else (said, "")
@@ -116,16 +119,16 @@ def run(graph: gs.Graph, passes: Sequence[Pass], log: PassLog) -> gs.Graph:
             graph.cleanup(remove_unused_graph_inputs=False).toposort()
         log.passed(each, graph, changed=changed)
         if changed:
-            check(graph, (*each.ensures, made_once(graph)), f"{name} ensures", "what does its rewrite leave?")
+            check(graph, (*each.ensures, made_once(graph)), f"{name} ensures")
     return graph
 
 
-def check(graph: gs.Graph, rules: Iterable[Rule], who: str, hint: str) -> None:
+def check(graph: gs.Graph, rules: Iterable[Rule], who: str) -> None:
     """Raises on the first rule that a node breaks: a bug of ours, told to the author of a pass."""
     for rule in rules:
         for node in graph.nodes:
             problem = rule(node)
-            assert problem is None, f"{who} {rule.__name__}: node {node.name} ({node.op}): {problem}; {hint}"
+            assert problem is None, f"{who} {rule.__name__}: node {node.name} ({node.op}): {problem}"
 
 
 def made_once(graph: gs.Graph) -> Rule:
@@ -165,6 +168,20 @@ def once(
     named = name or (out if isinstance(out, str) else out.name)
     known = next((node for t in inputs for node in t.outputs if node.name == named), None)
     return known.outputs[0] if known is not None else add(graph, op, inputs, out, name=name, **attrs)
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """Adds nodes and constants whose names share a prefix, each once."""
+
+    graph: gs.Graph
+    prefix: str
+
+    def __call__(self, op: str, inputs: Sequence[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
+        return once(self.graph, op, inputs, f"{self.prefix}/{name}", **attrs)
+
+    def const(self, name: str, values: Any, dtype: npt.DTypeLike) -> gs.Constant:
+        return small(f"{self.prefix}/{name}", values, dtype)
 
 
 def take_over(old: gs.Node) -> gs.Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Missing, view_of
-from instantrt.passes.core.rewrite import producer
+from instantrt.passes.core.rewrite import Rule, check, producer
 
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -27,10 +26,7 @@ def verify(graph: gs.Graph, stage: Stage) -> None:
         view = view_of(tensor)
         if stage is not Stage.FLOAT and view is not None and isinstance(view.source, Missing):
             next(iter(view.source.tiles()))
-    for node in graph.nodes:
-        for rule in RULES[stage]:
-            problem = rule(node)
-            assert problem is None, f"after stage '{stage.value}', node {node.name} ({node.op}): {problem}"
+    check(graph, RULES[stage], f"stage '{stage.value}' ensures")
 
 
 def no_qdq(node: gs.Node) -> str | None:
@@ -46,6 +42,16 @@ def weight_dq_feeds_matmul(node: gs.Node) -> str | None:
         if users and all(u.op == "MatMul" and u.inputs[1] is node.outputs[0] for u in users)
         else "no MatMul's weight"
     )
+
+
+def activations_are_float(node: gs.Node) -> str | None:
+    return "activations are quantized" if node.op == "QuantizeLinear" else None
+
+
+def tables_are_float32(node: gs.Node) -> str | None:
+    """A table that was narrowed before looks like one whose rows are float16, and would be read as such."""
+    view = view_of(node.inputs[0]) if node.op == "Gather" else None
+    return None if view is None or view.dtype == np.float32 else f"its table is {view.dtype}"
 
 
 def activation_q_is_followed_by_dq(node: gs.Node) -> str | None:
@@ -100,7 +106,6 @@ def attention_is_explicit(node: gs.Node) -> str | None:
     return None
 
 
-Rule = Callable[[gs.Node], str | None]
 RULES: dict[Stage, tuple[Rule, ...]] = {
     Stage.FLOAT: (no_qdq,),
     Stage.QDQ: (weight_dq_feeds_matmul, activation_q_is_followed_by_dq),

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
-from instantrt.passes.ort.limbs import LimbNodes, reachable
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
@@ -22,8 +22,10 @@ TOP = 127
 
 
 @dataclass(frozen=True)
-class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
+class LowerToExactBlocks(Lowering[BlockwiseMatch]):
     """MatMul(x, DequantizeLinear(codes)) -> two limbs of x by block -> MatMulNBits -> their sum."""
+
+    requires = (weight_dq_feeds_matmul,)
 
     def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
         found = quantized(node)
@@ -52,10 +54,7 @@ class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
 def block_limbs(graph: gs.Graph, linear: Quantized, block: int) -> tuple[gs.Tensor, gs.Tensor]:
     """(hi over lo [2 M, K], leading dimensions of x), made once for each x and block."""
     x, k = linear.x, linear.quant.shape[1]
-    nodes = LimbNodes(graph, f"{x.name}/by{block}")
-    made = {t.name: t for node in x.outputs for t in reachable(node, nodes.prefix)}
-    if f"{nodes.prefix}/limbs" in made:
-        return made[f"{nodes.prefix}/limbs"], made[f"{nodes.prefix}/leading"]
+    nodes = Prefixed(graph, f"{x.name}/by{block}")
     leading = nodes("Shape", [x], "leading", start=0, end=-1)
     rows = nodes("Reshape", [x, nodes.const("blocks_shape", [-1, k // block, block], np.int64)], "blocks")
     peak = nodes("ReduceMax", [nodes("Abs", [rows], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)

@@ -15,17 +15,20 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View, small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.limbs import Limbs, flipped, rows_as_limbs
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
 @dataclass(frozen=True)
-class LowerGroups(Rewrite[Quantized]):
+class LowerGroups(Lowering[Quantized]):
     """MatMul(x, DequantizeLinear(codes in groups)) -> Scan over groups of MatMulInteger on one limb of x.
 
     Four-bit codes are widened to bytes, which changes no value. The limb of one x serves all its consumers.
     """
+
+    requires = (weight_dq_feeds_matmul,)
 
     limbs: Limbs
     activations: Literal["int8"] = "int8"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from instantrt.passes.core.rewrite import Rewrite
+from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.ort.blocks import LowerToExactBlocks
 from instantrt.passes.ort.groups import LowerGroups
 from instantrt.passes.ort.limbs import TWO_LIMBS, Limbs, LowerPerChannel
@@ -16,7 +16,7 @@ from instantrt.passes.ort.nbits import LowerToMatMulNBits
 Preset = Literal["exact", "fast"]
 
 
-def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Rewrite[Any], ...]:
+def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Lowering[Any], ...]:
     """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left.
 
     exact: activations keep 14 bits or what the scheme gives them; fast: whatever is not A8W8 by channel goes to

@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, View, small, view_of
+from instantrt.passes.core.lazy import Array, Tile, View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, once, producer
+from instantrt.passes.core.verify import activation_q_is_followed_by_dq, activations_are_float, weight_dq_feeds_matmul
 
 CODE_TYPES = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
 Decisions = Mapping[str, QuantTensor | Reject]  # module path -> how to quantize it, or why not
@@ -46,6 +47,9 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 
     Per channel: axis = 1, scale and zero [N]. In groups: axis = 0, block_size = group_size, scale and zero [K / g, N].
     """
+
+    requires = (activations_are_float,)
+    ensures = (weight_dq_feeds_matmul,)
 
     decisions: Decisions
 
@@ -126,6 +130,9 @@ class QuantizeActivations(Rewrite[Quantized]):
     One Q/DQ pair for each distinct x. The scale of a token is a block as wide as the token.
     """
 
+    requires = (weight_dq_feeds_matmul,)
+    ensures = (activation_q_is_followed_by_dq,)
+
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
         if found is None or found.quant.activations == "float" or found.x is not node.inputs[0]:
@@ -133,20 +140,12 @@ class QuantizeActivations(Rewrite[Quantized]):
         return found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        x, k = match.x, match.quant.shape[1]
-        done = next((n for n in x.outputs if n.name == f"{x.name}/quantize"), None)
-        if done is not None:
-            match.node.inputs[0] = done.outputs[0].outputs[0].outputs[0]
-            return
-        prefix = f"{x.name}/per_token"
-        magnitude = add(graph, "Abs", [x], f"{prefix}/abs")
-        peak = add(
-            graph, "ReduceMax", [magnitude, small(f"{prefix}/axes", [-1], np.int64)], f"{prefix}/max", keepdims=1
-        )
-        scale = add(graph, "Mul", [peak, small(f"{prefix}/127th", 1 / 127, np.float32)], f"{prefix}/step")
-        zero_row = add(graph, "Equal", [scale, small(f"{prefix}/0", 0, np.float32)], f"{prefix}/zero_row")
-        scale = add(graph, "Where", [zero_row, small(f"{prefix}/1", 1, np.float32), scale], f"{prefix}/scale")
-        block: dict[str, Any] = {"axis": -1, "block_size": k}
-        codes = gs.Variable(f"{prefix}/codes", np.int8, x.shape)
-        add(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
-        match.node.inputs[0] = add(graph, "DequantizeLinear", [codes, scale], f"{prefix}/dequantized", **block)
+        nodes, x = Prefixed(graph, f"{match.x.name}/per_token"), match.x
+        peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), nodes.const("axes", [-1], np.int64)], "max", keepdims=1)
+        scale = nodes("Mul", [peak, nodes.const("127th", 1 / 127, np.float32)], "step")
+        zero_row = nodes("Equal", [scale, nodes.const("0", 0, np.float32)], "zero_row")
+        scale = nodes("Where", [zero_row, nodes.const("1", 1, np.float32), scale], "scale")
+        block: dict[str, Any] = {"axis": -1, "block_size": match.quant.shape[1]}
+        codes = gs.Variable(f"{nodes.prefix}/codes", np.int8, x.shape)
+        codes = once(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
+        match.node.inputs[0] = nodes("DequantizeLinear", [codes, scale], "dequantized", **block)

@@ -11,6 +11,7 @@ place; and the mask may always have the full length M, zeros behind the end, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,30 +20,17 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, add, producer, run, take_over
-from instantrt.passes.tensorrt.native import once
+from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, take_over
+from instantrt.passes.core.verify import attention_is_explicit
 
 OPSET = 24  # the first with TensorScatter
 PAST = "past_key_values."
-POSITION = "cache/position"
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 
-def kv_in_place(graph: gs.Graph, max_length: int, ledger: PassLog) -> gs.Graph:
-    """Every cache of `graph` in place, or a UserError that names the first one that cannot be."""
-    run(graph, [ScatterCache(max_length), PadMask(max_length)], ledger)
-    for tensor in graph.inputs:
-        if tensor.name.startswith(PAST) and any(n.op not in ("TensorScatter", "Shape") for n in tensor.outputs):
-            raise UserError(
-                "this cache cannot be updated in place",
-                where=tensor.name,
-                expected="Concat(past, new) that only an Attention node reads",
-                found=", ".join(node.op for node in tensor.outputs),
-                fix="use --kv-cache concat",
-            )
-    graph.opset = max(graph.opset, OPSET)
-    graph.import_domains = None  # else the exporter would write the old opset
-    return graph
+def kv_in_place(max_length: int) -> tuple[Pass, ...]:
+    """The passes that put every cache in place, or raise a UserError that names the first one that cannot be."""
+    return ScatterCache(max_length), PadMask(max_length), RequireInPlace()
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,8 @@ class CacheMatch:
 
 @dataclass(frozen=True)
 class ScatterCache(Rewrite[CacheMatch]):
+    """present = Concat(past, new) -> TensorScatter(past, new, position) in a buffer of `max_length`."""
+
     max_length: int
 
     def match(self, node: gs.Node) -> CacheMatch | Reject | None:
@@ -88,8 +78,9 @@ class MaskMatch:
 
 @dataclass(frozen=True)
 class PadMask(Rewrite[MaskMatch]):
-    """What lies behind the written part of a cache is hidden."""
+    """Attention(.., mask) over a cache in place -> Attention(.., Pad(mask)): what is not yet written is hidden."""
 
+    requires = (attention_is_explicit,)
     max_length: int
 
     def match(self, node: gs.Node) -> MaskMatch | Reject | None:
@@ -108,21 +99,34 @@ class PadMask(Rewrite[MaskMatch]):
         match.node.inputs[3] = padded
 
 
+class RequireInPlace(Pass):
+    """A graph whose caches are all in place -> the same, of the first opset that has TensorScatter."""
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        for tensor in graph.inputs:
+            if tensor.name.startswith(PAST) and any(n.op not in ("TensorScatter", "Shape") for n in tensor.outputs):
+                raise UserError(
+                    "this cache cannot be updated in place",
+                    where=tensor.name,
+                    expected="Concat(past, new) that only an Attention node reads",
+                    found=", ".join(node.op for node in tensor.outputs),
+                    fix="use --kv-cache concat",
+                )
+        graph.opset = max(graph.opset, OPSET)
+        graph.import_domains = None  # else the exporter would write the old opset
+        yield graph.name, f"opset {graph.opset}"
+
+
 def write_position(graph: gs.Graph) -> gs.Tensor:
     """Where each row's new entries go, int64 `[B]`; made once."""
-    known = next((node for node in graph.nodes if node.name == POSITION), None)
-    if known is not None:
-        (position,) = known.outputs
-        return position
-    axis, zero, one = (small(f"{POSITION}/{n}", v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
-    mask = graph_input(graph, "attention_mask")
-    allowed = add(graph, "Cast", [mask], f"{POSITION}/allowed", to=onnx.TensorProto.BOOL)
-    total = add(graph, "Squeeze", [length(graph, "attention_mask", 1)], f"{POSITION}/total")
-    ends = add(graph, "Range", [one, add(graph, "Add", [total, one], f"{POSITION}/limit"), one], f"{POSITION}/ends")
-    seen = add(graph, "Where", [allowed, ends, zero], f"{POSITION}/seen")
-    end = add(graph, "ReduceMax", [seen, axis], f"{POSITION}/end", keepdims=0)
-    start = add(graph, "Sub", [end, length(graph, "input_ids", 1)], f"{POSITION}/start")
-    return add(graph, "Max", [start, zero], POSITION)
+    nodes = Prefixed(graph, "cache/position")
+    axis, zero, one = (nodes.const(n, v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
+    allowed = nodes("Cast", [graph_input(graph, "attention_mask")], "allowed", to=onnx.TensorProto.BOOL)
+    total = nodes("Squeeze", [length(graph, "attention_mask", 1)], "total")
+    ends = nodes("Range", [one, nodes("Add", [total, one], "limit"), one], "ends")
+    end = nodes("ReduceMax", [nodes("Where", [allowed, ends, zero], "seen"), axis], "end", keepdims=0)
+    start = nodes("Sub", [end, length(graph, "input_ids", 1)], "start")
+    return once(graph, "Max", [start, zero], nodes.prefix)
 
 
 def length(graph: gs.Graph, name: str, axis: int) -> gs.Tensor:

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View, view_of
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Reject, Rewrite, take_over
+from instantrt.passes.core.rewrite import Lowering, Reject, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.tensorrt.native import in_range
 from instantrt.plugins.ops import DOMAIN
@@ -113,7 +113,7 @@ def attributes(node: gs.Node) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class LowerWeightOnlyGemm(Rewrite[Quantized]):
+class LowerWeightOnlyGemm(Lowering[Quantized]):
     """`dtype` is the compute type; `rounded`: many rows may use weights rounded to it.
 
     A8W8 by channel is left alone: TensorRT's own int8 product is exact there.

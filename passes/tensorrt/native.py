@@ -10,7 +10,7 @@ a symmetric DequantizeLinear, and a term that is constant within a group: x time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +20,6 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, Tile, View
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import add
 
 INT4_BLOCK = 128  # TensorRT fuses int4 in blocks of 8 to 1024, and neither one block of K nor one scale a channel
 
@@ -105,9 +104,3 @@ def block_size(weight: QuantTensor) -> int:
     if weight.bits == 8 or (n <= 1024 and not weight.per_channel):
         return n
     return next((b for b in (INT4_BLOCK, 64, 32, 16, 8) if n % b == 0 and b < weight.shape[1]), n)
-
-
-def once(graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
-    """`add`, or what it added before under this name: for values that several linears share."""
-    known = next((node for node in inputs[0].outputs if node.name == name), None)
-    return known.outputs[0] if known is not None else add(graph, op, inputs, name, **attrs)

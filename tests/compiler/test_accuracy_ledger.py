@@ -133,7 +133,7 @@ def test_a_weight_that_no_token_meets_is_checked_all_the_same() -> None:
 def test_a_plugin_runs_through_its_reference_and_a_wrong_scale_in_it_is_found(bits: int, group: int) -> None:
     form = forms(lambda graph: decisions(graph, bits, group))
     half = np.dtype(np.float16)
-    lowered = cast_compute_type(form.canonical.copy(), half, PassLog())
+    lowered = run(form.canonical.copy(), cast_compute_type(half), PassLog())
     form = replace(form, lowered=run(lowered, [LowerWeightOnlyGemm(half)], PassLog()), dtype=half)
     assert [node.op for node in lowered.nodes].count("WeightOnlyGemm") == 2
     assert fill(form).findings == []

@@ -76,7 +76,7 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
         table[name] = QuantTensor(name, source, w.shape, bits, group, symmetric, FLOAT16, activations)  # type: ignore[arg-type]
     graph, ledger = linear_graph(weights, share_input=False), PassLog()
     run(graph, (InsertDequantize(table), QuantizeActivations()), ledger)
-    pipeline.lower_native(cast_compute_type(graph, FLOAT16, ledger), FLOAT16, ledger)
+    pipeline.lower_native(run(graph, cast_compute_type(FLOAT16), ledger), FLOAT16, ledger)
     write_model(graph, folder / "model.onnx")
     return folder / "model.onnx", quantized_linears(graph)
 

@@ -38,7 +38,7 @@ def joined(graph: gs.Graph, *, gated: bool = True) -> list[str]:
     ledger = PassLog()
     run(graph, [JoinLinears(gated)], ledger)
     verify(graph, Stage.QDQ)
-    return [entry.done for entry in ledger.applied("JoinLinears")]
+    return [entry.done for entry in ledger.applied(JoinLinears)]
 
 
 @pytest.mark.parametrize("biased", [(), ("a.q", "a.k", "a.v"), ("a.q", "a.v")])

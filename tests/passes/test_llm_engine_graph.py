@@ -72,7 +72,7 @@ def test_the_last_token_alone_is_quantized_for_the_head(
 def test_a_cache_in_place_gives_the_same_logits_and_entries(
     tiny_float: FloatModel, feeds: dict, want: list, tmp_path: Path
 ) -> None:
-    graph = kv_in_place(tiny_float.graph.copy(), M, PassLog())
+    graph = run(tiny_float.graph.copy(), kv_in_place(M), PassLog())
     rng = np.random.default_rng(1)
 
     def allocated(past: np.ndarray) -> np.ndarray:
@@ -96,4 +96,4 @@ def test_a_cache_that_something_else_reads_is_refused_by_name(tiny_float: FloatM
     graph.nodes.append(gs.Node("Neg", "spy", {}, [present], [extra]))
     graph.outputs.append(extra)
     with pytest.raises(UserError, match=r"past_key_values\.2\.key: this cache cannot be updated in place"):
-        kv_in_place(graph, M, PassLog())
+        run(graph, kv_in_place(M), PassLog())

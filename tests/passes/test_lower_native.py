@@ -63,7 +63,7 @@ def canonical(w: dict[str, np.ndarray], quant: dict[str, QuantTensor]) -> gs.Gra
 
 def lower(graph: gs.Graph, dtype: np.dtype, ledger: PassLog | None = None) -> gs.Graph:
     ledger = ledger or PassLog()
-    cast_compute_type(graph, dtype, ledger)
+    run(graph, cast_compute_type(dtype), ledger)
     run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], ledger)
     return graph
 
@@ -177,7 +177,7 @@ def test_no_weight_is_loaded_by_a_lowering(monkeypatch: pytest.MonkeyPatch) -> N
 def test_group_wise_a8w8_is_rejected_with_the_reason() -> None:
     w, ledger = weights(), PassLog()
     lower(canonical(w, table(w, 8, 64, symmetric=True, int8=True)), FLOAT16, ledger)
-    reasons = [e.reason for e in ledger.rejected() if e.rewrite == "LowerNativeInt8"]
+    reasons = [e.reason for e in ledger.rejected() if isinstance(e.by, LowerNativeInt8)]
     assert len(reasons) == len(w)
     assert all("by channel only" in reason for reason in reasons)
 

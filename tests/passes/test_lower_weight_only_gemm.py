@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +66,12 @@ class Network:
         values = self.random.standard_normal(n).astype(self.dtype).astype(np.float32)
         return self.node("Add", [y, gs.Constant(f"{name}.bias", values)], name, n)
 
-    def compile(
-        self, *outputs: gs.Tensor, between: Callable[[gs.Graph], None] = lambda graph: None
-    ) -> tuple[gs.Graph, gs.Graph, PassLog]:
+    def compile(self, *outputs: gs.Tensor) -> tuple[gs.Graph, gs.Graph, PassLog]:
         """-> the twin, the lowered graph in the compute type, what the lowering said."""
         self.graph.outputs = list(outputs)
-        run(self.graph, [InsertDequantize(self.decisions)], PassLog())
-        between(self.graph)
-        run(self.graph.toposort(), [QuantizeActivations()], PassLog())
+        run(self.graph, [InsertDequantize(self.decisions), QuantizeActivations()], PassLog())
         twin, ledger = self.graph.copy(), PassLog()
-        lowered = cast_compute_type(self.graph, self.dtype, PassLog())
+        lowered = run(self.graph, cast_compute_type(self.dtype), PassLog())
         run(lowered, [LowerWeightOnlyGemm(self.dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
         return twin, lowered, ledger
 
@@ -201,14 +197,9 @@ def test_a_bias_of_another_shape_is_not_fused() -> None:
 def test_a_shared_weight_is_packed_once() -> None:
     net = Network()
     y = net.linear("layer")
-    second = gs.Variable("second.y", np.float32, ("M", 144))
-    net.node("Add", [y, second], "y")
-
-    def reuse(graph: gs.Graph) -> None:
-        (first,) = (n for n in graph.nodes if n.op == "MatMul")
-        add(graph, "MatMul", list(first.inputs), second, name="second")
-
-    twin, lowered, _ = net.compile(net.graph.nodes[-1].outputs[0], between=reuse)
+    (first,) = net.graph.nodes
+    second = add(net.graph, "MatMul", first.inputs, gs.Variable("second.y", np.float32, ("M", 144)), name="second")
+    twin, lowered, _ = net.compile(net.node("Add", [y, second], "y"))
     a, b = (node for node in lowered.nodes if node.op == OP.name)
     assert a.inputs[1] is b.inputs[1]
     assert a.inputs[2] is b.inputs[2]

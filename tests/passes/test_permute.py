@@ -123,7 +123,7 @@ def mlp(graph: gs.Graph, x: gs.Tensor) -> None:
 def test_down_folds_into_gate_and_up() -> None:
     graph, ledger = check(mlp, {"down": order_of(N, 1)})
     assert gathers(graph) == 0
-    (entry,) = ledger.applied("FoldOrder")
+    (entry,) = ledger.applied(FoldOrder)
     assert entry.done == "folded into the output channels of gate, up"
     down = next(q for node in graph.nodes if (q := quantized(node)) is not None and q.path == "down")
     gate = next(q for node in graph.nodes if (q := quantized(node)) is not None and q.path == "gate")

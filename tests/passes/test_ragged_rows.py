@@ -43,7 +43,9 @@ def session(
     request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory
 ) -> ort.InferenceSession:
     graph = tiny_float.graph.copy()
-    graph = kv_in_place(graph, LIMIT, PassLog()) if request.param == "scatter" else run(graph, ATTENTION, PassLog())
+    graph = (
+        run(graph, kv_in_place(LIMIT), PassLog()) if request.param == "scatter" else run(graph, ATTENTION, PassLog())
+    )
     return session_of(graph, tmp_path_factory.mktemp("ragged") / "model.onnx")
 
 

@@ -13,7 +13,7 @@ from instantrt.passes.core.evaluate_node import dependencies
 from instantrt.passes.core.lazy import InMemory, View
 from instantrt.passes.core.quant import dequantize, quantize_asymmetric
 from instantrt.passes.core.rewrite import PassLog, add, run
-from instantrt.passes.qdq.tables import LowerNativeTables
+from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from tests.graphs import evaluate
 
 V, H, BLOCK = 40, 96, 32

@@ -266,7 +266,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
             decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 64, False, f16)
     pipeline.quantize(graph, decisions, PassLog())
     twin = graph.copy()
-    cast_compute_type(graph, f16, PassLog())
+    run(graph, cast_compute_type(f16), PassLog())
     run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], PassLog())
     gemms = [node for node in graph.nodes if node.op == OP.name]
     assert len(decisions) == 4 * 7

@@ -16,7 +16,7 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime.engine import ConcatEngine
 from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from instantrt.tools import engine as tool
 from instantrt.tools.cli.generate import open_model
@@ -30,7 +30,7 @@ def plan(request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factor
     graph = tiny_float.graph.copy()
     folder = tmp_path_factory.mktemp("out") / "sm89"
     folder.mkdir()
-    made = Plan(kv_in_place(graph, LENGTH, PassLog()) if request.param == "shared" else graph, folder)
+    made = Plan(run(graph, kv_in_place(LENGTH), PassLog()) if request.param == "shared" else graph, folder)
     artifact = Artifact(
         target="sm89",
         kind="engine",
