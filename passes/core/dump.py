@@ -35,9 +35,10 @@ def text_of(graph: gs.Graph) -> str:
                 each.value_info.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         for node in each.node:
             if node.name == node.output[0]:
-                node.name = ""
-    head, start, body = onnx.printer.to_text(proto).partition("\n{\n")
-    return BETWEEN.sub(",\n    ", head) + start + body
+                node.ClearField("name")
+    head, start, body = onnx.printer.to_text(proto).partition("{\n")
+    text = BETWEEN.sub(",\n    ", head) + start + body
+    return "".join(f"{line.rstrip()}\n" for line in text.replace(" =  {", " = {").splitlines())
 
 
 def file_name(by: type[Pass]) -> str:

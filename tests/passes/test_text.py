@@ -1,7 +1,8 @@
 """What each pass does, as text: `text/NAME.txt` shows graphs before and after it, and why it leaves others alone.
 
-The first lines of such a file are Python: the pass and, as `weights`, what the quantized weights have in common. Graphs
-are in ONNX's syntax. What is declared, but neither given nor made by a node, is a weight: a reference that no pass reads.
+The first lines of such a file are Python: the pass and, as `weights`, what the quantized weights have in common.
+Graphs are in ONNX's syntax. What is declared, but neither given nor made by a node, is a weight: a reference that no
+pass reads.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt import passes
-from instantrt.passes.core.dump import Dump, file_name, text_of
+from instantrt.passes.core.dump import file_name, text_of
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor, View
 from instantrt.passes.core.linear import SUFFIX, weight_constant
 from instantrt.passes.core.quant import InstantQuant, Order, QuantTensor
-from instantrt.passes.core.rewrite import Pass, PassLog, Reject, Rewrite, add, run, take_over
-from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86, TWO_LIMBS
+from instantrt.passes.core.rewrite import Pass, PassLog, Reject, run
+from instantrt.passes.ort.limbs import ONE_LIMB_X86, TWO_LIMBS
 from instantrt.passes.tensorrt.lower_weight_only_gemm import Packed
 from instantrt.plugins.weight_only_gemm.op import OP
 
@@ -48,6 +49,10 @@ def every_pass() -> Iterator[type[Pass]]:
 PASSES = {file_name(each): each for each in every_pass()}
 
 
+NAMES: dict[str, Any] = {each.__name__: each for each in (*PASSES.values(), Order, Reject, np.dtype)}
+NAMES |= {"ONE_LIMB_X86": ONE_LIMB_X86, "TWO_LIMBS": TWO_LIMBS, "array": np.array}
+
+
 def stored(name: str, *shape: int) -> FileTensor:
     """A tensor in a file that is not there: to read it is an error."""
     return FileTensor(Path("no such file"), 0, shape, FLOAT16, name)
@@ -58,6 +63,9 @@ def quant(path: str, n: int, k: int, bits: int, group_size: int = -1, **others: 
     group, symmetric = k if group_size == -1 else group_size, others.pop("symmetric", False)
     source = InstantQuant(path, stored(path, n, k), bits, group, symmetric, FLOAT16)
     return QuantTensor(path, source, (n, k), bits, group, symmetric, FLOAT16, **others)
+
+
+NAMES["quant"] = quant
 
 
 def read(text: str, weights: dict[str, Any]) -> gs.Graph:
@@ -73,14 +81,23 @@ def read(text: str, weights: dict[str, Any]) -> gs.Graph:
         first = node.inputs[0] if node.inputs else None
         if node.op == OP.name:
             n = node.inputs[2].shape[1] // 2
-            whole = quant(node.name, n, node.attrs["k"], node.attrs["bits"], node.attrs["group"], **weights)
+            whole = quant(
+                node.name,
+                n,
+                node.attrs["group"] * node.inputs[2].shape[0],
+                node.attrs["bits"],
+                node.attrs["group"],
+                **weights,
+            )
             packed = Packed((whole,), FLOAT16)
             for tensor, dtype in zip(node.inputs[1:3], (np.int8, FLOAT16), strict=True):
                 tensor.to_constant(View(packed, tuple(tensor.shape), dtype))
         elif node.op == "DequantizeLinear" and is_weight(first):
             k, n = first.shape
             group = node.attrs.get("block_size", k)
-            whole = quant(first.name.removesuffix(".codes"), n, k, 8 if first.dtype == np.uint8 else 4, group, **weights)
+            whole = quant(
+                first.name.removesuffix(".codes"), n, k, 8 if first.dtype == np.uint8 else 4, group, **weights
+            )
             for tensor in filter(is_weight, node.inputs):
                 tensor.to_constant(View(whole, tuple(tensor.shape), tensor.dtype))
         for tensor in filter(is_weight, node.inputs):
@@ -96,31 +113,35 @@ def read(text: str, weights: dict[str, Any]) -> gs.Graph:
 
 
 def cases() -> Iterator[Any]:
+    """(file, before, what follows it: after, rejected or error, and its text)."""
     for path in sorted(TEXT.glob("*.txt")):
-        head, *parts = ("\n" + path.read_text()).split("\n# ")
-        given: dict[str, Any] = {}
-        names = {**vars(np), **{c.__name__: c for c in PASSES.values()}, "quant": quant, "Order": Order, "Reject": Reject}
-        names |= {"ONE_LIMB_X86": ONE_LIMB_X86, "ONE_LIMB_ARM": ONE_LIMB_ARM, "TWO_LIMBS": TWO_LIMBS}
-        exec(head, names, given)
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        for i, (before, after) in enumerate(pairs):
-            yield pytest.param(given, before, after, id=f"{path.stem}{i}")
+        parts = [part.split("\n", 1) for part in path.read_text().split("\n# ")[1:]]
+        for i, ((_, before), after) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
+            yield pytest.param(path, before, *after, id=f"{path.stem}{i}")
 
 
-@pytest.mark.parametrize(("given", "before", "after"), cases())
-def test_a_pass_does_what_its_text_says(given: dict[str, Any], before: str, after: str) -> None:
-    (_, text), (kind, expected) = before.split("\n", 1), after.split("\n", 1)
-    graph, log = read(text, given.get("weights", {})), PassLog()
+@pytest.mark.parametrize(("path", "before", "kind", "expected"), list(cases()))
+def test_a_pass_does_what_its_text_says(path: Path, before: str, kind: str, expected: str) -> None:
+    given: dict[str, Any] = {}
+    exec(path.read_text().partition("\n# ")[0], NAMES, given)
+    graph, log = read(before, given.get("weights", {})), PassLog()
     untouched = text_of(graph)
+    assert file_name(type(given["the_pass"])) == path.stem
     if kind == "error":
         with pytest.raises(UserError) as caught:
             run(graph, [given["the_pass"]], log)
         assert str(caught.value) == expected.strip()
         return
     run(graph, [given["the_pass"]], log)
-    if kind == "rejected":
-        assert {entry.reason for entry in log.entries} == {expected.strip()}
-        expected = untouched
-    else:
-        assert log.applied(Pass), [entry.reason for entry in log.rejected()]
-    assert text_of(graph).strip() == expected.strip()
+    assert {entry.reason for entry in log.entries} == {expected.strip() if kind == "rejected" else ""}
+    assert text_of(graph).strip() == (untouched if kind == "rejected" else expected).strip()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_no_pass_is_without_a_text(name: str) -> None:
+    kinds = {case.values[2] for case in cases() if case.values[0].stem == name}
+    assert "after" in kinds, f"write tests/passes/text/{name}.txt"
+
+
+def test_no_text_is_without_a_pass() -> None:
+    assert {path.stem for path in TEXT.iterdir()} == set(PASSES)
