@@ -113,7 +113,7 @@ def lower_tensorrt(
     if request.plugin is not None:
         passes += [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM]
     lower_native(run(graph, passes, log), dtype, log)
-    if not target.rtx:  # TensorRT-RTX takes any block: docs/facts.md, "Weight-only patterns"
+    if not target.rtx:  # TensorRT-RTX takes any block: docs/facts.md, "Blocks that full TensorRT documents"
         run(graph, [ExplicitScales()], log)
     return graph if target.whole_operators else decompose(graph, dtype, log)
 

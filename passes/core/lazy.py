@@ -29,6 +29,7 @@ from instantrt.passes.core.errors import UserError
 
 Array = npt.NDArray[Any]
 TILE_BYTES = 1 << 18  # its float32 copy fits an L2 cache, where the arithmetic runs several times faster
+FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FOUR_BIT = (np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4))
 

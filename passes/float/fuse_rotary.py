@@ -1,4 +1,8 @@
-"""Brings decomposed rotary embeddings back to the operator of opset 23."""
+"""Brings decomposed rotary embeddings back to the operator of opset 23.
+
+Not by onnxscript's rules: they leave the angles of YaRN, which have a factor, in pieces, compute cosine and sine anew
+for each embedding instead of once for the model, and see no .onnx file that a user brings.
+"""
 
 from __future__ import annotations
 

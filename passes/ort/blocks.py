@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.ort.limbs import add_limbs
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
@@ -41,11 +41,7 @@ class LowerToExactBlocks(Lowering[BlockwiseMatch]):
         rows, leading = block_limbs(graph, found, match.block)
         out = take_over(found.node)
         y = matmul_nbits(graph, match, rows, f"{path}/limbs")
-        parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
-        graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
-        y = add(graph, "Add", parts, f"{path}/rows")
-        shape = add(graph, "Concat", [leading, small(f"{path}.n", [n], np.int64)], f"{path}/shape", axis=0)
-        add(graph, "Reshape", [y, shape], out)
+        add_limbs(graph, y, 2, (leading, n), path, out)
 
     def note(self, match: BlockwiseMatch) -> str:
         return f"MatMulNBits, {match.linear.quant.bits} bits, two limbs by {match.block} (exact)"

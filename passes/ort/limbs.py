@@ -19,7 +19,8 @@ class Limbs:
     """How a float row x becomes integers: x = sum_i s_i * (q_i - center), q_i uint8, s_1 = max|x| / top.
 
     Two 7-bit limbs carry about 14 bits of x, finer than bfloat16; stacked as rows of one product, the second costs
-    almost nothing at decode. Seven bits times int8 never saturates the 16-bit sums of x86 CPUs without VNNI.
+    almost nothing at decode. Seven bits times int8 never saturates the 16-bit sums of x86 CPUs without VNNI
+    (docs/facts.md, "Two limbs" and "Saturation without VNNI").
     """
 
     count: int
@@ -77,17 +78,23 @@ class LowerPerChannel(Lowering[Quantized]):
         y = add(graph, "Cast", [sums], f"{path}/float_sums", to=1)
         y = add(graph, "Mul", [y, gs.Constant(f"{path}.scale_f32", scale)], f"{path}/scaled")
         y = add(graph, "Mul", [y, scales], f"{path}/limbs")
-        if self.limbs.count == 2:
-            parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
-            graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
-            y = add(graph, "Add", parts, f"{path}/rows")
-        width = small(f"{path}.n", [n], np.int64)
-        shape = add(graph, "Concat", [count, width], f"{path}/shape", axis=0)
-        add(graph, "Reshape", [y, shape], out)
+        add_limbs(graph, y, self.limbs.count, (count, n), path, out)
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
         kind = "two limbs of 7 bits (exact)" if self.limbs.count == 2 else "one limb of 8 bits"
         return f"MatMulInteger, {kind}"
+
+
+def add_limbs(
+    graph: gs.Graph, y: gs.Tensor, limbs: int, shape: tuple[gs.Tensor, int], path: str, out: gs.Tensor
+) -> None:
+    """y [limbs * M, N] -> out [..., N], the sum of its limbs; `shape` is the leading dimensions and N."""
+    if limbs == 2:
+        parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
+        graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
+        y = add(graph, "Add", parts, f"{path}/rows")
+    width = small(f"{path}.n", [shape[1]], np.int64)
+    add(graph, "Reshape", [y, add(graph, "Concat", [shape[0], width], f"{path}/shape", axis=0)], out)
 
 
 def flipped(codes: Array, flip: int) -> Array:

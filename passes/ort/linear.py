@@ -1,6 +1,7 @@
 """Canonical Q/DQ linears -> the explicit integer operators of ONNX Runtime's CPU provider: which form for which.
 
-Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently.
+Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently
+(docs/facts.md, "DQ + MatMul on a CPU").
 """
 
 from __future__ import annotations

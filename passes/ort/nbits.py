@@ -13,7 +13,7 @@ from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
-BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes; above 256 some releases return garbage
+BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
 CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of this size: 4 % more bytes, the fastest kernel
 
 
@@ -35,7 +35,8 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
     """MatMul(x, DequantizeLinear(codes)) -> com.microsoft.MatMulNBits(x, codes [N, K/b, b*bits/8], scale, zero).
 
     accuracy_level 4 (int8 activations per block) is the only level with a fast 8-bit kernel. Zero points are explicit
-    even where all are central: without them ARM cores differ from one another.
+    even where all are central: without them ARM cores differ from one another (docs/facts.md, "MatMulNBits accuracy
+    levels" and "MatMulNBits without zero points").
     """
 
     requires = (weight_dq_feeds_matmul,)

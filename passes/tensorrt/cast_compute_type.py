@@ -17,11 +17,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, Tile, View, convert, small, view_of
+from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, convert, small, view_of
 from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, add, once
 from instantrt.passes.tensorrt.clamp_mask import ClampMask
 
-FLOAT32 = np.dtype(np.float32)
 WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"}
 CACHES = ("past_key_values.", "present.")
 

@@ -1,4 +1,4 @@
-"""RotaryEmbedding in the operators that TensorRT had before 10.15."""
+"""RotaryEmbedding in the operators that TensorRT had before 10.15 (docs/facts.md, "First releases of operators")."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Quantization by group for a TensorRT whose DequantizeLinear takes fewer blocks than ONNX's.
 
-NVIDIA's guide (Quantization Schemes) has int4 in blocks of 64 or 128, and NvInfer.h no blocks of int8. Any other group
-dequantizes by one, which changes no code, and is multiplied with its scales apart: the same values, rounded once,
-whatever the builder fuses.
+NVIDIA's guide (Quantization Schemes) has int4 in blocks of 64 or 128, and NvInfer.h no blocks of int8 (docs/facts.md,
+"Blocks that full TensorRT documents"). Any other group dequantizes by one, which changes no code, and is multiplied
+with its scales apart: the same values, rounded once, whatever the builder fuses.
 """
 
 from __future__ import annotations

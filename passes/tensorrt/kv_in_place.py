@@ -6,7 +6,8 @@ After:  present [B, H, M, D] = TensorScatter(past [B, H, M, D], new, P); Attenti
 The engine's past and present share one buffer. A row ends at the last key that its row of attention_mask allows, and
 its S new tokens are the last of it: P[r] = max(end[r] - S, 0). Rows padded on the left all end where the mask does.
 Rows padded on the right end where they end, so sequences of different lengths decode in one batch, each in its own
-place; and the mask may always have the full length M, zeros behind the end, so that no shape changes from step to step.
+place; and the mask may always have the full length M, zeros behind the end, so that no shape changes from step to step
+(docs/facts.md, "TensorScatter").
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import small
 from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, take_over
 from instantrt.passes.core.verify import attention_is_explicit
 
@@ -89,12 +89,11 @@ class PadMask(Rewrite[MaskMatch]):
         return MaskMatch(node, node.inputs[3])
 
     def rewrite(self, graph: gs.Graph, match: MaskMatch) -> None:
-        mask = match.mask
-        total = length(graph, "attention_mask", 1)
-        used = once(graph, "Neg", [total], "cache/used")
-        room = once(graph, "Add", [used, small("cache/max_length", [self.max_length], np.int64)], "cache/room")
-        pads = once(graph, "Pad", [room, small("cache/seven", [7, 0], np.int64)], "cache/pads")
-        padded = once(graph, "Pad", [mask, pads, small("cache/hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
+        mask, nodes = match.mask, Prefixed(graph, "cache")
+        used = nodes("Neg", [length(graph, "attention_mask", 1)], "used")
+        room = nodes("Add", [used, nodes.const("max_length", [self.max_length], np.int64)], "room")
+        pads = nodes("Pad", [room, nodes.const("seven", [7, 0], np.int64)], "pads")
+        padded = once(graph, "Pad", [mask, pads, nodes.const("hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
         padded.dtype, padded.shape = mask.dtype, [*mask.shape[:3], self.max_length]
         match.node.inputs[3] = padded
 

@@ -6,7 +6,8 @@ After:  span = max|x| * 128/127;  xq = QuantizeLinear(x / span, 2^-7)          i
 
 Both constants are powers of two, so they round nothing; the builder makes them the factor 2^-14 of the int8 GEMM,
 where one product of codes is the smallest normal float16 and the sum of K <= 65504 largest ones is still finite.
-A weight scale by channel inside the DequantizeLinear would instead make the GEMM write its unscaled sums as float16.
+A weight scale by channel inside the DequantizeLinear would instead make the GEMM write its unscaled sums as float16
+(docs/facts.md, "Overflow of int8 products").
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.tensorrt.native import channel_scales, corrections, signed_codes
@@ -26,7 +27,6 @@ from instantrt.passes.tensorrt.native import channel_scales, corrections, signed
 STEP = 2.0**-7
 LARGEST_K = 65504
 TINY = 1e-30  # in place of the largest value of an all-zero token
-FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)

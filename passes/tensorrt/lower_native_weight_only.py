@@ -4,7 +4,7 @@ Before: MatMul(x, DequantizeLinear(unsigned codes, scale, zero))
 After:  MatMul(x, DequantizeLinear(signed codes, scale))  [+ mean(x by group) @ correction]
 
 The builder reads int8 with one scale a channel, and int4 in blocks, straight into the GEMM. An int8 *group* weight it
-expands to a float matrix on every run; the fusion gate reports that.
+expands to a float matrix on every run; the fusion gate reports that (docs/facts.md, "Which weights TensorRT fuses").
 """
 
 from __future__ import annotations

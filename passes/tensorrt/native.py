@@ -21,7 +21,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, Tile, View
 from instantrt.passes.core.quant import QuantTensor
 
-INT4_BLOCK = 128  # TensorRT fuses int4 in blocks of 8 to 1024, and neither one block of K nor one scale a channel
+INT4_BLOCK = 128  # see `block_size`
 
 
 def quant_view(
@@ -79,7 +79,10 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
 
 
 def in_range(scale: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int) -> Array:
-    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does."""
+    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does.
+
+    docs/facts.md, "Scales out of range"
+    """
     info = ml_dtypes.finfo(dtype)
     low, high = float(scale.min()), float(scale.max())
     if low < float(info.tiny) or high > float(info.max):
@@ -99,7 +102,11 @@ def out_of_range(weight: QuantTensor, start: int, value: float, dtype: np.dtype[
 
 
 def block_size(weight: QuantTensor) -> int:
-    """The block in the graph: the group, or for int4 a part of it where TensorRT would not fuse the whole."""
+    """The block in the graph: the group, or for int4 a part of it where TensorRT would not fuse the whole.
+
+    It fuses int4 in blocks of 8 to 1024, and neither one block of K nor one scale a channel: docs/facts.md, "Which
+    weights TensorRT fuses".
+    """
     n = weight.group_size
     if weight.bits == 8 or (n <= 1024 and not weight.per_channel):
         return n
