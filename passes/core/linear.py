@@ -7,21 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Source, Tile, View, view_of
+from instantrt.passes.core.lazy import Source, View, view_of
 
 SUFFIX = ".weight_kn"  # the checkpoint's own name belongs to its own [N, K]
-
-
-def columns(tile: Tile) -> Array:
-    """Rows of W [N, K] as columns of the graph's [K, N]."""
-    return tile.parts[0].T
 
 
 class LinearWeight(View):
     """W [N, K], delivered as rows, as a float32 constant [K, N]: what marks a linear in normal form."""
 
     def __init__(self, rows: Source, shape: tuple[int, int]) -> None:
-        super().__init__(rows, shape[::-1], np.float32, axis=1, project=columns)
+        super().__init__(rows, shape[::-1], np.float32, axis=1, project=lambda tile: tile.parts[0].T)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, View, view_of
+from instantrt.passes.core.lazy import View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, once, producer
@@ -18,21 +18,6 @@ from instantrt.passes.core.verify import activation_q_is_followed_by_dq, activat
 
 CODE_TYPES = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
 Decisions = Mapping[str, QuantTensor | Reject]  # module path -> how to quantize it, or why not
-
-
-def codes_kn(tile: Tile) -> Array:
-    """codes [n, K] -> [K, n]."""
-    return tile.parts[0].T
-
-
-def scale_gn(tile: Tile) -> Array:
-    """scale [n, G] -> [G, n]."""
-    return tile.parts[1].T
-
-
-def zero_gn(tile: Tile) -> Array:
-    """zero [n, G] -> [G, n]."""
-    return tile.parts[2].T
 
 
 @dataclass(frozen=True)
@@ -81,9 +66,9 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
     (n, k), code_type = q.shape, CODE_TYPES[q.bits]
     per_group = (q.groups, n)
-    codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
-    scale = View(q, per_group, np.float32, axis=1, project=scale_gn)
-    zero = View(q, per_group, code_type, axis=1, project=zero_gn)
+    codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=lambda tile: tile.parts[0].T))
+    scale = View(q, per_group, np.float32, axis=1, project=lambda tile: tile.parts[1].T)
+    zero = View(q, per_group, code_type, axis=1, project=lambda tile: tile.parts[2].T)
     attrs: dict[str, Any] = {"axis": 0, "block_size": q.group_size}
     if q.per_channel:
         scale = View(q, (n,), np.float32, project=lambda tile: tile.parts[1][:, 0])

@@ -34,68 +34,46 @@ def kv_in_place(max_length: int) -> tuple[Pass, ...]:
 
 
 @dataclass(frozen=True)
-class CacheMatch:
-    node: gs.Node
-    past: gs.Tensor
-    new: gs.Tensor
-
-
-@dataclass(frozen=True)
-class ScatterCache(Rewrite[CacheMatch]):
+class ScatterCache(Rewrite[gs.Node]):
     """present = Concat(past, new) -> TensorScatter(past, new, position) in a buffer of `max_length`."""
 
     max_length: int
 
-    def match(self, node: gs.Node) -> CacheMatch | Reject | None:
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if node.op != "Concat" or len(node.inputs) != 2 or not node.inputs[0].name.startswith(PAST):
             return None
         if node.attrs["axis"] not in (2, -2):
             return Reject("the cache does not grow along its second last axis")
         if any(reader.op != "Attention" for reader in node.outputs[0].outputs):
             return Reject("something other than Attention reads the cache")
-        return CacheMatch(node, *node.inputs)
+        return node
 
-    def rewrite(self, graph: gs.Graph, match: CacheMatch) -> None:
-        present = take_over(match.node)
-        for tensor in (match.past, present):
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        (past, new), present = match.inputs, take_over(match)
+        for tensor in (past, present):
             tensor.shape = [*tensor.shape[:2], self.max_length, tensor.shape[3]]
-        add(
-            graph,
-            "TensorScatter",
-            [match.past, match.new, write_position(graph)],
-            present,
-            name=match.node.name,
-            axis=-2,
-            mode="linear",
-        )
+        inputs = [past, new, write_position(graph)]
+        add(graph, "TensorScatter", inputs, present, name=match.name, axis=-2, mode="linear")
 
 
 @dataclass(frozen=True)
-class MaskMatch:
-    node: gs.Node
-    mask: gs.Tensor
-
-
-@dataclass(frozen=True)
-class PadMask(Rewrite[MaskMatch]):
+class PadMask(Rewrite[gs.Node]):
     """Attention(.., mask) over a cache in place -> Attention(.., Pad(mask)): what is not yet written is hidden."""
 
     requires = (attention_is_explicit,)
     max_length: int
 
-    def match(self, node: gs.Node) -> MaskMatch | Reject | None:
-        if node.op != "Attention" or producer(node.inputs[1], "TensorScatter") is None:
-            return None
-        return MaskMatch(node, node.inputs[3])
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
+        return node if node.op == "Attention" and producer(node.inputs[1], "TensorScatter") is not None else None
 
-    def rewrite(self, graph: gs.Graph, match: MaskMatch) -> None:
-        mask, nodes = match.mask, Prefixed(graph, "cache")
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        mask, nodes = match.inputs[3], Prefixed(graph, "cache")
         used = nodes("Neg", [length(graph, "attention_mask", 1)], "used")
         room = nodes("Add", [used, nodes.const("max_length", [self.max_length], np.int64)], "room")
         pads = nodes("Pad", [room, nodes.const("seven", [7, 0], np.int64)], "pads")
         padded = once(graph, "Pad", [mask, pads, nodes.const("hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
         padded.dtype, padded.shape = mask.dtype, [*mask.shape[:3], self.max_length]
-        match.node.inputs[3] = padded
+        match.inputs[3] = padded
 
 
 class RequireInPlace(Pass):

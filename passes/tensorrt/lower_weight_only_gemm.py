@@ -77,10 +77,6 @@ def interleave(parts: tuple[Array, ...]) -> Array:
     return np.stack([p.reshape(-1, 8, p.shape[1]) for p in parts], axis=1).reshape(-1, parts[0].shape[1])
 
 
-def affine_gn(tile: Tile) -> Array:
-    return tile.parts[1]
-
-
 def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
     """The constants of a packed weight; those of an earlier node that has the same one."""
     for node in graph.nodes:
@@ -88,7 +84,7 @@ def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
             return list(node.inputs[1:3])
     (n, k), first = packed.shape, packed.weights[0]
     codes = View(packed, layout.packed_shape(n, k, first.bits), np.int8)
-    affine = View(packed, (first.groups, 2 * n), packed.dtype, axis=1, project=affine_gn)
+    affine = View(packed, (first.groups, 2 * n), packed.dtype, axis=1, project=lambda tile: tile.parts[1])
     return [gs.Constant(f"{path}.packed", codes), gs.Constant(f"{path}.affine", affine)]
 
 

@@ -10,7 +10,6 @@ a symmetric DequantizeLinear, and a term that is constant within a group: x time
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -24,12 +23,6 @@ from instantrt.passes.core.quant import QuantTensor
 INT4_BLOCK = 128  # see `block_size`
 
 
-def quant_view(
-    weight: QuantTensor, suffix: str, shape: tuple[int, ...], dtype: Any, project: Callable[[Tile], Array], *, axis: int
-) -> gs.Constant:
-    return gs.Constant(f"{weight.name}/{suffix}", View(weight, shape, dtype, axis=axis, project=project))
-
-
 def signed_codes(weight: QuantTensor) -> gs.Constant:
     """code - c as int8 or int4 `[K, N]`."""
     n, k = weight.shape
@@ -38,7 +31,7 @@ def signed_codes(weight: QuantTensor) -> gs.Constant:
     def project(tile: Tile) -> Array:
         return np.subtract(tile.parts[0], np.uint8(weight.central)).view(dtype).T
 
-    return quant_view(weight, "codes", (k, n), dtype, project, axis=1)
+    return gs.Constant(f"{weight.name}/codes", View(weight, (k, n), dtype, axis=1, project=project))
 
 
 def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Constant:
@@ -49,7 +42,7 @@ def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Co
     def project(tile: Tile) -> Array:
         return np.repeat(in_range(tile.parts[1], dtype, weight, tile.start), repeat, axis=1).T
 
-    return quant_view(weight, "scale", (k // block, n), dtype, project, axis=1)
+    return gs.Constant(f"{weight.name}/scale", View(weight, (k // block, n), dtype, axis=1, project=project))
 
 
 def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.0) -> gs.Constant:
@@ -59,7 +52,7 @@ def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.
     def project(tile: Tile) -> Array:
         return in_range(tile.parts[1][:, 0] * np.float32(factor), dtype, weight, tile.start)
 
-    return quant_view(weight, "scale", (weight.shape[0],), dtype, project, axis=0)
+    return gs.Constant(f"{weight.name}/scale", View(weight, weight.shape[:1], dtype, project=project))
 
 
 def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
@@ -75,7 +68,8 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
             raise out_of_range(weight, tile.start, float(np.abs(values).max()), dtype, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
-    return quant_view(weight, "corrections", (n,) if g == 1 else (g, n), dtype, project, axis=0 if g == 1 else 1)
+    shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
+    return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
 
 
 def in_range(scale: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int) -> Array:
