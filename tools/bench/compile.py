@@ -40,7 +40,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
@@ -102,8 +102,8 @@ def lowered(tensors: Mapping[str, FileTensor], mode: str) -> gs.Graph:
         table[found.path] = QuantTensor(
             found.path, source, found.shape, bits, size, symmetric, FLOAT32, "int8" if symmetric else "float"
         )
-    run(graph, (InsertDequantize(table), QuantizeActivations()), Ledger())
-    return run(graph, linear_passes(preset, ONE_LIMB_X86), Ledger())  # type: ignore[arg-type]
+    run(graph, (InsertDequantize(table), QuantizeActivations()), PassLog())
+    return run(graph, linear_passes(preset, ONE_LIMB_X86), PassLog())  # type: ignore[arg-type]
 
 
 def rate(folder: Path) -> Result:
