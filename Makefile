@@ -34,13 +34,14 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(shell find plugins tests tools -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 
-# Two workers, a file to one of them: the fixtures that cost an export live in a file.
+# Two workers, each with half of the tests in their order, until one is done and takes from the other: a module's
+# fixtures are made twice only where it is cut. What is dearest is made once for both, tests/once.py.
 test: lint docs serving
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -rs
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -rs
 
 # What a developer runs after each edit.
 test-fast: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs

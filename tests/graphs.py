@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
+import onnxruntime as ort
 
 from instantrt.compiler.accuracy.runners import session
 from instantrt.compiler.backend.onnx_writer import write_model
@@ -21,6 +23,33 @@ from instantrt.passes.core.rewrite import Ledger, run
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 
 FLOAT32 = np.dtype(np.float32)
+
+
+K = 256
+
+
+def weights(k: int = K) -> dict[str, np.ndarray]:
+    """Of three linears [n, k] with long tails, off the middle."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": 64, "k": 34, "v": 7}
+    return {p: (rng.standard_t(5, (n, k)) * 0.02 + 0.003).astype(np.float32) for p, n in shapes.items()}
+
+
+def tokens(k: int = K) -> np.ndarray:
+    """Ordinary rows, a row of zeros, a row 50 times larger, channels 30 times larger: what breaks int8 activations."""
+    x = np.random.default_rng(1).standard_normal((2, 5, k)).astype(np.float32)
+    x[0, 1] = 0
+    x[1, 2] *= 50
+    x[..., ::97] *= 30
+    return x
+
+
+def per_row(got: np.ndarray, want: np.ndarray) -> float:
+    """The worst relative error of a row; zero rows must be zero."""
+    norm = np.linalg.norm(want, axis=-1)
+    error = np.linalg.norm(got - want, axis=-1)
+    assert (error[norm == 0] == 0).all()
+    return float((error[norm > 0] / norm[norm > 0]).max())
 
 
 def linear_graph(weights: Mapping[str, np.ndarray], *, share_input: bool = True) -> gs.Graph:
@@ -84,3 +113,11 @@ def compiled_error(model: Path, quant: str, out: Path) -> float:
     feeds = {"x": np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)}
     want, got = (session(path).run(None, feeds)[0] for path in (model, out / "x86/model.onnx"))
     return relative(got, want)
+
+
+def first_output(path: Path, feeds: Mapping[str, Any]) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    model = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    output: np.ndarray = model.run(None, dict(feeds))[0]
+    return output

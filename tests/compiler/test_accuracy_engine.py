@@ -185,6 +185,7 @@ def test_a_foreign_file_is_not_opened_further(tmp_path: Path) -> None:
         EngineRunner(tmp_path / "m.engine", (), ["y"])
 
 
+@pytest.mark.slow
 def test_a_damaged_engine_is_found_before_it_becomes_a_form(tmp_path: Path) -> None:
     request = Request(TINY, ("sm89",), tmp_path / "out", quant="a16w4", builder="tensorrt-rtx")
     planned = planned_and_written(request)

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +39,8 @@ from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.core.search import SearchedQuant
 from tests.conftest import ROOT, TEXT, TINY
 
+pytestmark = pytest.mark.slow
+
 SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
 
 
@@ -52,17 +53,13 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
-    """The example model with four-bit weights for x86, without a second export."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The example model with four-bit weights for x86."""
     out = tmp_path_factory.mktemp("accuracy")
     request = Request(model=TINY, targets=("x86",), out=out, quant="a16w4")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "instantrt.compiler.plan.load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy())
-        )
-        planned = plan(request)
-        artifacts = write_planned(request, planned)
-        yield Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
+    planned = plan(request)
+    artifacts = write_planned(request, planned)
+    return Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
 
 
 @pytest.fixture(scope="module")

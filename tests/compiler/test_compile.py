@@ -22,8 +22,6 @@ from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TEXT, TINY, contents
 
-pytestmark = pytest.mark.usefixtures("no_export")
-
 
 @dataclass
 class Seen(Watch):
@@ -59,6 +57,7 @@ def digests(artifacts: list[Artifact]) -> dict[str, Any]:
     return {artifact.path: artifact.digests for artifact in artifacts}
 
 
+@pytest.mark.slow
 def test_one_call_compiles_verifies_and_serves(tmp_path: Path) -> None:
     """And all of it, or nothing, takes its place."""
     out, triton, seen = tmp_path / "out", tmp_path / "triton", Seen()
@@ -96,6 +95,7 @@ def damaged(request: Request, planned: Plan, staging: Staging, progress: Callabl
 WRITE = road.stage_artifacts
 
 
+@pytest.mark.slow
 def test_an_artifact_that_fails_is_published_and_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, triton = tmp_path / "out", tmp_path / "triton"
     compile_model(Request(TINY, "x86", out, quant="a16w8"), triton=triton)

@@ -43,6 +43,8 @@ from instantrt.tools.cli.show import show_explanation
 from tests.checkpoints import whole_checkpoint
 from tests.conftest import ROOT, TINY
 
+pytestmark = pytest.mark.slow
+
 NO_GPU = not gpus()
 
 

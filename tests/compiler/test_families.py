@@ -17,8 +17,6 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import write_model
@@ -29,52 +27,12 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.rewrite import Ledger
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
+from tests.models import FAMILIES, SIZES, make
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 160,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 32},
-    "llama": {"tie_word_embeddings": False},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {"sliding_window": 4},
-    "phi3": {"sliding_window": 5},
-    "phi3-partial": {"model_type": "phi3", "partial_rotary_factor": 0.5},
-    "gpt_neox": {"num_key_value_heads": 4, "tie_word_embeddings": False},  # files call its head embed_out
-    "gemma2": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
-}
 PARTS = {"gpt_neox": ("LayerNormalization", "gpt_neox.layers.1.mlp.dense_4h_to_h")}
 BATCH, SEQUENCE, PADDING = 2, 9, 3
 STEPS, LENGTH = 4, 24
 FLOAT32 = np.dtype(np.float32)
-
-
-def make(family: str, folder: Path) -> Any:
-    """A model with weights large enough that every part of it matters, saved in several shards."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    fields = {"model_type": family, **SIZES, **FAMILIES[family]}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, 0.5, 0.3)
-        else:
-            torch.nn.init.normal_(parameter, 0, 0.15)
-    model.save_pretrained(folder, max_shard_size="100KB")
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return model
 
 
 def reference(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Any = None) -> Any:
@@ -137,6 +95,7 @@ def alone(length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ones((1, length), np.int64), np.arange(length)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make(family, tmp_path)
@@ -169,8 +128,9 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     check_lengths(kv_in_place(graph.copy(), LENGTH, Ledger()), exported.llm, model, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
-    make("llama", tmp_path)
+    make("llama", tmp_path, num_hidden_layers=1)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 128', '"intermediate_size": 256'))
     with pytest.raises(UserError, match=r"disagrees with the model's config\n  expected: shape \[.*256.*\]"):

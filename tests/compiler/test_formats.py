@@ -74,6 +74,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts: list[Array]) -> None:
     modes = {q.mode for q in compiled.planned.twins["x86"].quantized.values()}
     assert modes == {MODES.get(compiled.name, "A16W4")}

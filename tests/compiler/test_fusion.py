@@ -81,6 +81,7 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
     return folder / "model.onnx", quantized_linears(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
 def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     table = TURING if sm == 75 else TABLE
@@ -119,6 +120,7 @@ def channels(model: FloatModel, activations: Activations) -> dict[str, QuantTens
     return table
 
 
+@pytest.mark.slow
 def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatModel, tmp_path: Path) -> None:
     """With a batch of exactly 1 the builder joins q, k and v where we have not, and expands their weights to do so."""
     decisions = channels(tiny_float, "float")
@@ -128,6 +130,7 @@ def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatMode
     assert {(c.read, c.dtype) for c in found} == {(FUSED, "Int8")}
 
 
+@pytest.mark.slow
 def test_int8_tokens_reach_the_head_too(tiny_float: FloatModel, tmp_path: Path) -> None:
     """The head sees the last token alone; the builder's process used to end over where it was cut off."""
     found = read(*built(tiny_float, channels(tiny_float, "int8"), tmp_path))
@@ -135,6 +138,7 @@ def test_int8_tokens_reach_the_head_too(tiny_float: FloatModel, tmp_path: Path) 
     assert {(c.read, c.dtype, c.tokens) for c in found} == {(FUSED, "Int8", "Int8")}
 
 
+@pytest.mark.slow
 def test_an_int8_table_is_one_in_the_engine(tiny_float: FloatModel, tmp_path: Path) -> None:
     """4096 rows of 256 in one byte instead of two; a block of 128 has a scale and a zero point, 3 bytes."""
     stored, _ = built(tiny_float, {}, tmp_path)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -26,36 +24,37 @@ from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TINY, planned_and_written
-from tests.graphs import compiled_error, model_file, relative
+from tests.graphs import compiled_error, first_output, model_file, relative
 
 FEEDS = {"input_ids": np.array([[5, 7, 9, 11]]), "attention_mask": np.ones((1, 4), np.int64)}
 
 
-@pytest.fixture(scope="module", params=["inline", "external"])
-def bert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def exported() -> torch.onnx.ONNXProgram:
     """A tiny BERT as torch exports it, opset 18, at which block-wise quantization does not exist."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     torch.manual_seed(0)
     config = BertConfig(**sizes, vocab_size=99, attn_implementation="eager")
     model = BertModel(config, add_pooling_layer=False).eval()
-    folder = tmp_path_factory.mktemp("bert")
     inputs = tuple(torch.from_numpy(v) for v in FEEDS.values())
     program = torch.onnx.export(
         model, inputs, input_names=list(FEEDS), output_names=["hidden"], opset_version=18, dynamo=True, verbose=False
     )
     assert program is not None
-    program.save(folder / "bert.onnx", external_data=request.param == "external")
+    return program
+
+
+@pytest.fixture(scope="module", params=["inline", "external"])
+def bert(
+    request: pytest.FixtureRequest, exported: torch.onnx.ONNXProgram, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    exported.save(folder / "bert.onnx", external_data=request.param == "external")
     assert (folder / "bert.onnx.data").exists() == (request.param == "external")
     return folder / "bert.onnx"
 
 
-def run(path: Path, feeds: dict[str, Any]) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    output: np.ndarray = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
-    return output
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quant", "group", "bound"), [("a16w8", None, 5e-3), ("a16w4", 32, 1e-1), ("none", None, 1e-6)]
 )
@@ -63,11 +62,12 @@ def test_an_encoder_compiles(bert: Path, tmp_path: Path, quant: str, group: int 
     planned = planned_and_written(Request(bert, ("x86",), tmp_path, quant=quant, group_size=group))
     quantized = planned.twins["x86"].quantized
     assert len(quantized) == (0 if quant == "none" else 12)
-    assert relative(run(tmp_path / "x86/model.onnx", FEEDS), run(bert, FEEDS)) < bound
+    assert relative(first_output(tmp_path / "x86/model.onnx", FEEDS), first_output(bert, FEEDS)) < bound
     files = json.loads((tmp_path / "manifest.json").read_text())["artifacts"][0]["source"]["files"]
     assert files == {path.name: sha256(path) for path in bert.parent.iterdir()}
 
 
+@pytest.mark.slow
 def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     """Hugging Face -> float ONNX -> quantized ONNX gives the same weights as the direct road."""
     compile_model(Request(TINY, ("x86",), tmp_path / "float", quant="none", portable=True))

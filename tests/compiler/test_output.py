@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from instantrt.compiler.accuracy.subjects import request_of
@@ -22,6 +23,7 @@ from instantrt.compiler.target import find_target
 from instantrt.compiler.write import source
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TINY, contents
+from tests.graphs import model_file
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
 
@@ -134,7 +136,6 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None
     check_out(tmp_path / "new" / "folder", [X86])
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
     (first,) = read_manifest(out)
     compile_model(Request(TINY, ("armv9",), out, quant="a16w4", group_size=32))
@@ -151,17 +152,15 @@ def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
     assert [a.target for a in read_manifest(out)] == ["armv9"]
 
 
-@pytest.mark.usefixtures("no_export")
 def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.onnx"
-    other.write_text("")
+    weights = {"w": np.ones((64, 64), np.float32)}
+    other = model_file(tmp_path / "other.onnx", "y = MatMul(x, w)", weights)
     compile_model(Request(other, ("armv9",), out, quant="none"))
     assert [a.source["model"] for a in read_manifest(out)] == ["tiny-qwen2", "other.onnx"]
     names = [s.name for s in write_repository(out, tmp_path / "triton")]
     assert names == ["tiny-qwen2_x86", "other_armv9"]
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_target_that_fails_leaves_the_others_as_they_were(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(out)
 

@@ -7,7 +7,6 @@ import random
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,11 +20,11 @@ from tokenizers.processors import TemplateProcessing
 from instantrt.compiler.serving.runtime.sampling import SHORTLIST, Sampler, Sampling, largest
 from instantrt.compiler.serving.runtime.scheduler import CHUNK, Failure, Job, RefusedError, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.text import Detokenizer, Text
+from tests.compiler.listener import SECONDS, Listener, wait
 from tests.conftest import TINY
 
 Array = npt.NDArray[Any]
 VOCAB = 4096
-SECONDS = 20.0
 
 
 class FakeEngine:
@@ -83,32 +82,6 @@ def continuation(prompt: tuple[int, ...], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@dataclass
-class Listener:
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish: str = ""
-    failure: tuple[Failure, str] | None = None
-    gone: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def piece(self, text: str, tokens: list[int], finish: str) -> None:
-        assert not self.done.is_set()
-        self.text += text
-        self.tokens += tokens
-        self.finish = finish
-        if finish:
-            self.done.set()
-
-    def fail(self, failure: Failure, message: str) -> None:
-        assert not self.done.is_set()
-        self.failure = (failure, message)
-        self.done.set()
-
-    def cancelled(self) -> bool:
-        return self.gone
-
-
 @pytest.fixture(scope="module")
 def text() -> Text:
     return Text(TINY)
@@ -130,10 +103,6 @@ class Running:
         listener = Listener()
         self.scheduler.submit(Job(prompt, count, **more), listener)
         return listener
-
-
-def wait(*listeners: Listener) -> None:
-    assert all(listener.done.wait(SECONDS) for listener in listeners)
 
 
 def test_every_sequence_gets_its_own_tokens(text: Text) -> None:

@@ -21,8 +21,8 @@ from instantrt.compiler.serving.runtime.tensorrt_engine import DECODE, PAST, PRE
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.rewrite import Ledger
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
+from tests.compiler.listener import Listener, wait
 from tests.compiler.tensorrt_stand_in import LENGTH, ROWS, Context, Engine, HostDevice, Plan, stand_in
-from tests.compiler.test_triton_runtime import Listener, wait
 from tests.conftest import TINY
 from tests.plugins.kernels import cuda_headers
 

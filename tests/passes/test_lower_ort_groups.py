@@ -15,8 +15,7 @@ from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
-from tests.graphs import evaluate, linear_graph
-from tests.passes.test_lower_ort_linear import per_row, tokens, weights
+from tests.graphs import evaluate, linear_graph, per_row, tokens, weights
 
 F32 = np.dtype(np.float32)
 LIMBS = pytest.mark.parametrize("limb", [ONE_LIMB_X86, ONE_LIMB_ARM], ids=["u8", "s8"])

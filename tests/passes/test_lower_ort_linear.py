@@ -13,32 +13,7 @@ from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
-from tests.graphs import evaluate, linear_graph, quantize, relative
-
-K = 256
-
-
-def weights(k: int = K) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    shapes = {"q": 64, "k": 34, "v": 7}
-    return {p: (rng.standard_t(5, (n, k)) * 0.02 + 0.003).astype(np.float32) for p, n in shapes.items()}
-
-
-def tokens(k: int = K) -> np.ndarray:
-    """Ordinary rows, a row of zeros, a row 50 times larger, channels 30 times larger: what breaks int8 activations."""
-    x = np.random.default_rng(1).standard_normal((2, 5, k)).astype(np.float32)
-    x[0, 1] = 0
-    x[1, 2] *= 50
-    x[..., ::97] *= 30
-    return x
-
-
-def per_row(got: np.ndarray, want: np.ndarray) -> float:
-    """The worst relative error of a row; zero rows must be zero."""
-    norm = np.linalg.norm(want, axis=-1)
-    error = np.linalg.norm(got - want, axis=-1)
-    assert (error[norm == 0] == 0).all()
-    return float((error[norm > 0] / norm[norm > 0]).max())
+from tests.graphs import evaluate, linear_graph, per_row, quantize, relative, tokens, weights
 
 
 @pytest.mark.parametrize("limb", [ONE_LIMB_X86, ONE_LIMB_ARM], ids=["u8", "s8"])

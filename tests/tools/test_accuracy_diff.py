@@ -17,6 +17,8 @@ from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli import diff as accuracy_diff
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.1.mlp.gate_proj"
 PROMPT = "Once upon a time there was a small house in the middle of a large forest"
 
@@ -39,7 +41,6 @@ def break_scale(file: Path) -> None:
     data.flush()
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_changed_scale_is_found_and_located(
     tiny_compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +61,6 @@ def test_a_changed_scale_is_found_and_located(
     assert shown.strip().splitlines()[-1] == "FAILED"
 
 
-@pytest.mark.usefixtures("no_export")
 def test_an_untouched_artifact_passes(tiny_compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny_compiled, report=tmp_path, forms="float,twin,artifact") == 0
     assert capsys.readouterr().out.strip().splitlines()[-1] == "PASSED"

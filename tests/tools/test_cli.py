@@ -219,7 +219,6 @@ def test_quantization_that_is_switched_off_and_asked_for_is_refused() -> None:
         Request(TINY, ("x86",), Path("o"), quant="a16w8", enable_quant=False)
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_text_that_is_not_there_is_known_before_any_work(tmp_path: Path) -> None:
     text, out = tmp_path / "none.txt", tmp_path / "o"
     error = refused("compile", TINY, "--target", "x86", "--verify", "--text", text, "-o", out)
@@ -256,7 +255,6 @@ def test_a_line_a_stage_where_nobody_watches(small: Path) -> None:
     assert "" not in lines
 
 
-@pytest.mark.usefixtures("no_export")
 def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:
     targets = ("--target", "x86", "--target", "sm89", "--target", "sm90")
     done = invoke("compile", TINY, *targets, "--quant", "a16w8", "--dry-run", "-o", tmp_path / "o")

@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.llm import LLM
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.tools.cli.generate import float_text
-from tests.compiler.test_build import compiled
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, compiled
 
 PROMPT = "The server receives a request"
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    compiled(tiny_float, folder / "shared", quant="none")
-    compiled(tiny_float, folder / "concat", quant="none", portable=True)
-    compiled(tiny_float, folder / "a16w8", quant="a16w8")
+    compiled(folder / "shared", quant="none")
+    compiled(folder / "concat", quant="none", portable=True)
+    compiled(folder / "a16w8", quant="a16w8")
     return folder
 
 

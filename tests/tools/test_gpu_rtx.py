@@ -38,6 +38,7 @@ def test_names_tell_variants_apart() -> None:
     assert {"a16w4-g128-default", "a8w8-default", "a16w4-g128-sm120"} <= set(names)
 
 
+@pytest.mark.slow
 def test_engines_and_what_they_should_compute(prepared: Path) -> None:
     engines = sorted(path.stem for path in prepared.glob("*.engine"))
     assert engines == ["a16w4-g128-sm89"]
@@ -53,6 +54,7 @@ def test_engines_and_what_they_should_compute(prepared: Path) -> None:
     assert (prepared / gpu_rtx.ARCHIVE).stat().st_size < 6e6
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What TensorRT-RTX itself says here, where there is no GPU."""
     gpu_rtx.one(prepared, "a16w4-g128-sm89")

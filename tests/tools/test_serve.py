@@ -30,10 +30,13 @@ ROWS = 4  # fewer than the clients of most tests, so that requests wait, join an
 PROMPTS = ("Once upon a time", "The list of", "In the history of", "def main(", "The server é", "When 水 the water")
 LENGTHS = (40, 7, 23, 31, 1, 16)
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("tritonserver") is None and not (ENVIRONMENT / "bin" / "python").exists(),
-    reason="no Triton server: make serving",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("tritonserver") is None and not (ENVIRONMENT / "bin" / "python").exists(),
+        reason="no Triton server: make serving",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
