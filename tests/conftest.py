@@ -50,7 +50,7 @@ def one_export() -> Iterator[None]:
     """Whatever reads the example in this process gets a copy of one export of it. Children export for themselves."""
     export, exports = hf.load_checkpoint, {}
 
-    def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+    def load_once(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
         if folder != TINY:
             return export(folder, trust_remote_code=trust_remote_code)
         if TINY not in exports:
@@ -58,7 +58,7 @@ def one_export() -> Iterator[None]:
         return replace(exports[TINY], graph=exports[TINY].graph.copy())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "load_checkpoint", load_checkpoint)
+        patch.setattr(hf, "load_checkpoint", load_once)
         yield
 
 
