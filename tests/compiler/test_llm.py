@@ -200,5 +200,5 @@ def test_any_model_is_called_by_name(tiny_compiled: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny_compiled, tmp_path / "out")
     with (tmp_path / "out/x86/model.onnx.data").open("r+b") as file:
         file.write(b"?")
-    with pytest.raises(UserError, match=r"since compile wrote it|not what compile wrote"):
+    with pytest.raises(UserError, match="not what compile wrote"):
         load_artifact(tmp_path / "out")
