@@ -6,12 +6,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from instantrt.compiler.llm import LLM, Prompt
 from instantrt.passes.core.errors import require
+from instantrt.tools.cli.options import Folder, Which
+
+if TYPE_CHECKING:
+    from instantrt.compiler.llm import Prompt
 
 
 def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
@@ -30,9 +33,9 @@ def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="output folder of compile")],
+    folder: Folder,
     prompt: Annotated[str, typer.Option(help="the text to continue")],
-    target: Annotated[str | None, typer.Option(help="which artifact, where there are several")] = None,
+    target: Which = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt through the chat template")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="how many tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
@@ -41,7 +44,9 @@ def main(
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     compare: Annotated[Path | None, typer.Option(help="float checkpoint: print what it generates, too")] = None,
 ) -> None:
-    """Generate text with a compiled artifact, streaming it to the terminal."""
+    """Streams the text to the terminal, and says last how long it took."""
+    from instantrt.compiler.llm import LLM
+
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     with LLM(folder, target) as llm:
         if compare is not None:

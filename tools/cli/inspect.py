@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from instantrt.compiler.inspect import CACHE, Inspection, inspect
 from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.console import console
 from instantrt.tools.cli.options import takes
+
+if TYPE_CHECKING:
+    from instantrt.compiler.inspect import Inspection
 
 
 @takes({Checkpoint: ""})
@@ -25,6 +27,8 @@ def main(
     **options: bool,
 ) -> None:
     """Prints what is found; a checkpoint with problems ends with exit status 1."""
+    from instantrt.compiler.inspect import inspect
+
     found = inspect(model, **options)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -36,6 +40,8 @@ def main(
 
 def show(found: Inspection) -> None:
     """Prints an inspection: the summary, the layers, the targets, and the problems last."""
+    from instantrt.compiler.inspect import CACHE
+
     console.print(f"{found.model}: {found.format}; runs as {found.runs_as}")
     console.print(
         f"{found.tensors} tensors, {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB in files"
