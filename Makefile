@@ -1,16 +1,16 @@
-# `make demo` and `make test` do all their own set-up; both stop at the first error.
+# Every target does its own set-up and stops at the first error.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SERVE  := .venv-serve
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-arm lint setup serving plugins plugins-sm70
+.PHONY: demo test test-fast test-arm lint docs wheel setup serving plugins plugins-sm70
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable '.[test,docs]'
 	touch $@
 
 # The Triton server of the tests wants NumPy 1, and its wheel is for Linux on x86-64 only; elsewhere its tests are skipped.
@@ -24,8 +24,8 @@ setup: $(VENV)/.installed
 serving: $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVE)/.installed)
 
 demo: setup
-	$(BIN)/compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
-	$(BIN)/python -m instantrt.tools.cli.generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
+	$(BIN)/instantrt compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
+	$(BIN)/instantrt generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -34,9 +34,23 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(shell find plugins tests tools -name '*.cu' -o -name '*.h' -o -name '*.cpp')
 
-# Two workers, a file to one of them: the fixtures that cost an export live in a file.
-test: lint serving
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -rs
+# Two workers, each with half of the tests in their order, until one is done and takes from the other: a module's
+# fixtures are made twice only where it is cut. What is dearest is made once for both, tests/once.py.
+test: lint docs serving
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -rs
+
+# What a developer runs after each edit.
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+# For this platform where the plugin library is in plugins/lib, for any where it is not. What an earlier build left
+# there would be packed.
+wheel: setup
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 # The plugin library into the Python package, for `--plugin auto` and for wheels. TENSORRT: folders that hold TensorRT's
 # include/, one for each major that is to load it, separated by semicolons.

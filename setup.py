@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-LIBRARIES = Path(__file__).parent / "plugins" / "lib"
+LIBRARIES = Path(__file__).parent / "instantrt" / "plugins" / "lib"
 
 
 class Package(Distribution):

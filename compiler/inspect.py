@@ -1,4 +1,4 @@
-"""The checkpoint doctor, `compile --inspect MODEL`: what a checkpoint is, what is wrong with it, what it would become.
+"""What `instantrt inspect MODEL` finds: what a checkpoint is, what is wrong with it, what it would become.
 
 Nothing is compiled and no weight is read but scales, zero points and input orders. The model is instantiated without
 storage, which says what config.json announces.
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.quant.stored import Layer, Reader, StoredRows, check_no_bias
+from instantrt.compiler.quant.stored import Reader, StoredLayer, StoredRows, check_no_bias
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
 from instantrt.passes.core.errors import UserError
@@ -81,7 +82,7 @@ class Inspection:
 def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all."""
     if not folder.is_dir():
-        raise UserError("--inspect takes a checkpoint's folder", where=str(folder))
+        raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
     config = hf.read_config(folder, trust_remote_code)
     model = hf.build_skeleton(config, folder, trust_remote_code)
     tensors = hf.renamed(read_checkpoint(folder), model)
@@ -96,7 +97,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     unannounced = announced(model, tensors, quantized, problems)
     llm = hf.llm_shape(model.config)
     numbers = 2 * llm.layers * llm.kv_heads * llm.head_dim
-    asked = as_config(reader)
+    asked = own_config(reader) if reader is not None else None
     return Inspection(
         model=folder.name,
         format=form(reader, layers),
@@ -130,7 +131,7 @@ def layer_reports(
         shape = (module.out_features, module.in_features)
         stored = tensors.get(f"{path}.weight")
         try:
-            quant = reader.read(Layer(path, shape, tensors)) if reader is not None else None
+            quant = reader.read(StoredLayer(path, shape, tensors)) if reader is not None else None
             if isinstance(quant, QuantTensor) and isinstance(quant.source, StoredRows):
                 scale, zero = quant.source.parameters()
                 zeros = int(zero.min()), int(zero.max())
@@ -154,17 +155,15 @@ def described(quant: QuantTensor) -> str:
 
 def announced(model: Any, tensors: Mapping[str, FileTensor], quantized: set[str], problems: list[Problem]) -> list[str]:
     """Tensors of the checkpoint that the model has no place for; missing ones and lost biases become problems."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+    groups = hf.parameter_names(model)
     unreadable = {p.where.rpartition(".")[0] for p in problems} | {p.where for p in problems}
-    for names in groups.values():
+    for names in groups:
         path = names[0].removesuffix(".weight")
         if not any(name in tensors for name in names) and path not in quantized | unreadable:
             problems.append(
                 Problem("the checkpoint has no such tensor", names[0], fix="check that all shards are there")
             )
-    known = {name for names in groups.values() for name in names} | {name for name, _ in model.named_buffers()}
+    known = {name for names in groups for name in names} | {name for name, _ in model.named_buffers()}
     extra = [n for n in tensors if n not in known and n.rpartition(".")[0] not in quantized]
     for path in quantized:
         bias = tensors.get(f"{path}.bias")
@@ -185,16 +184,8 @@ def form(reader: Reader | None, layers: tuple[LayerReport, ...]) -> str:
     return f"{reader.method}, {reader.bits} bits, {grain}{order}"
 
 
-def as_config(reader: Reader | None) -> QuantConfig | None:
-    """How the checkpoint runs when nothing else is asked for."""
-    if reader is None:
-        return None
-    compute = "activate_quant" if reader.activations == "int8" else "weight_only"
-    return QuantConfig(reader.method, "int8" if reader.bits == 8 else "uint4", reader.group_size, compute)
-
-
 def outlook(target: Target, asked: QuantConfig | None) -> str:
-    """What `compile --target` would do with the checkpoint."""
+    """What `instantrt compile --target` would do with the checkpoint."""
     if asked is not None:
         return str(cell(method_of(asked), target))
     methods = [m for m in METHODS if m.quant_method == "instant_quant"]

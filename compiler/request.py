@@ -7,119 +7,57 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from instantrt import plugins
-from instantrt.compiler.backend.tensorrt.build import EngineOptions
-from instantrt.compiler.backend.tensorrt.choose import Builder
-from instantrt.compiler.backend.tensorrt.profiles import Limits
-from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.options import (
+    CPU,
+    GPU,
+    Accuracy,
+    Checkpoint,
+    CpuArtifacts,
+    EngineOptions,
+    Engines,
+    LanguageModel,
+    Looking,
+    Plugins,
+    Quantization,
+    options_of,
+    settle,
+    types_of,
+)
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.ort.linear import Preset
 
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")
 SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
-PATHS = ("model", "out", "timing_cache", "plugin", "text")
-LISTS = ("targets", "ignore")
 LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
-Logits = Literal["last", "all"]
-KvCache = Literal["concat", "in-place"]
-HeadFormat = Literal["float", "int8"]
-TableFormat = Literal["stored", "int8"]
 
 
-@dataclass(frozen=True)
-class Request:
-    """Compile `model` for `targets` into `out`. Where a path or a tuple of names is due, a string will do.
+@dataclass(frozen=True)  # the last base comes first: manifests record the options in this order
+class Request(
+    Looking, Accuracy, Plugins, EngineOptions, LanguageModel, Engines, Checkpoint, CpuArtifacts, Quantization
+):
+    """Compile `model` for `targets` into `out`, with the options of every group (compiler/options.py).
 
-    model            folder with config.json and safetensors, or an .onnx file
-    targets          names from `compile --list-targets`
-    quant            a16w8, a16w4, a8w8, a8w4 or none; None takes what the checkpoint is, float or quantized
-    group_size       -1 per channel, else consecutive inputs that share a scale
-    weight_only      8-bit GPTQ checkpoints run as A16W8 instead of A8W8 (the spec's `weight_only_quant`)
-    enable_quant     the spec's switch; None means: as the other fields say
-    quant_config     the spec's `customized_quant_config`
-    ignore           module patterns that stay float
-    lm_head          float or int8
-    embeddings       stored (as in the checkpoint) or int8
-    cpu_preset       exact: 16-bit activations keep 14 bits of each token or block; fast: int8 activations by block
-    plugin           engines: plugin library whose WeightOnlyGemm runs the weight-only linears, exact zero points;
-                     `auto` is the library for the target that this installation carries
-    plugin_rounding  plugin: many rows may use weights rounded to 16 bits once, for cuBLASLt; takes scratch memory
-    portable         standard ONNX attention instead of ONNX Runtime's GroupQueryAttention
-    max_kl           budget: mean KL of the next token against the float model, in nats; worst layers get finer formats
-    max_ppl_increase the same for the increase of perplexity on `text`, in percent
-    text             what the budget is measured on, and `--verify`
-    layers           module path -> format (`a16w4:32`, `a16w8:-1`, `float`), as a budget chose them
+    Where a path or a tuple of names is due, a string will do.
 
-    For TensorRT targets:
-    builder          auto, tensorrt-rtx, tensorrt, or kit: what a GPU machine needs to finish the build
-    max_batch        sequences that run together
-    max_length       tokens of a sequence, cache included; None: 2048, or the model's own maximum where that is less
-    opt_length       the length to tune for; None: 512, or max_length where that is less
-    logits           last (of each sequence) or all
-    kv_cache         concat (present is a longer copy of past) or in-place (one buffer of max_length)
-    memory_limit     MiB of scratch memory
-    optimization_level, weight_streaming, version_compatible, hardware_compatible, timing_cache: as TensorRT has them
+    model     folder with config.json and safetensors, or an .onnx file
+    targets   names of target.py
+    layers    module path -> format (`a16w4:32`, `a16w8:-1`, `float`), as a budget chose them
     """
 
     model: Path
     targets: tuple[str, ...]
     out: Path
-    quant: Quant | None = None
-    group_size: int | None = None
-    weight_only: bool = False
-    enable_quant: bool | None = None
-    quant_config: Mapping[str, Any] | None = None
-    ignore: tuple[str, ...] = ()
-    lm_head: HeadFormat = "float"
-    embeddings: TableFormat = "stored"
-    cpu_preset: Preset = "exact"
-    portable: bool = False
-    trust_remote_code: bool = False
-    builder: Builder = "auto"
-    max_batch: int = 1
-    max_length: int | None = None
-    opt_length: int | None = None
-    logits: Logits = "last"
-    kv_cache: KvCache = "concat"
-    memory_limit: int | None = None
-    optimization_level: int | None = None
-    weight_streaming: bool = False
-    version_compatible: bool = False
-    hardware_compatible: str = ""
-    timing_cache: Path | None = None
-    plugin: Path | None = None
-    plugin_rounding: bool = False
-    max_kl: float | None = None
-    max_ppl_increase: float | None = None
-    text: Path | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in PATHS:
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in LISTS:
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        settle(self)
         if not self.targets:
-            raise UserError("no target", fix="--target x86; compile --list-targets shows all")
-        allowed = (
-            ("quant", self.quant, (None, *get_args(Quant))),
-            ("lm_head", self.lm_head, get_args(HeadFormat)),
-            ("embeddings", self.embeddings, get_args(TableFormat)),
-            ("cpu_preset", self.cpu_preset, get_args(Preset)),
-            ("builder", self.builder, get_args(Builder)),
-            ("logits", self.logits, get_args(Logits)),
-            ("kv_cache", self.kv_cache, get_args(KvCache)),
-        )
-        for name, value, values in allowed:
-            if value not in values:
-                expected = " or ".join(str(v) for v in values if v)
-                raise UserError(f"{name} has no such value", expected=expected, found=repr(value))
+            raise UserError("no target", fix="--target x86; instantrt targets shows all")
         if self.quant is not None and self.quant_config is not None:
             raise UserError("quant and quant_config both say how to quantize", fix="give one of them")
         if self.enable_quant is False and (self.quant_config is not None or self.quant not in (None, "none")):
@@ -128,9 +66,6 @@ class Request:
                 found=f"enable_quant = false and {'customized_quant_config' if self.quant_config else self.quant}",
                 fix="set enable_quant to true, or leave the config out",
             )
-        for name, limit in (("max_kl", self.max_kl), ("max_ppl_increase", self.max_ppl_increase)):
-            if limit is not None and not limit > 0:
-                raise UserError(f"{name} is no bound", expected="a number above 0", found=str(limit))
         if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
             raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
         for path, form in self.layers.items():
@@ -142,7 +77,6 @@ class Request:
             self.check_old_tensorrt(target)
             self.check_plugin(target)
         self.engine_limits()
-        self.engine_options()
 
     def check_old_tensorrt(self, target: Target) -> None:
         """What a GPU cannot have whose last TensorRT is an old one, refused before any work."""
@@ -191,7 +125,7 @@ class Request:
         """The target rows, each once, in the order asked for."""
         return tuple(dict.fromkeys(find_target(name) for name in self.targets))
 
-    def engine_limits(self, longest: int = 0) -> Limits:
+    def engine_limits(self, longest: int = 0) -> EngineLimits:
         """What an engine accepts; `longest` is the model's own maximum, 0 where it has none."""
         if longest and (self.max_length or 0) > longest:
             raise UserError(
@@ -200,7 +134,7 @@ class Request:
                 found=str(self.max_length),
             )
         max_length = self.max_length if self.max_length is not None else min(2048, longest or 2048)
-        return Limits(
+        return EngineLimits(
             self.max_batch, max_length, self.opt_length if self.opt_length is not None else min(512, max_length)
         )
 
@@ -210,29 +144,11 @@ class Request:
         return Path(os.path.abspath(self.model)).name  # noqa: PTH100
 
     def engine_options(self) -> EngineOptions:
-        return EngineOptions(
-            memory_limit=self.memory_limit << 20 if self.memory_limit is not None else None,
-            optimization_level=self.optimization_level,
-            weight_streaming=self.weight_streaming,
-            version_compatible=self.version_compatible,
-            hardware_compatible=self.hardware_compatible,
-            timing_cache=self.timing_cache,
-        )
+        return EngineOptions(**{f.name: getattr(self, f.name) for f in fields(EngineOptions)})
 
 
-# What a compilation may lack -> the fields that then say nothing.
-CPU, GPU, QUANTIZATION, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
-WITHOUT = {
-    CPU: ("cpu_preset", "portable"),
-    GPU: (
-        *("builder", "max_batch", "max_length", "opt_length", "logits", "kv_cache", "memory_limit"),
-        *("optimization_level", "weight_streaming", "version_compatible", "hardware_compatible", "timing_cache"),
-        *("plugin", "plugin_rounding"),
-    ),
-    QUANTIZATION: ("group_size", "weight_only", "ignore", "lm_head", "max_kl", "max_ppl_increase"),
-    FLOAT: ("lm_head",),
-}
 DEFAULTS = {f.name: f.default for f in fields(Request)}
+PATHS = tuple(name for name, types in types_of(Request).items() if Path in types)
 
 
 def check_options(request: Request) -> None:
@@ -244,10 +160,10 @@ def check_options(request: Request) -> None:
 
 
 def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it out") -> None:
-    """Refuses a field that says nothing without what this compilation lacks."""
-    for name in WITHOUT[lacking]:
-        if getattr(request, name) != DEFAULTS[name]:
-            raise UserError(f"{name} does nothing without {lacking}", where=where, fix=fix)
+    """Refuses an option that says nothing without what this compilation lacks."""
+    for f, option in options_of(request):
+        if lacking in option.needs and getattr(request, f.name) != f.default:
+            raise UserError(f"{f.name} does nothing without {lacking}", where=where, fix=fix)
 
 
 JSON_KEYS = {

@@ -82,6 +82,6 @@ def find_target(name: str) -> Target:
     target = _BY_NAME.get(name.lower())
     if target is None:
         raise UserError(
-            f"unknown target {name!r}", expected=", ".join(t.name for t in TARGETS), fix="compile --list-targets"
+            f"unknown target {name!r}", expected=", ".join(t.name for t in TARGETS), fix="instantrt targets"
         )
     return target

@@ -1,7 +1,9 @@
 """InstantRT: an ahead-of-time compiler from checkpoints to deployable artifacts with quantized weights.
 
-from instantrt import Request, compile_model
+from instantrt import LLM, Request, compile_model
 (artifact,) = compile_model(Request("model", targets="x86", out="build", quant="a16w8"))
+with LLM("build") as llm:
+    print(llm.generate("Once upon a time").text)
 
 The packages lie at the top of the repository, beside this folder; the links here give them their one import name.
 """
@@ -11,15 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from instantrt.compiler.build import compile_model
+    from instantrt.compiler.compile import compile_model
+    from instantrt.compiler.llm import LLM, load_artifact
     from instantrt.compiler.request import Request
 
-__all__ = ["Request", "compile_model"]
+__all__ = ["LLM", "Request", "compile_model", "load_artifact"]
 
 # ONNX Runtime's Linux wheels report home by default; the switch is read when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_WHERE = {"Request": "instantrt.compiler.request", "compile_model": "instantrt.compiler.build"}
+_WHERE = {
+    "LLM": "instantrt.compiler.llm",
+    "Request": "instantrt.compiler.request",
+    "compile_model": "instantrt.compiler.compile",
+    "load_artifact": "instantrt.compiler.llm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from instantrt.compiler import build, pipeline
-from instantrt.compiler.build import Plan, compile_model, compile_planned, plan
-from instantrt.compiler.frontend import load
+from instantrt.compiler import pipeline
+from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.compiler.write import write_planned
+from instantrt.passes.core.rewrite import PassLog
+from tests.once import made_once
 
 # A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,30 +33,50 @@ TINY = ROOT / "examples" / "tiny-qwen2"
 TEXT = ROOT / "examples" / "text" / "evaluation.txt"
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Every file, hidden ones too, with its digest."""
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
 def planned_and_written(request: Request) -> Plan:
     """As `compile_model`, for who wants to see the plan."""
     planned = plan(request)
-    compile_planned(request, planned)
+    write_planned(request, planned)
     return planned
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_export() -> Iterator[None]:
+    """Whatever reads the example in this process gets a copy of one export of it. Children export for themselves."""
+    export, exports = hf.load_checkpoint, {}
+
+    def load_once(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+        if folder != TINY:
+            return export(folder, trust_remote_code=trust_remote_code)
+        if TINY not in exports:
+            exports[TINY] = export(TINY)
+        return replace(exports[TINY], graph=exports[TINY].graph.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "load_checkpoint", load_once)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny_float() -> FloatModel:
+def tiny_float(one_export: None) -> FloatModel:  # noqa: ARG001
     """The example model, exported and normalized. Copy the graph (`graph.copy()`) before a pass changes it."""
     model = load(TINY)
-    pipeline.normalize(model.graph, Ledger())
+    pipeline.normalize(model.graph, PassLog())
     return model
 
 
-@pytest.fixture
-def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compilations of the example start from its one export."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
+def compiled(out: Path, **fields: Any) -> Plan:
+    """The example compiled, for x86 if nothing else is asked."""
+    return planned_and_written(Request(TINY, fields.pop("targets", ("x86",)), out, **fields))
 
 
 @pytest.fixture(scope="session")
 def tiny_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the example model, compiled for x86 with 8-bit weights."""
-    out = tmp_path_factory.mktemp("tiny") / "out"
-    compile_model(Request(model=TINY, targets=("x86",), out=out, quant="a16w8"))
-    return out
+    request = Request(model=TINY, targets=("x86",), out=Path(), quant="a16w8")
+    return made_once(tmp_path_factory, "tiny", lambda new: compile_model(replace(request, out=new / "out"))) / "out"

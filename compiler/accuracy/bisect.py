@@ -6,19 +6,27 @@ before it. An error therefore shows where it is made, not where it ends up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block, seen_by
+from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.metrics import difference
+from instantrt.compiler.accuracy.subjects import all_positions, subjects
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.plan import Plan, Say
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import HALVES, numpy_type
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import Pass, PassLog
 
+TOKENS = 32  # every tensor of the twin is kept
 MASKED = np.float32(-3e4)  # anything this low is a mask's minus infinity, which every type spells differently
 
 
@@ -48,13 +56,13 @@ class Found(Exception):  # noqa: N818  (an answer, not an error)
 
 
 @dataclass
-class Watch(Ledger):
-    """A ledger that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
+class BisectingLog(PassLog):
+    """A log that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
 
     canonical: gs.Graph = field(default_factory=gs.Graph)
     feeds: Mapping[str, Array] = field(default_factory=dict)
     dtype: np.dtype[np.generic] = np.dtype(np.float32)  # noqa: RUF009  (immutable)
-    say: Callable[[str], None] = print
+    say: Say = lambda text: None
     truth: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,7 +72,11 @@ class Watch(Ledger):
             run.peek(output.name)
         self.truth = run.values
 
-    def passed(self, rewrite: str, graph: gs.Graph) -> None:
+    def passed(self, by: Pass, graph: gs.Graph, *, changed: bool) -> None:
+        if changed:
+            self.look(type(by).__name__, graph)
+
+    def look(self, rewrite: str, graph: gs.Graph) -> None:
         self.say(f"after {rewrite}: {len(graph.nodes)} nodes")
         for culprit in self.wrong(rewrite, graph):
             raise Found(culprit)
@@ -115,12 +127,28 @@ def as_type(value: Array, dtype: np.dtype[np.generic] | None) -> Array:
         return value.astype(dtype) if dtype in HALVES and value.dtype == np.float32 else value
 
 
-def bisect(lower: Callable[[Ledger], gs.Graph], watch: Watch, written: gs.Graph | None = None) -> Culprit | None:
-    """Lowers again under watch; then looks at the graph that was read back from the artifact."""
+def bisect(lower: Callable[[PassLog], gs.Graph], log: BisectingLog, written: gs.Graph | None = None) -> Culprit | None:
+    """Lowers again, looking; then looks at the graph that was read back from the artifact."""
     try:
-        lower(watch)
+        lower(log)
         if written is not None:
-            watch.passed("writing the artifact", written)
+            log.look("writing the artifact", written)
     except Found as found:
         return found.culprit
     return None
+
+
+def find_culprits(
+    planned: Plan, request: Request, artifacts: Sequence[Artifact], data: Data, say: Say
+) -> dict[str, Culprit]:
+    """Target -> where its lowering first goes wrong; targets that are right are left out."""
+    llm = planned.model.llm
+    feeds = llm_feeds(data.batches[0][:1, :TOKENS], llm) if llm is not None else data.feeds[0]
+    found = {}
+    for subject in subjects(planned, request, artifacts):
+        log = BisectingLog(canonical=subject.canonical, feeds=feeds, dtype=subject.dtype, say=say)
+        lower = partial(all_positions, planned, request, find_target(subject.target))
+        culprit = bisect(lower, log, subject.lowered if subject.reads_back else None)
+        if culprit is not None:
+            found[subject.target] = culprit
+    return found

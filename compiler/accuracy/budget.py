@@ -9,23 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.data import Data, load_data
-from instantrt.compiler.accuracy.forms import Limits
-from instantrt.compiler.accuracy.ledger import aligned, layers_of, quantized_bytes
+from instantrt.compiler.accuracy.forms import Budget
+from instantrt.compiler.accuracy.layer_errors import aligned, layers_of, quantized_bytes
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
+from instantrt.compiler.quant.config import expect
 from instantrt.compiler.quant.instant import Quantizer
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.quant import QuantTensor, dequantize
-from instantrt.passes.core.rewrite import Ledger, Reject
+from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.plugins.weight_only_gemm.semantics import quantize_rows
 
@@ -48,7 +50,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Step:
+class Raise:
     """One layer, one format up: `bytes` more on disk, `gain` less squared relative output error."""
 
     layer: str
@@ -59,12 +61,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Bought:
-    """What a budget cost. `layers` maps a layer to its new format; figures are those of `metrics.summary`."""
+class Raised:
+    """What a budget came to. `layers` maps a layer raised to its new format; figures are those of `metrics.summary`."""
 
     decisions: Decisions
     layers: Mapping[str, str]
-    steps: tuple[Step, ...]
+    steps: tuple[Raise, ...]
     before: Mapping[str, float]
     after: Mapping[str, float]
     bytes_before: int
@@ -76,52 +78,56 @@ class Bought:
         return sum(step.bytes for step in self.steps)
 
 
-def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, data: Data, limits: Limits, say: Say) -> Bought:
-    """The fewest steps up the ladders after which `limits` hold for the twin against the float `graph`."""
-    check(model, decisions, data, limits)
+def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, data: Data, budget: Budget, say: Say) -> Raised:
+    """The fewest steps up the ladders after which `budget` holds for the twin against the float `graph`."""
+    check(model, decisions, data, budget)
     assert model.llm is not None
     measure = Trial(graph, model.llm, first_batches(data, model.llm))
     before = after = measure(decisions)
-    if not limits.violations(before):
-        return bought(decisions, [], before, after, 1, data)
-    say("weighing the layers")
-    steps = plan_steps(graph, decisions, measure.batches[0][0])
-    low, high = 0, len(steps)
-    figures = {high: measure.unquantized()}
-    while high - low > 1:
-        middle = (low + high) // 2
-        say(f"trying {middle} of {len(steps)} steps")
-        figures[middle] = measure(taken(decisions, steps[:middle]))
-        low, high = (middle, high) if limits.violations(figures[middle]) else (low, middle)
-    return bought(decisions, steps[:high], before, figures[high], len(figures), data)
+    steps: list[Raise] = []
+    trials = 1
+    if budget.violations(before):
+        say("weighing the layers")
+        steps = plan_steps(graph, decisions, measure.batches[0][0])
+        low, high = 0, len(steps)
+        figures = {high: measure.unquantized()}
+        while high - low > 1:
+            middle = (low + high) // 2
+            say(f"trying {middle} of {len(steps)} steps")
+            figures[middle] = measure(override(decisions, formats(steps[:middle])))
+            low, high = (middle, high) if budget.violations(figures[middle]) else (low, middle)
+        steps, after, trials = steps[:high], figures[high], len(figures)
+    layers = formats(steps)
+    size = sum(quantized_bytes(q) for q in decisions.values() if isinstance(q, QuantTensor))
+    return Raised(override(decisions, layers), layers, tuple(steps), before, after, size, trials, data.kind)
+
+
+def formats(steps: list[Raise]) -> dict[str, str]:
+    """Layer -> its format after `steps`."""
+    return {step.layer: step.after for step in steps}
 
 
 def within_budget(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, say: Say
-) -> tuple[Decisions, Bought | None]:
+) -> tuple[Decisions, Raised | None]:
     """Finer formats for the worst layers: those named in the request, then as many as its accuracy budget needs."""
     decisions = override(decisions, request.layers)
     if not request.has_budget:
         return decisions, None
-    limits = Limits(request.max_kl, request.max_ppl_increase)
-    result = search(graph, model, decisions, load_data(model, request.text), limits, say)
+    budget = Budget(request.max_kl, request.max_ppl_increase)
+    result = search(graph, model, decisions, load_data(model, request.text), budget, say)
     return result.decisions, result
 
 
-def check(model: FloatModel, decisions: Decisions, data: Data, limits: Limits) -> None:
+def check(model: FloatModel, decisions: Decisions, data: Data, budget: Budget) -> None:
     if model.llm is None:
         raise UserError("a budget counts tokens; this model is no causal LM", where=str(model.folder))
-    if limits.max_ppl_increase is not None and data.kind == "generated":
+    if budget.max_ppl_increase is not None and data.kind == "generated":
         raise UserError("perplexity needs a text", fix="--text FILE")
-    stored = [
-        path for path, q in decisions.items() if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer)
-    ]
-    if stored:
-        raise UserError(
-            "a budget chooses how to quantize, but the checkpoint is quantized already",
-            where=stored[0],
-            fix="start from the float checkpoint",
-        )
+    for path, q in decisions.items():
+        if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer):
+            what = "a budget chooses how to quantize, but the checkpoint is quantized already"
+            raise UserError(what, where=path, fix="start from the float checkpoint")
 
 
 def first_batches(data: Data, llm: LlmShape) -> Data:
@@ -144,7 +150,7 @@ class Trial:
         self.logits = [Evaluation(graph, feeds).take("logits") for feeds, _ in self.batches]
 
     def __call__(self, decisions: Decisions) -> dict[str, float]:
-        twin = pipeline.quantize(self.graph.copy(), decisions, Ledger())
+        twin = pipeline.quantize(self.graph.copy(), decisions, PassLog())
         return self.figures([Evaluation(twin, feeds).take("logits") for feeds, _ in self.batches])
 
     def unquantized(self) -> dict[str, float]:
@@ -160,11 +166,11 @@ class Trial:
         return summary(Tokens.join(parts))
 
 
-def plan_steps(graph: gs.Graph, decisions: Decisions, feeds: Mapping[str, Array]) -> list[Step]:
+def plan_steps(graph: gs.Graph, decisions: Decisions, feeds: Mapping[str, Array]) -> list[Raise]:
     """All steps of all layers, the best first; a layer's own steps stay in order because each ladder is convex."""
     linears = [layer for layer in layers_of(graph, graph) if isinstance(decisions.get(layer.path), QuantTensor)]
     run = Evaluation(graph, feeds, keep=[name for layer in linears for name in (layer.x, layer.y)])
-    steps: list[Step] = []
+    steps: list[Raise] = []
     for layer in linears:
         quant = decisions[layer.path]
         assert isinstance(quant, QuantTensor)
@@ -172,7 +178,7 @@ def plan_steps(graph: gs.Graph, decisions: Decisions, feeds: Mapping[str, Array]
     return sorted(steps, key=lambda s: (-s.gain / s.bytes, s.layer))
 
 
-def ladder_steps(quant: QuantTensor, x: Array) -> Iterator[Step]:
+def ladder_steps(quant: QuantTensor, x: Array) -> Iterator[Raise]:
     """The steps of one layer that are worth taking: the corners of the convex hull of error over bytes."""
     assert isinstance(quant.source, Quantizer)
     n, k = quant.shape
@@ -186,7 +192,7 @@ def ladder_steps(quant: QuantTensor, x: Array) -> Iterator[Step]:
         if not better:
             return
         best = max(better, key=lambda i: (error - rungs[i][1]) / (rungs[i][0] - size))
-        yield Step(quant.name, name, rungs[best][2], rungs[best][0] - size, error - rungs[best][1])
+        yield Raise(quant.name, name, rungs[best][2], rungs[best][0] - size, error - rungs[best][1])
         at = best
 
 
@@ -206,23 +212,12 @@ def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
     """The same float weight in another format."""
     assert isinstance(quant.source, Quantizer)
     group = quant.shape[1] if form.group == -1 else form.group
-    if quant.shape[1] % group:
-        raise UserError(
-            "the group does not divide the layer's input width",
-            where=quant.name,
-            expected=f"a divisor of {quant.shape[1]}",
-            found=str(form),
-        )
+    what = "the group does not divide the layer's input width"
+    expect(quant.shape[1] % group == 0, str(form), what, f"a divisor of {quant.shape[1]}", quant.name)
     symmetric = form.activations == "int8"
-    source = replace(quant.source, bits=form.bits, group_size=group, symmetric=symmetric)
-    return replace(
-        quant,
-        source=source,
-        bits=form.bits,
-        group_size=group,
-        symmetric=symmetric,
-        activations="int8" if symmetric else "float",
-    )
+    sizes: dict[str, Any] = {"bits": form.bits, "group_size": group, "symmetric": symmetric}
+    source = replace(quant.source, **sizes)
+    return replace(quant, source=source, activations="int8" if symmetric else "float", **sizes)
 
 
 def parse_format(text: str) -> Format:
@@ -248,13 +243,8 @@ def output_error(quant: QuantTensor, x: Array) -> float:
     return off / max(size, np.finfo(np.float64).tiny)
 
 
-def taken(decisions: Decisions, steps: list[Step]) -> Decisions:
-    """`decisions` after `steps`."""
-    return override(decisions, {step.layer: step.after for step in steps})
-
-
 def override(decisions: Decisions, layers: Mapping[str, str]) -> Decisions:
-    """`decisions` with the formats that `layers` names: what a budget bought, as the manifest records it."""
+    """`decisions` with the formats that `layers` names: those a budget raised, as the manifest records them."""
     changed = dict(decisions)
     for path, name in layers.items():
         quant = changed.get(path)
@@ -264,16 +254,3 @@ def override(decisions: Decisions, layers: Mapping[str, str]) -> Decisions:
             Reject("the accuracy budget keeps it float") if name == FLOAT else reformat(quant, parse_format(name))
         )
     return changed
-
-
-def bought(
-    decisions: Decisions,
-    steps: list[Step],
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    trials: int,
-    data: Data,
-) -> Bought:
-    layers = {step.layer: step.after for step in steps}
-    size = sum(quantized_bytes(q) for q in decisions.values() if isinstance(q, QuantTensor))
-    return Bought(override(decisions, layers), layers, tuple(steps), before, after, size, trials, data.kind)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instantrt.compiler.accuracy.ledger import Row
+from instantrt.compiler.accuracy.layer_errors import LayerError
 from instantrt.passes.core.lazy import Array
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def kl_histogram(kl: Array) -> KlHistogram:
     return KlHistogram([float(e) for e in edges], [int(c) for c in counts])
 
 
-def draw(rows: Sequence[Row], histogram: KlHistogram | None, png: Path, what: str) -> dict[str, str]:
+def draw(rows: Sequence[LayerError], histogram: KlHistogram | None, png: Path, what: str) -> dict[str, str]:
     """Title -> SVG of every picture; all of them together go to `png`, under the name of `what` they show."""
     import matplotlib
 
@@ -77,7 +77,7 @@ def draw(rows: Sequence[Row], histogram: KlHistogram | None, png: Path, what: st
     return svg
 
 
-def errors(axes: Axes, rows: Sequence[Row]) -> None:
+def errors(axes: Axes, rows: Sequence[LayerError]) -> None:
     """Both kinds of error, a point a layer."""
     series: tuple[tuple[str, str, Any], ...] = (
         ("quantization: piled up so far", ORANGE, [r.piled_up for r in rows]),
@@ -95,7 +95,7 @@ def errors(axes: Axes, rows: Sequence[Row]) -> None:
     name_layers(axes, rows)
 
 
-def sizes(axes: Axes, rows: Sequence[Row]) -> None:
+def sizes(axes: Axes, rows: Sequence[LayerError]) -> None:
     at = np.arange(len(rows))
     axes.bar(at - 0.2, [r.bytes_before / 1e6 for r in rows], 0.4, color=GREY, label="before")
     axes.bar(at + 0.2, [r.bytes_after / 1e6 for r in rows], 0.4, color=BLUE, label="after")
@@ -116,7 +116,7 @@ def tokens(axes: Axes, histogram: KlHistogram) -> None:
     axes.set_ylabel("tokens")
 
 
-def name_layers(axes: Axes, rows: Sequence[Row]) -> None:
+def name_layers(axes: Axes, rows: Sequence[LayerError]) -> None:
     step = -(-len(rows) // LABELS)
     at = range(0, len(rows), step)
     axes.set_xticks(list(at), [rows[i].layer.removeprefix("model.layers.") for i in at], rotation=90, fontsize=7)

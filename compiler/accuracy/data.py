@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,6 +13,9 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 WINDOW = 128  # tokens that see one another
 BATCH = 4  # windows that run together: 512 tokens, so that logits of a large vocabulary stay below a gigabyte
@@ -52,24 +56,24 @@ class Data:
             yield llm_feeds(ids, llm), ids
 
 
+def token_feeds(ids: Array) -> dict[str, Array]:
+    """What `ids [B, S]` are with nothing before them: themselves, a mask and positions."""
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int64), (len(ids), 1))
+    return {"input_ids": ids, "attention_mask": np.ones_like(positions), "position_ids": positions}
+
+
 def llm_feeds(ids: Array, llm: LlmShape) -> dict[str, Array]:
     """The inputs of a causal LM for `ids [B, S]` with an empty cache."""
-    b, s = ids.shape
-    nothing = np.zeros((b, llm.kv_heads, 0, llm.head_dim), np.float32)
-    return {
-        "input_ids": ids,
-        "attention_mask": np.ones((b, s), np.int64),
-        "position_ids": np.ascontiguousarray(np.broadcast_to(np.arange(s, dtype=np.int64), (b, s))),
-        **dict.fromkeys(llm.cache_names("past_key_values"), nothing),
-    }
+    nothing = np.zeros((len(ids), llm.kv_heads, 0, llm.head_dim), np.float32)
+    return token_feeds(ids) | dict.fromkeys(llm.cache_names("past_key_values"), nothing)
 
 
-def windows(ids: Iterable[int], window: int = WINDOW) -> tuple[Array, ...]:
+def windows(ids: Iterable[int], window: int = WINDOW, batch: int = BATCH) -> tuple[Array, ...]:
     """A text's tokens as batches of whole windows, and what is left as a last, shorter one."""
     flat = np.fromiter(ids, np.int64)
     whole = len(flat) // window
     rows = flat[: whole * window].reshape(whole, window)
-    batches = [rows[i : i + BATCH] for i in range(0, whole, BATCH)]
+    batches = [rows[i : i + batch] for i in range(0, whole, batch)]
     rest = flat[None, whole * window :]
     return (*batches, rest) if rest.shape[1] > 1 else tuple(batches)
 
@@ -83,27 +87,34 @@ def load_data(
         return generated(model)
     if model.llm is None:
         raise UserError("a text says nothing to a model that is no causal LM", fix="leave --text and --prompt out")
-    tokenizer = model.folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise UserError("no tokenizer for the text", where=str(model.folder), expected="tokenizer.json")
-    from tokenizers import Tokenizer
-
-    tokens = Tokenizer.from_file(str(tokenizer))
+    tokenizer = tokenizer_of(model.folder)
     window = min(WINDOW, model.llm.max_length or WINDOW)
     if prompts:
-        rows = [np.array([tokens.encode(p).ids[:window]], np.int64) for p in prompts]
+        rows = [np.array([tokenizer.encode(p).ids[:window]], np.int64) for p in prompts]
         short = [p for p, row in zip(prompts, rows, strict=True) if row.shape[1] < 2]
         if short:
             raise UserError("a prompt of less than two tokens predicts nothing", found=repr(short[0]))
-        return Data("prompts", tuple(rows), decode=tokens.decode)
+        return Data("prompts", tuple(rows), decode=tokenizer.decode)
     assert text is not None
-    try:
-        ids = tokens.encode(text.read_text("utf-8")).ids[:limit]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("the text cannot be read", where=str(text), expected="UTF-8 text", found=str(error)) from None
+    ids = tokenizer.encode(read_text(text)).ids[:limit]
     if len(ids) < 2:
         raise UserError("the text is empty", where=str(text), expected="at least two tokens")
-    return Data("text", windows(ids, window), decode=tokens.decode, file=text.name)
+    return Data("text", windows(ids, window), decode=tokenizer.decode, file=text.name)
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError("no tokenizer for the text", where=str(folder), expected="tokenizer.json")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def read_text(text: Path) -> str:
+    try:
+        return text.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("the text cannot be read", where=str(text), expected="UTF-8 text", found=str(error)) from None
 
 
 def generated(model: FloatModel) -> Data:

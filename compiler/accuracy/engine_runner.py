@@ -1,45 +1,36 @@
-"""An engine as a Polygraphy runner, on the module that built it: TensorRT or TensorRT-RTX.
-
-Polygraphy's own runner knows one of the two a process, chosen when it is first imported; this one asks the engine.
-"""
+"""An engine as a form of a model, on the module that built it: TensorRT or TensorRT-RTX, as its header says."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from polygraphy.backend.base import BaseRunner
-from polygraphy.common import TensorMetadata
 
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe
+from instantrt.compiler.serving.runtime import tensorrt_engine
 from instantrt.compiler.serving.runtime.cuda import Device
-from instantrt.compiler.serving.runtime.tensorrt_engine import load_engine
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 
 ON_CPU = "run this on the GPU machine; --forms float,twin,lowered checks the lowered graph on this CPU"
-TYPES: dict[str, np.dtype[Any]] = {
-    "FLOAT": np.dtype(np.float32),
-    "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "INT64": np.dtype(np.int64),
-    "INT32": np.dtype(np.int32),
-    "INT8": np.dtype(np.int8),
-    "BOOL": np.dtype(np.bool_),
+TYPES: dict[str, type[np.generic]] = {
+    **tensorrt_engine.TYPES,
+    "BF16": ml_dtypes.bfloat16,
+    "INT8": np.int8,
+    "BOOL": np.bool_,
 }
 
 
-class EngineRunner(BaseRunner):  # type: ignore[misc]
+class EngineRunner:
     """The engine on this machine's GPU, a sequence at a time, in its first profile and the types it was built for.
 
-    `module` and `device` are what a test stands in for.
+    It is loaded inside `with`. `module` and `device` are what a test stands in for.
     """
 
     def __init__(
@@ -47,12 +38,10 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         path: Path,
         plugins: Sequence[Path],
         outputs: Sequence[str],
-        name: str,
         *,
         module: Any = None,
         device: Callable[[int], Device] = Device,
     ) -> None:
-        super().__init__(name)
         self.path, self.plugins, self.outputs, self.open_device = path, plugins, outputs, device
         self.header = read_header(path)
         self.module = module or self.imported()
@@ -68,7 +57,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
             )
         return importlib.import_module(self.header.flavour)
 
-    def activate_impl(self) -> None:
+    def __enter__(self) -> EngineRunner:
         trt = self.module
         try:
             self.device = self.open_device(0)
@@ -77,7 +66,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
                 "an engine runs on a GPU", where=str(self.path), found=f"{describe()} ({error})", fix=ON_CPU
             ) from None
         try:
-            self.runtime, self.engine = load_engine(self.path, self.plugins, trt)
+            self.runtime, self.engine = tensorrt_engine.load_engine(self.path, self.plugins, trt)
         except RuntimeError as error:
             raise UserError(
                 "the engine cannot be loaded here",
@@ -90,24 +79,19 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         inputs = trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == inputs]
         self.results = [name for name in names if name not in self.inputs]
+        return self
 
-    def deactivate_impl(self) -> None:
+    def __exit__(self, *raised: object) -> None:
         del self.context, self.engine, self.runtime, self.device
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        return TYPES[self.engine.get_tensor_dtype(name).name]
+        return np.dtype(TYPES[self.engine.get_tensor_dtype(name).name])
 
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for name in self.inputs:
-            metadata.add(name, self.dtype(name), tuple(self.engine.get_tensor_shape(name)))
-        return metadata
-
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
-        feeds = {name: feed_dict[name].astype(self.dtype(name), copy=False) for name in self.inputs}
+    def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        feeds = {name: given[name].astype(self.dtype(name), copy=False) for name in self.inputs}
         rows = range(len(next(iter(feeds.values()))))
         parts = [self.run({name: value[row : row + 1] for name, value in feeds.items()}) for row in rows]
-        return OrderedDict((name, np.concatenate([part[name] for part in parts])) for name in self.outputs)
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """One execution: every input uploaded, every output of `outputs` fetched."""

@@ -58,7 +58,8 @@ def write_report(verdict: Verdict, folder: Path) -> Path:
     """Writes report.html, report.png and report.json into `folder`; returns the page."""
     worst = worst_tokens(verdict.tokens, verdict.data) if verdict.tokens is not None else []
     histogram = kl_histogram(verdict.tokens.kl) if verdict.tokens is not None else None
-    pictures = draw(verdict.ledger.rows, histogram, folder / PNG, f"{verdict.about['model']} for {verdict.target}")
+    what = f"{verdict.about['model']} for {verdict.target}"
+    pictures = draw(verdict.layer_errors.rows, histogram, folder / PNG, what)
     (folder / JSON).write_text(json.dumps(numbers(verdict, worst, histogram), indent=1) + "\n", "utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -118,8 +119,8 @@ def numbers(verdict: Verdict, worst: list[WorstToken], histogram: KlHistogram | 
         "comparisons": [asdict(c) | {"holds": c.holds} for c in verdict.comparisons],
         "quantization": dict(verdict.figures),
         "perplexity": dict(verdict.perplexities),
-        "layers": [asdict(row) for row in verdict.ledger.rows],
-        "not_finite": dict(verdict.ledger.first_bad),
+        "layers": [asdict(row) for row in verdict.layer_errors.rows],
+        "not_finite": dict(verdict.layer_errors.first_bad),
         "kl_histogram": asdict(histogram) if histogram is not None else None,
         "worst_tokens": [asdict(w) for w in worst],
         "polygraphy": verdict.command,

@@ -1,114 +1,152 @@
-"""Every form of a model as a Polygraphy runner, so that its comparators, its files and its command line all fit."""
+"""Every form of a model as a function of one batch: named inputs -> the outputs that are compared."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
-from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.common import TensorMetadata
-from polygraphy.logger import G_LOGGER
 
+from instantrt.compiler.accuracy.engine_runner import EngineRunner
+from instantrt.compiler.accuracy.forms import Subject
+from instantrt.compiler.accuracy.layer_errors import layers_of
+from instantrt.compiler.artifact.positions import open_every_position
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.passes.core.errors import UserError, require
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
 
-G_LOGGER.module_severity = {"": G_LOGGER.ERROR}  # its progress lines would drown ours
+Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
+TWIN_BYTES = 1 << 30  # float32 weights that ONNX Runtime may hold; a larger twin streams
 
 
-class GraphRunner(BaseRunner):  # type: ignore[misc]
-    """A graph of ours, evaluated node by node: weights stream, our operators run through their reference functions."""
+@contextmanager
+def opened(subject: Subject, forms: Sequence[str]) -> Iterator[dict[str, Runner]]:
+    """A runner for each form; what it holds, the twin's file too, lives only inside."""
+    with TemporaryDirectory(prefix="twin.") as folder, ExitStack() as stack:
+        yield {form: open_form(subject, form, Path(folder), stack) for form in forms}
 
-    def __init__(self, graph: gs.Graph, outputs: Sequence[str], name: str) -> None:
-        super().__init__(name)
+
+def open_form(subject: Subject, form: str, scratch: Path, stack: ExitStack) -> Runner:
+    outputs = subject.outputs
+    match form:
+        case "float":
+            return GraphRunner(subject.floating, outputs)
+        case "lowered":
+            return GraphRunner(subject.lowered, outputs)
+        case "transformers":
+            return transformers_runner(subject.model.folder)
+        case "artifact":
+            file = existing(subject, ".onnx")
+            return (last_logits_runner if subject.logits == "last" else onnx_runner)(file, outputs)
+        case "engine":
+            return stack.enter_context(EngineRunner(existing(subject, ".engine"), subject.plugins, outputs))
+    assert form == "twin"
+    if 4 * sum(math.prod(layer.shape) for layer in layers_of(None, subject.canonical)) > TWIN_BYTES:
+        return GraphRunner(subject.canonical, outputs)
+    write_model(subject.canonical.copy(), scratch / "twin.onnx")
+    return onnx_runner(scratch / "twin.onnx", outputs, as_written=True)
+
+
+def existing(subject: Subject, suffix: str) -> Path:
+    if subject.file is None or subject.file.suffix != suffix:
+        raise UserError(
+            f"target {subject.target} has no {suffix} file to run",
+            found=str(subject.file) if subject.file is not None else "nothing",
+            fix="--forms float,twin,lowered checks the lowered graph on this CPU",
+        )
+    return subject.file
+
+
+class GraphRunner:
+    """A graph of ours, evaluated node by node: weights stream, our operators run through their reference functions.
+
+    `first_bad` is the first tensor of any batch so far that was not finite.
+    """
+
+    def __init__(self, graph: gs.Graph, outputs: Sequence[str]) -> None:
         self.graph, self.outputs = graph, outputs
         self.first_bad: str | None = None
 
-    def activate_impl(self) -> None:
-        """Nothing to load: constants are read when a node needs them."""
-
-    def deactivate_impl(self) -> None:
-        """Nothing to free."""
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for tensor in self.graph.inputs:
-            metadata.add(tensor.name, tensor.dtype, tensor.shape)
-        return metadata
-
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         types = {t.name: numpy_type(t.dtype) for t in self.graph.inputs}
-        feeds = {name: value.astype(types[name], copy=False) for name, value in feed_dict.items() if name in types}
-        run = Evaluation(self.graph, feeds, keep=self.outputs)
-        outputs = OrderedDict((name, run.take(name)) for name in self.outputs)
+        cast = {name: value.astype(types[name], copy=False) for name, value in feeds.items() if name in types}
+        run = Evaluation(self.graph, cast, keep=self.outputs)
+        outputs = {name: run.take(name) for name in self.outputs}
         self.first_bad = self.first_bad or run.first_bad
         return outputs
 
 
-class TransformersRunner(BaseRunner):  # type: ignore[misc]
+def transformers_runner(folder: Path) -> Runner:
     """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter."""
+    require("hf", "running a float checkpoint")
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    def __init__(self, folder: Path, name: str) -> None:
-        super().__init__(name)
-        self.folder = folder
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def activate_impl(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-
-    def deactivate_impl(self) -> None:
-        del self.model
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return TensorMetadata().add("input_ids", np.int64, ("batch", "sequence"))
-
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
-        import torch
-
-        given = {key: torch.tensor(feed_dict[key]) for key in ("input_ids", "attention_mask", "position_ids")}
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        given = {key: torch.tensor(feeds[key]) for key in ("input_ids", "attention_mask", "position_ids")}
         with torch.inference_mode():
-            return OrderedDict(logits=self.model(**given, use_cache=False).logits.numpy())
+            return {"logits": model(**given, use_cache=False).logits.numpy()}
+
+    return run
 
 
-def session(path: Path, *, as_written: bool = False) -> Callable[[], ort.InferenceSession]:
-    """Loads an ONNX file when the runner is activated.
+def session(path: Path, *, as_written: bool = False, every_position: bool = False) -> ort.InferenceSession:
+    """An ONNX file in ONNX Runtime, on all of this process's cores; where asked, with the logits of every position.
 
     `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
     dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
     wrong; and at its highest level of optimization it crashes on some float16 graphs.
     """
-
-    def load() -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if as_written:
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    return load
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if as_written:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if every_position:
+        return open_every_position(path, options)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class OnnxRunner(OnnxrtRunner):  # type: ignore[misc]
-    """ONNX Runtime, fetching only what is compared: a cache is as large as the logits and says nothing more."""
+def onnx_runner(path: Path, outputs: Sequence[str], **how: bool) -> Runner:
+    """Only what is compared is fetched: a cache is as large as the logits and says nothing more."""
+    loaded = session(path, **how)
+    return lambda feeds: dict(zip(outputs, loaded.run(list(outputs), dict(feeds)), strict=True))
 
-    def __init__(self, load: Callable[[], ort.InferenceSession], outputs: Sequence[str], name: str) -> None:
-        super().__init__(load, name)
-        self.outputs = outputs
 
-    def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
-        return OrderedDict(zip(self.outputs, self.sess.run(list(self.outputs), dict(feed_dict)), strict=True))
+def last_logits_runner(path: Path, outputs: Sequence[str]) -> Runner:
+    """An artifact of the last token's logits, made to deliver all; in its first answer the last are the file's own."""
+    runners: list[Runner] = []
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if runners:
+            return runners[0](feeds)
+        as_written = onnx_runner(path, outputs)(feeds)  # closed by now: two sessions would hold the weights twice
+        runners.append(onnx_runner(path, outputs, every_position=True))
+        found = runners[0](feeds)
+        found["logits"][:, -1:] = as_written["logits"]
+        return found
+
+    return run
+
+
+def cut(outputs: Mapping[str, Array], like: Mapping[str, Array]) -> dict[str, Array]:
+    """`outputs` at the positions that `like` has: an artifact may deliver the logits of the last one only."""
+    return {
+        name: value if value.shape == like[name].shape else value[:, -like[name].shape[1] :]
+        for name, value in outputs.items()
+    }

@@ -1,25 +1,44 @@
-"""From a plan, and the artifacts written from it, to what is compared."""
+"""From artifacts to the request that made them; from a plan and what was written from it to what is compared."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.artifact.check import check_digests
-from instantrt.compiler.artifact.manifest import Artifact
-from instantrt.compiler.build import Plan, lower
+from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
+from instantrt.compiler.plan import Plan, lower
 from instantrt.compiler.request import DEFAULTS, PATHS, Request
 from instantrt.compiler.target import Backend, Target
+from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Missing
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
+
+
+def request_of(out: Path, model: Path, target: str | None) -> tuple[Request, list[Artifact]]:
+    """The request that made `out`, as its manifest records it, and the artifacts asked about."""
+    artifacts = [a for a in read_manifest(out) if target in (None, a.target)]
+    if not artifacts:
+        known = ", ".join(a.target for a in read_manifest(out))
+        raise UserError(f"no artifact for target {target}", where=str(out), expected=known)
+    fields: dict[str, Any] = dict(artifacts[0].source["request"])
+    if any(a.source["request"] != fields for a in artifacts):
+        raise UserError("the artifacts are of several requests", where=str(out), fix="name one with --target")
+    targets = tuple(a.target for a in artifacts)
+    try:
+        return Request(model=model, targets=targets, out=out, **fields), artifacts
+    except TypeError as error:
+        raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
 
 
 def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()) -> list[Subject]:
@@ -34,10 +53,12 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
     if target.backend is Backend.TENSORRT:
         dtype = planned.types[target.name]
-        lowered = all_positions(planned, request, target, Ledger())
+        lowered = all_positions(planned, request, target, PassLog())
     else:
         dtype = np.dtype(np.float32)
-        lowered = onnx_file.load_artifact(file) if file is not None else planned.lowered[target.name]
+        lowered = (
+            onnx_file.artifact_graph(file) if file is not None else all_positions(planned, request, target, PassLog())
+        )
     return Subject(
         model=planned.model,
         target=target.name,
@@ -47,6 +68,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         lowered=lowered,
         dtype=dtype,
         file=file,
+        logits=artifact.limits.get("logits", "all") if artifact is not None else "all",
         plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),
     )
 
@@ -65,10 +87,10 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
     }
 
 
-def all_positions(planned: Plan, request: Request, target: Target, ledger: Ledger) -> gs.Graph:
+def all_positions(planned: Plan, request: Request, target: Target, log: PassLog) -> gs.Graph:
     """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.twins, planned.model, planned.types, plain, ledger)[target.name]
+    return lower(planned.twins, planned.model, planned.types, plain, log)[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:

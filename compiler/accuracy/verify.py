@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-from polygraphy.backend.base import BaseRunner
 
 from instantrt.compiler.accuracy.data import Data
-from instantrt.compiler.accuracy.forms import AGAINST, RUNNERS, UNLIMITED, Limits, Subject, model_bound
-from instantrt.compiler.accuracy.ledger import Forms, Ledger, ledger
+from instantrt.compiler.accuracy.forms import AGAINST, FORMS, UNLIMITED, Budget, Subject, model_bound
+from instantrt.compiler.accuracy.layer_errors import LayerErrors, measure_layers
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
-from instantrt.compiler.accuracy.native import polygraphy_files
-from instantrt.compiler.accuracy.runners import GraphRunner
+from instantrt.compiler.accuracy.runners import GraphRunner, Runner, cut, opened
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
@@ -51,7 +47,7 @@ class Verdict:
     tokens: Tokens | None  # twin against float
     figures: Mapping[str, float]
     perplexities: Mapping[str, float]  # form -> perplexity; empty without a text
-    ledger: Ledger
+    layer_errors: LayerErrors
     violations: tuple[str, ...]
     command: str
     note: str = ""  # what was not looked at
@@ -67,23 +63,25 @@ def verify(
     folder: Path,
     *,
     forms: Sequence[str] = (),
-    limits: Limits = UNLIMITED,
+    budget: Budget = UNLIMITED,
     final: Callable[[Path], Path] = lambda path: path,
     say: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
     """Compares; leaves Polygraphy's files in `folder`, which exists. `final` says where a path will be."""
+    from instantrt.compiler.accuracy.polygraphy_files import polygraphy_files
+
     forms = tuple(forms) or subject.default_forms()
     check_forms(subject, forms)
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
         totals, tokens, nll = compare(subject, data, runners)
         say("comparing with Polygraphy")
-        command, native = polygraphy_files(subject, data, runners, folder, final)
+        command, objections = polygraphy_files(subject, data, runners, folder, final)
         bad = first_bad(subject, runners, totals, data)
-    say("filling the ledger, layer by layer")
+    say("measuring layer by layer")
     feeds, _ = next(data.each(subject.model.llm))
-    filled = ledger(Forms(subject.canonical, subject.floating, subject.lowered, subject.dtype), feeds)
-    filled = replace(filled, first_bad={**bad, **filled.first_bad})
+    layers = measure_layers(subject, feeds)
+    layers = replace(layers, first_bad={**bad, **layers.first_bad})
     comparisons = tuple(total.comparison(subject) for total in totals)
     figures = summary(tokens) if tokens is not None else {}
     unheld = [
@@ -91,11 +89,11 @@ def verify(
         for c in comparisons
         if not c.holds
     ]
-    violations = (*filled.findings, *unheld, *native, *(limits.violations(figures) if figures else ()))
+    violations = (*layers.findings, *unheld, *objections, *(budget.violations(figures) if figures else ()))
     texts = {form: perplexity(np.concatenate(parts)) for form, parts in nll.items()} if data.kind != "generated" else {}
     note = not_run(subject, forms)
     said = {**subject.about, "measured on": str(data)}
-    return Verdict(subject.target, said, data, comparisons, tokens, figures, texts, filled, violations, command, note)
+    return Verdict(subject.target, said, data, comparisons, tokens, figures, texts, layers, violations, command, note)
 
 
 def not_run(subject: Subject, forms: Sequence[str]) -> str:
@@ -111,12 +109,11 @@ def not_run(subject: Subject, forms: Sequence[str]) -> str:
 
 
 def check_forms(subject: Subject, forms: Sequence[str]) -> None:
-    known = tuple(RUNNERS)
-    unknown = [f for f in forms if f not in known]
+    unknown = [f for f in forms if f not in FORMS]
     if unknown:
-        raise UserError("no such form of a model", expected=", ".join(known), found=", ".join(unknown))
+        raise UserError("no such form of a model", expected=", ".join(FORMS), found=", ".join(unknown))
     if len(set(forms)) < 2:
-        raise UserError("a comparison needs two forms", expected=", ".join(known), found=", ".join(forms))
+        raise UserError("a comparison needs two forms", expected=", ".join(FORMS), found=", ".join(forms))
     if subject.floating is None and {"float", "transformers"} & set(forms):
         raise UserError(
             "there is no float model to compare with: the checkpoint is quantized",
@@ -125,13 +122,6 @@ def check_forms(subject: Subject, forms: Sequence[str]) -> None:
         )
     if "transformers" in forms and not subject.model.config:
         raise UserError("an .onnx file has no transformers model", fix="leave the form transformers out")
-
-
-@contextmanager
-def opened(subject: Subject, forms: Sequence[str]) -> Iterator[dict[str, BaseRunner]]:
-    """Active runners, one a form; the twin's file lives only as long."""
-    with TemporaryDirectory(prefix="twin.") as folder, ExitStack() as stack:
-        yield {form: stack.enter_context(RUNNERS[form](subject, Path(folder))) for form in forms}
 
 
 @dataclass
@@ -161,16 +151,16 @@ class Total:
 
 
 def compare(
-    subject: Subject, data: Data, runners: Mapping[str, BaseRunner]
+    subject: Subject, data: Data, runners: Mapping[str, Runner]
 ) -> tuple[list[Total], Tokens | None, dict[str, list[Array]]]:
     """One pass over the data: nothing but sums and a few numbers a token is kept."""
     totals = [Total(form) for form in runners if AGAINST.get(form, ("",))[0] in runners]
     tokens: list[Tokens] = []
     nll: dict[str, list[Array]] = {}
     for feeds, ids in data.each(subject.model.llm):
-        outputs = {form: dict(r.infer(feeds, check_inputs=False)) for form, r in runners.items()}
+        outputs = {form: run(feeds) for form, run in runners.items()}
         for total in totals:
-            total.add(*last_positions(outputs[total.form], outputs[AGAINST[total.form][0]]))
+            total.add(outputs[total.form], cut(outputs[AGAINST[total.form][0]], outputs[total.form]))
         if ids is None:
             continue
         if "float" in outputs and "twin" in outputs:
@@ -181,19 +171,7 @@ def compare(
     return totals, Tokens.join(tokens) if tokens else None, nll
 
 
-def last_positions(
-    outputs: Mapping[str, Array], reference: Mapping[str, Array]
-) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
-    """An engine may deliver the last position only; then that is what is compared."""
-    return outputs, {
-        name: value if value.shape == outputs[name].shape else value[:, -outputs[name].shape[1] :]
-        for name, value in reference.items()
-    }
-
-
-def first_bad(
-    subject: Subject, runners: Mapping[str, BaseRunner], totals: Sequence[Total], data: Data
-) -> dict[str, str]:
+def first_bad(subject: Subject, runners: Mapping[str, Runner], totals: Sequence[Total], data: Data) -> dict[str, str]:
     """The first tensor that is not finite, for each form that has one; an opaque form is looked into by evaluation."""
     found = {form: r.first_bad for form, r in runners.items() if isinstance(r, GraphRunner) and r.first_bad}
     graphs = {"twin": subject.canonical, "artifact": subject.lowered, "engine": subject.lowered}

@@ -12,6 +12,7 @@ from instantrt.compiler.checkpoint import read_json
 from instantrt.passes.core.errors import UserError
 
 MANIFEST = "manifest.json"
+MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
 
 

@@ -9,40 +9,49 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import onnx_graphsurgeon as gs
-
-from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
-from instantrt.compiler.backend.onnx_writer import Progress, write_model
-from instantrt.compiler.backend.tensorrt.kit import MODEL, listed_files
+from instantrt.compiler.artifact.manifest import KIT, MANIFEST, Artifact, read_manifest
+from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
 OLD = ".old"
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 class Staging:
-    """New contents of folders, written aside and moved to their places together once all are complete.
+    """New contents of folders, written into hidden folders there, and moved to their places once all are complete.
 
-    What lies in `aside(folder)` when the `with` block ends replaces what has its name in `folder`, the manifest last;
+    What lies in `staged(folder)` when the `with` block ends replaces what has its name in `folder`, the manifest last;
     hidden files and links are left out. When anything fails, every folder is as it was.
     """
 
     def __init__(self) -> None:
-        self.asides: dict[Path, Path] = {}
+        self.folders: dict[Path, Path] = {}
         self.made: list[Path] = []  # folders that were not there, the innermost first
 
-    def aside(self, folder: Path) -> Path:
+    def staged(self, folder: Path) -> Path:
         """The hidden folder in `folder` that its new contents are written to."""
-        if folder not in self.asides:
+        if folder not in self.folders:
             missing = [f for f in (folder, *folder.parents) if not f.exists()]
             self.made = [*missing, *self.made]  # first: an interruption may come at any time
             folder.mkdir(parents=True, exist_ok=True)
-            self.asides[folder] = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
-        return self.asides[folder]
+            self.folders[folder] = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+        return self.folders[folder]
 
     def final(self, path: Path) -> Path:
         """Where `path` will be."""
-        found = (f / path.relative_to(aside) for f, aside in self.asides.items() if path.is_relative_to(aside))
+        found = (f / path.relative_to(staged) for f, staged in self.folders.items() if path.is_relative_to(staged))
         return next(found, path)
 
     def __enter__(self) -> Staging:
@@ -53,8 +62,8 @@ class Staging:
             if kind is None:
                 self.publish()
         finally:
-            for aside in self.asides.values():
-                shutil.rmtree(aside, ignore_errors=True)
+            for staged in self.folders.values():
+                shutil.rmtree(staged, ignore_errors=True)
             for folder in self.made:
                 with suppress(OSError):  # it holds something now
                     folder.rmdir()
@@ -76,37 +85,20 @@ class Staging:
 
     def moves(self) -> Iterator[tuple[Path, Path, Path]]:
         """(what is new, its place, where what is there now goes)."""
-        for folder, aside in self.asides.items():
-            names = [p.name for p in aside.iterdir() if not p.name.startswith(".") and not p.is_symlink()]
-            (aside / OLD).mkdir()
-            yield from ((aside / name, folder / name, aside / OLD / name) for name in sorted(names))
+        for folder, staged in self.folders.items():
+            names = [p.name for p in staged.iterdir() if not p.name.startswith(".") and not p.is_symlink()]
+            (staged / OLD).mkdir()
+            yield from ((staged / name, folder / name, staged / OLD / name) for name in sorted(names))
 
 
-class LoweredFiles:
-    """Lowered graphs on disk beside what `out` will hold, each written once for all that share it; gone at the end."""
-
-    def __init__(self, out: Path, progress: Progress) -> None:
-        self.out, self.progress = out, progress
-        self.folders: dict[int, Path] = {}
-
-    def __enter__(self) -> LoweredFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for folder in self.folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def path(self, graph: gs.Graph) -> Path:
-        """The model file of `graph`."""
-        if id(graph) not in self.folders:
-            self.folders[id(graph)] = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
-            write_model(graph, self.folders[id(graph)] / MODEL, self.progress)
-        return self.folders[id(graph)] / MODEL
-
-    def link(self, graph: gs.Graph, folder: Path) -> None:
-        """Puts the files of `graph` into `folder`, without a second copy of their bytes."""
-        for file in self.path(graph).parent.iterdir():
-            os.link(file, folder / file.name)
+def new_folder(parent: Path, target: Target, source: Path) -> Path:
+    """`parent`/<target>, made, with the side files of the checkpoint or kit `source`."""
+    folder = parent / target.name
+    folder.mkdir()
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return folder
 
 
 def artifacts_in(out: Path) -> list[Artifact]:
@@ -140,15 +132,20 @@ def check_out(out: Path, targets: Iterable[Target], keep: Iterable[Path] = ()) -
                     found=str(folder),
                     fix="name another output folder with -o",
                 )
-        ours |= {f"{target.name}/{name}" for name in listed_files(folder)}
-        strangers = sorted({f"{target.name}{name}" for name in files_of(folder)} - ours)
-        if strangers:
+        ours |= {f"{target.name}/{name}" for name in kit_files(folder)}
+        unknown = sorted({f"{target.name}{name}" for name in files_of(folder)} - ours)
+        if unknown:
             raise UserError(
                 "this is not what compile wrote, and would be lost",
                 where=str(folder),
-                found=", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if strangers[5:] else ""),
+                found=", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else ""),
                 fix="move it away, or name another output folder with -o",
             )
+
+
+def kit_files(folder: Path) -> set[str]:
+    """The names of a kit's files, as its kit.json has them; none where `folder` is no kit."""
+    return {KIT, *read_json(folder / KIT).get("digests", ())} if (folder / KIT).is_file() else set()
 
 
 def files_of(folder: Path) -> Iterator[str]:

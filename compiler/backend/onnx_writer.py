@@ -43,7 +43,8 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
     At most two sources are in flight, each holding a few tiles: memory does not grow with the model. What was written
     is valid ONNX, or a UserError.
     """
-    placed, total = place(graph)
+    load_inline(graph)
+    placed, total = layout(graph)
     if graph.import_domains is not None:  # copies of a graph share the list, and the exporter adds to it
         graph.import_domains = list(graph.import_domains)
     model = gs.export_onnx(graph)
@@ -85,20 +86,29 @@ def check_graph(path: Path) -> None:
         ) from None
 
 
-def place(graph: gs.Graph) -> tuple[list[Placed], int]:
-    """Gives every large constant its offset, in the order of the graph; small lazy ones are loaded."""
+def layout(graph: gs.Graph) -> tuple[list[Placed], int]:
+    """Where each constant goes that has its bytes in the data file, in the order of the graph, and that file's size."""
     placed: list[Placed] = []
     offset = 0
     for tensor in tensors(graph).values():
         view = view_of(tensor)
-        if view is None:
-            continue
-        if view.nbytes < INLINE_LIMIT and view.dtype not in FOUR_BIT:
-            tensor.values = view.load()
-            continue
-        placed.append(Placed(tensor.name, view, offset))
-        offset += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
+        if view is not None and not is_inline(view):
+            placed.append(Placed(tensor.name, view, offset))
+            offset += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
     return placed, offset
+
+
+def is_inline(view: View) -> bool:
+    """Is the constant so small that the model file itself holds its bytes?"""
+    return view.nbytes < INLINE_LIMIT and view.dtype not in FOUR_BIT
+
+
+def load_inline(graph: gs.Graph) -> None:
+    """Gives each small lazy constant its values."""
+    for tensor in tensors(graph).values():
+        view = view_of(tensor)
+        if view is not None and is_inline(view):
+            tensor.values = view.load()
 
 
 def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> None:

@@ -1,4 +1,9 @@
-"""Checkpoint folder or .onnx file -> FloatModel."""
+"""Models as users have them -> FloatModel: a FLOAT graph whose weights are references, and the checkpoint's tensors.
+
+In come a Hugging Face folder or an .onnx file, which are hostile until checked; no weight is read here. Torch and
+transformers are imported in `hf` and `hf_attention` only. A new source of models is a module beside them, told apart in
+`load`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,11 @@ def load(model: Path, *, trust_remote_code: bool = False) -> FloatModel:
     if model.is_dir():
         from instantrt.compiler.frontend import hf
 
-        return hf.load(model, trust_remote_code=trust_remote_code)
+        return hf.load_checkpoint(model, trust_remote_code=trust_remote_code)
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 
-        return onnx_file.load(model)
+        return onnx_file.load_onnx(model)
     raise UserError(
         "no model here",
         where=str(model),

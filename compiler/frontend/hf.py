@@ -19,19 +19,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
-from instantrt.compiler.frontend.model import FloatModel, LlmShape, stored_types
-from instantrt.passes.core.errors import UserError
+from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
+from instantrt.passes.core.errors import UserError, require
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
 
-OPSET = 23
 FOUND = 200  # characters of an error of transformers that a user is shown
 FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
-def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
     """Reads `folder` (config.json, safetensors) and exports its graph.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
@@ -42,14 +41,19 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
     model = build_skeleton(config, folder, trust_remote_code)
     tensors = renamed(read_checkpoint(folder), model)
     shape = llm_shape(model.config)
-    names = {id(p): [] for p in model.parameters()}  # type: dict[int, list[str]]
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    aliases = {name: group for group in names.values() for name in group}
+    aliases = {name: names for names in parameter_names(model) for name in names}
     graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(graph, folder, config, tensors, shape, files, stored_types(graph))
+
+
+def parameter_names(model: Any) -> list[list[str]]:
+    """The names of each parameter: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def renamed(tensors: Mapping[str, FileTensor], model: Any) -> dict[str, FileTensor]:
@@ -77,6 +81,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
+    require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

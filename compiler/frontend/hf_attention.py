@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
+from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 
 IMPLEMENTATION = "instantrt"
@@ -52,7 +53,7 @@ def attention(
             {"scale": scale},
             dtype=query.dtype,
             shape=(batch, heads, sequence, value.shape[3]),
-            version=23,
+            version=OPSET,
         )
     return y.transpose(1, 2), None
 

@@ -14,6 +14,8 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FileTensor, InMemory, view_of
 
+OPSET = 23  # with the operators that passes fuse
+
 
 @dataclass(frozen=True)
 class LlmShape:

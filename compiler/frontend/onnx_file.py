@@ -16,20 +16,20 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.numpy_helper import from_array, to_array
 
-from instantrt.compiler.frontend.model import FloatModel, LlmShape, stored_types
+from instantrt.compiler.artifact.positions import every_position
+from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
 from instantrt.passes.core.subgraphs import graphs, tensors
 from instantrt.passes.core.verify import QDQ_OPS
 
-OPSET = 23  # with the operators that passes fuse
 SAME = 21  # from here on, opsets up to OPSET only took in types and attributes: what was said still means the same
 SMALL = 1 << 10  # elements: the values of axes, shapes and scalars are looked at, weights are references
 NARROW = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LITERALS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
-def load(path: Path) -> FloatModel:
+def load_onnx(path: Path) -> FloatModel:
     """Reads `path`; external data must lie in its folder. An LLM with the interface's names is recognised by them.
 
     Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
@@ -45,9 +45,9 @@ def load(path: Path) -> FloatModel:
     return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
 
 
-def load_artifact(path: Path) -> gs.Graph:
-    """The graph of a file that the compiler wrote, as it is."""
-    model = read(path)
+def artifact_graph(path: Path) -> gs.Graph:
+    """The graph of a file that the compiler wrote, as it is but for its logits: they are those of every position."""
+    model = every_position(read(path))
     weights = take_weights(model, path)
     return imported(model, weights)
 
@@ -169,13 +169,13 @@ def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
             continue
         if tensor.name in weights:
             raise UserError("weights of different branches have one name", where=str(path), found=tensor.name)
-        source = file_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
+        source = external_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
         weights[tensor.name] = View(source, tuple(tensor.dims), source.dtype)
         tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
     return weights
 
 
-def file_tensor(model: Path, tensor: onnx.TensorProto) -> FileTensor:
+def external_tensor(model: Path, tensor: onnx.TensorProto) -> FileTensor:
     """A checked reference to external data: inside the model's folder, inside the file, of the right size."""
     info = {entry.key: entry.value for entry in tensor.external_data}
     folder = model.parent.resolve()

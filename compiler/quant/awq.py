@@ -13,10 +13,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from instantrt.compiler.quant.stored import FLOATS, INT32, Layer, checked_scales, strips
-from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, FileTensor, Tile, whole
-from instantrt.passes.core.quant import Activations, Codes, QuantTensor
+from instantrt.compiler.quant.config import expect, expect_group_size, flag
+from instantrt.compiler.quant.stored import (
+    FLOATS,
+    INT32,
+    LEFT_FLOAT,
+    StoredLayer,
+    StoredRows,
+    check_central,
+    checked_scales,
+    ranges,
+)
+from instantrt.passes.core.lazy import Array, FileTensor, whole
+from instantrt.passes.core.quant import Activations, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # channel n of a word lies in this nibble, counted from the lowest
@@ -36,44 +45,36 @@ class AwqConfig:
     bits = 4
     activations: Activations = "float"
 
-    def read(self, layer: Layer) -> QuantTensor | Reject:
+    def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         if layer.find("qweight") is None:
-            return Reject("the checkpoint leaves this layer float")
+            return LEFT_FLOAT
         n, k = layer.shape
-        if n % 8:
-            raise UserError(
-                "AWQ packs eight outputs a word", where=layer.path, expected="a multiple of 8", found=str(n)
-            )
+        expect(n % 8 == 0, n, "AWQ packs eight outputs a word", "a multiple of 8", layer.path)
         group = layer.group(self.group_size)
         groups = k // group
         qweight = layer.part("qweight", (k, n // 8), INT32)
         scales = layer.part("scales", (groups, n), *FLOATS)
         stored = self.zero_point or layer.find("qzeros") is not None
         qzeros = layer.part("qzeros", (groups, n // 8), INT32) if stored else None
-        rows = AwqRows(layer.path, qweight, qzeros, scales, symmetric=not self.zero_point)
+        rows = AwqRows(qweight, qzeros, scales, symmetric=not self.zero_point)
         return QuantTensor(layer.path, rows, (n, k), self.bits, group, not self.zero_point, scales.dtype)
 
 
-def parse(raw: Mapping[str, Any], where: str) -> AwqConfig:
+def parse_awq(raw: Mapping[str, Any], where: str) -> AwqConfig:
     version = raw.get("version", "gemm")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise UserError("AWQ version", where=where, expected="gemm", found=repr(version), fix="save it again as gemm")
+    gemm = isinstance(version, str) and version.lower() == "gemm"
+    expect(gemm, version, "AWQ version", "gemm", where, "save it again as gemm")
     bits, group_size = raw.get("bits", raw.get("w_bit")), raw.get("group_size", raw.get("q_group_size"))
-    if type(bits) is not int or bits != 4:
-        raise UserError("AWQ bits", where=where, expected="4", found=repr(bits))
-    if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise UserError("AWQ group_size", where=where, expected="-1 or a positive integer", found=repr(group_size))
-    zero_point = raw.get("zero_point", True)
-    if not isinstance(zero_point, bool):
-        raise UserError("AWQ zero_point", where=where, expected="true or false", found=repr(zero_point))
-    return AwqConfig(group_size, zero_point)
+    expect(type(bits) is int and bits == 4, bits, "AWQ bits", "4", where)
+    expect_group_size(group_size, where)
+    return AwqConfig(int(group_size), flag(raw, "zero_point", True, where))
 
 
 @dataclass(frozen=True)
-class AwqRows:
-    """Unpacks an AWQ layer into `Codes`, a strip of output channels at a time."""
+class AwqRows(StoredRows):
+    """Unpacks an AWQ layer."""
 
-    path: str
+    order = None
     qweight: FileTensor
     qzeros: FileTensor | None
     scales: FileTensor
@@ -81,28 +82,15 @@ class AwqRows:
 
     def parameters(self) -> tuple[Array, Array]:
         scale = np.ascontiguousarray(checked_scales(self.scales).T)
-        return scale, self.zeros(scale.shape)
-
-    def tiles(self) -> Iterator[Tile]:
-        k, words = self.qweight.shape
-        scale, zero = self.parameters()
-        for start, stop in strips(words * 8, k, multiple=8):
-            codes = unpack(self.qweight.columns(start // 8, stop // 8))
-            yield Tile(start, Codes(codes, scale[start:stop], zero[start:stop]))
-
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """uint8 [N, G]; central where the format stores none."""
         if self.qzeros is None:
-            return np.full(shape, CENTRAL, np.uint8)
+            return scale, np.full(scale.shape, CENTRAL, np.uint8)
         zero = unpack(whole(self.qzeros))
-        if self.symmetric and (zero != CENTRAL).any():
-            raise UserError(
-                "the config says zero_point=false, but zero points differ from the centre",
-                where=f"{self.path}.qzeros",
-                expected=str(CENTRAL),
-                found=str(sorted(set(zero[zero != CENTRAL].tolist()))[:5]),
-            )
-        return zero
+        return scale, check_central(zero, 4, "zero_point=false", self.qzeros) if self.symmetric else zero
+
+    def strips(self) -> Iterator[tuple[int, Array]]:
+        k, words = self.qweight.shape
+        for start, stop in ranges(words * 8, k, multiple=8):
+            yield start, unpack(self.qweight.columns(start // 8, stop // 8))
 
 
 def unpack(words: Array) -> Array:

@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from instantrt.compiler.quant.config import expect, expect_group_size, flag
 from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
-    Layer,
+    LEFT_FLOAT,
+    StoredLayer,
+    StoredRows,
     checked_scales,
     input_order,
     safe_pattern,
@@ -27,8 +30,8 @@ from instantrt.compiler.quant.stored import (
     words_for,
 )
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, FileTensor, Tile, whole
-from instantrt.passes.core.quant import Activations, Codes, Order, QuantTensor
+from instantrt.passes.core.lazy import Array, FileTensor, whole
+from instantrt.passes.core.quant import Activations, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 INT8, INT64 = np.dtype(np.int8), np.dtype(np.int64)
@@ -54,56 +57,38 @@ class Scheme:
 
 @dataclass(frozen=True)
 class CompressedConfig:
-    """What a compressed-tensors checkpoint says of itself."""
+    """What a compressed-tensors checkpoint says of itself; its sizes are those of its main scheme."""
 
     schemes: tuple[Scheme, ...]
     ignore: tuple[str | re.Pattern[str], ...]
-    notes: tuple[str, ...] = ()
+    bits: int
+    group_size: int
+    activations: Activations
+    mark: str
+    notes: tuple[str, ...]
 
     method = "compressed-tensors"
 
-    @property
-    def main(self) -> Scheme:
-        """The first scheme; where some quantize activations, the first of those."""
-        return next((s for s in self.schemes if s.activations == "int8"), self.schemes[0])
-
-    @property
-    def bits(self) -> int:
-        return self.main.bits
-
-    @property
-    def group_size(self) -> int:
-        return self.main.group_size
-
-    @property
-    def activations(self) -> Activations:
-        return self.main.activations
-
-    @property
-    def mark(self) -> str:
-        return "weight_packed" if self.main.packed else "weight"
-
-    def read(self, layer: Layer) -> QuantTensor | Reject:
+    def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         weight = layer.find("weight")
         if weight is not None and weight.dtype in FLOATS:
-            return Reject("the checkpoint leaves this layer float")
+            return LEFT_FLOAT
         scheme = next((s for s in self.schemes if s.takes(layer.path)), None)
         if scheme is None or any(matches(pattern, layer.path) for pattern in self.ignore):
             if layer.find("weight_scale") is None:
-                return Reject("the checkpoint leaves this layer float")
+                return LEFT_FLOAT
             raise UserError("the config leaves this module float, the checkpoint holds it quantized", where=layer.path)
         return read_layer(layer, scheme)
 
 
-def read_layer(layer: Layer, scheme: Scheme) -> QuantTensor:
+def read_layer(layer: StoredLayer, scheme: Scheme) -> QuantTensor:
     (n, k), bits = layer.shape, scheme.bits
     group = layer.group(scheme.group_size)
     groups = k // group
     if scheme.packed:
         weight = layer.part("weight_packed", (n, words_for(k, bits)), INT32)
         shape = whole(layer.part("weight_shape", (2,), INT64)).tolist()
-        if shape != [n, k]:
-            raise UserError("weight_shape is not the layer's", where=layer.path, expected=str([n, k]), found=str(shape))
+        expect(shape == [n, k], shape, "weight_shape is not the layer's", str([n, k]), layer.path)
     else:
         weight = layer.part("weight", (n, k), INT8)
     scales = layer.part("weight_scale", (1,) if scheme.per_tensor else (n, groups), *FLOATS)
@@ -122,31 +107,25 @@ def read_layer(layer: Layer, scheme: Scheme) -> QuantTensor:
 
 
 @dataclass(frozen=True)
-class CompressedRows:
-    """Decodes a layer into `Codes`, some output channels at a time. Signed codes become the same less -2^(bits-1)."""
+class CompressedRows(StoredRows):
+    """Decodes a layer: signed codes become the same less -2^(bits-1)."""
 
     shape: tuple[int, int]
     bits: int
     weight: FileTensor
     scales: FileTensor
-    zeros: FileTensor | None
-    order: Order | None
-    places: tuple[int, ...]
+    zeros: FileTensor | None = None
+    order: Order | None = None
+    places: tuple[int, ...] = (0,)
 
     def parameters(self) -> tuple[Array, Array]:
         n, groups, places = self.shape[0], len(self.places), np.array(self.places)
-        scale = checked_scales(self.scales).reshape(-1, self.scales.shape[-1])
+        scale = checked_scales(self.scales).reshape(self.scales.shape[0], -1)
         return np.broadcast_to(scale, (n, groups))[:, places], self.zero_points(n, groups)[:, places]
 
-    def tiles(self) -> Iterator[Tile]:
-        k = self.shape[1]
-        scale, zero = self.parameters()
-        indices = None if self.order is None else self.order.indices.astype(np.int64)
+    def strips(self) -> Iterator[tuple[int, Array]]:
         for start, (stored,) in self.weight.tiles():
-            codes = self.codes(stored)[:, :k]
-            codes = codes if indices is None else np.take(codes, indices, axis=1)
-            rows = slice(start, start + len(codes))
-            yield Tile(start, Codes(codes, scale[rows], zero[rows]))
+            yield start, self.codes(stored)[:, : self.shape[1]]
 
     def codes(self, stored: Array) -> Array:
         return unpack(stored, self.bits) if stored.dtype == INT32 else shifted(stored, self.bits)
@@ -166,66 +145,58 @@ def shifted(signed: Array, bits: int) -> Array:
     return (signed.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1)
 
 
-def parse(raw: Mapping[str, Any], where: str) -> CompressedConfig:
+def parse_compressed(raw: Mapping[str, Any], where: str) -> CompressedConfig:
     """A reader from `quantization_config`; refuses what is no integer weight."""
     if section(raw, "sparsity_config", where).get("format", "dense") != "dense":
         raise UserError("sparse checkpoints are not supported", where=where, found=repr(raw["sparsity_config"]))
     if raw.get("kv_cache_scheme") or section(raw, "transform_config", where).get("config_groups"):
         raise UserError("a quantized cache or weight transforms (rotations) are not supported", where=where)
     groups = section(raw, "config_groups", where)
-    if not groups or not all(isinstance(g, dict) for g in groups.values()):
-        raise UserError("config_groups is no object", where=where, expected="an object of schemes", found=repr(groups))
+    objects = bool(groups) and all(isinstance(g, dict) for g in groups.values())
+    expect(objects, groups, "config_groups is no object", "an object of schemes", where)
     notes: list[str] = []
     schemes = tuple(
         parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes) for name, group in groups.items()
     )
-    return CompressedConfig(schemes, patterns(raw.get("ignore") or [], f"{where}, ignore"), tuple(dict.fromkeys(notes)))
+    main = next((s for s in schemes if s.activations == "int8"), schemes[0])
+    return CompressedConfig(
+        schemes,
+        ignore=patterns(raw.get("ignore") or [], f"{where}, ignore"),
+        bits=main.bits,
+        group_size=main.group_size,
+        activations=main.activations,
+        mark="weight_packed" if main.packed else "weight",
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
 def section(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     """An object of the config, empty where it is absent."""
     value = raw.get(key)
-    if not isinstance(value, dict | None):
-        raise UserError(key, where=where, expected="an object", found=repr(value))
+    expect(isinstance(value, dict | None), value, key, "an object", where)
     return value or {}
 
 
 def parse_scheme(group: Mapping[str, Any], default_format: str, where: str, notes: list[str]) -> Scheme:
     form = group.get("format") or default_format
-    if form not in (PACKED, BYTES):
-        raise UserError("compressed-tensors format", where=where, expected=f"{PACKED} or {BYTES}", found=repr(form))
-    weights = group.get("weights")
-    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
-        raise UserError(
-            "weights are quantized in a way that is not read",
-            where=where,
-            expected="static integers",
-            found=repr(weights),
-        )
+    expect(form in (PACKED, BYTES), form, "compressed-tensors format", f"{PACKED} or {BYTES}", where)
+    weights: Any = group.get("weights")
+    plain = isinstance(weights, dict) and weights.get("type", "int") == "int" and not weights.get("dynamic")
+    expect(plain, weights, "weights are quantized in a way that is not read", "static integers", where)
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
-    if type(bits) is not int or bits not in ((4, 8) if form == PACKED else (8,)):
-        raise UserError(
-            "num_bits is a width that is not read", where=where, expected="4 or 8, 8 unless packed", found=repr(bits)
-        )
-    if strategy not in STRATEGIES:
-        raise UserError("weight strategy", where=where, expected=" or ".join(STRATEGIES), found=repr(strategy))
+    readable = type(bits) is int and bits in ((4, 8) if form == PACKED else (8,))
+    expect(readable, bits, "num_bits is a width that is not read", "4 or 8, 8 unless packed", where)
+    expect(strategy in STRATEGIES, strategy, "weight strategy", " or ".join(STRATEGIES), where)
     group_size = weights.get("group_size") if strategy == "group" else -1
-    if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise UserError(
-            "group_size is no size of a group", where=where, expected="a positive integer", found=repr(group_size)
-        )
-    if not isinstance(weights.get("symmetric", True), bool):
-        raise UserError(
-            "symmetric is no boolean", where=where, expected="true or false", found=repr(weights["symmetric"])
-        )
+    expect_group_size(group_size, where)
     return Scheme(
-        patterns(group.get("targets") or [], f"{where}, targets"),
-        form == PACKED,
-        bits,
-        group_size,
-        weights.get("symmetric", True),
-        strategy == "tensor",
-        parse_activations(group.get("input_activations"), where, notes),
+        targets=patterns(group.get("targets") or [], f"{where}, targets"),
+        packed=form == PACKED,
+        bits=bits,
+        group_size=int(group_size),
+        symmetric=flag(weights, "symmetric", True, where),
+        per_tensor=strategy == "tensor",
+        activations=parse_activations(group.get("input_activations"), where, notes),
     )
 
 
@@ -233,13 +204,8 @@ def parse_activations(raw: Any, where: str, notes: list[str]) -> Activations:
     """Float, or int8 per token as they come. Static scales are replaced by those, which is finer, and noted."""
     if raw is None:
         return "float"
-    if not isinstance(raw, dict) or raw.get("type", "int") != "int" or raw.get("num_bits") != 8:
-        raise UserError(
-            "input_activations are of a kind that is not read",
-            where=where,
-            expected="none, or int with 8 bits",
-            found=repr(raw),
-        )
+    int8 = isinstance(raw, dict) and raw.get("type", "int") == "int" and raw.get("num_bits") == 8
+    expect(int8, raw, "input_activations are of a kind that is not read", "none, or int with 8 bits", where)
     if not raw.get("dynamic"):
         notes.append("the checkpoint's static activation scales are not used: every token gets its own scale")
     elif raw.get("strategy") != "token" or not raw.get("symmetric", True):
@@ -249,8 +215,8 @@ def parse_activations(raw: Any, where: str, notes: list[str]) -> Activations:
 
 def patterns(raw: Any, where: str) -> tuple[str | re.Pattern[str], ...]:
     """Module paths, class names (`Linear`) or `re:` patterns."""
-    if not isinstance(raw, list) or not all(isinstance(p, str) for p in raw):
-        raise UserError("not a list of modules", where=where, found=repr(raw))
+    strings = isinstance(raw, list) and all(isinstance(p, str) for p in raw)
+    expect(strings, raw, "not a list of modules", "paths, class names or re: patterns", where)
     return tuple(safe_pattern(p.removeprefix("re:"), where) if p.startswith("re:") else p for p in raw)
 
 

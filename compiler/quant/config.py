@@ -68,11 +68,9 @@ def or_ignore(paths: Iterable[str]) -> str:
 
 def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
     """A validated config from the spec's keys; `where` names the file or argument in errors."""
-    unknown = sorted(set(raw) - set(KEYS))
+    unknown = ", ".join(map(repr, sorted(set(raw) - set(KEYS))))
     if unknown:
-        raise UserError(
-            "unknown quantization key", where=where, expected=", ".join(KEYS), found=", ".join(map(repr, unknown))
-        )
+        raise UserError("unknown quantization key", where=where, expected=", ".join(KEYS), found=unknown)
     choice(raw, "quant_method", METHODS, where)
     if raw.get("quant_method", "instant_quant") == "instant_quant" and "weight_format" not in raw:
         raise UserError("weight_format is missing", where=where, expected=" or ".join(FORMATS), fix='"int8", say')
@@ -87,17 +85,10 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
     choice(raw, "weight_format", tuple(FORMATS), where)
     choice(raw, "compute_method", COMPUTE, where)
     choice(raw, "search", SEARCHES, where)
-    group_size = raw.get("group_size", -1)
-    if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size != -1 and group_size < 1):
-        raise UserError(
-            "group_size is no size of a group",
-            where=where,
-            expected="-1 (per channel) or a positive integer",
-            found=repr(group_size),
-        )
+    expect_group_size(raw.get("group_size", -1), where)
     ignore = raw.get("ignore", ())
-    if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in ignore):
-        raise UserError("ignore is no list", where=where, expected="a list of module patterns", found=repr(ignore))
+    strings = isinstance(ignore, list | tuple) and all(isinstance(p, str) for p in ignore)
+    expect(strings, ignore, "ignore is no list", "a list of module patterns", where)
     config = QuantConfig(**{**raw, "ignore": tuple(ignore)})
     if config.quant_method != "instant_quant" and config.search != "none":
         raise UserError(
@@ -112,22 +103,29 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
 
 def refuse_activate(config: QuantConfig, where: str) -> None:
     """Activation quantization of InstantQuant is int8 and per channel, as in the spec."""
-    if config.weight_format != "int8":
-        raise UserError(
-            "activate_quant takes int8 weights",
-            where=where,
-            found=f"weight_format {config.weight_format!r}",
-            fix="weight_format int8, or compute_method weight_only",
-        )
-    if config.group_size != -1:
-        raise UserError(
-            "activate_quant is per channel only",
-            where=where,
-            found=f"group_size {config.group_size}",
-            fix="leave group_size out, or compute_method weight_only",
-        )
+    other = "or compute_method weight_only"
+    what = "activate_quant takes int8 weights"
+    expect(config.weight_format == "int8", config.weight_format, what, "weight_format int8", where, f"int8, {other}")
+    what = "activate_quant is per channel only"
+    expect(config.group_size == -1, config.group_size, what, "-1", where, f"leave group_size out, {other}")
 
 
 def choice(raw: Mapping[str, Any], key: str, allowed: tuple[str, ...], where: str) -> None:
-    if key in raw and raw[key] not in allowed:
-        raise UserError(f"{key} has no such value", where=where, expected=" or ".join(allowed), found=repr(raw[key]))
+    expect(key not in raw or raw[key] in allowed, raw.get(key), f"{key} has no such value", " or ".join(allowed), where)
+
+
+def expect(right: bool, found: Any, what: str, expected: str, where: str, fix: str = "") -> None:
+    """A value of a config that is not right is an error of the user."""
+    if not right:
+        raise UserError(what, where=where, expected=expected, found=repr(found), fix=fix)
+
+
+def expect_group_size(value: Any, where: str) -> None:
+    right = type(value) is int and (value == -1 or value > 0)
+    expect(right, value, "group_size is no size of a group", "-1 (per channel) or a positive integer", where)
+
+
+def flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    value = default if raw.get(key) is None else raw[key]
+    expect(isinstance(value, bool), value, f"{key} is no boolean", "true or false", where)
+    return bool(value)

@@ -15,23 +15,28 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from instantrt.compiler.quant.config import expect, expect_group_size, flag
 from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
-    Layer,
+    LEFT_FLOAT,
+    StoredLayer,
+    StoredRows,
+    check_central,
     checked_scales,
     input_order,
+    ranges,
     safe_pattern,
-    strips,
     unpack,
     words_for,
 )
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, FileTensor, Tile, whole
-from instantrt.passes.core.quant import Activations, Codes, Order, QuantTensor
+from instantrt.passes.core.lazy import Array, FileTensor, whole
+from instantrt.passes.core.quant import Activations, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what has to be added to a stored zero
+MOST_RULES = 10_000
 OVERRIDES = ("bits", "group_size", "sym", "desc_act")
 
 
@@ -63,13 +68,13 @@ class GptqConfig:
                 return None if changes is None else parse_layer(changes, self, f"{self.where}, dynamic")
         return self
 
-    def read(self, layer: Layer) -> QuantTensor | Reject:
+    def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         stored = layer.find("qweight") is not None
         config = self.module(layer.path)
         if stored and config is None:
             raise UserError("the config leaves this module float, the checkpoint holds it quantized", where=layer.path)
         if not stored or config is None:
-            return Reject("the checkpoint leaves this layer float")
+            return LEFT_FLOAT
         (n, k), bits = layer.shape, config.bits
         group = layer.group(config.group_size)
         groups = k // group
@@ -77,14 +82,12 @@ class GptqConfig:
         qzeros = layer.part("qzeros", (groups, words_for(n, bits)), INT32)
         scales = layer.part("scales", (groups, n), *FLOATS)
         order, places = config.order(layer, group)
-        rows = GptqRows(
-            layer.path, (n, k), qweight, qzeros, scales, config.zero_offset, bits, config.symmetric, order, places
-        )
+        rows = GptqRows((n, k), qweight, qzeros, scales, config.zero_offset, bits, config.symmetric, order, places)
         return QuantTensor(
             layer.path, rows, (n, k), bits, group, config.symmetric, scales.dtype, config.activations, order
         )
 
-    def order(self, layer: Layer, group: int) -> tuple[Order | None, tuple[int, ...]]:
+    def order(self, layer: StoredLayer, group: int) -> tuple[Order | None, tuple[int, ...]]:
         k = layer.shape[1]
         if layer.find("g_idx") is None:
             if self.reordered and group != k:
@@ -102,23 +105,17 @@ class GptqConfig:
         return order, tuple(int(p) for p in places)
 
 
-def parse(raw: Mapping[str, Any], where: str) -> GptqConfig:
+def parse_gptq(raw: Mapping[str, Any], where: str) -> GptqConfig:
     """A reader from `quantization_config` or quantize_config.json."""
     name = raw.get("checkpoint_format", raw.get("format", "gptq"))
-    if name not in tuple(FORMATS):
-        raise UserError(
-            "GPTQ checkpoint_format",
-            where=where,
-            expected=" or ".join(FORMATS),
-            found=repr(name),
-            fix="save the checkpoint again in one of these formats; kernel-specific layouts lose what they do not need",
-        )
-    if raw.get("pack_dtype", "int32") != "int32":
-        raise UserError("GPTQ pack_dtype", where=where, expected="int32", found=repr(raw["pack_dtype"]))
+    fix = "save the checkpoint again in one of these formats; kernel-specific layouts lose what they do not need"
+    expect(name in tuple(FORMATS), name, "GPTQ checkpoint_format", " or ".join(FORMATS), where, fix)
+    packed = raw.get("pack_dtype", "int32")
+    expect(packed == "int32", packed, "GPTQ pack_dtype", "int32", where)
     base = parse_layer(raw, GptqConfig(0, -1, True, FORMATS[name], where=where), where)
     dynamic = raw.get("dynamic") or {}
-    if not isinstance(dynamic, dict) or len(dynamic) > 10_000:
-        raise UserError("GPTQ dynamic", where=where, expected="an object of pattern to overrides", found=repr(dynamic))
+    small = isinstance(dynamic, dict) and len(dynamic) <= MOST_RULES
+    expect(small, dynamic, "GPTQ dynamic", "an object of pattern to overrides", where)
     rules = tuple(override(pattern, changes, f"{where}, dynamic {pattern!r}") for pattern, changes in dynamic.items())
     for _, changes in rules:
         parse_layer(changes or {}, base, f"{where}, dynamic")
@@ -128,27 +125,11 @@ def parse(raw: Mapping[str, Any], where: str) -> GptqConfig:
 def parse_layer(raw: Mapping[str, Any], base: GptqConfig, where: str) -> GptqConfig:
     """`base` with what `raw` says otherwise, checked."""
     bits, group_size = raw.get("bits", base.bits), raw.get("group_size", base.group_size)
-    if type(bits) is not int or bits not in (4, 8):
-        raise UserError(
-            "GPTQ bits",
-            where=where,
-            expected="4 or 8",
-            found=repr(bits),
-            fix="2 and 3 bits have no kernels here: quantize to 4 bits" if bits in (2, 3) else "",
-        )
-    if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise UserError("GPTQ group_size", where=where, expected="-1 or a positive integer", found=repr(group_size))
-    for key in ("sym", "desc_act"):
-        if not isinstance(raw.get(key), bool | None):
-            raise UserError(f"GPTQ {key}", where=where, expected="true or false", found=repr(raw[key]))
-    symmetric, reordered = raw.get("sym"), raw.get("desc_act")
-    return replace(
-        base,
-        bits=bits,
-        group_size=group_size,
-        symmetric=base.symmetric if symmetric is None else symmetric,
-        reordered=base.reordered if reordered is None else reordered,
-    )
+    fix = "2 and 3 bits have no kernels here: quantize to 4 bits" if bits in (2, 3) else ""
+    expect(type(bits) is int and bits in (4, 8), bits, "GPTQ bits", "4 or 8", where, fix)
+    expect_group_size(group_size, where)
+    symmetric, reordered = (flag(raw, *each, where) for each in (("sym", base.symmetric), ("desc_act", base.reordered)))
+    return replace(base, bits=bits, group_size=group_size, symmetric=symmetric, reordered=reordered)
 
 
 def override(pattern: str, changes: Any, where: str) -> tuple[re.Pattern[str], Mapping[str, Any] | None]:
@@ -156,21 +137,14 @@ def override(pattern: str, changes: Any, where: str) -> tuple[re.Pattern[str], M
     compiled = safe_pattern(pattern.removeprefix("-:").removeprefix("+:"), where)
     if pattern.startswith("-:"):
         return compiled, None
-    if not isinstance(changes, dict):
-        raise UserError(
-            "the overrides of a module are no object", where=where, expected="an object", found=repr(changes)
-        )
+    expect(isinstance(changes, dict), changes, "the overrides of a module are no object", "an object", where)
     return compiled, {key: changes[key] for key in OVERRIDES if key in changes}
 
 
 @dataclass(frozen=True)
-class GptqRows:
-    """Unpacks a GPTQ layer into `Codes`, a strip of output channels at a time.
+class GptqRows(StoredRows):
+    """Unpacks a GPTQ layer. `places` is the stored group of each group of the result."""
 
-    `places` is the stored group of each group of the result; `order` puts its inputs beside one another.
-    """
-
-    path: str
     shape: tuple[int, int]
     qweight: FileTensor
     qzeros: FileTensor
@@ -186,15 +160,10 @@ class GptqRows:
         scale, zero = checked_scales(self.scales)[places], self.zeros()[places]
         return np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T)
 
-    def tiles(self) -> Iterator[Tile]:
+    def strips(self) -> Iterator[tuple[int, Array]]:
         n, k = self.shape
-        scale, zero = self.parameters()
-        indices = None if self.order is None else self.order.indices.astype(np.int64)
-        for start, stop in strips(n, k):
-            words = self.qweight.columns(start, stop)
-            codes = unpack(words.T, self.bits)[:, :k]
-            codes = codes if indices is None else np.take(codes, indices, axis=1)  # ten times codes[:, indices]
-            yield Tile(start, Codes(codes, scale[start:stop], zero[start:stop]))
+        for start, stop in ranges(n, k):
+            yield start, unpack(self.qweight.columns(start, stop).T, self.bits)[:, :k]
 
     def zeros(self) -> Array:
         """uint8 [G, N]."""
@@ -202,13 +171,5 @@ class GptqRows:
         # The offset was taken off the packed word, borrows included, so it goes back onto the packed word.
         words = whole(self.qzeros).view(np.uint32) + ones * np.uint32(self.zero_offset)
         zero = unpack(words, self.bits)[:, : self.shape[0]]
-        central = 1 << (self.bits - 1)
-        if self.symmetric and (zero != central).any():
-            raise UserError(
-                "the config says sym=true, but zero points differ from the centre",
-                where=f"{self.path}.qzeros",
-                expected=str(central),
-                found=str(sorted(set(zero[zero != central].tolist()))[:5]),
-                fix="the checkpoint_format may be the other one of gptq and gptq_v2, or sym may be false",
-            )
-        return zero
+        fix = "the checkpoint_format may be the other one of gptq and gptq_v2, or sym may be false"
+        return check_central(zero, self.bits, "sym=true", self.qzeros, fix) if self.symmetric else zero

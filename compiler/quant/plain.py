@@ -5,17 +5,15 @@ Written by many small tools, with `quant_method: w8a8_int8` or with no config at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
-from instantrt.compiler.quant.compressed import INT8, shifted
-from instantrt.compiler.quant.stored import FLOATS, Layer, checked_scales
+from instantrt.compiler.quant.compressed import INT8, CompressedRows
+from instantrt.compiler.quant.stored import FLOATS, LEFT_FLOAT, StoredLayer
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, FileTensor, Tile
-from instantrt.passes.core.quant import Activations, Codes, QuantTensor
+from instantrt.passes.core.lazy import FileTensor
+from instantrt.passes.core.quant import Activations, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 SCALES = ("weight_scale", "scale", "scales")
@@ -33,12 +31,12 @@ class PlainConfig:
     bits = 8
     group_size = -1
 
-    def read(self, layer: Layer) -> QuantTensor | Reject:
+    def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         weight = layer.find("weight")
         if weight is None or weight.dtype in FLOATS:
-            return Reject("the checkpoint leaves this layer float")
-        n, _ = layer.shape
-        weight = layer.part("weight", layer.shape, INT8)
+            return LEFT_FLOAT
+        n, k = layer.shape
+        weight = layer.part("weight", (n, k), INT8)
         found = [name for name in SCALES if layer.find(name) is not None]
         if len(found) != 1:
             raise UserError(
@@ -50,13 +48,13 @@ class PlainConfig:
         for other in ("weight_zero_point", "zero_point", "zeros"):
             if layer.find(other) is not None:
                 raise UserError("zero points in a plain int8 checkpoint", where=f"{layer.path}.{other}")
-        rank = len(layer.tensors[f"{layer.path}.{found[0]}"].shape)
-        scales = layer.part(found[0], (n,) if rank == 1 else (n, 1), *FLOATS)
-        rows, (_, k) = PlainRows(weight, scales), layer.shape
-        return QuantTensor(layer.path, rows, layer.shape, 8, k, True, scales.dtype, self.activations)
+        flat = len(layer.tensors[f"{layer.path}.{found[0]}"].shape) == 1
+        scales = layer.part(found[0], (n,) if flat else (n, 1), *FLOATS)
+        rows = CompressedRows((n, k), 8, weight, scales)
+        return QuantTensor(layer.path, rows, (n, k), 8, k, True, scales.dtype, self.activations)
 
 
-def parse(raw: Mapping[str, Any], where: str) -> PlainConfig:  # noqa: ARG001  (as every reader is called)
+def parse_plain(raw: Mapping[str, Any], where: str) -> PlainConfig:  # noqa: ARG001  (as every reader is called)
     """`w8a8_int8` says nothing more."""
     return PlainConfig("int8")
 
@@ -68,21 +66,3 @@ def detect(tensors: Mapping[str, FileTensor]) -> PlainConfig | None:
         if part == "weight" and tensor.dtype == INT8 and any(f"{path}.{scale}" in tensors for scale in SCALES):
             return PlainConfig()
     return None
-
-
-@dataclass(frozen=True)
-class PlainRows:
-    """Rows of int8 as codes about 128."""
-
-    weight: FileTensor
-    scales: FileTensor
-
-    def parameters(self) -> tuple[Array, Array]:
-        scale = checked_scales(self.scales).reshape(-1, 1)
-        return scale, np.full(scale.shape, 128, np.uint8)
-
-    def tiles(self) -> Iterator[Tile]:
-        scale, zero = self.parameters()
-        for start, (stored,) in self.weight.tiles():
-            rows = slice(start, start + len(stored))
-            yield Tile(start, Codes(shifted(stored, 8), scale[rows], zero[rows]))

@@ -8,15 +8,16 @@ from typing import Any
 
 from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.quant import awq, compressed, gptq, plain
+from instantrt.compiler.quant.config import expect
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
 
 READERS: dict[str, Callable[[Mapping[str, Any], str], Reader]] = {
-    "gptq": gptq.parse,
-    "awq": awq.parse,
-    "compressed-tensors": compressed.parse,
-    "w8a8_int8": plain.parse,
+    "gptq": gptq.parse_gptq,
+    "awq": awq.parse_awq,
+    "compressed-tensors": compressed.parse_compressed,
+    "w8a8_int8": plain.parse_plain,
 }
 INSIDE = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name
 BESIDE = ("quantize_config.json", "quant_config.json")
@@ -30,14 +31,9 @@ def find_reader(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, F
         return plain.detect(tensors)
     raw, where = stored
     method = raw.get("quant_method", raw.get("method", "awq" if "w_bit" in raw else "gptq"))
-    if method not in tuple(READERS):
-        raise UserError(
-            "a quantized checkpoint of this method cannot be read",
-            where=where,
-            expected=", ".join(READERS),
-            found=repr(method),
-            fix="compile from the float model with --quant, or quantize it to one of these formats",
-        )
+    what = "a quantized checkpoint of this method cannot be read"
+    fix = "compile from the float model with --quant, or quantize it to one of these formats"
+    expect(method in tuple(READERS), method, what, ", ".join(READERS), where, fix)
     return READERS[method](raw, where)
 
 

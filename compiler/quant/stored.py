@@ -7,27 +7,29 @@ and refuses by name what that cannot express.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
-from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.config import QuantConfig, expect
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
 from instantrt.passes.core.linear import Linear
-from instantrt.passes.core.quant import Activations, Order, QuantTensor
+from instantrt.passes.core.quant import Activations, Codes, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32))
 INT32 = np.dtype(np.int32)
 TILE_CODES = 1 << 22
+LEFT_FLOAT = Reject("the checkpoint leaves this layer float")
 
 
 @dataclass(frozen=True)
-class Layer:
+class StoredLayer:
     """One linear of the model, `shape` [N, K], and the checkpoint's tensors."""
 
     path: str
@@ -56,25 +58,31 @@ class Layer:
         """`group_size`, or K for -1; it must divide K."""
         k = self.shape[1]
         group = k if group_size == -1 else group_size
-        if k % group:
-            raise UserError(
-                "group_size does not divide the layer's input width",
-                where=self.path,
-                expected=f"a divisor of {k}",
-                found=str(group),
-            )
+        what = "group_size does not divide the layer's input width"
+        expect(k % group == 0, group, what, f"a divisor of {k}", self.path)
         return group
 
 
-@runtime_checkable
-class StoredRows(Protocol):
-    """The source of a layer that a checkpoint holds quantized."""
+class StoredRows(ABC):
+    """The source of a layer that a checkpoint holds quantized. `order` puts the inputs of a group together."""
 
-    def tiles(self) -> Iterator[Tile]: ...
+    order: Order | None
 
+    @abstractmethod
     def parameters(self) -> tuple[Array, Array]:
         """scale float32 [N, G] and zero uint8 [N, G], read whole and checked; the codes stay where they are."""
-        ...
+
+    @abstractmethod
+    def strips(self) -> Iterator[tuple[int, Array]]:
+        """(the first row, codes uint8 [rows, K] in the stored order), some output channels at a time."""
+
+    def tiles(self) -> Iterator[Tile]:
+        scale, zero = self.parameters()
+        indices = None if self.order is None else self.order.indices.astype(np.int64)
+        for start, stored in self.strips():
+            codes = stored if indices is None else np.take(stored, indices, axis=1)  # ten times stored[:, indices]
+            rows = slice(start, start + len(codes))
+            yield Tile(start, Codes(codes, scale[rows], zero[rows]))
 
 
 class Reader(Protocol):
@@ -101,7 +109,7 @@ class Reader(Protocol):
     @property
     def notes(self) -> tuple[str, ...]: ...
 
-    def read(self, layer: Layer) -> QuantTensor | Reject:
+    def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         """The layer as it is stored and with the activations it was made for, or why it is float."""
         ...
 
@@ -120,7 +128,7 @@ def decide(
     """
     decisions: dict[str, QuantTensor | Reject] = {}
     for found in linears:
-        quant = reader.read(Layer(found.path, found.shape, tensors))
+        quant = reader.read(StoredLayer(found.path, found.shape, tensors))
         if isinstance(quant, QuantTensor):
             if pattern := config.ignored(found.path):
                 raise UserError(
@@ -183,11 +191,25 @@ def checked_scales(tensor: FileTensor) -> Array:
     return scale
 
 
-def strips(count: int, width: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+def ranges(count: int, width: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Ranges of `count` rows, about TILE_CODES elements each; every start is a multiple of `multiple`."""
     step = max(64, TILE_CODES // width) // multiple * multiple
     for start in range(0, count, step):
         yield start, min(start + step, count)
+
+
+def check_central(zero: Array, bits: int, said: str, tensor: FileTensor, fix: str = "") -> Array:
+    """`zero`, the zero points of a layer that its config calls symmetric, as `said`."""
+    central = 1 << (bits - 1)
+    if (zero != central).any():
+        raise UserError(
+            f"the config says {said}, but zero points differ from the centre",
+            where=tensor.name,
+            expected=str(central),
+            found=str(sorted(set(zero[zero != central].tolist()))[:5]),
+            fix=fix,
+        )
+    return zero
 
 
 def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, Array]:

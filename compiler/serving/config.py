@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, TensorSpec
@@ -49,13 +50,26 @@ GENERATE_OUTPUTS = (
     ("num_input_tokens", "TYPE_UINT32", 1),
     ("num_output_tokens", "TYPE_UINT32", 1),
 )
-
-
 KIT = "a build kit is not a model yet: build it on its GPU machine"
 
 
 class Word(str):
     """An identifier of the text format, which has no quotes."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What stands for one artifact in a repository; a reason where a model does not."""
+
+    name: str
+    artifact: Artifact
+    no_bare: str
+    no_generate: str
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        bare = () if self.no_bare else (self.name,)
+        return bare if self.no_generate else (*bare, f"{self.name}_generate")
 
 
 def why_no_bare(artifact: Artifact) -> str:
@@ -103,20 +117,23 @@ def bare_config(name: str, artifact: Artifact) -> str:
     )
 
 
-def generate_config(name: str, artifact: Artifact) -> str:
-    """config.pbtxt of the model that takes text and streams text."""
+def parameters(artifact: Artifact) -> dict[str, Any]:
+    """What a causal LM is opened with, where nobody says otherwise."""
     assert artifact.llm is not None
-    longest = artifact.limits.get("max_length") or min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH)
     in_place = artifact.kind == "engine" and artifact.limits["cache"] == "shared"
-    parameters = {
+    return {
         # An engine's batch was decided when it was built; what runs row by row takes any.
         "max_batch": artifact.limits["max_batch"] if in_place else MAX_BATCH,
-        "max_length": longest,
+        "max_length": artifact.limits.get("max_length") or min(artifact.llm["max_length"] or MAX_LENGTH, MAX_LENGTH),
         "max_queue": MAX_QUEUE,
         "threads": 0,
         "runtime": runtime(artifact),
         "cache": artifact.limits["cache"],
     }
+
+
+def generate_config(name: str, artifact: Artifact) -> str:
+    """config.pbtxt of the model that takes text and streams text."""
     device = {"kind": Word("KIND_GPU"), "gpus": [0]} if artifact.kind == "engine" else {"kind": Word("KIND_CPU")}
     inputs = [
         {"name": name, "data_type": Word(kind), "dims": [dim], "optional": Word("true")}
@@ -131,7 +148,7 @@ def generate_config(name: str, artifact: Artifact) -> str:
             "input": inputs,
             "output": [{"name": name, "data_type": Word(kind), "dims": [dim]} for name, kind, dim in GENERATE_OUTPUTS],
             "instance_group": [{"count": 1, **device}],
-            "parameters": [{"key": key, "value": {"string_value": str(v)}} for key, v in parameters.items()],
+            "parameters": [{"key": key, "value": {"string_value": str(v)}} for key, v in parameters(artifact).items()],
         }
     )
 

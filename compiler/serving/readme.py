@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE
-
-if TYPE_CHECKING:
-    from instantrt.compiler.serving.repository import Served
+from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE, Served
 
 REQUIREMENTS = (
     "jinja2==3.1.6",
@@ -80,7 +76,7 @@ def inputs_table() -> str:
 LIMITS = {"max_batch": MAX_BATCH, "max_length": MAX_LENGTH, "max_queue": MAX_QUEUE}
 TITLE = """# Triton model repository
 
-Written by `compile --triton`. Start the server on it where Triton Inference Server is installed:
+Written by `instantrt compile --triton`. Start the server on it where Triton Inference Server is installed:
 
 ```
 tritonserver --model-repository . --model-control-mode explicit --load-model '*'

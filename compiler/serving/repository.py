@@ -2,7 +2,7 @@
 
 DIR/README.md, requirements.txt       how to start the server, what the models take and give
 DIR/<name>/1/model.onnx|model.plan    the bare model: tensors in, tensors out
-DIR/<name>_generate/1/model.py, ...   text in, text out: a copy of compiler/triton with the artifact beside it
+DIR/<name>_generate/1/model.py, ...   text in, text out: a copy of compiler/serving/runtime, the artifact beside it
 DIR/plugins/*.so                      what a bare engine needs
 """
 
@@ -12,13 +12,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.serving.config import bare_config, generate_config, why_no_bare, why_no_generate
+from instantrt.compiler.serving.config import Served, bare_config, generate_config, why_no_bare, why_no_generate
 from instantrt.compiler.serving.readme import readme, requirements
 from instantrt.compiler.serving.runtime.integrity import RECORD
 from instantrt.passes.core.errors import UserError
@@ -27,8 +26,11 @@ RUNTIME = Path(__file__).parent / "runtime"
 RUNTIME_FILES = (
     "model.py",
     "cuda.py",
-    "engine.py",
+    "digest.py",
+    "header.py",
     "integrity.py",
+    "onnx_engine.py",
+    "opening.py",
     "sampling.py",
     "scheduler.py",
     "tensorrt_engine.py",
@@ -36,21 +38,6 @@ RUNTIME_FILES = (
 )
 OWN_FILES = ("plugins", "README.md", "requirements.txt")
 BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
-
-
-@dataclass(frozen=True)
-class Served:
-    """What stands for one artifact in a repository; a reason where a model does not."""
-
-    name: str
-    artifact: Artifact
-    no_bare: str
-    no_generate: str
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        bare = () if self.no_bare else (self.name,)
-        return bare if self.no_generate else (*bare, f"{self.name}_generate")
 
 
 def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
@@ -64,7 +51,7 @@ def stage_repository(out: Path, folder: Path, staging: Staging) -> tuple[Served,
     served = plan_repository(read_manifest(out))
     check_folder(folder)
     try:
-        write_models(out, staging.aside(folder), served)
+        write_models(out, staging.staged(folder), served)
     except OSError as error:
         raise UserError(
             "the repository could not be written", where=str(folder), found=error.strerror or str(error)
@@ -109,13 +96,13 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError("not a folder", where=str(folder), fix="name another for --triton")
     others = [p for p in folder.glob("[!.]*") if p.name not in OWN_FILES]
-    strangers = sorted(p.name for p in others if not (p / "config.pbtxt").is_file())
-    if strangers:
+    unknown = sorted(p.name for p in others if not (p / "config.pbtxt").is_file())
+    if unknown:
         raise UserError(
             "not a model repository",
             where=str(folder),
             expected="a new or empty folder, or models with config.pbtxt",
-            found=", ".join(strangers[:5]),
+            found=", ".join(unknown[:5]),
             fix="name another for --triton",
         )
 

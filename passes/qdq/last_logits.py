@@ -1,7 +1,10 @@
 """Logits of the last position only: a prompt of 1000 tokens then costs one row of the vocabulary's matrix, not 1000.
 
-Before: MatMul(x [B, S, K], W) -> (Add, Mul, Div, Tanh, Cast)* -> logits [B, S, V]
-After:  MatMul(x[:, -1:], W)   -> the same                    -> logits [B, 1, V]
+Before: MatMul(x [B, S, K], W)    -> (Add, Mul, Div, Tanh, Cast)* -> logits [B, S, V]
+After:  MatMul(last(x) [B, 1, K], W) -> the same                 -> logits [B, 1, V]
+
+last(x) is x[:, -1:], which is right for rows padded on the left; by the mask it is each row's own last token, on
+whichever side it is padded.
 
 An x that was quantized per token is sliced before that, and left float for `QuantizeActivations`: TensorRT-RTX crashes
 over a Slice of what was dequantized with scales computed at run time, and the other tokens' codes would be wasted.
@@ -13,13 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
 from instantrt.passes.qdq.insert_qdq import float_input
 
 LOGITS = "logits"
+LAST = "logits/last"  # the node that picks the token: without it the graph has the logits of all again
+MASK = "attention_mask"
 POINTWISE = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Clip"})
 TO_THE_END = np.iinfo(np.int64).max
 
@@ -34,7 +40,12 @@ class HeadMatch:
 
 @dataclass(frozen=True)
 class LastLogits(Rewrite[HeadMatch]):
-    """Put before the lowerings, and before `QuantizeActivations`: the head is then a linear with a shorter x."""
+    """Put before the linears are lowered, and before `QuantizeActivations`: the head is then a linear with a shorter x.
+
+    by_mask   after the caches were lowered: where a row ends depends on whether its cache grows or is one buffer
+    """
+
+    by_mask: bool = False
 
     def match(self, node: gs.Node) -> HeadMatch | Reject | None:
         if node.op != "MatMul":
@@ -44,16 +55,51 @@ class LastLogits(Rewrite[HeadMatch]):
             return None
         if len(chain[-1].shape) != 3:
             return Reject(f"the logits have {len(chain[-1].shape)} dimensions, not [batch, sequence, vocabulary]")
+        if chain[-1].shape[1] == 1:
+            return Reject("the logits are those of one token already")
         return HeadMatch(node, chain)
 
     def rewrite(self, graph: gs.Graph, match: HeadMatch) -> None:
         node = match.node
         x = float_input(node.inputs[0])
-        bounds = [small(f"{LOGITS}/{n}", [v], np.int64) for n, v in (("start", -1), ("stop", TO_THE_END), ("axis", 1))]
         shape = [x.shape[0], 1, *x.shape[2:]] if x.shape else None
-        node.inputs[0] = add(graph, "Slice", [x, *bounds], gs.Variable(f"{x.name}/last", x.dtype, shape))
+        last = gs.Variable(f"{x.name}/last", x.dtype, shape)
+        if self.by_mask:
+            add(graph, "GatherND", [x, last_tokens(graph, x)], last, name=LAST, batch_dims=1)
+        else:
+            ends = (("start", -1), ("stop", TO_THE_END), ("axis", 1))
+            add(graph, "Slice", [x, *(small(f"{LOGITS}/{n}", [v], np.int64) for n, v in ends)], last)
+        node.inputs[0] = last
         for tensor in match.chain:
             tensor.shape = [tensor.shape[0], 1, *tensor.shape[2:]] if tensor.shape else None
+
+
+def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
+    """Where in x [B, S, K] the last token of each row lies, int64 [B, 1, 1].
+
+    A row ends at the last 1 of its mask. A cache that grows holds what came before x in the mask's first T - S columns.
+    One buffer holds each row from its own start: its mask may be as long as the buffer, and x are its last tokens.
+    """
+    (mask,) = (t for t in graph.inputs if t.name == MASK)
+
+    def number(value: int | list[int], name: str) -> gs.Constant:
+        return small(f"{LAST}/{name}", value, np.int64)
+
+    def count(tensor: gs.Tensor, name: str) -> gs.Tensor:
+        """S or T, [1]."""
+        return add(graph, "Shape", [tensor], f"{LAST}/{name}", start=1, end=2)
+
+    one, sequence, total = number(1, "one"), count(x, "sequence"), count(mask, "total")
+    allowed = add(graph, "Cast", [mask], f"{LAST}/allowed", to=onnx.TensorProto.BOOL)
+    limit = add(graph, "Squeeze", [add(graph, "Add", [total, one], f"{LAST}/limit")], f"{LAST}/scalar")
+    ends = add(graph, "Range", [one, limit, one], f"{LAST}/ends")
+    seen = add(graph, "Where", [allowed, ends, number(0, "zero")], f"{LAST}/seen")
+    end = add(graph, "ReduceMax", [seen, number([1], "axis")], f"{LAST}/end", keepdims=0)
+    if any(t.name.startswith("present.") and producer(t, "Concat") for t in graph.outputs):
+        end = add(graph, "Sub", [end, add(graph, "Sub", [total, sequence], f"{LAST}/past")], f"{LAST}/new")
+    inside = add(graph, "Max", [add(graph, "Min", [end, sequence], f"{LAST}/most"), one], f"{LAST}/inside")
+    place = add(graph, "Sub", [inside, one], f"{LAST}/place")
+    return add(graph, "Unsqueeze", [place, number([1, 2], "axes")], f"{LAST}/index")
 
 
 def pointwise_chain(tensor: gs.Tensor) -> Iterator[gs.Tensor]:

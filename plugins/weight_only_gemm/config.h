@@ -5,45 +5,22 @@
 #include <cstdint>
 
 #include "kernel.h"
+#include "row.h"
+#ifdef WOG_VOLTA
+#include "volta_rows.h"
+#endif
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kVolta };
-
-struct Row {
-    char const* name;
-    Kernel kernel;
-    int activation_bits;   // that it takes; 0: any
-    int warps_n, warps_k;  // warps_k of them share their n and divide K
-    int strips;            // of 16 n that a warp owns
-    int columns;           // of 8 m
-    int stages[2];         // steps of weights on their way, for codes of 4 and 8 bits
-    int resident;          // blocks that must fit a multiprocessor together: bounds the registers
-    int64_t max_m;
-    int min_sm, max_sm;
-    int64_t min_m = 0;     // not chosen up to it; may be pinned there
-    int cluster = 1;       // blocks side by side in n that share what they load of x
-    int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
-    bool whole_k = false;  // takes only groups that are all of K
-
-    constexpr int block_n() const { return warps_n * strips * 16; }
-    constexpr int block_m() const { return columns * 8; }
-    constexpr int threads() const { return (warps_n * warps_k + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
-};
-
-constexpr int64_t kAny = int64_t(1) << 40;
-constexpr int kNewest = 999;
 // Where a library's product after dequantizing should pass the fused tiles: Marlin, which has tiles like ours, runs at
 // 0.73 of cuBLAS on A100, and dequantizing (2.5 bytes a weight) costs as much at about this M. To be measured.
 constexpr int64_t kManyRows = 512;
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
-#ifdef WOG_VOLTA
-#include "volta_rows.h"
-#else
+#ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "stream8_narrow" is never taken: it is
-// there to be measured beside the others (tools/gpu_check).
+// there to be measured beside the others (tools/gpu).
 // Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
 // cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {

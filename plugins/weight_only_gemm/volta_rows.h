@@ -4,6 +4,12 @@
 // memory, of which Volta gives 48 KiB to a block.
 #pragma once
 
+#include <algorithm>
+
+#include "row.h"
+
+namespace wog {
+
 constexpr Row kRows[] = {
     {"stream8", Kernel::kVolta, 16, 1, 4, 2, 1, {2, 2}, 3, 8, 70, 70},
     {"stream16", Kernel::kVolta, 16, 4, 2, 1, 2, {2, 1}, 2, 16, 70, 70},
@@ -22,3 +28,5 @@ constexpr int volta_shared_bytes(Row const& row) {
     int const tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
     return std::max(x + sums, tile);
 }
+
+}  // namespace wog

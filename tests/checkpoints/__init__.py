@@ -12,7 +12,7 @@ import numpy as np
 
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.quant.stored import Layer
+from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import Codes, QuantTensor, dequantize
 from instantrt.tools.make_checkpoints import write_safetensors
@@ -33,7 +33,7 @@ def read_layer(folder: Path, path: str, shape: tuple[int, int]) -> QuantTensor:
     tensors = read_checkpoint(folder)
     reader = find_reader(folder, config_of(folder), tensors)
     assert reader is not None
-    quant = reader.read(Layer(path, shape, tensors))
+    quant = reader.read(StoredLayer(path, shape, tensors))
     assert isinstance(quant, QuantTensor), quant
     return quant
 

@@ -8,13 +8,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.ledger import Forms, Ledger, ledger
+from instantrt.compiler.accuracy.layer_errors import Graphs, LayerErrors, measure_layers
+from instantrt.compiler.quant import instant
+from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import Array, InMemory
 from instantrt.passes.core.linear import weight_constant
-from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger as PassLedger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 K = 64
@@ -40,37 +41,27 @@ def float_graph() -> gs.Graph:
 
 
 def decisions(graph: gs.Graph, bits: int, group: int, activations: str = "float") -> Decisions:
-    symmetric = activations == "int8"
-    found = {}
-    for each in pipeline.linears(graph):
-        source = InstantQuant(each.path, each.rows, bits, group, symmetric, FLOAT32)
-        found[each.path] = QuantTensor(
-            each.path,
-            source,
-            each.shape,
-            bits,
-            group,
-            symmetric,
-            FLOAT32,
-            activations,  # type: ignore[arg-type]
-        )
-    return found
+    compute = "activate_quant" if activations == "int8" else "weight_only"
+    config = QuantConfig(
+        weight_format=f"{'int' if bits == 8 else 'uint'}{bits}", group_size=group, compute_method=compute
+    )
+    return {each.path: instant.instant(each, config, FLOAT32, bits) for each in pipeline.linears(graph)}
 
 
-def forms(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Forms:
+def graphs(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Graphs:
     """Float, twin, and what x86 makes of it, with every constant of the lowered graph at hand."""
     graph = float_graph()
-    twin = pipeline.quantize(graph.copy(), chosen(graph), PassLedger())
+    twin = pipeline.quantize(graph.copy(), chosen(graph), PassLog())
     request = Request(".", ("x86",), ".", cpu_preset=preset)  # type: ignore[arg-type]
-    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, PassLedger())
+    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, PassLog())
     for tensor in lowered.tensors().values():
         if isinstance(tensor, gs.Constant):
             tensor.values = np.array(tensor.values)
-    return Forms(twin, graph, lowered)
+    return Graphs(canonical=twin, floating=graph, lowered=lowered)
 
 
-def fill(form: Forms, feeds: Mapping[str, Array] = FEEDS) -> Ledger:
-    return ledger(form, feeds)
+def measured(graphs: Graphs, feeds: Mapping[str, Array] = FEEDS) -> LayerErrors:
+    return measure_layers(graphs, feeds)
 
 
 def constant(graph: gs.Graph, name: str) -> Array:

@@ -17,7 +17,8 @@ from unittest.mock import NonCallableMagicMock
 import tensorrt_bindings as trt
 
 from instantrt.compiler.backend.tensorrt import child as trt_child
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, EngineSpec
+from instantrt.compiler.backend.tensorrt.build import EngineSpec
+from instantrt.compiler.options import EngineOptions
 from instantrt.compiler.target import find_target
 
 sys.modules["tensorrt"] = trt
@@ -90,7 +91,14 @@ def main(folder: Path) -> None:
     engine.create_engine_inspector.return_value = inspector
     inspector.get_engine_information.return_value = "Layers:"
     trt.Runtime = lambda logger: runtime
-    options = EngineOptions(1 << 30, 3, True, True, "ampere_plus", folder / "timing.cache")
+    options = EngineOptions(
+        memory_limit=1 << 10,
+        optimization_level=3,
+        weight_streaming=True,
+        version_compatible=True,
+        hardware_compatible="ampere_plus",
+        timing_cache=folder / "timing.cache",
+    )
     profile = {"x": ((1, 1), (1, 8), (2, 16))}
     spec = EngineSpec("tensorrt", folder / "m.onnx", folder / "m.engine", folder / "l.txt", (profile,), (), (), options)
     events = Recorded()

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
 
@@ -113,6 +113,16 @@ class HostDriver:
     def cuGraphDestroy(self, graph: Any) -> int:
         return 0
 
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self.graphs[executable.value]
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:
+        return 0
+
     def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
         self.launches += 1
         for work in self.graphs[executable.value]:
@@ -125,7 +135,8 @@ class HostDevice(Device):
 
     def __init__(self) -> None:
         self.driver: Any = HostDriver()
-        self.context, self.stream = ctypes.c_void_p(1), ctypes.c_void_p(7)
+        self.device, self.context, self.stream = ctypes.c_int(0), ctypes.c_void_p(1), ctypes.c_void_p(7)
+        self.held, self.graphs = set(), []
 
 
 @dataclass
@@ -247,7 +258,7 @@ class Plan:
 
     def __init__(self, graph: gs.Graph, folder: Path) -> None:
         self.onnx, self.file = folder / "model.onnx", folder / "model.engine"
-        self.profiles = profiles(graph.inputs, Limits(ROWS, LENGTH, 8), llm=True)
+        self.profiles = profiles(graph.inputs, EngineLimits(ROWS, LENGTH, 8), llm=True)
         write_model(graph, self.onnx)
         self.file.write_bytes(PLAN)
         options = ort.SessionOptions()

@@ -9,8 +9,8 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.bisect import Watch, bisect
-from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, run
+from instantrt.compiler.accuracy.bisect import BisectingLog, bisect
+from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
@@ -42,13 +42,13 @@ class LeakyRelu(Rewrite[gs.Node]):
         match.op, match.attrs["alpha"] = "LeakyRelu", 1e-3
 
 
-def watch(canonical: gs.Graph) -> Watch:
-    return Watch(canonical=canonical, feeds=FEEDS, say=lambda text: None)
+def looking(canonical: gs.Graph) -> BisectingLog:
+    return BisectingLog(canonical=canonical, feeds=FEEDS)
 
 
 def twin() -> gs.Graph:
     graph = float_graph()
-    return pipeline.quantize(graph.copy(), decisions(graph, 8, 64), Ledger())
+    return pipeline.quantize(graph.copy(), decisions(graph, 8, 64), PassLog())
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def twin() -> gs.Graph:
 def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Node], tensor: str) -> None:
     canonical, good = twin(), linear_passes("exact", ONE_LIMB_X86)
 
-    def lower(ledger: Ledger) -> gs.Graph:
+    def lower(log: PassLog) -> gs.Graph:
         graph = canonical.copy()
-        run(graph, good, ledger)
-        run(graph, [wrong], ledger)
+        run(graph, good, log)
+        run(graph, [wrong], log)
         return graph
 
-    culprit = bisect(lower, watch(canonical))
+    culprit = bisect(lower, looking(canonical))
     assert culprit is not None
     assert culprit.after == type(wrong).__name__
     assert culprit.tensor == tensor
@@ -76,12 +76,12 @@ def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Nod
 def test_a_right_lowering_has_no_culprit_and_a_wrong_file_has() -> None:
     canonical = twin()
 
-    def lower(ledger: Ledger) -> gs.Graph:
-        return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), ledger)
+    def lower(log: PassLog) -> gs.Graph:
+        return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), log)
 
-    assert bisect(lower, watch(canonical), lower(Ledger())) is None
-    written = run(lower(Ledger()), [WrongScale("first")], Ledger())
-    culprit = bisect(lower, watch(canonical), written)
+    assert bisect(lower, looking(canonical), lower(PassLog())) is None
+    written = run(lower(PassLog()), [WrongScale("first")], PassLog())
+    culprit = bisect(lower, looking(canonical), written)
     assert culprit is not None
     assert culprit.after == "writing the artifact"
     assert culprit.tensor.startswith("first.")

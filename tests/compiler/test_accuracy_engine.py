@@ -19,12 +19,12 @@ from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.backend.tensorrt.build import HEADER
 from instantrt.compiler.backend.tensorrt.gpu import gpus
+from instantrt.compiler.backend.tensorrt.header import HEADER
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.last_logits import LastLogits
 from tests.compiler.tensorrt_stand_in import TYPES, HostDevice
 from tests.conftest import TINY, planned_and_written
@@ -104,11 +104,11 @@ def device() -> HostDevice:
 def runner(tiny_float: FloatModel, device: HostDevice, tmp_path: Path) -> Callable[..., EngineRunner]:
     def make(*, last: bool = False, loads: bool = True, open_device: Any = None) -> EngineRunner:
         graph = tiny_float.graph.copy()
-        write_model(run(graph, [LastLogits()], Ledger()) if last else graph, tmp_path / "model.onnx")
+        write_model(run(graph, [LastLogits()], PassLog()) if last else graph, tmp_path / "model.onnx")
         module = stand_in(tmp_path / "model.onnx", device, loads=loads)
         path = engine_file(tmp_path / "model.engine")
         opened = open_device or (lambda ordinal: device)
-        return EngineRunner(path, (), ["logits"], "engine", module=module, device=opened)
+        return EngineRunner(path, (), ["logits"], module=module, device=opened)
 
     return make
 
@@ -128,8 +128,7 @@ def test_it_gives_what_its_engine_gives_and_keeps_no_memory(
     runner: Callable[..., EngineRunner], device: HostDevice, tmp_path: Path
 ) -> None:
     with runner() as active:
-        assert active.get_input_metadata()["past_key_values.0.key"].dtype.itemsize == 4
-        got = active.infer(feeds(), check_inputs=False)
+        got = active(feeds())
     cast = {name: v.astype(np.float32) if v.dtype == np.float16 else v for name, v in feeds().items()}
     (want,) = ort.InferenceSession(tmp_path / "model.onnx").run(["logits"], cast)
     assert list(got) == ["logits"]
@@ -139,20 +138,20 @@ def test_it_gives_what_its_engine_gives_and_keeps_no_memory(
 
 def test_a_text_longer_than_the_profile_is_an_error(runner: Callable[..., EngineRunner], device: HostDevice) -> None:
     with runner() as active, pytest.raises(UserError, match="does not take this shape of input_ids") as caught:
-        active.infer(feeds(LONGEST + 1), check_inputs=False)
+        active(feeds(LONGEST + 1))
     assert (caught.value.expected, caught.value.found) == ("[1, 1] to [1, 12]", "[1, 13]")
     assert device.driver.blocks == {}
 
 
 def test_logits_of_the_last_token_cannot_be_compared(runner: Callable[..., EngineRunner]) -> None:
     with runner(last=True) as active, pytest.raises(UserError, match="the logits of the last token alone") as caught:
-        active.infer(feeds(), check_inputs=False)
+        active(feeds())
     assert "--logits all" in caught.value.fix
 
 
 def test_an_engine_of_another_version_or_gpu_is_an_error(runner: Callable[..., EngineRunner]) -> None:
     with pytest.raises(UserError, match=r"cannot be loaded here\n  expected: TensorRT-RTX 1\.7\.1\.116 and the GPU"):
-        runner(loads=False).activate()
+        runner(loads=False).__enter__()
 
 
 def no_driver(ordinal: int) -> HostDevice:  # noqa: ARG001
@@ -161,31 +160,32 @@ def no_driver(ordinal: int) -> HostDevice:  # noqa: ARG001
 
 def test_no_gpu_is_an_error(runner: Callable[..., EngineRunner]) -> None:
     with pytest.raises(UserError, match=r"an engine runs on a GPU\n  found:.*libcuda") as caught:
-        runner(open_device=no_driver).activate()
+        runner(open_device=no_driver).__enter__()
     assert "--forms float,twin,lowered" in caught.value.fix
 
 
 def test_the_module_is_the_one_that_the_header_names(tmp_path: Path) -> None:
-    runner = EngineRunner(engine_file(tmp_path / "m.engine"), (), ["y"], "engine")
+    runner = EngineRunner(engine_file(tmp_path / "m.engine"), (), ["y"])
     assert runner.module.__name__ == "tensorrt_rtx"
     if not gpus():
         with pytest.raises(UserError, match="an engine runs on a GPU"):
-            runner.activate()
+            runner.__enter__()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="full TensorRT is installed")
 def test_a_module_that_is_missing_is_named(tmp_path: Path) -> None:
     path = engine_file(tmp_path / "m.engine", b"ftrt", (10, 16, 1, 11))
     with pytest.raises(UserError, match=r"runs with TensorRT 10\.16\.1\.11 on a GPU, which this Python lacks"):
-        EngineRunner(path, (), ["y"], "engine")
+        EngineRunner(path, (), ["y"])
 
 
 def test_a_foreign_file_is_not_opened_further(tmp_path: Path) -> None:
     (tmp_path / "m.engine").write_bytes(b"#!/bin/sh\n")
     with pytest.raises(UserError, match="not a TensorRT engine"):
-        EngineRunner(tmp_path / "m.engine", (), ["y"], "engine")
+        EngineRunner(tmp_path / "m.engine", (), ["y"])
 
 
+@pytest.mark.slow
 def test_a_damaged_engine_is_found_before_it_becomes_a_form(tmp_path: Path) -> None:
     request = Request(TINY, ("sm89",), tmp_path / "out", quant="a16w4", builder="tensorrt-rtx")
     planned = planned_and_written(request)

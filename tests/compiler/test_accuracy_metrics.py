@@ -10,7 +10,7 @@ import pytest
 
 from instantrt.compiler.accuracy.bounds import int8_blocks
 from instantrt.compiler.accuracy.data import load_data, windows
-from instantrt.compiler.accuracy.forms import Limits
+from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.metrics import (
     compare_tokens,
     difference,
@@ -69,10 +69,10 @@ def test_int8_blocks_are_exact_on_their_grid() -> None:
 
 def test_bounds_name_what_exceeds_them() -> None:
     figures = {"kl_mean": 0.02, "perplexity_ratio": 1.03}
-    assert Limits().violations(figures) == []
-    assert Limits(0.03, 4).violations(figures) == []
-    assert len(Limits(0.01, 2).violations(figures)) == 2
-    assert Limits(0.01).violations({"kl_mean": float("nan"), "perplexity_ratio": 1.0})
+    assert Budget().violations(figures) == []
+    assert Budget(0.03, 4).violations(figures) == []
+    assert len(Budget(0.01, 2).violations(figures)) == 2
+    assert Budget(0.01).violations({"kl_mean": float("nan"), "perplexity_ratio": 1.0})
 
 
 def test_a_text_is_cut_into_whole_windows_and_a_rest() -> None:

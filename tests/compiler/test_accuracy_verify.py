@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,23 +19,27 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from instantrt.compiler import build, pipeline
-from instantrt.compiler.accuracy.budget import Bought, override, search
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.budget import Raised, override, search
 from instantrt.compiler.accuracy.data import load_data
-from instantrt.compiler.accuracy.forms import Limits, Subject
+from instantrt.compiler.accuracy.forms import Budget, Subject
 from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, not_run, verify
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.request import Request
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.core.search import SearchedQuant
 from tests.conftest import ROOT, TEXT, TINY
+
+pytestmark = pytest.mark.slow
 
 SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
 
@@ -44,21 +47,19 @@ SCREENSHOTS = ROOT / "build" / "screenshots"  # kept for whoever wants to look
 @dataclass(frozen=True)
 class Compiled:
     subject: Subject
-    planned: build.Plan
+    planned: Plan
     request: Request
     out: Path
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
-    """The example model with four-bit weights for x86, without a second export."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The example model with four-bit weights for x86."""
     out = tmp_path_factory.mktemp("accuracy")
     request = Request(model=TINY, targets=("x86",), out=out, quant="a16w4")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
-        planned = build.plan(request)
-        artifacts = build.compile_planned(request, planned)
-        yield Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
+    planned = plan(request)
+    artifacts = write_planned(request, planned)
+    return Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +123,8 @@ def test_a_right_artifact_passes_and_the_two_kinds_stay_apart(verdict: Verdict) 
     assert kinds["quantization"].relative_l2 > 1e-2
     assert kinds["lowering"].bound is not None
     assert kinds["lowering"].relative_l2 < 1e-2
-    assert len(verdict.ledger.rows) == 29
-    assert all(row.bytes_after < row.bytes_before for row in verdict.ledger.rows if row.quant != "float")
+    assert len(verdict.layer_errors.rows) == 29
+    assert all(row.bytes_after < row.bytes_before for row in verdict.layer_errors.rows if row.quant != "float")
 
 
 def test_page_and_json_have_the_same_numbers_and_need_no_network(compiled: Compiled, verdict: Verdict) -> None:
@@ -131,7 +132,7 @@ def test_page_and_json_have_the_same_numbers_and_need_no_network(compiled: Compi
     body = json.loads((folder / JSON).read_text())
     page = (folder / HTML).read_text()
     assert body["quantization"] == verdict.figures
-    assert [row["layer"] for row in body["layers"]] == [row.layer for row in verdict.ledger.rows]
+    assert [row["layer"] for row in body["layers"]] == [row.layer for row in verdict.layer_errors.rows]
     assert sum(body["kl_histogram"]["counts"]) == body["quantization"]["tokens"]
     for value in (f"{body['quantization']['perplexity']:.4f}", number(body["quantization"]["kl_mean"])):
         assert value in page
@@ -217,19 +218,19 @@ def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
     some = ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj")
     decisions = {path: q for path, q in planned.twins["x86"].decisions.items() if path in some}
 
-    def spend(limits: Limits) -> Bought:
-        return search(planned.model.graph, planned.model, decisions, data, limits, lambda text: None)
+    def spend(budget: Budget) -> Raised:
+        return search(planned.model.graph, planned.model, decisions, data, budget, lambda text: None)
 
-    loose = spend(Limits(max_kl=1.0))
+    loose = spend(Budget(max_kl=1.0))
     limit = loose.before["kl_mean"] / 3
-    tight = spend(Limits(max_kl=limit))
+    tight = spend(Budget(max_kl=limit))
     assert loose.steps == ()
     assert loose.decisions == decisions
     assert tight.before["kl_mean"] > limit >= tight.after["kl_mean"], (tight.before, tight.after)
     assert 0 < tight.bytes < 2 * tight.bytes_before
     rates = [step.gain / step.bytes for step in tight.steps]
     assert rates == sorted(rates, reverse=True)  # cheapest error first
-    assert spend(Limits(max_kl=limit)).layers == tight.layers  # deterministic
+    assert spend(Budget(max_kl=limit)).layers == tight.layers  # deterministic
     assert {tight.decisions[path] != decisions[path] for path in tight.layers} == {True}
     assert override(decisions, tight.layers) == tight.decisions
 
@@ -241,7 +242,7 @@ def test_a_budget_keeps_the_search_for_clips(compiled: Compiled) -> None:
     config = QuantConfig(weight_format="uint4", group_size=128, search="mse")
     decisions = {f.path: instant.instant(f, config, np.dtype(np.float32), 4) for f in some}
     data = load_data(planned.model, TEXT, limit=64)
-    found = search(planned.model.graph, planned.model, decisions, data, Limits(max_kl=1e-5), lambda text: None)
+    found = search(planned.model.graph, planned.model, decisions, data, Budget(max_kl=1e-5), lambda text: None)
     quants = [q for q in found.decisions.values() if isinstance(q, QuantTensor)]
     assert found.steps
     assert quants
@@ -252,13 +253,13 @@ def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
     planned = compiled.planned
     decisions = planned.twins["x86"].decisions
 
-    def spend(model: FloatModel, limits: Limits) -> None:
-        search(planned.model.graph, model, decisions, load_data(model), limits, lambda text: None)
+    def spend(model: FloatModel, budget: Budget) -> None:
+        search(planned.model.graph, model, decisions, load_data(model), budget, lambda text: None)
 
     with pytest.raises(UserError, match="perplexity needs a text"):
-        spend(planned.model, Limits(max_ppl_increase=1.0))
+        spend(planned.model, Budget(max_ppl_increase=1.0))
     with pytest.raises(UserError, match="no causal LM"):
-        spend(replace(planned.model, llm=None), Limits(max_kl=1.0))
+        spend(replace(planned.model, llm=None), Budget(max_kl=1.0))
     with pytest.raises(UserError, match="no quantized layer"):
         override(decisions, {"lm_head": "float"})
     with pytest.raises(UserError, match="does not divide"):

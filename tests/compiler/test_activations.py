@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE
-from tests.compiler.test_onnx_file import run
 from tests.conftest import planned_and_written
-from tests.graphs import relative
+from tests.graphs import first_output, relative
 
 WIDTH = 64
 #                    the operator's attribute, the plugin's activation
@@ -50,11 +50,12 @@ def export(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     return x.numpy(), want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(WHOLE) | NO_GELU))
 def test_an_activation_of_transformers(name: str, tmp_path: Path) -> None:
     x, want = export(name, tmp_path / "m.onnx")
     planned = planned_and_written(Request(tmp_path / "m.onnx", ("x86",), tmp_path / "out", quant="none"))
-    assert relative(run(tmp_path / "out/x86/model.onnx", {"x": x}), want) < 1e-5
+    assert relative(first_output(tmp_path / "out/x86/model.onnx", {"x": x}), want) < 1e-5
     gelus = [node.attrs["approximate"] for node in planned.model.graph.nodes if node.op == "Gelu"]
     assert gelus == [WHOLE[name][0] for _ in range(name in WHOLE)]
 
@@ -65,6 +66,7 @@ def test_an_activation_of_transformers(name: str, tmp_path: Path) -> None:
     assert relative(Evaluation(lowered, {"x": x}).take(lowered.outputs[0].name), want) < 1e-2
 
 
+@pytest.mark.slow
 def test_an_engine_of_quick_gelu_builds(tmp_path: Path) -> None:
     export("quick_gelu", tmp_path / "m.onnx")
     compile_model(Request(tmp_path / "m.onnx", ("sm89",), tmp_path / "out", quant="a16w8", builder="tensorrt-rtx"))

@@ -35,7 +35,7 @@ def tensors_of(codes: Array, zero: Array | None, scale: Array) -> dict[str, Arra
 def read(folder: Path, tensors: dict[str, Array], n: int = N, **config: Any) -> QuantTensor:
     write_safetensors(folder / "model.safetensors", tensors)
     raw = {"bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True} | config
-    quant = awq.parse(raw, "test").read(stored.Layer(PATH, (n, K), read_checkpoint(folder)))
+    quant = awq.parse_awq(raw, "test").read(stored.StoredLayer(PATH, (n, K), read_checkpoint(folder)))
     assert isinstance(quant, QuantTensor)
     return quant
 

@@ -63,6 +63,7 @@ def stubs(folder: Path, version: str, lean: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_builders_code_on_real_bindings(version: str, tmp_path: Path) -> None:
     if shutil.which("gcc") is None:

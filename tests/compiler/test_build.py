@@ -14,52 +14,37 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from instantrt.compiler import build, pipeline
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.build import Plan, Twin, compile_model, compile_planned
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
-from instantrt.compiler.quant.resolve import asked_config
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
 from instantrt.tools.bench.compile import STAGE
-from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
-from tests.conftest import ROOT, TEXT, TINY
+from tests.commands import invoke
+from tests.conftest import ROOT, TEXT, TINY, compiled
+from tests.graphs import model_file
 
 FLOAT32 = np.dtype(np.float32)
 
 
-def compiled(model: FloatModel, out: Path, **fields: Any) -> Plan:
-    """compile_model without the export: the fixture's graph, quantized, lowered and written."""
-    request = Request(TINY, fields.pop("targets", ("x86",)), out, **fields)
-    config, ledger = asked_config(request, "instant_quant"), Ledger()
-    linears = pipeline.linears(model.graph)
-    decisions = instant.decide(linears, config, FLOAT32, "lm_head", request.lm_head) if config else {}
-    canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
-    lowered = {
-        t.name: pipeline.lower_onnxruntime(canonical.copy(), t, request, ledger) for t in request.resolved_targets()
-    }
-    planned = Plan(model, dict.fromkeys(lowered, Twin(decisions, canonical)), lowered, ledger)
-    compile_planned(request, planned)
-    return planned
-
-
 @pytest.fixture(scope="module")
 def text() -> list[np.ndarray]:
-    return list(windows(Tokenizer.from_file(str(TINY / "tokenizer.json")), TEXT.read_text("utf-8")))
+    return text_windows(TINY, TEXT)
 
 
 @pytest.fixture(scope="module")
 def float_perplexity(text: list[np.ndarray]) -> float:
-    return perplexity(transformers_logits(TINY), text)
+    return perplexity_of(transformers_logits(TINY), text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "percent"),
     [
@@ -76,24 +61,23 @@ def float_perplexity(text: list[np.ndarray]) -> float:
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else str(v),
 )
 def test_perplexity_stays_near_float(
-    tiny_float: FloatModel, tmp_path: Path, text: list[np.ndarray], float_perplexity: float, fields: Any, percent: float
+    tmp_path: Path, text: list[np.ndarray], float_perplexity: float, fields: Any, percent: float
 ) -> None:
-    compiled(tiny_float, tmp_path, **fields)
-    value = perplexity(artifact_logits(tmp_path), text)
+    compiled(tmp_path, **fields)
+    value = perplexity_of(artifact_logits(tmp_path), text)
     assert abs(value / float_perplexity - 1) * 100 < percent
 
 
-def test_the_perplexity_bound_bites(
-    tiny_float: FloatModel, tmp_path: Path, text: list[np.ndarray], float_perplexity: float
-) -> None:
+@pytest.mark.slow
+def test_the_perplexity_bound_bites(tmp_path: Path, text: list[np.ndarray], float_perplexity: float) -> None:
     """Per-channel uint4, which is that much worse, breaks the 8-bit bound."""
-    compiled(tiny_float, tmp_path, quant="a16w4")
-    assert perplexity(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
+    compiled(tmp_path, quant="a16w4")
+    assert perplexity_of(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
 
 
-def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        compiled(tiny_float, tmp_path / name, quant="a16w8", targets=("x86", "armv9"))
+        compiled(tmp_path / name, quant="a16w8", targets=("x86", "armv9"))
     a, b = (read_manifest(tmp_path / name) for name in ("a", "b"))
     assert a == b
     assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
@@ -104,11 +88,8 @@ def test_the_same_input_gives_the_same_bytes(tiny_float: FloatModel, tmp_path: P
         assert all(sha256(tmp_path / "a" / file) == digest for file, digest in artifact.digests.items())
 
 
-def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
-    tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(tmp_path: Path) -> None:
     """x86 stores float32 scales, sm75 float16, sm89 bfloat16: codes are computed against each one's own."""
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
     def files(*targets: str) -> dict[str, str]:
         out = tmp_path / "-".join(targets)
@@ -119,39 +100,39 @@ def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(
     assert files("x86", "sm75", "sm89") == files("x86") | files("sm75") | files("sm89")
 
 
-def test_tables_keep_their_sixteen_bits(tiny_float: FloatModel, tmp_path: Path) -> None:
+def test_tables_keep_their_sixteen_bits(tmp_path: Path) -> None:
     """Two float tables of 4096 x 256: 2 bytes an element in the artifact, 1 when asked."""
     sizes = {}
     for name, fields in {"stored": {}, "int8": {"lm_head": "int8", "embeddings": "int8"}}.items():
-        compiled(tiny_float, tmp_path / name, quant="a16w8", **fields)
+        compiled(tmp_path / name, quant="a16w8", **fields)
         sizes[name] = (tmp_path / name / "x86/model.onnx.data").stat().st_size
     table = 4096 * 256
     assert sizes["stored"] - sizes["int8"] == pytest.approx(2 * table, rel=0.1)
 
 
-def test_ignored_layers_stay_float(tiny_float: FloatModel, tmp_path: Path) -> None:
-    planned = compiled(tiny_float, tmp_path, quant="a16w8", ignore=("*.down_proj", "model.layers.0.*"))
+def test_ignored_layers_stay_float(tmp_path: Path) -> None:
+    planned = compiled(tmp_path, quant="a16w8", ignore=("*.down_proj", "model.layers.0.*"))
     left = [path for path, d in planned.twins["x86"].decisions.items() if not isinstance(d, QuantTensor)]
     assert len(left) == 3 + 7 + 1
 
 
-def test_a_group_that_does_not_divide_is_refused(tiny_float: FloatModel, tmp_path: Path) -> None:
+def test_a_group_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"group_size does not divide") as caught:
-        compiled(tiny_float, tmp_path, quant="a16w8", group_size=96)
+        compiled(tmp_path, quant="a16w8", group_size=96)
     assert caught.value.where == "model.layers.0.self_attn.q_proj, and 23 more"  # down_proj is 768 wide
     assert caught.value.fix == "--group-size 128, 64, 32, -1 (per channel)"  # too many kinds of layers to ignore
     with pytest.raises(UserError) as caught:
-        compiled(tiny_float, tmp_path, quant="a16w8", group_size=512, ignore=("*_proj",), lm_head="int8")
+        compiled(tmp_path, quant="a16w8", group_size=512, ignore=("*_proj",), lm_head="int8")
     assert caught.value.fix.endswith("or --ignore 'lm_head'")
 
 
-def test_a_group_without_a_kernel_is_refused(tiny_float: FloatModel, tmp_path: Path) -> None:
+def test_a_group_without_a_kernel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no form for this quantized layer") as caught:
-        compiled(tiny_float, tmp_path, quant="a16w8", group_size=8)
+        compiled(tmp_path, quant="a16w8", group_size=8)
     assert caught.value.where == "model.layers.0.self_attn.q_proj, and 27 more"
     assert "--ignore" not in caught.value.fix
     with pytest.raises(UserError) as caught:
-        compiled(tiny_float, tmp_path, quant="a16w8", group_size=8, ignore=("*attn*", "*gate_proj", "*up_proj"))
+        compiled(tmp_path, quant="a16w8", group_size=8, ignore=("*attn*", "*gate_proj", "*up_proj"))
     assert caught.value.fix.endswith("or --ignore 'model.layers.*.mlp.down_proj'")
     assert not (tmp_path / "x86").exists()
 
@@ -185,31 +166,38 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_leaves_nothing(tiny_float: FloatModel, small_disk: Path) -> None:
+def test_a_full_disk_leaves_nothing(small_disk: Path) -> None:
     with pytest.raises(UserError, match="could not be written"):
-        compiled(tiny_float, small_disk / "out", quant="a16w8")
+        compiled(small_disk / "out", quant="a16w8")
     assert list(small_disk.iterdir()) == []
 
 
 def cli(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "compiler", *map(str, arguments)]
+    command = [sys.executable, "-m", "instantrt", "compile", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def small_model(folder: Path) -> Path:
+    """One linear, for what does not depend on the model: it is there without an export, nor an import of torch."""
+    return model_file(folder / "small.onnx", "y = MatMul(x, w)", {"w": np.ones((64, 64), np.float32)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "number"), [("checkpoint", signal.SIGINT), ("file", signal.SIGTERM)])
+def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, model: str, number: signal.Signals) -> None:
     """Stopped while it writes, slowed down so that the signal finds it there."""
+    source = TINY if model == "checkpoint" else small_model(tmp_path)
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
         "import instantrt.compiler.backend.onnx_writer as writer\n"
-        "from compiler.__main__ import main\n"
+        "from instantrt.tools.cli.app import compile_main\n"
         "write = writer.write_source\n"
         "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
         "writer.write_source = slow\n"
-        "main()\n"
+        "compile_main()\n"
     )
-    command = [sys.executable, script, TINY, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
+    command = [sys.executable, script, source, "--target", "x86", "--quant", "a16w8", "-o", tmp_path / "out"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None
     for line in child.stdout:
@@ -222,45 +210,38 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_compiles_explains_and_generates(tmp_path: Path) -> None:
     out, err = cli(TINY, "--target", "x86", "--quant", "a16w8", "--explain", "-o", tmp_path).communicate()
     assert err == ""
     assert "PASSED" in out
     assert "lm_head" in out
-    generate = [
-        sys.executable,
-        "-m",
-        "instantrt.tools.cli.generate",
-        str(tmp_path),
-        "--prompt",
-        "Once upon a time",
-        "--max-tokens",
-        "8",
-    ]
+    generate = [sys.executable, "-m", "instantrt", "generate", tmp_path, "--prompt", "Once upon", "--max-tokens", "8"]
     done = subprocess.run(generate, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.strip()) > 5
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    out, _ = cli(TINY, "--target", "x86", "--quant", "a8w8", "--dry-run", "-o", tmp_path / "out").communicate()
-    assert "28 x A8W8 per-channel symmetric" in out
+    done = invoke("compile", TINY, "--target", "x86", "--quant", "a8w8", "--dry-run", "-o", tmp_path / "out")
+    assert "28 x A8W8 per-channel symmetric" in done.output
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "no model given"),
         ((TINY, "--target", "sm89", "--portable"), "portable does nothing without a CPU target"),
         (("nowhere", "--target", "x86"), "no model here"),
         ((TINY,), "no target"),
         ((TINY, "--target", "x87"), "unknown target"),
-        ((TINY, "--target", "sm70", "--quant", "a8w8"), "no int8 tensor cores"),
+        (("MODEL", "--target", "sm70", "--quant", "a8w8"), "no int8 tensor cores"),
         ((TINY, "--target", "x86", "--quant-config", "nowhere.json"), "the file is missing"),
     ],
 )
 def test_errors_have_no_traceback(arguments: tuple[str | Path, ...], says: str, tmp_path: Path) -> None:
-    child = cli(*arguments, "-o", tmp_path / "out")
+    words = (small_model(tmp_path) if word == "MODEL" else word for word in arguments)
+    child = cli(*words, "-o", tmp_path / "out")
     _, err = child.communicate()
     assert child.returncode == 1
     assert says in err
@@ -269,6 +250,7 @@ def test_errors_have_no_traceback(arguments: tuple[str | Path, ...], says: str, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_command_line_ends_with_failed() -> None:
     child = cli(TINY, "--target", "x86", "--quant", "a16w9")
     _, err = child.communicate()
@@ -276,6 +258,7 @@ def test_a_wrong_command_line_ends_with_failed() -> None:
     assert err.endswith("FAILED\n")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """256 MB of weights are quantized and written in less than 150 MB."""
     make = "import sys; from pathlib import Path; from instantrt.tools.bench.compile import write_weights\n"

@@ -48,7 +48,7 @@ def reader_of(raw: dict[str, Any]) -> Any:
 
 def read(folder: Path, parts: dict[str, Array], reader: Any) -> QuantTensor | Reject:
     write_safetensors(folder / "model.safetensors", {f"{PATH}.{name}": array for name, array in parts.items()})
-    return reader.read(stored.Layer(PATH, (N, K), read_checkpoint(folder)))  # type: ignore[no-any-return]
+    return reader.read(stored.StoredLayer(PATH, (N, K), read_checkpoint(folder)))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -162,7 +162,7 @@ def test_plain_int8(name: str, flat: bool, tmp_path: Path) -> None:
     reader = readers.find_reader(tmp_path, {}, tensors)
     assert isinstance(reader, plain.PlainConfig)
     assert reader.activations == "float"
-    quant = reader.read(stored.Layer(PATH, (N, K), tensors))
+    quant = reader.read(stored.StoredLayer(PATH, (N, K), tensors))
     assert isinstance(quant, QuantTensor)
     np.testing.assert_array_equal(weight(quant), q * scale)
     assert reader_of({"quant_method": "w8a8_int8"}).activations == "int8"
@@ -188,7 +188,7 @@ def test_decoding_goes_tile_by_tile(tmp_path: Path) -> None:
     scale = np.arange(1, rows + 1, dtype=np.float32)[:, None]
     tensors = {f"{PATH}.weight": q, f"{PATH}.weight_scale": scale}
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    quant = plain.PlainConfig().read(stored.Layer(PATH, (rows, K), read_checkpoint(tmp_path)))
+    quant = plain.PlainConfig().read(stored.StoredLayer(PATH, (rows, K), read_checkpoint(tmp_path)))
     assert isinstance(quant, QuantTensor)
     assert len(list(quant.tiles())) > 1
     np.testing.assert_array_equal(decoded(quant).codes, (q.astype(np.int16) + 128).astype(np.uint8))
@@ -208,4 +208,4 @@ GROUP_OF = st.dictionaries(
 @settings(max_examples=150, deadline=None)
 def test_any_config_is_read_or_refused(groups: dict[str, Any], ignore: Any) -> None:
     with contextlib.suppress(UserError):
-        compressed.parse({"format": "pack-quantized", "config_groups": groups, "ignore": ignore}, "test")
+        compressed.parse_compressed({"format": "pack-quantized", "config_groups": groups, "ignore": ignore}, "test")

@@ -1,4 +1,4 @@
-"""From the example model to an engine and a build kit, and what `--check` says of them."""
+"""From the example model to an engine and a build kit, and what `instantrt check` says of them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ import pytest
 from onnx import TensorProto, helper
 from rich.console import Console
 
-from instantrt.compiler.artifact.check import check
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, read_header
+from instantrt.compiler.backend.tensorrt.build import read_header
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type
 from instantrt.compiler.backend.tensorrt.gpu import Gpu, gpus
-from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import build_kit, compile_model, plan
+from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
+from instantrt.compiler.check import check
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.options import EngineOptions
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
-from instantrt.compiler.serving.runtime.integrity import check_folder, sha256
+from instantrt.compiler.serving.runtime.integrity import check_folder
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
@@ -39,6 +42,8 @@ from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.tools.cli.show import show_explanation
 from tests.checkpoints import whole_checkpoint
 from tests.conftest import ROOT, TINY
+
+pytestmark = pytest.mark.slow
 
 NO_GPU = not gpus()
 
@@ -166,8 +171,8 @@ def truncated_engine(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_engine, "a file has changed since compile wrote it"),
-        (forget_tokenizer, "a file is gone"),
+        (damage_engine, "model.engine: this is not what compile wrote\n.*sha256 .*\n.*[0-9a-f]{64}"),
+        (forget_tokenizer, "tokenizer.json: this is not what compile wrote\n.*\n.*no such file"),
         (lie_about_the_version, "not the one that the manifest describes"),
         (foreign_engine, "not a TensorRT engine"),
         (truncated_engine, "the engine is truncated"),
@@ -176,28 +181,26 @@ def truncated_engine(folder: Path) -> None:
             lambda folder: edit(folder, {"digests": {"../secret": "0", "sm89/model.engine": "0"}}),
             "leads out of the folder",
         ),
-        (lambda folder: edit(folder, {"digests": {}}), "no digest of this file"),
+        (lambda folder: edit(folder, {"digests": {}}), "model.engine: .*\n.*a digest in its record\n.*none"),
     ],
     ids=["damaged", "missing", "version", "foreign", "truncated", "no manifest", "path", "no digest"],
 )
 def test_check_refuses(copy: Path, damage, words: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     damage(copy)
-    monkeypatch.setattr(
-        "instantrt.compiler.artifact.check.load", lambda *a: pytest.fail("loaded before it was checked")
-    )
+    monkeypatch.setattr("instantrt.compiler.check.load", lambda *a: pytest.fail("loaded before it was checked"))
     with pytest.raises(UserError, match=words):
         list(check(copy))
 
 
 def test_a_runtime_of_another_version_is_not_loaded(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with the engine's GPU, and a newer TensorRT-RTX."""
-    monkeypatch.setattr("instantrt.compiler.artifact.check.gpus", lambda: (Gpu("RTX 4090", 89),))
+    monkeypatch.setattr("instantrt.compiler.check.gpus", lambda: (Gpu("RTX 4090", 89),))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9.9")
-    monkeypatch.setattr("instantrt.compiler.artifact.check.load", lambda *a: pytest.fail("loaded with another version"))
+    monkeypatch.setattr("instantrt.compiler.check.load", lambda *a: pytest.fail("loaded with another version"))
     with pytest.raises(UserError, match="the engine and the installed runtime differ") as caught:
         list(check(out))
     assert caught.value.found == "9.9.9.9"
-    assert caught.value.fix.startswith("pip install tensorrt-rtx==1.7.1.116")
+    assert caught.value.fix.startswith("pip install 'instantrt[rtx]'")
 
 
 def test_an_operator_that_tensorrt_lacks_leaves_no_artifact(tmp_path: Path) -> None:
@@ -221,7 +224,8 @@ def test_an_operator_that_tensorrt_lacks_leaves_no_artifact(tmp_path: Path) -> N
 
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C while the builder, a process of its own, is at work."""
-    command = [sys.executable, "-m", "compiler", TINY, "--target", "sm89", "--quant", "a16w8", "-o", tmp_path / "out"]
+    words = [TINY, "--target", "sm89", "--quant", "a16w8", "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "instantrt", "compile", *words]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     builders: list[int] = []
@@ -258,10 +262,15 @@ def test_a_kit_is_finished_elsewhere_into_the_same_engine(copy: Path, tmp_path: 
 
 def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "sm90" / "libwoq.so").write_bytes(b"a library")
-    body = json.loads(kit_for(copy, "sm89").joinpath("kit.json").read_text())
+    path = kit_for(copy, "sm89") / "kit.json"
+    body = json.loads(path.read_text())
     body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
-    (copy / "sm90" / "kit.json").write_text(json.dumps(body))
-    monkeypatch.setattr("instantrt.compiler.build.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
+    path.write_text(json.dumps(body))
+    with pytest.raises(UserError, match=r"libwoq.so: .*\n.*a digest in its record"):
+        read_kit(copy / "sm90")
+    body["digests"]["libwoq.so"] = sha256(copy / "sm90" / "libwoq.so")
+    path.write_text(json.dumps(body))
+    monkeypatch.setattr("instantrt.compiler.backend.tensorrt.kit.build_engine", lambda *a: {"builder": "tensorrt_rtx"})
     artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
     (library,) = artifact.plugins
     assert (tmp_path / "built" / library).read_bytes() == b"a library"
@@ -294,12 +303,13 @@ def test_a_kit_prints_the_command_of_tensorrts_own_tool(out: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"model.onnx.data": "', '"model.onnx.data": "0', "not what was written"),
-        ('"plugins": []', '"plugins": ["../evil.so"]', "leaves the kit"),
+        ('"model.onnx.data": "', '"model.onnx.data": "0', "not what compile wrote"),
+        ('"plugins": []', '"plugins": ["../evil.so"]', r"evil.so: .*\n.*a digest in its record"),
+        ('"model.onnx.data": "', '"../evil": "0", "model.onnx.data": "', "leads out of the folder"),
         ('"format": 2', '"format": 9', "another version"),
         ('"precision"', '"imprecision"', "not a kit of ours"),
     ],
-    ids=["digest", "path", "format", "key"],
+    ids=["digest", "plugin", "path", "format", "key"],
 )
 def test_a_kit_is_checked_before_it_is_built(copy: Path, old: str, new: str, words: str) -> None:
     path = copy / "sm90" / "kit.json"

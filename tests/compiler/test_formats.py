@@ -11,21 +11,19 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from tokenizers import Tokenizer
-from typer.testing import CliRunner
 
-from instantrt.compiler.build import Plan
+from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import quantize_asymmetric
 from instantrt.passes.core.rewrite import Reject
 from instantrt.tools.bench.formats import reference_logits
-from instantrt.tools.cli.app import app
-from instantrt.tools.cli.perplexity import artifact_logits, perplexity, windows
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
+from tests.commands import invoke
 from tests.conftest import planned_and_written
 
 TEXT = TINY.parent / "text" / "evaluation.txt"
@@ -55,8 +53,7 @@ def one_export() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def parts() -> list[Array]:
-    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    return list(windows(tokenizer, TEXT.read_text("utf-8")))[:4]
+    return text_windows(TINY, TEXT)[:4]
 
 
 MODES = {"gptq-int8-perchannel": "A8W8", "ct-w8a8-dyn": "A8W8", "ct-w8a8-static": "A8W8", "ct-w8a16": "A16W8"}
@@ -77,11 +74,12 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts: list[Array]) -> None:
     modes = {q.mode for q in compiled.planned.twins["x86"].quantized.values()}
     assert modes == {MODES.get(compiled.name, "A16W4")}
-    expected = perplexity(reference_logits(compiled.planned, int8_tokens=True), parts)
-    found = perplexity(artifact_logits(compiled.out), parts)
+    expected = perplexity_of(reference_logits(compiled.planned, int8_tokens=True), parts)
+    found = perplexity_of(artifact_logits(compiled.out), parts)
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
 
 
@@ -99,7 +97,7 @@ def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> N
         np.testing.assert_array_equal(found, expected[:, order], err_msg=path)
 
 
-def test_the_doctor_knows_the_size(compiled: Compiled) -> None:
+def test_an_inspection_knows_the_size(compiled: Compiled) -> None:
     estimate = inspect(compiled.planned.model.folder).bytes_on["onnxruntime"]
     assert abs(compiled.planned.size("x86") / estimate - 1) < 0.1
 
@@ -169,8 +167,8 @@ def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: li
     assert kinds[DOWN_PROJ] == "A16W8 per-channel asymmetric"
     assert kinds["lm_head"] == "A16W4 group 128 asymmetric"
     assert isinstance(planned.twins["x86"].decisions[o_proj], Reject)
-    expected = perplexity(reference_logits(planned), parts[:2])
-    found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
+    expected = perplexity_of(reference_logits(planned), parts[:2])
+    found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 5e-4, f"{found} is not {expected}"
 
 
@@ -185,15 +183,15 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
     kinds = {str(q) for q in planned.twins["x86"].quantized.values()}
     assert kinds == {"A8W8 group 128 asymmetric"}
     assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 7
-    expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
-    found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
+    expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
+    found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
 
 
 def test_explain_says_where_each_order_went(tmp_path: Path) -> None:
     folder = whole_checkpoint("gptq-int4-g128-desc_act", tmp_path / "m")
-    arguments = [str(folder), "--target", "x86", "--explain", "--dry-run", "-o", str(tmp_path / "o")]
-    shown = " ".join(CliRunner().invoke(app, arguments).output.replace("│", " ").split())
+    arguments = ["compile", folder, "--target", "x86", "--explain", "--dry-run", "-o", tmp_path / "o"]
+    shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
     assert shown.count("one Gather: the channels") == 3  # q, k and v share one; gate and up another; o has its own
     assert "folded into the output channels of" in shown
 
@@ -211,8 +209,8 @@ def test_the_other_activations_on_request(
     asked = Request(model=whole_checkpoint(name, tmp_path / "m"), targets=("x86",), out=tmp_path / "o", quant=quant)
     planned = planned_and_written(asked)
     assert {q.mode for q in planned.twins["x86"].quantized.values()} == modes
-    expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
-    found = perplexity(artifact_logits(tmp_path / "o"), parts[:2])
+    expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
+    found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
 
 
@@ -233,5 +231,5 @@ def test_schemes_with_and_without_quantized_activations(first: str, tmp_path: Pa
     planned = planned_and_written(Request(model, ("x86",), tmp_path / "o"))
     modes = {(p.split(".")[3], q.mode) for p, q in planned.twins["x86"].quantized.items()}
     assert modes == {("self_attn", "A8W8"), ("mlp", "A16W8")}
-    expected = perplexity(reference_logits(planned, int8_tokens=True), parts[:2])
-    assert abs(perplexity(artifact_logits(tmp_path / "o"), parts[:2]) / expected - 1) < 2e-4
+    expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
+    assert abs(perplexity_of(artifact_logits(tmp_path / "o"), parts[:2]) / expected - 1) < 2e-4

@@ -13,14 +13,14 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.build import Built, EngineSpec, build
 from instantrt.compiler.backend.tensorrt.choose import quantized_linears
-from instantrt.compiler.backend.tensorrt.fusion import Carrier, Read, carriers, kernels
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.backend.tensorrt.fusion import Read, WeightRead, kernels, weight_reads
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from tests.conftest import TINY
@@ -74,13 +74,14 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
         source = InstantQuant(name, InMemory(w), bits, group, symmetric, FLOAT16)
         activations = "int8" if int8 else "float"
         table[name] = QuantTensor(name, source, w.shape, bits, group, symmetric, FLOAT16, activations)  # type: ignore[arg-type]
-    graph, ledger = linear_graph(weights, share_input=False), Ledger()
-    run(graph, (InsertDequantize(table), QuantizeActivations()), ledger)
-    pipeline.lower_native(cast_compute_type(graph, FLOAT16, ledger), FLOAT16, ledger)
+    graph, log = linear_graph(weights, share_input=False), PassLog()
+    run(graph, (InsertDequantize(table), QuantizeActivations()), log)
+    pipeline.lower_native(run(graph, cast_compute_type(FLOAT16), log), FLOAT16, log)
     write_model(graph, folder / "model.onnx")
     return folder / "model.onnx", quantized_linears(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
 def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     table = TURING if sm == 75 else TABLE
@@ -88,25 +89,25 @@ def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     assert sorted(linears) == sorted(table)
     ranges = tuple({name: r for name, r in p.items() if name[2:] in table} for p in PROFILES)
     spec = EngineSpec("tensorrt_rtx", onnx, tmp_path / "m.engine", tmp_path / "m.txt", ranges, (sm,))
-    found = carriers(build(spec).layers.read_text("utf-8"), table)
+    found = weight_reads(build(spec).layers.read_text("utf-8"), table)
     assert {c.linear: (c.read, c.dtype, c.tokens) for c in found} == table
     assert all(len(c.kernels) == len(ranges) for c in found)
 
 
 def built(model: FloatModel, decisions: Decisions, folder: Path, **fields: Any) -> tuple[Built, gs.Graph]:
     """The example model in a real engine for one sequence, and the graph that it was built from."""
-    limits, ledger = Limits(max_batch=1, max_length=64, opt_length=16), Ledger()
-    canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
+    limits, log = EngineLimits(max_batch=1, max_length=64, opt_length=16), PassLog()
+    canonical = pipeline.quantize(model.graph.copy(), decisions, log)
     request = Request(TINY, ("sm89",), folder, **fields)
-    graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, ledger)
+    graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, log)
     write_model(graph, folder / "model.onnx")
     ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec("tensorrt_rtx", folder / "model.onnx", folder / "m.engine", folder / "m.txt", ranges, (89,))
     return build(spec), graph
 
 
-def read(made: Built, graph: gs.Graph) -> tuple[Carrier, ...]:
-    return carriers(made.layers.read_text("utf-8"), quantized_linears(graph))
+def read(made: Built, graph: gs.Graph) -> tuple[WeightRead, ...]:
+    return weight_reads(made.layers.read_text("utf-8"), quantized_linears(graph))
 
 
 def channels(model: FloatModel, activations: Activations) -> dict[str, QuantTensor]:
@@ -119,6 +120,7 @@ def channels(model: FloatModel, activations: Activations) -> dict[str, QuantTens
     return table
 
 
+@pytest.mark.slow
 def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatModel, tmp_path: Path) -> None:
     """With a batch of exactly 1 the builder joins q, k and v where we have not, and expands their weights to do so."""
     decisions = channels(tiny_float, "float")
@@ -128,6 +130,7 @@ def test_int8_weights_stay_int8_in_a_model_of_one_sequence(tiny_float: FloatMode
     assert {(c.read, c.dtype) for c in found} == {(FUSED, "Int8")}
 
 
+@pytest.mark.slow
 def test_int8_tokens_reach_the_head_too(tiny_float: FloatModel, tmp_path: Path) -> None:
     """The head sees the last token alone; the builder's process used to end over where it was cut off."""
     found = read(*built(tiny_float, channels(tiny_float, "int8"), tmp_path))
@@ -135,6 +138,7 @@ def test_int8_tokens_reach_the_head_too(tiny_float: FloatModel, tmp_path: Path) 
     assert {(c.read, c.dtype, c.tokens) for c in found} == {(FUSED, "Int8", "Int8")}
 
 
+@pytest.mark.slow
 def test_an_int8_table_is_one_in_the_engine(tiny_float: FloatModel, tmp_path: Path) -> None:
     """4096 rows of 256 in one byte instead of two; a block of 128 has a scale and a zero point, 3 bytes."""
     stored, _ = built(tiny_float, {}, tmp_path)
@@ -159,21 +163,21 @@ def line(name: str, kind: str, constant: str, tokens: str = "Half") -> str:
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ([line("a", "gemm", "Int8", "Int8")], Carrier("l", FUSED, "Int8", "Int8", ("a",))),
+        ([line("a", "gemm", "Int8", "Int8")], WeightRead("l", FUSED, "Int8", "Int8", ("a",))),
         (
             [line("a", "runtime_fusion", "Int4"), line("b", "kgen", "Int4")],
-            Carrier("l", EXPANDED, "Int4", "float", ("a", "b")),
+            WeightRead("l", EXPANDED, "Int4", "float", ("a", "b")),
         ),
-        ([line("a", "gemm", "Half")], Carrier("l", Read.FLOAT, kernels=("a",))),
+        ([line("a", "gemm", "Half")], WeightRead("l", Read.FLOAT, kernels=("a",))),
         (
             [line("a", "gemm", "Int8").replace("[ONNX Layer: l/weight]", "[ONNX Layer: m/weight]")],
-            Carrier("l", FUSED, "Int8", "float", ("a",)),
+            WeightRead("l", FUSED, "Int8", "float", ("a",)),
         ),
-        ([], Carrier("l", Read.UNSEEN)),
+        ([], WeightRead("l", Read.UNSEEN)),
     ],
     ids=["fused", "one profile expands", "folded to float", "joined with another", "absent"],
 )
-def test_the_verdict_is_that_of_the_worst_profile(lines: list[str], expected: Carrier) -> None:
+def test_the_verdict_is_that_of_the_worst_profile(lines: list[str], expected: WeightRead) -> None:
     table = "\n".join(["Layers:", *lines, "", "Bindings:"])
     assert len(kernels(table)) == len(lines)
-    assert carriers(table, ["l"]) == (expected,)
+    assert weight_reads(table, ["l"]) == (expected,)

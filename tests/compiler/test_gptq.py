@@ -49,7 +49,7 @@ def read(folder: Path, tensors: dict[str, Array], shape: tuple[int, int], raw: d
     write_safetensors(folder / "model.safetensors", tensors)
     reader = readers.find_reader(folder, {"quantization_config": raw}, read_checkpoint(folder))
     assert reader is not None
-    return reader.read(stored.Layer(PATH, shape, read_checkpoint(folder)))
+    return reader.read(stored.StoredLayer(PATH, shape, read_checkpoint(folder)))
 
 
 def expected(codes: Array, zero: Array, scale: Array, g_idx: Array) -> Array:
@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_refused_by_name(name: str, tmp_path: Path) -> No
 
 def test_rules_for_single_modules() -> None:
     rules = {"-:.*lm_head": {}, "+:.*layers\\.1\\.": {"bits": 8, "group_size": -1}, ".*down": {"sym": True}}
-    base = gptq.parse(config(dynamic=rules), "test")
+    base = gptq.parse_gptq(config(dynamic=rules), "test")
     assert base.module("lm_head") is None
     changed = base.module("model.layers.1.mlp.down_proj")
     assert changed is not None
@@ -157,7 +157,7 @@ def linear_of(path: str, n: int, k: int) -> Linear:
 def decide(tmp_path: Path, tensors: dict[str, Array], raw: dict[str, Any], **fields: Any) -> dict[str, Any]:
     write_safetensors(tmp_path / "model.safetensors", tensors)
     found = read_checkpoint(tmp_path)
-    reader = gptq.parse(raw, "test")
+    reader = gptq.parse_gptq(raw, "test")
     asked = QuantConfig("gptq", "int8" if reader.bits == 8 else "uint4", **fields)
     linears = [linear_of(PATH, 8, 64), linear_of("lm_head", 8, 64)]
     return dict(stored.decide(linears, found, ["lm_head.weight"], reader, asked))

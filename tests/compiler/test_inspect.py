@@ -1,4 +1,4 @@
-"""The checkpoint doctor: says what a checkpoint is, and finds what is wrong with it."""
+"""The inspection says what a checkpoint is, and finds what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from instantrt.compiler.inspect import inspect
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
-from instantrt.tools.cli.app import app
 from tests.checkpoints import DOWN_PROJ, NAMES, Q_PROJ, TINY, whole_checkpoint
+from tests.commands import invoke
 
 FORMATS = {
     "awq-int4-g128": ("awq, 4 bits, groups of 128", "AWQ-INT4 (A16W4)"),
@@ -108,11 +107,11 @@ def test_unannounced_tensors_and_lost_biases(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     whole_checkpoint("gptq-int4-g128-sym", tmp_path / "sound")
-    sound = CliRunner().invoke(app, ["--inspect", str(tmp_path / "sound"), "--json"])
+    sound = invoke("inspect", tmp_path / "sound", "--json")
     assert sound.exit_code == 0
     assert json.loads(sound.output)["format"] == "gptq, 4 bits, groups of 128"
     whole_checkpoint("gptq-int4-g128-sym", tmp_path / "broken", announce(checkpoint_format="gptq_v2"))
-    broken = CliRunner().invoke(app, ["--inspect", str(tmp_path / "broken")])
+    broken = invoke("inspect", tmp_path / "broken")
     assert broken.exit_code == 1
     assert "7 problems" in broken.output
     assert "differ from the centre" in broken.output

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from instantrt.compiler.serving.runtime.integrity import CHUNK, RECORD, check_folder, sha256
-from instantrt.compiler.serving.runtime.scheduler import Limits
+from instantrt.compiler.artifact.digest import CHUNK, sha256
+from instantrt.compiler.serving.runtime import opening
+from instantrt.compiler.serving.runtime.integrity import RECORD, check_folder
 from tests.compiler.tensorrt_stand_in import PLAN
 
 
@@ -61,7 +62,10 @@ def edit_record(folder: Path, old: str, new: str) -> None:
             lambda folder: edit_record(folder, "10.13.0.35", "10.14.0.1"),
             "expected tensorrt 10.14.0.1, found tensorrt 10.13.0.35",
         ),
-        (lambda folder: edit_record(folder, "model.engine", "engine.model"), "no digest of model.engine"),
+        (
+            lambda folder: edit_record(folder, "model.engine", "engine.model"),
+            "model.engine .* expected a digest in its record, found none",
+        ),
     ],
     ids=["engine", "plugin", "missing", "version", "no digest"],
 )
@@ -71,10 +75,14 @@ def test_what_was_changed_is_refused_before_it_is_loaded(
     """By the entry that Triton calls, which imports TensorRT only after that."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace())
     model = importlib.import_module("instantrt.compiler.serving.runtime.model")
-    monkeypatch.setattr(model.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    monkeypatch.setattr(opening.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    monkeypatch.setattr(model, "Text", lambda path: None)
+    monkeypatch.setattr(model, "__file__", str(folder / "model.py"))
     damage(folder)
+    values = {"max_batch": 1, "max_length": 8, "max_queue": 1, "threads": 0, "runtime": "tensorrt", "cache": "shared"}
+    config = {"parameters": {name: {"string_value": str(value)} for name, value in values.items()}}
     with pytest.raises(RuntimeError, match=words):
-        model.open_engine(folder, {"runtime": "tensorrt", "cache": "shared"}, Limits(), 0)
+        model.TritonPythonModel().initialize({"model_config": json.dumps(config), "model_instance_device_id": "0"})
 
 
 def test_a_file_that_is_no_engine_is_refused(folder: Path) -> None:

@@ -5,56 +5,56 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 from instantrt.compiler.accuracy.runners import session
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import load
-from instantrt.compiler.frontend.onnx_file import load_artifact
+from instantrt.compiler.frontend.onnx_file import artifact_graph
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TINY, planned_and_written
-from tests.graphs import compiled_error, model_file, relative
+from tests.graphs import compiled_error, first_output, model_file, relative
 
 FEEDS = {"input_ids": np.array([[5, 7, 9, 11]]), "attention_mask": np.ones((1, 4), np.int64)}
 
 
-@pytest.fixture(scope="module", params=["inline", "external"])
-def bert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def exported() -> torch.onnx.ONNXProgram:
     """A tiny BERT as torch exports it, opset 18, at which block-wise quantization does not exist."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     torch.manual_seed(0)
     config = BertConfig(**sizes, vocab_size=99, attn_implementation="eager")
     model = BertModel(config, add_pooling_layer=False).eval()
-    folder = tmp_path_factory.mktemp("bert")
     inputs = tuple(torch.from_numpy(v) for v in FEEDS.values())
     program = torch.onnx.export(
         model, inputs, input_names=list(FEEDS), output_names=["hidden"], opset_version=18, dynamo=True, verbose=False
     )
     assert program is not None
-    program.save(folder / "bert.onnx", external_data=request.param == "external")
+    return program
+
+
+@pytest.fixture(scope="module", params=["inline", "external"])
+def bert(
+    request: pytest.FixtureRequest, exported: torch.onnx.ONNXProgram, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    exported.save(folder / "bert.onnx", external_data=request.param == "external")
     assert (folder / "bert.onnx.data").exists() == (request.param == "external")
     return folder / "bert.onnx"
 
 
-def run(path: Path, feeds: dict[str, Any]) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    output: np.ndarray = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
-    return output
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quant", "group", "bound"), [("a16w8", None, 5e-3), ("a16w4", 32, 1e-1), ("none", None, 1e-6)]
 )
@@ -62,11 +62,12 @@ def test_an_encoder_compiles(bert: Path, tmp_path: Path, quant: str, group: int 
     planned = planned_and_written(Request(bert, ("x86",), tmp_path, quant=quant, group_size=group))
     quantized = planned.twins["x86"].quantized
     assert len(quantized) == (0 if quant == "none" else 12)
-    assert relative(run(tmp_path / "x86/model.onnx", FEEDS), run(bert, FEEDS)) < bound
+    assert relative(first_output(tmp_path / "x86/model.onnx", FEEDS), first_output(bert, FEEDS)) < bound
     files = json.loads((tmp_path / "manifest.json").read_text())["artifacts"][0]["source"]["files"]
     assert files == {path.name: sha256(path) for path in bert.parent.iterdir()}
 
 
+@pytest.mark.slow
 def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     """Hugging Face -> float ONNX -> quantized ONNX gives the same weights as the direct road."""
     compile_model(Request(TINY, ("x86",), tmp_path / "float", quant="none", portable=True))
@@ -191,7 +192,7 @@ def test_narrow_floats_are_widened(kind: str, stored: str, quant: str, tmp_path:
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=1024)
     planned = planned_and_written(Request(path, ("x86", "sm89"), tmp_path / "out", quant=quant, builder="kit"))
     assert (planned.types["sm89"].name, planned.notes[0]) == (kind, f"{kind} inputs and outputs become float32")
-    (got,) = session(tmp_path / "out/x86/model.onnx")().run(None, {"x": X})
+    (got,) = session(tmp_path / "out/x86/model.onnx").run(None, {"x": X})
     want = np.maximum((X @ a.astype(np.float32) + 1) / 2, 0) @ b.astype(np.float32)
     assert relative(got, want) < (1e-6 if quant == "none" else 2e-2)
 
@@ -204,7 +205,7 @@ def test_an_artifact_is_read_back_as_it_is(tmp_path: Path) -> None:
     )
     onnx.save(onnx.load(model), model, save_as_external_data=True, location="m.data", size_threshold=1024)
     (planned,) = planned_and_written(Request(model, ("x86",), tmp_path, quant="a8w8")).lowered.values()
-    back = load_artifact(tmp_path / "x86/model.onnx")
+    back = artifact_graph(tmp_path / "x86/model.onnx")
     assert {"Cast", "QuantizeLinear"} <= {node.op for node in back.nodes}
     types = [{n: t.dtype for n, t in g.tensors().items() if isinstance(t, gs.Constant)} for g in (back, planned)]
     assert types[0] == types[1]
@@ -217,7 +218,7 @@ def test_other_numbers_stay_as_they_are(kind: str, tmp_path: Path) -> None:
     path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": (A * 9).astype(dtype)}, kind=kind)
     compile_model(Request(path, ("x86",), tmp_path / "out", quant="none"))
     feeds = {"x": (X * 9).astype(dtype)}
-    want, got = (session(each)().run(None, feeds)[0] for each in (path, tmp_path / "out/x86/model.onnx"))
+    want, got = (session(each).run(None, feeds)[0] for each in (path, tmp_path / "out/x86/model.onnx"))
     assert (got == want).all()
     with pytest.raises(UserError, match="no linear layer to quantize"):
         plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8"))
@@ -258,7 +259,7 @@ def test_weights_of_branches_are_stored(inner: bool, stored: str, tmp_path: Path
         out = tmp_path / quant
         assert compiled_error(path, quant, out) < bound
         feeds = {"x": -np.abs(X)}  # the other branch
-        want, got = (session(each)().run(None, feeds)[0] for each in (path, out / "x86/model.onnx"))
+        want, got = (session(each).run(None, feeds)[0] for each in (path, out / "x86/model.onnx"))
         assert relative(got, want) < bound
 
 
@@ -273,7 +274,7 @@ def test_branches_of_an_engine_compute_in_float32(body: str, target: str, tmp_pa
     path = model_file(tmp_path / "m.onnx", body, weights)
     compile_model(Request(path, (target,), tmp_path, quant="a16w8", builder="kit"))
     lowered = session(tmp_path / target / "model.onnx", as_written=True)
-    want, got = (each().run(None, {"x": X})[0] for each in (session(path), lowered))
+    want, got = (each.run(None, {"x": X})[0] for each in (session(path), lowered))
     assert relative(got, want) < 2e-2
 
 

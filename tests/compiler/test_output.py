@@ -5,40 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
+import numpy as np
 import pytest
-import typer
 
-import instantrt.tools.cli.app as command
-from instantrt.compiler import build
-from instantrt.compiler.accuracy.verify import Verdict
-from instantrt.compiler.artifact.check import check
-from instantrt.compiler.artifact.manifest import MANIFEST, read_manifest
+from instantrt.compiler.accuracy.subjects import request_of
+from instantrt.compiler.artifact.manifest import KIT, MANIFEST, read_manifest
 from instantrt.compiler.artifact.staging import Staging, check_out
-from instantrt.compiler.backend.tensorrt.kit import KIT
-from instantrt.compiler.build import Twin, compile_model, source
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.check import check
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import Twin
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
-from instantrt.compiler.serving.runtime.integrity import sha256
 from instantrt.compiler.target import find_target
+from instantrt.compiler.write import source
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.diff import request_of
-from instantrt.tools.cli.ending import run
-from tests.conftest import TEXT, TINY
+from tests.conftest import TINY, contents
+from tests.graphs import model_file
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Every file, hidden ones too, with its digest."""
-    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
-
-
 def old_and_new(folder: Path, staging: Staging) -> None:
     """A file and a folder, there and aside; the folder's content changes."""
-    for place, text in ((folder, "old"), (staging.aside(folder), "new")):
+    for place, text in ((folder, "old"), (staging.staged(folder), "new")):
         (place / "x86").mkdir(parents=True)
         (place / "x86" / text).write_text(text)
         (place / MANIFEST).write_text(text)
@@ -51,10 +43,10 @@ def test_what_lies_aside_takes_its_place_together(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "rename", lambda path, to: (moved.append(to.name), rename(path, to)))
     with Staging() as staging:
         old_and_new(first, staging)
-        (staging.aside(first) / ".scratch").mkdir()
-        (staging.aside(first) / "link").symlink_to(tmp_path)
-        (staging.aside(second) / "file").write_text("new")
-        assert staging.final(staging.aside(second) / "file") == second / "file"
+        (staging.staged(first) / ".scratch").mkdir()
+        (staging.staged(first) / "link").symlink_to(tmp_path)
+        (staging.staged(second) / "file").write_text("new")
+        assert staging.final(staging.staged(second) / "file") == second / "file"
         assert staging.final(tmp_path) == tmp_path
         assert (first / MANIFEST).read_text() == "old"
     assert moved == ["x86", "x86", "file", MANIFEST, MANIFEST], "the manifest last"
@@ -81,7 +73,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, failing: int, mon
     def write() -> None:
         with Staging() as staging:
             old_and_new(folder, staging)
-            staging.aside(tmp_path / "never" / "made")
+            staging.staged(tmp_path / "never" / "made")
             if failing == 5:
                 raise KeyboardInterrupt
 
@@ -144,7 +136,6 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None
     check_out(tmp_path / "new" / "folder", [X86])
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
     (first,) = read_manifest(out)
     compile_model(Request(TINY, ("armv9",), out, quant="a16w4", group_size=32))
@@ -161,26 +152,24 @@ def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:
     assert [a.target for a in read_manifest(out)] == ["armv9"]
 
 
-@pytest.mark.usefixtures("no_export")
 def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.onnx"
-    other.write_text("")
+    weights = {"w": np.ones((64, 64), np.float32)}
+    other = model_file(tmp_path / "other.onnx", "y = MatMul(x, w)", weights)
     compile_model(Request(other, ("armv9",), out, quant="none"))
     assert [a.source["model"] for a in read_manifest(out)] == ["tiny-qwen2", "other.onnx"]
     names = [s.name for s in write_repository(out, tmp_path / "triton")]
     assert names == ["tiny-qwen2_x86", "other_armv9"]
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_target_that_fails_leaves_the_others_as_they_were(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, write = contents(out), build.write_model
+    before = contents(out)
 
     def full(graph: object, path: Path, progress: object) -> int:
         if path.parent.name == "armv9":
             raise UserError("the artifact could not be written")
-        return write(graph, path, progress)  # type: ignore[arg-type]
+        return write_model(graph, path, progress)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(build, "write_model", full)
+    monkeypatch.setattr("instantrt.compiler.write.write_model", full)
     with pytest.raises(UserError, match="could not be written"):
         compile_model(Request(TINY, ("x86", "armv9"), out, quant="a16w4"))
     assert contents(out) == before
@@ -193,64 +182,3 @@ def test_the_current_folder_has_a_name(tiny_float: FloatModel, tmp_path: Path, m
     assert source(Request(tmp_path / "link", ("x86",), tmp_path), twin)["model"] == "link"
     monkeypatch.chdir(TINY)
     assert source(Request(Path(), ("x86",), tmp_path), twin)["model"] == TINY.name
-
-
-def compile_all(request: Request, triton: Path) -> None:
-    command.compile_request(request, triton, verify=True, dry_run=False, explain=False)
-
-
-@pytest.mark.usefixtures("no_export")
-def test_report_and_repository_appear_with_the_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, triton = tmp_path / "out", tmp_path / "triton"
-    compile_all(Request(TINY, ("x86",), out, quant="a16w8"), triton)
-    assert {p.name for p in out.iterdir()} == {"x86", "report", MANIFEST}
-    words = json.loads((out / "report" / "x86" / "report.json").read_text())["polygraphy"].split()
-    assert words[2] == str(out / "x86" / "model.onnx")
-    assert all(Path(word).is_file() for word in words if word.startswith("/"))
-    served, compiled = contents(triton), contents(out)
-
-    full = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr("instantrt.compiler.serving.repository.generate_config", full)
-    with pytest.raises(UserError, match="No space left"):
-        compile_all(Request(TINY, ("x86",), out, quant="a16w4"), triton)
-    assert (contents(triton), contents(out)) == (served, compiled)
-
-
-@pytest.mark.usefixtures("no_export")
-def test_a_model_that_fails_is_written_and_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Verdict, "passed", False)
-    with pytest.raises(typer.Exit):
-        compile_all(Request(TINY, ("x86",), tmp_path / "out", quant="a16w8"), tmp_path / "triton")
-    assert (tmp_path / "out" / "report" / "x86" / "report.json").is_file()
-    assert not (tmp_path / "triton").exists()
-
-
-@pytest.mark.usefixtures("no_export")
-def test_what_verify_and_triton_need_is_known_before_anything_is_written(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "write_artifacts", lambda *a: pytest.fail("written first"))
-    with pytest.raises(UserError, match="the text cannot be read"):
-        compile_all(Request(TINY, ("x86",), out, text=tmp_path / "nowhere"), tmp_path / "triton")
-    (out / "report" / "x86").mkdir(parents=True)
-    (out / "report" / "x86" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="this is no report of ours"):
-        compile_all(Request(TINY, ("x86",), out, text=TEXT), tmp_path / "triton")
-    with pytest.raises(UserError, match="nothing here can be served"):
-        compile_all(Request(TINY, ("sm90",), tmp_path / "kit", builder="kit"), tmp_path / "triton")
-
-
-def refused() -> None:
-    raise OSError(30, "Read-only file system", "/there/x86")
-
-
-@pytest.mark.parametrize("tool", [False, True])
-def test_what_the_system_refuses_has_no_traceback(
-    tool: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "app", refused)
-    monkeypatch.setattr("sys.argv", ["compile"])
-    with pytest.raises(SystemExit) as stop:
-        run(refused) if tool else command.main()
-    assert stop.value.code == 1
-    assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.backend.tensorrt.profiles import Limits
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
-from tests.compiler.test_families import FAMILIES, make
+from tests.models import make
+
+pytestmark = pytest.mark.slow
 
 F16 = np.dtype(np.float16)
 NEOX = {"model_type": "gpt_neox", "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -40,17 +42,18 @@ MLP = {
 
 
 @pytest.mark.parametrize("family", OURS)
-def test_mlps_are_two_nodes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, family, OURS[family])
-    make(family, tmp_path)
-    model, decisions = hf.load(tmp_path), {}
-    graph = pipeline.normalize(model.graph, Ledger())
+def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
+    make(family, tmp_path, num_hidden_layers=1, **OURS[family])
+    model, decisions = hf.load_checkpoint(tmp_path), {}
+    graph = pipeline.normalize(model.graph, PassLog())
     for layer in pipeline.linears(graph):
         source = InstantQuant(layer.path, layer.rows, 4, 32, False, F16)
         decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 32, False, F16)
-    twin = pipeline.quantize(graph, decisions, Ledger())
+    twin = pipeline.quantize(graph, decisions, PassLog())
     request = Request(tmp_path, ("sm89",), tmp_path, logits="all", plugin=Path(__file__))
-    lowered = pipeline.lower_tensorrt(twin.copy(), find_target("sm80"), F16, request, Limits(1, 64, 16), Ledger())
+    lowered = pipeline.lower_tensorrt(
+        twin.copy(), find_target("sm80"), F16, request, EngineLimits(1, 64, 16), PassLog()
+    )
 
     mlp = [n for n in lowered.nodes if n.op == OP.name and ".layers.0.mlp" in n.name]
     found = [(n.attrs["activation"], n.attrs["gated"], len(n.inputs) == len(OP.inputs)) for n in mlp]
@@ -64,4 +67,4 @@ def test_mlps_are_two_nodes(family: str, tmp_path: Path, monkeypatch: pytest.Mon
     narrow = Evaluation(lowered, feeds).take("logits")
     wide = {n: v.astype(np.float32) if v.dtype == F16 else v for n, v in feeds.items()}
     exact = Evaluation(twin, wide).take("logits")
-    assert np.linalg.norm(narrow - exact) <= 5e-3 * np.linalg.norm(exact), "float16 rounding through two layers"
+    assert np.linalg.norm(narrow - exact) <= 5e-3 * np.linalg.norm(exact), "float16 rounding through a layer"

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler.backend.tensorrt.build import check_profile
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.passes.core.errors import UserError
 
 INPUTS = [
@@ -17,8 +17,10 @@ INPUTS = [
 ]
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(8, 4096, 512), Limits(1, 2, 1), Limits(3, 2, 2)], ids=str)
-def test_prefill_and_decode(limits: Limits) -> None:
+@pytest.mark.parametrize(
+    "limits", [EngineLimits(*sizes) for sizes in ((), (8, 4096, 512), (1, 2, 1), (3, 2, 2))], ids=str
+)
+def test_prefill_and_decode(limits: EngineLimits) -> None:
     both = profiles(INPUTS, limits, llm=True)
     for number, each in enumerate(both):
         check_profile(each, f"profile {number}")
@@ -31,13 +33,13 @@ def test_prefill_and_decode(limits: Limits) -> None:
 
 
 def test_a_plain_model_has_one_profile_and_a_fixed_one_none() -> None:
-    (only,) = profiles(INPUTS[:1], Limits(4, 128, 32), llm=False)
+    (only,) = profiles(INPUTS[:1], EngineLimits(4, 128, 32), llm=False)
     assert only == {"input_ids": ((1, 1), (1, 32), (4, 128))}
     fixed = [gs.Variable("x", np.float16, [1, 8])]
-    assert profiles(fixed, Limits(), llm=False) == ()
+    assert profiles(fixed, EngineLimits(), llm=False) == ()
 
 
 @pytest.mark.parametrize("wrong", [(0, 8, 8), (1, 1, 1), (1, 8, 9), (1, 8, 0)])
 def test_limits_that_contradict_each_other(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(UserError):
-        Limits(*wrong)
+        EngineLimits(*wrong)

@@ -125,7 +125,7 @@ def test_targets_are_found_by_any_name() -> None:
 
 def test_the_public_names_are_reached_from_the_package() -> None:
     import instantrt
-    from instantrt.compiler.build import compile_model
+    from instantrt.compiler.compile import compile_model
 
     assert instantrt.Request is Request
     assert instantrt.compile_model is compile_model

@@ -20,8 +20,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from instantrt.compiler.backend.tensorrt import build as tensorrt
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, EngineSpec, build, read_header
-from instantrt.compiler.backend.tensorrt.fusion import Read, carriers
+from instantrt.compiler.backend.tensorrt.build import EngineSpec, build, read_header
+from instantrt.compiler.backend.tensorrt.fusion import Read, weight_reads
+from instantrt.compiler.options import EngineOptions
 from instantrt.passes.core.errors import UserError
 
 K, N = 64, 32
@@ -66,9 +67,9 @@ def test_an_engine_its_header_and_its_layers(spec: EngineSpec) -> None:
     built = build(spec)
     assert left(spec) == ["m.engine", "m.layers.txt"]
     assert built.bytes == spec.engine.stat().st_size
-    assert read_header(spec.engine) == tensorrt.Header("tensorrt_rtx", built.version)
-    (carrier,) = carriers(built.layers.read_text("utf-8"), ["l"])
-    assert (carrier.read, carrier.dtype) == (Read.FUSED, "Int8")
+    assert read_header(spec.engine) == ("tensorrt_rtx", built.version, built.bytes)
+    (weight,) = weight_reads(built.layers.read_text("utf-8"), ["l"])
+    assert (weight.read, weight.dtype) == (Read.FUSED, "Int8")
 
 
 def test_the_same_file_gives_an_engine_of_the_same_size_for_several_sms(spec: EngineSpec) -> None:
@@ -277,5 +278,5 @@ def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
 
 
 def test_options_that_rtx_takes(spec: EngineSpec) -> None:
-    options = EngineOptions(memory_limit=1 << 28, optimization_level=1, weight_streaming=True)
+    options = EngineOptions(memory_limit=1 << 8, optimization_level=1, weight_streaming=True)
     assert build(replace(spec, options=options)).bytes

@@ -7,7 +7,6 @@ import random
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,13 +18,13 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from instantrt.compiler.serving.runtime.sampling import SHORTLIST, Sampler, Sampling, largest
-from instantrt.compiler.serving.runtime.scheduler import CHUNK, Failure, Job, Limits, RefusedError, Scheduler
+from instantrt.compiler.serving.runtime.scheduler import CHUNK, Failure, Job, RefusedError, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.text import Detokenizer, Text
+from tests.compiler.listener import SECONDS, Listener, wait
 from tests.conftest import TINY
 
 Array = npt.NDArray[Any]
 VOCAB = 4096
-SECONDS = 20.0
 
 
 class FakeEngine:
@@ -83,39 +82,13 @@ def continuation(prompt: tuple[int, ...], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@dataclass
-class Listener:
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish: str = ""
-    failure: tuple[Failure, str] | None = None
-    gone: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def piece(self, text: str, tokens: list[int], finish: str) -> None:
-        assert not self.done.is_set()
-        self.text += text
-        self.tokens += tokens
-        self.finish = finish
-        if finish:
-            self.done.set()
-
-    def fail(self, failure: Failure, message: str) -> None:
-        assert not self.done.is_set()
-        self.failure = (failure, message)
-        self.done.set()
-
-    def cancelled(self) -> bool:
-        return self.gone
-
-
 @pytest.fixture(scope="module")
 def text() -> Text:
     return Text(TINY)
 
 
 class Running:
-    def __init__(self, text: Text, limits: Limits) -> None:
+    def __init__(self, text: Text, limits: SequenceLimits) -> None:
         self.engine = FakeEngine(limits.rows + 1)
         self.scheduler = Scheduler(self.engine, text, limits)
 
@@ -132,10 +105,6 @@ class Running:
         return listener
 
 
-def wait(*listeners: Listener) -> None:
-    assert all(listener.done.wait(SECONDS) for listener in listeners)
-
-
 def test_every_sequence_gets_its_own_tokens(text: Text) -> None:
     """Sequences of many lengths, some longer than a chunk, through three rows."""
     chooser = random.Random(0)
@@ -146,7 +115,7 @@ def test_every_sequence_gets_its_own_tokens(text: Text) -> None:
         )
         for _ in range(40)
     ]
-    with Running(text, Limits(rows=3, length=1024)) as running:
+    with Running(text, SequenceLimits(rows=3, length=1024)) as running:
         listeners = [running.submit(prompt, count) for prompt, count in jobs]
         wait(*listeners)
     assert [listener.tokens for listener in listeners] == [continuation(*job) for job in jobs]
@@ -156,7 +125,7 @@ def test_every_sequence_gets_its_own_tokens(text: Text) -> None:
 
 def test_a_long_prompt_does_not_hold_up_the_others(text: Text) -> None:
     """Decode steps go on between the chunks of its prefill, and the row next to it may become free meanwhile."""
-    with Running(text, Limits(rows=2, length=8192)) as running:
+    with Running(text, SequenceLimits(rows=2, length=8192)) as running:
         running.engine.go.clear()
         short, long = running.submit((1, 2), 3), running.submit((7,) * (CHUNK * 5), 3)
         running.engine.go.set()
@@ -169,7 +138,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(text: Text) -> None:
 
 def test_cancelled_ones_leave(text: Text) -> None:
     """In a row, while joining and while waiting; the rest goes on undisturbed."""
-    with Running(text, Limits(rows=2, length=100_000)) as running:
+    with Running(text, SequenceLimits(rows=2, length=100_000)) as running:
         endless, stays = running.submit((1,), 90_000), running.submit((2, 3), 300)
         waiting = running.submit((4,), 10)
         last = running.submit((5,), 10)
@@ -196,13 +165,13 @@ def test_cancelled_ones_leave(text: Text) -> None:
     ],
 )
 def test_limits_are_refused(text: Text, prompt: tuple[int, ...], count: int, message: str) -> None:
-    with Running(text, Limits(length=64)) as running, pytest.raises(RefusedError) as caught:
+    with Running(text, SequenceLimits(length=64)) as running, pytest.raises(RefusedError) as caught:
         running.submit(prompt, count)
     assert (str(caught.value), caught.value.failure) == (message, Failure.INVALID)
 
 
 def test_a_full_queue_is_refused(text: Text) -> None:
-    with Running(text, Limits(rows=1, length=64, queue=2)) as running:
+    with Running(text, SequenceLimits(rows=1, length=64, queue=2)) as running:
         running.engine.go.clear()
         first = running.submit((1,), 5)
         while running.scheduler.waiting:  # until it is in its row
@@ -216,7 +185,7 @@ def test_a_full_queue_is_refused(text: Text) -> None:
 
 
 def test_a_failing_step_ends_its_requests_only(text: Text) -> None:
-    with Running(text, Limits(rows=2, length=64)) as running:
+    with Running(text, SequenceLimits(rows=2, length=64)) as running:
         running.engine.broken = True
         victim = running.submit((1,), 5)
         wait(victim)
@@ -227,7 +196,7 @@ def test_a_failing_step_ends_its_requests_only(text: Text) -> None:
 
 
 def test_a_sequence_that_fails_is_alone(text: Text) -> None:
-    with Running(text, Limits(rows=3, length=64)) as running:
+    with Running(text, SequenceLimits(rows=3, length=64)) as running:
         running.engine.go.clear()
         victim, others = running.submit((1,), 5), [running.submit((i,), 5) for i in (2, 3)]
         victim.piece = Mock(side_effect=[None, ValueError("no such text")])  # type: ignore[method-assign]
@@ -238,7 +207,7 @@ def test_a_sequence_that_fails_is_alone(text: Text) -> None:
 
 
 def test_unloading_tells_everybody(text: Text) -> None:
-    with Running(text, Limits(rows=1, length=100_000)) as running:
+    with Running(text, SequenceLimits(rows=1, length=100_000)) as running:
         listeners = [running.submit((i,), 90_000) for i in (1, 2)]
     assert [listener.failure for listener in listeners] == [(Failure.CLOSING, "the model is being unloaded")] * 2
     with pytest.raises(RefusedError, match="unloaded"):

@@ -15,15 +15,14 @@ import pytest
 
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime import cuda, tensorrt_engine
-from instantrt.compiler.serving.runtime.engine import ConcatEngine
-from instantrt.compiler.serving.runtime.scheduler import Job, Scheduler
-from instantrt.compiler.serving.runtime.scheduler import Limits as Served
+from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
+from instantrt.compiler.serving.runtime.scheduler import Job, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.tensorrt_engine import DECODE, PAST, PREFILL, open_engine, widened
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
+from tests.compiler.listener import Listener, wait
 from tests.compiler.tensorrt_stand_in import LENGTH, ROWS, Context, Engine, HostDevice, Plan, stand_in
-from tests.compiler.test_triton_runtime import Listener, wait
 from tests.conftest import TINY
 from tests.plugins.kernels import cuda_headers
 
@@ -37,7 +36,7 @@ def concat(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def in_place(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    graph = kv_in_place(tiny_float.graph.copy(), LENGTH, Ledger())
+    graph = run(tiny_float.graph.copy(), kv_in_place(LENGTH), PassLog())
     return Plan(graph, tmp_path_factory.mktemp("in_place"))
 
 
@@ -142,7 +141,7 @@ def prompts() -> list[tuple[int, ...]]:
 def generate(engine: Any, jobs: list[Job]) -> list[list[int]]:
     """The tokens of each job, all submitted at once to the scheduler that serves them."""
     listeners = [Listener() for _ in jobs]
-    scheduler = Scheduler(engine, Text(TINY), Served(ROWS, LENGTH))
+    scheduler = Scheduler(engine, Text(TINY), SequenceLimits(ROWS, LENGTH))
     for job, listener in zip(jobs, listeners, strict=True):
         scheduler.submit(job, listener)
     wait(*listeners)

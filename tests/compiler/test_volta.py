@@ -20,9 +20,10 @@ from instantrt.compiler import request as request_module
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.tensorrt import child as trt_child
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
-from instantrt.compiler.backend.tensorrt.fusion import carriers
+from instantrt.compiler.backend.tensorrt.fusion import weight_reads
 from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import compile_model, plan
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import TARGETS, find_target
 from instantrt.passes.core.errors import UserError
@@ -69,6 +70,7 @@ def kit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return request.param, out
 
 
+@pytest.mark.slow
 def test_a_kit_holds_only_what_the_old_parser_has(kit: tuple[str, Path]) -> None:
     folder = kit[1] / "sm70"
     model = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -82,6 +84,7 @@ def test_a_kit_holds_only_what_the_old_parser_has(kit: tuple[str, Path]) -> None
     assert json.loads((folder / "kit.json").read_text())["tensorrt"] == ">=10.0,<10.5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [75, 80])
 def test_tensorrt_rtx_builds_it_with_weights_fused(kit: tuple[str, Path], sm: int, tmp_path: Path) -> None:
     """A sanity check of the form: RTX has no Volta, and Volta's TensorRT may fuse less."""
@@ -91,12 +94,13 @@ def test_tensorrt_rtx_builds_it_with_weights_fused(kit: tuple[str, Path], sm: in
     spec = EngineSpec(
         "tensorrt_rtx", read.onnx, tmp_path / "m.engine", tmp_path / "l.txt", read.settings.profiles, (sm,)
     )
-    found = {c.linear: c.read.name for c in carriers(build(spec).layers.read_text("utf-8"), read.linears)}
+    found = {c.linear: c.read.name for c in weight_reads(build(spec).layers.read_text("utf-8"), read.settings.linears)}
     assert len(found) == 16, "q, k and v are one product; gate and up another"
     expected = {"FUSED", "EXPANDED"} if sm == 75 else {METHODS[method][2]}
     assert set(found.values()) == expected
 
 
+@pytest.mark.slow
 def test_it_computes_in_float16_what_the_whole_operators_do(tmp_path: Path) -> None:
     """The graphs for Volta and Turing differ in nothing but these operators. A padded batch, with a past."""
     planned = plan(request(tmp_path, "sm70", "sm75", quant="a16w8", logits="all"))
@@ -161,6 +165,7 @@ def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, mon
         request(tmp_path, "sm70", "sm80", plugin=Path("auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "group"), [("a16w8", None), ("a16w8", 64), ("a16w4", 32), ("a16w4", None)])
 def test_a_kit_with_the_plugin(
     quant: str, group: int | None, libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +194,7 @@ def test_a_node_of_another_domain_is_not_taken_for_the_plugin() -> None:
     assert [len(each) for each in reasons] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_plugin_computes_what_native_forms_do(
     libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,11 @@ Array = NDArray[Any]
 F16 = np.dtype(np.float16)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
+SIZES = [  # m, n, k, group: every row of the table, ragged m, n and k, groups that straddle stages and warps
+    (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (9, 32, 1120, 160), (16, 128, 512, 512),
+    (17, 48, 192, 64), (33, 272, 160, 32), (65, 48, 128, 128),
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Problem:

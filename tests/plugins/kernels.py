@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from instantrt.plugins.schema import Tolerance, assert_within
+from instantrt.plugins.weight_only_gemm.semantics import exact
 from instantrt.tools.gpu.library import PTR, Library
 from tests.plugins.cases import BF16, Problem
 
@@ -126,6 +128,25 @@ class Emulated:
         if touched := [name for name, block in memory.items() if not block.intact()]:
             raise AssertionError(f"wrote before the start of {touched}")
         return memory["y"].read(dtype, shape)
+
+
+def problem(**changes: int) -> dict[str, int]:
+    """One layer of 4096 x 4096 on Hopper, but for `changes`, as the library is asked for a plan."""
+    base = {
+        "m": 1, "n": 4096, "k": 4096, "group": 128, "bits": 4, "type": 0, "activation": 0, "gated": 0,
+        "activation_bits": 16, "sm": 90, "sm_count": 132,
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
+
+
+def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options: Any) -> Array:
+    """What `kernels` make of `p`, which is within `tolerance` of float64."""
+    y = kernels.run(p, wide=tolerance is WIDE, **options)
+    assert_within(y, *exact(p.x, p.codes, p.affine, p.bias, p.attributes()), tolerance)
+    return y
 
 
 def build_cublaslt(folder: Path) -> Path:

@@ -14,17 +14,22 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from instantrt.tools.gpu.library import Library
+from tests.once import made_once
 from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels
+
+pytestmark = pytest.mark.slow
 
 ALL = ("75", "80", "86", "89", "90a", "100", "120")
 DEFAULT = ("75", "90a")
 ASKED = os.environ.get("KERNEL_SMS", ",".join(DEFAULT))
 SMS = ALL if ASKED == "all" else tuple(ASKED.split(","))
+REPORT = "ptxas.txt"
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 
 ROWS = (
@@ -55,7 +60,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     for tool in ("cmake", "ninja", "c++filt"):
         if shutil.which(tool, path=TOOLS) is None:
             pytest.skip(f"compiling the kernels needs {tool} on PATH")
-    folder = tmp_path_factory.mktemp("kernels")
+    folder = made_once(tmp_path_factory, "kernels", compile_kernels)
+    return folder, (folder / REPORT).read_text()
+
+
+def compile_kernels(folder: Path) -> None:
     architectures = ";".join(f"{sm}-real" for sm in SMS)
     configure = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), "-G", "Ninja", "-DPTXAS_REPORT=ON"]
     configure += [f"-DPYTHON={sys.executable}"]
@@ -68,7 +77,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
     assert "warning" not in made.stdout, "the kernels compile without warnings"
     assert "Performance Loss" not in made.stdout, "ptxas serialized warpgroup products"
-    return folder, subprocess.run(["c++filt"], input=made.stdout, capture_output=True, text=True, check=True).stdout
+    read = subprocess.run(["c++filt"], input=made.stdout, capture_output=True, text=True, check=True)
+    (folder / REPORT).write_text(read.stdout)
 
 
 def name(kernel: str, arguments: str) -> tuple[str, str, int]:
@@ -131,6 +141,7 @@ def disassembler() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
+@cache
 def machine_code(library: Path, sm: str) -> str:
     command = ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler()).stdout

@@ -8,19 +8,13 @@ import pytest
 
 from instantrt.plugins.weight_only_gemm.op import check
 from instantrt.tools.gpu.library import RefusedError
-from tests.plugins.kernels import Emulated
+from tests.plugins.kernels import Emulated, problem
+
+pytestmark = pytest.mark.slow
 
 SMS = (75, 80, 86, 89, 90, 100, 120)
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may use
 Kernels = dict[int, Emulated]
-
-
-def problem(**changes: int) -> dict[str, int]:
-    base = {
-        "m": 1, "n": 4096, "k": 4096, "group": 128, "bits": 4, "type": 0, "activation": 0, "gated": 0,
-        "activation_bits": 16, "sm": 90, "sm_count": 132,
-    }  # fmt: skip
-    return {**base, **changes}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU
 from tests.plugins.cases import BF16, F16, Case, Problem
 from tests.plugins.kernels import ROOT, Emulated, build_cublaslt, c_problem
 
+pytestmark = pytest.mark.slow
+
 Kernels = dict[int, Emulated]
 M = 513  # the first that the table gives to the library
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EMULATOR = Path(__file__).parent / "emulator"
 FAULTS = {
     0: "",

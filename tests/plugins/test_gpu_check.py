@@ -44,6 +44,7 @@ def child(script: str, cases: list[str], stall: float = 2.0) -> Job:
     return Job(lambda left: [sys.executable, "-c", script, *left], cases, stall)
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_or_dies_costs_itself() -> None:
     job = child(CHILD, ["good", "hangs", "wrong", "dies", "lost", "last"])
     job.lives = 4
@@ -81,6 +82,7 @@ def test_a_child_that_never_starts_a_case_is_not_tried_again() -> None:
     assert "no such library" in job.outcomes["b"].message
 
 
+@pytest.mark.slow
 def test_a_stage_ends_in_time_and_says_what_it_left() -> None:
     jobs = [child(CHILD, ["good", "hangs", "last"], 50), child(CHILD, ["good"])]
     start = time.monotonic()
@@ -90,6 +92,7 @@ def test_a_stage_ends_in_time_and_says_what_it_left() -> None:
     assert [o.outcome for o in jobs[1].outcomes.values()] == ["not run"]
 
 
+@pytest.mark.slow
 def test_pytest_cases_are_watched(tmp_path: Path) -> None:
     (tmp_path / "test_four.py").write_text(
         "import os, time, pytest\n@pytest.mark.parametrize('w', [4, 8])\ndef test_bits(w):\n    assert w == 4\n"
@@ -145,6 +148,7 @@ def driver(folder: Path, fails: int) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": str(folder)}
 
 
+@pytest.mark.slow
 def test_smoke_names_rows_that_take_the_gpu_with_them(
     emulated: dict[int, Emulated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +302,7 @@ def test_timings_outlive_the_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [asdict(Timing("70b o", 1, kernel, 10.0, 9.0, 11.0, 36_000_000, 1)) for kernel in ("int4 g128", "a8w8")]
     done = [Outcome("70b o m=1", "passed", data={"timings": timings, "failures": {"humming int4": "none"}})]
     roofs = Outcome("roofs", "passed", data={**ROOF, "read_bytes_per_us_by_mb": {}, "empty_node_us": 1.0})
+    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix: Path(f"libraries/{suffix}"))  # minutes of nvcc
     monkeypatch.setattr(stages, "measure", lambda *_: [*done, roofs, Outcome("facts", "passed", data={"biased": 1})])
     part = stages.perform("bench", stages.Ring(90, True, {}))
     assert part["passed"]

@@ -16,6 +16,8 @@ from instantrt.tools.gpu.library import Library, RefusedError
 from tests.compiler.tensorrt_stand_in import HostDevice
 from tests.plugins.kernels import Emulated
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.schema import DType, assert_within
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
 from instantrt.tools.gpu.gemm import FORMATS
 from instantrt.tools.gpu.library import RefusedError
-from tests.plugins.cases import BF16, F16, Case, Problem
-from tests.plugins.kernels import Emulated, c_problem
+from tests.plugins.cases import BF16, F16, SIZES, Case, Problem
+from tests.plugins.kernels import Emulated, c_problem, check
 
-WIDE = Tolerance(2e-5, 1e-5)  # float32 outputs: the arithmetic before the output's rounding
+pytestmark = pytest.mark.slow
+
 Kernels = dict[int, Emulated]
 
 KINDS = [  # sm, type, bits, activation bits
@@ -25,16 +25,6 @@ KINDS = [  # sm, type, bits, activation bits
     (80, F16, 4, 16), (80, F16, 8, 16), (80, F16, 4, 8), (80, F16, 8, 8),
     (80, BF16, 4, 16), (80, BF16, 8, 16), (80, BF16, 4, 8), (80, BF16, 8, 8),
 ]  # fmt: skip
-SIZES = [  # m, n, k, group: every row of the table, ragged m, n and k, groups that straddle stages and warps
-    (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (9, 32, 1120, 160), (16, 128, 512, 512),
-    (17, 48, 192, 64), (33, 272, 160, 32), (65, 48, 128, 128),
-]  # fmt: skip
-
-
-def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options: Any) -> np.ndarray:
-    y = kernels.run(p, wide=tolerance is WIDE, **options)
-    assert_within(y, *exact(p.x, p.codes, p.affine, p.bias, p.attributes()), tolerance)
-    return y
 
 
 @pytest.mark.parametrize("size", SIZES)

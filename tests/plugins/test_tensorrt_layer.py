@@ -7,16 +7,12 @@ TENSORRT_ROOT_10 and TENSORRT_ROOT_11 (unpacked `include/` folders of the public
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from instantrt.compiler import pipeline
@@ -24,13 +20,13 @@ from instantrt.compiler.artifact.manifest import find_artifact, read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
 from instantrt.compiler.backend.tensorrt.kit import read_kit, trtexec
-from instantrt.compiler.backend.tensorrt.profiles import Limits, profiles
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
@@ -40,31 +36,10 @@ from instantrt.plugins.weight_only_gemm.semantics import SILU
 from tests.checkpoints import whole_checkpoint
 from tests.conftest import TINY, planned_and_written
 from tests.plugins.cases import Case
-from tests.plugins.kernels import ROOT, Emulated, cuda_headers
+from tests.plugins.kernels import ROOT, Emulated
+from tests.plugins.registries import HEADERS, HOST, build_on_rtx, compile_cpp, headers, registry, rtx_alias
 
-HOST = Path(__file__).with_name("tensorrt_host.cpp")
-THIRD_PARTY = ROOT / ".third_party"
-HEADERS = {"10": "tensorrt-v10.16", "11": "tensorrt-v11.1"}
-
-
-def headers(major: str) -> Path:
-    root = Path(os.environ.get(f"TENSORRT_ROOT_{major}", THIRD_PARTY / HEADERS[major]))
-    if not (root / "include" / "NvInferRuntime.h").exists():
-        pytest.skip(f"no TensorRT {major} headers: set TENSORRT_ROOT_{major} to a folder that holds include/")
-    return root / "include"
-
-
-def registry(major: str) -> Path:
-    """libnvinfer_lean.so.<major>, or TensorRT-RTX for 'rtx'."""
-    name, package = f"libnvinfer_lean.so.{major}", "tensorrt_lean_libs"
-    if major == "rtx":
-        name, package = "libtensorrt_rtx.so.1", "tensorrt_rtx_libs"
-    spec = importlib.util.find_spec(package)
-    folders = [Path(p) for p in (spec.submodule_search_locations or ()) if spec] if spec else []
-    for folder in [*folders, *THIRD_PARTY.glob(f"lean-{major}.*/{package}")]:
-        if (folder / name).exists():
-            return folder / name
-    pytest.skip(f"no {name}: install {'tensorrt-rtx' if major == 'rtx' else f'tensorrt-lean-cu13-libs {major}.x'}")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
@@ -85,12 +60,6 @@ def plugin(folder: Path, emulated: dict[int, Emulated]) -> dict[str, Path]:
         libraries[major] = folder / f"plugin{major}.so"
         compile_cpp(ROOT / "plugins/weight_only_gemm/plugin.cpp", libraries[major], include, "-shared", str(kernels))
     return libraries
-
-
-def compile_cpp(source: Path, out: Path, include: Path, *options: str) -> None:
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    system = ["-isystem", str(include), "-isystem", str(cuda_headers())]
-    subprocess.run([*command, *system, str(source), "-o", str(out), *options, "-ldl"], check=True)
 
 
 @pytest.mark.parametrize("built_with", ["10", "11"])
@@ -169,64 +138,6 @@ def test_the_library_links_nothing_of_tensorrt(plugin: dict[str, Path]) -> None:
         assert exported == {"getCreators", "setLoggerFinder"}
 
 
-BUILD_ON_RTX = """
-import sys
-import tensorrt_rtx as trt
-library, model, plan = sys.argv[1:]
-log = trt.Logger(trt.Logger.ERROR)
-builder = trt.Builder(log)
-network = builder.create_network()
-if not trt.get_plugin_registry().load_library(library):
-    sys.exit("plugin library refused")
-parser = trt.OnnxParser(network, log)
-if not parser.parse_from_file(model):
-    sys.exit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
-config = builder.create_builder_config()
-profile = builder.create_optimization_profile()
-profile.set_shape("x", (1, 256), (8, 256), (64, 256))
-config.add_optimization_profile(profile)
-engine = builder.build_serialized_network(network, config)
-if engine is None:
-    sys.exit("no engine")
-print([tuple(network.get_output(i).shape) for i in range(network.num_outputs)])
-open(plan, "wb").write(engine)
-"""
-
-
-def rtx_alias(folder: Path) -> Path:
-    """A folder for LD_LIBRARY_PATH that holds the name which RTX's parser opens."""
-    alias = folder / "alias"
-    alias.mkdir(exist_ok=True)
-    if not (alias / "libtensorrt_rtx.so").exists():
-        (alias / "libtensorrt_rtx.so").symlink_to(registry("rtx"))
-    return alias
-
-
-def build_on_rtx(folder: Path, library: Path, attrs: dict[str, int], n: int = 8192) -> subprocess.CompletedProcess[str]:
-    """The real parser and builder of TensorRT-RTX, in their own process: its wheel lacks the name its parser opens."""
-    alias = rtx_alias(folder)
-    case = Case(1, n, 256, bits=4, group=32, bias=True).make()
-    node = onnx.helper.make_node(
-        OP.name, ["x", "codes", "affine", "bias"], ["y"], domain=ops.DOMAIN, name="layer",
-        plugin_version=str(OP.version), plugin_namespace=ops.DOMAIN, **attrs,
-    )  # fmt: skip
-    f16 = onnx.TensorProto.FLOAT16
-    weights = [onnx.numpy_helper.from_array(np.ascontiguousarray(getattr(case, i)), i) for i in node.input[1:]]
-    graph = onnx.helper.make_graph(
-        [node],
-        "one_layer",
-        [onnx.helper.make_tensor_value_info("x", f16, ["M", 256])],
-        [onnx.helper.make_tensor_value_info("y", f16, ["M", n // 2])],
-        weights,
-    )
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(ops.DOMAIN, 1)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "layer.onnx")
-    command = [sys.executable, "-c", BUILD_ON_RTX, str(library), str(folder / "layer.onnx"), str(folder / "layer.plan")]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "LD_LIBRARY_PATH": str(alias)}
-    )
-
-
 def test_rtx_builds_an_engine_that_contains_the_plugin(folder: Path, plugin: dict[str, Path]) -> None:
     headers("11")
     attrs = OP.attributes({"group": 32, "gated": 1})
@@ -264,10 +175,10 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
         if "lm_head" not in layer.path:
             source = InstantQuant(layer.path, layer.rows, 4, 64, False, f16)
             decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 64, False, f16)
-    pipeline.quantize(graph, decisions, Ledger())
+    pipeline.quantize(graph, decisions, PassLog())
     twin = graph.copy()
-    cast_compute_type(graph, f16, Ledger())
-    run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], Ledger())
+    run(graph, cast_compute_type(f16), PassLog())
+    run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], PassLog())
     gemms = [node for node in graph.nodes if node.op == OP.name]
     assert len(decisions) == 4 * 7
     assert len(gemms) == 4 * 6, "gate and up are one"
@@ -285,7 +196,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
 
     write_model(graph, folder / "tiny.onnx")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
-    limits = Limits(max_batch=1, max_length=64, opt_length=16)
+    limits = EngineLimits(max_batch=1, max_length=64, opt_length=16)
     ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec(
         "tensorrt_rtx",
@@ -305,7 +216,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
 def test_compile_puts_the_plugin_into_engines_and_kits(
     folder: Path, plugin: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: Any
 ) -> None:
-    """`compile --plugin`: the library lies beside the artifact, and the manifest names it."""
+    """`instantrt compile --plugin`: the library lies beside the artifact, and the manifest names it."""
     headers("11")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(rtx_alias(folder)))
     fields: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "builder": builder, "plugin": plugin["11"]}

@@ -13,10 +13,10 @@ from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.op import check as check_sizes
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact
 from instantrt.tools.gpu.library import RefusedError
-from tests.plugins.cases import Case
-from tests.plugins.kernels import Emulated, c_problem
-from tests.plugins.test_config import problem
-from tests.plugins.test_kernels import SIZES, check
+from tests.plugins.cases import SIZES, Case
+from tests.plugins.kernels import Emulated, c_problem, check, problem
+
+pytestmark = pytest.mark.slow
 
 NEARLY_EXACT = Tolerance(2e-6, 1e-6)
 

@@ -23,7 +23,7 @@ import pytest
 
 from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
 from instantrt.compiler.backend.tensorrt.kit import read_kit
-from instantrt.compiler.build import compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import SERVES, Request
 from instantrt.compiler.target import find_target
 from instantrt.plugins.sm70 import nvrtc
@@ -32,15 +32,9 @@ from instantrt.plugins.weight_only_gemm.semantics import SILU
 from tests.conftest import TINY
 from tests.plugins.cases import Case
 from tests.plugins.kernels import ROOT, SOURCE, WITH_TOOLS, Emulated, cuda_headers
-from tests.plugins.test_tensorrt_layer import (
-    HOST,
-    THIRD_PARTY,
-    build_on_rtx,
-    compile_cpp,
-    headers,
-    registry,
-    rtx_alias,
-)
+from tests.plugins.registries import HOST, THIRD_PARTY, build_on_rtx, compile_cpp, headers, registry, rtx_alias
+
+pytestmark = pytest.mark.slow
 
 SM70 = ROOT / "plugins" / "sm70"
 KERNELS = {f"volta_{row}_{bits}" for row in ("stream8", "stream16", "tile32", "wide32") for bits in (4, 8)}
@@ -180,43 +174,17 @@ sm, count, said = ctypes.c_int32(), ctypes.c_int32(), ctypes.create_string_buffe
 failed = ctypes.CDLL(sys.argv[1]).wog_device(ctypes.byref(sm), ctypes.byref(count), said, ctypes.c_size_t(256))
 print(failed, sm.value, count.value, said.value.decode())
 """
-RUN = """
-import sys
-from pathlib import Path
-from tests.plugins.test_volta_library import run_cases
-run_cases(Path(sys.argv[1]))
-"""
 
 
-def run_cases(library: Path) -> None:
-    """In a process whose only CUDA driver is ours."""
-    from instantrt.plugins.schema import assert_within
-    from instantrt.plugins.weight_only_gemm.semantics import exact
-    from instantrt.tools.gpu.library import Library
-    from tests.plugins.kernels import c_problem
-    from tests.plugins.test_kernels import WIDE
-
-    kernels = Emulated(Library(library), 70)
-    sm, count = ctypes.c_int32(), ctypes.c_int32()
-    kernels.library._call("wog_device", ctypes.byref(sm), ctypes.byref(count))  # as a context does before it launches
-    assert (sm.value, count.value) == (70, 80)
-    for m, plain in ((3, False), (12, False), (20, False), (130, False), (3, True)):
-        for bits in (4, 8):
-            p = Case(m, 144, 1120, bits, 160, bias=True).make()
-            y = kernels.run(p, wide=True, plain=plain, sm_count=80)
-            assert_within(y, *exact(p.x, p.codes, p.affine, p.bias, p.attributes()), WIDE)
-            print(kernels.library.choose(**c_problem(p, 70, 80, plain=plain)).kernel)
-
-
-def python(driver: Path, program: str, library: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(driver: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "LD_LIBRARY_PATH": str(driver), **environment}
     return subprocess.run(
-        [sys.executable, "-c", program, str(library)], capture_output=True, text=True, check=False, env=env, cwd=ROOT
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, env=env, cwd=ROOT
     )
 
 
 def test_kernels_run_through_the_driver(built: Built, driver: Path) -> None:
-    ran = python(driver, RUN, built.kernels)
+    ran = python(driver, "-m", "tests.plugins.driver_cases", built.kernels)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert set(ran.stdout.split()) == {"stream8", "stream16", "tile32", "wide32", "plain"}
 
@@ -229,12 +197,12 @@ def test_kernels_run_through_the_driver(built: Built, driver: Path) -> None:
     ],
 )
 def test_what_it_says_of_the_device(built: Built, driver: Path, environment: Mapping[str, str], said: str) -> None:
-    assert python(driver, DEVICE, built.kernels, **environment).stdout == said + "\n"
+    assert python(driver, "-c", DEVICE, built.kernels, **environment).stdout == said + "\n"
 
 
 def test_an_old_driver_is_named(built: Built, tmp_path: Path) -> None:
     old = build_driver(tmp_path / "old", "-DOLD_DRIVER")
-    said = python(old, DEVICE, built.kernels).stdout
+    said = python(old, "-c", DEVICE, built.kernels).stdout
     assert said.startswith("1 0 0 WeightOnlyGemm: cannot query the device: the NVIDIA driver is older than CUDA 12")
 
 

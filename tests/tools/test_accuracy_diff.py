@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,15 @@ import onnx
 import pytest
 import typer
 
-from instantrt.compiler import build
-from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli import diff as accuracy_diff
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.1.mlp.gate_proj"
 PROMPT = "Once upon a time there was a small house in the middle of a large forest"
-
-
-@pytest.fixture
-def no_export(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda *a, **k: replace(tiny_float, graph=tiny_float.graph.copy()))
 
 
 def run(out: Path, **given: Any) -> int:
@@ -46,7 +41,6 @@ def break_scale(file: Path) -> None:
     data.flush()
 
 
-@pytest.mark.usefixtures("no_export")
 def test_a_changed_scale_is_found_and_located(
     tiny_compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +61,6 @@ def test_a_changed_scale_is_found_and_located(
     assert shown.strip().splitlines()[-1] == "FAILED"
 
 
-@pytest.mark.usefixtures("no_export")
 def test_an_untouched_artifact_passes(tiny_compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny_compiled, report=tmp_path, forms="float,twin,artifact") == 0
     assert capsys.readouterr().out.strip().splitlines()[-1] == "PASSED"
@@ -77,4 +70,4 @@ def test_an_untouched_artifact_passes(tiny_compiled: Path, tmp_path: Path, capsy
 
 def test_a_target_that_was_not_compiled_is_refused(tiny_compiled: Path) -> None:
     with pytest.raises(UserError, match="no artifact for target sm90"):
-        accuracy_diff.request_of(tiny_compiled, TINY, "sm90")
+        request_of(tiny_compiled, TINY, "sm90")

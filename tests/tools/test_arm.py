@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from instantrt.compiler.frontend.model import FloatModel
-from tests.compiler.test_build import compiled
+from tests.conftest import compiled
 from tests.graphs import relative
 
 EMULATED = os.environ.get("ARM_PYTHON", "")
@@ -45,7 +45,7 @@ MODES: dict[str, tuple[dict[str, Any], float]] = {
 def test_an_arm_core_computes_what_this_one_does(tiny_float: FloatModel, tmp_path: Path, mode: str) -> None:
     """Prefill of a padded batch; logits and caches. Neoverse N2, and a core that has neither i8mm nor SVE."""
     fields, bound = MODES[mode]
-    compiled(tiny_float, tmp_path, targets=("armv9",), **fields)
+    compiled(tmp_path, targets=("armv9",), **fields)
     shape = tiny_float.llm
     assert shape is not None
     rng = np.random.default_rng(0)

@@ -9,30 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.llm import LLM
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.generate import Model, float_text, stream
-from tests.compiler.test_build import compiled
-from tests.conftest import ROOT, TINY
+from instantrt.tools.cli.generate import float_text
+from tests.conftest import ROOT, TINY, compiled
 
 PROMPT = "The server receives a request"
-GREEDY = Sampler(Sampling(), []).choose
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    compiled(tiny_float, folder / "shared", quant="none")
-    compiled(tiny_float, folder / "concat", quant="none", portable=True)
-    compiled(tiny_float, folder / "a16w8", quant="a16w8")
+    compiled(folder / "shared", quant="none")
+    compiled(folder / "concat", quant="none", portable=True)
+    compiled(folder / "a16w8", quant="a16w8")
     return folder
 
 
 def generated(folder: Path, count: int) -> str:
-    text = Text(TINY)
-    return "".join(piece for piece, _ in stream(Model(folder), text, text.encode(PROMPT), count, Sampling()))
+    with LLM(folder) as llm:
+        return llm.generate(PROMPT, max_tokens=count).text
 
 
 def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
@@ -45,7 +42,7 @@ def test_every_client_generates_what_transformers_does(artifacts: Path) -> None:
 
 
 def command(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    called = [sys.executable, "-m", "instantrt.tools.cli.generate", folder, "--prompt", PROMPT, *options]
+    called = [sys.executable, "-m", "instantrt", "generate", folder, "--prompt", PROMPT, *options]
     return subprocess.run(called, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -83,16 +80,6 @@ def test_sampling_is_repeatable_and_bounded() -> None:
     assert set(drawn(Sampling(temperature=1.0, top_k=2))) == {0, 1}
     assert set(drawn(Sampling(temperature=1.0, top_p=0.6))) == {0, 1}
     assert set(drawn(Sampling(temperature=1.0, top_p=0.4))) == {0}
-
-
-def test_limits_are_refused(artifacts: Path) -> None:
-    model = Model(artifacts / "shared")
-    with pytest.raises(UserError, match="empty"):
-        next(model.tokens([], 4, GREEDY))
-    with pytest.raises(UserError, match="at most 1023 tokens"):
-        next(model.tokens([5] * 1024, 4, GREEDY))
-    assert len(list(model.tokens([5] * 1000, 100, GREEDY))) == 25
-    assert len(list(model.tokens([5, 6], 3, GREEDY))) == 3
 
 
 def test_the_chat_template_is_the_models(artifacts: Path) -> None:

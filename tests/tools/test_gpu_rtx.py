@@ -38,6 +38,7 @@ def test_names_tell_variants_apart() -> None:
     assert {"a16w4-g128-default", "a8w8-default", "a16w4-g128-sm120"} <= set(names)
 
 
+@pytest.mark.slow
 def test_engines_and_what_they_should_compute(prepared: Path) -> None:
     engines = sorted(path.stem for path in prepared.glob("*.engine"))
     assert engines == ["a16w4-g128-sm89"]
@@ -53,6 +54,7 @@ def test_engines_and_what_they_should_compute(prepared: Path) -> None:
     assert (prepared / gpu_rtx.ARCHIVE).stat().st_size < 6e6
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What TensorRT-RTX itself says here, where there is no GPU."""
     gpu_rtx.one(prepared, "a16w4-g128-sm89")
@@ -66,7 +68,7 @@ def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest
 
 
 def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "run", str(tmp_path)]
+    command = [sys.executable, "-m", "instantrt", "gpu-check", "rtx", "run", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(("no GPU: the driver library", "there is no"))

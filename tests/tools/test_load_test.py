@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli import load_test
-from instantrt.tools.cli.load_test import Reply, measure, plot, resident, table
+from instantrt.tools.cli.load_test import table
+from instantrt.tools.serving import load
+from instantrt.tools.serving.load import Reply, measure, plot, resident
 
 SERVER: Any = SimpleNamespace(http="", process=SimpleNamespace(pid=os.getpgrp()), tail=lambda: "the end of the log")
 
@@ -32,10 +33,10 @@ def replies(monkeypatch: pytest.MonkeyPatch, *, wrong: int = -1, lost: int = -1)
         tokens = (7, 7, 7) if number == wrong else (1, 2, len(str(body["text_input"])))
         return Reply(0.0, (0.010, 0.012, 0.014), tokens, "", "length")
 
-    monkeypatch.setattr(load_test, "ask", ask)
+    monkeypatch.setattr(load, "ask", ask)
 
 
-def run() -> load_test.Result:
+def run() -> load.Result:
     return measure(SERVER, "m", clients=2, requests=10, body={}, prompts=("a", "bb"))
 
 
@@ -55,7 +56,7 @@ def test_a_wrong_or_lost_reply_counts(monkeypatch: pytest.MonkeyPatch, astray: d
 
 def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     replies(monkeypatch)
-    monkeypatch.setattr(load_test, "load", lambda *args, **more: ([("a", None)], 1.0))
+    monkeypatch.setattr(load, "load", lambda *args, **more: ([("a", None)], 1.0))
     with pytest.raises(UserError, match=r"no request was answered\n(.|\n)*the end of the log"):
         run()
 

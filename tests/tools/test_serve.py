@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.serving.config import GENERATE_INPUTS, GENERATE_OUTPUTS
 from instantrt.compiler.serving.repository import write_repository
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.generate import Model
-from instantrt.tools.cli.load_test import ask, measure, resident
-from instantrt.tools.cli.serve import ENVIRONMENT, Server, serving, stop
+from instantrt.tools.serving.load import ask, measure, resident
+from instantrt.tools.serving.server import ENVIRONMENT, Server, serving, stop
 from tests.conftest import ROOT
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
@@ -28,10 +30,13 @@ ROWS = 4  # fewer than the clients of most tests, so that requests wait, join an
 PROMPTS = ("Once upon a time", "The list of", "In the history of", "def main(", "The server é", "When 水 the water")
 LENGTHS = (40, 7, 23, 31, 1, 16)
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("tritonserver") is None and not (ENVIRONMENT / "bin" / "python").exists(),
-    reason="no Triton server: make serving",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("tritonserver") is None and not (ENVIRONMENT / "bin" / "python").exists(),
+        reason="no Triton server: make serving",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +60,24 @@ def server(repository: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_compiled: Path) -> Callable[[str, int], list[int]]:
-    """What tools/generate generates, alone; ends of text are passed over, as min_tokens does."""
-    model = Model(tiny_compiled)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
+    """What ONNX Runtime generates alone, without our runtime; ends of text are passed over, as min_tokens does."""
+    loaded = load_artifact(tiny_compiled)
+    tokenizer = Tokenizer.from_file(str(tiny_compiled / "x86" / "tokenizer.json"))
+    caches = [spec.name for spec in loaded.artifact.inputs[3:]]
 
     def tokens(prompt: str, count: int) -> list[int]:
-        def choose(logits: Any) -> int:
-            logits[0] = -float("inf")  # the end of text
-            return int(logits.argmax())
-
-        return list(model.tokens(tokenizer.encode(prompt).ids, count, choose))
+        ids, found = tokenizer.encode(prompt).ids, []
+        past = dict.fromkeys(caches, np.zeros((1, 2, 0, 64), np.float32))
+        total, new = 0, ids
+        while len(found) < count:
+            total += len(new)
+            positions = np.arange(total - len(new), total)[None]
+            fed = {"input_ids": [new], "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
+            logits, *present = loaded(**fed, **past).values()
+            past = dict(zip(caches, present, strict=True))
+            new = [int(logits[0, -1, 1:].argmax()) + 1]  # 0 is the end of text
+            found += new
+        return found
 
     return tokens
 
@@ -107,7 +118,7 @@ def test_configs_are_what_the_server_reads(repository: Path) -> None:
     assert shapes["past_key_values.3.value"] == ("TYPE_FP32", [-1, 2, -1, 64])
 
 
-def test_tokens_are_those_of_tools_generate(server: Server, expected: Callable[[str, int], list[int]]) -> None:
+def test_tokens_are_those_of_onnx_runtime_alone(server: Server, expected: Callable[[str, int], list[int]]) -> None:
     """Alone; together on one bidirectional stream; joining a batch that runs and leaving it at different times."""
     want = [expected(prompt, count) for prompt, count in zip(PROMPTS, LENGTHS, strict=True)]
     body: dict[str, object] = {}
@@ -301,7 +312,7 @@ def test_changed_weights_are_refused_in_words(repository: Path, tmp_path: Path) 
 
 
 def test_the_command_serves_until_it_is_ended(repository: Path) -> None:
-    command = [sys.executable, "-m", "instantrt.tools.cli.serve", str(repository)]
+    command = [sys.executable, "-m", "instantrt", "serve", str(repository)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         ready = process.stdout.readline()

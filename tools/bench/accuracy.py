@@ -1,6 +1,6 @@
-"""Peak memory of the ledger on a model of Qwen2-7B's shape with two layers: `instantrt bench accuracy`.
+"""Peak memory of the layer errors on a model of Qwen2-7B's shape with two layers: `instantrt bench accuracy`.
 
-Writes a checkpoint of random weights (3.1 GB) to a temporary folder and fills the ledger in a child process, whose
+Writes a checkpoint of random weights (3.1 GB) to a temporary folder and measures them in a child process, whose
 largest resident set it prints. Memory-mapped pages would count as well; there are none.
 """
 
@@ -15,11 +15,18 @@ from pathlib import Path
 from instantrt.tools.bench.compile import peak_mb
 from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
 
+CHILD = """
+import sys
+from pathlib import Path
+from instantrt.tools.bench.accuracy import child
+child(Path(sys.argv[1]))
+"""
+
 
 def child(folder: Path) -> None:
     from instantrt.compiler.accuracy.data import load_data
-    from instantrt.compiler.accuracy.ledger import Forms, ledger
-    from instantrt.compiler.build import plan
+    from instantrt.compiler.accuracy.layer_errors import Graphs, measure_layers
+    from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
     request = Request(folder, ("x86",), folder / "out", quant="a16w8", group_size=128)
@@ -28,20 +35,18 @@ def child(folder: Path) -> None:
     feeds, ids = next(load_data(planned.model).each(planned.model.llm))
     assert ids is not None
     started = time.monotonic()
-    filled = ledger(Forms(planned.twins["x86"].canonical, planned.model.graph, planned.lowered["x86"]), feeds)
+    twin, lowered = planned.twins["x86"].canonical, planned.lowered["x86"]
+    found = measure_layers(Graphs(canonical=twin, floating=planned.model.graph, lowered=lowered), feeds)
     peak = peak_mb()
     print(
-        f"{len(filled.rows)} layers, {ids.size} tokens, {len(filled.findings)} findings, "
+        f"{len(found.rows)} layers, {ids.size} tokens, {len(found.findings)} findings, "
         f"{time.monotonic() - started:.0f} s, peak RSS {peak / 1024:.2f} GiB ({exported / 1024:.2f} after the export)"
     )
 
 
 def main() -> None:
+    """Writes the model, and measures in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_checkpoint(model, {**QWEN2_7B, "num_hidden_layers": 2})
-        subprocess.run([sys.executable, "-m", "instantrt.tools.bench.accuracy", model], check=True)
-
-
-if __name__ == "__main__":
-    child(Path(sys.argv[1])) if len(sys.argv) > 1 else main()
+        subprocess.run([sys.executable, "-c", CHILD, model], check=True)

@@ -34,14 +34,17 @@ from safetensors.numpy import save_file
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_header
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.llm import load_artifact
+from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
-from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
+from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_7B, write_checkpoint
 
 Array = npt.NDArray[Any]
 Result = dict[str, Any]
@@ -99,8 +102,8 @@ def lowered(tensors: Mapping[str, FileTensor], mode: str) -> gs.Graph:
         table[found.path] = QuantTensor(
             found.path, source, found.shape, bits, size, symmetric, FLOAT32, "int8" if symmetric else "float"
         )
-    run(graph, (InsertDequantize(table), QuantizeActivations()), Ledger())
-    return run(graph, linear_passes(preset, ONE_LIMB_X86), Ledger())  # type: ignore[arg-type]
+    run(graph, (InsertDequantize(table), QuantizeActivations()), PassLog())
+    return run(graph, linear_passes(preset, ONE_LIMB_X86), PassLog())  # type: ignore[arg-type]
 
 
 def rate(folder: Path) -> Result:
@@ -184,9 +187,9 @@ print(before, peak_mb())
 """
 COMPILE = """
 import atexit, sys
-from instantrt.tools.cli.app import main
+from instantrt.tools.cli.app import compile_main
 atexit.register(lambda: print(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")), file=sys.stderr))
-main()
+compile_main()
 """
 
 
@@ -270,6 +273,34 @@ def per_channel_error(folder: Path) -> Result:
     return {"weight_only_floor": float(f"{floor:.4g}"), "two_limbs": float(f"{ours:.4g}")}
 
 
+def prefill(folder: Path) -> Result:
+    """A prompt of 512 tokens on a model of Qwen2-0.5B's shape, 152,064 words: logits of all tokens and of the last.
+
+    The two take turns; quartiles of the milliseconds of ten rounds, and of the ratios within a round.
+    """
+    write_checkpoint(folder / "model", QWEN2_05B)
+    models = {}
+    for logits in ("all", "last"):
+        request = Request(folder / "model", ("x86",), folder / logits, quant="a16w8", group_size=128, logits=logits)
+        compile_model(request)
+        models[logits] = load_artifact(folder / logits)
+    ids = np.random.default_rng(0).integers(0, 1000, (1, 512))
+    empty = np.zeros((1, QWEN2_05B["num_key_value_heads"], 0, 64), np.float32)
+    past = {s.name: empty for s in models["all"].artifact.inputs if s.name.startswith("past_key_values.")}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(11):
+        for name, model in models.items():
+            started = time.perf_counter()
+            model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(512)[None], **past)
+            times[name].append((time.perf_counter() - started) * 1e3)
+    base, last = (np.array(times[name][1:]) for name in models)  # the first round warms up
+
+    def quartiles(values: Array) -> list[float]:
+        return [round(float(v), 2) for v in np.percentile(values, (25, 50, 75))]
+
+    return {name: {"quartiles": quartiles(v)} for name, v in (("all", base), ("last", last), ("ratio", base / last))}
+
+
 PERPLEXITY = (
     "none",
     "a16w8",
@@ -289,19 +320,26 @@ PERPLEXITY = (
 
 def perplexities(folder: Path) -> Result:
     """Of each mode on the evaluation text, and the increase over float in percent."""
-    from tokenizers import Tokenizer
-
-    from instantrt.tools.cli.perplexity import artifact_logits, perplexity, transformers_logits, windows
+    from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
 
     model = ROOT / "examples" / "tiny-qwen2"
-    text = (ROOT / "examples" / "text" / "evaluation.txt").read_text("utf-8")
-    parts = list(windows(Tokenizer.from_file(str(model / "tokenizer.json")), text))
-    base = perplexity(transformers_logits(model), parts)
+    parts = text_windows(model, ROOT / "examples" / "text" / "evaluation.txt")
+    base = perplexity_of(transformers_logits(model), parts)
     result: Result = {"transformers float32": {"perplexity": round(base, 3)}}
     for mode in PERPLEXITY:
-        command = [sys.executable, "-m", "compiler", str(model), "--target", "x86", "-o", str(folder / "out")]
+        command = [
+            sys.executable,
+            "-m",
+            "instantrt",
+            "compile",
+            str(model),
+            "--target",
+            "x86",
+            "-o",
+            str(folder / "out"),
+        ]
         subprocess.run([*command, "--quant", *mode.split()], check=True, stdout=subprocess.DEVNULL)
-        value = perplexity(artifact_logits(folder / "out"), parts)
+        value = perplexity_of(artifact_logits(folder / "out"), parts)
         result[mode] = {"perplexity": round(value, 3), "increase_percent": round((value / base - 1) * 100, 3)}
     return result
 
@@ -319,6 +357,7 @@ PARTS: dict[str, Callable[[Path], Result]] = {
     "rate": rate,
     "memory": memory,
     "decode": decode,
+    "prefill": prefill,
     "perplexity": perplexities,
 }
 
@@ -335,7 +374,9 @@ def markdown(results: Mapping[str, Result]) -> str:
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help="rate, memory, decode, perplexity; all by default")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="rate, memory, decode, prefill, perplexity; all by default")
+    ] = None,
     scratch: Annotated[Path | None, typer.Option(help="a folder with 40 GB of room")] = None,
 ) -> None:
     """Run the parts and write benchmarks/compile.json and compile.md; parts not run keep their last results."""
@@ -350,7 +391,3 @@ def main(
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"machine": machine, "results": ordered}, indent=2) + "\n")
     out.with_suffix(".md").write_text(markdown(ordered))
-
-
-if __name__ == "__main__":
-    typer.run(main)

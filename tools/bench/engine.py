@@ -50,7 +50,7 @@ class Usage:
         for pid in processes(root):
             size = anonymous(pid)
             total += size
-            if b"trt_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"tensorrt.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 builder = size
                 self.builder_seconds += interval
         self.peak, self.builder_peak = max(self.peak, total), max(self.builder_peak, builder)
@@ -100,7 +100,7 @@ def main(
     write_checkpoint(model, SHAPES[shape])
     load = round(os.getloadavg()[0], 1)  # what else the machine was doing: with it, wall time says little
     try:
-        command = [sys.executable, "-m", "compiler", str(model), *options, "-o", str(target)]
+        command = [sys.executable, "-m", "instantrt", "compile", str(model), *options, "-o", str(target)]
         usage = run_measured(command)
         artifacts = json.loads((target / "manifest.json").read_text())["artifacts"]
         record = {
@@ -118,7 +118,3 @@ def main(
     print(text)
     if out is not None:
         out.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

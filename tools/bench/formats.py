@@ -19,26 +19,26 @@ from typing import Annotated
 import numpy as np
 import onnx_graphsurgeon as gs
 import typer
-from tokenizers import Tokenizer
 
+from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.build import Plan, compile_planned, plan
 from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.quant.stored import Layer
+from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
+from instantrt.compiler.write import write_planned
 from instantrt.passes.core.lazy import Array, InMemory, convert, whole
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import take_over
 from instantrt.passes.core.search import SearchedQuant
-from instantrt.passes.ort.linear import Preset
+from instantrt.passes.ort import Preset
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
 from instantrt.passes.qdq.insert_qdq import Quantized
-from instantrt.tools.cli.perplexity import Logits, artifact_logits, perplexity, windows
 from instantrt.tools.make_checkpoints import write_safetensors
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TEXT = Path("examples/text/evaluation.txt")
 
 
@@ -86,12 +86,7 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
     return run
 
 
-@app.callback()
-def main() -> None:
-    """Measures quantized checkpoints."""
-
-
-@app.command("perplexity")
+@main.command("perplexity")
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="quantized checkpoints")],
     quant: Annotated[Quant | None, typer.Option(metavar="<format>", help="a8w4, say")] = None,
@@ -104,10 +99,10 @@ def compare(
         with tempfile.TemporaryDirectory() as out:
             request = Request(model=folder, targets=("x86",), out=Path(out), quant=quant, cpu_preset=preset)
             planned = plan(request)
-            compile_planned(request, planned)
-            parts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), text.read_text("utf-8")))
-            expected = perplexity(reference_logits(planned), parts)
-            found = perplexity(artifact_logits(Path(out)), parts)
+            write_planned(request, planned)
+            parts = text_windows(folder, text)
+            expected = perplexity_of(reference_logits(planned), parts)
+            found = perplexity_of(artifact_logits(Path(out)), parts)
         kinds = Counter(str(q) for q in planned.twins["x86"].quantized.values())
         rows[folder.name] = {
             "layers": dict(kinds),
@@ -119,17 +114,17 @@ def compare(
     print(json.dumps(rows, indent=2))
 
 
-@app.command("search")
+@main.command("search")
 def compare_searches(
     model: Annotated[Path, typer.Argument(help="float checkpoint")] = Path("examples/tiny-qwen2"),
     gptq: Annotated[list[Path] | None, typer.Option(help="4-bit GPTQ checkpoints of it, for comparison")] = None,
     text: Annotated[Path, typer.Option(help="the text")] = TEXT,
 ) -> None:
     """Print weight error and perplexity of uint4 by the plain formula, the MSE search, HQQ and GPTQ."""
-    parts = list(windows(Tokenizer.from_file(str(model / "tokenizer.json")), text.read_text("utf-8")))
+    parts = text_windows(model, text)
     weights = linear_weights(model)
     rows: dict[str, dict[str, float]] = {
-        "float": {"perplexity": round(perplexity(changed_logits(model, {}), parts), 3)}
+        "float": {"perplexity": round(perplexity_of(changed_logits(model, {}), parts), 3)}
     }
     for group in (32, 64, 128):
         for name, quantize in QUANTIZERS.items():
@@ -139,7 +134,9 @@ def compare_searches(
         tensors = read_checkpoint(folder)
         reader = find_reader(folder, read_json(folder / "config.json"), tensors)
         assert reader is not None
-        quants = {path: reader.read(Layer(path, (w.shape[0], w.shape[1]), tensors)) for path, w in weights.items()}
+        quants = {
+            path: reader.read(StoredLayer(path, (w.shape[0], w.shape[1]), tensors)) for path, w in weights.items()
+        }
         changed = {path: dequantized(q) for path, q in quants.items() if isinstance(q, QuantTensor)}
         rows[folder.name] = measured(model, weights, changed, parts)
     print(json.dumps(rows, indent=2))
@@ -174,7 +171,7 @@ def measured(model: Path, weights: dict[str, Array], changed: dict[str, Array], 
     """Root mean square error relative to the weights, and perplexity."""
     error = sum(float(((changed[path] - w).astype(np.float64) ** 2).sum()) for path, w in weights.items())
     power = sum(float((w.astype(np.float64) ** 2).sum()) for w in weights.values())
-    value = perplexity(changed_logits(model, changed), parts)
+    value = perplexity_of(changed_logits(model, changed), parts)
     return {"weight_error": round((error / power) ** 0.5, 5), "perplexity": round(value, 3)}
 
 
@@ -222,7 +219,7 @@ QUANTIZERS: dict[str, Callable[[Array, int], Array]] = {
 }
 
 
-@app.command()
+@main.command()
 def stream(
     rows: Annotated[int, typer.Option(help="K of the synthetic layers")] = 4096,
     columns: Annotated[int, typer.Option(help="N of the synthetic layers")] = 11008,
@@ -259,7 +256,7 @@ def stream_once(folder: Path, bits: int, k: int, n: int, layers: int, *, order: 
     x = gs.Variable("x", np.float32, ["rows", k])
     graph = gs.Graph([], [x], [], opset=23)
     for i in range(layers):
-        quant = reader.read(Layer(str(i), (n, k), stored))
+        quant = reader.read(StoredLayer(str(i), (n, k), stored))
         assert isinstance(quant, QuantTensor)
         node = gs.Node("MatMul", str(i), {}, [x], [gs.Variable(f"y{i}", np.float32, ["rows", n])])
         layout = Quantized(node, x, quant, str(i))
@@ -290,7 +287,3 @@ def restart_peak() -> int:
     """Forgets the peak so far, and returns what is held now."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
-
-
-if __name__ == "__main__":
-    app()

@@ -29,6 +29,15 @@ QWEN2_7B = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
+QWEN2_05B = {
+    **QWEN2,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 152064,
+}
 DECODER_12 = {
     **QWEN2,
     "hidden_size": 2048,

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import tempfile
 import time
@@ -22,15 +21,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tokenizers import Tokenizer
 
-from instantrt.compiler.build import SIDE_FILES, compile_model
+from instantrt.compiler.artifact.staging import SIDE_FILES
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.llm import LLM
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.repository import write_repository
-from instantrt.tools.cli.generate import Model
-from instantrt.tools.cli.load_test import PROMPTS, Result, load, measure, plot
-from instantrt.tools.cli.serve import Server, serving
+from instantrt.tools.serving.load import PROMPTS, Result, load, measure, plot
+from instantrt.tools.serving.server import Server, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-qwen2"
@@ -75,19 +74,18 @@ def through_triton(server: Server, name: str, clients: int) -> float:
 
 
 def generate_loop(out: Path, pipe: Connection) -> None:
-    """Tokens a second of tools/generate, prefill included as it is for a client, each time that `pipe` asks."""
-    model = Model(out)
-    prompt = Tokenizer.from_file(str(model.folder / "tokenizer.json")).encode(PROMPT).ids
-    while pipe.recv():
-        started = time.perf_counter()
-        count = sum(1 for _ in model.tokens(prompt, TOKENS, lambda logits: int(logits.argmax())))
-        assert count == TOKENS
-        pipe.send(count / (time.perf_counter() - started))
+    """Tokens a second of `LLM`, prefill included as it is for a client, each time that `pipe` asks."""
+    with LLM(out) as llm:
+        while pipe.recv():
+            started = time.perf_counter()
+            done = llm.generate(PROMPT, max_tokens=TOKENS, min_tokens=TOKENS)
+            assert len(done.tokens) == TOKENS
+            pipe.send(TOKENS / (time.perf_counter() - started))
 
 
 @contextmanager
 def generating(out: Path) -> Iterator[Callable[[], float]]:
-    """A process with tools/generate, that measures when called."""
+    """A process with an `LLM`, that measures when called."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=generate_loop, args=(out, there), daemon=True)
@@ -104,7 +102,7 @@ def generating(out: Path) -> Iterator[Callable[[], float]]:
 
 
 def compare(out: Path, repository: Path, name: str) -> dict[str, Any]:
-    """One client through Triton against tools/generate, and eight clients against one."""
+    """One client through Triton against `LLM` in a process of its own, and eight clients against one."""
     with generating(out) as generate, serving(repository, (name,)) as server:
         turns = [
             (generate(), through_triton(server, name, 1), through_triton(server, name, 8)) for _ in range(ROUNDS + 1)
@@ -146,7 +144,7 @@ def markdown(record: dict[str, Any]) -> str:
         f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the",
         "machine, which scatters the rounds; triton.json has them all.",
         "",
-        "| weights | a step of tools/generate | one client : tools/generate | eight clients : one |",
+        "| weights | a step of LLM | one client : LLM | eight clients : one |",
         "|---|---|---|---|",
     ]
     for quant, row in record["models"].items():
@@ -167,7 +165,6 @@ def main(
     requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped, too
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
         scratch = Path(folder)
         scaled = scaled_example(scratch / "scaled")
@@ -183,7 +180,3 @@ def main(
     (out / "triton.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     (out / "triton.md").write_text(markdown(record), "utf-8")
     print(markdown(record))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,13 +1,37 @@
-"""What `instantrt inspect` prints."""
+"""`instantrt inspect MODEL`."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from rich.table import Table
 
-from instantrt.compiler.inspect import CACHE, Inspection
+from instantrt.compiler.inspect import CACHE, Inspection, inspect
+from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.show import console
+from instantrt.tools.cli.console import console
+from instantrt.tools.cli.options import takes
+
+
+@takes({Checkpoint: ""})
+def main(
+    model: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    **options: bool,
+) -> None:
+    """Prints what is found; a checkpoint with problems ends with exit status 1."""
+    found = inspect(model, **options)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        show(found)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def show(found: Inspection) -> None:

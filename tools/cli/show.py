@@ -1,98 +1,105 @@
-"""What the command line shows: tables that fit a terminal, progress with rates."""
+"""What a compilation shows: the plan, what became of each layer and why, the artifacts."""
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
-from rich.text import Text
 
 from instantrt.compiler.artifact.manifest import Artifact
-from instantrt.compiler.backend.onnx_writer import Progress as Report
 from instantrt.compiler.backend.tensorrt.choose import expanded
-from instantrt.compiler.build import Plan, Say
+from instantrt.compiler.compile import REPORT, Watch
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.config import pattern_of
 from instantrt.compiler.request import Request
-from instantrt.compiler.target import TARGETS
 from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Lowering
+from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.join_linears import parts_of
+from instantrt.passes.qdq.sort_inputs import SortInputs
+from instantrt.tools.cli.console import Report, Say, console, stages, writing
 
-console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
+if TYPE_CHECKING:
+    from instantrt.compiler.accuracy.verify import Verdict
+    from instantrt.compiler.serving.config import Served
+
 # Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
 WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
-PAUSE = 10.0  # seconds between lines of what changes all the time
 
 
-@contextmanager
-def stages(pause: float = 0.0) -> Iterator[Say]:
-    """Shows what is being done. Where nobody watches, a line a stage, no two within `pause` seconds."""
-    if console.is_interactive:
-        with console.status("") as status:
-            yield lambda text: status.update(Text(text))
-        return
-    last = -math.inf
+class ConsoleWatch(Watch):
+    """A compilation on the terminal: one stage or bar at a time, what was planned, then what came out."""
 
-    def say(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= pause:
-            last = time.monotonic()
-            console.print(text, soft_wrap=True)
+    def __init__(self, request: Request, triton: Path | None, *, explain: bool) -> None:
+        self.request, self.triton, self.explain = request, triton, explain
+        self.live = ExitStack()  # the line or bar that is shown now
+        self.stage: Say | None = None
+        self.bar: Report = lambda name, size: None
+        self.kept: list[Callable[[], None]] = []  # what is printed at the end
 
-    yield say
+    def __enter__(self) -> ConsoleWatch:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self.live.close()
 
-@contextmanager
-def writing(total: int) -> Iterator[Report]:
-    """A bar of the bytes written, with rate and time left; where nobody watches, a line now and then."""
-    if not console.is_interactive:
-        with stages(PAUSE) as say:
-            say(f"writing {total / 1e6:,.1f} MB of weights")
-            yield lambda name, size: say(f"writing {name}")
-        return
-    columns = (
-        TextColumn("{task.description:<36.36}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name, size: bar.update(task, advance=size, description=name)
+    def say(self, text: str) -> None:
+        if self.stage is None:
+            self.live.close()
+            self.stage = self.live.enter_context(stages())
+        self.stage(text)
 
+    def planned(self, plan: Plan) -> None:
+        self.close()
+        show_notes(plan)
+        if self.explain:
+            show_explanation(plan)
 
-def show_targets() -> None:
-    table = Table("target", "family", "also called", "artifact", "A8W8", "bf16")
-    for t in TARGETS:
-        kind = "ONNX Runtime" if t.sm is None else f"TensorRT {t.tensorrt}" + (", RTX" if t.rtx else "")
-        table.add_row(t.name, t.family, ", ".join(t.aliases), kind, yes(t.int8_mma), yes(t.bf16))
-    console.print(table)
+    def writing(self, total: int) -> None:
+        self.close()
+        self.bar = self.live.enter_context(writing(total))
 
+    def progress(self, name: str, size: int) -> None:
+        self.bar(name, size)
 
-def yes(flag: bool) -> str:
-    return "yes" if flag else "no"
+    def close(self) -> None:
+        self.live.close()
+        self.stage = None
+
+    def served(self, served: Sequence[Served]) -> None:
+        for each in served:
+            line = f"{self.triton}  {', '.join(each.models) or 'none: ' + each.no_bare}"
+            self.kept.append(partial(console.print, line, soft_wrap=True))
+
+    def verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        from instantrt.tools.cli.show_accuracy import show_verdict
+
+        self.kept += [partial(show_verdict, verdict, self.request.out / REPORT) for verdict in verdicts]
+
+    def finished(self, artifacts: list[Artifact]) -> None:
+        """What is there now."""
+        self.close()
+        show_artifacts(self.request.out, artifacts, every_weight=self.explain)
+        for show in self.kept:
+            show()
 
 
 def show_explanation(planned: Plan) -> None:
     """For each linear what it was quantized to and runs as, or why it was left float; then other refusals."""
     sharing = targets_by_graph(planned)
     forms: dict[tuple[str, str], dict[str, None]] = {}
-    for entry in planned.ledger.entries:
-        if entry.rewrite.startswith("Lower") and entry.done:
-            parts = parts_of(entry.node)
-            for path in parts:
-                joined = [p for p in parts if p != path]
-                form = entry.done + (f", with {short(joined)}" if joined else "")
-                forms.setdefault((entry.target, path), {})[form] = None
+    for entry in (e for e in planned.log.entries if isinstance(e.by, Lowering) and e.done):
+        parts = parts_of(entry.node)
+        for path in parts:
+            joined = [p for p in parts if p != path]
+            form = entry.done + (f", with {short(joined)}" if joined else "")
+            forms.setdefault((entry.target, path), {})[form] = None
     became: dict[str, dict[str, list[str]]] = {}  # layer -> what it became -> targets
     for first, targets in sharing.items():
         for path, decision in planned.twins[first].decisions.items():
@@ -112,8 +119,8 @@ def show_explanation(planned: Plan) -> None:
     console.print(table)
     show_orders(planned)
     linears = set(became).union(path for _, path in forms)
-    rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
-    others = Counter((e.rewrite, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
+    rejected = (e for e in planned.log.rejected() if e.node not in linears and not isinstance(e.by, FoldOrder))
+    others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
     if others:
         rest = Table("pass", "for", "nodes", "why it left them", title="other passes")
         for (rewrite, names, reason), count in others.items():
@@ -147,11 +154,11 @@ def numbers(paths: list[str]) -> str:
 def show_orders(planned: Plan) -> None:
     """What became of each input order: folded into the layers before, or one Gather for all that share it."""
     sharing: dict[str, list[str]] = {}
-    for entry in planned.ledger.applied("SortInputs"):
+    for entry in planned.log.applied(SortInputs):
         sharing.setdefault(entry.done, []).append(entry.node)
     table = Table("layers whose inputs are sorted", "how", title="activation order")
-    for entry in planned.ledger.entries:
-        if entry.rewrite == "FoldOrder" and entry.node in sharing:
+    for entry in planned.log.entries:
+        if isinstance(entry.by, FoldOrder) and entry.node in sharing:
             table.add_row("\n".join(sharing[entry.node]), entry.done or f"one Gather: {entry.reason}")
     if table.row_count:
         console.print(table)
@@ -190,14 +197,14 @@ def show_plan(request: Request, planned: Plan) -> None:
 
 
 def show_notes(planned: Plan) -> None:
-    """What the user should know before anything is written: notes, and what an accuracy budget bought."""
+    """What the user should know before anything is written: notes, and the layers that an accuracy budget raised."""
     for note in planned.notes:
         console.print(f"note: {note}", soft_wrap=True)
     for twin in planned.each_twin:
-        if twin.bought is not None:
-            from instantrt.compiler.accuracy.run import show_bought
+        if twin.raised is not None:
+            from instantrt.tools.cli.show_accuracy import show_raised
 
-            show_bought(console, twin.bought, ", ".join(name for name, t in planned.twins.items() if t is twin))
+            show_raised(twin.raised, ", ".join(name for name, t in planned.twins.items() if t is twin))
 
 
 def show_artifacts(out: Path, artifacts: list[Artifact], *, every_weight: bool) -> None:

@@ -1,13 +1,16 @@
 """One command for a machine with an NVIDIA GPU: build, try, test, watch with compute-sanitizer, time, report.
 
-    python -m instantrt.tools.gpu.check --out benchmarks/gpu/h200 [--stages build,smoke,tests] [--quick]
+    instantrt gpu-check --out benchmarks/gpu/h200 [--stages build,smoke,tests] [--quick]
 
-Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy, ml_dtypes; no network and no TensorRT. Stages may be run
+Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy, ml_dtypes; no network and no TensorRT. Where that is all
+there is, the command is `python -m instantrt.tools.gpu.check`, from a checkout. Stages may be run
 one by one with the same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same. All of
 them build first, which costs a look when it is done. Where a command may take ten minutes, these fit surely:
 build,smoke,tests; bench; sanitize; tune.
 OUT.txt has the tables of all stages and OUT.png the plot. The last lines printed are the goals, or the losses of the
 table of configurations.
+
+`instantrt gpu-check rtx` does something else: engines of TensorRT-RTX, as tools/gpu/rtx.py says.
 
 The time that each stage is expected to take on one H200 with 16 cores, and when it is stopped:
 
@@ -29,6 +32,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,12 +90,12 @@ def parse_stages(names: str) -> list[str]:
     return [name for name in STAGES if name in asked or name == "build"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.png")
     parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=",".join(STAGES))
     parser.add_argument("--quick", action="store_true", help="bench and tune: three layers instead of eight")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     before = query(QUERY)
     args.out.parent.mkdir(parents=True, exist_ok=True)

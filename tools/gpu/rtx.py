@@ -1,7 +1,7 @@
 """Do TensorRT-RTX engines that were built on a CPU load and run on this GPU, and compute what they should?
 
-    python -m instantrt.tools.gpu.rtx prepare DIR         on a machine without a GPU: engines, inputs, expected outputs
-    python -m instantrt.tools.gpu.rtx run DIR --out OUT.json on the GPU machine: loads, runs and compares each
+    instantrt gpu-check rtx prepare DIR             on a machine without a GPU: engines, inputs, expected outputs
+    instantrt gpu-check rtx run DIR --out OUT.json  on the GPU machine: loads, runs and compares each
 
 `prepare` compiles examples/tiny-qwen2 with the compiler itself, in each mode for any GPU (the builder's own default)
 and in one mode for single and several SMs; the outputs are ONNX Runtime's of the Q/DQ twin, for a prompt and for the
@@ -17,7 +17,7 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     pip install $options --no-index --find-links build/wheels --no-compile --target build/site $rtx
     mkdir build/rtx1 build/rtx2
     tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
-    python -m instantrt.tools.gpu.rtx prepare build/rtx2                   68 MB in two pieces, 13 MB of engines
+    instantrt gpu-check rtx prepare build/rtx2                             68 MB in two pieces, 13 MB of engines
 
 There: bring build/rtx1, then build/rtx2, and
 
@@ -33,7 +33,7 @@ import json
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def compile_mode(folder: Path, variants: list[Variant]) -> None:
     from instantrt.compiler.backend.onnx_writer import write_model
     from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
     from instantrt.compiler.backend.tensorrt.profiles import profiles
-    from instantrt.compiler.build import plan
+    from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
     first, target = variants[0], "sm89"  # any that TensorRT-RTX builds for: one lowering serves them all
@@ -122,7 +122,7 @@ def expected(twin: Path) -> dict[str, Array]:
     """A prompt on an empty cache, then a token on what it left there."""
     from instantrt.compiler.accuracy.runners import session
 
-    run = session(twin, as_written=True)()
+    run = session(twin, as_written=True)
     names = [output.name for output in run.get_outputs()]
     shapes = {i.name: i.shape for i in run.get_inputs() if i.name.startswith("past_key_values.")}
     ids = np.random.default_rng(0).integers(1, 4000, (1, TOKENS + 1))
@@ -146,7 +146,7 @@ def run(folder: Path, out: Path) -> bool:
     if not gpus():
         sys.exit("no GPU: the driver library libcuda.so.1 finds none. Run this on a machine with an NVIDIA GPU.")
     if not (folder / ARCHIVE).is_file():
-        sys.exit(f"there is no {folder / ARCHIVE}: python -m instantrt.tools.gpu.rtx prepare {folder}")
+        sys.exit(f"there is no {folder / ARCHIVE}: instantrt gpu-check rtx prepare {folder}")
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(scratch, filter="data")
@@ -269,13 +269,13 @@ def compared(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
     return errors
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("prepare", "run", "one"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("engine", nargs="?", help="of `one`")
     parser.add_argument("--out", type=Path, default=Path("rtx.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.action == "prepare":
         prepare(args.folder)
     elif args.action == "one":

@@ -1,10 +1,10 @@
 """Builds a TensorRT engine from an ONNX file: full TensorRT (10.x, 11.x) or TensorRT-RTX, one road for both.
 
-The build runs in a child process (`trt_child`), because a few paths of the builder abort the process they run in; an
+The build runs in a child process (child.py), because a few paths of the builder abort the process they run in; an
 abort becomes an error with the builder's last message. The plan is streamed beside its final name and renamed when it
 is complete, so a failure, a full disk or Ctrl-C leaves nothing that looks finished.
 
-    build(spec) --spec, JSON on stdin--> trt_child --events, JSON lines--> progress, warnings, result or refusals
+    build(spec) --spec, JSON on stdin--> child --events, JSON lines--> progress, warnings, result or refusals
 """
 
 from __future__ import annotations
@@ -22,33 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instantrt.compiler.serving.runtime.integrity import HEADER, MAGIC, Flavour, parse_header
+from instantrt.compiler.backend.tensorrt.header import MAGIC, Flavour, Header, parse_header
+from instantrt.compiler.options import EngineOptions
 from instantrt.passes.core.errors import UserError
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input -> min, opt, max
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-INSTALL = {"tensorrt": "pip install 'tensorrt{}'", "tensorrt_rtx": "pip install tensorrt-rtx==1.7.1.116"}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a user may ask of the builder. `None` and `False` leave the builder's own default."""
-
-    memory_limit: int | None = None  # bytes of device scratch memory while building and running
-    optimization_level: int | None = None  # 0 ... 5
-    weight_streaming: bool = False
-    version_compatible: bool = False
-    hardware_compatible: str = ""  # a name of HardwareCompatibilityLevel, such as ampere_plus
-    timing_cache: Path | None = None  # read if there, written after the build
-
-    def __post_init__(self) -> None:
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UserError(
-                "the optimization level is out of range", expected="0 to 5", found=str(self.optimization_level)
-            )
-        if self.memory_limit is not None and self.memory_limit <= 0:
-            raise UserError("the memory limit is not a size", expected="bytes, above 0", found=str(self.memory_limit))
+INSTALL = {"tensorrt": "pip install 'tensorrt{}'", "tensorrt_rtx": "pip install 'instantrt[rtx]'"}
 
 
 @dataclass(frozen=True)
@@ -136,8 +117,9 @@ def build(spec: EngineSpec, progress: Progress = silent) -> Built:
         raise UserError("the lowered model is not there", where=str(spec.onnx))
     spec.engine.parent.mkdir(parents=True, exist_ok=True)
     try:
-        job = Job({"build": spec.to_json()}, spec.title, PRODUCT[spec.flavour], FAULT.format(PRODUCT[spec.flavour]))
-        done, warnings = _run_child(job, progress)
+        product = PRODUCT[spec.flavour]
+        order = ChildOrder({"build": spec.to_json()}, spec.title, product, FAULT.format(product))
+        done, warnings = _run_child(order, progress)
         spec.partial.replace(spec.engine)
     except BaseException:
         spec.partial.unlink(missing_ok=True)
@@ -151,42 +133,31 @@ def load(flavour: Flavour, engine: Path, plugins: Sequence[Path] = ()) -> str:
 
     Call `read_header` and compare digests first: an engine is code.
     """
-    order = {"load": {"flavour": flavour, "engine": str(engine), "plugins": list(map(str, plugins))}}
-    done, _ = _run_child(Job(order, str(engine), PRODUCT[flavour]), silent)
+    words = {"load": {"flavour": flavour, "engine": str(engine), "plugins": list(map(str, plugins))}}
+    done, _ = _run_child(ChildOrder(words, str(engine), PRODUCT[flavour]), silent)
     return str(done["version"])
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the first bytes of an engine say: which product built it, and its version."""
-
-    flavour: Flavour
-    version: str
-
-
 def read_header(engine: Path) -> Header:
-    """Reads 28 bytes of an engine, deserializing nothing; a UserError for a truncated or foreign file."""
-    with engine.open("rb") as file:
-        head = file.read(HEADER.size)
-    header = parse_header(head)
+    """What built an engine; a UserError for a truncated or foreign file."""
+    header, found = parse_header(engine), engine.stat().st_size
     if header is None:
+        starts = " or ".join(repr(m.decode()) for m in MAGIC)
         raise UserError(
             "not a TensorRT engine",
             where=str(engine),
-            expected=f"a file that starts with {' or '.join(repr(m.decode()) for m in MAGIC)}",
-            found=repr(head[:4]) if head else "an empty file",
+            expected=f"a file that starts with {starts}",
+            found=f"another file of {found} bytes" if found else "an empty file",
         )
-    flavour, size, version = header
-    found = engine.stat().st_size
-    if flavour == "tensorrt_rtx" and size != found:
+    if header.flavour == "tensorrt_rtx" and header.size != found:
         raise UserError(
             "the engine is truncated",
             where=str(engine),
-            expected=f"{size} bytes",
+            expected=f"{header.size} bytes",
             found=f"{found} bytes",
             fix="copy it again",
         )
-    return Header(flavour, version)
+    return header
 
 
 FAULT = (
@@ -196,16 +167,16 @@ FAULT = (
 
 
 @dataclass(frozen=True)
-class Job:
+class ChildOrder:
     """What a child is to do. Errors name it by `where`; `fix` is what to do when `product` takes its process down."""
 
-    order: Mapping[str, Any]
+    words: Mapping[str, Any]
     where: str
     product: str
     fix: str = ""
 
 
-def _run_child(job: Job, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+def _run_child(order: ChildOrder, progress: Progress) -> tuple[dict[str, Any], list[str]]:
     """Runs the child and follows its events: the result and the warnings."""
     done: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
@@ -216,7 +187,7 @@ def _run_child(job: Job, progress: Progress) -> tuple[dict[str, Any], list[str]]
         assert child.stdout
         try:
             with child.stdin as stdin:
-                stdin.write(json.dumps(job.order))
+                stdin.write(json.dumps(order.words))
             for line in child.stdout:
                 event = json.loads(line)
                 if "progress" in event:
@@ -234,9 +205,9 @@ def _run_child(job: Job, progress: Progress) -> tuple[dict[str, Any], list[str]]
         stderr.seek(0)
         tail = stderr.read()[-2000:].strip()
     if failure:
-        raise _refusal(job.where, failure, said)
+        raise _refusal(order.where, failure, said)
     if done is None or status:
-        raise _abort(job, status, phase, said, tail)
+        raise _abort(order, status, phase, said, tail)
     return done, [text for severity, text in said if severity == "WARNING"]
 
 
@@ -273,14 +244,14 @@ def _refusal(where: str, failure: Mapping[str, Any], said: Sequence[tuple[str, s
     )
 
 
-def _abort(job: Job, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
+def _abort(order: ChildOrder, status: int, phase: str, said: Sequence[tuple[str, str]], tail: str) -> UserError:
     """The child ended without an account: a signal, or an exception of ours (then its traceback is the tail)."""
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     last = said[-1][1] if said else "none"
-    fault = job.fix if status < 0 else ""
+    fault = order.fix if status < 0 else ""
     return UserError(
-        f"the process of {job.product} ended ({how}) during: {phase}",
-        where=job.where,
+        f"the process of {order.product} ended ({how}) during: {phase}",
+        where=order.where,
         found=f"last message: {last}" + (f"\n{tail}" if tail else ""),
         fix="the machine ran out of memory, or someone ended the process" if how == "SIGKILL" else fault,
     )

@@ -117,7 +117,7 @@ def network_flags(trt: Any) -> int:
 
 
 def make_logger(trt: Any, events: Events) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class BuilderLog(trt.ILogger):  # type: ignore[misc]
         """Passes warnings and errors on; keeps the table of kernels, which only verbose messages carry."""
 
         def __init__(self) -> None:
@@ -133,7 +133,7 @@ def make_logger(trt: Any, events: Events) -> Any:
                 self.spoke = True
                 events.send(message=[name, message.strip()])
 
-    return Log()
+    return BuilderLog()
 
 
 def load(flavour: str, engine: str, plugins: Sequence[str], events: Events) -> dict[str, Any]:
@@ -201,18 +201,16 @@ def configure(trt: Any, builder: Any, spec: EngineSpec) -> Any:
     for number, profile in enumerate(spec.profiles):
         add_profile(builder, config, number, profile)
     if options.memory_limit:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit << 20)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    if options.weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if is_rtx(trt) and (options.version_compatible or options.hardware_compatible):
         raise Refused(
             "TensorRT-RTX has no version-compatible or hardware-compatible engines",
             fix="name several targets: one RTX engine may serve a list of SMs",
         )
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    for flag in (option.flag for option, _ in options.asked if option.flag):
+        config.set_flag(trt.BuilderFlag.__members__[flag])
     if options.hardware_compatible:
         levels = trt.HardwareCompatibilityLevel.__members__
         if options.hardware_compatible.upper() not in levels:
@@ -320,11 +318,11 @@ def write_plan(trt: Any, builder: Any, network: Any, config: Any, spec: EngineSp
     plan = PlanFile(spec.partial)
     if hasattr(builder, "build_serialized_network_to_stream"):
 
-        class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        class PlanStream(trt.IStreamWriter):  # type: ignore[misc]
             def write(self, data: Any) -> int:
                 return plan.write(data)
 
-        ok = builder.build_serialized_network_to_stream(network, config, Writer())
+        ok = builder.build_serialized_network_to_stream(network, config, PlanStream())
     else:
         memory = builder.build_serialized_network(network, config)
         ok = memory is not None

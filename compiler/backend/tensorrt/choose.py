@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.backend.tensorrt.build import PRODUCT, EngineOptions, EngineSpec, Profile, build
-from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, carriers
+from instantrt.compiler.artifact.manifest import ENGINE
+from instantrt.compiler.backend.tensorrt.build import INSTALL, PRODUCT, EngineSpec, Profile, build
+from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, weight_reads
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
-from instantrt.compiler.serving.runtime.integrity import Flavour
+from instantrt.compiler.backend.tensorrt.header import Flavour
+from instantrt.compiler.options import Builder, EngineOptions
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
-Builder = Literal["auto", "tensorrt-rtx", "tensorrt", "kit"]
-ENGINE, LAYERS, TIMINGS = "model.engine", "model.layers.txt", "timing.cache"
+LAYERS, TIMINGS = "model.layers.txt", "timing.cache"
 FLOAT16, BFLOAT16, INT4 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.int4)
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the builder is told besides the graph."""
+class EngineSettings:
+    """What the builder of an engine is told besides the graph.
 
+    linears   the MatMul nodes with a quantized weight: how each is read is asked of the builder afterwards
+    """
+
+    target: Target
     precision: str
     profiles: tuple[Profile, ...]
-    options: EngineOptions = field(default_factory=EngineOptions)
-    plugins: tuple[Path, ...] = ()
+    options: EngineOptions
+    plugins: tuple[Path, ...]
+    linears: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def no_rtx(target: Target, int4: bool, options: EngineOptions) -> str:
     if not target.rtx:
         return f"has no {target.name}"
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return "not installed"
+        return f"not installed: {INSTALL['tensorrt_rtx']}"
     if target.sm == 75 and int4:
         return "has no int4 on sm75"
     if options.version_compatible or options.hardware_compatible:
@@ -96,36 +102,29 @@ def no_rtx(target: Target, int4: bool, options: EngineOptions) -> str:
 
 
 def build_engine(
-    choice: Choice,
-    target: Target,
-    onnx: Path,
-    folder: Path,
-    settings: Settings,
-    linears: tuple[str, ...],
-    timings: Path,
-    say: Say,
+    flavour: Flavour, settings: EngineSettings, onnx: Path, folder: Path, timings: Path, say: Say
 ) -> dict[str, Any]:
     """Builds `folder`/model.engine and says what it is: the engine part of the manifest.
 
     The next build for this GPU starts from the `timings` of this one.
     """
-    assert choice.flavour is not None
+    target = settings.target
     assert target.sm is not None
     spec = EngineSpec(
-        flavour=choice.flavour,
+        flavour=flavour,
         onnx=onnx,
         engine=folder / ENGINE,
         layers=folder / LAYERS,
         profiles=settings.profiles,
-        sms=(target.sm,) if choice.flavour == "tensorrt_rtx" else (),
+        sms=(target.sm,) if flavour == "tensorrt_rtx" else (),
         plugins=settings.plugins,
         options=replace(settings.options, timing_cache=timings),
         releases=target.tensorrt,
     )
     built = build(spec, lambda fraction, phase: say(f"{target.name} {fraction:4.0%} {phase}"))
-    read = carriers(built.layers.read_text("utf-8"), linears)
+    read = weight_reads(built.layers.read_text("utf-8"), settings.linears)
     return {
-        "builder": choice.flavour,
+        "builder": flavour,
         "version": built.version,
         "sm": target.sm,
         "precision": settings.precision,
@@ -134,6 +133,11 @@ def build_engine(
         "bytes": built.bytes,
         "weights": {c.linear: f"{c.dtype} {c.read.value}".strip() for c in read},
     }
+
+
+def timing_cache(out: Path, target: Target) -> Path:
+    """Beside the artifact's folder, which each build replaces."""
+    return out / f"{target.name}.{TIMINGS}"
 
 
 def quantized_linears(graph: gs.Graph) -> tuple[str, ...]:

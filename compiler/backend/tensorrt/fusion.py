@@ -44,7 +44,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Carrier:
+class WeightRead:
     """How one linear's weight is read, in all profiles together.
 
     `dtype` is the weight's type in the engine; `tokens` is "Int8" where it is multiplied with int8 activations.
@@ -74,23 +74,23 @@ def kernels(table: str) -> tuple[Kernel, ...]:
     )
 
 
-def carriers(table: str, linears: Iterable[str]) -> tuple[Carrier, ...]:
-    """One Carrier for each of `linears`, the names of the quantized MatMul nodes."""
+def weight_reads(table: str, linears: Iterable[str]) -> tuple[WeightRead, ...]:
+    """How the weight of each is read, of `linears`, the names of the quantized MatMul nodes."""
     by_node: dict[str, list[Kernel]] = {}
     for kernel in kernels(table):
         for node in kernel.nodes:
             by_node.setdefault(node, []).append(kernel)
     # A kernel of joined linears names every product, but the DequantizeLinear of one of them only.
-    return tuple(carrier(linear, [*by_node.get(linear + WEIGHT, []), *by_node.get(linear, [])]) for linear in linears)
+    return tuple(weight_read(name, [*by_node.get(name + WEIGHT, []), *by_node.get(name, [])]) for name in linears)
 
 
-def carrier(linear: str, readers: list[Kernel]) -> Carrier:
+def weight_read(linear: str, readers: list[Kernel]) -> WeightRead:
     """The verdict of the worst profile."""
     quantized = [k for k in readers if QUANTIZED & set(k.constants)]
     names = tuple(dict.fromkeys(k.name for k in quantized or readers))
     if not quantized:
-        return Carrier(linear, Read.FLOAT if readers else Read.UNSEEN, kernels=names)
+        return WeightRead(linear, Read.FLOAT if readers else Read.UNSEEN, kernels=names)
     read = Read.FUSED if all(k.kind in MULTIPLIES for k in quantized) else Read.EXPANDED
     dtype = next(t for t in quantized[0].constants if t in QUANTIZED)
     tokens = "Int8" if all("Int8" in k.inputs for k in quantized) else "float"
-    return Carrier(linear, read, dtype, tokens, names)
+    return WeightRead(linear, read, dtype, tokens, names)

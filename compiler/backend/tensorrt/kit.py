@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instantrt.compiler.artifact.manifest import Artifact, artifact_from_json
-from instantrt.compiler.backend.tensorrt.build import EngineOptions, Profile
-from instantrt.compiler.backend.tensorrt.choose import Settings
+from instantrt.compiler.artifact.check import check_record
+from instantrt.compiler.artifact.digest import digests_of
+from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, artifact_from_json, write_manifest
+from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
+from instantrt.compiler.backend.tensorrt.build import Profile
+from instantrt.compiler.backend.tensorrt.choose import (
+    EngineSettings,
+    Say,
+    build_engine,
+    choose_builder,
+    timing_cache,
+)
 from instantrt.compiler.backend.tensorrt.profiles import trtexec_shapes
 from instantrt.compiler.checkpoint import read_json
-from instantrt.compiler.serving.runtime.integrity import sha256
-from instantrt.compiler.target import Target, find_target
+from instantrt.compiler.options import Builder, EngineOptions
+from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 
-KIT, MODEL = "kit.json", "model.onnx"
 FORMAT = 2
 
 
@@ -31,9 +40,7 @@ class Kit:
     """What kit.json says. `artifact` is the finished engine's manifest entry but for what only the build knows."""
 
     folder: Path
-    target: Target
-    settings: Settings
-    linears: tuple[str, ...]
+    settings: EngineSettings
     artifact: Artifact
 
     @property
@@ -41,20 +48,20 @@ class Kit:
         return self.folder / MODEL
 
 
-def write_kit(folder: Path, settings: Settings, linears: tuple[str, ...], artifact: Artifact) -> None:
+def write_kit(folder: Path, settings: EngineSettings, artifact: Artifact) -> None:
     """Completes `folder`, which holds the lowered model and side files, with kit.json.
 
     `artifact.digests` are those of the files so far, relative to the folder's own.
     """
     body = {
         "format": FORMAT,
-        "target": artifact.target,
-        "tensorrt": find_target(artifact.target).tensorrt,  # for a person: the table of targets decides
+        "target": settings.target.name,
+        "tensorrt": settings.target.tensorrt,  # for a person: the table of targets decides
         "precision": settings.precision,
         "profiles": settings.profiles,
         "options": asdict(settings.options),
         "plugins": [path.name for path in settings.plugins],
-        "linears": linears,
+        "linears": settings.linears,
         "artifact": asdict(replace(artifact, digests={})),
         "digests": {Path(name).name: digest for name, digest in artifact.digests.items()},
         "trtexec": trtexec(settings),
@@ -72,46 +79,20 @@ def read_kit(folder: Path) -> Kit:
             "a kit of another version", where=str(folder), expected=str(FORMAT), found=str(body.get("format"))
         )
     try:
-        check_digests(folder, body["digests"])
-        settings = Settings(
+        check_record(folder, body["digests"], (MODEL, *body["plugins"]))
+        settings = EngineSettings(
+            find_target(body["target"]),
             body["precision"],
             tuple(profile_from_json(p) for p in body["profiles"]),
             EngineOptions(**{**body["options"], "timing_cache": None}),
-            tuple(folder / plain_name(name, folder) for name in body["plugins"]),
+            tuple(folder / name for name in body["plugins"]),
+            tuple(body["linears"]),
         )
-        artifact = artifact_from_json(body["artifact"])
-        return Kit(folder, find_target(body["target"]), settings, tuple(body["linears"]), artifact)
+        return Kit(folder, settings, artifact_from_json(body["artifact"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             "not a kit of ours", where=str(folder / KIT), found=f"{type(error).__name__}: {error}"
         ) from None
-
-
-def listed_files(folder: Path) -> set[str]:
-    """The names of a kit's files, as its kit.json has them; none where `folder` is no kit."""
-    return {KIT, *read_json(folder / KIT).get("digests", ())} if (folder / KIT).is_file() else set()
-
-
-def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    if MODEL not in digests:
-        raise UserError(f"the kit does not list {MODEL}", where=str(folder / KIT))
-    for name, digest in digests.items():
-        path = folder / plain_name(name, folder)
-        found = sha256(path) if path.is_file() else "no such file"
-        if found != digest:
-            raise UserError(
-                "a file of the kit is not what was written",
-                where=str(path),
-                expected=digest,
-                found=found,
-                fix="copy the kit again",
-            )
-
-
-def plain_name(name: Any, folder: Path) -> str:
-    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-        raise UserError("a file name that leaves the kit", where=str(folder / KIT), found=repr(name))
-    return name
 
 
 def profile_from_json(raw: Mapping[str, Any]) -> Profile:
@@ -121,30 +102,38 @@ def profile_from_json(raw: Mapping[str, Any]) -> Profile:
     return {name: (shape(low), shape(opt), shape(high)) for name, (low, opt, high) in raw.items()}
 
 
-def trtexec(settings: Settings) -> str:
+def trtexec(settings: EngineSettings) -> str:
     """The command that builds the kit with TensorRT's own tool, to be run inside the kit."""
     words = ["trtexec", f"--onnx={MODEL}", "--saveEngine=model.engine", "--stronglyTyped"]
     for number, profile in enumerate(settings.profiles):
         words += [f"--profile={number}", *trtexec_shapes(profile)]
-    options = settings.options
     words += [f"--dynamicPlugins={path.name}" for path in settings.plugins]
-    words += [f"--memPoolSize=workspace:{options.memory_limit >> 20}"] if options.memory_limit else []
-    words += (
-        [f"--builderOptimizationLevel={options.optimization_level}"] if options.optimization_level is not None else []
-    )
-    words += ["--allowWeightStreaming"] if options.weight_streaming else []
-    words += ["--versionCompatible"] if options.version_compatible else []
-    if options.hardware_compatible:
-        words.append(f"--hardwareCompatibilityLevel={camel(options.hardware_compatible)}")
+    words += [option.trtexec.format(spelled(value)) for option, value in settings.options.asked if option.trtexec]
     return shlex.join(words)
 
 
-def camel(name: str) -> str:
-    """ampere_plus -> ampere+, as trtexec spells its levels; others in camel case."""
-    first, *rest = name.lower().split("_")
+def spelled(value: Any) -> str:
+    """As trtexec spells it: ampere_plus is ampere+, other names are in camel case."""
+    first, *rest = str(value).lower().split("_")
     return f"{first}+" if rest == ["plus"] else first + "".join(word.title() for word in rest)
 
 
-def finished(kit: Kit, engine: Mapping[str, Any], digests: Mapping[str, str], path: str) -> Artifact:
-    """The manifest entry of the engine that was built from `kit`."""
-    return replace(kit.artifact, kind="engine", path=path, engine=dict(engine), digests=dict(digests))
+def build_kit(kit: Kit, out: Path, builder: Builder, say: Say = lambda text: None) -> Artifact:
+    """Finishes a build kit on the machine it was made for: OUT/<target>/model.engine, and its entry in the manifest.
+
+    OUT may be the folder that the kit lies in; what else is there stays.
+    """
+    settings, target = kit.settings, kit.settings.target
+    check_out(out, [target])
+    choice = choose_builder(target, builder, options=settings.options)
+    if choice.flavour is None:
+        raise UserError(f"this machine cannot build for {target.name} either", found=choice.reason)
+    with Staging() as staging:
+        folder = new_folder(staging.staged(out), target, kit.folder)
+        for library in settings.plugins:
+            shutil.copy(library, folder)
+        engine = build_engine(choice.flavour, settings, kit.onnx, folder, timing_cache(out, target), say)
+        path, digests = f"{target.name}/{ENGINE}", digests_of(folder)
+        artifact = replace(kit.artifact, kind="engine", path=path, engine=engine, digests=digests)
+        write_manifest(folder.parent, [*artifacts_kept(out, [target]), artifact])
+    return artifact

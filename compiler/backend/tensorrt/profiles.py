@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import onnx_graphsurgeon as gs
+from typing import TYPE_CHECKING
 
 from instantrt.compiler.backend.tensorrt.build import Profile, Shape
 from instantrt.passes.core.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
 
 SIZES = ("min", "opt", "max")
 Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What an engine accepts: sequences together, tokens of one sequence with its past, the length it is tuned for."""
 
     max_batch: int = 1
@@ -35,7 +37,7 @@ class Limits:
             )
 
 
-def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool) -> tuple[Profile, ...]:
+def profiles(inputs: Iterable[gs.Tensor], limits: EngineLimits, *, llm: bool) -> tuple[Profile, ...]:
     """Prefill and decode for a causal LM, one profile for any other model; inputs of fixed shape need none."""
     inputs = list(inputs)
     if not any(isinstance(size, str) for tensor in inputs for size in tensor.shape):
@@ -44,7 +46,7 @@ def profiles(inputs: Iterable[gs.Tensor], limits: Limits, *, llm: bool) -> tuple
     return tuple({t.name: shape_range(t, each) for t in inputs} for each in ranges)
 
 
-def prefill(limits: Limits) -> Mapping[str, Range]:
+def prefill(limits: EngineLimits) -> Mapping[str, Range]:
     """Many tokens at once, on an empty cache or one filled before."""
     n, opt = limits.max_length, limits.opt_length
     return {
@@ -55,7 +57,7 @@ def prefill(limits: Limits) -> Mapping[str, Range]:
     }
 
 
-def decode(limits: Limits) -> Mapping[str, Range]:
+def decode(limits: EngineLimits) -> Mapping[str, Range]:
     """One token of each sequence; of a single one, two: TensorRT expands int8 weights for a product of one row."""
     n, opt = limits.max_length, limits.opt_length
     past = n - 1
@@ -67,7 +69,7 @@ def decode(limits: Limits) -> Mapping[str, Range]:
     }
 
 
-def any_shape(inputs: Iterable[gs.Tensor], limits: Limits) -> Mapping[str, Range]:
+def any_shape(inputs: Iterable[gs.Tensor], limits: EngineLimits) -> Mapping[str, Range]:
     """A plain model: what is called batch is a batch, every other dynamic dimension a length."""
     names = {size for tensor in inputs for size in tensor.shape if isinstance(size, str)}
     batch = (1, 1, limits.max_batch)

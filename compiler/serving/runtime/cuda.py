@@ -18,10 +18,12 @@ class Device:
 
     def __init__(self, ordinal: int) -> None:
         self.driver = ctypes.CDLL("libcuda.so.1")
-        device, self.context, self.stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self.device, self.context, self.stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self.held: set[int] = set()
+        self.graphs: list[ctypes.c_void_p] = []
         self.call("cuInit", 0)
-        self.call("cuDeviceGet", ctypes.byref(device), ordinal)
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), device)
+        self.call("cuDeviceGet", ctypes.byref(self.device), ordinal)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), self.device)
         self.enter()
         self.call("cuStreamCreate", ctypes.byref(self.stream), NON_BLOCKING)
 
@@ -40,10 +42,22 @@ class Device:
             raise RuntimeError(
                 f"the GPU has no {size} bytes left (CUDA error {code}): lower max_batch or max_length, or free some"
             )
+        self.held.add(address.value)
         return address.value
 
     def free(self, address: int) -> None:
+        self.held.discard(address)
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def close(self) -> None:
+        """Frees all memory and graphs; nothing may use the device afterwards."""
+        self.enter()
+        for graph in self.graphs:
+            self.call("cuGraphExecDestroy", graph)
+        for address in list(self.held):
+            self.free(address)
+        self.call("cuStreamDestroy_v2", self.stream)
+        self.call("cuDevicePrimaryCtxRelease_v2", self.device)
 
     def clear(self, address: int, size: int) -> None:
         self.call("cuMemsetD8Async", ctypes.c_uint64(address), ctypes.c_ubyte(0), ctypes.c_size_t(size), self.stream)
@@ -78,7 +92,10 @@ class Device:
             failed = self.driver.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, flags)
         if graph:
             self.call("cuGraphDestroy", graph)
-        return executable if queued and not failed else None
+        if not queued or failed:
+            return None
+        self.graphs.append(executable)
+        return executable
 
     def launch(self, graph: ctypes.c_void_p) -> None:
         self.call("cuGraphLaunch", graph, self.stream)

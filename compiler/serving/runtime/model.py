@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import queue
 import threading
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
-from .integrity import check_folder
+from .integrity import MODELS, check_folder
+from .opening import open_engine
 from .sampling import Sampling
-from .scheduler import Engine, Failure, Job, Limits, RefusedError, Scheduler, internal
+from .scheduler import Failure, Job, RefusedError, Scheduler, SequenceLimits, internal
 from .text import Text
 
 SAMPLING = {
@@ -44,10 +44,19 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(__file__).parent
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
-        self.limits = Limits(*(int(parameters[name]) for name in ("max_batch", "max_length", "max_queue")))
+        limits = SequenceLimits(*(int(parameters[name]) for name in ("max_batch", "max_length", "max_queue")))
         self.text = Text(folder)
-        engine = open_engine(folder, parameters, self.limits, int(args["model_instance_device_id"]))
-        self.scheduler = Scheduler(engine, self.text, self.limits)
+        kind = "onnx" if parameters["runtime"] == "onnxruntime" else "engine"
+        engine = open_engine(
+            folder / MODELS[kind],
+            check_folder(folder, kind),
+            limits,
+            runtime=parameters["runtime"],
+            cache=parameters["cache"],
+            threads=int(parameters["threads"]),
+            gpu=int(args["model_instance_device_id"]),
+        )
+        self.scheduler = Scheduler(engine, self.text, limits)
         self.outbox = Outbox()
 
     def execute(self, requests: list[Any]) -> None:
@@ -68,22 +77,6 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self.scheduler.close()
         self.outbox.close()
-
-
-def open_engine(folder: Path, parameters: dict[str, str], limits: Limits, device: int) -> Engine:
-    """The artifact in `folder` on the runtime that it was made for; no other needs to be installed."""
-    if parameters["runtime"] == "onnxruntime":
-        from .engine import ENGINES
-
-        check_folder(folder, "onnx")
-        kind = ENGINES[parameters["cache"]]
-        return kind(folder / "model.onnx", limits.rows, limits.length, int(parameters["threads"]))
-    from . import cuda, tensorrt_engine
-
-    libraries = check_folder(folder, "engine")
-    trt = importlib.import_module(parameters["runtime"])
-    gpu = cuda.Device(device)
-    return tensorrt_engine.open_engine(folder / "model.engine", libraries, trt, gpu, limits.rows, limits.length)
 
 
 def read_request(request: Any, text: Text) -> tuple[Job, bool, str]:

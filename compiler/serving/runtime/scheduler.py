@@ -28,11 +28,12 @@ CHUNK = 256  # prompt tokens between two decode steps
 
 
 class Engine(Protocol):
-    """What runs the model; `engine` does it on ONNX Runtime."""
+    """What runs the model; `close` frees all that it holds."""
 
     def prefill(self, row: int, ids: Array, done: int) -> Array: ...
     def decode(self, ids: Array, done: Array) -> Array: ...
     def move(self, source: int, target: int, length: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class Failure(Enum):
@@ -64,7 +65,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SequenceLimits:
     """rows: sequences that run together; length: tokens of one, prompt included; queue: requests that wait."""
 
     rows: int = 16
@@ -103,14 +104,14 @@ class Sequence:
 class Scheduler:
     """Owns the engine; its thread is the only one that touches it."""
 
-    def __init__(self, engine: Engine, text: Text, limits: Limits) -> None:
+    def __init__(self, engine: Engine, text: Text, limits: SequenceLimits) -> None:
         self.engine, self.text, self.limits = engine, text, limits
         self.end_tokens = sorted(text.end_tokens)
         self.waiting: deque[Sequence] = deque()
         self.joining: Sequence | None = None
         self.running: list[Sequence] = []
         self.changed = threading.Condition()
-        self.closed = False
+        self.closed = self.finishing = False
         self.thread = threading.Thread(target=self.loop, name="decode", daemon=True)
         self.thread.start()
 
@@ -136,18 +137,18 @@ class Scheduler:
             self.waiting.append(sequence)
             self.changed.notify()
 
-    def close(self) -> None:
-        """Stops after the step in progress; whoever is unfinished is told."""
+    def close(self, *, finish: bool = False) -> None:
+        """Takes no more; stops after the step in progress, and whoever is unfinished is told, or when all is done."""
         with self.changed:
-            self.closed = True
+            self.closed, self.finishing = True, finish
             self.changed.notify()
         self.thread.join()
 
     def loop(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.closed or self.waiting or self.joining or self.running)
-                if self.closed:
+                self.changed.wait_for(lambda: self.closed or self.busy())
+                if self.closed and not (self.finishing and self.busy()):
                     break
             try:
                 self.drop_cancelled()
@@ -157,6 +158,9 @@ class Scheduler:
                 self.fail(Failure.INTERNAL, internal(error), self.in_rows())
                 self.joining, self.running = None, []
         self.fail(Failure.CLOSING, UNLOADED, [*self.in_rows(), *self.waiting])
+
+    def busy(self) -> bool:
+        return bool(self.waiting or self.joining or self.running)
 
     def in_rows(self) -> list[Sequence]:
         return [*self.running, *([self.joining] if self.joining else [])]

@@ -74,6 +74,11 @@ class Program:
         self.scratch: dict[str, tuple[int, int]] = {}
         self.fed: dict[str, Array] = {}  # alive while they are on their way
 
+    def close(self) -> None:
+        """Contexts must be gone by now."""
+        del self.engine, self.runtime
+        self.device.close()
+
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(TYPES[self.engine.get_tensor_dtype(name).name])
 
@@ -252,6 +257,10 @@ class InPlaceEngine:
         for address in self.caches.values():
             self.device.copy(address + target * self.row_bytes, address + source * self.row_bytes, self.row_bytes)
 
+    def close(self) -> None:
+        del self.steps, self.prefill_context
+        self.program.close()
+
 
 @dataclass
 class Row:
@@ -304,6 +313,10 @@ class GrowingEngine:
         del length
         self.row(target)
         self.rows[source], self.rows[target] = self.rows[target], self.rows[source]
+
+    def close(self) -> None:
+        del self.contexts
+        self.program.close()
 
 
 def too_much(name: str, most: int, found: int) -> RuntimeError:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
-from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import AccuracyResults, Comparator, L2CompareFunc, RunResults
 from polygraphy.json import save_json
+from polygraphy.logger import G_LOGGER
 
 from instantrt.compiler.accuracy.bounds import bound_of
 from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.forms import AGAINST, Subject, model_bound
+from instantrt.compiler.accuracy.runners import Runner, cut
 
+G_LOGGER.module_severity = {"": G_LOGGER.ERROR}  # its progress lines would drown ours
 TWIN = "twin.json"
 REPEATED = 32  # tokens of the run that is saved: small files, and enough to repeat a comparison
 
@@ -21,7 +24,7 @@ REPEATED = 32  # tokens of the run that is saved: small files, and enough to rep
 def polygraphy_files(
     subject: Subject,
     data: Data,
-    runners: Mapping[str, BaseRunner],
+    runners: Mapping[str, Runner],
     folder: Path,
     final: Callable[[Path], Path],
 ) -> tuple[str, list[str]]:
@@ -29,12 +32,20 @@ def polygraphy_files(
     comparison, where `final` says that each path will be, and what Polygraphy's L2 comparator objects to."""
     llm = subject.model.llm
     feeds = llm_feeds(data.batches[0][:1, :REPEATED], llm) if llm is not None else data.feeds[0]
+    outputs, seconds = {}, {}
+    for form, runner in runners.items():
+        started = perf_counter()
+        outputs[form] = runner(feeds)
+        seconds[form] = perf_counter() - started
+    smallest = min(outputs.values(), key=lambda each: sum(value.size for value in each.values()))
+    if subject.logits == "last":  # what the command below will be given
+        smallest = {name: value[:, -1:] for name, value in smallest.items()}
     results = RunResults()
-    for form, each in runners.items():
-        results.add([dict(each.infer(feeds, check_inputs=False))], runtime=each.last_inference_time(), runner_name=form)
+    for form, each in outputs.items():
+        results.add([cut(each, smallest)], runtime=seconds[form], runner_name=form)
     save_json([dict(feeds)], str(folder / "inputs.json"))
     results.save(str(folder / "run_results.json"))
-    for form in set(runners) & {"twin"}:  # alone: the tool compares everything that it loads with one bound
+    for form in {"twin"} & set(runners):  # alone: the tool compares everything that it loads with one bound
         only = RunResults()
         only.append((form, results[form]))
         only.save(str(folder / TWIN))

@@ -1,4 +1,4 @@
-"""The ledger: for every linear layer, what its weights lost, what that does to its output, and how well it was lowered.
+"""For every linear layer: what its weights lost, what that does to its output, and how well it was lowered.
 
 The float model, the twin and the lowered graph run side by side, a layer at a time, on the same tokens. Weights stream
 and activations live only until their last use, so the model may be larger than memory.
@@ -6,6 +6,7 @@ and activations live only until their last use, so the model may be larger than 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ GAIN = 4e-3  # rounding is unbiased: over a whole layer the weights keep their s
 
 
 @dataclass(frozen=True)
-class Layer:
+class TwinLinear:
     """A linear of the twin, MatMul and bias, from tensor `x` to tensor `y`: named alike in every form of the graph."""
 
     path: str
@@ -44,7 +45,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerError:
     """One layer. Errors are relative L2 unless said otherwise; None where there is nothing to measure against.
 
     weight     of the weights                       steps    the largest error of a weight, in steps of its scale
@@ -70,8 +71,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Ledger:
-    rows: tuple[Row, ...]
+class LayerErrors:
+    rows: tuple[LayerError, ...]
     first_bad: Mapping[str, str]  # form of the model -> its first tensor that is not finite
 
     @property
@@ -80,24 +81,36 @@ class Ledger:
         return bad + [f"{row.layer}: {finding}" for row in self.rows for finding in row.findings]
 
 
-def layers_of(floating: gs.Graph | None, canonical: gs.Graph) -> list[Layer]:
+@dataclass(frozen=True, kw_only=True)
+class Graphs:
+    """The graphs of one model: the twin, what it came from, and what became of it, which computes in `dtype`.
+
+    Without `floating` (a checkpoint that is quantized already) only the lowering is measured.
+    """
+
+    canonical: gs.Graph
+    floating: gs.Graph | None = None
+    lowered: gs.Graph | None = None
+    dtype: np.dtype[np.generic] = np.dtype(np.float32)  # noqa: RUF009  (immutable)
+
+
+def layers_of(floating: gs.Graph | None, canonical: gs.Graph) -> list[TwinLinear]:
     """The linears of the twin, in its order; `floating` has the weights that they came from."""
     sources = {}
     for node in floating.nodes if floating is not None else ():
         if (found := linear(node)) is not None and not isinstance(found.rows, Missing):
             sources[node.name] = found.rows
     layers = []
+    quant: QuantTensor | None
     for node in canonical.nodes:
-        q, plain = quantized(node), linear(node)
-        if q is None and plain is None:
+        if (q := quantized(node)) is not None:
+            path, x, shape, quant = q.path, q.x.name, q.quant.shape, q.quant
+        elif (plain := linear(node)) is not None:
+            path, x, shape, quant = plain.path, plain.x.name, plain.shape, None
+        else:
             continue
-        path, x, shape, quant = (
-            (q.path, q.x.name, q.quant.shape, q.quant)
-            if q is not None
-            else (plain.path, plain.x.name, plain.shape, None)  # type: ignore[union-attr]
-        )
         y = with_bias(node.outputs[0], shape[0])
-        layers.append(Layer(path, x, y, shape, quant, sources.get(node.name)))
+        layers.append(TwinLinear(path, x, y, shape, quant, sources.get(node.name)))
     return layers
 
 
@@ -114,7 +127,7 @@ def with_bias(y: gs.Tensor, n: int) -> str:
 class Run:
     """An evaluation that keeps every layer's input and output until the last layer that needs it is done."""
 
-    def __init__(self, graph: gs.Graph, feeds: Mapping[str, Array], layers: list[Layer]) -> None:
+    def __init__(self, graph: gs.Graph, feeds: Mapping[str, Array], layers: list[TwinLinear]) -> None:
         self.uses = Counter(name for layer in layers for name in (layer.x, layer.y))
         self.evaluation = Evaluation(graph, feeds, keep=self.uses)
 
@@ -123,72 +136,48 @@ class Run:
         return self.evaluation.take(name) if not self.uses[name] else self.evaluation.peek(name)
 
 
-@dataclass(frozen=True)
-class Forms:
-    """The graphs of one model: the twin, what it came from, and what became of it, which computes in `dtype`.
-
-    Without `floating` (a checkpoint that is quantized already) only the lowering is measured.
-    """
-
-    canonical: gs.Graph
-    floating: gs.Graph | None = None
-    lowered: gs.Graph | None = None
-    dtype: np.dtype[np.generic] = np.dtype(np.float32)  # noqa: RUF009  (immutable)
-
-
-def ledger(forms: Forms, feeds: Mapping[str, Array]) -> Ledger:
+def measure_layers(graphs: Graphs, feeds: Mapping[str, Array]) -> LayerErrors:
     """One row a linear, on one batch."""
-    canonical, floating = forms.canonical, forms.floating
-    layers = layers_of(floating, canonical)
-    twin = Run(canonical, feeds, layers)
-    reference = Run(floating, feeds, layers) if floating is not None else None
-    rows = tuple(row_of(layer, forms, twin, reference) for layer in layers)
+    layers = layers_of(graphs.floating, graphs.canonical)
+    twin = Run(graphs.canonical, feeds, layers)
+    reference = Run(graphs.floating, feeds, layers) if graphs.floating is not None else None
+    rows = tuple(measure(layer, graphs, twin, reference) for layer in layers)
     runs = {"twin": twin} | ({"float": reference} if reference is not None else {})
-    return Ledger(rows, {form: run.evaluation.first_bad for form, run in runs.items() if run.evaluation.first_bad})
+    return LayerErrors(rows, {form: run.evaluation.first_bad for form, run in runs.items() if run.evaluation.first_bad})
 
 
-def row_of(layer: Layer, forms: Forms, twin: Run, reference: Run | None) -> Row:
+def measure(layer: TwinLinear, graphs: Graphs, twin: Run, reference: Run | None) -> LayerError:
     x, y = twin.value(layer.x), twin.value(layer.y)
-    added = piled_up = None
+    added = piled_up = weight = steps = gain = None
     if reference is not None:
         x_float, y_float = reference.value(layer.x), reference.value(layer.y)
-        piled_up = difference(y, y_float).relative_l2
-        added = (
-            difference(section(forms.canonical, layer, x_float), y_float).relative_l2
-            if layer.quant is not None
-            else 0.0
-        )
-    weight = steps = gain = None
+        piled_up, added = difference(y, y_float).relative_l2, 0.0
+        if layer.quant is not None:
+            added = difference(between(graphs.canonical, layer, x_float), y_float).relative_l2
     if layer.quant is not None and layer.rows is not None:
         weight, steps, gain = weight_errors(layer.quant, layer.rows)
-    findings = weight_findings(layer, steps, gain)
-    lowering = probe = None
-    arithmetic = ""
-    if forms.lowered is not None:
-        check = check_lowering(layer, forms.canonical, forms.lowered, forms.dtype, x, y)
-        lowering, probe, arithmetic = check.lowering, check.probe, check.bound.name
-        findings += check.findings()
-    n, k = layer.shape
-    stored = getattr(layer.rows, "dtype", np.dtype(np.float16))
-    before = n * k * stored.itemsize
-    return Row(
-        layer.path,
-        str(layer.quant) if layer.quant is not None else "float",
-        before,
-        quantized_bytes(layer.quant) if layer.quant is not None else before,
-        weight,
-        steps,
-        gain,
-        added,
-        piled_up,
-        lowering,
-        probe,
-        arithmetic,
-        tuple(findings),
+    check = None
+    if graphs.lowered is not None:
+        check = check_lowering(layer, graphs.canonical, graphs.lowered, graphs.dtype, x, y)
+    stored = math.prod(layer.shape) * getattr(layer.rows, "dtype", np.dtype(np.float16)).itemsize
+    return LayerError(
+        layer=layer.path,
+        quant=str(layer.quant) if layer.quant is not None else "float",
+        bytes_before=stored,
+        bytes_after=quantized_bytes(layer.quant) if layer.quant is not None else stored,
+        weight=weight,
+        steps=steps,
+        gain=gain,
+        added=added,
+        piled_up=piled_up,
+        lowering=check.lowering if check else None,
+        probe=check.probe if check else None,
+        arithmetic=check.bound.name if check else "",
+        findings=(*weight_findings(layer, steps, gain), *(check.findings() if check else ())),
     )
 
 
-def section(graph: gs.Graph, layer: Layer, x: Array) -> Array:
+def between(graph: gs.Graph, layer: TwinLinear, x: Array) -> Array:
     """What `graph` makes of `x` between the layer's input and its output."""
     return Evaluation(graph, {layer.x: x}).take(layer.y)
 
@@ -230,7 +219,7 @@ def aligned(rows: Source, quant: QuantTensor) -> Iterator[tuple[Array, Codes]]:
             codes, at = Codes(*(part[count:] for part in codes)), at + count
 
 
-def weight_findings(layer: Layer, steps: float | None, gain: float | None) -> list[str]:
+def weight_findings(layer: TwinLinear, steps: float | None, gain: float | None) -> list[str]:
     """InstantQuant's weights must be what rounding makes of the float ones; a search makes them smaller."""
     if layer.quant is None or steps is None or gain is None:
         return []
@@ -270,7 +259,7 @@ class Check:
 
 
 def check_lowering(
-    layer: Layer, canonical: gs.Graph, lowered: gs.Graph, dtype: np.dtype[np.generic], x: Array, y: Array
+    layer: TwinLinear, canonical: gs.Graph, lowered: gs.Graph, dtype: np.dtype[np.generic], x: Array, y: Array
 ) -> Check:
     """Both on the same inputs: the twin's real one, and one-hot probes that show the weights through any layout."""
     run = Evaluation(lowered, {layer.x: x})
@@ -283,11 +272,11 @@ def check_lowering(
     expected = y if seen is x and point == layer.y else Evaluation(canonical, {layer.x: seen}).take(point)
     got = run.take(point)
     hot = {layer.x: probes(layer)}
-    weights = element_error(Evaluation(lowered, hot).take(point), Evaluation(canonical, hot).take(point), bound.floor)
-    return Check(bound, difference(got, expected).channel, weights)
+    found, wanted = Evaluation(lowered, hot).take(point), Evaluation(canonical, hot).take(point)
+    return Check(bound, difference(got, expected).channel, element_error(found, wanted, bound.floor))
 
 
-def meeting_point(layer: Layer, canonical: gs.Graph, run: Evaluation) -> str | None:
+def meeting_point(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> str | None:
     """The layer's output; where a fusion swallowed it, the first tensor after it that both graphs make of x alone."""
     twin = Evaluation(canonical, {layer.x: run.values[layer.x]})
     tensors = canonical.tensors()
@@ -303,7 +292,7 @@ def meeting_point(layer: Layer, canonical: gs.Graph, run: Evaluation) -> str | N
     return None
 
 
-def probes(layer: Layer) -> Array:
+def probes(layer: TwinLinear) -> Array:
     """One-hot inputs [1, P, K]: every group of the weight is met at several k, the same ones every time."""
     k = layer.shape[1]
     group = layer.quant.group_size if layer.quant is not None else k

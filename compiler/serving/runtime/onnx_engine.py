@@ -83,6 +83,9 @@ class SharedEngine:
         for buffer in self.cache.values():
             buffer[target, :, :length] = buffer[source, :, :length]
 
+    def close(self) -> None:
+        del self.bindings, self.cache, self.session
+
 
 class ConcatEngine:
     """For models whose present is a longer copy of past (`--portable`): a step runs its rows one after the other."""
@@ -119,6 +122,9 @@ class ConcatEngine:
         """Row `target` becomes what `source` is."""
         del length
         self.caches[target] = self.caches[source]
+
+    def close(self) -> None:
+        del self.caches, self.empty, self.session
 
 
 ENGINES: dict[str, type[SharedEngine] | type[ConcatEngine]] = {"shared": SharedEngine, "concat": ConcatEngine}

@@ -1,4 +1,4 @@
-"""The ledger bites: every way to break one layer is found, and that layer is named, and no other."""
+"""The errors of layers bite: every way to break one layer is found, and that layer is named, and no other."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.ledger import Forms, Layer, aligned, layers_of, weight_errors, weight_findings
+from instantrt.compiler.accuracy.layer_errors import (
+    Graphs,
+    TwinLinear,
+    aligned,
+    layers_of,
+    weight_errors,
+    weight_findings,
+)
 from instantrt.passes.core.lazy import InMemory, Tile
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
-from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, fill, float_graph, forms
+from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, float_graph, graphs, measured
 
 MODES = {
     "a16w8 per channel": (8, K, "float", "exact"),
@@ -30,17 +37,17 @@ MODES = {
 }
 
 
-def make(mode: str) -> Forms:
+def make(mode: str) -> Graphs:
     bits, group, activations, preset = MODES[mode]
-    return forms(lambda graph: decisions(graph, bits, group, activations), preset)
+    return graphs(lambda graph: decisions(graph, bits, group, activations), preset)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_right_lowering_has_no_findings(mode: str) -> None:
-    filled = fill(make(mode))
-    assert filled.findings == []
-    assert [row.layer for row in filled.rows] == list(WEIGHTS)
-    for row in filled.rows:
+    found = measured(make(mode))
+    assert found.findings == []
+    assert [row.layer for row in found.rows] == list(WEIGHTS)
+    for row in found.rows:
         assert row.weight is not None
         assert 0 < row.added < 0.3
         assert row.lowering < 2e-3
@@ -54,9 +61,9 @@ def test_a_search_for_clips_has_no_findings() -> None:
             if isinstance(q, QuantTensor)
         }
 
-    filled = fill(forms(searched, "fast"))
-    assert filled.findings == []
-    assert min(row.gain or 0 for row in filled.rows) < 1 - 4e-3  # clipped: smaller than by rounding alone
+    found = measured(graphs(searched, "fast"))
+    assert found.findings == []
+    assert min(row.gain or 0 for row in found.rows) < 1 - 4e-3  # clipped: smaller than by rounding alone
 
 
 def scale_off(graph: gs.Graph) -> None:
@@ -114,7 +121,7 @@ def test_a_broken_artifact_is_found_and_its_layer_named(mutate: Callable[[gs.Gra
     form = make(mode)
     assert form.lowered is not None
     mutate(form.lowered)
-    findings = fill(form).findings
+    findings = measured(form).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
 
@@ -125,22 +132,22 @@ def test_a_weight_that_no_token_meets_is_checked_all_the_same() -> None:
     unmet[..., :16] = 0
     assert form.lowered is not None
     constant(form.lowered, "first.scales")[5, 0] *= 1.01
-    (finding,) = fill(form, {"x": unmet}).findings
+    (finding,) = measured(form, {"x": unmet}).findings
     assert finding.startswith("first: lowering error of the weights")
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32)])
 def test_a_plugin_runs_through_its_reference_and_a_wrong_scale_in_it_is_found(bits: int, group: int) -> None:
-    form = forms(lambda graph: decisions(graph, bits, group))
+    form = graphs(lambda graph: decisions(graph, bits, group))
     half = np.dtype(np.float16)
-    lowered = cast_compute_type(form.canonical.copy(), half, Ledger())
-    form = replace(form, lowered=run(lowered, [LowerWeightOnlyGemm(half)], Ledger()), dtype=half)
+    lowered = run(form.canonical.copy(), cast_compute_type(half), PassLog())
+    form = replace(form, lowered=run(lowered, [LowerWeightOnlyGemm(half)], PassLog()), dtype=half)
     assert [node.op for node in lowered.nodes].count("WeightOnlyGemm") == 2
-    assert fill(form).findings == []
+    assert measured(form).findings == []
     affine = next(n for n in lowered.nodes if n.op == "WeightOnlyGemm").inputs[2]
     affine.values = np.array(affine.values)
     affine.values[0, 10] *= np.float16(1.01)  # the scale of channel 5
-    findings = fill(form).findings
+    findings = measured(form).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
 
@@ -176,7 +183,7 @@ def test_a_wrong_quantizer_is_found_too(mistake: str, bits: int) -> None:
         wrong = Tampered(s.name, s.weight, s.bits, s.group_size, s.symmetric, s.scale_dtype, mistake)
         return table | {"first": replace(first, source=wrong)}
 
-    findings = fill(replace(forms(chosen), lowered=None)).findings
+    findings = measured(replace(graphs(chosen), lowered=None)).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
 
@@ -193,7 +200,7 @@ def test_a_rounded_scale_is_no_mistake(scale_type: type, bits: int, symmetric: b
         source = InstantQuant("w", InMemory(w), bits, 256, symmetric, dtype)
         quant = QuantTensor("w", source, w.shape, bits, 256, symmetric, dtype)
         _, steps, gain = weight_errors(quant, InMemory(w * np.float32(mistake)))
-        return weight_findings(Layer("w", "x", "y", w.shape, quant, InMemory(w)), steps, gain)
+        return weight_findings(TwinLinear("w", "x", "y", w.shape, quant, InMemory(w)), steps, gain)
 
     assert findings(1) == []
     assert findings(1.02)
@@ -205,10 +212,10 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     bias.values = np.where(np.arange(K) == 3, np.inf, bias.values).astype(np.float32)
     product = np.full(K, 3e38, np.float32)
     form.canonical.tensors()["first.bias"].values = product
-    filled = fill(form)
-    assert filled.first_bad["twin"] == "second.product"
-    assert "twin: tensor second.product is not finite" in filled.findings
-    assert "float" not in filled.first_bad
+    found = measured(form)
+    assert found.first_bad["twin"] == "second.product"
+    assert "twin: tensor second.product is not finite" in found.findings
+    assert "float" not in found.first_bad
 
 
 def test_layers_end_behind_their_bias() -> None:
@@ -240,11 +247,11 @@ def test_errors_of_a_weight_do_not_depend_on_its_tiles() -> None:
 
 def test_piled_up_error_includes_what_came_before() -> None:
     """With the first layer left float in the twin, the second one's two errors are the same; else they are not."""
-    rows = {row.layer: row for row in fill(make("a16w4 groups")).rows}
+    rows = {row.layer: row for row in measured(make("a16w4 groups")).rows}
     assert rows["first"].added == pytest.approx(rows["first"].piled_up)
     assert rows["second"].piled_up > 1.1 * rows["second"].added
     graph = float_graph()
     only = {path: q for path, q in decisions(graph, 4, 16).items() if path == "second"}
-    twin = pipeline.quantize(graph.copy(), only, Ledger())
-    second = fill(Forms(twin, graph)).rows[1]
+    twin = pipeline.quantize(graph.copy(), only, PassLog())
+    second = measured(Graphs(canonical=twin, floating=graph)).rows[1]
     assert second.added == pytest.approx(second.piled_up)

@@ -1,0 +1,94 @@
+"""`instantrt check DIR`: are the artifacts what was written, and can this machine load them? In words for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from instantrt.compiler.artifact.check import check_digests, inside
+from instantrt.compiler.artifact.manifest import MANIFEST, MODEL, Artifact, read_manifest
+from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
+from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.backend.tensorrt.header import Header
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
+
+
+def check(folder: Path) -> Iterator[str]:
+    """One line an artifact; the first thing that is wrong is a UserError.
+
+    Nothing is loaded before its digest and header were compared: an engine is code.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            "nothing that compile wrote is here",
+            where=str(folder),
+            expected=f"the folder that was given to compile as --out; it holds {MANIFEST}",
+            found="no such folder" if not folder.is_dir() else f"no {MANIFEST}",
+        )
+    for artifact in read_manifest(folder):
+        check_digests(folder, artifact)
+        verdict = check_engine(folder, artifact) if artifact.kind == "engine" else check_model(folder, artifact)
+        yield f"{artifact.target}: {len(artifact.digests)} files unchanged; {verdict}"
+
+
+def check_model(folder: Path, artifact: Artifact) -> str:
+    """Reads the graph of a model or kit, not its weights."""
+    path = inside(folder, artifact.path).with_name(MODEL)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        raise UserError("not an ONNX model", where=str(path), found=str(error)) from None
+    nodes = f"{len(model.graph.node)} nodes"
+    if artifact.kind != "kit":
+        return f"a model for ONNX Runtime ({nodes})"
+    releases = find_target(artifact.target).tensorrt
+    return (
+        f"a build kit ({nodes}); on a machine with an {artifact.target} GPU and TensorRT {releases}, "
+        f"finish it with: instantrt build {path.parent} -o {folder}"
+    )
+
+
+def check_engine(folder: Path, artifact: Artifact) -> str:
+    """Compares the engine's header with the manifest and this machine; loads it where that can work."""
+    path, engine = inside(folder, artifact.path), artifact.engine or {}
+    header = check_header(path, engine)
+    built = f"built by {PRODUCT[header.flavour]} {header.version} for sm{engine['sm']}"
+    if all(gpu.sm != engine["sm"] for gpu in gpus()):
+        return f"{built}; this machine has {describe()}, so it was not loaded"
+    check_runtime(header, path, compatible=bool(engine["options"].get("version_compatible")))
+    load(header.flavour, path, [inside(folder, name) for name in artifact.plugins])
+    return f"{built}; loaded on {describe()}"
+
+
+def check_header(path: Path, engine: Mapping[str, Any]) -> Header:
+    """The engine's header, which must be what the manifest says."""
+    header = read_header(path)
+    if header.flavour != engine["builder"] or header.version != engine["version"]:
+        raise UserError(
+            "the engine is not the one that the manifest describes",
+            where=str(path),
+            expected=f"{PRODUCT[engine['builder']]} {engine['version']}",
+            found=f"{PRODUCT[header.flavour]} {header.version}",
+        )
+    return header
+
+
+def check_runtime(header: Header, path: Path, *, compatible: bool) -> None:
+    """An engine runs on the release that built it, unless it was built to be compatible."""
+    try:
+        installed = importlib.metadata.version(header.flavour)
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed != header.version and not compatible:
+        raise UserError(
+            "the engine and the installed runtime differ",
+            where=str(path),
+            expected=f"{PRODUCT[header.flavour]} {header.version}",
+            found=installed,
+            fix=f"pip install {header.flavour.replace('_', '-')}=={header.version}, or build the engine again",
+        )

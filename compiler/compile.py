@@ -1,0 +1,121 @@
+"""compile_model(request): the one road from a checkpoint to artifacts, their reports and their Triton repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
+from instantrt.compiler.plan import Plan, plan
+from instantrt.compiler.request import Request, check_options
+from instantrt.compiler.serving.config import Served
+from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
+from instantrt.compiler.write import outline, stage_artifacts
+from instantrt.passes.core.errors import UserError
+
+if TYPE_CHECKING:
+    from instantrt.compiler.accuracy.data import Data
+    from instantrt.compiler.accuracy.verify import Verdict
+
+REPORT = "report"  # the folder in `request.out`
+
+
+class Watch:
+    """What may be seen of a compilation while it runs. Nothing here looks: override what you want to."""
+
+    def say(self, text: str) -> None:
+        """A stage begins."""
+
+    def planned(self, plan: Plan) -> None:
+        """Everything is decided, and nothing written."""
+
+    def writing(self, total: int) -> None:
+        """`total` bytes of weights will now be written."""
+
+    def progress(self, name: str, size: int) -> None:
+        """`size` more of them are, of the tensor `name`; or, with a size of 0, an engine's builder has got so far."""
+
+    def verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        """The artifacts were verified."""
+
+    def served(self, served: Sequence[Served]) -> None:
+        """The Triton repository was staged."""
+
+
+SILENT = Watch()
+
+
+class VerificationError(UserError):
+    """The artifacts are written, with a report for each, and a verdict did not pass. No repository was written."""
+
+    def __init__(self, artifacts: list[Artifact], verdicts: list[Verdict], triton: Path | None) -> None:
+        self.artifacts, self.verdicts = artifacts, verdicts
+        failed = [f"{verdict.target}: {first}" for verdict in verdicts for first in verdict.violations[:1]]
+        super().__init__(
+            "the artifacts are written, but they are not what they should be",
+            found="; ".join([*failed, *([f"{triton} is as it was"] if triton is not None else [])]),
+        )
+
+
+def compile_model(
+    request: Request, *, verify: bool = False, triton: Path | str | None = None, watch: Watch = SILENT
+) -> list[Artifact]:
+    """Compiles and writes `request.out`: `<target>/model.onnx`, model.engine or a build kit, and manifest.json.
+
+    verify   runs the artifacts against the float model: `report/<target>/` beside them, or a VerificationError
+    triton   folder for a Triton model repository of all that `request.out` then holds
+
+    Everything appears at once, and only when all of it is complete.
+    """
+    triton = Path(triton) if triton is not None else None
+    check_places(request, verify=verify, triton=triton)
+    planned = plan(request, watch.say)
+    watch.planned(planned)
+    targets = request.resolved_targets()
+    data = None
+    if verify:
+        from instantrt.compiler.accuracy.data import load_data
+
+        data = load_data(planned.model, request.text)
+    if triton is not None:
+        plan_repository([*artifacts_kept(request.out, targets), *(outline(request, planned, t) for t in targets)])
+    with Staging() as staging:
+        watch.writing(sum(planned.size(target) for target in planned.lowered))
+        artifacts = stage_artifacts(request, planned, staging, watch.progress)
+        verdicts = stage_reports(planned, request, artifacts, data, staging, watch) if data is not None else []
+        passed = all(verdict.passed for verdict in verdicts)
+        if triton is not None and passed:
+            watch.served(stage_repository(staging.staged(request.out), triton, staging))
+    if not passed:
+        raise VerificationError(artifacts, verdicts, triton)
+    return artifacts
+
+
+def check_places(request: Request, *, verify: bool = False, triton: Path | None = None) -> None:
+    """What a user can have wrong and is known at once: options without use, and folders that hold something else."""
+    check_options(request)
+    targets = request.resolved_targets()
+    check_out(request.out, targets, [request.model, *([triton] if triton is not None else [])])
+    if triton is not None:
+        check_folder(triton)
+    if verify:
+        from instantrt.compiler.accuracy.run import check_reports
+
+        check_reports(request.out / REPORT, targets)
+
+
+def stage_reports(
+    planned: Plan, request: Request, artifacts: list[Artifact], data: Data, staging: Staging, watch: Watch
+) -> list[Verdict]:
+    """Verifies the artifacts where they are staged, and leaves a report for each beside them."""
+    from instantrt.compiler.accuracy.forms import Budget
+    from instantrt.compiler.accuracy.run import check_artifacts
+
+    staged, folder = replace(request, out=staging.staged(request.out)), request.out / REPORT
+    budget = Budget(request.max_kl, request.max_ppl_increase)
+    verdicts = check_artifacts(planned, staged, artifacts, data, budget, folder, staging, say=watch.say)
+    watch.verdicts(verdicts)
+    return verdicts

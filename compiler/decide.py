@@ -1,0 +1,125 @@
+"""Request + checkpoint -> the one quantization that will happen, and what it makes of each layer.
+
+What does not fit, is impossible or would do nothing is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler import pipeline
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import FLOAT, QUANTIZED
+from instantrt.compiler.quant import instant, stored
+from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config
+from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.stored import Reader
+from instantrt.compiler.request import Request, refuse_idle
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.qdq.insert_qdq import Decisions
+
+
+def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
+    """(how to quantize, the reader of a quantized checkpoint). (None, None) leaves the model float."""
+    folder = model.folder
+    reader = find_reader(folder, model.config, model.tensors)
+    asked = asked_config(request, reader.method if reader is not None else "instant_quant")
+    if reader is None:
+        if asked is None and request.enable_quant:
+            raise UserError(
+                "quantization is enabled, but neither the request nor the checkpoint says how",
+                where=str(folder),
+                fix="--quant a16w8, or a quant_config",
+            )
+        if asked is not None and asked.quant_method != "instant_quant":
+            raise UserError(
+                f"quant_method {asked.quant_method}, but the checkpoint is not quantized",
+                where=str(folder),
+                fix="instant_quant",
+            )
+        if asked is None:
+            refuse_idle(request, QUANTIZED, str(folder), fix="--quant a16w8, or leave it out")
+        return asked, None
+    refuse_idle(request, FLOAT, str(folder))
+    return checkpoint_config(request, asked, reader, str(folder)), reader
+
+
+def asked_config(request: Request, method: str) -> QuantConfig | None:
+    """What the request says, group size and ignore patterns included; the short names mean the model's own method."""
+    if request.quant in (None, "none") and request.quant_config is None:
+        return None
+    short = {"quant_method": method, **SHORT.get(str(request.quant), {})}
+    raw: dict[str, Any] = dict(short if request.quant_config is None else request.quant_config)
+    if request.group_size is not None and raw.setdefault("group_size", request.group_size) != request.group_size:
+        raise UserError(
+            "group_size is said twice, and differs", expected=str(raw["group_size"]), found=str(request.group_size)
+        )
+    where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
+    parsed = parse_quant_config(raw, where)
+    if request.weight_only and parsed.activate_quant:
+        raise UserError("weight_only and activation quantization exclude each other", where=where)
+    return replace(parsed, ignore=(*parsed.ignore, *request.ignore))
+
+
+def own_config(reader: Reader, *, weight_only: bool = False) -> QuantConfig:
+    """How a quantized checkpoint runs when nothing else is asked for."""
+    compute = "activate_quant" if reader.activations == "int8" and not weight_only else "weight_only"
+    return QuantConfig(reader.method, "int8" if reader.bits == 8 else "uint4", reader.group_size, compute)
+
+
+def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reader, where: str) -> QuantConfig:
+    """A quantized checkpoint runs as it is; the request may only choose between float and int8 activations."""
+    own = own_config(reader, weight_only=request.weight_only)
+    if request.quant == "none" or request.enable_quant is False:
+        raise UserError("the checkpoint holds its weights only quantized", where=where, fix="leave quant out")
+    said = request.quant_config or {}
+    if asked is not None:
+        what = "the checkpoint is quantized already; quantizing its weights again would lose accuracy"
+        expect(asked.quant_method == reader.method, asked.quant_method, what, f"quant_method {reader.method}", where)
+        right = asked.weight_format == own.weight_format or not (request.quant or "weight_format" in said)
+        expect(right, asked.weight_format, "the checkpoint has weights of another width", own.weight_format, where)
+    for group_size in (request.group_size, said.get("group_size")):
+        right = group_size in (None, reader.group_size)
+        expect(right, group_size, "the checkpoint has another group_size", str(reader.group_size), where)
+    explicit = asked is not None and (request.quant is not None or "compute_method" in said)
+    compute = asked.compute_method if asked is not None and explicit else own.compute_method
+    return replace(own, compute_method=compute, ignore=request.ignore if asked is None else asked.ignore)
+
+
+def decide(
+    graph: gs.Graph,
+    model: FloatModel,
+    config: QuantConfig | None,
+    reader: stored.Reader | None,
+    request: Request,
+    scale_dtype: np.dtype[Any],
+) -> Decisions:
+    """How each linear is quantized, or why it is not."""
+    found = pipeline.linears(graph)
+    if config is None:
+        return {}
+    if not found:
+        raise UserError(
+            "the model has no linear layer to quantize",
+            expected="MatMul or Gemm by a constant float matrix",
+            fix="compile it without --quant",
+        )
+    for pattern in config.ignore:
+        if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
+            raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
+    if reader is not None:
+        constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
+        decisions = stored.decide(found, model.tensors, constants, reader, config)
+    else:
+        head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
+        decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
+    if not any(isinstance(d, QuantTensor) for d in decisions.values()):
+        reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
+        raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
+    return decisions

@@ -1,0 +1,319 @@
+"""A compiled artifact in this process: `LLM` generates text on the runtime that Triton is given, too.
+
+with LLM("build") as llm:
+    print(llm.generate("Once upon a time", max_tokens=32).text)
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from instantrt.compiler.artifact.check import check_digests, inside
+from instantrt.compiler.artifact.manifest import Artifact, find_artifact
+from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.check import check_header, check_runtime
+from instantrt.compiler.serving.config import KIT, parameters
+from instantrt.compiler.serving.runtime.opening import open_engine
+from instantrt.compiler.serving.runtime.sampling import Sampling
+from instantrt.compiler.serving.runtime.scheduler import (
+    Engine,
+    Failure,
+    Job,
+    RefusedError,
+    Scheduler,
+    SequenceLimits,
+)
+from instantrt.compiler.serving.runtime.text import Text
+from instantrt.passes.core.errors import UserError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Array = npt.NDArray[Any]
+Prompt = str | Sequence[Mapping[str, Any]]  # a text, or the messages of a chat: {"role": ..., "content": ...}
+MAX_TOKENS = 64
+
+
+class Options(TypedDict, total=False):
+    """How to go on from a prompt; what is left out changes nothing, and temperature 0 is greedy. See `Sampling`.
+
+    max_tokens   64 if not given; a sequence that reaches the artifact's length ends earlier
+    min_tokens   no end of text before so many
+    stop         texts that end the generation; they are not part of it
+    """
+
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated; `finish` is stop (end of text, or a stop text) or length."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+    prompt_tokens: int
+
+
+class Generation:
+    """A request on its way: an iterator over its text in pieces of whole characters, or all of it at once."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.text, self.finish = "", ""
+        self.tokens: list[int] = []
+        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None is the end
+        self.error: UserError | None = None
+        self.ended = self.gone = False
+
+    def __iter__(self) -> Iterator[str]:
+        """Whoever stops listening cancels the request."""
+        try:
+            while not self.ended:
+                piece = self.pieces.get()
+                self.ended = piece is None
+                if piece is not None:
+                    yield piece
+        finally:
+            self.cancel()
+        if self.error is not None:
+            raise self.error
+
+    def result(self) -> Completion:
+        """Waits for the end."""
+        for _ in self:
+            pass
+        return Completion(self.text, tuple(self.tokens), self.finish, self.prompt_tokens)
+
+    def cancel(self) -> None:
+        """Leaves the batch after the step in progress."""
+        self.gone = True
+
+    def piece(self, text: str, tokens: list[int], finish: str) -> None:
+        """From the scheduler, as what follows."""
+        self.text, self.tokens, self.finish = self.text + text, self.tokens + tokens, finish
+        if text:
+            self.pieces.put(text)
+        if finish:
+            self.pieces.put(None)
+
+    def fail(self, failure: Failure, message: str) -> None:
+        self.error = UserError(f"the request was not finished: {failure.value}", found=message)
+        self.pieces.put(None)
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+
+class LLM:
+    """A causal LM's artifact, on this CPU or on a GPU of this machine; its methods may be called from many threads.
+
+    Requests join the running batch and leave it by themselves. `start` loads the model (the first request does, too);
+    `stop` lets all requests finish and keeps the model for the next `start`; `release` frees its memory, for good.
+    A `with` block starts and releases.
+
+    target       which artifact, where `folder` holds several
+    max_batch    sequences that run together; if not given, as many as in Triton
+    max_length   tokens of one, prompt included; if not given, as many as the artifact can take
+    threads      CPU: 0 is one a core
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        target: str | None = None,
+        *,
+        max_batch: int | None = None,
+        max_length: int | None = None,
+        threads: int = 0,
+    ) -> None:
+        self.out = Path(folder)
+        self.artifact = find_artifact(self.out, target)
+        path = inside(self.out, self.artifact.path)
+        if self.artifact.llm is None or self.artifact.kind == "kit":
+            raise UserError(
+                "this generates no text",
+                where=str(path),
+                expected="a causal LM for a CPU, or its engine",
+                found=KIT if self.artifact.kind == "kit" else "another model: see load_artifact",
+            )
+        if not (path.parent / "tokenizer.json").is_file():
+            raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
+        self.model, self.text = path, Text(path.parent)
+        self.given = parameters(self.artifact) | {"threads": threads}
+        longest = self.artifact.limits.get("max_length") or self.artifact.llm["max_length"] or self.given["max_length"]
+        if max_length is not None and max_length > longest:
+            most = f"at most {longest}"
+            raise UserError("max_length is more than the artifact can take", expected=most, found=str(max_length))
+        try:
+            rows = self.given["max_batch"] if max_batch is None else max_batch
+            self.limits = SequenceLimits(rows, longest if max_length is None else max_length, sys.maxsize)
+        except ValueError as error:
+            raise UserError(f"max_batch or max_length: {error}") from None
+        self.engine: Engine | None = None
+        self.scheduler: Scheduler | None = None
+        self.state = "new"  # started, stopped, released
+        self.lock = threading.Lock()
+
+    def start(self) -> Self:
+        with self.lock:
+            self.check("released")
+            if self.state != "started":
+                self.engine = self.engine or self.load()
+                self.scheduler, self.state = Scheduler(self.engine, self.text, self.limits), "started"
+        return self
+
+    def stop(self) -> None:
+        """Takes no more requests, and returns when all are finished."""
+        with self.lock:
+            if self.scheduler is not None:
+                self.scheduler.close(finish=True)
+            self.scheduler, self.state = None, "released" if self.state == "released" else "stopped"
+
+    def release(self) -> None:
+        """Requests that still run fail; `stop` before it lets them finish."""
+        with self.lock:
+            if self.scheduler is not None:
+                self.scheduler.close()
+            if self.engine is not None:
+                self.engine.close()
+            self.scheduler, self.engine, self.state = None, None, "released"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.stop()
+        self.release()
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompt: Prompt, **options: Unpack[Options]
+    ) -> Completion: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
+        """What follows a text or a chat; of a list of them, all at once, in their order."""
+        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
+        running: list[Generation] = []
+        try:
+            for each in [prompt] if one else prompt:
+                running.append(self.submit(each, **options))  # type: ignore[arg-type]  # it is a Prompt now
+            found = [generation.result() for generation in running]
+        except BaseException:
+            for generation in running:
+                generation.cancel()
+            raise
+        return found[0] if one else found
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+        """The text that follows, in pieces of whole characters as they come."""
+        return iter(self.submit(prompt, **options))
+
+    def submit(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """Queues a request and returns at once."""
+        if self.state == "new":
+            self.start()
+        given: dict[str, Any] = dict(options)
+        max_tokens, min_tokens = given.pop("max_tokens", MAX_TOKENS), given.pop("min_tokens", 0)
+        stop = given.pop("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(word for word in stop if word)
+        try:
+            ids = self.encode(prompt)
+            room = self.limits.length - len(ids)
+            if room < 1:
+                most = f"at most {self.limits.length - 1} tokens"
+                raise UserError("the prompt is too long", expected=most, found=str(len(ids)))
+            job = Job(tuple(ids), min(max_tokens, room), min_tokens, Sampling(**given), stop)
+            reply = Generation(len(ids))
+            with self.lock:
+                self.check("stopped", "released")
+                assert self.scheduler is not None
+                self.scheduler.submit(job, reply)
+        except (RefusedError, ValueError) as error:
+            raise UserError(str(error)) from None
+        return reply
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a text, or of a chat in the model's own form."""
+        return self.text.encode(prompt) if isinstance(prompt, str) else self.text.chat(json.dumps(list(prompt)))
+
+    def check(self, *states: str) -> None:
+        if self.state in states:
+            fix = "call start()" if self.state == "stopped" else "make another LLM"
+            raise UserError(f"the model was {self.state}", where=str(self.model), fix=fix)
+
+    def load(self) -> Engine:
+        """The model in memory. Engines and plugins are code: nothing of theirs is loaded before it was checked."""
+        ordinal, engine = 0, self.artifact.engine
+        if engine is not None:
+            fitting = [ordinal for ordinal, gpu in enumerate(gpus()) if gpu.sm == engine["sm"]]
+            if not fitting:
+                raise UserError(
+                    f"the engine was built for sm{engine['sm']}",
+                    where=str(self.model),
+                    found=f"this machine: {describe()}",
+                )
+            ordinal = fitting[0]
+            check_digests(self.out, self.artifact)
+            check_runtime(check_header(self.model, engine), self.model, compatible=False)
+        libraries = [inside(self.out, name) for name in self.artifact.plugins]
+        how = {name: self.given[name] for name in ("runtime", "cache", "threads")}
+        try:
+            return open_engine(self.model, libraries, self.limits, gpu=ordinal, **how)
+        except (RuntimeError, MemoryError) as error:
+            fix = "a smaller max_batch or max_length" if isinstance(error, MemoryError) else ""
+            raise UserError("the model cannot be loaded", where=str(self.model), found=str(error), fix=fix) from None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for ONNX Runtime that is called with its inputs by name, and returns its outputs by name."""
+
+    artifact: Artifact
+    session: ort.InferenceSession
+
+    def __call__(self, **feeds: Array) -> dict[str, Array]:
+        names = [spec.name for spec in self.artifact.outputs]
+        given = {name: np.asarray(value) for name, value in feeds.items()}
+        return dict(zip(names, self.session.run(names, given), strict=True))
+
+
+def load_artifact(folder: Path | str, target: str | None = None, *, threads: int = 0) -> LoadedModel:
+    """The artifact for a CPU in `folder`, an encoder's or any other model's, after its files were compared."""
+    out = Path(folder)
+    artifact = find_artifact(out, target)
+    if artifact.kind != "onnx":
+        raise UserError(
+            "not a model for ONNX Runtime",
+            where=str(out / artifact.path),
+            found=artifact.kind,
+            fix="LLM runs a causal LM's engine, Triton any engine",
+        )
+    from instantrt.compiler.serving.runtime.onnx_engine import open_session
+
+    check_digests(out, artifact)
+    return LoadedModel(artifact, open_session(inside(out, artifact.path), threads))

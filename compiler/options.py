@@ -1,0 +1,204 @@
+"""Every option of a compilation, written once: name, type, default, help, what needs it, and what it becomes.
+
+A group is a dataclass whose fields are made by `option`. `Request` is all groups together; the command line makes its
+options of them (tools/cli/options.py); `EngineOptions` alone goes to the process that builds an engine and into kits.
+To add an option is to add a field here, and to read it where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from instantrt.compiler.quant.config import Quant
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.ort import Preset
+
+Builder = Literal["auto", "tensorrt-rtx", "tensorrt", "kit"]
+HeadFormat = Literal["float", "int8"]
+TableFormat = Literal["stored", "int8"]
+Logits = Literal["last", "all"]
+KvCache = Literal["concat", "in-place"]
+
+# What a compilation may lack. An option that needs it says nothing without: that is an error.
+CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
+
+T = TypeVar("T")
+Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what does
+ABOVE_ZERO: Rule = (lambda value: value > 0, "a number above 0")
+LEVELS: Rule = (lambda value: 0 <= value <= 5, "0 to 5")
+MIB: Rule = (lambda value: 1 <= value < 1 << 20, "MiB, 1 to 1048575")  # not bytes
+
+
+@dataclass(frozen=True)
+class Option:
+    """What there is to know of a field besides its name, type and default.
+
+    needs     all that a compilation must have
+    rule      what a value that is not None has to fulfil
+    trtexec   the word for TensorRT's own tool, with {} for the value; "" where it has none
+    flag      the member of TensorRT's BuilderFlag that it sets
+    line      its type on the command line, where that is another
+    """
+
+    help: str
+    needs: tuple[str, ...] = ()
+    rule: Rule | None = None
+    trtexec: str = ""
+    flag: str = ""
+    line: Any = None
+
+
+def option(
+    default: T, help: str, *needs: str, rule: Rule | None = None, trtexec: str = "", flag: str = "", line: Any = None
+) -> T:
+    """A field of a group."""
+    return field(default=default, metadata={"option": Option(help, needs, rule, trtexec, flag, line)})
+
+
+def options_of(group: Any) -> Iterator[tuple[Field[Any], Option]]:
+    """The fields of a group, or of a value of one, that are options; others are said in Python and JSON alone."""
+    return ((f, f.metadata["option"]) for f in fields(group) if f.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How weights become integers."""
+
+    quant: Quant | None = option(None, "what to quantize to; else what the checkpoint is, float or quantized")
+    group_size: int | None = option(None, "consecutive inputs that share a scale; -1 per channel", QUANTIZED)
+    weight_only: bool = option(False, "8-bit GPTQ checkpoints run as A16W8 instead of A8W8", QUANTIZED)
+    enable_quant: bool | None = None  # the spec's switch; None: as the other fields say
+    quant_config: Mapping[str, Any] | None = option(None, "JSON file with the spec's keys", line=Path)
+    ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
+    lm_head: HeadFormat = option("float", "the head of a float checkpoint", QUANTIZED, FLOAT)
+    embeddings: TableFormat = option("stored", "the table of embeddings; stored: as in the checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuArtifacts:
+    """What ONNX Runtime is to run."""
+
+    cpu_preset: Preset = option("exact", "16-bit activations: exact keeps 14 bits of each token or block, fast 8", CPU)
+    portable: bool = option(False, "standard ONNX attention instead of ONNX Runtime's GroupQueryAttention", CPU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """How a checkpoint may be read."""
+
+    trust_remote_code: bool = option(False, "run the model's own Python")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """Who builds engines, and what they accept."""
+
+    builder: Builder = option("auto", "who builds; kit: what a GPU machine needs to finish the build", GPU)
+    max_batch: int = option(1, "sequences that run together", GPU)
+    max_length: int | None = option(None, "tokens of a sequence, cache included; else 2048, or what the model can", GPU)
+    opt_length: int | None = option(None, "the length to tune for; else 512, or the longest", GPU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """What a causal LM's artifact takes and gives."""
+
+    logits: Logits = option("last", "of each sequence's last token, or of all tokens")
+    kv_cache: KvCache = option(
+        "concat", "present is a longer copy of past, or both are one buffer of the longest length", GPU
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a user may ask of TensorRT's builder. None, False and "" leave its own default."""
+
+    memory_limit: int | None = option(
+        None, "MiB of scratch memory", GPU, rule=MIB, trtexec="--memPoolSize=workspace:{}"
+    )
+    optimization_level: int | None = option(None, "0 to 5", GPU, rule=LEVELS, trtexec="--builderOptimizationLevel={}")
+    weight_streaming: bool = option(
+        False, "weights may stay on the host", GPU, trtexec="--allowWeightStreaming", flag="WEIGHT_STREAMING"
+    )
+    version_compatible: bool = option(
+        False, "for newer TensorRT too", GPU, trtexec="--versionCompatible", flag="VERSION_COMPATIBLE"
+    )
+    hardware_compatible: str = option(
+        "", "for other GPUs too: ampere_plus, say", GPU, trtexec="--hardwareCompatibilityLevel={}"
+    )
+    timing_cache: Path | None = option(None, "file of timings that builds share", GPU)
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+    @property
+    def asked(self) -> list[tuple[Option, Any]]:
+        """What is not left to the builder, each with its value."""
+        return [(o, value) for f, o in options_of(self) if (value := getattr(self, f.name)) != f.default]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugins:
+    """Our own kernels in engines."""
+
+    plugin: Path | None = option(
+        None, "plugin library that runs weight-only linears, exact zero points; auto: the installed one", GPU
+    )
+    plugin_rounding: bool = option(
+        False, "with a plugin: many rows may use weights rounded to 16 bits, for cuBLASLt; takes memory", GPU
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What quantization may cost: worst layers get finer formats until it does not cost more."""
+
+    max_kl: float | None = option(
+        None,
+        "bound on the mean KL to the float model's next token, in nats",
+        QUANTIZED,
+        rule=ABOVE_ZERO,
+    )
+    max_ppl_increase: float | None = option(
+        None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
+    )
+    text: Path | None = option(None, "text in UTF-8 to measure on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """For who wants to see what happens."""
+
+    dump_passes: Path | None = option(None, "folder for the graph after each pass that changed it, as text")
+
+
+def settle(options: Any) -> None:
+    """Makes paths and tuples of strings, and refuses values that do not exist: the `__post_init__` of a group."""
+    for name, types in types_of(options.__class__).items():
+        value = getattr(options, name)
+        if Path in types and value is not None:
+            object.__setattr__(options, name, Path(value))
+        if tuple[str, ...] in types:
+            object.__setattr__(options, name, (value,) if isinstance(value, str) else tuple(value))
+        choices = [choice for each in types if get_origin(each) is Literal for choice in get_args(each)]
+        if choices and value not in choices and not (value is None and type(None) in types):
+            raise UserError(f"{name} has no such value", expected=" or ".join(choices), found=repr(value))
+    for f, about in options_of(options):
+        value = getattr(options, f.name)
+        if about.rule is not None and value is not None and not about.rule[0](value):
+            raise UserError(f"{f.name} is out of range", expected=about.rule[1], found=str(value))
+
+
+@cache
+def types_of(group: type) -> Mapping[str, tuple[Any, ...]]:
+    """Field -> the types that its value may have."""
+    hints = get_type_hints(group)
+    return {
+        f.name: get_args(hint) if get_origin(hint := hints[f.name]) in (Union, UnionType) else (hint,)
+        for f in fields(group)
+    }

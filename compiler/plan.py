@@ -1,0 +1,162 @@
+"""plan(request): what a compilation will write, decided before a byte is: formats, graphs, who builds each engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler import pipeline
+from instantrt.compiler.backend.onnx_writer import layout
+from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
+from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.decide import decide, resolve
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.support import check_supported
+from instantrt.compiler.target import Backend, find_target
+from instantrt.passes.core.dump import Dump
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.qdq.insert_qdq import Decisions
+from instantrt.passes.tensorrt.explicit_scales import documented
+
+if TYPE_CHECKING:
+    from instantrt.compiler.accuracy.budget import Raised
+
+FLOAT32 = np.dtype(np.float32)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against."""
+
+    decisions: Decisions
+    canonical: gs.Graph
+    raised: Raised | None = None
+
+    @property
+    def quantized(self) -> Mapping[str, QuantTensor]:
+        return {path: q for path, q in self.decisions.items() if isinstance(q, QuantTensor)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, decided before a byte is: for each target a twin and a lowered graph, and the log.
+
+    `model.graph` stays the normalized float graph. Targets may share a twin, and a lowered graph. `builders` and
+    `types` say who builds each engine and in which type it computes, `limits` what all accept; `notes` are what the
+    user should know.
+    """
+
+    model: FloatModel
+    twins: Mapping[str, Twin]
+    lowered: Mapping[str, gs.Graph]
+    log: PassLog
+    builders: Mapping[str, Choice] = field(default_factory=dict)
+    types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def each_twin(self) -> list[Twin]:
+        """Every twin once."""
+        return list({id(twin): twin for twin in self.twins.values()}.values())
+
+    def size(self, target: str) -> int:
+        """Bytes of the artifact's weights, laid out as they will be; the graph stays as it is."""
+        return layout(self.lowered[target])[1]
+
+
+def plan(request: Request, say: Say = lambda text: None) -> Plan:
+    """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
+    say(f"reading {request.model}")
+    model = load(request.model, trust_remote_code=request.trust_remote_code)
+    config, reader = resolve(request, model)
+    check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
+    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
+    graph = pipeline.normalize(model.graph, log)
+    gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
+    types = {target.name: compute_type(target, model.types) for target in gpu_targets}
+    say("deciding how to quantize")
+    # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
+    # What a checkpoint stores, it stores for all.
+    made: dict[np.dtype[Any] | None, Twin] = {}
+    twins: dict[str, Twin] = {}
+    for target in request.resolved_targets():
+        dtype = types.get(target.name, FLOAT32)
+        key = dtype if reader is None and config is not None else None
+        if key not in made:
+            decisions = decide(graph, model, config, reader, request, dtype)
+            made[key] = make_twin(graph, model, decisions, request, log, say)
+        twins[target.name] = made[key]
+    limits = engine_limits(request, model)
+    lowered = lower(twins, model, types, request, log)
+    options = request.engine_options()
+    builders = {
+        t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
+        for t in gpu_targets
+    }
+    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    return Plan(model, twins, lowered, log, builders, types, limits, notes)
+
+
+def engine_limits(request: Request, model: FloatModel) -> EngineLimits:
+    return request.engine_limits(model.llm.max_length if model.llm else 0)
+
+
+def make_twin(
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, log: PassLog, say: Say
+) -> Twin:
+    raised = None
+    if request.layers or request.has_budget:
+        from instantrt.compiler.accuracy.budget import within_budget
+
+        decisions, raised = within_budget(graph, model, decisions, request, say)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
+
+
+def lower(
+    twins: Mapping[str, Twin],
+    model: FloatModel,
+    types: Mapping[str, np.dtype[Any]],
+    request: Request,
+    log: PassLog,
+) -> dict[str, gs.Graph]:
+    """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
+    lowered: dict[str, gs.Graph] = {}
+    shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
+    limits = engine_limits(request, model)
+    for target in request.resolved_targets():
+        dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
+        if dtype is None:
+            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log)
+        else:
+            any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
+            key = (dtype, target.whole_operators, target.rtx or any_builder)
+            if key not in shared:
+                shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, log)
+            lowered[target.name] = shared[key]
+    return lowered
+
+
+def engine_notes(
+    model: FloatModel, builders: Mapping[str, Choice], types: Mapping[str, np.dtype[Any]]
+) -> tuple[str, ...]:
+    bfloat16 = compute_type(find_target("sm80"), model.types) != np.float16
+    kits = [
+        f"{name}: a build kit for TensorRT {find_target(name).tensorrt}, because {c.reason}"
+        for name, c in builders.items()
+        if c.flavour is None
+    ]
+    narrow = [
+        f"{name}: computes in float16, the checkpoint is bfloat16: this GPU has none"
+        for name, dtype in types.items()
+        if bfloat16 and dtype == np.float16
+    ]
+    return (*kits, *narrow)

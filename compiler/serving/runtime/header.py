@@ -1,0 +1,1 @@
+../../backend/tensorrt/header.py

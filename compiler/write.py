@@ -1,0 +1,178 @@
+"""What was planned, written: OUT/<target>/ with an ONNX model, an engine or a kit, and the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler.artifact.digest import digests_of, sha256
+from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, TensorSpec, write_manifest
+from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
+from instantrt.compiler.backend.onnx_writer import Progress, write_model
+from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_engine, quantized_linears, timing_cache
+from instantrt.compiler.backend.tensorrt.kit import write_kit
+from instantrt.compiler.backend.tensorrt.profiles import profiles
+from instantrt.compiler.plan import Plan, Twin
+from instantrt.compiler.request import PATHS, Request
+from instantrt.compiler.target import Target
+from instantrt.passes.core.errors import UserError
+
+
+def write_planned(request: Request, planned: Plan, progress: Progress = lambda name, size: None) -> list[Artifact]:
+    """Writes `request.out`; all of it appears at once."""
+    with Staging() as staging:
+        return stage_artifacts(request, planned, staging, progress)
+
+
+def stage_artifacts(request: Request, planned: Plan, staging: Staging, progress: Progress) -> list[Artifact]:
+    """Writes what `request.out` will be: a folder for each target, links to what stays, the manifest of all."""
+    targets = request.resolved_targets()
+    check_out(request.out, targets, [request.model])
+    out = staging.staged(request.out)
+    with Writer(request, planned, out, progress) as writer:
+        artifacts = [writer.write(target) for target in targets]
+    kept = artifacts_kept(request.out, targets)
+    for artifact in kept:
+        (out / artifact.target).symlink_to(request.out.absolute() / artifact.target)
+    write_manifest(out, [*kept, *artifacts])
+    return artifacts
+
+
+class Writer:
+    """Writes the targets of one plan into `out`.
+
+    What targets share is made once: the digests of the model's files, and a lowered graph on disk that engines are
+    built from and kits hold; the latter is gone at the end.
+    """
+
+    def __init__(self, request: Request, planned: Plan, out: Path, progress: Progress) -> None:
+        self.request, self.planned, self.out, self.progress = request, planned, out, progress
+        self.lowered: dict[int, Path] = {}  # id of a graph -> the folder that its files lie in
+        self.inputs = hashed_meanwhile(planned.model.files)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for folder in self.lowered.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write(self, target: Target) -> Artifact:
+        """Writes <target>/, which holds model.onnx, model.engine or a build kit."""
+        artifact, graph = outline(self.request, self.planned, target), self.planned.lowered[target.name]
+        folder = new_folder(self.out, target, self.planned.model.folder)
+        if artifact.kind == "onnx":
+            write_model(graph, folder / MODEL, self.progress)
+            return self.complete(artifact, folder)
+        library = self.request.library(target)
+        libraries = () if library is None else (Path(shutil.copy(library, folder)),)
+        settings = EngineSettings(
+            target=target,
+            precision=self.planned.types[target.name].name,
+            profiles=profiles(graph.inputs, self.planned.limits, llm=self.planned.model.llm is not None),
+            options=self.request.engine_options(),
+            plugins=libraries,
+            linears=quantized_linears(graph),
+        )
+        flavour = self.planned.builders[target.name].flavour
+        if flavour is not None:
+            timings = self.request.timing_cache or timing_cache(self.request.out, target)
+            onnx = self.lowered_files(graph) / MODEL
+            engine = build_engine(flavour, settings, onnx, folder, timings, lambda text: self.progress(text, 0))
+            return self.complete(replace(artifact, engine=engine), folder)
+        for file in self.lowered_files(graph).iterdir():
+            os.link(file, folder / file.name)  # no second copy of their bytes
+        artifact = self.complete(artifact, folder)
+        write_kit(folder, settings, artifact)
+        return replace(
+            artifact, digests=dict(sorted({**artifact.digests, artifact.path: sha256(folder / KIT)}.items()))
+        )
+
+    def complete(self, artifact: Artifact, folder: Path) -> Artifact:
+        """The artifact with what is known once its files are there."""
+        return replace(artifact, digests=digests_of(folder), source={**artifact.source, "files": self.inputs()})
+
+    def lowered_files(self, graph: gs.Graph) -> Path:
+        """The folder with the model file of `graph` and its data, written once for all targets that share it."""
+        if id(graph) not in self.lowered:
+            folder = self.lowered[id(graph)] = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
+            write_model(graph, folder / MODEL, self.progress)
+        return self.lowered[id(graph)]
+
+
+def outline(request: Request, planned: Plan, target: Target) -> Artifact:
+    """The artifact as far as the plan knows it."""
+    graph, twin, choice = planned.lowered[target.name], planned.twins[target.name], planned.builders.get(target.name)
+    kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
+    llm, library = planned.model.llm, request.library(target)
+    limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
+    if choice is not None:
+        limits |= asdict(planned.limits)
+    return Artifact(
+        target=target.name,
+        kind=kind,
+        path=f"{target.name}/{file}",
+        inputs=specs(graph.inputs),
+        outputs=specs(graph.outputs),
+        quant={path: str(q) for path, q in twin.quantized.items()},
+        llm=asdict(llm) if llm else None,
+        digests={},
+        source=source(request, twin),
+        limits=limits,
+        plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
+        engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
+    )
+
+
+def hashed_meanwhile(files: Iterable[Path]) -> Callable[[], Mapping[str, str]]:
+    """Hashes `files` in a thread that no exit waits for; what is returned waits for their names and digests."""
+    found: Future[Mapping[str, str]] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result({path.name: sha256(path) for path in files})
+        except OSError as error:
+            found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
+        except BaseException as error:  # whoever waits must hear of it
+            found.set_exception(error)
+
+    Thread(target=work, name="digests of the inputs", daemon=True).start()
+    return found.result
+
+
+def cache_kind(graph: gs.Graph) -> str:
+    """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy."""
+    present = [t for t in graph.outputs if t.name.startswith("present.")]
+    in_place = all(t.inputs and t.inputs[0].op in ("GroupQueryAttention", "TensorScatter") for t in present)
+    return "shared" if in_place else "concat"
+
+
+def logits_kind(graph: gs.Graph) -> str:
+    """`last`: of each sequence's last new token; `all`: of every new token."""
+    (logits,) = (t for t in graph.outputs if t.name == "logits")
+    return "last" if logits.shape[1] == 1 else "all"
+
+
+def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(t.name, np.dtype(t.dtype).name, tuple(t.shape)) for t in tensors)
+
+
+def source(request: Request, twin: Twin) -> dict[str, Any]:
+    """What an artifact is made of: the model's name and the request.
+
+    No path of this machine is in it: the same input gives the same bytes anywhere. A budget is the formats it chose.
+    """
+    layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
+    asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
+    said = {key: value for key, value in asked.items() if key not in ("targets", *PATHS)}
+    return {"model": request.model_name, "request": said}

@@ -1,0 +1,5 @@
+"""`python -m instantrt` is the command `instantrt`."""
+
+from instantrt.tools.cli.app import main
+
+main()

@@ -1,0 +1,34 @@
+// A kernel configuration: one row of a library's table.
+#pragma once
+
+#include <cstdint>
+
+namespace wog {
+
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kVolta };
+
+struct Row {
+    char const* name;
+    Kernel kernel;
+    int activation_bits;   // that it takes; 0: any
+    int warps_n, warps_k;  // warps_k of them share their n and divide K
+    int strips;            // of 16 n that a warp owns
+    int columns;           // of 8 m
+    int stages[2];         // steps of weights on their way, for codes of 4 and 8 bits
+    int resident;          // blocks that must fit a multiprocessor together: bounds the registers
+    int64_t max_m;
+    int min_sm, max_sm;
+    int64_t min_m = 0;     // not chosen up to it; may be pinned there
+    int cluster = 1;       // blocks side by side in n that share what they load of x
+    int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
+    bool whole_k = false;  // takes only groups that are all of K
+
+    constexpr int block_n() const { return warps_n * strips * 16; }
+    constexpr int block_m() const { return columns * 8; }
+    constexpr int threads() const { return (warps_n * warps_k + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
+};
+
+constexpr int64_t kAny = int64_t(1) << 40;
+constexpr int kNewest = 999;
+
+}  // namespace wog

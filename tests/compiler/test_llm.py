@@ -1,0 +1,204 @@
+"""LLM on ONNX Runtime: what it generates alone, streamed, in batches that others join and leave; start to release."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instantrt import LLM, load_artifact
+from instantrt.compiler.llm import Completion
+from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
+from instantrt.compiler.serving.runtime.text import Text
+from instantrt.passes.core.errors import UserError
+from tests.conftest import TINY
+
+PROMPTS = ("Once upon a time", "The list of", "In the history of", "def main(", "The server é", "When 水 the water")
+LENGTHS = (40, 7, 23, 31, 1, 16)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_compiled: Path) -> list[list[int]]:
+    """The tokens of each prompt, by the engine alone, a row at a time; 0 is the end of text."""
+    engine, text, found = SharedEngine(tiny_compiled / "x86" / "model.onnx", 1, 256), Text(TINY), []
+    for prompt, count in zip(PROMPTS, LENGTHS, strict=True):
+        tokens: list[int] = []
+        step, done = text.encode(prompt), 0
+        while len(tokens) < count:
+            logits = engine.prefill(0, np.array(step), done)
+            done, step = done + len(step), [int(logits[1:].argmax()) + 1]
+            tokens += step
+        found.append(tokens)
+    return found
+
+
+def exactly(llm: LLM, which: int) -> Completion:
+    return llm.submit(PROMPTS[which], max_tokens=LENGTHS[which], min_tokens=LENGTHS[which]).result()
+
+
+def test_alone_and_in_a_batch(tiny_compiled: Path, expected: list[list[int]]) -> None:
+    with LLM(tiny_compiled) as llm:
+        alone = [exactly(llm, i) for i in range(len(PROMPTS))]
+        batch = llm.generate(PROMPTS[:3], max_tokens=7, min_tokens=7)
+    assert [list(each.tokens) for each in alone] == expected
+    assert [each.finish for each in alone] == ["length"] * len(PROMPTS)
+    assert [list(each.tokens) for each in batch] == [tokens[:7] for tokens in expected[:3]]
+    assert alone[0].prompt_tokens == 6
+
+
+def test_pieces_are_whole_characters_and_make_the_text(tiny_compiled: Path) -> None:
+    with LLM(tiny_compiled) as llm:
+        whole = llm.generate(PROMPTS[5], max_tokens=60, min_tokens=60)
+        pieces = list(llm.stream(PROMPTS[5], max_tokens=60, min_tokens=60))
+        assert len(pieces) > 10
+        assert "".join(pieces) == whole.text
+        cut = llm.generate(PROMPTS[0], stop="e of the in")
+        assert (cut.text, cut.finish) == (" the current tim", "stop")
+        seeded = [llm.generate("The list of", temperature=1.0, top_p=0.9, seed=seed).tokens for seed in (1, 2, 1)]
+        assert seeded[0] == seeded[2] != seeded[1]
+        chat = [{"role": "user", "content": "Hello"}]
+        rendered = llm.text.render(json.dumps(chat))
+        assert llm.generate(chat, max_tokens=12).tokens == llm.generate([rendered], max_tokens=12)[0].tokens
+
+
+def test_requests_join_and_leave_from_many_threads(tiny_compiled: Path, expected: list[list[int]]) -> None:
+    """More than there are rows, each a little later than the one before; some listeners go away in the middle."""
+    found: dict[int, list[int]] = {}
+
+    def ask(llm: LLM, at: int) -> None:
+        time.sleep(0.01 * at)
+        if at % 4 == 3:
+            for piece in llm.stream("The server", max_tokens=900, min_tokens=900):
+                assert piece
+                return
+        found[at] = list(exactly(llm, at % len(PROMPTS)).tokens)
+
+    with LLM(tiny_compiled, max_batch=3) as llm:
+        threads = [threading.Thread(target=ask, args=(llm, at)) for at in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert llm.scheduler is not None
+        deadline = time.monotonic() + 20
+        while llm.scheduler.busy() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not llm.scheduler.busy()  # who stopped listening has left
+    assert found == {at: expected[at % len(PROMPTS)] for at in range(24) if at % 4 != 3}
+
+
+def test_stop_lets_what_runs_finish_and_start_goes_on(tiny_compiled: Path) -> None:
+    llm = LLM(tiny_compiled, max_batch=2)
+    running = [llm.submit("The server", max_tokens=100, min_tokens=100) for _ in range(5)]
+    engine = llm.engine
+    llm.stop()
+    assert [len(each.result().tokens) for each in running] == [100] * 5
+    with pytest.raises(UserError, match=r"the model was stopped\n(.|\n)*call start\(\)"):
+        llm.generate("a")
+    assert llm.start().generate("The list of", max_tokens=3).tokens
+    assert llm.engine is engine
+    llm.release()
+
+
+def test_release_frees_and_later_use_is_refused(tiny_compiled: Path) -> None:
+    llm = LLM(tiny_compiled).start()
+    assert isinstance(llm.engine, SharedEngine)
+    held = [weakref.ref(each) for each in (llm.engine, llm.engine.session, *llm.engine.cache.values())]
+    long = llm.submit("The server", max_tokens=900, min_tokens=900)
+    next(iter(long))
+    llm.release()
+    with pytest.raises(UserError, match="not finished"):
+        long.result()
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+    for use in (lambda: llm.generate("a"), llm.start, lambda: llm.stream("a"), llm.__enter__):
+        with pytest.raises(UserError, match=r"the model was released\n(.|\n)*make another LLM"):
+            use()
+    llm.release()
+    llm.stop()
+
+
+def test_an_error_inside_with_does_not_wait_for_others(tiny_compiled: Path) -> None:
+    llm = LLM(tiny_compiled)
+    long = llm.submit("The server", max_tokens=900, min_tokens=900)
+    with pytest.raises(ZeroDivisionError), llm:
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="unloaded"):
+        long.result()
+
+
+def test_limits_and_options_are_refused_in_words(tiny_compiled: Path) -> None:
+    with LLM(tiny_compiled, max_length=64) as llm:
+        assert len(llm.generate("The list of", max_tokens=1000, min_tokens=1000).tokens) == 64 - len(
+            llm.encode("The list of")
+        )
+        for prompt, options, words in (
+            ("", {}, "the prompt is empty"),
+            ("a b " * 64, {}, "the prompt is too long\n.*at most 63 tokens"),
+            ("a", {"max_tokens": 0}, "max_tokens: expected 1 or more, found 0"),
+            ("a", {"top_p": 1.5}, "top_p: expected above 0, at most 1, found 1.5"),
+            ([{"content": "who?"}], {}, "messages: expected a list such as"),
+        ):
+            with pytest.raises(UserError, match=words):
+                llm.generate(prompt, **options)  # type: ignore[call-overload]
+        assert llm.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"max_length": 1025}, "max_length is more than the artifact can take\n.*at most 1024\n.*1025"),
+        ({"max_batch": 0}, "rows: expected 1 or more, found 0"),
+    ],
+)
+def test_limits_that_it_cannot_have(tiny_compiled: Path, limits: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        LLM(tiny_compiled, **limits)  # type: ignore[arg-type]
+
+
+def test_what_is_no_artifact_is_refused_in_words(tiny_compiled: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        LLM(tmp_path)
+    with pytest.raises(UserError, match="no artifact for target sm89"):
+        LLM(tiny_compiled, "sm89")
+    out = tmp_path / "out"
+    shutil.copytree(tiny_compiled, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for changed, words in (
+        (manifest | {"format": 1}, "a manifest of another version"),
+        (edited(manifest, llm=None), "another model: see load_artifact"),
+        (edited(manifest, kind="kit"), "a build kit is not a model yet"),
+        (edited(manifest, path="../x86/model.onnx"), "leads out of the folder"),
+    ):
+        (out / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=words):
+            LLM(out)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "x86" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        LLM(out)
+
+
+def edited(manifest: dict, **fields: object) -> dict:
+    return {**manifest, "artifacts": [{**manifest["artifacts"][0], **fields}]}
+
+
+def test_any_model_is_called_by_name(tiny_compiled: Path, tmp_path: Path) -> None:
+    model = load_artifact(tiny_compiled)
+    ids = np.array([[5, 17, 3]])
+    past = dict.fromkeys((s.name for s in model.artifact.inputs[3:]), np.zeros((1, 2, 0, 64), np.float32))
+    found = model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(3)[None], **past)
+    assert list(found)[:2] == ["logits", "present.0.key"]
+    assert found["logits"].shape == (1, 1, 4096)
+    shutil.copytree(tiny_compiled, tmp_path / "out")
+    with (tmp_path / "out/x86/model.onnx.data").open("r+b") as file:
+        file.write(b"?")
+    with pytest.raises(UserError, match="not what compile wrote"):
+        load_artifact(tmp_path / "out")

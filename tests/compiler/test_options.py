@@ -1,0 +1,67 @@
+"""Every option is written once: what its one line says reaches the checks, trtexec, the builder and the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instantrt.compiler.options import EngineOptions, options_of
+from instantrt.compiler.request import DEFAULTS, PATHS, Request
+from instantrt.passes.core.errors import UserError
+
+# The order in which manifests record a request: it is part of their bytes.
+RECORDED = [
+    "quant", "group_size", "weight_only", "enable_quant", "quant_config", "ignore", "lm_head", "embeddings",
+    "cpu_preset", "portable", "trust_remote_code", "builder", "max_batch", "max_length", "opt_length", "logits",
+    "kv_cache", "memory_limit", "optimization_level", "weight_streaming", "version_compatible",
+    "hardware_compatible", "plugin_rounding", "max_kl", "max_ppl_increase", "layers",
+]  # fmt: skip
+
+
+def test_the_order_of_the_record() -> None:
+    request = Request(Path("m"), ("x86",), Path("o"))
+    assert [name for name in asdict(request) if name not in ("targets", *PATHS)] == RECORDED
+    assert {f.name for f in fields(Request)} == {*RECORDED, "targets", *PATHS} == set(DEFAULTS)
+
+
+def test_a_request_is_the_builders_options_too() -> None:
+    request = Request(Path("m"), ("sm89",), Path("o"), memory_limit=512, weight_streaming=True, optimization_level=0)
+    options = request.engine_options()
+    assert options == EngineOptions(memory_limit=512, weight_streaming=True, optimization_level=0)
+    assert [(o.trtexec.format(value), o.flag) for o, value in options.asked] == [
+        ("--memPoolSize=workspace:512", ""),
+        ("--builderOptimizationLevel=0", ""),
+        ("--allowWeightStreaming", "WEIGHT_STREAMING"),
+    ]
+    assert EngineOptions().asked == []
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"optimization_level": 6}, "optimization_level is out of range\n  expected: 0 to 5\n  found:    6"),
+        ({"memory_limit": 1 << 30}, "memory_limit is out of range\n  expected: MiB, 1 to 1048575"),  # these are bytes
+        ({"max_kl": float("nan")}, "max_kl is out of range\n  expected: a number above 0"),
+        ({"max_ppl_increase": 0}, "max_ppl_increase is out of range"),
+        ({"kv_cache": "inplace"}, "kv_cache has no such value\n  expected: concat or in-place"),
+        ({"lm_head": None}, "lm_head has no such value"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"^{says}"):
+        Request(Path("m"), ("sm89",), Path("o"), **given)
+
+
+def test_strings_become_paths_and_tuples() -> None:
+    request = Request("m", "sm89", "o", ignore="a", timing_cache="t")  # type: ignore[arg-type]
+    assert (request.ignore, request.timing_cache) == (("a",), Path("t"))
+    assert EngineOptions(timing_cache="t").timing_cache == Path("t")  # type: ignore[arg-type]
+
+
+def test_every_option_says_what_it_is() -> None:
+    for f, about in options_of(Request):
+        assert about.help
+        assert about.help[-1] not in ".:", f.name

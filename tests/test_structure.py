@@ -1,0 +1,42 @@
+"""How the tests are laid out: what several share is in modules that hold no test."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CHILD = """
+from tests.NAME import a
+import tests.b
+"""
+
+
+def imported(source: str) -> set[str]:
+    """Names that a source imports, anywhere in it: also in the programs that it has for children."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.search(r"(?m)^from tests\.", node.value)
+        ):
+            found |= imported(node.value)
+    return found
+
+
+def of_tests(source: str) -> list[str]:
+    return sorted(name for name in imported(source) if any(part.startswith("test_") for part in name.split(".")))
+
+
+def test_no_test_module_is_imported() -> None:
+    """Who imports one gets its marks and fixtures, too, and neither of the two can be changed alone."""
+    found = {str(path.relative_to(HERE)): of_tests(path.read_text()) for path in HERE.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+    child = CHILD.replace("NAME", "test_c")
+    assert of_tests(child) == of_tests(f"PROGRAM = {child!r}") == ["tests.test_c.a"]

@@ -1,0 +1,262 @@
+"""The command line: what it offers, what it refuses to be told in vain, what it says on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import onnx_graphsurgeon as gs
+import pytest
+
+from instantrt.compiler.accuracy.verify import Verdict
+from instantrt.compiler.artifact.manifest import MANIFEST
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.compile import VerificationError, compile_model
+from instantrt.compiler.decide import resolve
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
+from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.request import Request, check_options
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.cli.app import BENCHES, COMMANDS
+from instantrt.tools.cli.ending import exit_on_error
+from tests.checkpoints import HERE, config_of
+from tests.commands import invoke, refused
+from tests.compiler.accuracy_models import float_graph
+from tests.conftest import TINY
+
+UNSAID = {"enable_quant", "layers"}  # in JSON alone
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_graphsurgeon", "matplotlib", "numpy")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Two linears in an .onnx file."""
+    write_model(float_graph(), tmp_path / "small.onnx")
+    return tmp_path / "small.onnx"
+
+
+def words_of(output: str) -> str:
+    """What is shown, without the boxes around it and the places where lines end."""
+    return " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["compile", "--help"], ["build", "--help"], ["targets"]])
+def test_what_needs_no_model_imports_no_library_of_one(words: list[str]) -> None:
+    code = f"""
+import sys
+from instantrt.tools.cli.app import app
+try:
+    app({words})
+finally:
+    print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_and_each_has_its_own() -> None:
+    shown = words_of(invoke("--help", COLUMNS="80", TERM="dumb").output)
+    for prefix, table in (((), COMMANDS), (("bench",), BENCHES)):
+        for name, (_, line) in table.items():
+            if not prefix:
+                assert f"{name} {line}" in shown
+            if name != "gpu-check":  # its help is that of a program which may run without this one
+                own = invoke(*prefix, name, "--help", COLUMNS="80", TERM="dumb")
+                assert (own.exit_code, line in words_of(own.output)) == (0, True), own.output
+
+
+def test_completion_knows_commands_options_and_values() -> None:
+    def completions(line: str) -> list[str]:
+        environment = {"_INSTANTRT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        command = [sys.executable, "-m", "instantrt"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+        return done.stdout.split()
+
+    assert completions("instantrt co") == ["compile"]
+    assert completions("instantrt compile --wei") == ["--weight-only", "--weight-streaming"]
+    assert completions("instantrt compile m --lm-head i") == ["int8"]
+    assert completions("instantrt bench fo") == ["formats"]
+    assert completions("instantrt bench formats st") == ["stream"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("compil", TINY), "No such command 'compil'. Did you mean 'compile'?"),
+        (("build", TINY, "--quant", "a16w8"), "--quant is an option of instantrt compile, not of this command"),
+        (("check", "x", "--text", "t"), "--text is an option of instantrt compile and diff and perplexity, not of"),
+        (("compile", TINY, "--quantt", "a16w8"), "No such option: --quantt (Possible options: --out, --quant,"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_right(words: tuple[str | Path, ...], says: str) -> None:
+    done = invoke(*words)
+    assert done.exit_code == 2
+    assert says in words_of(done.output)
+
+
+def test_what_the_system_refuses_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise OSError(30, "Read-only file system", "/there/x86")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"
+
+
+def test_a_manifest_of_another_version_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"format": 1, "artifacts": []}')
+    for words in (["check", tmp_path], ["generate", tmp_path, "--prompt", "x"], ["diff", tmp_path, "--model", TINY]):
+        assert refused(*words).what == "a manifest of another version"
+
+
+def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> None:
+    shown = invoke("compile", "--help", COLUMNS="80", TERM="dumb").output
+    assert max(map(len, shown.splitlines())) <= 80
+    given = {f.name for f in fields(Request)} - UNSAID - {"model", "targets"}
+    assert [name for name in given if f"--{name.replace('_', '-')} " not in shown] == []
+    words = words_of(shown)
+    for value in (v for choices in (Quant, Builder, Logits, KvCache) for v in get_args(choices)):
+        assert value in words
+    for panel in ("Quantization", "CPU artifacts", "Language models", "Engines", "Accuracy: layers", "Looking"):
+        assert f"─ {panel} " in shown
+
+
+def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[Request] = []
+    monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])
+    config = tmp_path / "q.json"
+    config.write_text(json.dumps({"weight_only_quant": True, "customized_quant_config": {"weight_format": "int8"}}))
+    arguments = ["m", "--target", "x86", "--target", "sm89", "--quant-config", config, "--ignore", "a", "-o", "o"]
+    more = ["--kv-cache", "in-place", "--max-batch", "4", "--portable", "--plugin-rounding", "--plugin", config]
+    done = invoke("compile", *arguments, *more)
+    assert done.exit_code == 0, done.output
+    assert made == [
+        Request(
+            model=Path("m"),
+            targets=("x86", "sm89"),
+            out=Path("o"),
+            quant_config={"weight_format": "int8"},
+            weight_only=True,
+            ignore=("a",),
+            kv_cache="in-place",
+            max_batch=4,
+            portable=True,
+            plugin_rounding=True,
+            plugin=config,
+        )
+    ]
+
+
+def test_a_value_that_does_not_exist_is_refused_by_the_list_of_those_that_do() -> None:
+    done = invoke("compile", TINY, "--target", "x86", "--quant", "a16w9")
+    assert done.exit_code == 2
+    assert "'a16w9' is not one of 'a16w8'" in words_of(done.output)
+
+
+def test_a_text_alone_is_refused() -> None:
+    assert refused("compile", TINY, "--target", "x86", "--text", "t.txt").what == "--text does nothing by itself"
+
+
+OTHER: dict[str, Any] = {"cpu_preset": "fast", "builder": "kit", "kv_cache": "in-place"}
+OTHER |= {"plugin": Path(__file__), "timing_cache": Path("t"), "hardware_compatible": "ampere_plus"}
+OTHER |= {"max_batch": 2, "max_length": 600, "opt_length": 4, "memory_limit": 9, "optimization_level": 2}
+
+
+@pytest.mark.parametrize(("lacking", "target"), [(CPU, "sm89"), (GPU, "x86")])
+def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: str, tmp_path: Path) -> None:
+    for name in (f.name for f, option in options_of(Request) if lacking in option.needs):
+        needed = {"plugin": Path(__file__)} if name == "plugin_rounding" else {}
+        given = {**needed, name: OTHER.get(name, True)}
+        with pytest.raises(UserError, match=f"{next(iter(given))} does nothing without {lacking}"):
+            compile_model(Request(TINY, (target,), tmp_path, **given))
+        check_options(Request(TINY, ("sm89", "x86"), tmp_path, **given))
+
+
+def model_of(folder: Path) -> FloatModel:
+    """A checkpoint without its graph: enough to resolve a request."""
+    return FloatModel(gs.Graph(), folder, config_of(folder), read_checkpoint(folder), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"group_size": 32}, "group_size"),
+        ({"weight_only": True}, "weight_only"),
+        ({"ignore": ("nothing.*",)}, "ignore"),
+        ({"lm_head": "int8"}, "lm_head"),
+        ({"max_kl": 0.1}, "max_kl"),
+        ({"quant": "none", "ignore": ("*",)}, "ignore"),
+    ],
+)
+def test_what_only_quantization_has_use_for_is_refused_without(given: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=f"^{TINY}: {name} does nothing without quantization"):
+        resolve(Request(TINY, ("x86",), Path("o"), **given), model_of(TINY))
+    if "quant" not in given:
+        resolve(Request(TINY, ("x86",), Path("o"), **{"quant": "a16w8", **given}), model_of(TINY))
+
+
+def test_a_quantized_checkpoint_has_decided_about_its_head() -> None:
+    model = model_of(HERE / "gptq-int4-g128-sym")
+    with pytest.raises(UserError, match="lm_head does nothing without a float checkpoint"):
+        resolve(Request(model.folder, ("x86",), Path("o"), lm_head="int8"), model)
+
+
+def test_a_config_may_ignore_modules_of_a_quantized_checkpoint() -> None:
+    model = model_of(HERE / "gptq-int4-g128-sym")
+    custom = {"quant_method": "gptq", "ignore": ["lm_head"]}
+    config, _ = resolve(Request(model.folder, ("x86",), Path("o"), ignore=("b",), quant_config=custom), model)
+    assert config is not None
+    assert config.ignore == ("lm_head", "b")
+
+
+def test_quantization_that_is_switched_off_and_asked_for_is_refused() -> None:
+    with pytest.raises(UserError, match="quantization disabled"):
+        Request(TINY, ("x86",), Path("o"), quant="a16w8", enable_quant=False)
+
+
+def test_a_text_that_is_not_there_is_known_before_any_work(tmp_path: Path) -> None:
+    text, out = tmp_path / "none.txt", tmp_path / "o"
+    error = refused("compile", TINY, "--target", "x86", "--verify", "--text", text, "-o", out)
+    assert error.what == "the text cannot be read"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["o[/bold]x", "o[bold]x", "o:smile:x"])
+def test_a_path_is_printed_as_it_is(name: str, small: Path) -> None:
+    out = small.parent / name
+    done = invoke("compile", small, "--target", "x86", "--quant", "a16w8", "--verify", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert f"{out / 'x86/model.onnx'}  " in done.output
+    assert str(out / "report/x86/report.html") in done.output
+
+
+def test_artifacts_that_fail_are_shown_with_their_report(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Verdict, "passed", False)
+    out = small.parent / "o"
+    done = invoke("compile", small, "--target", "x86", "--quant", "a16w8", "--verify", "-o", out)
+    assert isinstance(done.exception, VerificationError)
+    assert f"{out / 'x86/model.onnx'}  " in done.output
+    assert str(out / "report/x86/report.html") in done.output
+    assert "PASSED" not in done.output
+
+
+def test_a_line_a_stage_where_nobody_watches(small: Path) -> None:
+    done = invoke("compile", small, "--target", "x86", "--quant", "a16w8", "-o", small.parent / "o")
+    lines = done.output.splitlines()
+    assert lines[0] == f"reading {small}"
+    assert lines[1] == "deciding how to quantize"
+    assert lines[2].startswith("writing 0.0 MB")
+    assert lines[-1].startswith("PASSED")
+    assert "" not in lines
+
+
+def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:
+    targets = ("--target", "x86", "--target", "sm89", "--target", "sm90")
+    done = invoke("compile", TINY, *targets, "--quant", "a16w8", "--dry-run", "-o", tmp_path / "o")
+    assert "Memory for x86, sm90: below 1.5 GB" in done.output
+    assert "Memory for sm89: 2 to 3 times the engine's weights" in done.output

@@ -1,0 +1,31 @@
+"""`instantrt build KIT -o DIR`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from instantrt.tools.cli.options import Out
+
+Finisher = Literal["auto", "tensorrt-rtx", "tensorrt"]
+
+
+def main(
+    kit: Annotated[Path, typer.Argument(help="a build kit that compile left")],
+    out: Out = Path("build"),
+    builder: Annotated[Finisher, typer.Option(help="who builds")] = "auto",
+) -> None:
+    """Builds, and prints how the engine reads its weights."""
+    from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
+    from instantrt.tools.cli.console import PAUSE, console, stages
+    from instantrt.tools.cli.show import show_engine
+
+    started = time.monotonic()
+    with stages(PAUSE) as say:
+        artifact = build_kit(read_kit(kit), out, builder, say)
+    console.print(f"{out / artifact.path}", soft_wrap=True)
+    show_engine(artifact.target, artifact.engine or {}, every_weight=False)
+    console.print(f"PASSED in {time.monotonic() - started:.1f} s")

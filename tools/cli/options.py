@@ -1,0 +1,59 @@
+"""Makes options for typer of the groups in compiler/options.py; and the arguments that several commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from instantrt.compiler.options import Option, options_of, types_of
+
+FEW = 3  # values of a choice that fit into the column of types; more are said in the help text
+
+Folder = Annotated[Path, typer.Argument(help="output folder of compile")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="output folder")]
+Which = Annotated[str | None, typer.Option("--target", help="which artifact, where there are several")]
+Repository = Annotated[Path, typer.Argument(help="folder that compile --triton wrote")]
+Environment = Annotated[Path, typer.Option(help="virtual environment with the server's wheel")]
+Command = Callable[..., None]
+
+
+def takes(panels: dict[type, str]) -> Callable[[Command], Command]:
+    """Decorates a command that takes, as **options, all options of some groups, each group under a title in --help.
+
+    They come before the command's own keyword-only parameters.
+    """
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [
+            parameter(f.name, f.default, option, types_of(group)[f.name], panel)
+            for group, panel in panels.items()
+            for f, option in options_of(group)
+        ]
+        ordered = sorted([*made, *own], key=lambda p: p.kind)  # stable: those made come first of their kind
+        command.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def parameter(name: str, default: Any, option: Option, types: tuple[Any, ...], panel: str) -> inspect.Parameter:
+    """An option as a function's parameter, the way typer reads it."""
+    kind = option.line or types[0]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    long = len(choices) > FEW
+    values = f": {', '.join(choices[:-1])} or {choices[-1]}" if long else ""
+    flag = f"--{name.replace('_', '-')}"
+    if kind == tuple[str, ...]:
+        kind, default = list[str], list(default)
+    elif default is None:
+        kind = kind | None
+    about = typer.Option(
+        flag, help=option.help + values, metavar=f"<{name}>" if long else None, rich_help_panel=panel or None
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])

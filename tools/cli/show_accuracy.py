@@ -1,0 +1,61 @@
+"""What the command line shows of accuracy: verdicts, and what a budget came to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from instantrt.compiler.accuracy.budget import Raised
+from instantrt.compiler.accuracy.report import HTML, number
+from instantrt.compiler.accuracy.verify import Verdict
+from instantrt.tools.cli.console import console
+
+SHOWN = 12  # violations that a terminal shows; the report has all
+
+
+def show_verdict(verdict: Verdict, folder: Path) -> None:
+    """One table and the violations; the report's path last."""
+    if verdict.data.warning:
+        console.print(verdict.data.warning, style="bold yellow", soft_wrap=True)
+    table = Table(
+        "kind", "form", "against", "relative L2", "bound", "arithmetic", title=f"accuracy of {verdict.target}"
+    )
+    for c in verdict.comparisons:
+        table.add_row(c.kind, c.form, c.reference, number(c.relative_l2), number(c.bound), c.arithmetic)
+    console.print(table)
+    if verdict.note:
+        console.print(verdict.note, soft_wrap=True)
+    f = verdict.figures
+    if f:
+        console.print(
+            f"quantization: perplexity ratio {f['perplexity_ratio']:.5f}, KL {f['kl_mean']:.3g}, "
+            f"top-1 {f['top1_agreement']:.2%}, top-5 {f['top5_agreement']:.2%}",
+            soft_wrap=True,
+        )
+    if verdict.perplexities:
+        each = ", ".join(f"{form} {value:.4f}" for form, value in verdict.perplexities.items())
+        console.print(f"perplexity of each form: {each}", soft_wrap=True)
+    for violation in verdict.violations[:SHOWN]:
+        console.print(violation, style="red", soft_wrap=True)
+    if len(verdict.violations) > SHOWN:
+        console.print(f"... and {len(verdict.violations) - SHOWN} more in the report")
+    console.print(f"{folder / verdict.target / HTML}", soft_wrap=True)
+
+
+def show_raised(raised: Raised, targets: str) -> None:
+    """The layers that a budget raised to a finer format, and what that cost."""
+    table = Table("layer", "was", "is", "bytes more", title=f"accuracy budget of {targets}")
+    for layer, now in raised.layers.items():
+        steps = [s for s in raised.steps if s.layer == layer]
+        table.add_row(layer, steps[0].before, now, f"{sum(s.bytes for s in steps):,}")
+    if raised.layers:
+        console.print(table)
+    share = raised.bytes / max(1, raised.bytes_before)
+    console.print(
+        f"{len(raised.layers)} layers in a finer format: +{raised.bytes / 1e6:,.2f} MB ({share:+.1%}); "
+        f"KL {raised.before['kl_mean']:.4g} -> {raised.after['kl_mean']:.4g}, "
+        f"perplexity ratio {raised.before['perplexity_ratio']:.5f} -> {raised.after['perplexity_ratio']:.5f}, "
+        f"{raised.trials} trials on {raised.after['tokens']:.0f} tokens ({raised.data})",
+        soft_wrap=True,
+    )
