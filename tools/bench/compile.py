@@ -286,7 +286,7 @@ def prefill(folder: Path) -> Result:
         models[logits] = load_artifact(folder / logits)
     ids = np.random.default_rng(0).integers(0, 1000, (1, 512))
     caches = [spec for spec in models["all"].artifact.inputs if spec.name.startswith("past_key_values.")]
-    past = {spec.name: np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32) for spec in caches}
+    past = {spec.name: np.zeros((1, int(spec.shape[1]), 0, int(spec.shape[3])), np.float32) for spec in caches}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(11):
         for name, model in models.items():
