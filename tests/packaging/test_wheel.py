@@ -27,6 +27,7 @@ from instantrt.compiler.request import PACKAGED_PLUGINS, Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from tests.conftest import ROOT, TINY
+from tests.once import made_once
 
 pytestmark = pytest.mark.slow
 ROOMS = ("compiler", "passes", "plugins", "tools")
@@ -110,14 +111,16 @@ def run(programs: Path, *words: str | Path, cwd: Path, **variables: str) -> subp
 @pytest.fixture(scope="module")
 def compiled(environment: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT with the example for a CPU and a build kit, made beside a project whose own packages have the same names."""
-    project = tmp_path_factory.mktemp("project")
-    for name in ROOMS:
-        (project / name).mkdir()
-        (project / name / "__init__.py").write_text("raise RuntimeError('the package of another project')")
-    words = ("compile", TINY, "--target", "x86", "--target", "sm89", "--quant", "a16w8", "-o", "out")
-    done = run(environment("hf"), *words, cwd=project, PYTHONPATH=str(project))
-    assert done.returncode == 0, done
-    return project / "out"
+
+    def make(project: Path) -> None:
+        for name in ROOMS:
+            (project / name).mkdir()
+            (project / name / "__init__.py").write_text("raise RuntimeError('the package of another project')")
+        words = ("compile", TINY, "--target", "x86", "--target", "sm89", "--quant", "a16w8", "-o", "out")
+        done = run(environment("hf"), *words, cwd=project, PYTHONPATH=str(project))
+        assert done.returncode == 0, done
+
+    return made_once(tmp_path_factory, "project", make) / "out"
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +207,7 @@ def test_base_says_what_finishes_a_build_kit(base: Path, compiled: Path, tmp_pat
         ("compile {model} --target x86 --quant a16w8 -o new", f"reading a Hugging Face checkpoint {HF}"),
         ("inspect {model}", f"reading a Hugging Face checkpoint {HF}"),
         ("generate {out} --target x86 --prompt Once --compare {model}", f"--compare {HF}"),
-        ("perplexity {model} --text {text}", f"the perplexity of a float checkpoint {HF}"),
+        ("perplexity {model} --text {text}", f"running a float checkpoint {HF}"),
         (
             "compile {file} --target x86 --quant a16w8 --verify -o new",
             "an accuracy report needs polygraphy, matplotlib: pip install 'instantrt[accuracy]'",
