@@ -1,4 +1,4 @@
-"""Which passes run, in which order, and what each may assume of the ones before it."""
+"""Which passes run, in which order, and what each may assume of the ones before it: the table of contents."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.linear import NORMALIZE_LINEARS, Linear, linear
-from instantrt.passes.core.rewrite import Ledger, Rewrite, run
+from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.float.fuse_gelu import FuseGelu
-from instantrt.passes.float.fuse_rms_norm import FUSE_RMS_NORM
-from instantrt.passes.float.fuse_rotary import FUSE_ROTARY
+from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
+from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
+from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.tables import AS_STORED, QuantizeTables
+from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
 from instantrt.passes.qdq.last_logits import MASK, LastLogits
 from instantrt.passes.qdq.sort_inputs import SortInputs
-from instantrt.passes.qdq.tables import LowerNativeTables
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.decompose_attention import DecomposeAttention
 from instantrt.passes.tensorrt.decompose_rms_norm import DecomposeRmsNorm
@@ -37,15 +37,28 @@ from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
+from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
 from instantrt.passes.tensorrt.old_parser import OPSET, unsupported
 from instantrt.plugins.ops import DOMAIN
 
+# Whole operators, then linears as MatMul(x, constant [K, N]) named after their modules.
+FLOAT: tuple[Pass, ...] = (
+    FoldSmallConstants(),  # Gemma's norms are scaled by `1 + weight`
+    FuseRmsNorm(),
+    HalveRotaryAngles(),  # the cosine and the sine
+    HalveRotaryAngles(),  # and the factor behind them
+    FuseRotaryEmbedding(),
+    FuseGelu(),
+    NormalizeGemm(),
+    NormalizeMatMul(),
+)
 
-def normalize(graph: gs.Graph, ledger: Ledger) -> gs.Graph:
-    """FLOAT: whole norms, GELUs, rotary embeddings; linears are MatMul(x, constant [K, N]) named after the module."""
-    run(graph, (*FUSE_RMS_NORM, *FUSE_ROTARY, FuseGelu(), *NORMALIZE_LINEARS), ledger)
+
+def normalize(graph: gs.Graph, log: PassLog) -> gs.Graph:
+    """The graph as exported -> FLOAT."""
+    run(graph, FLOAT, log)
     verify(graph, Stage.FLOAT)
     return graph
 
@@ -55,46 +68,77 @@ def linears(graph: gs.Graph) -> list[Linear]:
     return [found for node in graph.nodes if (found := linear(node)) is not None]
 
 
-def quantize(graph: gs.Graph, decisions: Decisions, ledger: Ledger) -> gs.Graph:
+def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
     """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against."""
-    outputs = frozenset(t.name for t in graph.outputs)
-    # Weights first: an activation is quantized because the weight it meets says so. It is quantized in the order the
-    # weight wants, which the layers before may deliver.
-    weights = (SortInputs(decisions), InsertDequantize(decisions), FoldOrder(outputs))
-    run(graph, (*weights, QuantizeActivations()), ledger)
+    passes = (
+        SortInputs(decisions),
+        InsertDequantize(decisions),
+        FoldOrder(frozenset(t.name for t in graph.outputs)),
+        # Behind the weights, which say what is quantized, and in the order they want, which the layers before may give.
+        QuantizeActivations(),
+    )
+    run(graph, passes, log)
     verify(graph, Stage.QDQ)
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, ledger: Ledger) -> gs.Graph:
+def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider."""
-    if not request.portable:
-        run(graph, ATTENTION, ledger)
-    last_logits(graph, request, ledger, by_mask=True)
-    one_limb = ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86
-    passes: list[Rewrite[Any]] = [*linear_passes(request.cpu_preset, one_limb)]
+    passes: list[Pass] = [] if request.portable else [*ATTENTION]
+    passes += last_logits(graph, request, by_mask=True)
+    passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
     if request.embeddings == "int8":
-        passes.append(QuantizeTables())
-    # Last: what is float by now stays float, in the 16 bits it is stored in.
-    passes += AS_STORED
-    run(graph, passes, ledger)
-    refuse_leftovers(graph, ledger, "ONNX Runtime")
+        passes += [QuantizeTables()]
+    # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
+    passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
+    run(graph, passes, log)
+    refuse_leftovers(graph, log, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
     return graph
 
 
-def last_logits(graph: gs.Graph, request: Request, ledger: Ledger, *, by_mask: bool) -> None:
+def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pass]:
     """The head of a causal LM for the last token alone, unless all were asked for; other models keep their logits."""
     inputs = {t.name for t in graph.inputs}
     if request.logits == "last" and any(name.startswith("past_key_values.") for name in inputs):
-        run(graph, [LastLogits(by_mask and MASK in inputs), QuantizeActivations()], ledger)
+        return [LastLogits(by_mask and MASK in inputs), QuantizeActivations()]
+    return []
 
 
-def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
+def lower_tensorrt(
+    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: EngineLimits, log: PassLog
+) -> gs.Graph:
+    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
+    in_place = request.kv_cache == "in-place"
+    passes: list[Pass] = [*kv_in_place(limits.max_length)] if in_place else []
+    passes += last_logits(graph, request, by_mask=in_place)
+    passes += [JoinLinears(gated=request.plugin is None)]
+    if request.embeddings == "int8":
+        passes += [LowerNativeTables(dtype)]
+    # Types first: the lowerings then build each constant once, in the type it has in the engine.
+    passes += cast_compute_type(dtype)
+    if request.plugin is not None:
+        passes += [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM]
+    lower_native(run(graph, passes, log), dtype, log)
+    if not target.rtx:  # TensorRT-RTX takes any block: docs/facts.md, "Blocks that full TensorRT documents"
+        run(graph, [ExplicitScales()], log)
+    return graph if target.whole_operators else decompose(graph, dtype, log)
+
+
+def lower_native(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:
+    """Every quantized linear in the form that TensorRT fuses, or a UserError that says why one has none."""
+    passes: tuple[Lowering[Any], ...] = LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)
+    run(graph, passes, log)
+    refuse_leftovers(graph, log, "TensorRT without plugins")
+    verify(graph, Stage.TENSORRT)
+    return graph
+
+
+def refuse_leftovers(graph: gs.Graph, log: PassLog, backend: str) -> None:
     """A quantized linear that no lowering took is an error that gives their reasons, never a slow or other form."""
     left = [node.name for node in graph.nodes if quantized(node) is not None]
     if left:
-        reasons = dict.fromkeys(e.reason for e in ledger.entries if e.node == left[0] and e.reason)
+        reasons = dict.fromkeys(e.reason for e in log.entries if e.node == left[0] and e.reason)
         raise UserError(
             f"{backend} has no form for this quantized layer",
             where=left[0] + (f", and {len(left) - 1} more" if left[1:] else ""),
@@ -104,33 +148,13 @@ def refuse_leftovers(graph: gs.Graph, ledger: Ledger, backend: str) -> None:
         )
 
 
-def lower_tensorrt(
-    graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: EngineLimits, ledger: Ledger
-) -> gs.Graph:
-    """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
-    if request.kv_cache == "in-place":
-        kv_in_place(graph, limits.max_length, ledger)
-    last_logits(graph, request, ledger, by_mask=request.kv_cache == "in-place")
-    run(graph, [JoinLinears(gated=request.plugin is None)], ledger)
-    if request.embeddings == "int8":
-        run(graph, [LowerNativeTables(dtype)], ledger)
-    # Types first: the lowerings then build each constant once, in the type it has in the engine.
-    cast_compute_type(graph, dtype, ledger)
-    if request.plugin is not None:
-        run(graph, [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM], ledger)
-    lower_native(graph, dtype, ledger)
-    if not target.rtx:  # TensorRT-RTX was seen to take any block
-        run(graph, [ExplicitScales()], ledger)
-    return graph if target.whole_operators else decompose(graph, dtype, ledger)
-
-
-def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
+def decompose(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:
     """A graph lowered for TensorRT, for the releases before the operators of opset 23: every node is one of theirs.
 
     Last of all: what comes before matches whole operators.
     """
-    run(graph, [DecomposeAttention(dtype), DecomposeRmsNorm(dtype), DecomposeRotary()], ledger)
-    reasons = {entry.node: entry.reason for entry in ledger.rejected()}
+    run(graph, [DecomposeAttention(dtype), DecomposeRmsNorm(dtype), DecomposeRotary()], log)
+    reasons = {entry.node: entry.reason for entry in log.rejected()}
     lines = [f"{n.name} ({n.op}): {reasons.get(n.name) or f'its parser {why}'}" for n, why in unsupported(graph)]
     if lines:
         raise UserError(
@@ -142,12 +166,4 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph
     graph.opset = OPSET
     own = [domain for domain in graph.import_domains or () if domain.domain == DOMAIN]
     graph.import_domains = [onnx.helper.make_opsetid("", OPSET), *own]  # else the exporter would write the old opset
-    return graph
-
-
-def lower_native(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
-    """Every quantized linear in the form that TensorRT fuses, or a UserError that says why one has none."""
-    run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], ledger)
-    refuse_leftovers(graph, ledger, "TensorRT without plugins")
-    verify(graph, Stage.TENSORRT)
     return graph

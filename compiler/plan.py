@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
+from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -46,7 +47,7 @@ class Twin:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, decided before a byte is: for each target a twin and a lowered graph, and the ledger.
+    """What will be written, decided before a byte is: for each target a twin and a lowered graph, and the log.
 
     `model.graph` stays the normalized float graph. Targets may share a twin, and a lowered graph. `builders` and
     `types` say who builds each engine and in which type it computes, `limits` what all accept; `notes` are what the
@@ -56,7 +57,7 @@ class Plan:
     model: FloatModel
     twins: Mapping[str, Twin]
     lowered: Mapping[str, gs.Graph]
-    ledger: Ledger
+    log: PassLog
     builders: Mapping[str, Choice] = field(default_factory=dict)
     types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     limits: EngineLimits = field(default_factory=EngineLimits)
@@ -78,8 +79,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     model = load(request.model, trust_remote_code=request.trust_remote_code)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
-    ledger = Ledger()
-    graph = pipeline.normalize(model.graph, ledger)
+    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
+    graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
     say("deciding how to quantize")
@@ -92,17 +93,17 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         key = dtype if reader is None and config is not None else None
         if key not in made:
             decisions = decide(graph, model, config, reader, request, dtype)
-            made[key] = make_twin(graph, model, decisions, request, ledger, say)
+            made[key] = make_twin(graph, model, decisions, request, log, say)
         twins[target.name] = made[key]
     limits = engine_limits(request, model)
-    lowered = lower(twins, model, types, request, ledger)
+    lowered = lower(twins, model, types, request, log)
     options = request.engine_options()
     builders = {
         t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
         for t in gpu_targets
     }
     notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, twins, lowered, ledger, builders, types, limits, notes)
+    return Plan(model, twins, lowered, log, builders, types, limits, notes)
 
 
 def engine_limits(request: Request, model: FloatModel) -> EngineLimits:
@@ -110,14 +111,14 @@ def engine_limits(request: Request, model: FloatModel) -> EngineLimits:
 
 
 def make_twin(
-    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, ledger: Ledger, say: Say
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, log: PassLog, say: Say
 ) -> Twin:
     raised = None
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
         decisions, raised = within_budget(graph, model, decisions, request, say)
-    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, ledger), raised)
+    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
 
 
 def lower(
@@ -125,23 +126,22 @@ def lower(
     model: FloatModel,
     types: Mapping[str, np.dtype[Any]],
     request: Request,
-    ledger: Ledger,
+    log: PassLog,
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
     shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
     limits = engine_limits(request, model)
     for target in request.resolved_targets():
-        dtype, twin, before = types.get(target.name), twins[target.name], len(ledger.entries)
+        dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
         if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, ledger)
+            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log)
         else:
             any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
             key = (dtype, target.whole_operators, target.rtx or any_builder)
             if key not in shared:
-                shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, ledger)
+                shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, log)
             lowered[target.name] = shared[key]
-        ledger.entries[before:] = [replace(entry, target=target.name) for entry in ledger.entries[before:]]
     return lowered
 
 

@@ -1,1 +1,9 @@
-"""Graph to graph: the passes, the arithmetic of quantization, and what must hold between them."""
+"""Graph to graph: an onnx-graphsurgeon graph goes in, is changed in place and comes out. Rooms by stage, in the order
+in which a graph walks through them: `float`, `qdq`, then `ort` or `tensorrt`; `core` is what they share. The order
+of passes is said in compiler/pipeline.py. A pass reads no weight and writes no file; nothing here imports the
+compiler.
+"""
+
+from onnx_graphsurgeon.logger import G_LOGGER
+
+G_LOGGER.severity = G_LOGGER.ERROR  # its warnings (no colours, bf16 has no NumPy type) say nothing to a user

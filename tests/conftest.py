@@ -22,7 +22,7 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from tests.once import made_once
 
 # A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
@@ -50,7 +50,7 @@ def one_export() -> Iterator[None]:
     """Whatever reads the example in this process gets a copy of one export of it. Children export for themselves."""
     export, exports = hf.load_checkpoint, {}
 
-    def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+    def load_once(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
         if folder != TINY:
             return export(folder, trust_remote_code=trust_remote_code)
         if TINY not in exports:
@@ -58,7 +58,7 @@ def one_export() -> Iterator[None]:
         return replace(exports[TINY], graph=exports[TINY].graph.copy())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "load_checkpoint", load_checkpoint)
+        patch.setattr(hf, "load_checkpoint", load_once)
         yield
 
 
@@ -66,7 +66,7 @@ def one_export() -> Iterator[None]:
 def tiny_float(one_export: None) -> FloatModel:  # noqa: ARG001
     """The example model, exported and normalized. Copy the graph (`graph.copy()`) before a pass changes it."""
     model = load(TINY)
-    pipeline.normalize(model.graph, Ledger())
+    pipeline.normalize(model.graph, PassLog())
     return model
 
 

@@ -19,7 +19,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 
 FLOAT32 = np.dtype(np.float32)
@@ -74,7 +74,7 @@ def quantize(
     bits: int,
     group_size: int = -1,
     activations: Activations = "float",
-    ledger: Ledger | None = None,
+    log: PassLog | None = None,
 ) -> gs.Graph:
     """The canonical Q/DQ form of `graph` with InstantQuant parameters."""
     table = {}
@@ -82,7 +82,7 @@ def quantize(
         group, symmetric = (w.shape[1] if group_size == -1 else group_size), activations == "int8"
         source = InstantQuant(path, InMemory(w), bits, group, symmetric, FLOAT32)
         table[path] = QuantTensor(path, source, w.shape, bits, group, symmetric, FLOAT32, activations)
-    return run(graph, (InsertDequantize(table), QuantizeActivations()), ledger or Ledger())
+    return run(graph, (InsertDequantize(table), QuantizeActivations()), log or PassLog())
 
 
 def evaluate(graph: gs.Graph, feeds: Mapping[str, np.ndarray], folder: Path) -> list[np.ndarray]:

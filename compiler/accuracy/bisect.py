@@ -24,7 +24,7 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import HALVES, numpy_type
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import Pass, PassLog
 
 TOKENS = 32  # every tensor of the twin is kept
 MASKED = np.float32(-3e4)  # anything this low is a mask's minus infinity, which every type spells differently
@@ -56,7 +56,7 @@ class Found(Exception):  # noqa: N818  (an answer, not an error)
 
 
 @dataclass
-class BisectingLog(Ledger):
+class BisectingLog(PassLog):
     """A log that looks at the graph after every pass. It keeps all of the twin's tensors: use few tokens."""
 
     canonical: gs.Graph = field(default_factory=gs.Graph)
@@ -72,7 +72,11 @@ class BisectingLog(Ledger):
             run.peek(output.name)
         self.truth = run.values
 
-    def passed(self, rewrite: str, graph: gs.Graph) -> None:
+    def passed(self, by: Pass, graph: gs.Graph, *, changed: bool) -> None:
+        if changed:
+            self.look(type(by).__name__, graph)
+
+    def look(self, rewrite: str, graph: gs.Graph) -> None:
         self.say(f"after {rewrite}: {len(graph.nodes)} nodes")
         for culprit in self.wrong(rewrite, graph):
             raise Found(culprit)
@@ -123,12 +127,12 @@ def as_type(value: Array, dtype: np.dtype[np.generic] | None) -> Array:
         return value.astype(dtype) if dtype in HALVES and value.dtype == np.float32 else value
 
 
-def bisect(lower: Callable[[Ledger], gs.Graph], log: BisectingLog, written: gs.Graph | None = None) -> Culprit | None:
+def bisect(lower: Callable[[PassLog], gs.Graph], log: BisectingLog, written: gs.Graph | None = None) -> Culprit | None:
     """Lowers again, looking; then looks at the graph that was read back from the artifact."""
     try:
         lower(log)
         if written is not None:
-            log.passed("writing the artifact", written)
+            log.look("writing the artifact", written)
     except Found as found:
         return found.culprit
     return None

@@ -27,7 +27,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.quant import QuantTensor, dequantize
-from instantrt.passes.core.rewrite import Ledger, Reject
+from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.plugins.weight_only_gemm.semantics import quantize_rows
 
@@ -150,7 +150,7 @@ class Trial:
         self.logits = [Evaluation(graph, feeds).take("logits") for feeds, _ in self.batches]
 
     def __call__(self, decisions: Decisions) -> dict[str, float]:
-        twin = pipeline.quantize(self.graph.copy(), decisions, Ledger())
+        twin = pipeline.quantize(self.graph.copy(), decisions, PassLog())
         return self.figures([Evaluation(twin, feeds).take("logits") for feeds, _ in self.batches])
 
     def unquantized(self) -> dict[str, float]:

@@ -22,7 +22,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Missing
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 
 
 def request_of(out: Path, model: Path, target: str | None) -> tuple[Request, list[Artifact]]:
@@ -53,11 +53,11 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
     if target.backend is Backend.TENSORRT:
         dtype = planned.types[target.name]
-        lowered = all_positions(planned, request, target, Ledger())
+        lowered = all_positions(planned, request, target, PassLog())
     else:
         dtype = np.dtype(np.float32)
         lowered = (
-            onnx_file.artifact_graph(file) if file is not None else all_positions(planned, request, target, Ledger())
+            onnx_file.artifact_graph(file) if file is not None else all_positions(planned, request, target, PassLog())
         )
     return Subject(
         model=planned.model,
@@ -87,10 +87,10 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
     }
 
 
-def all_positions(planned: Plan, request: Request, target: Target, ledger: Ledger) -> gs.Graph:
+def all_positions(planned: Plan, request: Request, target: Target, log: PassLog) -> gs.Graph:
     """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.twins, planned.model, planned.types, plain, ledger)[target.name]
+    return lower(planned.twins, planned.model, planned.types, plain, log)[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:

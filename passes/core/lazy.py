@@ -10,6 +10,7 @@ of one weight do), and a writer then reads that source once. Passes exchange vie
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ G_LOGGER.severity = G_LOGGER.ERROR  # its warnings (no colours, bf16 has no NumP
 
 Array = npt.NDArray[Any]
 TILE_BYTES = 1 << 18  # its float32 copy fits an L2 cache, where the arithmetic runs several times faster
+FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FOUR_BIT = (np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4))
 
@@ -202,6 +204,17 @@ class View(LazyValues):  # type: ignore[misc]
             dims=self.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )
+
+    @property
+    def as_stored(self) -> bool:
+        """Is it what its source delivers, as it is?"""
+        return self.axis == 0 and self.project is first_part
+
+    def over(self, source: Source) -> View:
+        """The same view of another source."""
+        view = copy.copy(self)
+        view.source = source
+        return view
 
     def block(self, tile: Tile) -> Array:
         """What one tile contributes, in the view's own dtype."""

@@ -1,20 +1,22 @@
-"""The normal form of a linear layer, MatMul(x, constant [K, N]), and the passes that bring a graph to it."""
+"""The normal form of a linear layer: MatMul(x, W [K, N]) whose constant is a `LinearWeight`."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from itertools import chain, count
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, FileTensor, InMemory, Source, Tile, Transposed, View, view_of
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
+from instantrt.passes.core.lazy import Source, View, view_of
 
-FLOAT = onnx.TensorProto.FLOAT
+SUFFIX = ".weight_kn"  # the checkpoint's own name belongs to its own [N, K]
+
+
+class LinearWeight(View):
+    """W [N, K], delivered as rows, as a float32 constant [K, N]: what marks a linear in normal form."""
+
+    def __init__(self, rows: Source, shape: tuple[int, int]) -> None:
+        super().__init__(rows, shape[::-1], np.float32, axis=1, project=lambda tile: tile.parts[0].T)
 
 
 @dataclass(frozen=True)
@@ -31,135 +33,15 @@ class Linear:
     path: str
 
 
-SUFFIX = ".weight_kn"  # the checkpoint's own name belongs to its own [N, K]
-
-
-def columns(tile: Tile) -> Array:
-    """Rows of W [N, K] as columns of the graph's [K, N]. Its identity marks the normal form."""
-    return tile.parts[0].T
-
-
 def weight_constant(path: str, rows: Source, shape: tuple[int, int]) -> gs.Constant:
-    """W [N, K], delivered as rows, as the float32 constant [K, N] of a linear in normal form."""
-    n, k = shape
-    return gs.Constant(path + SUFFIX, View(rows, (k, n), np.float32, axis=1, project=columns))
+    """The constant [K, N] of the linear at `path`."""
+    return gs.Constant(path + SUFFIX, LinearWeight(rows, shape))
 
 
 def linear(node: gs.Node) -> Linear | None:
     """The linear that this node is, if it is one in normal form."""
-    if node.op != "MatMul":
+    weight = view_of(node.inputs[1]) if node.op == "MatMul" else None
+    if not isinstance(weight, LinearWeight):
         return None
-    view = view_of(node.inputs[1])
-    if view is None or view.project is not columns:
-        return None
-    k, n = view.shape
-    return Linear(node, node.inputs[0], view.source, (n, k), node.inputs[1].name.removesuffix(SUFFIX))
-
-
-def module_path(node: gs.Node, weight: gs.Constant) -> str:
-    """The path of the module a node belongs to: from its name (`a.b/MatMul_3`, `/a/b/MatMul`), else its weight's."""
-    scope: str = node.name.rpartition("/")[0].strip("/").replace("/", ".")
-    return scope or re.sub(r"\.weight(_\w+)?$", "", weight.name)
-
-
-@dataclass(frozen=True)
-class LinearMatch:
-    """A linear to be: `module` is the path of its module, `weight` the name of its stored constant."""
-
-    node: gs.Node
-    x: gs.Tensor
-    rows: Source
-    shape: tuple[int, int]
-    module: str
-    weight: str
-    bias: gs.Tensor | None = None
-
-
-def linear_path(graph: gs.Graph, match: LinearMatch) -> str:
-    """The module's path; where a module has several weights, the later ones have their own names behind it."""
-    taken = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
-    own = f"{match.module}.{match.weight}"
-    names = chain((match.module, own), (f"{own}.{i}" for i in count(2)))
-    return next(name for name in names if taken.get(name, match.rows) == match.rows)
-
-
-class NormalizeMatMul(Rewrite[LinearMatch]):
-    """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
-
-    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
-    After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
-    """
-
-    def match(self, node: gs.Node) -> LinearMatch | Reject | None:
-        if node.op != "MatMul" or linear(node) is not None:
-            return None
-        x, w = node.inputs
-        stored, turned = w, True
-        while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
-            if step.attrs.get("to", FLOAT) != FLOAT:
-                return None
-            turned ^= step.op == "Transpose" and step.attrs.get("perm", [1, 0]) == [1, 0]
-            stored = step.inputs[0]
-        if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
-            return None
-        if stored.dtype != np.float32:
-            return Reject(f"a matrix of {stored.dtype}")
-        rows, shape = rows_of(stored, transposed=turned)
-        return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
-
-    def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        node, path = match.node, linear_path(graph, match)
-        node.inputs[1] = weight_constant(path, match.rows, match.shape)
-        node.name = unique_name(graph, node, path)
-
-
-class NormalizeGemm(Rewrite[LinearMatch]):
-    """Gemm(x, W, bias) with alpha = beta = 1 -> the normal form and an Add."""
-
-    def match(self, node: gs.Node) -> LinearMatch | Reject | None:
-        if node.op != "Gemm" or not isinstance(node.inputs[1], gs.Constant):
-            return None
-        attrs = node.attrs
-        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
-            return Reject("Gemm with alpha, beta or transA is not a linear layer")
-        weight = node.inputs[1]
-        if weight.dtype != np.float32:
-            return Reject(f"a matrix of {weight.dtype}")
-        rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)
-
-    def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        out, path = take_over(match.node), linear_path(graph, match)
-        weight = weight_constant(path, match.rows, match.shape)
-        name = unique_name(graph, match.node, path)
-        if match.bias is None:
-            add(graph, "MatMul", [match.x, weight], out, name=name)
-            return
-        product = add(graph, "MatMul", [match.x, weight], f"{name}.product", name=name)
-        add(graph, "Add", [product, match.bias], out)
-
-
-def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int, int]]:
-    """The rows of W [N, K] from a constant that holds W, or its transpose."""
-    view = view_of(stored)
-    a, b = (int(d) for d in stored.shape)
-    if view is None:
-        values = stored.values.T if transposed else stored.values
-        return InMemory(values), (b, a) if transposed else (a, b)
-    if not transposed:
-        return view.source, (a, b)
-    if isinstance(view.source, FileTensor):
-        return Transposed(view.source), (b, a)
-    if isinstance(view.source, InMemory):
-        return InMemory(view.source.array.T), (b, a)
-    return InMemory(view.load().T), (b, a)
-
-
-def unique_name(graph: gs.Graph, node: gs.Node, path: str) -> str:
-    """`path`, or `path#2` and so on where one module is used several times."""
-    taken = {other.name for other in graph.nodes if other is not node}
-    return next(name for name in (path, *(f"{path}#{i}" for i in range(2, 1 << 16))) if name not in taken)
-
-
-NORMALIZE_LINEARS: tuple[Rewrite[Any], ...] = (NormalizeGemm(), NormalizeMatMul())
+    k, n = weight.shape
+    return Linear(node, node.inputs[0], weight.source, (n, k), node.inputs[1].name.removesuffix(SUFFIX))

@@ -1,21 +1,26 @@
 """A pass: `match` finds, returning a value; `rewrite` builds, deciding nothing.
 
-`match` answers None ("not mine"), a `Reject` ("mine, but ...": a reason a user can read) or a match value with all that
-`rewrite` needs. `rewrite` replaces what it must; dead nodes are swept once after each pass, so no pass asks whether a
-node is used elsewhere.
+`match` answers None ("something else"), a `Reject` ("mine, but ...": a reason a user can read) or a match value with
+all that `rewrite` needs. A node that begins to look like what the pass is about, and then is not, is a `Reject`.
+`rewrite` replaces what it must; dead nodes are swept once after each pass, so no pass asks whether a node is used
+elsewhere. What a pass relies on it declares as rules: `requires` of the graph it is given, `ensures` of what it leaves.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.lazy import small
+
 M = TypeVar("M")
+Rule = Callable[[gs.Node], str | None]  # what is wrong with a node; its name says what holds where nothing is
 
 
 @dataclass(frozen=True)
@@ -25,38 +30,19 @@ class Reject:
     reason: str
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the ledger: pass, node (its module path where it has one), and a reason or what was done.
+class Pass(ABC):
+    """What `run` runs. Subclasses are frozen dataclasses: the repr of a pass is its configuration."""
 
-    `target` is the first that a lowering was made for; before the lowerings there is none.
-    """
+    requires: ClassVar[tuple[Rule, ...]] = ()
+    ensures: ClassVar[tuple[Rule, ...]] = ()
 
-    rewrite: str
-    node: str
-    done: str = ""
-    reason: str = ""
-    target: str = ""
+    @abstractmethod
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        """Changes the graph; tells of each node or tensor, by name, what was done with it or why nothing was."""
 
 
-@dataclass
-class Ledger:
-    """What every pass did and why it did not do more; `instantrt compile --explain` prints it."""
-
-    entries: list[Entry] = field(default_factory=list)
-
-    def applied(self, rewrite: str) -> list[Entry]:
-        return [e for e in self.entries if e.rewrite == rewrite and not e.reason]
-
-    def rejected(self) -> list[Entry]:
-        return [e for e in self.entries if e.reason]
-
-    def passed(self, rewrite: str, graph: gs.Graph) -> None:
-        """Called after each pass that changed the graph, for those who want to look at it then."""
-
-
-class Rewrite(ABC, Generic[M]):
-    """A graph-to-graph pass. Subclasses are frozen dataclasses: the repr of a pass is its configuration."""
+class Rewrite(Pass, Generic[M]):
+    """A pass that looks at every node once."""
 
     @abstractmethod
     def match(self, node: gs.Node) -> M | Reject | None:
@@ -67,29 +53,95 @@ class Rewrite(ABC, Generic[M]):
         """Builds the replacement."""
 
     def note(self, match: M) -> str:  # noqa: ARG002  (an override reads it)
-        """What the ledger says of an applied match."""
+        """What the log says of an applied match."""
         return ""
 
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        for node in list(graph.nodes):
+            found = self.match(node) if node.outputs else None  # an earlier rewrite may have taken them
+            if isinstance(found, Reject):
+                yield node.name, found
+            elif found is not None:
+                self.rewrite(graph, found)
+                yield node.name, self.note(found)
 
-def run(graph: gs.Graph, passes: Sequence[Rewrite[Any]], ledger: Ledger) -> gs.Graph:
-    """Applies each pass once to every node, then removes what died and sorts."""
+
+class Lowering(Rewrite[M]):
+    """A pass that brings quantized linears to the operators of a backend."""
+
+    @abstractmethod
+    def note(self, match: M) -> str:
+        """The form that the linear runs in, as `--explain` names it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log: the pass, the node (its module path where it has one), and a reason or what was done.
+
+    `target` is the first that a lowering was made for; before the lowerings there is none.
+    """
+
+    by: Pass
+    node: str
+    done: str = ""
+    reason: str = ""
+    target: str = ""
+
+
+@dataclass
+class PassLog:
+    """What every pass did and why it did not do more; `--explain` prints it. `target` is what is lowered for now."""
+
+    entries: list[Entry] = field(default_factory=list)
+    target: str = ""
+
+    def applied(self, by: type[Pass]) -> list[Entry]:
+        return [e for e in self.entries if isinstance(e.by, by) and not e.reason]
+
+    def rejected(self) -> list[Entry]:
+        return [e for e in self.entries if e.reason]
+
+    def passed(self, by: Pass, graph: gs.Graph, *, changed: bool) -> None:
+        """Called after each pass, for those who want to look at the graph then."""
+
+
+def run(graph: gs.Graph, passes: Sequence[Pass], log: PassLog) -> gs.Graph:
+    """Applies the passes in turn; after each that changed the graph, removes what died and sorts."""
     for each in passes:
         name = type(each).__name__
-        applied = False
-        for node in list(graph.nodes):
-            found = each.match(node) if node.outputs else None  # an earlier rewrite may have taken them
-            if found is None:
-                continue
-            if isinstance(found, Reject):
-                ledger.entries.append(Entry(name, node.name, reason=found.reason))
-                continue
-            each.rewrite(graph, found)
-            ledger.entries.append(Entry(name, node.name, done=each.note(found)))
-            applied = True
-        if applied:
+        check(graph, each.requires, f"{name} requires")
+        changed = False
+        for node, said in each.apply(graph):
+            done, reason = ("", said.reason) if isinstance(said, Reject) else (said, "")
+            log.entries.append(Entry(each, node, done, reason, log.target))
+            changed |= not reason
+        if changed:
             graph.cleanup(remove_unused_graph_inputs=False).toposort()
-            ledger.passed(name, graph)
+        log.passed(each, graph, changed=changed)
+        if changed:
+            check(graph, (*each.ensures, made_once(graph)), f"{name} ensures")
     return graph
+
+
+def check(graph: gs.Graph, rules: Iterable[Rule], who: str) -> None:
+    """Raises on the first rule that a node breaks: a bug of ours, told to the author of a pass."""
+    for rule in rules:
+        for node in graph.nodes:
+            problem = rule(node)
+            assert problem is None, f"{who} {rule.__name__}: node {node.name} ({node.op}): {problem}"
+
+
+def made_once(graph: gs.Graph) -> Rule:
+    """Every input of a node is made by one node, or is an input of the graph or a constant."""
+    given = {id(t) for t in graph.inputs}
+
+    def every_input_is_made_once(node: gs.Node) -> str | None:
+        for t in node.inputs:
+            if isinstance(t, gs.Variable) and t.name and len(t.inputs) != 1 and id(t) not in given:
+                return f"{len(t.inputs)} nodes make its input {t.name}"
+        return None
+
+    return every_input_is_made_once
 
 
 def add(
@@ -107,6 +159,29 @@ def add(
     node = gs.Node(op, name or output.name, attrs, list(inputs), [output], domain=domain or None)
     graph.nodes.append(node)
     return output
+
+
+def once(
+    graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor], out: gs.Tensor | str, *, name: str = "", **attrs: Any
+) -> gs.Tensor:
+    """`add`, or what it added before under this name: for values that several linears share."""
+    named = name or (out if isinstance(out, str) else out.name)
+    known = next((node for t in inputs for node in t.outputs if node.name == named), None)
+    return known.outputs[0] if known is not None else add(graph, op, inputs, out, name=name, **attrs)
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """Adds nodes and constants whose names share a prefix, each once."""
+
+    graph: gs.Graph
+    prefix: str
+
+    def __call__(self, op: str, inputs: Sequence[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
+        return once(self.graph, op, inputs, f"{self.prefix}/{name}", **attrs)
+
+    def const(self, name: str, values: Any, dtype: npt.DTypeLike) -> gs.Constant:
+        return small(f"{self.prefix}/{name}", values, dtype)
 
 
 def take_over(old: gs.Node) -> gs.Tensor:

@@ -1,15 +1,17 @@
-"""What must hold between the stages of the pipeline; an ill-formed graph is caught at a boundary, not in a backend."""
+"""What must hold between the stages of the pipeline; an ill-formed graph is caught at a boundary, not in a backend.
+
+Names in quotes are headings of docs/facts.md, where what was measured stands.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Missing, view_of
-from instantrt.passes.core.rewrite import producer
+from instantrt.passes.core.rewrite import Rule, check, producer
 
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -27,10 +29,7 @@ def verify(graph: gs.Graph, stage: Stage) -> None:
         view = view_of(tensor)
         if stage is not Stage.FLOAT and view is not None and isinstance(view.source, Missing):
             next(iter(view.source.tiles()))
-    for node in graph.nodes:
-        for rule in RULES[stage]:
-            problem = rule(node)
-            assert problem is None, f"after stage '{stage.value}', node {node.name} ({node.op}): {problem}"
+    check(graph, RULES[stage], f"stage '{stage.value}' ensures")
 
 
 def no_qdq(node: gs.Node) -> str | None:
@@ -48,6 +47,16 @@ def weight_dq_feeds_matmul(node: gs.Node) -> str | None:
     )
 
 
+def activations_are_float(node: gs.Node) -> str | None:
+    return "activations are quantized" if node.op == "QuantizeLinear" else None
+
+
+def tables_are_float32(node: gs.Node) -> str | None:
+    """A table that was narrowed before looks like one whose rows are float16, and would be read as such."""
+    view = view_of(node.inputs[0]) if node.op == "Gather" else None
+    return None if view is None or view.dtype == np.float32 else f"its table is {view.dtype}"
+
+
 def activation_q_is_followed_by_dq(node: gs.Node) -> str | None:
     if node.op != "QuantizeLinear":
         return None
@@ -56,13 +65,16 @@ def activation_q_is_followed_by_dq(node: gs.Node) -> str | None:
 
 
 def no_weight_dequantize(node: gs.Node) -> str | None:
-    """ONNX Runtime may turn DequantizeLinear + MatMul into int8-activation kernels: explicit operators only."""
+    """ONNX Runtime may turn DequantizeLinear + MatMul into int8-activation kernels: explicit operators only.
+
+    "DQ + MatMul on a CPU"
+    """
     weight = producer(node.inputs[1], "DequantizeLinear") if node.op == "MatMul" else None
     return "a dequantized weight feeds a MatMul" if weight is not None else None
 
 
 def signed_and_symmetric(node: gs.Node) -> str | None:
-    """TensorRT takes neither unsigned codes nor zero points."""
+    """TensorRT takes neither unsigned codes nor zero points: "Zero points and unsigned codes"."""
     if node.op not in QDQ_OPS:
         return None
     codes = node.inputs[0] if node.op == "DequantizeLinear" else node.outputs[0]
@@ -73,7 +85,7 @@ def signed_and_symmetric(node: gs.Node) -> str | None:
 
 
 def scale_is_constant(node: gs.Node) -> str | None:
-    """TensorRT-RTX ends the process over some scales that are computed at run time: a Slice behind them is enough."""
+    """TensorRT-RTX ends the process over some scales that are not: "Scales computed at run time"."""
     if node.op not in QDQ_OPS:
         return None
     return None if isinstance(node.inputs[1], gs.Constant) else "a scale computed at run time"
@@ -81,7 +93,7 @@ def scale_is_constant(node: gs.Node) -> str | None:
 
 def int8_product_is_by_tensor(node: gs.Node) -> str | None:
     """An int8 product takes one weight scale. TensorRT reads block scales as if they were a channel's, without a word;
-    a channel's it multiplies too late, after the unscaled sums were written as float16.
+    a channel's it multiplies too late, after the unscaled sums were written as float16: "int8 tokens and block scales".
     """
     x, w = (producer(t, "DequantizeLinear") for t in node.inputs) if node.op == "MatMul" else (None, None)
     if x is None or w is None or isinstance(x.inputs[0], gs.Constant):
@@ -90,7 +102,10 @@ def int8_product_is_by_tensor(node: gs.Node) -> str | None:
 
 
 def attention_is_explicit(node: gs.Node) -> str | None:
-    """TensorRT aligns a causal mask to the upper left even with a cache, and ignores the lengths of input 6."""
+    """TensorRT aligns a causal mask to the upper left even with a cache, and ignores the lengths of input 6.
+
+    "Attention in TensorRT"
+    """
     if node.op != "Attention":
         return None
     if node.attrs.get("is_causal") or len(node.inputs) < 4 or not node.inputs[3].name:
@@ -100,7 +115,6 @@ def attention_is_explicit(node: gs.Node) -> str | None:
     return None
 
 
-Rule = Callable[[gs.Node], str | None]
 RULES: dict[Stage, tuple[Rule, ...]] = {
     Stage.FLOAT: (no_qdq,),
     Stage.QDQ: (weight_dq_feeds_matmul, activation_q_is_followed_by_dq),

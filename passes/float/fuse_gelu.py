@@ -56,6 +56,7 @@ class FuseGelu(Rewrite[GeluMatch]):
     def match(self, node: gs.Node) -> GeluMatch | Reject | None:
         if node.op != "Mul":
             return None
+        rejected = None
         for inner, third in (node.inputs, node.inputs[::-1]):
             product = producer(inner, "Mul")
             if product is None:
@@ -65,9 +66,12 @@ class FuseGelu(Rewrite[GeluMatch]):
                     continue
                 for approximate, (op, coefficients) in FORMS.items():
                     argument = one_plus(shifted, op)
-                    if argument is not None and equal(polynomial(argument, x), coefficients):
+                    if argument is None:
+                        continue
+                    if equal(polynomial(argument, x), coefficients):
                         return GeluMatch(node, x, approximate)
-        return None
+                    rejected = Reject(f"{op} is taken of {argument.name}, which is not GELU's polynomial in {x.name}")
+        return rejected
 
     def rewrite(self, graph: gs.Graph, match: GeluMatch) -> None:
         name, out = match.node.name, take_over(match.node)

@@ -1,9 +1,12 @@
-"""Brings decomposed RMS norms back to the operator of opset 23."""
+"""Brings decomposed RMS norms back to the operator of opset 23.
+
+Not by onnxscript's rules, which find the same norms in every family that is tested: they work where torch's exporter
+does, and so miss the .onnx files that a user brings, want onnxscript on every machine, and cannot say why they refuse.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -54,12 +57,17 @@ class FuseRmsNorm(Rewrite[NormMatch]):
             return None
         for scale, normed in (node.inputs, reversed(node.inputs)):
             inner = producer(normed, "Mul")
-            if inner is None or scale.shape is None or len(scale.shape) != 1:
-                continue
-            for x, reciprocal in (inner.inputs, reversed(inner.inputs)):
-                epsilon = reciprocal_rms_of(reciprocal, x)
-                if epsilon is not None:
-                    return NormMatch(node, x, scale, epsilon)
+            for x, factor in (inner.inputs, reversed(inner.inputs)) if inner is not None else ():
+                reciprocal = producer(factor, "Reciprocal")
+                root = producer(reciprocal.inputs[0], "Sqrt") if reciprocal is not None else None
+                if root is None:
+                    continue
+                epsilon = epsilon_of(root.inputs[0], x)
+                if isinstance(epsilon, Reject):
+                    return epsilon
+                if scale.shape is None or len(scale.shape) != 1:
+                    return Reject(f"the scale {scale.name} has shape {scale.shape}, expected [D]")
+                return NormMatch(node, x, scale, epsilon)
         return None
 
     def rewrite(self, graph: gs.Graph, match: NormMatch) -> None:
@@ -68,19 +76,16 @@ class FuseRmsNorm(Rewrite[NormMatch]):
         add(graph, "RMSNormalization", [match.x, match.scale], out, name=name, axis=-1, epsilon=match.epsilon)
 
 
-def reciprocal_rms_of(tensor: gs.Tensor, x: gs.Tensor) -> float | None:
-    """epsilon, if `tensor` is 1 / sqrt(mean(x^2, last axis) + epsilon)."""
-    reciprocal = producer(tensor, "Reciprocal")
-    sqrt = producer(reciprocal.inputs[0], "Sqrt") if reciprocal else None
-    plus = producer(sqrt.inputs[0], "Add") if sqrt else None
-    if plus is None:
-        return None
-    mean, epsilon = producer(plus.inputs[0], "ReduceMean"), scalar(plus.inputs[1])
-    if mean is None or epsilon is None or ints(mean.inputs[1]) != [-1]:
-        return None
+def epsilon_of(radicand: gs.Tensor, x: gs.Tensor) -> float | Reject:
+    """epsilon, if `radicand` is mean(x^2, last axis) + epsilon."""
+    plus = producer(radicand, "Add")
+    mean, epsilon = (producer(plus.inputs[0], "ReduceMean"), scalar(plus.inputs[1])) if plus else (None, None)
+    if mean is None or epsilon is None:
+        return Reject(f"the root is taken of {radicand.name}, which is no mean plus a constant")
+    axes = ints(mean.inputs[1]) if len(mean.inputs) > 1 else mean.attrs.get("axes")
+    if axes != [-1]:
+        return Reject(f"the mean is taken over axes {axes}, expected [-1]")
     power = producer(mean.inputs[0], "Pow")
-    return epsilon if power is not None and power.inputs[0] is x and scalar(power.inputs[1]) == 2.0 else None
-
-
-# Constants first: Gemma's scale is `1 + weight`.
-FUSE_RMS_NORM: tuple[Rewrite[Any], ...] = (FoldSmallConstants(), FuseRmsNorm())
+    if power is None or power.inputs[0] is not x or scalar(power.inputs[1]) != 2.0:
+        return Reject(f"the mean is not taken of the squares of {x.name}")
+    return epsilon

@@ -1,9 +1,12 @@
-"""Brings decomposed rotary embeddings back to the operator of opset 23."""
+"""Brings decomposed rotary embeddings back to the operator of opset 23.
+
+Not by onnxscript's rules: they leave the angles of YaRN, which have a factor, in pieces, compute cosine and sine anew
+for each embedding instead of once for the model, and see no .onnx file that a user brings.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,11 +27,12 @@ class HalveRotaryAngles(Rewrite[HalveMatch]):
     def match(self, node: gs.Node) -> HalveMatch | Reject | None:
         if node.op not in ("Cos", "Sin", "Mul"):
             return None
-        concat = producer(node.inputs[0], "Concat")
-        if concat is None or len(concat.inputs) != 2 or concat.inputs[0] is not concat.inputs[1]:
+        half, others = repeated(node.inputs[0]), tuple(node.inputs[1:])
+        if half is None:
             return None
-        others = tuple(node.inputs[1:])
-        return HalveMatch(node, concat.inputs[0], others) if all(scalar(t) is not None for t in others) else None
+        if any(scalar(t) is None for t in others):
+            return Reject(f"the angles meet {others[0].name}, which is no constant factor")
+        return HalveMatch(node, half, others)
 
     def rewrite(self, graph: gs.Graph, match: HalveMatch) -> None:
         out = take_over(match.node)
@@ -55,12 +59,20 @@ class FuseRotaryEmbedding(Rewrite[RotaryMatch]):
         if node.op != "Add":
             return None
         straight, rotated = (producer(t, "Mul") for t in node.inputs)
-        if straight is None or rotated is None:
+        concat = producer(rotated.inputs[0], "Concat") if rotated is not None else None
+        negated = producer(concat.inputs[0], "Neg") if concat is not None else None
+        if straight is None or rotated is None or concat is None or negated is None:
             return None
-        x = straight.inputs[0]
-        cos, sin = rotary_half(straight.inputs[1]), rotary_half(rotated.inputs[1])
-        if cos is None or sin is None or not is_rotated(rotated.inputs[0], x):
-            return None
+        x, halves = straight.inputs[0], (*concat.inputs[1:], *negated.inputs)
+        slices = [s for t in halves if (s := producer(t, "Slice")) is not None and s.inputs[0] is x]
+        if len(slices) != 2 or len(halves) != 2 or not is_last(concat, x):
+            return Reject(f"what is turned is not made of two slices of {x.name}")
+        half, last = x.shape[-1] // 2 if isinstance(x.shape[-1], int) else None, len(x.shape) - 1
+        if [last_slice(s, last) for s in slices] != [(0, half), (half, None)]:
+            return Reject(f"the slices of {x.name} {list(x.shape)} are not the halves of its last axis")
+        cos, sin = by_head(straight.inputs[1]), by_head(rotated.inputs[1])
+        if cos is None or sin is None:
+            return Reject("cosine and sine are not Unsqueeze(Concat(h, h), 1) of the half angles")
         return RotaryMatch(node, x, cos, sin)
 
     def rewrite(self, graph: gs.Graph, match: RotaryMatch) -> None:
@@ -69,26 +81,22 @@ class FuseRotaryEmbedding(Rewrite[RotaryMatch]):
         add(graph, "RotaryEmbedding", [match.x, match.cos, match.sin], out, name=scope)
 
 
-def rotary_half(tensor: gs.Tensor) -> gs.Tensor | None:
+def is_last(concat: gs.Node, tensor: gs.Tensor) -> bool:
+    """Does `concat` join along the last axis of `tensor`, whose rank is known?"""
+    return tensor.shape is not None and concat.attrs["axis"] in (-1, len(tensor.shape) - 1)
+
+
+def repeated(tensor: gs.Tensor) -> gs.Tensor | None:
+    """h, if `tensor` is Concat(h, h) along the last axis."""
+    concat = producer(tensor, "Concat")
+    same = concat is not None and len(concat.inputs) == 2 and concat.inputs[0] is concat.inputs[1]
+    return concat.inputs[0] if concat is not None and same and concat.attrs["axis"] == -1 else None
+
+
+def by_head(tensor: gs.Tensor) -> gs.Tensor | None:
     """h, if `tensor` is Unsqueeze(Concat(h, h), 1)."""
     unsqueeze = producer(tensor, "Unsqueeze")
-    concat = producer(unsqueeze.inputs[0], "Concat") if unsqueeze and ints(unsqueeze.inputs[1]) == [1] else None
-    same = concat is not None and len(concat.inputs) == 2 and concat.inputs[0] is concat.inputs[1]
-    return concat.inputs[0] if concat is not None and same else None
-
-
-def is_rotated(tensor: gs.Tensor, x: gs.Tensor) -> bool:
-    """Is `tensor` Concat(-x[D/2:], x[:D/2]) along the last axis?"""
-    concat = producer(tensor, "Concat")
-    if concat is None or len(concat.inputs) != 2 or x.shape is None:
-        return False
-    negated = producer(concat.inputs[0], "Neg")
-    high = producer(negated.inputs[0], "Slice") if negated else None
-    low = producer(concat.inputs[1], "Slice")
-    if high is None or low is None or high.inputs[0] is not x or low.inputs[0] is not x:
-        return False
-    half, last = int(x.shape[-1]) // 2, len(x.shape) - 1
-    return last_slice(high, last) == (half, None) and last_slice(low, last) == (0, half)
+    return repeated(unsqueeze.inputs[0]) if unsqueeze is not None and ints(unsqueeze.inputs[1]) == [1] else None
 
 
 def last_slice(node: gs.Node, last: int) -> tuple[int, int | None] | None:
@@ -97,7 +105,3 @@ def last_slice(node: gs.Node, last: int) -> tuple[int, int | None] | None:
     if axes not in ([last], [-1]) or steps != [1] or starts is None or stops is None:
         return None
     return starts[0], None if stops[0] > 1 << 31 else stops[0]
-
-
-# The angles are halved twice: the cosine itself, then the factor behind it.
-FUSE_ROTARY: tuple[Rewrite[Any], ...] = (HalveRotaryAngles(), HalveRotaryAngles(), FuseRotaryEmbedding())

@@ -1,4 +1,7 @@
-"""Lowers Q/DQ graphs to what ONNX Runtime runs fast on a CPU."""
+"""Canonical Q/DQ -> the explicit operators of ONNX Runtime's CPU provider: integer products on limbs, MatMulNBits,
+grouped attention, tables and weights in the 16 bits they are stored in. `linear` says which form comes first.
+Imports `core` and `qdq`; never a Q/DQ pair in front of a MatMul comes out.
+"""
 
 from typing import Literal
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
+from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer, take_over
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
     After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, last, T, mask)
 
     Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy
-    of the cache at decode), or grow by each call as the interface says.
+    of the cache at decode), or grow by each call as the interface says (docs/facts.md, "GroupQueryAttention").
     """
 
     def match(self, node: gs.Node) -> AttentionMatch | Reject | None:
@@ -82,17 +82,13 @@ def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     A row ends at the last key that its last query sees. Rows padded on the left all end at T. Rows padded on the right
     end where they end, so sequences of different lengths decode in one batch, each in its own place in the cache.
     """
-    prefix = f"{mask.name}/lengths"
-    tensors = {t.name: t for n in graph.nodes if n.name.startswith(prefix) for t in n.outputs}
-    if f"{prefix}/last" in tensors:
-        return tensors[f"{prefix}/total"], tensors[f"{prefix}/last"]
-    one = add(graph, "Shape", [mask], f"{prefix}/t", start=3, end=4)
-    scalar = add(graph, "Squeeze", [one], f"{prefix}/scalar")
-    total = add(graph, "Cast", [scalar], f"{prefix}/total", to=onnx.TensorProto.INT32)
-    query = add(graph, "Gather", [mask, small(f"{prefix}/query", -1, np.int64)], f"{prefix}/seen", axis=2)
-    key = add(graph, "ArgMax", [query], f"{prefix}/key", axis=2, keepdims=0, select_last_index=1)
-    row = add(graph, "Reshape", [key, small(f"{prefix}/row", [-1], np.int64)], f"{prefix}/rows")
-    return total, add(graph, "Cast", [row], f"{prefix}/last", to=onnx.TensorProto.INT32)
+    nodes = Prefixed(graph, f"{mask.name}/lengths")
+    scalar = nodes("Squeeze", [nodes("Shape", [mask], "t", start=3, end=4)], "scalar")
+    total = nodes("Cast", [scalar], "total", to=onnx.TensorProto.INT32)
+    query = nodes("Gather", [mask, nodes.const("query", -1, np.int64)], "seen", axis=2)
+    key = nodes("ArgMax", [query], "key", axis=2, keepdims=0, select_last_index=1)
+    row = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
+    return total, nodes("Cast", [row], "last", to=onnx.TensorProto.INT32)
 
 
 def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
-from instantrt.passes.ort.limbs import LimbNodes, reachable
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.ort.limbs import add_limbs
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
@@ -22,8 +22,10 @@ TOP = 127
 
 
 @dataclass(frozen=True)
-class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
+class LowerToExactBlocks(Lowering[BlockwiseMatch]):
     """MatMul(x, DequantizeLinear(codes)) -> two limbs of x by block -> MatMulNBits -> their sum."""
+
+    requires = (weight_dq_feeds_matmul,)
 
     def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
         found = quantized(node)
@@ -39,11 +41,7 @@ class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
         rows, leading = block_limbs(graph, found, match.block)
         out = take_over(found.node)
         y = matmul_nbits(graph, match, rows, f"{path}/limbs")
-        parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
-        graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
-        y = add(graph, "Add", parts, f"{path}/rows")
-        shape = add(graph, "Concat", [leading, small(f"{path}.n", [n], np.int64)], f"{path}/shape", axis=0)
-        add(graph, "Reshape", [y, shape], out)
+        add_limbs(graph, y, 2, (leading, n), path, out)
 
     def note(self, match: BlockwiseMatch) -> str:
         return f"MatMulNBits, {match.linear.quant.bits} bits, two limbs by {match.block} (exact)"
@@ -52,10 +50,7 @@ class LowerToExactBlocks(Rewrite[BlockwiseMatch]):
 def block_limbs(graph: gs.Graph, linear: Quantized, block: int) -> tuple[gs.Tensor, gs.Tensor]:
     """(hi over lo [2 M, K], leading dimensions of x), made once for each x and block."""
     x, k = linear.x, linear.quant.shape[1]
-    nodes = LimbNodes(graph, f"{x.name}/by{block}")
-    made = {t.name: t for node in x.outputs for t in reachable(node, nodes.prefix)}
-    if f"{nodes.prefix}/limbs" in made:
-        return made[f"{nodes.prefix}/limbs"], made[f"{nodes.prefix}/leading"]
+    nodes = Prefixed(graph, f"{x.name}/by{block}")
     leading = nodes("Shape", [x], "leading", start=0, end=-1)
     rows = nodes("Reshape", [x, nodes.const("blocks_shape", [-1, k // block, block], np.int64)], "blocks")
     peak = nodes("ReduceMax", [nodes("Abs", [rows], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)

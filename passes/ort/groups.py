@@ -15,17 +15,20 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View, small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
-from instantrt.passes.ort.limbs import Limbs, flipped, rows_as_limbs
+from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.ort.limbs import Limbs, add_limbs, flipped, rows_as_limbs
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
 @dataclass(frozen=True)
-class LowerGroups(Rewrite[Quantized]):
+class LowerGroups(Lowering[Quantized]):
     """MatMul(x, DequantizeLinear(codes in groups)) -> Scan over groups of MatMulInteger on one limb of x.
 
     Four-bit codes are widened to bytes, which changes no value. The limb of one x serves all its consumers.
     """
+
+    requires = (weight_dq_feeds_matmul,)
 
     limbs: Limbs
     activations: Literal["int8"] = "int8"
@@ -69,8 +72,7 @@ class LowerGroups(Rewrite[Quantized]):
         out = take_over(match.node)
         y = add(graph, "Scan", [start, rows, *constants], f"{path}/sums", name=match.node.name, **scan)
         y = add(graph, "Mul", [y, scales], f"{path}/by_token")
-        shape = add(graph, "Concat", [leading, const("n", [n])], f"{path}/shape", axis=0)
-        add(graph, "Reshape", [y, shape], out)
+        add_limbs(graph, y, 1, (leading, n), path, out)
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
         return "MatMulInteger by group, one limb of 8 bits"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, View, small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
@@ -19,7 +19,8 @@ class Limbs:
     """How a float row x becomes integers: x = sum_i s_i * (q_i - center), q_i uint8, s_1 = max|x| / top.
 
     Two 7-bit limbs carry about 14 bits of x, finer than bfloat16; stacked as rows of one product, the second costs
-    almost nothing at decode. Seven bits times int8 never saturates the 16-bit sums of x86 CPUs without VNNI.
+    almost nothing at decode. Seven bits times int8 never saturates the 16-bit sums of x86 CPUs without VNNI
+    (docs/facts.md, "Two limbs" and "Saturation without VNNI").
     """
 
     count: int
@@ -39,13 +40,15 @@ ONE_LIMB_ARM = Limbs(count=1, top=127, center=128, signed_weights=True)
 
 
 @dataclass(frozen=True)
-class LowerPerChannel(Rewrite[Quantized]):
+class LowerPerChannel(Lowering[Quantized]):
     """Per-channel MatMul(x, DequantizeLinear(codes)) -> MatMulInteger on per-token limbs of x.
 
     Before: MatMul(x [..., K], DequantizeLinear(codes [K, N], scale [N], zero [N]))
     After:  q, s = limbs(x);  y = sum over limbs of MatMulInteger(q, codes, center, zero) * scale * s
     The limbs of one x serve all its consumers (q, k, v; gate, up).
     """
+
+    requires = (weight_dq_feeds_matmul,)
 
     limbs: Limbs
     activations: Literal["float", "int8"]
@@ -75,17 +78,23 @@ class LowerPerChannel(Rewrite[Quantized]):
         y = add(graph, "Cast", [sums], f"{path}/float_sums", to=1)
         y = add(graph, "Mul", [y, gs.Constant(f"{path}.scale_f32", scale)], f"{path}/scaled")
         y = add(graph, "Mul", [y, scales], f"{path}/limbs")
-        if self.limbs.count == 2:
-            parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
-            graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
-            y = add(graph, "Add", parts, f"{path}/rows")
-        width = small(f"{path}.n", [n], np.int64)
-        shape = add(graph, "Concat", [count, width], f"{path}/shape", axis=0)
-        add(graph, "Reshape", [y, shape], out)
+        add_limbs(graph, y, self.limbs.count, (count, n), path, out)
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
         kind = "two limbs of 7 bits (exact)" if self.limbs.count == 2 else "one limb of 8 bits"
         return f"MatMulInteger, {kind}"
+
+
+def add_limbs(
+    graph: gs.Graph, y: gs.Tensor, limbs: int, shape: tuple[gs.Tensor, int], path: str, out: gs.Tensor
+) -> None:
+    """y [limbs * M, N] -> out [..., N], the sum of its limbs; `shape` is the leading dimensions and N."""
+    if limbs == 2:
+        parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
+        graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
+        y = add(graph, "Add", parts, f"{path}/rows")
+    width = small(f"{path}.n", [shape[1]], np.int64)
+    add(graph, "Reshape", [y, add(graph, "Concat", [shape[0], width], f"{path}/shape", axis=0)], out)
 
 
 def flipped(codes: Array, flip: int) -> Array:
@@ -95,12 +104,7 @@ def flipped(codes: Array, flip: int) -> Array:
 
 def rows_as_limbs(graph: gs.Graph, x: gs.Tensor, k: int, limbs: Limbs) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
     """(codes uint8 [limbs * M, K], scales [limbs * M, 1], leading dimensions of x), made once for each x."""
-    prefix = f"{x.name}/{limbs.tag}"
-    names = (f"{prefix}/codes", f"{prefix}/scales", f"{prefix}/leading")
-    made = {t.name: t for node in x.outputs for t in reachable(node, prefix)}
-    if all(name in made for name in names):
-        return made[names[0]], made[names[1]], made[names[2]]
-    nodes = LimbNodes(graph, prefix)
+    nodes = Prefixed(graph, f"{x.name}/{limbs.tag}")
     leading = nodes("Shape", [x], "leading", start=0, end=-1)
     rows = nodes("Reshape", [x, nodes.const("rows_shape", [-1, k], np.int64)], "rows")
     peak = nodes("ReduceMax", [nodes("Abs", [rows], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)
@@ -118,26 +122,3 @@ def rows_as_limbs(graph: gs.Graph, x: gs.Tensor, k: int, limbs: Limbs) -> tuple[
     code2 = nodes("QuantizeLinear", [low, nodes("Reshape", [step2, flat], "step2_rows"), center], "codes2", axis=0)
     scales = nodes("Concat", [step, step2], "scales", axis=0)
     return nodes("Concat", [code, code2], "codes", axis=0), scales, leading
-
-
-@dataclass(frozen=True)
-class LimbNodes:
-    """Adds nodes whose names share a prefix."""
-
-    graph: gs.Graph
-    prefix: str
-
-    def __call__(self, op: str, inputs: list[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
-        return add(self.graph, op, inputs, f"{self.prefix}/{name}", **attrs)
-
-    def const(self, name: str, values: Any, dtype: Any) -> gs.Constant:
-        return small(f"{self.prefix}/{name}", values, dtype)
-
-
-def reachable(node: gs.Node, prefix: str) -> Iterator[gs.Tensor]:
-    """The tensors named under `prefix` that follow from `node`."""
-    for tensor in node.outputs:
-        if tensor.name.startswith(prefix):
-            yield tensor
-            for consumer in tensor.outputs:
-                yield from reachable(consumer, prefix)

@@ -1,13 +1,14 @@
 """Canonical Q/DQ linears -> the explicit integer operators of ONNX Runtime's CPU provider: which form for which.
 
-Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently.
+Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activation kernels silently
+(docs/facts.md, "DQ + MatMul on a CPU").
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from instantrt.passes.core.rewrite import Rewrite
+from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
 from instantrt.passes.ort.groups import LowerGroups
@@ -15,7 +16,7 @@ from instantrt.passes.ort.limbs import TWO_LIMBS, Limbs, LowerPerChannel
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
 
 
-def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Rewrite[Any], ...]:
+def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Lowering[Any], ...]:
     """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left.
 
     exact: activations keep 14 bits or what the scheme gives them; fast: whatever is not A8W8 by channel goes to

@@ -9,10 +9,11 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
-BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes; above 256 some releases return garbage
+BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
 CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of this size: 4 % more bytes, the fastest kernel
 
 
@@ -30,12 +31,15 @@ class BlockwiseMatch:
 
 
 @dataclass(frozen=True)
-class LowerToMatMulNBits(Rewrite[BlockwiseMatch]):
+class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
     """MatMul(x, DequantizeLinear(codes)) -> com.microsoft.MatMulNBits(x, codes [N, K/b, b*bits/8], scale, zero).
 
     accuracy_level 4 (int8 activations per block) is the only level with a fast 8-bit kernel. Zero points are explicit
-    even where all are central: without them ARM cores differ from one another.
+    even where all are central: without them ARM cores differ from one another (docs/facts.md, "MatMulNBits accuracy
+    levels" and "MatMulNBits without zero points").
     """
+
+    requires = (weight_dq_feeds_matmul,)
 
     def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
         found = quantized(node)

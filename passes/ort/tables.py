@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FileTensor, View, first_part, view_of
+from instantrt.passes.core.lazy import FileTensor, View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.verify import tables_are_float32
 from instantrt.passes.qdq.tables import Table, table
 
 HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): onnx.TensorProto.BFLOAT16}
@@ -53,7 +53,7 @@ class FloatLinearMatch:
 def holds_table(tensor: gs.Tensor, stored: FileTensor) -> bool:
     """Is `tensor` the stored matrix as it is (an embedding), not a linear's [K, N] view of it?"""
     view = view_of(tensor)
-    return view is not None and view.source == stored and view.project is first_part
+    return view is not None and view.source == stored and view.as_stored
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
 
     def match(self, node: gs.Node) -> FloatLinearMatch | Reject | None:
         found = linear(node)
-        if found is None or not isinstance(found.rows, FileTensor) or found.rows.dtype not in HALF_TYPES:
+        if found is None:
             return None
+        if not isinstance(found.rows, FileTensor) or found.rows.dtype not in HALF_TYPES:
+            return Reject("the matrix is not stored in 16 bits, row by row")
         return FloatLinearMatch(found, found.rows)
 
     def rewrite(self, graph: gs.Graph, match: FloatLinearMatch) -> None:
@@ -82,6 +84,8 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
 
 class QuantizeTables(Rewrite[Table]):
     """Gather(table [V, H], ids) -> com.microsoft.GatherBlockQuantized, 8 bits, asymmetric, in blocks along H."""
+
+    requires = (tables_are_float32,)
 
     def match(self, node: gs.Node) -> Table | Reject | None:
         return table(node, np.dtype(np.float32))
@@ -100,7 +104,3 @@ class QuantizeTables(Rewrite[Table]):
 
     def note(self, match: Table) -> str:
         return f"GatherBlockQuantized, {match.quant.bits} bits"
-
-
-# Embeddings first, so that a tied head finds the table it shares.
-AS_STORED: tuple[Rewrite[Any], ...] = (KeepTablesInHalf(), KeepFloatLinearsInHalf())

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import TILE_BYTES, Source, Tile, View, view_of
+from instantrt.passes.core.lazy import TILE_BYTES, Source, Tile, view_of
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import Codes, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite
+from instantrt.passes.core.verify import activations_are_float
 from instantrt.passes.qdq.insert_qdq import quantized
 
 UNARY = "Abs Cast Clip Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Neg Relu Sigmoid Softplus Sqrt Swish Tanh"
@@ -60,6 +61,8 @@ class FoldMatch:
 @dataclass(frozen=True)
 class FoldOrder(Rewrite[FoldMatch]):
     """Gather(x, order, axis=-1) -> x made in that order. `outputs` are the graph's: their channels stay in place."""
+
+    requires = (activations_are_float,)
 
     outputs: frozenset[str]
 
@@ -145,4 +148,4 @@ def permute(constant: gs.Constant, order: Order) -> None:
         return
     q = view.source
     source = replace(q, source=Permuted(q.source, order)) if isinstance(q, QuantTensor) else Permuted(q, order)
-    constant.values = View(source, view.shape, view.dtype, axis=view.axis, project=view.project)
+    constant.values = view.over(source)

@@ -10,28 +10,14 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, View, small, view_of
+from instantrt.passes.core.lazy import View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, once, producer
+from instantrt.passes.core.verify import activation_q_is_followed_by_dq, activations_are_float, weight_dq_feeds_matmul
 
 CODE_TYPES = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
 Decisions = Mapping[str, QuantTensor | Reject]  # module path -> how to quantize it, or why not
-
-
-def codes_kn(tile: Tile) -> Array:
-    """codes [n, K] -> [K, n]."""
-    return tile.parts[0].T
-
-
-def scale_gn(tile: Tile) -> Array:
-    """scale [n, G] -> [G, n]."""
-    return tile.parts[1].T
-
-
-def zero_gn(tile: Tile) -> Array:
-    """zero [n, G] -> [G, n]."""
-    return tile.parts[2].T
 
 
 @dataclass(frozen=True)
@@ -46,6 +32,9 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 
     Per channel: axis = 1, scale and zero [N]. In groups: axis = 0, block_size = group_size, scale and zero [K / g, N].
     """
+
+    requires = (activations_are_float,)
+    ensures = (weight_dq_feeds_matmul,)
 
     decisions: Decisions
 
@@ -77,9 +66,9 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
     (n, k), code_type = q.shape, CODE_TYPES[q.bits]
     per_group = (q.groups, n)
-    codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=codes_kn))
-    scale = View(q, per_group, np.float32, axis=1, project=scale_gn)
-    zero = View(q, per_group, code_type, axis=1, project=zero_gn)
+    codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=lambda tile: tile.parts[0].T))
+    scale = View(q, per_group, np.float32, axis=1, project=lambda tile: tile.parts[1].T)
+    zero = View(q, per_group, code_type, axis=1, project=lambda tile: tile.parts[2].T)
     attrs: dict[str, Any] = {"axis": 0, "block_size": q.group_size}
     if q.per_channel:
         scale = View(q, (n,), np.float32, project=lambda tile: tile.parts[1][:, 0])
@@ -126,6 +115,9 @@ class QuantizeActivations(Rewrite[Quantized]):
     One Q/DQ pair for each distinct x. The scale of a token is a block as wide as the token.
     """
 
+    requires = (weight_dq_feeds_matmul,)
+    ensures = (activation_q_is_followed_by_dq,)
+
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
         if found is None or found.quant.activations == "float" or found.x is not node.inputs[0]:
@@ -133,20 +125,12 @@ class QuantizeActivations(Rewrite[Quantized]):
         return found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        x, k = match.x, match.quant.shape[1]
-        done = next((n for n in x.outputs if n.name == f"{x.name}/quantize"), None)
-        if done is not None:
-            match.node.inputs[0] = done.outputs[0].outputs[0].outputs[0]
-            return
-        prefix = f"{x.name}/per_token"
-        magnitude = add(graph, "Abs", [x], f"{prefix}/abs")
-        peak = add(
-            graph, "ReduceMax", [magnitude, small(f"{prefix}/axes", [-1], np.int64)], f"{prefix}/max", keepdims=1
-        )
-        scale = add(graph, "Mul", [peak, small(f"{prefix}/127th", 1 / 127, np.float32)], f"{prefix}/step")
-        zero_row = add(graph, "Equal", [scale, small(f"{prefix}/0", 0, np.float32)], f"{prefix}/zero_row")
-        scale = add(graph, "Where", [zero_row, small(f"{prefix}/1", 1, np.float32), scale], f"{prefix}/scale")
-        block: dict[str, Any] = {"axis": -1, "block_size": k}
-        codes = gs.Variable(f"{prefix}/codes", np.int8, x.shape)
-        add(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
-        match.node.inputs[0] = add(graph, "DequantizeLinear", [codes, scale], f"{prefix}/dequantized", **block)
+        nodes, x = Prefixed(graph, f"{match.x.name}/per_token"), match.x
+        peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), nodes.const("axes", [-1], np.int64)], "max", keepdims=1)
+        scale = nodes("Mul", [peak, nodes.const("127th", 1 / 127, np.float32)], "step")
+        zero_row = nodes("Equal", [scale, nodes.const("0", 0, np.float32)], "zero_row")
+        scale = nodes("Where", [zero_row, nodes.const("1", 1, np.float32), scale], "scale")
+        block: dict[str, Any] = {"axis": -1, "block_size": match.quant.shape[1]}
+        codes = gs.Variable(f"{nodes.prefix}/codes", np.int8, x.shape)
+        codes = once(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
+        match.node.inputs[0] = nodes("DequantizeLinear", [codes, scale], "dequantized", **block)

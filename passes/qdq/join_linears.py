@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Tile, small
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, dequantized, quantized
 
 MARK = "+"
@@ -60,6 +61,8 @@ class JoinMatch:
 @dataclass(frozen=True)
 class JoinLinears(Rewrite[JoinMatch]):
     """`gated`: also those that an activation or a Mul reads, as gate and up. The plugin has better forms for them."""
+
+    requires = ensures = (weight_dq_feeds_matmul,)
 
     gated: bool
 

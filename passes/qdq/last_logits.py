@@ -87,7 +87,10 @@ def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
 
     def count(tensor: gs.Tensor, name: str) -> gs.Tensor:
         """S or T, [1]."""
-        return add(graph, "Shape", [tensor], f"{LAST}/{name}", start=1, end=2)
+        size = gs.Variable(
+            f"{LAST}/{name}", np.int64, [1]
+        )  # typed: what reads x would else be taken for one of its own
+        return add(graph, "Shape", [tensor], size, start=1, end=2)
 
     one, sequence, total = number(1, "one"), count(x, "sequence"), count(mask, "total")
     allowed = add(graph, "Cast", [mask], f"{LAST}/allowed", to=onnx.TensorProto.BOOL)

@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import Order, QuantTensor
-from instantrt.passes.core.rewrite import Rewrite, add
+from instantrt.passes.core.rewrite import Rewrite, once
+from instantrt.passes.core.verify import activations_are_float
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 
@@ -30,6 +31,8 @@ class SortMatch:
 class SortInputs(Rewrite[SortMatch]):
     """MatMul(x, W) -> MatMul(Gather(x, order, axis=-1), W) where W's quantization has its inputs in another order."""
 
+    requires = (activations_are_float,)
+
     decisions: Decisions
 
     def match(self, node: gs.Node) -> SortMatch | None:
@@ -41,11 +44,8 @@ class SortInputs(Rewrite[SortMatch]):
 
     def rewrite(self, graph: gs.Graph, match: SortMatch) -> None:
         x, name = match.linear.x, match.name
-        shared = next((node.outputs[0] for node in x.outputs if node.name == name), None)
-        if shared is None:
-            indices = small(f"{name}/indices", match.order.indices, np.int64)
-            shared = add(graph, "Gather", [x, indices], gs.Variable(name, x.dtype, x.shape), axis=-1)
-        match.linear.node.inputs[0] = shared
+        indices = small(f"{name}/indices", match.order.indices, np.int64)
+        match.linear.node.inputs[0] = once(graph, "Gather", [x, indices], gs.Variable(name, x.dtype, x.shape), axis=-1)
 
     def note(self, match: SortMatch) -> str:
         return match.name

@@ -7,7 +7,7 @@ output keeps float32, so that the interface is the same on all targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,46 +17,53 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, Tile, View, convert, small, view_of
-from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, add, run
+from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, convert, small, view_of
+from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, add, once
 from instantrt.passes.tensorrt.clamp_mask import ClampMask
 
-FLOAT32 = np.dtype(np.float32)
 WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"}
 CACHES = ("past_key_values.", "present.")
 
 
-def cast_compute_type(graph: gs.Graph, dtype: np.dtype[Any], ledger: Ledger) -> gs.Graph:
-    """Casts `graph`, in topological order, to `dtype`; float32 leaves it as it is."""
+def cast_compute_type(dtype: np.dtype[Any]) -> tuple[Pass, ...]:
+    """The passes that bring a graph to `dtype`; float32 is what it has."""
     if dtype == FLOAT32:
-        return graph
-    narrow_inputs(graph, dtype)
-    run(graph.toposort(), [ClampMask(dtype), CastComputeType(dtype), WidenForBranches(dtype)], ledger)
-    widen_outputs(graph)
-    return graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        return ()
+    return NarrowInputs(dtype), ClampMask(dtype), CastComputeType(dtype), WidenForBranches(dtype), WidenOutputs()
 
 
-def narrow_inputs(graph: gs.Graph, dtype: np.dtype[Any]) -> None:
-    for tensor in graph.inputs:
-        if tensor.dtype != FLOAT32:
-            continue
-        if tensor.name.startswith(CACHES):
-            tensor.dtype = dtype
-            continue
-        consumers = list(tensor.outputs)
-        narrow = cast(graph, tensor, dtype)
-        for node in consumers:
-            node.inputs = [narrow if t is tensor else t for t in node.inputs]
+@dataclass(frozen=True)
+class NarrowInputs(Pass):
+    """A float32 input x -> Cast(x) for all who read it; a cache has the compute type itself."""
+
+    dtype: np.dtype[Any]
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        for tensor in graph.inputs:
+            if tensor.dtype != FLOAT32:
+                continue
+            if tensor.name.startswith(CACHES):
+                tensor.dtype = self.dtype
+            else:
+                consumers = list(tensor.outputs)
+                narrow = cast(graph, tensor, self.dtype)
+                for node in consumers:
+                    node.inputs = [narrow if t is tensor else t for t in node.inputs]
+            yield tensor.name, self.dtype.name
 
 
-def widen_outputs(graph: gs.Graph) -> None:
-    for index, tensor in enumerate(graph.outputs):
-        if tensor.name.startswith(CACHES) or tensor.dtype.kind in "iub" or tensor.dtype == FLOAT32:
-            continue
-        name, tensor.name = tensor.name, f"{tensor.name}/{tensor.dtype.name}"
-        graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
-        # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
-        add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
+class WidenOutputs(Pass):
+    """An output y of 16 bits -> Cast(y) to float32 under its name; caches stay."""
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        for index, tensor in enumerate(graph.outputs):
+            if tensor.name.startswith(CACHES) or tensor.dtype.kind in "iub" or tensor.dtype == FLOAT32:
+                continue
+            name, tensor.name = tensor.name, f"{tensor.name}/{tensor.dtype.name}"
+            graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
+            # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
+            add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
+            yield name, FLOAT32.name
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ class CastMatch:
 
 @dataclass(frozen=True)
 class CastComputeType(Rewrite[CastMatch]):
+    """A node that reads hidden states in `dtype`, or makes them of a weight -> the same with all its floats in `dtype`.
+
+    Each node sees the types that the nodes before it were given.
+    """
+
     dtype: np.dtype[Any]
 
     def match(self, node: gs.Node) -> CastMatch | Reject | None:
@@ -130,11 +142,8 @@ def cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype[Any]) -> gs.Tensor:
         return gs.Constant(name, View(view.source, view.shape, dtype, axis=view.axis, project=project))
     if isinstance(tensor, gs.Constant):
         return small(name, narrowed(tensor.values, dtype, tensor.name), dtype)
-    known = next((node for node in tensor.outputs if node.name == name), None)
-    if known is not None:
-        return known.outputs[0]
     output = gs.Variable(name, dtype, tensor.shape)
-    return add(graph, "Cast", [tensor], output, to=onnx.helper.np_dtype_to_tensor_dtype(dtype))
+    return once(graph, "Cast", [tensor], output, to=onnx.helper.np_dtype_to_tensor_dtype(dtype))
 
 
 @dataclass(frozen=True)

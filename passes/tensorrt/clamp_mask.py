@@ -9,9 +9,8 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.rewrite import Reject, Rewrite
-
-FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""RMSNormalization in the operators that TensorRT had before 10.15."""
+"""RMSNormalization in the operators that TensorRT had before 10.15 (docs/facts.md, "First releases of operators")."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
-
-FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""RotaryEmbedding in the operators that TensorRT had before 10.15."""
+"""RotaryEmbedding in the operators that TensorRT had before 10.15 (docs/facts.md, "First releases of operators")."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
-from instantrt.passes.tensorrt.native import once
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, once, take_over
 
 
 @dataclass(frozen=True)

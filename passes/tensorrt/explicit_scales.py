@@ -1,8 +1,8 @@
 """Quantization by group for a TensorRT whose DequantizeLinear takes fewer blocks than ONNX's.
 
-NVIDIA's guide (Quantization Schemes) has int4 in blocks of 64 or 128, and NvInfer.h no blocks of int8. Any other group
-dequantizes by one, which changes no code, and is multiplied with its scales apart: the same values, rounded once,
-whatever the builder fuses.
+NVIDIA's guide (Quantization Schemes) has int4 in blocks of 64 or 128, and NvInfer.h no blocks of int8 (docs/facts.md,
+"Blocks that full TensorRT documents"). Any other group dequantizes by one, which changes no code, and is multiplied
+with its scales apart: the same values, rounded once, whatever the builder fuses.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.verify import scale_is_constant, signed_and_symmetric
 from instantrt.passes.tensorrt.native import block_size
 
 INT4_BLOCKS = (128, 64)
@@ -40,6 +41,8 @@ class BlockMatch:
 
 class ExplicitScales(Rewrite[BlockMatch]):
     """DequantizeLinear(codes [K, N], scale [K / B, N]) -> DequantizeLinear(codes, 1) as [K / B, B, N] * scale."""
+
+    requires = (signed_and_symmetric, scale_is_constant)
 
     def match(self, node: gs.Node) -> BlockMatch | Reject | None:
         block = node.attrs.get("block_size", 0)

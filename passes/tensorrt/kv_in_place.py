@@ -6,11 +6,13 @@ After:  present [B, H, M, D] = TensorScatter(past [B, H, M, D], new, P); Attenti
 The engine's past and present share one buffer. A row ends at the last key that its row of attention_mask allows, and
 its S new tokens are the last of it: P[r] = max(end[r] - S, 0). Rows padded on the left all end where the mask does.
 Rows padded on the right end where they end, so sequences of different lengths decode in one batch, each in its own
-place; and the mask may always have the full length M, zeros behind the end, so that no shape changes from step to step.
+place; and the mask may always have the full length M, zeros behind the end, so that no shape changes from step to step
+(docs/facts.md, "TensorScatter").
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,111 +20,90 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, add, producer, run, take_over
-from instantrt.passes.tensorrt.native import once
+from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, take_over
+from instantrt.passes.core.verify import attention_is_explicit
 
 OPSET = 24  # the first with TensorScatter
 PAST = "past_key_values."
-POSITION = "cache/position"
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 
-def kv_in_place(graph: gs.Graph, max_length: int, ledger: Ledger) -> gs.Graph:
-    """Every cache of `graph` in place, or a UserError that names the first one that cannot be."""
-    run(graph, [ScatterCache(max_length), PadMask(max_length)], ledger)
-    for tensor in graph.inputs:
-        if tensor.name.startswith(PAST) and any(n.op not in ("TensorScatter", "Shape") for n in tensor.outputs):
-            raise UserError(
-                "this cache cannot be updated in place",
-                where=tensor.name,
-                expected="Concat(past, new) that only an Attention node reads",
-                found=", ".join(node.op for node in tensor.outputs),
-                fix="use --kv-cache concat",
-            )
-    graph.opset = max(graph.opset, OPSET)
-    graph.import_domains = None  # else the exporter would write the old opset
-    return graph
+def kv_in_place(max_length: int) -> tuple[Pass, ...]:
+    """The passes that put every cache in place, or raise a UserError that names the first one that cannot be."""
+    return ScatterCache(max_length), PadMask(max_length), RequireInPlace()
 
 
 @dataclass(frozen=True)
-class CacheMatch:
-    node: gs.Node
-    past: gs.Tensor
-    new: gs.Tensor
+class ScatterCache(Rewrite[gs.Node]):
+    """present = Concat(past, new) -> TensorScatter(past, new, position) in a buffer of `max_length`."""
 
-
-@dataclass(frozen=True)
-class ScatterCache(Rewrite[CacheMatch]):
     max_length: int
 
-    def match(self, node: gs.Node) -> CacheMatch | Reject | None:
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if node.op != "Concat" or len(node.inputs) != 2 or not node.inputs[0].name.startswith(PAST):
             return None
         if node.attrs["axis"] not in (2, -2):
             return Reject("the cache does not grow along its second last axis")
         if any(reader.op != "Attention" for reader in node.outputs[0].outputs):
             return Reject("something other than Attention reads the cache")
-        return CacheMatch(node, *node.inputs)
+        return node
 
-    def rewrite(self, graph: gs.Graph, match: CacheMatch) -> None:
-        present = take_over(match.node)
-        for tensor in (match.past, present):
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        (past, new), present = match.inputs, take_over(match)
+        for tensor in (past, present):
             tensor.shape = [*tensor.shape[:2], self.max_length, tensor.shape[3]]
-        add(
-            graph,
-            "TensorScatter",
-            [match.past, match.new, write_position(graph)],
-            present,
-            name=match.node.name,
-            axis=-2,
-            mode="linear",
-        )
+        inputs = [past, new, write_position(graph)]
+        add(graph, "TensorScatter", inputs, present, name=match.name, axis=-2, mode="linear")
 
 
 @dataclass(frozen=True)
-class MaskMatch:
-    node: gs.Node
-    mask: gs.Tensor
+class PadMask(Rewrite[gs.Node]):
+    """Attention(.., mask) over a cache in place -> Attention(.., Pad(mask)): what is not yet written is hidden."""
 
-
-@dataclass(frozen=True)
-class PadMask(Rewrite[MaskMatch]):
-    """What lies behind the written part of a cache is hidden."""
-
+    requires = (attention_is_explicit,)
     max_length: int
 
-    def match(self, node: gs.Node) -> MaskMatch | Reject | None:
-        if node.op != "Attention" or producer(node.inputs[1], "TensorScatter") is None:
-            return None
-        return MaskMatch(node, node.inputs[3])
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
+        return node if node.op == "Attention" and producer(node.inputs[1], "TensorScatter") is not None else None
 
-    def rewrite(self, graph: gs.Graph, match: MaskMatch) -> None:
-        mask = match.mask
-        total = length(graph, "attention_mask", 1)
-        used = once(graph, "Neg", [total], "cache/used")
-        room = once(graph, "Add", [used, small("cache/max_length", [self.max_length], np.int64)], "cache/room")
-        pads = once(graph, "Pad", [room, small("cache/seven", [7, 0], np.int64)], "cache/pads")
-        padded = once(graph, "Pad", [mask, pads, small("cache/hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        mask, nodes = match.inputs[3], Prefixed(graph, "cache")
+        used = nodes("Neg", [length(graph, "attention_mask", 1)], "used")
+        room = nodes("Add", [used, nodes.const("max_length", [self.max_length], np.int64)], "room")
+        pads = nodes("Pad", [room, nodes.const("seven", [7, 0], np.int64)], "pads")
+        padded = once(graph, "Pad", [mask, pads, nodes.const("hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
         padded.dtype, padded.shape = mask.dtype, [*mask.shape[:3], self.max_length]
-        match.node.inputs[3] = padded
+        match.inputs[3] = padded
+
+
+class RequireInPlace(Pass):
+    """A graph whose caches are all in place -> the same, of the first opset that has TensorScatter."""
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        for tensor in graph.inputs:
+            if tensor.name.startswith(PAST) and any(n.op not in ("TensorScatter", "Shape") for n in tensor.outputs):
+                raise UserError(
+                    "this cache cannot be updated in place",
+                    where=tensor.name,
+                    expected="Concat(past, new) that only an Attention node reads",
+                    found=", ".join(node.op for node in tensor.outputs),
+                    fix="use --kv-cache concat",
+                )
+        graph.opset = max(graph.opset, OPSET)
+        graph.import_domains = None  # else the exporter would write the old opset
+        yield graph.name, f"opset {graph.opset}"
 
 
 def write_position(graph: gs.Graph) -> gs.Tensor:
     """Where each row's new entries go, int64 `[B]`; made once."""
-    known = next((node for node in graph.nodes if node.name == POSITION), None)
-    if known is not None:
-        (position,) = known.outputs
-        return position
-    axis, zero, one = (small(f"{POSITION}/{n}", v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
-    mask = graph_input(graph, "attention_mask")
-    allowed = add(graph, "Cast", [mask], f"{POSITION}/allowed", to=onnx.TensorProto.BOOL)
-    total = add(graph, "Squeeze", [length(graph, "attention_mask", 1)], f"{POSITION}/total")
-    ends = add(graph, "Range", [one, add(graph, "Add", [total, one], f"{POSITION}/limit"), one], f"{POSITION}/ends")
-    seen = add(graph, "Where", [allowed, ends, zero], f"{POSITION}/seen")
-    end = add(graph, "ReduceMax", [seen, axis], f"{POSITION}/end", keepdims=0)
-    start = add(graph, "Sub", [end, length(graph, "input_ids", 1)], f"{POSITION}/start")
-    return add(graph, "Max", [start, zero], POSITION)
+    nodes = Prefixed(graph, "cache/position")
+    axis, zero, one = (nodes.const(n, v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
+    allowed = nodes("Cast", [graph_input(graph, "attention_mask")], "allowed", to=onnx.TensorProto.BOOL)
+    total = nodes("Squeeze", [length(graph, "attention_mask", 1)], "total")
+    ends = nodes("Range", [one, nodes("Add", [total, one], "limit"), one], "ends")
+    end = nodes("ReduceMax", [nodes("Where", [allowed, ends, zero], "seen"), axis], "end", keepdims=0)
+    start = nodes("Sub", [end, length(graph, "input_ids", 1)], "start")
+    return once(graph, "Max", [start, zero], nodes.prefix)
 
 
 def length(graph: gs.Graph, name: str, axis: int) -> gs.Tensor:

@@ -6,7 +6,8 @@ After:  span = max|x| * 128/127;  xq = QuantizeLinear(x / span, 2^-7)          i
 
 Both constants are powers of two, so they round nothing; the builder makes them the factor 2^-14 of the int8 GEMM,
 where one product of codes is the smallest normal float16 and the sum of K <= 65504 largest ones is still finite.
-A weight scale by channel inside the DequantizeLinear would instead make the GEMM write its unscaled sums as float16.
+A weight scale by channel inside the DequantizeLinear would instead make the GEMM write its unscaled sums as float16
+(docs/facts.md, "Overflow of int8 products").
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.lazy import FLOAT32, small
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import channel_scales, corrections, once, signed_codes
+from instantrt.passes.tensorrt.native import channel_scales, corrections, signed_codes
 
 STEP = 2.0**-7
 LARGEST_K = 65504
 TINY = 1e-30  # in place of the largest value of an all-zero token
-FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
-class LowerNativeInt8(Rewrite[Quantized]):
+class LowerNativeInt8(Lowering[Quantized]):
     """`dtype` is the compute type: that of x and of the GEMM's output."""
 
     dtype: np.dtype[Any]
@@ -67,15 +67,14 @@ class LowerNativeInt8(Rewrite[Quantized]):
 
 def quantized_tokens(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     """int8 codes of x / span, and span `[..., 1]` float32; computed once for all linears that share x."""
-    axes = small(f"{x.name}/token/axes", [-1], np.int64)
-    wide = once(graph, "Cast", [x], f"{x.name}/token/wide", to=onnx.TensorProto.FLOAT)
-    magnitude = once(graph, "Abs", [wide], f"{x.name}/token/abs")
-    peak = once(graph, "ReduceMax", [magnitude, axes], f"{x.name}/token/peak", keepdims=1)
-    peak = once(graph, "Max", [peak, small(f"{x.name}/token/tiny", TINY, FLOAT32)], f"{x.name}/token/floor")
-    span = once(graph, "Mul", [peak, small(f"{x.name}/token/128_127", 128 / 127, FLOAT32)], f"{x.name}/token/span")
-    unit = once(graph, "Div", [wide, span], f"{x.name}/token/unit")
-    zero = small(f"{x.name}/token/zero", 0, np.int8)
-    return once(graph, "QuantizeLinear", [unit, step(x, FLOAT32), zero], f"{x.name}/token/codes"), span
+    nodes = Prefixed(graph, f"{x.name}/token")
+    wide = nodes("Cast", [x], "wide", to=onnx.TensorProto.FLOAT)
+    axes = nodes.const("axes", [-1], np.int64)
+    peak = nodes("ReduceMax", [nodes("Abs", [wide], "abs"), axes], "peak", keepdims=1)
+    peak = nodes("Max", [peak, nodes.const("tiny", TINY, FLOAT32)], "floor")
+    span = nodes("Mul", [peak, nodes.const("128_127", 128 / 127, FLOAT32)], "span")
+    unit = nodes("Div", [wide, span], "unit")
+    return nodes("QuantizeLinear", [unit, step(x, FLOAT32), nodes.const("zero", 0, np.int8)], "codes"), span
 
 
 def step(x: gs.Tensor, dtype: np.dtype[Any]) -> gs.Constant:

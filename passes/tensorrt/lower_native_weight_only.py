@@ -4,7 +4,7 @@ Before: MatMul(x, DequantizeLinear(unsigned codes, scale, zero))
 After:  MatMul(x, DequantizeLinear(signed codes, scale))  [+ mean(x by group) @ correction]
 
 The builder reads int8 with one scale a channel, and int4 in blocks, straight into the GEMM. An int8 *group* weight it
-expands to a float matrix on every run; the fusion gate reports that.
+expands to a float matrix on every run; the fusion gate reports that (docs/facts.md, "Which weights TensorRT fuses").
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import block_scales, block_size, channel_scales, corrections, once, signed_codes
+from instantrt.passes.tensorrt.native import block_scales, block_size, channel_scales, corrections, signed_codes
 
 
 @dataclass(frozen=True)
-class LowerNativeWeightOnly(Rewrite[Quantized]):
+class LowerNativeWeightOnly(Lowering[Quantized]):
     """`dtype` is the compute type: that of x, of the scales and of the corrections."""
 
     dtype: np.dtype[Any]

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View, view_of
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Reject, Rewrite, take_over
+from instantrt.passes.core.rewrite import Lowering, Reject, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.tensorrt.native import in_range
 from instantrt.plugins.ops import DOMAIN
@@ -77,10 +77,6 @@ def interleave(parts: tuple[Array, ...]) -> Array:
     return np.stack([p.reshape(-1, 8, p.shape[1]) for p in parts], axis=1).reshape(-1, parts[0].shape[1])
 
 
-def affine_gn(tile: Tile) -> Array:
-    return tile.parts[1]
-
-
 def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
     """The constants of a packed weight; those of an earlier node that has the same one."""
     for node in graph.nodes:
@@ -88,7 +84,7 @@ def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
             return list(node.inputs[1:3])
     (n, k), first = packed.shape, packed.weights[0]
     codes = View(packed, layout.packed_shape(n, k, first.bits), np.int8)
-    affine = View(packed, (first.groups, 2 * n), packed.dtype, axis=1, project=affine_gn)
+    affine = View(packed, (first.groups, 2 * n), packed.dtype, axis=1, project=lambda tile: tile.parts[1])
     return [gs.Constant(f"{path}.packed", codes), gs.Constant(f"{path}.affine", affine)]
 
 
@@ -113,7 +109,7 @@ def attributes(node: gs.Node) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class LowerWeightOnlyGemm(Rewrite[Quantized]):
+class LowerWeightOnlyGemm(Lowering[Quantized]):
     """`dtype` is the compute type; `rounded`: many rows may use weights rounded to it.
 
     A8W8 by channel is left alone: TensorRT's own int8 product is exact there.

@@ -10,7 +10,6 @@ a symmetric DequantizeLinear, and a term that is constant within a group: x time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -20,15 +19,8 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, Tile, View
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import add
 
-INT4_BLOCK = 128  # TensorRT fuses int4 in blocks of 8 to 1024, and neither one block of K nor one scale a channel
-
-
-def quant_view(
-    weight: QuantTensor, suffix: str, shape: tuple[int, ...], dtype: Any, project: Callable[[Tile], Array], *, axis: int
-) -> gs.Constant:
-    return gs.Constant(f"{weight.name}/{suffix}", View(weight, shape, dtype, axis=axis, project=project))
+INT4_BLOCK = 128  # see `block_size`
 
 
 def signed_codes(weight: QuantTensor) -> gs.Constant:
@@ -39,7 +31,7 @@ def signed_codes(weight: QuantTensor) -> gs.Constant:
     def project(tile: Tile) -> Array:
         return np.subtract(tile.parts[0], np.uint8(weight.central)).view(dtype).T
 
-    return quant_view(weight, "codes", (k, n), dtype, project, axis=1)
+    return gs.Constant(f"{weight.name}/codes", View(weight, (k, n), dtype, axis=1, project=project))
 
 
 def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Constant:
@@ -50,7 +42,7 @@ def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Co
     def project(tile: Tile) -> Array:
         return np.repeat(in_range(tile.parts[1], dtype, weight, tile.start), repeat, axis=1).T
 
-    return quant_view(weight, "scale", (k // block, n), dtype, project, axis=1)
+    return gs.Constant(f"{weight.name}/scale", View(weight, (k // block, n), dtype, axis=1, project=project))
 
 
 def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.0) -> gs.Constant:
@@ -60,7 +52,7 @@ def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.
     def project(tile: Tile) -> Array:
         return in_range(tile.parts[1][:, 0] * np.float32(factor), dtype, weight, tile.start)
 
-    return quant_view(weight, "scale", (weight.shape[0],), dtype, project, axis=0)
+    return gs.Constant(f"{weight.name}/scale", View(weight, weight.shape[:1], dtype, project=project))
 
 
 def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
@@ -76,11 +68,15 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
             raise out_of_range(weight, tile.start, float(np.abs(values).max()), dtype, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
-    return quant_view(weight, "corrections", (n,) if g == 1 else (g, n), dtype, project, axis=0 if g == 1 else 1)
+    shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
+    return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
 
 
 def in_range(scale: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int) -> Array:
-    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does."""
+    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does.
+
+    docs/facts.md, "Scales out of range"
+    """
     info = ml_dtypes.finfo(dtype)
     low, high = float(scale.min()), float(scale.max())
     if low < float(info.tiny) or high > float(info.max):
@@ -100,14 +96,12 @@ def out_of_range(weight: QuantTensor, start: int, value: float, dtype: np.dtype[
 
 
 def block_size(weight: QuantTensor) -> int:
-    """The block in the graph: the group, or for int4 a part of it where TensorRT would not fuse the whole."""
+    """The block in the graph: the group, or for int4 a part of it where TensorRT would not fuse the whole.
+
+    It fuses int4 in blocks of 8 to 1024, and neither one block of K nor one scale a channel: docs/facts.md, "Which
+    weights TensorRT fuses".
+    """
     n = weight.group_size
     if weight.bits == 8 or (n <= 1024 and not weight.per_channel):
         return n
     return next((b for b in (INT4_BLOCK, 64, 32, 16, 8) if n % b == 0 and b < weight.shape[1]), n)
-
-
-def once(graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
-    """`add`, or what it added before under this name: for values that several linears share."""
-    known = next((node for node in inputs[0].outputs if node.name == name), None)
-    return known.outputs[0] if known is not None else add(graph, op, inputs, name, **attrs)

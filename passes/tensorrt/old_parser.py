@@ -3,7 +3,7 @@
 Source: docs/operators.md and the importers of the open parser, onnx-tensorrt 10.0 and 10.1; of 10.2 to 10.4 it is
 assumed that they take no less. The document says opset 9 to 20. The importers only ask for 13 or more here and 19
 there, and int4, which they take since 10.0, is not in ONNX before 21: that is what the graph is written as. They infer
-blocks from the shape of the scales and read no `block_size`.
+blocks from the shape of the scales and read no `block_size` (docs/facts.md, "The parser of TensorRT 10.0 to 10.4").
 """
 
 from __future__ import annotations

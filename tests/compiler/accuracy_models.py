@@ -15,7 +15,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import Array, InMemory
 from instantrt.passes.core.linear import weight_constant
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 K = 64
@@ -51,9 +51,9 @@ def decisions(graph: gs.Graph, bits: int, group: int, activations: str = "float"
 def graphs(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Graphs:
     """Float, twin, and what x86 makes of it, with every constant of the lowered graph at hand."""
     graph = float_graph()
-    twin = pipeline.quantize(graph.copy(), chosen(graph), Ledger())
+    twin = pipeline.quantize(graph.copy(), chosen(graph), PassLog())
     request = Request(".", ("x86",), ".", cpu_preset=preset)  # type: ignore[arg-type]
-    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, Ledger())
+    lowered = pipeline.lower_onnxruntime(twin.copy(), find_target("x86"), request, PassLog())
     for tensor in lowered.tensors().values():
         if isinstance(tensor, gs.Constant):
             tensor.values = np.array(tensor.values)

@@ -10,7 +10,7 @@ import pytest
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.bisect import BisectingLog, bisect
-from instantrt.passes.core.rewrite import Ledger, Reject, Rewrite, run
+from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
@@ -48,7 +48,7 @@ def looking(canonical: gs.Graph) -> BisectingLog:
 
 def twin() -> gs.Graph:
     graph = float_graph()
-    return pipeline.quantize(graph.copy(), decisions(graph, 8, 64), Ledger())
+    return pipeline.quantize(graph.copy(), decisions(graph, 8, 64), PassLog())
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def twin() -> gs.Graph:
 def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Node], tensor: str) -> None:
     canonical, good = twin(), linear_passes("exact", ONE_LIMB_X86)
 
-    def lower(ledger: Ledger) -> gs.Graph:
+    def lower(log: PassLog) -> gs.Graph:
         graph = canonical.copy()
-        run(graph, good, ledger)
-        run(graph, [wrong], ledger)
+        run(graph, good, log)
+        run(graph, [wrong], log)
         return graph
 
     culprit = bisect(lower, looking(canonical))
@@ -76,11 +76,11 @@ def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Nod
 def test_a_right_lowering_has_no_culprit_and_a_wrong_file_has() -> None:
     canonical = twin()
 
-    def lower(ledger: Ledger) -> gs.Graph:
-        return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), ledger)
+    def lower(log: PassLog) -> gs.Graph:
+        return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), log)
 
-    assert bisect(lower, looking(canonical), lower(Ledger())) is None
-    written = run(lower(Ledger()), [WrongScale("first")], Ledger())
+    assert bisect(lower, looking(canonical), lower(PassLog())) is None
+    written = run(lower(PassLog()), [WrongScale("first")], PassLog())
     culprit = bisect(lower, looking(canonical), written)
     assert culprit is not None
     assert culprit.after == "writing the artifact"

@@ -24,7 +24,7 @@ from instantrt.compiler.backend.tensorrt.header import HEADER
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.last_logits import LastLogits
 from tests.compiler.tensorrt_stand_in import TYPES, HostDevice
 from tests.conftest import TINY, planned_and_written
@@ -104,7 +104,7 @@ def device() -> HostDevice:
 def runner(tiny_float: FloatModel, device: HostDevice, tmp_path: Path) -> Callable[..., EngineRunner]:
     def make(*, last: bool = False, loads: bool = True, open_device: Any = None) -> EngineRunner:
         graph = tiny_float.graph.copy()
-        write_model(run(graph, [LastLogits()], Ledger()) if last else graph, tmp_path / "model.onnx")
+        write_model(run(graph, [LastLogits()], PassLog()) if last else graph, tmp_path / "model.onnx")
         module = stand_in(tmp_path / "model.onnx", device, loads=loads)
         path = engine_file(tmp_path / "model.engine")
         opened = open_device or (lambda ordinal: device)

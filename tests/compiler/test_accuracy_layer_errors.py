@@ -21,7 +21,7 @@ from instantrt.compiler.accuracy.layer_errors import (
 )
 from instantrt.passes.core.lazy import InMemory, Tile
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
@@ -140,8 +140,8 @@ def test_a_weight_that_no_token_meets_is_checked_all_the_same() -> None:
 def test_a_plugin_runs_through_its_reference_and_a_wrong_scale_in_it_is_found(bits: int, group: int) -> None:
     form = graphs(lambda graph: decisions(graph, bits, group))
     half = np.dtype(np.float16)
-    lowered = cast_compute_type(form.canonical.copy(), half, Ledger())
-    form = replace(form, lowered=run(lowered, [LowerWeightOnlyGemm(half)], Ledger()), dtype=half)
+    lowered = run(form.canonical.copy(), cast_compute_type(half), PassLog())
+    form = replace(form, lowered=run(lowered, [LowerWeightOnlyGemm(half)], PassLog()), dtype=half)
     assert [node.op for node in lowered.nodes].count("WeightOnlyGemm") == 2
     assert measured(form).findings == []
     affine = next(n for n in lowered.nodes if n.op == "WeightOnlyGemm").inputs[2]
@@ -252,6 +252,6 @@ def test_piled_up_error_includes_what_came_before() -> None:
     assert rows["second"].piled_up > 1.1 * rows["second"].added
     graph = float_graph()
     only = {path: q for path, q in decisions(graph, 4, 16).items() if path == "second"}
-    twin = pipeline.quantize(graph.copy(), only, Ledger())
+    twin = pipeline.quantize(graph.copy(), only, PassLog())
     second = measured(Graphs(canonical=twin, floating=graph)).rows[1]
     assert second.added == pytest.approx(second.piled_up)

@@ -25,7 +25,7 @@ from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.models import FAMILIES, SIZES, make
 
@@ -101,7 +101,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make(family, tmp_path)
     exported = hf.load_checkpoint(tmp_path)
     assert exported.llm is not None
-    graph = pipeline.normalize(exported.graph, Ledger())
+    graph = pipeline.normalize(exported.graph, PassLog())
     ops = {n.op for n in graph.nodes}
     norm, down = PARTS.get(family, ("RMSNormalization", "model.layers.1.mlp.down_proj"))
     assert {norm, "RotaryEmbedding"} <= ops
@@ -110,22 +110,22 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     assert down in names
     assert "lm_head" in names
     check(graph, exported.llm, model, tmp_path)
-    decomposed = pipeline.decompose(graph.copy(), FLOAT32, Ledger())
+    decomposed = pipeline.decompose(graph.copy(), FLOAT32, PassLog())
     assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & {n.op for n in decomposed.nodes}
     check(decomposed, exported.llm, model, tmp_path)
     request = Request(model=tmp_path, targets=("x86",), out=tmp_path)
-    lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, Ledger())
+    lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, PassLog())
     assert lowered.outputs[0].shape[1] == 1
     check(lowered, exported.llm, model, tmp_path)
-    every = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), replace(request, logits="all"), Ledger())
+    every = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), replace(request, logits="all"), PassLog())
     check(every, exported.llm, model, tmp_path)
     if family == "gemma2":  # no Attention operator caps its scores: the cache has to grow
         with pytest.raises(UserError, match="cannot be updated in place"):
-            kv_in_place(graph.copy(), LENGTH, Ledger())
+            run(graph.copy(), kv_in_place(LENGTH), PassLog())
         return
     check_lengths(lowered, exported.llm, model, tmp_path)
     check_lengths(every, exported.llm, model, tmp_path)
-    check_lengths(kv_in_place(graph.copy(), LENGTH, Ledger()), exported.llm, model, tmp_path)
+    check_lengths(run(graph.copy(), kv_in_place(LENGTH), PassLog()), exported.llm, model, tmp_path)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from tests.conftest import TINY
@@ -74,9 +74,9 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
         source = InstantQuant(name, InMemory(w), bits, group, symmetric, FLOAT16)
         activations = "int8" if int8 else "float"
         table[name] = QuantTensor(name, source, w.shape, bits, group, symmetric, FLOAT16, activations)  # type: ignore[arg-type]
-    graph, ledger = linear_graph(weights, share_input=False), Ledger()
-    run(graph, (InsertDequantize(table), QuantizeActivations()), ledger)
-    pipeline.lower_native(cast_compute_type(graph, FLOAT16, ledger), FLOAT16, ledger)
+    graph, log = linear_graph(weights, share_input=False), PassLog()
+    run(graph, (InsertDequantize(table), QuantizeActivations()), log)
+    pipeline.lower_native(run(graph, cast_compute_type(FLOAT16), log), FLOAT16, log)
     write_model(graph, folder / "model.onnx")
     return folder / "model.onnx", quantized_linears(graph)
 
@@ -96,10 +96,10 @@ def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
 
 def built(model: FloatModel, decisions: Decisions, folder: Path, **fields: Any) -> tuple[Built, gs.Graph]:
     """The example model in a real engine for one sequence, and the graph that it was built from."""
-    limits, ledger = EngineLimits(max_batch=1, max_length=64, opt_length=16), Ledger()
-    canonical = pipeline.quantize(model.graph.copy(), decisions, ledger)
+    limits, log = EngineLimits(max_batch=1, max_length=64, opt_length=16), PassLog()
+    canonical = pipeline.quantize(model.graph.copy(), decisions, log)
     request = Request(TINY, ("sm89",), folder, **fields)
-    graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, ledger)
+    graph = pipeline.lower_tensorrt(canonical, find_target("sm89"), FLOAT16, request, limits, log)
     write_model(graph, folder / "model.onnx")
     ranges = profiles(graph.inputs, limits, llm=True)
     spec = EngineSpec("tensorrt_rtx", folder / "model.onnx", folder / "m.engine", folder / "m.txt", ranges, (89,))

@@ -21,7 +21,7 @@ from instantrt.compiler.serving.runtime import cuda
 from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.compiler.tensorrt_stand_in import LENGTH, Engine, HostDevice, Plan, stand_in
 from tests.conftest import TINY
@@ -36,7 +36,7 @@ def plan(request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factor
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
         shutil.copyfile(TINY / name, folder / name)
-    made = Plan(kv_in_place(graph, LENGTH, Ledger()) if request.param == "shared" else graph, folder)
+    made = Plan(run(graph, kv_in_place(LENGTH), PassLog()) if request.param == "shared" else graph, folder)
     artifact = Artifact(
         target="sm89",
         kind="engine",

@@ -15,7 +15,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 from tests.models import make
@@ -45,13 +45,15 @@ MLP = {
 def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
     make(family, tmp_path, num_hidden_layers=1, **OURS[family])
     model, decisions = hf.load_checkpoint(tmp_path), {}
-    graph = pipeline.normalize(model.graph, Ledger())
+    graph = pipeline.normalize(model.graph, PassLog())
     for layer in pipeline.linears(graph):
         source = InstantQuant(layer.path, layer.rows, 4, 32, False, F16)
         decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 32, False, F16)
-    twin = pipeline.quantize(graph, decisions, Ledger())
+    twin = pipeline.quantize(graph, decisions, PassLog())
     request = Request(tmp_path, ("sm89",), tmp_path, logits="all", plugin=Path(__file__))
-    lowered = pipeline.lower_tensorrt(twin.copy(), find_target("sm80"), F16, request, EngineLimits(1, 64, 16), Ledger())
+    lowered = pipeline.lower_tensorrt(
+        twin.copy(), find_target("sm80"), F16, request, EngineLimits(1, 64, 16), PassLog()
+    )
 
     mlp = [n for n in lowered.nodes if n.op == OP.name and ".layers.0.mlp" in n.name]
     found = [(n.attrs["activation"], n.attrs["gated"], len(n.inputs) == len(OP.inputs)) for n in mlp]

@@ -10,7 +10,7 @@ import pytest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, ConcatEngine, SharedEngine
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
 
 Engines = tuple[SharedEngine | ConcatEngine, ...]
@@ -20,7 +20,7 @@ Engines = tuple[SharedEngine | ConcatEngine, ...]
 def engines(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     folder: Path = tmp_path_factory.mktemp("engines")
     standard, lowered = tiny_float.graph.copy(), tiny_float.graph.copy()
-    run(lowered, ATTENTION, Ledger())
+    run(lowered, ATTENTION, PassLog())
     write_model(standard, folder / "concat.onnx")
     write_model(lowered, folder / "shared.onnx")
     return tuple(ENGINES[kind](folder / f"{kind}.onnx", 3, 64) for kind in ("concat", "shared"))

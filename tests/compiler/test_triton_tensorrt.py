@@ -19,7 +19,7 @@ from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
 from instantrt.compiler.serving.runtime.scheduler import Job, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.tensorrt_engine import DECODE, PAST, PREFILL, open_engine, widened
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.compiler.listener import Listener, wait
 from tests.compiler.tensorrt_stand_in import LENGTH, ROWS, Context, Engine, HostDevice, Plan, stand_in
@@ -36,7 +36,7 @@ def concat(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def in_place(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    graph = kv_in_place(tiny_float.graph.copy(), LENGTH, Ledger())
+    graph = run(tiny_float.graph.copy(), kv_in_place(LENGTH), PassLog())
     return Plan(graph, tmp_path_factory.mktemp("in_place"))
 
 

@@ -10,7 +10,7 @@ import pytest
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import InMemory, View, view_of
-from instantrt.passes.core.rewrite import Ledger
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 
 FLOAT16, FLOAT32, INT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int64)
@@ -35,7 +35,7 @@ def test_what_derives_from_integers_stays_float32_until_it_meets_hidden_states()
         gs.Node("Cos", "cosine", {}, [angle], [cosine]),
         gs.Node("Mul", "rotate", {}, [hidden, cosine], [y]),
     ]
-    cast = cast_compute_type(graph(nodes, [ids, positions], [y]), FLOAT16, Ledger())
+    cast = run(graph(nodes, [ids, positions], [y]), cast_compute_type(FLOAT16), PassLog())
     by_name = {node.name: node for node in cast.nodes}
     assert by_name["embed"].inputs[0].dtype == FLOAT16
     assert by_name["cosine"].outputs[0].dtype == FLOAT32
@@ -52,7 +52,7 @@ def test_squares_of_large_values_do_not_overflow() -> None:
         gs.Node("Sqrt", "root", {}, [mean], [root]),
         gs.Node("Div", "norm", {}, [past, root], [present]),
     ]
-    cast = cast_compute_type(graph(nodes, [past], [present]), FLOAT16, Ledger())
+    cast = run(graph(nodes, [past], [present]), cast_compute_type(FLOAT16), PassLog())
     got = Evaluation(cast, {"past_key_values.x": np.full((1, 4), 1000, np.float16)}).take("present.x")
     assert got.dtype == FLOAT16
     np.testing.assert_allclose(got.astype(np.float32), 1, rtol=1e-3)
@@ -69,7 +69,7 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
         gs.Node("Add", "masked", {}, [scores, twice], [masked]),
         gs.Node("Softmax", "softmax", {"axis": -1}, [masked], [y]),
     ]
-    cast = cast_compute_type(graph(nodes, [seen, scores], [y]), FLOAT16, Ledger())
+    cast = run(graph(nodes, [seen, scores], [y]), cast_compute_type(FLOAT16), PassLog())
     feeds = {
         "seen": np.array([[False] * 4, [True, True, False, False]]),
         "past_key_values.scores": np.ones((2, 4), np.float16),
@@ -87,7 +87,7 @@ def test_caches_change_type_and_other_inputs_do_not() -> None:
         gs.Node("Sqrt", "root", {}, [y], [root]),
         gs.Node("Mul", "present.0.key", {}, [past, root], [present]),
     ]
-    cast = cast_compute_type(graph(nodes, [x, past], [y, present]), np.dtype(ml_dtypes.bfloat16), Ledger())
+    cast = run(graph(nodes, [x, past], [y, present]), cast_compute_type(np.dtype(ml_dtypes.bfloat16)), PassLog())
     assert [t.dtype.name for t in (*cast.inputs, *cast.outputs)] == ["float32", "bfloat16", "float32", "bfloat16"]
     assert [node.op for node in cast.nodes].count("Cast") == 4  # x, the root's input and output, logits
     assert len({node.name for node in cast.nodes}) == len(cast.nodes)
@@ -97,8 +97,10 @@ def test_caches_change_type_and_other_inputs_do_not() -> None:
 def test_a_weight_beyond_float16_is_an_error_with_its_name(value: float) -> None:
     past, present = variable("past_key_values.x"), variable("present.x")
     weight = gs.Constant("model.w", View(InMemory(np.full((4, 4), value, np.float32)), (4, 4), FLOAT32))
-    cast = cast_compute_type(
-        graph([gs.Node("MatMul", "m", {}, [past, weight], [present])], [past], [present]), FLOAT16, Ledger()
+    cast = run(
+        graph([gs.Node("MatMul", "m", {}, [past, weight], [present])], [past], [present]),
+        cast_compute_type(FLOAT16),
+        PassLog(),
     )
     with pytest.raises(UserError, match=r"model\.w: a weight does not fit float16"):
         view_of(cast.nodes[0].inputs[1]).load()

@@ -15,7 +15,7 @@ from instantrt.compiler import pipeline
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import InMemory, View
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
 from instantrt.passes.tensorrt.old_parser import unsupported
 from tests.graphs import evaluate, relative
@@ -37,7 +37,7 @@ def graph_of(op: str, inputs: list[gs.Tensor], dtype: Any = FLOAT32, **attrs: An
 def equal_in_float32(graph: gs.Graph, feeds: dict[str, np.ndarray], folder: Path) -> None:
     """The decomposed graph is of opset 21, holds nothing that the parser refuses, and gives the same."""
     (want,) = evaluate(graph.copy(), feeds, folder)
-    lowered = pipeline.decompose(graph.copy(), FLOAT32, Ledger())
+    lowered = pipeline.decompose(graph.copy(), FLOAT32, PassLog())
     assert list(unsupported(graph))
     assert not list(unsupported(lowered))
     (got,) = evaluate(lowered, feeds, folder)
@@ -49,7 +49,7 @@ def equal_in_float32(graph: gs.Graph, feeds: dict[str, np.ndarray], folder: Path
 
 def in_float16(graph: gs.Graph, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """The decomposed graph, each node rounded to float16 where it is so typed."""
-    lowered = pipeline.decompose(graph, FLOAT16, Ledger())
+    lowered = pipeline.decompose(graph, FLOAT16, PassLog())
     return Evaluation(lowered, feeds, ["y"]).peek("y").astype(np.float32)
 
 
@@ -133,7 +133,7 @@ def test_attention_scales_by_the_width_of_a_head_unless_told(tmp_path: Path) -> 
 
 
 def test_no_head_of_the_cache_is_copied() -> None:
-    lowered = pipeline.decompose(attention(8, 2, None), FLOAT32, Ledger())
+    lowered = pipeline.decompose(attention(8, 2, None), FLOAT32, PassLog())
     assert not {"Expand", "Tile", "Gather", "Concat"} & {n.op for n in lowered.nodes}
 
 
@@ -186,7 +186,7 @@ def test_blocks_that_tensorrt_does_not_list_are_multiplied_apart(bits: int, bloc
     """Not one value of the matrix changes."""
     graph = blocks(bits, block)
     graph.outputs = [graph.nodes[0].outputs[0]]
-    lowered = run(graph.copy(), [ExplicitScales()], Ledger())
+    lowered = run(graph.copy(), [ExplicitScales()], PassLog())
     (dequantize,) = (n for n in lowered.nodes if n.op == "DequantizeLinear")
     assert dequantize.name == "l/weight"
     assert dequantize.attrs.get("block_size", 0) in ((64, 128) if bits == 4 else (0,))
@@ -215,7 +215,7 @@ def test_every_node_that_the_parser_lacks_is_named_at_once() -> None:
     ]
     graph = gs.Graph(nodes, [x, axes, wide, chosen], outputs, opset=24)
     with pytest.raises(UserError) as caught:
-        pipeline.decompose(graph, FLOAT32, Ledger())
+        pipeline.decompose(graph, FLOAT32, PassLog())
     assert caught.value.found.strip().splitlines() == [
         "first (Swish): its parser has no such operator",
         "    second (Attention): attention with is_causal or softcap, where a mask and Tanh are expected",
@@ -237,7 +237,7 @@ def test_every_node_that_the_parser_lacks_is_named_at_once() -> None:
 )
 def test_what_has_no_decomposition_says_why(graph: gs.Graph, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        pipeline.decompose(graph, FLOAT32, Ledger())
+        pipeline.decompose(graph, FLOAT32, PassLog())
 
 
 def test_operators_inside_a_branch_are_seen() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small
-from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.float.fuse_gelu import FuseGelu
 
 
@@ -78,7 +78,7 @@ def test_every_form_is_one_gelu(form: str) -> None:
     e.graph.outputs = [y]
     x = np.linspace(-4, 4, 40, dtype=np.float32).reshape(5, 8)
     before = Evaluation(e.graph, {"x": x}).take(y.name)
-    fused = run(e.graph, [FuseGelu()], Ledger())
+    fused = run(e.graph, [FuseGelu()], PassLog())
     assert [(node.op, node.attrs["approximate"]) for node in fused.nodes] == [("Gelu", approximate)]
     assert np.allclose(Evaluation(fused, {"x": x}).take(y.name), before, atol=1e-6)
 
@@ -87,4 +87,4 @@ def test_every_form_is_one_gelu(form: str) -> None:
 def test_near_misses_stay(form: str) -> None:
     e = Expression()
     e.graph.outputs = [NEAR_MISSES[form](e)]
-    assert "Gelu" not in {node.op for node in run(e.graph, [FuseGelu()], Ledger()).nodes}
+    assert "Gelu" not in {node.op for node in run(e.graph, [FuseGelu()], PassLog()).nodes}

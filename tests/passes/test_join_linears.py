@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.qdq.insert_qdq import quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, join_paths, parts_of
@@ -35,10 +35,10 @@ def with_biases(graph: gs.Graph, paths: list[str]) -> gs.Graph:
 
 
 def joined(graph: gs.Graph, *, gated: bool = True) -> list[str]:
-    ledger = Ledger()
-    run(graph, [JoinLinears(gated)], ledger)
+    log = PassLog()
+    run(graph, [JoinLinears(gated)], log)
     verify(graph, Stage.QDQ)
-    return [entry.done for entry in ledger.applied("JoinLinears")]
+    return [entry.done for entry in log.applied(JoinLinears)]
 
 
 @pytest.mark.parametrize("biased", [(), ("a.q", "a.k", "a.v"), ("a.q", "a.v")])

@@ -17,7 +17,7 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.qdq.last_logits import LAST, LastLogits
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
@@ -33,8 +33,8 @@ GRAPHS = ("grows", "group query attention", "scatter")
 def graph(request: pytest.FixtureRequest, tiny_float: FloatModel) -> gs.Graph:
     graph = tiny_float.graph.copy()
     if request.param == "scatter":
-        return kv_in_place(graph, M, Ledger())
-    return run(graph, ATTENTION, Ledger()) if request.param == "group query attention" else graph
+        return run(graph, kv_in_place(M), PassLog())
+    return run(graph, ATTENTION, PassLog()) if request.param == "group query attention" else graph
 
 
 def feeds(graph: gs.Graph, mask: Array, past: int) -> dict[str, Array]:
@@ -58,7 +58,7 @@ def is_growing(graph: gs.Graph) -> bool:
 def columns(graph: gs.Graph, fed: dict[str, Array], folder: Path) -> list[int]:
     """Which of all logits each row's last ones are."""
     every = evaluate(graph.copy(), fed, folder)[0]
-    last = evaluate(run(graph.copy(), [LastLogits(by_mask=True)], Ledger()), fed, folder)[0]
+    last = evaluate(run(graph.copy(), [LastLogits(by_mask=True)], PassLog()), fed, folder)[0]
     assert last.shape == (len(every), 1, every.shape[2])
     error = np.abs(every - last).max(axis=2)
     assert (error.min(axis=1) < 1e-4).all()
@@ -95,9 +95,9 @@ def test_a_classifier_of_tokens_keeps_the_logits_of_all(target: str, tmp_path: P
     request = Request(model=tmp_path, targets=(target,), out=tmp_path)
     row = find_target(target)
     if target == "x86":
-        lowered = pipeline.lower_onnxruntime(graph, row, request, Ledger())
+        lowered = pipeline.lower_onnxruntime(graph, row, request, PassLog())
     else:
-        lowered = pipeline.lower_tensorrt(graph, row, np.dtype(np.float16), request, request.engine_limits(), Ledger())
+        lowered = pipeline.lower_tensorrt(graph, row, np.dtype(np.float16), request, request.engine_limits(), PassLog())
     assert list(lowered.outputs[0].shape) == ["batch", "sequence", 8]
 
 
@@ -105,7 +105,7 @@ def test_an_artifact_of_the_last_has_all_again(tiny_float: FloatModel, tmp_path:
     request = Request(model=tmp_path, targets=("x86",), out=tmp_path)
     fed = feeds(tiny_float.graph, right(S), 0)
     every = evaluate(tiny_float.graph.copy(), fed, tmp_path)[0]
-    lowered = pipeline.lower_onnxruntime(tiny_float.graph.copy(), find_target("x86"), request, Ledger())
+    lowered = pipeline.lower_onnxruntime(tiny_float.graph.copy(), find_target("x86"), request, PassLog())
     write_model(lowered, tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     assert LAST in {node.name for node in model.graph.node}

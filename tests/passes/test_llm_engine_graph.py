@@ -12,7 +12,7 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.insert_qdq import QuantizeActivations
 from instantrt.passes.qdq.last_logits import LastLogits
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
@@ -44,7 +44,7 @@ def want(tiny_float: FloatModel, feeds: dict[str, np.ndarray], tmp_path_factory:
 
 
 def test_last_logits_are_the_last_row_of_all(tiny_float: FloatModel, feeds: dict, want: list, tmp_path: Path) -> None:
-    graph = run(tiny_float.graph.copy(), [LastLogits()], Ledger())
+    graph = run(tiny_float.graph.copy(), [LastLogits()], PassLog())
     assert graph.outputs[0].shape[1] == 1
     got = evaluate(graph, feeds, tmp_path)
     np.testing.assert_allclose(got[0], want[0][:, -1:], rtol=1e-4, atol=1e-4)
@@ -60,8 +60,8 @@ def test_the_last_token_alone_is_quantized_for_the_head(
     k = head.shape[1]
     source = InstantQuant("lm_head", head.rows, 8, k, True, FLOAT32)
     decisions = {"lm_head": QuantTensor("lm_head", source, head.shape, 8, k, True, FLOAT32, "int8")}
-    twin = pipeline.quantize(tiny_float.graph.copy(), decisions, Ledger())
-    last = run(twin.copy(), [LastLogits(), QuantizeActivations()], Ledger())
+    twin = pipeline.quantize(tiny_float.graph.copy(), decisions, PassLog())
+    last = run(twin.copy(), [LastLogits(), QuantizeActivations()], PassLog())
     (quantize,) = (node for node in last.nodes if node.op == "QuantizeLinear")
     assert quantize.inputs[0].inputs[0].op == "Slice"
     all_tokens = evaluate(twin, feeds, tmp_path)[0]
@@ -72,7 +72,7 @@ def test_the_last_token_alone_is_quantized_for_the_head(
 def test_a_cache_in_place_gives_the_same_logits_and_entries(
     tiny_float: FloatModel, feeds: dict, want: list, tmp_path: Path
 ) -> None:
-    graph = kv_in_place(tiny_float.graph.copy(), M, Ledger())
+    graph = run(tiny_float.graph.copy(), kv_in_place(M), PassLog())
     rng = np.random.default_rng(1)
 
     def allocated(past: np.ndarray) -> np.ndarray:
@@ -96,4 +96,4 @@ def test_a_cache_that_something_else_reads_is_refused_by_name(tiny_float: FloatM
     graph.nodes.append(gs.Node("Neg", "spy", {}, [present], [extra]))
     graph.outputs.append(extra)
     with pytest.raises(UserError, match=r"past_key_values\.2\.key: this cache cannot be updated in place"):
-        kv_in_place(graph, M, Ledger())
+        run(graph, kv_in_place(M), PassLog())

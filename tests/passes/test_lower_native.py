@@ -15,7 +15,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import InMemory, Tile, view_of
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
@@ -58,13 +58,13 @@ def table(
 
 
 def canonical(w: dict[str, np.ndarray], quant: dict[str, QuantTensor]) -> gs.Graph:
-    return run(linear_graph(w), (InsertDequantize(quant), QuantizeActivations()), Ledger())
+    return run(linear_graph(w), (InsertDequantize(quant), QuantizeActivations()), PassLog())
 
 
-def lower(graph: gs.Graph, dtype: np.dtype, ledger: Ledger | None = None) -> gs.Graph:
-    ledger = ledger or Ledger()
-    cast_compute_type(graph, dtype, ledger)
-    run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], ledger)
+def lower(graph: gs.Graph, dtype: np.dtype, log: PassLog | None = None) -> gs.Graph:
+    log = log or PassLog()
+    run(graph, cast_compute_type(dtype), log)
+    run(graph, [LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)], log)
     return graph
 
 
@@ -175,9 +175,9 @@ def test_no_weight_is_loaded_by_a_lowering(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_group_wise_a8w8_is_rejected_with_the_reason() -> None:
-    w, ledger = weights(), Ledger()
-    lower(canonical(w, table(w, 8, 64, symmetric=True, int8=True)), FLOAT16, ledger)
-    reasons = [e.reason for e in ledger.rejected() if e.rewrite == "LowerNativeInt8"]
+    w, log = weights(), PassLog()
+    lower(canonical(w, table(w, 8, 64, symmetric=True, int8=True)), FLOAT16, log)
+    reasons = [e.reason for e in log.rejected() if isinstance(e.by, LowerNativeInt8)]
     assert len(reasons) == len(w)
     assert all("by channel only" in reason for reason in reasons)
 

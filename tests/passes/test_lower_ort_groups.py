@@ -10,7 +10,7 @@ import pytest
 
 from instantrt.passes.core.lazy import InMemory, View, view_of
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86, Limbs
 from instantrt.passes.ort.linear import linear_passes
@@ -23,7 +23,7 @@ LIMBS = pytest.mark.parametrize("limb", [ONE_LIMB_X86, ONE_LIMB_ARM], ids=["u8",
 
 def lowered_by(canonical: gs.Graph, limb: Limbs) -> gs.Graph:
     passes = linear_passes("exact", limb)
-    lowered = run(canonical.copy(), passes, Ledger())
+    lowered = run(canonical.copy(), passes, PassLog())
     verify(lowered, Stage.ONNXRUNTIME)
     return lowered
 
@@ -37,7 +37,7 @@ def canonical_of(
         group = matrix.shape[1] if group_size == -1 else group_size
         source = InstantQuant(path, InMemory(matrix), bits, group, symmetric, F32)
         table[path] = QuantTensor(path, source, matrix.shape, bits, group, symmetric, F32, activations)
-    return run(linear_graph(w), (InsertDequantize(table), QuantizeActivations()), Ledger())
+    return run(linear_graph(w), (InsertDequantize(table), QuantizeActivations()), PassLog())
 
 
 def ops(graph: gs.Graph) -> list[str]:

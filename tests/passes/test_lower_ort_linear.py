@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
@@ -21,7 +21,7 @@ def test_a8w8_is_the_twin(tmp_path: Path, limb: object) -> None:
     w, x = weights(), tokens()
     canonical = quantize(linear_graph(w), w, bits=8, activations="int8")
     twin = evaluate(canonical, {"x": x}, tmp_path)
-    lowered = run(canonical.copy(), linear_passes("exact", limb), Ledger())  # type: ignore[arg-type]
+    lowered = run(canonical.copy(), linear_passes("exact", limb), PassLog())  # type: ignore[arg-type]
     verify(lowered, Stage.ONNXRUNTIME)
     for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
         assert per_row(got, want) < 2e-6
@@ -31,14 +31,14 @@ def test_two_limbs_add_less_than_bfloat16_would(tmp_path: Path) -> None:
     w, x = weights(), tokens()
     canonical = quantize(linear_graph(w), w, bits=8)
     twin = evaluate(canonical, {"x": x}, tmp_path)
-    lowered = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), Ledger())
+    lowered = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), PassLog())
     for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
         assert per_row(got, want) < 1.7e-3
 
 
 def test_limbs_are_made_once_for_all_consumers() -> None:
     w = weights()
-    lowered = run(quantize(linear_graph(w), w, bits=8), linear_passes("exact", ONE_LIMB_X86), Ledger())
+    lowered = run(quantize(linear_graph(w), w, bits=8), linear_passes("exact", ONE_LIMB_X86), PassLog())
     ops = [n.op for n in lowered.nodes]
     assert ops.count("QuantizeLinear") == 2
     assert ops.count("MatMulInteger") == 3
@@ -55,7 +55,7 @@ def test_matmulnbits_holds_the_codes(tmp_path: Path, bits: int, group: int, k: i
     canonical = quantize(linear_graph(w), w, bits=bits, group_size=group)
     twin = evaluate(canonical, {"x": x}, tmp_path)
     plain_twin = evaluate(canonical, {"x": plain}, tmp_path)
-    lowered = run(canonical.copy(), [LowerToMatMulNBits()], Ledger())
+    lowered = run(canonical.copy(), [LowerToMatMulNBits()], PassLog())
     fast = evaluate(lowered, {"x": plain}, tmp_path)
     for node in lowered.nodes:
         node.attrs["accuracy_level"] = 0
@@ -67,9 +67,9 @@ def test_matmulnbits_holds_the_codes(tmp_path: Path, bits: int, group: int, k: i
 
 
 def test_groups_that_matmulnbits_cannot_express_are_refused() -> None:
-    w, ledger = weights(200), Ledger()
-    run(quantize(linear_graph(w), w, bits=4, group_size=40), [LowerToMatMulNBits()], ledger)
-    assert {e.reason for e in ledger.rejected()} == {"group_size 40 is no multiple of 16, which MatMulNBits needs"}
+    w, log = weights(200), PassLog()
+    run(quantize(linear_graph(w), w, bits=4, group_size=40), [LowerToMatMulNBits()], log)
+    assert {e.reason for e in log.rejected()} == {"group_size 40 is no multiple of 16, which MatMulNBits needs"}
 
 
 @pytest.mark.parametrize("constant", ["scale", "zero", "codes"])
@@ -107,6 +107,6 @@ def test_a_module_used_twice_is_quantized_once(tmp_path: Path, bits: int, activa
     assert sum(n.op == "DequantizeLinear" and n.outputs[0].name == "fc.dequantized" for n in canonical.nodes) == 1
     x = np.random.default_rng(1).standard_normal((1, 3, 64)).astype(np.float32)
     (twin,) = evaluate(canonical, {"x": x}, tmp_path)
-    lowered = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), Ledger())
+    lowered = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), PassLog())
     (got,) = evaluate(lowered, {"x": x}, tmp_path)
     assert relative(got, twin) < 2e-2

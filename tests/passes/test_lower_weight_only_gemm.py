@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, InMemory, Tile, view_of
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
@@ -66,18 +66,14 @@ class Network:
         values = self.random.standard_normal(n).astype(self.dtype).astype(np.float32)
         return self.node("Add", [y, gs.Constant(f"{name}.bias", values)], name, n)
 
-    def compile(
-        self, *outputs: gs.Tensor, between: Callable[[gs.Graph], None] = lambda graph: None
-    ) -> tuple[gs.Graph, gs.Graph, Ledger]:
+    def compile(self, *outputs: gs.Tensor) -> tuple[gs.Graph, gs.Graph, PassLog]:
         """-> the twin, the lowered graph in the compute type, what the lowering said."""
         self.graph.outputs = list(outputs)
-        run(self.graph, [InsertDequantize(self.decisions)], Ledger())
-        between(self.graph)
-        run(self.graph.toposort(), [QuantizeActivations()], Ledger())
-        twin, ledger = self.graph.copy(), Ledger()
-        lowered = cast_compute_type(self.graph, self.dtype, Ledger())
-        run(lowered, [LowerWeightOnlyGemm(self.dtype), *FUSE_WEIGHT_ONLY_GEMM], ledger)
-        return twin, lowered, ledger
+        run(self.graph, [InsertDequantize(self.decisions), QuantizeActivations()], PassLog())
+        twin, log = self.graph.copy(), PassLog()
+        lowered = run(self.graph, cast_compute_type(self.dtype), PassLog())
+        run(lowered, [LowerWeightOnlyGemm(self.dtype), *FUSE_WEIGHT_ONLY_GEMM], log)
+        return twin, lowered, log
 
     def check(self, twin: gs.Graph, lowered: gs.Graph, roundings: int = 1) -> None:
         """`roundings` counts the values rounded to the compute type on the way to an output; their sum may cancel."""
@@ -99,9 +95,9 @@ def ops(graph: gs.Graph) -> list[str]:
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 64, False), (4, 96, True), (8, 32, False), (8, K, False)])
 def test_equals_the_twin(bits: int, group: int, symmetric: bool, dtype: np.dtype[Any]) -> None:
     net = Network(bits, group, dtype, symmetric)
-    twin, lowered, ledger = net.compile(net.linear("layer"))
+    twin, lowered, log = net.compile(net.linear("layer"))
     assert ops(lowered) == ["WeightOnlyGemm"]
-    assert ledger.entries[0].done == "WeightOnlyGemm"
+    assert log.entries[0].done == "WeightOnlyGemm"
     net.check(twin, lowered)
 
 
@@ -116,9 +112,9 @@ def test_int8_activations_equal_the_twin(bits: int, group: int, symmetric: bool)
 
 def test_per_channel_int8_activations_are_left_to_tensorrt() -> None:
     net = Network(8, K, F16, symmetric=True)
-    _, lowered, ledger = net.compile(net.linear("layer", activations="int8"))
+    _, lowered, log = net.compile(net.linear("layer", activations="int8"))
     assert "WeightOnlyGemm" not in ops(lowered)
-    assert ledger.entries == []
+    assert log.entries == []
 
 
 def test_bias_activation_and_gate_up_are_fused() -> None:
@@ -163,9 +159,9 @@ def test_a_gate_pair_with_one_bias_is_not_fused() -> None:
     net = Network()
     gate, up = net.bias(net.linear("gate"), "gate.sum"), net.linear("up")
     silu = net.node("Mul", [gate, net.node("Sigmoid", [gate], "s")], "silu")
-    _, lowered, ledger = net.compile(net.node("Mul", [silu, up], "product"))
+    _, lowered, log = net.compile(net.node("Mul", [silu, up], "product"))
     assert ops(lowered) == ["Mul", "WeightOnlyGemm", "WeightOnlyGemm"]
-    assert ledger.entries[-1].reason == "one of gate and up has a bias"
+    assert log.entries[-1].reason == "one of gate and up has a bias"
 
 
 def attrs(node: gs.Node) -> dict[str, int]:
@@ -176,9 +172,9 @@ def test_a_value_that_others_read_is_not_fused() -> None:
     net = Network()
     y = net.linear("layer")
     silu = net.node("Mul", [y, net.node("Sigmoid", [y], "s")], "silu")
-    twin, lowered, ledger = net.compile(silu, net.bias(y, "sum"))
+    twin, lowered, log = net.compile(silu, net.bias(y, "sum"))
     assert ops(lowered) == ["Add", "Mul", "Sigmoid", "WeightOnlyGemm"]
-    assert "another node reads the value before its activation" in [e.reason for e in ledger.entries]
+    assert "another node reads the value before its activation" in [e.reason for e in log.entries]
     net.check(twin, lowered, roundings=3)
 
 
@@ -191,24 +187,17 @@ def test_a_graph_output_keeps_its_producer() -> None:
 
 def test_a_bias_of_another_shape_is_not_fused() -> None:
     net = Network()
-    _, lowered, ledger = net.compile(
-        net.node("Add", [net.linear("layer"), gs.Constant("b", np.ones(1, np.float32))], "y")
-    )
+    _, lowered, log = net.compile(net.node("Add", [net.linear("layer"), gs.Constant("b", np.ones(1, np.float32))], "y"))
     assert ops(lowered) == ["Add", "WeightOnlyGemm"]
-    assert ledger.entries[-1].reason == "the bias is float16 (1,)"
+    assert log.entries[-1].reason == "the bias is float16 (1,)"
 
 
 def test_a_shared_weight_is_packed_once() -> None:
     net = Network()
     y = net.linear("layer")
-    second = gs.Variable("second.y", np.float32, ("M", 144))
-    net.node("Add", [y, second], "y")
-
-    def reuse(graph: gs.Graph) -> None:
-        (first,) = (n for n in graph.nodes if n.op == "MatMul")
-        add(graph, "MatMul", list(first.inputs), second, name="second")
-
-    twin, lowered, _ = net.compile(net.graph.nodes[-1].outputs[0], between=reuse)
+    (first,) = net.graph.nodes
+    second = add(net.graph, "MatMul", first.inputs, gs.Variable("second.y", np.float32, ("M", 144)), name="second")
+    twin, lowered, _ = net.compile(net.node("Add", [y, second], "y"))
     a, b = (node for node in lowered.nodes if node.op == OP.name)
     assert a.inputs[1] is b.inputs[1]
     assert a.inputs[2] is b.inputs[2]
@@ -244,21 +233,21 @@ def test_gate_and_up_alternate_in_strips_of_eight() -> None:
 def test_weights_are_rounded_only_where_asked(activations: Activations, expected: int) -> None:
     net = Network()
     net.graph.outputs = [net.linear("layer", activations=activations)]
-    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], Ledger())
+    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], PassLog())
     for rounded, attribute in ((False, 0), (True, expected)):
-        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, rounded)], Ledger())
+        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, rounded)], PassLog())
         (node,) = (n for n in lowered.nodes if n.op == OP.name)
         assert node.attrs["rounded_weights"] == attribute
 
 
 def test_refuses_what_the_plugin_does_not_take() -> None:
     net = Network(8, 16)
-    _, lowered, ledger = net.compile(net.linear("layer"))
+    _, lowered, log = net.compile(net.linear("layer"))
     assert "WeightOnlyGemm" not in ops(lowered)
-    assert ledger.entries[0].reason == "WeightOnlyGemm: group is 16, expected a multiple of 32 that divides K = 192"
+    assert log.entries[0].reason == "WeightOnlyGemm: group is 16, expected a multiple of 32 that divides K = 192"
     net = Network()
-    _, _, ledger = net.compile(net.linear("layer", 24))
-    assert ledger.entries[0].reason == "WeightOnlyGemm: N is 24, expected a positive multiple of 16"
+    _, _, log = net.compile(net.linear("layer", 24))
+    assert log.entries[0].reason == "WeightOnlyGemm: N is 24, expected a positive multiple of 16"
 
 
 def test_a_wrong_scale_is_seen() -> None:

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from instantrt.passes.core.lazy import Array, InMemory, View
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import Codes, InstantQuant, Order, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, add, run
+from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.qdq.fold_order import FoldOrder, Permuted
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, quantized
 from instantrt.passes.qdq.sort_inputs import SortInputs
@@ -78,21 +78,21 @@ def evaluate(graph: gs.Graph, x: Array) -> list[Array]:
     return ReferenceEvaluator(gs.export_onnx(loaded.cleanup().toposort())).run(None, {"x": x})
 
 
-def check(build: Build, orders: dict[str, Order | None]) -> tuple[gs.Graph, Ledger]:
+def check(build: Build, orders: dict[str, Order | None]) -> tuple[gs.Graph, PassLog]:
     """Runs the passes; the result computes what the unfolded weights compute in the model's own order."""
     graph = graph_of(build)
     decisions = sorted_quant(graph, orders)
     plain = {  # the same codes with their inputs put back, which needs no order: groups of one input
         path: replace(q, source=Unsorted(q), group_size=1, order=None) for path, q in decisions.items()
     }
-    expected_graph, ledger = graph.copy(), Ledger()
-    run(expected_graph, (InsertDequantize(plain),), Ledger())
+    expected_graph, log = graph.copy(), PassLog()
+    run(expected_graph, (InsertDequantize(plain),), PassLog())
     fold = FoldOrder(frozenset(t.name for t in graph.outputs))
-    run(graph, (SortInputs(decisions), InsertDequantize(decisions), fold), ledger)
+    run(graph, (SortInputs(decisions), InsertDequantize(decisions), fold), log)
     x = matrix(2, K)
     for expected, found in zip(evaluate(expected_graph, x), evaluate(graph, x), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
-    return graph, ledger
+    return graph, log
 
 
 class Unsorted:
@@ -121,9 +121,9 @@ def mlp(graph: gs.Graph, x: gs.Tensor) -> None:
 
 
 def test_down_folds_into_gate_and_up() -> None:
-    graph, ledger = check(mlp, {"down": order_of(N, 1)})
+    graph, log = check(mlp, {"down": order_of(N, 1)})
     assert gathers(graph) == 0
-    (entry,) = ledger.applied("FoldOrder")
+    (entry,) = log.applied(FoldOrder)
     assert entry.done == "folded into the output channels of gate, up"
     down = next(q for node in graph.nodes if (q := quantized(node)) is not None and q.path == "down")
     gate = next(q for node in graph.nodes if (q := quantized(node)) is not None and q.path == "gate")
@@ -141,9 +141,9 @@ def test_different_orders_of_one_input_keep_a_gather_each() -> None:
         y = layer(graph, x, "first")
         output(graph, layer(graph, y, "a", k=N), layer(graph, y, "b", k=N), layer(graph, y, "c", k=N))
 
-    graph, ledger = check(two, {"a": order_of(N, 1), "b": order_of(N, 2), "c": order_of(N, 1)})
+    graph, log = check(two, {"a": order_of(N, 1), "b": order_of(N, 2), "c": order_of(N, 1)})
     assert gathers(graph) == 2
-    assert all("also go to" in e.reason for e in ledger.rejected())
+    assert all("also go to" in e.reason for e in log.rejected())
 
 
 def test_one_order_for_all_consumers_folds() -> None:
@@ -177,9 +177,9 @@ def test_what_must_keep_its_order_keeps_a_gather(kind: str) -> None:
         others = {"residual": lambda: [add(graph, "Add", [z, y], "sum")], "graph output": lambda: [z, inner]}
         output(graph, *others.get(kind, lambda: [z])())
 
-    graph, ledger = check(build, {"last": order_of(N, 1)})
+    graph, log = check(build, {"last": order_of(N, 1)})
     assert gathers(graph) == 1
-    assert ledger.rejected()
+    assert log.rejected()
 
 
 def test_permuted_rows_of_codes_and_of_floats() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 
@@ -43,7 +43,9 @@ def session(
     request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory
 ) -> ort.InferenceSession:
     graph = tiny_float.graph.copy()
-    graph = kv_in_place(graph, LIMIT, Ledger()) if request.param == "scatter" else run(graph, ATTENTION, Ledger())
+    graph = (
+        run(graph, kv_in_place(LIMIT), PassLog()) if request.param == "scatter" else run(graph, ATTENTION, PassLog())
+    )
     return session_of(graph, tmp_path_factory.mktemp("ragged") / "model.onnx")
 
 

@@ -12,8 +12,8 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import dependencies
 from instantrt.passes.core.lazy import InMemory, View
 from instantrt.passes.core.quant import dequantize, quantize_asymmetric
-from instantrt.passes.core.rewrite import Ledger, add, run
-from instantrt.passes.qdq.tables import LowerNativeTables
+from instantrt.passes.core.rewrite import PassLog, add, run
+from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from tests.graphs import evaluate
 
 V, H, BLOCK = 40, 96, 32
@@ -43,21 +43,21 @@ def test_rows_are_the_dequantized_ones_exactly(table: np.ndarray, tmp_path: Path
     block = quantize_asymmetric(table.reshape(V, -1, BLOCK).copy(), 8, FLOAT16)
     assert len(np.unique(block.zero)) > 10
     want = dequantize(block, BLOCK)[IDS]
-    graph = run(reader(table, 2), [LowerNativeTables(FLOAT16)], Ledger())
+    graph = run(reader(table, 2), [LowerNativeTables(FLOAT16)], PassLog())
     for got in evaluate(graph.copy(), {"ids": IDS}, tmp_path):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(Evaluation(graph, {"ids": IDS}).take("y0"), want)
 
 
 def test_the_table_streams_when_the_graph_is_evaluated(table: np.ndarray) -> None:
-    graph = run(reader(table), [LowerNativeTables(FLOAT16)], Ledger())
+    graph = run(reader(table), [LowerNativeTables(FLOAT16)], PassLog())
     gathers = [node for node in graph.nodes if node.op == "Gather"]
     assert len(gathers) == 3
     assert {t.name for node in gathers for t in dependencies(node)} == {"ids"}
 
 
 def test_a_table_without_blocks_stays_and_says_why(table: np.ndarray) -> None:
-    ledger = Ledger()
-    graph = run(reader(table[:, :40]), [LowerNativeTables(FLOAT16)], ledger)
+    log = PassLog()
+    graph = run(reader(table[:, :40]), [LowerNativeTables(FLOAT16)], log)
     assert [node.op for node in graph.nodes] == ["Gather"]
-    assert [entry.reason for entry in ledger.rejected()] == ["width 40 is no multiple of 16"]
+    assert [entry.reason for entry in log.rejected()] == ["width 40 is no multiple of 16"]

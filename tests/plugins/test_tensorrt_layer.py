@@ -26,7 +26,7 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
@@ -175,10 +175,10 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
         if "lm_head" not in layer.path:
             source = InstantQuant(layer.path, layer.rows, 4, 64, False, f16)
             decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 64, False, f16)
-    pipeline.quantize(graph, decisions, Ledger())
+    pipeline.quantize(graph, decisions, PassLog())
     twin = graph.copy()
-    cast_compute_type(graph, f16, Ledger())
-    run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], Ledger())
+    run(graph, cast_compute_type(f16), PassLog())
+    run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], PassLog())
     gemms = [node for node in graph.nodes if node.op == OP.name]
     assert len(decisions) == 4 * 7
     assert len(gemms) == 4 * 6, "gate and up are one"

@@ -40,7 +40,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import Ledger, run
+from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
@@ -102,8 +102,8 @@ def lowered(tensors: Mapping[str, FileTensor], mode: str) -> gs.Graph:
         table[found.path] = QuantTensor(
             found.path, source, found.shape, bits, size, symmetric, FLOAT32, "int8" if symmetric else "float"
         )
-    run(graph, (InsertDequantize(table), QuantizeActivations()), Ledger())
-    return run(graph, linear_passes(preset, ONE_LIMB_X86), Ledger())  # type: ignore[arg-type]
+    run(graph, (InsertDequantize(table), QuantizeActivations()), PassLog())
+    return run(graph, linear_passes(preset, ONE_LIMB_X86), PassLog())  # type: ignore[arg-type]
 
 
 def rate(folder: Path) -> Result:
@@ -285,8 +285,8 @@ def prefill(folder: Path) -> Result:
         compile_model(request)
         models[logits] = load_artifact(folder / logits)
     ids = np.random.default_rng(0).integers(0, 1000, (1, 512))
-    caches = [spec for spec in models["all"].artifact.inputs if spec.name.startswith("past_key_values.")]
-    past = {spec.name: np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32) for spec in caches}
+    empty = np.zeros((1, QWEN2_05B["num_key_value_heads"], 0, 64), np.float32)
+    past = {s.name: empty for s in models["all"].artifact.inputs if s.name.startswith("past_key_values.")}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(11):
         for name, model in models.items():

@@ -19,7 +19,10 @@ from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.config import pattern_of
 from instantrt.compiler.request import Request
 from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Lowering
+from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.join_linears import parts_of
+from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.tools.cli.console import Report, Say, console, stages, writing
 
 if TYPE_CHECKING:
@@ -91,13 +94,12 @@ def show_explanation(planned: Plan) -> None:
     """For each linear what it was quantized to and runs as, or why it was left float; then other refusals."""
     sharing = targets_by_graph(planned)
     forms: dict[tuple[str, str], dict[str, None]] = {}
-    for entry in planned.ledger.entries:
-        if entry.rewrite.startswith("Lower") and entry.done:
-            parts = parts_of(entry.node)
-            for path in parts:
-                joined = [p for p in parts if p != path]
-                form = entry.done + (f", with {short(joined)}" if joined else "")
-                forms.setdefault((entry.target, path), {})[form] = None
+    for entry in (e for e in planned.log.entries if isinstance(e.by, Lowering) and e.done):
+        parts = parts_of(entry.node)
+        for path in parts:
+            joined = [p for p in parts if p != path]
+            form = entry.done + (f", with {short(joined)}" if joined else "")
+            forms.setdefault((entry.target, path), {})[form] = None
     became: dict[str, dict[str, list[str]]] = {}  # layer -> what it became -> targets
     for first, targets in sharing.items():
         for path, decision in planned.twins[first].decisions.items():
@@ -117,8 +119,8 @@ def show_explanation(planned: Plan) -> None:
     console.print(table)
     show_orders(planned)
     linears = set(became).union(path for _, path in forms)
-    rejected = (e for e in planned.ledger.rejected() if e.node not in linears and e.rewrite != "FoldOrder")
-    others = Counter((e.rewrite, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
+    rejected = (e for e in planned.log.rejected() if e.node not in linears and not isinstance(e.by, FoldOrder))
+    others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
     if others:
         rest = Table("pass", "for", "nodes", "why it left them", title="other passes")
         for (rewrite, names, reason), count in others.items():
@@ -152,11 +154,11 @@ def numbers(paths: list[str]) -> str:
 def show_orders(planned: Plan) -> None:
     """What became of each input order: folded into the layers before, or one Gather for all that share it."""
     sharing: dict[str, list[str]] = {}
-    for entry in planned.ledger.applied("SortInputs"):
+    for entry in planned.log.applied(SortInputs):
         sharing.setdefault(entry.done, []).append(entry.node)
     table = Table("layers whose inputs are sorted", "how", title="activation order")
-    for entry in planned.ledger.entries:
-        if entry.rewrite == "FoldOrder" and entry.node in sharing:
+    for entry in planned.log.entries:
+        if isinstance(entry.by, FoldOrder) and entry.node in sharing:
             table.add_row("\n".join(sharing[entry.node]), entry.done or f"one Gather: {entry.reason}")
     if table.row_count:
         console.print(table)

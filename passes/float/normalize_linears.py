@@ -1,0 +1,123 @@
+"""Brings products with a constant matrix to the normal form of a linear layer, named after its module."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import chain, count
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import FileTensor, InMemory, Source, Transposed, view_of
+from instantrt.passes.core.linear import linear, weight_constant
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def module_path(node: gs.Node, weight: gs.Constant) -> str:
+    """The path of the module a node belongs to: from its name (`a.b/MatMul_3`, `/a/b/MatMul`), else its weight's."""
+    scope: str = node.name.rpartition("/")[0].strip("/").replace("/", ".")
+    return scope or re.sub(r"\.weight(_\w+)?$", "", weight.name)
+
+
+@dataclass(frozen=True)
+class LinearMatch:
+    """A linear to be: `module` is the path of its module, `weight` the name of its stored constant."""
+
+    node: gs.Node
+    x: gs.Tensor
+    rows: Source
+    shape: tuple[int, int]
+    module: str
+    weight: str
+    bias: gs.Tensor | None = None
+
+
+def linear_path(graph: gs.Graph, match: LinearMatch) -> str:
+    """The module's path; where a module has several weights, the later ones have their own names behind it."""
+    taken = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
+    own = f"{match.module}.{match.weight}"
+    names = chain((match.module, own), (f"{own}.{i}" for i in count(2)))
+    return next(name for name in names if taken.get(name, match.rows) == match.rows)
+
+
+class NormalizeMatMul(Rewrite[LinearMatch]):
+    """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
+
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
+    After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
+    """
+
+    def match(self, node: gs.Node) -> LinearMatch | Reject | None:
+        if node.op != "MatMul" or linear(node) is not None:
+            return None
+        x, w = node.inputs
+        stored, turned = w, True
+        while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
+            if step.attrs.get("to", FLOAT) != FLOAT:
+                return None
+            turned ^= step.op == "Transpose" and step.attrs.get("perm", [1, 0]) == [1, 0]
+            stored = step.inputs[0]
+        if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
+            return None
+        if stored.dtype != np.float32:
+            return Reject(f"a matrix of {stored.dtype}")
+        rows, shape = rows_of(stored, transposed=turned)
+        return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
+
+    def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
+        node, path = match.node, linear_path(graph, match)
+        node.inputs[1] = weight_constant(path, match.rows, match.shape)
+        node.name = unique_name(graph, node, path)
+
+
+class NormalizeGemm(Rewrite[LinearMatch]):
+    """Gemm(x, W, bias) with alpha = beta = 1 -> the normal form and an Add."""
+
+    def match(self, node: gs.Node) -> LinearMatch | Reject | None:
+        if node.op != "Gemm" or not isinstance(node.inputs[1], gs.Constant):
+            return None
+        attrs = node.attrs
+        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
+            return Reject("Gemm with alpha, beta or transA is not a linear layer")
+        weight = node.inputs[1]
+        if weight.dtype != np.float32:
+            return Reject(f"a matrix of {weight.dtype}")
+        rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)
+
+    def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
+        out, path = take_over(match.node), linear_path(graph, match)
+        weight = weight_constant(path, match.rows, match.shape)
+        name = unique_name(graph, match.node, path)
+        if match.bias is None:
+            add(graph, "MatMul", [match.x, weight], out, name=name)
+            return
+        product = add(graph, "MatMul", [match.x, weight], f"{name}.product", name=name)
+        add(graph, "Add", [product, match.bias], out)
+
+
+def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int, int]]:
+    """The rows of W [N, K] from a constant that holds W, or its transpose."""
+    view = view_of(stored)
+    a, b = (int(d) for d in stored.shape)
+    if view is None:
+        values = stored.values.T if transposed else stored.values
+        return InMemory(values), (b, a) if transposed else (a, b)
+    if not transposed:
+        return view.source, (a, b)
+    if isinstance(view.source, FileTensor):
+        return Transposed(view.source), (b, a)
+    if isinstance(view.source, InMemory):
+        return InMemory(view.source.array.T), (b, a)
+    return InMemory(view.load().T), (b, a)
+
+
+def unique_name(graph: gs.Graph, node: gs.Node, path: str) -> str:
+    """`path`, or `path#2` and so on where one module is used several times."""
+    taken = {other.name for other in graph.nodes if other is not node}
+    return next(name for name in (path, *(f"{path}#{i}" for i in range(2, 1 << 16))) if name not in taken)
