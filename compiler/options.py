@@ -174,7 +174,7 @@ class Accuracy:
 class Looking:
     """For who wants to see what happens."""
 
-    dump_passes: Path | None = option(None, "folder for the graph after each pass that changed it, as text")
+    dump_passes: Path | None = option(None, "new folder for the graph after each pass, as text")
 
 
 def settle(options: Any) -> None:

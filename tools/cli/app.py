@@ -99,7 +99,7 @@ class Commands(TyperGroup):
         self.add_command(bench)
 
 
-app = typer.Typer(name="instantrt", cls=Commands, no_args_is_help=True, **SETTINGS)
+app = typer.Typer(name="instantrt", cls=Commands, **SETTINGS)
 
 
 @app.callback()
@@ -113,7 +113,7 @@ def root(
 
 def main() -> NoReturn:
     with exit_on_error():
-        app(prog_name="instantrt")
+        app(sys.argv[1:] or ["--help"], prog_name="instantrt")
     sys.exit(0)
 
 
