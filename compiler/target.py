@@ -9,7 +9,9 @@ from packaging.specifiers import SpecifierSet
 
 from instantrt.passes.core.errors import UserError
 
-WHOLE = "10.15"  # the first TensorRT that parses all of Attention, RMSNormalization, RotaryEmbedding, TensorScatter
+# The first TensorRT that parses all of Attention, RMSNormalization, RotaryEmbedding and TensorScatter (docs/facts.md,
+# "First releases of operators").
+WHOLE = "10.15"
 
 
 class Backend(Enum):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Request", "compile_model", "load_artifact"]
 
-# ONNX Runtime's Linux wheels report home by default; the switch is read when it is imported.
+# ONNX Runtime's Linux wheels have telemetry switched on; the switch is read on import (docs/facts.md, "Telemetry").
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _WHERE = {

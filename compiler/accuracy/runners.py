@@ -108,7 +108,8 @@ def session(path: Path, *, as_written: bool = False, every_position: bool = Fals
 
     `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
     dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
-    wrong; and at its highest level of optimization it crashes on some float16 graphs.
+    wrong; and at its highest level of optimization it crashes on some float16 graphs (docs/facts.md, "The twin's
+    session options").
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -73,7 +73,7 @@ class Served:
 
 
 def why_no_bare(artifact: Artifact) -> str:
-    """Why Triton's own backends cannot serve the artifact, or nothing."""
+    """Why Triton's own backends cannot serve it, or nothing: docs/facts.md, "Triton and shared caches"."""
     builder = (artifact.engine or {}).get("builder")
     reasons = {
         KIT: artifact.kind == "kit",

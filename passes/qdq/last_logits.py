@@ -7,7 +7,8 @@ last(x) is x[:, -1:], which is right for rows padded on the left; by the mask it
 whichever side it is padded.
 
 An x that was quantized per token is sliced before that, and left float for `QuantizeActivations`: TensorRT-RTX crashes
-over a Slice of what was dequantized with scales computed at run time, and the other tokens' codes would be wasted.
+over a Slice of what was dequantized with scales computed at run time (docs/facts.md, "Scales computed at run time"),
+and the other tokens' codes would be wasted.
 """
 
 from __future__ import annotations

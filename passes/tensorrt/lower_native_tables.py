@@ -21,7 +21,7 @@ class LowerNativeTables(Rewrite[Table]):
 
     TensorRT has int8 constants in front of a DequantizeLinear only; its scale of one rounds nothing, and neither does
     the difference of two codes. TensorRT-RTX makes all of it one kernel, which reads the rows of `ids` alone.
-    `scale_dtype` is the compute type.
+    `scale_dtype` is the compute type. See docs/facts.md, "Which operators TensorRT lacks".
     """
 
     requires = (tables_are_float32,)

@@ -97,7 +97,8 @@ Progress = Callable[[float, str], None]  # fraction done, phase
 
 # The builder frees weights of a megabyte and more all the time. glibc's allocator learns from the first of them to keep
 # such blocks in its heaps, where they leave holes: a quarter more memory for an engine. A fixed threshold hands each
-# back. What is small it may keep: the heap would be cut and grown again all the time.
+# back. What is small it may keep: the heap would be cut and grown again all the time (docs/facts.md, "Memory of a
+# build").
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),

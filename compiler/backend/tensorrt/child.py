@@ -7,7 +7,7 @@ JSON lines to standard output:
     {"refused": ["..."], "what": "...", "fix": "..."}  {"done": {version, bytes}}
 
 One code path serves TensorRT 10, 11 and RTX. Enum members are named, never numbered: their integers moved between
-releases.
+releases (docs/facts.md, "Enumerators move").
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def load_plugins(trt: Any, libraries: Sequence[Path | str]) -> None:
     if not libraries:
         return
     if not hasattr(trt.INetworkDefinition, "add_plugin_v3"):
-        # The RTX parser looks this name up when it meets a plugin node, and ends the process when it is missing.
+        # The RTX parser looks this name up when it meets a plugin node, and ends the process when it is missing
+        # (docs/facts.md, "Plugins in TensorRT-RTX").
         try:
             ctypes.CDLL("libtensorrt_rtx.so")
         except OSError as error:

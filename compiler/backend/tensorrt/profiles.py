@@ -58,7 +58,10 @@ def prefill(limits: EngineLimits) -> Mapping[str, Range]:
 
 
 def decode(limits: EngineLimits) -> Mapping[str, Range]:
-    """One token of each sequence; of a single one, two: TensorRT expands int8 weights for a product of one row."""
+    """One token of each sequence; of a single one, two: TensorRT expands int8 weights for a product of one row.
+
+    docs/facts.md, "A profile with one row"
+    """
     n, opt = limits.max_length, limits.opt_length
     past = n - 1
     return {
