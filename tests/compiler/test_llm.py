@@ -61,6 +61,7 @@ def test_pieces_are_whole_characters_and_make_the_text(tiny_compiled: Path) -> N
         assert "".join(pieces) == whole.text
         cut = llm.generate(PROMPTS[0], stop="e of the in")
         assert (cut.text, cut.finish) == (" the current tim", "stop")
+        assert llm.generate(PROMPTS[0], stop="").text.startswith(cut.text + "e of the in")
         seeded = [llm.generate("The list of", temperature=1.0, top_p=0.9, seed=seed).tokens for seed in (1, 2, 1)]
         assert seeded[0] == seeded[2] != seeded[1]
         chat = [{"role": "user", "content": "Hello"}]
