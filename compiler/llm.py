@@ -240,7 +240,7 @@ class LLM:
         given: dict[str, Any] = dict(options)
         max_tokens, min_tokens = given.pop("max_tokens", MAX_TOKENS), given.pop("min_tokens", 0)
         stop = given.pop("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(word for word in stop if word)
+        stop = tuple(word for word in ((stop,) if isinstance(stop, str) else stop) if word)
         try:
             ids = self.encode(prompt)
             room = self.limits.length - len(ids)

@@ -87,11 +87,8 @@ def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
         return small(f"{LAST}/{name}", value, np.int64)
 
     def count(tensor: gs.Tensor, name: str) -> gs.Tensor:
-        """S or T, [1]."""
-        size = gs.Variable(
-            f"{LAST}/{name}", np.int64, [1]
-        )  # typed: what reads x would else be taken for one of its own
-        return add(graph, "Shape", [tensor], size, start=1, end=2)
+        """S or T, [1]; its type is said, or it would become that of the hidden states it is read from."""
+        return add(graph, "Shape", [tensor], gs.Variable(f"{LAST}/{name}", np.dtype(np.int64), [1]), start=1, end=2)
 
     one, sequence, total = number(1, "one"), count(x, "sequence"), count(mask, "total")
     allowed = add(graph, "Cast", [mask], f"{LAST}/allowed", to=onnx.TensorProto.BOOL)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from instantrt import LLM, load_artifact
-from instantrt.compiler.llm import Completion
+from instantrt.compiler.llm import Completion, Generation
 from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
@@ -61,6 +61,7 @@ def test_pieces_are_whole_characters_and_make_the_text(tiny_compiled: Path) -> N
         assert "".join(pieces) == whole.text
         cut = llm.generate(PROMPTS[0], stop="e of the in")
         assert (cut.text, cut.finish) == (" the current tim", "stop")
+        assert llm.generate(PROMPTS[0], stop="").text.startswith(cut.text + "e of the in")
         seeded = [llm.generate("The list of", temperature=1.0, top_p=0.9, seed=seed).tokens for seed in (1, 2, 1)]
         assert seeded[0] == seeded[2] != seeded[1]
         chat = [{"role": "user", "content": "Hello"}]
@@ -71,13 +72,15 @@ def test_pieces_are_whole_characters_and_make_the_text(tiny_compiled: Path) -> N
 def test_requests_join_and_leave_from_many_threads(tiny_compiled: Path, expected: list[list[int]]) -> None:
     """More than there are rows, each a little later than the one before; some listeners go away in the middle."""
     found: dict[int, list[int]] = {}
+    left: list[Generation] = []
 
     def ask(llm: LLM, at: int) -> None:
         time.sleep(0.01 * at)
         if at % 4 == 3:
-            for piece in llm.stream("The server", max_tokens=900, min_tokens=900):
-                assert piece
-                return
+            long = llm.submit("The server", max_tokens=900, min_tokens=900)
+            assert next(iter(long))
+            left.append(long)
+            return
         found[at] = list(exactly(llm, at % len(PROMPTS)).tokens)
 
     with LLM(tiny_compiled, max_batch=3) as llm:
@@ -90,7 +93,8 @@ def test_requests_join_and_leave_from_many_threads(tiny_compiled: Path, expected
         deadline = time.monotonic() + 20
         while llm.scheduler.busy() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not llm.scheduler.busy()  # who stopped listening has left
+        assert not llm.scheduler.busy()
+    assert [each.finish for each in left] == [""] * 6  # who stopped listening has left
     assert found == {at: expected[at % len(PROMPTS)] for at in range(24) if at % 4 != 3}
 
 
