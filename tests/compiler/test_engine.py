@@ -124,7 +124,7 @@ def test_check_says_what_was_built_and_what_this_machine_has(out: Path) -> None:
     assert "built by TensorRT-RTX" in lines["sm89"]
     assert "for sm89" in lines["sm89"]
     assert (
-        f"on a machine with an sm90 GPU and TensorRT >=10.15, finish it with: compile build {out / 'sm90'}"
+        f"on a machine with an sm90 GPU and TensorRT >=10.15, finish it with: instantrt build {out / 'sm90'}"
         in (lines["sm90"])
     )
     if NO_GPU:
