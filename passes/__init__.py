@@ -3,7 +3,3 @@ in which a graph walks through them: `float`, `qdq`, then `ort` or `tensorrt`; `
 of passes is said in compiler/pipeline.py. A pass reads no weight and writes no file; nothing here imports the
 compiler.
 """
-
-from onnx_graphsurgeon.logger import G_LOGGER
-
-G_LOGGER.severity = G_LOGGER.ERROR  # its warnings (no colours, bf16 has no NumPy type) say nothing to a user
