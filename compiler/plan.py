@@ -75,11 +75,11 @@ class Plan:
 
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
+    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
     model = load(request.model, trust_remote_code=request.trust_remote_code)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
-    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
