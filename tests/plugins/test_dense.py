@@ -120,7 +120,7 @@ kernels.run(Case(513, 16, 32, rounded_weights=1).make(), library=True)
 def test_a_caller_that_is_wrong_about_the_library_is_told(emulated: Kernels) -> None:
     path = str(emulated[80].library.path)
     alone = subprocess.run([sys.executable, "-c", ALONE, path], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "RefusedError: WeightOnlyGemm: launch of dense failed: there is no cuBLASLt" in alone.stderr
+    assert "LaunchRefusedError: WeightOnlyGemm: launch of dense failed: there is no cuBLASLt" in alone.stderr
 
 
 def test_order_of_threads_does_not_matter(with_library: Kernels) -> None:

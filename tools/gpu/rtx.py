@@ -45,7 +45,7 @@ from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import BFLOAT16, TYPES, widened
-from instantrt.tools.gpu.watch import Job, Outcome, emit, run_all
+from instantrt.tools.gpu.watch import ChildJob, Outcome, emit, run_all
 
 Array = npt.NDArray[Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def run(folder: Path, out: Path) -> bool:
 
 def run_each(folder: Path, names: list[str]) -> list[Outcome]:
     command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "one", str(folder)]
-    jobs = run_all([Job(lambda left: [*command, *left], [name], LIMIT) for name in names], 480, 1)
+    jobs = run_all([ChildJob(lambda left: [*command, *left], [name], LIMIT) for name in names], 480, 1)
     return [outcome for job in jobs for outcome in job.outcomes.values()]
 
 
