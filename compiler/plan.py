@@ -122,11 +122,7 @@ def make_twin(
 
 
 def lower(
-    twins: Mapping[str, Twin],
-    model: FloatModel,
-    types: Mapping[str, np.dtype[Any]],
-    request: Request,
-    log: PassLog,
+    twins: Mapping[str, Twin], model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, log: PassLog
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}

@@ -87,10 +87,7 @@ def why_no_bare(artifact: Artifact) -> str:
 
 def why_no_generate(artifact: Artifact) -> str:
     """Why there is no model that generates text, or nothing."""
-    reasons = {
-        KIT: artifact.kind == "kit",
-        "it is no causal language model": artifact.llm is None,
-    }
+    reasons = {KIT: artifact.kind == "kit", "it is no causal language model": artifact.llm is None}
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 

@@ -59,10 +59,7 @@ def models_table(served: Iterable[Served]) -> str:
     rows = ["| artifact | model | backend |", "|---|---|---|"]
     for each in served:
         backend = "tensorrt" if each.artifact.kind == "engine" else "onnxruntime"
-        cells = (
-            (each.name, backend, each.no_bare),
-            (f"{each.name}_generate", "python", each.no_generate),
-        )
+        cells = ((each.name, backend, each.no_bare), (f"{each.name}_generate", "python", each.no_generate))
         rows += [f"| {each.artifact.target} | {f'none: {no}' if no else f'`{n}`'} | {b} |" for n, b, no in cells]
     return "\n".join(rows) + "\n"
 

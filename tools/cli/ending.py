@@ -9,10 +9,7 @@ from contextlib import contextmanager
 
 from instantrt.passes.core.errors import UserError
 
-WRONG_COMMAND_LINE, INTERRUPTED = (
-    2,
-    130,
-)  # the exit statuses that typer gives them
+WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives them
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
 
 
