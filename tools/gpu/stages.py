@@ -154,7 +154,7 @@ def smoke(ring: Ring) -> Part:
     jobs = [
         small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(ring) for cases in by_row(every).values()
     ]
-    outcomes = collect(run_all(jobs, 150, 8))
+    outcomes = run_all(jobs, 150, 8)
     lost = sorted({row_of(o.name) for o in outcomes if o.outcome in ("hung", "crashed")})
     errors: dict[str, float] = {}
     for o in outcomes:
@@ -200,7 +200,7 @@ def tests(ring: Ring) -> Part:
     shards = [cases[i : i + size] for i in range(0, len(cases), size)]
     environment = {**ring.environment, **names}
     jobs = [ChildJob(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
-    return summary(collect(run_all(jobs, 240, len(jobs))))
+    return summary(run_all(jobs, 240, len(jobs)))
 
 
 def collected(text: str) -> list[str]:
@@ -252,11 +252,7 @@ def measure(ring: Ring, module: str, cases: list[str], seconds: float, more: Ite
     if (path := ring.library()) is None:
         return [Outcome(module, "not run", "nothing was built")]
     command = [sys.executable, "-m", module, str(path), *more]
-    return collect(run_all([ChildJob(lambda left: [*command, *left], cases, 90, ring.environment)], seconds, 1))
-
-
-def collect(jobs: Iterable[ChildJob]) -> list[Outcome]:
-    return [outcome for job in jobs for outcome in job.outcomes.values()]
+    return run_all([ChildJob(lambda left: [*command, *left], cases, 90, ring.environment)], seconds, 1)
 
 
 def summary(outcomes: list[Outcome]) -> Part:

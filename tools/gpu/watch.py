@@ -125,11 +125,12 @@ class ChildJob:
             )
 
 
-def run_all(jobs: Iterable[ChildJob], seconds: float, workers: int) -> list[ChildJob]:
-    """Several jobs at a time, for at most so many seconds together."""
+def run_all(jobs: Iterable[ChildJob], seconds: float, workers: int) -> list[Outcome]:
+    """Several jobs at a time, for at most so many seconds together; the outcomes of all their cases."""
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda job: job.run(deadline), jobs))
+        done = list(pool.map(lambda job: job.run(deadline), jobs))
+    return [outcome for job in done for outcome in job.outcomes.values()]
 
 
 def read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
