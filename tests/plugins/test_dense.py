@@ -12,12 +12,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact
 from tests.plugins.cases import BF16, F16, Case, Problem
 from tests.plugins.kernels import ROOT, Emulated, build_cublaslt, c_problem
+from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, assert_within
+from instantrt.plugins.schema import DType
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
@@ -15,6 +15,7 @@ from instantrt.tools.gpu.gemm import FORMATS
 from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.cases import BF16, F16, SIZES, Case, Problem
 from tests.plugins.kernels import Emulated, c_problem, check
+from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
 

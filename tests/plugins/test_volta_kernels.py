@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.op import check as check_sizes
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact
 from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.cases import SIZES, Case
 from tests.plugins.kernels import Emulated, c_problem, check, problem
+from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
 
