@@ -20,6 +20,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
 from instantrt.passes.core.dump import Dump
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
@@ -28,7 +29,6 @@ from instantrt.passes.tensorrt.explicit_scales import documented
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.budget import Raised
 
-FLOAT32 = np.dtype(np.float32)
 Say = Callable[[str], None]
 
 
@@ -122,11 +122,7 @@ def make_twin(
 
 
 def lower(
-    twins: Mapping[str, Twin],
-    model: FloatModel,
-    types: Mapping[str, np.dtype[Any]],
-    request: Request,
-    log: PassLog,
+    twins: Mapping[str, Twin], model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, log: PassLog
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
