@@ -172,6 +172,8 @@ class LLM:
         with self.lock:
             self.check("released")
             if self.state != "started":
+                if self.scheduler is not None:  # a stop was interrupted
+                    self.scheduler.close()
                 self.engine = self.engine or self.load()
                 self.scheduler, self.state = Scheduler(self.engine, self.text, self.limits), "started"
         return self
@@ -179,9 +181,10 @@ class LLM:
     def stop(self) -> None:
         """Takes no more requests, and returns when all are finished."""
         with self.lock:
+            self.state = "released" if self.state == "released" else "stopped"
             if self.scheduler is not None:
                 self.scheduler.close(finish=True)
-            self.scheduler, self.state = None, "released" if self.state == "released" else "stopped"
+            self.scheduler = None
 
     def release(self) -> None:
         """Requests that still run fail; `stop` before it lets them finish."""
@@ -198,9 +201,11 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.stop()
-        self.release()
+        try:
+            if kind is None:
+                self.stop()
+        finally:
+            self.release()
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
@@ -223,8 +228,8 @@ class LLM:
         return found[0] if one else found
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
-        """The text that follows, in pieces of whole characters as they come."""
-        return iter(self.submit(prompt, **options))
+        """The text that follows, in pieces of whole characters as they come; asked for with the first of them."""
+        yield from self.submit(prompt, **options)
 
     def submit(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Queues a request and returns at once."""
@@ -260,7 +265,8 @@ class LLM:
             raise UserError(f"the model was {self.state}", where=str(self.model), fix=fix)
 
     def load(self) -> Engine:
-        """The model in memory. Engines and plugins are code: nothing of theirs is loaded before it was checked."""
+        """The model in memory. Engines and plugins are code: nothing is loaded before its digest was compared."""
+        check_digests(self.out, self.artifact)
         ordinal, engine = 0, self.artifact.engine
         if engine is not None:
             fitting = [ordinal for ordinal, gpu in enumerate(gpus()) if gpu.sm == engine["sm"]]
@@ -271,8 +277,8 @@ class LLM:
                     found=f"this machine: {describe()}",
                 )
             ordinal = fitting[0]
-            check_digests(self.out, self.artifact)
-            check_runtime(check_header(self.model, engine), self.model, compatible=False)
+            compatible = bool(engine["options"].get("version_compatible"))
+            check_runtime(check_header(self.model, engine), self.model, compatible=compatible)
         libraries = [inside(self.out, name) for name in self.artifact.plugins]
         how = {name: self.given[name] for name in ("runtime", "cache", "threads")}
         try:

@@ -31,7 +31,7 @@ class Reject:
 
 
 class Pass(ABC):
-    """What `run` runs. Subclasses are frozen dataclasses: the repr of a pass is its configuration."""
+    """What `run` runs. One with settings is a frozen dataclass: its repr is its configuration."""
 
     requires: ClassVar[tuple[Rule, ...]] = ()
     ensures: ClassVar[tuple[Rule, ...]] = ()

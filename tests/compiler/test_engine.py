@@ -306,7 +306,7 @@ def test_a_kit_prints_the_command_of_tensorrts_own_tool(out: Path) -> None:
         ('"model.onnx.data": "', '"model.onnx.data": "0', "not what compile wrote"),
         ('"plugins": []', '"plugins": ["../evil.so"]', r"evil.so: .*\n.*a digest in its record"),
         ('"model.onnx.data": "', '"../evil": "0", "model.onnx.data": "', "leads out of the folder"),
-        ('"format": 2', '"format": 9', "another version"),
+        ('"format": 3', '"format": 9', "another version"),
         ('"precision"', '"imprecision"', "not a kit of ours"),
     ],
     ids=["digest", "plugin", "path", "format", "key"],

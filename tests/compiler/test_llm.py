@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -122,7 +124,7 @@ def test_release_frees_and_later_use_is_refused(tiny_compiled: Path) -> None:
         long.result()
     gc.collect()
     assert [each() for each in held] == [None] * len(held)
-    for use in (lambda: llm.generate("a"), llm.start, lambda: llm.stream("a"), llm.__enter__):
+    for use in (lambda: llm.generate("a"), llm.start, lambda: next(llm.stream("a")), llm.__enter__):
         with pytest.raises(UserError, match=r"the model was released\n(.|\n)*make another LLM"):
             use()
     llm.release()
@@ -206,3 +208,28 @@ def test_any_model_is_called_by_name(tiny_compiled: Path, tmp_path: Path) -> Non
         file.write(b"?")
     with pytest.raises(UserError, match="not what compile wrote"):
         load_artifact(tmp_path / "out")
+
+
+@pytest.mark.parametrize("last", ["", "raise ValueError"])
+def test_a_program_ends_as_it_would_while_a_request_runs(tiny_compiled: Path, last: str) -> None:
+    program = (
+        "import sys; from instantrt import LLM; llm = LLM(sys.argv[1])\n"
+        f"pieces = llm.stream('The', max_tokens=900, min_tokens=900); next(pieces); kept = [pieces]\n{last}"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tiny_compiled], capture_output=True, text=True, check=False)
+    assert run.returncode == bool(last), run.stderr
+
+
+def test_a_stream_that_nobody_listens_to_asks_for_nothing(tiny_compiled: Path) -> None:
+    with LLM(tiny_compiled) as llm:
+        llm.stream(PROMPTS[0], max_tokens=900, min_tokens=900)
+        assert llm.scheduler is not None
+        assert not llm.scheduler.busy()
+
+
+def test_a_changed_model_is_not_loaded(tiny_compiled: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_compiled, tmp_path / "out")
+    with (copy / "x86" / "model.onnx.data").open("r+b") as data:
+        data.write(bytes(64))
+    with pytest.raises(UserError, match="this is not what compile wrote"):
+        LLM(copy).start()

@@ -35,6 +35,7 @@ BENCHES = {
     "triton": (f"{BENCH}triton", "What serving costs and what batching brings."),
     "accuracy": (f"{BENCH}accuracy", "Peak memory of comparing the layers of a large model."),
 }
+FORMER = {"--inspect": "inspect", "--check": "check", "--list-targets": "targets"}  # options before they were commands
 SETTINGS: dict[str, Any] = {"pretty_exceptions_enable": False}
 
 
@@ -67,6 +68,8 @@ class Loaded(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:  # typer's class for it is not public
             flag: Any = getattr(error, "option_name", None)
+            if flag in FORMER:
+                ctx.fail(f"{flag} is a command now: instantrt {FORMER[flag]}")
             if flag is not None and not any(flag in p.opts for p in self.params):
                 owners = [name for name in COMMANDS if flag in flags_of(name)]
                 if owners:

@@ -48,7 +48,11 @@ def main(
     from instantrt.compiler.llm import LLM
 
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    with LLM(folder, target) as llm:
+    llm = LLM(folder, target)
+    if llm.artifact.kind == "onnx":  # caches for this one sequence; an engine's are as it was built
+        length = min(len(llm.encode(given)) + max_tokens, llm.limits.length)
+        llm = LLM(folder, target, max_batch=1, max_length=length)
+    with llm:
         if compare is not None:
             greedy = llm.generate(given, max_tokens=max_tokens)
             print(f"float     {json.dumps(float_text(compare, llm.encode(given), max_tokens), ensure_ascii=False)}")

@@ -26,7 +26,7 @@ from instantrt.compiler.options import Builder, EngineOptions
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 
-FORMAT = 2
+FORMAT = 3  # 2 had memory_limit in bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,11 @@ def read_kit(folder: Path) -> Kit:
     body = read_json(folder / KIT)
     if body.get("format") != FORMAT:
         raise UserError(
-            "a kit of another version", where=str(folder), expected=str(FORMAT), found=str(body.get("format"))
+            "a kit of another version",
+            where=str(folder),
+            expected=f"format {FORMAT}",
+            found=str(body.get("format")),
+            fix="compile it again",
         )
     try:
         check_record(folder, body["digests"], (MODEL, *body["plugins"]))

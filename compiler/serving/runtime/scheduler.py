@@ -9,6 +9,7 @@ A long prompt is prefilled chunk by chunk between decode steps, so that it delay
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -114,6 +115,7 @@ class Scheduler:
         self.closed = self.finishing = False
         self.thread = threading.Thread(target=self.loop, name="decode", daemon=True)
         self.thread.start()
+        atexit.register(self.close)  # a thread inside the model when the interpreter ends would abort the process
 
     def submit(self, job: Job, reply: Reply) -> None:
         """Takes a job, or raises RefusedError. Everything else about it goes to `reply`, from another thread."""
@@ -143,6 +145,7 @@ class Scheduler:
             self.closed, self.finishing = True, finish
             self.changed.notify()
         self.thread.join()
+        atexit.unregister(self.close)
 
     def loop(self) -> None:
         while True:
