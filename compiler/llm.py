@@ -26,14 +26,7 @@ from instantrt.compiler.check import check_header, check_runtime
 from instantrt.compiler.serving.config import KIT, parameters
 from instantrt.compiler.serving.runtime.opening import open_engine
 from instantrt.compiler.serving.runtime.sampling import Sampling
-from instantrt.compiler.serving.runtime.scheduler import (
-    Engine,
-    Failure,
-    Job,
-    RefusedError,
-    Scheduler,
-    SequenceLimits,
-)
+from instantrt.compiler.serving.runtime.scheduler import Engine, Failure, Job, RefusedError, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
 

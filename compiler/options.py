@@ -159,10 +159,7 @@ class Accuracy:
     """What quantization may cost: worst layers get finer formats until it does not cost more."""
 
     max_kl: float | None = option(
-        None,
-        "bound on the mean KL to the float model's next token, in nats",
-        QUANTIZED,
-        rule=ABOVE_ZERO,
+        None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, rule=ABOVE_ZERO
     )
     max_ppl_increase: float | None = option(
         None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO

@@ -20,6 +20,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
 from instantrt.passes.core.dump import Dump
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
@@ -28,7 +29,6 @@ from instantrt.passes.tensorrt.explicit_scales import documented
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.budget import Raised
 
-FLOAT32 = np.dtype(np.float32)
 Say = Callable[[str], None]
 
 
@@ -75,11 +75,11 @@ class Plan:
 
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
+    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
     model = load(request.model, trust_remote_code=request.trust_remote_code)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
-    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
@@ -122,11 +122,7 @@ def make_twin(
 
 
 def lower(
-    twins: Mapping[str, Twin],
-    model: FloatModel,
-    types: Mapping[str, np.dtype[Any]],
-    request: Request,
-    log: PassLog,
+    twins: Mapping[str, Twin], model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, log: PassLog
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}

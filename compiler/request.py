@@ -166,10 +166,10 @@ def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it
             raise UserError(f"{f.name} does nothing without {lacking}", where=where, fix=fix)
 
 
-JSON_KEYS = {
-    "enable_quant": "enable_quant",
-    "weight_only_quant": "weight_only",
-    "customized_quant_config": "quant_config",
+JSON_KEYS: dict[str, tuple[str, type]] = {
+    "enable_quant": ("enable_quant", bool),
+    "weight_only_quant": ("weight_only", bool),
+    "customized_quant_config": ("quant_config", dict),
 }
 
 
@@ -180,8 +180,8 @@ def fields_from_json(raw: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(raw) - set(JSON_KEYS))
     if unknown:
         raise UserError("unknown key", expected=", ".join(JSON_KEYS), found=", ".join(map(repr, unknown)))
-    for key, kind in (("enable_quant", bool), ("weight_only_quant", bool), ("customized_quant_config", dict)):
+    for key, (_, kind) in JSON_KEYS.items():
         if key in raw and not isinstance(raw[key], kind):
             expected = f"a JSON {'object' if kind is dict else 'boolean'}"
             raise UserError(f"{key} has a value of another kind", expected=expected, found=repr(raw[key]))
-    return {JSON_KEYS[key]: value for key, value in raw.items()}
+    return {JSON_KEYS[key][0]: value for key, value in raw.items()}

@@ -81,8 +81,7 @@ def tensorrt_cell(method: Method, target: Target, *, plugin: bool) -> Cell:
     if not target.whole_operators:
         # int4 too: NVIDIA presented weight-only int4 with TensorRT 10.0 as independent of the architecture.
         return Cell(
-            Shown.COMPILED,
-            "build kit for TensorRT 10.0 to 10.4, none of which has parsed it here; so with `--plugin`",
+            Shown.COMPILED, "build kit for TensorRT 10.0 to 10.4, none of which has parsed it here; so with `--plugin`"
         )
     limit = "" if plugin else tensorrt_limit(method, target)
     if target.rtx and (plugin or not (target.sm == 75 and method.weight_format == "uint4")):

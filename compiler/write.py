@@ -28,10 +28,10 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
 
-def write_planned(request: Request, planned: Plan, progress: Progress = lambda name, size: None) -> list[Artifact]:
+def write_planned(request: Request, planned: Plan) -> list[Artifact]:
     """Writes `request.out`; all of it appears at once."""
     with Staging() as staging:
-        return stage_artifacts(request, planned, staging, progress)
+        return stage_artifacts(request, planned, staging, lambda name, size: None)
 
 
 def stage_artifacts(request: Request, planned: Plan, staging: Staging, progress: Progress) -> list[Artifact]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOMS = ("compiler", "passes", "plugins", "tools")
 CHILD = """
 from tests.NAME import a
 import tests.b
@@ -40,3 +42,12 @@ def test_no_test_module_is_imported() -> None:
     assert {path: names for path, names in found.items() if names} == {}
     child = CHILD.replace("NAME", "test_c")
     assert of_tests(child) == of_tests(f"PROGRAM = {child!r}") == ["tests.test_c.a"]
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Who reads a name need not ask which of two classes it is."""
+    files = [path for room in ROOMS for path in (HERE.parent / room).rglob("*.py") if not path.is_symlink()]
+    trees = [ast.parse(path.read_text()) for path in files]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert len(names) > 200
+    assert [name for name, count in names.items() if count > 1] == []

@@ -21,12 +21,11 @@ from instantrt.compiler.accuracy.layer_errors import aligned, layers_of, quantiz
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
 from instantrt.compiler.quant.config import expect
-from instantrt.compiler.quant.instant import Quantizer
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.quant import QuantTensor, dequantize
+from instantrt.passes.core.quant import Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.plugins.weight_only_gemm.semantics import quantize_rows

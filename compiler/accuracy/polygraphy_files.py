@@ -22,11 +22,7 @@ REPEATED = 32  # tokens of the run that is saved: small files, and enough to rep
 
 
 def polygraphy_files(
-    subject: Subject,
-    data: Data,
-    runners: Mapping[str, Runner],
-    folder: Path,
-    final: Callable[[Path], Path],
+    subject: Subject, data: Data, runners: Mapping[str, Runner], folder: Path, final: Callable[[Path], Path]
 ) -> tuple[str, list[str]]:
     """Writes inputs.json, run_results.json, twin.json and accuracy_results.json. Returns the command that repeats the
     comparison, where `final` says that each path will be, and what Polygraphy's L2 comparator objects to."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
@@ -19,7 +18,7 @@ from instantrt.compiler.plan import Plan, lower
 from instantrt.compiler.request import DEFAULTS, PATHS, Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Missing
+from instantrt.passes.core.lazy import FLOAT32, Missing
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
@@ -51,14 +50,10 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
     file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
     if artifact is not None and artifact.kind == "engine":
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
-    if target.backend is Backend.TENSORRT:
-        dtype = planned.types[target.name]
-        lowered = all_positions(planned, request, target, PassLog())
+    if target.backend is Backend.ONNXRUNTIME and file is not None:
+        lowered = onnx_file.artifact_graph(file)
     else:
-        dtype = np.dtype(np.float32)
-        lowered = (
-            onnx_file.artifact_graph(file) if file is not None else all_positions(planned, request, target, PassLog())
-        )
+        lowered = all_positions(planned, request, target, PassLog())
     return Subject(
         model=planned.model,
         target=target.name,
@@ -66,7 +61,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         floating=None if is_quantized(planned.model.graph) else planned.model.graph,
         canonical=planned.twins[target.name].canonical,
         lowered=lowered,
-        dtype=dtype,
+        dtype=planned.types.get(target.name, FLOAT32),
         file=file,
         logits=artifact.limits.get("logits", "all") if artifact is not None else "all",
         plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),

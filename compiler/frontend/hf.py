@@ -103,10 +103,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
         llm_shape(hf_config)  # a model without attention has none
         with no_init_weights(), untouched_parameters():
             model = AutoModelForCausalLM.from_config(
-                hf_config,
-                dtype=torch.float32,
-                attn_implementation=IMPLEMENTATION,
-                trust_remote_code=trust_remote_code,
+                hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
             )
             model.tie_weights()  # skipping the initialisation skips this as well
     except Exception as error:  # a config is the user's, and what nonsense in it raises is of any type

@@ -10,13 +10,12 @@ import numpy as np
 from instantrt.compiler.quant.config import QuantConfig, or_ignore
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.linear import Linear
-from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
+from instantrt.passes.core.quant import Activations, InstantQuant, Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 GROUPS = (128, 64, 32)  # those that every target has a form for
-Quantizer = InstantQuant | SearchedQuant
 QUANTIZERS: dict[str, type[Quantizer]] = {"none": InstantQuant, "mse": SearchedQuant}
 
 

@@ -23,25 +23,28 @@ DTYPES = {
     "bfloat16": "TYPE_BF16",
     "float32": "TYPE_FP32",
 }
+CHAT = 'a chat as JSON, `[{"role": "user", "content": "..."}]`, put through the model\'s chat template'
+TAKEN = "taken, and changes nothing: the output is there for whoever asks for it"
 # The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too. The server
 # refuses inputs that are not declared: what the front end always sends is here even where there is nothing to choose.
+# Name, type, size, and what a reader is told: meaning; default.
 GENERATE_INPUTS = (
-    ("text_input", "TYPE_STRING", 1),
-    ("messages", "TYPE_STRING", 1),
-    ("max_tokens", "TYPE_INT32", 1),
-    ("min_tokens", "TYPE_INT32", 1),
-    ("stop_words", "TYPE_STRING", -1),
-    ("stream", "TYPE_BOOL", 1),
-    ("temperature", "TYPE_FP32", 1),
-    ("top_k", "TYPE_INT32", 1),
-    ("top_p", "TYPE_FP32", 1),
-    ("repetition_penalty", "TYPE_FP32", 1),
-    ("frequency_penalty", "TYPE_FP32", 1),
-    ("presence_penalty", "TYPE_FP32", 1),
-    ("seed", "TYPE_UINT64", 1),
-    ("exclude_input_in_output", "TYPE_BOOL", 1),
-    ("return_num_input_tokens", "TYPE_BOOL", 1),
-    ("return_num_output_tokens", "TYPE_BOOL", 1),
+    ("text_input", "TYPE_STRING", 1, "the prompt, as it is; either this or `messages`"),
+    ("messages", "TYPE_STRING", 1, CHAT),
+    ("max_tokens", "TYPE_INT32", 1, "how many tokens at most; 64"),
+    ("min_tokens", "TYPE_INT32", 1, "no end of text before so many; 0"),
+    ("stop_words", "TYPE_STRING", -1, "the text ends before the first of these"),
+    ("stream", "TYPE_BOOL", 1, "true: a response for each piece of text; false: one response"),
+    ("temperature", "TYPE_FP32", 1, "0 is greedy; 0"),
+    ("top_k", "TYPE_INT32", 1, "0 keeps all; 0"),
+    ("top_p", "TYPE_FP32", 1, "1 keeps all; 1"),
+    ("repetition_penalty", "TYPE_FP32", 1, "1 changes nothing; 1"),
+    ("frequency_penalty", "TYPE_FP32", 1, "0 changes nothing; 0"),
+    ("presence_penalty", "TYPE_FP32", 1, "0 changes nothing; 0"),
+    ("seed", "TYPE_UINT64", 1, "of the sampling: the same seed gives the same text, alone or in a batch; 0"),
+    ("exclude_input_in_output", "TYPE_BOOL", 1, "false: the text begins with the prompt; true"),
+    ("return_num_input_tokens", "TYPE_BOOL", 1, TAKEN),
+    ("return_num_output_tokens", "TYPE_BOOL", 1, "likewise"),
 )
 GENERATE_OUTPUTS = (
     ("text_output", "TYPE_STRING", 1),
@@ -87,10 +90,7 @@ def why_no_bare(artifact: Artifact) -> str:
 
 def why_no_generate(artifact: Artifact) -> str:
     """Why there is no model that generates text, or nothing."""
-    reasons = {
-        KIT: artifact.kind == "kit",
-        "it is no causal language model": artifact.llm is None,
-    }
+    reasons = {KIT: artifact.kind == "kit", "it is no causal language model": artifact.llm is None}
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
@@ -137,7 +137,7 @@ def generate_config(name: str, artifact: Artifact) -> str:
     device = {"kind": Word("KIND_GPU"), "gpus": [0]} if artifact.kind == "engine" else {"kind": Word("KIND_CPU")}
     inputs = [
         {"name": name, "data_type": Word(kind), "dims": [dim], "optional": Word("true")}
-        for name, kind, dim in GENERATE_INPUTS
+        for name, kind, dim, _ in GENERATE_INPUTS
     ]
     return text_format(
         {

@@ -12,24 +12,6 @@ REQUIREMENTS = (
     "tokenizers==0.23.3",
 )
 ONNXRUNTIME = "onnxruntime==1.32.0"
-MEANING = {
-    "text_input": "the prompt, as it is; either this or `messages`",
-    "messages": 'a chat as JSON, `[{"role": "user", "content": "..."}]`, put through the model\'s chat template',
-    "max_tokens": "how many tokens at most; 64",
-    "min_tokens": "no end of text before so many; 0",
-    "stop_words": "the text ends before the first of these",
-    "stream": "true: a response for each piece of text; false: one response",
-    "temperature": "0 is greedy; 0",
-    "top_k": "0 keeps all; 0",
-    "top_p": "1 keeps all; 1",
-    "repetition_penalty": "1 changes nothing; 1",
-    "frequency_penalty": "0 changes nothing; 0",
-    "presence_penalty": "0 changes nothing; 0",
-    "seed": "of the sampling: the same seed gives the same text, alone or in a batch; 0",
-    "exclude_input_in_output": "false: the text begins with the prompt; true",
-    "return_num_input_tokens": "taken, and changes nothing: the output is there for whoever asks for it",
-    "return_num_output_tokens": "likewise",
-}
 
 
 def requirements(served: Iterable[Served]) -> tuple[str, ...]:
@@ -59,17 +41,14 @@ def models_table(served: Iterable[Served]) -> str:
     rows = ["| artifact | model | backend |", "|---|---|---|"]
     for each in served:
         backend = "tensorrt" if each.artifact.kind == "engine" else "onnxruntime"
-        cells = (
-            (each.name, backend, each.no_bare),
-            (f"{each.name}_generate", "python", each.no_generate),
-        )
+        cells = ((each.name, backend, each.no_bare), (f"{each.name}_generate", "python", each.no_generate))
         rows += [f"| {each.artifact.target} | {f'none: {no}' if no else f'`{n}`'} | {b} |" for n, b, no in cells]
     return "\n".join(rows) + "\n"
 
 
 def inputs_table() -> str:
     rows = ["| input | type | meaning; default |", "|---|---|---|"]
-    rows += [f"| `{name}` | {kind.removeprefix('TYPE_')} | {MEANING[name]} |" for name, kind, _ in GENERATE_INPUTS]
+    rows += [f"| `{name}` | {kind.removeprefix('TYPE_')} | {meaning} |" for name, kind, _, meaning in GENERATE_INPUTS]
     return "\n".join(rows)
 
 

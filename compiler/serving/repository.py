@@ -23,19 +23,7 @@ from instantrt.compiler.serving.runtime.integrity import RECORD
 from instantrt.passes.core.errors import UserError
 
 RUNTIME = Path(__file__).parent / "runtime"
-RUNTIME_FILES = (
-    "model.py",
-    "cuda.py",
-    "digest.py",
-    "header.py",
-    "integrity.py",
-    "onnx_engine.py",
-    "opening.py",
-    "sampling.py",
-    "scheduler.py",
-    "tensorrt_engine.py",
-    "text.py",
-)
+RUNTIME_FILES = tuple(sorted(path.name for path in RUNTIME.glob("[!_]*.py")))
 OWN_FILES = ("plugins", "README.md", "requirements.txt")
 BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 

@@ -7,6 +7,7 @@ Signed int8 is the same codes less 128.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -168,7 +169,7 @@ def dequantize(block: Codes, group_size: int) -> Array:
 
 
 @dataclass(frozen=True)
-class InstantQuant:
+class Quantizer(ABC):
     """Quantizes the rows of a float weight as they stream by; no calibration data."""
 
     name: str
@@ -177,6 +178,14 @@ class InstantQuant:
     group_size: int
     symmetric: bool
     scale_dtype: np.dtype[Any]
+
+    @abstractmethod
+    def tiles(self) -> Iterator[Tile]:
+        """The codes of some rows at a time."""
+
+
+class InstantQuant(Quantizer):
+    """By the formula alone."""
 
     def tiles(self) -> Iterator[Tile]:
         quantize = quantize_symmetric if self.symmetric else quantize_asymmetric

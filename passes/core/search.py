@@ -7,28 +7,19 @@ them, so no group gets worse than by the plain formula.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from instantrt.passes.core.lazy import Array, Source, Tile, convert
-from instantrt.passes.core.quant import Codes, not_finite, reduce_groups, stored
+from instantrt.passes.core.lazy import Array, Tile, convert
+from instantrt.passes.core.quant import Codes, Quantizer, not_finite, reduce_groups, stored
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 BLOCK = 1 << 16  # weights searched together: three float32 buffers of it stay in the L2 cache
 
 
-@dataclass(frozen=True)
-class SearchedQuant:
+class SearchedQuant(Quantizer):
     """As InstantQuant, with the clip of each group searched."""
-
-    name: str
-    weight: Source
-    bits: int
-    group_size: int
-    symmetric: bool
-    scale_dtype: np.dtype[Any]
 
     def tiles(self) -> Iterator[Tile]:
         for start, (rows,) in self.weight.tiles():

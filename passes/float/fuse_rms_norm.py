@@ -19,15 +19,15 @@ from instantrt.passes.core.rewrite import Reject, Rewrite, add, ints, producer, 
 
 
 @dataclass(frozen=True)
-class FoldMatch:
+class ConstantMatch:
     node: gs.Node
     values: Array
 
 
-class FoldSmallConstants(Rewrite[FoldMatch]):
+class FoldSmallConstants(Rewrite[ConstantMatch]):
     """An elementwise node whose inputs are all small constants -> its value (Gemma's `1 + weight`)."""
 
-    def match(self, node: gs.Node) -> FoldMatch | Reject | None:
+    def match(self, node: gs.Node) -> ConstantMatch | Reject | None:
         if node.op not in ("Add", "Sub", "Mul", "Cast") or not all(isinstance(t, gs.Constant) for t in node.inputs):
             return None
         if any(len(t.shape) > 1 for t in node.inputs):  # norm weights fold, matrices never do
@@ -35,9 +35,9 @@ class FoldSmallConstants(Rewrite[FoldMatch]):
         feeds = {f"i{i}": t.values for i, t in enumerate(node.inputs)}
         proto = onnx.helper.make_node(node.op, list(feeds), ["o"], **node.attrs)
         (values,) = ReferenceEvaluator(proto, opsets={"": 23}).run(None, feeds)
-        return FoldMatch(node, np.asarray(values))
+        return ConstantMatch(node, np.asarray(values))
 
-    def rewrite(self, graph: gs.Graph, match: FoldMatch) -> None:  # noqa: ARG002
+    def rewrite(self, graph: gs.Graph, match: ConstantMatch) -> None:  # noqa: ARG002
         take_over(match.node).to_constant(match.values)
 
 

@@ -42,20 +42,20 @@ class HalveRotaryAngles(Rewrite[HalveMatch]):
 
 
 @dataclass(frozen=True)
-class RotaryMatch:
+class RotationMatch:
     node: gs.Node
     x: gs.Tensor
     cos: gs.Tensor
     sin: gs.Tensor
 
 
-class FuseRotaryEmbedding(Rewrite[RotaryMatch]):
+class FuseRotaryEmbedding(Rewrite[RotationMatch]):
     """Add(Mul(x, cos), Mul(Concat(Neg(x2), x1), sin)) -> RotaryEmbedding(x, cos, sin).
 
     x [B, H, S, D], x1 and x2 its halves along D; cos and sin Unsqueeze(Concat(h, h), 1) with h [B, S, D/2].
     """
 
-    def match(self, node: gs.Node) -> RotaryMatch | Reject | None:
+    def match(self, node: gs.Node) -> RotationMatch | Reject | None:
         if node.op != "Add":
             return None
         straight, rotated = (producer(t, "Mul") for t in node.inputs)
@@ -73,9 +73,9 @@ class FuseRotaryEmbedding(Rewrite[RotaryMatch]):
         cos, sin = by_head(straight.inputs[1]), by_head(rotated.inputs[1])
         if cos is None or sin is None:
             return Reject("cosine and sine are not Unsqueeze(Concat(h, h), 1) of the half angles")
-        return RotaryMatch(node, x, cos, sin)
+        return RotationMatch(node, x, cos, sin)
 
-    def rewrite(self, graph: gs.Graph, match: RotaryMatch) -> None:
+    def rewrite(self, graph: gs.Graph, match: RotationMatch) -> None:
         scope = match.node.name
         out = take_over(match.node)
         add(graph, "RotaryEmbedding", [match.x, match.cos, match.sin], out, name=scope)

@@ -14,7 +14,7 @@ from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, produc
 
 
 @dataclass(frozen=True)
-class AttentionMatch:
+class CachedAttentionMatch:
     node: gs.Node
     query: gs.Tensor
     key: gs.Tensor
@@ -29,7 +29,7 @@ class AttentionMatch:
     head_dim: int
 
 
-class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
+class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     """Attention(q, Concat(past, k), Concat(past, v), mask) -> com.microsoft.GroupQueryAttention.
 
     Before: present_k = Concat(past_k, k); y [B, H, S, D] = Attention(q, present_k, present_v, mask [B, 1, S, T])
@@ -39,7 +39,7 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
     of the cache at decode), or grow by each call as the interface says (docs/facts.md, "GroupQueryAttention").
     """
 
-    def match(self, node: gs.Node) -> AttentionMatch | Reject | None:
+    def match(self, node: gs.Node) -> CachedAttentionMatch | Reject | None:
         if node.op != "Attention":
             return None
         if len(node.inputs) != 4 or len(node.outputs) != 1:
@@ -53,9 +53,9 @@ class LowerToGroupQueryAttention(Rewrite[AttentionMatch]):
             return Reject("the number of heads is not a constant")
         past_k, k = concat_k.inputs
         past_v, v = concat_v.inputs
-        return AttentionMatch(node, query, k, v, past_k, past_v, keys, values, mask, heads, kv_heads, head_dim)
+        return CachedAttentionMatch(node, query, k, v, past_k, past_v, keys, values, mask, heads, kv_heads, head_dim)
 
-    def rewrite(self, graph: gs.Graph, match: AttentionMatch) -> None:
+    def rewrite(self, graph: gs.Graph, match: CachedAttentionMatch) -> None:
         node = match.node
         out = take_over(node)
         for tensor in (match.present_key, match.present_value):

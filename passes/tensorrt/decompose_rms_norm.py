@@ -14,15 +14,7 @@ from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
 
 
 @dataclass(frozen=True)
-class NormMatch:
-    node: gs.Node
-    x: gs.Tensor
-    scale: gs.Tensor
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class DecomposeRmsNorm(Rewrite[NormMatch]):
+class DecomposeRmsNorm(Rewrite[gs.Node]):
     """RMSNormalization(x, scale) -> x / Sqrt(ReduceMean(x * x) + epsilon) * scale, along the last axis.
 
     Squares of float16 overflow above 255: all but the last product is in float32, as the operator itself has it.
@@ -31,29 +23,30 @@ class DecomposeRmsNorm(Rewrite[NormMatch]):
 
     dtype: np.dtype[Any]
 
-    def match(self, node: gs.Node) -> NormMatch | Reject | None:
+    def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if node.op != "RMSNormalization":
             return None
-        x, scale = node.inputs
-        axis = node.attrs.get("axis", -1)
+        x, axis = node.inputs[0], node.attrs.get("axis", -1)
         if axis != -1 and (x.shape is None or axis != len(x.shape) - 1):
             return Reject("a norm over more than the last axis")
         if node.attrs.get("stash_type", onnx.TensorProto.FLOAT) != onnx.TensorProto.FLOAT:
             return Reject("a norm that does not compute in float32")
-        return NormMatch(node, x, scale, node.attrs.get("epsilon", 1e-5))
+        return node
 
-    def rewrite(self, graph: gs.Graph, match: NormMatch) -> None:
-        out, name = take_over(match.node), match.node.name
-        x, narrow = match.x, self.dtype != FLOAT32
+    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
+        out, name = take_over(match), match.name
+        x, scale = match.inputs
+        narrow = self.dtype != FLOAT32
         if narrow:
             x = add(graph, "Cast", [x], f"{name}/wide", to=onnx.TensorProto.FLOAT)
         square = add(graph, "Mul", [x, x], f"{name}/square")
         axes = small(f"{name}/axes", [-1], np.int64)
+        epsilon = small(f"{name}/epsilon", match.attrs.get("epsilon", 1e-5), FLOAT32)
         mean = add(graph, "ReduceMean", [square, axes], f"{name}/mean", keepdims=1)
-        raised = add(graph, "Add", [mean, small(f"{name}/epsilon", match.epsilon, FLOAT32)], f"{name}/raised")
+        raised = add(graph, "Add", [mean, epsilon], f"{name}/raised")
         rms = add(graph, "Sqrt", [raised], f"{name}/rms")
         unit = add(graph, "Div", [x, rms], f"{name}/unit")
         if narrow:
             to = onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
             unit = add(graph, "Cast", [unit], f"{name}/narrow", to=to)
-        add(graph, "Mul", [unit, match.scale], out, name=name)
+        add(graph, "Mul", [unit, scale], out, name=name)

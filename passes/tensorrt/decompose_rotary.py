@@ -56,10 +56,7 @@ class DecomposeRotary(Rewrite[RotaryMatch]):
             add(graph, "Mul", [left, right], f"{name}/{label}")
             for left, right, label in ((a, cos, "a_cos"), (b, sin, "b_sin"), (b, cos, "b_cos"), (a, sin, "a_sin"))
         ]
-        turned = [
-            add(graph, "Sub", terms[:2], f"{name}/turned_a"),
-            add(graph, "Add", terms[2:], f"{name}/turned_b"),
-        ]
+        turned = [add(graph, "Sub", terms[:2], f"{name}/turned_a"), add(graph, "Add", terms[2:], f"{name}/turned_b")]
         if match.interleaved:
             pairs = add(graph, "Concat", turned, f"{name}/turned_pairs", axis=-1)
             turned = [reshape(graph, pairs, [0, 0, 0, match.rotated], f"{name}/turned")]

@@ -68,7 +68,7 @@ class PadMask(Rewrite[gs.Node]):
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         mask, nodes = match.inputs[3], Prefixed(graph, "cache")
-        used = nodes("Neg", [length(graph, "attention_mask", 1)], "used")
+        used = nodes("Neg", [length(graph, "attention_mask")], "used")
         room = nodes("Add", [used, nodes.const("max_length", [self.max_length], np.int64)], "room")
         pads = nodes("Pad", [room, nodes.const("seven", [7, 0], np.int64)], "pads")
         padded = once(graph, "Pad", [mask, pads, nodes.const("hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
@@ -99,16 +99,16 @@ def write_position(graph: gs.Graph) -> gs.Tensor:
     nodes = Prefixed(graph, "cache/position")
     axis, zero, one = (nodes.const(n, v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
     allowed = nodes("Cast", [graph_input(graph, "attention_mask")], "allowed", to=onnx.TensorProto.BOOL)
-    total = nodes("Squeeze", [length(graph, "attention_mask", 1)], "total")
+    total = nodes("Squeeze", [length(graph, "attention_mask")], "total")
     ends = nodes("Range", [one, nodes("Add", [total, one], "limit"), one], "ends")
     end = nodes("ReduceMax", [nodes("Where", [allowed, ends, zero], "seen"), axis], "end", keepdims=0)
-    start = nodes("Sub", [end, length(graph, "input_ids", 1)], "start")
+    start = nodes("Sub", [end, length(graph, "input_ids")], "start")
     return once(graph, "Max", [start, zero], nodes.prefix)
 
 
-def length(graph: gs.Graph, name: str, axis: int) -> gs.Tensor:
-    """One dimension of a graph input, int64 `[1]`."""
-    return once(graph, "Shape", [graph_input(graph, name)], f"{name}/dim{axis}", start=axis, end=axis + 1)
+def length(graph: gs.Graph, name: str) -> gs.Tensor:
+    """The second dimension of a graph input, int64 `[1]`."""
+    return once(graph, "Shape", [graph_input(graph, name)], f"{name}/dim1", start=1, end=2)
 
 
 def graph_input(graph: gs.Graph, name: str) -> gs.Tensor:

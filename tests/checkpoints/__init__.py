@@ -15,7 +15,7 @@ from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import Codes, QuantTensor, dequantize
-from instantrt.tools.make_checkpoints import write_safetensors
+from instantrt.tools.bench.synthetic import write_safetensors
 
 HERE = Path(__file__).parent
 TINY = HERE.parent.parent / "examples" / "tiny-qwen2"

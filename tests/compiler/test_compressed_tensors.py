@@ -18,7 +18,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
-from instantrt.tools.make_checkpoints import write_safetensors
+from instantrt.tools.bench.synthetic import write_safetensors
 from tests.checkpoints import decoded, weight
 
 PATH = "model.layers.0.mlp.up_proj"

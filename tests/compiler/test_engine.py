@@ -200,7 +200,7 @@ def test_a_runtime_of_another_version_is_not_loaded(out: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="the engine and the installed runtime differ") as caught:
         list(check(out))
     assert caught.value.found == "9.9.9.9"
-    assert caught.value.fix.startswith("pip install 'instantrt[rtx]'")
+    assert caught.value.fix.startswith("pip install tensorrt-rtx==1.7.1.116")
 
 
 def test_an_operator_that_tensorrt_lacks_leaves_no_artifact(tmp_path: Path) -> None:

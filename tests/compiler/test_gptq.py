@@ -22,7 +22,7 @@ from instantrt.passes.core.lazy import Array, FileTensor, InMemory, whole
 from instantrt.passes.core.linear import Linear
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
-from instantrt.tools.make_checkpoints import write_safetensors
+from instantrt.tools.bench.synthetic import write_safetensors
 from tests.checkpoints import HERE, Q_PROJ, SHAPES, decoded, gptq_tensors, read_layer, weight
 
 PATH = "model.layers.0.mlp.down_proj"

@@ -20,9 +20,10 @@ from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivation
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm, Packed
-from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
+from tests.plugins.within import assert_within
 
 F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 TOLERANCE = {F16: OP.tolerance[DType.F16], BF16: OP.tolerance[DType.BF16]}

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from instantrt.plugins.schema import Tolerance, assert_within
+from instantrt.plugins.schema import Tolerance
 from instantrt.plugins.weight_only_gemm.semantics import exact
 from instantrt.tools.gpu.library import PTR, Library
 from tests.plugins.cases import BF16, Problem
+from tests.plugins.within import assert_within
 
 Array = NDArray[Any]
 ROOT = Path(__file__).parents[2]

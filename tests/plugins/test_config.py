@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from instantrt.plugins.weight_only_gemm.op import check
-from instantrt.tools.gpu.library import RefusedError
+from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.kernels import Emulated, problem
 
 pytestmark = pytest.mark.slow
@@ -54,9 +54,9 @@ def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> N
     assert early.kernel == "warpgroup64x2", "tune asks whether it should be chosen from there"
     refused = {"m": 9}, {"activation_bits": 8}, {"sm": 75}
     for changes in refused:
-        with pytest.raises(RefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):
+        with pytest.raises(LaunchRefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):
             library.choose(**problem(row=rows.index("stream8") + 1, **changes))
-    with pytest.raises(RefusedError, match=r"row \(pinned\) is 99"):
+    with pytest.raises(LaunchRefusedError, match=r"row \(pinned\) is 99"):
         library.choose(**problem(row=99))
 
 
@@ -121,7 +121,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_refusals_say_what_was_expected_and_found(emulated: Kernels, changes: dict[str, int], message: str) -> None:
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(LaunchRefusedError) as refused:
         emulated[80].library.choose(**problem(**changes))
     assert str(refused.value).startswith(f"WeightOnlyGemm: {message}")
 
@@ -134,6 +134,6 @@ def test_the_op_definition_refuses_the_same_sizes(emulated: Kernels) -> None:
             try:
                 emulated[80].library.choose(**sizes)
                 says_kernel = None
-            except RefusedError as refused:
+            except LaunchRefusedError as refused:
                 says_kernel = refused
             assert (says_op is None) == (says_kernel is None), (says_op, says_kernel)

@@ -12,12 +12,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact
 from tests.plugins.cases import BF16, F16, Case, Problem
 from tests.plugins.kernels import ROOT, Emulated, build_cublaslt, c_problem
+from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,7 @@ kernels.run(Case(513, 16, 32, rounded_weights=1).make(), library=True)
 def test_a_caller_that_is_wrong_about_the_library_is_told(emulated: Kernels) -> None:
     path = str(emulated[80].library.path)
     alone = subprocess.run([sys.executable, "-c", ALONE, path], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "RefusedError: WeightOnlyGemm: launch of dense failed: there is no cuBLASLt" in alone.stderr
+    assert "LaunchRefusedError: WeightOnlyGemm: launch of dense failed: there is no cuBLASLt" in alone.stderr
 
 
 def test_order_of_threads_does_not_matter(with_library: Kernels) -> None:

@@ -17,7 +17,7 @@ from instantrt.tools.gpu import check as gpu_check
 from instantrt.tools.gpu import goals, layers, small, stages, tables
 from instantrt.tools.gpu.plot import plot
 from instantrt.tools.gpu.race import Timing
-from instantrt.tools.gpu.watch import Job, Outcome, failures, run_all
+from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, run_all
 from tests.plugins.kernels import ROOT, Emulated
 
 ROOF = {"read_bytes_per_us": 4e6, "bf16_ops_per_us": 8e8, "int8_ops_per_us": 1.4e9}
@@ -40,8 +40,8 @@ for case in sys.argv[1:]:
 """
 
 
-def child(script: str, cases: list[str], stall: float = 2.0) -> Job:
-    return Job(lambda left: [sys.executable, "-c", script, *left], cases, stall)
+def child(script: str, cases: list[str], stall: float = 2.0) -> ChildJob:
+    return ChildJob(lambda left: [sys.executable, "-c", script, *left], cases, stall)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_pytest_cases_are_watched(tmp_path: Path) -> None:
         "test_bits[4]", "test_bits[8]", "test_slow", "test_no", "test_dies"
     ]  # fmt: skip
     paths = {name: f"{tmp_path}/{name}" for name in names}
-    job = Job(lambda left: [*command, *(paths[name] for name in left)], names, 4)
+    job = ChildJob(lambda left: [*command, *(paths[name] for name in left)], names, 4)
     run_all([job], 60, 1)
     outcomes = {name.partition("::")[2]: o.outcome for name, o in job.outcomes.items()}
     assert outcomes == {
@@ -201,7 +201,7 @@ def test_failures_of_one_reason_are_one_line() -> None:
     assert long.endswith("the end")
 
 
-def verdict(timings: list[dict[str, Any]], words: str) -> list[goals.Verdict]:
+def verdict(timings: list[dict[str, Any]], words: str) -> list[goals.Judgement]:
     return [v for v in goals.judge(timings) if words in v.goal]
 
 

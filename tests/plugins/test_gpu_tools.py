@@ -12,7 +12,7 @@ from instantrt.plugins.weight_only_gemm import layout, semantics
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.tools.gpu import bench, gemm, race, small, tables, tune
 from instantrt.tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
-from instantrt.tools.gpu.library import Library, RefusedError
+from instantrt.tools.gpu.library import LaunchRefusedError, Library
 from tests.compiler.tensorrt_stand_in import HostDevice
 from tests.plugins.kernels import Emulated
 
@@ -236,14 +236,14 @@ def test_a_row_that_cannot_be_launched_costs_itself(
 
     def launch(self: Library, problem: dict[str, int], tensors: dict[str, int], stream: int = 0) -> None:
         if self.rows()[problem["row"] - 1] == "tile64":
-            raise RefusedError("too many resources requested for launch")
+            raise LaunchRefusedError("too many resources requested for launch")
         right(self, problem, tensors, stream)
 
     monkeypatch.setattr(Library, "launch", launch)
     monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
     rows = tune.case(emulated[90].library, "qwen2-7b o", 4)
     assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
-        "RefusedError: too many resources requested for launch"
+        "LaunchRefusedError: too many resources requested for launch"
     }
     assert any(row["plan"].startswith("stream8") and row["us"] for row in rows)
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, assert_within
+from instantrt.plugins.schema import DType
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
 from instantrt.tools.gpu.gemm import FORMATS
-from instantrt.tools.gpu.library import RefusedError
+from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.cases import BF16, F16, SIZES, Case, Problem
 from tests.plugins.kernels import Emulated, c_problem, check
+from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
 
@@ -246,5 +247,7 @@ def test_tolerance_bites(emulated: Kernels, sm: int, bits: int, activation_bits:
 def test_misaligned_pointers_are_refused(emulated: Kernels, tensor: str) -> None:
     problem = {"m": 1, "n": 16, "k": 32, "group": 32, "bits": 4, "activation_bits": 16, "sm": 80, "sm_count": 1}
     tensors = dict.fromkeys(("x", "codes", "affine", "bias", "y"), 4096)
-    with pytest.raises(RefusedError, match=f"WeightOnlyGemm: address of {tensor} is 4098, expected a multiple of 16"):
+    with pytest.raises(
+        LaunchRefusedError, match=f"WeightOnlyGemm: address of {tensor} is 4098, expected a multiple of 16"
+    ):
         emulated[80].library.launch(problem, {**tensors, tensor: 4098})

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from instantrt.plugins import codegen
-from instantrt.plugins.schema import DType, ShapeError, assert_within
+from instantrt.plugins.schema import DType, ShapeError
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS, GELU, SILU, exact, quantize_rows
 from tests.plugins.cases import BF16, F16, Case
+from tests.plugins.within import assert_within
 
 NUMPY = {DType.F16: F16, DType.BF16: BF16}
 SHAPES = ((2, 3, 256), (4, 4, 512), (2, 128), (64,))

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from instantrt.plugins.schema import DType, Tolerance, assert_within
+from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.op import check as check_sizes
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact
-from instantrt.tools.gpu.library import RefusedError
+from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.cases import SIZES, Case
 from tests.plugins.kernels import Emulated, c_problem, check, problem
+from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +139,7 @@ def test_every_plan_fits_a_block_and_the_workspace(volta: Emulated, bits: int) -
     ],
 )
 def test_refusals(volta: Emulated, changes: dict[str, int], message: str) -> None:
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(LaunchRefusedError) as refused:
         volta.library.choose(**{**problem(sm=70, sm_count=80), **changes})
     assert str(refused.value).startswith(f"WeightOnlyGemm: {message}")
 
@@ -148,6 +149,6 @@ def test_the_op_definition_refuses_the_same_sizes(volta: Emulated) -> None:
         sizes = problem(n=n, k=k, group=group, sm=70)
         try:
             taken = bool(volta.library.choose(**sizes).kernel)
-        except RefusedError:
+        except LaunchRefusedError:
             taken = False
         assert taken == (check_sizes({**sizes, "N": n, "K": k}) is None)

@@ -16,7 +16,7 @@ from rich.console import Console
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.load_test import table
 from instantrt.tools.serving import load
-from instantrt.tools.serving.load import Reply, measure, plot, resident
+from instantrt.tools.serving.load import StreamedReply, measure, plot, resident
 
 SERVER: Any = SimpleNamespace(http="", process=SimpleNamespace(pid=os.getpgrp()), tail=lambda: "the end of the log")
 
@@ -25,13 +25,13 @@ def replies(monkeypatch: pytest.MonkeyPatch, *, wrong: int = -1, lost: int = -1)
     """Each reply takes 10 ms to its first token and 2 ms to each other; those with these numbers go astray."""
     numbers = itertools.count()
 
-    def ask(address: str, model: str, body: dict[str, object]) -> Reply:
+    def ask(address: str, model: str, body: dict[str, object]) -> StreamedReply:
         assert (address, model) == ("", "m")
         number = next(numbers)
         if number == lost:
             raise OSError
         tokens = (7, 7, 7) if number == wrong else (1, 2, len(str(body["text_input"])))
-        return Reply(0.0, (0.010, 0.012, 0.014), tokens, "", "length")
+        return StreamedReply(0.0, (0.010, 0.012, 0.014), tokens, "", "length")
 
     monkeypatch.setattr(load, "ask", ask)
 

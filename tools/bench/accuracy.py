@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from instantrt.tools.bench.compile import peak_mb
+from instantrt.tools.bench.compile import peak_kb
 from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
 
 CHILD = """
@@ -31,16 +31,16 @@ def child(folder: Path) -> None:
 
     request = Request(folder, ("x86",), folder / "out", quant="a16w8", group_size=128)
     planned = plan(request)
-    exported = peak_mb()
+    exported = peak_kb()
     feeds, ids = next(load_data(planned.model).each(planned.model.llm))
     assert ids is not None
     started = time.monotonic()
     twin, lowered = planned.twins["x86"].canonical, planned.lowered["x86"]
     found = measure_layers(Graphs(canonical=twin, floating=planned.model.graph, lowered=lowered), feeds)
-    peak = peak_mb()
+    peak, before = (kb / 1024**2 for kb in (peak_kb(), exported))
     print(
         f"{len(found.rows)} layers, {ids.size} tokens, {len(found.findings)} findings, "
-        f"{time.monotonic() - started:.0f} s, peak RSS {peak / 1024:.2f} GiB ({exported / 1024:.2f} after the export)"
+        f"{time.monotonic() - started:.0f} s, peak RSS {peak:.2f} GiB ({before:.2f} after the export)"
     )
 
 

@@ -178,12 +178,12 @@ STAGE = """
 import sys
 from pathlib import Path
 from instantrt.compiler.checkpoint import read_header
-from instantrt.tools.bench.compile import lowered, peak_mb, write_model
+from instantrt.tools.bench.compile import lowered, peak_kb, write_model
 folder = Path(sys.argv[1])
 graph = lowered(read_header(folder / "model.safetensors"), sys.argv[2])
-before = peak_mb()
+before = peak_kb()
 write_model(graph, folder / "out.onnx")
-print(before, peak_mb())
+print(before, peak_kb())
 """
 COMPILE = """
 import atexit, sys
@@ -193,10 +193,10 @@ compile_main()
 """
 
 
-def peak_mb() -> int:
-    """This program's peak resident memory; getrusage would also count the process that started it."""
+def peak_kb() -> int:
+    """This program's peak resident memory (Linux); getrusage would also count the process that started it."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def memory(folder: Path) -> Result:
@@ -206,7 +206,7 @@ def memory(folder: Path) -> Result:
     for mode in MODES:
         done = subprocess.run([sys.executable, "-c", STAGE, folder, mode], capture_output=True, text=True, check=True)
         before, after = map(int, done.stdout.split())
-        result[mode] = {"quantize_and_write_mb": after - before}
+        result[mode] = {"quantize_and_write_mb": (after - before) // 1024}
     model = folder / "qwen2-7b"
     size = write_checkpoint(model, QWEN2_7B)
     for quant, extra in (("a16w8", ["--group-size", "128"]), ("a16w8", [])):
@@ -327,17 +327,7 @@ def perplexities(folder: Path) -> Result:
     base = perplexity_of(transformers_logits(model), parts)
     result: Result = {"transformers float32": {"perplexity": round(base, 3)}}
     for mode in PERPLEXITY:
-        command = [
-            sys.executable,
-            "-m",
-            "instantrt",
-            "compile",
-            str(model),
-            "--target",
-            "x86",
-            "-o",
-            str(folder / "out"),
-        ]
+        command = [sys.executable, "-m", "instantrt", "compile", str(model), "--target=x86", f"--out={folder / 'out'}"]
         subprocess.run([*command, "--quant", *mode.split()], check=True, stdout=subprocess.DEVNULL)
         value = perplexity_of(artifact_logits(folder / "out"), parts)
         result[mode] = {"perplexity": round(value, 3), "increase_percent": round((value / base - 1) * 100, 3)}

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -30,13 +30,14 @@ from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.lazy import Array, InMemory, convert, whole
-from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
+from instantrt.passes.core.quant import Codes, InstantQuant, Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import take_over
 from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
 from instantrt.passes.qdq.insert_qdq import Quantized
-from instantrt.tools.make_checkpoints import write_safetensors
+from instantrt.tools.bench.compile import peak_kb
+from instantrt.tools.bench.synthetic import write_safetensors
 
 main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TEXT = Path("examples/text/evaluation.txt")
@@ -77,6 +78,13 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
         decision = planned.twins["x86"].decisions.get(name)
         if int8_tokens and isinstance(decision, QuantTensor) and decision.activations == "int8":
             module.register_forward_pre_hook(rounded)
+
+    return logits_of(model)
+
+
+def logits_of(model: Any) -> Logits:
+    """The logits of a model of transformers."""
+    import torch
 
     def run(ids: Array) -> Array:
         with torch.no_grad():
@@ -158,13 +166,7 @@ def changed_logits(model: Path, changed: dict[str, Array]) -> Logits:
 
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     net.load_state_dict({f"{path}.weight": torch.from_numpy(w) for path, w in changed.items()}, strict=False)
-
-    def run(ids: Array) -> Array:
-        with torch.no_grad():
-            logits: Array = net(torch.from_numpy(ids)).logits.numpy()
-        return logits
-
-    return run
+    return logits_of(net)
 
 
 def measured(model: Path, weights: dict[str, Array], changed: dict[str, Array], parts: list[Array]) -> dict[str, float]:
@@ -175,7 +177,7 @@ def measured(model: Path, weights: dict[str, Array], changed: dict[str, Array], 
     return {"weight_error": round((error / power) ** 0.5, 5), "perplexity": round(value, 3)}
 
 
-def by_source(kind: type[InstantQuant] | type[SearchedQuant]) -> Callable[[Array, int], Array]:
+def by_source(kind: type[Quantizer]) -> Callable[[Array, int], Array]:
     def quantize(w: Array, group: int) -> Array:
         source = kind("w", InMemory(w), 4, group, False, np.dtype(np.float32))
         return np.concatenate([dequantize(Codes(*tile.parts), group) for tile in source.tiles()])
@@ -264,26 +266,15 @@ def stream_once(folder: Path, bits: int, k: int, n: int, layers: int, *, order: 
         graph.outputs += node.outputs
         matmul_nbits(graph, BlockwiseMatch(layout, group), x, take_over(node))
         graph.nodes.remove(node)
-    before = restart_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far (Linux)
+    before = peak_kb()
     started = time.perf_counter()
     size = write_model(graph, folder / "model.onnx")
     seconds = time.perf_counter() - started
-    grown = peak() - before
+    grown = peak_kb() - before
     return {
         "million_weights": layers * k * n / 1e6,
         "million_weights_per_second": round(layers * k * n / seconds / 1e6, 1),
         "artifact_mb": round(size / 1e6, 1),
         "peak_memory_grew_mb": round(grown / 1e3, 1),
     }
-
-
-def peak() -> int:
-    """The most kB this process has held since the last restart (Linux)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1])
-
-
-def restart_peak() -> int:
-    """Forgets the peak so far, and returns what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from instantrt.compiler.checkpoint import DTYPES
+from instantrt.passes.core.lazy import Array
+
 QWEN2: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -47,6 +50,7 @@ DECODER_12 = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 23  # weights made at a time
 
 
@@ -75,3 +79,18 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
                 bits = np.frombuffer(random.bytes(2 * count), np.uint16)
                 file.write((np.full_like(bits, 0x3F80) if "norm" in name else (bits & 0x80FF) | 0x3C00).tobytes())
     return offset
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    """The format itself: header size, JSON header, bytes. NumPy has no bfloat16, so the library cannot write these."""
+    header, offset = {}, 0
+    for name, array in tensors.items():
+        where = [offset, offset + array.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": where}
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).tobytes())

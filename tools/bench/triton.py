@@ -27,7 +27,6 @@ from instantrt.compiler.compile import compile_model
 from instantrt.compiler.llm import LLM
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.repository import write_repository
 from instantrt.tools.serving.load import PROMPTS, Result, load, measure, plot
 from instantrt.tools.serving.server import Server, serving
 
@@ -59,9 +58,8 @@ def scaled_example(folder: Path) -> Path:
 def serve_compiled(model: Path, quant: Quant, scratch: Path) -> tuple[Path, Path, str]:
     """The output folder, the repository, and the name of the generate model of `model`."""
     out, repository = scratch / f"{model.name}-{quant}", scratch / f"{model.name}-{quant}-triton"
-    compile_model(Request(model=model, targets=("x86",), out=out, quant=quant))
-    (served,) = write_repository(out, repository)
-    return out, repository, served.models[1]
+    compile_model(Request(model=model, targets=("x86",), out=out, quant=quant), triton=repository)
+    return out, repository, f"{model.name}_generate"
 
 
 def through_triton(server: Server, name: str, clients: int) -> float:

@@ -19,6 +19,7 @@ def main(
     builder: Annotated[Finisher, typer.Option(help="who builds")] = "auto",
 ) -> None:
     """Builds, and prints how the engine reads its weights."""
+    from instantrt.compiler.backend.tensorrt.build import PRODUCT
     from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
     from instantrt.tools.cli.console import PAUSE, console, stages
     from instantrt.tools.cli.show import show_engine
@@ -26,6 +27,7 @@ def main(
     started = time.monotonic()
     with stages(PAUSE) as say:
         artifact = build_kit(read_kit(kit), out, builder, say)
-    console.print(f"{out / artifact.path}", soft_wrap=True)
-    show_engine(artifact.target, artifact.engine or {}, every_weight=False)
+    engine = artifact.engine or {}
+    console.print(f"{out / artifact.path}, built by {PRODUCT[engine['builder']]} {engine['version']}", soft_wrap=True)
+    show_engine(artifact.target, engine, every_weight=False)
     console.print(f"PASSED in {time.monotonic() - started:.1f} s")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from instantrt.passes.core.errors import UserError
 
-WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # typer's exit statuses
+WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives them
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
 
 

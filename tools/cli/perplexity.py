@@ -17,12 +17,7 @@ def main(
     target: Which = None,
 ) -> None:
     """Prints one JSON object."""
-    from instantrt.compiler.accuracy.perplexity import (
-        artifact_logits,
-        perplexity_of,
-        text_windows,
-        transformers_logits,
-    )
+    from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
     from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
 
     compiled = (folder / MANIFEST).is_file()

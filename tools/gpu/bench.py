@@ -22,7 +22,7 @@ import torch
 from instantrt.tools.gpu import gemm
 from instantrt.tools.gpu.gemm import Gemm, Weight, random_weight
 from instantrt.tools.gpu.layers import LAYERS, QUICK, parse_case
-from instantrt.tools.gpu.library import Library, Plan
+from instantrt.tools.gpu.library import LaunchPlan, Library
 from instantrt.tools.gpu.race import Call, Contestant, Racer, capture, copies, once, race, ready
 from instantrt.tools.gpu.watch import emit
 
@@ -47,7 +47,7 @@ def ours(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **
     return contestant(name, map(one.on, weights), size, 2 * len(x) * w.n * w.k, label(one.plan))
 
 
-def label(plan: Plan) -> str:
+def label(plan: LaunchPlan) -> str:
     """The row of the table, and how many parts of K it sums."""
     return plan.kernel + (f"/{plan.splits}" if plan.splits > 1 else "")
 
@@ -235,7 +235,7 @@ def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Con
         "a8w4 g128": (x, w["int4"], a8),
     }
 
-    def plan(options: dict[str, int]) -> Plan:
+    def plan(options: dict[str, int]) -> LaunchPlan:
         return library.choose(**Gemm.problem_of(x, w["int4"][0], options))
 
     if plan(rounded).kernel == "dense":  # else as without

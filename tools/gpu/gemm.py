@@ -13,7 +13,7 @@ from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS
 from instantrt.tools.gpu import small
-from instantrt.tools.gpu.library import HUNG_ROWS, Library, Plan
+from instantrt.tools.gpu.library import HUNG_ROWS, LaunchPlan, Library
 
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
@@ -27,7 +27,7 @@ class HungRowError(Exception):
     """The table chose a row that takes the GPU with it."""
 
 
-def is_hung(plan: Plan, sm: int) -> bool:
+def is_hung(plan: LaunchPlan, sm: int) -> bool:
     return f"{plan.kernel} sm={sm}" in HUNG
 
 
@@ -132,7 +132,7 @@ class Gemm:
     def __post_init__(self) -> None:
         w, gated = self.weight, self.options.get("gated", 0)
         self.problem = self.problem_of(self.x, w, self.options)
-        self.plan: Plan = self.library.choose(**self.problem)
+        self.plan: LaunchPlan = self.library.choose(**self.problem)
         if is_hung(self.plan, self.problem["sm"]):
             raise HungRowError(f"the table's row {self.plan.kernel} did not come back when it was tried")
         self.dtype = torch.float32 if self.options.get("wide") else self.x.dtype

@@ -64,7 +64,7 @@ GOALS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """One goal on one layer at one m, in microseconds."""
 
     goal: str
@@ -78,13 +78,13 @@ class Verdict:
         return self.took <= self.limit
 
 
-def judge(timings: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+def judge(timings: Sequence[Mapping[str, Any]]) -> list[Judgement]:
     """Every goal wherever its kernel and its reference were timed."""
     by_place = {(t["kernel"], t["layer"], t["m"]): t for t in timings}
     return [verdict for goal in GOALS for verdict in verdicts(goal, by_place)]
 
 
-def verdicts(goal: Goal, by_place: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> Iterator[Verdict]:
+def verdicts(goal: Goal, by_place: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> Iterator[Judgement]:
     for (kernel, layer, m), timing in by_place.items():
         one = by_place.get((kernel, layer, 1))
         if kernel != goal.kernel or one is None or not goal.rows[0] <= m <= goal.rows[1]:
@@ -95,10 +95,10 @@ def verdicts(goal: Goal, by_place: Mapping[tuple[str, str, int], Mapping[str, An
         if reference is None and (other := by_place.get((goal.reference, layer, m))):
             reference = other["median"]
         if reference is not None:
-            yield Verdict(goal.name, layer, m, timing["median"], goal.factor * reference + goal.extra)
+            yield Judgement(goal.name, layer, m, timing["median"], goal.factor * reference + goal.extra)
 
 
-def goal_table(judged: Sequence[Verdict]) -> list[str]:
+def goal_table(judged: Sequence[Judgement]) -> list[str]:
     """A line for each goal: met, missed or not measured, how often, and where it is furthest from its limit."""
     lines = []
     for goal in GOALS:

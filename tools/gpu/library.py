@@ -25,12 +25,12 @@ CPlan = structure(
 )
 
 
-class RefusedError(Exception):
+class LaunchRefusedError(Exception):
     """The C function returned an error; the message is its own."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """`kernel` names the row of the table that serves the problem, `row` is its index."""
 
     kernel: str
@@ -55,24 +55,24 @@ class Library:
     def _call(self, function: str, *args: Any) -> None:
         message = ctypes.create_string_buffer(256)
         if getattr(self._c, function)(*args, message, ctypes.c_size_t(256)):
-            raise RefusedError(message.value.decode())
+            raise LaunchRefusedError(message.value.decode())
 
-    def choose(self, **problem: int) -> Plan:
+    def choose(self, **problem: int) -> LaunchPlan:
         plan = CPlan()
         self._call("wog_choose", ctypes.byref(CProblem(**problem)), ctypes.byref(plan))
-        return Plan(plan.kernel.decode(), *(getattr(plan, f) for f in list(Plan.__annotations__)[1:]))
+        return LaunchPlan(plan.kernel.decode(), *(getattr(plan, f) for f in list(LaunchPlan.__annotations__)[1:]))
 
     def rows(self) -> list[str]:
         """Names of the table's rows; a problem's `row` is an index into them plus 1. Several rows may share a name."""
         return [self._c.wog_row_name(i).decode() for i in range(self._c.wog_rows())]
 
-    def plans(self, splits: tuple[int, ...] = (0,), **problem: int) -> list[Plan]:
+    def plans(self, splits: tuple[int, ...] = (0,), **problem: int) -> list[LaunchPlan]:
         """One plan for each row of the table that can serve the problem and each way that it can split K."""
-        found: dict[tuple[int, int], Plan] = {}
+        found: dict[tuple[int, int], LaunchPlan] = {}
         for row, parts in product(range(len(self.rows())), splits):
             try:
                 plan = self.choose(**{**problem, "row": row + 1, "splits": parts})
-            except RefusedError:
+            except LaunchRefusedError:
                 continue
             found.setdefault((plan.row, plan.splits), plan)
         return list(found.values())

@@ -45,7 +45,7 @@ from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import BFLOAT16, TYPES, widened
-from instantrt.tools.gpu.watch import Job, Outcome, emit, run_all
+from instantrt.tools.gpu.watch import ChildJob, emit, run_all
 
 Array = npt.NDArray[Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,18 +151,13 @@ def run(folder: Path, out: Path) -> bool:
         with tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(scratch, filter="data")
         names = sorted(path.stem for path in Path(scratch).glob("*.engine"))
-        outcomes = run_each(Path(scratch), names)
+        command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "one", scratch]
+        outcomes = run_all([ChildJob(lambda left: [*command, *left], [name], LIMIT) for name in names], 480, 1)
     results = {o.name: {"outcome": o.outcome, "message": o.message, **(o.data or {})} for o in outcomes}
     out.write_text(json.dumps({"gpu": describe(), "engines": results}, indent=1) + "\n")
     for name, result in results.items():
         print(f"{name:32} {result['outcome']:8} {json.dumps(result.get('errors', result['message'][-300:]))}")
     return all(o.outcome == "passed" for o in outcomes)
-
-
-def run_each(folder: Path, names: list[str]) -> list[Outcome]:
-    command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "one", str(folder)]
-    jobs = run_all([Job(lambda left: [*command, *left], [name], LIMIT) for name in names], 480, 1)
-    return [outcome for job in jobs for outcome in job.outcomes.values()]
 
 
 def one(folder: Path, name: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from instantrt.tools.gpu import goals, layers, small, tables
 from instantrt.tools.gpu.library import HUNG_ROWS, Library
-from instantrt.tools.gpu.watch import Job, Outcome, failures, parse, run_all
+from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, parse, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "gpu_check_libraries"
@@ -154,7 +154,7 @@ def smoke(ring: Ring) -> Part:
     jobs = [
         small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(ring) for cases in by_row(every).values()
     ]
-    outcomes = collect(run_all(jobs, 150, 8))
+    outcomes = run_all(jobs, 150, 8)
     lost = sorted({row_of(o.name) for o in outcomes if o.outcome in ("hung", "crashed")})
     errors: dict[str, float] = {}
     for o in outcomes:
@@ -184,9 +184,9 @@ def by_row(cases: Iterable[str]) -> dict[str, list[str]]:
     return rows
 
 
-def small_job(library: Path, memory: str, cases: list[str], stall: float, under: tuple[str, ...] = ()) -> Job:
+def small_job(library: Path, memory: str, cases: list[str], stall: float, under: tuple[str, ...] = ()) -> ChildJob:
     command = [*under, sys.executable, "-m", "instantrt.tools.gpu.small", memory, str(library)]
-    return Job(lambda left: [*command, *left], cases, stall, FEW_THREADS)
+    return ChildJob(lambda left: [*command, *left], cases, stall, FEW_THREADS)
 
 
 def tests(ring: Ring) -> Part:
@@ -199,8 +199,8 @@ def tests(ring: Ring) -> Part:
     size = -(-len(cases) // 6)
     shards = [cases[i : i + size] for i in range(0, len(cases), size)]
     environment = {**ring.environment, **names}
-    jobs = [Job(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
-    return summary(collect(run_all(jobs, 240, len(jobs))))
+    jobs = [ChildJob(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
+    return summary(run_all(jobs, 240, len(jobs)))
 
 
 def collected(text: str) -> list[str]:
@@ -215,7 +215,7 @@ def sanitize(ring: Ring) -> Part:
         return {"passed": False, "failures": {"compute-sanitizer": "not on PATH" if path else "nothing was built"}}
     every = small.every_case(Library(path), {"sm": ring.sm, "sm_count": 132})
     cases = [case for case in small.few_cases(every) if row_of(case) not in ring.hung_rows]
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, ChildJob] = {}
     for (name, options), half in product(SANITIZERS.items(), (0, 1)):
         port = str(FIRST_PORT + 32 * len(jobs))  # each looks for a free one from here
         under = (tool, "--tool", name, "--port", port, "--error-exitcode", "9", *options)
@@ -252,11 +252,7 @@ def measure(ring: Ring, module: str, cases: list[str], seconds: float, more: Ite
     if (path := ring.library()) is None:
         return [Outcome(module, "not run", "nothing was built")]
     command = [sys.executable, "-m", module, str(path), *more]
-    return collect(run_all([Job(lambda left: [*command, *left], cases, 90, ring.environment)], seconds, 1))
-
-
-def collect(jobs: Iterable[Job]) -> list[Outcome]:
-    return [outcome for job in jobs for outcome in job.outcomes.values()]
+    return run_all([ChildJob(lambda left: [*command, *left], cases, 90, ring.environment)], seconds, 1)
 
 
 def summary(outcomes: list[Outcome]) -> Part:

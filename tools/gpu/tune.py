@@ -19,7 +19,7 @@ from instantrt.tools.gpu import gemm
 from instantrt.tools.gpu.bench import label, ours
 from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
 from instantrt.tools.gpu.layers import LAYERS, parse_case
-from instantrt.tools.gpu.library import Library, Plan
+from instantrt.tools.gpu.library import LaunchPlan, Library
 from instantrt.tools.gpu.race import copies, race, ready
 from instantrt.tools.gpu.watch import emit
 
@@ -34,7 +34,7 @@ HOPELESS = 3  # times the best: who is slower need not run again
 WRONG = 0.03  # relative error; int8 activations alone make up to 0.01
 
 
-def candidates(library: Library, problem: dict[str, int]) -> list[Plan]:
+def candidates(library: Library, problem: dict[str, int]) -> list[LaunchPlan]:
     """Every row and way to split that is worth its time."""
     most = MOST_WAVES * problem["sm_count"]
     plans = library.plans(SPLITS, **problem)
@@ -42,7 +42,7 @@ def candidates(library: Library, problem: dict[str, int]) -> list[Plan]:
     return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if not is_hung(p, problem["sm"])]
 
 
-def variants(plan: Plan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
+def variants(plan: LaunchPlan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Labels and options that pin a plan; where its blocks are a cluster, also one that adds up in the workspace."""
     pinned = {"row": plan.row + 1, "splits": plan.splits}
     yield label(plan), pinned

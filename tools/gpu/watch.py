@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass
-class Job:
+class ChildJob:
     """Cases for one child after another. `stall` is how many seconds a child may say nothing.
 
     After `lives` children that were lost the rest is not run: what has taken them would take more.
@@ -60,7 +60,7 @@ class Job:
     def left(self) -> list[str]:
         return [case for case in self.cases if case not in self.outcomes]
 
-    def run(self, deadline: float) -> Job:
+    def run(self, deadline: float) -> ChildJob:
         """Runs children until every case has an outcome or `deadline`, a time.monotonic(), has passed."""
         while (left := self.left()) and self.lives and time.monotonic() < deadline:
             self._child(left, deadline)
@@ -125,11 +125,12 @@ class Job:
             )
 
 
-def run_all(jobs: Iterable[Job], seconds: float, workers: int) -> list[Job]:
-    """Several jobs at a time, for at most so many seconds together."""
+def run_all(jobs: Iterable[ChildJob], seconds: float, workers: int) -> list[Outcome]:
+    """Several jobs at a time, for at most so many seconds together; the outcomes of all their cases."""
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda job: job.run(deadline), jobs))
+        done = list(pool.map(lambda job: job.run(deadline), jobs))
+    return [outcome for job in done for outcome in job.outcomes.values()]
 
 
 def read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:

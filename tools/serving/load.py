@@ -35,7 +35,7 @@ TIMEOUT = 120.0
 
 
 @dataclass(frozen=True)
-class Reply:
+class StreamedReply:
     """One streamed reply: when it was asked for, when each piece came, what it says."""
 
     started: float
@@ -67,7 +67,7 @@ class Result:
         return self.tokens / self.seconds
 
 
-def ask(address: str, model: str, body: dict[str, object]) -> Reply:
+def ask(address: str, model: str, body: dict[str, object]) -> StreamedReply:
     """One streamed generation over HTTP."""
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
     try:
@@ -87,7 +87,7 @@ def ask(address: str, model: str, body: dict[str, object]) -> Reply:
             arrivals += [time.perf_counter()] * max(1, len(new))
             text.append(str(event["text_output"]))
             finish = str(event["finish_reason"])
-        return Reply(started, tuple(arrivals), tuple(tokens), "".join(text), finish)
+        return StreamedReply(started, tuple(arrivals), tuple(tokens), "".join(text), finish)
     finally:
         connection.close()
 
@@ -101,10 +101,10 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 def load(
     address: str, model: str, *, clients: int, requests: int, body: dict[str, object], prompts: Sequence[str]
-) -> tuple[list[tuple[str, Reply | None]], float]:
+) -> tuple[list[tuple[str, StreamedReply | None]], float]:
     """`requests` replies by `clients` at a time, each with its prompt; and the seconds it took."""
     lock, todo = threading.Lock(), iter(range(requests))
-    replies: list[tuple[str, Reply | None]] = []
+    replies: list[tuple[str, StreamedReply | None]] = []
 
     def client() -> None:
         while True:
@@ -114,7 +114,7 @@ def load(
                 return
             prompt = prompts[number % len(prompts)]
             try:
-                reply: Reply | None = ask(address, model, {**body, "text_input": prompt})
+                reply: StreamedReply | None = ask(address, model, {**body, "text_input": prompt})
             except (OSError, http.client.HTTPException, UserError):
                 reply = None
             with lock:

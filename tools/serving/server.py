@@ -24,6 +24,7 @@ from instantrt.passes.core.errors import UserError
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
+LAST_LINES = 15  # of its log, where it failed
 STUB = "triton_python_backend_stub"
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-serve"
 WHEEL = """import json, sys, sysconfig
@@ -85,8 +86,8 @@ class Server:
     grpc: str
     log: Path
 
-    def tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:])
 
     def ready(self) -> bool:
         try:
@@ -95,14 +96,14 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
-    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+    def wait_ready(self) -> None:
         """Returns when every model is loaded; an error with the end of the log where that does not happen."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + START_SECONDS
         while not self.ready():
             if (code := self.process.poll()) is not None:
                 raise UserError(f"the server ended with code {code}", where=str(self.log), found=self.tail())
             if time.monotonic() > deadline:
-                raise UserError(f"the server is not ready after {seconds:.0f} s", found=self.tail())
+                raise UserError(f"the server is not ready after {START_SECONDS:.0f} s", found=self.tail())
             time.sleep(0.1)
 
 
@@ -114,7 +115,6 @@ def serving(
     environment: Path = ENVIRONMENT,
     http: int = 0,
     grpc: int = 0,
-    log: Path | None = None,
 ) -> Iterator[Server]:
     """A server that is ready, with the named models or all that generate; stopped at the end."""
     names = models or tuple(sorted(p.parent.name for p in repository.glob("*_generate/config.pbtxt")))
@@ -131,7 +131,7 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="serve.") as scratch:
         folder = Path(scratch) / "backends"
         folder.mkdir()
-        log = log or Path(scratch) / "server.log"
+        log = Path(scratch) / "server.log"
         server = start(find_server(folder, environment), repository, names, (http or free[0], grpc or free[1]), log)
         try:
             server.wait_ready()

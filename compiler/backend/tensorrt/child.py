@@ -144,7 +144,7 @@ def load(flavour: str, engine: str, plugins: Sequence[str], events: Events) -> d
     loaded = trt.Runtime(logger).deserialize_cuda_engine(Path(engine).read_bytes())
     if loaded is None:
         raise Refused(f"TensorRT {trt.__version__} cannot load this engine", [] if logger.spoke else ["no GPU here"])
-    return {"version": trt.__version__, "tensors": [loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)]}
+    return {"version": trt.__version__}
 
 
 def load_plugins(trt: Any, libraries: Sequence[Path | str]) -> None:

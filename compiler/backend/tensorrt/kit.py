@@ -19,13 +19,7 @@ from instantrt.compiler.artifact.digest import digests_of
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, artifact_from_json, write_manifest
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
 from instantrt.compiler.backend.tensorrt.build import Profile
-from instantrt.compiler.backend.tensorrt.choose import (
-    EngineSettings,
-    Say,
-    build_engine,
-    choose_builder,
-    timing_cache,
-)
+from instantrt.compiler.backend.tensorrt.choose import EngineSettings, Say, build_engine, choose_builder, timing_cache
 from instantrt.compiler.backend.tensorrt.profiles import trtexec_shapes
 from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.options import Builder, EngineOptions

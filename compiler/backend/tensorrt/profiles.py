@@ -49,12 +49,7 @@ def profiles(inputs: Iterable[gs.Tensor], limits: EngineLimits, *, llm: bool) ->
 def prefill(limits: EngineLimits) -> Mapping[str, Range]:
     """Many tokens at once, on an empty cache or one filled before."""
     n, opt = limits.max_length, limits.opt_length
-    return {
-        "batch": (1, 1, limits.max_batch),
-        "sequence": (1, opt, n),
-        "past": (0, 0, n - 1),
-        "total": (1, opt, n),
-    }
+    return {"batch": (1, 1, limits.max_batch), "sequence": (1, opt, n), "past": (0, 0, n - 1), "total": (1, opt, n)}
 
 
 def decode(limits: EngineLimits) -> Mapping[str, Range]:

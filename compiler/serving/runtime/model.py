@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
@@ -20,15 +20,7 @@ from .sampling import Sampling
 from .scheduler import Failure, Job, RefusedError, Scheduler, SequenceLimits, internal
 from .text import Text
 
-SAMPLING = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "frequency_penalty": float,
-    "presence_penalty": float,
-    "seed": int,
-}
+SAMPLING: dict[str, type] = get_type_hints(Sampling)
 CODES = {  # names: the server adds TritonError to its module only after this one is imported
     Failure.INVALID: "INVALID_ARG",
     Failure.BUSY: "UNAVAILABLE",

@@ -1,4 +1,4 @@
-"""Checkpoints written by the real libraries, to test the readers with: `make_checkpoints make|slim`.
+"""Checkpoints written by the real libraries, to test the readers with: `python -m tests.checkpoints.make make|slim`.
 
 `make` quantizes a float model with GPTQModel or llmcompressor where they are installed, and stores beside each
 checkpoint what that library itself dequantizes. `slim` cuts such a folder down to one layer for tests/checkpoints.
@@ -9,35 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint, read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, whole
+from instantrt.tools.bench.synthetic import write_safetensors
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 REFERENCE = "reference_dequant.npz"
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
-    """The format itself: header size, JSON header, bytes. NumPy has no bfloat16, so the library cannot write these."""
-    header, offset = {}, 0
-    for name, array in tensors.items():
-        where = [offset, offset + array.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": where}
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            file.write(np.ascontiguousarray(array).tobytes())
 
 
 @app.callback()
