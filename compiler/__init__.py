@@ -1,7 +1,19 @@
 """The compiler as a library: a checkpoint or an .onnx file goes in, artifacts for the targets come out.
 
-`compile.py` is the one road, and a table of contents: request -> frontend/ -> decide and quant/ -> plan and pipeline ->
-write and backend/ -> artifact/, with accuracy/ to verify and serving/ to hand on. It prints nothing and reads no
-command line. It may import the passes and the plugins' definitions, and nothing of the tools; torch, TensorRT and what
-makes reports only inside the functions that need them.
+`compile.py` is the whole way, and a table of contents: request -> frontend/ -> decide and quant/ -> plan and pipeline
+-> write and backend/ -> artifact/, with accuracy/ to verify and serving/ to hand on.
+
+    request, options   what a user asks for: one frozen value, made of groups of options, each written once
+    target, support    what can be compiled for, a row a target; what has been shown for each method and target
+    checkpoint         safetensors files as references; no bytes are read
+    decide             request and checkpoint -> the one quantization of each layer
+    plan               what will be written, decided before a byte is: formats, graphs, who builds each engine
+    pipeline           which passes run, in which order
+    write              what was planned -> the folders of the targets, and the manifest
+    compile            `compile_model`: all of it, with verification and publishing
+    check, inspect     is an artifact what was written, and does it load; what a checkpoint is and would become
+    llm                an artifact in this process: `LLM`, `load_artifact`
+
+It prints nothing and reads no command line. It may import the passes and the plugins' definitions, and nothing of the
+tools; torch, TensorRT and what makes reports only inside the functions that need them.
 """

@@ -1,6 +1,13 @@
-"""Canonical Q/DQ -> the explicit operators of ONNX Runtime's CPU provider: integer products on limbs, MatMulNBits,
-grouped attention, tables and weights in the 16 bits they are stored in. `linear` says which form comes first.
-Imports `core` and `qdq`; never a Q/DQ pair in front of a MatMul comes out.
+"""Canonical Q/DQ -> the explicit operators of ONNX Runtime's CPU provider; never a Q/DQ pair in front of a MatMul comes
+out. Imports `core` and `qdq`.
+
+    linear       which form a quantized linear gets, and which comes first
+    limbs        per channel: integer products (MatMulInteger) on limbs of each token
+    groups       int8 tokens against weights in groups: a Scan of exact integer sums
+    nbits        com.microsoft.MatMulNBits, weights in blocks along K
+    blocks       float activations on MatMulNBits without the rounding that it brings: two limbs by block
+    tables       embeddings and other floats in the 16 bits they are stored in; embeddings as int8
+    attention    grouped attention whose cache may be one buffer
 """
 
 from typing import Literal

@@ -142,7 +142,7 @@ def markdown(record: dict[str, Any]) -> str:
         f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the",
         "machine, which scatters the rounds; triton.json has them all.",
         "",
-        "| weights | a step of LLM | one client : LLM | eight clients : one |",
+        "| weights | one step in the process (`LLM`) | one client : in the process | eight clients : one |",
         "|---|---|---|---|",
     ]
     for quant, row in record["models"].items():

@@ -1,5 +1,12 @@
-"""The kernels on a machine with a GPU: built, tried, tested, timed (check.py), and engines of TensorRT-RTX (rtx.py).
+"""The kernels on a machine with a GPU: built, tried, tested, timed; and engines of TensorRT-RTX.
 
-Such a machine may have torch, numpy, ml_dtypes and pytest alone: no module here needs more to
-be imported, and each program runs as `python -m instantrt.tools.gpu.NAME` from a checkout.
+    check, stages                one command for all of it, and its stages
+    watch, progress              cases in child processes that may hang or crash; the events of pytest for it
+    library, gemm, small         the kernels' C interface; WeightOnlyGemm on torch's memory; a small launch of every row
+    bench, tune, race, layers    kernels and peers timed, every row of the table timed; how, and on which layers
+    goals, tables, plot          what is to be reached; what a person reads of the measurements; the roofline plot
+    rtx                          engines that a CPU built: prepared there, loaded and compared here
+
+Such a machine may have torch, numpy, ml_dtypes and pytest alone: no module here needs more to be imported, and
+each program runs as `python -m instantrt.tools.gpu.NAME` from a checkout.
 """
