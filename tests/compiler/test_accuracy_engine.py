@@ -194,5 +194,5 @@ def test_a_damaged_engine_is_found_before_it_becomes_a_form(tmp_path: Path) -> N
     data = bytearray(subject.file.read_bytes())
     data[-1] ^= 1
     subject.file.write_bytes(data)
-    with pytest.raises(UserError, match="a file has changed since compile wrote it"):
+    with pytest.raises(UserError, match="this is not what compile wrote"):
         subjects(planned, request, read_manifest(request.out))

@@ -47,7 +47,7 @@ def plan(request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factor
         llm={"layers": 4, "kv_heads": 2, "head_dim": 64, "vocab": 4096, "max_length": 1024},
         digests={"sm89/model.engine": sha256(made.file)},
         limits={"cache": request.param, "max_batch": 4, "max_length": LENGTH},
-        engine={"builder": "tensorrt", "version": "10.13.0.35", "sm": 89},
+        engine={"builder": "tensorrt", "version": "10.13.0.35", "sm": 89, "options": {}},
         source={"model": "tiny"},
     )
     write_manifest(folder.parent, [artifact])
