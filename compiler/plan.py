@@ -95,8 +95,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
             decisions = decide(graph, model, config, reader, request, dtype)
             made[key] = make_twin(graph, model, decisions, request, log, say)
         twins[target.name] = made[key]
-    limits = engine_limits(request, model)
-    lowered = lower(twins, model, types, request, log)
+    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
+    lowered = lower(twins, types, request, limits, log)
     options = request.engine_options()
     builders = {
         t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
@@ -104,10 +104,6 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     }
     notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, twins, lowered, log, builders, types, limits, notes)
-
-
-def engine_limits(request: Request, model: FloatModel) -> EngineLimits:
-    return request.engine_limits(model.llm.max_length if model.llm else 0)
 
 
 def make_twin(
@@ -122,12 +118,15 @@ def make_twin(
 
 
 def lower(
-    twins: Mapping[str, Twin], model: FloatModel, types: Mapping[str, np.dtype[Any]], request: Request, log: PassLog
+    twins: Mapping[str, Twin],
+    types: Mapping[str, np.dtype[Any]],
+    request: Request,
+    limits: EngineLimits,
+    log: PassLog,
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
     shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
-    limits = engine_limits(request, model)
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
         if dtype is None:

@@ -85,7 +85,7 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
 def all_positions(planned: Plan, request: Request, target: Target, log: PassLog) -> gs.Graph:
     """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.twins, planned.model, planned.types, plain, log)[target.name]
+    return lower(planned.twins, planned.types, plain, planned.limits, log)[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:
