@@ -45,7 +45,13 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatMo
     graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    return FloatModel(graph, folder, config, tensors, shape, files, stored_types(graph))
+    return FloatModel(graph, folder, config, tensors, shape, files, stored_types(graph), head=head_path(model))
+
+
+def head_path(model: Any) -> str | None:
+    """Where the language-model head lies, as the model's own class says."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
 
 
 def parameter_names(model: Any) -> list[list[str]]:
