@@ -20,13 +20,14 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
-from instantrt.passes.core.errors import UserError, require
+from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
 
 FOUND = 200  # characters of an error of transformers that a user is shown
+ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
@@ -42,7 +43,8 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatMo
     tensors = renamed(read_checkpoint(folder), model)
     shape = llm_shape(model.config)
     aliases = {name: names for names in parameter_names(model) for name in names}
-    graph = export_graph(model, shape)
+    with tried(f"exporting {family(config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
+        graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(graph, folder, config, tensors, shape, files, stored_types(graph), head=head_path(model))
@@ -52,6 +54,12 @@ def head_path(model: Any) -> str | None:
     """Where the language-model head lies, as the model's own class says."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def family(config: Mapping[str, Any]) -> str:
+    """What its users call a model: `LlamaForCausalLM (llama)`."""
+    names = config.get("architectures")
+    return f"{names[0] if isinstance(names, list) and names else 'the model'} ({config.get('model_type')})"
 
 
 def parameter_names(model: Any) -> list[list[str]]:
