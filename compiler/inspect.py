@@ -118,7 +118,7 @@ def problems(errors: Iterable[UserError]) -> tuple[Problem, ...]:
     return tuple(Problem(e.what, e.where, e.expected, e.found, e.fix) for e in errors)
 
 
-def layer_reports(opened: hf.Checkpoint, report: Report) -> Iterator[LayerReport]:
+def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerReport]:
     """One report for each linear module; what is wrong with scales and zero points goes to `report`."""
     tensors, layers = opened.taken.tensors, opened.taken.layers
     for path, shape in linears(opened.model):

@@ -22,7 +22,6 @@ from instantrt.compiler.backend.onnx_writer import Progress, write_model
 from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_engine, quantized_linears, timing_cache
 from instantrt.compiler.backend.tensorrt.kit import write_kit
 from instantrt.compiler.backend.tensorrt.profiles import profiles
-from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, Twin
 from instantrt.compiler.request import PATHS, Request
 from instantrt.compiler.target import Target
@@ -128,7 +127,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(llm) if llm else None,
         digests={},
-        source=source(request, twin, planned.model),
+        source={**source(request, twin), "account": planned.model.account},
         limits=limits,
         plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
@@ -168,12 +167,12 @@ def specs(tensors: list[gs.Variable]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(t.name, np.dtype(t.dtype).name, tuple(t.shape)) for t in tensors)
 
 
-def source(request: Request, twin: Twin, model: FloatModel) -> dict[str, Any]:
-    """What an artifact is made of: the model's name, the account of its folder, and the request.
+def source(request: Request, twin: Twin) -> dict[str, Any]:
+    """What an artifact is made of: the model's name and the request.
 
     No path of this machine is in it: the same input gives the same bytes anywhere. A budget is the formats it chose.
     """
     layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
     asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
     said = {key: value for key, value in asked.items() if key not in ("targets", *PATHS)}
-    return {"model": request.model_name, "account": model.account, "request": said}
+    return {"model": request.model_name, "request": said}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from instantrt.compiler.checkpoint import DTYPES, same_bytes
-from instantrt.compiler.frontend.side_files import Entry, Report, entries
+from instantrt.compiler.frontend.side_files import Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor, convert, whole
@@ -31,8 +31,8 @@ class Account:
 
     parameters: int = 0
     quantization: int = 0
-    harmless: tuple[Entry, ...] = ()
-    files: tuple[Entry, ...] = ()
+    harmless: tuple[Accounted, ...] = ()
+    files: tuple[Accounted, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Asked(Mapping[str, FileTensor]):
 
 
 def take_account(
-    model: Any, stored: Mapping[str, FileTensor], reader: Reader | None, files: tuple[Entry, ...], report: Report
+    model: Any, stored: Mapping[str, FileTensor], reader: Reader | None, files: tuple[Accounted, ...], report: Report
 ) -> Taken:
     """Asks of every tensor in `stored` what it is for, and of every parameter where it is.
 

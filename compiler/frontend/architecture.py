@@ -109,15 +109,18 @@ def refusal(what: str, config: Mapping[str, Any], where: str, fix: str) -> UserE
 
 def check_family(config: Any, where: str) -> None:
     """Refuses what transformers' config says: halves of other models, and states besides keys and values."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
+    from transformers.models.auto import modeling_auto as auto
 
-    text = config.get_text_config()
-    built = CLASSES[type(config)]
+    kind, text = type(config), config.get_text_config()
+    built = auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    pair = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    wrapper = type(text) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION))
     for wrong, what, fix in (
-        (getattr(config, "is_encoder_decoder", False), "has an encoder besides its decoder", ONNX),
-        (getattr(config, "is_decoder", True) is False, "is an encoder, which attends to both sides", ONNX),
-        (type(text) not in CLASSES, "is a model of more than text", "save its language model alone, as a causal LM"),
+        (pair, "is one half of an encoder and a decoder", ONNX),
+        (encoder, "is an encoder, which attends to both sides", ONNX),
+        (wrapper, "is a model of more than text", "save its language model alone, as a causal LM"),
         (getattr(built, "_is_stateful", False), "keeps a state besides keys and values", ONNX),
         (others, f"has layers that are no attention: {', '.join(others)}", ONNX),
     ):

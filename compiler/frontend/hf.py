@@ -37,7 +37,7 @@ FOUND = 200  # characters of an error of transformers that a user is shown
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class OpenCheckpoint:
     """A folder that was opened: its config, the model without storage, and what each tensor is for."""
 
     config: Mapping[str, Any]
@@ -68,7 +68,7 @@ def refuse(error: UserError) -> None:
     raise error
 
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, report: Report = refuse) -> Checkpoint:
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, report: Report = refuse) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
     Files, the method of a quantization, the model's class, then headers and the account of their tensors. `report` is
@@ -80,7 +80,7 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, report: Re
     model = build_skeleton(config, folder, trust_remote_code)
     stored = read_checkpoint(folder)
     reader = reader or plain.detect(stored)
-    return Checkpoint(config, model, reader, take_account(model, stored, reader, files, report))
+    return OpenCheckpoint(config, model, reader, take_account(model, stored, reader, files, report))
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

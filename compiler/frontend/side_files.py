@@ -23,7 +23,7 @@ DEEPEST = 3  # folders that are looked into for weights
 
 
 @dataclass(frozen=True)
-class Entry:
+class Accounted:
     """Things of one name, numbers in it written `*`, and what became of all `count` of them."""
 
     name: str
@@ -119,7 +119,7 @@ RULES = (
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx)$")
 
 
-def account_of_files(folder: Path, report: Report) -> tuple[Entry, ...]:
+def account_of_files(folder: Path, report: Report) -> tuple[Accounted, ...]:
     """What becomes of each file; `report` is told of every one that is refused."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     read = weight_files(folder, names)
@@ -171,9 +171,11 @@ def weights_below(folder: Path) -> Iterator[str]:
             yield from (str(below / name) for name in sorted(files) if WEIGHTS.search(name))
 
 
-def entries(found: Iterable[tuple[str, str]]) -> tuple[Entry, ...]:
+def entries(found: Iterable[tuple[str, str]]) -> tuple[Accounted, ...]:
     """(name, why) -> one entry for all whose names differ in numbers alone."""
     counts: dict[tuple[str, str], list[str]] = {}
     for name, why in found:
         counts.setdefault((re.sub(r"\d+", "*", name), why), []).append(name)
-    return tuple(Entry(name if len(names) > 1 else names[0], len(names), why) for (name, why), names in counts.items())
+    return tuple(
+        Accounted(name if len(names) > 1 else names[0], len(names), why) for (name, why), names in counts.items()
+    )

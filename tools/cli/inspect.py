@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from instantrt.compiler.frontend.side_files import READ
 from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
@@ -85,6 +84,8 @@ def show_targets(found: Inspection) -> None:
 
 def show_account(account: Account) -> None:
     """Prints what the tensors and the files are for."""
+    from instantrt.compiler.frontend.side_files import READ
+
     console.print(
         f"tensors: {account.parameters} used by parameters, {account.quantization} by the quantization, "
         f"{sum(entry.count for entry in account.harmless)} harmless",
