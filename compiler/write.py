@@ -127,7 +127,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(llm) if llm else None,
         digests={},
-        source=source(request, twin),
+        source={**source(request, twin), "account": planned.model.account},
         limits=limits,
         plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
