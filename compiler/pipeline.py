@@ -35,6 +35,7 @@ from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.decompose_attention import DecomposeAttention
 from instantrt.passes.tensorrt.decompose_rms_norm import DecomposeRmsNorm
 from instantrt.passes.tensorrt.decompose_rotary import DecomposeRotary
+from instantrt.passes.tensorrt.explicit_mask import ExplicitMask
 from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
@@ -114,7 +115,7 @@ def lower_tensorrt(
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     in_place = request.kv_cache == "in-place"
-    passes: list[Pass] = [*kv_in_place(limits.max_length)] if in_place else []
+    passes: list[Pass] = [ExplicitMask(), *(kv_in_place(limits.max_length) if in_place else ())]
     passes += last_logits(graph, request, by_mask=in_place)
     passes += [JoinLinears(gated=request.plugin is None)]
     if request.embeddings == "int8":

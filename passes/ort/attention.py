@@ -90,7 +90,7 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
 
 def cached(node: gs.Node) -> CachedAttentionMatch | str:
     """The parts of an attention over a cache that grows, or why it is none."""
-    if len([t for t in node.inputs if t.name]) != 4 or len(node.outputs) != 1:
+    if len(node.inputs) != 4 or not node.inputs[3].name or len(node.outputs) != 1:
         return "attention without an explicit mask, or with its own cache"
     query, keys, values, mask = node.inputs
     concat_k, concat_v = grown(keys), grown(values)
