@@ -116,6 +116,8 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
     llm, library = planned.model.llm, request.library(target)
     limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
+    if planned.whole_prompts:
+        limits["prompts"] = "whole"
     if choice is not None:
         limits |= asdict(planned.limits)
     return Artifact(
