@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx.version_converter
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
@@ -18,12 +17,12 @@ from onnx.numpy_helper import from_array, to_array
 
 from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.opset import STANDARD, at_opset, standard_opset
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
 from instantrt.passes.core.subgraphs import graphs, tensors
 from instantrt.passes.core.verify import QDQ_OPS
 
-SAME = 21  # from here on, opsets up to OPSET only took in types and attributes: what was said still means the same
 SMALL = 1 << 10  # elements: the values of axes, shapes and scalars are looked at, weights are references
 NARROW = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LITERALS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
@@ -35,11 +34,12 @@ def load_onnx(path: Path) -> FloatModel:
     Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
     widened as they are read.
     """
-    model = at_opset(read(path), path)
+    model = inlined(read(path), path)
     refuse_quantized(model, path)
     constant_nodes(model)
     weights = take_weights(model, path)
-    notes = widen(model, weights)
+    notes = (*widen(model, weights), *at_opset(model, path))
+    constant_nodes(model)
     graph = imported(inferred(model, path), weights)
     files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
     return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
@@ -142,23 +142,29 @@ def unranked(model: onnx.ModelProto) -> list[str]:
     return [name for name, kind in kinds.items() if not kind.elem_type or not kind.HasField("shape")]
 
 
-def at_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model at OPSET or later, its local functions inlined; an older one is converted."""
+def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model without local functions. Their operators must be of the model's opset: none of theirs is converted."""
+    if not model.functions:
+        return model
+    version = standard_opset(model, path)
+    for function in model.functions:
+        for opset in (o for o in function.opset_import if o.domain in STANDARD and o.version != version):
+            raise UserError(
+                "a local function is of another opset than the model",
+                where=f"{path}, function {function.name}",
+                expected=f"opset {version}",
+                found=f"opset {opset.version}",
+                fix="export the model without local functions",
+            )
     try:
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model, convert_version=True)
-        standard = [o for o in model.opset_import if o.domain in ("", "ai.onnx")]
-        if not standard or standard[0].version < SAME:
-            return onnx.version_converter.convert_version(model, OPSET)
+        return onnx.inliner.inline_local_functions(model)
     except (RuntimeError, onnx.checker.ValidationError) as error:
         raise UserError(
             f"the model cannot be brought to opset {OPSET}",
             where=str(path),
             found=str(error).splitlines()[0],
-            fix=f"export the model at opset {SAME} or later, without local functions",
+            fix="export the model without local functions",
         ) from None
-    standard[0].version = max(standard[0].version, OPSET)
-    return model
 
 
 def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
