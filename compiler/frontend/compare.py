@@ -61,7 +61,7 @@ def compared(old: onnx.ModelProto, new: onnx.ModelProto, used: int) -> Verdict:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def outputs(model: onnx.ModelProto, names: list[str], feeds: Mapping[str, Array]) -> list[Any]:

@@ -16,7 +16,7 @@ import onnx.parser
 import onnx.version_converter
 from onnx.helper import get_attribute_value, make_empty_tensor_value_info, make_graph, make_model, make_opsetid
 
-from instantrt.compiler.frontend.compare import Verdict, compared
+from instantrt.compiler.frontend.compare import Verdict, compared, first_line
 from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 
@@ -136,11 +136,19 @@ def at_opset(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
     target = min(max(version, OPSET), RUNS)
     conversion = Conversion(version, target, path)
     if version != target:
-        model.graph.CopyFrom(onnx.shape_inference.infer_shapes(model).graph)
+        model.graph.CopyFrom(with_types(model, path).graph)
         conversion.convert(model.graph, {}, {})
     del model.opset_import[:]
     model.opset_import.extend([make_opsetid("", target), *kept])
     return tuple(dict.fromkeys(conversion.notes))
+
+
+def with_types(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model with every type and shape that follows from its inputs and weights."""
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except onnx.shape_inference.InferenceError as error:
+        raise UserError("not a valid ONNX model", where=str(path), found=first_line(error)) from None
 
 
 class Conversion:
@@ -156,7 +164,8 @@ class Conversion:
         described = (*graph.input, *graph.output, *graph.value_info)
         types = {**types, **{v.name: v.type for v in described if v.type.WhichOneof("value")}}
         values = {**values, **{t.name: t for t in graph.initializer}}
-        read = set(names_read(graph)) | {output.name for output in graph.output}
+        read = {name for node in graph.node for name in (*node.input, *names_within(node))}
+        read |= {output.name for output in graph.output}
         nodes = list(graph.node)
         del graph.node[:]
         for node in nodes:
@@ -210,17 +219,15 @@ class Conversion:
 
 def last_line(error: Exception) -> str:
     """The converter's assertions begin with its own file names."""
-    return str(error).strip().splitlines()[0].rsplit("failed: ", 1)[-1]
+    return first_line(error).rsplit("failed: ", 1)[-1]
 
 
-def names_read(graph: onnx.GraphProto) -> Iterator[str]:
-    """By the nodes of a graph, and by those of the graphs within it."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from names_read(attribute.g)
-                yield from (output.name for output in attribute.g.output)
+def names_within(node: onnx.NodeProto) -> Iterator[str]:
+    """All that the graphs within a node read and give."""
+    for graph in (a.g for a in node.attribute if a.HasField("g")):
+        yield from (output.name for output in graph.output)
+        for inner in graph.node:
+            yield from (*inner.input, *names_within(inner))
 
 
 def alone(node: onnx.NodeProto, types: Types, values: Values, version: int) -> onnx.ModelProto:
