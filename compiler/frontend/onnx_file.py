@@ -106,9 +106,9 @@ def tidy(model: onnx.ModelProto, path: Path) -> None:
     inputs = [i for i in model.graph.input if i.name not in weights]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    if any(n.domain == CONTRIB for graph in graphs(model.graph) for n in graph.node):
-        if all(o.domain != CONTRIB for o in model.opset_import):
-            model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
+    used = any(n.domain == CONTRIB for graph in graphs(model.graph) for n in graph.node)
+    if used and all(o.domain != CONTRIB for o in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
 
 
 def constant_nodes(model: onnx.ModelProto) -> None:
