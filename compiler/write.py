@@ -118,6 +118,8 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
     if choice is not None:
         limits |= asdict(planned.limits)
+    elif request.max_length is not None:
+        limits["max_length"] = request.max_length
     return Artifact(
         target=target.name,
         kind=kind,

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.rope import check_rope, keep_first_table
 from instantrt.passes.core.errors import UserError, require
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
@@ -30,15 +31,15 @@ FOUND = 200  # characters of an error of transformers that a user is shown
 FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
-def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
-    """Reads `folder` (config.json, safetensors) and exports its graph.
+def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> FloatModel:
+    """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
     config = read_config(folder, trust_remote_code)
-    model = build_skeleton(config, folder, trust_remote_code)
+    model = build_skeleton(config, folder, trust_remote_code, max_length)
     tensors = renamed(read_checkpoint(folder), model)
     shape = llm_shape(model.config)
     aliases = {name: names for names in parameter_names(model) for name in names}
@@ -79,7 +80,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     return config
 
 
-def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
+def build_skeleton(
+    config: Mapping[str, Any], folder: Path, trust_remote_code: bool, max_length: int | None = None
+) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
     require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -101,11 +104,14 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
         else:
             hf_config = AutoConfig.for_model(plain.get("model_type", ""), **kwargs)
         llm_shape(hf_config)  # a model without attention has none
+        check_rope(hf_config, max_length, folder / "config.json")
         with no_init_weights(), untouched_parameters():
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
             )
             model.tie_weights()  # skipping the initialisation skips this as well
+    except UserError:
+        raise
     except Exception as error:  # a config is the user's, and what nonsense in it raises is of any type
         raise UserError(
             "transformers cannot build a causal language model from this config",
@@ -113,6 +119,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
             fix="the model may need a newer transformers, or it is not a causal language model",
         ) from error
+    keep_first_table(model)
     return model.eval()
 
 
