@@ -120,6 +120,8 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         limits["prompts"] = "whole"
     if choice is not None:
         limits |= asdict(planned.limits)
+    elif request.max_length is not None:
+        limits["max_length"] = request.max_length
     return Artifact(
         target=target.name,
         kind=kind,
