@@ -161,7 +161,8 @@ class LLM:
             raise UserError("max_length is more than the artifact can take", expected=most, found=str(max_length))
         try:
             rows = self.given["max_batch"] if max_batch is None else max_batch
-            self.limits = SequenceLimits(rows, longest if max_length is None else max_length, sys.maxsize)
+            length = longest if max_length is None else max_length
+            self.limits = SequenceLimits(rows, length, sys.maxsize, whole=self.given.get("prompts") == "whole")
         except ValueError as error:
             raise UserError(f"max_batch or max_length: {error}") from None
         self.engine: Engine | None = None
