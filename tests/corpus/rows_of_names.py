@@ -369,7 +369,7 @@ ROWS = (
         ".onnx: an input that is a sequence of tensors",
         "refusals",
         graph("y = SequenceAt(s, i)", {"i": np.array(0)}, "seq(float[b, 64]) s"),
-        refused="the rank of an input or output is not known",
+        refused="an input or output that is no tensor",
     ),
     Row(
         ".onnx: a weight that is shorter than its shape",
