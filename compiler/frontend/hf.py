@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,12 @@ from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.quant import plain
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader
-from instantrt.passes.core.errors import UserError, require, tried
+from instantrt.passes.core.errors import FOUND, UserError, require, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
 
-FOUND = 200  # characters of an error of transformers that a user is shown
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 
 
@@ -161,10 +161,10 @@ def build_skeleton(
             what = f"{config['model_type']} has attention of its own, which does not go through transformers' interface"
             raise refusal(what, config, where, ONNX) from error
         raise UserError(
-            "transformers cannot build a causal language model from this config",
+            f"transformers cannot build {family(config)} from this config",
             where=where,
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
-            fix="the model may need a newer transformers, or it is not a causal language model",
+            fix=f"the model may need a newer transformers than {version('transformers')}, or a value is not right",
         ) from error
     check_experts(model, where)
     keep_first_table(model)
