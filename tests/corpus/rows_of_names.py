@@ -354,6 +354,24 @@ ROWS = (
         refused="a module with overrides that are not read",
     ),
     Row(
+        "codegen, which torch cannot export with a cache",
+        "refusals",
+        family("codegen", n_head=4, n_embd=64, n_layer=1, n_inner=128, rotary_dim=16),
+        refused="exporting CodeGenForCausalLM (codegen) to ONNX failed",
+    ),
+    Row(
+        "deepseek_v3, whose cache has another shape than its heads",
+        "refusals",
+        family("deepseek_v3", num_key_value_heads=4, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
+        refused="exporting DeepseekV3ForCausalLM (deepseek_v3) to ONNX failed",
+    ),
+    Row(
+        "llama with a hidden size of a word",
+        "refusals",
+        configured(hidden_size="many"),
+        refused="transformers cannot build LlamaForCausalLM (llama) from this config",
+    ),
+    Row(
         ".onnx: an operator with an input too few",
         "refusals",
         graph("y = MatMul(x)"),
