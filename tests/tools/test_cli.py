@@ -119,6 +119,11 @@ def test_a_bug_of_ours_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> 
     said, fix, last = capsys.readouterr().err.splitlines()
     assert (said, last) == ("error: internal error: KeyError: 'instantrt'", "FAILED")
     assert "a bug of InstantRT: run again with --debug" in fix
+    with pytest.raises(SystemExit), exit_on_error():
+        raise MemoryError("Unable to allocate 40. GiB")
+    assert capsys.readouterr().err.startswith(
+        "error: there is not enough memory\n  found:    Unable to allocate 40. GiB"
+    )
 
 
 @pytest.mark.parametrize(
