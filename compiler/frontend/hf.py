@@ -23,17 +23,19 @@ from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_j
 from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
 from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_experts, check_family, refusal
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.rope import check_rope, keep_first_table
 from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.quant import plain
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader
-from instantrt.passes.core.errors import UserError, require
+from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
 
 FOUND = 200  # characters of an error of transformers that a user is shown
+ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,46 @@ class OpenCheckpoint:
     taken: Taken
 
 
-def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
-    """Reads `folder` (config.json, safetensors) and exports its graph.
+def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> FloatModel:
+    """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
-    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length)
     model, tensors = opened.model, opened.taken.tensors
     shape = llm_shape(model.config)
     aliases = {name: names for names in parameter_names(model) for name in names}
-    graph = export_graph(model, shape)
+    with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
+        graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    account = opened.taken.account
-    return FloatModel(graph, folder, opened.config, tensors, shape, files, stored_types(graph), account=asdict(account))
+    account, head = asdict(opened.taken.account), head_path(model)
+    return FloatModel(
+        graph, folder, opened.config, tensors, shape, files, stored_types(graph), head=head, account=account
+    )
+
+
+def head_path(model: Any) -> str | None:
+    """Where the language-model head lies, as the model's own class says."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def family(config: Mapping[str, Any]) -> str:
+    """What its users call a model: `LlamaForCausalLM (llama)`."""
+    names = config.get("architectures")
+    return f"{names[0] if isinstance(names, list) and names else 'the model'} ({config.get('model_type')})"
 
 
 def refuse(error: UserError) -> None:
     raise error
 
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, report: Report = refuse) -> OpenCheckpoint:
+def open_checkpoint(
+    folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None, report: Report = refuse
+) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
     Files, the method of a quantization, the model's class, then headers and the account of their tensors. `report` is
@@ -77,7 +96,7 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False, report: Re
     files = account_of_files(folder, report)
     config = read_config(folder, trust_remote_code)
     reader = announced_reader(folder, config)
-    model = build_skeleton(config, folder, trust_remote_code)
+    model = build_skeleton(config, folder, trust_remote_code, max_length)
     stored = read_checkpoint(folder)
     reader = reader or plain.detect(stored)
     return OpenCheckpoint(config, model, reader, take_account(model, stored, reader, files, report))
@@ -102,7 +121,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     return config
 
 
-def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
+def build_skeleton(
+    config: Mapping[str, Any], folder: Path, trust_remote_code: bool, max_length: int | None = None
+) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
     require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -127,6 +148,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
             hf_config = AutoConfig.for_model(plain_config.get("model_type", ""), **kwargs)
             check_family(hf_config, where)
         llm_shape(hf_config)  # a model without attention has none
+        check_rope(hf_config, max_length, folder / "config.json")
         with no_init_weights(), untouched_parameters():
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
@@ -145,6 +167,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
             fix="the model may need a newer transformers, or it is not a causal language model",
         ) from error
     check_experts(model, where)
+    keep_first_table(model)
     return model.eval()
 
 
