@@ -159,7 +159,7 @@ def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:
 def untie(model: Any, tensors: Mapping[str, FileTensor], copies: list[tuple[str, str]]) -> None:
     """A tied parameter that the file has twice is one where both are equal, and two where they differ.
 
-    So does transformers, whatever the config says: docs/facts.md, "Tied weights that differ".
+    So does transformers: docs/facts.md, "Tied weights that differ".
     """
     import torch
 
