@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
 from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
-from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_experts, check_family, refusal
+from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_family, check_modules, refusal
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_rope, keep_first_table
 from instantrt.compiler.frontend.side_files import Report, account_of_files
@@ -166,7 +166,7 @@ def build_skeleton(
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
             fix="the model may need a newer transformers, or it is not a causal language model",
         ) from error
-    check_experts(model, where)
+    check_modules(model, where)
     keep_first_table(model)
     return model.eval()
 
