@@ -76,8 +76,7 @@ def take_account(
     layers, failed = read_layers(model, reader, asked, report)
     quantized = {path for path, quant in layers.items() if isinstance(quant, QuantTensor)}
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    check_parameters(parameters, tensors, quantized | failed, report)
-    check_missing(parameter_names(model), tensors, quantized | failed, model, report)
+    lost = missing(parameter_names(model), tensors, quantized | failed)
     used = {name for name in asked.found if name not in parameters or tensors[name].dtype not in FLOATS}
     harmless, unknown = list(copies), []
     known = harmless_names(model)
@@ -96,8 +95,8 @@ def take_account(
             harmless.append((name, why))
         else:
             unknown.append(name)
-    if unknown:
-        report(no_place(unknown, tensors, model, reader))
+    for error in in_order(model, tensors, lost, unknown, quantized | failed, reader):
+        report(error)
     count = len(set(tensors) & (set(parameters) | buffers) - used - {name for name, _ in copies})
     return Taken(Account(count, len(used), entries(harmless), files), tensors, layers)
 
@@ -183,7 +182,8 @@ def load_buffers(model: Any, tensors: Mapping[str, FileTensor], report: Report) 
     found = {name for name in buffers if name in state and name in tensors}
     for name in sorted(found):
         buffer, tensor = buffers[name], tensors[name]
-        if attempt(report, check_shape, tensor, tuple(buffer.shape)) is None:
+        if tensor.shape != tuple(buffer.shape):
+            report(other_shape(tensor, tuple(buffer.shape)))
             continue
         values = whole(tensor)
         wide = convert(values, np.dtype(np.float32)) if tensor.dtype in FLOATS else values
@@ -220,32 +220,44 @@ def linears(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
             yield path, (int(n), int(k))
 
 
-def check_parameters(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, FileTensor], quantized: set[str], report: Report
-) -> None:
+def in_order(
+    model: Any,
+    tensors: Mapping[str, FileTensor],
+    lost: list[str],
+    unknown: list[str],
+    quantized: set[str],
+    reader: Reader | None,
+) -> Iterator[UserError]:
+    """What is wrong, by how much it tells: a prefix, tensors that name their writer, parameters, then what is left."""
+    prefix = wrong_prefix(lost, tensors)
+    strange, telling = no_place(unknown, tensors, model, reader) if unknown else (None, False)
+    absent = no_tensor(lost, prefix, model) if lost else None
+    yield from filter(None, (absent if prefix else None, strange if telling else None))
+    yield from wrong_parameters(model, tensors, quantized)
+    yield from filter(None, (None if prefix else absent, None if telling else strange))
+
+
+def wrong_parameters(model: Any, tensors: Mapping[str, FileTensor], quantized: set[str]) -> Iterator[UserError]:
     """The tensor of a parameter has its shape, and is a float unless a reader knows what it is."""
-    for name, shape in shapes.items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor, path = tensors.get(name), name.rpartition(".")[0]
         if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
             continue
-        attempt(report, check_shape, tensor, shape)
         if path in quantized and name == f"{path}.weight":
-            report(UserError("a layer is stored both quantized and as floats", where=name))
+            yield UserError("a layer is stored both quantized and as floats", where=name)
         elif tensor.dtype not in FLOATS:
-            report(
-                UserError(
-                    f"tensor {tensor.name} is not a float tensor",
-                    where=str(tensor.path),
-                    found=str(tensor.dtype),
-                    fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
-                )
+            yield UserError(
+                f"tensor {tensor.name} is not a float tensor",
+                where=str(tensor.path),
+                found=str(tensor.dtype),
+                fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
             )
+        elif tensor.shape != tuple(parameter.shape):
+            yield other_shape(tensor, tuple(parameter.shape))
 
 
-def check_shape(tensor: FileTensor, shape: tuple[int, ...]) -> bool:
-    if tensor.shape == shape:
-        return True
-    raise UserError(
+def other_shape(tensor: FileTensor, shape: tuple[int, ...]) -> UserError:
+    return UserError(
         f"tensor {tensor.name} disagrees with the model's config",
         where=str(tensor.path),
         expected=f"shape {list(shape)}",
@@ -254,27 +266,20 @@ def check_shape(tensor: FileTensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-def check_missing(
-    groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str], model: Any, report: Report
-) -> None:
-    lost = [
-        names[0]
-        for names in groups
-        if not any(n in tensors or (n.endswith(".weight") and n.removesuffix(".weight") in quantized) for n in names)
-    ]
-    if not lost:
-        return
-    prefix = wrong_prefix(lost, tensors)
-    report(
-        UserError(
-            f"the checkpoint has no tensor {lost[0]}",
-            where=lost[0],
-            expected=f"every parameter that the config announces for {type(model).__name__}",
-            found=f"names that begin with {prefix!r}" if prefix else listed(lost[1:], "also missing"),
-            fix="save the model itself, not what wraps it"
-            if prefix
-            else "check that all shards are there and that config.json belongs to them",
-        )
+def missing(groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str]) -> list[str]:
+    """The first name of every parameter that is in the file under none of its names, and not quantized either."""
+    held = {f"{path}.weight" for path in quantized} | set(tensors)
+    return [names[0] for names in groups if held.isdisjoint(names)]
+
+
+def no_tensor(lost: list[str], prefix: str, model: Any) -> UserError:
+    shards = "check that all shards are there and that config.json belongs to them"
+    return UserError(
+        f"the checkpoint has no tensor {lost[0]}",
+        where=lost[0],
+        expected=f"every parameter that the config announces for {type(model).__name__}",
+        found=f"names that begin with {prefix!r}" if prefix else listed(lost[1:], "also missing"),
+        fix="save the model itself, not what wraps it" if prefix else shards,
     )
 
 

@@ -53,8 +53,10 @@ class Hint:
     fix: str
 
 
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 MERGE = "merge the adapter into its base model, and save that"
 FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
+LAYER_UNREAD = "a quantized layer that no config explains"
 WRAPPER = "load it as it was saved, and save the language model alone"
 HINTS = tuple(
     Hint(re.compile(pattern), found, fix)
@@ -64,10 +66,14 @@ HINTS = tuple(
         (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|quant_state", "bitsandbytes", FLOAT_MODEL),
         (r"weight_scale_inv$", "fp8 weights in blocks", FLOAT_MODEL),
         (r"_(blocks|scales)$", "mxfp4 weights", FLOAT_MODEL),
-        (r"weight_(scale_2|global_scale|packed)$|input_(scale|global_scale)$", "a quantized layer", FLOAT_MODEL),
+        (
+            r"weight_(scale_2|global_scale|packed)$|input_(scale|global_scale)$",
+            LAYER_UNREAD,
+            FLOAT_MODEL,
+        ),
         (
             r"\.(qweight|qzeros|scales|g_idx|weight_scale|zeros|biases)$",
-            "a quantized layer that is not read",
+            LAYER_UNREAD,
             FLOAT_MODEL,
         ),
         (r"(^|\.)(k|v|q|kv)_scale$", "scales of a quantized cache", "compile a checkpoint without them"),
@@ -96,27 +102,26 @@ def harmless_names(model: Any) -> Callable[[str, FileTensor], str]:
     return why
 
 
-def no_place(unknown: list[str], tensors: Mapping[str, FileTensor], model: Any, reader: Reader | None) -> UserError:
-    """The error for tensors that nobody takes, led by the one that tells most."""
+def no_place(
+    unknown: list[str], tensors: Mapping[str, FileTensor], model: Any, reader: Reader | None
+) -> tuple[UserError, bool]:
+    """The error for tensors that nobody takes, led by the one that tells most; and does it tell anything?"""
     hints = ((hint, name) for hint in HINTS for name in unknown[:LOOKED_AT] if hint.pattern.search(name))
     hint, name = next(hints, (None, unknown[0]))
-    if reader is not None and hint is not None and name.rpartition(".")[2] == reader.mark:
-        return UserError(
-            "the checkpoint quantizes a module that is no linear layer of the model",
-            where=name,
-            fix="config.json belongs to another model, or the module (experts, say) is of a kind not supported",
-        )
-    layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
-    beyond = layer is not None and int(layer[1]) >= (count := model.config.get_text_config().num_hidden_layers)
-    found = f"layer {layer[1]}, and the config announces {count}" if layer and beyond else hint.found if hint else ""
-    others = listed([each for each in unknown if each != name], "others")
-    return UserError(
+    found, fix = (hint.found, hint.fix) if hint is not None else ("", "")
+    layer, count = LAYER.search(name), model.config.get_text_config().num_hidden_layers
+    if reader is not None and name.endswith(f".{reader.mark}"):
+        found, fix = "a module quantized that is no linear layer of the model", "quantize the model again without it"
+    elif layer is not None and int(layer[1]) >= count:
+        found = f"layer {layer[1]}, and the config announces {count}"
+    error = UserError(
         f"nothing uses tensor {tensors[name].name} of the checkpoint",
         where=str(tensors[name].path),
         expected=f"the tensors of {type(model).__name__} as config.json announces it",
-        found="; ".join(filter(None, (found, others))),
-        fix=hint.fix if hint and hint.fix else "config.json belongs to another model, or the tensor is not of this one",
+        found="; ".join(filter(None, (found, listed([each for each in unknown if each != name], "others")))),
+        fix=fix or "config.json belongs to another model, or the tensor is not of this one",
     )
+    return error, bool(found)
 
 
 def listed(names: list[str], words: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 from instantrt.tools.bench.synthetic import write_safetensors
-from tests.checkpoints import NAMES, Q_PROJ, TINY, config_of, whole_checkpoint, write_checkpoint
+from tests.checkpoints import DOWN_PROJ, NAMES, Q_PROJ, TINY, config_of, whole_checkpoint, write_checkpoint
 from tests.commands import invoke
 from tests.models import SIZES
 
@@ -156,6 +157,19 @@ def test_a_layer_quantized_without_the_prefix_is_the_layer(tmp_path: Path) -> No
     assert stripped.layers[Q_PROJ].order == whole_one.layers[Q_PROJ].order  # type: ignore[union-attr]
 
 
+def test_a_bias_that_the_model_has_not_must_be_zeros(tmp_path: Path) -> None:
+    """Old writers add such."""
+
+    def bias(value: float) -> Callable[[dict[str, Any], dict[str, Array]], None]:
+        return lambda config, tensors: tensors.update({f"{DOWN_PROJ}.bias": np.full(256, value, np.float16)})
+
+    without = opened(whole_checkpoint("gptq-int4-g128-sym", tmp_path / "a")).taken.account
+    zeros = opened(whole_checkpoint("gptq-int4-g128-sym", tmp_path / "b", bias(0))).taken.account
+    assert zeros.quantization == without.quantization + 1
+    with pytest.raises(UserError, match="does not announce"):
+        opened(whole_checkpoint("gptq-int4-g128-sym", tmp_path / "c", bias(1)))
+
+
 FILES: dict[str, tuple[dict[str, Any], str, str]] = {
     # files beside model.safetensors -> (what is reported, the note of the first of them)
     "adapter": ({"adapter_config.json": {}}, "LoRA", ""),
@@ -173,7 +187,7 @@ FILES: dict[str, tuple[dict[str, Any], str, str]] = {
     "GGUF": ({"model-Q4_K_M.gguf": b""}, "", "GGUF"),
     "the authors' format": ({"consolidated.00.safetensors": b""}, "", "authors"),
     "a variant": ({"model.fp16.safetensors": b""}, "", "variant"),
-    "a stray shard": ({"model-00001-of-00002.safetensors": b"", INDEX: None}, "", "does not name"),
+    "a stray shard": ({"model-00001-of-00002.safetensors": b"", INDEX: None}, "", "besides those"),
     "another index": ({"model.safetensors.index.fp16.json": {}}, "", "asked for by name"),
     "training": ({"training_args.bin": b"", "optimizer.pt": b""}, "", "training"),
     "a tokenizer": ({"tokenizer.json": {}, "tokenizer.model": b""}, "", "tokens"),
