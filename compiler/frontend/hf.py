@@ -63,9 +63,18 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length
         graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    account, head = asdict(opened.taken.account), head_path(model)
+    account = opened.taken.account
     return FloatModel(
-        graph, folder, opened.config, tensors, shape, files, stored_types(graph), head=head, account=account
+        graph=graph,
+        folder=folder,
+        config=opened.config,
+        tensors=tensors,
+        llm=shape,
+        files=files,
+        types=stored_types(graph),
+        notes=account.notes,
+        head=head_path(model),
+        account=asdict(account),
     )
 
 

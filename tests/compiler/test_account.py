@@ -15,12 +15,13 @@ import pytest
 
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_bytes
-from instantrt.compiler.compile import compile_model
+from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import take_account
 from instantrt.compiler.frontend.architecture import check_architectures
 from instantrt.compiler.frontend.side_files import READ, account_of_files
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -297,11 +298,24 @@ def test_nothing_is_read_of_a_model_without_a_road(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+class Noted(Watch):
+    """The notes of a plan."""
+
+    notes: tuple[str, ...] = ()
+
+    def planned(self, plan: Plan) -> None:
+        self.notes = plan.notes
+
+
 @pytest.mark.slow
 def test_the_manifest_keeps_what_inspect_shows(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = llama(tmp_path / "model", {name: ONE})
-    compile_model(Request(folder, "x86", tmp_path / "out"))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    seen = Noted()
+    compile_model(Request(folder, "x86", tmp_path / "out"), watch=seen)
+    note = f"not used, and harmless: {name}, pytorch_model.bin; `instantrt inspect` says why"
+    assert note in seen.notes
     (artifact,) = read_manifest(tmp_path / "out")
     shown = json.loads(invoke("inspect", folder, "--json").output)["account"]
     assert artifact.source["account"] == shown == json.loads(json.dumps(asdict(inspect(folder).account)))
