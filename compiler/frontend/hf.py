@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
 from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
-from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_experts, check_family, refusal
+from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_family, check_modules, refusal
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_rope, keep_first_table
 from instantrt.compiler.frontend.side_files import Report, account_of_files
@@ -63,9 +63,18 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length
         graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    account, head = asdict(opened.taken.account), head_path(model)
+    account = opened.taken.account
     return FloatModel(
-        graph, folder, opened.config, tensors, shape, files, stored_types(graph), head=head, account=account
+        graph=graph,
+        folder=folder,
+        config=opened.config,
+        tensors=tensors,
+        llm=shape,
+        files=files,
+        types=stored_types(graph),
+        notes=account.notes,
+        head=head_path(model),
+        account=asdict(account),
     )
 
 
@@ -166,7 +175,7 @@ def build_skeleton(
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
             fix=f"the model may need a newer transformers than {version('transformers')}, or a value is not right",
         ) from error
-    check_experts(model, where)
+    check_modules(model, where)
     keep_first_table(model)
     return model.eval()
 
