@@ -131,9 +131,8 @@ def unlike(probe: Probe, mask: Array) -> str:
     if mask.dtype != np.float32:
         return f"the mask is {mask.dtype}, where one to add is expected"
     if mask.shape != (rows, 1, new, total):
-        sizes = {rows: "batch", new: "sequence", total: "total"}
-        shape = ", ".join(sizes.get(size, str(size)) for size in mask.shape)
-        return f"the mask is [{shape}], where [batch, 1, sequence, total] is expected"
+        found = ", ".join(str(size) for size in mask.shape)
+        return f"the mask is [{found}] for {rows} rows of {new} tokens in {total}, not [{rows}, 1, {new}, {total}]"
     seen, keys = mask[:, 0] > HIDDEN, np.arange(total)
     end = np.where(allowed, keys, -1).max(axis=1)
     first = np.where(probe.past, end + 1 - new, 0)  # a prompt starts at 0, wherever it ends
