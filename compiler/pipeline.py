@@ -95,6 +95,8 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
     run(graph, passes, log)
+    if request.embeddings == "int8":
+        refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
     if opset_with_kernels(graph) is None:  # maybe there is one before the whole operators of opset 23
@@ -124,7 +126,10 @@ def lower_tensorrt(
     passes += cast_compute_type(dtype)
     if request.plugin is not None:
         passes += [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM]
-    lower_native(run(graph, passes, log), dtype, log)
+    run(graph, passes, log)
+    if request.embeddings == "int8":
+        refuse_no_table(log, LowerNativeTables)
+    lower_native(graph, dtype, log)
     if not target.rtx:  # TensorRT-RTX takes any block: docs/facts.md, "Blocks that full TensorRT documents"
         run(graph, [ExplicitScales()], log)
     return graph if target.whole_operators else decompose(graph, dtype, log)
@@ -151,6 +156,14 @@ def refuse_leftovers(graph: gs.Graph, log: PassLog, backend: str) -> None:
             fix="another --group-size, --weight-only for 8-bit GPTQ"
             + or_ignore(path for name in left for path in parts_of(name)),
         )
+
+
+def refuse_no_table(log: PassLog, by: type[Pass]) -> None:
+    """An option that did nothing is an error, with the reasons."""
+    said = [entry for entry in log.entries if isinstance(entry.by, by) and entry.target == log.target]
+    if all(entry.reason for entry in said):
+        reasons = dict.fromkeys(entry.reason for entry in said)
+        raise UserError("embeddings int8: no table takes it", found="; ".join(reasons), fix="leave it out")
 
 
 def decompose(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:

@@ -16,7 +16,7 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.decide import decide, resolve
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.request import Request
+from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
 from instantrt.passes.core.causal import sees_ahead
@@ -79,7 +79,9 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
-    model = load(request.model, trust_remote_code=request.trust_remote_code)
+    model = load(request.model, trust_remote_code=request.trust_remote_code, max_length=request.longest_sequence())
+    if model.llm is None:
+        check_lengths(request)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     graph = pipeline.normalize(model.graph, log)

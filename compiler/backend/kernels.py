@@ -21,10 +21,10 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from instantrt.compiler.frontend.model import OPSET
-from instantrt.compiler.frontend.onnx_file import SAME
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import view_of
 
+SAME = 21  # from here to OPSET, versions of an operator take more types and attributes, and mean the same
 OPEN = 2**31 - 1  # the last version of a kernel that is registered for the newest
 SHOWN = 4
 Types = Mapping[str, str]  # a tensor's name, or an operator's name of a type -> `tensor(float)`

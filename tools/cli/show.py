@@ -28,6 +28,7 @@ from instantrt.tools.cli.console import Report, Say, console, stages, writing
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.verify import Verdict
     from instantrt.compiler.serving.config import Served
+    from instantrt.compiler.smoke.run import Ran
 
 # Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
 WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
@@ -76,6 +77,9 @@ class ConsoleWatch(Watch):
         for each in served:
             line = f"{self.triton}  {', '.join(each.models) or 'none: ' + each.no_bare}"
             self.kept.append(partial(console.print, line, soft_wrap=True))
+
+    def ran(self, ran: Ran) -> None:
+        self.kept.append(partial(console.print, str(ran), soft_wrap=True))
 
     def verdicts(self, verdicts: Sequence[Verdict]) -> None:
         from instantrt.tools.cli.show_accuracy import show_verdict
