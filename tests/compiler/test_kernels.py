@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
-from instantrt.compiler.backend.kernels import lacks, with_kernels
+from instantrt.compiler.backend.kernels import lacks, refuse_lacking, with_kernels
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -79,7 +79,7 @@ def test_a_graph_takes_the_newest_opset_that_has_all_of_its_kernels() -> None:
 
 def test_the_refusal_names_nodes_types_and_a_way_out() -> None:
     with pytest.raises(UserError) as caught:
-        with_kernels(gs.import_onnx(parsed(ONE_NODE["of another type"], 23)))
+        refuse_lacking(gs.import_onnx(parsed(ONE_NODE["of another type"], 23)))
     said = str(caught.value)
     assert "y: Conv, version 22 for tensor(double)" in said
     assert "cast around Conv in the model: it has kernels for tensor(float)" in said
