@@ -146,6 +146,8 @@ def fits(node: gs.Node, schema: Any) -> bool:
 
 def at_version(kernel: Any, version: int) -> bool:
     """ONNX Runtime's own rule: an open range is for the version that it begins with alone."""
+    first: int
+    last: int
     first, last = kernel.version_range
     return first == version or (first < version <= last and last != OPEN)
 
