@@ -31,12 +31,12 @@ Values = Mapping[str, onnx.TensorProto]
 
 @dataclass(frozen=True)
 class Old:
-    """A node as a rule sees it: its attributes, the rank of its first input (None: unknown), how many outputs count."""
+    """A node as a rule sees it: its attributes, the rank of its first input (None: unknown), its outputs."""
 
     op: str
     attributes: Mapping[str, Any]
     rank: int | None
-    used: int
+    outputs: int
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.attributes.get(name, default)
@@ -89,11 +89,9 @@ def channels(old: Old) -> str:
 
 
 def normalized(old: Old) -> str | None:
-    """Statistics of training are left out where nobody reads them; spatial = 0 had a mean for each element."""
-    if old.used > 1:
+    """With spatial = 0 each element had a mean; more than one output meant training, of which no rule speaks."""
+    if old.get("spatial", 1) or old.outputs > 1:
         return None
-    if old.get("spatial", 1):
-        return old.call("i0, i1, i2, i3, i4", spatial=None)
     return f"""d = Sub(i0, i3) e = Constant <value_float = {literal(old.get("epsilon", 1e-5))}> ()
         v = Add(i4, e) r = Sqrt(v) n = Div(d, r) m = Mul(n, i1) o0 = Add(m, i2)"""
 
@@ -107,7 +105,7 @@ RULES: Mapping[str, tuple[int, Callable[[Old], str | None]]] = {
     "Resize": (11, resized),
     "Upsample": (10, resized),
     "GroupNormalization": (21, channels),
-    "BatchNormalization": (14, normalized),
+    "BatchNormalization": (9, normalized),
 }
 
 
@@ -123,7 +121,7 @@ def standard_opset(model: onnx.ModelProto, path: Path) -> int:
             found=", ".join(map(str, sorted(said))),
             fix=f"export the model at opset {OPSET}",
         )
-    return min(found)
+    return int(min(found))
 
 
 def at_opset(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
@@ -191,7 +189,7 @@ class Conversion:
         old = alone(node, types, values, self.version)
         used = max((i + 1 for i, name in enumerate(node.output) if name in read), default=1)
         try:
-            new = rewritten(old, used, self.version) or converted(old, self.target)
+            new = rewritten(old, self.version) or converted(old, self.target)
         except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
         key = old.SerializeToString(deterministic=True) + bytes([used])
@@ -283,7 +281,7 @@ def described(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def rewritten(old: onnx.ModelProto, used: int, version: int) -> onnx.ModelProto | None:
+def rewritten(old: onnx.ModelProto, version: int) -> onnx.ModelProto | None:
     """What a rule makes of the one node of `old`; None where none says anything of it."""
     (node,) = old.graph.node
     before, rule = RULES.get(node.op_type, (0, None))
@@ -292,7 +290,7 @@ def rewritten(old: onnx.ModelProto, used: int, version: int) -> onnx.ModelProto 
     known = next((i.type.tensor_type for i in old.graph.input if i.name == "i0"), None)
     rank = len(known.shape.dim) if known is not None and known.HasField("shape") else None
     attributes = {a.name: get_attribute_value(a) for a in node.attribute}
-    text = rule(Old(node.op_type, attributes, rank, used))
+    text = rule(Old(node.op_type, attributes, rank, len(node.output)))
     if text is None:
         return None
     new = onnx.ModelProto()

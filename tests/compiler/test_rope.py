@@ -102,7 +102,7 @@ def test_below_the_switch_an_artifact_is_exact(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", CHANGING)
 def test_beyond_the_switch_is_refused(name: str, length: int | None, tmp_path: Path) -> None:
     fields = {key: value for key, value in CHANGING[name].items() if key != "family"}
-    kind = {"gemma3, in one kind of layer": "gemma3_text"}.get(name, name.split(",")[0])
+    kind = {"gemma3, in one kind of layer": "gemma3_text"}.get(name, name.split(",", maxsplit=1)[0])
     with pytest.raises(UserError, match=f"rotary table changes[^$]*at most {SWITCH} tokens[^$]*--max-length {SWITCH}"):
         hf.build_skeleton({**SIZES, "head_dim": 16, **fields, "model_type": kind}, tmp_path, False, length)
 
