@@ -154,7 +154,7 @@ class Conversion:
 
     def __init__(self, version: int, target: int, path: Path) -> None:
         self.version, self.target, self.path = version, target, path
-        self.verdicts: dict[bytes, Verdict] = {}
+        self.known: dict[bytes, tuple[onnx.ModelProto, Verdict]] = {}
         self.notes: list[str] = []
 
     def convert(self, graph: onnx.GraphProto, types: Types, values: Values) -> None:
@@ -188,20 +188,19 @@ class Conversion:
         """What `node` becomes, compared with it."""
         old = alone(node, types, values, self.version)
         used = max((i + 1 for i, name in enumerate(node.output) if name in read), default=1)
-        try:
-            new = rewritten(old, self.version) or converted(old, self.target)
-        except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
         key = old.SerializeToString(deterministic=True) + bytes([used])
-        if key not in self.verdicts:
-            self.verdicts[key] = compared(old, new, used)
-        verdict = self.verdicts[key]
+        if key not in self.known:
+            try:
+                new = rewritten(old, self.version) or converted(old, self.target)
+            except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+                raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
+            self.known[key] = new, compared(old, new, used)
+        new, verdict = self.known[key]
         if verdict.differs:
             raise self.error(node, "an operator that does not survive the conversion", found=verdict.reason)
         if verdict.reason and not same_form(node.op_type, self.version, self.target):
             self.notes.append(
-                f"{node.op_type} {node.name}, converted from opset {self.version}, could not be compared with what it "
-                f"was: {verdict.reason}"
+                f"{node.op_type} of opset {self.version} could not be compared with what became of it: {verdict.reason}"
             )
         return list(renamed(node, new))
 
@@ -231,6 +230,7 @@ def names_within(node: onnx.NodeProto) -> Iterator[str]:
 def alone(node: onnx.NodeProto, types: Types, values: Values, version: int) -> onnx.ModelProto:
     """A model of nothing but `node`: inputs i0, i1, ..., outputs o0, o1, ...; constants whose value is here stay so."""
     single, inputs, constants = onnx.NodeProto(), [], []
+    sizes: dict[str, str] = {}
     single.CopyFrom(node)
     single.name, single.domain = "", ""
     single.input[:] = [name and f"i{i}" for i, name in enumerate(node.input)]
@@ -242,6 +242,9 @@ def alone(node: onnx.NodeProto, types: Types, values: Values, version: int) -> o
         elif name:
             known = types[name] if name in types else type_of(tensor) if tensor is not None else onnx.TypeProto()
             inputs.append(onnx.ValueInfoProto(name=here, type=known))
+            for size in inputs[-1].type.tensor_type.shape.dim:
+                if size.dim_param:  # nodes of one kind have other names for their sizes
+                    size.dim_param = sizes.setdefault(size.dim_param, f"d{len(sizes)}")
     outputs = [make_empty_tensor_value_info(name) for name in single.output if name]
     graph = make_graph([single], "alone", inputs, outputs, constants)
     return make_model(graph, opset_imports=[make_opsetid("", version)], ir_version=10)
@@ -307,7 +310,9 @@ def renamed(node: onnx.NodeProto, new: onnx.ModelProto) -> Iterator[onnx.NodePro
     names = {f"i{i}": name for i, name in enumerate(node.input)} | {f"o{i}": n for i, n in enumerate(node.output)}
     added = [t for t in new.graph.initializer if t.name not in names]
     constants = [onnx.helper.make_node("Constant", [], [t.name], value=t) for t in added]
-    for i, each in enumerate((*constants, *new.graph.node)):
+    for i, template in enumerate((*constants, *new.graph.node)):
+        each = onnx.NodeProto()
+        each.CopyFrom(template)
         each.name = node.name if each.output and names.get(each.output[0]) == node.output[0] else f"{stem}/{i}"
         for side in (each.input, each.output):
             side[:] = [name and names.get(name, f"{stem}/{name}") for name in side]
