@@ -19,6 +19,7 @@ from instantrt.passes.core.errors import UserError
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.data import Data
     from instantrt.compiler.accuracy.verify import Verdict
+    from instantrt.compiler.smoke.run import Ran
 
 REPORT = "report"  # the folder in `request.out`
 
@@ -37,6 +38,9 @@ class Watch:
 
     def progress(self, name: str, size: int) -> None:
         """`size` more of them are, of the tensor `name`; or, with a size of 0, an engine's builder has got so far."""
+
+    def ran(self, ran: Ran) -> None:
+        """An artifact ran once, and is what it was made of."""
 
     def verdicts(self, verdicts: Sequence[Verdict]) -> None:
         """The artifacts were verified."""
@@ -68,7 +72,7 @@ def compile_model(
     verify   runs the artifacts against the float model: `report/<target>/` beside them, or a VerificationError
     triton   folder for a Triton model repository of all that `request.out` then holds
 
-    Everything appears at once, and only when all of it is complete.
+    Everything appears at once, and only when all of it is complete and has run (`request.smoke`).
     """
     triton = Path(triton) if triton is not None else None
     check_places(request, verify=verify, triton=triton)
@@ -85,6 +89,8 @@ def compile_model(
     with Staging() as staging:
         watch.writing(sum(planned.size(target) for target in planned.lowered))
         artifacts = stage_artifacts(request, planned, staging, watch.progress)
+        if request.smoke:
+            run_once(planned, request, artifacts, staging, watch)
         verdicts = stage_reports(planned, request, artifacts, data, staging, watch) if data is not None else []
         passed = all(verdict.passed for verdict in verdicts)
         if triton is not None and passed:
@@ -105,6 +111,15 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
         from instantrt.compiler.accuracy.run import check_reports
 
         check_reports(request.out / REPORT, targets)
+
+
+def run_once(planned: Plan, request: Request, artifacts: list[Artifact], staging: Staging, watch: Watch) -> None:
+    """Runs the artifacts where they are staged, against their twins; SmokeError for one that is wrong."""
+    from instantrt.compiler.smoke.run import smoke
+
+    watch.say("running each artifact once")
+    for ran in smoke(planned, replace(request, out=staging.staged(request.out)), artifacts):
+        watch.ran(ran)
 
 
 def stage_reports(

@@ -170,6 +170,13 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checking:
+    """What an artifact has to show before it is published."""
+
+    smoke: bool = option(True, "run each artifact once, against the twin, before it is published")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Looking:
     """For who wants to see what happens."""
 

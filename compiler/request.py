@@ -15,6 +15,7 @@ from instantrt.compiler.options import (
     CPU,
     GPU,
     Accuracy,
+    Checking,
     Checkpoint,
     CpuArtifacts,
     EngineOptions,
@@ -38,7 +39,7 @@ LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 
 @dataclass(frozen=True)  # the last base comes first: manifests record the options in this order
 class Request(
-    Looking, Accuracy, Plugins, EngineOptions, LanguageModel, Engines, Checkpoint, CpuArtifacts, Quantization
+    Looking, Checking, Accuracy, Plugins, EngineOptions, LanguageModel, Engines, Checkpoint, CpuArtifacts, Quantization
 ):
     """Compile `model` for `targets` into `out`, with the options of every group (compiler/options.py).
 
@@ -154,6 +155,7 @@ class Request(
 
 DEFAULTS = {f.name: f.default for f in fields(Request)}
 PATHS = tuple(name for name, types in types_of(Request).items() if Path in types)
+UNRECORDED = ("targets", *PATHS, *(f.name for f, _ in options_of(Checking)))  # what no byte of an artifact depends on
 
 
 def check_options(request: Request) -> None:

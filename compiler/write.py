@@ -23,7 +23,7 @@ from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_eng
 from instantrt.compiler.backend.tensorrt.kit import write_kit
 from instantrt.compiler.backend.tensorrt.profiles import profiles
 from instantrt.compiler.plan import Plan, Twin
-from instantrt.compiler.request import PATHS, Request
+from instantrt.compiler.request import UNRECORDED, Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
@@ -116,6 +116,8 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
     llm, library = planned.model.llm, request.library(target)
     limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
+    if planned.whole_prompts:
+        limits["prompts"] = "whole"
     if choice is not None:
         limits |= asdict(planned.limits)
     elif request.max_length is not None:
@@ -129,7 +131,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(llm) if llm else None,
         digests={},
-        source=source(request, twin),
+        source={**source(request, twin), "account": planned.model.account},
         limits=limits,
         plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
@@ -176,5 +178,5 @@ def source(request: Request, twin: Twin) -> dict[str, Any]:
     """
     layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
     asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
-    said = {key: value for key, value in asked.items() if key not in ("targets", *PATHS)}
+    said = {key: value for key, value in asked.items() if key not in UNRECORDED}
     return {"model": request.model_name, "request": said}

@@ -63,6 +63,7 @@ class BisectingLog(PassLog):
     feeds: Mapping[str, Array] = field(default_factory=dict)
     dtype: np.dtype[np.generic] = np.dtype(np.float32)  # noqa: RUF009  (immutable)
     say: Say = lambda text: None
+    worst: bool = True  # the worst channel of a tensor decides; with few tokens, which prove little of one, all of them
     truth: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,16 +110,17 @@ class BisectingLog(PassLog):
             truth = {key: value for key, value in self.truth.items() if key != name}
             expected = Evaluation(self.canonical, {**truth, x: seen_by([coarse], self.truth[x])}).take(name)
         value = run.take(name)
-        return distance(value, expected), bound
+        return distance(value, expected, worst=self.worst), bound
 
 
-def distance(value: Array, expected: Array) -> float:
-    """The worst channel of a float tensor. Integers are equal or not; codes of activations may round to either side."""
+def distance(value: Array, expected: Array, *, worst: bool = True) -> float:
+    """The worst channel of a float tensor, or all of it. Integers are equal or not; codes of activations may round to either side."""
     if value.dtype.kind in "iub" or expected.ndim == 0:
         slack = 1 if value.dtype.kind in "iu" and value.dtype.itemsize == 1 else 0
         close = np.abs(value.astype(np.float64) - expected.astype(np.float64)) <= slack
         return 0.0 if close.all() else np.inf
-    return difference(np.maximum(value, MASKED), np.maximum(expected, MASKED)).channel
+    found = difference(np.maximum(value, MASKED), np.maximum(expected, MASKED))
+    return found.channel if worst else found.relative_l2
 
 
 def as_type(value: Array, dtype: np.dtype[np.generic] | None) -> Array:

@@ -15,7 +15,7 @@ from instantrt.compiler.artifact.check import check_digests
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.plan import Plan, lower
-from instantrt.compiler.request import DEFAULTS, PATHS, Request
+from instantrt.compiler.request import DEFAULTS, UNRECORDED, Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Missing
@@ -70,7 +70,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
 
 def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
     """What a report begins with."""
-    said = {name: getattr(request, name) for name in DEFAULTS if name not in ("targets", *PATHS)}
+    said = {name: getattr(request, name) for name in DEFAULTS if name not in UNRECORDED}
     asked = [f"{name} {value}" for name, value in said.items() if value and value != DEFAULTS[name]]
     decisions = planned.twins[target.name].decisions.values()
     became = Counter(str(q) if isinstance(q, QuantTensor) else "float" for q in decisions)

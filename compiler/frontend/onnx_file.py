@@ -38,6 +38,7 @@ def load_onnx(path: Path) -> FloatModel:
     widened as they are read.
     """
     model = inlined(read(path), path)
+    check_nodes(model, path)
     refuse_quantized(model, path)
     tidy(model, path)
     constant_nodes(model)
@@ -76,6 +77,28 @@ def imported(model: onnx.ModelProto, weights: Mapping[str, View]) -> gs.Graph:
         if name in weights:
             tensor.values = weights[name]
     return graph
+
+
+def check_nodes(model: onnx.ModelProto, path: Path) -> None:
+    """Inputs, outputs and attributes of each node as its operator has them: passes count on it.
+
+    What holds subgraphs is left out: they may read what only their place in the graph shows.
+    """
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {o.domain: o.version for o in model.opset_import}
+    for node in (n for graph in graphs(model.graph) for n in graph.node):
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            continue
+        try:
+            onnx.checker.check_node(node, context)
+        except onnx.checker.ValidationError as error:
+            raise UserError(
+                "a node that its operator does not allow",
+                where=f"{path}, {node.op_type} {node.name or node.output[:1]}",
+                found=str(error).splitlines()[0],
+                fix="export the model again",
+            ) from None
 
 
 def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
@@ -203,17 +226,17 @@ def inferred(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     model = with_types(model, path)
     if names := unranked(model):
         raise UserError(
-            "the rank of an output is not known",
+            "the rank of an input or output is not known",
             where=str(path),
-            expected="outputs with a type and a shape, whose sizes may have names",
+            expected="tensors with a type and a shape, whose sizes may have names",
             found=", ".join(names),
-            fix="export the model with the shapes of its outputs",
+            fix="export the model with the shapes of its inputs and outputs",
         )
     return model
 
 
 def unranked(model: onnx.ModelProto) -> list[str]:
-    kinds = {output.name: output.type.tensor_type for output in model.graph.output}
+    kinds = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.output)}
     return [name for name, kind in kinds.items() if not kind.elem_type or not kind.HasField("shape")]
 
 
@@ -246,6 +269,8 @@ def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
     """References to what is large or external, by name; what the model had of it is dropped."""
     weights: dict[str, View] = {}
     for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
+        if min(tensor.dims, default=0) < 0:
+            raise UserError("a weight of negative size", where=f"{path}, {tensor.name}", found=str(list(tensor.dims)))
         if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
             continue
         if tensor.name in weights:

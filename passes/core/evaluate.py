@@ -8,7 +8,7 @@ Where a graph computes in float16 or bfloat16, a node computes in float32 and ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -62,7 +62,10 @@ class Evaluation:
         return sorted(found.values(), key=lambda n: self.order[id(n)])
 
     def run(self, node: gs.Node) -> None:
-        outputs = evaluate_node(node, self.values, self.graph)
+        self.store(node, evaluate_node(node, self.values, self.graph))
+
+    def store(self, node: gs.Node, outputs: Sequence[Array]) -> None:
+        """Takes what `node` made, and drops what nobody else reads."""
         inputs = {t.name for t in dependencies(node)}
         tainted = bool(inputs & self.bad) or any(not_finite(t.values) for t in node.inputs if small_constant(t))
         for tensor, value in zip(node.outputs, outputs, strict=True):

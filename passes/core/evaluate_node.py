@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +21,7 @@ FLOAT32 = np.dtype(np.float32)
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 OURS = {op.name: op for op in OPS}
 EXTERNAL_BYTES = 1 << 20  # larger constants reach a session as they lie in memory, without a copy in a protobuf
+SHARED_BYTES = 1 << 16  # of a model of one node that is kept for the next like it
 
 
 def dependencies(node: gs.Node) -> list[gs.Tensor]:
@@ -33,18 +36,31 @@ def dependencies(node: gs.Node) -> list[gs.Tensor]:
 
 def evaluate_node(node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> list[Array]:
     """The outputs of one node."""
-    special = SPECIAL.get(node.op)
-    done = special(node, values) if special else None
-    if done is not None:
-        outputs = [done]
-    elif node.domain == DOMAIN:
-        op = OURS[node.op]
-        inputs = [None if not t.name else value_of(t, values) for t in node.inputs]
-        # A node also carries what TensorRT's parser looks for, such as the plugin's version.
-        outputs = list(op.reference(*inputs, **{a.name: node.attrs[a.name] for a in op.attrs if a.name in node.attrs}))
-    else:
-        outputs = run_session(node, values, graph)
-    return [narrow(value, tensor, node, values) for value, tensor in zip(outputs, node.outputs, strict=True)]
+    return next(evaluate_each(node, [values], graph))
+
+
+def evaluate_each(node: gs.Node, runs: Sequence[Mapping[str, Array]], graph: gs.Graph) -> Iterator[list[Array]]:
+    """The outputs of one node in each of several runs; a weight streams once for all of them.
+
+    A run may read what an earlier one has just made, unless the node streams: each is asked for when its turn comes.
+    """
+    streamed = STREAMED[node.op](node, runs) if node.op in STREAMED else None
+    session: NodeSession | None = None
+    for index, values in enumerate(runs):
+        if streamed is not None:
+            outputs = [streamed[index]]
+        elif node.op == "Cast":
+            outputs = [cast(node, values)]
+        elif node.domain == DOMAIN:
+            op = OURS[node.op]
+            inputs = [None if not t.name else value_of(t, values) for t in node.inputs]
+            # A node also carries what TensorRT's parser looks for, such as the plugin's version.
+            known = {a.name: node.attrs[a.name] for a in op.attrs if a.name in node.attrs}
+            outputs = list(op.reference(*inputs, **known))
+        else:
+            session = session or NodeSession(node, values, graph)
+            outputs = session(values)
+        yield [narrow(value, tensor, node, values) for value, tensor in zip(outputs, node.outputs, strict=True)]
 
 
 def value_of(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
@@ -63,16 +79,23 @@ def narrow(value: Array, tensor: gs.Tensor, node: gs.Node, values: Mapping[str, 
     return value.astype(dtype) if dtype in HALVES and node.op not in ("Cast", "DequantizeLinear") else value
 
 
-def matmul(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
+def matmul(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | None:
     """x [..., K] @ W [K, N], W by blocks of columns; float32 sums."""
     blocks = column_blocks(node.inputs[1])
     if blocks is None:
         return None
-    x = convert(values[node.inputs[0].name], FLOAT32)
-    rows = x.reshape(-1, x.shape[-1])
+    given = [convert(values[node.inputs[0].name], FLOAT32) for values in runs]
+    rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in given])
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
-        parts = [rows @ convert(block, FLOAT32) for block in blocks()]
-    return np.concatenate(parts, axis=1).reshape(*x.shape[:-1], -1)
+        product = np.concatenate([rows @ convert(block, FLOAT32) for block in blocks()], axis=1)
+    return parts_of(product, [x.shape[:-1] for x in given])
+
+
+def parts_of(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Rows [R, ...] of several runs, each in the shape of its own."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    parts = np.split(joined, ends)
+    return [part.reshape(*shape, *joined.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def column_blocks(weight: gs.Tensor) -> Blocks | None:
@@ -132,19 +155,24 @@ def stored_table(node: gs.Node) -> tuple[View, float | None] | None:
     return view, scale
 
 
-def gather(node: gs.Node, values: Mapping[str, Array]) -> Array | None:
-    """Rows of a stored table, picked as its tiles go by."""
+def gather(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | None:
+    """Rows of a stored table, picked as its tiles go by; IndexError for one that it does not have."""
     found = stored_table(node)
     if found is None:
         return None
     view, scale = found
-    ids = value_of(node.inputs[1], values)
-    out = np.empty((*ids.shape, *view.shape[1:]), view.dtype)
+    given = [value_of(node.inputs[1], values) for values in runs]
+    ids = np.concatenate([each.reshape(-1) for each in given])
+    ids = np.where(ids < 0, ids + view.shape[0], ids)
+    if ids.size and not 0 <= ids.min() <= ids.max() < view.shape[0]:
+        raise IndexError(f"{node.name or node.op} picks rows {ids.min()} to {ids.max()} of {view.shape[0]}")
+    out = np.empty((len(ids), *view.shape[1:]), view.dtype)
     for tile in view.source.tiles():
         here = (ids >= tile.start) & (ids < tile.start + len(tile.parts[0]))
         if here.any():
             out[here] = view.block(tile)[ids[here] - tile.start]
-    return out if scale is None else out.astype(FLOAT32) * np.float32(scale)
+    rows = out if scale is None else out.astype(FLOAT32) * np.float32(scale)
+    return parts_of(rows, [each.shape for each in given])
 
 
 def cast(node: gs.Node, values: Mapping[str, Array]) -> Array:
@@ -157,43 +185,71 @@ def numpy_type(dtype: Any) -> np.dtype[Any]:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
 
 
-SPECIAL: dict[str, Callable[[gs.Node, Mapping[str, Array]], Array | None]] = {
+STREAMED: dict[str, Callable[[gs.Node, Sequence[Mapping[str, Array]]], list[Array] | None]] = {
     "MatMul": matmul,
     "Gather": gather,
-    "Cast": cast,
 }
 
 
-def run_session(node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> list[Array]:
+class NodeSession:
     """One node through ONNX Runtime. Constants stay constants: kernels that pack their weights then do so."""
-    inputs: list[gs.Tensor] = []
-    feeds: dict[str, Array] = {}
-    large: dict[str, Array] = {}
+
+    def __init__(self, node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> None:
+        inputs: list[gs.Tensor] = []
+        large: dict[str, Array] = {}
+        self.fed: dict[str, gs.Tensor] = {}
+        for index, tensor in enumerate(node.inputs):
+            name = f"x{index}"  # not the tensor's own: like nodes share a session
+            if not tensor.name:
+                inputs.append(gs.Variable.empty())
+                continue
+            value = widened(tensor, values)
+            if isinstance(tensor, gs.Constant) and value.nbytes < EXTERNAL_BYTES:
+                inputs.append(gs.Constant(name, np.asarray(value, order="C")))
+                continue
+            inputs.append(gs.Variable(name, value.dtype, [None] * value.ndim))
+            if isinstance(tensor, gs.Constant):
+                inputs[-1].shape, large[name] = value.shape, np.asarray(value, order="C")
+            else:
+                self.fed[name] = tensor
+        outputs = [gs.Variable(f"y{index}" if t.name else "") for index, t in enumerate(node.outputs)]
+        self.named = [bool(t.name) for t in node.outputs]
+        single = gs.Node(node.op, "", dict(node.attrs), inputs, outputs, domain=node.domain)
+        given = [t for t in inputs if isinstance(t, gs.Variable) and t.name]
+        kept = [t for t in outputs if t.name]
+        model = gs.export_onnx(
+            gs.Graph([single], given, kept, opset=graph.opset, import_domains=graph.import_domains),
+            do_type_check=False,
+        )
+        externalize(model, large)
+        written = model.SerializeToString(deterministic=True)
+        share = not large and len(written) < SHARED_BYTES
+        self.session = shared_session(written) if share else new_session(written, large)
+
+    def __call__(self, values: Mapping[str, Array]) -> list[Array]:
+        feeds = {name: np.asarray(widened(tensor, values), order="C") for name, tensor in self.fed.items()}
+        results = iter(self.session.run(None, feeds))
+        return [next(results) if named else np.empty(0) for named in self.named]
+
+
+def widened(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
+    """16 bits as the 32 that a node computes in."""
+    value = value_of(tensor, values)
+    return value.astype(FLOAT32) if value.dtype in HALVES else value
+
+
+def new_session(model: bytes, large: Mapping[str, Array]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1  # a thread pool for each node costs more than it brings
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for tensor in node.inputs:
-        if not tensor.name:
-            inputs.append(gs.Variable.empty())
-            continue
-        value = value_of(tensor, values)
-        value = value.astype(FLOAT32) if value.dtype in HALVES else value
-        if isinstance(tensor, gs.Constant) and value.nbytes < EXTERNAL_BYTES:
-            inputs.append(gs.Constant(tensor.name, np.asarray(value, order="C")))
-            continue
-        inputs.append(gs.Variable(tensor.name, value.dtype, value.shape))
-        (large if isinstance(tensor, gs.Constant) else feeds)[tensor.name] = np.asarray(value, order="C")
-    outputs = [gs.Variable(t.name) for t in node.outputs]
-    single = gs.Node(node.op, node.name, dict(node.attrs), inputs, outputs, domain=node.domain)
-    fed = list({t.name: t for t in inputs if isinstance(t, gs.Variable) and t.name}.values())
-    model = gs.export_onnx(
-        gs.Graph([single], fed, outputs, opset=graph.opset, import_domains=graph.import_domains), do_type_check=False
-    )
-    externalize(model, large)
     options.add_external_initializers(list(large), [ort.OrtValue.ortvalue_from_numpy(v) for v in large.values()])
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results: list[Array] = session.run(None, feeds)
-    return results
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache(maxsize=256)
+def shared_session(model: bytes) -> ort.InferenceSession:
+    return new_session(model, {})
 
 
 def externalize(model: onnx.ModelProto, large: Mapping[str, Array]) -> None:

@@ -13,6 +13,7 @@ from instantrt.compiler.request import Request, fields_from_json
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.options import Out, takes
 
+CHECKING = "Checking"
 LOOKING, ACCURACY = "Looking", "Accuracy: layers get finer formats until the bounds hold"
 PANELS: dict[type, str] = {
     groups.Checkpoint: "",
@@ -23,6 +24,7 @@ PANELS: dict[type, str] = {
     groups.EngineOptions: "Engines",
     groups.Plugins: "Engines",
     groups.Accuracy: ACCURACY,
+    groups.Checking: CHECKING,
     groups.Looking: LOOKING,
 }
 

@@ -49,6 +49,8 @@ def parameter(name: str, default: Any, option: Option, types: tuple[Any, ...], p
     long = len(choices) > FEW
     values = f": {', '.join(choices[:-1])} or {choices[-1]}" if long else ""
     flag = f"--{name.replace('_', '-')}"
+    if default is True:
+        flag += f"/--no-{name.replace('_', '-')}"
     if kind == tuple[str, ...]:
         kind, default = list[str], list(default)
     elif default is None:

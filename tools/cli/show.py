@@ -28,6 +28,7 @@ from instantrt.tools.cli.console import Report, Say, console, stages, writing
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.verify import Verdict
     from instantrt.compiler.serving.config import Served
+    from instantrt.compiler.smoke.run import Ran
 
 # Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
 WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"
@@ -77,6 +78,9 @@ class ConsoleWatch(Watch):
             line = f"{self.triton}  {', '.join(each.models) or 'none: ' + each.no_bare}"
             self.kept.append(partial(console.print, line, soft_wrap=True))
 
+    def ran(self, ran: Ran) -> None:
+        self.kept.append(partial(console.print, str(ran), soft_wrap=True))
+
     def verdicts(self, verdicts: Sequence[Verdict]) -> None:
         from instantrt.tools.cli.show_accuracy import show_verdict
 
@@ -120,11 +124,11 @@ def show_explanation(planned: Plan) -> None:
     show_orders(planned)
     linears = set(became).union(path for _, path in forms)
     rejected = (e for e in planned.log.rejected() if e.node not in linears and not isinstance(e.by, FoldOrder))
-    others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
+    others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason, e.costs) for e in rejected)
     if others:
-        rest = Table("pass", "for", "nodes", "why it left them", title="other passes")
-        for (rewrite, names, reason), count in others.items():
-            rest.add_row(rewrite, names or "all", str(count), reason)
+        rest = Table("pass", "for", "nodes", "why it left them; what that costs", title="other passes")
+        for (rewrite, names, reason, costs), count in others.items():
+            rest.add_row(rewrite, names or "all", str(count), "\n".join(filter(None, (reason, costs))))
         console.print(rest)
 
 

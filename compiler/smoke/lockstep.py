@@ -1,0 +1,113 @@
+"""A graph of ours on several steps at once, node by node: every weight streams once, whatever the number of steps.
+
+A step that goes on with the cache of another one reads what that one makes, as soon as it is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler.accuracy.bounds import int8_blocks
+from instantrt.compiler.smoke.process import Answers
+from instantrt.compiler.smoke.steps import PAST, Step
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate_node import dependencies, evaluate_each, evaluate_node
+from instantrt.passes.core.lazy import Array
+
+PRESENT = "present."
+
+
+class Values(dict[str, Array]):
+    """The tensors of a step; its cache is what the step before makes of it when it is first read."""
+
+    before: StepRun | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (self.before is not None and str(name).startswith(PAST))
+
+    def __missing__(self, name: str) -> Array:
+        if self.before is None or not name.startswith(PAST):
+            raise KeyError(name)
+        self[name] = self.before.made(PRESENT + name.removeprefix(PAST))
+        return self[name]
+
+
+class StepRun(Evaluation):
+    """One step among others.
+
+    blocks   MatMul -> the block in which the operator that stands for it makes int8 of its input, by definition
+    """
+
+    def __init__(self, graph: gs.Graph, step: Step, before: StepRun | None, blocks: Mapping[str, int]) -> None:
+        super().__init__(graph, step.feeds, keep=[t.name for t in graph.outputs])
+        self.values = Values(step.feeds)
+        self.values.before, self.blocks = before, blocks
+        self.done: set[int] = set()
+
+    def made(self, name: str) -> Array:
+        """A tensor of this step, wherever the others are."""
+        for node in self.needed(name):
+            run_node(node, [self])
+        return self.values[name]
+
+    def seen(self, node: gs.Node) -> Mapping[str, Array]:
+        """What `node` reads."""
+        block = self.blocks.get(node.name) if node.op == "MatMul" else None
+        if block is None:
+            return self.values
+        x = node.inputs[0].name
+        return {**self.values, x: int8_blocks(self.values[x], block)}
+
+
+def run_node(node: gs.Node, runs: Sequence[StepRun]) -> None:
+    """`node` for the steps that have not run it yet."""
+    waiting = [run for run in runs if id(node) not in run.done]
+    for run in waiting:
+        run.done.add(id(node))
+    if not dependencies(node):  # made of constants: the same for all
+        outputs = evaluate_node(node, {}, runs[0].graph)
+        for run in waiting:
+            run.store(node, outputs)
+        return
+    seen = [run.seen(node) for run in waiting]
+    for run, outputs in zip(waiting, evaluate_each(node, seen, runs[0].graph), strict=True):
+        run.store(node, outputs)
+
+
+def lockstep(graph: gs.Graph, steps: Sequence[Step], blocks: Mapping[str, int] | None = None) -> tuple[Answers, str]:
+    """(the outputs of every step, the first tensor that is not finite in any step, or "")."""
+    runs: dict[str, StepRun] = {}
+    for step in steps:
+        runs[step.name] = StepRun(graph, step, runs.get(step.after), blocks or {})
+    names = [t.name for t in graph.outputs]
+    first = runs[steps[0].name]
+    needed = {id(node) for name in names for node in first.needed(name)}
+    with one_thread():
+        for node in graph.nodes:
+            if id(node) in needed:
+                run_node(node, list(runs.values()))
+    answers = {step: {name: run.values[name] for name in names} for step, run in runs.items()}
+    return answers, next((run.first_bad for run in runs.values() if run.first_bad), "")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """NumPy's products on one thread: with few rows they wait for memory, and threads that wait by spinning for the
+    others keep the process that runs the artifact from its cores."""
+    libraries = (Path(np.__file__).parent.parent / "numpy.libs").glob("libscipy_openblas*")
+    blas = next((ctypes.CDLL(str(path)) for path in libraries), None)
+    get, put = (getattr(blas, f"scipy_openblas_{verb}_num_threads64_", None) for verb in ("get", "set"))
+    threads = get() if get is not None else 0
+    try:
+        if put is not None:
+            put(1)
+        yield
+    finally:
+        if put is not None and threads:
+            put(threads)

@@ -1,0 +1,131 @@
+"""What every form of a model is asked: short random inputs, the same ones every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler.accuracy.data import token_feeds
+from instantrt.compiler.frontend.model import LlmShape
+from instantrt.passes.core.evaluate_node import numpy_type
+from instantrt.passes.core.lazy import Array
+
+PROMPT, SHORTER, DECODES = 8, 3, 2  # tokens of a prompt, of those the second row lacks, and tokens after it
+PAST = "past_key_values."
+CHANGED = "last token changed"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call. `after` is the step whose cache it goes on with; `row` of it is one of two that decode together.
+
+    tokens, keys   where an output says something, [B, S] and [B, T]; None where all of it does
+    """
+
+    name: str
+    feeds: Mapping[str, Array]
+    after: str = ""
+    tokens: Array | None = None
+    keys: Array | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Two sequences of different lengths, and the tokens that follow both: int64 [S0], [S1], [DECODES, 2]."""
+
+    rows: tuple[Array, Array]
+    tokens: Array
+
+
+def prompts_of(llm: LlmShape) -> Prompts:
+    random = np.random.default_rng(0)
+    longest = min(PROMPT, max(1, llm.max_length - DECODES)) if llm.max_length else PROMPT
+    decodes = min(DECODES, max(0, llm.max_length - longest)) if llm.max_length else DECODES
+    rows = [random.integers(0, llm.vocab, length) for length in (longest, max(1, longest - SHORTER))]
+    return Prompts((rows[0], rows[1]), random.integers(0, llm.vocab, (decodes, 2)))
+
+
+def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Step]:
+    """A prefill, tokens with its cache, rows of two lengths, and the prompt with another last token.
+
+    right   rows may also be padded on the right
+    """
+    prompts = prompts_of(llm)
+    longest, length = len(prompts.rows[0]), len(prompts.rows[1])
+    inputs = {t.name for t in graph.inputs}
+    other = prompts.rows[0].copy()
+    other[-1] = (other[-1] + 1 + llm.vocab // 2) % llm.vocab
+    steps = [new(graph, "prefill", prompts.rows[0][None])]
+    for index, ids in enumerate(prompts.tokens):
+        steps.append(follow(graph, steps[-1], f"decode {index + 1}", ids[None, :1]))
+    if "attention_mask" in inputs and longest > length:
+        sides = [("left", slice(longest - length, None)), *([("right", slice(0, length))] if right else [])]
+        for side, here in sides:
+            mask = np.ones((2, longest), np.int64)
+            mask[1] = 0
+            mask[1, here] = 1
+            ids = np.tile(prompts.rows[0], (2, 1))
+            ids[1, here] = prompts.rows[1]
+            steps.append(new(graph, f"padded on the {side}", ids, mask))
+            if side == "left" and len(prompts.tokens):
+                steps.append(follow(graph, steps[-1], "decode of padded rows", prompts.tokens[0][:, None]))
+    return [*steps, new(graph, CHANGED, other[None])]
+
+
+def row_steps(graph: gs.Graph, llm: LlmShape) -> list[Step]:
+    """The second sequence by itself: what the shorter row of a batch is held against."""
+    prompts = prompts_of(llm)
+    steps = [new(graph, "row", prompts.rows[1][None])]
+    for index, ids in enumerate(prompts.tokens):
+        steps.append(follow(graph, steps[-1], f"row {index + 1}", ids[None, 1:]))
+    return steps
+
+
+def new(graph: gs.Graph, name: str, ids: Array, mask: Array | None = None) -> Step:
+    """ids [B, S] with an empty cache; mask [B, S]."""
+    caches = {
+        t.name: np.zeros([len(ids) if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(t.shape)], f)
+        for t in graph.inputs
+        if t.name.startswith(PAST) and (f := numpy_type(t.dtype)) is not None
+    }
+    mask = np.ones_like(ids) if mask is None else mask
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    return step(graph, name, {**token_feeds(ids), "attention_mask": mask, "position_ids": positions, **caches}, "")
+
+
+def follow(graph: gs.Graph, before: Step, name: str, ids: Array) -> Step:
+    """ids [B, 1] after another step."""
+    assert before.keys is not None
+    mask = np.concatenate([before.keys.astype(np.int64), np.ones_like(ids)], axis=1)
+    positions = mask.sum(axis=1, keepdims=True) - 1
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return step(graph, name, feeds, before.name)
+
+
+def step(graph: gs.Graph, name: str, feeds: Mapping[str, Array], after: str) -> Step:
+    """What `graph` takes of `feeds`, in its types."""
+    types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
+    keys = feeds["attention_mask"].astype(bool)
+    given = {n: value.astype(types[n], copy=False) for n, value in feeds.items() if n in types}
+    return Step(name, given, after, keys[:, -feeds["input_ids"].shape[1] :], keys)
+
+
+def attempts(inputs: Sequence[gs.Variable]) -> Iterator[Step]:
+    """Inputs for any model: the first that it takes will do. Later ones are smaller, in size and in value."""
+    for index, (leading, others, below) in enumerate(((2, 8, 8), (2, 8, 2), (1, 8, 2), (8, 8, 2), (1, 4, 2), (1, 1, 1))):
+        random = np.random.default_rng(index)
+        yield Step(f"run {index}", {t.name: drawn(t, random, leading, others, below) for t in inputs})
+
+
+def drawn(tensor: gs.Variable, random: np.random.Generator, leading: int, others: int, below: int) -> Array:
+    """Values of the tensor's type: standard normal floats, integers from 0 on, words."""
+    sizes = [d if isinstance(d, int) and d >= 0 else others if i else leading for i, d in enumerate(tensor.shape or ())]
+    dtype = numpy_type(tensor.dtype)
+    if dtype.kind in "OUS":
+        return np.asarray(random.integers(0, below, sizes)).astype(np.str_)
+    if dtype.kind in "biu":
+        return np.asarray(random.integers(0, below, sizes)).astype(dtype)
+    return np.asarray(random.standard_normal(sizes)).astype(dtype)
