@@ -31,7 +31,7 @@ SIZES: Mapping[str, Callable[[int, Sequence[int]], list[float]]] = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """`differs`: they are not the same, because ...; else a reason says why they could not be compared."""
 
     differs: bool = False
@@ -42,7 +42,7 @@ class Unknown(Exception):  # noqa: N818 -- no error: says what is not known
     """Inputs cannot be made up."""
 
 
-def compared(old: onnx.ModelProto, new: onnx.ModelProto, used: int) -> Verdict:
+def compared(old: onnx.ModelProto, new: onnx.ModelProto, used: int) -> Finding:
     """The first `used` outputs of a model of one node, and of what replaces it."""
     names = [o.name for o in old.graph.output if int(o.name[1:]) < used]
     reason = ""
@@ -56,11 +56,11 @@ def compared(old: onnx.ModelProto, new: onnx.ModelProto, used: int) -> Verdict:
         try:
             (got,) = outputs(new, names, feeds)
         except Exception as error:
-            return Verdict(NO_KERNEL not in str(error), first_line(error))
+            return Finding(NO_KERNEL not in str(error), first_line(error))
         random = any(difference(a, b) for a, b in zip(want, again, strict=True))
         found = [difference(a, b, values=not random) for a, b in zip(want, got, strict=True)]
-        return Verdict(differs=True, reason=next(filter(None, found))) if any(found) else Verdict()
-    return Verdict(reason=reason)
+        return Finding(differs=True, reason=next(filter(None, found))) if any(found) else Finding()
+    return Finding(reason=reason)
 
 
 def first_line(error: Exception) -> str:

@@ -38,9 +38,9 @@ def load_onnx(path: Path) -> FloatModel:
     widened as they are read.
     """
     model = inlined(read(path), path)
+    tidy(model, path)
     check_nodes(model, path)
     refuse_quantized(model, path)
-    tidy(model, path)
     constant_nodes(model)
     weights = take_weights(model, path)
     notes = (*widen(model, weights, path), *at_opset(model, path))
@@ -114,23 +114,23 @@ def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
 
 
 def tidy(model: onnx.ModelProto, path: Path) -> None:
-    """Old files list their weights as inputs, too, and ONNX Runtime takes its own operators without their opset."""
+    """What the same model may be written as: weights that are inputs, too, the standard domain by its long name.
+
+    ONNX Runtime takes its own operators without their opset.
+    """
+    standard_opset(model, path)
     sparse = next((t.values.name for graph in graphs(model.graph) for t in graph.sparse_initializer), None)
     if sparse is not None:
         raise UserError("sparse weights are not supported", where=f"{path}, initializer {sparse}")
-    for value in (*model.graph.input, *model.graph.output):
-        kind = value.type.WhichOneof("value") or "tensor_type"
-        if kind != "tensor_type":
-            raise UserError(
-                "an input or output that is no tensor", where=f"{path}, {value.name}", found=kind.removesuffix("_type")
-            )
     model.ir_version = max(model.ir_version, FIRST_IR)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in weights]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    used = any(n.domain == CONTRIB for graph in graphs(model.graph) for n in graph.node)
-    if used and all(o.domain != CONTRIB for o in model.opset_import):
+    nodes = [node for graph in graphs(model.graph) for node in graph.node]
+    for each in (*nodes, *model.opset_import):
+        each.domain = "" if each.domain in STANDARD else each.domain
+    if any(node.domain == CONTRIB for node in nodes) and all(o.domain != CONTRIB for o in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
 
 
@@ -176,6 +176,7 @@ def widen(model: onnx.ModelProto, weights: dict[str, View], path: Path) -> tuple
             else:
                 tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
         for node in (n for n in graph.node if not rounded & set(n.output)):
+            unrounded += node.op_type == "CastLike"
             for attribute in node.attribute:
                 if attribute.name in TYPES and attribute.i in NARROW:
                     found.add(attribute.i)
@@ -189,7 +190,7 @@ def widen(model: onnx.ModelProto, weights: dict[str, View], path: Path) -> tuple
     names = " and ".join(name for kind, name in NARROW.items() if kind in found)
     return (
         *(f"{name} inputs and outputs become float32" for kind, name in NARROW.items() if kind in interface),
-        *((f"{names} becomes float32: {unrounded} casts to it no longer round or overflow",) if unrounded else ()),
+        *((f"{names} becomes float32: casts to it no longer round or overflow",) if names and unrounded else ()),
     )
 
 

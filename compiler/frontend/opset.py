@@ -16,7 +16,7 @@ import onnx.parser
 import onnx.version_converter
 from onnx.helper import get_attribute_value, make_empty_tensor_value_info, make_graph, make_model, make_opsetid
 
-from instantrt.compiler.frontend.compare import Verdict, compared, first_line
+from instantrt.compiler.frontend.compare import Finding, compared, first_line
 from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 
@@ -154,7 +154,7 @@ class Conversion:
 
     def __init__(self, version: int, target: int, path: Path) -> None:
         self.version, self.target, self.path = version, target, path
-        self.known: dict[bytes, tuple[onnx.ModelProto, Verdict]] = {}
+        self.known: dict[bytes, tuple[onnx.ModelProto, Finding]] = {}
         self.notes: list[str] = []
 
     def convert(self, graph: onnx.GraphProto, types: Types, values: Values) -> None:
@@ -195,12 +195,12 @@ class Conversion:
             except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
             self.known[key] = new, compared(old, new, used)
-        new, verdict = self.known[key]
-        if verdict.differs:
-            raise self.error(node, "an operator that does not survive the conversion", found=verdict.reason)
-        if verdict.reason and not same_form(node.op_type, self.version, self.target):
+        new, finding = self.known[key]
+        if finding.differs:
+            raise self.error(node, "an operator that does not survive the conversion", found=finding.reason)
+        if finding.reason and not same_form(node.op_type, self.version, self.target):
             self.notes.append(
-                f"{node.op_type} of opset {self.version} could not be compared with what became of it: {verdict.reason}"
+                f"{node.op_type} of opset {self.version} could not be compared with what became of it: {finding.reason}"
             )
         return list(renamed(node, new))
 

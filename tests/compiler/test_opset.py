@@ -260,13 +260,13 @@ def alone(body: str, version: int = 17) -> onnx.ModelProto:
     ],
 )
 def test_a_difference_is_said_in_words(other: str, says: str) -> None:
-    verdict = compared(alone("o0 = Softmax(i0)"), alone(other), 1)
-    assert verdict.differs
-    assert re.search(says, verdict.reason)
+    finding = compared(alone("o0 = Softmax(i0)"), alone(other), 1)
+    assert finding.differs
+    assert re.search(says, finding.reason)
 
 
 def test_what_cannot_run_is_not_called_different() -> None:
     for old, new in (("Softmax(i0)", "GlobalLpPool(i0)"), ("Reshape(i0, i0)", "Neg(i0)")):
-        verdict = compared(alone(f"o0 = {old}", 22), alone(f"o0 = {new}", 22), 1)
-        assert not verdict.differs
-        assert verdict.reason
+        finding = compared(alone(f"o0 = {old}", 22), alone(f"o0 = {new}", 22), 1)
+        assert not finding.differs
+        assert finding.reason

@@ -6,6 +6,7 @@ do not change are compared far beyond the length that they were scaled from.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ CHANGING: dict[str, dict[str, Any]] = {
 
 
 def made(folder: Path, family: str, **fields: Any) -> Any:
-    return make(family, folder, **fields)
+    return make(family, folder, **deepcopy(fields))  # transformers writes into what it is given
 
 
 def compiled(folder: Path, **fields: Any) -> Artifact:
