@@ -87,7 +87,12 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
     found: list[UserError] = []
     try:
-        opened = hf.open_checkpoint(folder, trust_remote_code=trust_remote_code, report=found.append)
+        opened = hf.open_checkpoint(
+            folder,
+            trust_remote_code=trust_remote_code,
+            max_length=1,  # which lengths are asked for is no matter of the checkpoint
+            report=found.append,
+        )
     except MissingExtra:
         raise
     except UserError as error:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 Array = npt.NDArray[Any]
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of a value; of the largest one: two kernels of one operator may add in another order
-MOST = 1 << 22  # elements of an input
+MOST, LESS = 1 << 18, 16  # elements of all inputs, and what a size is cut to where there are more
 # The size of what has a name or nothing; what integers are below; the axes of what has no shape.
 ATTEMPTS = ((6, 2, 3), (16, 2, 4), (6, 1, 2))
 NO_KERNEL = "Could not find an implementation"
@@ -110,26 +110,29 @@ def random_feeds(model: onnx.ModelProto, size: int, below: int, axes: int) -> di
     (node,) = model.graph.node
     schema = onnx.defs.get_schema(node.op_type, model.opset_import[0].version, "")
     meanings = {name: schema.inputs[min(i, len(schema.inputs) - 1)].name for i, name in enumerate(node.input)}
+    if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in model.graph.input):
+        raise Unknown("an input is no tensor")
+    kinds = {value.name: value.type.tensor_type for value in model.graph.input}
+    shapes = {
+        name: [d.dim_value if d.HasField("dim_value") else size for d in kind.shape.dim]
+        if kind.HasField("shape")
+        else [size] * axes
+        for name, kind in kinds.items()
+    }
+    if sum(map(math.prod, shapes.values())) > MOST:
+        shapes = {name: [min(d, LESS) for d in shape] for name, shape in shapes.items()}
     feeds: dict[str, Array] = {}
-    for value in model.graph.input:
-        kind, meaning = value.type.tensor_type, meanings[value.name]
-        if value.type.WhichOneof("value") not in (None, "tensor_type"):
-            raise Unknown(f"its input {meaning} is no tensor")
-        shape = [d.dim_value if d.HasField("dim_value") else size for d in kind.shape.dim]
-        shape = shape if kind.HasField("shape") else [size] * axes
-        element = kind.elem_type or onnx.TensorProto.FLOAT
-        if meaning in SIZES and len(shape) == 1 and feeds:
-            first = next(iter(feeds.values())).shape
+    for name, shape in shapes.items():
+        element, values = kinds[name].elem_type or onnx.TensorProto.FLOAT, SIZES.get(meanings[name])
+        if values is not None and len(shape) == 1 and feeds:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
-            feeds[value.name] = np.array(SIZES[meaning](shape[0], first), dtype)
+            feeds[name] = np.array(values(shape[0], next(iter(feeds.values())).shape), dtype)
         else:
-            feeds[value.name] = random_array(element, shape, below, rng)
+            feeds[name] = random_array(element, shape, below, rng)
     return feeds
 
 
 def random_array(kind: int, shape: list[int], below: int, rng: np.random.Generator) -> Array:
-    if math.prod(shape) > MOST:
-        shape = [min(d, 32) for d in shape]
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
     if kind == onnx.TensorProto.STRING:
         return np.full(shape, "1", object)

@@ -18,6 +18,7 @@ import torch
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf
+from instantrt.compiler.inspect import inspect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from tests.models import SIZES, make
@@ -124,6 +125,11 @@ def test_the_longest_sequence_that_an_artifact_takes(
 ) -> None:
     """Engines have a limit of their own; what runs on a CPU takes as many tokens as the model can."""
     assert Request(Path("m"), targets, Path("o"), **given).longest_sequence() == longest
+
+
+def test_a_checkpoint_is_inspected_without_a_length(tmp_path: Path) -> None:
+    made(tmp_path, **CHANGING["phi3"])
+    assert inspect(tmp_path).problems == ()
 
 
 STATIC = {
