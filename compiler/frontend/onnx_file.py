@@ -17,7 +17,7 @@ from onnx.numpy_helper import from_array, to_array
 
 from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
-from instantrt.compiler.frontend.opset import STANDARD, at_opset, names_within, standard_opset, with_types
+from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
 from instantrt.passes.core.subgraphs import graphs, tensors
@@ -85,7 +85,7 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
     What holds subgraphs is left out: they may read what only their place in the graph shows.
     """
     context = onnx.checker.C.CheckerContext()
-    context.ir_version = model.ir_version
+    context.ir_version, version = model.ir_version, standard_opset(model, path)
     context.opset_imports = {o.domain: o.version for o in model.opset_import}
     for node in (n for graph in graphs(model.graph) for n in graph.node):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
@@ -93,6 +93,8 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
         try:
             onnx.checker.check_node(node, context)
         except onnx.checker.ValidationError as error:
+            if has_rule(node, version) and onnx.defs.get_schema(node.op_type, version, "").deprecated:
+                continue  # but ONNX Runtime takes it, and it is put into other words
             raise UserError(
                 "a node that its operator does not allow",
                 where=f"{path}, {node.op_type} {node.name or node.output[:1]}",

@@ -96,6 +96,11 @@ def normalized(old: Old) -> str | None:
         v = Add(i4, e) r = Sqrt(v) n = Div(d, r) m = Mul(n, i1) o0 = Add(m, i2)"""
 
 
+def spelled(old: Old) -> str:
+    """onnx's checker cannot read the operator's own formula where its axes are left to the default."""
+    return old.call("i0", axes=old.get("axes", [0, 2, 3]))
+
+
 # Operator -> the opset at which it begins to mean what it means today, and what it was, in today's words. None leaves
 # a node to onnx's converter, as does an operator that is not here.
 RULES: Mapping[str, tuple[int, Callable[[Old], str | None]]] = {
@@ -106,7 +111,13 @@ RULES: Mapping[str, tuple[int, Callable[[Old], str | None]]] = {
     "Upsample": (10, resized),
     "GroupNormalization": (21, channels),
     "BatchNormalization": (9, normalized),
+    "MeanVarianceNormalization": (OPSET, spelled),
 }
+
+
+def has_rule(node: onnx.NodeProto, version: int) -> bool:
+    """Is a node of opset `version` put into other words?"""
+    return node.domain in STANDARD and version < RULES.get(node.op_type, (0, None))[0]
 
 
 def standard_opset(model: onnx.ModelProto, path: Path) -> int:
@@ -182,7 +193,8 @@ class Conversion:
             raise self.error(node, "an operator that its opset does not have") from None
         if node.op_type == "Scan" and old.since_version == 8:
             raise self.error(node, "an operator that cannot be converted")
-        return old.since_version != new.since_version and not any(a.HasField("g") for a in node.attribute)
+        other = old.since_version != new.since_version or (has_rule(node, self.version) and self.version < self.target)
+        return other and not any(a.HasField("g") for a in node.attribute)
 
     def replaced(self, node: onnx.NodeProto, types: Types, values: Values, read: set[str]) -> list[onnx.NodeProto]:
         """What `node` becomes, compared with it."""
@@ -287,12 +299,12 @@ def described(model: onnx.ModelProto) -> onnx.ModelProto:
 def rewritten(old: onnx.ModelProto, version: int) -> onnx.ModelProto | None:
     """What a rule makes of the one node of `old`; None where none says anything of it."""
     (node,) = old.graph.node
-    before, rule = RULES.get(node.op_type, (0, None))
-    if rule is None or version >= before:
+    if not has_rule(node, version):
         return None
     known = next((i.type.tensor_type for i in old.graph.input if i.name == "i0"), None)
     rank = len(known.shape.dim) if known is not None and known.HasField("shape") else None
     attributes = {a.name: get_attribute_value(a) for a in node.attribute}
+    _, rule = RULES[node.op_type]
     text = rule(Old(node.op_type, attributes, rank, len(node.output)))
     if text is None:
         return None
