@@ -184,6 +184,7 @@ def widen(model: onnx.ModelProto, weights: dict[str, View], path: Path) -> tuple
                     found.add(attribute.i)
                     unrounded += node.op_type == "Cast"
                     attribute.i = TensorProto.FLOAT
+                found |= widen_type(attribute.tp)
                 if attribute.t.data_type in NARROW:
                     found.add(attribute.t.data_type)
                     attribute.t.CopyFrom(from_array(to_array(attribute.t).astype(np.float32)))

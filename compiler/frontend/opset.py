@@ -25,6 +25,14 @@ RUNS = 27  # the last at which ONNX Runtime has all that passes write
 NEWEST = max(RUNS, onnx.defs.onnx_opset_version())
 STANDARD = ("", "ai.onnx")
 
+FAILURES = (  # what onnx raises over a node; of assertions, RuntimeError
+    RuntimeError,
+    onnx.checker.ValidationError,
+    onnx.parser.ParseError,
+    onnx.shape_inference.InferenceError,
+    onnx.version_converter.ConvertError,
+)
+
 Types = Mapping[str, onnx.TypeProto]
 Values = Mapping[str, onnx.TensorProto]
 
@@ -204,7 +212,7 @@ class Conversion:
         if key not in self.known:
             try:
                 new = rewritten(old, self.version) or converted(old, self.target)
-            except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            except FAILURES as error:
                 raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
             self.known[key] = new, compared(old, new, used)
         new, finding = self.known[key]
