@@ -89,7 +89,7 @@ ODD, UP = [1, 1, 2.5, 1.6], [1.0, 1.0, 2.0, 2.0]
 SCALES = {"s": np.float32(ODD)}
 GROUPS = {"g": np.float32([1, -2]), "c": np.float32([3, 0.5])}
 STATISTICS = {name: np.linspace(start, 3, 20, dtype=np.float32).reshape(4, 5) for start, name in enumerate("gcmv", 1)}
-NESTED = """zero = Constant <value_float = 0.0> () e = ReduceMax <keepdims = 0> (x) c = Greater(e, zero)
+NESTED = """zero = Constant <value = float {0.0}> () e = ReduceMax <keepdims = 0> (x) c = Greater(e, zero)
     y = If(c) <then_branch = a () => (float[b, 4] p) { p = Hardmax <axis = 0> (x) },
                else_branch = d () => (float[b, 4] q) { q = Softmax <axis = 0> (x) }>"""
 LOOP = """n = Constant <value = int64 {3}> () y = Loop(n, , x) <body = one (int64 i, bool c, float[b, 4] p) =>
