@@ -88,7 +88,12 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     found: list[UserError] = []
     try:
         with tried("reading the checkpoint", where=str(folder)):
-            opened = hf.open_checkpoint(folder, trust_remote_code=trust_remote_code, report=found.append)
+            opened = hf.open_checkpoint(
+                folder,
+                trust_remote_code=trust_remote_code,
+                max_length=1,  # which lengths are asked for is no matter of the checkpoint
+                report=found.append,
+            )
     except MissingExtra:
         raise
     except UserError as error:

@@ -373,3 +373,10 @@ def test_a_quantization_of_nothing_is_refused(body: str, ignore: tuple[str, ...]
     path = model_file(tmp_path / "m.onnx", body, {"a": A})
     with pytest.raises(UserError, match=says):
         plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8", ignore=ignore))
+
+
+def test_a_length_without_sequences_is_refused(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", "y = Relu(x)", {})
+    with pytest.raises(UserError, match="max_length does nothing without a GPU target or a causal LM"):
+        plan(Request(path, ("x86",), tmp_path / "out", quant="none", max_length=64))
+    plan(Request(path, ("sm89",), tmp_path / "out", quant="none", max_length=64, builder="kit"))
