@@ -113,9 +113,7 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
         check_reports(request.out / REPORT, targets)
 
 
-def run_once(
-    planned: Plan, request: Request, artifacts: list[Artifact], staging: Staging, watch: Watch
-) -> None:
+def run_once(planned: Plan, request: Request, artifacts: list[Artifact], staging: Staging, watch: Watch) -> None:
     """Runs the artifacts where they are staged, against their twins; SmokeError for one that is wrong."""
     from instantrt.compiler.smoke.run import smoke
 

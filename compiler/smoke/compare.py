@@ -19,8 +19,10 @@ MASKED = -3e4  # logits this low are words that cannot come: every form has its 
 
 @dataclass(frozen=True)
 class Distance:
-    """Of one output of one step: relative L2, the largest difference, the largest value; or in words why there is
-    none (another shape, other integers, a NaN in one of them)."""
+    """Of one output of one step: relative L2, the largest difference, the largest value.
+
+    odd   why there is none, in words: another shape or other integers, which are infinitely far; a NaN in one of them
+    """
 
     step: str
     output: str
@@ -51,36 +53,40 @@ def meaning(output: str, value: Array, expected: Array, step: Step) -> tuple[Arr
             last = tokens.shape[1] - 1 - tokens[:, ::-1].argmax(axis=1)
             return value[:, 0], expected[np.arange(len(last)), last]
         return (value[tokens], expected[tokens]) if value.shape == expected.shape else (value, expected)
-    if output.startswith(PRESENT) and step.keys is not None and value.shape == expected.shape:
-        if value.ndim == 4 and value.shape[2] == step.keys.shape[1]:
-            return value.swapaxes(1, 2)[step.keys], expected.swapaxes(1, 2)[step.keys]
+    cache = output.startswith(PRESENT) and value.ndim == 4 and value.shape == expected.shape
+    if cache and step.keys is not None and value.shape[2] == step.keys.shape[1]:
+        return value.swapaxes(1, 2)[step.keys], expected.swapaxes(1, 2)[step.keys]
     return value, expected
 
 
 def distance(step: str, output: str, value: Array, expected: Array) -> Distance:
     if value.shape != expected.shape:
-        return Distance(step, output, odd=f"its shape is {list(value.shape)}, not {list(expected.shape)}")
+        return Distance(step, output, math.inf, odd=f"has shape {list(value.shape)}, not {list(expected.shape)}")
     if value.dtype.kind not in "fV" or expected.dtype.kind not in "fV":
         count = int((value != expected).sum())
-        return Distance(step, output, odd=f"{count} of {value.size} values are others" if count else "")
+        if count:
+            return Distance(step, output, math.inf, odd=f"has {count} of {value.size} values that are others")
+        return Distance(step, output)
     a, b = value.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
-        return Distance(step, output, odd="it is not finite where the twin is, or the other way round")
+        return Distance(step, output, math.nan, odd="is not finite where it should be, or the other way round")
     delta, size = a[finite] - b[finite], np.linalg.norm(b[finite])
     off, largest = np.linalg.norm(delta), float(np.abs(delta).max(initial=0))
     relative = float(off / size) if size else math.inf if off else 0.0
     return Distance(step, output, relative, largest, float(np.abs(b[finite]).max(initial=0)))
 
 
-def not_finite(answers: Answers, steps: Sequence[Step]) -> tuple[str, str] | None:
-    """(step, output) of the first that has values that mean something and are not finite."""
+def not_finite(answers: Answers, steps: Sequence[Step], *, every: bool) -> tuple[str, str] | None:
+    """(step, output) of the first that has values that mean something and are not finite; where `every` is asked for,
+    nothing else. Random inputs may well have no logarithm."""
     by_name: Mapping[str, Step] = {step.name: step for step in steps}
     for name, outputs in answers.items():
         for output, value in outputs.items():
-            if value.dtype.kind == "f":
+            if value.dtype.kind == "f" and value.size:
                 counted, _ = meaning(output, value, value, by_name.get(name, Step(name, {})))
-                if not np.isfinite(counted).all():
+                finite = np.isfinite(counted)
+                if not (finite.any() if every else finite.all()):
                     return name, output
     return None
 
@@ -90,9 +96,9 @@ def moved(answers: Answers, like: Answers | None = None) -> bool | None:
 
     Seen in its logits; where only the last token's are delivered (by `like`), in what the cache keeps of it.
     """
-    pair = [answers.get(name) for name in ("prefill", CHANGED)]
+    pair = [answers[name] for name in ("prefill", CHANGED) if name in answers]
     shape = (like or answers).get("prefill", {})
-    if None in pair or LOGITS not in shape:
+    if len(pair) < 2 or LOGITS not in shape:
         return None
     caches = [name for name in shape if name.startswith(PRESENT)]
     output = LOGITS if shape[LOGITS].shape[1] > 1 else caches[-1] if caches else ""

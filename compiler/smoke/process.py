@@ -20,6 +20,7 @@ import numpy as np
 from instantrt.passes.core.lazy import Array
 
 SECONDS, BYTES_PER_SECOND = 300, 20 << 20  # a run that takes longer, for its size, hangs
+LOADING = ("start", "load")  # what a process is at before its first step
 Answers = dict[str, dict[str, Array]]  # step -> output -> value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +15,7 @@ from instantrt.passes.core.lazy import Array
 
 PROMPT, SHORTER, DECODES = 8, 3, 2  # tokens of a prompt, of those the second row lacks, and tokens after it
 PAST = "past_key_values."
+CACHED = "cached"  # how the steps of both rows in one cache begin
 CHANGED = "last token changed"
 
 
@@ -115,7 +116,9 @@ def step(graph: gs.Graph, name: str, feeds: Mapping[str, Array], after: str) -> 
 
 def attempts(inputs: Sequence[gs.Variable]) -> Iterator[Step]:
     """Inputs for any model: the first that it takes will do. Later ones are smaller, in size and in value."""
-    for index, (leading, others, below) in enumerate(((2, 8, 8), (2, 8, 2), (1, 8, 2), (8, 8, 2), (1, 4, 2), (1, 1, 1))):
+    for index, (leading, others, below) in enumerate(
+        ((2, 8, 8), (2, 8, 2), (1, 8, 2), (8, 8, 2), (1, 4, 2), (1, 1, 1))
+    ):
         random = np.random.default_rng(index)
         yield Step(f"run {index}", {t.name: drawn(t, random, leading, others, below) for t in inputs})
 
@@ -129,3 +132,25 @@ def drawn(tensor: gs.Variable, random: np.random.Generator, leading: int, others
     if dtype.kind in "biu":
         return np.asarray(random.integers(0, below, sizes)).astype(dtype)
     return np.asarray(random.standard_normal(sizes)).astype(dtype)
+
+
+def fed(steps: Sequence[Step], prompts: Prompts | None = None) -> dict[str, Array]:
+    """What a process reads: the inputs of each step, and the prompts that its engine has in one cache."""
+    given = {f"{step.name}|{name}": value for step in steps for name, value in step.feeds.items()}
+    if prompts is not None:
+        given |= {f"{CACHED}|{row}": ids for row, ids in enumerate(prompts.rows)} | {f"{CACHED}|tokens": prompts.tokens}
+    return given
+
+
+def plain(step: str) -> str:
+    """The step by itself that one of both rows in one cache is held against."""
+    if not step.startswith(CACHED):
+        return step
+    index = int(step.removeprefix(CACHED))
+    return f"decode {index}" if index else "prefill"
+
+
+def typed(step: Step, graph: gs.Graph) -> Step:
+    """The step in the types of `graph`."""
+    types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
+    return replace(step, feeds={n: v.astype(types[n], copy=False) for n, v in step.feeds.items() if n in types})
