@@ -31,8 +31,22 @@ DTYPES: dict[str, np.dtype[Any]] = {
         ("I8", np.int8),
         ("U8", np.uint8),
         ("BOOL", np.bool_),
+        # Of quantized checkpoints that nothing here reads; which method wrote them is told from the config.
+        ("U16", np.uint16),
+        ("U32", np.uint32),
+        ("U64", np.uint64),
+        ("C64", np.complex64),
+        ("F8_E4M3", ml_dtypes.float8_e4m3fn),
+        ("F8_E5M2", ml_dtypes.float8_e5m2),
+        ("F8_E4M3FNUZ", ml_dtypes.float8_e4m3fnuz),
+        ("F8_E5M2FNUZ", ml_dtypes.float8_e5m2fnuz),
+        ("F8_E8M0", ml_dtypes.float8_e8m0fnu),
+        ("F6_E2M3", ml_dtypes.float6_e2m3fn),
+        ("F6_E3M2", ml_dtypes.float6_e3m2fn),
+        ("F4", ml_dtypes.float4_e2m1fn),
     )
 }
+PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of the types that take less than a byte there
 # A header of a model with a million tensors is below this; the format's own limit is the same.
 MAX_HEADER = 100_000_000
 
@@ -40,7 +54,16 @@ MAX_HEADER = 100_000_000
 def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
     """Every tensor of the checkpoint in `folder`, single-file or sharded."""
     if (folder / INDEX).is_file():
-        return read_shards(folder)
+        files = shards_of(folder / INDEX)
+        if (folder / SINGLE).is_file() and files != [SINGLE]:
+            raise UserError(
+                f"both {SINGLE} and {INDEX} are here, and they are different weights",
+                where=str(folder),
+                expected="one of them",
+                found=f"{SINGLE}, and an index of {', '.join(files[:3])}{', ...' if files[3:] else ''}",
+                fix="remove the one that is stale; transformers would take the single file",
+            )
+        return read_shards(folder, files)
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     shards = sorted(folder.glob("*.safetensors"))
@@ -55,13 +78,18 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
     )
 
 
-def read_shards(folder: Path) -> Mapping[str, FileTensor]:
-    index = folder / INDEX
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Tensor -> file name, as the index says."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError("not a shard index", where=str(index), expected='an object "weight_map" of tensor to file name')
-    tensors: dict[str, FileTensor] = {}
-    for file in sorted(set(weight_map.values())):
+    return weight_map
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of an index's files, which lie beside it."""
+    files = sorted(set(weight_map_of(index).values()))
+    for file in files:
         if Path(file).name != file or file == "..":
             raise UserError(
                 "the shard index points outside its folder",
@@ -70,15 +98,47 @@ def read_shards(folder: Path) -> Mapping[str, FileTensor]:
                 found=repr(file),
                 fix="do not use this checkpoint unless you trust where it came from",
             )
-        if not (folder / file).is_file():
-            raise UserError(
-                f"shard {file} is missing", where=str(folder), fix="download the checkpoint again, all shards of it"
-            )
-        tensors.update(read_header(folder / file))
-    lost = sorted(name for name in weight_map if name not in tensors)
+    return files
+
+
+def read_shards(folder: Path, files: list[str]) -> Mapping[str, FileTensor]:
+    """The tensors of an index's shards: all that it announces, each once."""
+    lost = [file for file in files if not (folder / file).is_file()]
     if lost:
-        raise UserError("tensors that the index announces are in no shard", where=str(index), found=", ".join(lost[:5]))
+        raise UserError(
+            f"shard {lost[0]} is missing",
+            where=str(folder),
+            found=f"{len(files) - len(lost)} of the {len(files)} shards that {INDEX} names",
+            fix="download the checkpoint again, all shards of it, or remove the index if it belongs to another save",
+        )
+    tensors: dict[str, FileTensor] = {}
+    for file in files:
+        for name, tensor in read_header(folder / file).items():
+            first = tensors.setdefault(name, tensor)
+            if first is not tensor and not same_bytes(first, tensor):
+                raise UserError(
+                    f"tensor {name} is in two shards, and differs",
+                    where=str(folder),
+                    found=f"{first.path.name} and {file}",
+                    fix="shards of two saves were mixed: copy the checkpoint again into an empty folder",
+                )
+    announced = weight_map_of(folder / INDEX)
+    absent = sorted(name for name in announced if name not in tensors)
+    if absent:
+        raise UserError(
+            "tensors that the index announces are in no shard",
+            where=str(folder / INDEX),
+            found=", ".join(absent[:5]),
+        )
     return tensors
+
+
+def same_bytes(a: FileTensor, b: FileTensor) -> bool:
+    """Are they equal, bit for bit? Read tile by tile: embedding tables take gigabytes."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    tiles = zip(a.tiles(), b.tiles(), strict=True)
+    return all(x.parts[0].tobytes() == y.parts[0].tobytes() for x, y in tiles)
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
@@ -112,11 +172,12 @@ def file_tensor(path: Path, base: int, name: str, info: Mapping[str, Any]) -> Fi
         )
     begin, end = info["data_offsets"]
     shape = tuple(info["shape"])
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    size = -(-math.prod(shape) * PACKED_BITS.get(info["dtype"], 8 * dtype.itemsize) // 8)
+    if end - begin != size:
         raise UserError(
             f"tensor {name} has a size that does not fit its shape",
             where=str(path),
-            expected=f"{math.prod(shape) * dtype.itemsize} bytes for {list(shape)} {info['dtype']}",
+            expected=f"{size} bytes for {list(shape)} {info['dtype']}",
             found=f"{end - begin} bytes",
         )
     return FileTensor(path, base + begin, shape, dtype, name)

@@ -23,6 +23,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
+from instantrt.passes.qdq.last_logits import head_linears
 
 
 def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
@@ -117,9 +118,20 @@ def decide(
         constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
         decisions = stored.decide(found, model.tensors, constants, reader, config)
     else:
-        head = next((f.path for f in found if model.llm is not None and f.shape[0] == model.llm.vocab), None)
-        decisions = instant.decide(found, config, scale_dtype, head, request.lm_head)
+        heads = heads_of(graph, model)
+        if request.lm_head == "int8" and not heads:
+            raise UserError("lm_head int8 says nothing to a model without a head", where=str(model.folder))
+        decisions = instant.decide(found, config, scale_dtype, heads, request.lm_head)
     if not any(isinstance(d, QuantTensor) for d in decisions.values()):
         reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
         raise UserError("no linear layer is left to quantize", found="; ".join(reasons))
     return decisions
+
+
+def heads_of(graph: gs.Graph, model: FloatModel) -> frozenset[str]:
+    """The linear that makes a language model's logits: the one that the model names, or those that the graph ends in.
+
+    Not the one with as many outputs as there are tokens: an MLP may have as many.
+    """
+    named = frozenset(found.path for found in pipeline.linears(graph) if found.path == model.head)
+    return named or frozenset(found.path for found in (head_linears(graph) if model.llm is not None else []))

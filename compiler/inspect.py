@@ -7,22 +7,22 @@ storage, which says what config.json announces.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend.account import Account, attempt, linears
+from instantrt.compiler.frontend.side_files import Report
 from instantrt.compiler.quant.config import QuantConfig
-from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.quant.stored import Reader, StoredLayer, StoredRows, check_no_bias
+from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import MissingExtra, UserError
 from instantrt.passes.core.lazy import FileTensor
 from instantrt.passes.core.quant import QuantTensor
 
@@ -61,40 +61,39 @@ class Problem:
 class Inspection:
     """What a checkpoint is. `targets` says what each would do with it.
 
-    `bytes_on` is what the weights of an artifact take for each runtime, `cache_bytes_per_token` its keys and values.
+    `account` is what became of every tensor and file, as in the manifest. `bytes_on` is what the weights of an artifact
+    take for each runtime, `cache_bytes_per_token` its keys and values. Of a checkpoint that could not be opened, only
+    the problems are known.
     """
 
     model: str
     format: str
     runs_as: str
-    tensors: int
-    parameters: int
-    bytes: int
-    layers: tuple[LayerReport, ...]
     problems: tuple[Problem, ...]
-    unannounced: tuple[str, ...]
-    notes: tuple[str, ...]
-    targets: Mapping[str, str]
-    bytes_on: Mapping[str, int]
-    cache_bytes_per_token: Mapping[str, int]
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    layers: tuple[LayerReport, ...] = ()
+    account: Account = field(default_factory=Account)
+    notes: tuple[str, ...] = ()
+    targets: Mapping[str, str] = field(default_factory=dict)
+    bytes_on: Mapping[str, int] = field(default_factory=dict)
+    cache_bytes_per_token: Mapping[str, int] = field(default_factory=dict)
 
 
 def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all."""
     if not folder.is_dir():
         raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
-    config = hf.read_config(folder, trust_remote_code)
-    model = hf.build_skeleton(config, folder, trust_remote_code)
-    tensors = hf.renamed(read_checkpoint(folder), model)
-    problems: list[Problem] = []
-    reader: Reader | None = None
+    found: list[UserError] = []
     try:
-        reader = find_reader(folder, config, tensors)
+        opened = hf.open_checkpoint(folder, trust_remote_code=trust_remote_code, report=found.append)
+    except MissingExtra:
+        raise
     except UserError as error:
-        problems.append(problem(error))
-    layers = tuple(layer_reports(model, tensors, reader, problems))
-    quantized = {layer.path for layer in layers if layer.scales is not None}
-    unannounced = announced(model, tensors, quantized, problems)
+        return Inspection(folder.name, "unknown", "nothing: it cannot be opened", problems([*found, error]))
+    model, reader, tensors = opened.model, opened.reader, opened.taken.tensors
+    layers = tuple(layer_reports(opened, found.append))
     llm = hf.llm_shape(model.config)
     numbers = 2 * llm.layers * llm.kv_heads * llm.head_dim
     asked = own_config(reader) if reader is not None else None
@@ -102,12 +101,12 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         model=folder.name,
         format=form(reader, layers),
         runs_as=method_of(asked).name if asked is not None else "float; choose with --quant",
+        problems=problems(found),
         tensors=len(tensors),
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=sum(size(t) for t in tensors.values()),
         layers=layers,
-        problems=tuple(problems),
-        unannounced=tuple(unannounced),
+        account=opened.taken.account,
         notes=reader.notes if reader is not None else (),
         targets={t.name: outlook(t, asked) for t in TARGETS},
         bytes_on={kind.value: artifact_bytes(model, layers, kind, asked) for kind in Backend},
@@ -115,32 +114,25 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
     )
 
 
-def problem(error: UserError) -> Problem:
-    return Problem(error.what, error.where, error.expected, error.found, error.fix)
+def problems(errors: Iterable[UserError]) -> tuple[Problem, ...]:
+    return tuple(Problem(e.what, e.where, e.expected, e.found, e.fix) for e in errors)
 
 
-def layer_reports(
-    model: Any, tensors: Mapping[str, FileTensor], reader: Reader | None, problems: list[Problem]
-) -> Iterator[LayerReport]:
-    """One report for each Linear module; what is inconsistent goes into `problems`."""
-    import torch
-
-    for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        shape = (module.out_features, module.in_features)
-        stored = tensors.get(f"{path}.weight")
-        try:
-            quant = reader.read(StoredLayer(path, shape, tensors)) if reader is not None else None
-            if isinstance(quant, QuantTensor) and isinstance(quant.source, StoredRows):
-                scale, zero = quant.source.parameters()
+def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerReport]:
+    """One report for each linear module; what is wrong with scales and zero points goes to `report`."""
+    tensors, layers = opened.taken.tensors, opened.taken.layers
+    for path, shape in linears(opened.model):
+        stored, quant = tensors.get(f"{path}.weight"), layers.get(path)
+        if isinstance(quant, QuantTensor) and isinstance(quant.source, StoredRows):
+            parameters = attempt(report, quant.source.parameters)
+            if parameters is not None:
+                scale, zero = parameters
                 zeros = int(zero.min()), int(zero.max())
                 scales = float(scale.min()), float(scale.max())
                 ordered = quant.order is not None
                 yield LayerReport(path, shape, described(quant), quant.bits, quant.group_size, zeros, scales, ordered)
                 continue
-        except UserError as error:
-            problems.append(problem(error))
+        if isinstance(quant, QuantTensor) or (opened.reader is not None and quant is None):
             yield LayerReport(path, shape, "cannot be read", 0)
             continue
         kind = str(stored.dtype) if stored is not None else "tied or missing"
@@ -151,28 +143,6 @@ def described(quant: QuantTensor) -> str:
     """How a layer is stored, whatever it is multiplied with."""
     grain = "per channel" if quant.per_channel else f"groups of {quant.group_size}"
     return f"{quant.bits} bits, {grain}, {'symmetric' if quant.symmetric else 'asymmetric'}"
-
-
-def announced(model: Any, tensors: Mapping[str, FileTensor], quantized: set[str], problems: list[Problem]) -> list[str]:
-    """Tensors of the checkpoint that the model has no place for; missing ones and lost biases become problems."""
-    groups = hf.parameter_names(model)
-    unreadable = {p.where.rpartition(".")[0] for p in problems} | {p.where for p in problems}
-    for names in groups:
-        path = names[0].removesuffix(".weight")
-        if not any(name in tensors for name in names) and path not in quantized | unreadable:
-            problems.append(
-                Problem("the checkpoint has no such tensor", names[0], fix="check that all shards are there")
-            )
-    known = {name for names in groups for name in names} | {name for name, _ in model.named_buffers()}
-    extra = [n for n in tensors if n not in known and n.rpartition(".")[0] not in quantized]
-    for path in quantized:
-        bias = tensors.get(f"{path}.bias")
-        if bias is not None and bias.name not in known:
-            try:
-                check_no_bias(bias)
-            except UserError as error:
-                problems.append(problem(error))
-    return extra
 
 
 def form(reader: Reader | None, layers: tuple[LayerReport, ...]) -> str:

@@ -28,7 +28,7 @@ from instantrt.compiler.serving.runtime.opening import open_engine
 from instantrt.compiler.serving.runtime.sampling import Sampling
 from instantrt.compiler.serving.runtime.scheduler import Engine, Failure, Job, RefusedError, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, tried
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -152,7 +152,8 @@ class LLM:
             )
         if not (path.parent / "tokenizer.json").is_file():
             raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
-        self.model, self.text = path, Text(path.parent)
+        with tried("reading the tokenizer", where=str(path.parent), fix="copy it again from the model"):
+            self.model, self.text = path, Text(path.parent)
         self.given = parameters(self.artifact) | {"threads": threads}
         longest = self.artifact.limits.get("max_length") or self.artifact.llm["max_length"] or self.given["max_length"]
         if max_length is not None and max_length > longest:
@@ -160,7 +161,8 @@ class LLM:
             raise UserError("max_length is more than the artifact can take", expected=most, found=str(max_length))
         try:
             rows = self.given["max_batch"] if max_batch is None else max_batch
-            self.limits = SequenceLimits(rows, longest if max_length is None else max_length, sys.maxsize)
+            length = longest if max_length is None else max_length
+            self.limits = SequenceLimits(rows, length, sys.maxsize, whole=self.given.get("prompts") == "whole")
         except ValueError as error:
             raise UserError(f"max_batch or max_length: {error}") from None
         self.engine: Engine | None = None
@@ -282,10 +284,11 @@ class LLM:
         libraries = [inside(self.out, name) for name in self.artifact.plugins]
         how = {name: self.given[name] for name in ("runtime", "cache", "threads")}
         try:
-            return open_engine(self.model, libraries, self.limits, gpu=ordinal, **how)
-        except (RuntimeError, MemoryError) as error:
-            fix = "a smaller max_batch or max_length" if isinstance(error, MemoryError) else ""
-            raise UserError("the model cannot be loaded", where=str(self.model), found=str(error), fix=fix) from None
+            with tried("loading the model", where=str(self.model)):
+                return open_engine(self.model, libraries, self.limits, gpu=ordinal, **how)
+        except MemoryError as error:
+            fix = "a smaller max_batch or max_length"
+            raise UserError("no memory for the model", where=str(self.model), found=str(error), fix=fix) from None
 
 
 @dataclass(frozen=True)
@@ -315,4 +318,5 @@ def load_artifact(folder: Path | str, target: str | None = None, *, threads: int
     from instantrt.compiler.serving.runtime.onnx_engine import open_session
 
     check_digests(out, artifact)
-    return LoadedModel(artifact, open_session(inside(out, artifact.path), threads))
+    with tried("loading it into ONNX Runtime", where=str(out / artifact.path)):
+        return LoadedModel(artifact, open_session(inside(out, artifact.path), threads))

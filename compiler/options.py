@@ -100,7 +100,9 @@ class Engines:
 
     builder: Builder = option("auto", "who builds; kit: what a GPU machine needs to finish the build", GPU)
     max_batch: int = option(1, "sequences that run together", GPU)
-    max_length: int | None = option(None, "tokens of a sequence, cache included; else 2048, or what the model can", GPU)
+    max_length: int | None = option(
+        None, "tokens of a sequence, cache included; else what the model can, in engines at most 2048"
+    )
     opt_length: int | None = option(None, "the length to tune for; else 512, or the longest", GPU)
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.backend.kernels import opset_with_kernels, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
 from instantrt.passes.core.verify import Stage, verify
@@ -33,6 +35,7 @@ from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.decompose_attention import DecomposeAttention
 from instantrt.passes.tensorrt.decompose_rms_norm import DecomposeRmsNorm
 from instantrt.passes.tensorrt.decompose_rotary import DecomposeRotary
+from instantrt.passes.tensorrt.explicit_mask import ExplicitMask
 from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
@@ -83,7 +86,7 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
 
 
 def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog) -> gs.Graph:
-    """Explicit operators of ONNX Runtime's CPU provider."""
+    """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each."""
     passes: list[Pass] = [] if request.portable else [*ATTENTION]
     passes += last_logits(graph, request, by_mask=True)
     passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
@@ -92,9 +95,13 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
     run(graph, passes, log)
+    if request.embeddings == "int8":
+        refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
-    return graph
+    if opset_with_kernels(graph) is None:  # maybe there is one before the whole operators of opset 23
+        run(graph, [DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary()], log)
+    return with_kernels(graph)
 
 
 def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pass]:
@@ -110,7 +117,7 @@ def lower_tensorrt(
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
     in_place = request.kv_cache == "in-place"
-    passes: list[Pass] = [*kv_in_place(limits.max_length)] if in_place else []
+    passes: list[Pass] = [ExplicitMask(), *(kv_in_place(limits.max_length) if in_place else ())]
     passes += last_logits(graph, request, by_mask=in_place)
     passes += [JoinLinears(gated=request.plugin is None)]
     if request.embeddings == "int8":
@@ -119,7 +126,10 @@ def lower_tensorrt(
     passes += cast_compute_type(dtype)
     if request.plugin is not None:
         passes += [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM]
-    lower_native(run(graph, passes, log), dtype, log)
+    run(graph, passes, log)
+    if request.embeddings == "int8":
+        refuse_no_table(log, LowerNativeTables)
+    lower_native(graph, dtype, log)
     if not target.rtx:  # TensorRT-RTX takes any block: docs/facts.md, "Blocks that full TensorRT documents"
         run(graph, [ExplicitScales()], log)
     return graph if target.whole_operators else decompose(graph, dtype, log)
@@ -146,6 +156,14 @@ def refuse_leftovers(graph: gs.Graph, log: PassLog, backend: str) -> None:
             fix="another --group-size, --weight-only for 8-bit GPTQ"
             + or_ignore(path for name in left for path in parts_of(name)),
         )
+
+
+def refuse_no_table(log: PassLog, by: type[Pass]) -> None:
+    """An option that did nothing is an error, with the reasons."""
+    said = [entry for entry in log.entries if isinstance(entry.by, by) and entry.target == log.target]
+    if all(entry.reason for entry in said):
+        reasons = dict.fromkeys(entry.reason for entry in said)
+        raise UserError("embeddings int8: no table takes it", found="; ".join(reasons), fix="leave it out")
 
 
 def decompose(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:

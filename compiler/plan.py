@@ -16,9 +16,10 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.decide import decide, resolve
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.request import Request
+from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
+from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
@@ -51,7 +52,7 @@ class Plan:
 
     `model.graph` stays the normalized float graph. Targets may share a twin, and a lowered graph. `builders` and
     `types` say who builds each engine and in which type it computes, `limits` what all accept; `notes` are what the
-    user should know.
+    user should know. `whole_prompts`: a token sees those after it, so no prompt is run in pieces.
     """
 
     model: FloatModel
@@ -62,6 +63,7 @@ class Plan:
     types: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     limits: EngineLimits = field(default_factory=EngineLimits)
     notes: tuple[str, ...] = ()
+    whole_prompts: bool = False
 
     @property
     def each_twin(self) -> list[Twin]:
@@ -77,7 +79,9 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
-    model = load(request.model, trust_remote_code=request.trust_remote_code)
+    model = load(request.model, trust_remote_code=request.trust_remote_code, max_length=request.longest_sequence())
+    if model.llm is None:
+        check_lengths(request)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     graph = pipeline.normalize(model.graph, log)
@@ -102,8 +106,9 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
         for t in gpu_targets
     }
+    whole = model.llm is not None and sees_ahead(graph)
     notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, twins, lowered, log, builders, types, limits, notes)
+    return Plan(model, twins, lowered, log, builders, types, limits, notes, whole)
 
 
 def make_twin(

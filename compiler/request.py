@@ -126,6 +126,11 @@ class Request(
         """The target rows, each once, in the order asked for."""
         return tuple(dict.fromkeys(find_target(name) for name in self.targets))
 
+    def longest_sequence(self) -> int | None:
+        """Tokens that none of the artifacts will take more of; None where one takes as many as the model can."""
+        engines = all(target.backend is Backend.TENSORRT for target in self.resolved_targets())
+        return self.engine_limits().max_length if engines else self.max_length
+
     def engine_limits(self, longest: int = 0) -> EngineLimits:
         """What an engine accepts; `longest` is the model's own maximum, 0 where it has none."""
         if longest and (self.max_length or 0) > longest:
@@ -159,6 +164,12 @@ def check_options(request: Request) -> None:
     for backend, lacking in ((Backend.ONNXRUNTIME, CPU), (Backend.TENSORRT, GPU)):
         if backend not in backends:
             refuse_idle(request, lacking, where=", ".join(request.targets))
+
+
+def check_lengths(request: Request) -> None:
+    """A model that is no causal LM has sequences in the profiles of engines only."""
+    if request.max_length is not None and all(t.backend is not Backend.TENSORRT for t in request.resolved_targets()):
+        raise UserError(f"max_length does nothing without {GPU} or a causal LM", where=str(request.model))
 
 
 def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it out") -> None:

@@ -116,8 +116,12 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
     llm, library = planned.model.llm, request.library(target)
     limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
+    if planned.whole_prompts:
+        limits["prompts"] = "whole"
     if choice is not None:
         limits |= asdict(planned.limits)
+    elif request.max_length is not None:
+        limits["max_length"] = request.max_length
     return Artifact(
         target=target.name,
         kind=kind,
@@ -127,7 +131,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(llm) if llm else None,
         digests={},
-        source=source(request, twin),
+        source={**source(request, twin), "account": planned.model.account},
         limits=limits,
         plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,

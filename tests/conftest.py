@@ -50,9 +50,9 @@ def one_export() -> Iterator[None]:
     """Whatever reads the example in this process gets a copy of one export of it. Children export for themselves."""
     export, exports = hf.load_checkpoint, {}
 
-    def load_once(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
+    def load_once(folder: Path, **options: Any) -> FloatModel:
         if folder != TINY:
-            return export(folder, trust_remote_code=trust_remote_code)
+            return export(folder, **options)
         if TINY not in exports:
             exports[TINY] = export(TINY)
         return replace(exports[TINY], graph=exports[TINY].graph.copy())

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import Array
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
     if not (folder / "tokenizer.json").is_file():
         raise UserError("no tokenizer for the text", where=str(folder), expected="tokenizer.json")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with tried("reading the tokenizer", where=str(folder / "tokenizer.json"), fix="copy it again from the model"):
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def read_text(text: Path) -> str:

@@ -18,7 +18,7 @@ from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.passes.core.errors import UserError, require
+from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
@@ -93,7 +93,8 @@ def transformers_runner(folder: Path) -> Runner:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with tried("loading the float model with transformers", where=str(folder)):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         given = {key: torch.tensor(feeds[key]) for key in ("input_ids", "attention_mask", "position_ids")}
@@ -118,9 +119,10 @@ def session(path: Path, *, as_written: bool = False, every_position: bool = Fals
     if as_written:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    if every_position:
-        return open_every_position(path, options)
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with tried("loading it into ONNX Runtime", where=str(path)):
+        if every_position:
+            return open_every_position(path, options)
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def onnx_runner(path: Path, outputs: Sequence[str], **how: bool) -> Runner:

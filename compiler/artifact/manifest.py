@@ -36,7 +36,8 @@ class Artifact:
     quant     module path -> what it was quantized to
     llm       sizes of the causal LM's interface (layers, kv_heads, head_dim, vocab, max_length), None for others
     digests   file -> sha256, relative to the manifest
-    source    what it was made of: the model's name, `files` (name -> sha256), the request without paths
+    source    what it was made of: the model's name, `files` (name -> sha256), the request without paths, and for a
+              folder `account`: how many tensors are used by what, and what is harmless, and why
     engine    builder, version, sm, profiles, options, how each weight is read; None for what is not an engine
     """
 

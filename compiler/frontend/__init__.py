@@ -10,19 +10,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, tried
 
 
-def load(model: Path, *, trust_remote_code: bool = False) -> FloatModel:
-    """Reads a Hugging Face folder or an ONNX file, told apart by what is there."""
+def load(model: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> FloatModel:
+    """Reads a Hugging Face folder or an ONNX file, told apart by what is there.
+
+    max_length   tokens that no sequence will exceed; None: as many as the model can
+    """
     if model.is_dir():
         from instantrt.compiler.frontend import hf
 
-        return hf.load_checkpoint(model, trust_remote_code=trust_remote_code)
+        with tried(
+            "reading the checkpoint", where=str(model), fix="a newer transformers may know it; --debug says more"
+        ):
+            return hf.load_checkpoint(model, trust_remote_code=trust_remote_code, max_length=max_length)
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 
-        return onnx_file.load_onnx(model)
+        with tried("reading the graph", where=str(model), fix="onnx.checker.check_model may say what is wrong with it"):
+            return onnx_file.load_onnx(model)
     raise UserError(
         "no model here",
         where=str(model),

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -18,53 +19,87 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.checkpoint import DTYPES, read_checkpoint, read_json
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
+from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
+from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_experts, check_family, refusal
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
-from instantrt.passes.core.errors import UserError, require
+from instantrt.compiler.frontend.rope import check_rope, keep_first_table
+from instantrt.compiler.frontend.side_files import Report, account_of_files
+from instantrt.compiler.quant import plain
+from instantrt.compiler.quant.readers import announced_reader
+from instantrt.compiler.quant.stored import Reader
+from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
 
 FOUND = 200  # characters of an error of transformers that a user is shown
-FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 
 
-def load_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> FloatModel:
-    """Reads `folder` (config.json, safetensors) and exports its graph.
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A folder that was opened: its config, the model without storage, and what each tensor is for."""
+
+    config: Mapping[str, Any]
+    model: Any
+    reader: Reader | None
+    taken: Taken
+
+
+def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> FloatModel:
+    """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
-    config = read_config(folder, trust_remote_code)
-    model = build_skeleton(config, folder, trust_remote_code)
-    tensors = renamed(read_checkpoint(folder), model)
+    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length)
+    model, tensors = opened.model, opened.taken.tensors
     shape = llm_shape(model.config)
     aliases = {name: names for names in parameter_names(model) for name in names}
-    graph = export_graph(model, shape)
+    with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
+        graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    return FloatModel(graph, folder, config, tensors, shape, files, stored_types(graph))
+    account, head = asdict(opened.taken.account), head_path(model)
+    return FloatModel(
+        graph, folder, opened.config, tensors, shape, files, stored_types(graph), head=head, account=account
+    )
 
 
-def parameter_names(model: Any) -> list[list[str]]:
-    """The names of each parameter: tied ones have several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
+def head_path(model: Any) -> str | None:
+    """Where the language-model head lies, as the model's own class says."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
 
 
-def renamed(tensors: Mapping[str, FileTensor], model: Any) -> dict[str, FileTensor]:
-    """The checkpoint's tensors by the names that the model's parameters have today; transformers knows what changed."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+def family(config: Mapping[str, Any]) -> str:
+    """What its users call a model: `LlamaForCausalLM (llama)`."""
+    names = config.get("architectures")
+    return f"{names[0] if isinstance(names, list) and names else 'the model'} ({config.get('model_type')})"
 
-    # Without the oldest rules, of TensorFlow's time: one of them takes `weight_g_idx`, an order, for a weight norm.
-    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
-    names = model.state_dict()
-    return {rename_source_key(name, rules, [], model.base_model_prefix, names)[0]: t for name, t in tensors.items()}
+
+def refuse(error: UserError) -> None:
+    raise error
+
+
+def open_checkpoint(
+    folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None, report: Report = refuse
+) -> OpenCheckpoint:
+    """Everything that is known before the export, in the order of what it costs.
+
+    Files, the method of a quantization, the model's class, then headers and the account of their tensors. `report` is
+    told what is wrong where more can be said afterwards.
+    """
+    files = account_of_files(folder, report)
+    config = read_config(folder, trust_remote_code)
+    reader = announced_reader(folder, config)
+    model = build_skeleton(config, folder, trust_remote_code, max_length)
+    stored = read_checkpoint(folder)
+    reader = reader or plain.detect(stored)
+    return OpenCheckpoint(config, model, reader, take_account(model, stored, reader, files, report))
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -76,10 +111,19 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             found='"auto_map"',
             fix="read that code, then pass --trust-remote-code",
         )
+    if (named := config.get("transformers_weights")) is not None:
+        raise UserError(
+            "config.json names the file of its weights",
+            where=str(folder / "config.json"),
+            found=f'"transformers_weights": {named!r}',
+            fix=f"rename that file to {SINGLE} (or its index to {INDEX}), and remove the key",
+        )
     return config
 
 
-def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
+def build_skeleton(
+    config: Mapping[str, Any], folder: Path, trust_remote_code: bool, max_length: int | None = None
+) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
     require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -92,27 +136,38 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
 
     register()
     logging.set_verbosity_error()
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    where = str(folder / "config.json")
+    check_architectures(config, where)
+    plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        kwargs = {key: value for key, value in plain.items() if key not in ("model_type", "transformers_version")}
+        kwargs = {k: value for k, value in plain_config.items() if k not in ("model_type", "transformers_version")}
         if trust_remote_code and "auto_map" in config:
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             hf_config.__dict__.pop("quantization_config", None)
         else:
-            hf_config = AutoConfig.for_model(plain.get("model_type", ""), **kwargs)
+            hf_config = AutoConfig.for_model(plain_config.get("model_type", ""), **kwargs)
+            check_family(hf_config, where)
         llm_shape(hf_config)  # a model without attention has none
+        check_rope(hf_config, max_length, folder / "config.json")
         with no_init_weights(), untouched_parameters():
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
             )
             model.tie_weights()  # skipping the initialisation skips this as well
+    except UserError:
+        raise
     except Exception as error:  # a config is the user's, and what nonsense in it raises is of any type
+        if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
+            what = f"{config['model_type']} has attention of its own, which does not go through transformers' interface"
+            raise refusal(what, config, where, ONNX) from error
         raise UserError(
             "transformers cannot build a causal language model from this config",
-            where=str(folder / "config.json"),
+            where=where,
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
             fix="the model may need a newer transformers, or it is not a causal language model",
         ) from error
+    check_experts(model, where)
+    keep_first_table(model)
     return model.eval()
 
 
@@ -235,14 +290,6 @@ def bind_weights(
         names = aliases[tensor.name.removeprefix("model.")]
         stored = next((tensors[name] for name in names if name in tensors), None)
         shape = tuple(int(d) for d in tensor.shape)
-        if stored is not None and stored.shape != shape:
-            raise UserError(
-                f"tensor {stored.name} disagrees with the model's config",
-                where=str(stored.path),
-                expected=f"shape {list(shape)}",
-                found=f"shape {list(stored.shape)}",
-                fix="config.json belongs to another model, or the file was cut",
-            )
         source: Source = stored if stored is not None else Missing(names[0], str(folder))
         if stored is not None and stored.dtype not in FLOATS:
             source = Missing(stored.name, str(stored.path), found=str(stored.dtype))

@@ -43,7 +43,9 @@ class FloatModel:
 
     `tensors` is the whole checkpoint (a reader of quantized weights looks there); `llm` is None for a plain ONNX file.
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
-    there, as far as they are not quantized; `notes` are what a user should know of how it was read.
+    there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
+    of the module that makes the logits, where the model itself names one; `account` says what became of each tensor
+    and file of a folder, in JSON.
     """
 
     graph: gs.Graph
@@ -54,6 +56,8 @@ class FloatModel:
     files: tuple[Path, ...] = ()
     types: Mapping[np.dtype[Any], int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    head: str | None = None
+    account: Mapping[str, Any] = field(default_factory=dict)
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx.version_converter
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
@@ -18,14 +17,17 @@ from onnx.numpy_helper import from_array, to_array
 
 from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.opset import STANDARD, at_opset, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
 from instantrt.passes.core.subgraphs import graphs, tensors
 from instantrt.passes.core.verify import QDQ_OPS
 
-SAME = 21  # from here on, opsets up to OPSET only took in types and attributes: what was said still means the same
 SMALL = 1 << 10  # elements: the values of axes, shapes and scalars are looked at, weights are references
 NARROW = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+FIRST_IR = 10  # of the artifacts
+CONTRIB = "com.microsoft"
+TYPES = ("to", "dtype", "output_datatype", "stash_type", "softmax_precision")  # attributes that name one
 LITERALS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
@@ -35,11 +37,14 @@ def load_onnx(path: Path) -> FloatModel:
     Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
     widened as they are read.
     """
-    model = at_opset(read(path), path)
+    model = inlined(read(path), path)
+    check_nodes(model, path)
     refuse_quantized(model, path)
+    tidy(model, path)
     constant_nodes(model)
     weights = take_weights(model, path)
-    notes = widen(model, weights)
+    notes = (*widen(model, weights, path), *at_opset(model, path))
+    constant_nodes(model)
     graph = imported(inferred(model, path), weights)
     files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
     return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
@@ -63,11 +68,37 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def imported(model: onnx.ModelProto, weights: Mapping[str, View]) -> gs.Graph:
+    for each in graphs(model.graph):  # graphsurgeon describes tensors only
+        described = [v for v in each.value_info if v.type.WhichOneof("value") == "tensor_type"]
+        del each.value_info[:]
+        each.value_info.extend(described)
     graph = gs.import_onnx(model)
     for name, tensor in tensors(graph).items():
         if name in weights:
             tensor.values = weights[name]
     return graph
+
+
+def check_nodes(model: onnx.ModelProto, path: Path) -> None:
+    """Inputs, outputs and attributes of each node as its operator has them: passes count on it.
+
+    What holds subgraphs is left out: they may read what only their place in the graph shows.
+    """
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {o.domain: o.version for o in model.opset_import}
+    for node in (n for graph in graphs(model.graph) for n in graph.node):
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            continue
+        try:
+            onnx.checker.check_node(node, context)
+        except onnx.checker.ValidationError as error:
+            raise UserError(
+                "a node that its operator does not allow",
+                where=f"{path}, {node.op_type} {node.name or node.output[:1]}",
+                found=str(error).splitlines()[0],
+                fix="export the model again",
+            ) from None
 
 
 def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
@@ -80,6 +111,27 @@ def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
             found=f"{found.op_type} {found.name}".strip(),
             fix="compile the float model it was made from",
         )
+
+
+def tidy(model: onnx.ModelProto, path: Path) -> None:
+    """Old files list their weights as inputs, too, and ONNX Runtime takes its own operators without their opset."""
+    sparse = next((t.values.name for graph in graphs(model.graph) for t in graph.sparse_initializer), None)
+    if sparse is not None:
+        raise UserError("sparse weights are not supported", where=f"{path}, initializer {sparse}")
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.WhichOneof("value") or "tensor_type"
+        if kind != "tensor_type":
+            raise UserError(
+                "an input or output that is no tensor", where=f"{path}, {value.name}", found=kind.removesuffix("_type")
+            )
+    model.ir_version = max(model.ir_version, FIRST_IR)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [i for i in model.graph.input if i.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    used = any(n.domain == CONTRIB for graph in graphs(model.graph) for n in graph.node)
+    if used and all(o.domain != CONTRIB for o in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
 
 
 def constant_nodes(model: onnx.ModelProto) -> None:
@@ -102,69 +154,123 @@ def literal(node: onnx.NodeProto) -> onnx.TensorProto | None:
     return attribute.t if attribute.name == "value" else None
 
 
-def widen(model: onnx.ModelProto, weights: dict[str, View]) -> tuple[str, ...]:
-    """Makes float32 of all that has a narrow float type, `weights` included; says so of inputs and outputs."""
+def widen(model: onnx.ModelProto, weights: dict[str, View], path: Path) -> tuple[str, ...]:
+    """Makes float32 of all that has a narrow float type, `weights` included, and says what that changes.
+
+    A value that is only rounded, to be cast to another type at once, stays narrow: the rounding is all it is for.
+    """
     interface = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+    found, unrounded = set(), 0
     for graph in graphs(model.graph):
+        rounded = only_rounded(graph)
         for value in (*graph.input, *graph.output, *graph.value_info):
-            if value.type.tensor_type.elem_type in NARROW:
-                value.type.tensor_type.elem_type = TensorProto.FLOAT
+            if value.name not in rounded:
+                found |= widen_type(value.type)
         for tensor in graph.initializer:
-            if tensor.data_type in NARROW and tensor.name in weights:
+            if tensor.data_type not in NARROW:
+                continue
+            found.add(tensor.data_type)
+            if tensor.name in weights:
                 view, tensor.data_type = weights[tensor.name], TensorProto.FLOAT
                 weights[tensor.name] = View(view.source, view.shape, np.float32)
-            elif tensor.data_type in NARROW:
+            else:
                 tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
-        for attribute in (a for node in graph.node for a in node.attribute):
-            if attribute.name in ("to", "dtype") and attribute.i in NARROW:  # of Cast and of generators
-                attribute.i = TensorProto.FLOAT
-            if attribute.t.data_type in NARROW:
-                attribute.t.CopyFrom(from_array(to_array(attribute.t).astype(np.float32)))
-    return tuple(f"{name} inputs and outputs become float32" for kind, name in NARROW.items() if kind in interface)
+        for node in (n for n in graph.node if not rounded & set(n.output)):
+            for attribute in node.attribute:
+                if attribute.name in TYPES and attribute.i in NARROW:
+                    found.add(attribute.i)
+                    unrounded += node.op_type == "Cast"
+                    attribute.i = TensorProto.FLOAT
+                if attribute.t.data_type in NARROW:
+                    found.add(attribute.t.data_type)
+                    attribute.t.CopyFrom(from_array(to_array(attribute.t).astype(np.float32)))
+    if found:
+        refuse_bits(model, path)
+    names = " and ".join(name for kind, name in NARROW.items() if kind in found)
+    return (
+        *(f"{name} inputs and outputs become float32" for kind, name in NARROW.items() if kind in interface),
+        *((f"{names} becomes float32: {unrounded} casts to it no longer round or overflow",) if unrounded else ()),
+    )
+
+
+def only_rounded(graph: onnx.GraphProto) -> set[str]:
+    """What a Cast made narrow, and nothing but Casts read."""
+    narrow = {n.output[0] for n in graph.node if n.op_type == "Cast" and any(a.i in NARROW for a in n.attribute)}
+    others = {name for n in graph.node if n.op_type != "Cast" for name in (*n.input, *names_within(n))}
+    return narrow - others - {output.name for output in graph.output}
+
+
+def widen_type(kind: onnx.TypeProto) -> set[int]:
+    """The narrow types that `kind` had, or had the elements of."""
+    inner = getattr(kind, kind.WhichOneof("value") or "tensor_type")
+    if isinstance(inner.elem_type, onnx.TypeProto):
+        return widen_type(inner.elem_type)
+    if inner.elem_type not in NARROW:
+        return set()
+    found, inner.elem_type = {inner.elem_type}, TensorProto.FLOAT
+    return found
+
+
+def refuse_bits(model: onnx.ModelProto, path: Path) -> None:
+    for node in (n for graph in graphs(model.graph) for n in graph.node if n.op_type == "BitCast"):
+        raise UserError(
+            "the bits of a float16 or bfloat16 model are looked at, and its values become float32",
+            where=f"{path}, node {node.name or node.output[0]}",
+            found="BitCast",
+            fix="export the model in float32",
+        )
 
 
 def inferred(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """The model with every type and shape that follows from its inputs and weights; passes go by them."""
-    model = onnx.shape_inference.infer_shapes(model)
+    model = with_types(model, path)
     if names := unranked(model):
         raise UserError(
-            "the rank of an output is not known",
+            "the rank of an input or output is not known",
             where=str(path),
-            expected="outputs with a type and a shape, whose sizes may have names",
+            expected="tensors with a type and a shape, whose sizes may have names",
             found=", ".join(names),
-            fix="export the model with the shapes of its outputs",
+            fix="export the model with the shapes of its inputs and outputs",
         )
     return model
 
 
 def unranked(model: onnx.ModelProto) -> list[str]:
-    kinds = {output.name: output.type.tensor_type for output in model.graph.output}
+    kinds = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.output)}
     return [name for name, kind in kinds.items() if not kind.elem_type or not kind.HasField("shape")]
 
 
-def at_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model at OPSET or later, its local functions inlined; an older one is converted."""
+def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model without local functions. Their operators must be of the model's opset: none of theirs is converted."""
+    if not model.functions:
+        return model
+    version = standard_opset(model, path)
+    for function in model.functions:
+        for opset in (o for o in function.opset_import if o.domain in STANDARD and o.version != version):
+            raise UserError(
+                "a local function is of another opset than the model",
+                where=f"{path}, function {function.name}",
+                expected=f"opset {version}",
+                found=f"opset {opset.version}",
+                fix="export the model without local functions",
+            )
     try:
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model, convert_version=True)
-        standard = [o for o in model.opset_import if o.domain in ("", "ai.onnx")]
-        if not standard or standard[0].version < SAME:
-            return onnx.version_converter.convert_version(model, OPSET)
+        return onnx.inliner.inline_local_functions(model)
     except (RuntimeError, onnx.checker.ValidationError) as error:
         raise UserError(
             f"the model cannot be brought to opset {OPSET}",
             where=str(path),
             found=str(error).splitlines()[0],
-            fix=f"export the model at opset {SAME} or later, without local functions",
+            fix="export the model without local functions",
         ) from None
-    standard[0].version = max(standard[0].version, OPSET)
-    return model
 
 
 def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
     """References to what is large or external, by name; what the model had of it is dropped."""
     weights: dict[str, View] = {}
     for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
+        if min(tensor.dims, default=0) < 0:
+            raise UserError("a weight of negative size", where=f"{path}, {tensor.name}", found=str(list(tensor.dims)))
         if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
             continue
         if tensor.name in weights:

@@ -5,14 +5,17 @@ pack-quantized   weight_packed      int32 [N, ceil(K * bits / 32)]  code + 2^(bi
                  weight_shape       int64 [2];  weight_g_idx int32 [K] with actorder "group"
 int-quantized    weight             int8 [N, K];  weight_zero_point int8 [N, G]; absent where symmetric
 both             weight_scale       float [N, G], or [1] for a scale of the whole tensor
+
+Which scheme is a layer's follows that library: docs/facts.md, "Which compressed-tensors scheme a layer has".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -37,13 +40,15 @@ from instantrt.passes.core.rewrite import Reject
 INT8, INT64 = np.dtype(np.int8), np.dtype(np.int64)
 PACKED, BYTES = "pack-quantized", "int-quantized"
 STRATEGIES = ("group", "channel", "tensor")
+GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
+CLASSES = ("Linear", "Module")  # what a linear layer is
+Target: TypeAlias = str | re.Pattern[str]  # a module's path or a class, or a pattern of paths
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One config group: which layers, and how they are stored. `group_size` -1 is per channel."""
+    """How the layers of a config group are stored. `group_size` -1 is per channel."""
 
-    targets: tuple[str | re.Pattern[str], ...]
     packed: bool
     bits: int
     group_size: int
@@ -51,16 +56,16 @@ class Scheme:
     per_tensor: bool
     activations: Activations
 
-    def takes(self, path: str) -> bool:
-        return any(matches(target, path) for target in self.targets)
-
 
 @dataclass(frozen=True)
 class CompressedConfig:
-    """What a compressed-tensors checkpoint says of itself; its sizes are those of its main scheme."""
+    """What a compressed-tensors checkpoint says of itself; its sizes are those of its main scheme.
 
-    schemes: tuple[Scheme, ...]
-    ignore: tuple[str | re.Pattern[str], ...]
+    schemes   what each target has; of those that name a layer the first counts, and before those that name its class
+    """
+
+    schemes: tuple[tuple[Target, Scheme], ...]
+    ignore: tuple[Target, ...]
     bits: int
     group_size: int
     activations: Activations
@@ -73,12 +78,20 @@ class CompressedConfig:
         weight = layer.find("weight")
         if weight is not None and weight.dtype in FLOATS:
             return LEFT_FLOAT
-        scheme = next((s for s in self.schemes if s.takes(layer.path)), None)
-        if scheme is None or any(matches(pattern, layer.path) for pattern in self.ignore):
+        scheme = self.scheme(layer.names)
+        if scheme is None:
             if layer.find("weight_scale") is None:
                 return LEFT_FLOAT
             raise UserError("the config leaves this module float, the checkpoint holds it quantized", where=layer.path)
         return read_layer(layer, scheme)
+
+    def scheme(self, names: Collection[str]) -> Scheme | None:
+        """Of the layer with these names; None leaves it float."""
+        if any(target in CLASSES or says(target, names) for target in self.ignore):
+            return None
+        by_name = (scheme for target, scheme in self.schemes if says(target, names))
+        by_class = (scheme for target, scheme in self.schemes if target in CLASSES)
+        return next(chain(by_name, by_class), None)
 
 
 def read_layer(layer: StoredLayer, scheme: Scheme) -> QuantTensor:
@@ -151,17 +164,21 @@ def parse_compressed(raw: Mapping[str, Any], where: str) -> CompressedConfig:
         raise UserError("sparse checkpoints are not supported", where=where, found=repr(raw["sparsity_config"]))
     if raw.get("kv_cache_scheme") or section(raw, "transform_config", where).get("config_groups"):
         raise UserError("a quantized cache or weight transforms (rotations) are not supported", where=where)
+    if raw.get("moe_sparsity_config"):
+        raise UserError("sparse experts are not supported", where=where, found=repr(raw["moe_sparsity_config"]))
     groups = section(raw, "config_groups", where)
     objects = bool(groups) and all(isinstance(g, dict) for g in groups.values())
     expect(objects, groups, "config_groups is no object", "an object of schemes", where)
     notes: list[str] = []
-    schemes = tuple(
-        parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes) for name, group in groups.items()
-    )
+    schemes: list[Scheme] = []
+    targets: dict[str, Scheme] = {}  # one that two groups have is the later one's
+    for name, group in groups.items():
+        schemes.append(parse_scheme(group, str(raw.get("format")), f"{where}, {name}", notes))
+        targets |= dict.fromkeys(strings(group.get("targets"), f"{where}, {name}, targets"), schemes[-1])
     main = next((s for s in schemes if s.activations == "int8"), schemes[0])
     return CompressedConfig(
-        schemes,
-        ignore=patterns(raw.get("ignore") or [], f"{where}, ignore"),
+        tuple((compiled(t, where), targets[t]) for t in sorted(targets, key=lambda t: ("re:" in t, t))),
+        ignore=tuple(compiled(t, where) for t in strings(raw.get("ignore"), f"{where}, ignore")),
         bits=main.bits,
         group_size=main.group_size,
         activations=main.activations,
@@ -178,6 +195,10 @@ def section(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
 
 
 def parse_scheme(group: Mapping[str, Any], default_format: str, where: str, notes: list[str]) -> Scheme:
+    unknown = [key for key in group if key not in GROUP_KEYS]
+    expect(not unknown, unknown, "keys of a config group that are not read", ", ".join(GROUP_KEYS), where)
+    outputs = group.get("output_activations")
+    expect(outputs is None, outputs, "quantized outputs are not supported", "output_activations null", where)
     form = group.get("format") or default_format
     expect(form in (PACKED, BYTES), form, "compressed-tensors format", f"{PACKED} or {BYTES}", where)
     weights: Any = group.get("weights")
@@ -190,7 +211,6 @@ def parse_scheme(group: Mapping[str, Any], default_format: str, where: str, note
     group_size = weights.get("group_size") if strategy == "group" else -1
     expect_group_size(group_size, where)
     return Scheme(
-        targets=patterns(group.get("targets") or [], f"{where}, targets"),
         packed=form == PACKED,
         bits=bits,
         group_size=int(group_size),
@@ -213,12 +233,17 @@ def parse_activations(raw: Any, where: str, notes: list[str]) -> Activations:
     return "int8"
 
 
-def patterns(raw: Any, where: str) -> tuple[str | re.Pattern[str], ...]:
+def strings(raw: Any, where: str) -> list[str]:
     """Module paths, class names (`Linear`) or `re:` patterns."""
-    strings = isinstance(raw, list) and all(isinstance(p, str) for p in raw)
-    expect(strings, raw, "not a list of modules", "paths, class names or re: patterns", where)
-    return tuple(safe_pattern(p.removeprefix("re:"), where) if p.startswith("re:") else p for p in raw)
+    right = raw is None or (isinstance(raw, list) and all(isinstance(p, str) for p in raw))
+    expect(right, raw, "not a list of modules", "paths, class names or re: patterns", where)
+    return raw or []
 
 
-def matches(pattern: str | re.Pattern[str], path: str) -> bool:
-    return bool(pattern.match(path)) if isinstance(pattern, re.Pattern) else pattern in (path, "Linear")
+def compiled(target: str, where: str) -> Target:
+    return safe_pattern(target.removeprefix("re:"), where) if target.startswith("re:") else target
+
+
+def says(target: Target, names: Collection[str]) -> bool:
+    """Does it name one of `names`? A pattern need not match to the end."""
+    return any(target.match(name) for name in names) if isinstance(target, re.Pattern) else target in names

@@ -9,7 +9,7 @@ g_idx    int32 [K]                           the group of each k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,6 +38,7 @@ from instantrt.passes.core.rewrite import Reject
 FORMATS = {"gptq": 1, "gptq_v2": 0}  # what has to be added to a stored zero
 MOST_RULES = 10_000
 OVERRIDES = ("bits", "group_size", "sym", "desc_act")
+OTHER = ("adapter", "format", "checkpoint_format", "method", "quant_method", "pack_dtype")  # what else is in the files
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,17 @@ class GptqConfig:
         """Eight-bit checkpoints run as A8W8 unless asked otherwise, as in DashInfer."""
         return "int8" if self.bits == 8 else "float"
 
-    def module(self, path: str) -> GptqConfig | None:
-        """The config of one module: the first matching pattern of `dynamic` changes it, or leaves it float."""
+    def module(self, names: Collection[str]) -> GptqConfig | None:
+        """The config of the module with these names: the first pattern of `dynamic` that matches changes it, or leaves
+        it float. See docs/facts.md, "Which layers a GPTQ or AWQ config means"."""
         for pattern, changes in self.dynamic:
-            if pattern.match(path):
+            if any(pattern.match(name) for name in names):
                 return None if changes is None else parse_layer(changes, self, f"{self.where}, dynamic")
         return self
 
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         stored = layer.find("qweight") is not None
-        config = self.module(layer.path)
+        config = self.module(layer.names)
         if stored and config is None:
             raise UserError("the config leaves this module float, the checkpoint holds it quantized", where=layer.path)
         if not stored or config is None:
@@ -138,6 +140,8 @@ def override(pattern: str, changes: Any, where: str) -> tuple[re.Pattern[str], M
     if pattern.startswith("-:"):
         return compiled, None
     expect(isinstance(changes, dict), changes, "the overrides of a module are no object", "an object", where)
+    other = [key for key in OTHER if changes.get(key) is not None]
+    expect(not other, other, "a module with overrides that are not read", ", ".join(OVERRIDES), where)
     return compiled, {key: changes[key] for key in OVERRIDES if key in changes}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,26 @@ QUANTIZERS: dict[str, type[Quantizer]] = {"none": InstantQuant, "mse": SearchedQ
 
 
 def decide(
-    linears: Iterable[Linear], config: QuantConfig, scale_dtype: np.dtype[Any], head: str | None, head_format: str
+    linears: Iterable[Linear], config: QuantConfig, scale_dtype: np.dtype[Any], heads: Set[str], head_format: str
 ) -> Decisions:
-    """Path -> how to quantize it. `head` is the path of the language-model head, which stays float unless `int8`."""
+    """Path -> how to quantize it. `heads` are the paths of language-model heads, which stay float unless `int8`."""
     linears = list(linears)
-    kept = {found.path: reason for found in linears if (reason := why_float(found.path, config, head, head_format))}
+    kept = {found.path: reason for found in linears if (reason := why_float(found.path, config, heads, head_format))}
     check_groups([found for found in linears if found.path not in kept], config.group_size)
     return {
         found.path: Reject(kept[found.path])
         if found.path in kept
-        else instant(found, config, scale_dtype, bits=8 if found.path == head else config.bits)
+        else instant(found, config, scale_dtype, bits=8 if found.path in heads else config.bits)
         for found in linears
     }
 
 
-def why_float(path: str, config: QuantConfig, head: str | None, head_format: str) -> str:
+def why_float(path: str, config: QuantConfig, heads: Set[str], head_format: str) -> str:
     """The reason, or nothing."""
     pattern = config.ignored(path)
     if pattern is not None:
         return f"ignored by {pattern!r}"
-    return "the head stays float unless asked: --lm-head int8" if path == head and head_format == "float" else ""
+    return "the head stays float unless asked: --lm-head int8" if path in heads and head_format == "float" else ""
 
 
 def check_groups(linears: list[Linear], group_size: int) -> None:

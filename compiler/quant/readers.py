@@ -1,4 +1,7 @@
-"""Which reader a checkpoint needs: its quantization config, wherever it is kept, and the table of methods."""
+"""Which reader a checkpoint needs: its quantization config, wherever it is kept, and the table of methods.
+
+A method without a reader is refused by its name, before any tensor is looked at.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,51 @@ READERS: dict[str, Callable[[Mapping[str, Any], str], Reader]] = {
     "w8a8_int8": plain.parse_plain,
 }
 INSIDE = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name
-BESIDE = ("quantize_config.json", "quant_config.json")
+BESIDE = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 AGREE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "zero_point", "version")
+# A key that only one method's config has, where the config does not name its method.
+METHOD_OF = {
+    "w_bit": "awq",
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "quant_algo": "modelopt",
+    "producer": "modelopt",
+    "config_groups": "compressed-tensors",
+    "desc_act": "gptq",
+    "damp_percent": "gptq",
+    "bits": "gptq",
+}
 
 
 def find_reader(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Reader | None:
     """The reader for a checkpoint, or None for a float one."""
-    stored = find_config(folder, config)
-    if stored is None:
-        return plain.detect(tensors)
-    raw, where = stored
-    method = raw.get("quant_method", raw.get("method", "awq" if "w_bit" in raw else "gptq"))
-    what = "a quantized checkpoint of this method cannot be read"
-    fix = "compile from the float model with --quant, or quantize it to one of these formats"
-    expect(method in tuple(READERS), method, what, ", ".join(READERS), where, fix)
-    return READERS[method](raw, where)
+    return announced_reader(folder, config) or plain.detect(tensors)
 
 
-def find_config(folder: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | None:
-    """(quantization config, the file it is from): in config.json, or in a file beside it. Both must agree."""
+def announced_reader(folder: Path, config: Mapping[str, Any]) -> Reader | None:
+    """The reader that the checkpoint's configs ask for; a method that has none is refused by its name."""
+    stored = find_configs(folder, config)
+    for raw, where in stored:
+        method = method_of(raw)
+        kind = raw.get("quant_algo") or raw.get("bnb_4bit_quant_type") or raw.get("fmt")
+        what = f"a checkpoint quantized by {method} cannot be read"
+        fix = "compile from the float model with --quant, or quantize it to one of these formats"
+        found = f"{method} ({kind})" if isinstance(kind, str) else method
+        expect(isinstance(method, str) and method in READERS, found, what, ", ".join(READERS), where, fix)
+    return READERS[method_of(stored[0][0])](*stored[0]) if stored else None
+
+
+def method_of(raw: Mapping[str, Any]) -> Any:
+    """The method's name as a config gives it, or as its keys tell; `none named` where they do not."""
+    named = raw.get("quant_method") or raw.get("method")
+    return named or next((method for key, method in METHOD_OF.items() if key in raw), "none named")
+
+
+def find_configs(folder: Path, config: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
+    """(quantization config, the file it is from): in config.json, and in files beside it. All must agree."""
     found = [(config[key], str(folder / "config.json")) for key in INSIDE if config.get(key) is not None]
+    if isinstance(config.get("quantization"), dict):  # MLX's key
+        found += [({"quant_method": "mlx", **config["quantization"]}, str(folder / "config.json"))]
     found += [(read_json(folder / name), str(folder / name)) for name in BESIDE if (folder / name).is_file()]
     for raw, where in found:
         if not isinstance(raw, dict):
@@ -55,4 +83,13 @@ def find_config(folder: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, A
                     found=repr(raw[key]),
                     fix="remove the file that belongs to another checkpoint",
                 )
-    return found[0] if found else None
+    return [(raw, where) for raw, where in map(inner, found) if raw]
+
+
+def inner(config: tuple[Mapping[str, Any], str]) -> tuple[Mapping[str, Any], str]:
+    """A config without ModelOpt's envelope; empty where that says that nothing is quantized."""
+    raw, where = config
+    if not isinstance(raw.get("quantization"), dict):
+        return config
+    said = {key: value for key, value in raw["quantization"].items() if value}
+    return ({"quant_method": "modelopt", **said} if {"quant_algo", "kv_cache_quant_algo"} & set(said) else {}), where

@@ -24,6 +24,7 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 
 FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32))
 INT32 = np.dtype(np.int32)
+WEIGHTS = ("weight", "weight_packed", "qweight")
 TILE_CODES = 1 << 22
 LEFT_FLOAT = Reject("the checkpoint leaves this layer float")
 
@@ -38,6 +39,12 @@ class StoredLayer:
 
     def find(self, name: str) -> FileTensor | None:
         return self.tensors.get(f"{self.path}.{name}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The paths that a config may call it by: today's, and the one that its tensors have in the file."""
+        stored = (t.name.rpartition(".")[0] for part in WEIGHTS if (t := self.find(part)) is not None)
+        return tuple(dict.fromkeys((self.path, *stored)))
 
     def part(self, name: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> FileTensor:
         """The tensor `path.name`, which must have this shape and one of these types."""

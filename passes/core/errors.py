@@ -1,6 +1,13 @@
-"""The one error that a user can cause. Everything else that fails is a bug and shows its traceback."""
+"""The one error that a user can cause. Everything else that fails is a bug of ours."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from textwrap import shorten
+
+FOUND = 200  # characters of another library's error that a user is shown
 
 
 class UserError(Exception):
@@ -17,6 +24,34 @@ class UserError(Exception):
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         labelled = (("expected", self.expected), ("found", self.found), ("fix", self.fix))
         return "\n".join(lines + [f"  {label + ':':<10}{text}" for label, text in labelled if text])
+
+
+@contextmanager
+def tried(what: str, *, where: str = "", fix: str = "") -> Iterator[None]:
+    """For calls into other libraries on what a user gave: anything that they raise becomes a UserError.
+
+    It says that `what` failed, and why in the first line of the first cause. An error of ours passes, as it is where
+    a library wrapped it, and so does what the system says: no memory, no permission.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from cause.__cause__
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{what} failed", where=where, found=in_a_line(cause), fix=fix) from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return shorten(f"{type(error).__name__}: {lines[0]}", FOUND)
 
 
 EXTRAS = {  # of this package -> the modules that tell whether it is installed

@@ -25,9 +25,10 @@ Rule = Callable[[gs.Node], str | None]  # what is wrong with a node; its name sa
 
 @dataclass(frozen=True)
 class Reject:
-    """Why a node that a pass is about was left as it was."""
+    """Why a node that a pass is about was left as it was, and what the form that is left costs."""
 
     reason: str
+    costs: str = ""
 
 
 class Pass(ABC):
@@ -78,7 +79,7 @@ class Lowering(Rewrite[M]):
 class Entry:
     """One line of the log: the pass, the node (its module path where it has one), and a reason or what was done.
 
-    `target` is the first that a lowering was made for; before the lowerings there is none.
+    `target` is the first that a lowering was made for; before the lowerings there is none. `costs` is of a `Reject`.
     """
 
     by: Pass
@@ -86,6 +87,7 @@ class Entry:
     done: str = ""
     reason: str = ""
     target: str = ""
+    costs: str = ""
 
 
 @dataclass
@@ -112,9 +114,9 @@ def run(graph: gs.Graph, passes: Sequence[Pass], log: PassLog) -> gs.Graph:
         check(graph, each.requires, f"{name} requires")
         changed = False
         for node, said in each.apply(graph):
-            done, reason = ("", said.reason) if isinstance(said, Reject) else (said, "")
-            log.entries.append(Entry(each, node, done, reason, log.target))
-            changed |= not reason
+            left, done = (said, "") if isinstance(said, Reject) else (Reject(""), said)
+            log.entries.append(Entry(each, node, done, left.reason, log.target, left.costs))
+            changed |= not left.reason
         if changed:
             graph.cleanup(remove_unused_graph_inputs=False).toposort()
         log.passed(each, graph, changed=changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.causal import unlike_causal
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer, take_over
+
+HEAD_SIZES = 8  # what head sizes are multiples of
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class CachedAttentionMatch:
     heads: int
     kv_heads: int
     head_dim: int
+    scale: float
 
 
 class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
@@ -36,24 +41,31 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, last, T, mask)
 
     Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy
-    of the cache at decode), or grow by each call as the interface says (docs/facts.md, "GroupQueryAttention").
+    of the cache at decode), or grow by each call as the interface says. The operator is causal whatever the mask says,
+    and wants one head size, a multiple of 8, for keys and values (docs/facts.md, "GroupQueryAttention").
     """
 
+    def __init__(self) -> None:
+        self.graph = gs.Graph()
+        self.masks: dict[int, str] = {}  # id of a mask -> why it is not what the operator reads, or ""
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        self.graph, self.masks = graph, {}
+        yield from super().apply(graph)
+
     def match(self, node: gs.Node) -> CachedAttentionMatch | Reject | None:
-        if node.op != "Attention":
+        if node.op != "Attention" or node.domain:
             return None
-        if len(node.inputs) != 4 or len(node.outputs) != 1:
-            return Reject("attention without an explicit mask, or with its own cache")
-        query, keys, values, mask = node.inputs
-        concat_k, concat_v = producer(keys, "Concat"), producer(values, "Concat")
-        if concat_k is None or concat_v is None:
-            return Reject("keys and values are not the concatenation of a cache and new ones")
-        heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
-        if not all(isinstance(d, int) for d in (heads, head_dim, kv_heads)):
-            return Reject("the number of heads is not a constant")
-        past_k, k = concat_k.inputs
-        past_v, v = concat_v.inputs
-        return CachedAttentionMatch(node, query, k, v, past_k, past_v, keys, values, mask, heads, kv_heads, head_dim)
+        found = cached(node)
+        if isinstance(found, str):
+            return Reject(found)
+        reason = unfit(found) or self.unlike_causal(found.mask)
+        return Reject(reason, costs(found)) if reason else found
+
+    def unlike_causal(self, mask: gs.Tensor) -> str:
+        if id(mask) not in self.masks:
+            self.masks[id(mask)] = unlike_causal(self.graph, mask)
+        return self.masks[id(mask)]
 
     def rewrite(self, graph: gs.Graph, match: CachedAttentionMatch) -> None:
         node = match.node
@@ -68,12 +80,61 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
         inputs = [q, k, v, match.past_key, match.past_value, last, total, nothing, nothing, nothing, match.mask]
-        attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": float(node.attrs["scale"])}
+        attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
         outputs = [y, match.present_key, match.present_value]
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
         shape = small(f"{node.name}/heads", [0, 0, match.heads, match.head_dim], np.int64)
         split = add(graph, "Reshape", [y, shape], f"{node.name}/y_heads")
         add(graph, "Transpose", [split], out, perm=[0, 2, 1, 3])
+
+
+def cached(node: gs.Node) -> CachedAttentionMatch | str:
+    """The parts of an attention over a cache that grows, or why it is none."""
+    if len(node.inputs) != 4 or not node.inputs[3].name or len(node.outputs) != 1:
+        return "attention without an explicit mask, or with its own cache"
+    query, keys, values, mask = node.inputs
+    concat_k, concat_v = grown(keys), grown(values)
+    if concat_k is None or concat_v is None:
+        return "keys and values are not the concatenation of a cache and new ones"
+    if any(t.shape is None or len(t.shape) != 4 for t in (query, keys, values)):
+        return "query, keys and values are not [batch, heads, sequence, head_dim]"
+    heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
+    if not all(isinstance(d, int) for d in (heads, head_dim, kv_heads, values.shape[3])):
+        return "the number of heads is not a constant"
+    past_k, k = concat_k.inputs
+    past_v, v = concat_v.inputs
+    scale = float(node.attrs.get("scale", head_dim**-0.5))
+    return CachedAttentionMatch(node, query, k, v, past_k, past_v, keys, values, mask, heads, kv_heads, head_dim, scale)
+
+
+def grown(present: gs.Tensor) -> gs.Node | None:
+    """The node that appends new keys or values to a cache."""
+    concat = producer(present, "Concat")
+    return concat if concat is not None and len(concat.inputs) == 2 and concat.attrs["axis"] in (2, -2) else None
+
+
+def unfit(match: CachedAttentionMatch) -> str:
+    """What GroupQueryAttention does not take of it, its mask apart, or "": measured with single nodes."""
+    attrs, others = match.node.attrs, (match.present_key, match.present_value)
+    if changed := [name for name in ("is_causal", "softcap") if attrs.get(name)]:
+        return f"{changed[0]} and a mask: the operator has another order of them"
+    if match.head_dim % HEAD_SIZES:
+        return f"head size {match.head_dim} is no multiple of {HEAD_SIZES}"
+    if match.present_value.shape[3] != match.head_dim:
+        return f"values have head size {match.present_value.shape[3]}, keys {match.head_dim}"
+    if match.heads % match.kv_heads:
+        return f"{match.heads} heads cannot share {match.kv_heads} of keys and values"
+    if match.query.dtype not in (None, np.float32):
+        return f"it computes in {np.dtype(match.query.dtype)}"
+    if any(reader is not match.node for t in others for reader in t.outputs):
+        return "something else reads the cache, too"
+    return ""
+
+
+def costs(match: CachedAttentionMatch) -> str:
+    """What it costs to leave it."""
+    size = match.kv_heads * (match.head_dim + match.present_value.shape[3]) * 4
+    return f"plain attention: every step copies the cache, {size / 1e3:,.1f} kB for each token in it"
 
 
 def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:

@@ -17,10 +17,10 @@ from instantrt.passes.ort.nbits import LowerToMatMulNBits
 
 
 def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Lowering[Any], ...]:
-    """The lowerings in order of preference; what one leaves, the next takes. MatMulNBits takes all that is left.
+    """The lowerings in order of preference; what one leaves, the next takes, and what none takes is refused.
 
     exact: activations keep 14 bits or what the scheme gives them; fast: whatever is not A8W8 by channel goes to
     MatMulNBits, whose activations are int8 by block.
     """
     exact = (LowerPerChannel(TWO_LIMBS, "float"), LowerGroups(one_limb), LowerToExactBlocks())
-    return (LowerPerChannel(one_limb, "int8"), *(exact if preset == "exact" else ()), LowerToMatMulNBits())
+    return (LowerPerChannel(one_limb, "int8"), *(exact if preset == "exact" else (LowerToMatMulNBits(),)))

@@ -47,7 +47,7 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
             return None
         block = nbits_block(found.quant)
         if block is None:
-            return Reject(f"group_size {found.quant.group_size} is no multiple of 16, which MatMulNBits needs")
+            return Reject(no_block(found.quant))
         return BlockwiseMatch(found, block)
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
@@ -57,8 +57,14 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
         return f"MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
 
 
-def matmul_nbits(graph: gs.Graph, match: BlockwiseMatch, x: gs.Tensor, out: gs.Tensor | str) -> gs.Tensor:
-    """MatMulNBits of x [..., K] with the weight of `match`, under the name of its MatMul."""
+def no_block(q: QuantTensor) -> str:
+    return f"group_size {q.group_size} is no multiple of {BLOCKS[-1]}, which MatMulNBits needs"
+
+
+def matmul_nbits(
+    graph: gs.Graph, match: BlockwiseMatch, x: gs.Tensor, out: gs.Tensor | str, *, whole: bool = False
+) -> gs.Tensor:
+    """MatMulNBits of x [..., K] with the weight of `match`, named as its MatMul; `whole`: x is padded to blocks."""
     q, path, block = match.linear.quant, match.linear.path, match.block
     n, k = q.shape
     blocks = -(-k // block)
@@ -69,7 +75,7 @@ def matmul_nbits(graph: gs.Graph, match: BlockwiseMatch, x: gs.Tensor, out: gs.T
         gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=layout.scales)),
         gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=layout.zeros)),
     ]
-    attrs = {"K": k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
+    attrs = {"K": blocks * block if whole else k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
     return add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)
 
 

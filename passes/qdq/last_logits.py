@@ -21,6 +21,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
+from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
 from instantrt.passes.qdq.insert_qdq import float_input
 
@@ -28,6 +29,8 @@ LOGITS = "logits"
 LAST = "logits/last"  # the node that picks the token: without it the graph has the logits of all again
 MASK = "attention_mask"
 POINTWISE = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Clip"})
+# What may lie between a head and the logits, and makes no other numbers of them than these of one position.
+MOVING = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"})
 TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -104,8 +107,31 @@ def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
 
 
 def pointwise_chain(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
-    """`tensor` and what follows from it while one pointwise node consumes the one before."""
+    """`tensor` and what follows from it while one node consumes the one before, with the same for each position."""
     yield tensor
     while len(tensor.outputs) == 1 and tensor.outputs[0].op in POINTWISE:
-        tensor = tensor.outputs[0].outputs[0]
+        (user,) = tensor.outputs
+        if not all(other is tensor or for_any_position(other) for other in user.inputs):
+            return
+        (tensor,) = user.outputs
         yield tensor
+
+
+def for_any_position(tensor: gs.Tensor) -> bool:
+    """A constant that is the same for each position of [batch, sequence, channels]."""
+    return isinstance(tensor, gs.Constant) and (len(tensor.shape) < 2 or tensor.shape[-2] == 1)
+
+
+def head_linears(graph: gs.Graph) -> list[Linear]:
+    """The linears that the logits are made by: the nearest ones behind the graph's `logits`."""
+    found, pending, seen = list[Linear](), [t for t in graph.outputs if t.name == LOGITS], set[int]()
+    while pending:
+        maker = next(iter(pending.pop().inputs), None)
+        if maker is None or id(maker) in seen:
+            continue
+        seen.add(id(maker))
+        if (head := linear(maker)) is not None:
+            found.append(head)
+        elif maker.op in POINTWISE | MOVING:
+            pending += maker.inputs
+    return found

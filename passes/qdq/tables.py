@@ -13,6 +13,10 @@ from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 BLOCKS = (128, 64, 32, 16)
+# What tokens go through on their way to their table; and the inputs that pick rows of other tables.
+MOVING = "Cast Clip Concat Flatten Identity Max Min Reshape Slice Squeeze Transpose Unsqueeze Where"
+ROUTE = frozenset(MOVING.split())
+OTHERS = ("position_ids", "token_type_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ def table(node: gs.Node, scale_dtype: np.dtype[Any]) -> Table | Reject | None:
     view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
     if view is None or len(view.shape) != 2:
         return None
+    if not picks_tokens(node.inputs[1]):
+        return Reject("no tokens pick its rows")
     v, h = view.shape
     block = next((b for b in BLOCKS if h % b == 0), None)
     if block is None:
@@ -35,3 +41,13 @@ def table(node: gs.Node, scale_dtype: np.dtype[Any]) -> Table | Reject | None:
     name = node.inputs[0].name
     source = InstantQuant(name, view.source, 8, block, False, scale_dtype)
     return Table(node, QuantTensor(name, source, (v, h), 8, block, False, scale_dtype))
+
+
+def picks_tokens(ids: gs.Tensor) -> bool:
+    """Are they an input of the graph, as it is? Positions, and the rows of a rotary table, are counted or computed."""
+    if isinstance(ids, gs.Constant):
+        return False
+    if not ids.inputs:
+        return ids.name not in OTHERS
+    (maker,) = ids.inputs
+    return maker.op in ROUTE and any(picks_tokens(t) for t in maker.inputs)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import ml_dtypes
-import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.tensorrt.explicit_scales import INT4_BLOCKS
 from instantrt.plugins.ops import DOMAIN
 
@@ -70,8 +70,8 @@ def problem_of(node: gs.Node) -> str:
     if types is None or node.domain not in (None, "", "ai.onnx"):
         return "has no such operator"
     data = node.inputs[DATA.get(node.op, 0)] if node.inputs else None
-    if data is not None and data.dtype is not None and np.dtype(data.dtype).name not in types:
-        return f"takes {', '.join(sorted(types))} here, not {np.dtype(data.dtype).name}"
+    if data is not None and data.dtype is not None and numpy_type(data.dtype).name not in types:
+        return f"takes {', '.join(sorted(types))} here, not {numpy_type(data.dtype).name}"
     fixed = node.inputs[CONSTANT[node.op]] if node.op in CONSTANT and len(node.inputs) > CONSTANT[node.op] else None
     if fixed is not None and fixed.name and not isinstance(fixed, gs.Constant):
         return f"wants a constant as input {CONSTANT[node.op]}"

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,11 @@ def test_activations_and_their_notes() -> None:
         group["input_activations"] = token | refused
         with pytest.raises(UserError, match="input_activations"):
             reader_of(raw)
+    group["input_activations"] = None
+    for key, words in (("output_activations", "quantized outputs"), ("rotation", "keys of a config group")):
+        raw["config_groups"]["group_0"] = {**group, key: token}
+        with pytest.raises(UserError, match=words):
+            reader_of(raw)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +125,7 @@ def test_activations_and_their_notes() -> None:
         ({"transform_config": {"config_groups": {"R1": {}}}}, "rotations"),
         ({"targets": ["re:(a*)*b"]}, "too complex"),
         ({"config_groups": []}, "an object"),
+        ({"moe_sparsity_config": {"expert_sparsity": 0.5}}, "sparse experts"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
@@ -193,6 +200,42 @@ def test_decoding_goes_tile_by_tile(tmp_path: Path) -> None:
     assert len(list(quant.tiles())) > 1
     np.testing.assert_array_equal(decoded(quant).codes, (q.astype(np.int16) + 128).astype(np.uint8))
     np.testing.assert_array_equal(decoded(quant).scale, scale)
+
+
+LAYERS = (
+    "lm_head",
+    "model.embed.proj",
+    *(f"model.layers.{i}.{part}" for i in (0, 1, 10) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")),
+)
+NAMED = ("re:.*down_proj$", "re:model.layers.1", "re:.*mlp", "re:down_proj", "re:.*proj", "re:lm_head", "re:.*[.]0[.]")
+TARGETS = st.sampled_from([*LAYERS, *NAMED, "Linear", "Module", "Embedding", "LinearBase", "mlp", "down_proj"])
+
+
+@pytest.mark.slow
+@given(groups=st.lists(st.lists(TARGETS, min_size=1, max_size=4), min_size=1, max_size=5), ignore=st.lists(TARGETS))
+@settings(max_examples=100, deadline=None)
+def test_a_layer_has_the_scheme_that_the_library_gives_it(groups: list[list[str]], ignore: list[str]) -> None:
+    """Names before patterns before classes; which scheme it is shows in its group size."""
+    library = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    raw = scheme(8, "group", "int-quantized", ignore=ignore)
+    (group,) = raw["config_groups"].values()
+    raw["config_groups"] = {
+        f"group_{i}": {**group, "targets": targets, "weights": {**group["weights"], "group_size": 1 << i}}
+        for i, targets in enumerate(groups)
+    }
+    model = torch.nn.Module()
+    for path in LAYERS:
+        parent = model
+        *folders, name = path.split(".")
+        for folder in folders:
+            if not hasattr(parent, folder):
+                parent.add_module(folder, torch.nn.Module())
+            parent = getattr(parent, folder)
+        parent.add_module(name, torch.nn.Linear(32, 1))
+    library.apply_quantization_config(model, library.QuantizationConfig(**raw), show_progress=False)
+    expected = [getattr(model.get_submodule(path), "quantization_scheme", None) for path in LAYERS]
+    found = [reader_of(raw).scheme((path,)) for path in LAYERS]
+    assert [each and each.group_size for each in found] == [each and each.weights.group_size for each in expected]
 
 
 LEAF = st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["int", "group", "channel", "re:.*", "Linear"])

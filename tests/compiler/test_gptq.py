@@ -140,14 +140,18 @@ def test_what_cannot_be_read_is_refused_by_name(name: str, tmp_path: Path) -> No
 def test_rules_for_single_modules() -> None:
     rules = {"-:.*lm_head": {}, "+:.*layers\\.1\\.": {"bits": 8, "group_size": -1}, ".*down": {"sym": True}}
     base = gptq.parse_gptq(config(dynamic=rules), "test")
-    assert base.module("lm_head") is None
-    changed = base.module("model.layers.1.mlp.down_proj")
+    assert base.module(["lm_head"]) is None
+    changed = base.module(["model.layers.1.mlp.down_proj"])
     assert changed is not None
     assert (changed.bits, changed.group_size, changed.symmetric) == (8, -1, False)  # the first match alone counts
-    down = base.module(PATH)
+    down = base.module([PATH])
     assert down is not None
     assert (down.bits, down.symmetric) == (4, True)
-    assert base.module("model.layers.0.mlp.up_proj") == base
+    assert base.module(["model.layers.0.mlp.up_proj"]) == base
+    assert base.module(["model.layers.10.mlp.up_proj"]) == base
+    assert base.module(["x", "lm_head"]) is None  # as its tensors are called in the file
+    with pytest.raises(UserError, match=r"overrides that are not read(.|\n)*adapter"):
+        gptq.parse_gptq(config(dynamic={".*down": {"adapter": {"rank": 8}}}), "test")
 
 
 def linear_of(path: str, n: int, k: int) -> Linear:

@@ -151,6 +151,45 @@ def test_paths_that_are_no_model_are_refused(tmp_path: Path) -> None:
             load(path)
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("y = MatMul(x)", r"MatMul \['y'\]: a node that its operator does not allow\n.*input size 1"),
+        ("y = MatMul(x, a, a)", "input size 3"),
+        ("y = Concat(x, x)", "Required attribute 'axis' is missing"),
+        ('y = Gemm<transB = "a">(x, a)', "Mismatched attribute type"),
+        ("y = Foo(x)", "No Op registered for Foo"),
+        ("y = my.Foo(x)", "No opset import for domain 'my'"),
+    ],
+)
+def test_a_node_that_no_runtime_takes_is_named(body: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        load(model_file(tmp_path / "m.onnx", body, {"a": A}))
+
+
+def test_what_onnx_raises_over_a_graph_is_an_error_of_the_user(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": A})
+    model = onnx.load(path)
+    model.graph.initializer[0].raw_data = b"short"
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"m.onnx: reading the graph failed\n  found:    ValueError: ") as caught:
+        load(path)
+    assert isinstance(caught.value.__cause__, ValueError)
+    model.graph.initializer[0].dims[0] = -1
+    onnx.save(model, path)
+    with pytest.raises(UserError, match="negative size"):
+        load(path)
+
+
+def test_an_input_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": A})
+    model = onnx.load(path)
+    model.graph.input.append(onnx.helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, None))
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"the rank of an input or output is not known[^$]*found:\s+s"):
+        load(path)
+
+
 def unranked(folder: Path, op: str, domain: str = "") -> Path:
     """x [b, 64] -> `op` with a constant -> y, of which the file says nothing but its type."""
     weight = onnx.numpy_helper.from_array(np.ones((64, 32), np.float32), "w")
@@ -168,7 +207,7 @@ def test_the_rank_of_an_output_is_inferred(tmp_path: Path) -> None:
 
 
 def test_an_output_of_unknown_rank_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the rank of an output is not known[^$]*found:\s+y"):
+    with pytest.raises(UserError, match=r"the rank of an input or output is not known[^$]*found:\s+y"):
         load(unranked(tmp_path, "Mystery", "custom"))
 
 

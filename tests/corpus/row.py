@@ -21,6 +21,8 @@ Kind = Literal[
 class Row:
     """`make(folder)` writes the input and returns what to compile: a folder or an .onnx file.
 
+    Where the point is which numbers are right (a scheme, a head), it also writes them: `reference_of(folder)`.
+
     what      the input, in the words of the docs' table; unique
     refused   words that the error must have; empty where the artifact must be right
     fields    of the Request, besides model, targets and out
@@ -34,3 +36,11 @@ class Row:
     fields: Mapping[str, Any] = field(default_factory=dict)
     target: str = "x86"
     bound: float = 1e-4
+
+
+def reference_of(folder: Path) -> Path:
+    """Where a row may write what its artifact must equal: a float checkpoint, or a float .onnx file of the same name.
+
+    `int8_inputs` in the checkpoint's config.json names modules that meet tokens rounded to int8.
+    """
+    return folder.with_name("reference")

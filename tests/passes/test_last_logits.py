@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
@@ -17,9 +18,11 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
+from instantrt.passes.core.lazy import InMemory
+from instantrt.passes.core.linear import SUFFIX, LinearWeight
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
-from instantrt.passes.qdq.last_logits import LAST, LastLogits
+from instantrt.passes.qdq.last_logits import LAST, LastLogits, head_linears
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.graphs import evaluate
 
@@ -99,6 +102,50 @@ def test_a_classifier_of_tokens_keeps_the_logits_of_all(target: str, tmp_path: P
     else:
         lowered = pipeline.lower_tensorrt(graph, row, np.dtype(np.float16), request, request.engine_limits(), PassLog())
     assert list(lowered.outputs[0].shape) == ["batch", "sequence", 8]
+
+
+def ends_in(nodes: str) -> gs.Graph:
+    """A graph in ONNX's text syntax from x [b, s, 64] to the logits [b, s, 16], its linears in normal form."""
+    head = '<ir_version: 10, opset_import: ["": 23]> g (float[b,s,64] x) => (float[b,s,16] logits)'
+    weights = (
+        'float[64,16] "head.weight_kn", float[64,16] "side.weight_kn", float[64,64] "up.weight_kn", float[16] bias'
+    )
+    graph = gs.import_onnx(onnx.parser.parse_model(f"{head} <{weights}> {{ {nodes} }}"))
+    for name, tensor in graph.tensors().items():
+        if name.endswith(SUFFIX):
+            rows = np.random.default_rng(0).standard_normal(tensor.shape[::-1]).astype(np.float32)
+            tensor.to_constant(LinearWeight(InMemory(rows), rows.shape))
+        elif name == "bias":
+            tensor.to_constant(np.arange(16, dtype=np.float32))
+    return graph
+
+
+HEAD = '[up] u = MatMul(x, "up.weight_kn") [head] y = MatMul(u, "head.weight_kn")'
+
+
+@pytest.mark.parametrize(
+    ("nodes", "heads"),
+    [
+        (f"{HEAD} logits = Identity(y)", ["head"]),
+        (f"{HEAD} z = Add(y, bias) t = Tanh(z) logits = Mul(t, bias)", ["head"]),
+        (f"{HEAD} t = Transpose<perm=[1,0,2]>(y) logits = Transpose<perm=[1,0,2]>(t)", ["head"]),
+        (f'{HEAD} [side] z = MatMul(x, "side.weight_kn") logits = Add(y, z)', ["head", "side"]),
+        (f"{HEAD} logits = Softmax(y)", []),
+    ],
+)
+def test_the_head_is_what_the_logits_come_from(nodes: str, heads: list[str]) -> None:
+    """Not what is as wide as they are: `side` is, and `up` is nearer to the end of the list of nodes."""
+    unread = '[side2] unread = MatMul(x, "side.weight_kn")'
+    assert sorted(found.path for found in head_linears(ends_in(f"{nodes} {unread}"))) == heads
+
+
+def test_a_sum_of_two_products_is_left_whole() -> None:
+    """One of the two for the last position alone would be added to each of the other's."""
+    graph = ends_in(f'{HEAD} [side] z = MatMul(x, "side.weight_kn") logits = Add(y, z)')
+    run(graph, [LastLogits()], PassLog())
+    assert "Slice" not in {node.op for node in graph.nodes}
+    run(cut := ends_in(f"{HEAD} logits = Add(y, bias)"), [LastLogits()], PassLog())
+    assert "Slice" in {node.op for node in cut.nodes}
 
 
 def test_an_artifact_of_the_last_has_all_again(tiny_float: FloatModel, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
@@ -13,6 +15,7 @@ from instantrt.passes.core.evaluate_node import dependencies
 from instantrt.passes.core.lazy import InMemory, View
 from instantrt.passes.core.quant import dequantize, quantize_asymmetric
 from instantrt.passes.core.rewrite import PassLog, add, run
+from instantrt.passes.qdq.tables import picks_tokens
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from tests.graphs import evaluate
 
@@ -54,6 +57,24 @@ def test_the_table_streams_when_the_graph_is_evaluated(table: np.ndarray) -> Non
     gathers = [node for node in graph.nodes if node.op == "Gather"]
     assert len(gathers) == 3
     assert {t.name for node in gathers for t in dependencies(node)} == {"ids"}
+
+
+@pytest.mark.parametrize(("nodes", "picks"), [
+    ("i = Identity(ids)", True),
+    ("c = Cast<to=7>(ids) i = Unsqueeze(c, one)", True),
+    ("m = Equal(ids, one) i = Where(m, zero, ids)", True),
+    ("i = Identity(position_ids)", False),
+    ("n = Not(m) c = Cast<to=7>(n) i = CumSum(c, one)", False),
+    ("i = Identity(one)", False),
+])  # fmt: skip
+def test_the_table_is_the_one_that_tokens_pick_from(nodes: str, picks: bool) -> None:
+    inputs = "int64[b,s] ids, int64[b,s] position_ids, bool[b,s] m0"
+    body = nodes.replace("Not(m)", "Not(m0)")
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": 23]> g ({inputs}) => (int64[b,s] i)'
+        f" <int64[1] one = {{1}}, int64[1] zero = {{0}}> {{ {body} }}"
+    )
+    assert picks_tokens(gs.import_onnx(model).outputs[0]) is picks
 
 
 def test_a_table_without_blocks_stays_and_says_why(table: np.ndarray) -> None:

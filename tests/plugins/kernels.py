@@ -26,9 +26,15 @@ from tests.plugins.within import assert_within
 Array = NDArray[Any]
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "plugins" / "weight_only_gemm"
+EMULATOR = Path(__file__).parent / "emulator"
 # cmake, ninja and nvcc may be Python packages of this environment
 TOOLS = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
 WITH_TOOLS = {**os.environ, "PATH": TOOLS}
+
+
+def version(tool: str) -> str:
+    """What a compiler says of itself."""
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True, env=WITH_TOOLS).stdout
 
 
 def cuda_wheels() -> Path | None:
@@ -154,14 +160,14 @@ def build_cublaslt(folder: Path) -> Path:
     """A stand-in for cuBLASLt whose memory is this CPU's."""
     out = folder / "libcublasLt.so.13"
     command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", f"-Wl,-soname,{out.name}"]
-    subprocess.run([*command, str(Path(__file__).parent / "emulator/cublaslt.cpp"), "-o", str(out)], check=True)
+    subprocess.run([*command, str(EMULATOR / "cublaslt.cpp"), "-o", str(out)], check=True)
     return out
 
 
 def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
     """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    command += ["-I", str(Path(__file__).parent / "emulator"), "-x", "c++"]
+    command += ["-I", str(EMULATOR), "-x", "c++"]
 
     def options(sm: int) -> list[str]:
         names, library = (VOLTA, ["-DWOG_VOLTA"]) if sm == 70 else (KERNELS, [])

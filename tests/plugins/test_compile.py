@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from instantrt.tools.gpu.library import Library
-from tests.once import made_once
-from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels
+from tests.once import kept
+from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels, version
 
 pytestmark = pytest.mark.slow
 
@@ -52,15 +52,16 @@ class Compiled:
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def build(pytestconfig: pytest.Config) -> tuple[Path, str]:
     """The CMake build as users run it -> its folder and what the compiler reported."""
-    wheels = cuda_wheels()
-    if shutil.which("nvcc") is None and not (wheels and (wheels / "bin" / "nvcc").exists()):
+    nvcc = shutil.which("nvcc", path=str(cuda_wheels() or "") + "/bin" + os.pathsep + TOOLS)
+    if nvcc is None:
         pytest.skip("compiling the kernels needs nvcc: on PATH, or the wheels that plugins/CMakeLists.txt names")
     for tool in ("cmake", "ninja", "c++filt"):
         if shutil.which(tool, path=TOOLS) is None:
             pytest.skip(f"compiling the kernels needs {tool} on PATH")
-    folder = made_once(tmp_path_factory, "kernels", compile_kernels)
+    sources = ROOT / "plugins", Path(__file__)
+    folder = kept(pytestconfig, "kernels", sources, version(nvcc) + version("c++filt") + str(SMS), compile_kernels)
     return folder, (folder / REPORT).read_text()
 
 

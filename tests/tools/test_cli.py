@@ -23,8 +23,8 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request, check_options
-from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.app import BENCHES, COMMANDS
+from instantrt.passes.core.errors import UserError, tried
+from instantrt.tools.cli.app import BENCHES, COMMANDS, compile_main, main
 from instantrt.tools.cli.ending import exit_on_error
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
@@ -109,6 +109,65 @@ def test_what_the_system_refuses_has_no_traceback(capsys: pytest.CaptureFixture[
         raise OSError(30, "Read-only file system", "/there/x86")
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"
+
+
+def test_a_bug_of_ours_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise KeyError("instantrt")
+    assert stop.value.code == 1
+    said, fix, last = capsys.readouterr().err.splitlines()
+    assert (said, last) == ("error: internal error: KeyError: 'instantrt'", "FAILED")
+    assert "a bug of InstantRT: run again with --debug" in fix
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "instantrt check WHERE",
+        "instantrt --debug check WHERE",
+        "instantrt check --debug WHERE",
+        "instantrt check WHERE --debug",
+        "compile WHERE --target x86",
+        "compile WHERE --target x86 --debug",
+    ],
+)
+def test_debug_shows_the_traceback_of_any_command(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, *rest = words.replace("WHERE", str(tmp_path / "nothing")).split()
+    monkeypatch.setattr(sys, "argv", [script, *rest])
+    with pytest.raises(SystemExit) as stop:
+        (compile_main if script == "compile" else main)()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert said.endswith("\nFAILED\n")
+    assert said.count("\nerror: ") + said.startswith("error: ") == 1
+    assert ("Traceback" in said) == ("--debug" in words)
+
+
+def test_what_other_libraries_raise_is_said_with_what_was_tried() -> None:
+    def fail(error: Exception, cause: Exception | None = None) -> None:
+        with tried("doing it", where="there", fix="another way"):
+            raise error from cause
+
+    with pytest.raises(UserError) as caught:
+        fail(RuntimeError("\n outermost"), KeyError("first\nsecond"))
+    assert str(caught.value).splitlines() == [
+        "there: doing it failed",
+        "  found:    KeyError: 'first\\nsecond'",
+        "  fix:      another way",
+    ]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(UserError, match=r"found:    ValueError: of many\n"):
+        fail(ValueError("of many\nlines"))
+    with pytest.raises(UserError, match=r"^ours$"):
+        fail(RuntimeError("wrapped"), UserError("ours"))
+    with pytest.raises(PermissionError):
+        fail(PermissionError(13, "denied"))
+    with pytest.raises(UserError, match="OSError: no such model"):
+        fail(OSError("no such model"))
+    with pytest.raises(MemoryError):
+        fail(MemoryError())
 
 
 def test_a_manifest_of_another_version_is_one_clear_line(tmp_path: Path) -> None:

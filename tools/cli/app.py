@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
@@ -12,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from instantrt.passes.core.errors import MissingExtra
-from instantrt.tools.cli.ending import exit_on_error
+from instantrt.tools.cli.ending import debug, exit_on_error
 
 CLI, BENCH = "instantrt.tools.cli.", "instantrt.tools.bench."
 COMMANDS = {  # name -> (module, what --help says)
@@ -54,6 +55,7 @@ class Subcommand(TyperCommand):
             app.command(self.name, cls=Loaded)(main)
         command = typer.main.get_command(app)
         command.name, command.help = self.name, self.help
+        command.params.append(debug_option())
         return command
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
@@ -90,6 +92,17 @@ def print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def show_tracebacks(asked: bool) -> None:
+    if asked:
+        debug.set(True)
+
+
+@cache
+def debug_option() -> Any:
+    """What the root has before the subcommand, each subcommand has behind it."""
+    return next(p for p in typer.main.get_command(app).params if "--debug" in p.opts)
+
+
 class Commands(TyperGroup):
     """All subcommands."""
 
@@ -109,6 +122,9 @@ app = typer.Typer(name="instantrt", cls=Commands, **SETTINGS)
 def root(
     show: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    tracebacks: Annotated[
+        bool, typer.Option("--debug", callback=show_tracebacks, expose_value=False, help="show an error's traceback")
     ] = False,
 ) -> None:
     """Compile language models ahead of time: TensorRT engines and ONNX Runtime artifacts with quantized weights."""

@@ -1,29 +1,39 @@
-"""How every command ends: an error of the user prints without a traceback, and FAILED is the last word."""
+"""How every command ends: no error prints a traceback unless --debug was given, and FAILED is the last word."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, in_a_line
 
 WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives them
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
+BUG = "this is a bug of InstantRT: run again with --debug, and report what that shows"
+
+debug: ContextVar[bool] = ContextVar("debug", default=False)  # show the traceback of whatever ends the command
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Inside, an error of the user or the system prints and exits with 1.
+    """Inside, any error prints and exits with 1: one of the user or the system, or else a bug of ours, which says so.
 
     A wrong command line exits with 2, an interruption or a request to end (SIGTERM) with 130.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    debug.set(False)
     try:
         yield
-    except (UserError, OSError) as error:
-        print(f"error: {error}\nFAILED", file=sys.stderr)
+    except Exception as error:
+        if debug.get():
+            traceback.print_exc()
+        known = isinstance(error, UserError | OSError)
+        said = error if known else UserError(f"internal error: {in_a_line(error)}", fix=BUG)
+        print(f"error: {said}\nFAILED", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code in WORDS:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from instantrt.passes.core.errors import require
+from instantrt.passes.core.errors import require, tried
 from instantrt.tools.cli.options import Folder, Which
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with tried("loading the float model with transformers", where=str(folder)):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
     return str(AutoTokenizer.from_pretrained(folder).decode(out[0, len(prompt) :], skip_special_tokens=True))

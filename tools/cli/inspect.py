@@ -17,6 +17,7 @@ from instantrt.tools.cli.console import console
 from instantrt.tools.cli.options import takes
 
 if TYPE_CHECKING:
+    from instantrt.compiler.frontend.account import Account
     from instantrt.compiler.inspect import Inspection
 
 
@@ -40,8 +41,6 @@ def main(
 
 def show(found: Inspection) -> None:
     """Prints an inspection: the summary, the layers, the targets, and the problems last."""
-    from instantrt.compiler.inspect import CACHE
-
     console.print(f"{found.model}: {found.format}; runs as {found.runs_as}")
     console.print(
         f"{found.tensors} tensors, {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB in files"
@@ -54,6 +53,21 @@ def show(found: Inspection) -> None:
         shape = f"[{layer.shape[0]}, {layer.shape[1]}]"
         line = f"  {layer.path:<{width}} {shape:<14} {layer.stored}{zeros}{scales}{order}"
         console.print(line, highlight=False, soft_wrap=True)
+    if found.targets:
+        show_targets(found)
+    show_account(found.account)
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for each in found.problems:
+        error = UserError(each.what, where=each.where, expected=each.expected, found=each.found, fix=each.fix)
+        console.print(f"problem: {error}", soft_wrap=True)
+    console.print(f"{len(found.problems)} problems")
+
+
+def show_targets(found: Inspection) -> None:
+    """Prints what each target would do, and what an artifact takes."""
+    from instantrt.compiler.inspect import CACHE
+
     targets = Table("target", "would", title="targets")
     for name, would in found.targets.items():
         targets.add_row(name, would)
@@ -66,12 +80,20 @@ def show(found: Inspection) -> None:
             f"{cache:,.1f} kB of cache a token ({bits} bits)",
             soft_wrap=True,
         )
-    for note in found.notes:
-        console.print(f"note: {note}")
-    if found.unannounced:
-        names = ", ".join(found.unannounced[:5])
-        console.print(f"note: {len(found.unannounced)} tensors that config.json does not announce: {names}")
-    for each in found.problems:
-        error = UserError(each.what, where=each.where, expected=each.expected, found=each.found, fix=each.fix)
-        console.print(f"problem: {error}", soft_wrap=True)
-    console.print(f"{len(found.problems)} problems")
+
+
+def show_account(account: Account) -> None:
+    """Prints what the tensors and the files are for."""
+    from instantrt.compiler.frontend.side_files import READ
+
+    console.print(
+        f"tensors: {account.parameters} used by parameters, {account.quantization} by the quantization, "
+        f"{sum(entry.count for entry in account.harmless)} harmless",
+        soft_wrap=True,
+    )
+    for entry in account.harmless:
+        console.print(f"  {entry.name} ({entry.count}): {entry.why}", highlight=False, soft_wrap=True)
+    console.print("files:", ", ".join(e.name for e in account.files if e.why == READ) or "none read", soft_wrap=True)
+    for entry in account.files:
+        if entry.why != READ:
+            console.print(f"  {entry.name}: not read: {entry.why}", highlight=False, soft_wrap=True)

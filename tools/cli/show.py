@@ -124,11 +124,11 @@ def show_explanation(planned: Plan) -> None:
     show_orders(planned)
     linears = set(became).union(path for _, path in forms)
     rejected = (e for e in planned.log.rejected() if e.node not in linears and not isinstance(e.by, FoldOrder))
-    others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason) for e in rejected)
+    others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason, e.costs) for e in rejected)
     if others:
-        rest = Table("pass", "for", "nodes", "why it left them", title="other passes")
-        for (rewrite, names, reason), count in others.items():
-            rest.add_row(rewrite, names or "all", str(count), reason)
+        rest = Table("pass", "for", "nodes", "why it left them; what that costs", title="other passes")
+        for (rewrite, names, reason, costs), count in others.items():
+            rest.add_row(rewrite, names or "all", str(count), "\n".join(filter(None, (reason, costs))))
         console.print(rest)
 
 

@@ -4,7 +4,8 @@
                     one at a time, prefilled       |
                     in row n, in chunks            one decode step for all of them
 
-A long prompt is prefilled chunk by chunk between decode steps, so that it delays nobody for long.
+A long prompt is prefilled chunk by chunk between decode steps, so that it delays nobody for long; but whole where its
+tokens see those after them.
 """
 
 from __future__ import annotations
@@ -67,16 +68,20 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class SequenceLimits:
-    """rows: sequences that run together; length: tokens of one, prompt included; queue: requests that wait."""
+    """rows: sequences that run together; length: tokens of one, prompt included; queue: requests that wait.
+
+    whole: a prompt is run in one piece, because its tokens see one another.
+    """
 
     rows: int = 16
     length: int = 4096
     queue: int = 1024
+    whole: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, found {value}")
+        for name in ("rows", "length", "queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -184,10 +189,10 @@ class Scheduler:
                 self.leave(row)
 
     def join(self) -> None:
-        """Prefills up to CHUNK prompt tokens of those who wait, as far as there are rows."""
+        """Prefills up to CHUNK prompt tokens of those who wait, or whole prompts, as far as there are rows."""
         budget = CHUNK
         while budget > 0 and (joining := self.next_joining()) is not None:
-            prompt = joining.job.prompt[joining.done : joining.done + budget]
+            prompt = joining.job.prompt[joining.done : None if self.limits.whole else joining.done + budget]
             row = len(self.running)
             logits = self.engine.prefill(row, np.array(prompt, np.int64), joining.done)
             joining.done += len(prompt)

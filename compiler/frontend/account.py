@@ -1,0 +1,400 @@
+"""The account of a checkpoint: every tensor is used by a parameter or by the quantization, harmless, or an error.
+
+It is taken before anything is exported. `report` is told what is wrong: it raises where a model is compiled, and
+collects where one is inspected, so that both say the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from instantrt.compiler.checkpoint import DTYPES, same_bytes
+from instantrt.compiler.frontend.side_files import Accounted, Report, entries
+from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FileTensor, convert, whole
+from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import Reject
+
+FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+SHOWN = 5  # names that a message lists
+
+
+@dataclass(frozen=True)
+class Account:
+    """How many tensors the parameters and the quantization use; what is harmless, and why; the files likewise."""
+
+    parameters: int = 0
+    quantization: int = 0
+    harmless: tuple[Accounted, ...] = ()
+    files: tuple[Accounted, ...] = ()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """`tensors` by the names that the model has for them; `layers` is how each linear is stored."""
+
+    account: Account
+    tensors: Mapping[str, FileTensor]
+    layers: Mapping[str, QuantTensor | Reject]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tensors that files have and models have no place for, by name, and by rank where the name says too little."""
+
+    pattern: re.Pattern[str]
+    why: str
+    ranks: tuple[int, ...] = ()
+
+    def takes(self, name: str, tensor: FileTensor) -> bool:
+        return self.pattern.search(name) is not None and (not self.ranks or len(tensor.shape) in self.ranks)
+
+
+HARMLESS = tuple(
+    Known(re.compile(pattern), why, ranks)
+    for pattern, why, ranks in (
+        (r"(^|\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$", "computed from config.json", ()),
+        (r"(^|\.)(attn|attention|self_attention|self_attn)\.bias$", "the causal mask of older versions", (4,)),
+        (r"(^|\.)(attn|attention|self_attention|self_attn)\.masked_bias$", "the causal mask of older versions", (0, 1)),
+        (r"(^|\.)position_ids$", "the numbers 0, 1, 2, ...", (1, 2)),
+        (r"(^|\.)num_batches_tracked$", "counts the steps of the training", (0, 1)),
+    )
+)
+# Of a quantized layer, by the reader's method.
+UNUSED_PARTS = {
+    ("compressed-tensors", "input_scale"): "a static activation scale: every token gets its own",
+    ("compressed-tensors", "input_zero_point"): "of a static activation scale: every token gets its own",
+}
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a tensor without a place tells of the checkpoint, and what to do."""
+
+    pattern: re.Pattern[str]
+    found: str
+    fix: str
+
+
+MERGE = "merge the adapter into its base model, and save that"
+FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
+WRAPPER = "load it as it was saved, and save the language model alone"
+HINTS = tuple(
+    Hint(re.compile(pattern), found, fix)
+    for pattern, found, fix in (
+        (r"lora_|\.base_layer\.|modules_to_save|\.adapter", "an adapter (LoRA) that is not merged", MERGE),
+        (r"\bact\.scales$", "AWQ's scales of an activation, by which its output would be divided", FLOAT_MODEL),
+        (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|quant_state", "bitsandbytes", FLOAT_MODEL),
+        (r"weight_scale_inv$", "fp8 weights in blocks", FLOAT_MODEL),
+        (r"_(blocks|scales)$", "mxfp4 weights", FLOAT_MODEL),
+        (r"weight_(scale_2|global_scale|packed)$|input_(scale|global_scale)$", "a quantized layer", FLOAT_MODEL),
+        (
+            r"\.(qweight|qzeros|scales|g_idx|weight_scale|zeros|biases)$",
+            "a quantized layer that is not read",
+            FLOAT_MODEL,
+        ),
+        (r"(^|\.)(k|v|q|kv)_scale$", "scales of a quantized cache", "compile a checkpoint without them"),
+        (r"(^|\.)(score|classifier|v_head|reward_head|qa_outputs)\.", "a head that is no language model's", ""),
+        (r"(vision|visual|image|audio|multi_modal|mm_)", "a part for pictures or sound", WRAPPER),
+        (r"(^|\.)(mtp|medusa|eagle)", "heads of speculative decoding", "remove these tensors"),
+        (r"\.bias$", "a bias that config.json does not announce", "correct config.json"),
+    )
+)
+
+
+class Asked(Mapping[str, FileTensor]):
+    """A checkpoint's tensors, remembering which were found by whoever asked."""
+
+    def __init__(self, tensors: Mapping[str, FileTensor]) -> None:
+        self.tensors, self.found = tensors, set[str]()
+
+    def __getitem__(self, name: str) -> FileTensor:
+        tensor = self.tensors[name]
+        self.found.add(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def take_account(
+    model: Any, stored: Mapping[str, FileTensor], reader: Reader | None, files: tuple[Accounted, ...], report: Report
+) -> Taken:
+    """Asks of every tensor in `stored` what it is for, and of every parameter where it is.
+
+    A tied parameter with two different tensors is untied in `model`, and its buffers get the values of the file.
+    """
+    copies: list[tuple[str, str]] = []
+    tensors = by_model_name(stored, model, copies, report)
+    untie(model, tensors, copies)
+    buffers = load_buffers(model, tensors, report)
+    asked = Asked(tensors)
+    layers, failed = read_layers(model, reader, asked, report)
+    quantized = {path for path, quant in layers.items() if isinstance(quant, QuantTensor)}
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    check_parameters(parameters, tensors, quantized | failed, report)
+    check_missing(parameter_names(model), tensors, quantized | failed, model, report)
+    used = {name for name in asked.found if name not in parameters or tensors[name].dtype not in FLOATS}
+    harmless, unknown = list(copies), []
+    known = harmless_names(model)
+    for name, tensor in tensors.items():
+        path, _, part = name.rpartition(".")
+        if name in parameters or name in buffers or name in used or path in failed:
+            continue
+        why = known(name, tensor)
+        if path in quantized and reader is not None:
+            why = UNUSED_PARTS.get((reader.method, part), why)
+            if part == "bias":
+                used.add(name)
+                attempt(report, check_no_bias, tensor)
+                continue
+        if why:
+            harmless.append((name, why))
+        else:
+            unknown.append(name)
+    if unknown:
+        report(no_place(unknown, tensors, model, reader))
+    count = len(set(tensors) & (set(parameters) | buffers) - used)
+    return Taken(Account(count, len(used), entries(harmless), files), tensors, layers)
+
+
+def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
+    """What `check` returns, or None and a report of what it raised."""
+    try:
+        return check(*args)
+    except UserError as error:
+        report(error)
+        return None
+
+
+def parameter_names(model: Any) -> list[list[str]]:
+    """The names of each parameter: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def by_model_name(
+    stored: Mapping[str, FileTensor], model: Any, copies: list[tuple[str, str]], report: Report
+) -> dict[str, FileTensor]:
+    """The tensors by the names that the model has for them today; of two that become one, equal ones are copies."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    # Without the oldest rules, of TensorFlow's time: one of them takes `weight_g_idx`, an order, for a weight norm.
+    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    tensors: dict[str, FileTensor] = {}
+    for name, tensor in stored.items():
+        new = rename_source_key(name, rules, [], prefix, state)[0]
+        if new not in state:
+            new = name if name in state else beside_a_module(new, prefix, modules)
+        first = tensors.setdefault(new, tensor)
+        if first is tensor:
+            continue
+        if same_bytes(first, tensor):
+            copies.append((name, f"equal to {first.name}, byte for byte"))
+        else:
+            names = f"{first.name} and {name}"
+            report(UserError(f"two tensors for {new}, and they differ", where=str(tensor.path.parent), found=names))
+    return tensors
+
+
+def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:
+    """The name of a tensor that is no parameter (`qweight`, say), with its module's prefix or without it."""
+    path = name.rpartition(".")[0]
+    if path in modules:
+        return name
+    if f"{prefix}.{path}" in modules:
+        return f"{prefix}.{name}"
+    return name.removeprefix(f"{prefix}.") if path.removeprefix(f"{prefix}.") in modules else name
+
+
+def untie(model: Any, tensors: Mapping[str, FileTensor], copies: list[tuple[str, str]]) -> None:
+    """A tied parameter that the file has twice is one where both are equal, and two where they differ.
+
+    So does transformers, whatever the config says: docs/facts.md, "Tied weights that differ".
+    """
+    import torch
+
+    for names in parameter_names(model):
+        first, *others = [name for name in names if name in tensors] or [""]
+        for name in others:
+            if same_bytes(tensors[first], tensors[name]):
+                copies.append((name, f"equal to {first}, to which it is tied, byte for byte"))
+                continue
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            own = torch.empty((), dtype=torch.float32).expand(getattr(module, leaf).shape)
+            setattr(module, leaf, torch.nn.Parameter(own, requires_grad=False))
+
+
+def load_buffers(model: Any, tensors: Mapping[str, FileTensor], report: Report) -> set[str]:
+    """Copies the buffers that the model saves out of the file; their names, as far as they are there."""
+    import torch
+
+    buffers, state = dict(model.named_buffers()), model.state_dict()
+    found = {name for name in buffers if name in state and name in tensors}
+    for name in sorted(found):
+        buffer, tensor = buffers[name], tensors[name]
+        if attempt(report, check_shape, tensor, tuple(buffer.shape)) is None:
+            continue
+        values = whole(tensor).reshape(tensor.shape)
+        wide = convert(values, np.dtype(np.float32)) if tensor.dtype in FLOATS else values
+        buffer.copy_(torch.from_numpy(np.ascontiguousarray(wide)))
+    return found
+
+
+def read_layers(
+    model: Any, reader: Reader | None, tensors: Asked, report: Report
+) -> tuple[dict[str, QuantTensor | Reject], set[str]]:
+    """(how the reader finds each linear stored, the paths of those that it cannot read)."""
+    layers: dict[str, QuantTensor | Reject] = {}
+    failed = set[str]()
+    for path, shape in linears(model) if reader is not None else ():
+        assert reader is not None
+        quant = attempt(report, reader.read, StoredLayer(path, shape, tensors))
+        if quant is None:
+            failed.add(path)
+        else:
+            layers[path] = quant
+    return layers, failed
+
+
+def linears(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(path, [N, K]) of every linear module; GPT-2's hold their weight as [K, N]."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            yield path, (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            k, n = module.weight.shape
+            yield path, (int(n), int(k))
+
+
+def check_parameters(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, FileTensor], quantized: set[str], report: Report
+) -> None:
+    """The tensor of a parameter has its shape, and is a float unless a reader knows what it is."""
+    for name, shape in shapes.items():
+        tensor, path = tensors.get(name), name.rpartition(".")[0]
+        if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
+            continue
+        attempt(report, check_shape, tensor, shape)
+        if path in quantized and name == f"{path}.weight":
+            report(UserError("a layer is stored both quantized and as floats", where=name))
+        elif tensor.dtype not in FLOATS:
+            report(
+                UserError(
+                    f"tensor {tensor.name} is not a float tensor",
+                    where=str(tensor.path),
+                    found=str(tensor.dtype),
+                    fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
+                )
+            )
+
+
+def check_shape(tensor: FileTensor, shape: tuple[int, ...]) -> bool:
+    if tensor.shape == shape:
+        return True
+    raise UserError(
+        f"tensor {tensor.name} disagrees with the model's config",
+        where=str(tensor.path),
+        expected=f"shape {list(shape)}",
+        found=f"shape {list(tensor.shape)} {tensor.dtype}",
+        fix="config.json belongs to another model, or the file was cut",
+    )
+
+
+def check_missing(
+    groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str], model: Any, report: Report
+) -> None:
+    lost = [
+        names[0]
+        for names in groups
+        if not any(n in tensors or (n.endswith(".weight") and n.removesuffix(".weight") in quantized) for n in names)
+    ]
+    if not lost:
+        return
+    prefix = wrong_prefix(lost, tensors)
+    report(
+        UserError(
+            f"the checkpoint has no tensor {lost[0]}",
+            where=lost[0],
+            expected=f"every parameter that the config announces for {type(model).__name__}",
+            found=f"names that begin with {prefix!r}" if prefix else listed(lost[1:], "also missing"),
+            fix="save the model itself, not what wraps it"
+            if prefix
+            else "check that all shards are there and that config.json belongs to them",
+        )
+    )
+
+
+def wrong_prefix(lost: list[str], tensors: Mapping[str, FileTensor]) -> str:
+    """What stands in front of missing names in the file, or nothing."""
+    missing = set(lost)
+    for name in tensors:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if ".".join(parts[i:]) in missing:
+                return ".".join(parts[:i]) + "."
+    return ""
+
+
+def listed(names: list[str], words: str) -> str:
+    """`words: a, b, ...`, or nothing."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{words}: {', '.join(names[:SHOWN])}{more}" if names else ""
+
+
+def harmless_names(model: Any) -> Any:
+    """(name, tensor) -> why a tensor without a place cannot change what the model computes; else nothing."""
+    buffers = {name for name, _ in model.named_buffers()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    skipped = re.compile("|".join(f"({pattern})" for pattern in sorted(ignored))) if ignored else None
+
+    def why(name: str, tensor: FileTensor) -> str:
+        if name in buffers:
+            return "a buffer that the model computes itself"
+        known = next((each.why for each in HARMLESS if each.takes(name, tensor)), "")
+        if not known and skipped is not None and skipped.search(name):
+            return "transformers' class of the model does not load it either"
+        return known
+
+    return why
+
+
+def no_place(unknown: list[str], tensors: Mapping[str, FileTensor], model: Any, reader: Reader | None) -> UserError:
+    """The error for tensors that nobody takes, led by the one that tells most."""
+    hints = ((hint, name) for hint in HINTS for name in unknown if hint.pattern.search(name))
+    hint, name = next(hints, (None, unknown[0]))
+    if reader is not None and hint is not None and name.rpartition(".")[2] == reader.mark:
+        return UserError(
+            "the checkpoint quantizes a module that is no linear layer of the model",
+            where=name,
+            fix="config.json belongs to another model, or the module (experts, say) is of a kind not supported",
+        )
+    layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+    beyond = layer is not None and int(layer[1]) >= (count := model.config.get_text_config().num_hidden_layers)
+    found = f"layer {layer[1]}, and the config announces {count}" if layer and beyond else hint.found if hint else ""
+    others = listed([each for each in unknown if each != name], "others")
+    return UserError(
+        f"nothing uses tensor {tensors[name].name} of the checkpoint",
+        where=str(tensors[name].path),
+        expected=f"the tensors of {type(model).__name__} as config.json announces it",
+        found="; ".join(filter(None, (found, others))),
+        fix=hint.fix if hint and hint.fix else "config.json belongs to another model, or the tensor is not of this one",
+    )

@@ -1,0 +1,137 @@
+"""Which model a checkpoint is, told from config.json; what has no road yet is refused by its name.
+
+`architectures` decides. Nothing of the weights is read here, and nothing is exported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from instantrt.passes.core.errors import UserError
+
+ONNX = "export it to ONNX and compile the .onnx file"
+SUFFIX = re.compile(r"(forcausallm|lmheadmodel|modelwithlmhead|withlmheadmodel)$")
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+
+
+@dataclass(frozen=True)
+class NoRoad:
+    """Classes whose names match, what they are, and what can be done with one."""
+
+    pattern: re.Pattern[str]
+    what: str
+    fix: str
+
+
+NO_ROAD = tuple(
+    NoRoad(re.compile(pattern), what, fix)
+    for pattern, what, fix in (
+        (r"For(Sequence|Token|Image|Audio)Classification$", "a classifier, whose head would be lost", ONNX),
+        (r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$", "a model with a head of its own", ONNX),
+        (r"(RewardModel|ForRewardModel|ProcessRewardModel|ValueHead|ForScore)$", "a reward model", ONNX),
+        (r"For(MaskedLM|PreTraining|Pretraining)$", "an encoder, which attends to both sides", ONNX),
+        (
+            r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|Seq2SeqLM)$",
+            "a model of pictures or sound, or of an encoder and a decoder",
+            "save its language model alone, where it has one: `.language_model` of the loaded model, as a causal LM",
+        ),
+        (r"(Eagle|Medusa|Mtp|MTP|NextN)", "a draft model of speculative decoding", "compile the model it drafts for"),
+        (
+            r"((?<!LMHead)Model|Encoder)$",
+            "a model without a head, whose output is hidden states",
+            f"{ONNX}; where it is a causal LM all the same, say so in architectures",
+        ),
+    )
+)
+OTHER = NoRoad(re.compile(""), "another model than the one that model_type names", "correct the one that is wrong")
+
+
+def causal_lm_class(config: Mapping[str, Any], where: str) -> str:
+    """The class that a config's model is built from: the model's own code names it, or transformers does."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    auto_map = config.get("auto_map")
+    own = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    if isinstance(own, str):
+        return own.rpartition(".")[2]
+    model_type = config.get("model_type", "")
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
+    if name is None:
+        raise UserError(
+            f"there is no road for a model of type {model_type!r} yet",
+            where=where,
+            expected="a causal language model that the installed transformers knows",
+            found=f'"architectures": {config["architectures"]!r}' if config.get("architectures") else "",
+            fix=f"a newer transformers may know it; else {ONNX}",
+        )
+    return str(name)
+
+
+def check_architectures(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a config whose `architectures` is no causal LM, or another one than its model_type."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError("architectures is no list of names", where=where, found=repr(named))
+    refuse_known(named, config, where)
+    built = causal_lm_class(config, where)
+    refuse_known([built], config, where)
+    stems = {stem(built), stem(str(config.get("model_type")))}
+    for name in named:
+        if not (name == built or (SUFFIX.search(name.lower()) and stem(name) in stems)):
+            raise refusal(f"{name} is {OTHER.what}", config, where, f"{OTHER.fix}: transformers builds {built}")
+
+
+def refuse_known(names: list[str], config: Mapping[str, Any], where: str) -> None:
+    for name in names:
+        for rule in NO_ROAD:
+            if rule.pattern.search(name):
+                raise refusal(f"{name} is {rule.what}", config, where, rule.fix)
+
+
+def stem(name: str) -> str:
+    """`LlamaForCausalLM`, `LLaMAForCausalLM` and model type `llama` are one."""
+    return SUFFIX.sub("", re.sub(r"[-_]", "", name.lower()))
+
+
+def refusal(what: str, config: Mapping[str, Any], where: str, fix: str) -> UserError:
+    named, model_type = config.get("architectures"), config.get("model_type")
+    return UserError(
+        f"{what}: there is no road for it yet",
+        where=where,
+        expected="a causal language model",
+        found=f"model_type {model_type!r}" + (f', "architectures": {named!r}' if named else ""),
+        fix=fix,
+    )
+
+
+def check_family(config: Any, where: str) -> None:
+    """Refuses what transformers' config says: halves of other models, and states besides keys and values."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, text = type(config), config.get_text_config()
+    built = auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    pair = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    wrapper = type(text) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION))
+    for wrong, what, fix in (
+        (pair, "is one half of an encoder and a decoder", ONNX),
+        (encoder, "is an encoder, which attends to both sides", ONNX),
+        (wrapper, "is a model of more than text", "save its language model alone, as a causal LM"),
+        (getattr(built, "_is_stateful", False), "keeps a state besides keys and values", ONNX),
+        (others, f"has layers that are no attention: {', '.join(others)}", ONNX),
+    ):
+        if wrong:
+            raise refusal(f"{built.__name__} {what}", config.to_dict(), where, fix)
+
+
+def check_experts(model: Any, where: str) -> None:
+    """Refuses mixtures of experts: modules whose weights are stacked, one matrix for each expert."""
+    for path, module in model.named_modules():
+        stacked = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        if stacked:
+            what = f"{type(model).__name__} is a mixture of experts ({path}.{stacked[0]})"
+            raise refusal(what, model.config.to_dict(), where, ONNX)

@@ -1,0 +1,181 @@
+"""The files of a checkpoint's folder: read, harmless with the reason, or refused by name.
+
+What can change the model's numbers and is not read is refused. Files that are no weights and that nobody knows are
+nobody's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from instantrt.compiler.checkpoint import INDEX, SINGLE, shards_of
+from instantrt.compiler.quant.readers import BESIDE
+from instantrt.passes.core.errors import UserError
+
+Report = Callable[[UserError], None]
+DEEPEST = 3  # folders that are looked into for weights
+
+
+@dataclass(frozen=True)
+class Accounted:
+    """Things of one name, numbers in it written `*`, and what became of all `count` of them."""
+
+    name: str
+    count: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known of files with a name like `pattern`. They are refused where `fix` says a way out.
+
+    alone   they are refused only where no safetensors weights lie beside them
+    refused   `(file) -> words` looks inside; the file is harmless where it has none to say
+    """
+
+    pattern: str
+    why: str
+    fix: str = ""
+    alone: bool = False
+    refused: Callable[[Path], str] | None = None
+
+
+def more_than_a_transformer(path: Path) -> str:
+    """The modules of a sentence-transformers pipeline that are not its language model."""
+    try:
+        modules = [str(module["type"]) for module in json.loads(path.read_text("utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    others = [name.rpartition(".")[2] for name in modules if name.rpartition(".")[2] != "Transformer"]
+    return ", ".join(dict.fromkeys(others))
+
+
+FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
+MERGE = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+SAVE = "load it with transformers and save_pretrained(folder): safetensors are read"
+TOKENS = "text to tokens and back; copied beside the artifact where it is of use there"
+READ = "the model"
+AUTHORS = "weights in the format of the model's authors, not of transformers"
+OTHER_FORMAT = "weights in another format: the safetensors are read"
+TRAINING = "of the training"
+RULES = (
+    Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", MERGE),
+    Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", MERGE),
+    Rule(
+        "modules.json",
+        "a sentence-transformers pipeline, whose other modules would be lost",
+        "remove modules.json to compile the language model alone, and run the other modules behind it",
+        refused=more_than_a_transformer,
+    ),
+    Rule("model_index.json", "a diffusers pipeline of several models", "compile each model from an .onnx file"),
+    Rule("quant_model_description*.json", "weights quantized by msModelSlim", FLOAT_MODEL),
+    Rule("quanto_qmap.json", "weights quantized by quanto", FLOAT_MODEL),
+    Rule("quantization_map.json", "weights quantized by quanto", FLOAT_MODEL),
+    Rule("smash_config.json", "a model that Pruna has changed", FLOAT_MODEL),
+    Rule("mlc-chat-config.json", "weights in the format of MLC", FLOAT_MODEL),
+    Rule("qmodel.pt", "weights quantized by HQQ", FLOAT_MODEL),
+    Rule("*.gguf", "GGUF weights", "compile the model that they were converted from", alone=True),
+    Rule("*.ggml", "GGML weights", "compile the model that they were converted from", alone=True),
+    Rule("consolidated*.safetensors", AUTHORS, SAVE, alone=True),
+    Rule("consolidated*.pth", AUTHORS, SAVE, alone=True),
+    Rule("diffusion_pytorch_model*", "the weights of a diffusion model", "compile it from an .onnx file", alone=True),
+    Rule("weights*.npz", "weights in the format of MLX", SAVE, alone=True),
+    Rule("*.nemo", "a NeMo archive", "convert it to a Hugging Face folder", alone=True),
+    Rule("tf_model*.h5", OTHER_FORMAT, SAVE, alone=True),
+    Rule("flax_model*.msgpack", OTHER_FORMAT, SAVE, alone=True),
+    Rule("openvino_model*", "a copy compiled for OpenVINO", SAVE, alone=True),
+    Rule("model.*.safetensors", "a variant: transformers reads it only where it is asked for by name"),
+    Rule("optimizer*", TRAINING),
+    Rule("scheduler*", TRAINING),
+    Rule("rng_state*", TRAINING),
+    Rule("training_args.bin", TRAINING),
+    Rule("trainer_state.json", TRAINING),
+    Rule("generation_config.json", "how to sample from the logits"),
+    Rule("tokenizer*", TOKENS),
+    Rule("special_tokens_map.json", TOKENS),
+    Rule("added_tokens.json", TOKENS),
+    Rule("vocab.*", TOKENS),
+    Rule("merges.txt", TOKENS),
+    Rule("chat_template*", TOKENS),
+    Rule("*preprocessor_config.json", "prepares pictures or sound, of which a language model gets none"),
+    Rule("processor_config.json", "prepares pictures or sound, of which a language model gets none"),
+    Rule("params.json", "the config in the format of the model's authors; config.json is read"),
+    Rule("*_sentence_transformers.json", "settings of sentence-transformers; modules.json says what changes results"),
+    Rule("sentence_bert_config.json", "settings of sentence-transformers; modules.json says what changes results"),
+    Rule("*.safetensors.index*.json", "an index that transformers reads only where it is asked for by name"),
+    Rule("recipe.yaml", "how it was quantized; config.json says the same"),
+    Rule("*.safetensors", "weights that the index does not name; transformers does not read them either"),
+    *(
+        Rule(f"*.{suffix}", OTHER_FORMAT)
+        for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "ot", "npz", "onnx", "engine", "tflite", "mlmodel")
+    ),
+)
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx)$")
+
+
+def account_of_files(folder: Path, report: Report) -> tuple[Accounted, ...]:
+    """What becomes of each file; `report` is told of every one that is refused."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    read = weight_files(folder, names)
+    found = []
+    for name in names:
+        rule = None if name in read else next((rule for rule in RULES if fnmatch(name, rule.pattern)), None)
+        if name in read:
+            found.append((name, READ))
+        elif rule is not None:
+            words = judged(rule, folder / name, bool(read))
+            if words is None:
+                found.append((name, rule.why))
+            else:
+                report(UserError(f"{name}: {rule.why}", where=str(folder), found=words, fix=rule.fix))
+    found += [(name, "weights of another folder, which are not read") for name in weights_below(folder)]
+    return entries(found)
+
+
+def judged(rule: Rule, path: Path, beside_weights: bool) -> str | None:
+    """What is found in a file that is refused; None where it is harmless."""
+    if not rule.fix or (rule.alone and beside_weights):
+        return None
+    if rule.refused is None:
+        return ""
+    return rule.refused(path) or None
+
+
+def weight_files(folder: Path, names: list[str]) -> set[str]:
+    """The files that `read_checkpoint` reads, and those that say how; what is wrong with them is told there."""
+    if INDEX in names:
+        try:
+            shards = shards_of(folder / INDEX)
+        except UserError:
+            shards = []
+        weights = {INDEX, *shards} & set(names)
+    else:
+        known = ("adapter_model.*", "consolidated*", "diffusion_pytorch_model*")
+        every = [n for n in names if n.endswith(".safetensors") and not any(fnmatch(n, k) for k in known)]
+        weights = {SINGLE} if SINGLE in names else set(every)
+    return weights | ({"config.json", *BESIDE} & set(names) if weights else set())
+
+
+def weights_below(folder: Path) -> Iterator[str]:
+    """Weights in folders of the folder, hidden ones aside."""
+    for root, folders, files in os.walk(folder):
+        below = Path(root).relative_to(folder)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if len(below.parts) < DEEPEST else []
+        if below.parts:
+            yield from (str(below / name) for name in sorted(files) if WEIGHTS.search(name))
+
+
+def entries(found: Iterable[tuple[str, str]]) -> tuple[Accounted, ...]:
+    """(name, why) -> one entry for all whose names differ in numbers alone."""
+    counts: dict[tuple[str, str], list[str]] = {}
+    for name, why in found:
+        counts.setdefault((re.sub(r"\d+", "*", name), why), []).append(name)
+    return tuple(
+        Accounted(name if len(names) > 1 else names[0], len(names), why) for (name, why), names in counts.items()
+    )
