@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import CHANGED, Step
+from instantrt.compiler.smoke.steps import CHANGED, Call
 from instantrt.passes.core.lazy import Array
 
 LOGITS, PRESENT = "logits", "present."
@@ -35,16 +35,16 @@ class Distance:
         return not self.odd and self.relative <= bound
 
 
-def distances(found: Answers, expected: Answers, steps: Sequence[Step]) -> Iterator[Distance]:
+def distances(found: Answers, expected: Answers, steps: Sequence[Call]) -> Iterator[Distance]:
     """Everything that `found` has; `steps` say where an output means something."""
     by_name = {step.name: step for step in steps}
     for name, outputs in found.items():
         for output, value in outputs.items():
-            step = by_name.get(name, Step(name, {}))
+            step = by_name.get(name, Call(name, {}))
             yield distance(name, output, *meaning(output, value, expected[name][output], step))
 
 
-def meaning(output: str, value: Array, expected: Array, step: Step) -> tuple[Array, Array]:
+def meaning(output: str, value: Array, expected: Array, step: Call) -> tuple[Array, Array]:
     """Both at the positions that count; logits of the last token alone against the last that counts of each row."""
     if output == LOGITS and value.ndim == 3:
         value, expected = np.maximum(value, MASKED), np.maximum(expected, MASKED)
@@ -77,14 +77,14 @@ def distance(step: str, output: str, value: Array, expected: Array) -> Distance:
     return Distance(step, output, relative, largest, float(np.abs(b[finite]).max(initial=0)))
 
 
-def not_finite(answers: Answers, steps: Sequence[Step], *, every: bool) -> tuple[str, str] | None:
+def not_finite(answers: Answers, steps: Sequence[Call], *, every: bool) -> tuple[str, str] | None:
     """(step, output) of the first that has values that mean something and are not finite; where `every` is asked for,
     nothing else. Random inputs may well have no logarithm."""
-    by_name: Mapping[str, Step] = {step.name: step for step in steps}
+    by_name: Mapping[str, Call] = {step.name: step for step in steps}
     for name, outputs in answers.items():
         for output, value in outputs.items():
             if value.dtype.kind == "f" and value.size:
-                counted, _ = meaning(output, value, value, by_name.get(name, Step(name, {})))
+                counted, _ = meaning(output, value, value, by_name.get(name, Call(name, {})))
                 finite = np.isfinite(counted)
                 if not (finite.any() if every else finite.all()):
                     return name, output

@@ -18,7 +18,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.compare import PRESENT, Distance, distances
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import PAST, Step, plain, typed
+from instantrt.compiler.smoke.steps import PAST, Call, plain, typed
 from instantrt.compiler.target import Target
 
 AS_ROUGH = 2.0  # times what a graph's own nodes, run one by one, are away: an error of that size is rounding, amplified
@@ -38,7 +38,7 @@ class Looker:
     graph: gs.Graph
     dtype: np.dtype[np.generic]
 
-    def why(self, wrong: Sequence[Distance], expected: Answers, steps: Sequence[Step]) -> str:
+    def why(self, wrong: Sequence[Distance], expected: Answers, steps: Sequence[Call]) -> str:
         """What is wrong, in words; "" where no layer is, and all that is beyond its bound is amplified rounding."""
         first = wrong[0]
         step = next((s for s in steps if s.name == plain(first.step)), steps[0])
@@ -55,7 +55,7 @@ class Looker:
             return ""
         return "no single layer is wrong"
 
-    def culprit(self, step: Step, expected: Answers) -> Culprit | None:
+    def culprit(self, step: Call, expected: Answers) -> Culprit | None:
         """The first pass and node that is wrong, on the inputs of one step."""
         made = expected.get(step.after, {})
         cache = {PAST + name.removeprefix(PRESENT): v for name, v in made.items() if name.startswith(PRESENT)}
@@ -71,11 +71,11 @@ class Looker:
         layers = layers_of(None, self.reference)
         return next((layer.path for layer in layers if outputs[layer.y] >= at), layers[-1].path if layers else "-")
 
-    def typed(self, steps: Sequence[Step]) -> list[Step]:
+    def typed(self, steps: Sequence[Call]) -> list[Call]:
         return [typed(step, self.graph) for step in steps]
 
 
-def roughness(graph: gs.Graph, expected: Answers, steps: Sequence[Step]) -> dict[tuple[str, str], float]:
+def roughness(graph: gs.Graph, expected: Answers, steps: Sequence[Call]) -> dict[tuple[str, str], float]:
     """(step, output) -> how far it is from what is expected where the nodes of `graph` are run one by one."""
     found, _ = lockstep(graph, [typed(step, graph) for step in steps])
     known = {name: outputs for name, outputs in found.items() if name in expected}

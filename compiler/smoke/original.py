@@ -11,8 +11,8 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from instantrt.compiler.accuracy.bounds import BFLOAT16, FLOAT16, FLOAT32, Bound
-from instantrt.compiler.smoke.process import Answers, Order
-from instantrt.compiler.smoke.steps import Step
+from instantrt.compiler.smoke.process import Answers, ModelOrder
+from instantrt.compiler.smoke.steps import Call
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.subgraphs import graphs
 
@@ -23,12 +23,12 @@ DRAWS = frozenset(
 )
 
 
-def order(model: Path, steps: Sequence[Step], *, attempts: bool) -> Order:
+def order(model: Path, steps: Sequence[Call], *, attempts: bool) -> ModelOrder:
     calls = tuple((PREFIX + step.name, PREFIX + step.after if step.after else "") for step in steps)
-    return Order(str(model), calls, attempts=attempts)
+    return ModelOrder(str(model), calls, attempts=attempts)
 
 
-def in_its_types(model: Path, steps: Sequence[Step]) -> list[Step]:
+def in_its_types(model: Path, steps: Sequence[Call]) -> list[Call]:
     """The steps with the inputs that the file declares; what was compiled takes float32 for every narrow float."""
     declared = onnx.load_model(model, load_external_data=False).graph.input
     types = {i.name: numpy_type(i.type.tensor_type.elem_type) for i in declared if i.type.tensor_type.elem_type}

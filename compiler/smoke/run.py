@@ -25,8 +25,8 @@ from instantrt.compiler.smoke import original
 from instantrt.compiler.smoke.compare import Distance, distances, moved, not_finite
 from instantrt.compiler.smoke.explain import AS_ROUGH, Looker, roughness
 from instantrt.compiler.smoke.lockstep import lockstep
-from instantrt.compiler.smoke.process import LOADING, Answers, Order, Outcome, Process
-from instantrt.compiler.smoke.steps import CACHED, Step, attempts, fed, llm_steps, plain, prompts_of, row_steps, typed
+from instantrt.compiler.smoke.process import LOADING, Answers, Ending, ModelOrder, Process
+from instantrt.compiler.smoke.steps import CACHED, Call, attempts, fed, llm_steps, plain, prompts_of, row_steps, typed
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, view_of
@@ -73,7 +73,7 @@ class Smoke:
 
     def target(self, target: Target, artifact: Artifact) -> Ran:
         started = time.monotonic()
-        subject = Subject(self.planned, self.request, target, artifact)
+        subject = Staged(self.planned, self.request, target, artifact)
         ran = subject.in_process(self.twins) if artifact.kind == "onnx" else subject.evaluated(self.twins)
         return replace(ran, seconds=time.monotonic() - started)
 
@@ -86,7 +86,7 @@ def smoke(planned: Plan, request: Request, artifacts: Sequence[Artifact]) -> Ite
 
 
 @dataclass
-class Subject:
+class Staged:
     """One artifact, and what it is held against."""
 
     planned: Plan
@@ -107,7 +107,7 @@ class Subject:
         self.file = self.request.out / self.artifact.path
 
     @property
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[Call]:
         llm = self.planned.model.llm
         if llm is None:
             return list(attempts(self.reference.inputs))
@@ -122,7 +122,7 @@ class Subject:
         engine = llm is not None and {t.name for t in self.lowered.inputs} == set(llm.input_names())
         own = tuple((n, a) for n, a in calls if not engine or not n.startswith(BY_ROW))
         cache = str(self.artifact.limits.get("cache", "")) if engine else ""
-        orders = {"artifact": Order(str(self.file), own, cache, attempts=llm is None)}
+        orders = {"artifact": ModelOrder(str(self.file), own, cache, attempts=llm is None)}
         every = list(steps)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twin.")))
@@ -130,7 +130,7 @@ class Subject:
                 if self.key(form) not in twins and not self.streams(graph):
                     write_model(graph.copy(), folder / f"{form}.onnx")
                     file = str(folder / f"{form}.onnx")
-                    orders[form] = Order(file, calls, as_written=True, attempts=llm is None)
+                    orders[form] = ModelOrder(file, calls, as_written=True, attempts=llm is None)
             if model.suffix == ".onnx":
                 orders["original"] = original.order(model, steps, attempts=llm is None)
                 every += original.in_its_types(model, steps)
@@ -178,13 +178,13 @@ class Subject:
             return False
         return bool(self.blocks) or weight_bytes(graph) > SMALL
 
-    def stream(self, twins: Twins, orders: Mapping[str, Order], steps: Sequence[Step]) -> None:
+    def stream(self, twins: Twins, orders: Mapping[str, ModelOrder], steps: Sequence[Call]) -> None:
         """Evaluates what the process was not asked for."""
         for form, graph in self.references.items():
             if form not in orders and self.key(form) not in twins:
                 twins[self.key(form)] = lockstep(graph, steps, self.blocks if form == "twin" else None)
 
-    def agreed(self, outcomes: Mapping[str, Outcome], steps: Sequence[Step]) -> Step | None:
+    def agreed(self, outcomes: Mapping[str, Ending], steps: Sequence[Call]) -> Call | None:
         """The inputs that every form took; SmokeError where the artifact alone refuses some."""
         took = {form: next(iter(original.by_step(o.answers)), None) for form, o in outcomes.items()}
         others = [name for form, name in took.items() if form != "artifact" and name is not None]
@@ -196,7 +196,7 @@ class Subject:
         return steps[names.index(mine)] if mine is not None else None
 
     def held_against_original(
-        self, outcomes: Mapping[str, Outcome], twins: Twins, steps: Sequence[Step]
+        self, outcomes: Mapping[str, Ending], twins: Twins, steps: Sequence[Call]
     ) -> tuple[str, ...]:
         """Is what was compiled the graph of the file? A note where ONNX Runtime cannot say so."""
         outcome = outcomes.get("original")
@@ -221,7 +221,7 @@ class Subject:
                 )
         return ()
 
-    def check_ran(self, outcome: Outcome) -> None:
+    def check_ran(self, outcome: Ending) -> None:
         if outcome.failed:
             loading = outcome.during in LOADING
             raise SmokeError(
@@ -258,7 +258,7 @@ class Subject:
         ran = self.judge(found, expected, steps, first_bad)
         return replace(ran, notes=(*ran.notes, *notes))
 
-    def original_alone(self, steps: Sequence[Step]) -> dict[str, Outcome]:
+    def original_alone(self, steps: Sequence[Call]) -> dict[str, Ending]:
         """The .onnx file in a process of its own; nothing where no such file was given."""
         model = self.request.model
         if model.suffix != ".onnx":
@@ -272,7 +272,7 @@ class Subject:
 
     # What came out
 
-    def judge(self, found: Answers, expected: Answers, steps: Sequence[Step], first_bad: str) -> Ran:
+    def judge(self, found: Answers, expected: Answers, steps: Sequence[Call], first_bad: str) -> Ran:
         bad = not_finite(expected, steps, every=self.planned.model.llm is None)
         if bad is not None:
             with suppress(Exception):  # ONNX Runtime ran the twin, and did not say; not every graph can be asked here
@@ -291,7 +291,7 @@ class Subject:
         note = self.explain(wrong, found, expected, steps)
         return Ran(self.made_for.name, worst, self.bound, (note,))
 
-    def explain(self, wrong: Sequence[Distance], found: Answers, expected: Answers, steps: Sequence[Step]) -> str:
+    def explain(self, wrong: Sequence[Distance], found: Answers, expected: Answers, steps: Sequence[Call]) -> str:
         """Why what is beyond the bound is no error all the same; SmokeError where it is one."""
         first = wrong[0]
         graph = onnx_file.artifact_graph(self.file) if artifact_runs(self.artifact) else self.lowered
@@ -339,7 +339,7 @@ def causality(found: Answers, expected: Answers) -> str:
     return f"causality: the model's first token {words[should]}, the artifact's {words[sees]}"
 
 
-def first_that_runs(graph: gs.Graph, steps: Sequence[Step], outcomes: Mapping[str, Outcome]) -> tuple[Step | None, str]:
+def first_that_runs(graph: gs.Graph, steps: Sequence[Call], outcomes: Mapping[str, Ending]) -> tuple[Call | None, str]:
     """The inputs that the .onnx file took, or else the first that `graph` takes; why none is one."""
     took = [name for outcome in outcomes.values() for name in original.by_step(outcome.answers)]
     last = ""

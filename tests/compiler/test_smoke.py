@@ -24,7 +24,7 @@ from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.lockstep import lockstep
-from instantrt.compiler.smoke.process import Order, Process
+from instantrt.compiler.smoke.process import ModelOrder, Process
 from instantrt.compiler.smoke.run import Ran, SmokeError
 from instantrt.compiler.smoke.steps import llm_steps, row_steps
 from instantrt.passes.core.errors import UserError
@@ -311,7 +311,7 @@ def test_lockstep_is_one_run_after_another(tiny_float: FloatModel) -> None:
 
 def test_how_a_process_ends(tmp_path: Path) -> None:
     model = file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {"x": (F, [2])}, {"y": (F, [2])})
-    order, feeds = Order(str(model), (("run", ""),)), {"run|x": np.array([-1, 1], np.float32)}
+    order, feeds = ModelOrder(str(model), (("run", ""),)), {"run|x": np.array([-1, 1], np.float32)}
     with Process([order, replace(order, model=str(tmp_path / "none.onnx")), order], feeds) as process:
         first, second, third = process.outcomes()
     assert first.answers["run"]["y"].tolist() == third.answers["run"]["y"].tolist() == [0, 1]
