@@ -99,8 +99,17 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
-    if opset_with_kernels(graph) is None:  # maybe there is one before the whole operators of opset 23
-        run(graph, [DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary()], log)
+    return with_every_kernel(graph, log)
+
+
+def with_every_kernel(graph: gs.Graph, log: PassLog | None = None) -> gs.Graph:
+    """The graph as ONNX Runtime's CPU provider runs all of it, without a log a copy; UserError where it cannot."""
+    opset = opset_with_kernels(graph)
+    if log is None and opset != graph.opset:
+        graph = graph.copy()
+    if opset is None:  # maybe there is one before the whole operators of opset 23
+        whole = [DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary()]
+        run(graph, whole, log if log is not None else PassLog())
     return with_kernels(graph)
 
 

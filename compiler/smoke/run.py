@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block
 from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.artifact.manifest import Artifact
@@ -104,6 +105,7 @@ class Staged:
         if self.request.embeddings == "int8":  # tables are rounded as they are lowered: no error of the lowering
             table = QuantizeTables() if artifact_runs(self.artifact) else LowerNativeTables(self.dtype)
             self.reference = run(self.reference.copy(), [table], PassLog())
+        self.reference = pipeline.with_every_kernel(self.reference)
         self.file = self.request.out / self.artifact.path
 
     @property
