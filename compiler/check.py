@@ -7,13 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import MANIFEST, MODEL, Artifact, read_manifest
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.backend.tensorrt.header import Header
+from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.smoke.process import LOADING, ModelOrder, Process
+from instantrt.compiler.smoke.steps import attempts, fed, new, prompts_of
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 
@@ -37,7 +42,7 @@ def check(folder: Path) -> Iterator[str]:
 
 
 def check_model(folder: Path, artifact: Artifact) -> str:
-    """Reads the graph of a model or kit, not its weights."""
+    """Runs a model once, in a process of its own; of a kit, reads the graph and not its weights."""
     path = inside(folder, artifact.path).with_name(MODEL)
     try:
         model = onnx.load(path, load_external_data=False)
@@ -45,12 +50,34 @@ def check_model(folder: Path, artifact: Artifact) -> str:
         raise UserError("not an ONNX model", where=str(path), found=str(error)) from None
     nodes = f"{len(model.graph.node)} nodes"
     if artifact.kind != "kit":
-        return f"a model for ONNX Runtime ({nodes})"
+        return f"a model for ONNX Runtime ({nodes}); {run_once(path, artifact)}"
     releases = find_target(artifact.target).tensorrt
     return (
         f"a build kit ({nodes}); on a machine with an {artifact.target} GPU and TensorRT {releases}, "
         f"finish it with: instantrt build {path.parent} -o {folder}"
     )
+
+
+def run_once(path: Path, artifact: Artifact) -> str:
+    """Opens the model as its manifest says and runs a step on random inputs."""
+    try:
+        graph = gs.Graph(inputs=[gs.Variable(t.name, np.dtype(t.dtype), list(t.shape)) for t in artifact.inputs])
+        llm = LlmShape(**artifact.llm) if artifact.llm is not None else None
+        steps = [new(graph, "prefill", prompts_of(llm).rows[0][None])] if llm is not None else [*attempts(graph.inputs)]
+    except (TypeError, ValueError) as error:
+        raise UserError("the manifest's inputs are none of a model", where=str(path), found=str(error)) from None
+    order = ModelOrder(str(path), tuple((step.name, "") for step in steps), attempts=llm is None)
+    with Process([order], fed(steps)) as process:
+        (outcome,) = process.outcomes()
+    runtime = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
+    if outcome.failed and (llm is not None or outcome.during in LOADING):
+        raise UserError(
+            f"{runtime} cannot {'load' if outcome.during in LOADING else 'run'} the model",
+            where=str(path),
+            found=outcome.failed,
+            fix="install a newer onnxruntime, or compile again with the one that is here",
+        )
+    return f"{runtime} loaded it, and it takes no random inputs" if outcome.failed else f"{runtime} ran it"
 
 
 def check_engine(folder: Path, artifact: Artifact) -> str:

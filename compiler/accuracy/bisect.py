@@ -114,7 +114,10 @@ class BisectingLog(PassLog):
 
 
 def distance(value: Array, expected: Array, *, worst: bool = True) -> float:
-    """The worst channel of a float tensor, or all of it. Integers are equal or not; codes of activations may round to either side."""
+    """The worst channel of a float tensor, or all of it.
+
+    Integers are equal or not; codes of activations may round to either side.
+    """
     if value.dtype.kind in "iub" or expected.ndim == 0:
         slack = 1 if value.dtype.kind in "iu" and value.dtype.itemsize == 1 else 0
         close = np.abs(value.astype(np.float64) - expected.astype(np.float64)) <= slack

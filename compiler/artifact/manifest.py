@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from instantrt.compiler.checkpoint import read_json
 from instantrt.passes.core.errors import UserError
 
 MANIFEST = "manifest.json"
+KINDS = ("onnx", "engine", "kit")
 MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
 
@@ -69,13 +71,69 @@ def read_manifest(folder: Path) -> list[Artifact]:
             fix="compile into another folder",
         )
     try:
-        return [artifact_from_json(raw) for raw in body["artifacts"]]
-    except (KeyError, TypeError) as error:
+        artifacts = [artifact_from_json(raw) for raw in body["artifacts"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError("not a manifest of ours", where=str(folder / MANIFEST), found=str(error)) from None
+    if not artifacts:
+        raise UserError("the manifest lists no artifact", where=str(folder / MANIFEST), fix="compile again")
+    return artifacts
+
+
+def names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
+def texts(value: Any) -> bool:
+    return isinstance(value, dict) and names(list(value.values()))
+
+
+def sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(d) in (int, str) for d in value)
+
+
+def tensor(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"name", "dtype", "shape"} and sizes(value["shape"])
+
+
+def language_model(value: Any) -> bool:
+    counts = {"layers", "kv_heads", "head_dim", "vocab", "max_length"}
+    return value is None or (isinstance(value, dict) and set(value) == counts and all(map(is_count, value.values())))
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def engine(value: Any) -> bool:
+    kinds = {"builder": str, "version": str, "sm": int, "options": dict}
+    return value is None or (isinstance(value, dict) and all(isinstance(value.get(k), t) for k, t in kinds.items()))
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "target": (lambda value: isinstance(value, str), "a name"),
+    "kind": (lambda value: value in KINDS, "onnx, engine or kit"),
+    "path": (lambda value: isinstance(value, str), "a path"),
+    "inputs": (lambda value: isinstance(value, list) and all(map(tensor, value)), "tensors: name, dtype, shape"),
+    "outputs": (lambda value: isinstance(value, list) and all(map(tensor, value)), "tensors: name, dtype, shape"),
+    "quant": (texts, "layers and their formats"),
+    "llm": (language_model, "layers, kv_heads, head_dim, vocab and max_length, or null"),
+    "digests": (texts, "files and their digests"),
+    "source": (lambda value: isinstance(value, dict), "an object"),
+    "limits": (lambda value: isinstance(value, dict), "an object"),
+    "plugins": (names, "names of files"),
+    "engine": (engine, "builder, version, sm and options, or null"),
+}
 
 
 def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
-    """The inverse of `asdict`; KeyError or TypeError where `raw` is something else."""
+    """The inverse of `asdict`; KeyError, TypeError or ValueError where `raw` is something else."""
+    if not isinstance(raw, dict):
+        raise TypeError(f"an artifact is an object, not {raw!r}")
+    for key, (holds, expected) in RULES.items():
+        if key in raw and not holds(raw[key]):
+            raise ValueError(f"{key} is {shorten(repr(raw[key]), 80)}, not {expected}")
+    if raw["kind"] == "engine" and raw.get("engine") is None:
+        raise ValueError("an artifact of kind engine without its engine's builder and version")
     return Artifact(
         **{
             **raw,

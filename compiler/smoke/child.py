@@ -48,7 +48,8 @@ def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[
     say(begin="load")
     engine = ENGINES[order["cache"]](order["model"], ROWS, len(feeds[f"{CACHED}|0"]) + 2) if order["cache"] else None
     session = engine.session if engine is not None else opened(order)
-    names, caches = [output.name for output in session.get_outputs()], {}
+    names = [output.name for output in session.get_outputs()]
+    caches: dict[str, dict[str, Array]] = {}
     for step, after in order["steps"]:
         say(begin=step)
         given = {key.split("|", 1)[1]: value for key, value in feeds.items() if key.split("|", 1)[0] == step}
@@ -98,7 +99,7 @@ def main(folder: Path) -> None:
         except Exception as error:  # ONNX Runtime's have no common base
             say(failed=str(error))
             continue
-        np.savez(folder / f"{index}.npz", **answers)
+        np.savez(folder / f"{index}.npz", **answers)  # type: ignore[arg-type]
         say(done=True, peak_kb=peak_kb())
     say(ended=True)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import CHANGED, Step
+from instantrt.compiler.smoke.steps import CHANGED, Call
 from instantrt.passes.core.lazy import Array
 
 LOGITS, PRESENT = "logits", "present."
@@ -19,8 +19,10 @@ MASKED = -3e4  # logits this low are words that cannot come: every form has its 
 
 @dataclass(frozen=True)
 class Distance:
-    """Of one output of one step: relative L2, the largest difference, the largest value; or in words why there is
-    none (another shape, other integers, a NaN in one of them)."""
+    """Of one output of one step: relative L2, the largest difference, the largest value.
+
+    odd   why there is none, in words: another shape or other integers, which are infinitely far; a NaN in one of them
+    """
 
     step: str
     output: str
@@ -33,16 +35,16 @@ class Distance:
         return not self.odd and self.relative <= bound
 
 
-def distances(found: Answers, expected: Answers, steps: Sequence[Step]) -> Iterator[Distance]:
+def distances(found: Answers, expected: Answers, steps: Sequence[Call]) -> Iterator[Distance]:
     """Everything that `found` has; `steps` say where an output means something."""
     by_name = {step.name: step for step in steps}
     for name, outputs in found.items():
         for output, value in outputs.items():
-            step = by_name.get(name, Step(name, {}))
+            step = by_name.get(name, Call(name, {}))
             yield distance(name, output, *meaning(output, value, expected[name][output], step))
 
 
-def meaning(output: str, value: Array, expected: Array, step: Step) -> tuple[Array, Array]:
+def meaning(output: str, value: Array, expected: Array, step: Call) -> tuple[Array, Array]:
     """Both at the positions that count; logits of the last token alone against the last that counts of each row."""
     if output == LOGITS and value.ndim == 3:
         value, expected = np.maximum(value, MASKED), np.maximum(expected, MASKED)
@@ -51,36 +53,40 @@ def meaning(output: str, value: Array, expected: Array, step: Step) -> tuple[Arr
             last = tokens.shape[1] - 1 - tokens[:, ::-1].argmax(axis=1)
             return value[:, 0], expected[np.arange(len(last)), last]
         return (value[tokens], expected[tokens]) if value.shape == expected.shape else (value, expected)
-    if output.startswith(PRESENT) and step.keys is not None and value.shape == expected.shape:
-        if value.ndim == 4 and value.shape[2] == step.keys.shape[1]:
-            return value.swapaxes(1, 2)[step.keys], expected.swapaxes(1, 2)[step.keys]
+    cache = output.startswith(PRESENT) and value.ndim == 4 and value.shape == expected.shape
+    if cache and step.keys is not None and value.shape[2] == step.keys.shape[1]:
+        return value.swapaxes(1, 2)[step.keys], expected.swapaxes(1, 2)[step.keys]
     return value, expected
 
 
 def distance(step: str, output: str, value: Array, expected: Array) -> Distance:
     if value.shape != expected.shape:
-        return Distance(step, output, odd=f"its shape is {list(value.shape)}, not {list(expected.shape)}")
+        return Distance(step, output, math.inf, odd=f"has shape {list(value.shape)}, not {list(expected.shape)}")
     if value.dtype.kind not in "fV" or expected.dtype.kind not in "fV":
         count = int((value != expected).sum())
-        return Distance(step, output, odd=f"{count} of {value.size} values are others" if count else "")
+        if count:
+            return Distance(step, output, math.inf, odd=f"has {count} of {value.size} values that are others")
+        return Distance(step, output)
     a, b = value.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
-        return Distance(step, output, odd="it is not finite where the twin is, or the other way round")
+        return Distance(step, output, math.nan, odd="is not finite where it should be, or the other way round")
     delta, size = a[finite] - b[finite], np.linalg.norm(b[finite])
     off, largest = np.linalg.norm(delta), float(np.abs(delta).max(initial=0))
     relative = float(off / size) if size else math.inf if off else 0.0
     return Distance(step, output, relative, largest, float(np.abs(b[finite]).max(initial=0)))
 
 
-def not_finite(answers: Answers, steps: Sequence[Step]) -> tuple[str, str] | None:
-    """(step, output) of the first that has values that mean something and are not finite."""
-    by_name: Mapping[str, Step] = {step.name: step for step in steps}
+def not_finite(answers: Answers, steps: Sequence[Call], *, every: bool) -> tuple[str, str] | None:
+    """(step, output) of the first that has values that mean something and are not finite; where `every` is asked for,
+    nothing else. Random inputs may well have no logarithm."""
+    by_name: Mapping[str, Call] = {step.name: step for step in steps}
     for name, outputs in answers.items():
         for output, value in outputs.items():
-            if value.dtype.kind == "f":
-                counted, _ = meaning(output, value, value, by_name.get(name, Step(name, {})))
-                if not np.isfinite(counted).all():
+            if value.dtype.kind == "f" and value.size:
+                counted, _ = meaning(output, value, value, by_name.get(name, Call(name, {})))
+                finite = np.isfinite(counted)
+                if not (finite.any() if every else finite.all()):
                     return name, output
     return None
 
@@ -90,9 +96,9 @@ def moved(answers: Answers, like: Answers | None = None) -> bool | None:
 
     Seen in its logits; where only the last token's are delivered (by `like`), in what the cache keeps of it.
     """
-    pair = [answers.get(name) for name in ("prefill", CHANGED)]
+    pair = [answers[name] for name in ("prefill", CHANGED) if name in answers]
     shape = (like or answers).get("prefill", {})
-    if None in pair or LOGITS not in shape:
+    if len(pair) < 2 or LOGITS not in shape:
         return None
     caches = [name for name in shape if name.startswith(PRESENT)]
     output = LOGITS if shape[LOGITS].shape[1] > 1 else caches[-1] if caches else ""

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.bounds import int8_blocks
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import PAST, Step
+from instantrt.compiler.smoke.steps import PAST, Call
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import dependencies, evaluate_each, evaluate_node
 from instantrt.passes.core.lazy import Array
@@ -44,7 +44,7 @@ class StepRun(Evaluation):
     blocks   MatMul -> the block in which the operator that stands for it makes int8 of its input, by definition
     """
 
-    def __init__(self, graph: gs.Graph, step: Step, before: StepRun | None, blocks: Mapping[str, int]) -> None:
+    def __init__(self, graph: gs.Graph, step: Call, before: StepRun | None, blocks: Mapping[str, int]) -> None:
         super().__init__(graph, step.feeds, keep=[t.name for t in graph.outputs])
         self.values = Values(step.feeds)
         self.values.before, self.blocks = before, blocks
@@ -80,7 +80,7 @@ def run_node(node: gs.Node, runs: Sequence[StepRun]) -> None:
         run.store(node, outputs)
 
 
-def lockstep(graph: gs.Graph, steps: Sequence[Step], blocks: Mapping[str, int] | None = None) -> tuple[Answers, str]:
+def lockstep(graph: gs.Graph, steps: Sequence[Call], blocks: Mapping[str, int] | None = None) -> tuple[Answers, str]:
     """(the outputs of every step, the first tensor that is not finite in any step, or "")."""
     runs: dict[str, StepRun] = {}
     for step in steps:

@@ -20,11 +20,12 @@ import numpy as np
 from instantrt.passes.core.lazy import Array
 
 SECONDS, BYTES_PER_SECOND = 300, 20 << 20  # a run that takes longer, for its size, hangs
+LOADING = ("start", "load")  # what a process is at before its first step
 Answers = dict[str, dict[str, Array]]  # step -> output -> value
 
 
 @dataclass(frozen=True)
-class Order:
+class ModelOrder:
     """An ONNX file and what to run of it: see `child`."""
 
     model: str
@@ -35,7 +36,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """What became of one order.
 
     failed    what went wrong, `during` which step; "" where nothing did
@@ -52,7 +53,7 @@ class Outcome:
 class Process:
     """The child, from the start on; `outcomes` waits for it. Inside `with`, so that none outlives this process."""
 
-    def __init__(self, orders: Sequence[Order], feeds: Mapping[str, Array]) -> None:
+    def __init__(self, orders: Sequence[ModelOrder], feeds: Mapping[str, Array]) -> None:
         self.orders, self.feeds = orders, feeds
         self.seconds = SECONDS + sum(size(Path(order.model)) for order in orders) / BYTES_PER_SECOND
 
@@ -84,7 +85,7 @@ class Process:
         self.errors.close()
         self.scratch.cleanup()
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[Ending]:
         """One for each order."""
         how = "its process ended early"
         try:
@@ -93,10 +94,10 @@ class Process:
         except subprocess.TimeoutExpired:
             how = f"it did not finish within {self.seconds:.0f} s"
         self.events.seek(0)
-        found: list[Outcome] = []
+        found: list[Ending] = []
         for event in map(json.loads, self.events):
             if "order" in event:
-                found.append(Outcome(failed=how, during="start"))
+                found.append(Ending(failed=how, during="start"))
             elif "begin" in event:
                 found[-1] = replace(found[-1], during=event["begin"])
             elif "attempt" in event:
@@ -108,7 +109,7 @@ class Process:
                 found[-1] = replace(
                     found[-1], answers=answers, failed="" if answers else found[-1].refused, peak_kb=event["peak_kb"]
                 )
-        return [*found, *[Outcome(failed=how, during="start")] * (len(self.orders) - len(found))]
+        return [*found, *[Ending(failed=how, during="start")] * (len(self.orders) - len(found))]
 
     def answers(self, index: int) -> Answers:
         found: Answers = {}

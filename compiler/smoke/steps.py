@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,11 +15,12 @@ from instantrt.passes.core.lazy import Array
 
 PROMPT, SHORTER, DECODES = 8, 3, 2  # tokens of a prompt, of those the second row lacks, and tokens after it
 PAST = "past_key_values."
+CACHED = "cached"  # how the steps of both rows in one cache begin
 CHANGED = "last token changed"
 
 
 @dataclass(frozen=True)
-class Step:
+class Call:
     """One call. `after` is the step whose cache it goes on with; `row` of it is one of two that decode together.
 
     tokens, keys   where an output says something, [B, S] and [B, T]; None where all of it does
@@ -48,7 +49,7 @@ def prompts_of(llm: LlmShape) -> Prompts:
     return Prompts((rows[0], rows[1]), random.integers(0, llm.vocab, (decodes, 2)))
 
 
-def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Step]:
+def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Call]:
     """A prefill, tokens with its cache, rows of two lengths, and the prompt with another last token.
 
     right   rows may also be padded on the right
@@ -75,7 +76,7 @@ def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Step]:
     return [*steps, new(graph, CHANGED, other[None])]
 
 
-def row_steps(graph: gs.Graph, llm: LlmShape) -> list[Step]:
+def row_steps(graph: gs.Graph, llm: LlmShape) -> list[Call]:
     """The second sequence by itself: what the shorter row of a batch is held against."""
     prompts = prompts_of(llm)
     steps = [new(graph, "row", prompts.rows[1][None])]
@@ -84,7 +85,7 @@ def row_steps(graph: gs.Graph, llm: LlmShape) -> list[Step]:
     return steps
 
 
-def new(graph: gs.Graph, name: str, ids: Array, mask: Array | None = None) -> Step:
+def new(graph: gs.Graph, name: str, ids: Array, mask: Array | None = None) -> Call:
     """ids [B, S] with an empty cache; mask [B, S]."""
     caches = {
         t.name: np.zeros([len(ids) if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(t.shape)], f)
@@ -96,7 +97,7 @@ def new(graph: gs.Graph, name: str, ids: Array, mask: Array | None = None) -> St
     return step(graph, name, {**token_feeds(ids), "attention_mask": mask, "position_ids": positions, **caches}, "")
 
 
-def follow(graph: gs.Graph, before: Step, name: str, ids: Array) -> Step:
+def follow(graph: gs.Graph, before: Call, name: str, ids: Array) -> Call:
     """ids [B, 1] after another step."""
     assert before.keys is not None
     mask = np.concatenate([before.keys.astype(np.int64), np.ones_like(ids)], axis=1)
@@ -105,19 +106,21 @@ def follow(graph: gs.Graph, before: Step, name: str, ids: Array) -> Step:
     return step(graph, name, feeds, before.name)
 
 
-def step(graph: gs.Graph, name: str, feeds: Mapping[str, Array], after: str) -> Step:
+def step(graph: gs.Graph, name: str, feeds: Mapping[str, Array], after: str) -> Call:
     """What `graph` takes of `feeds`, in its types."""
     types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
     keys = feeds["attention_mask"].astype(bool)
     given = {n: value.astype(types[n], copy=False) for n, value in feeds.items() if n in types}
-    return Step(name, given, after, keys[:, -feeds["input_ids"].shape[1] :], keys)
+    return Call(name, given, after, keys[:, -feeds["input_ids"].shape[1] :], keys)
 
 
-def attempts(inputs: Sequence[gs.Variable]) -> Iterator[Step]:
+def attempts(inputs: Sequence[gs.Variable]) -> Iterator[Call]:
     """Inputs for any model: the first that it takes will do. Later ones are smaller, in size and in value."""
-    for index, (leading, others, below) in enumerate(((2, 8, 8), (2, 8, 2), (1, 8, 2), (8, 8, 2), (1, 4, 2), (1, 1, 1))):
+    for index, (leading, others, below) in enumerate(
+        ((2, 8, 8), (2, 8, 2), (1, 8, 2), (8, 8, 2), (1, 4, 2), (1, 1, 1))
+    ):
         random = np.random.default_rng(index)
-        yield Step(f"run {index}", {t.name: drawn(t, random, leading, others, below) for t in inputs})
+        yield Call(f"run {index}", {t.name: drawn(t, random, leading, others, below) for t in inputs})
 
 
 def drawn(tensor: gs.Variable, random: np.random.Generator, leading: int, others: int, below: int) -> Array:
@@ -129,3 +132,25 @@ def drawn(tensor: gs.Variable, random: np.random.Generator, leading: int, others
     if dtype.kind in "biu":
         return np.asarray(random.integers(0, below, sizes)).astype(dtype)
     return np.asarray(random.standard_normal(sizes)).astype(dtype)
+
+
+def fed(steps: Sequence[Call], prompts: Prompts | None = None) -> dict[str, Array]:
+    """What a process reads: the inputs of each step, and the prompts that its engine has in one cache."""
+    given = {f"{step.name}|{name}": value for step in steps for name, value in step.feeds.items()}
+    if prompts is not None:
+        given |= {f"{CACHED}|{row}": ids for row, ids in enumerate(prompts.rows)} | {f"{CACHED}|tokens": prompts.tokens}
+    return given
+
+
+def plain(step: str) -> str:
+    """The step by itself that one of both rows in one cache is held against."""
+    if not step.startswith(CACHED):
+        return step
+    index = int(step.removeprefix(CACHED))
+    return f"decode {index}" if index else "prefill"
+
+
+def typed(step: Call, graph: gs.Graph) -> Call:
+    """The step in the types of `graph`."""
+    types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
+    return replace(step, feeds={n: v.astype(types[n], copy=False) for n, v in step.feeds.items() if n in types})

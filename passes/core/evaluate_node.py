@@ -19,6 +19,11 @@ from instantrt.plugins.ops import DOMAIN, OPS
 
 FLOAT32 = np.dtype(np.float32)
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+WIDE: dict[np.dtype[Any], type[np.generic]] = {
+    **dict.fromkeys(HALVES, np.float32),
+    np.dtype(ml_dtypes.int4): np.int8,
+    np.dtype(ml_dtypes.uint4): np.uint8,
+}
 OURS = {op.name: op for op in OPS}
 EXTERNAL_BYTES = 1 << 20  # larger constants reach a session as they lie in memory, without a copy in a protobuf
 SHARED_BYTES = 1 << 16  # of a model of one node that is kept for the next like it
@@ -233,14 +238,14 @@ class NodeSession:
 
 
 def widened(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
-    """16 bits as the 32 that a node computes in."""
+    """A 16-bit float as the 32 bits that a node computes in, a four-bit integer as one of eight."""
     value = value_of(tensor, values)
-    return value.astype(FLOAT32) if value.dtype in HALVES else value
+    return value.astype(WIDE[value.dtype]) if value.dtype in WIDE else value
 
 
 def new_session(model: bytes, large: Mapping[str, Array]) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is said by the error
     options.intra_op_num_threads = 1  # a thread pool for each node costs more than it brings
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_external_initializers(list(large), [ort.OrtValue.ortvalue_from_numpy(v) for v in large.values()])

@@ -2,6 +2,7 @@
 
     rate        quantizing and writing, weights a second, beside ONNX Runtime's own quantizer on the same weights
     memory      peak memory: of the quantize-and-write stage, and of compiling a model of Qwen2-7B's shape
+    smoke       what running each artifact once adds to a compilation of 30 layers, in seconds and memory
     decode      one token through layers of 2048 x 8192, beside float32, and the error of the per-channel forms
     perplexity  of every mode on the evaluation text, beside float
 
@@ -34,9 +35,10 @@ from safetensors.numpy import save_file
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_header
-from instantrt.compiler.compile import compile_model
+from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.request import Request
+from instantrt.compiler.smoke.run import Ran
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
@@ -44,7 +46,7 @@ from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
-from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_7B, write_checkpoint
+from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_7B, SMOLLM2_135M, write_checkpoint
 
 Array = npt.NDArray[Any]
 Result = dict[str, Any]
@@ -185,6 +187,14 @@ before = peak_kb()
 write_model(graph, folder / "out.onnx")
 print(before, peak_kb())
 """
+SESSION = """
+import sys
+from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
+from instantrt.compiler.smoke.child import peak_kb
+import numpy as np
+SharedEngine(sys.argv[1], 1, 16).prefill(0, np.arange(8), 0)
+print(peak_kb())
+"""
 COMPILE = """
 import atexit, sys
 from instantrt.tools.cli.app import compile_main
@@ -222,6 +232,42 @@ def memory(folder: Path) -> Result:
         }
         shutil.rmtree(folder / "out")
     return result
+
+
+def smoke(folder: Path) -> Result:
+    """What running each artifact once adds to compiling a model of SmolLM2-135M's shape, 30 layers of random weights.
+
+    Seconds of the whole, the share of the smoke run, and the peak memory of its process beside that of a session alone.
+    """
+    write_checkpoint(folder / "model", SMOLLM2_135M)
+    result: Result = {}
+    for quant in ("none", "a16w8", "a16w4", "a8w8"):
+        seen = SmokeSeen()
+        request = Request(folder / "model", ("x86",), folder / quant, quant=quant)  # type: ignore[arg-type]
+        started = time.perf_counter()
+        compile_model(request, watch=seen)
+        seconds = time.perf_counter() - started
+        model = folder / quant / "x86" / "model.onnx"
+        alone = subprocess.run([sys.executable, "-c", SESSION, model], capture_output=True, text=True, check=True)
+        (ran,) = seen.all
+        result[quant] = {
+            "seconds": round(seconds, 1),
+            "of_these_smoke": round(ran.seconds, 1),
+            "percent": round(100 * ran.seconds / seconds, 1),
+            "its_process_mb": ran.peak_kb // 1024,
+            "a_session_mb": int(alone.stdout) // 1024,
+        }
+    return result
+
+
+class SmokeSeen(Watch):
+    """What the smoke run said."""
+
+    def __init__(self) -> None:
+        self.all: list[Ran] = []
+
+    def ran(self, ran: Ran) -> None:
+        self.all.append(ran)
 
 
 def decode(folder: Path) -> Result:
@@ -346,6 +392,7 @@ def median(function: Callable[[], Any], times: int) -> float:
 PARTS: dict[str, Callable[[Path], Result]] = {
     "rate": rate,
     "memory": memory,
+    "smoke": smoke,
     "decode": decode,
     "prefill": prefill,
     "perplexity": perplexities,
@@ -365,7 +412,7 @@ def markdown(results: Mapping[str, Result]) -> str:
 
 def main(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="rate, memory, decode, prefill, perplexity; all by default")
+        list[str] | None, typer.Argument(help="rate, memory, smoke, decode, prefill, perplexity; all by default")
     ] = None,
     scratch: Annotated[Path | None, typer.Option(help="a folder with 40 GB of room")] = None,
 ) -> None:

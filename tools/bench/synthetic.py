@@ -50,6 +50,18 @@ DECODER_12 = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
+SMOLLM2_135M = {
+    **QWEN2,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 23  # weights made at a time
 

@@ -1,0 +1,395 @@
+"""Every artifact runs once before it is published: what is wrong in a real way fails, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from onnx import TensorProto, helper
+
+from instantrt.compiler import pipeline, plan
+from instantrt.compiler.artifact.manifest import MANIFEST
+from instantrt.compiler.check import check
+from instantrt.compiler.compile import Watch, compile_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.process import ModelOrder, Process
+from instantrt.compiler.smoke.run import Ran, SmokeError
+from instantrt.compiler.smoke.steps import llm_steps, row_steps
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import small
+from instantrt.passes.core.rewrite import add
+from instantrt.passes.ort.nbits import Blocks
+from tests.commands import invoke
+from tests.conftest import TINY, contents
+
+F = TensorProto.FLOAT
+Break = Callable[[gs.Graph], None]
+
+
+class Seen(Watch):
+    """What became of each artifact."""
+
+    def __init__(self) -> None:
+        self.all: list[Ran] = []
+
+    def ran(self, ran: Ran) -> None:
+        self.all.append(ran)
+
+
+def ran(model: Path, out: Path, target: str = "x86", **fields: object) -> Ran:
+    """Compiles, and says what the smoke run saw."""
+    watch = Seen()
+    compile_model(Request(model, (target,), out, **fields), watch=watch)  # type: ignore[arg-type]
+    (one,) = watch.all
+    return one
+
+
+def refused(model: Path, out: Path, words: str, target: str = "x86", **fields: object) -> None:
+    """Compiles; it fails with `words`, and leaves nothing."""
+    with pytest.raises(SmokeError, match=words):
+        ran(model, out, target, **fields)
+    assert not out.exists()
+
+
+def node(graph: gs.Graph, op: str, index: int = 0) -> gs.Node:
+    return [each for each in graph.nodes if each.op == op][index]
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], None]:
+    """Makes the lowering for CPUs wrong: what it is given changes every lowered graph."""
+    right = pipeline.lower_onnxruntime
+
+    def install(wrong: Break) -> None:
+        def lower(*args: object) -> gs.Graph:
+            graph = right(*args)  # type: ignore[arg-type]
+            wrong(graph)
+            return graph
+
+        monkeypatch.setattr(pipeline, "lower_onnxruntime", lower)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("fields", "arithmetic"),
+    [
+        ({}, "float32"),
+        ({"quant": "a16w8", "logits": "all"}, "two limbs"),
+        ({"quant": "a16w4", "group_size": 32, "cpu_preset": "fast"}, "int8 per block"),
+        ({"quant": "a8w8", "portable": True}, "int8 per token"),
+        ({"quant": "a16w8", "lm_head": "int8", "embeddings": "int8"}, "two limbs"),
+    ],
+    ids=str,
+)
+def test_what_is_right_runs(fields: dict[str, object], arithmetic: str, tmp_path: Path) -> None:
+    found = ran(TINY, tmp_path / "out", **fields)
+    assert found.bound.name == arithmetic
+    assert found.distance.step  # something was compared
+    assert found.distance.relative < found.bound.model / 2
+    assert not found.notes
+
+
+def forget_causality(graph: gs.Graph) -> None:
+    """Every token sees every other one."""
+    attention = node(graph, "Attention")
+    mask = attention.inputs[3]
+    everything = gs.Variable("mask/everything", mask.dtype, mask.shape)
+    nothing = add(graph, "Not", [mask], "mask/hidden") if mask.dtype == np.bool_ else small("zero", 0, mask.dtype)
+    add(graph, "Or" if mask.dtype == np.bool_ else "Mul", [mask, nothing], everything)
+    for each in (n for n in graph.nodes if n.op == "Attention"):
+        each.inputs[3] = everything
+    graph.toposort()
+
+
+def one_position_late(graph: gs.Graph) -> None:
+    later = gs.Variable("position_ids/later", np.dtype(np.int64), ["batch", "sequence"])
+    (ids,) = (t for t in graph.inputs if t.name == "position_ids")
+    for each in list(ids.outputs):
+        each.inputs = [later if t is ids else t for t in each.inputs]
+    graph.nodes.insert(0, gs.Node("Add", "later", {}, [ids, small("one", 1, np.int64)], [later]))
+
+
+def ends_early(graph: gs.Graph) -> None:
+    """The cache's lengths are one too few for the second row of a batch, as if rows were padded otherwise."""
+    attention = node(graph, "GroupQueryAttention")
+    last = attention.inputs[5]
+    shorter = add(graph, "Mul", [last, small("none", 0, np.int32)], "lengths/none")
+    for each in (n for n in graph.nodes if n.op == "GroupQueryAttention"):
+        each.inputs[5] = shorter
+    graph.toposort()
+
+
+def cache_of_another_layer(graph: gs.Graph) -> None:
+    one, two = (next(t for t in graph.outputs if t.name == f"present.{i}.key") for i in (0, 1))
+    one.name, two.name = two.name, one.name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fields", "words"),
+    [
+        (
+            forget_causality,
+            {"portable": True},
+            r"prefill.*causality: the model's first token does not see.*layers\.0\.self_attn\.o_proj",
+        ),
+        (one_position_late, {"portable": True}, r"prefill.*; model\.layers\.0\.self_attn\.\w+: after"),
+        (ends_early, {}, r"prefill.*; model\.layers\.0\.self_attn\.o_proj: after pass writing the artifact"),
+        (cache_of_another_layer, {}, r"present\.\d\.key is off by"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_wrong_lowering_fails(
+    wrong: Break, fields: dict[str, object], words: str, lowered: Callable[[Break], None], tmp_path: Path
+) -> None:
+    lowered(wrong)
+    refused(TINY, tmp_path / "out", f"(?s){words}", **fields)
+
+
+def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two percent off, in every block."""
+    right = Blocks.scales
+    monkeypatch.setattr(Blocks, "scales", lambda self, tile: right(self, tile) * np.float32(1.02))
+    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.q_proj: after pass LowerToExactBlocks, node"
+    refused(TINY, tmp_path / "out", words, quant="a16w8", group_size=32)
+
+
+def test_rows_padded_on_the_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The last position instead of each row's last token: right for rows padded on the left alone."""
+    right = pipeline.last_logits
+    monkeypatch.setattr(pipeline, "last_logits", lambda graph, request, **_: right(graph, request, by_mask=False))
+    refused(TINY, tmp_path / "out", "does not compute what the model does: padded on the right")
+
+
+def test_a_kit_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = ran(TINY, tmp_path / "right", "sm90", quant="a16w4", group_size=32)
+    assert found.bound.name == "bfloat16"
+    assert found.distance.relative > 0
+    assert "an engine was not" in found.notes[0]
+    right = pipeline.lower_tensorrt
+
+    def wrong(*args: object) -> gs.Graph:
+        graph = right(*args)  # type: ignore[arg-type]
+        forget_causality(graph)
+        return graph
+
+    monkeypatch.setattr(pipeline, "lower_tensorrt", wrong)
+    refused(TINY, tmp_path / "wrong", "for sm90 does not compute", target="sm90")
+
+
+def file_of(
+    folder: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, tuple[int, list[object]]],
+    outputs: dict[str, tuple[int, list[object]]],
+    opset: int = 17,
+    **weights: np.ndarray,
+) -> Path:
+    """An .onnx file."""
+    sides = [[helper.make_tensor_value_info(n, *about) for n, about in side.items()] for side in (inputs, outputs)]
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "graph", *sides, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+W = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+
+
+def relu(folder: Path) -> Path:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    return file_of(folder, nodes, {"x": (F, ["b", 64])}, {"y": (F, ["b", 64])}, w=W)
+
+
+def test_a_node_without_a_kernel(lowered: Callable[[Break], None], tmp_path: Path) -> None:
+    """A valid graph; ONNX Runtime has no kernel for this operator at the opset of artifacts."""
+    lowered(lambda graph: setattr(node(graph, "Relu"), "op", "RandomNormalLike"))
+    refused(relu(tmp_path), tmp_path / "out", "(?s)cannot be loaded.*RandomNormalLike")
+
+
+def test_what_draws_random_numbers_is_not_compared(tmp_path: Path) -> None:
+    nodes = [helper.make_node("RandomNormalLike", ["x"], ["r"]), helper.make_node("Add", ["x", "r"], ["y"])]
+    found = ran(file_of(tmp_path, nodes, {"x": (F, [4])}, {"y": (F, [4])}), tmp_path / "out")
+    assert found.notes == ("not compared: RandomNormalLike makes every run another one",)
+
+
+@pytest.mark.parametrize("quant", [None, "a16w8"])
+@pytest.mark.parametrize("target", ["x86", "sm90"])
+def test_a_converter_that_changes_the_graph(
+    quant: str | None, target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The twin is what the frontend made of the file: only the file itself shows that it is not the same."""
+    model = relu(tmp_path)
+    assert ran(model, tmp_path / "right", target, quant=quant).distance.step
+    load = plan.load
+
+    def wrong(*args: object, **how: object) -> FloatModel:
+        found = load(*args, **how)  # type: ignore[arg-type]
+        node(found.graph, "Relu").op = "Abs"
+        return found
+
+    monkeypatch.setattr(plan, "load", wrong)
+    refused(model, tmp_path / "wrong", "does not compute what the .onnx file does", quant=quant, target=target)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inputs", "outputs", "weights"),
+    [
+        # ids that fit a table of two rows are found, and of one
+        ([("Gather", "t ids", "y")], {"ids": (7, ["b", "s"])}, {"y": (F, ["b", "s", 64])}, {"t": W[:2]}),
+        ([("Gather", "t ids", "y")], {"ids": (7, ["b", "s"])}, {"y": (F, ["b", "s", 64])}, {"t": W[:1]}),
+        ([("Not", "x", "y")], {"x": (TensorProto.BOOL, ["b"])}, {"y": (TensorProto.BOOL, ["b"])}, {}),
+        ([("Identity", "x", "y")], {"x": (TensorProto.STRING, ["b"])}, {"y": (TensorProto.STRING, ["b"])}, {}),
+        ([("MatMul", "x w", "y")], {"x": (10, ["b", 64])}, {"y": (10, ["b", 64])}, {"w": W.astype(np.float16)}),
+        ([("Relu", "x", "r"), ("NonZero", "r", "y")], {"x": (F, ["b", 6])}, {"y": (7, [2, "n"])}, {}),
+        ([("Relu", "x", "y")], {"x": (F, [0, 6])}, {"y": (F, [0, 6])}, {}),
+        ([("Log", "x", "y")], {"x": (F, [4, 6])}, {"y": (F, [4, 6])}, {}),  # NaN in the file, too
+        ([("Add", "a b", "y")], {"a": (F, ["n", "m"]), "b": (F, ["m", "m"])}, {"y": (F, ["k", "m"])}, {}),
+    ],
+    ids=["ids", "one id", "bool", "string", "half", "dynamic", "empty", "log", "names"],
+)
+def test_any_model_runs(
+    nodes: list[tuple[str, str, str]],
+    inputs: dict[str, tuple[int, list[object]]],
+    outputs: dict[str, tuple[int, list[object]]],
+    weights: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    made = [helper.make_node(op, read.split(), [written]) for op, read, written in nodes]
+    found = ran(file_of(tmp_path, made, inputs, outputs, **weights), tmp_path / "out")
+    assert found.distance.step
+    assert not found.notes
+
+
+def test_a_model_that_is_not_finite(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    model = file_of(tmp_path, nodes, {"x": (F, ["b", 64])}, {"y": (F, ["b", 64])}, w=np.full_like(W, np.nan))
+    refused(model, tmp_path / "out", "(?s)the model itself gives values that are not finite.*first tensor .* is h")
+
+
+def test_zeros_are_no_false_alarm(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = file_of(tmp_path, nodes, {"x": (F, ["b", 64])}, {"y": (F, ["b", 64])}, w=np.zeros_like(W))
+    for quant in (None, "a16w8", "a8w8"):
+        assert ran(model, tmp_path / f"{quant}", quant=quant).distance.largest == 0
+
+
+def test_rounding_that_the_model_amplifies_is_said(tmp_path: Path) -> None:
+    """The difference of two nearly equal products is nothing but rounding, in every form of the model."""
+    nodes = [helper.make_node("MatMul", ["x", w], [f"{w}x"]) for w in "wv"] + [
+        helper.make_node("Sub", ["wx", "vx"], ["y"])
+    ]
+    about = {"x": (F, ["b", 64])}, {"y": (F, ["b", 64])}
+    model = file_of(tmp_path, nodes, *about, w=W, v=W * np.float32(1 + 1e-7))
+    found = ran(model, tmp_path / "out", quant="a16w8")
+    assert found.distance.relative > found.bound.model
+    assert "the model amplifies rounding" in found.notes[0]
+
+
+def test_lockstep_is_one_run_after_another(tiny_float: FloatModel) -> None:
+    """Every step, those with a cache too, as an evaluation of its own gives it."""
+    llm, graph = tiny_float.llm, tiny_float.graph
+    assert llm is not None
+    steps = llm_steps(graph, llm, right=True) + row_steps(graph, llm)
+    together, bad = lockstep(graph, steps)
+    assert not bad
+    alone: dict[str, dict[str, np.ndarray]] = {}
+    for step in steps:
+        past = {n.replace("present.", "past_key_values."): v for n, v in alone.get(step.after, {}).items()}
+        past.pop("logits", None)
+        names = [t.name for t in graph.outputs]
+        run = Evaluation(graph, {**step.feeds, **past}, keep=names)
+        alone[step.name] = {name: run.peek(name) for name in names}
+        for name, value in alone[step.name].items():
+            np.testing.assert_allclose(together[step.name][name], value, rtol=0, atol=1e-5 * np.abs(value).max())
+
+
+def test_how_a_process_ends(tmp_path: Path) -> None:
+    model = file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {"x": (F, [2])}, {"y": (F, [2])})
+    order, feeds = ModelOrder(str(model), (("run", ""),)), {"run|x": np.array([-1, 1], np.float32)}
+    with Process([order, replace(order, model=str(tmp_path / "none.onnx")), order], feeds) as process:
+        first, second, third = process.outcomes()
+    assert first.answers["run"]["y"].tolist() == third.answers["run"]["y"].tolist() == [0, 1]
+    assert first.peak_kb > 1000
+    assert (second.during, "none.onnx" in second.failed) == ("load", True)
+    with Process([order], feeds) as process:
+        os.kill(process.child.pid, signal.SIGKILL)
+        assert process.outcomes()[0].failed.startswith(
+            "its process was ended by SIGKILL (the machine ran out of memory"
+        )
+    with Process([order], feeds) as process:
+        process.child.send_signal(signal.SIGSTOP)
+        process.deadline = time.monotonic()
+        assert re.match(r"it did not finish within \d+ s", process.outcomes()[0].failed)
+    assert process.child.poll() is not None
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each target; FAILED leaves what was there before as it was; --no-smoke changes no byte."""
+    model = file_of(
+        tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (F, ["b", 64])}, {"y": (F, ["b", 64])}, w=W
+    )
+    words = ("compile", model, "--target", "x86", "--target", "sm90", "-o", tmp_path / "out")
+    done = invoke(*words)
+    assert re.search(r"x86: ran; largest error .* of .*; relative .*, bound 1e-04 \(float32\)", done.output)
+    assert re.search(r"sm90: ran; .*\(float16\)\n +what ran is the lowered graph", done.output)
+    assert done.output.splitlines()[-1].startswith("PASSED")
+    before = contents(tmp_path / "out")
+    invoke(*words, "--no-smoke")
+    assert contents(tmp_path / "out") == before
+    assert "smoke" not in json.loads((tmp_path / "out" / MANIFEST).read_text())["artifacts"][0]["source"]["request"]
+    monkeypatch.setattr(Blocks, "scales", lambda self, tile: self.repeated(tile.parts[1]) * np.float32(1.02))
+    failed = invoke(*words, "--quant", "a16w8", "--group-size", "32")
+    assert isinstance(failed.exception, SmokeError)
+    assert contents(tmp_path / "out") == before
+
+
+def test_check_runs_what_it_finds(tiny_compiled: Path) -> None:
+    (line,) = check(tiny_compiled)
+    assert re.search(r"a model for ONNX Runtime \(\d+ nodes\); ONNX Runtime [\d.]+ ran it", line)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("llm", {}, "llm is {}, not layers, kv_heads"),
+        ("llm", {"layers": "4", "kv_heads": 2, "head_dim": 8, "vocab": 9, "max_length": 0}, "llm is .*, not layers"),
+        ("path", 7, "path is 7, not a path"),
+        ("kind", "wheel", "kind is 'wheel', not onnx, engine or kit"),
+        ("kind", [], r"kind is \[\], not onnx"),
+        ("kind", "engine", "without its engine's builder"),
+        ("inputs", [{"name": "x", "dtype": "float32", "shape": 3}], "inputs is .*, not tensors"),
+        ("digests", ["a"], "digests is .*, not files"),
+        ("plugins", "x", "plugins is 'x', not names of files"),
+        ("engine", {"builder": "tensorrt"}, "engine is .*, not builder, version"),
+        ("target", None, "target is None, not a name"),
+        ("limits", 3, "limits is 3, not an object"),
+    ],
+)
+def test_a_hostile_manifest(field: str, value: object, words: str, tiny_compiled: Path, tmp_path: Path) -> None:
+    body = json.loads((tiny_compiled / MANIFEST).read_text())
+    body["artifacts"][0][field] = value
+    (tmp_path / MANIFEST).write_text(json.dumps(body))
+    with pytest.raises(UserError, match=words):
+        list(check(tmp_path))
+
+
+@pytest.mark.parametrize("artifacts", [[], [3], {}, None, [{}], "x"])
+def test_a_manifest_of_nothing(artifacts: object, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({"format": 2, "artifacts": artifacts}))
+    with pytest.raises(UserError, match="manifest"):
+        list(check(tmp_path))
