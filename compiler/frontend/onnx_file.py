@@ -38,9 +38,9 @@ def load_onnx(path: Path) -> FloatModel:
     widened as they are read.
     """
     model = inlined(read(path), path)
-    check_nodes(model, path)
     refuse_quantized(model, path)
     tidy(model, path)
+    check_nodes(model, path)
     constant_nodes(model)
     weights = take_weights(model, path)
     notes = (*widen(model, weights, path), *at_opset(model, path))

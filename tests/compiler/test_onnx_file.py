@@ -181,10 +181,10 @@ def test_what_onnx_raises_over_a_graph_is_an_error_of_the_user(tmp_path: Path) -
         load(path)
 
 
-def test_an_input_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+def test_an_input_without_a_rank_is_refused(tmp_path: Path) -> None:
     path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": A})
     model = onnx.load(path)
-    model.graph.input.append(onnx.helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, None))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, None))
     onnx.save(model, path)
     with pytest.raises(UserError, match=r"the rank of an input or output is not known[^$]*found:\s+s"):
         load(path)
