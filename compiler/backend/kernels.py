@@ -2,7 +2,8 @@
 
 A node runs where a kernel is registered for its operator, at the version that the graph's opset gives it, for its
 types; or where the operator is a function of others that run. Versions differ: ONNX Runtime 1.32 has RoiAlign and the
-random generators at opset 21 and not at 22 (docs/facts.md, "Kernels by opset").
+random generators at opset 21 and not at 22 (docs/facts.md, "Kernels by opset"). For an Arm CPU this
+machine's ONNX Runtime is asked: the registry is the same code everywhere.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ out. Imports `core` and `qdq`.
     blocks       float activations on MatMulNBits without the rounding that it brings: two limbs by block
     tables       embeddings and other floats in the 16 bits they are stored in; embeddings as int8
     attention    grouped attention whose cache may be one buffer
+    cached_attention  what that operator wants, its mask apart
 """
 
 from typing import Literal
