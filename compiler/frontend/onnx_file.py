@@ -124,6 +124,11 @@ def tidy(model: onnx.ModelProto, path: Path) -> None:
     sparse = next((t.values.name for graph in graphs(model.graph) for t in graph.sparse_initializer), None)
     if sparse is not None:
         raise UserError("sparse weights are not supported", where=f"{path}, initializer {sparse}")
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.WhichOneof("value") or "tensor_type"
+        if kind != "tensor_type":
+            found = kind.removesuffix("_type")
+            raise UserError("an input or output that is no tensor", where=f"{path}, {value.name}", found=found)
     model.ir_version = max(model.ir_version, FIRST_IR)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in weights]

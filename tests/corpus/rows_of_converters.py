@@ -195,11 +195,6 @@ ROWS = (
         graph("s = SequenceConstruct(x, x) i = Constant <value = int64 {0}> () y = SequenceAt(s, i)", 17),
     ),
     converter("sparse weights", changed(LIKE, sparse), refused="sparse weights are not supported"),
-    converter(
-        "a sequence as an input",
-        graph("y = SequenceAt(x, i)", 17, "(seq(float[b, 4]) x) => (float[b, 4] y)", i=np.int64(0)),
-        refused="the rank of an input or output is not known",
-    ),
     state("longrope below its switch", PHI, max_length=16),
     state(
         "longrope of a part of each head",
