@@ -69,6 +69,14 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
     shards = sorted(folder.glob("*.safetensors"))
     if len(shards) == 1:
         return read_header(shards[0])
+    if shards:
+        raise UserError(
+            "several safetensors files, and nothing says which of them are the model",
+            where=str(folder),
+            expected=f"{SINGLE}, or {INDEX} with its shards",
+            found=", ".join(path.name for path in shards[:12]),
+            fix="download the index, too; remove files of other models",
+        )
     raise UserError(
         "no safetensors weights",
         where=str(folder),
@@ -155,7 +163,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             "not a readable safetensors file",
             where=str(path),
             found=str(error),
-            fix="the file may be truncated: compare its size with the original and copy it again",
+            fix="the file may be truncated, or a Git LFS pointer: compare its size with the original and copy it again",
         ) from None
     header.pop("__metadata__", None)
     return {name: file_tensor(path, 8 + size, name, info) for name, info in header.items()}

@@ -115,8 +115,7 @@ def decide(
         if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
             raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
     if reader is not None:
-        constants = [name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)]
-        decisions = stored.decide(found, model.tensors, constants, reader, config)
+        decisions = stored.decide(found, model.tensors, reader, config)
     else:
         heads = heads_of(graph, model)
         if request.lm_head == "int8" and not heads:

@@ -22,7 +22,7 @@ from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
-from instantrt.passes.core.errors import MissingExtra, UserError
+from instantrt.passes.core.errors import MissingExtra, UserError, tried
 from instantrt.passes.core.lazy import FileTensor
 from instantrt.passes.core.quant import QuantTensor
 
@@ -87,7 +87,13 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
     found: list[UserError] = []
     try:
-        opened = hf.open_checkpoint(folder, trust_remote_code=trust_remote_code, report=found.append)
+        with tried("reading the checkpoint", where=str(folder)):
+            opened = hf.open_checkpoint(
+                folder,
+                trust_remote_code=trust_remote_code,
+                max_length=1,  # which lengths are asked for is no matter of the checkpoint
+                report=found.append,
+            )
     except MissingExtra:
         raise
     except UserError as error:

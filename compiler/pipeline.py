@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.backend.kernels import opset_with_kernels, with_kernels
+from instantrt.compiler.backend.kernels import opset_with_kernels, refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
@@ -58,12 +58,17 @@ FLOAT: tuple[Pass, ...] = (
     NormalizeMatMul(),
 )
 
+# The whole operators of opset 23 as those before it, for a graph that also has what lost its kernel by then.
+APART: tuple[Pass, ...] = (DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary())
+
 
 def normalize(graph: gs.Graph, log: PassLog) -> gs.Graph:
-    """The graph as exported -> FLOAT."""
+    """The graph as exported -> FLOAT, at an opset that ONNX Runtime has kernels for: its twin is run there."""
     run(graph, FLOAT, log)
     verify(graph, Stage.FLOAT)
-    return graph
+    if opset_with_kernels(graph) is None and opset_with_kernels(run(graph.copy(), APART, PassLog())) is not None:
+        run(graph, APART, log)
+    return with_kernels(graph)
 
 
 def linears(graph: gs.Graph) -> list[Linear]:
@@ -99,18 +104,8 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
     verify(graph, Stage.ONNXRUNTIME)
-    return with_every_kernel(graph, log)
-
-
-def with_every_kernel(graph: gs.Graph, log: PassLog | None = None) -> gs.Graph:
-    """The graph as ONNX Runtime's CPU provider runs all of it, without a log a copy; UserError where it cannot."""
-    opset = opset_with_kernels(graph)
-    if log is None and opset != graph.opset:
-        graph = graph.copy()
-    if opset is None:  # maybe there is one before the whole operators of opset 23
-        whole = [DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary()]
-        run(graph, whole, log if log is not None else PassLog())
-    return with_kernels(graph)
+    refuse_lacking(graph)
+    return graph
 
 
 def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pass]:

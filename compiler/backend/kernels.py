@@ -65,15 +65,19 @@ def opset_with_kernels(graph: gs.Graph) -> int | None:
 
 
 def with_kernels(graph: gs.Graph) -> gs.Graph:
-    """The graph at an opset at which all of its nodes run; a UserError where there is none."""
+    """The graph at that opset; as it is where there is none, since a GPU may have what is lacking."""
     opset = opset_with_kernels(graph)
-    if opset == graph.opset:
-        return graph
-    if opset is not None:
+    if opset not in (None, graph.opset):
         others = [domain for domain in graph.import_domains or () if domain.domain not in ("", "ai.onnx")]
         graph.opset, graph.import_domains = opset, [onnx.helper.make_opsetid("", opset), *others]
-        return graph
+    return graph
+
+
+def refuse_lacking(graph: gs.Graph) -> None:
+    """A UserError where a node cannot run."""
     lacking = lacks(graph, graph.opset)
+    if not lacking:
+        return
     names = "".join(f"\n    {lack}" for lack in lacking[:SHOWN])
     raise UserError(
         "ONNX Runtime's CPU provider has no kernel for this graph",
@@ -142,6 +146,8 @@ def fits(node: gs.Node, schema: Any) -> bool:
 
 def at_version(kernel: Any, version: int) -> bool:
     """ONNX Runtime's own rule: an open range is for the version that it begins with alone."""
+    first: int
+    last: int
     first, last = kernel.version_range
     return first == version or (first < version <= last and last != OPEN)
 

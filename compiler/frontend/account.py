@@ -6,7 +6,6 @@ collects where one is inspected, so that both say the same.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from instantrt.compiler.checkpoint import DTYPES, same_bytes
-from instantrt.compiler.frontend.side_files import Accounted, Report, entries
+from instantrt.compiler.frontend.known_tensors import UNUSED_PARTS, harmless_names, listed, no_place
+from instantrt.compiler.frontend.side_files import READ, WEIGHTS, Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor, convert, whole
@@ -22,7 +22,6 @@ from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
-SHOWN = 5  # names that a message lists
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,13 @@ class Account:
     harmless: tuple[Accounted, ...] = ()
     files: tuple[Accounted, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user who compiles should know: tensors and weights that are not used."""
+        weights = [entry for entry in self.files if entry.why != READ and WEIGHTS.search(entry.name)]
+        unused = listed([entry.name for entry in (*self.harmless, *weights)], "not used, and harmless")
+        return (f"{unused}; `instantrt inspect` says why",) if unused else ()
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -42,70 +48,6 @@ class Taken:
     account: Account
     tensors: Mapping[str, FileTensor]
     layers: Mapping[str, QuantTensor | Reject]
-
-
-@dataclass(frozen=True)
-class Known:
-    """Tensors that files have and models have no place for, by name, and by rank where the name says too little."""
-
-    pattern: re.Pattern[str]
-    why: str
-    ranks: tuple[int, ...] = ()
-
-    def takes(self, name: str, tensor: FileTensor) -> bool:
-        return self.pattern.search(name) is not None and (not self.ranks or len(tensor.shape) in self.ranks)
-
-
-HARMLESS = tuple(
-    Known(re.compile(pattern), why, ranks)
-    for pattern, why, ranks in (
-        (r"(^|\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$", "computed from config.json", ()),
-        (r"(^|\.)(attn|attention|self_attention|self_attn)\.bias$", "the causal mask of older versions", (4,)),
-        (r"(^|\.)(attn|attention|self_attention|self_attn)\.masked_bias$", "the causal mask of older versions", (0, 1)),
-        (r"(^|\.)position_ids$", "the numbers 0, 1, 2, ...", (1, 2)),
-        (r"(^|\.)num_batches_tracked$", "counts the steps of the training", (0, 1)),
-    )
-)
-# Of a quantized layer, by the reader's method.
-UNUSED_PARTS = {
-    ("compressed-tensors", "input_scale"): "a static activation scale: every token gets its own",
-    ("compressed-tensors", "input_zero_point"): "of a static activation scale: every token gets its own",
-}
-
-
-@dataclass(frozen=True)
-class Hint:
-    """What a tensor without a place tells of the checkpoint, and what to do."""
-
-    pattern: re.Pattern[str]
-    found: str
-    fix: str
-
-
-MERGE = "merge the adapter into its base model, and save that"
-FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
-WRAPPER = "load it as it was saved, and save the language model alone"
-HINTS = tuple(
-    Hint(re.compile(pattern), found, fix)
-    for pattern, found, fix in (
-        (r"lora_|\.base_layer\.|modules_to_save|\.adapter", "an adapter (LoRA) that is not merged", MERGE),
-        (r"\bact\.scales$", "AWQ's scales of an activation, by which its output would be divided", FLOAT_MODEL),
-        (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|quant_state", "bitsandbytes", FLOAT_MODEL),
-        (r"weight_scale_inv$", "fp8 weights in blocks", FLOAT_MODEL),
-        (r"_(blocks|scales)$", "mxfp4 weights", FLOAT_MODEL),
-        (r"weight_(scale_2|global_scale|packed)$|input_(scale|global_scale)$", "a quantized layer", FLOAT_MODEL),
-        (
-            r"\.(qweight|qzeros|scales|g_idx|weight_scale|zeros|biases)$",
-            "a quantized layer that is not read",
-            FLOAT_MODEL,
-        ),
-        (r"(^|\.)(k|v|q|kv)_scale$", "scales of a quantized cache", "compile a checkpoint without them"),
-        (r"(^|\.)(score|classifier|v_head|reward_head|qa_outputs)\.", "a head that is no language model's", ""),
-        (r"(vision|visual|image|audio|multi_modal|mm_)", "a part for pictures or sound", WRAPPER),
-        (r"(^|\.)(mtp|medusa|eagle)", "heads of speculative decoding", "remove these tensors"),
-        (r"\.bias$", "a bias that config.json does not announce", "correct config.json"),
-    )
-)
 
 
 class Asked(Mapping[str, FileTensor]):
@@ -141,8 +83,7 @@ def take_account(
     layers, failed = read_layers(model, reader, asked, report)
     quantized = {path for path, quant in layers.items() if isinstance(quant, QuantTensor)}
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    check_parameters(parameters, tensors, quantized | failed, report)
-    check_missing(parameter_names(model), tensors, quantized | failed, model, report)
+    lost = missing(parameter_names(model), tensors, quantized | failed)
     used = {name for name in asked.found if name not in parameters or tensors[name].dtype not in FLOATS}
     harmless, unknown = list(copies), []
     known = harmless_names(model)
@@ -161,9 +102,9 @@ def take_account(
             harmless.append((name, why))
         else:
             unknown.append(name)
-    if unknown:
-        report(no_place(unknown, tensors, model, reader))
-    count = len(set(tensors) & (set(parameters) | buffers) - used)
+    for error in in_order(model, tensors, lost, unknown, quantized | failed, reader):
+        report(error)
+    count = len(set(tensors) & (set(parameters) | buffers) - used - {name for name, _ in copies})
     return Taken(Account(count, len(used), entries(harmless), files), tensors, layers)
 
 
@@ -224,7 +165,7 @@ def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:
 def untie(model: Any, tensors: Mapping[str, FileTensor], copies: list[tuple[str, str]]) -> None:
     """A tied parameter that the file has twice is one where both are equal, and two where they differ.
 
-    So does transformers, whatever the config says: docs/facts.md, "Tied weights that differ".
+    So does transformers: docs/facts.md, "Tied weights that differ".
     """
     import torch
 
@@ -248,11 +189,12 @@ def load_buffers(model: Any, tensors: Mapping[str, FileTensor], report: Report) 
     found = {name for name in buffers if name in state and name in tensors}
     for name in sorted(found):
         buffer, tensor = buffers[name], tensors[name]
-        if attempt(report, check_shape, tensor, tuple(buffer.shape)) is None:
+        if tensor.shape != tuple(buffer.shape):
+            report(other_shape(tensor, tuple(buffer.shape)))
             continue
-        values = whole(tensor).reshape(tensor.shape)
+        values = whole(tensor)
         wide = convert(values, np.dtype(np.float32)) if tensor.dtype in FLOATS else values
-        buffer.copy_(torch.from_numpy(np.ascontiguousarray(wide)))
+        buffer.copy_(torch.from_numpy(np.ascontiguousarray(wide)).reshape(buffer.shape))
     return found
 
 
@@ -285,32 +227,44 @@ def linears(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
             yield path, (int(n), int(k))
 
 
-def check_parameters(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, FileTensor], quantized: set[str], report: Report
-) -> None:
+def in_order(
+    model: Any,
+    tensors: Mapping[str, FileTensor],
+    lost: list[str],
+    unknown: list[str],
+    quantized: set[str],
+    reader: Reader | None,
+) -> Iterator[UserError]:
+    """What is wrong, by how much it tells: a prefix, tensors that name their writer, parameters, then what is left."""
+    prefix = wrong_prefix(lost, tensors)
+    strange, telling = no_place(unknown, tensors, model, reader) if unknown else (None, False)
+    absent = no_tensor(lost, prefix, model) if lost else None
+    yield from filter(None, (absent if prefix else None, strange if telling else None))
+    yield from wrong_parameters(model, tensors, quantized)
+    yield from filter(None, (None if prefix else absent, None if telling else strange))
+
+
+def wrong_parameters(model: Any, tensors: Mapping[str, FileTensor], quantized: set[str]) -> Iterator[UserError]:
     """The tensor of a parameter has its shape, and is a float unless a reader knows what it is."""
-    for name, shape in shapes.items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor, path = tensors.get(name), name.rpartition(".")[0]
         if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
             continue
-        attempt(report, check_shape, tensor, shape)
         if path in quantized and name == f"{path}.weight":
-            report(UserError("a layer is stored both quantized and as floats", where=name))
+            yield UserError("a layer is stored both quantized and as floats", where=name)
         elif tensor.dtype not in FLOATS:
-            report(
-                UserError(
-                    f"tensor {tensor.name} is not a float tensor",
-                    where=str(tensor.path),
-                    found=str(tensor.dtype),
-                    fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
-                )
+            yield UserError(
+                f"tensor {tensor.name} is not a float tensor",
+                where=str(tensor.path),
+                found=str(tensor.dtype),
+                fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
             )
+        elif tensor.shape != tuple(parameter.shape):
+            yield other_shape(tensor, tuple(parameter.shape))
 
 
-def check_shape(tensor: FileTensor, shape: tuple[int, ...]) -> bool:
-    if tensor.shape == shape:
-        return True
-    raise UserError(
+def other_shape(tensor: FileTensor, shape: tuple[int, ...]) -> UserError:
+    return UserError(
         f"tensor {tensor.name} disagrees with the model's config",
         where=str(tensor.path),
         expected=f"shape {list(shape)}",
@@ -319,27 +273,20 @@ def check_shape(tensor: FileTensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-def check_missing(
-    groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str], model: Any, report: Report
-) -> None:
-    lost = [
-        names[0]
-        for names in groups
-        if not any(n in tensors or (n.endswith(".weight") and n.removesuffix(".weight") in quantized) for n in names)
-    ]
-    if not lost:
-        return
-    prefix = wrong_prefix(lost, tensors)
-    report(
-        UserError(
-            f"the checkpoint has no tensor {lost[0]}",
-            where=lost[0],
-            expected=f"every parameter that the config announces for {type(model).__name__}",
-            found=f"names that begin with {prefix!r}" if prefix else listed(lost[1:], "also missing"),
-            fix="save the model itself, not what wraps it"
-            if prefix
-            else "check that all shards are there and that config.json belongs to them",
-        )
+def missing(groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str]) -> list[str]:
+    """The first name of every parameter that is in the file under none of its names, and not quantized either."""
+    held = {f"{path}.weight" for path in quantized} | set(tensors)
+    return [names[0] for names in groups if held.isdisjoint(names)]
+
+
+def no_tensor(lost: list[str], prefix: str, model: Any) -> UserError:
+    shards = "check that all shards are there and that config.json belongs to them"
+    return UserError(
+        f"the checkpoint has no tensor {lost[0]}",
+        where=lost[0],
+        expected=f"every parameter that the config announces for {type(model).__name__}",
+        found=f"names that begin with {prefix!r}" if prefix else listed(lost[1:], "also missing"),
+        fix="save the model itself, not what wraps it" if prefix else shards,
     )
 
 
@@ -352,49 +299,3 @@ def wrong_prefix(lost: list[str], tensors: Mapping[str, FileTensor]) -> str:
             if ".".join(parts[i:]) in missing:
                 return ".".join(parts[:i]) + "."
     return ""
-
-
-def listed(names: list[str], words: str) -> str:
-    """`words: a, b, ...`, or nothing."""
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{words}: {', '.join(names[:SHOWN])}{more}" if names else ""
-
-
-def harmless_names(model: Any) -> Any:
-    """(name, tensor) -> why a tensor without a place cannot change what the model computes; else nothing."""
-    buffers = {name for name, _ in model.named_buffers()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    skipped = re.compile("|".join(f"({pattern})" for pattern in sorted(ignored))) if ignored else None
-
-    def why(name: str, tensor: FileTensor) -> str:
-        if name in buffers:
-            return "a buffer that the model computes itself"
-        known = next((each.why for each in HARMLESS if each.takes(name, tensor)), "")
-        if not known and skipped is not None and skipped.search(name):
-            return "transformers' class of the model does not load it either"
-        return known
-
-    return why
-
-
-def no_place(unknown: list[str], tensors: Mapping[str, FileTensor], model: Any, reader: Reader | None) -> UserError:
-    """The error for tensors that nobody takes, led by the one that tells most."""
-    hints = ((hint, name) for hint in HINTS for name in unknown if hint.pattern.search(name))
-    hint, name = next(hints, (None, unknown[0]))
-    if reader is not None and hint is not None and name.rpartition(".")[2] == reader.mark:
-        return UserError(
-            "the checkpoint quantizes a module that is no linear layer of the model",
-            where=name,
-            fix="config.json belongs to another model, or the module (experts, say) is of a kind not supported",
-        )
-    layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
-    beyond = layer is not None and int(layer[1]) >= (count := model.config.get_text_config().num_hidden_layers)
-    found = f"layer {layer[1]}, and the config announces {count}" if layer and beyond else hint.found if hint else ""
-    others = listed([each for each in unknown if each != name], "others")
-    return UserError(
-        f"nothing uses tensor {tensors[name].name} of the checkpoint",
-        where=str(tensors[name].path),
-        expected=f"the tensors of {type(model).__name__} as config.json announces it",
-        found="; ".join(filter(None, (found, others))),
-        fix=hint.fix if hint and hint.fix else "config.json belongs to another model, or the tensor is not of this one",
-    )

@@ -115,7 +115,7 @@ def check_family(config: Any, where: str) -> None:
     built = auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     pair = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    wrapper = type(text) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    wrapper = type(text) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or "vision_config" in config.sub_configs
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION))
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
@@ -128,10 +128,15 @@ def check_family(config: Any, where: str) -> None:
             raise refusal(f"{built.__name__} {what}", config.to_dict(), where, fix)
 
 
-def check_experts(model: Any, where: str) -> None:
-    """Refuses mixtures of experts: modules whose weights are stacked, one matrix for each expert."""
+def check_modules(model: Any, where: str) -> None:
+    """Refuses what only the modules tell: encoders, and experts, whose weights are stacked, one matrix for each."""
+    import torch
+
     for path, module in model.named_modules():
-        stacked = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
-        if stacked:
-            what = f"{type(model).__name__} is a mixture of experts ({path}.{stacked[0]})"
-            raise refusal(what, model.config.to_dict(), where, ONNX)
+        ranks = {p.ndim for p in module.parameters(recurse=False)}
+        for wrong, what in (
+            (getattr(module, "is_decoder", True) is False, "is an encoder, which attends to both sides"),
+            (3 in ranks and not isinstance(module, torch.nn.Conv1d), "is a mixture of experts"),
+        ):
+            if wrong:
+                raise refusal(f"{type(model).__name__} {what} ({path})", model.config.to_dict(), where, ONNX)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -21,20 +22,19 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
 from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
-from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_experts, check_family, refusal
+from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_family, check_modules, refusal
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_rope, keep_first_table
 from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.quant import plain
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader
-from instantrt.passes.core.errors import UserError, require, tried
+from instantrt.passes.core.errors import FOUND, UserError, require, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
 if TYPE_CHECKING:
     import torch
 
-FOUND = 200  # characters of an error of transformers that a user is shown
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 
 
@@ -63,9 +63,18 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length
         graph = export_graph(model, shape)
     bind_weights(graph, aliases, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    account, head = asdict(opened.taken.account), head_path(model)
+    account = opened.taken.account
     return FloatModel(
-        graph, folder, opened.config, tensors, shape, files, stored_types(graph), head=head, account=account
+        graph=graph,
+        folder=folder,
+        config=opened.config,
+        tensors=tensors,
+        llm=shape,
+        files=files,
+        types=stored_types(graph),
+        notes=account.notes,
+        head=head_path(model),
+        account=asdict(account),
     )
 
 
@@ -161,12 +170,12 @@ def build_skeleton(
             what = f"{config['model_type']} has attention of its own, which does not go through transformers' interface"
             raise refusal(what, config, where, ONNX) from error
         raise UserError(
-            "transformers cannot build a causal language model from this config",
+            f"transformers cannot build {family(config)} from this config",
             where=where,
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
-            fix="the model may need a newer transformers, or it is not a causal language model",
+            fix=f"the model may need a newer transformers than {version('transformers')}, or a value is not right",
         ) from error
-    check_experts(model, where)
+    check_modules(model, where)
     keep_first_table(model)
     return model.eval()
 

@@ -17,7 +17,7 @@ from onnx.numpy_helper import from_array, to_array
 
 from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
-from instantrt.compiler.frontend.opset import STANDARD, at_opset, names_within, standard_opset, with_types
+from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
 from instantrt.passes.core.subgraphs import graphs, tensors
@@ -38,9 +38,9 @@ def load_onnx(path: Path) -> FloatModel:
     widened as they are read.
     """
     model = inlined(read(path), path)
-    check_nodes(model, path)
     refuse_quantized(model, path)
     tidy(model, path)
+    check_nodes(model, path)
     constant_nodes(model)
     weights = take_weights(model, path)
     notes = (*widen(model, weights, path), *at_opset(model, path))
@@ -85,7 +85,7 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
     What holds subgraphs is left out: they may read what only their place in the graph shows.
     """
     context = onnx.checker.C.CheckerContext()
-    context.ir_version = model.ir_version
+    context.ir_version, version = model.ir_version, standard_opset(model, path)
     context.opset_imports = {o.domain: o.version for o in model.opset_import}
     for node in (n for graph in graphs(model.graph) for n in graph.node):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
@@ -93,6 +93,8 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
         try:
             onnx.checker.check_node(node, context)
         except onnx.checker.ValidationError as error:
+            if has_rule(node, version) and onnx.defs.get_schema(node.op_type, version, "").deprecated:
+                continue  # but ONNX Runtime takes it, and it is put into other words
             raise UserError(
                 "a node that its operator does not allow",
                 where=f"{path}, {node.op_type} {node.name or node.output[:1]}",
@@ -114,23 +116,23 @@ def refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
 
 
 def tidy(model: onnx.ModelProto, path: Path) -> None:
-    """Old files list their weights as inputs, too, and ONNX Runtime takes its own operators without their opset."""
+    """What the same model may be written as: weights that are inputs, too, the standard domain by its long name.
+
+    ONNX Runtime takes its own operators without their opset.
+    """
+    standard_opset(model, path)
     sparse = next((t.values.name for graph in graphs(model.graph) for t in graph.sparse_initializer), None)
     if sparse is not None:
         raise UserError("sparse weights are not supported", where=f"{path}, initializer {sparse}")
-    for value in (*model.graph.input, *model.graph.output):
-        kind = value.type.WhichOneof("value") or "tensor_type"
-        if kind != "tensor_type":
-            raise UserError(
-                "an input or output that is no tensor", where=f"{path}, {value.name}", found=kind.removesuffix("_type")
-            )
     model.ir_version = max(model.ir_version, FIRST_IR)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in weights]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    used = any(n.domain == CONTRIB for graph in graphs(model.graph) for n in graph.node)
-    if used and all(o.domain != CONTRIB for o in model.opset_import):
+    nodes = [node for graph in graphs(model.graph) for node in graph.node]
+    for each in (*nodes, *model.opset_import):
+        each.domain = "" if each.domain in STANDARD else each.domain
+    if any(node.domain == CONTRIB for node in nodes) and all(o.domain != CONTRIB for o in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
 
 
@@ -176,11 +178,13 @@ def widen(model: onnx.ModelProto, weights: dict[str, View], path: Path) -> tuple
             else:
                 tensor.CopyFrom(from_array(to_array(tensor).astype(np.float32), tensor.name))
         for node in (n for n in graph.node if not rounded & set(n.output)):
+            unrounded += node.op_type == "CastLike"
             for attribute in node.attribute:
                 if attribute.name in TYPES and attribute.i in NARROW:
                     found.add(attribute.i)
                     unrounded += node.op_type == "Cast"
                     attribute.i = TensorProto.FLOAT
+                found |= widen_type(attribute.tp)
                 if attribute.t.data_type in NARROW:
                     found.add(attribute.t.data_type)
                     attribute.t.CopyFrom(from_array(to_array(attribute.t).astype(np.float32)))
@@ -189,7 +193,7 @@ def widen(model: onnx.ModelProto, weights: dict[str, View], path: Path) -> tuple
     names = " and ".join(name for kind, name in NARROW.items() if kind in found)
     return (
         *(f"{name} inputs and outputs become float32" for kind, name in NARROW.items() if kind in interface),
-        *((f"{names} becomes float32: {unrounded} casts to it no longer round or overflow",) if unrounded else ()),
+        *((f"{names} becomes float32: casts to it no longer round or overflow",) if names and unrounded else ()),
     )
 
 

@@ -16,7 +16,7 @@ import onnx.parser
 import onnx.version_converter
 from onnx.helper import get_attribute_value, make_empty_tensor_value_info, make_graph, make_model, make_opsetid
 
-from instantrt.compiler.frontend.compare import Verdict, compared, first_line
+from instantrt.compiler.frontend.compare import Finding, compared, first_line
 from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 
@@ -25,18 +25,26 @@ RUNS = 27  # the last at which ONNX Runtime has all that passes write
 NEWEST = max(RUNS, onnx.defs.onnx_opset_version())
 STANDARD = ("", "ai.onnx")
 
+FAILURES = (  # what onnx raises over a node; of assertions, RuntimeError
+    RuntimeError,
+    onnx.checker.ValidationError,
+    onnx.parser.ParseError,
+    onnx.shape_inference.InferenceError,
+    onnx.version_converter.ConvertError,
+)
+
 Types = Mapping[str, onnx.TypeProto]
 Values = Mapping[str, onnx.TensorProto]
 
 
 @dataclass(frozen=True)
 class Old:
-    """A node as a rule sees it: its attributes, the rank of its first input (None: unknown), how many outputs count."""
+    """A node as a rule sees it: its attributes, the rank of its first input (None: unknown), its outputs."""
 
     op: str
     attributes: Mapping[str, Any]
     rank: int | None
-    used: int
+    outputs: int
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.attributes.get(name, default)
@@ -89,13 +97,16 @@ def channels(old: Old) -> str:
 
 
 def normalized(old: Old) -> str | None:
-    """Statistics of training are left out where nobody reads them; spatial = 0 had a mean for each element."""
-    if old.used > 1:
+    """With spatial = 0 each element had a mean; more than one output meant training, of which no rule speaks."""
+    if old.get("spatial", 1) or old.outputs > 1:
         return None
-    if old.get("spatial", 1):
-        return old.call("i0, i1, i2, i3, i4", spatial=None)
     return f"""d = Sub(i0, i3) e = Constant <value_float = {literal(old.get("epsilon", 1e-5))}> ()
         v = Add(i4, e) r = Sqrt(v) n = Div(d, r) m = Mul(n, i1) o0 = Add(m, i2)"""
+
+
+def spelled(old: Old) -> str:
+    """onnx's checker cannot read the operator's own formula where its axes are left to the default."""
+    return old.call("i0", axes=old.get("axes", [0, 2, 3]))
 
 
 # Operator -> the opset at which it begins to mean what it means today, and what it was, in today's words. None leaves
@@ -107,8 +118,14 @@ RULES: Mapping[str, tuple[int, Callable[[Old], str | None]]] = {
     "Resize": (11, resized),
     "Upsample": (10, resized),
     "GroupNormalization": (21, channels),
-    "BatchNormalization": (14, normalized),
+    "BatchNormalization": (9, normalized),
+    "MeanVarianceNormalization": (OPSET, spelled),
 }
+
+
+def has_rule(node: onnx.NodeProto, version: int) -> bool:
+    """Is a node of opset `version` put into other words?"""
+    return node.domain in STANDARD and version < RULES.get(node.op_type, (0, None))[0]
 
 
 def standard_opset(model: onnx.ModelProto, path: Path) -> int:
@@ -123,7 +140,7 @@ def standard_opset(model: onnx.ModelProto, path: Path) -> int:
             found=", ".join(map(str, sorted(said))),
             fix=f"export the model at opset {OPSET}",
         )
-    return min(found)
+    return int(min(found))
 
 
 def at_opset(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
@@ -156,7 +173,7 @@ class Conversion:
 
     def __init__(self, version: int, target: int, path: Path) -> None:
         self.version, self.target, self.path = version, target, path
-        self.verdicts: dict[bytes, Verdict] = {}
+        self.known: dict[bytes, tuple[onnx.ModelProto, Finding]] = {}
         self.notes: list[str] = []
 
     def convert(self, graph: onnx.GraphProto, types: Types, values: Values) -> None:
@@ -184,26 +201,26 @@ class Conversion:
             raise self.error(node, "an operator that its opset does not have") from None
         if node.op_type == "Scan" and old.since_version == 8:
             raise self.error(node, "an operator that cannot be converted")
-        return old.since_version != new.since_version and not any(a.HasField("g") for a in node.attribute)
+        other = old.since_version != new.since_version or (has_rule(node, self.version) and self.version < self.target)
+        return other and not any(a.HasField("g") for a in node.attribute)
 
     def replaced(self, node: onnx.NodeProto, types: Types, values: Values, read: set[str]) -> list[onnx.NodeProto]:
         """What `node` becomes, compared with it."""
         old = alone(node, types, values, self.version)
         used = max((i + 1 for i, name in enumerate(node.output) if name in read), default=1)
-        try:
-            new = rewritten(old, used, self.version) or converted(old, self.target)
-        except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
         key = old.SerializeToString(deterministic=True) + bytes([used])
-        if key not in self.verdicts:
-            self.verdicts[key] = compared(old, new, used)
-        verdict = self.verdicts[key]
-        if verdict.differs:
-            raise self.error(node, "an operator that does not survive the conversion", found=verdict.reason)
-        if verdict.reason and not same_form(node.op_type, self.version, self.target):
+        if key not in self.known:
+            try:
+                new = rewritten(old, self.version) or converted(old, self.target)
+            except FAILURES as error:
+                raise self.error(node, "an operator that cannot be converted", found=last_line(error)) from None
+            self.known[key] = new, compared(old, new, used)
+        new, finding = self.known[key]
+        if finding.differs:
+            raise self.error(node, "an operator that does not survive the conversion", found=finding.reason)
+        if finding.reason and not same_form(node.op_type, self.version, self.target):
             self.notes.append(
-                f"{node.op_type} {node.name}, converted from opset {self.version}, could not be compared with what it "
-                f"was: {verdict.reason}"
+                f"{node.op_type} of opset {self.version} could not be compared with what became of it: {finding.reason}"
             )
         return list(renamed(node, new))
 
@@ -233,6 +250,7 @@ def names_within(node: onnx.NodeProto) -> Iterator[str]:
 def alone(node: onnx.NodeProto, types: Types, values: Values, version: int) -> onnx.ModelProto:
     """A model of nothing but `node`: inputs i0, i1, ..., outputs o0, o1, ...; constants whose value is here stay so."""
     single, inputs, constants = onnx.NodeProto(), [], []
+    sizes: dict[str, str] = {}
     single.CopyFrom(node)
     single.name, single.domain = "", ""
     single.input[:] = [name and f"i{i}" for i, name in enumerate(node.input)]
@@ -244,6 +262,9 @@ def alone(node: onnx.NodeProto, types: Types, values: Values, version: int) -> o
         elif name:
             known = types[name] if name in types else type_of(tensor) if tensor is not None else onnx.TypeProto()
             inputs.append(onnx.ValueInfoProto(name=here, type=known))
+            for size in inputs[-1].type.tensor_type.shape.dim:
+                if size.dim_param:  # nodes of one kind have other names for their sizes
+                    size.dim_param = sizes.setdefault(size.dim_param, f"d{len(sizes)}")
     outputs = [make_empty_tensor_value_info(name) for name in single.output if name]
     graph = make_graph([single], "alone", inputs, outputs, constants)
     return make_model(graph, opset_imports=[make_opsetid("", version)], ir_version=10)
@@ -283,16 +304,16 @@ def described(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def rewritten(old: onnx.ModelProto, used: int, version: int) -> onnx.ModelProto | None:
+def rewritten(old: onnx.ModelProto, version: int) -> onnx.ModelProto | None:
     """What a rule makes of the one node of `old`; None where none says anything of it."""
     (node,) = old.graph.node
-    before, rule = RULES.get(node.op_type, (0, None))
-    if rule is None or version >= before:
+    if not has_rule(node, version):
         return None
     known = next((i.type.tensor_type for i in old.graph.input if i.name == "i0"), None)
     rank = len(known.shape.dim) if known is not None and known.HasField("shape") else None
     attributes = {a.name: get_attribute_value(a) for a in node.attribute}
-    text = rule(Old(node.op_type, attributes, rank, used))
+    _, rule = RULES[node.op_type]
+    text = rule(Old(node.op_type, attributes, rank, len(node.output)))
     if text is None:
         return None
     new = onnx.ModelProto()
@@ -309,7 +330,9 @@ def renamed(node: onnx.NodeProto, new: onnx.ModelProto) -> Iterator[onnx.NodePro
     names = {f"i{i}": name for i, name in enumerate(node.input)} | {f"o{i}": n for i, n in enumerate(node.output)}
     added = [t for t in new.graph.initializer if t.name not in names]
     constants = [onnx.helper.make_node("Constant", [], [t.name], value=t) for t in added]
-    for i, each in enumerate((*constants, *new.graph.node)):
+    for i, template in enumerate((*constants, *new.graph.node)):
+        each = onnx.NodeProto()
+        each.CopyFrom(template)
         each.name = node.name if each.output and names.get(each.output[0]) == node.output[0] else f"{stem}/{i}"
         for side in (each.input, each.output):
             side[:] = [name and names.get(name, f"{stem}/{name}") for name in side]

@@ -110,7 +110,7 @@ RULES = (
     Rule("sentence_bert_config.json", "settings of sentence-transformers; modules.json says what changes results"),
     Rule("*.safetensors.index*.json", "an index that transformers reads only where it is asked for by name"),
     Rule("recipe.yaml", "how it was quantized; config.json says the same"),
-    Rule("*.safetensors", "weights that the index does not name; transformers does not read them either"),
+    Rule("*.safetensors", "weights besides those that are read; transformers does not read them either"),
     *(
         Rule(f"*.{suffix}", OTHER_FORMAT)
         for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "ot", "npz", "onnx", "engine", "tflite", "mlmodel")

@@ -124,14 +124,13 @@ class Reader(Protocol):
 def decide(
     linears: Iterable[Linear],
     tensors: Mapping[str, FileTensor],
-    constants: Iterable[str],
     reader: Reader,
     config: QuantConfig,
 ) -> Decisions:
     """Path -> the checkpoint's own quantization of it, or why it stays float.
 
-    `constants` are the names of the graph's own constants. Where `config` asks for int8 activations, the layers meet
-    them that the checkpoint made for them; where it made none, those of its main width.
+    Where `config` asks for int8 activations, the layers meet them that the checkpoint made for them; where it made
+    none, those of its main width.
     """
     decisions: dict[str, QuantTensor | Reject] = {}
     for found in linears:
@@ -144,7 +143,6 @@ def decide(
             made = quant.activations == "int8" if reader.activations == "int8" else quant.bits == reader.bits
             quant = replace(quant, activations="int8" if config.activate_quant and made else "float")
         decisions[found.path] = quant
-    known = set(constants)
     for name, tensor in tensors.items():
         path, _, part = name.rpartition(".")
         if part == reader.mark and path not in decisions and tensor.dtype not in FLOATS:
@@ -153,8 +151,6 @@ def decide(
                 where=name,
                 fix="config.json belongs to another model, or the module (experts, say) is of a kind not supported",
             )
-        if part == "bias" and isinstance(decisions.get(path), QuantTensor) and name not in known:
-            check_no_bias(tensor)
     return decisions
 
 

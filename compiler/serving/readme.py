@@ -92,7 +92,8 @@ notices that a client has gone: a request over HTTP's `generate` runs on to its 
 | `max_queue` | {max_queue} | requests that wait; more are refused |
 | `threads` | 0 | of ONNX Runtime; 0 takes all cores |
 
-`runtime` and `cache` say what the artifact is; with the cache `concat` (from `--portable`) rows run one by one.
+`runtime` and `cache` say what the artifact is; with the cache `concat` (from `--portable`, and where
+attention is not causal) rows run one by one. `prompts` is `whole` where tokens see those after them.
 
 The cache takes `max_batch * max_length` tokens of address space; memory is taken as sequences grow.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import all_positions
@@ -108,8 +107,6 @@ class Staged:
         if self.request.embeddings == "int8":  # tables are rounded as they are lowered: no error of the lowering
             table = QuantizeTables() if artifact_runs(self.artifact) else LowerNativeTables(self.dtype)
             self.reference = run(self.reference.copy(), [table], PassLog())
-        with suppress(UserError):  # a kit may have what only TensorRT runs
-            self.reference = pipeline.with_every_kernel(self.reference)
         self.file = self.request.out / self.artifact.path
 
     @property

@@ -227,7 +227,7 @@ class View(LazyValues):  # type: ignore[misc]
 
 def whole(tensor: FileTensor) -> Array:
     """A tensor read at once: for small ones, tools and tests."""
-    return np.concatenate([tile.parts[0] for tile in tensor.tiles()])
+    return np.concatenate([tile.parts[0] for tile in tensor.tiles()]).reshape(tensor.shape)
 
 
 def small(name: str, values: Any, dtype: npt.DTypeLike) -> gs.Constant:

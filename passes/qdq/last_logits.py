@@ -29,8 +29,9 @@ LOGITS = "logits"
 LAST = "logits/last"  # the node that picks the token: without it the graph has the logits of all again
 MASK = "attention_mask"
 POINTWISE = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Clip"})
-# What may lie between a head and the logits, and makes no other numbers of them than these of one position.
-MOVING = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"})
+# What may also lie between a head, or its parts, and the logits.
+SHAPING = "Concat Gather Identity LogSoftmax Pad Reshape Slice Softmax Squeeze Sub Transpose Unsqueeze Where"
+BETWEEN = POINTWISE | frozenset(SHAPING.split())
 TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -132,6 +133,6 @@ def head_linears(graph: gs.Graph) -> list[Linear]:
         seen.add(id(maker))
         if (head := linear(maker)) is not None:
             found.append(head)
-        elif maker.op in POINTWISE | MOVING:
+        elif maker.op in BETWEEN:
             pending += maker.inputs
     return found

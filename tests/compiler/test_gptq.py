@@ -164,7 +164,7 @@ def decide(tmp_path: Path, tensors: dict[str, Array], raw: dict[str, Any], **fie
     reader = gptq.parse_gptq(raw, "test")
     asked = QuantConfig("gptq", "int8" if reader.bits == 8 else "uint4", **fields)
     linears = [linear_of(PATH, 8, 64), linear_of("lm_head", 8, 64)]
-    return dict(stored.decide(linears, found, ["lm_head.weight"], reader, asked))
+    return dict(stored.decide(linears, found, reader, asked))
 
 
 def quantized_layer(**changes: Array) -> dict[str, Array]:
@@ -177,13 +177,6 @@ def test_modules_left_float_and_a_quantized_head(tmp_path: Path) -> None:
     head = {name.replace(PATH, "lm_head"): array for name, array in quantized_layer().items()}
     decisions = decide(tmp_path, quantized_layer() | head, config())
     assert isinstance(decisions["lm_head"], QuantTensor)
-
-
-def test_biases_that_the_model_has_not(tmp_path: Path) -> None:
-    zeros = np.zeros(8, np.float16)
-    assert isinstance(decide(tmp_path, quantized_layer(**{f"{PATH}.bias": zeros}), config())[PATH], QuantTensor)
-    with pytest.raises(UserError, match="does not announce"):
-        decide(tmp_path, quantized_layer(**{f"{PATH}.bias": zeros + np.float16(1)}), config())
 
 
 def test_a_quantized_module_that_the_graph_has_not(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from instantrt import LLM, load_artifact
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.llm import Completion, Generation
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.config import parameters
 from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
@@ -155,6 +158,19 @@ def test_limits_and_options_are_refused_in_words(tiny_compiled: Path) -> None:
             with pytest.raises(UserError, match=words):
                 llm.generate(prompt, **options)  # type: ignore[call-overload]
         assert llm.generate([]) == []
+
+
+def test_an_artifact_of_a_given_length_takes_no_more(tmp_path: Path) -> None:
+    """As where a rotary table is right up to a length only."""
+    (artifact,) = compile_model(Request(TINY, ("x86",), tmp_path / "out", quant="a16w8", max_length=32))
+    assert (artifact.limits["max_length"], parameters(artifact)["max_length"]) == (32, 32)
+    with pytest.raises(UserError, match=r"max_length is more than the artifact can take\n.*at most 32\n.*33"):
+        LLM(tmp_path / "out", max_length=33)
+    with LLM(tmp_path / "out") as llm:
+        with pytest.raises(UserError, match=r"the prompt is too long\n.*at most 31 tokens"):
+            llm.generate("a b " * 64)
+        done = llm.generate("The list of", max_tokens=1000, min_tokens=1000)
+    assert len(done.tokens) + done.prompt_tokens == 32
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,10 @@ def test_what_onnx_raises_over_a_graph_is_an_error_of_the_user(tmp_path: Path) -
         load(path)
 
 
-def test_an_input_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+def test_an_input_without_a_rank_is_refused(tmp_path: Path) -> None:
     path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": A})
     model = onnx.load(path)
-    model.graph.input.append(onnx.helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, None))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, None))
     onnx.save(model, path)
     with pytest.raises(UserError, match=r"the rank of an input or output is not known[^$]*found:\s+s"):
         load(path)
@@ -373,3 +373,10 @@ def test_a_quantization_of_nothing_is_refused(body: str, ignore: tuple[str, ...]
     path = model_file(tmp_path / "m.onnx", body, {"a": A})
     with pytest.raises(UserError, match=says):
         plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8", ignore=ignore))
+
+
+def test_a_length_without_sequences_is_refused(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", "y = Relu(x)", {})
+    with pytest.raises(UserError, match="max_length does nothing without a GPU target or a causal LM"):
+        plan(Request(path, ("x86",), tmp_path / "out", quant="none", max_length=64))
+    plan(Request(path, ("sm89",), tmp_path / "out", quant="none", max_length=64, builder="kit"))

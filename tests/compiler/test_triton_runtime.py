@@ -136,6 +136,17 @@ def test_a_long_prompt_does_not_hold_up_the_others(text: Text) -> None:
     assert long.tokens == continuation((7,) * (CHUNK * 5), 3)
 
 
+def test_a_prompt_whose_tokens_see_one_another_is_run_whole(text: Text) -> None:
+    """Also where another prompt left only a part of the step's budget."""
+    prompts = [(7,) * 100, (8,) * (CHUNK * 3)]
+    with Running(text, SequenceLimits(rows=2, length=8192, whole=True)) as running:
+        running.engine.go.clear()
+        listeners = [running.submit(prompt, 3) for prompt in prompts]
+        running.engine.go.set()
+        wait(*listeners)
+    assert running.engine.chunks == [100, CHUNK * 3]
+
+
 def test_cancelled_ones_leave(text: Text) -> None:
     """In a row, while joining and while waiting; the rest goes on undisturbed."""
     with Running(text, SequenceLimits(rows=2, length=100_000)) as running:

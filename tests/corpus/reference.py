@@ -122,7 +122,7 @@ def dequantized(folder: Path, reader: Reader, out: Path, fields: Mapping[str, An
     tensors, int8 = {}, []
     for name, tensor in stored.items():
         path, _, part = name.rpartition(".")
-        if part == reader.mark and not np.issubdtype(tensor.dtype, np.floating):
+        if part in ("qweight", "weight_packed") or (part == "weight" and tensor.dtype == np.int8):
             quant = reader.read(StoredLayer(path, shape_of(path, stored, reader), stored))
             assert isinstance(quant, QuantTensor)
             tensors[f"{path}.weight"] = weight(quant)

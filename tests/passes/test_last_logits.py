@@ -130,7 +130,9 @@ HEAD = '[up] u = MatMul(x, "up.weight_kn") [head] y = MatMul(u, "head.weight_kn"
         (f"{HEAD} z = Add(y, bias) t = Tanh(z) logits = Mul(t, bias)", ["head"]),
         (f"{HEAD} t = Transpose<perm=[1,0,2]>(y) logits = Transpose<perm=[1,0,2]>(t)", ["head"]),
         (f'{HEAD} [side] z = MatMul(x, "side.weight_kn") logits = Add(y, z)', ["head", "side"]),
-        (f"{HEAD} logits = Softmax(y)", []),
+        (f'{HEAD} [side] z = MatMul(x, "side.weight_kn") logits = Concat<axis=2>(y, z)', ["head", "side"]),
+        (f"{HEAD} logits = LogSoftmax(y)", ["head"]),
+        (f"{HEAD} logits = Relu(y)", []),
     ],
 )
 def test_the_head_is_what_the_logits_come_from(nodes: str, heads: list[str]) -> None:

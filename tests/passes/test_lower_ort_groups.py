@@ -70,11 +70,13 @@ def test_float_tokens_lose_less_than_bfloat16_would(bits: int, group: int, tmp_p
         assert per_row(got, want) < 5e-4
 
 
-def test_inputs_of_no_whole_blocks_are_left_to_the_plain_form() -> None:
-    w = weights(200)
-    lowered = lowered_by(canonical_of(w, 4, -1, "float"), ONE_LIMB_X86)
-    assert ops(lowered).count("MatMulNBits") == 3
-    assert "Round" not in ops(lowered)
+@pytest.mark.parametrize(("k", "block", "padded"), [(256, 128, 256), (192, 64, 192), (96, 32, 96), (200, 128, 256)])
+def test_a_channels_blocks_divide_it_or_its_inputs_are_padded(k: int, block: int, padded: int) -> None:
+    lowered = lowered_by(canonical_of(weights(k), 4, -1, "float"), ONE_LIMB_X86)
+    products = [node.attrs for node in lowered.nodes if node.op == "MatMulNBits"]
+    assert [(attrs["block_size"], attrs["K"]) for attrs in products] == [(block, padded)] * 3
+    assert ops(lowered).count("Pad") == (k != padded)
+    assert "Round" in ops(lowered)
 
 
 @pytest.mark.parametrize("name", ["q.codes_u8", "q.zeros_u8", "q.scales_f32"])

@@ -36,6 +36,28 @@ def test_two_limbs_add_less_than_bfloat16_would(tmp_path: Path) -> None:
         assert per_row(got, want) < 1.7e-3
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "k"),
+    [(4, -1, 256), (4, -1, 96), (4, -1, 80), (4, -1, 100), (4, -1, 17), (8, -1, 99), (4, 48, 96), (8, 32, 96)],
+)
+def test_the_exact_preset_keeps_activations_whatever_k_is(tmp_path: Path, bits: int, group: int, k: int) -> None:
+    """Fourteen bits of each token at least; those of the fast preset are seen."""
+    w, x = {"q": weights(k)["q"], "v": weights(k)["v"]}, tokens(k)
+    canonical = quantize(linear_graph(w), w, bits=bits, group_size=group)
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    exact = run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), PassLog())
+    assert max(map(per_row, evaluate(exact, {"x": x}, tmp_path), twin)) < 1.7e-3
+    fast = run(canonical.copy(), linear_passes("fast", ONE_LIMB_X86), PassLog())
+    assert max(map(per_row, evaluate(fast, {"x": x}, tmp_path), twin)) > 5e-3
+
+
+def test_the_exact_preset_never_rounds_to_int8_instead() -> None:
+    """What none of its forms takes is refused, not left to the operator that rounds."""
+    passes = {preset: [type(p) for p in linear_passes(preset, ONE_LIMB_X86)] for preset in ("exact", "fast")}  # type: ignore[arg-type]
+    assert LowerToMatMulNBits not in passes["exact"]
+    assert LowerToMatMulNBits in passes["fast"]
+
+
 def test_limbs_are_made_once_for_all_consumers() -> None:
     w = weights()
     lowered = run(quantize(linear_graph(w), w, bits=8), linear_passes("exact", ONE_LIMB_X86), PassLog())

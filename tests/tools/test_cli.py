@@ -13,6 +13,7 @@ from typing import Any, get_args
 import onnx_graphsurgeon as gs
 import pytest
 
+from instantrt.compiler.accuracy.data import tokenizer_of
 from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.backend.onnx_writer import write_model
@@ -118,6 +119,11 @@ def test_a_bug_of_ours_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> 
     said, fix, last = capsys.readouterr().err.splitlines()
     assert (said, last) == ("error: internal error: KeyError: 'instantrt'", "FAILED")
     assert "a bug of InstantRT: run again with --debug" in fix
+    with pytest.raises(SystemExit), exit_on_error():
+        raise MemoryError("Unable to allocate 40. GiB")
+    assert capsys.readouterr().err.startswith(
+        "error: there is not enough memory\n  found:    Unable to allocate 40. GiB"
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,6 +174,12 @@ def test_what_other_libraries_raise_is_said_with_what_was_tried() -> None:
         fail(OSError("no such model"))
     with pytest.raises(MemoryError):
         fail(MemoryError())
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer.json: reading the tokenizer failed\n  found:    Exception: "):
+        tokenizer_of(tmp_path)
 
 
 def test_a_manifest_of_another_version_is_one_clear_line(tmp_path: Path) -> None:

@@ -31,11 +31,20 @@ def exit_on_error() -> Iterator[None]:
     except Exception as error:
         if debug.get():
             traceback.print_exc()
-        known = isinstance(error, UserError | OSError)
-        said = error if known else UserError(f"internal error: {in_a_line(error)}", fix=BUG)
-        print(f"error: {said}\nFAILED", file=sys.stderr)
+        print(f"error: {said(error)}\nFAILED", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code in WORDS:
             print(WORDS[stop.code], file=sys.stderr)
         raise
+
+
+def said(error: Exception) -> Exception:
+    """What is printed of it: one of the user or the system says all there is to say."""
+    match error:
+        case UserError() | OSError():
+            return error
+        case MemoryError():
+            return UserError("there is not enough memory", found=str(error))
+        case _:
+            return UserError(f"internal error: {in_a_line(error)}", fix=BUG)

@@ -36,8 +36,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(__file__).parent
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
-        sizes = (int(parameters[name]) for name in ("max_batch", "max_length", "max_queue"))
-        limits = SequenceLimits(*sizes, whole=parameters.get("prompts") == "whole")
+        rows, length, waiting = (int(parameters[name]) for name in ("max_batch", "max_length", "max_queue"))
+        limits = SequenceLimits(rows, length, waiting, whole=parameters.get("prompts") == "whole")
         self.text = Text(folder)
         kind = "onnx" if parameters["runtime"] == "onnxruntime" else "engine"
         engine = open_engine(

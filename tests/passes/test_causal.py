@@ -1,0 +1,71 @@
+"""Which masks are causal is seen in their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from instantrt.compiler import pipeline
+from instantrt.compiler.frontend import load
+from instantrt.passes.core.causal import PROBES, masks, sees_ahead, unlike, unlike_causal
+from instantrt.passes.core.rewrite import PassLog
+from tests.models import make
+
+LOW = np.finfo(np.float32).min
+
+
+def mask_of(probe: object, see: object) -> np.ndarray:
+    """[B, 1, S, T]: `see(query, key)` by place in the row, which ends where its attention_mask does."""
+    allowed, new = probe.mask, probe.new  # type: ignore[attr-defined]
+    keys = np.arange(allowed.shape[1])
+    end = np.where(allowed, keys + 1, 0).max(1)
+    queries = np.maximum(end - new, 0)[:, None] + np.arange(new)
+    seen = see(queries[:, None, :, None], keys) & allowed[:, None, None, :]  # type: ignore[operator]
+    return np.where(seen, 0, LOW).astype(np.float32)
+
+
+CAUSAL = {
+    "causal": lambda q, k: k <= q,
+    "a window": lambda q, k: (k <= q) & (q - k < 3),
+    "chunks": lambda q, k: (k <= q) & (k // 4 == q // 4),
+}
+OTHERS = {
+    "both ways": lambda q, k: k == k + 0 * q,
+    "a window to both sides": lambda q, k: abs(q - k) < 3,
+    "a prefix": lambda q, k: (k <= q) | (k < 2),
+    "one ahead": lambda q, k: k <= q + 1,
+    "not itself": lambda q, k: k < q,
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_mask_is_taken(name: str) -> None:
+    assert [unlike(probe, mask_of(probe, CAUSAL[name])) for probe in PROBES] == ["", "", ""]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_is_not(name: str) -> None:
+    assert any(unlike(probe, mask_of(probe, OTHERS[name])) for probe in PROBES)
+
+
+@pytest.mark.parametrize("change", ["rows", "rank", "heads", "type"])
+def test_a_mask_of_another_shape_is_not_taken(change: str) -> None:
+    probe = PROBES[0]
+    mask = mask_of(probe, CAUSAL["causal"])
+    changed = {"rows": mask[:1], "rank": mask[:, 0], "heads": mask.repeat(4, 1), "type": mask == 0}[change]
+    assert unlike(probe, changed).startswith("the mask is ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_models_masks_say_what_its_config_does(tmp_path: Path, family: str, causal: bool) -> None:
+    make(family, tmp_path / "m", is_causal=causal)
+    graph = pipeline.normalize(load(tmp_path / "m").graph, PassLog())
+    assert sees_ahead(graph) is not causal
+    attended = [n.inputs[3] for n in graph.nodes if n.op == "Attention"]
+    assert {unlike_causal(graph, mask) == "" for mask in attended} <= {causal}
+    assert isinstance(next(masks(graph)), gs.Tensor)
