@@ -14,10 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block
+from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.backend.tensorrt.gpu import describe
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
@@ -25,6 +25,7 @@ from instantrt.compiler.smoke import original
 from instantrt.compiler.smoke.compare import Distance, distances, moved, not_finite
 from instantrt.compiler.smoke.explain import AS_ROUGH, Looker, roughness
 from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.on_gpu import engine_answers, why_not
 from instantrt.compiler.smoke.process import LOADING, Answers, Ending, ModelOrder, Process
 from instantrt.compiler.smoke.steps import CACHED, Call, attempts, fed, llm_steps, plain, prompts_of, row_steps, typed
 from instantrt.compiler.target import Target
@@ -59,6 +60,8 @@ class Ran:
         d = self.distance
         if not d.step:
             return "\n  ".join((f"{self.target}: ran", *self.notes))
+        if not d.relative:
+            return "\n  ".join((f"{self.target}: ran; no difference from the twin", *self.notes))
         how = f"largest error {d.largest:.0e} of {d.of:.2g}; relative {d.relative:.0e}, bound {self.bound.model:.0e}"
         return f"{self.target}: ran; {how} ({self.bound.name})" + "".join(f"\n  {note}" for note in self.notes)
 
@@ -239,8 +242,8 @@ class Staged:
         steps, graph, llm, key = self.steps, self.lowered, self.planned.model.llm, self.key("twin")
         if self.artifact.limits.get("cache") == "shared":
             graph = self.lowered = all_positions(self.planned, self.request, self.made_for, PassLog())
-        what = "the engine" if self.artifact.kind == "engine" else "an engine"
-        notes = [f"what ran is the lowered graph, on this CPU; {what} was not: {describe()}"]
+        lacking = why_not(self.artifact)
+        notes = [f"what ran is the lowered graph, on this CPU; {lacking}"] if lacking else []
         if any(True for _ in graph.subgraphs()):
             return self.not_compared("its branches and loops run in an engine alone")
         outcomes = self.original_alone(steps)
@@ -256,6 +259,11 @@ class Staged:
         expected, first_bad = twins[key]
         found, _ = lockstep(graph, [typed(step, graph) for step in steps])
         ran = self.judge(found, expected, steps, first_bad)
+        if not lacking:
+            libraries = [self.request.out / name for name in self.artifact.plugins]
+            names = [t.name for t in graph.outputs]
+            engine = engine_answers(EngineRunner(self.file, libraries, names, every_position=False), steps)
+            ran = self.judge(engine, expected, steps, first_bad)
         return replace(ran, notes=(*ran.notes, *notes))
 
     def original_alone(self, steps: Sequence[Call]) -> dict[str, Ending]:

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from instantrt.compiler.accuracy.bounds import FLOAT32
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.artifact.manifest import read_manifest
@@ -23,6 +24,10 @@ from instantrt.compiler.backend.tensorrt.gpu import gpus
 from instantrt.compiler.backend.tensorrt.header import HEADER
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
+from instantrt.compiler.smoke.compare import distances
+from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.on_gpu import engine_answers
+from instantrt.compiler.smoke.steps import llm_steps
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.last_logits import LastLogits
@@ -147,6 +152,22 @@ def test_logits_of_the_last_token_cannot_be_compared(runner: Callable[..., Engin
     with runner(last=True) as active, pytest.raises(UserError, match="the logits of the last token alone") as caught:
         active(feeds())
     assert "--logits all" in caught.value.fix
+
+
+def test_an_engine_runs_every_step_of_the_smoke_run(
+    runner: Callable[..., EngineRunner], tiny_float: FloatModel, device: HostDevice
+) -> None:
+    """With a cache from step to step, rows padded on the left, and the logits of the last token alone."""
+    assert tiny_float.llm is not None
+    steps = llm_steps(tiny_float.graph, tiny_float.llm, right=False)
+    expected, _ = lockstep(tiny_float.graph, steps)
+    engine = runner(last=True)
+    engine.every_position, engine.outputs = False, [t.name for t in tiny_float.graph.outputs]
+    found = engine_answers(engine, steps)
+    assert found.keys() == expected.keys()
+    assert found["prefill"]["logits"].shape[1] == 1
+    assert all(each.within(FLOAT32.model) for each in distances(found, expected, steps))
+    assert device.driver.blocks == {}
 
 
 def test_an_engine_of_another_version_or_gpu_is_an_error(runner: Callable[..., EngineRunner]) -> None:

@@ -138,6 +138,7 @@ def cache_of_another_layer(graph: gs.Graph) -> None:
     one.name, two.name = two.name, one.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "fields", "words"),
     [
@@ -159,6 +160,7 @@ def test_a_wrong_lowering_fails(
     refused(TINY, tmp_path / "out", f"(?s){words}", **fields)
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two percent off, in every block."""
     right = Blocks.scales
@@ -167,6 +169,7 @@ def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.Monkey
     refused(TINY, tmp_path / "out", words, quant="a16w8", group_size=32)
 
 
+@pytest.mark.slow
 def test_rows_padded_on_the_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The last position instead of each row's last token: right for rows padded on the left alone."""
     right = pipeline.last_logits
@@ -174,11 +177,12 @@ def test_rows_padded_on_the_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     refused(TINY, tmp_path / "out", "does not compute what the model does: padded on the right")
 
 
+@pytest.mark.slow
 def test_a_kit_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = ran(TINY, tmp_path / "right", "sm90", quant="a16w4", group_size=32)
     assert found.bound.name == "bfloat16"
     assert found.distance.relative > 0
-    assert "an engine was not" in found.notes[0]
+    assert "no engine is built yet" in found.notes[0]
     right = pipeline.lower_tensorrt
 
     def wrong(*args: object) -> gs.Graph:
@@ -345,7 +349,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     words = ("compile", model, "--target", "x86", "--target", "sm90", "-o", tmp_path / "out")
     done = invoke(*words)
-    assert re.search(r"x86: ran; largest error .* of .*; relative .*, bound 1e-04 \(float32\)", done.output)
+    assert re.search(
+        r"x86: ran; (no difference from the twin|largest error .* of .*; relative .*, bound 1e-04 \(float32\))",
+        done.output,
+    )
     assert re.search(r"sm90: ran; .*\(float16\)\n +what ran is the lowered graph", done.output)
     assert done.output.splitlines()[-1].startswith("PASSED")
     before = contents(tmp_path / "out")

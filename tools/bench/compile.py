@@ -243,7 +243,7 @@ def smoke(folder: Path) -> Result:
     result: Result = {}
     for quant in ("none", "a16w8", "a16w4", "a8w8"):
         seen = SmokeSeen()
-        request = Request(folder / "model", ("x86",), folder / quant, quant=quant)  # type: ignore[arg-type]
+        request = Request(folder / "model", ("x86",), folder / quant, quant=quant)
         started = time.perf_counter()
         compile_model(request, watch=seen)
         seconds = time.perf_counter() - started
