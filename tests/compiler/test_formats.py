@@ -25,7 +25,6 @@ from instantrt.tools.bench.formats import reference_logits
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
 from tests.commands import invoke
 from tests.conftest import planned_and_written
-from tests.models import make
 
 TEXT = TINY.parent / "text" / "evaluation.txt"
 
@@ -195,14 +194,6 @@ def test_explain_says_where_each_order_went(tmp_path: Path) -> None:
     shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
     assert shown.count("one Gather: the channels") == 3  # q, k and v share one; gate and up another; o has its own
     assert "folded into the output channels of" in shown
-
-
-def test_explain_says_what_attention_costs_in_its_plain_form(tmp_path: Path) -> None:
-    make("qwen3", tmp_path / "m", head_dim=20)
-    arguments = ["compile", tmp_path / "m", "--target", "x86", "--explain", "--dry-run", "-o", tmp_path / "o"]
-    shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
-    assert "head size 20 is no multiple of 8" in shown
-    assert "every step copies the cache, 0.3 kB for each token in it" in shown
 
 
 @pytest.mark.parametrize(("name", "quant", "modes"), [

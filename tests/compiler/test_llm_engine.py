@@ -129,7 +129,7 @@ def test_an_engine_that_cannot_be_loaded_is_a_users_error(plan: Plan, monkeypatc
     (artifact,) = read_manifest(out)
     longer = replace(artifact, limits={**artifact.limits, "max_length": 65})
     monkeypatch.setattr(module, "find_artifact", lambda *a: longer)
-    with pytest.raises(UserError, match=r"cannot be loaded\n.*max_length: expected at most 64"):
+    with pytest.raises(UserError, match=r"loading the model failed\n.*max_length: expected at most 64"):
         LLM(out).start()
 
 

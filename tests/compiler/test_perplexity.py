@@ -49,7 +49,8 @@ def test_a_text_in_windows_by_the_tokenizer_of_the_model(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("kind", "fix"), [("kit", ""), ("engine", "instantrt diff --forms twin,engine")])
 def test_what_does_not_run_on_this_cpu_is_refused(kind: str, fix: str, tiny_compiled: Path, tmp_path: Path) -> None:
-    write_manifest(tmp_path, [replace(find_artifact(tiny_compiled, None), kind=kind)])
+    record = {"builder": "tensorrt", "version": "10.13.0", "sm": 89, "options": {}} if kind == "engine" else None
+    write_manifest(tmp_path, [replace(find_artifact(tiny_compiled, None), kind=kind, engine=record)])
     with pytest.raises(UserError, match="not a causal LM for ONNX Runtime") as caught:
         artifact_logits(tmp_path)
     assert caught.value.found == kind

@@ -30,6 +30,7 @@ CPU = Artifact(
     limits={"cache": "shared"},
     source={"model": "tiny"},
 )
+RECORD = {"builder": "tensorrt", "version": "10.13.0", "sm": 89, "options": {}, "profiles": [{}, {}]}
 ENGINE = replace(
     CPU,
     target="sm89",
@@ -38,7 +39,7 @@ ENGINE = replace(
     inputs=(*CPU.inputs, TensorSpec("past_key_values.0.key", "bfloat16", ("batch", 2, "past", 64))),
     digests={"sm89/model.engine": "78", "sm89/tokenizer.json": "56", "plugins/libwoq.so": "90"},
     limits={"cache": "concat"},
-    engine={"builder": "tensorrt", "version": "10.13.0", "profiles": [{}, {}]},
+    engine=RECORD,
 )
 
 
@@ -178,7 +179,7 @@ def test_several_artifacts_are_named_after_their_targets(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("artifact", "reason"),
     [
-        (replace(ENGINE, engine={"builder": "tensorrt_rtx", "version": "1"}), "no backend for TensorRT-RTX engines"),
+        (replace(ENGINE, engine={**RECORD, "builder": "tensorrt_rtx"}), "no backend for TensorRT-RTX engines"),
         (replace(ENGINE, limits={"cache": "shared", "max_batch": 8}), "does not alias past and present"),
     ],
 )

@@ -31,6 +31,7 @@ from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
 from tests.conftest import TINY
+from tests.models import make
 
 UNSAID = {"enable_quant", "layers"}  # in JSON alone
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_graphsurgeon", "matplotlib", "numpy")
@@ -334,3 +335,12 @@ def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None
     done = invoke("compile", TINY, *targets, "--quant", "a16w8", "--dry-run", "-o", tmp_path / "o")
     assert "Memory for x86, sm90: below 1.5 GB" in done.output
     assert "Memory for sm89: 2 to 3 times the engine's weights" in done.output
+
+
+@pytest.mark.slow
+def test_explain_says_what_attention_costs_in_its_plain_form(tmp_path: Path) -> None:
+    make("qwen3", tmp_path / "m", head_dim=20)
+    arguments = ["compile", tmp_path / "m", "--target", "x86", "--explain", "--dry-run", "-o", tmp_path / "o"]
+    shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
+    assert "head size 20 is no multiple of 8" in shown
+    assert "every step copies the cache, 0.3 kB for each token in it" in shown
