@@ -146,7 +146,7 @@ class Staged:
         if llm is None:
             chosen = self.agreed(outcomes, steps)
             if chosen is None:
-                return self.not_compared(f"it takes none of the random inputs that were tried: {artifact.refused}")
+                return self.not_compared(none_taken(artifact.refused))
             steps = [chosen]
             self.stream(twins, orders, steps)
         self.check_ran(artifact)
@@ -189,6 +189,9 @@ class Staged:
 
     def agreed(self, outcomes: Mapping[str, Ending], steps: Sequence[Call]) -> Call | None:
         """The inputs that every form took; SmokeError where the artifact alone refuses some."""
+        if not steps:
+            self.check_ran(outcomes["artifact"])
+            return None
         took = {form: next(iter(original.by_step(o.answers)), None) for form, o in outcomes.items()}
         others = [name for form, name in took.items() if form != "artifact" and name is not None]
         mine, artifact = took["artifact"], outcomes["artifact"]
@@ -250,7 +253,7 @@ class Staged:
         if llm is None:
             chosen, why = first_that_runs(graph, steps, outcomes)
             if chosen is None:
-                return self.not_compared(f"it takes none of the random inputs that were tried: {why}")
+                return self.not_compared(none_taken(why))
             steps = [chosen]
         self.stream(twins, {}, steps)
         if operator := original.draws(self.reference):
@@ -359,6 +362,12 @@ def first_that_runs(graph: gs.Graph, steps: Sequence[Call], outcomes: Mapping[st
             continue
         return step, ""
     return None, last
+
+
+def none_taken(why: str) -> str:
+    return (
+        f"it takes none of the random inputs that were tried: {why}" if why else "its inputs are too large to make up"
+    )
 
 
 def weight_bytes(graph: gs.Graph) -> int:

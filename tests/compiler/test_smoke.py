@@ -231,6 +231,13 @@ def test_what_draws_random_numbers_is_not_compared(tmp_path: Path) -> None:
     assert found.notes == ("not compared: RandomNormalLike makes every run another one",)
 
 
+@pytest.mark.parametrize("target", ["x86", "sm90"])
+def test_inputs_that_fit_nowhere_are_not_made_up(target: str, tmp_path: Path) -> None:
+    about = {"x": (F, ["b", 1 << 50])}, {"y": (F, ["b", 1 << 50])}
+    found = ran(file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], *about), tmp_path / "out", target)
+    assert "not compared: its inputs are too large to make up" in found.notes
+
+
 @pytest.mark.parametrize("quant", [None, "a16w8"])
 @pytest.mark.parametrize("target", ["x86", "sm90"])
 def test_a_converter_that_changes_the_graph(
