@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.accuracy.bisect import AS_ROUGH
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import all_positions
@@ -23,7 +24,7 @@ from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke import original
 from instantrt.compiler.smoke.compare import Distance, distances, moved, not_finite
-from instantrt.compiler.smoke.explain import AS_ROUGH, Looker, roughness
+from instantrt.compiler.smoke.explain import Looker, roughness, too_coarse
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.on_gpu import engine_answers, why_not
 from instantrt.compiler.smoke.process import LOADING, Answers, Ending, ModelOrder, Process
@@ -310,16 +311,18 @@ class Staged:
         why = looker.why(wrong, expected, steps)
         if not why:
             return (
-                f"{shown(first.step)}: {first.output} is {first.relative:.0e} from the twin. No layer is beyond its "
-                "bound: the model amplifies rounding"
+                f"{shown(first.step)}: {first.output} {first.odd or f'is {first.relative:.0e} from the twin'}. "
+                "No layer is beyond its bound: the model amplifies rounding"
             )
         off = first.odd or f"is off by {first.relative:.1e} of its size"
+        coarse = why == too_coarse(self.dtype)
         raise SmokeError(
             f"the artifact for {self.made_for.name} does not compute what the model does: {shown(first.step)}",
             where=self.artifact.path,
             expected=f"{first.output} of the twin, within {self.bound.model:.0e} ({self.bound.name})",
             found="; ".join(filter(None, (f"{first.output} {off}", causality(found, expected), why))),
-            fix="please report this; --no-smoke writes the artifact as it is, for a look with instantrt diff --bisect",
+            fix=("compile it for a CPU, which computes in float32" if coarse else "please report this")
+            + "; --no-smoke writes the artifact as it is, for a look with instantrt diff --bisect",
         )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FileTensor, InMemory, Source, Transposed, view_of
+from instantrt.passes.core.lazy import FileTensor, InMemory, Source, Transposed, small, view_of
 from instantrt.passes.core.linear import linear, weight_constant
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, small, take_over
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
 
 FLOAT = onnx.TensorProto.FLOAT
 
