@@ -108,8 +108,10 @@ def random_feeds(model: onnx.ModelProto, size: int, below: int, axes: int) -> di
     """For each input of the one node's model, of its declared type; where nothing is declared, of any type."""
     rng = np.random.default_rng(0)
     (node,) = model.graph.node
-    schema = onnx.defs.get_schema(node.op_type, model.opset_import[0].version, "")
-    meanings = {name: schema.inputs[min(i, len(schema.inputs) - 1)].name for i, name in enumerate(node.input)}
+    meanings = dict.fromkeys(node.input, "")
+    if onnx.defs.has(node.op_type):  # else it is ONNX Runtime's own
+        inputs = onnx.defs.get_schema(node.op_type, model.opset_import[0].version, "").inputs
+        meanings = {name: inputs[min(i, len(inputs) - 1)].name for i, name in enumerate(node.input)}
     if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in model.graph.input):
         raise Unknown("an input is no tensor")
     kinds = {value.name: value.type.tensor_type for value in model.graph.input}

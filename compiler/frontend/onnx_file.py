@@ -16,6 +16,7 @@ from onnx import TensorProto
 from onnx.numpy_helper import from_array, to_array
 
 from instantrt.compiler.artifact.positions import every_position
+from instantrt.compiler.frontend.made_once import check_made_once, own_names
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError
@@ -41,6 +42,8 @@ def load_onnx(path: Path) -> FloatModel:
     refuse_quantized(model, path)
     tidy(model, path)
     check_nodes(model, path)
+    own_names(model.graph)
+    check_made_once(model.graph, path)
     constant_nodes(model)
     weights = take_weights(model, path)
     notes = (*widen(model, weights, path), *at_opset(model, path))
@@ -82,18 +85,21 @@ def imported(model: onnx.ModelProto, weights: Mapping[str, View]) -> gs.Graph:
 def check_nodes(model: onnx.ModelProto, path: Path) -> None:
     """Inputs, outputs and attributes of each node as its operator has them: passes count on it.
 
-    What holds subgraphs is left out: they may read what only their place in the graph shows.
+    What holds subgraphs is left out: they may read what only their place in the graph shows. So are constants with
+    external data, which the checker looks for in another folder.
     """
     context = onnx.checker.C.CheckerContext()
     context.ir_version, version = model.ir_version, standard_opset(model, path)
     context.opset_imports = {o.domain: o.version for o in model.opset_import}
     for node in (n for graph in graphs(model.graph) for n in graph.node):
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
+        if any(a.HasField("g") or a.graphs or a.t.external_data for a in node.attribute):
             continue
         try:
             onnx.checker.check_node(node, context)
         except onnx.checker.ValidationError as error:
-            if has_rule(node, version) and onnx.defs.get_schema(node.op_type, version, "").deprecated:
+            if has_rule(node, version) and (
+                not onnx.defs.has(node.op_type) or onnx.defs.get_schema(node.op_type, version, "").deprecated
+            ):
                 continue  # but ONNX Runtime takes it, and it is put into other words
             raise UserError(
                 "a node that its operator does not allow",
@@ -263,6 +269,7 @@ def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 found=f"opset {opset.version}",
                 fix="export the model without local functions",
             )
+    spell_defaults(model)
     try:
         return onnx.inliner.inline_local_functions(model)
     except (RuntimeError, onnx.checker.ValidationError) as error:
@@ -272,6 +279,17 @@ def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             found=str(error).splitlines()[0],
             fix="export the model without local functions",
         ) from None
+
+
+def spell_defaults(model: onnx.ModelProto) -> None:
+    """What a call leaves to its function's defaults: onnx's inliner forgets those."""
+    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+    within = (a.g for f in model.functions for node in f.node for a in node.attribute if a.HasField("g"))
+    bodies = (*model.functions, *(each for graph in (model.graph, *within) for each in graphs(graph)))
+    for node in (node for body in bodies for node in body.node):
+        called = functions.get((node.domain, node.op_type, node.overload))
+        said = {attribute.name for attribute in node.attribute}
+        node.attribute.extend(a for a in (called.attribute_proto if called else ()) if a.name not in said)
 
 
 def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:

@@ -109,6 +109,11 @@ def spelled(old: Old) -> str:
     return old.call("i0", axes=old.get("axes", [0, 2, 3]))
 
 
+def simplified(old: Old) -> str | None:
+    """ONNX Runtime's optimizer writes RMSNormalization by this name, as if it were a standard operator."""
+    return None if old.outputs > 1 else f"o0 = RMSNormalization {written(old.attributes)} (i0, i1)"
+
+
 # Operator -> the opset at which it begins to mean what it means today, and what it was, in today's words. None leaves
 # a node to onnx's converter, as does an operator that is not here.
 RULES: Mapping[str, tuple[int, Callable[[Old], str | None]]] = {
@@ -120,6 +125,7 @@ RULES: Mapping[str, tuple[int, Callable[[Old], str | None]]] = {
     "GroupNormalization": (21, channels),
     "BatchNormalization": (9, normalized),
     "MeanVarianceNormalization": (OPSET, spelled),
+    "SimplifiedLayerNormalization": (OPSET, simplified),
 }
 
 
@@ -195,6 +201,8 @@ class Conversion:
         """Is it another version of its operator at the target? Bodies are converted by themselves."""
         if node.domain not in STANDARD:
             return False
+        if not onnx.defs.has(node.op_type) and has_rule(node, self.version):
+            return True
         try:
             old, new = (onnx.defs.get_schema(node.op_type, v, "") for v in (self.version, self.target))
         except onnx.defs.SchemaError:
@@ -341,7 +349,7 @@ def renamed(node: onnx.NodeProto, new: onnx.ModelProto) -> Iterator[onnx.NodePro
 
 def same_form(op: str, *versions: int) -> bool:
     """Have the operator's attributes, inputs and outputs stayed, so that only its types can be others?"""
-    return len({form(onnx.defs.get_schema(op, v, "")) for v in versions}) == 1
+    return onnx.defs.has(op) and len({form(onnx.defs.get_schema(op, v, "")) for v in versions}) == 1
 
 
 def form(schema: onnx.defs.OpSchema) -> tuple[Any, ...]:

@@ -14,14 +14,15 @@ from instantrt.passes.core.lazy import Array
 
 LOGITS, PRESENT = "logits", "present."
 VISIBLE = 1e-2  # a part of its largest value by which a token moves that sees another one; beyond any rounding
-MASKED = -3e4  # logits this low are words that cannot come: every form has its own minus infinity
+MASKED = -3e4  # values this low are masks, of words that cannot come, say: every form has its own minus infinity
 
 
 @dataclass(frozen=True)
 class Distance:
     """Of one output of one step: relative L2, the largest difference, the largest value.
 
-    odd   why there is none, in words: another shape or other integers, which are infinitely far; a NaN in one of them
+    odd   why there is none, in words: another shape or other integers, which are infinitely far; a NaN in one of them.
+          `largest` values of all `of` are others then
     """
 
     step: str
@@ -30,6 +31,13 @@ class Distance:
     largest: float = 0.0
     of: float = 0.0
     odd: str = ""
+
+    @property
+    def share(self) -> float:
+        """How much of the output is wrong: of its size, or of its values where they have none."""
+        if not self.odd:
+            return self.relative
+        return self.largest / self.of if self.of else 0.0
 
     def within(self, bound: float) -> bool:
         return not self.odd and self.relative <= bound
@@ -65,12 +73,15 @@ def distance(step: str, output: str, value: Array, expected: Array) -> Distance:
     if value.dtype.kind not in "fV" or expected.dtype.kind not in "fV":
         count = int((value != expected).sum())
         if count:
-            return Distance(step, output, math.inf, odd=f"has {count} of {value.size} values that are others")
+            odd = f"has {count} of {value.size} values that are others"
+            return Distance(step, output, math.inf, count, value.size, odd)
         return Distance(step, output)
     a, b = value.astype(np.float64), expected.astype(np.float64)
     finite = np.isfinite(b)
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
-        return Distance(step, output, math.nan, odd="is not finite where it should be, or the other way round")
+    same = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.isneginf(b) & (a <= MASKED))
+    if others := int((~same & ~(finite & np.isfinite(a))).sum()):
+        odd = "is not finite where it should be, or the other way round"
+        return Distance(step, output, math.nan, others, b.size, odd)
     delta, size = a[finite] - b[finite], np.linalg.norm(b[finite])
     off, largest = np.linalg.norm(delta), float(np.abs(delta).max(initial=0))
     relative = float(off / size) if size else math.inf if off else 0.0

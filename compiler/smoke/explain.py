@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.bisect import BisectingLog, Culprit, bisect
+from instantrt.compiler.accuracy.bisect import AS_ROUGH, BisectingLog, Culprit, bisect
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.plan import Plan
@@ -21,7 +21,7 @@ from instantrt.compiler.smoke.process import Answers
 from instantrt.compiler.smoke.steps import PAST, Call, plain, typed
 from instantrt.compiler.target import Target
 
-AS_ROUGH = 2.0  # times what a graph's own nodes, run one by one, are away: an error of that size is rounding, amplified
+COARSE = 0.25  # of an output, in size or in values that are others: beyond it 16 bits are no rounding of the model
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Looker:
         first = wrong[0]
         step = next((s for s in steps if s.name == plain(first.step)), steps[0])
         try:
-            if math.isnan(first.relative):
+            culprit, excused = self.culprit(step, expected)
+            if math.isnan(first.relative) and (culprit is not None or not excused):
                 return f"the first tensor that is not finite is {lockstep(self.graph, self.typed(steps))[1]}"
-            culprit = self.culprit(step, expected)
             if culprit is not None:
                 return f"{self.layer(culprit)}: {culprit}"
+            if excused:
+                return too_coarse(self.dtype) if any(d.share > COARSE for d in wrong) else ""
             rough = roughness(self.graph, expected, steps)
         except Exception as error:  # branches and loops, say: what cannot be looked into is wrong as it is
             return f"no layer can be named: {error}"
@@ -55,14 +57,16 @@ class Looker:
             return ""
         return "no single layer is wrong"
 
-    def culprit(self, step: Call, expected: Answers) -> Culprit | None:
-        """The first pass and node that is wrong, on the inputs of one step."""
+    def culprit(self, step: Call, expected: Answers) -> tuple[Culprit | None, bool]:
+        """The first pass and node that is wrong, on the inputs of one step; whether rounding excuses others."""
         made = expected.get(step.after, {})
         cache = {PAST + name.removeprefix(PRESENT): v for name, v in made.items() if name.startswith(PRESENT)}
         log = BisectingLog(canonical=self.reference, feeds={**step.feeds, **cache}, dtype=self.dtype, worst=False)
         if self.request.embeddings == "int8":  # what is rounded last is rounded in the reference
-            return next(log.wrong("writing the artifact", self.graph), None)
-        return bisect(partial(all_positions, self.planned, self.request, self.target), log, self.graph)
+            found = next(log.wrong("writing the artifact", self.graph), None)
+        else:
+            found = bisect(partial(all_positions, self.planned, self.request, self.target), log, self.graph)
+        return found, bool(log.excused)
 
     def layer(self, culprit: Culprit) -> str:
         """The linear layer that the wrong tensor is of, or is read by."""
@@ -73,6 +77,10 @@ class Looker:
 
     def typed(self, steps: Sequence[Call]) -> list[Call]:
         return [typed(step, self.graph) for step in steps]
+
+
+def too_coarse(dtype: np.dtype[np.generic]) -> str:
+    return f"no layer is wrong: {dtype} is too coarse for this model, which amplifies its rounding"
 
 
 def roughness(graph: gs.Graph, expected: Answers, steps: Sequence[Call]) -> dict[tuple[str, str], float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.accuracy.bisect import AS_ROUGH
 from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.accuracy.subjects import all_positions
@@ -23,7 +24,7 @@ from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke import original
 from instantrt.compiler.smoke.compare import Distance, distances, moved, not_finite
-from instantrt.compiler.smoke.explain import AS_ROUGH, Looker, roughness
+from instantrt.compiler.smoke.explain import Looker, roughness, too_coarse
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.on_gpu import engine_answers, why_not
 from instantrt.compiler.smoke.process import LOADING, Answers, Ending, ModelOrder, Process
@@ -146,7 +147,7 @@ class Staged:
         if llm is None:
             chosen = self.agreed(outcomes, steps)
             if chosen is None:
-                return self.not_compared(f"it takes none of the random inputs that were tried: {artifact.refused}")
+                return self.not_compared(none_taken(artifact.refused))
             steps = [chosen]
             self.stream(twins, orders, steps)
         self.check_ran(artifact)
@@ -189,6 +190,9 @@ class Staged:
 
     def agreed(self, outcomes: Mapping[str, Ending], steps: Sequence[Call]) -> Call | None:
         """The inputs that every form took; SmokeError where the artifact alone refuses some."""
+        if not steps:
+            self.check_ran(outcomes["artifact"])
+            return None
         took = {form: next(iter(original.by_step(o.answers)), None) for form, o in outcomes.items()}
         others = [name for form, name in took.items() if form != "artifact" and name is not None]
         mine, artifact = took["artifact"], outcomes["artifact"]
@@ -250,7 +254,7 @@ class Staged:
         if llm is None:
             chosen, why = first_that_runs(graph, steps, outcomes)
             if chosen is None:
-                return self.not_compared(f"it takes none of the random inputs that were tried: {why}")
+                return self.not_compared(none_taken(why))
             steps = [chosen]
         self.stream(twins, {}, steps)
         if operator := original.draws(self.reference):
@@ -307,16 +311,18 @@ class Staged:
         why = looker.why(wrong, expected, steps)
         if not why:
             return (
-                f"{shown(first.step)}: {first.output} is {first.relative:.0e} from the twin. No layer is beyond its "
-                "bound: the model amplifies rounding"
+                f"{shown(first.step)}: {first.output} {first.odd or f'is {first.relative:.0e} from the twin'}. "
+                "No layer is beyond its bound: the model amplifies rounding"
             )
         off = first.odd or f"is off by {first.relative:.1e} of its size"
+        coarse = why == too_coarse(self.dtype)
         raise SmokeError(
             f"the artifact for {self.made_for.name} does not compute what the model does: {shown(first.step)}",
             where=self.artifact.path,
             expected=f"{first.output} of the twin, within {self.bound.model:.0e} ({self.bound.name})",
             found="; ".join(filter(None, (f"{first.output} {off}", causality(found, expected), why))),
-            fix="please report this; --no-smoke writes the artifact as it is, for a look with instantrt diff --bisect",
+            fix=("compile it for a CPU, which computes in float32" if coarse else "please report this")
+            + "; --no-smoke writes the artifact as it is, for a look with instantrt diff --bisect",
         )
 
 
@@ -359,6 +365,12 @@ def first_that_runs(graph: gs.Graph, steps: Sequence[Call], outcomes: Mapping[st
             continue
         return step, ""
     return None, last
+
+
+def none_taken(why: str) -> str:
+    return (
+        f"it takes none of the random inputs that were tried: {why}" if why else "its inputs are too large to make up"
+    )
 
 
 def weight_bytes(graph: gs.Graph) -> int:

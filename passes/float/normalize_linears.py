@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FileTensor, InMemory, Source, Transposed, view_of
+from instantrt.passes.core.lazy import FileTensor, InMemory, Source, Transposed, small, view_of
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
 
@@ -48,7 +48,7 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
     """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
 
     Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
-    After:  MatMul(x, W [K, N]) whose constant is a view of W's rows
+    After:  MatMul(x, W [K, N]) whose constant is a view of W's rows; x has rows, if only one
     """
 
     def match(self, node: gs.Node) -> LinearMatch | Reject | None:
@@ -63,15 +63,22 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
             stored = step.inputs[0]
         if not isinstance(stored, gs.Constant) or len(stored.shape) != 2 or isinstance(x, gs.Constant):
             return None
-        if stored.dtype != np.float32:
-            return Reject(f"a matrix of {stored.dtype}")
+        if reason := unfit(stored):
+            return Reject(reason)
         rows, shape = rows_of(stored, transposed=turned)
         return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
         node, path = match.node, linear_path(graph, match)
         node.inputs[1] = weight_constant(path, match.rows, match.shape)
-        node.name = unique_name(graph, node, path)
+        node.name = name = unique_name(graph, node, path)
+        if (
+            match.x.shape is not None and len(match.x.shape) == 1
+        ):  # a token has a row everywhere, int8 scales count on it
+            out, first = take_over(node), small(f"{name}/first", [0], np.int64)
+            node.inputs[0] = add(graph, "Unsqueeze", [match.x, first], f"{name}.row")
+            node.outputs.append(gs.Variable(f"{name}.product"))
+            add(graph, "Squeeze", [node.outputs[0], first], out)
 
 
 class NormalizeGemm(Rewrite[LinearMatch]):
@@ -84,8 +91,8 @@ class NormalizeGemm(Rewrite[LinearMatch]):
         if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
             return Reject("Gemm with alpha, beta or transA is not a linear layer")
         weight = node.inputs[1]
-        if weight.dtype != np.float32:
-            return Reject(f"a matrix of {weight.dtype}")
+        if reason := unfit(weight):
+            return Reject(reason)
         rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)
@@ -99,6 +106,13 @@ class NormalizeGemm(Rewrite[LinearMatch]):
             return
         product = add(graph, "MatMul", [match.x, weight], f"{name}.product", name=name)
         add(graph, "Add", [product, match.bias], out)
+
+
+def unfit(matrix: gs.Constant) -> str:
+    """Why a constant is no linear layer's weight; nothing where it is one."""
+    if matrix.dtype != np.float32:
+        return f"a matrix of {matrix.dtype}"
+    return "" if all(matrix.shape) else f"a matrix without elements, {list(matrix.shape)}"
 
 
 def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int, int]]:

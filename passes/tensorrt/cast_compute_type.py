@@ -91,7 +91,8 @@ class CastComputeType(Rewrite[CastMatch]):
         hidden = any(t.dtype == self.dtype and not isinstance(t, gs.Constant) for t in node.inputs)
         if not hidden and not is_weight_reader(node):
             return None
-        return CastMatch(node, FLOAT32 if node.op in WIDE else self.dtype, floats)
+        wide = node.op in WIDE or not takes(node, self.dtype)
+        return CastMatch(node, FLOAT32 if wide else self.dtype, floats)
 
     def rewrite(self, graph: gs.Graph, match: CastMatch) -> None:
         node, dtype = match.node, match.dtype
@@ -121,6 +122,14 @@ class WidenForBranches(Rewrite[list[gs.Node]]):
     def rewrite(self, graph: gs.Graph, match: list[gs.Node]) -> None:
         for node in match:
             node.inputs = [cast(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
+
+
+def takes(node: gs.Node, dtype: np.dtype[Any]) -> bool:
+    """Does ONNX allow `dtype` wherever the operator may read float32? NonMaxSuppression, say, has float32 alone."""
+    if node.domain or not onnx.defs.has(node.op):
+        return True
+    kinds = [formal.types for formal in onnx.defs.get_schema(node.op).inputs]
+    return all(f"tensor({dtype.name})" in kind for kind in kinds if "tensor(float)" in kind)
 
 
 def is_weight_reader(node: gs.Node) -> bool:

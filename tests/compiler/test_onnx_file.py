@@ -317,15 +317,32 @@ def test_branches_of_an_engine_compute_in_float32(body: str, target: str, tmp_pa
     assert relative(got, want) < 2e-2
 
 
-def test_branches_whose_weights_share_a_name_are_refused(tmp_path: Path) -> None:
-    body = BRANCHES.format("").replace("MatMul(x, a) }", "MatMul(x, w) }").replace("MatMul(x, b) }", "MatMul(x, w) }")
+@pytest.mark.parametrize("taken", ["k", "b"], ids=["another branch", "the graph around"])
+@pytest.mark.parametrize("rows", [1, 64], ids=["small", "large"])
+def test_weights_of_branches_whose_names_are_taken(taken: str, rows: int, tmp_path: Path) -> None:
+    """ONNX Runtime takes what is nearest."""
+    op = "Mul" if rows == 1 else "MatMul"
+    body = BRANCHES.format("").replace("MatMul(x, a) }", f"{op}(x, {taken}) }}")
+    body = body.replace("MatMul(x, b) }", f"{op}(x, {taken}) }}")
     path = model_file(tmp_path / "m.onnx", body, {"a": A, "b": B, "zero": np.array(0, np.float32)})
     model = onnx.load(path)
-    for attribute in (a for n in model.graph.node for a in n.attribute if a.name.endswith("branch")):
-        attribute.g.initializer.append(onnx.numpy_helper.from_array(A, "w"))
+    branches = [a.g for n in model.graph.node for a in n.attribute if a.name.endswith("branch")]
+    for branch, values in zip(branches, (A - B, A + B), strict=True):
+        branch.initializer.append(onnx.numpy_helper.from_array(values[:rows], taken))
     onnx.save(model, path)
-    with pytest.raises(UserError, match="different branches have one name"):
-        load(path)
+    assert compiled_error(path, "none", tmp_path / "out") < 1e-6
+    feeds = {"x": -np.abs(X)}  # the other branch
+    want, got = (session(each).run(None, feeds)[0] for each in (path, tmp_path / "out/x86/model.onnx"))
+    assert relative(got, want) < 1e-6
+
+
+def test_constant_nodes_with_external_data(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "m.onnx", "y = MatMul(x, c)", {})
+    model = onnx.load(path)
+    value = onnx.numpy_helper.from_array(A, "c")
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=value))
+    onnx.save(model, path, save_as_external_data=True, location="m.data", convert_attribute=True)
+    assert compiled_error(path, "a16w8", tmp_path / "out") < 2e-2
 
 
 @pytest.mark.parametrize("opset", [17, 21])

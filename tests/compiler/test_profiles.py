@@ -43,3 +43,10 @@ def test_a_plain_model_has_one_profile_and_a_fixed_one_none() -> None:
 def test_limits_that_contradict_each_other(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(UserError):
         EngineLimits(*wrong)
+
+
+def test_sizes_of_other_names_are_refused() -> None:
+    """As other exporters of causal LMs name them."""
+    ids = gs.Variable("input_ids", np.dtype(np.int64), ["batch_size", "sequence_length"])
+    with pytest.raises(UserError, match="input_ids: a size of an input"):
+        profiles([ids], EngineLimits(), llm=True)

@@ -34,6 +34,7 @@ from instantrt.passes.core.rewrite import add
 from instantrt.passes.ort.nbits import Blocks
 from tests.commands import invoke
 from tests.conftest import TINY, contents
+from tests.graphs import model_file
 
 F = TensorProto.FLOAT
 Break = Callable[[gs.Graph], None]
@@ -231,6 +232,13 @@ def test_what_draws_random_numbers_is_not_compared(tmp_path: Path) -> None:
     assert found.notes == ("not compared: RandomNormalLike makes every run another one",)
 
 
+@pytest.mark.parametrize("target", ["x86", "sm90"])
+def test_inputs_that_fit_nowhere_are_not_made_up(target: str, tmp_path: Path) -> None:
+    about = {"x": (F, ["b", 1 << 50])}, {"y": (F, ["b", 1 << 50])}
+    found = ran(file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], *about), tmp_path / "out", target)
+    assert "not compared: its inputs are too large to make up" in found.notes
+
+
 @pytest.mark.parametrize("quant", [None, "a16w8"])
 @pytest.mark.parametrize("target", ["x86", "sm90"])
 def test_a_converter_that_changes_the_graph(
@@ -302,6 +310,34 @@ def test_rounding_that_the_model_amplifies_is_said(tmp_path: Path) -> None:
     found = ran(model, tmp_path / "out", quant="a16w8")
     assert found.distance.relative > found.bound.model
     assert "the model amplifies rounding" in found.notes[0]
+
+
+def test_an_order_that_float16_changes_is_no_wrong_layer(tmp_path: Path) -> None:
+    """Places of values that are nearly equal: integers, which are equal or not."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("TopK", ["h", "k"], ["v", "y"])]
+    about = {"x": (F, [64, 64])}, {"y": (TensorProto.INT64, [64, 64])}
+    found = ran(file_of(tmp_path, nodes, *about, w=W, k=np.array([64])), tmp_path / "out", "sm89")
+    assert re.search("values that are others. .*the model amplifies rounding", found.notes[0])
+
+
+def test_minus_infinity_is_the_lowest_number_of_float16(tmp_path: Path) -> None:
+    weights = {"w": W, "zero": np.float32(0), "low": np.float32(-np.inf)}
+    path = model_file(tmp_path / "m.onnx", "m = MatMul(x, w) b = Greater(m, zero) y = Where(b, m, low)", weights)
+    found = ran(path, tmp_path / "out", "sm89")
+    assert found.distance.within(found.bound.model)
+
+
+def test_a_model_that_float16_is_too_coarse_for(tmp_path: Path) -> None:
+    body, weights = "m = MatMul(x, w) a = Add(m, k) y = Sub(a, k)", {"w": W, "k": np.float32(1e4)}
+    path = model_file(tmp_path / "m.onnx", body, weights)
+    refused(path, tmp_path / "out", "(?s)float16 is too coarse for this model.*compile it for a CPU", "sm89")
+
+
+def test_infinities_of_both_are_no_wrong_layer(tmp_path: Path) -> None:
+    """What else is beyond its bound there is rounding, amplified."""
+    body, weights = "m = MatMul(x, w) n = Mul(m, k) y = Exp(n)", {"w": W, "k": np.float32(100)}
+    path = model_file(tmp_path / "m.onnx", body, weights)
+    assert ran(path, tmp_path / "out", quant="a16w8").distance.step
 
 
 def test_lockstep_is_one_run_after_another(tiny_float: FloatModel) -> None:

@@ -215,6 +215,23 @@ ROWS = (
         ),
         refused="com.example::Thing, which it does not know",
     ),
+    row(
+        "a vector times a matrix, int8 activations",
+        graph("(float[64] x) => (float[64] y)", "y = MatMul(x, w)", w=np.eye(64, k=1, dtype=np.float32)),
+        bound=2e-2,
+        quant="a8w8",
+    ),
+    row(
+        "a matrix without elements beside one that is quantized",
+        graph(
+            "(float[b, 64] x, float[b, 0] none) => (float[b, 64] y)",
+            "a = MatMul(none, e) c = MatMul(x, w) y = Add(a, c)",
+            e=np.zeros((0, 64), np.float32),
+            w=np.eye(64, k=1, dtype=np.float32),
+        ),
+        bound=2e-2,
+        quant="a16w8",
+    ),
     Row(
         "Attention that holds its own cache, for a GPU",
         "operator contracts",

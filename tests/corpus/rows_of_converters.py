@@ -50,6 +50,12 @@ def changed(write: Callable[[Path], Path], change: Callable[[onnx.ModelProto], o
     return again
 
 
+def function(model: onnx.ModelProto) -> None:
+    body = "Leaky <k: float = 0.5> (p) => (r) { r = LeakyRelu <alpha: float = @k> (p) }"
+    text = f'<domain: "my", opset_import: ["": 17]> {body}'
+    model.functions.append(onnx.parser.parse_function(text))
+
+
 def sparse(model: onnx.ModelProto) -> None:
     values, places = make_tensor("w", TensorProto.FLOAT, [1], [2.5]), make_tensor("i", TensorProto.INT64, [1], [2])
     model.graph.sparse_initializer.append(make_sparse_tensor(values, places, [4]))
@@ -180,6 +186,14 @@ ROWS = (
         refused="No Op registered for Gelu with domain_version of 17",
     ),
     converter("an operator of ONNX Runtime without its opset", graph("y = com.microsoft.QuickGelu(x)", 17)),
+    converter(
+        "SimplifiedLayerNormalization, which ONNX Runtime's optimizer puts among the standard operators",
+        graph("y = SimplifiedLayerNormalization <epsilon = 0.1> (x, g)", 21, g=np.float32([3, 0.5, 1, 2])),
+    ),
+    converter(
+        "a local function, called without what has a default",
+        changed(graph("y = my.Leaky(x)", 17, imports=', "my": 1'), function),
+    ),
     converter("what rounding to float16 loses", graph(ROUNDED % 10, 17, k=np.float32(1000))),
     converter("what rounding to bfloat16 loses", graph(ROUNDED % 16, 17, k=np.float32(1000))),
     converter(

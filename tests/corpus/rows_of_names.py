@@ -384,6 +384,24 @@ ROWS = (
         refused="No opset import for domain 'my'",
     ),
     Row(
+        ".onnx: an output that has the name of a tensor inside, as torch may write it",
+        "refusals",
+        graph("y = MatMul(x, w) y = Relu(y)"),
+        refused="y: two tensors have one name",
+    ),
+    Row(
+        ".onnx: tensors that are made of themselves",
+        "refusals",
+        graph("a = MatMul(y, w) y = Relu(a)"),
+        refused="tensors are made of themselves",
+    ),
+    Row(
+        ".onnx: a node that reads what nothing makes",
+        "refusals",
+        graph("y = MatMul(z, w)"),
+        refused="z: a tensor that nothing makes",
+    ),
+    Row(
         ".onnx: an input that is a sequence of tensors",
         "refusals",
         graph("y = SequenceAt(s, i)", {"i": np.array(0)}, "seq(float[b, 64]) s"),

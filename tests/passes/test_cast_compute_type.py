@@ -104,3 +104,11 @@ def test_a_weight_beyond_float16_is_an_error_with_its_name(value: float) -> None
     )
     with pytest.raises(UserError, match=r"model\.w: a weight does not fit float16"):
         view_of(cast.nodes[0].inputs[1]).load()
+
+
+def test_operators_without_16_bits_keep_float32() -> None:
+    boxes, scores, y = variable("boxes", shape=(1, 8, 4)), variable("scores", shape=(1, 1, 8)), variable("y", INT64)
+    node = gs.Node("NonMaxSuppression", "nms", {}, [boxes, scores], [y])
+    cast = run(graph([node], [boxes, scores], [y]), cast_compute_type(FLOAT16), PassLog())
+    (kept,) = (each for each in cast.nodes if each.op == "NonMaxSuppression")
+    assert [tensor.dtype for tensor in kept.inputs] == [FLOAT32, FLOAT32]

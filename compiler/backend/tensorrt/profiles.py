@@ -76,6 +76,16 @@ def any_shape(inputs: Iterable[gs.Tensor], limits: EngineLimits) -> Mapping[str,
 
 
 def shape_range(tensor: gs.Tensor, ranges: Mapping[str, Range]) -> tuple[Shape, Shape, Shape]:
+    unknown = [size for size in tensor.shape if isinstance(size, str) and size not in ranges]
+    if unknown:
+        raise UserError(
+            "a size of an input has a name that says nothing of its range",
+            where=tensor.name,
+            expected=" or ".join(ranges),
+            found=unknown[0],
+            fix="give the inputs' sizes these names (onnx.tools.update_model_dims), or compile for a CPU",
+        )
+
     def shape(i: int) -> Shape:
         return tuple(ranges[size][i] if isinstance(size, str) else int(size) for size in tensor.shape)
 
