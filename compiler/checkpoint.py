@@ -67,6 +67,14 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     shards = sorted(folder.glob("*.safetensors"))
+    for path in shards:
+        if not path.is_file():  # to read a pipe would wait for somebody to write it
+            raise UserError(
+                "weights that are no file",
+                where=str(path),
+                found=f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "",
+                fix="download or copy the checkpoint again, with what its links point to",
+            )
     if len(shards) == 1:
         return read_header(shards[0])
     if shards:
@@ -194,6 +202,8 @@ def file_tensor(path: Path, base: int, name: str, info: Mapping[str, Any]) -> Fi
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a user error that says what is wrong with it."""
     try:
+        if path.exists() and not path.is_file():  # to read a pipe would wait for somebody to write it
+            raise UserError("not a file", where=str(path))
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError("the file is missing", where=str(path)) from None

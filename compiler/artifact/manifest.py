@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> list[Artifact]:
             "a manifest of another version",
             where=str(folder / MANIFEST),
             expected=str(FORMAT),
-            found=str(body.get("format")),
+            found=repr(body.get("format")),
             fix="compile into another folder",
         )
     try:
@@ -92,7 +92,18 @@ def sizes(value: Any) -> bool:
 
 
 def tensor(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"name", "dtype", "shape"} and sizes(value["shape"])
+    keys = {"name", "dtype", "shape"}
+    return (
+        isinstance(value, dict)
+        and set(value) == keys
+        and names([value["name"], value["dtype"]])
+        and sizes(value["shape"])
+    )
+
+
+def path(value: Any) -> bool:
+    """The system takes no path with a zero byte, or with half a character."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def language_model(value: Any) -> bool:
@@ -112,7 +123,7 @@ def engine(value: Any) -> bool:
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target": (lambda value: isinstance(value, str), "a name"),
     "kind": (lambda value: value in KINDS, "onnx, engine or kit"),
-    "path": (lambda value: isinstance(value, str), "a path"),
+    "path": (path, "a path"),
     "inputs": (lambda value: isinstance(value, list) and all(map(tensor, value)), "tensors: name, dtype, shape"),
     "outputs": (lambda value: isinstance(value, list) and all(map(tensor, value)), "tensors: name, dtype, shape"),
     "quant": (texts, "layers and their formats"),

@@ -14,6 +14,8 @@ from instantrt.passes.core.errors import UserError
 
 ONNX = "export it to ONNX and compile the .onnx file"
 SUFFIX = re.compile(r"(forcausallm|lmheadmodel|modelwithlmhead|withlmheadmodel)$")
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+MOST_LAYERS = 1000  # a module is made for each; the deepest model there is has 126, merges of several some hundred
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 
@@ -82,6 +84,21 @@ def check_architectures(config: Mapping[str, Any], where: str) -> None:
     for name in named:
         if not (name == built or (SUFFIX.search(name.lower()) and stem(name) in stems)):
             raise refusal(f"{name} is {OTHER.what}", config, where, f"{OTHER.fix}: transformers builds {built}")
+
+
+def check_layers(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a number of layers that no model has: to make them all would take for ever."""
+    text = config.get("text_config")
+    for said in (config, text if isinstance(text, dict) else {}):
+        for key in LAYERS:
+            count = said.get(key)
+            if isinstance(count, int) and count > MOST_LAYERS:
+                raise UserError(
+                    f"{key} is more than any model has",
+                    where=where,
+                    expected=f"at most {MOST_LAYERS}",
+                    found=str(count),
+                )
 
 
 def refuse_known(names: list[str], config: Mapping[str, Any], where: str) -> None:

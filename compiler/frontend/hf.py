@@ -22,7 +22,14 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
 from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
-from instantrt.compiler.frontend.architecture import ONNX, check_architectures, check_family, check_modules, refusal
+from instantrt.compiler.frontend.architecture import (
+    ONNX,
+    check_architectures,
+    check_family,
+    check_layers,
+    check_modules,
+    refusal,
+)
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_rope, keep_first_table
 from instantrt.compiler.frontend.side_files import Report, account_of_files
@@ -113,7 +120,7 @@ def open_checkpoint(
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = read_json(folder / "config.json")
-    if "auto_map" in config and not trust_remote_code:
+    if config.get("auto_map") and not trust_remote_code:
         raise UserError(
             "the model brings its own Python code",
             where=str(folder / "config.json"),
@@ -147,10 +154,11 @@ def build_skeleton(
     logging.set_verbosity_error()
     where = str(folder / "config.json")
     check_architectures(config, where)
+    check_layers(config, where)
     plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         kwargs = {k: value for k, value in plain_config.items() if k not in ("model_type", "transformers_version")}
-        if trust_remote_code and "auto_map" in config:
+        if trust_remote_code and config.get("auto_map"):
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             hf_config.__dict__.pop("quantization_config", None)
         else:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, shards_of
 from instantrt.compiler.quant.readers import BESIDE
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, in_a_line
 
 Report = Callable[[UserError], None]
 DEEPEST = 3  # folders that are looked into for weights
@@ -49,9 +49,11 @@ class Rule:
 def more_than_a_transformer(path: Path) -> str:
     """The modules of a sentence-transformers pipeline that are not its language model."""
     try:
-        modules = [str(module["type"]) for module in json.loads(path.read_text("utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        modules = [str(module["type"]) for module in json.loads(path.read_text("utf-8-sig"))]
+    except (TypeError, KeyError):  # a file of something else that has the same name
         return ""
+    except (OSError, ValueError, RecursionError) as error:
+        return in_a_line(error)
     others = [name.rpartition(".")[2] for name in modules if name.rpartition(".")[2] != "Transformer"]
     return ", ".join(dict.fromkeys(others))
 
@@ -59,6 +61,7 @@ def more_than_a_transformer(path: Path) -> str:
 FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
 MERGE = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 SAVE = "load it with transformers and save_pretrained(folder): safetensors are read"
+COPY = "download or copy the checkpoint again, with what its links point to"
 TOKENS = "text to tokens and back; copied beside the artifact where it is of use there"
 READ = "the model"
 AUTHORS = "weights in the format of the model's authors, not of transformers"
@@ -122,6 +125,10 @@ WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|o
 def account_of_files(folder: Path, report: Report) -> tuple[Accounted, ...]:
     """What becomes of each file; `report` is told of every one that is refused."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists() and matters(path.name):
+            link = f"a link to {path.readlink()}, which is not there"
+            report(UserError(f"{path.name} cannot be read", where=str(folder), found=link, fix=COPY))
     read = weight_files(folder, names)
     found = []
     for name in names:
@@ -136,6 +143,13 @@ def account_of_files(folder: Path, report: Report) -> tuple[Accounted, ...]:
                 report(UserError(f"{name}: {rule.why}", where=str(folder), found=words, fix=rule.fix))
     found += [(name, "weights of another folder, which are not read") for name in weights_below(folder)]
     return entries(found)
+
+
+def matters(name: str) -> bool:
+    """Would a file of this name be read, or refused?"""
+    return name in ("config.json", INDEX, *BESIDE) or any(
+        r.fix and not r.alone and fnmatch(name, r.pattern) for r in RULES
+    )
 
 
 def judged(rule: Rule, path: Path, beside_weights: bool) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -137,3 +138,19 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError):
         read_json(tmp_path / "config.json")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """To open one would wait for somebody to write it."""
+    for name in ("config.json", SINGLE):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="not a file"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match="weights that are no file"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).symlink_to("../blobs/0a1b")
+    with pytest.raises(UserError, match=r"a link to \.\./blobs/0a1b, which is not there"):
+        read_checkpoint(tmp_path)

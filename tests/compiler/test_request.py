@@ -131,3 +131,24 @@ def test_the_public_names_are_reached_from_the_package() -> None:
     assert instantrt.compile_model is compile_model
     with pytest.raises(AttributeError):
         _ = instantrt.nothing
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", None),
+        ("out", 3),
+        ("max_length", "x"),
+        ("max_length", 1.5),
+        ("max_batch", None),
+        ("max_kl", "x"),
+        ("group_size", True),
+        ("portable", "yes"),
+        ("smoke", None),
+        ("plugin", 3),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(field: str, value: object) -> None:
+    given: dict[str, Any] = {"model": "m", "targets": "x86", "out": "o", field: value}
+    with pytest.raises(UserError, match=f"{field} has a value of another kind"):
+        Request(**given)

@@ -190,6 +190,16 @@ def without(*names: str) -> Callable[[Path], None]:
     return remove
 
 
+def dangling(name: str) -> Callable[[Path], None]:
+    """A folder of a cache, copied without what its links point to."""
+
+    def link(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../../blobs/0a1b")
+
+    return link
+
+
 ONE = np.ones(3, np.float32)
 SQUARE = np.ones((64, 64), np.float32)
 Q_PROJ = f"{LAYER}.self_attn.q_proj"
@@ -216,6 +226,15 @@ FILES = {
     "a sentence-transformers pipeline with pooling": (
         beside({"modules.json": MODULES}),
         "a sentence-transformers pipe",
+    ),
+    "a list of modules that was cut": (
+        beside({"modules.json": b'[{"type": "a.Transformer"}, {"type": "a.Poo'}),
+        "a sentence-transformers pipe",
+    ),
+    "a link to weights that are not there": (beside({}, dangling(SINGLE)), "weights that are no file"),
+    "a link to an adapter's config that is not there": (
+        beside({}, dangling("adapter_config.json")),
+        "adapter_config.json cannot be read",
     ),
     "a GGUF file alone": (beside({"model.gguf": b"GGUF"}, without("config.json", SINGLE)), "GGUF weights"),
     "only weights of Mistral's own format": (

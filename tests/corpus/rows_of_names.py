@@ -372,6 +372,12 @@ ROWS = (
         refused="transformers cannot build LlamaForCausalLM (llama) from this config",
     ),
     Row(
+        "llama with more layers than there is time for",
+        "refusals",
+        configured(num_hidden_layers=1 << 40),
+        refused="num_hidden_layers is more than any model has",
+    ),
+    Row(
         ".onnx: an operator with an input too few",
         "refusals",
         graph("y = MatMul(x)"),
