@@ -62,6 +62,9 @@ FLOAT: tuple[Pass, ...] = (
 APART: tuple[Pass, ...] = (DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary())
 
 
+FOREIGN = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.ml", "ai.onnx.preview.training")
+
+
 def normalize(graph: gs.Graph, log: PassLog) -> gs.Graph:
     """The graph as exported -> FLOAT, at an opset that ONNX Runtime has kernels for: its twin is run there."""
     run(graph, FLOAT, log)
@@ -120,6 +123,7 @@ def lower_tensorrt(
     graph: gs.Graph, target: Target, dtype: np.dtype[Any], request: Request, limits: EngineLimits, log: PassLog
 ) -> gs.Graph:
     """Strongly typed TensorRT in the compute type `dtype`: plugin nodes where a library is given, else native forms."""
+    refuse_foreign(graph)
     in_place = request.kv_cache == "in-place"
     passes: list[Pass] = [ExplicitMask(), *(kv_in_place(limits.max_length) if in_place else ())]
     passes += last_logits(graph, request, by_mask=in_place)
@@ -160,6 +164,18 @@ def refuse_leftovers(graph: gs.Graph, log: PassLog, backend: str) -> None:
             fix="another --group-size, --weight-only for 8-bit GPTQ"
             + or_ignore(path for name in left for path in parts_of(name)),
         )
+
+
+def refuse_foreign(graph: gs.Graph) -> None:
+    """Operators that ONNX Runtime alone has are refused here: an engine's parser would, on another machine."""
+    for node in (node for each in (graph, *graph.subgraphs(recursive=True)) for node in each.nodes):
+        if node.domain in FOREIGN:
+            raise UserError(
+                f"TensorRT has no {node.domain}::{node.op}",
+                where=node.name or node.outputs[0].name,
+                expected="operators of the ONNX standard",
+                fix="export the model without the fusions of ONNX Runtime",
+            )
 
 
 def refuse_no_table(log: PassLog, by: type[Pass]) -> None:

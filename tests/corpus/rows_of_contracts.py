@@ -233,6 +233,14 @@ ROWS = (
         quant="a16w8",
     ),
     Row(
+        "an operator of ONNX Runtime alone, for a GPU",
+        "operator contracts",
+        graph("(float[b, 4] x) => (float[b, 4] y)", "y = com.microsoft.QuickGelu(x)"),
+        "TensorRT has no com.microsoft::QuickGelu",
+        {"builder": "kit"},
+        target="sm89",
+    ),
+    Row(
         "Attention that holds its own cache, for a GPU",
         "operator contracts",
         graph(
