@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,66 +12,53 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.accuracy.bisect import BisectingLog, Culprit, bisect
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.accuracy.subjects import all_positions
-from instantrt.compiler.plan import Plan
-from instantrt.compiler.request import Request
-from instantrt.compiler.smoke.compare import PRESENT, Distance, distances
+from instantrt.compiler.frontend import onnx_file
+from instantrt.compiler.smoke.compare import Distance, distances
 from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.names import LOGITS, PRESENT, past
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import PAST, Call, plain, typed
-from instantrt.compiler.target import Target
+from instantrt.compiler.smoke.steps import CHANGED, Call, alone, typed
+from instantrt.compiler.smoke.subject import Staged
+from instantrt.passes.core.lazy import Array
 
 AS_ROUGH = 2.0  # times what a graph's own nodes, run one by one, are away: an error of that size is rounding, amplified
+VISIBLE = 1e-2  # a part of its largest value by which a token moves that sees another one; beyond any rounding
 
 
-@dataclass(frozen=True)
-class Looker:
-    """Looks into one artifact: `graph` is what it says, `reference` what it was lowered from.
+def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, steps: Sequence[Call]) -> str:
+    """What is wrong, in words; "" where no layer is, and all that is beyond its bound is amplified rounding."""
+    graph = onnx_file.artifact_graph(subject.file) if subject.on_cpu else subject.graph
+    first = wrong[0]
+    step = next((s for s in steps if s.name == alone(first.step)[0]), steps[0])
+    try:
+        if math.isnan(first.relative):
+            bad = lockstep(graph, [typed(step, graph) for step in steps])[1]
+            return f"the first tensor that is not finite is {bad}"
+        culprit = culprit_of(subject, graph, {**step.feeds, **past(expected.get(step.after, {}))})
+        if culprit is not None:
+            return f"{layer_of(subject.twin.graph, culprit)}: {culprit}"
+        rough = roughness(graph, expected, steps)
+    except Exception as error:  # branches and loops, say: what cannot be looked into is wrong as it is
+        return f"no layer can be named: {error}"
+    if all(d.relative <= AS_ROUGH * rough.get((alone(d.step)[0], d.output), 0.0) for d in wrong):
+        return ""
+    return "no single layer is wrong"
 
-    dtype   what it computes in
-    """
 
-    planned: Plan
-    request: Request
-    target: Target
-    reference: gs.Graph
-    graph: gs.Graph
-    dtype: np.dtype[np.generic]
+def culprit_of(subject: Staged, graph: gs.Graph, feeds: Mapping[str, Array]) -> Culprit | None:
+    """The first pass and node that is wrong on `feeds`; `graph` is what they came to."""
+    log = BisectingLog(canonical=subject.twin.graph, feeds=feeds, dtype=subject.dtype, worst=False)
+    if subject.request.embeddings == "int8":  # what is rounded last is rounded in the reference
+        return next(log.wrong("writing the artifact", graph), None)
+    return bisect(partial(all_positions, subject.planned, subject.request, subject.target), log, graph)
 
-    def why(self, wrong: Sequence[Distance], expected: Answers, steps: Sequence[Call]) -> str:
-        """What is wrong, in words; "" where no layer is, and all that is beyond its bound is amplified rounding."""
-        first = wrong[0]
-        step = next((s for s in steps if s.name == plain(first.step)), steps[0])
-        try:
-            if math.isnan(first.relative):
-                return f"the first tensor that is not finite is {lockstep(self.graph, self.typed(steps))[1]}"
-            culprit = self.culprit(step, expected)
-            if culprit is not None:
-                return f"{self.layer(culprit)}: {culprit}"
-            rough = roughness(self.graph, expected, steps)
-        except Exception as error:  # branches and loops, say: what cannot be looked into is wrong as it is
-            return f"no layer can be named: {error}"
-        if all(d.relative <= AS_ROUGH * rough.get((plain(d.step), d.output), 0.0) for d in wrong):
-            return ""
-        return "no single layer is wrong"
 
-    def culprit(self, step: Call, expected: Answers) -> Culprit | None:
-        """The first pass and node that is wrong, on the inputs of one step."""
-        made = expected.get(step.after, {})
-        cache = {PAST + name.removeprefix(PRESENT): v for name, v in made.items() if name.startswith(PRESENT)}
-        log = BisectingLog(canonical=self.reference, feeds={**step.feeds, **cache}, dtype=self.dtype, worst=False)
-        if self.request.embeddings == "int8":  # what is rounded last is rounded in the reference
-            return next(log.wrong("writing the artifact", self.graph), None)
-        return bisect(partial(all_positions, self.planned, self.request, self.target), log, self.graph)
-
-    def layer(self, culprit: Culprit) -> str:
-        """The linear layer that the wrong tensor is of, or is read by."""
-        outputs = {t.name: index for index, node in enumerate(self.reference.nodes) for t in node.outputs}
-        at = outputs.get(culprit.tensor, 0)
-        layers = layers_of(None, self.reference)
-        return next((layer.path for layer in layers if outputs[layer.y] >= at), layers[-1].path if layers else "-")
-
-    def typed(self, steps: Sequence[Call]) -> list[Call]:
-        return [typed(step, self.graph) for step in steps]
+def layer_of(twin: gs.Graph, culprit: Culprit) -> str:
+    """The linear layer that the wrong tensor is of, or is read by."""
+    outputs = {t.name: index for index, node in enumerate(twin.nodes) for t in node.outputs}
+    at = outputs.get(culprit.tensor, 0)
+    layers = layers_of(None, twin)
+    return next((layer.path for layer in layers if outputs[layer.y] >= at), layers[-1].path if layers else "-")
 
 
 def roughness(graph: gs.Graph, expected: Answers, steps: Sequence[Call]) -> dict[tuple[str, str], float]:
@@ -80,3 +66,29 @@ def roughness(graph: gs.Graph, expected: Answers, steps: Sequence[Call]) -> dict
     found, _ = lockstep(graph, [typed(step, graph) for step in steps])
     known = {name: outputs for name, outputs in found.items() if name in expected}
     return {(d.step, d.output): d.relative for d in distances(known, expected, steps)}
+
+
+def causality(found: Answers, expected: Answers) -> str:
+    """Whether the first token sees the last one, where the two disagree about it."""
+    sees, should = moved(found), moved(expected, like=found)
+    if sees is None or should is None or sees == should:
+        return ""
+    words = ("does not see the last one", "sees the last one")
+    return f"causality: the model's first token {words[should]}, the artifact's {words[sees]}"
+
+
+def moved(answers: Answers, like: Answers | None = None) -> bool | None:
+    """Does the first token see the last one? None where nothing says so.
+
+    Seen in its logits; where only the last token's are delivered (by `like`), in what the cache keeps of it.
+    """
+    pair = [answers[name] for name in ("prefill", CHANGED) if name in answers]
+    shape = (like or answers).get("prefill", {})
+    if len(pair) < 2 or LOGITS not in shape:
+        return None
+    caches = [name for name in shape if name.startswith(PRESENT)]
+    output = LOGITS if shape[LOGITS].shape[1] > 1 else caches[-1] if caches else ""
+    if not output:
+        return None
+    before, after = (outputs[output][:, 0] if output == LOGITS else outputs[output][:, :, 0] for outputs in pair)
+    return bool(np.abs(after - before).max() > VISIBLE * np.abs(before).max())

@@ -1,9 +1,8 @@
-"""The .onnx file that was given, as it is: at its own opset, in its own types, by ONNX Runtime."""
+"""What must be known of the .onnx file that was given: its arithmetic, and whether it draws random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -11,39 +10,12 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from instantrt.compiler.accuracy.bounds import BFLOAT16, FLOAT16, FLOAT32, Bound
-from instantrt.compiler.smoke.process import Answers, ModelOrder
-from instantrt.compiler.smoke.steps import Call
-from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.subgraphs import graphs
 
-PREFIX = "original "
 NARROW = {TensorProto.FLOAT16: FLOAT16, TensorProto.BFLOAT16: BFLOAT16}
 DRAWS = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-
-
-def order(model: Path, steps: Sequence[Call], *, attempts: bool) -> ModelOrder:
-    calls = tuple((PREFIX + step.name, PREFIX + step.after if step.after else "") for step in steps)
-    return ModelOrder(str(model), calls, attempts=attempts)
-
-
-def in_its_types(model: Path, steps: Sequence[Call]) -> list[Call]:
-    """The steps with the inputs that the file declares; what was compiled takes float32 for every narrow float."""
-    declared = onnx.load_model(model, load_external_data=False).graph.input
-    types = {i.name: numpy_type(i.type.tensor_type.elem_type) for i in declared if i.type.tensor_type.elem_type}
-    return [
-        replace(
-            step,
-            name=PREFIX + step.name,
-            feeds={n: v.astype(types[n], copy=False) if v.dtype.kind == "f" else v for n, v in step.feeds.items()},
-        )
-        for step in steps
-    ]
-
-
-def by_step(answers: Answers) -> Answers:
-    return {step.removeprefix(PREFIX): outputs for step, outputs in answers.items()}
 
 
 def arithmetic(model: Path) -> Bound:
