@@ -48,12 +48,14 @@ def ask(subject: Staged, known: Known) -> Heard:
         outcomes = dict(zip(orders, process.outcomes() if process is not None else (), strict=True))
     references = {each: known[each] for each in subject.references if each in known}
     references |= {each: outcomes[each.form].answers for each in subject.references if each.form in outcomes}
-    steps, answers, why = (of_file if subject.on_cpu else of_graph)(subject, outcomes, references)
+    original = outcomes.get("original")
+    taken = original.answers if original is not None else {}
+    steps, answers, why = of_file(subject, outcomes, references) if subject.on_cpu else of_graph(subject, taken)
     if not steps:
         return Heard(not_compared=f"it takes none of the random inputs that were tried: {why}")
     references |= meanwhile if llm is not None else evaluated(streaming, steps)
     peak_kb = outcomes["artifact"].peak_kb if subject.on_cpu else 0
-    return Heard(steps, answers, references, outcomes.get("original"), peak_kb=peak_kb)
+    return Heard(steps, answers, references, original, peak_kb=peak_kb)
 
 
 def orders_of(subject: Staged, known: Known, folder: Path) -> dict[str, ModelOrder]:
@@ -86,9 +88,9 @@ def evaluated(references: Iterable[Reference], steps: Sequence[Call]) -> dict[Re
 
 def of_file(subject: Staged, outcomes: Mapping[str, Ending], references: Known) -> Taken:
     """The artifact's answers, to the inputs that every form took; SmokeError where it alone refuses some."""
-    artifact, original = outcomes["artifact"], outcomes.get("original", Ending())
-    took = next(iter(artifact.answers), "")
-    others = {next(iter(answers)) for answers in (*references.values(), original.answers) if answers} - {took}
+    artifact, took = outcomes["artifact"], next(iter(outcomes["artifact"].answers), "")
+    every = (*references.values(), *(outcome.answers for outcome in outcomes.values()))
+    others = {next(iter(answers)) for answers in every if answers} - {took}
     failed = artifact.failed or (f"it takes {took}, and the model {min(others)}" if others else "")
     if failed and (others or subject.llm is not None or artifact.during in LOADING):
         loading = artifact.during in LOADING
@@ -105,12 +107,12 @@ def of_file(subject: Staged, outcomes: Mapping[str, Ending], references: Known) 
     return [s for s in subject.steps if s.name == took or (took and subject.llm)], artifact.answers, artifact.failed
 
 
-def of_graph(subject: Staged, outcomes: Mapping[str, Ending], references: Known) -> Taken:  # noqa: ARG001
+def of_graph(subject: Staged, original: Answers) -> Taken:
     """The answers of a graph for a GPU, to inputs that the .onnx file took, or else the first that fit."""
     if subject.llm is not None:
         return subject.steps, lockstep(subject.graph, [typed(s, subject.graph) for s in subject.steps])[0], ""
-    last, took = "", outcomes.get("original", Ending()).answers
-    for step in [s for s in subject.steps if s.name in took] or subject.steps:
+    last = ""
+    for step in [s for s in subject.steps if s.name in original] or subject.steps:
         try:
             return [step], lockstep(subject.graph, [typed(step, subject.graph)])[0], ""
         except Exception as error:  # of NumPy, or of ONNX Runtime

@@ -15,7 +15,7 @@ from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.smoke.compare import Distance, distances
 from instantrt.compiler.smoke.lockstep import lockstep
-from instantrt.compiler.smoke.names import LOGITS, PRESENT, past
+from instantrt.compiler.smoke.names import PRESENT, past
 from instantrt.compiler.smoke.process import Answers
 from instantrt.compiler.smoke.steps import CHANGED, Call, alone, typed
 from instantrt.compiler.smoke.subject import Staged
@@ -70,25 +70,17 @@ def roughness(graph: gs.Graph, expected: Answers, steps: Sequence[Call]) -> dict
 
 def causality(found: Answers, expected: Answers) -> str:
     """Whether the first token sees the last one, where the two disagree about it."""
-    sees, should = moved(found), moved(expected, like=found)
+    sees, should = moved(found), moved(expected)
     if sees is None or should is None or sees == should:
         return ""
     words = ("does not see the last one", "sees the last one")
     return f"causality: the model's first token {words[should]}, the artifact's {words[sees]}"
 
 
-def moved(answers: Answers, like: Answers | None = None) -> bool | None:
-    """Does the first token see the last one? None where nothing says so.
-
-    Seen in its logits; where only the last token's are delivered (by `like`), in what the cache keeps of it.
-    """
-    pair = [answers[name] for name in ("prefill", CHANGED) if name in answers]
-    shape = (like or answers).get("prefill", {})
-    if len(pair) < 2 or LOGITS not in shape:
+def moved(answers: Answers) -> bool | None:
+    """Does the first token see the last one? Seen in what the last layer's cache keeps of it; None without a cache."""
+    caches = [name for name in answers.get("prefill", {}) if name.startswith(PRESENT)]
+    if not caches or CHANGED not in answers:
         return None
-    caches = [name for name in shape if name.startswith(PRESENT)]
-    output = LOGITS if shape[LOGITS].shape[1] > 1 else caches[-1] if caches else ""
-    if not output:
-        return None
-    before, after = (outputs[output][:, 0] if output == LOGITS else outputs[output][:, :, 0] for outputs in pair)
+    before, after = (answers[step][caches[-1]][:, :, 0] for step in ("prefill", CHANGED))
     return bool(np.abs(after - before).max() > VISIBLE * np.abs(before).max())

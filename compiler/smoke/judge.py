@@ -9,12 +9,11 @@ import numpy as np
 
 from instantrt.compiler.smoke.ask import Heard
 from instantrt.compiler.smoke.compare import Distance, distances, not_finite
-from instantrt.compiler.smoke.explain import AS_ROUGH, causality, roughness, why_wrong
+from instantrt.compiler.smoke.explain import causality, why_wrong
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.names import CACHED, LOGITS
-from instantrt.compiler.smoke.original import arithmetic
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.ran import Ran, SmokeError, first_line, ort_version
+from instantrt.compiler.smoke.ran import Ran, SmokeError
 from instantrt.compiler.smoke.steps import Call, alone
 from instantrt.compiler.smoke.subject import Staged
 
@@ -74,26 +73,3 @@ def explained(
         found="; ".join(filter(None, (first.found(), causality(found, expected), why))),
         fix="please report this; --no-smoke writes the artifact as it is, for a look with instantrt diff --bisect",
     )
-
-
-def check_original(subject: Staged, heard: Heard) -> tuple[str, ...]:
-    """Is what was compiled the graph of the .onnx file? A note where ONNX Runtime cannot say so."""
-    if heard.original is None or subject.original is None:
-        return ()
-    if heard.original.failed:
-        why = first_line(heard.original.failed)
-        return (f"the .onnx file itself was not run: ONNX Runtime {ort_version()}: {why}",)
-    read, bound = subject.references[-1], arithmetic(subject.original)
-    expected = heard.references[read]
-    wrong = [d for d in distances(heard.original.answers, expected, heard.steps) if not d.within(bound.model)]
-    rough = roughness(read.graph, expected, heard.steps) if wrong else {}
-    for each in wrong:
-        if not each.relative <= AS_ROUGH * rough.get((each.step, each.output), 0.0):
-            raise SmokeError(
-                "what was compiled does not compute what the .onnx file does",
-                where=str(subject.original),
-                expected=f"its outputs by ONNX Runtime {ort_version()}, within {bound.model:.0e} ({bound.name})",
-                found=each.found(),
-                fix="export it at a newer opset; please report this with the file",
-            )
-    return ()

@@ -1,4 +1,4 @@
-"""What must be known of the .onnx file that was given: its arithmetic, and whether it draws random numbers."""
+"""The .onnx file that was given, as ONNX Runtime runs it: is what was compiled the same?"""
 
 from __future__ import annotations
 
@@ -10,12 +10,40 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from instantrt.compiler.accuracy.bounds import BFLOAT16, FLOAT16, FLOAT32, Bound
+from instantrt.compiler.smoke.ask import Heard
+from instantrt.compiler.smoke.compare import distances
+from instantrt.compiler.smoke.explain import AS_ROUGH, roughness
+from instantrt.compiler.smoke.ran import SmokeError, first_line, ort_version
+from instantrt.compiler.smoke.subject import Staged
 from instantrt.passes.core.subgraphs import graphs
 
 NARROW = {TensorProto.FLOAT16: FLOAT16, TensorProto.BFLOAT16: BFLOAT16}
 DRAWS = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
+
+
+def check_original(subject: Staged, heard: Heard) -> tuple[str, ...]:
+    """Is what was compiled the graph of the .onnx file? A note where ONNX Runtime cannot say so."""
+    if heard.original is None or subject.original is None:
+        return ()
+    if heard.original.failed:
+        why = first_line(heard.original.failed)
+        return (f"the .onnx file itself was not run: ONNX Runtime {ort_version()}: {why}",)
+    read, bound = subject.references[-1], arithmetic(subject.original)
+    expected = heard.references[read]
+    wrong = [d for d in distances(heard.original.answers, expected, heard.steps) if not d.within(bound.model)]
+    rough = roughness(read.graph, expected, heard.steps) if wrong else {}
+    for each in wrong:
+        if not each.relative <= AS_ROUGH * rough.get((each.step, each.output), 0.0):
+            raise SmokeError(
+                "what was compiled does not compute what the .onnx file does",
+                where=str(subject.original),
+                expected=f"its outputs by ONNX Runtime {ort_version()}, within {bound.model:.0e} ({bound.name})",
+                found=each.found(),
+                fix="export it at a newer opset; please report this with the file",
+            )
+    return ()
 
 
 def arithmetic(model: Path) -> Bound:

@@ -12,9 +12,9 @@ from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.ask import Heard, ask
 from instantrt.compiler.smoke.compare import Distance
-from instantrt.compiler.smoke.judge import check_original, judge
+from instantrt.compiler.smoke.judge import judge
 from instantrt.compiler.smoke.on_gpu import engine_answers, why_not
-from instantrt.compiler.smoke.original import draws
+from instantrt.compiler.smoke.original import check_original, draws
 from instantrt.compiler.smoke.process import Answers
 from instantrt.compiler.smoke.ran import Ran
 from instantrt.compiler.smoke.subject import Reference, Staged, staged

@@ -43,8 +43,9 @@ class Prompts:
 
 def prompts_of(llm: LlmShape) -> Prompts:
     random = np.random.default_rng(0)
-    longest = min(PROMPT, max(1, llm.max_length - DECODES)) if llm.max_length else PROMPT
-    decodes = min(DECODES, max(0, llm.max_length - longest)) if llm.max_length else DECODES
+    room = llm.max_length or PROMPT + DECODES
+    longest = min(PROMPT, max(1, room - DECODES))
+    decodes = min(DECODES, room - longest)
     rows = [random.integers(0, llm.vocab, length) for length in (longest, max(1, longest - SHORTER))]
     return Prompts((rows[0], rows[1]), random.integers(0, llm.vocab, (decodes, 2)))
 
