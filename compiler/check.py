@@ -17,7 +17,7 @@ from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.backend.tensorrt.header import Header
 from instantrt.compiler.frontend.model import LlmShape
-from instantrt.compiler.smoke.process import LOADING, ModelOrder, Process
+from instantrt.compiler.smoke.process import LOADING, ModelOrder, started
 from instantrt.compiler.smoke.steps import attempts, fed, new, prompts_of
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
@@ -67,7 +67,7 @@ def run_once(path: Path, artifact: Artifact) -> str:
     except (TypeError, ValueError) as error:
         raise UserError("the manifest's inputs are none of a model", where=str(path), found=str(error)) from None
     order = ModelOrder(str(path), tuple((step.name, "") for step in steps), attempts=llm is None)
-    with Process([order], fed(steps)) as process:
+    with started([order], fed(steps)) as process:
         (outcome,) = process.outcomes()
     runtime = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
     if outcome.failed and (llm is not None or outcome.during in LOADING):

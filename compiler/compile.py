@@ -19,7 +19,7 @@ from instantrt.passes.core.errors import UserError
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.data import Data
     from instantrt.compiler.accuracy.verify import Verdict
-    from instantrt.compiler.smoke.run import Ran
+    from instantrt.compiler.smoke.ran import Ran
 
 REPORT = "report"  # the folder in `request.out`
 

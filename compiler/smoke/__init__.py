@@ -1,6 +1,8 @@
 """Every artifact runs once before it is published: a short random prompt, in a fresh process, against the twin.
 
-`steps` says what is asked, `process` runs an ONNX file in a child (`child`: numpy and ONNX Runtime alone), `lockstep`
-has the twin's answers, `compare` says how far they are apart, `run` goes through the targets of a plan, and `original`
-does the same with the .onnx file that was given. Imported by `compiler.compile` and `compiler.check`.
+`run` goes through the targets of a plan. For each, `subject` says what is run and held against, `ask` has the answers
+of every form, `judge` holds them against the twin's, `original` against the .onnx file that was given, and `ran` is
+what is said. Below them: `steps` are the inputs, `process` runs ONNX files in a child (`child`: numpy and ONNX Runtime
+alone), `lockstep` evaluates a graph here, `on_gpu` an engine, `compare` measures distances, `explain` looks for the
+first wrong layer. Imported by `compiler.compile` and `compiler.check`.
 """

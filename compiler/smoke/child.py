@@ -2,12 +2,12 @@
 
 It imports numpy and ONNX Runtime alone. FOLDER/order.json is a list of models:
 
-    {"model": path, "as_written": bool, "steps": [[name, name of the step whose cache it goes on with, or ""], ...],
-     "cache": "shared", "concat" or "", "attempts": bool}
+    {"model": path, "form": "artifact", "twin", "float" or "original", "attempts": bool,
+     "steps": [[name, name of the step whose cache it goes on with, or ""], ...], "cache": "shared", "concat" or ""}
 
 FOLDER/feeds.npz holds `step|input`, and for `cache` the prompts and tokens of a batch that the runtime of Triton and
 `LLM` then runs. With `attempts` the first step that runs is the only one. Answers go to FOLDER/<index>.npz as
-`step|output`; what begins, fails and was done, to standard output, as JSON lines.
+`step|output`; the fields of each order's `Ending`, as they become known, to standard output, as JSON lines.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, PAST, Array, open_session
+from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, Array, open_session
+from instantrt.compiler.smoke.names import CACHED, LOGITS, past
 
-ROWS, CACHED = 2, "cached"  # sequences of different lengths that decode together; the name of that batch's steps
-PRESENT = "present."
+ROWS = 2  # sequences of different lengths that decode together
+FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
 
 
 def say(**event: Any) -> None:
@@ -32,8 +33,8 @@ def say(**event: Any) -> None:
 
 
 def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
-    """As a user opens it; a twin as it is written (docs/facts.md, "The twin's session options")."""
-    if not order["as_written"]:
+    """As a user opens it; a reference as it is written (docs/facts.md, "The twin's session options")."""
+    if order["form"] in ("artifact", "original"):
         return open_session(order["model"], 0)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -45,39 +46,48 @@ def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
 
 def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, Array]]]:
     """(step, its outputs), as they come."""
-    say(begin="load")
+    say(during="load")
     engine = ENGINES[order["cache"]](order["model"], ROWS, len(feeds[f"{CACHED}|0"]) + 2) if order["cache"] else None
     session = engine.session if engine is not None else opened(order)
+    types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()} if order["form"] == "original" else {}
     names = [output.name for output in session.get_outputs()]
-    caches: dict[str, dict[str, Array]] = {}
+    caches: dict[str, dict[str, Array]] = {"": {}}
+    refusal: Exception | None = None
     for step, after in order["steps"]:
-        say(begin=step)
-        given = {key.split("|", 1)[1]: value for key, value in feeds.items() if key.split("|", 1)[0] == step}
+        say(during=step)
         try:
-            found = dict(zip(names, session.run(names, given | caches.get(after, {})), strict=True))
+            found = dict(zip(names, session.run(names, given(feeds, step, types) | caches[after]), strict=True))
         except Exception as error:
             if not order["attempts"]:
                 raise
-            say(attempt=step, found=str(error))
+            refusal = error
             continue
-        caches[step] = {PAST + n.removeprefix(PRESENT): v for n, v in found.items() if n.startswith(PRESENT)}
         yield step, found
         if order["attempts"]:
             return
+        caches[step] = past(found)
+    if refusal is not None:
+        raise refusal
     if engine is not None:
         yield from decoded(engine, feeds)
         engine.close()
 
 
+def given(feeds: Mapping[str, Array], step: str, types: Mapping[str, Any]) -> dict[str, Array]:
+    """The step's inputs, floats in `types`: what was compiled takes float32 for every narrow one of a file."""
+    inputs = {key.split("|", 1)[1]: value for key, value in feeds.items() if key.split("|", 1)[0] == step}
+    return {n: v.astype(types.get(n) or v.dtype, copy=False) if v.dtype.kind == "f" else v for n, v in inputs.items()}
+
+
 def decoded(engine: Any, feeds: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, Array]]]:
     """A prompt into each row of the cache, then tokens for all of them together."""
     prompts, tokens = [feeds[f"{CACHED}|{row}"] for row in range(ROWS)], feeds[f"{CACHED}|tokens"]
-    say(begin="prefill")
-    yield f"{CACHED} 0", {"logits": np.stack([engine.prefill(row, ids, 0) for row, ids in enumerate(prompts)])}
+    say(during="prefill")
+    yield f"{CACHED} 0", {LOGITS: np.stack([engine.prefill(row, ids, 0) for row, ids in enumerate(prompts)])}
     done = np.array([len(ids) for ids in prompts])
     for index, ids in enumerate(tokens):
-        say(begin=f"decode {index + 1}")
-        yield f"{CACHED} {index + 1}", {"logits": np.array(engine.decode(ids, done + index))}
+        say(during=f"decode {index + 1}")
+        yield f"{CACHED} {index + 1}", {LOGITS: np.array(engine.decode(ids, done + index))}
 
 
 def peak_kb() -> int:
@@ -100,8 +110,7 @@ def main(folder: Path) -> None:
             say(failed=str(error))
             continue
         np.savez(folder / f"{index}.npz", **answers)  # type: ignore[arg-type]
-        say(done=True, peak_kb=peak_kb())
-    say(ended=True)
+        say(failed="", peak_kb=peak_kb())
 
 
 if __name__ == "__main__":

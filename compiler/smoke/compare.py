@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from instantrt.compiler.smoke.names import LOGITS, PRESENT
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import CHANGED, Call
+from instantrt.compiler.smoke.steps import Call
 from instantrt.passes.core.lazy import Array
 
-LOGITS, PRESENT = "logits", "present."
-VISIBLE = 1e-2  # a part of its largest value by which a token moves that sees another one; beyond any rounding
 MASKED = -3e4  # values this low are masks, of words that cannot come, say: every form has its own minus infinity
 
 
@@ -42,14 +41,21 @@ class Distance:
     def within(self, bound: float) -> bool:
         return not self.odd and self.relative <= bound
 
+    def found(self) -> str:
+        return f"{self.output} {self.odd or f'is off by {self.relative:.1e} of its size'}"
+
 
 def distances(found: Answers, expected: Answers, steps: Sequence[Call]) -> Iterator[Distance]:
     """Everything that `found` has; `steps` say where an output means something."""
+    for step, output, value in each_output(found, steps):
+        yield distance(step.name, output, *meaning(output, value, expected[step.name][output], step))
+
+
+def each_output(answers: Answers, steps: Sequence[Call]) -> Iterator[tuple[Call, str, Array]]:
     by_name = {step.name: step for step in steps}
-    for name, outputs in found.items():
+    for name, outputs in answers.items():
         for output, value in outputs.items():
-            step = by_name.get(name, Call(name, {}))
-            yield distance(name, output, *meaning(output, value, expected[name][output], step))
+            yield by_name.get(name, Call(name, {})), output, value
 
 
 def meaning(output: str, value: Array, expected: Array, step: Call) -> tuple[Array, Array]:
@@ -91,29 +97,10 @@ def distance(step: str, output: str, value: Array, expected: Array) -> Distance:
 def not_finite(answers: Answers, steps: Sequence[Call], *, every: bool) -> tuple[str, str] | None:
     """(step, output) of the first that has values that mean something and are not finite; where `every` is asked for,
     nothing else. Random inputs may well have no logarithm."""
-    by_name: Mapping[str, Call] = {step.name: step for step in steps}
-    for name, outputs in answers.items():
-        for output, value in outputs.items():
-            if value.dtype.kind == "f" and value.size:
-                counted, _ = meaning(output, value, value, by_name.get(name, Call(name, {})))
-                finite = np.isfinite(counted)
-                if not (finite.any() if every else finite.all()):
-                    return name, output
+    for step, output, value in each_output(answers, steps):
+        if value.dtype.kind == "f" and value.size:
+            counted, _ = meaning(output, value, value, step)
+            finite = np.isfinite(counted)
+            if not (finite.any() if every else finite.all()):
+                return step.name, output
     return None
-
-
-def moved(answers: Answers, like: Answers | None = None) -> bool | None:
-    """Does the first token see the last one? None where nothing says so.
-
-    Seen in its logits; where only the last token's are delivered (by `like`), in what the cache keeps of it.
-    """
-    pair = [answers[name] for name in ("prefill", CHANGED) if name in answers]
-    shape = (like or answers).get("prefill", {})
-    if len(pair) < 2 or LOGITS not in shape:
-        return None
-    caches = [name for name in shape if name.startswith(PRESENT)]
-    output = LOGITS if shape[LOGITS].shape[1] > 1 else caches[-1] if caches else ""
-    if not output:
-        return None
-    before, after = (outputs[output][:, 0] if output == LOGITS else outputs[output][:, :, 0] for outputs in pair)
-    return bool(np.abs(after - before).max() > VISIBLE * np.abs(before).max())

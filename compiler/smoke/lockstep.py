@@ -14,13 +14,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.bounds import int8_blocks
+from instantrt.compiler.smoke.names import PAST, PRESENT
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import PAST, Call
+from instantrt.compiler.smoke.steps import Call
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import dependencies, evaluate_each, evaluate_node
 from instantrt.passes.core.lazy import Array
-
-PRESENT = "present."
 
 
 class Values(dict[str, Array]):

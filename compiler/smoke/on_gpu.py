@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
-from instantrt.compiler.smoke.compare import PRESENT
+from instantrt.compiler.smoke.names import past
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import DECODES, PAST, PROMPT, Call
+from instantrt.compiler.smoke.steps import DECODES, PROMPT, Call
 
 
 def why_not(artifact: Artifact) -> str:
@@ -33,7 +33,5 @@ def engine_answers(runner: EngineRunner, steps: Sequence[Call]) -> Answers:
     answers: Answers = {}
     with runner as engine:
         for step in steps:
-            cache = answers.get(step.after, {}).items()
-            past = {PAST + name.removeprefix(PRESENT): v for name, v in cache if name.startswith(PRESENT)}
-            answers[step.name] = engine({**step.feeds, **past})
+            answers[step.name] = engine({**step.feeds, **past(answers.get(step.after, {}))})
     return answers

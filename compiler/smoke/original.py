@@ -1,49 +1,50 @@
-"""The .onnx file that was given, as it is: at its own opset, in its own types, by ONNX Runtime."""
+"""The .onnx file that was given, as ONNX Runtime runs it: is what was compiled the same?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from instantrt.compiler.accuracy.bisect import AS_ROUGH
 from instantrt.compiler.accuracy.bounds import BFLOAT16, FLOAT16, FLOAT32, Bound
-from instantrt.compiler.smoke.process import Answers, ModelOrder
-from instantrt.compiler.smoke.steps import Call
-from instantrt.passes.core.evaluate_node import numpy_type
+from instantrt.compiler.smoke.ask import Heard
+from instantrt.compiler.smoke.compare import distances
+from instantrt.compiler.smoke.explain import roughness
+from instantrt.compiler.smoke.ran import SmokeError, first_line, ort_version
+from instantrt.compiler.smoke.subject import Staged
 from instantrt.passes.core.subgraphs import graphs
 
-PREFIX = "original "
 NARROW = {TensorProto.FLOAT16: FLOAT16, TensorProto.BFLOAT16: BFLOAT16}
 DRAWS = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 
 
-def order(model: Path, steps: Sequence[Call], *, attempts: bool) -> ModelOrder:
-    calls = tuple((PREFIX + step.name, PREFIX + step.after if step.after else "") for step in steps)
-    return ModelOrder(str(model), calls, attempts=attempts)
-
-
-def in_its_types(model: Path, steps: Sequence[Call]) -> list[Call]:
-    """The steps with the inputs that the file declares; what was compiled takes float32 for every narrow float."""
-    declared = onnx.load_model(model, load_external_data=False).graph.input
-    types = {i.name: numpy_type(i.type.tensor_type.elem_type) for i in declared if i.type.tensor_type.elem_type}
-    return [
-        replace(
-            step,
-            name=PREFIX + step.name,
-            feeds={n: v.astype(types[n], copy=False) if v.dtype.kind == "f" else v for n, v in step.feeds.items()},
-        )
-        for step in steps
-    ]
-
-
-def by_step(answers: Answers) -> Answers:
-    return {step.removeprefix(PREFIX): outputs for step, outputs in answers.items()}
+def check_original(subject: Staged, heard: Heard) -> tuple[str, ...]:
+    """Is what was compiled the graph of the .onnx file? A note where ONNX Runtime cannot say so."""
+    if heard.original is None or subject.original is None:
+        return ()
+    if heard.original.failed:
+        why = first_line(heard.original.failed)
+        return (f"the .onnx file itself was not run: ONNX Runtime {ort_version()}: {why}",)
+    read, bound = subject.references[-1], arithmetic(subject.original)
+    expected = heard.references[read]
+    wrong = [d for d in distances(heard.original.answers, expected, heard.steps) if not d.within(bound.model)]
+    rough = roughness(read.graph, expected, heard.steps) if wrong else {}
+    for each in wrong:
+        if not each.relative <= AS_ROUGH * rough.get((each.step, each.output), 0.0):
+            raise SmokeError(
+                "what was compiled does not compute what the .onnx file does",
+                where=str(subject.original),
+                expected=f"its outputs by ONNX Runtime {ort_version()}, within {bound.model:.0e} ({bound.name})",
+                found=each.found(),
+                fix="export it at a newer opset; please report this with the file",
+            )
+    return ()
 
 
 def arithmetic(model: Path) -> Bound:

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import numpy as np
 
@@ -30,86 +30,46 @@ class ModelOrder:
 
     model: str
     steps: tuple[tuple[str, str], ...]
+    form: str = "artifact"
     cache: str = ""
-    as_written: bool = False
     attempts: bool = False
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What became of one order.
-
-    failed    what went wrong, `during` which step; "" where nothing did
-    refused   why the last attempt that was no good was none
-    """
+    """What became of one order. `failed` is what went wrong, `during` which step; "" where nothing did."""
 
     answers: Answers = field(default_factory=dict)
     failed: str = ""
     during: str = ""
-    refused: str = ""
     peak_kb: int = 0
 
 
-class Process:
-    """The child, from the start on; `outcomes` waits for it. Inside `with`, so that none outlives this process."""
+@dataclass(frozen=True)
+class Running:
+    """The child at work on its orders; it has `seconds`, until `deadline`."""
 
-    def __init__(self, orders: Sequence[ModelOrder], feeds: Mapping[str, Array]) -> None:
-        self.orders, self.feeds = orders, feeds
-        self.seconds = SECONDS + sum(size(Path(order.model)) for order in orders) / BYTES_PER_SECOND
-
-    def __enter__(self) -> Self:
-        self.scratch = tempfile.TemporaryDirectory(prefix="smoke.")
-        self.folder = Path(self.scratch.name)
-        (self.folder / "order.json").write_text(json.dumps([asdict(order) for order in self.orders]), "utf-8")
-        np.savez(self.folder / "feeds.npz", **self.feeds)  # type: ignore[arg-type]
-        self.events = (self.folder / "events").open("w+")
-        self.errors = (self.folder / "errors").open("w+", errors="replace")
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "instantrt.compiler.smoke.child", str(self.folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=self.events,
-            stderr=self.errors,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        self.deadline = time.monotonic() + self.seconds
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.child.poll() is None:
-            self.child.kill()
-        self.child.wait()
-        self.events.close()
-        self.errors.close()
-        self.scratch.cleanup()
+    child: subprocess.Popen[str]
+    folder: Path
+    orders: int
+    seconds: float
+    deadline: float
 
     def outcomes(self) -> list[Ending]:
-        """One for each order."""
-        how = "its process ended early"
+        """One for each order, once the child has ended."""
         try:
-            status = self.child.wait(max(0.0, self.deadline - time.monotonic()))
-            how = ended(status, self.tail()) if status else how
+            told, errors = self.child.communicate(timeout=max(0.0, self.deadline - time.monotonic()))
+            how = ended(self.child.returncode, errors[-2000:].strip())
         except subprocess.TimeoutExpired:
+            self.child.kill()
+            told, _ = self.child.communicate()
             how = f"it did not finish within {self.seconds:.0f} s"
-        self.events.seek(0)
-        found: list[Ending] = []
-        for event in map(json.loads, self.events):
-            if "order" in event:
-                found.append(Ending(failed=how, during="start"))
-            elif "begin" in event:
-                found[-1] = replace(found[-1], during=event["begin"])
-            elif "attempt" in event:
-                found[-1] = replace(found[-1], during=event["attempt"], refused=event["found"])
-            elif "failed" in event:
-                found[-1] = replace(found[-1], failed=event["failed"])
-            elif "done" in event:
-                answers = self.answers(len(found) - 1)
-                found[-1] = replace(
-                    found[-1], answers=answers, failed="" if answers else found[-1].refused, peak_kb=event["peak_kb"]
-                )
-        return [*found, *[Ending(failed=how, during="start")] * (len(self.orders) - len(found))]
+        found: list[dict[str, Any]] = [{"failed": how, "during": "start"} for _ in range(self.orders)]
+        index = 0
+        for event in map(json.loads, told.splitlines()):
+            index = event.pop("order", index)
+            found[index] |= event
+        return [Ending(**each, answers={} if each["failed"] else self.answers(i)) for i, each in enumerate(found)]
 
     def answers(self, index: int) -> Answers:
         found: Answers = {}
@@ -119,15 +79,35 @@ class Process:
                 found.setdefault(step, {})[name] = value
         return found
 
-    def tail(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()[-2000:].strip()
+
+@contextmanager
+def started(orders: Sequence[ModelOrder], feeds: Mapping[str, Array]) -> Iterator[Running]:
+    """The child, which does not outlive the `with` block."""
+    seconds = SECONDS + sum(size(Path(order.model)) for order in orders) / BYTES_PER_SECOND
+    with tempfile.TemporaryDirectory(prefix="smoke.") as scratch:
+        folder = Path(scratch)
+        (folder / "order.json").write_text(json.dumps([asdict(order) for order in orders]), "utf-8")
+        np.savez(folder / "feeds.npz", **feeds)  # type: ignore[arg-type]
+        with subprocess.Popen(
+            [sys.executable, "-m", "instantrt.compiler.smoke.child", scratch],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        ) as child:
+            try:
+                yield Running(child, folder, len(orders), seconds, time.monotonic() + seconds)
+            finally:
+                child.kill()
 
 
-def ended(status: int, tail: str) -> str:
+def ended(status: int, errors: str) -> str:
     """How a process ended that gave no account."""
     if status >= 0:
-        return f"its process ended with status {status}" + (f": {tail.splitlines()[-1]}" if tail else "")
+        return f"its process ended with status {status}" + (f": {errors.splitlines()[-1]}" if errors else "")
     name = signal.Signals(-status).name
     why = " (the machine ran out of memory, or someone ended it)" if name == "SIGKILL" else ""
     return f"its process was ended by {name}{why}"

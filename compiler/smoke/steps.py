@@ -11,19 +11,19 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.data import token_feeds
 from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.smoke.names import CACHED, PAST
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
 
 PROMPT, SHORTER, DECODES = 8, 3, 2  # tokens of a prompt, of those the second row lacks, and tokens after it
-PAST = "past_key_values."
 LARGEST = 1 << 26  # elements of all inputs of any model
-CACHED = "cached"  # how the steps of both rows in one cache begin
+BY_ROW = ("decode 1", "decode 2", "row")  # how the steps begin that a batch of both rows in one cache does, too
 CHANGED = "last token changed"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call. `after` is the step whose cache it goes on with; `row` of it is one of two that decode together.
+    """One call. `after` is the step whose cache it goes on with.
 
     tokens, keys   where an output says something, [B, S] and [B, T]; None where all of it does
     """
@@ -45,14 +45,15 @@ class Prompts:
 
 def prompts_of(llm: LlmShape) -> Prompts:
     random = np.random.default_rng(0)
-    longest = min(PROMPT, max(1, llm.max_length - DECODES)) if llm.max_length else PROMPT
-    decodes = min(DECODES, max(0, llm.max_length - longest)) if llm.max_length else DECODES
+    room = llm.max_length or PROMPT + DECODES
+    longest = min(PROMPT, max(1, room - DECODES))
+    decodes = min(DECODES, room - longest)
     rows = [random.integers(0, llm.vocab, length) for length in (longest, max(1, longest - SHORTER))]
     return Prompts((rows[0], rows[1]), random.integers(0, llm.vocab, (decodes, 2)))
 
 
 def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Call]:
-    """A prefill, tokens with its cache, rows of two lengths, and the prompt with another last token.
+    """A prefill, tokens with its cache, rows of two lengths, the prompt with another last token, the second row alone.
 
     right   rows may also be padded on the right
     """
@@ -61,9 +62,7 @@ def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Call]:
     inputs = {t.name for t in graph.inputs}
     other = prompts.rows[0].copy()
     other[-1] = (other[-1] + 1 + llm.vocab // 2) % llm.vocab
-    steps = [new(graph, "prefill", prompts.rows[0][None])]
-    for index, ids in enumerate(prompts.tokens):
-        steps.append(follow(graph, steps[-1], f"decode {index + 1}", ids[None, :1]))
+    steps = row_steps(graph, prompts, 0, ("prefill", "decode"))
     if "attention_mask" in inputs and longest > length:
         sides = [("left", slice(longest - length, None)), *([("right", slice(0, length))] if right else [])]
         for side, here in sides:
@@ -75,15 +74,14 @@ def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Call]:
             steps.append(new(graph, f"padded on the {side}", ids, mask))
             if side == "left" and len(prompts.tokens):
                 steps.append(follow(graph, steps[-1], "decode of padded rows", prompts.tokens[0][:, None]))
-    return [*steps, new(graph, CHANGED, other[None])]
+    return [*steps, new(graph, CHANGED, other[None]), *row_steps(graph, prompts, 1, ("row", "row"))]
 
 
-def row_steps(graph: gs.Graph, llm: LlmShape) -> list[Call]:
-    """The second sequence by itself: what the shorter row of a batch is held against."""
-    prompts = prompts_of(llm)
-    steps = [new(graph, "row", prompts.rows[1][None])]
+def row_steps(graph: gs.Graph, prompts: Prompts, row: int, names: tuple[str, str]) -> list[Call]:
+    """One of the sequences by itself, and the tokens that follow it."""
+    steps = [new(graph, names[0], prompts.rows[row][None])]
     for index, ids in enumerate(prompts.tokens):
-        steps.append(follow(graph, steps[-1], f"row {index + 1}", ids[None, 1:]))
+        steps.append(follow(graph, steps[-1], f"{names[1]} {index + 1}", ids[None, row : row + 1]))
     return steps
 
 
@@ -110,10 +108,14 @@ def follow(graph: gs.Graph, before: Call, name: str, ids: Array) -> Call:
 
 def step(graph: gs.Graph, name: str, feeds: Mapping[str, Array], after: str) -> Call:
     """What `graph` takes of `feeds`, in its types."""
-    types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
     keys = feeds["attention_mask"].astype(bool)
-    given = {n: value.astype(types[n], copy=False) for n, value in feeds.items() if n in types}
-    return Call(name, given, after, keys[:, -feeds["input_ids"].shape[1] :], keys)
+    return typed(Call(name, feeds, after, keys[:, -feeds["input_ids"].shape[1] :], keys), graph)
+
+
+def typed(step: Call, graph: gs.Graph) -> Call:
+    """The step in the types of `graph`, without what that does not take."""
+    types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
+    return replace(step, feeds={n: v.astype(types[n], copy=False) for n, v in step.feeds.items() if n in types})
 
 
 def attempts(inputs: Sequence[gs.Variable]) -> Iterator[Call]:
@@ -152,15 +154,9 @@ def fed(steps: Sequence[Call], prompts: Prompts | None = None) -> dict[str, Arra
     return given
 
 
-def plain(step: str) -> str:
-    """The step by itself that one of both rows in one cache is held against."""
+def alone(step: str) -> tuple[str, ...]:
+    """The steps of each row by itself that one of both rows in one cache is held against; any other step alone."""
     if not step.startswith(CACHED):
-        return step
+        return (step,)
     index = int(step.removeprefix(CACHED))
-    return f"decode {index}" if index else "prefill"
-
-
-def typed(step: Call, graph: gs.Graph) -> Call:
-    """The step in the types of `graph`."""
-    types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
-    return replace(step, feeds={n: v.astype(types[n], copy=False) for n, v in step.feeds.items() if n in types})
+    return (f"decode {index}", f"row {index}") if index else ("prefill", "row")

@@ -24,9 +24,9 @@ from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.lockstep import lockstep
-from instantrt.compiler.smoke.process import ModelOrder, Process
-from instantrt.compiler.smoke.run import Ran, SmokeError
-from instantrt.compiler.smoke.steps import llm_steps, row_steps
+from instantrt.compiler.smoke.process import ModelOrder, started
+from instantrt.compiler.smoke.ran import Ran, SmokeError
+from instantrt.compiler.smoke.steps import llm_steps
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small
@@ -344,7 +344,7 @@ def test_lockstep_is_one_run_after_another(tiny_float: FloatModel) -> None:
     """Every step, those with a cache too, as an evaluation of its own gives it."""
     llm, graph = tiny_float.llm, tiny_float.graph
     assert llm is not None
-    steps = llm_steps(graph, llm, right=True) + row_steps(graph, llm)
+    steps = llm_steps(graph, llm, right=True)
     together, bad = lockstep(graph, steps)
     assert not bad
     alone: dict[str, dict[str, np.ndarray]] = {}
@@ -361,20 +361,20 @@ def test_lockstep_is_one_run_after_another(tiny_float: FloatModel) -> None:
 def test_how_a_process_ends(tmp_path: Path) -> None:
     model = file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {"x": (F, [2])}, {"y": (F, [2])})
     order, feeds = ModelOrder(str(model), (("run", ""),)), {"run|x": np.array([-1, 1], np.float32)}
-    with Process([order, replace(order, model=str(tmp_path / "none.onnx")), order], feeds) as process:
+    with started([order, replace(order, model=str(tmp_path / "none.onnx")), order], feeds) as process:
         first, second, third = process.outcomes()
     assert first.answers["run"]["y"].tolist() == third.answers["run"]["y"].tolist() == [0, 1]
     assert first.peak_kb > 1000
     assert (second.during, "none.onnx" in second.failed) == ("load", True)
-    with Process([order], feeds) as process:
+    with started([order], feeds) as process:
         os.kill(process.child.pid, signal.SIGKILL)
         assert process.outcomes()[0].failed.startswith(
             "its process was ended by SIGKILL (the machine ran out of memory"
         )
-    with Process([order], feeds) as process:
+    with started([order], feeds) as process:
         process.child.send_signal(signal.SIGSTOP)
-        process.deadline = time.monotonic()
-        assert re.match(r"it did not finish within \d+ s", process.outcomes()[0].failed)
+        late = replace(process, deadline=time.monotonic())
+        assert re.match(r"it did not finish within \d+ s", late.outcomes()[0].failed)
     assert process.child.poll() is not None
 
 

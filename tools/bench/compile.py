@@ -38,7 +38,7 @@ from instantrt.compiler.checkpoint import read_header
 from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.request import Request
-from instantrt.compiler.smoke.run import Ran
+from instantrt.compiler.smoke.ran import Ran
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor

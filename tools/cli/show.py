@@ -28,7 +28,7 @@ from instantrt.tools.cli.console import Report, Say, console, stages, writing
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.verify import Verdict
     from instantrt.compiler.serving.config import Served
-    from instantrt.compiler.smoke.run import Ran
+    from instantrt.compiler.smoke.ran import Ran
 
 # Measured: benchmarks/compile.md, and benchmarks/engine_*.json with TensorRT-RTX.
 WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the engine's weights, and 0.5 GB"

@@ -1,0 +1,125 @@
+"""What is run, and what it is held against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block
+from instantrt.compiler.accuracy.subjects import all_positions
+from instantrt.compiler.artifact.manifest import Artifact
+from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.plan import Plan
+from instantrt.compiler.request import Request
+from instantrt.compiler.smoke.steps import Call, attempts, llm_steps
+from instantrt.compiler.target import Target
+from instantrt.passes.core.lazy import FLOAT32, view_of
+from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.core.subgraphs import tensors
+from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
+
+SMALL = 64 << 20  # bytes of float32 weights: a reference is written and run beside the artifact; a larger one streams
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A graph that answers are held against: the twin, or `float`, what an .onnx file was read as before that.
+
+    made_of   equal where two targets have the same one, of which they ask the same
+    blocks    MatMul -> the block in which the operator that stands for it makes int8 of its input, by definition
+    """
+
+    form: str
+    graph: gs.Graph = field(compare=False)
+    made_of: tuple[object, ...]
+    blocks: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def streams(self) -> bool:
+        """Is it evaluated here? One with branches or loops is not: ONNX Runtime alone runs those."""
+        return not has_branches(self.graph) and (bool(self.blocks) or weight_bytes(self.graph) > SMALL)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """One artifact where it is staged, in `request.out`.
+
+    graph        what it was written from; of one for a GPU a form that this CPU can evaluate
+    references   the twin; after it what the .onnx file was read as, where that is another graph
+    dtype        what it computes in, and how far that may be from the twin: `bound`
+    steps        what all are asked; without an interface of an LLM, inputs of which the first will do that all take
+    """
+
+    planned: Plan
+    request: Request
+    target: Target
+    artifact: Artifact
+    graph: gs.Graph
+    references: tuple[Reference, ...]
+    dtype: np.dtype[np.generic]
+    bound: Bound
+    steps: tuple[Call, ...]
+
+    @property
+    def llm(self) -> LlmShape | None:
+        return self.planned.model.llm
+
+    @property
+    def file(self) -> Path:
+        return self.request.out / self.artifact.path
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.artifact.kind == "onnx"
+
+    @property
+    def twin(self) -> Reference:
+        return self.references[0]
+
+    @property
+    def original(self) -> Path | None:
+        """The .onnx file that was given; `references[-1]` is what it was read as."""
+        return self.request.model if self.request.model.suffix == ".onnx" else None
+
+
+def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) -> Staged:
+    graph, dtype, on_cpu = (
+        planned.lowered[target.name],
+        planned.types.get(target.name, FLOAT32),
+        artifact.kind == "onnx",
+    )
+    twin = twin_of(planned, request, target, on_cpu=on_cpu)
+    references = [twin]
+    if request.model.suffix == ".onnx" and planned.twins[target.name].quantized:
+        floating = planned.model.graph
+        references.append(Reference("float", floating, (id(floating), on_cpu)))
+    llm = planned.model.llm
+    steps = llm_steps(twin.graph, llm, right=on_cpu) if llm is not None else attempts(twin.graph.inputs)
+    bound = bound_of(graph.nodes, dtype)
+    if not on_cpu and artifact.limits.get("cache") == "shared":
+        graph = all_positions(planned, request, target, PassLog())
+    return Staged(planned, request, target, artifact, graph, tuple(references), dtype, bound, tuple(steps))
+
+
+def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) -> Reference:
+    """With tables rounded where they are as they are lowered: that is no error of the lowering."""
+    graph, made_of = planned.twins[target.name].canonical, (id(planned.twins[target.name]), on_cpu, "")
+    if request.embeddings == "int8":
+        table = QuantizeTables() if on_cpu else LowerNativeTables(planned.types[target.name])
+        graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
+    blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)
+    return Reference("twin", graph, made_of, tuple(sorted(blocks)))
+
+
+def has_branches(graph: gs.Graph) -> bool:
+    return any(True for _ in graph.subgraphs())
+
+
+def weight_bytes(graph: gs.Graph) -> int:
+    """Of its weights as float32."""
+    return 4 * sum(int(math.prod(t.shape)) for t in tensors(graph).values() if view_of(t) is not None)
