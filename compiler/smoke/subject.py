@@ -88,11 +88,8 @@ class Staged:
 
 
 def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) -> Staged:
-    graph, dtype, on_cpu = (
-        planned.lowered[target.name],
-        planned.types.get(target.name, FLOAT32),
-        artifact.kind == "onnx",
-    )
+    graph, on_cpu = planned.lowered[target.name], artifact.kind == "onnx"
+    dtype = planned.types.get(target.name, FLOAT32)
     twin = twin_of(planned, request, target, on_cpu=on_cpu)
     references = [twin]
     if request.model.suffix == ".onnx" and planned.twins[target.name].quantized:
