@@ -13,6 +13,7 @@ from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request, check_options
 from instantrt.compiler.serving.config import Served
 from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
+from instantrt.compiler.smoke.memory import check_memory
 from instantrt.compiler.write import outline, stage_artifacts
 from instantrt.passes.core.errors import UserError
 
@@ -86,8 +87,11 @@ def compile_model(
         data = load_data(planned.model, request.text)
     if triton is not None:
         plan_repository([*artifacts_kept(request.out, targets), *(outline(request, planned, t) for t in targets)])
+    sizes = {target: planned.size(target) for target in planned.lowered}
+    if request.smoke:
+        check_memory({target: size for target, size in sizes.items() if target not in planned.builders})
     with Staging() as staging:
-        watch.writing(sum(planned.size(target) for target in planned.lowered))
+        watch.writing(sum(sizes.values()))
         artifacts = stage_artifacts(request, planned, staging, watch.progress)
         if request.smoke:
             run_once(planned, request, artifacts, staging, watch)

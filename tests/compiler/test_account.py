@@ -341,14 +341,14 @@ def test_inspect_prints_the_account() -> None:
 
 
 @pytest.mark.slow
-def test_a_million_tensors_take_seconds(tmp_path: Path) -> None:
+def test_many_tensors_take_seconds(tmp_path: Path) -> None:
     model = hf.build_skeleton(LLAMA, tmp_path, False)
     names = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    names |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (8,) for i in range(1_000_000)}
+    names |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (8,) for i in range(200_000)}
     float32 = np.dtype(np.float32)
     stored = {name: FileTensor(tmp_path / SINGLE, 0, shape, float32, name) for name, shape in names.items()}
     errors: list[UserError] = []
     started = time.monotonic()
     (entry,) = take_account(model, stored, None, (), errors.append).account.harmless
-    assert time.monotonic() - started < 120  # seconds; a pass over all for each would take days
-    assert (entry.count, errors) == (1_000_000, [])
+    assert time.monotonic() - started < 24  # seconds; a pass over all for each would take hours
+    assert (entry.count, errors) == (200_000, [])

@@ -23,6 +23,7 @@ from instantrt.compiler.check import check
 from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
+from instantrt.compiler.smoke import memory
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.process import ModelOrder, started
 from instantrt.compiler.smoke.ran import Ran, SmokeError
@@ -237,6 +238,16 @@ def test_inputs_that_fit_nowhere_are_not_made_up(target: str, tmp_path: Path) ->
     about = {"x": (F, ["b", 1 << 50])}, {"y": (F, ["b", 1 << 50])}
     found = ran(file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], *about), tmp_path / "out", target)
     assert "not compared: its inputs are too large to make up" in found.notes
+
+
+def test_an_artifact_that_this_machine_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    path = model_file(tmp_path / "m.onnx", "y = MatMul(x, w)", {"w": W})
+    with pytest.raises(UserError, match=r"(?s)the artifact for x86 cannot run once.*0.0 GB available.*--no-smoke"):
+        compile_model(Request(path, ("x86",), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    compile_model(Request(path, ("x86",), tmp_path / "out", smoke=False))
 
 
 @pytest.mark.parametrize("quant", [None, "a16w8"])

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,6 +179,7 @@ def compare_codes(ours: Path, peer: Path, weights: list[Array]) -> Result:
 
 STAGE = """
 import sys
+from inspect import getdoc
 from pathlib import Path
 from instantrt.compiler.checkpoint import read_header
 from instantrt.tools.bench.compile import lowered, peak_kb, write_model
@@ -402,7 +404,7 @@ PARTS: dict[str, Callable[[Path], Result]] = {
 def markdown(results: Mapping[str, Result]) -> str:
     lines = ["# What the CPU road reaches", "", "Written by `instantrt bench compile`.", ""]
     for part, result in results.items():
-        lines += [f"## {part}", "", (PARTS[part].__doc__ or "").strip(), "", "| what | measured |", "|---|---|"]
+        lines += [f"## {part}", "", getdoc(PARTS[part]) or "", "", "| what | measured |", "|---|---|"]
         for name, value in result.items():
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"| {name} | {shown.replace('_', ' ')} |")
