@@ -54,7 +54,8 @@ MAX_HEADER = 100_000_000
 def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
     """Every tensor of the checkpoint in `folder`, single-file or sharded."""
     if (folder / INDEX).is_file():
-        files = shards_of(folder / INDEX)
+        announced = weight_map_of(folder / INDEX)
+        files = sorted(set(announced.values()))
         if (folder / SINGLE).is_file() and files != [SINGLE]:
             raise UserError(
                 f"both {SINGLE} and {INDEX} are here, and they are different weights",
@@ -63,7 +64,7 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
                 found=f"{SINGLE}, and an index of {', '.join(files[:3])}{', ...' if files[3:] else ''}",
                 fix="remove the one that is stale; transformers would take the single file",
             )
-        return read_shards(folder, files)
+        return read_shards(folder, announced)
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     shards = sorted(folder.glob("*.safetensors"))
@@ -95,17 +96,11 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
 
 
 def weight_map_of(index: Path) -> dict[str, str]:
-    """Tensor -> file name, as the index says."""
+    """Tensor -> the name of its file, which lies beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError("not a shard index", where=str(index), expected='an object "weight_map" of tensor to file name')
-    return weight_map
-
-
-def shards_of(index: Path) -> list[str]:
-    """The names of an index's files, which lie beside it."""
-    files = sorted(set(weight_map_of(index).values()))
-    for file in files:
+    for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file == "..":
             raise UserError(
                 "the shard index points outside its folder",
@@ -114,11 +109,12 @@ def shards_of(index: Path) -> list[str]:
                 found=repr(file),
                 fix="do not use this checkpoint unless you trust where it came from",
             )
-    return files
+    return weight_map
 
 
-def read_shards(folder: Path, files: list[str]) -> Mapping[str, FileTensor]:
+def read_shards(folder: Path, weight_map: Mapping[str, str]) -> Mapping[str, FileTensor]:
     """The tensors of an index's shards: all that it announces, each once."""
+    files = sorted(set(weight_map.values()))
     lost = [file for file in files if not (folder / file).is_file()]
     if lost:
         raise UserError(
@@ -138,8 +134,7 @@ def read_shards(folder: Path, files: list[str]) -> Mapping[str, FileTensor]:
                     found=f"{first.path.name} and {file}",
                     fix="shards of two saves were mixed: copy the checkpoint again into an empty folder",
                 )
-    announced = weight_map_of(folder / INDEX)
-    absent = sorted(name for name in announced if name not in tensors)
+    absent = sorted(name for name in weight_map if name not in tensors)
     if absent:
         raise UserError(
             "tensors that the index announces are in no shard",

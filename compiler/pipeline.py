@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.backend.kernels import opset_with_kernels, refuse_lacking, with_kernels
+from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
@@ -17,6 +17,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
+from instantrt.passes.core.subgraphs import every_node
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
@@ -60,18 +61,20 @@ FLOAT: tuple[Pass, ...] = (
 
 # The whole operators of opset 23 as those before it, for a graph that also has what lost its kernel by then.
 APART: tuple[Pass, ...] = (DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary())
-
-
+# Domains of ONNX Runtime: no parser of TensorRT has an operator of them.
 FOREIGN = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.ml", "ai.onnx.preview.training")
 
 
 def normalize(graph: gs.Graph, log: PassLog) -> gs.Graph:
-    """The graph as exported -> FLOAT, at an opset that ONNX Runtime has kernels for: its twin is run there."""
+    """The graph as exported -> FLOAT, at an opset that ONNX Runtime has kernels for: its twin is run there.
+
+    One that has none at any is left as it is: a GPU may have what is lacking.
+    """
     run(graph, FLOAT, log)
     verify(graph, Stage.FLOAT)
-    if opset_with_kernels(graph) is None and opset_with_kernels(run(graph.copy(), APART, PassLog())) is not None:
-        run(graph, APART, log)
-    return with_kernels(graph)
+    if with_kernels(graph) is None and with_kernels(run(graph.copy(), APART, PassLog())) is not None:
+        with_kernels(run(graph, APART, log))
+    return graph
 
 
 def linears(graph: gs.Graph) -> list[Linear]:
@@ -168,7 +171,7 @@ def refuse_leftovers(graph: gs.Graph, log: PassLog, backend: str) -> None:
 
 def refuse_foreign(graph: gs.Graph) -> None:
     """Operators that ONNX Runtime alone has are refused here: an engine's parser would, on another machine."""
-    for node in (node for each in (graph, *graph.subgraphs(recursive=True)) for node in each.nodes):
+    for node in every_node(graph):
         if node.domain in FOREIGN:
             raise UserError(
                 f"TensorRT has no {node.domain}::{node.op}",

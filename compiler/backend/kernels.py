@@ -65,10 +65,12 @@ def opset_with_kernels(graph: gs.Graph) -> int | None:
     return next((opset for opset in opsets if not lacks(graph, opset)), None)
 
 
-def with_kernels(graph: gs.Graph) -> gs.Graph:
-    """The graph at that opset; as it is where there is none, since a GPU may have what is lacking."""
+def with_kernels(graph: gs.Graph) -> gs.Graph | None:
+    """The graph at that opset; None where there is none, and the graph stays as it is."""
     opset = opset_with_kernels(graph)
-    if opset not in (None, graph.opset):
+    if opset is None:
+        return None
+    if opset != graph.opset:
         others = [domain for domain in graph.import_domains or () if domain.domain not in ("", "ai.onnx")]
         graph.opset, graph.import_domains = opset, [onnx.helper.make_opsetid("", opset), *others]
     return graph

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
+from instantrt.passes.core.errors import first_line
+
 Array = npt.NDArray[Any]
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of a value; of the largest one: two kernels of one operator may add in another order
 MOST, LESS = 1 << 18, 16  # elements of all inputs, and what a size is cut to where there are more
@@ -61,10 +63,6 @@ def compared(old: onnx.ModelProto, new: onnx.ModelProto, used: int) -> Finding:
         found = [difference(a, b, values=not random) for a, b in zip(want, got, strict=True)]
         return Finding(differs=True, reason=next(filter(None, found))) if any(found) else Finding()
     return Finding(reason=reason)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def outputs(model: onnx.ModelProto, names: list[str], feeds: Mapping[str, Array], times: int = 1) -> list[list[Any]]:

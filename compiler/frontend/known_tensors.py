@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from instantrt.compiler.frontend.side_files import FLOAT_MODEL
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
@@ -55,7 +56,6 @@ class Hint:
 
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 MERGE = "merge the adapter into its base model, and save that"
-FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
 LAYER_UNREAD = "a quantized layer that no config explains"
 WRAPPER = "load it as it was saved, and save the language model alone"
 HINTS = tuple(

@@ -16,9 +16,9 @@ import onnx.parser
 import onnx.version_converter
 from onnx.helper import get_attribute_value, make_empty_tensor_value_info, make_graph, make_model, make_opsetid
 
-from instantrt.compiler.frontend.compare import Finding, compared, first_line
+from instantrt.compiler.frontend.compare import Finding, compared
 from instantrt.compiler.frontend.model import OPSET
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, first_line
 
 OLDEST = 7  # of ONNX Runtime: nothing could tell whether a conversion from an older one is right
 RUNS = 27  # the last at which ONNX Runtime has all that passes write

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from instantrt.compiler.checkpoint import INDEX, SINGLE, shards_of
+from instantrt.compiler.checkpoint import INDEX, SINGLE, weight_map_of
 from instantrt.compiler.quant.readers import BESIDE
 from instantrt.passes.core.errors import UserError, in_a_line
 
@@ -165,9 +165,9 @@ def weight_files(folder: Path, names: list[str]) -> set[str]:
     """The files that `read_checkpoint` reads, and those that say how; what is wrong with them is told there."""
     if INDEX in names:
         try:
-            shards = shards_of(folder / INDEX)
+            shards = set(weight_map_of(folder / INDEX).values())
         except UserError:
-            shards = []
+            shards = set()
         weights = {INDEX, *shards} & set(names)
     else:
         known = ("adapter_model.*", "consolidated*", "diffusion_pytorch_model*")

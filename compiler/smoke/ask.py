@@ -11,9 +11,10 @@ from pathlib import Path
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.process import LOADING, Answers, Ending, ModelOrder, started
-from instantrt.compiler.smoke.ran import SmokeError, first_line, ort_version
+from instantrt.compiler.smoke.ran import SmokeError, ort_version
 from instantrt.compiler.smoke.steps import BY_ROW, Call, fed, prompts_of, typed
 from instantrt.compiler.smoke.subject import Reference, Staged, has_branches
+from instantrt.passes.core.errors import first_line
 
 Known = Mapping[Reference, Answers]
 Taken = tuple[Sequence[Call], Answers, str]  # the calls that count, the answers, why there are none
@@ -117,5 +118,5 @@ def of_graph(subject: Staged, original: Answers) -> Taken:
         try:
             return [step], lockstep(subject.graph, [typed(step, subject.graph)])[0], ""
         except Exception as error:  # of NumPy, or of ONNX Runtime
-            last = first_line(str(error))
+            last = first_line(error)
     return (), {}, last

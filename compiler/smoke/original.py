@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -14,9 +14,10 @@ from instantrt.compiler.accuracy.bounds import BFLOAT16, FLOAT16, FLOAT32, Bound
 from instantrt.compiler.smoke.ask import Heard
 from instantrt.compiler.smoke.compare import distances
 from instantrt.compiler.smoke.explain import roughness
-from instantrt.compiler.smoke.ran import SmokeError, first_line, ort_version
+from instantrt.compiler.smoke.ran import SmokeError, ort_version
 from instantrt.compiler.smoke.subject import Staged
-from instantrt.passes.core.subgraphs import graphs
+from instantrt.passes.core.errors import first_line
+from instantrt.passes.core.subgraphs import every_node, graphs
 
 NARROW = {TensorProto.FLOAT16: FLOAT16, TensorProto.BFLOAT16: BFLOAT16}
 DRAWS = frozenset(
@@ -62,6 +63,4 @@ def types_in(graph: onnx.GraphProto) -> Iterator[int]:
 
 def draws(graph: gs.Graph) -> str:
     """The operator that makes every run another one; "" where none does."""
-    every: Iterable[gs.Graph] = (graph, *graph.subgraphs(recursive=True))
-    nodes = (node for each in every for node in each.nodes)
-    return next((n.op for n in nodes if n.op in DRAWS or (n.op == "Dropout" and len(n.inputs) > 2)), "")
+    return next((n.op for n in every_node(graph) if n.op in DRAWS or (n.op == "Dropout" and len(n.inputs) > 2)), "")

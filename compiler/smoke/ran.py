@@ -39,10 +39,6 @@ class Ran:
         )
 
 
-def first_line(text: str) -> str:
-    return text.strip().splitlines()[0]
-
-
 def ort_version() -> str:
     import onnxruntime
 

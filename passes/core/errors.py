@@ -54,6 +54,11 @@ def in_a_line(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {lines[0]}", FOUND)
 
 
+def first_line(said: object) -> str:
+    """Of an error or a text; the name of its class where it says nothing."""
+    return next(iter(str(said).strip().splitlines()), type(said).__name__)
+
+
 EXTRAS = {  # of this package -> the modules that tell whether it is installed
     "hf": ("torch", "transformers", "onnxscript"),
     "accuracy": ("polygraphy", "matplotlib"),

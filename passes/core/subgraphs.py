@@ -17,6 +17,12 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(attribute.g)
 
 
+def every_node(graph: gs.Graph) -> Iterator[gs.Node]:
+    """The nodes of a graph and of all within it."""
+    for each in (graph, *graph.subgraphs(recursive=True)):
+        yield from each.nodes
+
+
 def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
     """The tensors of a graph and all within it. A name of the graph itself says what it says there."""
     found: dict[str, gs.Tensor] = {}

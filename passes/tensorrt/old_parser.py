@@ -14,6 +14,7 @@ import ml_dtypes
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate_node import numpy_type
+from instantrt.passes.core.subgraphs import every_node
 from instantrt.passes.tensorrt.explicit_scales import INT4_BLOCKS
 from instantrt.plugins.ops import DOMAIN
 
@@ -55,11 +56,10 @@ CONSTANT |= {op: 1 for op in TYPES if op.startswith("Reduce")}
 
 def unsupported(graph: gs.Graph) -> Iterator[tuple[gs.Node, str]]:
     """Every node of `graph` and its subgraphs that the parser refuses, with the reason."""
-    for each in (graph, *graph.subgraphs(recursive=True)):
-        for node in each.nodes:
-            problem = problem_of(node)
-            if problem:
-                yield node, problem
+    for node in every_node(graph):
+        problem = problem_of(node)
+        if problem:
+            yield node, problem
 
 
 def problem_of(node: gs.Node) -> str:
