@@ -72,9 +72,8 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         node, path = match.node, linear_path(graph, match)
         node.inputs[1] = weight_constant(path, match.rows, match.shape)
         node.name = name = unique_name(graph, node, path)
-        if (
-            match.x.shape is not None and len(match.x.shape) == 1
-        ):  # a token has a row everywhere, int8 scales count on it
+        # A vector gets a row: int8 scales, one for each token, count on it.
+        if match.x.shape is not None and len(match.x.shape) == 1:
             out, first = take_over(node), small(f"{name}/first", [0], np.int64)
             node.inputs[0] = add(graph, "Unsqueeze", [match.x, first], f"{name}.row")
             node.outputs.append(gs.Variable(f"{name}.product"))
