@@ -18,6 +18,7 @@ from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import Account, attempt, linears
 from instantrt.compiler.frontend.side_files import Report
+from instantrt.compiler.frontend.skeleton import llm_shape
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.support import METHODS, cell, method_of
@@ -100,7 +101,7 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         return Inspection(folder.name, "unknown", "nothing: it cannot be opened", problems([*found, error]))
     model, reader, tensors = opened.model, opened.reader, opened.taken.tensors
     layers = tuple(layer_reports(opened, found.append))
-    llm = hf.llm_shape(model.config)
+    llm = llm_shape(model.config)
     numbers = 2 * llm.layers * llm.kv_heads * llm.head_dim
     asked = own_config(reader) if reader is not None else None
     return Inspection(

@@ -20,6 +20,7 @@ from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import take_account
 from instantrt.compiler.frontend.architecture import check_architectures
 from instantrt.compiler.frontend.side_files import READ, account_of_files
+from instantrt.compiler.frontend.skeleton import build_skeleton
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.readers import announced_reader
@@ -38,7 +39,7 @@ TIED = "model.embed_tokens.weight"
 
 def llama(folder: Path, change: dict[str, Array | None], **fields: Any) -> Path:
     """A llama of one layer, every weight different, with tensors added, replaced or (None) lost."""
-    model = hf.build_skeleton({**LLAMA, **fields}, folder, False)
+    model = build_skeleton({**LLAMA, **fields}, folder, False)
     tensors = {name: np.full(tuple(p.shape), i + 1, np.float32) for i, (name, p) in enumerate(model.named_parameters())}
     tensors |= {name: array for name, array in change.items() if array is not None}
     return write_checkpoint(
@@ -342,7 +343,7 @@ def test_inspect_prints_the_account() -> None:
 
 @pytest.mark.slow
 def test_many_tensors_take_seconds(tmp_path: Path) -> None:
-    model = hf.build_skeleton(LLAMA, tmp_path, False)
+    model = build_skeleton(LLAMA, tmp_path, False)
     names = {name: tuple(p.shape) for name, p in model.named_parameters()}
     names |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (8,) for i in range(200_000)}
     float32 = np.dtype(np.float32)

@@ -22,6 +22,7 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.skeleton import build_skeleton
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
@@ -164,7 +165,7 @@ def test_what_is_no_causal_lm_is_refused(tmp_path: Path, config: str) -> None:
 )
 def test_nonsense_in_a_config_is_named_in_a_few_words(nonsense: dict[str, Any], found: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        hf.build_skeleton({**SIZES, "model_type": "llama", **nonsense}, tmp_path, False)
+        build_skeleton({**SIZES, "model_type": "llama", **nonsense}, tmp_path, False)
     assert caught.value.where == str(tmp_path / "config.json")
     assert found in caught.value.found
     assert len(caught.value.found) <= 200
@@ -173,7 +174,7 @@ def test_nonsense_in_a_config_is_named_in_a_few_words(nonsense: dict[str, Any], 
 @pytest.mark.parametrize("model_type", ["nosuch", "mamba", "vit", None, []])
 def test_a_model_type_without_a_road_is_refused_by_its_name(model_type: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no road for ") as caught:
-        hf.build_skeleton({"model_type": model_type}, tmp_path, False)
+        build_skeleton({"model_type": model_type}, tmp_path, False)
     assert repr(model_type) in str(caught.value)
 
 
@@ -186,7 +187,7 @@ def test_storage_stays_untouched(tmp_path: Path) -> None:
     before = resident()
     started = time.monotonic()
     config = {**SIZES, "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
-    model = hf.build_skeleton({**config, "num_attention_heads": 64, "vocab_size": 128_000}, tmp_path, False)
+    model = build_skeleton({**config, "num_attention_heads": 64, "vocab_size": 128_000}, tmp_path, False)
     assert sum(p.numel() for p in model.parameters()) > 68e9
     assert time.monotonic() - started < 20
     assert resident() - before < 200 << 20

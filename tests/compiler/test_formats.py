@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend.export import Exported
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
@@ -40,10 +40,10 @@ def one_export() -> Iterator[None]:
             made["model"] = build(*args)
         return made["model"]
 
-    def export_once(*args: object) -> gs.Graph:
+    def export_once(*args: object) -> Exported:
         if "graph" not in made:
             made["graph"] = export(*args)
-        return made["graph"].copy()
+        return replace(made["graph"], graph=made["graph"].graph.copy())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "build_skeleton", build_once)

@@ -17,7 +17,7 @@ import torch
 
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend.skeleton import build_skeleton
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -107,7 +107,7 @@ def test_beyond_the_switch_is_refused(name: str, length: int | None, tmp_path: P
     fields = {key: value for key, value in CHANGING[name].items() if key != "family"}
     kind = {"gemma3, in one kind of layer": "gemma3_text"}.get(name, name.split(",", maxsplit=1)[0])
     with pytest.raises(UserError, match=f"rotary table changes[^$]*at most {SWITCH} tokens[^$]*--max-length {SWITCH}"):
-        hf.build_skeleton({**SIZES, "head_dim": 16, **fields, "model_type": kind}, tmp_path, False, length)
+        build_skeleton({**SIZES, "head_dim": 16, **fields, "model_type": kind}, tmp_path, False, length)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def test_old_keys_are_understood(name: str, tmp_path: Path) -> None:
     config = {**SIZES, **OLD_KEYS[name]}
     config["rope_scaling"] = {"factor": 2.0, "short_factor": SHORT, "long_factor": LONG, **config["rope_scaling"]}
     with pytest.raises(UserError, match=f"rotary table changes[^$]*at most {SWITCH} tokens"):
-        hf.build_skeleton(config, tmp_path, False)
+        build_skeleton(config, tmp_path, False)
 
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
     config = {**SIZES, "model_type": "llama", "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}
     with pytest.raises(UserError, match=r"rope_type that is not known[^$]*longrope[^$]*'spiral'"):
-        hf.build_skeleton(config, tmp_path, False)
+        build_skeleton(config, tmp_path, False)

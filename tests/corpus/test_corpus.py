@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
 from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend.export import Exported
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array
@@ -43,14 +44,14 @@ RIGHT = [row for row in ROWS if not row.refused]
 @pytest.fixture(scope="module", autouse=True)
 def shared_exports() -> Iterator[None]:
     """Rows that differ in what their files hold share the export of their model, which knows configs and buffers."""
-    export, made = hf.export_graph, dict[Any, gs.Graph]()
+    export, made = hf.export_graph, dict[Any, Exported]()
 
-    def export_once(model: Any, shape: LlmShape) -> gs.Graph:
+    def export_once(model: Any, shape: LlmShape) -> Exported:
         buffers = tuple((name, buffer.numpy().tobytes()) for name, buffer in model.named_buffers())
         key = (type(model), model.config.to_json_string(), buffers, shape)
         if key not in made:
             made[key] = export(model, shape)
-        return made[key].copy()
+        return replace(made[key], graph=made[key].graph.copy())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf, "export_graph", export_once)

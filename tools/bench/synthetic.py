@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
 
     Norms are 1; everything else lies between 2^-7 and 2^-5, with both signs, and no two tensors are equal.
     """
-    from instantrt.compiler.frontend.hf import build_skeleton
+    from instantrt.compiler.frontend.skeleton import build_skeleton
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
