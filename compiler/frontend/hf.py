@@ -52,11 +52,16 @@ class OpenCheckpoint:
 
 
 def load_checkpoint(
-    folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None, cache: Path | None = None
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> FloatModel:
     """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
 
-    Or takes both from `cache`, the folder of earlier exports.
+    The graph may be of an earlier export, in the folder `cache`.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
@@ -64,7 +69,7 @@ def load_checkpoint(
     """
     opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache)
     taken, tensors = opened.taken, opened.taken.tensors
-    exported, cached = exported_model(opened, folder)
+    exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
@@ -79,15 +84,15 @@ def load_checkpoint(
         notes=(*(p.value for p in exported.metadata_props), *taken.account.notes),
         head=taken.facts.head,
         account=asdict(taken.account),
-        cached=cached,
     )
 
 
-def exported_model(opened: OpenCheckpoint, folder: Path) -> tuple[onnx.ModelProto, bool]:
-    """(the graph of an earlier export or of a new one, its notes in its metadata; is it an earlier one?)."""
+def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], None]) -> onnx.ModelProto:
+    """The graph of a new export or of an earlier one; its metadata are what a user should know of how."""
     taken = opened.taken
 
     def export() -> bytes:
+        say(f"exporting {family(opened.config)}")
         model = opened.skeleton()
         with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
             adapt(model, taken.untied, taken.buffers)
@@ -101,7 +106,10 @@ def exported_model(opened: OpenCheckpoint, folder: Path) -> tuple[onnx.ModelProt
         for name, values in taken.buffers.items()
     }
     about = {"graph of": announced(opened.config), "untied": taken.untied, "buffers": buffers}
-    return recall(opened.kept, about, export, onnx.ModelProto.FromString)
+    exported, earlier = recall(opened.kept, about, export, onnx.load_model_from_string)
+    if earlier:
+        say(f"taking the graph of an earlier export from {opened.kept}")
+    return exported
 
 
 def refuse(error: UserError) -> None:

@@ -45,7 +45,7 @@ class FloatModel:
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
     there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
     of the module that makes the logits, where the model itself names one; `account` says what became of each tensor
-    and file of a folder, in JSON. `cached`: the graph is of an earlier export.
+    and file of a folder, in JSON.
     """
 
     graph: gs.Graph
@@ -58,7 +58,6 @@ class FloatModel:
     notes: tuple[str, ...] = ()
     head: str | None = None
     account: Mapping[str, Any] = field(default_factory=dict)
-    cached: bool = False
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:
