@@ -150,7 +150,7 @@ def folder_of_this_name(path: Path) -> None:
 
 
 def of_another_name(path: Path) -> None:
-    keep(path.with_name("0" * 64), b"another")
+    keep(path.with_name("0" * 64), b"[5]")
     path.with_name("0" * 64).replace(path)
 
 
