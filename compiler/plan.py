@@ -79,7 +79,13 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
-    model = load(request.model, trust_remote_code=request.trust_remote_code, max_length=request.longest_sequence())
+    model = load(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        max_length=request.longest_sequence(),
+        cache=request.cache,
+        say=say,
+    )
     if model.llm is None:
         check_lengths(request)
     config, reader = resolve(request, model)
