@@ -23,7 +23,7 @@ from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.rewrite import PassLog, uncollected
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -128,6 +128,7 @@ def make_twin(
     return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
 
 
+@uncollected()
 def lower(
     twins: Mapping[str, Twin],
     types: Mapping[str, np.dtype[Any]],
