@@ -111,11 +111,12 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
     top = np.float32(2**bits - 1)
     low, high = extremes(w)
     scale = stored((high - low) / top, scale_dtype)
-    zero = np.clip(np.rint(-low / scale), 0, top)
+    below = np.rint(-low / scale)
+    zero = np.minimum(below, top)
     codes = rounded(w, scale)
     codes += zero.astype(np.uint8)[..., None]
     # Few groups have codes to clamp: both ends lie at a tie, or the scale was rounded down.
-    clamped = (np.rint(low / scale) + zero < 0) | (np.rint(high / scale) + zero > top)
+    clamped = (below > top) | (np.rint(high / scale) + zero > top)
     if clamped.any():
         steps = np.rint(convert(w[clamped], FLOAT32) / scale[clamped][:, None])
         codes[clamped] = np.clip(steps + zero[clamped][:, None], 0, top)
@@ -164,7 +165,7 @@ def reduce_groups(op: np.ufunc, w: Array) -> Array:
     n, groups, size = w.shape
     flat = w.reshape(-1)
     if size > 64 or size & (size - 1):
-        return op.reduceat(flat, np.arange(0, len(flat), size)).reshape(n, groups)  # type: ignore[no-any-return]
+        return op.reduceat(flat, np.arange(0, len(flat), size)).reshape(n, groups)
     step = size
     while step := step // 2:
         flat = op(flat[:-step], flat[step:])
