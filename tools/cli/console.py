@@ -11,8 +11,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
 PAUSE = 10.0  # seconds between lines of what changes all the time
-DOING = TextColumn("{task.description:<36.36}", markup=False)
-RATE = TextColumn("{task.fields[rate]}", markup=False)
+SPINNER = (SpinnerColumn("line"), TextColumn("{task.description:<60.60}", markup=False))
+BAR = (  # with the time, within 80 columns
+    TextColumn("{task.description:<20.20}", markup=False),
+    BarColumn(10),
+    TextColumn("{task.fields[rate]}", markup=False),
+)
 
 
 class Stages:
@@ -45,9 +49,8 @@ class Stages:
         self.name, self.size, self.weights, self.done = name, size, weights, 0
         self.began = self.said = time.monotonic()
         if console.is_interactive:
-            columns = (DOING, BarColumn(10), RATE) if size else (SpinnerColumn("line"), DOING)
-            self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-            self.live.enter_context(self.bar)
+            shown = Progress(*(BAR if size else SPINNER), TimeElapsedColumn(), console=console, transient=True)
+            self.bar = self.live.enter_context(shown)
             self.bar.add_task(name, total=size or None, rate="")
         else:
             say(name)

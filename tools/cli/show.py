@@ -56,7 +56,7 @@ class ConsoleWatch(Watch):
             show_explanation(plan)
 
     def writing(self, total: int) -> None:
-        self.stages.begin(f"writing {total / 1e6:,.1f} MB of weights", total, self.weights)
+        self.stages.begin(f"writing {total / 1e6:,.1f} MB", total, self.weights)
 
     def progress(self, name: str, size: int) -> None:
         self.stages.progress(name, size)
