@@ -91,6 +91,7 @@ def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], No
     taken = opened.taken
 
     def export() -> bytes:
+        from instantrt.compiler.frontend.export import export_graph
 
         say(f"exporting {family(opened.config)}")
         model = opened.skeleton()

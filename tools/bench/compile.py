@@ -36,10 +36,11 @@ from safetensors.numpy import save_file
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_header
-from instantrt.compiler.compile import Watch, compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.ran import Ran
+from instantrt.compiler.watch import Watch
 from instantrt.passes.core.lazy import FileTensor, whole
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
