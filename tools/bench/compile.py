@@ -209,8 +209,12 @@ PARTS: dict[str, Callable[..., Result]] = {
 }
 
 
+TABLES = """Where a table has goals: medians of the rounds, with quartiles behind them; wall time and CPU time of all
+processes together, memory of the largest."""
+
+
 def markdown(results: Mapping[str, Result]) -> str:
-    lines = ["# What the CPU road reaches", "", "Written by `instantrt bench compile`.", ""]
+    lines = ["# What the CPU road reaches", "", "Written by `instantrt bench compile`.", "", TABLES, ""]
     for part, result in results.items():
         lines += [f"## {part}", "", getdoc(PARTS[part]) or "", ""]
         lines += [*table(result), ""] if "rows" in result else [*named_values(result), ""]
