@@ -17,7 +17,6 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
 from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
-from instantrt.compiler.frontend.export import export_graph
 from instantrt.compiler.frontend.model import FloatModel, stored_types
 from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.frontend.skeleton import build_skeleton, family, llm_shape
@@ -47,6 +46,8 @@ def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
+    from instantrt.compiler.frontend.export import export_graph
+
     opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length)
     model, tensors = opened.model, opened.taken.tensors
     shape = llm_shape(model.config)
