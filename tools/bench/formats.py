@@ -36,7 +36,7 @@ from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
 from instantrt.passes.qdq.insert_qdq import Quantized
-from instantrt.tools.bench.compile import peak_kb
+from instantrt.tools.bench.layers import peak_kb
 from instantrt.tools.bench.synthetic import write_safetensors
 
 main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
