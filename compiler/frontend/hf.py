@@ -21,7 +21,6 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
 from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
-from instantrt.compiler.frontend.export import export_graph
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
 from instantrt.compiler.frontend.model import FloatModel, stored_types
@@ -92,6 +91,8 @@ def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], No
     taken = opened.taken
 
     def export() -> bytes:
+        from instantrt.compiler.frontend.export import export_graph
+
         say(f"exporting {family(opened.config)}")
         model = opened.skeleton()
         with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):

@@ -15,7 +15,7 @@ import pytest
 
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_bytes
-from instantrt.compiler.compile import Watch, compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import take_account
 from instantrt.compiler.frontend.architecture import check_architectures
@@ -26,6 +26,7 @@ from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request
+from instantrt.compiler.watch import Watch
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 from instantrt.tools.bench.synthetic import write_safetensors

@@ -13,7 +13,7 @@ from rich.table import Table
 from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.console import console
+from instantrt.tools.cli.console import Stages, console
 from instantrt.tools.cli.options import takes
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ def main(
     """Prints what is found; a checkpoint with problems ends with exit status 1."""
     from instantrt.compiler.inspect import inspect
 
-    found = inspect(model, **options)
+    with Stages() as stages:
+        if not as_json:
+            stages.begin(f"reading {model}")
+        found = inspect(model, **options)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
