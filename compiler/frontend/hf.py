@@ -91,9 +91,9 @@ def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], No
     taken = opened.taken
 
     def export() -> bytes:
+        say(f"exporting {family(opened.config)}")
         from instantrt.compiler.frontend.export import export_graph
 
-        say(f"exporting {family(opened.config)}")
         model = opened.skeleton()
         with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
             adapt(model, taken.untied, taken.buffers)
