@@ -141,6 +141,7 @@ def open_checkpoint(
         raise
     # Code that a model brings is no part of a key.
     kept = None if config.get("auto_map") else cache_folder(cache)
+    # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".
     about = {"facts of": announced(config), "tensors": list(stored)}
     facts, _ = recall(kept, about, lambda: facts_of(skeleton(), stored).to_json(), ModelFacts.from_json)
     check_length(facts.switches, max_length, folder / "config.json")
