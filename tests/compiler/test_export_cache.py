@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import grimp
 import numpy as np
@@ -20,7 +21,7 @@ from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.compile import Watch, compile_model
 from instantrt.compiler.frontend import export_cache
 from instantrt.compiler.frontend.export_cache import MOST, NONE, VARIABLE, cache_folder, digest_of, keep, prune, recall
-from instantrt.compiler.frontend.hf import open_checkpoint
+from instantrt.compiler.frontend.hf import load_checkpoint, open_checkpoint
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
 from tests.checkpoints import TINY, config_of, whole_checkpoint, write_checkpoint
@@ -55,47 +56,63 @@ class Said(Watch):
 
 def models(folder: Path) -> dict[str, tuple[Path, str]]:
     """Name -> (checkpoint, what becomes of its graph where those before it were compiled)."""
-    beta = "model.layers.0.mlp.act_fn.beta"
 
-    def saved(name: str, family: str, change: Callable[[dict[str, Array]], dict[str, Array]]) -> Path:
-        if not (source := folder / "sources" / family).exists():
-            make(family, source, num_hidden_layers=1)
-        tensors = {key: whole(tensor) for key, tensor in read_checkpoint(source).items()}
-        return write_checkpoint(folder / name, config_of(source), tensors | change(tensors))
+    def tie(config: dict[str, Any], tensors: dict[str, Array]) -> None:
+        config["tie_word_embeddings"] = True
+        del tensors["lm_head.weight"]
 
-    def head(factor: int) -> Callable[[dict[str, Array]], dict[str, Array]]:
-        return lambda tensors: {"lm_head.weight": tensors["model.embed_tokens.weight"] * factor}
-
+    quantized = whole_checkpoint("gptq-int4-g128-desc_act", folder / "quantized", tie)
+    config = {key: value for key, value in config_of(quantized).items() if key != "quantization_config"}
+    stored = {n: t for n, t in read_checkpoint(TINY).items() if ".layers." not in n or ".layers.0." in n}
+    tensors = {name: whole(tensor) for name, tensor in stored.items() if name != "lm_head.weight"}
+    head = tensors["model.embed_tokens.weight"]
+    make("apertus", folder / "sources", num_hidden_layers=1)
+    beta = {name: whole(tensor) for name, tensor in read_checkpoint(folder / "sources").items()}
     return {
-        "tied": (saved("tied", "llama-tied", lambda tensors: {}), "exporting"),
-        "twice the same": (saved("twice the same", "llama-tied", head(1)), "taking"),
-        "untied": (saved("untied", "llama-tied", head(2)), "exporting"),
-        "buffer": (saved("buffer", "apertus", lambda tensors: {}), "exporting"),
-        "another": (saved("another", "apertus", lambda tensors: {beta: tensors[beta] * np.float32(1.5)}), "exporting"),
-        "gptq": (whole_checkpoint("gptq-int4-g128-desc_act", folder / "gptq"), "exporting"),
+        "tied": (write_checkpoint(folder / "tied", config, tensors), "exporting"),
+        "copied": (write_checkpoint(folder / "copied", config, {**tensors, "lm_head.weight": head}), "taking"),
+        "quantized": (quantized, "taking"),
+        "untied": (write_checkpoint(folder / "untied", config, {**tensors, "lm_head.weight": head * 2}), "exporting"),
+        "buffer": (write_checkpoint(folder / "buffer", config_of(folder / "sources"), beta), "exporting"),
     }
+
+
+def exporting(folder: Path, cache: Path) -> bool:
+    """Is a model's graph exported, and not one of an earlier export? It is stopped before it is."""
+
+    def stop(text: str) -> None:
+        if text.startswith("exporting"):
+            raise InterruptedError
+
+    try:
+        load_checkpoint(folder, cache=cache, say=stop)
+    except InterruptedError:
+        return True
+    return False
 
 
 @pytest.mark.slow
 def test_a_second_compile_imports_no_torch_and_writes_the_same_bytes(tmp_path: Path) -> None:
     """What the graph depends on is in its key: models of one config that differ there do not take one another's."""
-    checkpoints = models(tmp_path / "models")
+    cache, checkpoints = tmp_path / "cache", models(tmp_path / "models")
     for name, (model, becomes) in checkpoints.items():
         said = Said()
-        compile_model(
-            Request(model, "x86", tmp_path / "cold" / name, smoke=False, cache=tmp_path / "cache"), watch=said
-        )
+        compile_model(Request(model, "x86", tmp_path / "cold" / name, smoke=False, cache=cache), watch=said)
         assert [line.split()[0] for line in said.lines][:2] == ["reading", becomes], name
     folders = [str(model) for model, _ in checkpoints.values()]
-    command = [sys.executable, "-c", WARM, tmp_path / "warm", *folders]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, VARIABLE: str(tmp_path / "cache")}
-    )
+    command = [sys.executable, "-c", WARM, str(tmp_path / "warm"), *folders]
+    environment = {**os.environ, VARIABLE: str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "exporting" not in done.stdout
     assert done.stdout.count("taking the graph of an earlier export") == len(folders)
     assert done.stdout.endswith("\n\n"), "no line of modules"
     assert contents(tmp_path / "warm") == contents(tmp_path / "cold")
+    buffer, _ = checkpoints["buffer"]
+    tensors = {name: whole(tensor) for name, tensor in read_checkpoint(buffer).items()}
+    tensors["model.layers.0.mlp.act_fn.beta"] *= np.float32(1.5)
+    another = write_checkpoint(tmp_path / "another", config_of(buffer), tensors)
+    assert [exporting(folder, cache) for folder in (buffer, another)] == [False, True]
 
 
 def test_nothing_is_kept_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
