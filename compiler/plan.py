@@ -127,7 +127,8 @@ def make_twin(
         from instantrt.compiler.accuracy.budget import within_budget
 
         decisions, raised = within_budget(graph, model, decisions, request, say)
-    return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
+    with uncollected():
+        return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
 
 
 @uncollected()
