@@ -28,7 +28,8 @@ INLINE_LIMIT = 1 << 10  # shape inference wants to see axes and shapes; weights 
 ALIGNMENT = 4096  # so that a runtime can map the pages as they are
 STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
 STRIP_MEMORY = 1 << 24  # and as wide as this allows
-PIECE, TURNED = 64, 1 << 11  # columns of a strip that are turned together, this many rows at a time: an L2 cache's fill
+PIECE, TURNED = 128, 1 << 13  # columns of a strip that are turned together, and how many rows of them at a time
+KEPT = 31 << 20  # bytes
 THREADS = 2
 
 Progress = Callable[[str, int], None]  # (tensor, bytes just written)
@@ -123,6 +124,7 @@ def write_data(placed: list[Placed], total: int, path: Path, progress: Progress)
     by_source: dict[Source, list[Placed]] = defaultdict(list)
     for p in placed:
         by_source[p.view.source].append(p)
+    np.empty(KEPT, np.uint8)  # and freed: so that malloc keeps what tiles free (docs/facts.md, "NumPy in two threads")
     with path.open("wb+", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
         if total:
             os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour
@@ -228,17 +230,16 @@ class Strip:
 
 
 def transposed(rows: Array) -> Array:
-    """rows `[n, K]` as `[K, n]`, contiguous, 8 bytes at a time where n and the type allow it.
+    """rows `[n, K]` of 1, 2, 4 or 8 bytes each as `[K, n]`, contiguous: columns of 8 bytes, then these as they are.
 
-    Each step joins two rows into one of words twice as wide: little-endian, the first row in the low half.
+    n is a multiple of 8.
     """
-    words = rows.view(f"u{rows.itemsize}")
-    while words.itemsize < 8 and len(words) % 2 == 0:
-        joined = words[1::2].astype(f"u{2 * words.itemsize}")
-        joined <<= 8 * words.itemsize
-        joined |= words[0::2]
-        words = joined
-    return np.ascontiguousarray(words.T).view(rows.dtype)
+    each = 8 // rows.itemsize
+    plain = rows.view(f"u{rows.itemsize}")
+    words = np.empty((len(rows) // each, rows.shape[1], each), plain.dtype)
+    for i in range(each):
+        words[..., i] = plain[i::each]
+    return np.ascontiguousarray(words.view(np.uint64)[..., 0].T).view(rows.dtype)
 
 
 def pack(values: Array) -> Array:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest
-from instantrt.compiler.artifact.staging import Staging
+from instantrt.compiler.artifact.staging import Staging, copy_file
 from instantrt.compiler.serving.config import Served, bare_config, generate_config, why_no_bare, why_no_generate
 from instantrt.compiler.serving.readme import readme, requirements
 from instantrt.compiler.serving.runtime.integrity import RECORD
@@ -132,4 +132,4 @@ def place(files: Iterable[Path], folder: Path) -> None:
                 raise OSError
             os.link(file, target)
         except OSError:
-            shutil.copyfile(file, target)
+            copy_file(file, target)

@@ -31,8 +31,7 @@ from instantrt.passes.core.errors import UserError
 G_LOGGER.severity = G_LOGGER.ERROR  # its warnings (no colours, bf16 has no NumPy type) say nothing to a user
 
 Array = npt.NDArray[Any]
-# Smaller tiles cost as much in calls as in arithmetic; the float32 copy of larger ones leaves the caches.
-TILE_BYTES = 1 << 19
+TILE_BYTES = 1 << 21  # two threads share the interpreter: docs/facts.md, "NumPy in two threads"
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FOUR_BIT = (np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4))

@@ -166,10 +166,13 @@ def reduce_groups(op: np.ufunc, w: Array) -> Array:
     flat = w.reshape(-1)
     if size > 64 or size & (size - 1):
         return op.reduceat(flat, np.arange(0, len(flat), size)).reshape(n, groups)
-    step = size
-    while step := step // 2:
-        flat = op(flat[:-step], flat[step:])
-    return flat[::size].reshape(n, groups)
+    left, step = size, size  # elements of a group that are of use, and from one group to the next
+    while left > 1:
+        if left * w.itemsize == 8 and step > left:  # one word: few of them are left
+            flat, step = flat.view(np.uint64)[:: step // left].copy().view(w.dtype), left
+        left //= 2
+        flat = op(flat[:-left], flat[left:])
+    return flat[::step].reshape(n, groups)
 
 
 def stored(scale: Array, dtype: np.dtype[Any]) -> Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.manifest import KIT, MANIFEST, read_manifest
-from instantrt.compiler.artifact.staging import Staging, check_out
+from instantrt.compiler.artifact.staging import Staging, check_out, copy_file
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.check import check
 from instantrt.compiler.compile import compile_model
@@ -182,3 +184,18 @@ def test_the_current_folder_has_a_name(tiny_float: FloatModel, tmp_path: Path, m
     assert source(Request(tmp_path / "link", ("x86",), tmp_path), twin)["model"] == "link"
     monkeypatch.chdir(TINY)
     assert source(Request(Path(), ("x86",), tmp_path), twin)["model"] == TINY.name
+
+
+@pytest.mark.parametrize("reason", [None, errno.EXDEV])
+def test_side_files_are_copies(reason: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> int:
+        assert reason
+        raise OSError(reason, os.strerror(reason))
+
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 1000)
+    if reason:
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(b"edited")
+    assert (tmp_path / "b").stat().st_size == 256_000

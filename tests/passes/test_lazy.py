@@ -60,6 +60,8 @@ def test_written_bytes_are_the_tensor(
     monkeypatch.setattr(lazy, "TILE_BYTES", 1 << 10)
     monkeypatch.setattr(writer, "STRIP_BYTES", 20)
     monkeypatch.setattr(writer, "STRIP_MEMORY", 1)
+    monkeypatch.setattr(writer, "PIECE", 8)
+    monkeypatch.setattr(writer, "TURNED", 16)
     monkeypatch.setattr(writer, "INLINE_LIMIT", 0)
     values = np.random.default_rng(0).integers(0, 7, shape).astype(np.float32)
     source = stored(tmp_path / "t", values if axis == 0 else np.ascontiguousarray(values.T))

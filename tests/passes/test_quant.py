@@ -88,6 +88,26 @@ def test_every_group_is_exact_to_one_step(group: list[float], bits: int) -> None
         assert error.max() <= abs(group[0]) * 1e-6  # a constant group is its own largest step
 
 
+@pytest.mark.parametrize("source", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("size", [1, 8, 32, 48, 64, 96, 128])
+def test_codes_do_not_depend_on_the_type_that_holds_the_weights(size: int, source: type) -> None:
+    w = (np.random.default_rng(size).integers(-510, 511, (4, 3, size)) / 4).astype(source)
+    w[1] = -0.0
+    w[2] = -abs(w[2])
+    for quantize in (quantize_asymmetric, quantize_symmetric):
+        for got, want in zip(quantize(w, 8, FLOAT32), quantize(w.astype(np.float32), 8, FLOAT32), strict=True):
+            assert got.dtype == want.dtype
+            assert (got == want).all()
+
+
+@pytest.mark.parametrize(("bits", "top"), [(4, 15), (8, 255)])
+def test_a_code_beyond_the_last_is_clamped(bits: int, top: int) -> None:
+    """Both ends lie at a tie and round up: -127.5 to a zero of 128, 127.5 to 128 steps, which would be code 256."""
+    block = quantize_asymmetric(np.array([[[-top / 2, top / 2, 0]]], np.float32), bits, FLOAT32)
+    assert block.zero == (top + 1) // 2
+    assert block.codes.tolist() == [[0, top, (top + 1) // 2]]
+
+
 @given(w=groups)
 @settings(max_examples=60, deadline=None)
 def test_symmetric_uses_the_largest_magnitude_of_either_sign(w: np.ndarray) -> None:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import numpy as np
 import typer
 
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import Request
@@ -51,16 +53,69 @@ SPEED = OUT.with_name("compile_time.png")
 
 
 def rate(folder: Path) -> Result:
-    """Weights a second from bf16 safetensors to an artifact, and ONNX Runtime's MatMulNBitsQuantizer on the same."""
+    """Million weights a second from bf16 safetensors in the page cache to an artifact with its digests, by mode; GB/s.
+
+    Quartiles of nine rounds, in which what bounds it takes its turn: two threads that only read the checkpoint, one
+    that only hashes it, one that writes as much to the page cache, and to the disk (until fdatasync returns). Beside
+    each mode: how many the disk alone allows. And ONNX Runtime's MatMulNBitsQuantizer on the same weights.
+    """
     tensors = write_weights(folder, [(8192, 2048), (2048, 8192)] * 6)
-    count = sum(t.shape[0] * t.shape[1] for t in tensors.values())
+    count, source, out = sum(t.shape[0] * t.shape[1] for t in tensors.values()), folder / "model.safetensors", folder
+    limits: dict[str, Callable[[], Any]] = {
+        "read by two threads": lambda: read_alone(source, 2),
+        "sha256 by one thread": lambda: sha256(source),
+        "written to the page cache": lambda: write_alone(out / "zeros", 2 * count, sync=False),
+        "written to the disk": lambda: write_alone(out / "zeros", 2 * count, sync=True),
+    }
+    graphs = {mode: lowered(tensors, mode) for mode in MODES}
+    seconds: dict[str, list[float]] = {name: [] for name in (*limits, *MODES)}
+    written: dict[str, int] = {}
+    for _ in range(9):
+        for name, work in limits.items():
+            seconds[name].append(median(work, 1))
+        for mode, graph in graphs.items():
+            seconds[mode].append(median(lambda graph=graph: write_model(graph, out / "out.onnx"), 1))  # type: ignore[misc]
+            written[mode] = (out / "out.onnx.data").stat().st_size
     result: Result = {"weights": count}
+    for name in limits:
+        result[name] = {"gb_per_s": quartiles(2 * count / 1e9, seconds[name])}
     for mode in MODES:
-        graph = lowered(tensors, mode)
-        seconds = median(lambda graph=graph: write_model(graph, folder / "out.onnx"), 3)  # type: ignore[misc]
-        result[mode] = {"million_weights_per_s": round(count / seconds / 1e6)}
+        typical, disk = float(np.median(seconds[mode])), 2 * count / float(np.median(seconds["written to the disk"]))
+        result[mode] = {
+            "million_weights_per_s": [round(v) for v in quartiles(count / 1e6, seconds[mode])],
+            "gb_read_per_s": round(2 * count / typical / 1e9, 2),
+            "gb_written_per_s": round(written[mode] / typical / 1e9, 2),
+            "the_disk_allows_million": round(disk * count / written[mode] / 1e6),
+        }
     result["peer"] = against_peer(folder, {name: tensors[name] for name in list(tensors)[:4]})
     return result
+
+
+def quartiles(amount: float, seconds: list[float]) -> list[float]:
+    """Of the rates at which `amount` was done."""
+    return [round(float(v), 2) for v in np.percentile(amount / np.array(seconds), (25, 50, 75))]
+
+
+def read_alone(path: Path, threads: int) -> None:
+    """Each thread reads every `threads`-th MiB."""
+
+    def read(first: int) -> None:
+        with path.open("rb", buffering=0) as file:
+            buffer, size = memoryview(bytearray(1 << 20)), path.stat().st_size
+            for offset in range(first << 20, size, threads << 20):
+                os.preadv(file.fileno(), [buffer], offset)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(threads)))
+
+
+def write_alone(path: Path, size: int, *, sync: bool) -> None:
+    block = os.urandom(1 << 20)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size >> 20):
+            file.write(block)
+        if sync:
+            os.fdatasync(file.fileno())
 
 
 def against_peer(folder: Path, tensors: Mapping[str, FileTensor]) -> Result:
