@@ -23,7 +23,7 @@ from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.rewrite import PassLog, uncollected
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -79,7 +79,13 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
-    model = load(request.model, trust_remote_code=request.trust_remote_code, max_length=request.longest_sequence())
+    model = load(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        max_length=request.longest_sequence(),
+        cache=request.cache,
+        say=say,
+    )
     if model.llm is None:
         check_lengths(request)
     config, reader = resolve(request, model)
@@ -124,6 +130,7 @@ def make_twin(
     return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
 
 
+@uncollected()
 def lower(
     twins: Mapping[str, Twin],
     types: Mapping[str, np.dtype[Any]],

@@ -58,14 +58,14 @@ class Writer:
 
     def __init__(self, request: Request, planned: Plan, out: Path, watch: Watch) -> None:
         self.request, self.planned, self.out, self.watch = request, planned, out, watch
-        self.lowered: dict[int, Path] = {}  # id of a graph -> the folder that its files lie in
+        self.lowered: dict[int, tuple[Path, Mapping[str, str]]] = {}  # id of a graph -> its files' folder and digests
         self.inputs = hashed_meanwhile(planned.model.files)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for folder in self.lowered.values():
+        for folder, _ in self.lowered.values():
             shutil.rmtree(folder, ignore_errors=True)
 
     def write(self, target: Target) -> Artifact:
@@ -73,8 +73,7 @@ class Writer:
         artifact, graph = outline(self.request, self.planned, target), self.planned.lowered[target.name]
         folder = new_folder(self.out, target, self.planned.model.folder)
         if artifact.kind == "onnx":
-            self.write_graph(target, folder)
-            return self.complete(artifact, folder)
+            return self.complete(artifact, folder, self.write_graph(target, folder))
         library = self.request.library(target)
         libraries = () if library is None else (Path(shutil.copy(library, folder)),)
         settings = EngineSettings(
@@ -85,36 +84,40 @@ class Writer:
             plugins=libraries,
             linears=quantized_linears(graph),
         )
+        files, known = self.lowered_files(target)
         flavour = self.planned.builders[target.name].flavour
         if flavour is not None:
             timings = self.request.timing_cache or timing_cache(self.request.out, target)
-            onnx = self.lowered_files(target) / MODEL
             self.watch.say(f"building the engine for {target.name}")
-            engine = build_engine(flavour, settings, onnx, folder, timings, lambda text: self.watch.progress(text, 0))
+            engine = build_engine(
+                flavour, settings, files / MODEL, folder, timings, lambda text: self.watch.progress(text, 0)
+            )
             return self.complete(replace(artifact, engine=engine), folder)
-        for file in self.lowered_files(target).iterdir():
+        for file in files.iterdir():
             os.link(file, folder / file.name)  # no second copy of their bytes
-        artifact = self.complete(artifact, folder)
+        artifact = self.complete(artifact, folder, known)
         write_kit(folder, settings, artifact)
         return replace(
             artifact, digests=dict(sorted({**artifact.digests, artifact.path: sha256(folder / KIT)}.items()))
         )
 
-    def complete(self, artifact: Artifact, folder: Path) -> Artifact:
-        """The artifact with what is known once its files are there."""
-        return replace(artifact, digests=digests_of(folder), source={**artifact.source, "files": self.inputs()})
+    def complete(self, artifact: Artifact, folder: Path, known: Mapping[str, str] | None = None) -> Artifact:
+        """The artifact with what is known once its files are there; `known` are digests taken as they were written."""
+        digests = digests_of(folder, known)
+        return replace(artifact, digests=digests, source={**artifact.source, "files": self.inputs()})
 
-    def write_graph(self, target: Target, folder: Path) -> None:
-        """The target's lowered graph as a model file and its data."""
+    def write_graph(self, target: Target, folder: Path) -> Mapping[str, str]:
+        """The target's lowered graph as a model file and its data; their digests."""
         self.watch.writing(self.planned.size(target.name))
-        write_model(self.planned.lowered[target.name], folder / MODEL, self.watch.progress)
+        return write_model(self.planned.lowered[target.name], folder / MODEL, self.watch.progress)
 
-    def lowered_files(self, target: Target) -> Path:
-        """The folder with the model file of the target's graph, written once for all that share it."""
+    def lowered_files(self, target: Target) -> tuple[Path, Mapping[str, str]]:
+        """The folder with the model file of the target's graph, written once for all that share it; their digests."""
         graph = self.planned.lowered[target.name]
         if id(graph) not in self.lowered:
-            folder = self.lowered[id(graph)] = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
-            self.write_graph(target, folder)
+            folder = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
+            self.lowered[id(graph)] = folder, {}  # first: whatever happens, it goes
+            self.lowered[id(graph)] = folder, self.write_graph(target, folder)
         return self.lowered[id(graph)]
 
 

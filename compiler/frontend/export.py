@@ -1,15 +1,51 @@
-"""Skeleton -> graph as torch exports it, its parameters graph inputs named `model.<path>`."""
+"""Skeleton -> graph as torch exports it, its parameters graph inputs named `model.<path>`.
+
+export_graph    few layers   -> whole model      alike.py: which layers are, repeat.py: their nodes
+  export_whole  torch        -> ONNX IR          constants folded, detours removed
+  finish        equal values -> one              names by module and place, whatever was exported
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_graphsurgeon as gs
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
 
+from instantrt.compiler.frontend.alike import UnlikeError, find_layers, first_layers
+from instantrt.compiler.frontend.hf_attention import WithCache, example
 from instantrt.compiler.frontend.model import OPSET, LlmShape
+from instantrt.compiler.frontend.repeat import repeat_layers
+
+# What the exporter's decompositions leave behind in the models that are tested; all of onnxscript's rules together take
+# several times as long as these.
+DETOURS = (
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.no_op_cast_rule,
+    rules.cast_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+)
 
 
 @dataclass(frozen=True)
@@ -21,23 +57,37 @@ class Exported:
 
 
 def export_graph(model: Any, shape: LlmShape) -> Exported:
-    """Exports with dynamic batch, sequence, past and total; parameters come out as graph inputs."""
-    import logging
-    import warnings
+    """Exports with dynamic batch, sequence, past and total; parameters come out as graph inputs.
 
-    import onnx_ir as ir
-    import torch
-    from onnxscript import optimizer
+    Layers that are alike are exported once and repeated; where that cannot be proved, the whole model is exported.
+    """
+    notes: tuple[str, ...] = ()
+    try:
+        traced = export_repeated(model, shape)
+    except UnlikeError as error:
+        notes = (f"all {shape.layers} layers were exported, which takes longer: {error}",)
+        traced = export_whole(model, shape)
+    finish(traced, shape)
+    graph = gs.import_onnx(ir.to_proto(traced))
+    name_dimensions(graph, shape)
+    return Exported(graph, notes)
 
-    from instantrt.compiler.frontend.hf_attention import WithCache
 
-    batch, sequence, past = 2, 3, 5  # any sizes that are not 0 or 1, which the exporter would specialise
-    cache = [
-        tuple(torch.zeros(batch, shape.kv_heads, past, shape.head_dim) for _ in range(2)) for _ in range(shape.layers)
-    ]
-    ids = torch.zeros(batch, sequence, dtype=torch.int64)
-    mask = torch.ones(batch, past + sequence, dtype=torch.int64)
-    positions = torch.arange(past, past + sequence).expand(batch, sequence)
+def export_repeated(model: Any, shape: LlmShape) -> ir.Model:
+    """A few layers exported, and repeated; UnlikeError where they are not alike, or not as exported."""
+    layers = find_layers(model, shape)
+    with first_layers(model, layers.path, layers.shown) as few:
+        try:
+            traced = export_whole(model, shape.with_layers(few))
+        except Exception as error:  # of a model that counts on all of its layers
+            raise UnlikeError(f"with {few} layers alone, the export ends in {type(error).__name__}") from error
+    repeat_layers(traced.graph, layers, shape)
+    return traced
+
+
+def export_whole(model: Any, shape: LlmShape) -> ir.Model:
+    """As torch exports it, with constants folded and detours removed; the names of nodes are their modules' paths."""
+    ids, mask, positions, cache = example(shape)
     dims = {name: torch.export.Dim(name) for name in ("batch", "sequence", "past", "total")}
     tokens = {0: dims["batch"], 1: dims["sequence"]}
     kv = {0: dims["batch"], 2: dims["past"]}
@@ -59,24 +109,69 @@ def export_graph(model: Any, shape: LlmShape) -> Exported:
         )
     assert exported is not None
     traced = exported.model
-    parameters = {f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in parameters & set(traced.graph.initializers):
-        value = traced.graph.initializers.pop(name)
-        value.const_value = None  # nothing may fold what was never written
-        traced.graph.inputs.append(value)
-    optimizer.optimize_ir(traced, input_size_limit=1 << 16, output_size_limit=1 << 20)
-    for i, node in enumerate(traced.graph):
-        node.name = f"{module_path(node.metadata_props)}/{node.op_type}_{i}"
-    graph = gs.import_onnx(ir.to_proto(traced))
-    name_dimensions(graph, shape)
-    return Exported(graph)
+    for name in [f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)]:
+        if name in traced.graph.initializers:
+            value = traced.graph.initializers.pop(name)
+            value.const_value = None  # nothing may fold what was never written
+            traced.graph.inputs.append(value)
+    for _ in range(2):
+        optimizer.fold_constants_ir(
+            traced, onnx_shape_inference=True, input_size_limit=1 << 16, output_size_limit=1 << 20
+        )
+        RewritePass(DETOURS)(traced)
+        common.RemoveUnusedNodesPass()(traced)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(traced)
+    for node in traced.graph:
+        node.name = module_path(node)
+    return traced
 
 
-def module_path(metadata: Mapping[str, str]) -> str:
-    """The module that the exporter recorded on a node, without the wrapper's own prefix."""
-    scopes = re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", ""))
+def module_path(node: ir.Node) -> str:
+    """The module that the exporter recorded on a node, without the wrapper's own prefix.
+
+    What the folding of constants made has no record: it belongs where its input comes from.
+    """
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     modules = [s.removeprefix("model.") for s in scopes[:-1] if s.startswith("model.")]
-    return modules[-1] if modules else ""
+    makers = (value.producer() for value in node.inputs if value is not None)
+    return modules[-1] if modules else next((maker.name or "" for maker in makers if maker is not None), "")
+
+
+def finish(model: ir.Model, shape: LlmShape) -> None:
+    """Makes the graph what it is of any export of the model: sizes read at one place, equal values made once, names.
+
+    A node is called by its module and its place there, a tensor as its maker, a constant by its place in the graph.
+    """
+    graph = model.graph
+    for node in graph:
+        read_first(node, graph.inputs)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    numbers = Counter[str]()
+    constants: dict[ir.Value, None] = {}
+    outputs = set(shape.output_names())
+    for node in graph:
+        path = node.name or ""
+        node.name = f"{path}/{node.op_type}_{numbers[path]}"
+        numbers[path] += 1
+        for value in node.outputs:
+            if value.name not in outputs:
+                value.name = f"{node.name}:{value.index()}"
+        constants |= {v: None for v in node.inputs if v is not None and v.const_value is not None}
+    for index, value in enumerate(v for v in constants if not str(v.name).startswith("model.")):
+        value.name = f"constant:{index}"
+
+
+def read_first(node: ir.Node, inputs: Sequence[ir.Value]) -> None:
+    """A size of the inputs is read of the first that has it; the exporter takes any."""
+    start, end = node.attributes.get_int("start"), node.attributes.get_int("end")
+    value = node.inputs[0] if node.op_type == "Shape" else None
+    if value is None or value.shape is None or not value.is_graph_input() or start is None or end != start + 1:
+        return
+    axes = ((each, axis) for each in inputs for axis, size in enumerate(each.shape or ()) if size == value.shape[start])
+    first, axis = next(axes)
+    node.replace_input_with(0, first)
+    node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)
 
 
 def name_dimensions(graph: gs.Graph, shape: LlmShape) -> None:

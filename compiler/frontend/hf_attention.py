@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from instantrt.compiler.frontend.model import OPSET
+from instantrt.compiler.frontend.model import OPSET, LlmShape
 from instantrt.passes.core.errors import UserError
 
 IMPLEMENTATION = "instantrt"
@@ -80,6 +80,18 @@ def additive_mask(
     rows, heads = torch.arange(batch)[:, None, None, None], torch.zeros((1, 1, 1, 1), dtype=torch.int64)
     visible = mask_function(rows, heads, queries[:, None, :, None], keys) & allowed[:, None, None, :]
     return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+
+def example(shape: LlmShape) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Inputs of a `WithCache`: input_ids, attention_mask, position_ids and the past of each layer."""
+    batch, sequence, past = 2, 3, 5  # any sizes that are not 0 or 1, which the exporter would specialise
+    keys = (batch, shape.kv_heads, past, shape.head_dim)
+    return (
+        torch.zeros(batch, sequence, dtype=torch.int64),
+        torch.ones(batch, past + sequence, dtype=torch.int64),
+        torch.arange(past, past + sequence).expand(batch, sequence),
+        [(torch.zeros(keys), torch.zeros(keys)) for _ in range(shape.layers)],
+    )
 
 
 class PastLayer(DynamicLayer):

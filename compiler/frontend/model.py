@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ class LlmShape:
     head_dim: int
     vocab: int
     max_length: int = 0  # positions the model was made for; 0 where it does not say
+
+    def with_layers(self, count: int) -> LlmShape:
+        return replace(self, layers=count)
 
     def input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "position_ids", *self.cache_names("past_key_values")]

@@ -261,7 +261,7 @@ def test_a_wrong_command_line_ends_with_failed() -> None:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """256 MB of weights are quantized and written in less than 150 MB."""
-    make = "import sys; from pathlib import Path; from instantrt.tools.bench.compile import write_weights\n"
+    make = "import sys; from pathlib import Path; from instantrt.tools.bench.layers import write_weights\n"
     make += "write_weights(Path(sys.argv[1]), [(8192, 8192), (8192, 8192)])"
     subprocess.run([sys.executable, "-c", make, tmp_path], cwd=ROOT, check=True)
     stage = [sys.executable, "-c", STAGE, tmp_path, "A16W8 per-channel"]

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from instantrt.tools.bench.compile import peak_kb
+from instantrt.tools.bench.layers import peak_kb
 from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
 
 CHILD = """

@@ -1,9 +1,14 @@
 """What the CPU road reaches: `instantrt bench compile [PART ...]` writes benchmarks/compile.json and compile.md.
 
+    speed       seconds of a compilation of 30 layers, cold and warm, beside other exporters
+    depth       80 layers against 30
+    engine      the same for an engine: our work, and TensorRT-RTX's
+    large       seconds and peak memory of compiling a model of Qwen2-7B's shape
     rate        quantizing and writing, weights a second, beside ONNX Runtime's own quantizer on the same weights
-    memory      peak memory: of the quantize-and-write stage, and of compiling a model of Qwen2-7B's shape
+    memory      peak memory of the quantize-and-write stage
     smoke       what running each artifact once adds to a compilation of 30 layers, in seconds and memory
     decode      one token through layers of 2048 x 8192, beside float32, and the error of the per-channel forms
+    prefill     a prompt of 512 tokens: logits of all its tokens against the last
     perplexity  of every mode on the evaluation text, beside float
 
 Machines are shared and noisy: every comparison is a ratio within one run, the two sides taking turns.
@@ -14,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,88 +30,24 @@ from typing import Annotated, Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
-import onnx_graphsurgeon as gs
 import typer
-from rich.console import Console
-from safetensors.numpy import save_file
 
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.checkpoint import read_header
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.ran import Ran
 from instantrt.compiler.watch import Watch
-from instantrt.passes.core.lazy import FileTensor, whole
-from instantrt.passes.core.linear import linear, weight_constant
-from instantrt.passes.core.quant import InstantQuant, QuantTensor
-from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.limbs import ONE_LIMB_X86
-from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
-from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_7B, SMOLLM2_135M, write_checkpoint
+from instantrt.passes.core.lazy import Array, FileTensor, whole
+from instantrt.tools.bench.compile_time import check_room, depth, engine, large, plot, speed, table
+from instantrt.tools.bench.layers import MODES, layer_chain, lowered, write_weights
+from instantrt.tools.bench.running import decode, perplexities, prefill
+from instantrt.tools.bench.synthetic import SMOLLM2_135M, write_checkpoint
+from instantrt.tools.cli.console import console
 
-Array = npt.NDArray[Any]
 Result = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
-FLOAT32 = np.dtype(np.float32)
-console = Console()
-
-# name: bits, group size (0 is per channel), activations, CPU preset
-MODES: dict[str, tuple[int, int, str, str]] = {
-    "A16W8 per-channel": (8, 0, "float", "exact"),
-    "A16W8 per-channel, fast": (8, 0, "float", "fast"),
-    "A16W8 g128": (8, 128, "float", "exact"),
-    "A16W8 g128, fast": (8, 128, "float", "fast"),
-    "A16W8 g32, fast": (8, 32, "float", "fast"),
-    "A8W8 per-channel": (8, 0, "int8", "exact"),
-    "A16W4 g32": (4, 32, "float", "exact"),
-    "A16W4 g32, fast": (4, 32, "float", "fast"),
-    "A16W4 g128, fast": (4, 128, "float", "fast"),
-}
-
-
-def write_weights(folder: Path, shapes: list[tuple[int, int]]) -> dict[str, FileTensor]:
-    """A bf16 checkpoint of random weights."""
-    random = np.random.default_rng(0)
-    weights = {
-        f"l{i}.weight": (random.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
-        for i, shape in enumerate(shapes)
-    }
-    save_file(weights, folder / "model.safetensors")
-    return read_header(folder / "model.safetensors")
-
-
-def layer_chain(tensors: Mapping[str, FileTensor]) -> gs.Graph:
-    """x -> every layer in turn -> y, in FLOAT normal form."""
-    first = next(iter(tensors.values()))
-    x = gs.Variable("x", FLOAT32, ["b", "s", first.shape[1]])
-    nodes, value = [], x
-    for name, tensor in tensors.items():
-        path = name.removesuffix(".weight")
-        n, k = tensor.shape
-        out = gs.Variable(f"y.{path}", FLOAT32, ["b", "s", n])
-        nodes.append(gs.Node("MatMul", path, {}, [value, weight_constant(path, tensor, (n, k))], [out]))
-        value = out
-    return gs.Graph(nodes, [x], [value], opset=23, ir_version=10)
-
-
-def lowered(tensors: Mapping[str, FileTensor], mode: str) -> gs.Graph:
-    bits, group, activations, preset = MODES[mode]
-    graph, table = layer_chain(tensors), {}
-    for node in graph.nodes:
-        found = linear(node)
-        assert found is not None
-        size, symmetric = group or found.shape[1], activations == "int8"
-        source = InstantQuant(found.path, found.rows, bits, size, symmetric, FLOAT32)
-        table[found.path] = QuantTensor(
-            found.path, source, found.shape, bits, size, symmetric, FLOAT32, "int8" if symmetric else "float"
-        )
-    run(graph, (InsertDequantize(table), QuantizeActivations()), PassLog())
-    return run(graph, linear_passes(preset, ONE_LIMB_X86), PassLog())  # type: ignore[arg-type]
+OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "compile.json"
+SPEED = OUT.with_name("compile_time.png")
 
 
 def rate(folder: Path) -> Result:
@@ -180,10 +120,10 @@ def compare_codes(ours: Path, peer: Path, weights: list[Array]) -> Result:
 
 STAGE = """
 import sys
-from inspect import getdoc
 from pathlib import Path
+from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_header
-from instantrt.tools.bench.compile import lowered, peak_kb, write_model
+from instantrt.tools.bench.layers import lowered, peak_kb
 folder = Path(sys.argv[1])
 graph = lowered(read_header(folder / "model.safetensors"), sys.argv[2])
 before = peak_kb()
@@ -198,18 +138,6 @@ import numpy as np
 SharedEngine(sys.argv[1], 1, 16).prefill(0, np.arange(8), 0)
 print(peak_kb())
 """
-COMPILE = """
-import atexit, sys
-from instantrt.tools.cli.app import compile_main
-atexit.register(lambda: print(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")), file=sys.stderr))
-compile_main()
-"""
-
-
-def peak_kb() -> int:
-    """This program's peak resident memory (Linux); getrusage would also count the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def memory(folder: Path) -> Result:
@@ -220,20 +148,6 @@ def memory(folder: Path) -> Result:
         done = subprocess.run([sys.executable, "-c", STAGE, folder, mode], capture_output=True, text=True, check=True)
         before, after = map(int, done.stdout.split())
         result[mode] = {"quantize_and_write_mb": (after - before) // 1024}
-    model = folder / "qwen2-7b"
-    size = write_checkpoint(model, QWEN2_7B)
-    for quant, extra in (("a16w8", ["--group-size", "128"]), ("a16w8", [])):
-        command: list[str | Path] = [sys.executable, "-c", COMPILE, model, "--target", "x86", "--quant", quant, *extra]
-        started = time.monotonic()
-        done = subprocess.run([*command, "-o", folder / "out"], capture_output=True, text=True, check=True)
-        written = sum(p.stat().st_size for p in (folder / "out").rglob("*") if p.is_file())
-        result[f"Qwen2-7B {quant} {' '.join(extra) or 'per-channel'}"] = {
-            "checkpoint_gb": round(size / 1e9, 1),
-            "artifact_gb": round(written / 1e9, 1),
-            "peak_rss_mb": int(done.stderr.split("VmHWM:")[1].split()[0]) // 1024,
-            "seconds": round(time.monotonic() - started),
-        }
-        shutil.rmtree(folder / "out")
     return result
 
 
@@ -273,116 +187,6 @@ class SmokeSeen(Watch):
         self.all.append(ran)
 
 
-def decode(folder: Path) -> Result:
-    """Speed of one token against float32, the sessions taking turns; error of the per-channel forms in float64."""
-    import onnxruntime as ort
-
-    tensors = write_weights(folder, [(8192, 2048), (2048, 8192)] * 4)
-    sessions: dict[str, ort.InferenceSession] = {}
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    graphs = {"float32": layer_chain(tensors), **{mode: lowered(tensors, mode) for mode in MODES}}
-    for name, graph in graphs.items():
-        path = folder / f"{len(sessions)}.onnx"
-        write_model(graph, path)
-        sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(1).standard_normal((1, 1, 2048), np.float32)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(30):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.run(None, {"x": x})
-            times[name].append(time.perf_counter() - started)
-    base = np.array(times["float32"])
-    result: Result = {
-        name: {"times_as_fast_as_float32": round(float(np.median(base / np.array(taken))), 2)}
-        for name, taken in times.items()
-    }
-    result["error"] = per_channel_error(folder)
-    return result
-
-
-def per_channel_error(folder: Path) -> Result:
-    """One layer, 16 tokens with outlier channels: |y - W x| / |W x| for exact weights (the floor) and the artifact."""
-    import onnxruntime as ort
-
-    tensors = write_weights(folder, [(2048, 2048)])
-    w = whole(tensors["l0.weight"]).astype(np.float64)
-    x = np.random.default_rng(2).standard_normal((1, 16, 2048), np.float32)
-    x[..., ::100] *= 30
-    want = x[0].astype(np.float64) @ w.T
-    source = InstantQuant("l0", tensors["l0.weight"], 8, 2048, False, FLOAT32)
-    q = np.concatenate([(c.astype(np.float64) - z) * s for _, (c, s, z) in source.tiles()])
-    path = folder / "error.onnx"
-    write_model(lowered(tensors, "A16W8 per-channel"), path)
-    got = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0][0]
-    floor = np.linalg.norm(x[0] @ q.T - want) / np.linalg.norm(want)
-    ours = np.linalg.norm(got - want) / np.linalg.norm(want)
-    return {"weight_only_floor": float(f"{floor:.4g}"), "two_limbs": float(f"{ours:.4g}")}
-
-
-def prefill(folder: Path) -> Result:
-    """A prompt of 512 tokens on a model of Qwen2-0.5B's shape, 152,064 words: logits of all tokens and of the last.
-
-    The two take turns; quartiles of the milliseconds of ten rounds, and of the ratios within a round.
-    """
-    write_checkpoint(folder / "model", QWEN2_05B)
-    models = {}
-    for logits in ("all", "last"):
-        request = Request(folder / "model", ("x86",), folder / logits, quant="a16w8", group_size=128, logits=logits)
-        compile_model(request)
-        models[logits] = load_artifact(folder / logits)
-    ids = np.random.default_rng(0).integers(0, 1000, (1, 512))
-    empty = np.zeros((1, QWEN2_05B["num_key_value_heads"], 0, 64), np.float32)
-    past = {s.name: empty for s in models["all"].artifact.inputs if s.name.startswith("past_key_values.")}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(11):
-        for name, model in models.items():
-            started = time.perf_counter()
-            model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(512)[None], **past)
-            times[name].append((time.perf_counter() - started) * 1e3)
-    base, last = (np.array(times[name][1:]) for name in models)  # the first round warms up
-
-    def quartiles(values: Array) -> list[float]:
-        return [round(float(v), 2) for v in np.percentile(values, (25, 50, 75))]
-
-    return {name: {"quartiles": quartiles(v)} for name, v in (("all", base), ("last", last), ("ratio", base / last))}
-
-
-PERPLEXITY = (
-    "none",
-    "a16w8",
-    "a16w8 --cpu-preset fast",
-    "a16w8 --group-size 32",
-    "a16w8 --group-size 128",
-    "a16w8 --group-size 128 --cpu-preset fast",
-    "a16w8 --lm-head int8 --embeddings int8",
-    "a8w8",
-    "a16w4 --group-size 32",
-    "a16w4 --group-size 32 --cpu-preset fast",
-    "a16w4 --group-size 64",
-    "a16w4 --group-size 128",
-    "a16w4",
-)
-
-
-def perplexities(folder: Path) -> Result:
-    """Of each mode on the evaluation text, and the increase over float in percent."""
-    from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
-
-    model = ROOT / "examples" / "tiny-qwen2"
-    parts = text_windows(model, ROOT / "examples" / "text" / "evaluation.txt")
-    base = perplexity_of(transformers_logits(model), parts)
-    result: Result = {"transformers float32": {"perplexity": round(base, 3)}}
-    for mode in PERPLEXITY:
-        command = [sys.executable, "-m", "instantrt", "compile", str(model), "--target=x86", f"--out={folder / 'out'}"]
-        subprocess.run([*command, "--quant", *mode.split()], check=True, stdout=subprocess.DEVNULL)
-        value = perplexity_of(artifact_logits(folder / "out"), parts)
-        result[mode] = {"perplexity": round(value, 3), "increase_percent": round((value / base - 1) * 100, 3)}
-    return result
-
-
 def median(function: Callable[[], Any], times: int) -> float:
     taken = []
     for _ in range(times):
@@ -392,7 +196,11 @@ def median(function: Callable[[], Any], times: int) -> float:
     return float(np.median(taken))
 
 
-PARTS: dict[str, Callable[[Path], Result]] = {
+PARTS: dict[str, Callable[..., Result]] = {
+    "speed": speed,
+    "depth": depth,
+    "engine": engine,
+    "large": large,
     "rate": rate,
     "memory": memory,
     "smoke": smoke,
@@ -402,32 +210,57 @@ PARTS: dict[str, Callable[[Path], Result]] = {
 }
 
 
+TABLES = """Where a table has goals: medians of the rounds, with quartiles behind them; wall time and CPU time of all
+processes together, memory of the largest."""
+
+
 def markdown(results: Mapping[str, Result]) -> str:
-    lines = ["# What the CPU road reaches", "", "Written by `instantrt bench compile`.", ""]
+    lines = ["# What the CPU road reaches", "", "Written by `instantrt bench compile`.", "", TABLES, ""]
     for part, result in results.items():
-        lines += [f"## {part}", "", getdoc(PARTS[part]) or "", "", "| what | measured |", "|---|---|"]
-        for name, value in result.items():
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-            lines.append(f"| {name} | {shown.replace('_', ' ')} |")
-        lines.append("")
+        lines += [f"## {part}", "", getdoc(PARTS[part]) or "", ""]
+        lines += [*table(result), ""] if "rows" in result else [*named_values(result), ""]
+        if part == "speed":
+            lines += [f"![wall time of each]({SPEED.name})", ""]
     return "\n".join(lines)
 
 
-def main(
-    parts: Annotated[
-        list[str] | None, typer.Argument(help="rate, memory, smoke, decode, prefill, perplexity; all by default")
-    ] = None,
-    scratch: Annotated[Path | None, typer.Option(help="a folder with 40 GB of room")] = None,
-) -> None:
-    """Run the parts and write benchmarks/compile.json and compile.md; parts not run keep their last results."""
-    out = ROOT / "benchmarks" / "compile.json"
-    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
-    for part in parts or list(PARTS):
-        with tempfile.TemporaryDirectory(dir=scratch) as folder, console.status(part):
-            results[part] = PARTS[part](Path(folder))
-        console.print(part, results[part])
+def named_values(result: Result) -> list[str]:
+    lines = ["| what | measured |", "|---|---|"]
+    for name, value in result.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        lines.append(f"| {name} | {shown.replace('_', ' ')} |")
+    return lines
+
+
+def keep(results: Mapping[str, Result]) -> None:
+    """Writes all that is known, in the order of PARTS."""
     ordered = {part: results[part] for part in PARTS if part in results}
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, "results": ordered}, indent=2) + "\n")
-    out.with_suffix(".md").write_text(markdown(ordered))
+    OUT.write_text(json.dumps({"machine": machine, "results": ordered}, indent=2) + "\n")
+    OUT.with_suffix(".md").write_text(markdown(ordered))
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(PARTS)}; all by default")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="a folder with 40 GB of room")] = None,
+    rounds: Annotated[int, typer.Option(help="of speed, depth and engine", min=1)] = 5,
+    genai: Annotated[Path | None, typer.Option(help="for speed: a python that has onnxruntime-genai")] = None,
+    optimum: Annotated[Path | None, typer.Option(help="for speed: a python that has optimum-onnx")] = None,
+) -> None:
+    """Run the parts and write benchmarks/compile.json and compile.md; parts not run keep their last results."""
+    results: dict[str, Result] = json.loads(OUT.read_text())["results"] if OUT.is_file() else {}
+    settings: dict[str, dict[str, Any]] = {
+        "speed": {"rounds": rounds, "peers": {"genai": genai, "optimum": optimum}},
+        "depth": {"rounds": rounds},
+        "engine": {"rounds": rounds},
+    }
+    os.environ["INSTANTRT_CACHE"] = "none"  # no part starts warm but those that say so
+    if "large" in (parts or PARTS):
+        check_room(scratch or Path(tempfile.gettempdir()))
+    for part in parts or PARTS:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder, console.status(part):
+            results[part] = PARTS[part](Path(folder), **settings.get(part, {}))
+        console.print(part, results[part])
+        keep(results)
+        if part == "speed":
+            plot(results[part], SPEED)

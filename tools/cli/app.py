@@ -30,7 +30,7 @@ COMMANDS = {  # name -> (module, what --help says)
     "gpu-check": (f"{CLI}gpu_check", "Build, test and time the kernels on a machine with a GPU."),
 }
 BENCHES = {
-    "compile": (f"{BENCH}compile", "What the CPU road reaches: rate, memory, speed, perplexity."),
+    "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
     "engine": (f"{BENCH}engine", "Build engines for models of random weights: time, size, memory."),
     "formats": (f"{BENCH}formats", "Quantized checkpoints of every format, against transformers."),
     "triton": (f"{BENCH}triton", "What serving costs and what batching brings."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def main(
     model: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
-    **options: bool,
+    **options: Any,
 ) -> None:
     """Prints what is found; a checkpoint with problems ends with exit status 1."""
     from instantrt.compiler.inspect import inspect

@@ -1,0 +1,234 @@
+"""Which layers of a model do the same: every operation of each is recorded, on tensors without storage, and compared.
+
+A model that is exported with its first layers alone is the whole model once they are repeated, if all that happens
+outside of its layers is the same with few layers as with all, and if each layer takes one tensor from the layer before
+it and does what one of the first does. Whatever cannot be seen here is a reason to export the whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from instantrt.compiler.frontend.hf_attention import WithCache, example
+from instantrt.compiler.frontend.model import LlmShape
+
+Tensor = torch.Tensor
+# Python's numbers become tensors by these, and tensors without storage lose them.
+CONSTANTS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
+OUTSIDE = -1
+
+
+class UnlikeError(Exception):
+    """Why a model's layers are not exported once and repeated, in words for its user."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model: the path of their list, and for each the first that does the same."""
+
+    path: str
+    alike: tuple[int, ...]
+
+    @property
+    def shown(self) -> int:
+        """How many of the first layers show all there is to repeat.
+
+        Each kind that comes again is among them, not as the first layer, which takes its input from elsewhere; and the
+        last has a twin before it, to prove what is repeated. UnlikeError where that takes all of them.
+        """
+        for n in range(2, len(self.alike)):
+            if {*self.alike[n:]} <= {*self.alike[1:n]} and self.alike[n - 1] in self.alike[: n - 1]:
+                return n
+        raise UnlikeError(f"its {len(self.alike)} layers are of {len({*self.alike})} kinds, which too few of them show")
+
+
+def find_layers(model: Any, shape: LlmShape) -> Layers:
+    """The layers of `model`, compared; UnlikeError if they cannot be repeated, or are too few for that to be of use."""
+    lists = [p for p, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == shape.layers]
+    if len(lists) != 1:
+        raise UnlikeError(f"{len(lists)} lists of modules are as long as the model is deep")
+    whole = record(model, shape, lists[0])
+    layers = Layers(lists[0], tuple(whole.layers.index(each) for each in whole.layers))
+    with first_layers(model, layers.path, layers.shown) as few:
+        some = record(model, shape.with_layers(few), layers.path)
+    if some.outside != whole.outside or some.layers != whole.layers[:few]:
+        raise UnlikeError("what it does outside of its layers depends on their number")
+    return layers
+
+
+@contextmanager
+def first_layers(model: Any, path: str, count: int) -> Iterator[int]:
+    """`model` has `count` layers inside; its config still says how many it has."""
+    parent, _, name = path.rpartition(".")
+    modules = model.get_submodule(parent)._modules
+    whole = modules[name]
+    modules[name] = whole[:count]
+    try:
+        yield count
+    finally:
+        modules[name] = whole
+
+
+@dataclass
+class Recording:
+    """What was done outside of the layers, and in each: operations with all that they were given."""
+
+    outside: list[Hashable] = field(default_factory=list)
+    layers: list[list[Hashable]] = field(default_factory=list)
+
+
+def record(model: Any, shape: LlmShape, path: str) -> Recording:
+    """Runs the model on tensors of the meta device; UnlikeError where a layer is entangled with more than the last."""
+    wrapped = WithCache(model)
+    named = {**dict(wrapped.named_parameters()), **dict(wrapped.named_buffers())}
+    meta = {name: tensor.to("meta") for name, tensor in named.items()}
+    recorder = Recorder(f"model.{path}.", shape)
+    try:
+        with ExitStack() as stack:
+            for index, layer in enumerate(model.get_submodule(path)):
+                enter = layer.register_forward_pre_hook(partial(recorder.enter, index), with_kwargs=True)
+                leave = layer.register_forward_hook(partial(recorder.leave, index))
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.device("meta"))
+            inputs = example(shape)
+            recorder.know(named, meta, inputs)
+            stack.enter_context(recorder)
+            stack.enter_context(Constants(recorder))
+            logits, present = torch.func.functional_call(wrapped, meta, inputs)
+            recorder.finish(logits, present)
+    except UnlikeError:
+        raise
+    except Exception as error:  # a model's own code, run on tensors that it may not expect
+        raise UnlikeError(f"a run without storage ended in {type(error).__name__}: {error}") from error
+    return recorder.recording
+
+
+class Constants(TorchFunctionMode):
+    """Writes down the numbers that Python's code makes tensors of: without storage they have no values."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in CONSTANTS:
+            if not isinstance(args[0], int | float | list | tuple):
+                raise UnlikeError("an array of its code becomes a tensor")
+            self.recorder.wrote(func.__name__, repr((args, kwargs)), result)
+        return result
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every operation, each tensor as what it is to the layer that reads it.
+
+    `path` is the prefix of the names of what layers own. A tensor is named by who made it, (layer, number), seen from
+    the layer that reads it; a weight by its name in the layer; keys and values by the layer they are of, counted from
+    the one that reads them.
+    """
+
+    def __init__(self, path: str, shape: LlmShape) -> None:
+        super().__init__()
+        self.path, self.recording = path, Recording(layers=[[] for _ in range(shape.layers)])
+        self.now, self.last = OUTSIDE, OUTSIDE  # the layer that runs, and the one that ran
+        self.hidden: Tensor | None = None  # what goes from layer to layer
+        self.names: dict[int, tuple[str, int, Hashable]] = {}  # of each tensor by its id: kind, layer, what
+        self.alive: list[Any] = []  # ids are of use as long as their owners live
+
+    def know(self, named: Mapping[str, Tensor], meta: Mapping[str, Tensor], inputs: Any) -> None:
+        """What there is before anything runs: weights and buffers, and the inputs with the cache."""
+        buffers = {name: tensor for name, tensor in named.items() if not isinstance(tensor, torch.nn.Parameter)}
+        for name, tensor in meta.items():
+            layer, own = OUTSIDE, name
+            if name.startswith(self.path):
+                index, _, own = name.removeprefix(self.path).partition(".")
+                layer = int(index)
+            value = hashlib.sha256(buffers[name].numpy().tobytes()).hexdigest() if name in buffers else ""
+            self.name(tensor, "weight", layer, (own, tuple(tensor.shape), tensor.dtype, value))
+        *tokens, past = inputs
+        for place, tensor in enumerate(tokens):
+            self.name(tensor, "input", OUTSIDE, place)
+        for layer, pair in enumerate(past):
+            for part, tensor in zip(("key", "value"), pair, strict=True):
+                self.name(tensor, "past", layer, part)
+
+    def name(self, tensor: Tensor, kind: str, layer: int, what: Hashable) -> None:
+        self.alive.append(tensor)
+        self.names[id(tensor)] = kind, layer, what
+
+    def seen(self, value: Any) -> Hashable:
+        """An argument as the layer that runs now sees it."""
+        if isinstance(value, Tensor):
+            return self.seen_tensor(value)
+        if isinstance(value, list | tuple):
+            return tuple(self.seen(each) for each in value)
+        if isinstance(value, dict):
+            return tuple((key, self.seen(each)) for key, each in value.items())
+        return value if isinstance(value, int | float | str) else repr(value)
+
+    def seen_tensor(self, tensor: Tensor) -> Hashable:
+        if tensor is self.hidden:
+            return "hidden"
+        if id(tensor) not in self.names:
+            raise UnlikeError("a tensor that nothing recorded makes")
+        kind, layer, what = self.names[id(tensor)]
+        if self.now == OUTSIDE:
+            if layer != OUTSIDE and kind == "made":
+                raise UnlikeError(f"a value of layer {layer} is used outside of it")
+            return kind, layer, what
+        return kind, layer - self.now if layer != OUTSIDE else "outside", what
+
+    def note(self, what: Hashable) -> int:
+        """Writes down, and tells which number it got."""
+        if self.now == OUTSIDE and OUTSIDE < self.last < len(self.recording.layers) - 1:
+            raise UnlikeError("something is computed between two layers")
+        notes = self.recording.outside if self.now == OUTSIDE else self.recording.layers[self.now]
+        notes.append(what)
+        return len(notes)
+
+    def wrote(self, what: str, given: Hashable, result: Any) -> None:
+        """An operation, and all that it made."""
+        made = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
+        number = self.note((what, given, tuple((tuple(t.shape), t.dtype) for t in made)))
+        for place, tensor in enumerate(made):
+            self.name(tensor, "made", self.now, (number, place))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = self.seen(args), self.seen(kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.device.type != "meta":  # ONNX operators make theirs where they like
+            result = torch.empty_like(result, device="meta")
+        self.wrote(str(func), given, result)
+        return result
+
+    def enter(self, index: int, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        given = args[0] if args else kwargs.get("hidden_states")
+        if self.now != OUTSIDE or index != self.last + 1 or not isinstance(given, Tensor):
+            raise UnlikeError("its layers do not run one after the other")
+        if index and given is not self.hidden:
+            raise UnlikeError(f"layer {index} does not take what layer {index - 1} gives")
+        if not index:
+            self.recording.outside.append(("hidden", self.seen(given)))
+        self.now, self.hidden = index, given
+
+    def leave(self, index: int, module: Any, args: Any, output: Any) -> None:  # noqa: ARG002
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        self.note(("gives", self.seen(hidden)))
+        self.now, self.last, self.hidden = OUTSIDE, index, hidden
+
+    def finish(self, logits: Tensor, present: Any) -> None:
+        """Each layer gives its own keys and values."""
+        self.note(("logits", self.seen(logits)))
+        for self.now, pair in enumerate(present):
+            self.note(("present", self.seen(pair)))
