@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request, check_options
 from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
 from instantrt.compiler.smoke.memory import check_memory
+from instantrt.compiler.smoke.process import Child, standby
+from instantrt.compiler.target import Backend
 from instantrt.compiler.watch import SILENT, Watch
 from instantrt.compiler.write import outline, stage_artifacts
 from instantrt.passes.core.errors import UserError
@@ -47,23 +50,20 @@ def compile_model(
     """
     triton = Path(triton) if triton is not None else None
     check_places(request, verify=verify, triton=triton)
-    planned = plan(request, watch.say)
-    watch.planned(planned)
-    targets = request.resolved_targets()
-    data = None
-    if verify:
-        from instantrt.compiler.accuracy.data import load_data
+    on_cpu = any(target.backend is Backend.ONNXRUNTIME for target in request.resolved_targets())
+    with Staging() as staging, standby(needed=request.smoke and on_cpu) as take:
+        planned = plan(request, watch.say)
+        watch.planned(planned)
+        data = None
+        if verify:
+            from instantrt.compiler.accuracy.data import load_data
 
-        watch.say("reading the text to verify with")
-        data = load_data(planned.model, request.text)
-    if triton is not None:
-        plan_repository([*artifacts_kept(request.out, targets), *(outline(request, planned, t) for t in targets)])
-    if request.smoke:
-        check_memory({target: planned.size(target) for target in planned.lowered if target not in planned.builders})
-    with Staging() as staging:
+            watch.say("reading the text to verify with")
+            data = load_data(planned.model, request.text)
+        check_plan(planned, request, triton)
         artifacts = stage_artifacts(request, planned, staging, watch)
         if request.smoke:
-            run_once(planned, request, artifacts, staging, watch)
+            run_once(planned, request, artifacts, staging, take, watch)
         verdicts = stage_reports(planned, request, artifacts, data, staging, watch) if data is not None else []
         passed = all(verdict.passed for verdict in verdicts)
         if triton is not None and passed:
@@ -87,12 +87,28 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
         check_reports(request.out / REPORT, targets)
 
 
-def run_once(planned: Plan, request: Request, artifacts: list[Artifact], staging: Staging, watch: Watch) -> None:
+def check_plan(planned: Plan, request: Request, triton: Path | None) -> None:
+    """What can be known to fail before a byte is written."""
+    if triton is not None:
+        targets = request.resolved_targets()
+        plan_repository([*artifacts_kept(request.out, targets), *(outline(request, planned, t) for t in targets)])
+    if request.smoke:
+        check_memory({target: planned.size(target) for target in planned.lowered if target not in planned.builders})
+
+
+def run_once(
+    planned: Plan,
+    request: Request,
+    artifacts: list[Artifact],
+    staging: Staging,
+    take: Callable[[], Child],
+    watch: Watch,
+) -> None:
     """Runs the artifacts where they are staged, against their twins; SmokeError for one that is wrong."""
     from instantrt.compiler.smoke.run import smoke
 
     watch.say("running each artifact once")
-    for ran in smoke(planned, replace(request, out=staging.staged(request.out)), artifacts):
+    for ran in smoke(planned, replace(request, out=staging.staged(request.out)), artifacts, take):
         watch.ran(ran)
 
 

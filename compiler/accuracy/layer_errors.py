@@ -284,7 +284,7 @@ def meeting_point(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> st
     for _ in range(FUSED):
         for tensor in near:
             try:
-                if tensor.name in run.made_by and run.needed(tensor.name) and twin.needed(tensor.name):
+                if tensor.name in run.wiring.made_by and run.needed(tensor.name) and twin.needed(tensor.name):
                     return str(tensor.name)
             except KeyError:  # made of more than x
                 continue

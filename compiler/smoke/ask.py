@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.smoke.lockstep import lockstep
-from instantrt.compiler.smoke.process import LOADING, Answers, Ending, ModelOrder, started
+from instantrt.compiler.smoke.process import LOADING, Answers, Child, Ending, ModelOrder, started
 from instantrt.compiler.smoke.ran import SmokeError, ort_version
 from instantrt.compiler.smoke.steps import BY_ROW, Call, fed, prompts_of, typed
 from instantrt.compiler.smoke.subject import Reference, Staged, has_branches
@@ -35,15 +35,19 @@ class Heard:
     peak_kb: int = 0
 
 
-def ask(subject: Staged, known: Known) -> Heard:
-    """`known` are the answers of references that earlier targets had. SmokeError for an artifact that does not run."""
+def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
+    """SmokeError for an artifact that does not run.
+
+    known   the answers of references that earlier targets had
+    take    gives the process
+    """
     if not subject.on_cpu and has_branches(subject.graph):
         return Heard(not_compared="its branches and loops run in an engine alone")
     llm = subject.llm
     with ExitStack() as stack:
         orders = orders_of(subject, known, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twin."))))
         feeds = fed(subject.steps, prompts_of(llm) if llm is not None else None)
-        process = stack.enter_context(started(list(orders.values()), feeds)) if orders else None
+        process = stack.enter_context(started(list(orders.values()), feeds, take)) if orders else None
         streaming = [each for each in subject.references if each.form not in orders and each not in known]
         meanwhile = evaluated(streaming, subject.steps) if llm is not None else {}
         outcomes = dict(zip(orders, process.outcomes() if process is not None else (), strict=True))

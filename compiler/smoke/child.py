@@ -1,6 +1,6 @@
-"""The process that runs ONNX files for the smoke run: `python -m instantrt.compiler.smoke.child FOLDER`.
+"""The process that runs ONNX files for the smoke run: `python -m instantrt.compiler.smoke.child`.
 
-It imports numpy and ONNX Runtime alone. FOLDER/order.json is a list of models:
+It imports numpy and ONNX Runtime alone, and reads a line, the name of a folder. FOLDER/order.json is a list of models:
 
     {"model": path, "form": "artifact", "twin", "float" or "original", "attempts": bool,
      "steps": [[name, name of the step whose cache it goes on with, or ""], ...], "cache": "shared", "concat" or ""}
@@ -114,4 +114,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if told := sys.stdin.readline().rstrip("\n"):  # none where whoever started it has no work, or is gone
+        main(Path(told))

@@ -16,9 +16,9 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.accuracy.bounds import int8_blocks
 from instantrt.compiler.smoke.names import PAST, PRESENT
 from instantrt.compiler.smoke.process import Answers
-from instantrt.compiler.smoke.steps import Call
-from instantrt.passes.core.evaluate import Evaluation
-from instantrt.passes.core.evaluate_node import dependencies, evaluate_each, evaluate_node
+from instantrt.compiler.smoke.steps import Call, caches
+from instantrt.passes.core.evaluate import Evaluation, Wiring
+from instantrt.passes.core.evaluate_node import evaluate_each, evaluate_node
 from instantrt.passes.core.lazy import Array
 
 
@@ -43,11 +43,14 @@ class StepRun(Evaluation):
     blocks   MatMul -> the block in which the operator that stands for it makes int8 of its input, by definition
     """
 
-    def __init__(self, graph: gs.Graph, step: Call, before: StepRun | None, blocks: Mapping[str, int]) -> None:
-        super().__init__(graph, step.feeds, keep=[t.name for t in graph.outputs])
+    def __init__(self, wiring: Wiring, step: Call, before: StepRun | None, blocks: Mapping[str, int]) -> None:
+        super().__init__(wiring.graph, step.feeds, [t.name for t in wiring.graph.outputs], wiring)
         self.values = Values(step.feeds)
-        self.values.before, self.blocks = before, blocks
+        self.values.before, self.blocks, self.step = before, blocks, step
         self.done: set[int] = set()
+        self.caches: dict[str, Array] = {}
+        if before is not None and before.step.keys is not None:
+            self.caches = caches(wiring.graph, *before.step.keys.shape)
 
     def made(self, name: str) -> Array:
         """A tensor of this step, wherever the others are."""
@@ -56,7 +59,9 @@ class StepRun(Evaluation):
         return self.values[name]
 
     def seen(self, node: gs.Node) -> Mapping[str, Array]:
-        """What `node` reads."""
+        """What `node` reads; of a cache that is asked for its sizes, nothing more: whoever makes it has yet to run."""
+        if node.op == "Shape" and node.inputs[0].name in self.caches:
+            return self.caches
         block = self.blocks.get(node.name) if node.op == "MatMul" else None
         if block is None:
             return self.values
@@ -69,7 +74,7 @@ def run_node(node: gs.Node, runs: Sequence[StepRun]) -> None:
     waiting = [run for run in runs if id(node) not in run.done]
     for run in waiting:
         run.done.add(id(node))
-    if not dependencies(node):  # made of constants: the same for all
+    if not runs[0].wiring.reads(node)[0]:  # made of constants: the same for all
         outputs = evaluate_node(node, {}, runs[0].graph)
         for run in waiting:
             run.store(node, outputs)
@@ -82,15 +87,13 @@ def run_node(node: gs.Node, runs: Sequence[StepRun]) -> None:
 def lockstep(graph: gs.Graph, steps: Sequence[Call], blocks: Mapping[str, int] | None = None) -> tuple[Answers, str]:
     """(the outputs of every step, the first tensor that is not finite in any step, or "")."""
     runs: dict[str, StepRun] = {}
+    wiring = Wiring(graph)
     for step in steps:
-        runs[step.name] = StepRun(graph, step, runs.get(step.after), blocks or {})
+        runs[step.name] = StepRun(wiring, step, runs.get(step.after), blocks or {})
     names = [t.name for t in graph.outputs]
-    first = runs[steps[0].name]
-    needed = {id(node) for name in names for node in first.needed(name)}
     with one_thread():
-        for node in graph.nodes:
-            if id(node) in needed:
-                run_node(node, list(runs.values()))
+        for node in runs[steps[0].name].needed(*names):
+            run_node(node, list(runs.values()))
     answers = {step: {name: run.values[name] for name in names} for step, run in runs.items()}
     return answers, next((run.first_bad for run in runs.values() if run.first_bad), "")
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from instantrt.passes.core.lazy import Array
 
 SECONDS, BYTES_PER_SECOND = 300, 20 << 20  # a run that takes longer, for its size, hangs
 LOADING = ("start", "load")  # what a process is at before its first step
+Child = subprocess.Popen[str]
 Answers = dict[str, dict[str, Array]]  # step -> output -> value
 
 
@@ -49,7 +50,7 @@ class Ending:
 class Running:
     """The child at work on its orders; it has `seconds`, until `deadline`."""
 
-    child: subprocess.Popen[str]
+    child: Child
     folder: Path
     orders: int
     seconds: float
@@ -80,28 +81,49 @@ class Running:
         return found
 
 
+def begun() -> Child:
+    """A process that imports what it needs, and then waits for the folder of its orders."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "instantrt.compiler.smoke.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
 @contextmanager
-def started(orders: Sequence[ModelOrder], feeds: Mapping[str, Array]) -> Iterator[Running]:
-    """The child, which does not outlive the `with` block."""
-    seconds = SECONDS + sum(size(Path(order.model)) for order in orders) / BYTES_PER_SECOND
-    with tempfile.TemporaryDirectory(prefix="smoke.") as scratch:
-        folder = Path(scratch)
-        (folder / "order.json").write_text(json.dumps([asdict(order) for order in orders]), "utf-8")
-        np.savez(folder / "feeds.npz", **feeds)  # type: ignore[arg-type]
-        with subprocess.Popen(
-            [sys.executable, "-m", "instantrt.compiler.smoke.child", scratch],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        ) as child:
-            try:
-                yield Running(child, folder, len(orders), seconds, time.monotonic() + seconds)
-            finally:
+def standby(*, needed: bool) -> Iterator[Callable[[], Child]]:
+    """What gives children; where one is surely `needed` it begins now, and imports while other work is done."""
+    waiting = [begun()] if needed else []
+    try:
+        yield lambda: waiting.pop() if waiting else begun()
+    finally:
+        for child in waiting:
+            with child:
                 child.kill()
+
+
+@contextmanager
+def started(
+    orders: Sequence[ModelOrder], feeds: Mapping[str, Array], take: Callable[[], Child] = begun
+) -> Iterator[Running]:
+    """The child at work, which does not outlive the `with` block."""
+    seconds = SECONDS + sum(size(Path(order.model)) for order in orders) / BYTES_PER_SECOND
+    with tempfile.TemporaryDirectory(prefix="smoke.") as scratch, take() as child:
+        try:
+            folder = Path(scratch)
+            (folder / "order.json").write_text(json.dumps([asdict(order) for order in orders]), "utf-8")
+            np.savez(folder / "feeds.npz", **feeds)  # type: ignore[arg-type]
+            assert child.stdin is not None
+            with suppress(BrokenPipeError):  # how it ended is said by its outcomes
+                print(scratch, file=child.stdin, flush=True)
+            yield Running(child, folder, len(orders), seconds, time.monotonic() + seconds)
+        finally:
+            child.kill()
 
 
 def ended(status: int, errors: str) -> str:

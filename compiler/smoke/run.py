@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from instantrt.compiler.accuracy.engine_runner import EngineRunner
@@ -15,18 +15,19 @@ from instantrt.compiler.smoke.compare import Distance
 from instantrt.compiler.smoke.judge import judge
 from instantrt.compiler.smoke.on_gpu import engine_answers, why_not
 from instantrt.compiler.smoke.original import check_original, draws
-from instantrt.compiler.smoke.process import Answers
+from instantrt.compiler.smoke.process import Answers, Child
 from instantrt.compiler.smoke.ran import Ran
 from instantrt.compiler.smoke.subject import Reference, Staged, staged
 
 
-def smoke(planned: Plan, request: Request, artifacts: Sequence[Artifact]) -> Iterator[Ran]:
-    """What became of each artifact in `request.out`, as it is known; SmokeError for one that is wrong."""
+def smoke(planned: Plan, request: Request, artifacts: Sequence[Artifact], take: Callable[[], Child]) -> Iterator[Ran]:
+    """What became of each artifact in `request.out`, as it is known, by children that `take` gives; SmokeError for one
+    that is wrong."""
     known: dict[Reference, Answers] = {}
     for target, artifact in zip(request.resolved_targets(), artifacts, strict=True):
         started = time.monotonic()
         subject = staged(planned, request, target, artifact)
-        heard = ask(subject, known)
+        heard = ask(subject, known, take)
         known |= heard.references
         yield replace(ran(subject, heard), seconds=time.monotonic() - started)
 

@@ -87,14 +87,19 @@ def row_steps(graph: gs.Graph, prompts: Prompts, row: int, names: tuple[str, str
 
 def new(graph: gs.Graph, name: str, ids: Array, mask: Array | None = None) -> Call:
     """ids [B, S] with an empty cache; mask [B, S]."""
-    caches = {
-        t.name: np.zeros([len(ids) if i == 0 else d if isinstance(d, int) else 0 for i, d in enumerate(t.shape)], f)
+    mask = np.ones_like(ids) if mask is None else mask
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    feeds = {**token_feeds(ids), "attention_mask": mask, "position_ids": positions, **caches(graph, len(ids))}
+    return step(graph, name, feeds, "")
+
+
+def caches(graph: gs.Graph, batch: int, length: int = 0) -> dict[str, Array]:
+    """Input -> a cache of `length` zeros in each row."""
+    return {
+        t.name: np.zeros([batch if i == 0 else d if isinstance(d, int) else length for i, d in enumerate(t.shape)], f)
         for t in graph.inputs
         if t.name.startswith(PAST) and (f := numpy_type(t.dtype)) is not None
     }
-    mask = np.ones_like(ids) if mask is None else mask
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    return step(graph, name, {**token_feeds(ids), "attention_mask": mask, "position_ids": positions, **caches}, "")
 
 
 def follow(graph: gs.Graph, before: Call, name: str, ids: Array) -> Call:

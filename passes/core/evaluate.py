@@ -17,18 +17,37 @@ from instantrt.passes.core.evaluate_node import HALVES, dependencies, evaluate_n
 from instantrt.passes.core.lazy import Array, view_of
 
 
+class Wiring:
+    """What every run of `graph` has to know of it: who makes a tensor, who reads it, and in which order."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.order = {id(node): i for i, node in enumerate(graph.nodes)}
+        self.made_by = {t.name: node for node in graph.nodes for t in node.outputs}
+        self.readers = {t.name: len(t.outputs) for t in graph.tensors().values()}
+        self.known: dict[int, tuple[frozenset[str], bool]] = {}
+
+    def reads(self, node: gs.Node) -> tuple[frozenset[str], bool]:
+        """The tensors that `node` waits for, and whether its constants are not finite."""
+        if id(node) not in self.known:
+            constants = (t for t in node.inputs if isinstance(t, gs.Constant) and view_of(t) is None)
+            bad = any(not_finite(t.values) for t in constants)
+            self.known[id(node)] = frozenset(t.name for t in dependencies(node)), bad
+        return self.known[id(node)]
+
+
 class Evaluation:
     """One run of `graph` on `feeds`, which may also name inner tensors: what lies before those is not computed.
 
     `keep` names tensors that will be asked for later than their last consumer runs. `first_bad` is the first tensor
-    that is not finite although everything it was made of is.
+    that is not finite although everything it was made of is. Several runs may share the graph's `wiring`.
     """
 
-    def __init__(self, graph: gs.Graph, feeds: Mapping[str, Array], keep: Iterable[str] = ()) -> None:
-        self.graph = graph
-        self.order = {id(node): i for i, node in enumerate(graph.nodes)}
-        self.made_by = {t.name: node for node in graph.nodes for t in node.outputs}
-        self.waiting = {t.name: len(t.outputs) for t in graph.tensors().values()}
+    def __init__(
+        self, graph: gs.Graph, feeds: Mapping[str, Array], keep: Iterable[str] = (), wiring: Wiring | None = None
+    ) -> None:
+        self.graph, self.wiring = graph, wiring or Wiring(graph)
+        self.waiting = dict(self.wiring.readers)
         self.values = dict(feeds)
         self.keep = set(keep) | set(feeds)
         self.bad: set[str] = set()
@@ -49,25 +68,25 @@ class Evaluation:
             self.run(node)
         return self.values[name]
 
-    def needed(self, name: str) -> list[gs.Node]:
-        """The nodes that have to run before `name` is there, in order; KeyError for a tensor nobody makes or feeds."""
+    def needed(self, *names: str) -> list[gs.Node]:
+        """The nodes that have to run before all are there, in order; KeyError for a tensor nobody makes or feeds."""
         found: dict[int, gs.Node] = {}
-        stack = [name] if name not in self.values else []
+        stack = [name for name in names if name not in self.values]
         while stack:
-            node = self.made_by[stack.pop()]
+            node = self.wiring.made_by[stack.pop()]
             if id(node) in found:
                 continue
             found[id(node)] = node
-            stack += [t.name for t in dependencies(node) if t.name not in self.values]
-        return sorted(found.values(), key=lambda n: self.order[id(n)])
+            stack += [name for name in self.wiring.reads(node)[0] if name not in self.values]
+        return sorted(found.values(), key=lambda n: self.wiring.order[id(n)])
 
     def run(self, node: gs.Node) -> None:
         self.store(node, evaluate_node(node, self.values, self.graph))
 
     def store(self, node: gs.Node, outputs: Sequence[Array]) -> None:
         """Takes what `node` made, and drops what nobody else reads."""
-        inputs = {t.name for t in dependencies(node)}
-        tainted = bool(inputs & self.bad) or any(not_finite(t.values) for t in node.inputs if small_constant(t))
+        inputs, bad = self.wiring.reads(node)
+        tainted = bad or not inputs.isdisjoint(self.bad)
         for tensor, value in zip(node.outputs, outputs, strict=True):
             self.values[tensor.name] = value
             if not_finite(value):
@@ -78,10 +97,6 @@ class Evaluation:
             self.waiting[name] -= name in inputs
             if self.waiting[name] <= 0 and name not in self.keep:
                 self.values.pop(name, None)
-
-
-def small_constant(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and view_of(tensor) is None
 
 
 def not_finite(value: Array) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -196,40 +197,76 @@ STREAMED: dict[str, Callable[[gs.Node, Sequence[Mapping[str, Array]]], list[Arra
 }
 
 
+@dataclass(frozen=True)
+class Given:
+    """One input of a node: its type and sizes, and the bytes of a constant that is part of the model."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[Any, ...]
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Lone:
+    """A model of one node, by value and without names: like nodes share its session.
+
+    attrs   name -> value, lists as tuples
+    """
+
+    op: str
+    domain: str
+    attrs: tuple[tuple[str, Any], ...]
+    inputs: tuple[Given | None, ...]
+    outputs: tuple[bool, ...]
+    opset: int
+    domains: tuple[tuple[str, int], ...]
+
+    def model(self) -> onnx.ModelProto:
+        inputs = [self.tensor(f"x{index}", given) for index, given in enumerate(self.inputs)]
+        outputs = [gs.Variable(f"y{index}" if named else "") for index, named in enumerate(self.outputs)]
+        node = gs.Node(self.op, "", dict(self.attrs), inputs, outputs, domain=self.domain)
+        fed = [t for t in inputs if isinstance(t, gs.Variable) and t.name]
+        domains = [onnx.helper.make_opsetid(*each) for each in self.domains]
+        graph = gs.Graph([node], fed, [t for t in outputs if t.name], opset=self.opset, import_domains=domains or None)
+        model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+        return model
+
+    @staticmethod
+    def tensor(name: str, given: Given | None) -> gs.Tensor:
+        if given is None:
+            return gs.Variable.empty()
+        if given.data is None:
+            return gs.Variable(name, given.dtype, list(given.shape))
+        return gs.Constant(name, np.ndarray(given.shape, given.dtype, given.data))
+
+
 class NodeSession:
     """One node through ONNX Runtime. Constants stay constants: kernels that pack their weights then do so."""
 
     def __init__(self, node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> None:
-        inputs: list[gs.Tensor] = []
+        inputs: list[Given | None] = []
         large: dict[str, Array] = {}
         self.fed: dict[str, gs.Tensor] = {}
         for index, tensor in enumerate(node.inputs):
-            name = f"x{index}"  # not the tensor's own: like nodes share a session
             if not tensor.name:
-                inputs.append(gs.Variable.empty())
+                inputs.append(None)
                 continue
             value = widened(tensor, values)
-            if isinstance(tensor, gs.Constant) and value.nbytes < EXTERNAL_BYTES:
-                inputs.append(gs.Constant(name, np.asarray(value, order="C")))
-                continue
-            inputs.append(gs.Variable(name, value.dtype, [None] * value.ndim))
-            if isinstance(tensor, gs.Constant):
-                inputs[-1].shape, large[name] = value.shape, np.asarray(value, order="C")
+            if not isinstance(tensor, gs.Constant):
+                self.fed[f"x{index}"] = tensor
+                inputs.append(Given(value.dtype, (None,) * value.ndim))
+            elif value.nbytes < EXTERNAL_BYTES:
+                inputs.append(Given(value.dtype, value.shape, value.tobytes()))
             else:
-                self.fed[name] = tensor
-        outputs = [gs.Variable(f"y{index}" if t.name else "") for index, t in enumerate(node.outputs)]
-        self.named = [bool(t.name) for t in node.outputs]
-        single = gs.Node(node.op, "", dict(node.attrs), inputs, outputs, domain=node.domain)
-        given = [t for t in inputs if isinstance(t, gs.Variable) and t.name]
-        kept = [t for t in outputs if t.name]
-        model = gs.export_onnx(
-            gs.Graph([single], given, kept, opset=graph.opset, import_domains=graph.import_domains),
-            do_type_check=False,
-        )
-        externalize(model, large)
-        written = model.SerializeToString(deterministic=True)
-        share = not large and len(written) < SHARED_BYTES
-        self.session = shared_session(written) if share else new_session(written, large)
+                large[f"x{index}"] = np.asarray(value, order="C")
+                inputs.append(Given(value.dtype, value.shape))
+        self.named = tuple(bool(t.name) for t in node.outputs)
+        attrs = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in sorted(node.attrs.items()))
+        domains = tuple((each.domain, each.version) for each in graph.import_domains or ())
+        lone = Lone(node.op, node.domain, attrs, tuple(inputs), self.named, graph.opset, domains)
+        small = sum(len(given.data) for given in inputs if given is not None and given.data) < SHARED_BYTES
+        share = small and not large and all(plain(value) for _, value in attrs)
+        self.session = shared_session(lone) if share else new_session(lone, large)
 
     def __call__(self, values: Mapping[str, Array]) -> list[Array]:
         feeds = {name: np.asarray(widened(tensor, values), order="C") for name, tensor in self.fed.items()}
@@ -243,18 +280,25 @@ def widened(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
     return value.astype(WIDE[value.dtype]) if value.dtype in WIDE else value
 
 
-def new_session(model: bytes, large: Mapping[str, Array]) -> ort.InferenceSession:
+def plain(attribute: Any) -> bool:
+    """Is it known by its value? Tensors and graphs are not."""
+    return isinstance(attribute, (int, float, str)) or (isinstance(attribute, tuple) and all(map(plain, attribute)))
+
+
+def new_session(lone: Lone, large: Mapping[str, Array]) -> ort.InferenceSession:
+    model = lone.model()
+    externalize(model, large)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is said by the error
     options.intra_op_num_threads = 1  # a thread pool for each node costs more than it brings
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_external_initializers(list(large), [ort.OrtValue.ortvalue_from_numpy(v) for v in large.values()])
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @lru_cache(maxsize=256)
-def shared_session(model: bytes) -> ort.InferenceSession:
-    return new_session(model, {})
+def shared_session(lone: Lone) -> ort.InferenceSession:
+    return new_session(lone, {})
 
 
 def externalize(model: onnx.ModelProto, large: Mapping[str, Array]) -> None:

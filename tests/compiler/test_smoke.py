@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,14 +24,15 @@ from instantrt.compiler.check import check
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
-from instantrt.compiler.smoke import memory
+from instantrt.compiler.smoke import memory, process
 from instantrt.compiler.smoke.lockstep import lockstep
-from instantrt.compiler.smoke.process import ModelOrder, started
+from instantrt.compiler.smoke.process import Child, ModelOrder, standby, started
 from instantrt.compiler.smoke.ran import Ran, SmokeError
 from instantrt.compiler.smoke.steps import llm_steps
 from instantrt.compiler.watch import Watch
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate_node import STREAMED
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.rewrite import add
 from instantrt.passes.ort.nbits import Blocks
@@ -352,13 +354,37 @@ def test_infinities_of_both_are_no_wrong_layer(tmp_path: Path) -> None:
     assert ran(path, tmp_path / "out", quant="a16w8").distance.step
 
 
-def test_lockstep_is_one_run_after_another(tiny_float: FloatModel) -> None:
-    """Every step, those with a cache too, as an evaluation of its own gives it."""
-    llm, graph = tiny_float.llm, tiny_float.graph
+def sized_by_its_last_cache(graph: gs.Graph) -> gs.Graph:
+    """A graph whose first nodes read the sizes of a cache that its last nodes make, as exported masks do."""
+    graph = graph.copy()
+    cache = [t for t in graph.inputs if t.name.startswith("past_key_values.")][-1]
+    (ids,) = (t for t in graph.inputs if t.name == "input_ids")
+    readers = list(ids.outputs)
+    length = add(graph, "ReduceMax", [add(graph, "Shape", [cache], "cache/shape")], "cache/length", keepdims=0)
+    same = add(graph, "Add", [ids, add(graph, "Mul", [length, small("none", 0, np.int64)], "cache/none")], "ids/same")
+    for each in readers:
+        each.inputs = [same if t is ids else t for t in each.inputs]
+    graph.nodes[:] = [*graph.nodes[-4:], *graph.nodes[:-4]]
+    return graph
+
+
+def test_lockstep_is_one_run_after_another(tiny_float: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step, those with a cache too, as an evaluation of its own gives it; and a weight streams once for all."""
+    streamed: list[str] = []
+
+    def counted(node: gs.Node, runs: Any) -> Any:
+        found = matmul(node, runs)
+        streamed.extend([node.name] if found is not None else [])
+        return found
+
+    matmul = STREAMED["MatMul"]
+    monkeypatch.setitem(STREAMED, "MatMul", counted)
+    llm, graph = tiny_float.llm, sized_by_its_last_cache(tiny_float.graph)
     assert llm is not None
     steps = llm_steps(graph, llm, right=True)
     together, bad = lockstep(graph, steps)
     assert not bad
+    assert len(streamed) == len(set(streamed)) > 7
     alone: dict[str, dict[str, np.ndarray]] = {}
     for step in steps:
         past = {n.replace("present.", "past_key_values."): v for n, v in alone.get(step.after, {}).items()}
@@ -388,6 +414,25 @@ def test_how_a_process_ends(tmp_path: Path) -> None:
         late = replace(process, deadline=time.monotonic())
         assert re.match(r"it did not finish within \d+ s", late.outcomes()[0].failed)
     assert process.child.poll() is not None
+
+
+def test_a_process_waits_while_artifacts_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Child] = []
+    monkeypatch.setattr(process, "begun", lambda: begun.append(BEGUN()) or begun[-1])
+    with standby(needed=False):
+        assert not begun
+    with standby(needed=True):
+        assert begun[0].poll() is None
+    assert begun[0].returncode == -signal.SIGKILL  # it was not needed after all
+    with standby(needed=True) as take:
+        taken = take()
+        assert taken is begun[1]
+        with taken:
+            assert taken.communicate() == ("", "")  # whoever began it is gone
+        assert taken.returncode == 0
+
+
+BEGUN = process.begun
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

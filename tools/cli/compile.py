@@ -64,6 +64,7 @@ def main(
             check_places(request, verify=verify, triton=triton)
             planned = plan(request, watch.say)
             watch.planned(planned)
+            stages.end()
             show_plan(request, planned)
             return
         try:

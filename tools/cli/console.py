@@ -30,7 +30,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.started = time.monotonic()
+        self.started = self.ended = time.monotonic()
         self.name: str | None = None  # of the running one
         self.live = ExitStack()  # its spinner or bar
         self.lock = Lock()  # a writer's threads report side by side
@@ -47,7 +47,7 @@ class Stages:
         """A stage begins, and the one before ends; with a `size` in bytes, of so many weights, it has a rate."""
         self.end()
         self.name, self.size, self.weights, self.done = name, size, weights, 0
-        self.began = self.said = time.monotonic()
+        self.began = self.said = self.ended  # no time is between two stages
         if console.is_interactive:
             shown = Progress(*(BAR if size else SPINNER), TimeElapsedColumn(), console=console, transient=True)
             self.bar = self.live.enter_context(shown)
@@ -84,7 +84,8 @@ class Stages:
         """The running stage is over."""
         if self.name is None:
             return
-        took = time.monotonic() - self.began
+        self.ended = time.monotonic()
+        took = self.ended - self.began
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + took
         self.live.close()
         told = ", ".join(filter(None, (f"{took:.1f} s", self.rate())))
@@ -94,7 +95,7 @@ class Stages:
     def summary(self) -> str:
         """Prints each stage with its time and share of all; returns how long all took, in words."""
         self.end()
-        whole = time.monotonic() - self.started
+        whole = self.ended - self.started
         for name, took in self.seconds.items():
             say(f"{took:8.2f} s {took / whole:4.0%}  {name}")
         return f"{whole:.1f} s"

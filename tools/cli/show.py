@@ -48,7 +48,6 @@ class ConsoleWatch(Watch):
         self.stages.begin(text)
 
     def planned(self, plan: Plan) -> None:
-        self.stages.end()
         constants = map(view_of, plan.model.graph.tensors().values())
         self.weights = sum(math.prod(view.shape) for view in constants if view is not None)
         show_notes(plan)
