@@ -35,9 +35,10 @@ def test_sides_take_turns_and_a_round_begins_without_a_cache(tmp_path: Path) -> 
     """`cold` fails on a cache that is there, `warm` on one that is not."""
     cold = Side(("sh", "-c", f"mkdir $INSTANTRT_CACHE && echo cold >> {tmp_path}/order"), "SCRATCH/cache")
     warm = Side(("sh", "-c", f"test -d SCRATCH/cache && echo warm >> {tmp_path}/order"))
-    used = in_turns({"cold": cold, "warm": warm}, 2, tmp_path)
+    used, rows = in_turns({"cold": cold, "warm": warm}, 2, tmp_path)
     assert (tmp_path / "order").read_text().split() == ["cold", "warm"] * 2
     assert {name: each.shape for name, each in used.items()} == {"cold": (2, 3), "warm": (2, 3)}
+    assert list(rows) == ["cold", "warm"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "order"]
 
 
@@ -62,7 +63,7 @@ def test_a_peer_that_is_not_there(tmp_path: Path) -> None:
 
 def test_what_is_shown(tmp_path: Path) -> None:
     rows = {
-        "x86 a16w8, cold": row("x86 a16w8, cold", ROUNDS),
+        "x86 a16w8, cold": row("x86 a16w8, cold", ROUNDS) | {"stages": {"reading": 0.31}},
         "theirs : ours": row("", ROUNDS[:, :2] / 2, "x"),
         "once": row("", ROUNDS[:1]),
         "optimum-onnx": {"not_measured": "--optimum was not given"},
@@ -71,12 +72,12 @@ def test_what_is_shown(tmp_path: Path) -> None:
     shown = markdown({"speed": result, "memory": {"A8W8": {"a_mb": 3}}})
     assert [line for line in shown.splitlines() if line.startswith(("|", "*", "!", "##"))] == [
         "## speed",
-        "| what | goal | wall | CPU | peak memory |",
-        "|---|---|---|---|---|",
-        "| x86 a16w8, cold | 12 s, CPU 15 s | 2 s (1.5 to 2.5) | 3 s (2.5 to 3.5) | 500 MB |",
-        "| theirs : ours |  | 1 x (0.75 to 1.25) | 1.5 x (1.25 to 1.75) |  |",
-        "| once |  | 1 s | 2 s | 300 MB |",
-        "| optimum-onnx | | not measured: --optimum was not given | | |",
+        "| what | goal | wall | CPU | peak memory | seconds of its stages |",
+        "|---|---|---|---|---|---|",
+        "| x86 a16w8, cold | 12 s, CPU 15 s | 2 s (1.5 to 2.5) | 3 s (2.5 to 3.5) | 500 MB | reading 0.3 |",
+        "| theirs : ours |  | 1 x (0.75 to 1.25) | 1.5 x (1.25 to 1.75) |  |  |",
+        "| once |  | 1 s | 2 s | 300 MB |  |",
+        "| optimum-onnx | | not measured: --optimum was not given | | | |",
         "* instantrt 1",
         "![wall time of each](compile_time.png)",
         "## memory",
