@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,46 +10,17 @@ from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request, check_options
-from instantrt.compiler.serving.config import Served
 from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
 from instantrt.compiler.smoke.memory import check_memory
+from instantrt.compiler.watch import SILENT, Watch
 from instantrt.compiler.write import outline, stage_artifacts
 from instantrt.passes.core.errors import UserError
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.data import Data
     from instantrt.compiler.accuracy.verify import Verdict
-    from instantrt.compiler.smoke.ran import Ran
 
 REPORT = "report"  # the folder in `request.out`
-
-
-class Watch:
-    """What may be seen of a compilation while it runs. Nothing here looks: override what you want to."""
-
-    def say(self, text: str) -> None:
-        """A stage begins."""
-
-    def planned(self, plan: Plan) -> None:
-        """Everything is decided, and nothing written."""
-
-    def writing(self, total: int) -> None:
-        """`total` bytes of weights will now be written."""
-
-    def progress(self, name: str, size: int) -> None:
-        """`size` more of them are, of the tensor `name`; or, with a size of 0, an engine's builder has got so far."""
-
-    def ran(self, ran: Ran) -> None:
-        """An artifact ran once, and is what it was made of."""
-
-    def verdicts(self, verdicts: Sequence[Verdict]) -> None:
-        """The artifacts were verified."""
-
-    def served(self, served: Sequence[Served]) -> None:
-        """The Triton repository was staged."""
-
-
-SILENT = Watch()
 
 
 class VerificationError(UserError):
@@ -84,20 +54,20 @@ def compile_model(
     if verify:
         from instantrt.compiler.accuracy.data import load_data
 
+        watch.say("reading the text to verify with")
         data = load_data(planned.model, request.text)
     if triton is not None:
         plan_repository([*artifacts_kept(request.out, targets), *(outline(request, planned, t) for t in targets)])
-    sizes = {target: planned.size(target) for target in planned.lowered}
     if request.smoke:
-        check_memory({target: size for target, size in sizes.items() if target not in planned.builders})
+        check_memory({target: planned.size(target) for target in planned.lowered if target not in planned.builders})
     with Staging() as staging:
-        watch.writing(sum(sizes.values()))
-        artifacts = stage_artifacts(request, planned, staging, watch.progress)
+        artifacts = stage_artifacts(request, planned, staging, watch)
         if request.smoke:
             run_once(planned, request, artifacts, staging, watch)
         verdicts = stage_reports(planned, request, artifacts, data, staging, watch) if data is not None else []
         passed = all(verdict.passed for verdict in verdicts)
         if triton is not None and passed:
+            watch.say("staging the Triton repository")
             watch.served(stage_repository(staging.staged(request.out), triton, staging))
     if not passed:
         raise VerificationError(artifacts, verdicts, triton)

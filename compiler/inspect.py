@@ -16,9 +16,9 @@ import numpy as np
 
 from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
-from instantrt.compiler.frontend.account import Account, attempt, linears
+from instantrt.compiler.frontend.account import Account, attempt
+from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.side_files import Report
-from instantrt.compiler.frontend.skeleton import llm_shape
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.support import METHODS, cell, method_of
@@ -82,7 +82,7 @@ class Inspection:
     cache_bytes_per_token: Mapping[str, int] = field(default_factory=dict)
 
 
-def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
+def inspect(folder: Path, *, trust_remote_code: bool = False, cache: Path | None = None) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all."""
     if not folder.is_dir():
         raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
@@ -94,14 +94,15 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
                 trust_remote_code=trust_remote_code,
                 max_length=1,  # which lengths are asked for is no matter of the checkpoint
                 report=found.append,
+                cache=cache,
             )
     except MissingExtra:
         raise
     except UserError as error:
         return Inspection(folder.name, "unknown", "nothing: it cannot be opened", problems([*found, error]))
-    model, reader, tensors = opened.model, opened.reader, opened.taken.tensors
+    facts, reader, tensors = opened.taken.facts, opened.reader, opened.taken.tensors
     layers = tuple(layer_reports(opened, found.append))
-    llm = llm_shape(model.config)
+    llm = facts.shape
     numbers = 2 * llm.layers * llm.kv_heads * llm.head_dim
     asked = own_config(reader) if reader is not None else None
     return Inspection(
@@ -110,13 +111,13 @@ def inspect(folder: Path, *, trust_remote_code: bool = False) -> Inspection:
         runs_as=method_of(asked).name if asked is not None else "float; choose with --quant",
         problems=problems(found),
         tensors=len(tensors),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=facts.size,
         bytes=sum(size(t) for t in tensors.values()),
         layers=layers,
         account=opened.taken.account,
         notes=reader.notes if reader is not None else (),
         targets={t.name: outlook(t, asked) for t in TARGETS},
-        bytes_on={kind.value: artifact_bytes(model, layers, kind, asked) for kind in Backend},
+        bytes_on={kind.value: artifact_bytes(facts, layers, kind, asked) for kind in Backend},
         cache_bytes_per_token={kind.value: numbers * cache.itemsize for kind, cache in CACHE.items()},
     )
 
@@ -128,7 +129,7 @@ def problems(errors: Iterable[UserError]) -> tuple[Problem, ...]:
 def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerReport]:
     """One report for each linear module; what is wrong with scales and zero points goes to `report`."""
     tensors, layers = opened.taken.tensors, opened.taken.layers
-    for path, shape in linears(opened.model):
+    for path, shape in opened.taken.facts.linears.items():
         stored, quant = tensors.get(f"{path}.weight"), layers.get(path)
         if isinstance(quant, QuantTensor) and isinstance(quant.source, StoredRows):
             parameters = attempt(report, quant.source.parameters)
@@ -169,11 +170,13 @@ def outlook(target: Target, asked: QuantConfig | None) -> str:
     return "; ".join(f"{m.name}: {cell(m, target)}" for m in methods)
 
 
-def artifact_bytes(model: Any, layers: tuple[LayerReport, ...], backend: Backend, asked: QuantConfig | None) -> int:
+def artifact_bytes(
+    facts: ModelFacts, layers: tuple[LayerReport, ...], backend: Backend, asked: QuantConfig | None
+) -> int:
     """Weights of an artifact, about: codes, scales in float32 on a CPU and 16 bits on a GPU, the rest in 16 bits."""
     scale_bytes = 4 if backend is Backend.ONNXRUNTIME else 2
     widened = backend is Backend.ONNXRUNTIME and asked is not None and asked.activate_quant
-    total = 2 * int(sum(p.numel() for p in model.parameters()))
+    total = 2 * facts.size
     for layer in layers:
         n, k = layer.shape
         if layer.scales is not None:

@@ -94,6 +94,9 @@ class Checkpoint:
     """How a checkpoint may be read."""
 
     trust_remote_code: bool = option(False, "run the model's own Python")
+    cache: Path | None = option(
+        None, "folder of exported graphs, for the next compile; none: keep none; else INSTANTRT_CACHE, or the user's"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.rewrite import PassLog, uncollected
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -79,11 +79,18 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
-    model = load(request.model, trust_remote_code=request.trust_remote_code, max_length=request.longest_sequence())
+    model = load(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        max_length=request.longest_sequence(),
+        cache=request.cache,
+        say=say,
+    )
     if model.llm is None:
         check_lengths(request)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
+    say("normalizing the graph")
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
@@ -100,6 +107,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
             made[key] = make_twin(graph, model, decisions, request, log, say)
         twins[target.name] = made[key]
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
+    say("lowering the graph")
     lowered = lower(twins, types, request, limits, log)
     options = request.engine_options()
     builders = {
@@ -122,6 +130,7 @@ def make_twin(
     return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
 
 
+@uncollected()
 def lower(
     twins: Mapping[str, Twin],
     types: Mapping[str, np.dtype[Any]],

@@ -18,28 +18,29 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.artifact.digest import digests_of, sha256
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, TensorSpec, write_manifest
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
-from instantrt.compiler.backend.onnx_writer import Progress, write_model
+from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_engine, quantized_linears, timing_cache
 from instantrt.compiler.backend.tensorrt.kit import write_kit
 from instantrt.compiler.backend.tensorrt.profiles import profiles
 from instantrt.compiler.plan import Plan, Twin
 from instantrt.compiler.request import UNRECORDED, Request
 from instantrt.compiler.target import Target
+from instantrt.compiler.watch import SILENT, Watch
 from instantrt.passes.core.errors import UserError
 
 
 def write_planned(request: Request, planned: Plan) -> list[Artifact]:
     """Writes `request.out`; all of it appears at once."""
     with Staging() as staging:
-        return stage_artifacts(request, planned, staging, lambda name, size: None)
+        return stage_artifacts(request, planned, staging, SILENT)
 
 
-def stage_artifacts(request: Request, planned: Plan, staging: Staging, progress: Progress) -> list[Artifact]:
+def stage_artifacts(request: Request, planned: Plan, staging: Staging, watch: Watch) -> list[Artifact]:
     """Writes what `request.out` will be: a folder for each target, links to what stays, the manifest of all."""
     targets = request.resolved_targets()
     check_out(request.out, targets, [request.model])
     out = staging.staged(request.out)
-    with Writer(request, planned, out, progress) as writer:
+    with Writer(request, planned, out, watch) as writer:
         artifacts = [writer.write(target) for target in targets]
     kept = artifacts_kept(request.out, targets)
     for artifact in kept:
@@ -55,16 +56,16 @@ class Writer:
     built from and kits hold; the latter is gone at the end.
     """
 
-    def __init__(self, request: Request, planned: Plan, out: Path, progress: Progress) -> None:
-        self.request, self.planned, self.out, self.progress = request, planned, out, progress
-        self.lowered: dict[int, Path] = {}  # id of a graph -> the folder that its files lie in
+    def __init__(self, request: Request, planned: Plan, out: Path, watch: Watch) -> None:
+        self.request, self.planned, self.out, self.watch = request, planned, out, watch
+        self.lowered: dict[int, tuple[Path, Mapping[str, str]]] = {}  # id of a graph -> its files' folder and digests
         self.inputs = hashed_meanwhile(planned.model.files)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for folder in self.lowered.values():
+        for folder, _ in self.lowered.values():
             shutil.rmtree(folder, ignore_errors=True)
 
     def write(self, target: Target) -> Artifact:
@@ -72,8 +73,7 @@ class Writer:
         artifact, graph = outline(self.request, self.planned, target), self.planned.lowered[target.name]
         folder = new_folder(self.out, target, self.planned.model.folder)
         if artifact.kind == "onnx":
-            write_model(graph, folder / MODEL, self.progress)
-            return self.complete(artifact, folder)
+            return self.complete(artifact, folder, self.write_graph(target, folder))
         library = self.request.library(target)
         libraries = () if library is None else (Path(shutil.copy(library, folder)),)
         settings = EngineSettings(
@@ -84,29 +84,40 @@ class Writer:
             plugins=libraries,
             linears=quantized_linears(graph),
         )
+        files, known = self.lowered_files(target)
         flavour = self.planned.builders[target.name].flavour
         if flavour is not None:
             timings = self.request.timing_cache or timing_cache(self.request.out, target)
-            onnx = self.lowered_files(graph) / MODEL
-            engine = build_engine(flavour, settings, onnx, folder, timings, lambda text: self.progress(text, 0))
+            self.watch.say(f"building the engine for {target.name}")
+            engine = build_engine(
+                flavour, settings, files / MODEL, folder, timings, lambda text: self.watch.progress(text, 0)
+            )
             return self.complete(replace(artifact, engine=engine), folder)
-        for file in self.lowered_files(graph).iterdir():
+        for file in files.iterdir():
             os.link(file, folder / file.name)  # no second copy of their bytes
-        artifact = self.complete(artifact, folder)
+        artifact = self.complete(artifact, folder, known)
         write_kit(folder, settings, artifact)
         return replace(
             artifact, digests=dict(sorted({**artifact.digests, artifact.path: sha256(folder / KIT)}.items()))
         )
 
-    def complete(self, artifact: Artifact, folder: Path) -> Artifact:
-        """The artifact with what is known once its files are there."""
-        return replace(artifact, digests=digests_of(folder), source={**artifact.source, "files": self.inputs()})
+    def complete(self, artifact: Artifact, folder: Path, known: Mapping[str, str] | None = None) -> Artifact:
+        """The artifact with what is known once its files are there; `known` are digests taken as they were written."""
+        digests = digests_of(folder, known)
+        return replace(artifact, digests=digests, source={**artifact.source, "files": self.inputs()})
 
-    def lowered_files(self, graph: gs.Graph) -> Path:
-        """The folder with the model file of `graph` and its data, written once for all targets that share it."""
+    def write_graph(self, target: Target, folder: Path) -> Mapping[str, str]:
+        """The target's lowered graph as a model file and its data; their digests."""
+        self.watch.writing(self.planned.size(target.name))
+        return write_model(self.planned.lowered[target.name], folder / MODEL, self.watch.progress)
+
+    def lowered_files(self, target: Target) -> tuple[Path, Mapping[str, str]]:
+        """The folder with the model file of the target's graph, written once for all that share it; their digests."""
+        graph = self.planned.lowered[target.name]
         if id(graph) not in self.lowered:
-            folder = self.lowered[id(graph)] = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
-            write_model(graph, folder / MODEL, self.progress)
+            folder = Path(tempfile.mkdtemp(prefix=".lowered.", dir=self.out))
+            self.lowered[id(graph)] = folder, {}  # first: whatever happens, it goes
+            self.lowered[id(graph)] = folder, self.write_graph(target, folder)
         return self.lowered[id(graph)]
 
 

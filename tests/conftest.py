@@ -1,10 +1,9 @@
-"""Fixtures that several test modules share: an export costs seconds, so each happens once a session."""
+"""Fixtures that several test modules share, and the folder of exports that all processes of all runs share."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import pytest
 from instantrt.compiler import pipeline
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.frontend import hf, load
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.export_cache import VARIABLE
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
@@ -45,25 +45,14 @@ def planned_and_written(request: Request) -> Plan:
     return planned
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_export() -> Iterator[None]:
-    """Whatever reads the example in this process gets a copy of one export of it. Children export for themselves."""
-    export, exports = hf.load_checkpoint, {}
-
-    def load_once(folder: Path, **options: Any) -> FloatModel:
-        if folder != TINY:
-            return export(folder, **options)
-        if TINY not in exports:
-            exports[TINY] = export(TINY)
-        return replace(exports[TINY], graph=exports[TINY].graph.copy())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "load_checkpoint", load_once)
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """A model is exported by the first who reads it, until what exports changes: the folder is in pytest's cache."""
+    assert config.cache is not None
+    os.environ[VARIABLE] = str(config.cache.mkdir("exports"))
 
 
 @pytest.fixture(scope="session")
-def tiny_float(one_export: None) -> FloatModel:  # noqa: ARG001
+def tiny_float() -> FloatModel:
     """The example model, exported and normalized. Copy the graph (`graph.copy()`) before a pass changes it."""
     model = load(TINY)
     pipeline.normalize(model.graph, PassLog())

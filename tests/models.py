@@ -34,6 +34,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
 }
 
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# As many layers as show that some are exported for all: two of a kind, and another that comes again.
+DEEP: dict[str, dict[str, Any]] = {
+    family: {
+        **SIZES,
+        "model_type": family,
+        **fields,
+        **(LAYERS if family.startswith("gemma") else {"num_hidden_layers": 4}),
+    }
+    for family, fields in FAMILIES.items()
+}
+
 
 def make(family: str, folder: Path, **fields: Any) -> Any:
     """A model with weights large enough that every part of it matters, saved in several shards."""

@@ -9,7 +9,7 @@ machine's ONNX Runtime is asked: the registry is the same code everywhere.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -95,13 +95,15 @@ def lacks(graph: gs.Graph, opset: int, outer: Types | None = None) -> list[Lack]
     types = {**(outer or {}), **{t.name: kind for t in graph.inputs if (kind := type_of(t))}}
     found = []
     for node in graph.nodes:
-        schema = schema_of(node, opset)
+        schema = schema_of(key(node), opset)
         if schema is None:
             found.append(Lack(node, None, {}))
             continue
-        bound = bind(node, schema, types)
-        types |= outputs_of(node, schema, bound)
-        if not fits(node, schema) or not (has_kernel(node, schema, bound) or loads(node, opset, types)):
+        given = tuple((types.get(t.name) or type_of(t)) if t.name else "" for t in node.inputs)
+        made = tuple(type_of(t) for t in node.outputs)
+        bound, outputs, registered = judge(schema, given, made)
+        types |= {t.name: kind for t, kind in zip(node.outputs, outputs, strict=False) if kind}
+        if not fits(node, schema) or not (registered or loads(node, opset, types)):
             found.append(Lack(node, schema.since_version, bound))
         for value in node.attrs.values():
             if isinstance(value, gs.Graph):
@@ -136,9 +138,10 @@ def name_of(node: gs.Node) -> str:
     return "::".join(part for part in key(node) if part)
 
 
-def schema_of(node: gs.Node, opset: int) -> Any:
-    """What the node's operator is at `opset`; of a domain of its own there is one version."""
-    known = [s for s in schemas()[key(node)] if s.since_version <= opset or key(node)[0]]
+@cache
+def schema_of(operator: tuple[str, str], opset: int) -> Any:
+    """What the operator is at `opset`; of a domain of its own there is one version."""
+    known = [s for s in schemas()[operator] if s.since_version <= opset or operator[0]]
     return max(known, key=lambda s: s.since_version, default=None)
 
 
@@ -155,18 +158,22 @@ def at_version(kernel: Any, version: int) -> bool:
     return first == version or (first < version <= last and last != OPEN)
 
 
-def has_kernel(node: gs.Node, schema: Any, bound: Types) -> bool:
-    return node.op == "Constant" or any(
+def has_kernel(schema: Any, bound: Types) -> bool:
+    return schema.name == "Constant" or any(
         at_version(kernel, schema.since_version)
         and all(bound.get(name, types[0]) in types for name, types in kernel.type_constraints.items() if types)
-        for kernel in kernels()[key(node)]
+        for kernel in kernels()[schema.domain, schema.name]
     )
 
 
 def type_of(tensor: gs.Tensor) -> str:
     """`tensor(float)`; nothing where it is not known."""
     view = view_of(tensor)
-    dtype = view.dtype if view is not None else tensor.dtype
+    return name_of_type(view.dtype if view is not None else tensor.dtype)
+
+
+@cache
+def name_of_type(dtype: Any) -> str:
     try:
         kind = dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     except (KeyError, TypeError, ValueError):
@@ -174,32 +181,30 @@ def type_of(tensor: gs.Tensor) -> str:
     return f"tensor({onnx.TensorProto.DataType.Name(kind).lower()})" if dtype is not None else ""
 
 
-def formals(given: list[gs.Tensor], declared: list[Any]) -> Iterator[tuple[gs.Tensor, Any]]:
-    """Each tensor of a node with what the operator declares for it; the last may stand for many."""
-    for index, tensor in enumerate(given if declared else ()):
-        yield tensor, declared[min(index, len(declared) - 1)]
+def formals(given: Sequence[str], declared: list[Any]) -> Iterator[tuple[str, Any]]:
+    """The type of each of a node's tensors with what the operator declares for it; the last may stand for many."""
+    for index, kind in enumerate(given if declared else ()):
+        yield kind, declared[min(index, len(declared) - 1)]
 
 
-def bind(node: gs.Node, schema: Any, types: Types) -> dict[str, str]:
-    """What the operator's names of types and of inputs are for this node, as far as known."""
+@cache  # a model has thousands of nodes of a few kinds
+def judge(schema: Any, given: tuple[str, ...], made: tuple[str, ...]) -> tuple[Types, list[str], bool]:
+    """Of a node whose inputs and outputs have these types, "" where that is not known: what the operator's names of
+    types and of inputs are, the type of each output that follows or is known anyway, and whether a kernel is there.
+    """
     bound: dict[str, str] = {}
-    for tensor, formal in formals(node.inputs, schema.inputs):
-        kind = types.get(tensor.name) or type_of(tensor)
-        if tensor.name and formal.isHomogeneous and kind in formal.types:  # graphsurgeon has sequences as tensors
+    for kind, formal in formals(given, schema.inputs):
+        if formal.isHomogeneous and kind in formal.types:  # graphsurgeon has sequences as tensors
             bound[formal.typeStr] = bound[formal.name] = kind
-    for tensor, formal in formals(node.outputs, schema.outputs):
-        if formal.isHomogeneous and (kind := type_of(tensor)) in formal.types:
+    for kind, formal in formals(made, schema.outputs):
+        if formal.isHomogeneous and kind in formal.types:
             bound.setdefault(formal.typeStr, kind)
-    return bound
-
-
-def outputs_of(node: gs.Node, schema: Any, bound: Types) -> Iterator[tuple[str, str]]:
-    """The name and type of each output whose type follows from the inputs, or is known anyway."""
-    for tensor, formal in formals(node.outputs, schema.outputs):
+    outputs = []
+    for kind, formal in formals(made, schema.outputs):
         (only, *others) = formal.types
-        found = bound.get(formal.typeStr, "") if formal.isHomogeneous else type_of(tensor)
-        if kind := found if others else only:
-            yield tensor.name, kind
+        found = bound.get(formal.typeStr, "") if formal.isHomogeneous else kind
+        outputs.append(found if others else only)
+    return bound, outputs, has_kernel(schema, bound)
 
 
 def loads(node: gs.Node, opset: int, types: Types) -> bool:

@@ -1,7 +1,11 @@
-"""Writes a graph of lazy constants as .onnx with external data: every source is read once, every byte written once."""
+"""Writes a graph of lazy constants as .onnx with external data: every source is read once, every byte written once.
+
+Their digests are taken meanwhile, of what the page cache still holds.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import textwrap
 from collections import defaultdict
@@ -14,6 +18,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.artifact.digest import CHUNK, sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, Array, Source, View, view_of
 from instantrt.passes.core.subgraphs import graphs, tensors
@@ -23,6 +28,7 @@ INLINE_LIMIT = 1 << 10  # shape inference wants to see axes and shapes; weights 
 ALIGNMENT = 4096  # so that a runtime can map the pages as they are
 STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
 STRIP_MEMORY = 1 << 24  # and as wide as this allows
+PIECE, TURNED = 64, 1 << 11  # columns of a strip that are turned together, this many rows at a time: an L2 cache's fill
 THREADS = 2
 
 Progress = Callable[[str, int], None]  # (tensor, bytes just written)
@@ -37,8 +43,8 @@ class Placed:
     offset: int
 
 
-def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, size: None) -> int:
-    """Writes `path` and `path.data`; returns the size of the data. The caller owns the folder and renames it.
+def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, size: None) -> dict[str, str]:
+    """Writes `path` and `path.data`; returns the sha256 of each. The caller owns the folder and renames it.
 
     At most two sources are in flight, each holding a few tiles: memory does not grow with the model. What was written
     is valid ONNX, or a UserError.
@@ -57,7 +63,7 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
             tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in fields)
     data = path.with_name(path.name + DATA_SUFFIX)
     try:
-        write_data(placed, total, data, progress)
+        digests = {data.name: write_data(placed, total, data, progress)}
         path.write_bytes(model.SerializeToString(deterministic=True))
     except OSError as error:
         raise UserError(
@@ -67,7 +73,7 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
             found=os.strerror(error.errno) if error.errno else str(error),
         ) from None
     check_graph(path)
-    return total
+    return {path.name: sha256(path), **digests}
 
 
 def check_graph(path: Path) -> None:
@@ -111,21 +117,32 @@ def load_inline(graph: gs.Graph) -> None:
             tensor.values = view.load()
 
 
-def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> None:
+def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> str:
+    """Two threads write source by source, in the order of the file; this one follows them, and returns its sha256."""
+    digest, ends = hashlib.sha256(), [*(p.offset for p in placed[1:]), total]
     by_source: dict[Source, list[Placed]] = defaultdict(list)
     for p in placed:
         by_source[p.view.source].append(p)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+    with path.open("wb+", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
         if total:
             os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour
         try:
             fd = file.fileno()
-            jobs = [pool.submit(write_source, source, views, fd, progress) for source, views in by_source.items()]
-            for job in jobs:
-                job.result()
+            jobs = {s: pool.submit(write_source, s, views, fd, progress) for s, views in by_source.items()}
+            for p, end in zip(placed, ends, strict=False):
+                jobs[p.view.source].result()
+                take_in(digest, fd, p.offset, end)
         except BaseException:  # an interruption may come while jobs are still handed out
             pool.shutdown(cancel_futures=True)
             raise
+    return digest.hexdigest()
+
+
+def take_in(digest: hashlib._Hash, fd: int, start: int, stop: int) -> None:
+    chunk = memoryview(bytearray(min(CHUNK, stop - start)))
+    while start < stop and (size := os.preadv(fd, [chunk[: stop - start]], start)):
+        digest.update(chunk[:size])
+        start += size
 
 
 def write_source(source: Source, views: list[Placed], fd: int, progress: Progress) -> None:
@@ -158,43 +175,70 @@ def crosses_bytes(view: View) -> bool:
 
 
 class Strip:
-    """Collects columns of a row-major matrix until they are wide enough to be worth a write per row."""
+    """Collects columns of a row-major matrix until they are wide enough to be worth a write per row.
+
+    They come as rows of the transpose. A few are turned at a time, which the caches hold; a strip is many such pieces.
+    """
 
     def __init__(self, placed: Placed, fd: int) -> None:
         view = placed.view
         self.placed, self.fd = placed, fd
         self.rows, self.width = int(np.prod(view.shape[:-1])), view.shape[-1]
         self.row_bytes = view.nbytes // self.rows
-        strip = max(STRIP_BYTES, STRIP_MEMORY // self.rows)
-        self.room = min(self.width, strip * self.width // self.row_bytes)
-        self.buffer = np.empty((self.rows, self.room), view.dtype)
+        columns = max(STRIP_BYTES, STRIP_MEMORY // self.rows) * self.width // self.row_bytes
+        count = -(-min(self.width, columns) // PIECE)
+        self.piece = np.empty((PIECE, self.rows), view.dtype)
+        self.pieces = np.empty((count, self.rows, PIECE), view.dtype)
         self.start, self.filled = 0, 0
 
     def put(self, block: Array) -> None:
-        """Takes columns [rows, n], a few at a time: a transposed block copied whole misses the cache every time."""
-        block = block.reshape(self.rows, -1)
-        taken = 0
-        while taken < block.shape[1]:
-            count = min(16, block.shape[1] - taken, self.room - self.filled)
-            self.buffer[:, self.filled : self.filled + count] = block[:, taken : taken + count]
-            self.filled += count
-            taken += count
-            if self.filled == self.room:
+        """Takes columns [rows, n]."""
+        lines = block.reshape(self.rows, -1).T
+        while len(lines):
+            at = self.filled % PIECE
+            taken, lines = lines[: PIECE - at], lines[PIECE - at :]
+            self.piece[at : at + len(taken)] = taken
+            self.filled += len(taken)
+            if self.filled % PIECE == 0:
+                self.turn()
+            if self.filled == len(self.pieces) * PIECE:
                 self.flush()
 
+    def turn(self) -> None:
+        for row in range(0, self.rows, TURNED):
+            rows = slice(row, row + TURNED)
+            self.pieces[(self.filled - 1) // PIECE, rows] = transposed(self.piece[:, rows])
+
     def flush(self) -> None:
-        if not self.filled:
-            return
-        data = pack(self.buffer[:, : self.filled])
-        offset = self.placed.offset + self.start * self.row_bytes // self.width
-        if self.filled == self.width:
-            pwrite(self.fd, data, offset)
-        else:
-            flat, strip = memoryview(data.reshape(-1).view(np.uint8).data), data.nbytes // self.rows
-            for row in range(self.rows):
-                write_all(self.fd, flat[row * strip : (row + 1) * strip], offset + row * self.row_bytes)
+        if self.filled % PIECE:
+            self.turn()
+        count, offset = -(-self.filled // PIECE), self.placed.offset + self.start * self.row_bytes // self.width
+        line = np.dtype((np.void, PIECE * self.pieces.itemsize))
+        for row in range(0, self.rows if count else 0, step := 1 + TURNED // (1 + count)):
+            lines = np.ascontiguousarray(self.pieces[:count, row : row + step].view(line)[..., 0].T)
+            data = pack(lines.view(self.pieces.dtype)[:, : self.filled])
+            if self.filled == self.width:
+                pwrite(self.fd, data, offset + row * self.row_bytes)
+            else:
+                flat, size = memoryview(data.reshape(-1).view(np.uint8).data), data.nbytes // len(lines)
+                for i in range(len(lines)):
+                    write_all(self.fd, flat[i * size : (i + 1) * size], offset + (row + i) * self.row_bytes)
         self.start += self.filled
         self.filled = 0
+
+
+def transposed(rows: Array) -> Array:
+    """rows `[n, K]` as `[K, n]`, contiguous, 8 bytes at a time where n and the type allow it.
+
+    Each step joins two rows into one of words twice as wide: little-endian, the first row in the low half.
+    """
+    words = rows.view(f"u{rows.itemsize}")
+    while words.itemsize < 8 and len(words) % 2 == 0:
+        joined = words[1::2].astype(f"u{2 * words.itemsize}")
+        joined <<= 8 * words.itemsize
+        joined |= words[0::2]
+        words = joined
+    return np.ascontiguousarray(words.T).view(rows.dtype)
 
 
 def pack(values: Array) -> Array:

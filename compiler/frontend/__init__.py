@@ -1,22 +1,32 @@
 """Models as users have them -> FloatModel: a FLOAT graph whose weights are references, and the checkpoint's tensors.
 
 In come a Hugging Face folder or an .onnx file, which are hostile until checked; no weight is read here. Torch and
-transformers are imported in `hf` and `hf_attention` only. A new source of models is a module beside them, told apart in
-`load`.
+transformers are imported here only, and only where a model is new (`export_cache`). A new source of models is a module
+beside `hf` and `onnx_file`, told apart in `load`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError, tried
 
 
-def load(model: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> FloatModel:
+def load(
+    model: Path,
+    *,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> FloatModel:
     """Reads a Hugging Face folder or an ONNX file, told apart by what is there.
 
     max_length   tokens that no sequence will exceed; None: as many as the model can
+    cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
+    say          is told whether the graph is exported, or of an earlier export
     """
     if model.is_dir():
         from instantrt.compiler.frontend import hf
@@ -24,7 +34,9 @@ def load(model: Path, *, trust_remote_code: bool = False, max_length: int | None
         with tried(
             "reading the checkpoint", where=str(model), fix="a newer transformers may know it; --debug says more"
         ):
-            return hf.load_checkpoint(model, trust_remote_code=trust_remote_code, max_length=max_length)
+            return hf.load_checkpoint(
+                model, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache, say=say
+            )
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 

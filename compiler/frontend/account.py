@@ -7,17 +7,16 @@ collects where one is inspected, so that both say the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from instantrt.compiler.checkpoint import DTYPES, same_bytes
+from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.known_tensors import UNUSED_PARTS, harmless_names, listed, no_place
 from instantrt.compiler.frontend.side_files import READ, WEIGHTS, Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import FileTensor, convert, whole
+from instantrt.passes.core.lazy import FLOAT32, Array, FileTensor, convert, whole
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
@@ -43,11 +42,18 @@ class Account:
 
 @dataclass(frozen=True)
 class Taken:
-    """`tensors` by the names that the model has for them; `layers` is how each linear is stored."""
+    """`tensors` by the names that the model has for them; `layers` is how each linear is stored.
+
+    The file may change the model: `untied` are the parameters that are no longer tied in `facts`, `buffers` the values
+    of those that it saves.
+    """
 
     account: Account
     tensors: Mapping[str, FileTensor]
     layers: Mapping[str, QuantTensor | Reject]
+    facts: ModelFacts
+    untied: tuple[str, ...]
+    buffers: Mapping[str, Array]
 
 
 class Asked(Mapping[str, FileTensor]):
@@ -69,24 +75,27 @@ class Asked(Mapping[str, FileTensor]):
 
 
 def take_account(
-    model: Any, stored: Mapping[str, FileTensor], reader: Reader | None, files: tuple[Accounted, ...], report: Report
+    facts: ModelFacts,
+    stored: Mapping[str, FileTensor],
+    reader: Reader | None,
+    files: tuple[Accounted, ...],
+    report: Report,
 ) -> Taken:
-    """Asks of every tensor in `stored` what it is for, and of every parameter where it is.
-
-    A tied parameter with two different tensors is untied in `model`, and its buffers get the values of the file.
-    """
+    """Asks of every tensor in `stored` what it is for, and of every parameter where it is."""
     copies: list[tuple[str, str]] = []
-    tensors = by_model_name(stored, model, copies, report)
-    untie(model, tensors, copies)
-    buffers = load_buffers(model, tensors, report)
+    tensors = by_model_name(stored, facts.renamed, copies, report)
+    untied = different_ties(facts, tensors, copies)
+    facts = replace(facts, ties={name: tied for name, tied in facts.ties.items() if name not in untied})
+    buffers = {name for name in facts.saved if name in tensors}
     asked = Asked(tensors)
-    layers, failed = read_layers(model, reader, asked, report)
+    values = dict(buffer_values(facts, tensors, report))
+    layers, failed = read_layers(facts, reader, asked, report)
     quantized = {path for path, quant in layers.items() if isinstance(quant, QuantTensor)}
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    lost = missing(parameter_names(model), tensors, quantized | failed)
+    parameters = facts.parameters
+    lost = missing(facts.groups, tensors, quantized | failed)
     used = {name for name in asked.found if name not in parameters or tensors[name].dtype not in FLOATS}
     harmless, unknown = list(copies), []
-    known = harmless_names(model)
+    known = harmless_names(facts)
     for name, tensor in tensors.items():
         path, _, part = name.rpartition(".")
         if name in parameters or name in buffers or name in used or path in failed:
@@ -102,10 +111,10 @@ def take_account(
             harmless.append((name, why))
         else:
             unknown.append(name)
-    for error in in_order(model, tensors, lost, unknown, quantized | failed, reader):
+    for error in in_order(facts, tensors, lost, unknown, quantized | failed, reader):
         report(error)
     count = len(set(tensors) & (set(parameters) | buffers) - used - {name for name, _ in copies})
-    return Taken(Account(count, len(used), entries(harmless), files), tensors, layers)
+    return Taken(Account(count, len(used), entries(harmless), files), tensors, layers, facts, untied, values)
 
 
 def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
@@ -117,30 +126,13 @@ def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-def parameter_names(model: Any) -> list[list[str]]:
-    """The names of each parameter: tied ones have several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
-
-
 def by_model_name(
-    stored: Mapping[str, FileTensor], model: Any, copies: list[tuple[str, str]], report: Report
+    stored: Mapping[str, FileTensor], renamed: Mapping[str, str], copies: list[tuple[str, str]], report: Report
 ) -> dict[str, FileTensor]:
     """The tensors by the names that the model has for them today; of two that become one, equal ones are copies."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    # Without the oldest rules, of TensorFlow's time: one of them takes `weight_g_idx`, an order, for a weight norm.
-    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     tensors: dict[str, FileTensor] = {}
     for name, tensor in stored.items():
-        new = rename_source_key(name, rules, [], prefix, state)[0]
-        if new not in state:
-            new = name if name in state else beside_a_module(new, prefix, modules)
+        new = renamed.get(name, name)
         first = tensors.setdefault(new, tensor)
         if first is tensor:
             continue
@@ -152,59 +144,44 @@ def by_model_name(
     return tensors
 
 
-def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:
-    """The name of a tensor that is no parameter (`qweight`, say), with its module's prefix or without it."""
-    path = name.rpartition(".")[0]
-    if path in modules:
-        return name
-    if f"{prefix}.{path}" in modules:
-        return f"{prefix}.{name}"
-    return name.removeprefix(f"{prefix}.") if path.removeprefix(f"{prefix}.") in modules else name
-
-
-def untie(model: Any, tensors: Mapping[str, FileTensor], copies: list[tuple[str, str]]) -> None:
-    """A tied parameter that the file has twice is one where both are equal, and two where they differ.
+def different_ties(
+    facts: ModelFacts, tensors: Mapping[str, FileTensor], copies: list[tuple[str, str]]
+) -> tuple[str, ...]:
+    """A tied parameter that the file has twice is one where both are equal, and two where they differ: their names.
 
     So does transformers: docs/facts.md, "Tied weights that differ".
     """
-    import torch
-
-    for names in parameter_names(model):
+    untied = []
+    for names in facts.groups:
         first, *others = [name for name in names if name in tensors] or [""]
         for name in others:
             if same_bytes(tensors[first], tensors[name]):
                 copies.append((name, f"equal to {first}, to which it is tied, byte for byte"))
-                continue
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            own = torch.empty((), dtype=torch.float32).expand(getattr(module, leaf).shape)
-            setattr(module, leaf, torch.nn.Parameter(own, requires_grad=False))
+            else:
+                untied.append(name)
+    return tuple(untied)
 
 
-def load_buffers(model: Any, tensors: Mapping[str, FileTensor], report: Report) -> set[str]:
-    """Copies the buffers that the model saves out of the file; their names, as far as they are there."""
-    import torch
-
-    buffers, state = dict(model.named_buffers()), model.state_dict()
-    found = {name for name in buffers if name in state and name in tensors}
-    for name in sorted(found):
-        buffer, tensor = buffers[name], tensors[name]
-        if tensor.shape != tuple(buffer.shape):
-            report(other_shape(tensor, tuple(buffer.shape)))
+def buffer_values(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: Report) -> Iterator[tuple[str, Array]]:
+    """What the file holds for the buffers that the model saves."""
+    for name in facts.saved:
+        tensor, shape = tensors.get(name), facts.buffers[name]
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            report(other_shape(tensor, shape))
             continue
         values = whole(tensor)
-        wide = convert(values, np.dtype(np.float32)) if tensor.dtype in FLOATS else values
-        buffer.copy_(torch.from_numpy(np.ascontiguousarray(wide)).reshape(buffer.shape))
-    return found
+        yield name, convert(values, FLOAT32) if tensor.dtype in FLOATS else values
 
 
 def read_layers(
-    model: Any, reader: Reader | None, tensors: Asked, report: Report
+    facts: ModelFacts, reader: Reader | None, tensors: Asked, report: Report
 ) -> tuple[dict[str, QuantTensor | Reject], set[str]]:
     """(how the reader finds each linear stored, the paths of those that it cannot read)."""
     layers: dict[str, QuantTensor | Reject] = {}
     failed = set[str]()
-    for path, shape in linears(model) if reader is not None else ():
+    for path, shape in facts.linears.items() if reader is not None else ():
         assert reader is not None
         quant = attempt(report, reader.read, StoredLayer(path, shape, tensors))
         if quant is None:
@@ -214,21 +191,8 @@ def read_layers(
     return layers, failed
 
 
-def linears(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(path, [N, K]) of every linear module; GPT-2's hold their weight as [K, N]."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            yield path, (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            k, n = module.weight.shape
-            yield path, (int(n), int(k))
-
-
 def in_order(
-    model: Any,
+    facts: ModelFacts,
     tensors: Mapping[str, FileTensor],
     lost: list[str],
     unknown: list[str],
@@ -237,16 +201,16 @@ def in_order(
 ) -> Iterator[UserError]:
     """What is wrong, by how much it tells: a prefix, tensors that name their writer, parameters, then what is left."""
     prefix = wrong_prefix(lost, tensors)
-    strange, telling = no_place(unknown, tensors, model, reader) if unknown else (None, False)
-    absent = no_tensor(lost, prefix, model) if lost else None
+    strange, telling = no_place(unknown, tensors, facts, reader) if unknown else (None, False)
+    absent = no_tensor(lost, prefix, facts) if lost else None
     yield from filter(None, (absent if prefix else None, strange if telling else None))
-    yield from wrong_parameters(model, tensors, quantized)
+    yield from wrong_parameters(facts, tensors, quantized)
     yield from filter(None, (None if prefix else absent, None if telling else strange))
 
 
-def wrong_parameters(model: Any, tensors: Mapping[str, FileTensor], quantized: set[str]) -> Iterator[UserError]:
+def wrong_parameters(facts: ModelFacts, tensors: Mapping[str, FileTensor], quantized: set[str]) -> Iterator[UserError]:
     """The tensor of a parameter has its shape, and is a float unless a reader knows what it is."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, shape in facts.parameters.items():
         tensor, path = tensors.get(name), name.rpartition(".")[0]
         if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
             continue
@@ -259,8 +223,8 @@ def wrong_parameters(model: Any, tensors: Mapping[str, FileTensor], quantized: s
                 found=str(tensor.dtype),
                 fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
             )
-        elif tensor.shape != tuple(parameter.shape):
-            yield other_shape(tensor, tuple(parameter.shape))
+        elif tensor.shape != shape:
+            yield other_shape(tensor, shape)
 
 
 def other_shape(tensor: FileTensor, shape: tuple[int, ...]) -> UserError:
@@ -279,12 +243,12 @@ def missing(groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quan
     return [names[0] for names in groups if held.isdisjoint(names)]
 
 
-def no_tensor(lost: list[str], prefix: str, model: Any) -> UserError:
+def no_tensor(lost: list[str], prefix: str, facts: ModelFacts) -> UserError:
     shards = "check that all shards are there and that config.json belongs to them"
     return UserError(
         f"the checkpoint has no tensor {lost[0]}",
         where=lost[0],
-        expected=f"every parameter that the config announces for {type(model).__name__}",
+        expected=f"every parameter that the config announces for {facts.name}",
         found=f"names that begin with {prefix!r}" if prefix else listed(lost[1:], "also missing"),
         fix="save the model itself, not what wraps it" if prefix else shards,
     )

@@ -8,7 +8,7 @@ it and does what one of the first does. Whatever cannot be seen here is a reason
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,7 +48,7 @@ class Layers:
         for n in range(2, len(self.alike)):
             if {*self.alike[n:]} <= {*self.alike[1:n]} and self.alike[n - 1] in self.alike[: n - 1]:
                 return n
-        raise UnlikeError(f"{len({*self.alike})} of its {len(self.alike)} layers differ")
+        raise UnlikeError(f"its {len(self.alike)} layers are of {len({*self.alike})} kinds, which too few of them show")
 
 
 def find_layers(model: Any, shape: LlmShape) -> Layers:
@@ -104,7 +104,7 @@ def record(model: Any, shape: LlmShape, path: str) -> Recording:
             inputs = example(shape)
             recorder.know(named, meta, inputs)
             stack.enter_context(recorder)
-            stack.enter_context(Constants(recorder.note))
+            stack.enter_context(Constants(recorder))
             logits, present = torch.func.functional_call(wrapped, meta, inputs)
             recorder.finish(logits, present)
     except UnlikeError:
@@ -115,16 +115,19 @@ def record(model: Any, shape: LlmShape, path: str) -> Recording:
 
 
 class Constants(TorchFunctionMode):
-    """Tells `note` of the numbers that Python's code makes tensors of."""
+    """Writes down the numbers that Python's code makes tensors of: without storage they have no values."""
 
-    def __init__(self, note: Callable[[Hashable], None]) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self.note = note
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func in CONSTANTS:
-            self.note((func.__name__, repr(args), repr(kwargs)))
-        return func(*args, **(kwargs or {}))
+            if not isinstance(args[0], int | float | list | tuple):
+                raise UnlikeError("an array of its code becomes a tensor")
+            self.recorder.wrote(func.__name__, repr((args, kwargs)), result)
+        return result
 
 
 class Recorder(TorchDispatchMode):
@@ -186,21 +189,27 @@ class Recorder(TorchDispatchMode):
             return kind, layer, what
         return kind, layer - self.now if layer != OUTSIDE else "outside", what
 
-    def note(self, what: Hashable) -> None:
+    def note(self, what: Hashable) -> int:
+        """Writes down, and tells which number it got."""
         if self.now == OUTSIDE and OUTSIDE < self.last < len(self.recording.layers) - 1:
             raise UnlikeError("something is computed between two layers")
-        (self.recording.outside if self.now == OUTSIDE else self.recording.layers[self.now]).append(what)
+        notes = self.recording.outside if self.now == OUTSIDE else self.recording.layers[self.now]
+        notes.append(what)
+        return len(notes)
+
+    def wrote(self, what: str, given: Hashable, result: Any) -> None:
+        """An operation, and all that it made."""
+        made = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
+        number = self.note((what, given, tuple((tuple(t.shape), t.dtype) for t in made)))
+        for place, tensor in enumerate(made):
+            self.name(tensor, "made", self.now, (number, place))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = self.seen(args), self.seen(kwargs or {})
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.device.type != "meta":  # ONNX operators make theirs where they like
             result = torch.empty_like(result, device="meta")
-        made = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
-        self.note((str(func), given, tuple((tuple(t.shape), t.dtype) for t in made)))
-        number = len(self.recording.outside if self.now == OUTSIDE else self.recording.layers[self.now])
-        for place, tensor in enumerate(made):
-            self.name(tensor, "made", self.now, (number, place))
+        self.wrote(str(func), given, result)
         return result
 
     def enter(self, index: int, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002

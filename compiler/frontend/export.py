@@ -121,7 +121,6 @@ def export_whole(model: Any, shape: LlmShape) -> ir.Model:
         RewritePass(DETOURS)(traced)
         common.RemoveUnusedNodesPass()(traced)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(traced)
-    common.DeduplicateInitializersPass()(traced)
     for node in traced.graph:
         node.name = module_path(node)
     return traced
@@ -146,6 +145,7 @@ def finish(model: ir.Model, shape: LlmShape) -> None:
     graph = model.graph
     for node in graph:
         read_first(node, graph.inputs)
+    common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     numbers = Counter[str]()
     constants: dict[ir.Value, None] = {}

@@ -2,24 +2,31 @@
 
 The model is built over storage that nobody touches and exported once; the parameters, graph inputs while the exporter
 runs and folds, become lazy constants that point into the checkpoint. Exporting Qwen2-7B therefore needs neither its
-15 GB nor its weights at all.
+15 GB nor its weights at all. What torch is asked, of a model's facts and of its graph, is kept (export_cache.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
-from instantrt.compiler.frontend.account import FLOATS, Taken, parameter_names, take_account
+from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
+from instantrt.compiler.frontend.export_cache import cache_folder, recall
+from instantrt.compiler.frontend.facts import ModelFacts, facts_of
 from instantrt.compiler.frontend.model import FloatModel, stored_types
+from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.side_files import Report, account_of_files
-from instantrt.compiler.frontend.skeleton import build_skeleton, family, llm_shape
+from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family
 from instantrt.compiler.quant import plain
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader
@@ -31,51 +38,79 @@ ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another to
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A folder that was opened: its config, the model without storage, and what each tensor is for."""
+    """A folder that was opened: its config, and what each tensor is for.
+
+    `skeleton` builds the model without storage, once; `kept` is where its export may be.
+    """
 
     config: Mapping[str, Any]
-    model: Any
     reader: Reader | None
     taken: Taken
+    skeleton: Callable[[], Any]
+    kept: Path | None
 
 
-def load_checkpoint(folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None) -> FloatModel:
+def load_checkpoint(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> FloatModel:
     """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
+
+    The graph may be of an earlier export, in the folder `cache`.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
-    from instantrt.compiler.frontend.export import export_graph
-
-    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length)
-    model, tensors = opened.model, opened.taken.tensors
-    shape = llm_shape(model.config)
-    aliases = {name: names for names in parameter_names(model) for name in names}
-    with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
-        exported = export_graph(model, shape)
-    graph = exported.graph
-    bind_weights(graph, aliases, tensors, folder)
+    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache)
+    taken, tensors = opened.taken, opened.taken.tensors
+    exported = exported_model(opened, folder, say)
+    graph = gs.import_onnx(exported)
+    bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
     files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
-    account = opened.taken.account
     return FloatModel(
         graph=graph,
         folder=folder,
         config=opened.config,
         tensors=tensors,
-        llm=shape,
+        llm=taken.facts.shape,
         files=files,
         types=stored_types(graph),
-        notes=(*exported.notes, *account.notes),
-        head=head_path(model),
-        account=asdict(account),
+        notes=(*(p.value for p in exported.metadata_props), *taken.account.notes),
+        head=taken.facts.head,
+        account=asdict(taken.account),
     )
 
 
-def head_path(model: Any) -> str | None:
-    """Where the language-model head lies, as the model's own class says."""
-    head = model.get_output_embeddings()
-    return next((path for path, module in model.named_modules() if module is head), None)
+def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], None]) -> onnx.ModelProto:
+    """The graph of a new export or of an earlier one; its metadata are what a user should know of how."""
+    taken = opened.taken
+
+    def export() -> bytes:
+        from instantrt.compiler.frontend.export import export_graph
+
+        say(f"exporting {family(opened.config)}")
+        model = opened.skeleton()
+        with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
+            adapt(model, taken.untied, taken.buffers)
+            made = export_graph(model, taken.facts.shape)
+            proto = gs.export_onnx(made.graph)
+            onnx.helper.set_model_props(proto, {f"note {i}": note for i, note in enumerate(made.notes)})
+            return bytes(proto.SerializeToString(deterministic=True))
+
+    buffers = {
+        name: [str(values.dtype), hashlib.sha256(values.tobytes()).hexdigest()]
+        for name, values in taken.buffers.items()
+    }
+    about = {"graph of": announced(opened.config), "untied": taken.untied, "buffers": buffers}
+    exported, earlier = recall(opened.kept, about, export, onnx.load_model_from_string)
+    if earlier:
+        say(f"taking the graph of an earlier export from {opened.kept}")
+    return exported
 
 
 def refuse(error: UserError) -> None:
@@ -83,7 +118,12 @@ def refuse(error: UserError) -> None:
 
 
 def open_checkpoint(
-    folder: Path, *, trust_remote_code: bool = False, max_length: int | None = None, report: Report = refuse
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    report: Report = refuse,
+    cache: Path | None = None,
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
@@ -93,10 +133,19 @@ def open_checkpoint(
     files = account_of_files(folder, report)
     config = read_config(folder, trust_remote_code)
     reader = announced_reader(folder, config)
-    model = build_skeleton(config, folder, trust_remote_code, max_length)
-    stored = read_checkpoint(folder)
+    skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code))
+    try:
+        stored = read_checkpoint(folder)
+    except UserError:
+        skeleton()  # what is wrong with the model itself is said first
+        raise
+    # Code that a model brings is no part of a key.
+    kept = None if config.get("auto_map") else cache_folder(cache)
+    about = {"facts of": announced(config), "tensors": list(stored)}
+    facts, _ = recall(kept, about, lambda: facts_of(skeleton(), stored).to_json(), ModelFacts.from_json)
+    check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or plain.detect(stored)
-    return OpenCheckpoint(config, model, reader, take_account(model, stored, reader, files, report))
+    return OpenCheckpoint(config, reader, take_account(facts, stored, reader, files, report), skeleton, kept)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.side_files import FLOAT_MODEL
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.errors import UserError
@@ -85,14 +85,12 @@ HINTS = tuple(
 )
 
 
-def harmless_names(model: Any) -> Callable[[str, FileTensor], str]:
+def harmless_names(facts: ModelFacts) -> Callable[[str, FileTensor], str]:
     """(name, tensor) -> why a tensor without a place cannot change what the model computes; else nothing."""
-    buffers = {name for name, _ in model.named_buffers()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    skipped = re.compile("|".join(f"({pattern})" for pattern in sorted(ignored))) if ignored else None
+    skipped = re.compile("|".join(f"({pattern})" for pattern in facts.ignored)) if facts.ignored else None
 
     def why(name: str, tensor: FileTensor) -> str:
-        if name in buffers:
+        if name in facts.buffers:
             return "a buffer that the model computes itself"
         known = next((each.why for each in HARMLESS if each.takes(name, tensor)), "")
         if not known and skipped is not None and skipped.search(name):
@@ -103,13 +101,13 @@ def harmless_names(model: Any) -> Callable[[str, FileTensor], str]:
 
 
 def no_place(
-    unknown: list[str], tensors: Mapping[str, FileTensor], model: Any, reader: Reader | None
+    unknown: list[str], tensors: Mapping[str, FileTensor], facts: ModelFacts, reader: Reader | None
 ) -> tuple[UserError, bool]:
     """The error for tensors that nobody takes, led by the one that tells most; and does it tell anything?"""
     hints = ((hint, name) for hint in HINTS for name in unknown[:LOOKED_AT] if hint.pattern.search(name))
     hint, name = next(hints, (None, unknown[0]))
     found, fix = (hint.found, hint.fix) if hint is not None else ("", "")
-    layer, count = LAYER.search(name), model.config.get_text_config().num_hidden_layers
+    layer, count = LAYER.search(name), facts.shape.layers
     if reader is not None and name.endswith(f".{reader.mark}"):
         found, fix = "a module quantized that is no linear layer of the model", "quantize the model again without it"
     elif layer is not None and int(layer[1]) >= count:
@@ -117,7 +115,7 @@ def no_place(
     error = UserError(
         f"nothing uses tensor {tensors[name].name} of the checkpoint",
         where=str(tensors[name].path),
-        expected=f"the tensors of {type(model).__name__} as config.json announces it",
+        expected=f"the tensors of {facts.name} as config.json announces it",
         found="; ".join(filter(None, (found, listed([each for each in unknown if each != name], "others")))),
         fix=fix or "config.json belongs to another model, or the tensor is not of this one",
     )

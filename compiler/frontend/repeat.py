@@ -65,10 +65,10 @@ class ExportedLayer:
         """What a value is to this layer, the same for every layer that is alike."""
         if value is not None and value in self.places:
             return self.places[value]
-        if value is None or self.names.layer(value.name) != self.index:
+        if value is None or (value.const_value is None and self.names.layer(value.name) != self.index):
             return id(value)  # an exporter's values have an == of their own, which makes nodes
-        constant = value.const_value
-        return self.names.of_layer(value.name, "*"), value.shape, constant and constant.tobytes()
+        own = self.names.of_layer(value.name, "*") if self.names.layer(value.name) == self.index else ""
+        return own, repr(value.shape), value.dtype, value.const_value and value.const_value.tobytes()
 
 
 def repeat_layers(graph: ir.Graph, layers: Layers, shape: LlmShape) -> None:

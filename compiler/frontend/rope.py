@@ -7,7 +7,7 @@ the table of their neighbours. Up to a length the table is the same for all, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,33 @@ SWITCHES: Mapping[str, Callable[[Any, Mapping[str, Any]], int]] = {
 }
 
 
-def check_rope(config: Any, max_length: int | None, where: Path) -> None:
-    """Refuses a table that changes within `max_length` tokens, None: as many as the model can; and unknown kinds."""
-    text = config.get_text_config()
+def switches(config: Any, where: str = "") -> list[tuple[str, int]]:
+    """(kind, the longest sequence of its first table) of the tables that change; refuses unknown kinds."""
+    text, found = config.get_text_config(), []
     known = {*ONE_TABLE, getattr(text, "default_rope_type", "default")}
     for kind, given in kinds(text):
         if kind in SWITCHES:
-            switch = SWITCHES[kind](text, given)
-            if max_length is None or max_length > switch:
-                raise UserError(
-                    f'rope_type "{kind}": the rotary table changes with the length of the sequence',
-                    where=str(where),
-                    expected=f"sequences of at most {switch} tokens, which have one table",
-                    found="no --max-length" if max_length is None else f"up to {max_length} tokens",
-                    fix=f"--max-length {switch}, or less",
-                )
+            found.append((kind, SWITCHES[kind](text, given)))
         elif kind not in known:
             raise UserError(
                 "a rope_type that is not known",
-                where=str(where),
+                where=where,
                 expected=", ".join(sorted({*known, *SWITCHES})),
                 found=repr(kind),
+            )
+    return found
+
+
+def check_length(switches: Sequence[tuple[str, int]], max_length: int | None, where: Path) -> None:
+    """Refuses a table that changes within `max_length` tokens, None: as many as the model can."""
+    for kind, switch in switches:
+        if max_length is None or max_length > switch:
+            raise UserError(
+                f'rope_type "{kind}": the rotary table changes with the length of the sequence',
+                where=str(where),
+                expected=f"sequences of at most {switch} tokens, which have one table",
+                found="no --max-length" if max_length is None else f"up to {max_length} tokens",
+                fix=f"--max-length {switch}, or less",
             )
 
 

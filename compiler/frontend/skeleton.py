@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+
+import numpy as np
 
 from instantrt.compiler.frontend.architecture import (
     ONNX,
@@ -19,8 +21,9 @@ from instantrt.compiler.frontend.architecture import (
     refusal,
 )
 from instantrt.compiler.frontend.model import LlmShape
-from instantrt.compiler.frontend.rope import check_rope, keep_first_table
+from instantrt.compiler.frontend.rope import keep_first_table, switches
 from instantrt.passes.core.errors import FOUND, UserError, require
+from instantrt.passes.core.lazy import Array
 
 
 def family(config: Mapping[str, Any]) -> str:
@@ -29,9 +32,12 @@ def family(config: Mapping[str, Any]) -> str:
     return f"{names[0] if isinstance(names, list) and names else 'the model'} ({config.get('model_type')})"
 
 
-def build_skeleton(
-    config: Mapping[str, Any], folder: Path, trust_remote_code: bool, max_length: int | None = None
-) -> Any:
+def announced(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config, what its model is built from."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_version")}
+
+
+def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
     require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,17 +53,17 @@ def build_skeleton(
     where = str(folder / "config.json")
     check_architectures(config, where)
     check_layers(config, where)
-    plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        kwargs = {k: value for k, value in plain_config.items() if k not in ("model_type", "transformers_version")}
+        kwargs = announced(config)
+        model_type = kwargs.pop("model_type", "")
         if trust_remote_code and config.get("auto_map"):
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             hf_config.__dict__.pop("quantization_config", None)
         else:
-            hf_config = AutoConfig.for_model(plain_config.get("model_type", ""), **kwargs)
+            hf_config = AutoConfig.for_model(model_type, **kwargs)
             check_family(hf_config, where)
         llm_shape(hf_config)  # a model without attention has none
-        check_rope(hf_config, max_length, folder / "config.json")
+        switches(hf_config, where)  # unknown kinds are refused by name
         with no_init_weights(), untouched_parameters():
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
@@ -78,6 +84,20 @@ def build_skeleton(
     check_modules(model, where)
     keep_first_table(model)
     return model.eval()
+
+
+def adapt(model: Any, untied: Iterable[str], buffers: Mapping[str, Array]) -> None:
+    """Makes the parameters `untied` their own, of no size like all, and gives buffers the values of the file."""
+    import torch
+
+    for name in untied:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        own = torch.empty((), dtype=torch.float32).expand(getattr(module, leaf).shape)
+        setattr(module, leaf, torch.nn.Parameter(own, requires_grad=False))
+    named = dict(model.named_buffers())
+    for name, values in buffers.items():
+        named[name].copy_(torch.from_numpy(np.ascontiguousarray(values)).reshape(named[name].shape))
 
 
 @contextmanager

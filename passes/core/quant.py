@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, Source, Tile, convert
+from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, convert
 
 Activations = Literal["float", "int8"]
 
@@ -101,7 +101,7 @@ class QuantTensor:
 
 
 def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
-    """InstantQuant weight-only. w `[n, G, g]` float32, contiguous; its memory is reused.
+    """InstantQuant weight-only. w `[n, G, g]` of any float type, contiguous.
 
     fmin' = min(fmin, 0), fmax' = max(fmax, 0), scale = (fmax' - fmin') / (2^bits - 1),
     zero = clamp(round(-fmin' / scale)), code = clamp(round(w / scale) + zero). With 0 inside the range a one-sided or
@@ -109,43 +109,67 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
     Rounding is half to even; scale is rounded to `scale_dtype` before it is used.
     """
     top = np.float32(2**bits - 1)
-    low = np.minimum(reduce_groups(np.minimum, w), 0)
-    high = np.maximum(reduce_groups(np.maximum, w), 0)
+    low, high = extremes(w)
     scale = stored((high - low) / top, scale_dtype)
-    zero = np.clip(np.rint(-low / scale), 0, top)
-    w /= scale[..., None]
-    np.rint(w, out=w)
-    w += zero[..., None]
-    np.clip(w, 0, top, out=w)
-    return Codes(w.astype(np.uint8).reshape(len(w), -1), scale, zero.astype(np.uint8))
+    below = np.rint(-low / scale)
+    zero = np.minimum(below, top)
+    codes = rounded(w, scale)
+    codes += zero.astype(np.uint8)[..., None]
+    # Few groups have codes to clamp: both ends lie at a tie, or the scale was rounded down.
+    clamped = (below > top) | (np.rint(high / scale) + zero > top)
+    if clamped.any():
+        steps = np.rint(convert(w[clamped], FLOAT32) / scale[clamped][:, None])
+        codes[clamped] = np.clip(steps + zero[clamped][:, None], 0, top)
+    return Codes(codes.reshape(len(w), -1), scale, zero.astype(np.uint8))
 
 
 def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
-    """InstantQuant activation quantization's weights: scale = max|w| / (2^(bits-1) - 1).
+    """InstantQuant activation quantization's weights: scale = max|w| / (2^(bits-1) - 1), which no code exceeds.
 
-    w `[n, G, g]` float32, contiguous; its memory is reused.
+    w `[n, G, g]` of any float type, contiguous.
     """
-    top = np.float32(2 ** (bits - 1) - 1)
-    peak = np.maximum(reduce_groups(np.maximum, w), -reduce_groups(np.minimum, w))
-    scale = stored(peak / top, scale_dtype)
-    w /= scale[..., None]
-    np.rint(w, out=w)
-    np.clip(w, -top, top, out=w)
-    w += top + 1
-    zero = np.full(scale.shape, top + 1, np.uint8)
-    return Codes(w.astype(np.uint8).reshape(len(w), -1), scale, zero)
+    top = 2 ** (bits - 1) - 1
+    low, high = extremes(w)
+    scale = stored(np.maximum(high, -low) / np.float32(top), scale_dtype)
+    codes = rounded(w, scale)
+    codes += np.uint8(top + 1)
+    return Codes(codes.reshape(len(w), -1), scale, np.full(scale.shape, top + 1, np.uint8))
+
+
+def extremes(w: Array) -> tuple[Array, Array]:
+    """min(fmin, 0) and max(fmax, 0) of each group of w `[n, G, g]`: float32 `[n, G]`, NaN where one is in the group.
+
+    The bits are compared, which for 16-bit types halves the work: as signed integers the positive floats are in order
+    and above the rest, as unsigned ones the negative floats are, by magnitude. NaN is beyond infinity in both.
+    """
+    size = w.itemsize
+    high = np.maximum(reduce_groups(np.maximum, w.view(f"i{size}")), 0)
+    low = np.maximum(reduce_groups(np.maximum, w.view(f"u{size}")), 1 << 8 * size - 1)
+    return convert(low.view(w.dtype), FLOAT32), convert(high.view(w.dtype), FLOAT32)
+
+
+def rounded(w: Array, scale: Array) -> Array:
+    """round(w / scale) of each group, half to even, modulo 256: uint8 `[n, G, g]`. |w / scale| is below 2^22."""
+    wide = convert(w, FLOAT32)
+    steps = np.divide(wide, scale[..., None], out=None if wide is w else wide)
+    steps += np.float32(3 << 22)  # where a float's last bit is 1: this rounds, and the low byte is the result's
+    return steps.view(np.uint32).astype(np.uint8)
 
 
 def reduce_groups(op: np.ufunc, w: Array) -> Array:
-    """`op` over the last axis of w `[n, G, g]`; short groups by halving, which keeps NumPy's loops long."""
+    """`op` (minimum or maximum) over the last axis of w `[n, G, g]`, contiguous.
+
+    Short groups by a few long operations, since NumPy's loops over short ones cost more than what is in them: each
+    combines every element with the one half a group, a quarter, ... behind it. Only a group's first is of use then.
+    """
     n, groups, size = w.shape
+    flat = w.reshape(-1)
     if size > 64 or size & (size - 1):
-        result: Array = op.reduce(w, axis=2)
-        return result
-    halves = w.reshape(-1)
-    while len(halves) > n * groups:
-        halves = op(halves[0::2], halves[1::2])
-    return halves.reshape(n, groups)
+        return op.reduceat(flat, np.arange(0, len(flat), size)).reshape(n, groups)
+    step = size
+    while step := step // 2:
+        flat = op(flat[:-step], flat[step:])
+    return flat[::size].reshape(n, groups)
 
 
 def stored(scale: Array, dtype: np.dtype[Any]) -> Array:
@@ -190,12 +214,10 @@ class InstantQuant(Quantizer):
     def tiles(self) -> Iterator[Tile]:
         quantize = quantize_symmetric if self.symmetric else quantize_asymmetric
         for start, (rows,) in self.weight.tiles():
-            w = rows.copy() if rows.dtype == np.float32 else convert(rows, np.dtype(np.float32))
-            w = w.reshape(len(rows), -1, self.group_size)
             with np.errstate(invalid="ignore", over="ignore"):
-                block = quantize(w, self.bits, self.scale_dtype)
+                block = quantize(rows.reshape(len(rows), -1, self.group_size), self.bits, self.scale_dtype)
             if not np.isfinite(block.scale).all():
-                raise not_finite(self.name, start, convert(rows, np.dtype(np.float32)))
+                raise not_finite(self.name, start, convert(rows, FLOAT32))
             yield Tile(start, block)
 
 

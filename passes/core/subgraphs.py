@@ -26,6 +26,6 @@ def every_node(graph: gs.Graph) -> Iterator[gs.Node]:
 def tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
     """The tensors of a graph and all within it. A name of the graph itself says what it says there."""
     found: dict[str, gs.Tensor] = {}
-    for each in (graph, *graph.subgraphs(recursive=True)):
-        found = each.tensors() | found
+    for each in reversed([graph, *graph.subgraphs(recursive=True)]):
+        found |= each.tensors()
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -36,15 +38,31 @@ class LinearMatch:
     bias: gs.Tensor | None = None
 
 
-def linear_path(graph: gs.Graph, match: LinearMatch) -> str:
-    """The module's path; where a module has several weights, the later ones have their own names behind it."""
-    taken = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
-    own = f"{match.module}.{match.weight}"
-    names = chain((match.module, own), (f"{own}.{i}" for i in count(2)))
-    return next(name for name in names if taken.get(name, match.rows) == match.rows)
+class NormalizeLinear(Rewrite[LinearMatch]):
+    """What names are taken is gathered once for a graph, and kept: each linear would else look at every node."""
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        self.rows = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
+        self.names, self.counted = Counter[str](), 0
+        yield from super().apply(graph)
+
+    def path(self, match: LinearMatch) -> str:
+        """The module's path; where a module has several weights, the later ones have their own names behind it."""
+        own = f"{match.module}.{match.weight}"
+        names = chain((match.module, own), (f"{own}.{i}" for i in count(2)))
+        path = next(name for name in names if self.rows.get(name, match.rows) == match.rows)
+        self.rows[path] = match.rows
+        return path
+
+    def unique_name(self, graph: gs.Graph, node: gs.Node, path: str) -> str:
+        """`path`, or `path#2` and so on where one module is used several times."""
+        self.names.update(added.name for added in graph.nodes[self.counted :])
+        self.counted = len(graph.nodes)
+        names = chain((path,), (f"{path}#{i}" for i in count(2)))
+        return next(name for name in names if self.names[name] == (name == node.name))
 
 
-class NormalizeMatMul(Rewrite[LinearMatch]):
+class NormalizeMatMul(NormalizeLinear):
     """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
 
     Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
@@ -69,9 +87,12 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
         return LinearMatch(node, x, rows, shape, module_path(node, stored), stored.name)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        node, path = match.node, linear_path(graph, match)
+        node, path = match.node, self.path(match)
         node.inputs[1] = weight_constant(path, match.rows, match.shape)
-        node.name = name = unique_name(graph, node, path)
+        name = self.unique_name(graph, node, path)
+        self.names[node.name] -= 1
+        self.names[name] += 1
+        node.name = name
         # A vector gets a row: int8 scales, one for each token, count on it.
         if match.x.shape is not None and len(match.x.shape) == 1:
             out, first = take_over(node), small(f"{name}/first", [0], np.int64)
@@ -80,7 +101,7 @@ class NormalizeMatMul(Rewrite[LinearMatch]):
             add(graph, "Squeeze", [node.outputs[0], first], out)
 
 
-class NormalizeGemm(Rewrite[LinearMatch]):
+class NormalizeGemm(NormalizeLinear):
     """Gemm(x, W, bias) with alpha = beta = 1 -> the normal form and an Add."""
 
     def match(self, node: gs.Node) -> LinearMatch | Reject | None:
@@ -97,9 +118,9 @@ class NormalizeGemm(Rewrite[LinearMatch]):
         return LinearMatch(node, node.inputs[0], rows, shape, module_path(node, weight), weight.name, bias)
 
     def rewrite(self, graph: gs.Graph, match: LinearMatch) -> None:
-        out, path = take_over(match.node), linear_path(graph, match)
+        out, path = take_over(match.node), self.path(match)
         weight = weight_constant(path, match.rows, match.shape)
-        name = unique_name(graph, match.node, path)
+        name = self.unique_name(graph, match.node, path)
         if match.bias is None:
             add(graph, "MatMul", [match.x, weight], out, name=name)
             return
@@ -128,9 +149,3 @@ def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int
     if isinstance(view.source, InMemory):
         return InMemory(view.source.array.T), (b, a)
     return InMemory(view.load().T), (b, a)
-
-
-def unique_name(graph: gs.Graph, node: gs.Node, path: str) -> str:
-    """`path`, or `path#2` and so on where one module is used several times."""
-    taken = {other.name for other in graph.nodes if other is not node}
-    return next(name for name in (path, *(f"{path}#{i}" for i in range(2, 1 << 16))) if name not in taken)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FileTensor, View, view_of
+from instantrt.passes.core.lazy import FileTensor, Source, View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
 from instantrt.passes.core.verify import tables_are_float32
@@ -50,18 +51,22 @@ class FloatLinearMatch:
     stored: FileTensor
 
 
-def holds_table(tensor: gs.Tensor, stored: FileTensor) -> bool:
-    """Is `tensor` the stored matrix as it is (an embedding), not a linear's [K, N] view of it?"""
-    view = view_of(tensor)
-    return view is not None and view.source == stored and view.as_stored
-
-
 @dataclass(frozen=True)
 class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
     """MatMul(x, W float32) -> MatMul(x, Cast(W as stored)) for linears left float; a tied head shares the embedding.
 
     ONNX Runtime folds the Cast once when it loads; the file stays half as large.
     """
+
+    tables: dict[Source, gs.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        self.tables.clear()
+        for tensor in graph.tensors().values():
+            view = view_of(tensor)
+            if view is not None and view.as_stored:  # as an embedding is, and no linear's [K, N] view
+                self.tables.setdefault(view.source, tensor)
+        yield from super().apply(graph)
 
     def match(self, node: gs.Node) -> FloatLinearMatch | Reject | None:
         found = linear(node)
@@ -73,7 +78,7 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
 
     def rewrite(self, graph: gs.Graph, match: FloatLinearMatch) -> None:
         stored, node = match.stored, match.linear.node
-        tied = next((t for t in graph.tensors().values() if holds_table(t, stored)), None)
+        tied = self.tables.get(stored)
         if tied is not None:
             half = add(graph, "Transpose", [tied], f"{match.linear.path}/tied", perm=[1, 0])
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -37,6 +37,11 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
     ensures = (weight_dq_feeds_matmul,)
 
     decisions: Decisions
+    made: dict[str, gs.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # by path
+
+    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        self.made.clear()
+        yield from super().apply(graph)
 
     def match(self, node: gs.Node) -> QuantizeMatch | Reject | None:
         found = linear(node)
@@ -52,11 +57,9 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 
     def rewrite(self, graph: gs.Graph, match: QuantizeMatch) -> None:
         q, node, path = match.quant, match.linear.node, match.linear.path
-        made = next((t for n in graph.nodes for t in n.outputs if t.name == f"{path}.dequantized"), None)
-        if made is not None:  # the module is used several times
-            node.inputs[1] = made
-            return
-        node.inputs[1] = dequantized(graph, q, path)
+        if path not in self.made:  # a module may be used several times
+            self.made[path] = dequantized(graph, q, path)
+        node.inputs[1] = self.made[path]
 
     def note(self, match: QuantizeMatch) -> str:
         return str(match.quant)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -91,7 +92,7 @@ class CastComputeType(Rewrite[CastMatch]):
         hidden = any(t.dtype == self.dtype and not isinstance(t, gs.Constant) for t in node.inputs)
         if not hidden and not is_weight_reader(node):
             return None
-        wide = node.op in WIDE or not takes(node, self.dtype)
+        wide = node.op in WIDE or not (node.domain or takes(node.op, self.dtype))
         return CastMatch(node, FLOAT32 if wide else self.dtype, floats)
 
     def rewrite(self, graph: gs.Graph, match: CastMatch) -> None:
@@ -124,11 +125,12 @@ class WidenForBranches(Rewrite[list[gs.Node]]):
             node.inputs = [cast(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
 
 
-def takes(node: gs.Node, dtype: np.dtype[Any]) -> bool:
+@cache
+def takes(op: str, dtype: np.dtype[Any]) -> bool:
     """Does ONNX allow `dtype` wherever the operator may read float32? NonMaxSuppression, say, has float32 alone."""
-    if node.domain or not onnx.defs.has(node.op):
+    if not onnx.defs.has(op):
         return True
-    kinds = [formal.types for formal in onnx.defs.get_schema(node.op).inputs]
+    kinds = [formal.types for formal in onnx.defs.get_schema(op).inputs]
     return all(f"tensor({dtype.name})" in kind for kind in kinds if "tensor(float)" in kind)
 
 

@@ -15,16 +15,18 @@ import pytest
 
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_bytes
-from instantrt.compiler.compile import Watch, compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import take_account
 from instantrt.compiler.frontend.architecture import check_architectures
+from instantrt.compiler.frontend.facts import facts_of
 from instantrt.compiler.frontend.side_files import READ, account_of_files
 from instantrt.compiler.frontend.skeleton import build_skeleton
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request
+from instantrt.compiler.watch import Watch
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 from instantrt.tools.bench.synthetic import write_safetensors
@@ -34,7 +36,7 @@ from tests.models import SIZES
 
 ONE = np.ones(3, np.float32)
 LLAMA = {**SIZES, "model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": True}
-TIED = "model.embed_tokens.weight"
+TIED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def llama(folder: Path, change: dict[str, Array | None], **fields: Any) -> Path:
@@ -128,12 +130,12 @@ def test_everything_else_is_an_error_that_names_it(
 def test_a_tied_weight_of_two_values_is_untied(tmp_path: Path) -> None:
     """And of one value stays tied: its second copy is harmless."""
     table = whole(read_checkpoint(llama(tmp_path / "tied", {}))[TIED])
-    same = opened(llama(tmp_path / "same", {"lm_head.weight": table.copy()}))
-    assert same.model.lm_head.weight is same.model.model.embed_tokens.weight
+    same = opened(llama(tmp_path / "same", {HEAD: table.copy()}))
+    assert (same.taken.facts.groups[0], same.taken.untied) == ([TIED, HEAD], ())
     (entry,) = same.taken.account.harmless
     assert "byte for byte" in entry.why
-    other = opened(llama(tmp_path / "other", {"lm_head.weight": table * 2}))
-    assert other.model.lm_head.weight is not other.model.model.embed_tokens.weight
+    other = opened(llama(tmp_path / "other", {HEAD: table * 2}))
+    assert (other.taken.facts.ties, other.taken.untied) == ({}, (HEAD,))
     assert other.taken.account.harmless == ()
     assert other.taken.account.parameters == same.taken.account.parameters + 1
 
@@ -350,6 +352,6 @@ def test_many_tensors_take_seconds(tmp_path: Path) -> None:
     stored = {name: FileTensor(tmp_path / SINGLE, 0, shape, float32, name) for name, shape in names.items()}
     errors: list[UserError] = []
     started = time.monotonic()
-    (entry,) = take_account(model, stored, None, (), errors.append).account.harmless
+    (entry,) = take_account(facts_of(model, stored), stored, None, (), errors.append).account.harmless
     assert time.monotonic() - started < 24  # seconds; a pass over all for each would take hours
     assert (entry.count, errors) == (200_000, [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from instantrt import Request, compile_model
 from instantrt.compiler import compile as road
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.compile import VerificationError, Watch
+from instantrt.compiler.compile import VerificationError
 from instantrt.compiler.plan import Plan, plan
+from instantrt.compiler.watch import Watch
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TEXT, TINY, contents
@@ -82,9 +82,9 @@ def test_one_call_compiles_verifies_and_serves(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def damaged(request: Request, planned: Plan, staging: Staging, progress: Callable[[str, int], None]) -> list[Artifact]:
+def damaged(request: Request, planned: Plan, staging: Staging, watch: Watch) -> list[Artifact]:
     """The artifacts with some of their weights' bytes inverted, as a writer with a fault would leave them."""
-    artifacts = WRITE(request, planned, staging, progress)
+    artifacts = WRITE(request, planned, staging, watch)
     data = staging.staged(request.out) / "x86" / "model.onnx.data"
     raw = bytearray(data.read_bytes())
     raw[: 1 << 16] = bytes(255 - byte for byte in raw[: 1 << 16])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import pytest
 
 from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.checkpoint import read_checkpoint
-from instantrt.compiler.frontend import hf
-from instantrt.compiler.frontend.export import Exported
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
@@ -27,28 +24,6 @@ from tests.commands import invoke
 from tests.conftest import planned_and_written
 
 TEXT = TINY.parent / "text" / "evaluation.txt"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_export() -> Iterator[None]:
-    """Every checkpoint here is the same architecture: it is exported once."""
-    made = {}
-    build, export = hf.build_skeleton, hf.export_graph
-
-    def build_once(*args: object) -> object:
-        if "model" not in made:
-            made["model"] = build(*args)
-        return made["model"]
-
-    def export_once(*args: object) -> Exported:
-        if "graph" not in made:
-            made["graph"] = export(*args)
-        return replace(made["graph"], graph=made["graph"].graph.copy())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "build_skeleton", build_once)
-        patch.setattr(hf, "export_graph", export_once)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def test_each_artifact_says_what_it_was_made_of(out: Path, tmp_path: Path) -> No
 def test_a_target_that_fails_leaves_the_others_as_they_were(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(out)
 
-    def full(graph: object, path: Path, progress: object) -> int:
+    def full(graph: object, path: Path, progress: object) -> dict[str, str]:
         if path.parent.name == "armv9":
             raise UserError("the artifact could not be written")
         return write_model(graph, path, progress)  # type: ignore[arg-type]

@@ -17,13 +17,16 @@ import torch
 
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.frontend.hf import open_checkpoint
 from instantrt.compiler.frontend.skeleton import build_skeleton
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
+from tests.checkpoints import write_checkpoint
 from tests.models import SIZES, make
 
 SWITCH = 16
+BEYOND = f"rotary table changes[^$]*at most {SWITCH} tokens"
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i for i in range(8)]
 LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
@@ -104,10 +107,13 @@ def test_below_the_switch_an_artifact_is_exact(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("length", [None, SWITCH + 1])
 @pytest.mark.parametrize("name", CHANGING)
 def test_beyond_the_switch_is_refused(name: str, length: int | None, tmp_path: Path) -> None:
+    """In the same words where the model is known from an earlier run."""
     fields = {key: value for key, value in CHANGING[name].items() if key != "family"}
     kind = {"gemma3, in one kind of layer": "gemma3_text"}.get(name, name.split(",", maxsplit=1)[0])
-    with pytest.raises(UserError, match=f"rotary table changes[^$]*at most {SWITCH} tokens[^$]*--max-length {SWITCH}"):
-        build_skeleton({**SIZES, "head_dim": 16, **fields, "model_type": kind}, tmp_path, False, length)
+    write_checkpoint(tmp_path, {**SIZES, "head_dim": 16, **fields, "model_type": kind}, {})
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{BEYOND}[^$]*--max-length {SWITCH}"):
+            open_checkpoint(tmp_path, max_length=length)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +173,9 @@ OLD_KEYS: dict[str, dict[str, Any]] = {
 def test_old_keys_are_understood(name: str, tmp_path: Path) -> None:
     config = {**SIZES, **OLD_KEYS[name]}
     config["rope_scaling"] = {"factor": 2.0, "short_factor": SHORT, "long_factor": LONG, **config["rope_scaling"]}
-    with pytest.raises(UserError, match=f"rotary table changes[^$]*at most {SWITCH} tokens"):
-        build_skeleton(config, tmp_path, False)
+    write_checkpoint(tmp_path, config, {})
+    with pytest.raises(UserError, match=BEYOND):
+        open_checkpoint(tmp_path)
 
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from instantrt.compiler import pipeline, plan
 from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.check import check
-from instantrt.compiler.compile import Watch, compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke import memory
@@ -28,6 +28,7 @@ from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.process import ModelOrder, started
 from instantrt.compiler.smoke.ran import Ran, SmokeError
 from instantrt.compiler.smoke.steps import llm_steps
+from instantrt.compiler.watch import Watch
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small

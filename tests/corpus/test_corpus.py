@@ -7,11 +7,9 @@ reference says of the whole text. Other models get one random input of the types
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,9 +17,6 @@ import pytest
 
 from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.frontend import hf
-from instantrt.compiler.frontend.export import Exported
-from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array
 from instantrt.tools.cli.ending import exit_on_error
@@ -39,23 +34,6 @@ TYPES = {
 }
 REFUSED = [row for row in ROWS if row.refused]
 RIGHT = [row for row in ROWS if not row.refused]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_exports() -> Iterator[None]:
-    """Rows that differ in what their files hold share the export of their model, which knows configs and buffers."""
-    export, made = hf.export_graph, dict[Any, Exported]()
-
-    def export_once(model: Any, shape: LlmShape) -> Exported:
-        buffers = tuple((name, buffer.numpy().tobytes()) for name, buffer in model.named_buffers())
-        key = (type(model), model.config.to_json_string(), buffers, shape)
-        if key not in made:
-            made[key] = export(model, shape)
-        return replace(made[key], graph=made[key].graph.copy())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "export_graph", export_once)
-        yield
 
 
 def test_a_row_is_there_once() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,11 +29,12 @@ from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, compile_main, main
+from instantrt.tools.cli.console import Stages
 from instantrt.tools.cli.ending import exit_on_error
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.models import make
 
 UNSAID = {"enable_quant", "layers"}  # in JSON alone
@@ -320,14 +324,38 @@ def test_artifacts_that_fail_are_shown_with_their_report(small: Path, monkeypatc
     assert "PASSED" not in done.output
 
 
-def test_a_line_a_stage_where_nobody_watches(small: Path) -> None:
-    done = invoke("compile", small, "--target", "x86", "--quant", "a16w8", "-o", small.parent / "o")
-    lines = done.output.splitlines()
-    assert lines[0] == f"reading {small}"
-    assert lines[1] == "deciding how to quantize"
-    assert lines[2].startswith("writing 0.0 MB")
-    assert lines[-1].startswith("PASSED")
-    assert "" not in lines
+def test_a_stage_has_a_line_when_it_begins_and_its_time_when_it_ends(small: Path) -> None:
+    """In a pipe, too, as plain text; and the stages are all of the time."""
+    command = [sys.executable, "-m", "instantrt", "compile", small, "--target", "x86", "-o", small.parent / "o"]
+    lines: list[str] = []
+    came: list[float] = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.append(line.rstrip("\n"))
+            came.append(time.monotonic())
+    assert all(line and line.isprintable() for line in lines)
+    begun = [line for line, after in pairwise(lines) if re.match(r"  \d+\.\d s", after)]
+    words = ["starting", "reading", "normalizing", "deciding", "lowering", "writing", "running"]
+    assert [line.split()[0] for line in begun] == words
+    rows = [row for line in lines if (row := re.fullmatch(r" +([\d.]+) s +(\d+)%  (.*)", line))]
+    assert [row[3] for row in rows] == begun
+    whole = float(lines[-1].removeprefix("PASSED in ").removesuffix(" s"))
+    assert sum(float(row[1]) for row in rows) == pytest.approx(whole, rel=0.05, abs=0.1)
+    assert sum(int(row[2]) for row in rows) == pytest.approx(100, abs=5)
+    assert came[-1] - came[0] > whole / 2
+
+
+def test_a_long_stage_says_where_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instantrt.tools.cli.console.PAUSE", 0.0)
+    with Stages() as stages:
+        stages.begin("writing", 100_000_000, weights=50_000_000)
+        stages.progress("layer.3.weight", 40_000_000)
+        stages.begin("building")
+        stages.progress("54% tactics", 0)
+    rate = r"[\d,]+ M weights/s, [\d,]+ MB/s"
+    said = rf"writing\n  40%, {rate}, 0 s left\n  \d\.\d s, {rate}\nbuilding\n  54% tactics\n"
+    assert re.match(said, capsys.readouterr().out)
 
 
 def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:

@@ -35,9 +35,10 @@ import numpy as np
 import typer
 
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.compile import Watch, compile_model
+from instantrt.compiler.compile import compile_model
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.ran import Ran
+from instantrt.compiler.watch import Watch
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 from instantrt.tools.bench.compile_time import check_room, depth, engine, large, plot, speed, table
 from instantrt.tools.bench.layers import MODES, layer_chain, lowered, write_weights

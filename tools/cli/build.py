@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,13 +20,15 @@ def main(
     """Builds, and prints how the engine reads its weights."""
     from instantrt.compiler.backend.tensorrt.build import PRODUCT
     from instantrt.compiler.backend.tensorrt.kit import build_kit, read_kit
-    from instantrt.tools.cli.console import PAUSE, console, stages
+    from instantrt.tools.cli.console import Stages, console
     from instantrt.tools.cli.show import show_engine
 
-    started = time.monotonic()
-    with stages(PAUSE) as say:
-        artifact = build_kit(read_kit(kit), out, builder, say)
+    with Stages() as stages:
+        stages.begin(f"reading {kit}")
+        found = read_kit(kit)
+        stages.begin(f"building the engine for {found.settings.target.name}")
+        artifact = build_kit(found, out, builder, stages.progress)
     engine = artifact.engine or {}
     console.print(f"{out / artifact.path}, built by {PRODUCT[engine['builder']]} {engine['version']}", soft_wrap=True)
     show_engine(artifact.target, engine, every_weight=False)
-    console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+    console.print(f"PASSED in {stages.summary()}")

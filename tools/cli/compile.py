@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,17 +47,19 @@ def main(
     **options: Any,
 ) -> None:
     """Compiles, and prints what became of it."""
-    from instantrt.compiler.compile import VerificationError, check_places, compile_model
-    from instantrt.compiler.plan import plan
-    from instantrt.tools.cli.console import console
-    from instantrt.tools.cli.show import ConsoleWatch, show_plan
+    from instantrt.tools.cli.console import Stages, console
 
-    config = quant_fields(options.pop("quant_config"), weight_only=options.pop("weight_only"))
-    request = Request(model, tuple(targets or ()), out, **options, **config)
-    if request.text is not None and not verify and not request.has_budget:
-        raise UserError("--text does nothing by itself", expected="with --verify, --max-kl or --max-ppl-increase")
-    started = time.monotonic()
-    with ConsoleWatch(request, triton, explain=explain) as watch:
+    with Stages() as stages:
+        stages.begin("starting")
+        from instantrt.compiler.compile import VerificationError, check_places, compile_model
+        from instantrt.compiler.plan import plan
+        from instantrt.tools.cli.show import ConsoleWatch, show_plan
+
+        config = quant_fields(options.pop("quant_config"), weight_only=options.pop("weight_only"))
+        request = Request(model, tuple(targets or ()), out, **options, **config)
+        if request.text is not None and not verify and not request.has_budget:
+            raise UserError("--text does nothing by itself", expected="with --verify, --max-kl or --max-ppl-increase")
+        watch = ConsoleWatch(request, triton, stages, explain=explain)
         if dry_run:
             check_places(request, verify=verify, triton=triton)
             planned = plan(request, watch.say)
@@ -71,7 +72,7 @@ def main(
             watch.finished(error.artifacts)
             raise
         watch.finished(artifacts)
-    console.print(f"PASSED in {time.monotonic() - started:.1f} s")
+        console.print(f"PASSED in {stages.summary()}")
 
 
 def quant_fields(file: Path | None, *, weight_only: bool) -> dict[str, Any]:

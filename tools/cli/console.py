@@ -1,55 +1,104 @@
-"""The terminal: one console, and progress that is a line now and then where nobody watches."""
+"""The terminal: one console, and the stages of a command, each with a line that is there when it begins."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from threading import Lock
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
-Say = Callable[[str], None]
-Report = Callable[[str, int], None]  # the tensor that is written, and how many more bytes
 PAUSE = 10.0  # seconds between lines of what changes all the time
+SPINNER = (SpinnerColumn("line"), TextColumn("{task.description:<60.60}", markup=False))
+BAR = (  # with the time, within 80 columns
+    TextColumn("{task.description:<20.20}", markup=False),
+    BarColumn(10),
+    TextColumn("{task.fields[rate]}", markup=False),
+)
 
 
-@contextmanager
-def stages(pause: float = 0.0) -> Iterator[Say]:
-    """Shows what is being done. Where nobody watches, a line a stage, no two within `pause` seconds."""
-    if console.is_interactive:
-        with console.status("") as status:
-            yield lambda text: status.update(Text(text))
-        return
-    last = -math.inf
+class Stages:
+    """The stages of a command, one after another, and the only clock that they are timed with.
 
-    def say(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= pause:
-            last = time.monotonic()
-            console.print(text, soft_wrap=True)
+    A terminal shows the running one with a spinner, or with a bar and a rate, and leaves a line with its time. A pipe
+    or a file has a line when a stage begins, one now and then while it works, and its time when it ends.
 
-    yield say
+    seconds   of each stage that has ended; those of one name together
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.monotonic()
+        self.name: str | None = None  # of the running one
+        self.live = ExitStack()  # its spinner or bar
+        self.lock = Lock()  # a writer's threads report side by side
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.end()
+        self.live.close()
+
+    def begin(self, name: str, size: int = 0, weights: int = 0) -> None:
+        """A stage begins, and the one before ends; with a `size` in bytes, of so many weights, it has a rate."""
+        self.end()
+        self.name, self.size, self.weights, self.done = name, size, weights, 0
+        self.began = self.said = time.monotonic()
+        if console.is_interactive:
+            shown = Progress(*(BAR if size else SPINNER), TimeElapsedColumn(), console=console, transient=True)
+            self.bar = self.live.enter_context(shown)
+            self.bar.add_task(name, total=size or None, rate="")
+        else:
+            say(name)
+
+    def progress(self, doing: str, size: int = 0) -> None:
+        """`size` more bytes are done; without any, what the stage is at."""
+        with self.lock:
+            self.done += size
+            rate = ", ".join(filter(None, (self.rate(), self.left())))
+            if console.is_interactive:
+                text = None if size else doing
+                self.bar.update(self.bar.task_ids[0], completed=self.done, rate=rate, description=text)
+            elif time.monotonic() - self.said >= PAUSE:
+                self.said = time.monotonic()
+                say(f"  {self.done / self.size:.0%}, {rate}" if size else f"  {doing}")
+
+    def rate(self) -> str:
+        """What a second gets done: `71 M weights/s, 142 MB/s`; "" where nothing is counted."""
+        passed = time.monotonic() - self.began
+        if not self.done:
+            return ""
+        weights = f"{self.weights * self.done / self.size / passed / 1e6:,.0f} M weights/s, " if self.weights else ""
+        return f"{weights}{self.done / passed / 1e6:,.0f} MB/s"
+
+    def left(self) -> str:
+        """At this rate: `3 s left`."""
+        passed = time.monotonic() - self.began
+        return f"{passed * (self.size - self.done) / self.done:,.0f} s left" if self.done else ""
+
+    def end(self) -> None:
+        """The running stage is over."""
+        if self.name is None:
+            return
+        took = time.monotonic() - self.began
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + took
+        self.live.close()
+        told = ", ".join(filter(None, (f"{took:.1f} s", self.rate())))
+        say(f"{self.name}  {told}" if console.is_interactive else f"  {told}")
+        self.name = None
+
+    def summary(self) -> str:
+        """Prints each stage with its time and share of all; returns how long all took, in words."""
+        self.end()
+        whole = time.monotonic() - self.started
+        for name, took in self.seconds.items():
+            say(f"{took:8.2f} s {took / whole:4.0%}  {name}")
+        return f"{whole:.1f} s"
 
 
-@contextmanager
-def writing(total: int) -> Iterator[Report]:
-    """A bar of the bytes written, with rate and time left; where nobody watches, a line now and then."""
-    if not console.is_interactive:
-        with stages(PAUSE) as say:
-            say(f"writing {total / 1e6:,.1f} MB of weights")
-            yield lambda name, size: say(f"writing {name}")
-        return
-    columns = (
-        TextColumn("{task.description:<36.36}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name, size: bar.update(task, advance=size, description=name)
+def say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from instantrt.compiler.options import Accuracy
-from instantrt.tools.cli.console import console, stages
+from instantrt.tools.cli.console import Stages, console
 from instantrt.tools.cli.options import Folder, Which, takes
 
 
@@ -46,18 +46,18 @@ def main(
     folder = report or out / "report"
     if not find:
         check_reports(folder, request.resolved_targets())
-    with stages() as say:
-        planned = plan(request, say)
+    with Stages() as stages:
+        planned = plan(request, stages.begin)
         data = load_data(planned.model, text, prompt or (), tokens)
         if find:
-            culprits = find_culprits(planned, request, artifacts, data, say)
+            culprits = find_culprits(planned, request, artifacts, data, stages.begin)
             verdicts = []
         else:
             chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
             budget, culprits = Budget(**bounds), {}
             with Staging() as staging:
                 verdicts = check_artifacts(
-                    planned, request, artifacts, data, budget, folder, staging, forms=chosen, say=say
+                    planned, request, artifacts, data, budget, folder, staging, forms=chosen, say=stages.begin
                 )
     for name, culprit in culprits.items():
         console.print(f"{name}: {culprit}", soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.table import Table
 from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.console import console
+from instantrt.tools.cli.console import Stages, console
 from instantrt.tools.cli.options import takes
 
 if TYPE_CHECKING:
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 def main(
     model: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
-    **options: bool,
+    **options: Any,
 ) -> None:
     """Prints what is found; a checkpoint with problems ends with exit status 1."""
     from instantrt.compiler.inspect import inspect
 
-    found = inspect(model, **options)
+    with Stages() as stages:
+        if not as_json:
+            stages.begin(f"reading {model}")
+        found = inspect(model, **options)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,18 @@ from rich.table import Column, Table
 
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.backend.tensorrt.choose import expanded
-from instantrt.compiler.compile import REPORT, Watch
+from instantrt.compiler.compile import REPORT
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.config import pattern_of
 from instantrt.compiler.request import Request
+from instantrt.compiler.watch import Watch
+from instantrt.passes.core.lazy import view_of
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.qdq.sort_inputs import SortInputs
-from instantrt.tools.cli.console import Report, Say, console, stages, writing
+from instantrt.tools.cli.console import Stages, console
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.verify import Verdict
@@ -35,43 +37,29 @@ WRITING, BUILDING = "below 1.5 GB whatever the model's size", "2 to 3 times the 
 
 
 class ConsoleWatch(Watch):
-    """A compilation on the terminal: one stage or bar at a time, what was planned, then what came out."""
+    """A compilation on the terminal: its stages, what was planned, then what came out."""
 
-    def __init__(self, request: Request, triton: Path | None, *, explain: bool) -> None:
-        self.request, self.triton, self.explain = request, triton, explain
-        self.live = ExitStack()  # the line or bar that is shown now
-        self.stage: Say | None = None
-        self.bar: Report = lambda name, size: None
+    def __init__(self, request: Request, triton: Path | None, stages: Stages, *, explain: bool) -> None:
+        self.request, self.triton, self.stages, self.explain = request, triton, stages, explain
+        self.weights = 0  # of the model
         self.kept: list[Callable[[], None]] = []  # what is printed at the end
 
-    def __enter__(self) -> ConsoleWatch:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.live.close()
-
     def say(self, text: str) -> None:
-        if self.stage is None:
-            self.live.close()
-            self.stage = self.live.enter_context(stages())
-        self.stage(text)
+        self.stages.begin(text)
 
     def planned(self, plan: Plan) -> None:
-        self.close()
+        self.stages.end()
+        constants = map(view_of, plan.model.graph.tensors().values())
+        self.weights = sum(math.prod(view.shape) for view in constants if view is not None)
         show_notes(plan)
         if self.explain:
             show_explanation(plan)
 
     def writing(self, total: int) -> None:
-        self.close()
-        self.bar = self.live.enter_context(writing(total))
+        self.stages.begin(f"writing {total / 1e6:,.1f} MB", total, self.weights)
 
     def progress(self, name: str, size: int) -> None:
-        self.bar(name, size)
-
-    def close(self) -> None:
-        self.live.close()
-        self.stage = None
+        self.stages.progress(name, size)
 
     def served(self, served: Sequence[Served]) -> None:
         for each in served:
@@ -88,7 +76,7 @@ class ConsoleWatch(Watch):
 
     def finished(self, artifacts: list[Artifact]) -> None:
         """What is there now."""
-        self.close()
+        self.stages.end()
         show_artifacts(self.request.out, artifacts, every_weight=self.explain)
         for show in self.kept:
             show()

@@ -1,0 +1,132 @@
+"""What compiling needs to know of a model besides its graph, as a value that JSON holds.
+
+It is read off the torch model once. The account, an inspection and a compilation look at nothing else, so they run
+without torch where an earlier run left the facts (export_cache.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.rope import switches
+from instantrt.compiler.frontend.skeleton import llm_shape
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A causal LM as its config announces it.
+
+    name        of its class
+    shape       the sizes of its interface
+    head        the path of the module that makes the logits, where the class names one
+    parameters  name -> shape, under every name of those that are tied, in the model's order
+    ties        name -> the first name of the same parameter
+    buffers     name -> shape
+    saved       the buffers that checkpoints have
+    linears     path -> (N, K) of every linear module
+    ignored     patterns of names that checkpoints may have and the class does not load
+    renamed     name in the checkpoint -> in the model, where they differ
+    switches    (kind, the longest sequence of the first table) of rotary tables that change
+    """
+
+    name: str
+    shape: LlmShape
+    head: str | None
+    parameters: Mapping[str, Shape]
+    ties: Mapping[str, str]
+    buffers: Mapping[str, Shape]
+    saved: Sequence[str]
+    linears: Mapping[str, tuple[int, int]]
+    ignored: Sequence[str]
+    renamed: Mapping[str, str]
+    switches: Sequence[tuple[str, int]]
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The names of each parameter: tied ones have several."""
+        names: dict[str, list[str]] = {}
+        for name in self.parameters:
+            names.setdefault(self.ties.get(name, name), []).append(name)
+        return list(names.values())
+
+    @property
+    def size(self) -> int:
+        """Numbers in all parameters."""
+        return sum(math.prod(self.parameters[names[0]]) for names in self.groups)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ModelFacts:
+        said = json.loads(data)
+        for key in ("parameters", "buffers", "linears"):
+            said[key] = {name: tuple(shape) for name, shape in said[key].items()}
+        return cls(**{**said, "shape": LlmShape(**said["shape"])})
+
+
+def facts_of(model: Any, stored: Iterable[str]) -> ModelFacts:
+    """The facts of a torch model, for a checkpoint whose tensors have the names `stored`, in their order."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    ties = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
+    buffers, state, head = dict(model.named_buffers()), model.state_dict(), model.get_output_embeddings()
+    return ModelFacts(
+        name=type(model).__name__,
+        shape=llm_shape(model.config),
+        head=next((path for path, module in model.named_modules() if module is head), None),
+        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        ties={name: tied for name, tied in ties.items() if name != tied},
+        buffers={name: tuple(buffer.shape) for name, buffer in buffers.items()},
+        saved=sorted(name for name in buffers if name in state),
+        linears=dict(linears(model)),
+        ignored=sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        renamed={old: new for old, new in model_names(model, stored) if old != new},
+        switches=list(switches(model.config)),
+    )
+
+
+def linears(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(path, (N, K)) of every linear module; GPT-2's hold their weight as [K, N]."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            yield path, (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            k, n = module.weight.shape
+            yield path, (int(n), int(k))
+
+
+def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name in the checkpoint, the name that the model has for it today)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    # Without the oldest rules, of TensorFlow's time: one of them takes `weight_g_idx`, an order, for a weight norm.
+    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    for name in stored:
+        new = rename_source_key(name, rules, [], prefix, state)[0]
+        if new not in state:
+            new = name if name in state else beside_a_module(new, prefix, modules)
+        yield name, new
+
+
+def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:
+    """The name of a tensor that is no parameter (`qweight`, say), with its module's prefix or without it."""
+    path = name.rpartition(".")[0]
+    if path in modules:
+        return name
+    if f"{prefix}.{path}" in modules:
+        return f"{prefix}.{name}"
+    return name.removeprefix(f"{prefix}.") if path.removeprefix(f"{prefix}.") in modules else name

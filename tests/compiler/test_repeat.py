@@ -1,0 +1,186 @@
+"""Layers that are alike are exported once and repeated: the same graph, node for node, and never for others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+import pytest
+import torch
+
+from instantrt.compiler.frontend import export
+from instantrt.compiler.frontend.alike import Layers, UnlikeError, find_layers, first_layers
+from instantrt.compiler.frontend.export import export_graph, export_whole, finish
+from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.repeat import repeat_layers
+from instantrt.compiler.frontend.skeleton import build_skeleton, llm_shape
+from tests.models import DEEP
+
+LLAMA = DEEP["llama"]
+
+
+def skeleton(**fields: Any) -> tuple[Any, LlmShape]:
+    model = build_skeleton({**LLAMA, **fields}, Path(), False)
+    return model, llm_shape(model.config)
+
+
+def described(graph: gs.Graph) -> list[Any]:
+    """Everything that a graph is: its ends, and each node with what it reads and makes."""
+
+    def tensor(t: gs.Tensor) -> Any:
+        known = (t.values.tobytes(), t.values.dtype) if isinstance(t, gs.Constant) else (t.dtype,)
+        return t.name, tuple(t.shape), *known
+
+    ends = [sorted(map(tensor, graph.inputs)), [tensor(t) for t in graph.outputs]]
+    return ends + [
+        (n.name, n.op, n.domain, sorted(map(str, n.attrs.items())), [*map(tensor, n.inputs)], [*map(tensor, n.outputs)])
+        for n in graph.nodes
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DEEP)
+def test_the_repeated_graph_is_the_whole_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape = skeleton(**DEEP[family])
+    seen = []
+    monkeypatch.setattr(export, "export_whole", lambda m, s: seen.append(s.layers) or export_whole(m, s))
+    repeated = export_graph(model, shape)
+    assert (seen, repeated.notes) == ([3 if family.startswith("gemma") else 2], ())
+    monkeypatch.setattr(export, "find_layers", raises)
+    whole = export_graph(model, shape)
+    assert seen[1:] == [4]
+    assert whole.notes == ("all 4 layers were exported, which takes longer: so it is",)
+    assert described(repeated.graph) == described(whole.graph)
+
+
+def raises(*_: Any) -> Layers:
+    raise UnlikeError("so it is")
+
+
+def test_layers_of_two_kinds() -> None:
+    """Period 3 of 8 layers: one period, and one layer more to prove it."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    model, shape = skeleton(**{**DEEP["gemma3_text"], "num_hidden_layers": 8, "layer_types": kinds[:8]})
+    assert find_layers(model, shape) == Layers("model.layers", (0, 0, 2, 0, 0, 2, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("alike", "shown"),
+    [
+        ((0, 0, 0), 2),
+        ((0, 1, 1, 1), 3),  # a first layer of its own
+        ((0, 1, 0, 1), 3),
+        ((0, 0, 0, 3, 0, 0, 0, 3), 5),
+        ((0, 1, 1, 0, 0), 4),  # the first one comes again: as the first it has another input
+    ],
+)
+def test_as_few_as_show_every_kind(alike: tuple[int, ...], shown: int) -> None:
+    assert Layers("", alike).shown == shown
+
+
+@pytest.mark.parametrize("alike", [(0, 0), (0, 1, 2), (0, 0, 0, 3), (0, 1, 1, 3)])
+def test_too_many_kinds(alike: tuple[int, ...]) -> None:
+    with pytest.raises(UnlikeError, match="kind"):
+        _ = Layers("", alike).shown
+
+
+def scaled(index: int, factor: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A change of a model: what layer `index` gives is multiplied."""
+
+    def change(model: Any) -> None:
+        layer = model.model.layers[index]
+        forward = layer.forward
+        layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) * factor(model)
+
+    return change
+
+
+def wider(model: Any) -> None:
+    mlp = model.model.layers[2].mlp
+    mlp.up_proj, mlp.gate_proj = torch.nn.Linear(64, 96, bias=False), torch.nn.Linear(64, 96, bias=False)
+    mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
+
+
+def another_epsilon(model: Any) -> None:
+    model.model.layers[3].input_layernorm.variance_epsilon = 1e-3
+
+
+def buffers(model: Any) -> None:
+    for index, layer in enumerate(model.model.layers):
+        layer.register_buffer("scale", torch.tensor(float(index == 3)))
+        scaled(index, lambda m, layer=layer: layer.scale)(model)  # type: ignore[misc]
+
+
+def remembers(model: Any) -> None:
+    """The last layer adds what the first one gave."""
+    first, last = model.model.layers[0], model.model.layers[3]
+    forward, again = first.forward, last.forward
+    kept = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        kept[:] = [forward(*args, **kwargs)]
+        return kept[0]
+
+    first.forward, last.forward = keep, lambda *args, **kwargs: again(*args, **kwargs) + kept[0]
+
+
+def by_depth(model: Any) -> None:
+    norm = model.model.norm
+    forward = norm.forward
+    norm.forward = lambda x: forward(x) * len(model.model.layers)
+
+
+def between(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a number": (scaled(3, lambda model: 0.5), "kind"),
+    "a number made a tensor": (scaled(3, lambda model: torch.tensor(0.5)), "kind"),
+    "a number by position": (lambda model: [scaled(i, lambda m, i=i: 1 / (i + 1))(model) for i in range(4)], "kind"),  # type: ignore[misc]
+    "a setting": (another_epsilon, "kind"),
+    "a width": (wider, "kind"),
+    "a buffer": (buffers, "kind"),
+    "an earlier layer": (remembers, "kind"),
+    "the number of layers": (by_depth, "depends on their number"),
+    "another input": (between, "between two layers"),
+    "values": (scaled(2, lambda model: model.lm_head.weight.sum().item()), "a run without storage"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_models_whose_layers_differ(change: str) -> None:
+    model, shape = skeleton()
+    assert find_layers(model, shape).alike == (0, 0, 0, 0)
+    apply, reason = CHANGES[change]
+    apply(model)
+    with pytest.raises(UnlikeError, match=reason):
+        _ = find_layers(model, shape).shown
+
+
+@pytest.mark.slow
+def test_what_was_exported_unlike_is_not_repeated() -> None:
+    """Whatever says that layers are alike, their nodes have the last word."""
+    model, shape = skeleton()
+    layers = find_layers(model, shape)
+    with first_layers(model, layers.path, 2):
+        traced = export_whole(model, shape.with_layers(2))
+    node = next(n for n in traced.graph if n.op_type == "Attention" and ".1." in (n.name or ""))
+    was = node.attributes["scale"]
+    node.attributes["scale"] = ir.AttrFloat32("scale", math.pi)
+    with pytest.raises(UnlikeError, match="not exported alike"):
+        repeat_layers(traced.graph, layers, shape)
+    node.attributes["scale"] = was
+    key = node.inputs[1]
+    node.replace_input_with(1, node.inputs[2])
+    with pytest.raises(UnlikeError, match="not exported alike"):
+        repeat_layers(traced.graph, layers, shape)
+    node.replace_input_with(1, key)
+    repeat_layers(traced.graph, layers, shape)
+    finish(traced, shape)
+    assert [value.name for value in traced.graph.outputs] == shape.output_names()
