@@ -42,6 +42,19 @@ def test_sides_take_turns_and_a_round_begins_without_a_cache(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "order"]
 
 
+def test_stages_are_those_that_the_command_sums_up(tmp_path: Path) -> None:
+    code = f"""
+from instantrt.tools.cli.console import Stages
+stages = Stages()
+stages.begin("reading {tmp_path}")
+stages.begin("writing 1.5 MB", 3, 1)
+stages.progress("weight", 3)
+stages.summary()
+"""
+    _, rows = in_turns({"it": Side((sys.executable, "-c", code))}, 1, tmp_path)
+    assert rows["it"]["stages"] == {"reading": 0.0, "writing": 0.0}
+
+
 def test_the_command_line_that_is_timed_is_one(tmp_path: Path) -> None:
     """As far as it can be read without compiling; the sides of a round write to different places."""
     sides = [
@@ -63,22 +76,23 @@ def test_a_peer_that_is_not_there(tmp_path: Path) -> None:
 
 def test_what_is_shown(tmp_path: Path) -> None:
     rows = {
-        "x86 a16w8, cold": row("x86 a16w8, cold", ROUNDS) | {"stages": {"reading": 0.31}},
+        "x86 a16w8, cold": row("x86 a16w8, cold", ROUNDS) | {"stages": {"reading": 0.31, "deciding": 0.01}},
         "theirs : ours": row("", ROUNDS[:, :2] / 2, "x"),
-        "once": row("", ROUNDS[:1]),
+        "once": row("", ROUNDS[:1]) | {"stages": {}},
         "optimum-onnx": {"not_measured": "--optimum was not given"},
     }
     result = {"rows": rows, "versions": ["instantrt 1"]}
     shown = markdown({"speed": result, "memory": {"A8W8": {"a_mb": 3}}})
     assert [line for line in shown.splitlines() if line.startswith(("|", "*", "!", "##"))] == [
         "## speed",
-        "| what | goal | wall | CPU | peak memory | seconds of its stages |",
-        "|---|---|---|---|---|---|",
-        "| x86 a16w8, cold | 12 s, CPU 15 s | 2 s (1.5 to 2.5) | 3 s (2.5 to 3.5) | 500 MB | reading 0.3 |",
-        "| theirs : ours |  | 1 x (0.75 to 1.25) | 1.5 x (1.25 to 1.75) |  |  |",
-        "| once |  | 1 s | 2 s | 300 MB |  |",
-        "| optimum-onnx | | not measured: --optimum was not given | | | |",
+        "| what | goal | wall | CPU | peak memory |",
+        "|---|---|---|---|---|",
+        "| x86 a16w8, cold | 12 s, CPU 15 s | 2 s (1.5 to 2.5) | 3 s (2.5 to 3.5) | 500 MB |",
+        "| theirs : ours |  | 1 x (0.75 to 1.25) | 1.5 x (1.25 to 1.75) |  |",
+        "| once |  | 1 s | 2 s | 300 MB |",
+        "| optimum-onnx | | not measured: --optimum was not given | | |",
         "* instantrt 1",
+        "* x86 a16w8, cold: reading 0.3 s",
         "![wall time of each](compile_time.png)",
         "## memory",
         "| what | measured |",

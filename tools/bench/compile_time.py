@@ -56,7 +56,7 @@ _, status, used = os.wait4(child, 0)
 seconds = time.perf_counter() - started
 print(json.dumps([os.waitstatus_to_exitcode(status), seconds, used.ru_utime + used.ru_stime, used.ru_maxrss]))
 """
-STAGE = re.compile(r"^ *(\d+\.\d+) s +\d+%  ([^/\n]*[^/\n ])", re.MULTILINE)  # up to a path
+STAGE = re.compile(r"^ *(\d+\.\d+) s +\d+%  (.+?)(?= /| \d|$)", re.MULTILINE)  # up to a path or a number
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
 
 
@@ -223,19 +223,19 @@ def check_room(folder: Path) -> None:
 
 
 def table(result: Result) -> list[str]:
-    """Markdown of one part."""
-    lines = ["| what | goal | wall | CPU | peak memory | seconds of its stages |", "|---|---|---|---|---|---|"]
+    """Markdown of one part: the rows, then what is known of them."""
+    lines = ["| what | goal | wall | CPU | peak memory |", "|---|---|---|---|---|"]
+    known = [f"* {line}" for line in result.get("versions", ())]
     for name, each in result["rows"].items():
         if "not_measured" in each:
-            lines.append(f"| {name} | | not measured: {each['not_measured']} | | | |")
+            lines.append(f"| {name} | | not measured: {each['not_measured']} | | |")
             continue
         wall, cpu = (shown(each[key], each["unit"]) for key in ("wall", "cpu"))
         peak = f"{each['peak_mb']} MB" if "peak_mb" in each else ""
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in each.get("stages", {}).items())
-        lines.append(f"| {name} | {each['goal']} | {wall} | {cpu} | {peak} | {stages} |")
-    if "versions" in result:
-        lines += ["", *(f"* {line}" for line in result["versions"])]
-    return lines
+        lines.append(f"| {name} | {each['goal']} | {wall} | {cpu} | {peak} |")
+        stages = [f"{stage} {seconds:.1f} s" for stage, seconds in each.get("stages", {}).items() if seconds >= 0.05]
+        known += [f"* {name}: {', '.join(stages)}"] if stages else []
+    return [*lines, "", *known] if known else lines
 
 
 def shown(quartiles: Sequence[float], unit: str) -> str:
@@ -244,17 +244,23 @@ def shown(quartiles: Sequence[float], unit: str) -> str:
 
 
 def plot(result: Result, path: Path) -> None:
-    """What each side of `speed` takes: the median round's wall time, the quartiles as whiskers."""
+    """The median round's wall time of each side of `speed`, ours by stage, with the quartiles as whiskers."""
     from matplotlib.figure import Figure
 
     sides = {name: each for name, each in result["rows"].items() if each.get("unit") == "s"}
     low, middle, high = zip(*(each["wall"] for each in sides.values()), strict=True)
-    figure = Figure(figsize=(8, 0.8 + 0.45 * len(sides)), layout="constrained")
+    figure = Figure(figsize=(9, 2.2 + 0.45 * len(sides)), layout="constrained")
     axes = figure.subplots()
     spread = np.abs(np.array([low, high]) - middle)
-    colors = ["tab:blue" if "x86" in name else "tab:gray" for name in sides]
-    bars = axes.barh(list(sides), middle, xerr=spread, color=colors, ecolor="black")
+    bars = axes.barh(list(sides), middle, xerr=spread, color="lightgray", ecolor="black")
     axes.bar_label(bars, [f"{value:.1f} s" for value in middle], padding=8)
+    stages = dict.fromkeys(s for each in sides.values() for s, seconds in each["stages"].items() if seconds >= 0.05)
+    left = np.zeros(len(sides))
+    for index, stage in enumerate(stages):
+        widths = np.array([each["stages"].get(stage, 0.0) for each in sides.values()])
+        axes.barh(list(sides), widths, left=left, color=f"C{index}", label=stage)
+        left += widths
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     axes.set(xlabel="seconds of wall time", title="135 M weights, 30 layers", xlim=(0, 1.15 * max(high)))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
