@@ -32,6 +32,7 @@ from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
+from instantrt.passes.core.rewrite import uncollected
 
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 
@@ -50,6 +51,7 @@ class OpenCheckpoint:
     kept: Path | None
 
 
+@uncollected()  # torch makes millions of objects, and drops hardly any
 def load_checkpoint(
     folder: Path,
     *,

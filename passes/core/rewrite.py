@@ -112,7 +112,7 @@ class PassLog:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector, which finds nothing among a graph's nodes and takes a third of the passes' time."""
+    """Without the garbage collector, which finds nothing among a graph's nodes: a third of the passes' time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
