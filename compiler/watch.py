@@ -38,6 +38,3 @@ class Watch:
 
 
 SILENT = Watch()
-
-
-SILENT = Watch()

@@ -35,10 +35,24 @@ def test_sides_take_turns_and_a_round_begins_without_a_cache(tmp_path: Path) -> 
     """`cold` fails on a cache that is there, `warm` on one that is not."""
     cold = Side(("sh", "-c", f"mkdir $INSTANTRT_CACHE && echo cold >> {tmp_path}/order"), "SCRATCH/cache")
     warm = Side(("sh", "-c", f"test -d SCRATCH/cache && echo warm >> {tmp_path}/order"))
-    used = in_turns({"cold": cold, "warm": warm}, 2, tmp_path)
+    used, rows = in_turns({"cold": cold, "warm": warm}, 2, tmp_path)
     assert (tmp_path / "order").read_text().split() == ["cold", "warm"] * 2
     assert {name: each.shape for name, each in used.items()} == {"cold": (2, 3), "warm": (2, 3)}
+    assert list(rows) == ["cold", "warm"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "order"]
+
+
+def test_stages_are_those_that_the_command_sums_up(tmp_path: Path) -> None:
+    code = f"""
+from instantrt.tools.cli.console import Stages
+stages = Stages()
+stages.begin("reading {tmp_path}")
+stages.begin("writing 1.5 MB", 3, 1)
+stages.progress("weight", 3)
+stages.summary()
+"""
+    _, rows = in_turns({"it": Side((sys.executable, "-c", code))}, 1, tmp_path)
+    assert rows["it"]["stages"] == {"reading": 0.0, "writing": 0.0}
 
 
 def test_the_command_line_that_is_timed_is_one(tmp_path: Path) -> None:
@@ -62,9 +76,9 @@ def test_a_peer_that_is_not_there(tmp_path: Path) -> None:
 
 def test_what_is_shown(tmp_path: Path) -> None:
     rows = {
-        "x86 a16w8, cold": row("x86 a16w8, cold", ROUNDS),
+        "x86 a16w8, cold": row("x86 a16w8, cold", ROUNDS) | {"stages": {"reading": 0.31, "deciding": 0.01}},
         "theirs : ours": row("", ROUNDS[:, :2] / 2, "x"),
-        "once": row("", ROUNDS[:1]),
+        "once": row("", ROUNDS[:1]) | {"stages": {}},
         "optimum-onnx": {"not_measured": "--optimum was not given"},
     }
     result = {"rows": rows, "versions": ["instantrt 1"]}
@@ -78,6 +92,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         "| once |  | 1 s | 2 s | 300 MB |",
         "| optimum-onnx | | not measured: --optimum was not given | | |",
         "* instantrt 1",
+        "* x86 a16w8, cold: reading 0.3 s",
         "![wall time of each](compile_time.png)",
         "## memory",
         "| what | measured |",

@@ -69,6 +69,19 @@ for words in {calls}:
     assert done.stderr.splitlines() == [f"{words} []" for words in calls]
 
 
+@pytest.mark.parametrize("name", ["main", "compile_main"])
+def test_a_command_ends_without_looking_for_garbage(name: str) -> None:
+    code = f"""
+import atexit, gc, sys
+from instantrt.tools.cli.app import {name}
+atexit.register(lambda: print(gc.get_freeze_count(), file=sys.stderr))
+sys.argv[1:] = ["--help"]
+{name}()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stderr) > 0
+
+
 def test_help_names_every_command_and_each_has_its_own() -> None:
     shown = words_of(invoke("--help", COLUMNS="80", TERM="dumb").output)
     for prefix, table in (((), COMMANDS), (("bench",), BENCHES)):

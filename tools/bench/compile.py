@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -48,6 +48,7 @@ from instantrt.tools.bench.synthetic import SMOLLM2_135M, write_checkpoint
 from instantrt.tools.cli.console import console
 
 Result = dict[str, Any]
+T = TypeVar("T")
 OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "compile.json"
 SPEED = OUT.with_name("compile_time.png")
 
@@ -72,9 +73,9 @@ def rate(folder: Path) -> Result:
     written: dict[str, int] = {}
     for _ in range(9):
         for name, work in limits.items():
-            seconds[name].append(median(work, 1))
+            seconds[name].append(timed(work)[0])
         for mode, graph in graphs.items():
-            seconds[mode].append(median(lambda graph=graph: write_model(graph, out / "out.onnx"), 1))  # type: ignore[misc]
+            seconds[mode].append(timed(write_model, graph, out / "out.onnx")[0])
             written[mode] = (out / "out.onnx.data").stat().st_size
     result: Result = {"weights": count}
     for name in limits:
@@ -242,13 +243,10 @@ class SmokeSeen(Watch):
         self.all.append(ran)
 
 
-def median(function: Callable[[], Any], times: int) -> float:
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - started)
-    return float(np.median(taken))
+def timed(function: Callable[..., T], *arguments: Any) -> tuple[float, T]:
+    started = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - started, result
 
 
 PARTS: dict[str, Callable[..., Result]] = {

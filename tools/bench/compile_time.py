@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ GOALS = {
     "x86 a16w4, warm": "5 s",
     "cold, 80 layers : 30": "1.3 x",
     "warm, 80 layers : 30": "1.3 x",
-    "sm89 a16w8, build kit: the graph work": "8 s",
+    "sm89 a16w8, a build kit": "8 s",
     "x86 a16w8 --group-size 128": "60 s, 1000 MB",
     "x86 a16w8": "60 s, 1000 MB",
 }
@@ -55,6 +56,7 @@ _, status, used = os.wait4(child, 0)
 seconds = time.perf_counter() - started
 print(json.dumps([os.waitstatus_to_exitcode(status), seconds, used.ru_utime + used.ru_stime, used.ru_maxrss]))
 """
+STAGE = re.compile(r"^ *(\d+\.\d+) s +\d+%  (.+?)(?= /| \d|$)", re.MULTILINE)  # up to a path or a number
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
 
 
@@ -102,17 +104,24 @@ def measured(words: Sequence[str], log: Path, environment: Mapping[str, str]) ->
     return np.array([wall, cpu, peak / 1024])
 
 
-def in_turns(sides: Mapping[str, Side], rounds: int, folder: Path) -> dict[str, Array]:
-    """What is `measured` of each side: [rounds, 3]."""
+def in_turns(sides: Mapping[str, Side], rounds: int, folder: Path) -> tuple[dict[str, Array], Result]:
+    """What is `measured` of each side [rounds, 3], and a row for each."""
     used: dict[str, list[Array]] = {name: [] for name in sides}
+    stages: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     for turn in range(rounds):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             for name, side in sides.items():
                 words = [word.replace(SCRATCH, scratch) for word in side.words]
                 environment = {"HF_HUB_OFFLINE": "1", "INSTANTRT_CACHE": side.cache.replace(SCRATCH, scratch)}
                 used[name].append(measured(words, folder / "log", environment))
+                for seconds, stage in STAGE.findall((folder / "log").read_text()):
+                    stages[name].setdefault(stage, []).append(float(seconds))
                 console.print(f"{name}, {turn + 1} of {rounds}: {used[name][-1][0]:.1f} s")
-    return {name: np.array(turns) for name, turns in used.items()}
+    arrays = {name: np.array(turns) for name, turns in used.items()}
+    rows = {name: row(name, each) for name, each in arrays.items()}
+    for name, found in stages.items():
+        rows[name]["stages"] = {stage: round(float(np.median(turns)), 2) for stage, turns in found.items()}
+    return arrays, rows
 
 
 def ours(model: Path, options: str, cache: str) -> Side:
@@ -123,7 +132,7 @@ def ours(model: Path, options: str, cache: str) -> Side:
 
 
 def row(name: str, used: Array, unit: str = "s") -> Result:
-    """Quartiles of a side [rounds, 3] with the most memory, or of a ratio or difference [rounds, 2]."""
+    """Quartiles of a side [rounds, 3], with the most memory, or of a ratio [rounds, 2]."""
     wall, cpu, *peak = np.percentile(used, (25, 50, 75), axis=0).round(2).T.tolist()
     memory = {"peak_mb": round(used[:, 2].max())} if peak else {}
     return {"goal": GOALS.get(name, ""), "unit": unit, "wall": wall, "cpu": cpu, **memory}
@@ -160,8 +169,7 @@ def speed(folder: Path, rounds: int, peers: Mapping[str, Path | None]) -> Result
         for step, text in peer.steps.items():
             words = (word.replace(MODEL, str(model)) for word in text.split())
             sides[f"{peer.package}, {step}"] = Side((python, *words))
-    used = in_turns(sides, rounds, folder)
-    rows = {name: row(name, each) for name, each in used.items()}
+    used, rows = in_turns(sides, rounds, folder)
     for peer, _ in given:
         every = np.sum([used[f"{peer.package}, {step}"] for step in peer.steps], axis=0)
         rows |= ratio(f"{peer.package}, all : ours, cold", every, used[cold])
@@ -180,8 +188,7 @@ def depth(folder: Path, rounds: int) -> Result:
         for start, quant in (("cold", "a16w8"), ("warm", "a16w4"))
         for count in layers
     }
-    used = in_turns(sides, rounds, folder)
-    rows = {name: row(name, each) for name, each in used.items()}
+    used, rows = in_turns(sides, rounds, folder)
     for start in ("cold", "warm"):
         rows |= ratio(f"{start}, 80 layers : 30", used[f"{start}, 80 layers"], used[f"{start}, 30 layers"])
     return {"rows": rows}
@@ -191,28 +198,20 @@ def engine(folder: Path, rounds: int) -> Result:
     """The Llama of 135 M for sm89, cold: a build kit is all of our work, an engine that and TensorRT-RTX's build."""
     model = folder / "model"
     write_checkpoint(model, SMOLLM2_135M)
-    kit, built = "sm89 a16w8, build kit: the graph work", "sm89 a16w8, engine"
-    used = in_turns(
-        {
-            kit: ours(model, "sm89 --quant a16w8 --builder kit", "kit"),
-            built: ours(model, "sm89 --quant a16w8 --builder tensorrt-rtx", "engine"),
-        },
-        rounds,
-        folder,
-    )
-    rows = {name: row(name, each) for name, each in used.items()}
-    own = "the engine less the kit: TensorRT-RTX's own"
-    return {"rows": {**rows, own: row(own, used[built][:, :2] - used[kit][:, :2])}}
+    sides = {
+        "sm89 a16w8, a build kit": ours(model, "sm89 --quant a16w8 --builder kit", "kit"),
+        "sm89 a16w8, an engine": ours(model, "sm89 --quant a16w8 --builder tensorrt-rtx", "engine"),
+    }
+    return {"rows": in_turns(sides, rounds, folder)[1]}
 
 
 def large(folder: Path) -> Result:
     """Qwen2-7B's shape, 15.2 GB of random bfloat16 weights, cold; each once."""
     model = folder / "model"
     write_checkpoint(model, QWEN2_7B)
-    rows = {}
-    for name in ("x86 a16w8", "x86 a16w8 --group-size 128"):
-        side = {name: ours(model, name.replace("a16w8", "--quant a16w8"), "cache")}
-        rows[name] = row(name, in_turns(side, 1, folder)[name])  # a round each: one artifact at a time on the disk
+    rows: Result = {}
+    for name in ("x86 a16w8", "x86 a16w8 --group-size 128"):  # not of one round: the disk has one artifact at a time
+        rows |= in_turns({name: ours(model, name.replace("a16w8", "--quant a16w8"), "cache")}, 1, folder)[1]
     return {"rows": rows}
 
 
@@ -224,8 +223,9 @@ def check_room(folder: Path) -> None:
 
 
 def table(result: Result) -> list[str]:
-    """Markdown of one part: medians, the quartiles behind them."""
+    """Markdown of one part: the rows, then what is known of them."""
     lines = ["| what | goal | wall | CPU | peak memory |", "|---|---|---|---|---|"]
+    known = [f"* {line}" for line in result.get("versions", ())]
     for name, each in result["rows"].items():
         if "not_measured" in each:
             lines.append(f"| {name} | | not measured: {each['not_measured']} | | |")
@@ -233,7 +233,9 @@ def table(result: Result) -> list[str]:
         wall, cpu = (shown(each[key], each["unit"]) for key in ("wall", "cpu"))
         peak = f"{each['peak_mb']} MB" if "peak_mb" in each else ""
         lines.append(f"| {name} | {each['goal']} | {wall} | {cpu} | {peak} |")
-    return [*lines, "", *(f"* {line}" for line in result.get("versions", ()))]
+        stages = [f"{stage} {seconds:.1f} s" for stage, seconds in each.get("stages", {}).items() if seconds >= 0.05]
+        known += [f"* {name}: {', '.join(stages)}"] if stages else []
+    return [*lines, "", *known] if known else lines
 
 
 def shown(quartiles: Sequence[float], unit: str) -> str:
@@ -242,17 +244,23 @@ def shown(quartiles: Sequence[float], unit: str) -> str:
 
 
 def plot(result: Result, path: Path) -> None:
-    """What each side of `speed` takes: the median round's wall time, the quartiles as whiskers."""
+    """The median round's wall time of each side of `speed`, ours by stage, with the quartiles as whiskers."""
     from matplotlib.figure import Figure
 
     sides = {name: each for name, each in result["rows"].items() if each.get("unit") == "s"}
     low, middle, high = zip(*(each["wall"] for each in sides.values()), strict=True)
-    figure = Figure(figsize=(8, 0.8 + 0.45 * len(sides)), layout="constrained")
+    figure = Figure(figsize=(9, 2.2 + 0.45 * len(sides)), layout="constrained")
     axes = figure.subplots()
     spread = np.abs(np.array([low, high]) - middle)
-    colors = ["tab:blue" if "x86" in name else "tab:gray" for name in sides]
-    bars = axes.barh(list(sides), middle, xerr=spread, color=colors, ecolor="black")
+    bars = axes.barh(list(sides), middle, xerr=spread, color="lightgray", ecolor="black")
     axes.bar_label(bars, [f"{value:.1f} s" for value in middle], padding=8)
+    stages = dict.fromkeys(s for each in sides.values() for s, seconds in each["stages"].items() if seconds >= 0.05)
+    left = np.zeros(len(sides))
+    for index, stage in enumerate(stages):
+        widths = np.array([each["stages"].get(stage, 0.0) for each in sides.values()])
+        axes.barh(list(sides), widths, left=left, color=f"C{index}", label=stage)
+        left += widths
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     axes.set(xlabel="seconds of wall time", title="135 M weights, 30 layers", xlim=(0, 1.15 * max(high)))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from contextlib import suppress
 from functools import cache
@@ -131,6 +133,7 @@ def root(
 
 
 def main() -> NoReturn:
+    atexit.register(gc.freeze)  # else the interpreter looks for garbage in all that torch is, before it ends
     with exit_on_error():
         app(sys.argv[1:] or ["--help"], prog_name="instantrt")
     sys.exit(0)
@@ -138,6 +141,7 @@ def main() -> NoReturn:
 
 def compile_main() -> NoReturn:
     """The script `compile`, another name of `instantrt compile`."""
+    atexit.register(gc.freeze)
     with exit_on_error():
         Subcommand("compile", *COMMANDS["compile"]).load()(prog_name="compile")
     sys.exit(0)
