@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import onnx_graphsurgeon as gs
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -50,9 +50,9 @@ DETOURS = (
 
 @dataclass(frozen=True)
 class Exported:
-    """A graph as exported, and what a user should know of how."""
+    """A model as exported, whose weights are graph inputs, and what a user should know of how."""
 
-    graph: gs.Graph
+    model: onnx.ModelProto
     notes: tuple[str, ...] = ()
 
 
@@ -68,9 +68,7 @@ def export_graph(model: Any, shape: LlmShape) -> Exported:
         notes = (f"all {shape.layers} layers were exported, which takes longer: {error}",)
         traced = export_whole(model, shape)
     finish(traced, shape)
-    graph = gs.import_onnx(ir.to_proto(traced))
-    name_dimensions(graph, shape)
-    return Exported(graph, notes)
+    return Exported(ir.to_proto(traced), notes)
 
 
 def export_repeated(model: Any, shape: LlmShape) -> ir.Model:
@@ -138,7 +136,7 @@ def module_path(node: ir.Node) -> str:
 
 
 def finish(model: ir.Model, shape: LlmShape) -> None:
-    """Makes the graph what it is of any export of the model: sizes read at one place, equal values made once, names.
+    """Makes the model what it is of any export: sizes are read at one place, equal values made once; names and order.
 
     A node is called by its module and its place there, a tensor as its maker, a constant by its place in the graph.
     """
@@ -147,6 +145,7 @@ def finish(model: ir.Model, shape: LlmShape) -> None:
         read_first(node, graph.inputs)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
+    name_dimensions(graph, shape)
     numbers = Counter[str]()
     constants: dict[ir.Value, None] = {}
     outputs = set(shape.output_names())
@@ -158,8 +157,16 @@ def finish(model: ir.Model, shape: LlmShape) -> None:
             if value.name not in outputs:
                 value.name = f"{node.name}:{value.index()}"
         constants |= {v: None for v in node.inputs if v is not None and v.const_value is not None}
-    for index, value in enumerate(v for v in constants if not str(v.name).startswith("model.")):
-        value.name = f"constant:{index}"
+    graph.initializers.clear()
+    for index, value in enumerate(constants):
+        if not str(value.name).startswith("model."):
+            value.name = f"constant:{index}"
+        graph.initializers.add(value)
+    inputs = {str(value.name): value for value in graph.inputs}
+    graph.inputs[:] = [inputs.pop(name) for name in shape.input_names()] + [inputs[name] for name in sorted(inputs)]
+    made = (value for node in graph for value in node.outputs)
+    for each in (model, graph, *graph, *graph.inputs, *made, *constants):
+        each.metadata_props.clear()  # the exporter's, which name files of this machine
 
 
 def read_first(node: ir.Node, inputs: Sequence[ir.Value]) -> None:
@@ -174,19 +181,17 @@ def read_first(node: ir.Node, inputs: Sequence[ir.Value]) -> None:
     node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)
 
 
-def name_dimensions(graph: gs.Graph, shape: LlmShape) -> None:
+def name_dimensions(graph: ir.Graph, shape: LlmShape) -> None:
     """Gives the symbolic dimensions the names of the interface, everywhere they occur."""
-    tensors = {t.name: t for t in graph.inputs}
-    renamed = {
-        str(tensors["input_ids"].shape[0]): "batch",
-        str(tensors["input_ids"].shape[1]): "sequence",
-        str(tensors["attention_mask"].shape[1]): "total",
-        str(tensors["past_key_values.0.key"].shape[2]): "past",
-    }
+    inputs = {value.name: list(value.shape or ()) for value in graph.inputs}
+    places = {"batch": ("input_ids", 0), "sequence": ("input_ids", 1), "total": ("attention_mask", 1)}
+    places["past"] = ("past_key_values.0.key", 2)
+    renamed = {str(inputs[name][axis]): new for new, (name, axis) in places.items()}
     pattern = re.compile("|".join(rf"\b{re.escape(old)}\b" for old in renamed))
-    for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and tensor.shape is not None:
-            tensor.shape = [pattern.sub(lambda m: renamed[m[0]], d) if isinstance(d, str) else d for d in tensor.shape]
-    for output in graph.outputs:
-        if output.name != "logits":
-            output.shape = ["batch", shape.kv_heads, "total", shape.head_dim]
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.shape is not None:
+            sizes = [getattr(size, "value", size) for size in value.shape]  # a number, a name, or None
+            value.shape = ir.Shape(pattern.sub(lambda m: renamed[m[0]], d) if isinstance(d, str) else d for d in sizes)
+    for value in graph.outputs:
+        if value.name != "logits":
+            value.shape = ir.Shape(["batch", shape.kv_heads, "total", shape.head_dim])

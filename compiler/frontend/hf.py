@@ -100,9 +100,8 @@ def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], No
         with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
             adapt(model, taken.untied, taken.buffers)
             made = export_graph(model, taken.facts.shape)
-            proto = gs.export_onnx(made.graph)
-            onnx.helper.set_model_props(proto, {f"note {i}": note for i, note in enumerate(made.notes)})
-            return bytes(proto.SerializeToString(deterministic=True))
+            onnx.helper.set_model_props(made.model, {f"note {i}": note for i, note in enumerate(made.notes)})
+            return bytes(made.model.SerializeToString(deterministic=True))
 
     buffers = {
         name: [str(values.dtype), hashlib.sha256(values.tobytes()).hexdigest()]
