@@ -17,6 +17,7 @@ from instantrt.compiler.smoke.process import Child, standby
 from instantrt.compiler.target import Backend
 from instantrt.compiler.watch import SILENT, Watch
 from instantrt.compiler.write import outline, stage_artifacts
+from instantrt.passes.core.collector import settled
 from instantrt.passes.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def compile_model(
             watch.say("reading the text to verify with")
             data = load_data(planned.model, request.text)
         check_plan(planned, request, triton)
-        artifacts = stage_artifacts(request, planned, staging, watch)
-        if request.smoke:
-            run_once(planned, request, artifacts, staging, take, watch)
+        with settled():
+            artifacts = stage_artifacts(request, planned, staging, watch)
+            if request.smoke:
+                run_once(planned, request, artifacts, staging, take, watch)
         verdicts = stage_reports(planned, request, artifacts, data, staging, watch) if data is not None else []
         passed = all(verdict.passed for verdict in verdicts)
         if triton is not None and passed:

@@ -20,10 +20,11 @@ from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
 from instantrt.passes.core.causal import sees_ahead
+from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import PassLog, uncollected
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 

@@ -30,9 +30,9 @@ from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleto
 from instantrt.compiler.quant import plain
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader
+from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
-from instantrt.passes.core.rewrite import uncollected
 
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 

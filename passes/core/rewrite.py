@@ -8,17 +8,16 @@ elsewhere. What a pass relies on it declares as rules: `requires` of the graph i
 
 from __future__ import annotations
 
-import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.tidy import tidy
 
@@ -108,18 +107,6 @@ class PassLog:
 
     def passed(self, by: Pass, graph: gs.Graph, *, changed: bool) -> None:
         """Called after each pass, for those who want to look at the graph then."""
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without the garbage collector: it finds nothing in a graph, and takes a third of the passes' time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @uncollected()
