@@ -95,7 +95,7 @@ class Checkpoint:
 
     trust_remote_code: bool = option(False, "run the model's own Python")
     cache: Path | None = option(
-        None, "folder of exported graphs, for the next compile; none: keep none; else INSTANTRT_CACHE, or the user's"
+        None, "folder that keeps exported graphs, or none; else $INSTANTRT_CACHE, else ~/.cache/instantrt"
     )
 
 

@@ -102,7 +102,7 @@ def new_folder(parent: Path, target: Target, source: Path) -> Path:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """A copy; where the file system can, of the blocks' addresses alone. A link would share later edits."""
+    """Copies a file; where the file system can, both share their blocks until one is edited, as links would not."""
     with source.open("rb") as old, target.open("wb") as new:
         left = os.fstat(old.fileno()).st_size
         with suppress(OSError):  # not between these file systems

@@ -188,7 +188,7 @@ def formals(given: Sequence[str], declared: list[Any]) -> Iterator[tuple[str, An
 
 
 @cache  # a model has thousands of nodes of a few kinds
-def judge(schema: Any, given: tuple[str, ...], made: tuple[str, ...]) -> tuple[Types, list[str], bool]:
+def judge(schema: Any, given: tuple[str, ...], made: tuple[str, ...]) -> tuple[Types, tuple[str, ...], bool]:
     """Of a node whose inputs and outputs have these types, "" where that is not known: what the operator's names of
     types and of inputs are, the type of each output that follows or is known anyway, and whether a kernel is there.
     """
@@ -204,7 +204,7 @@ def judge(schema: Any, given: tuple[str, ...], made: tuple[str, ...]) -> tuple[T
         (only, *others) = formal.types
         found = bound.get(formal.typeStr, "") if formal.isHomogeneous else kind
         outputs.append(found if others else only)
-    return bound, outputs, has_kernel(schema, bound)
+    return bound, tuple(outputs), has_kernel(schema, bound)
 
 
 def loads(node: gs.Node, opset: int, types: Types) -> bool:

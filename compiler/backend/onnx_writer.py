@@ -29,7 +29,7 @@ ALIGNMENT = 4096  # so that a runtime can map the pages as they are
 STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
 STRIP_MEMORY = 1 << 24  # and as wide as this allows
 PIECE, TURNED = 128, 1 << 13  # columns of a strip that are turned together, and how many rows of them at a time
-KEPT = 31 << 20  # bytes
+KEPT = 31 << 20  # bytes: nearly the most that raises malloc's bound, as blocks above 32 MiB do not
 THREADS = 2
 
 Progress = Callable[[str, int], None]  # (tensor, bytes just written)
@@ -141,6 +141,7 @@ def write_data(placed: list[Placed], total: int, path: Path, progress: Progress)
 
 
 def take_in(digest: hashlib._Hash, fd: int, start: int, stop: int) -> None:
+    """Updates `digest` with the bytes from `start` to `stop` of a file."""
     chunk = memoryview(bytearray(min(CHUNK, stop - start)))
     while start < stop and (size := os.preadv(fd, [chunk[: stop - start]], start)):
         digest.update(chunk[:size])
@@ -179,7 +180,10 @@ def crosses_bytes(view: View) -> bool:
 class Strip:
     """Collects columns of a row-major matrix until they are wide enough to be worth a write per row.
 
-    They come as rows of the transpose. A few are turned at a time, which the caches hold; a strip is many such pieces.
+    They come as rows of the transpose: PIECE of them are `piece` [PIECE, rows], which is turned, as many rows at a time
+    as the processor's caches hold, into one of `pieces` [count, rows, PIECE]. These together are a strip.
+
+    start, filled   columns that are written, and columns that are held
     """
 
     def __init__(self, placed: Placed, fd: int) -> None:
@@ -207,16 +211,21 @@ class Strip:
                 self.flush()
 
     def turn(self) -> None:
+        """The last piece, filled or not, becomes one of the strip's."""
         for row in range(0, self.rows, TURNED):
             rows = slice(row, row + TURNED)
             self.pieces[(self.filled - 1) // PIECE, rows] = transposed(self.piece[:, rows])
 
     def flush(self) -> None:
+        """Writes the columns that are held, a few rows at a time: a row's pieces are put side by side, then packed."""
+        if not self.filled:
+            return
         if self.filled % PIECE:
             self.turn()
         count, offset = -(-self.filled // PIECE), self.placed.offset + self.start * self.row_bytes // self.width
         line = np.dtype((np.void, PIECE * self.pieces.itemsize))
-        for row in range(0, self.rows if count else 0, step := 1 + TURNED // (1 + count)):
+        step = 1 + TURNED // (1 + count)
+        for row in range(0, self.rows, step):
             lines = np.ascontiguousarray(self.pieces[:count, row : row + step].view(line)[..., 0].T)
             data = pack(lines.view(self.pieces.dtype)[:, : self.filled])
             if self.filled == self.width:

@@ -36,7 +36,7 @@ class Heard:
 
 
 def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
-    """SmokeError for an artifact that does not run.
+    """What the artifact and its references answer; SmokeError for an artifact that does not run.
 
     known   the answers of references that earlier targets had
     take    gives the process

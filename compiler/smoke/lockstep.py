@@ -41,6 +41,7 @@ class StepRun(Evaluation):
     """One step among others.
 
     blocks   MatMul -> the block in which the operator that stands for it makes int8 of its input, by definition
+    caches   past -> zeros of the sizes that it has in this step, where a step before makes it
     """
 
     def __init__(self, wiring: Wiring, step: Call, before: StepRun | None, blocks: Mapping[str, int]) -> None:

@@ -97,7 +97,10 @@ def begun() -> Child:
 
 @contextmanager
 def standby(*, needed: bool) -> Iterator[Callable[[], Child]]:
-    """What gives children; where one is surely `needed` it begins now, and imports while other work is done."""
+    """What gives children; where one is surely `needed` it begins now, and imports while other work is done.
+
+    One that nobody took ends with the `with` block.
+    """
     waiting = [begun()] if needed else []
     try:
         yield lambda: waiting.pop() if waiting else begun()

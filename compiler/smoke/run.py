@@ -21,8 +21,10 @@ from instantrt.compiler.smoke.subject import Reference, Staged, staged
 
 
 def smoke(planned: Plan, request: Request, artifacts: Sequence[Artifact], take: Callable[[], Child]) -> Iterator[Ran]:
-    """What became of each artifact in `request.out`, as it is known, by children that `take` gives; SmokeError for one
-    that is wrong."""
+    """What became of each artifact in `request.out`, as it is known; SmokeError for one that is wrong.
+
+    take   gives the processes that run them
+    """
     known: dict[Reference, Answers] = {}
     for target, artifact in zip(request.resolved_targets(), artifacts, strict=True):
         started = time.monotonic()

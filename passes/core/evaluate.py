@@ -18,7 +18,12 @@ from instantrt.passes.core.lazy import Array, view_of
 
 
 class Wiring:
-    """What every run of `graph` has to know of it: who makes a tensor, who reads it, and in which order."""
+    """What every run of `graph` has to know of it, which does not change meanwhile.
+
+    order     of the nodes, by id
+    made_by   tensor -> its node
+    readers   tensor -> how many read it
+    """
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph

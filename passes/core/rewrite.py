@@ -59,14 +59,19 @@ class Rewrite(Pass, Generic[M]):
         """What the log says of an applied match."""
         return ""
 
+    def for_graph(self, graph: gs.Graph) -> Rewrite[M]:  # noqa: ARG002  (an override reads it)
+        """The pass for one run over `graph`, where it must know more than a node: a copy that has gathered that."""
+        return self
+
     def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
+        own = self.for_graph(graph)
         for node in list(graph.nodes):
-            found = self.match(node) if node.outputs else None  # an earlier rewrite may have taken them
+            found = own.match(node) if node.outputs else None  # an earlier rewrite may have taken them
             if isinstance(found, Reject):
                 yield node.name, found
             elif found is not None:
-                self.rewrite(graph, found)
-                yield node.name, self.note(found)
+                own.rewrite(graph, found)
+                yield node.name, own.note(found)
 
 
 class Lowering(Rewrite[M]):

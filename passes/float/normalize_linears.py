@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -39,12 +39,18 @@ class LinearMatch:
 
 
 class NormalizeLinear(Rewrite[LinearMatch]):
-    """What names are taken is gathered once for a graph, and kept: each linear would else look at every node."""
+    """What names are taken is gathered once for a run, and kept: each linear would else look at every node.
 
-    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
-        self.rows = {found.path: found.rows for node in graph.nodes if (found := linear(node)) is not None}
+    rows      path of a linear in normal form -> its weight
+    names     how many nodes have a name, of the first `counted`: those that were added since are counted when asked
+    """
+
+    def __init__(self, nodes: Iterable[gs.Node] = ()) -> None:
+        self.rows = {found.path: found.rows for node in nodes if (found := linear(node)) is not None}
         self.names, self.counted = Counter[str](), 0
-        yield from super().apply(graph)
+
+    def for_graph(self, graph: gs.Graph) -> NormalizeLinear:
+        return type(self)(graph.nodes)
 
     def path(self, match: LinearMatch) -> str:
         """The module's path; where a module has several weights, the later ones have their own names behind it."""

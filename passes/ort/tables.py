@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -58,15 +58,15 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
     ONNX Runtime folds the Cast once when it loads; the file stays half as large.
     """
 
-    tables: dict[Source, gs.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    tables: Mapping[Source, gs.Tensor] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
 
-    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
-        self.tables.clear()
+    def for_graph(self, graph: gs.Graph) -> KeepFloatLinearsInHalf:
+        tables: dict[Source, gs.Tensor] = {}
         for tensor in graph.tensors().values():
             view = view_of(tensor)
             if view is not None and view.as_stored:  # as an embedding is, and no linear's [K, N] view
-                self.tables.setdefault(view.source, tensor)
-        yield from super().apply(graph)
+                tables.setdefault(view.source, tensor)
+        return KeepFloatLinearsInHalf(tables)
 
     def match(self, node: gs.Node) -> FloatLinearMatch | Reject | None:
         found = linear(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,10 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
     ensures = (weight_dq_feeds_matmul,)
 
     decisions: Decisions
-    made: dict[str, gs.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # by path
+    made: dict[str, gs.Tensor] = field(default_factory=dict, repr=False, compare=False)  # in a run, by path
 
-    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
-        self.made.clear()
-        yield from super().apply(graph)
+    def for_graph(self, graph: gs.Graph) -> InsertDequantize:  # noqa: ARG002
+        return InsertDequantize(self.decisions)
 
     def match(self, node: gs.Node) -> QuantizeMatch | Reject | None:
         found = linear(node)

@@ -15,6 +15,7 @@ from instantrt.passes.core.lazy import View
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, add, run, take_over
 from instantrt.passes.float.fuse_gelu import FuseGelu
+from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.qdq.fold_order import FoldOrder
 from tests.graphs import FLOAT32
 
@@ -52,6 +53,29 @@ def chain(*ops: str) -> gs.Graph:
         tensor = add(graph, op, [tensor], gs.Variable(f"{op}{i}", FLOAT32, ["n"]))
     graph.outputs = [tensor]
     return graph
+
+
+def products(*values: float) -> gs.Graph:
+    """x -> a product with a constant matrix for each of `values`, equal ones the same -> y; all in one module."""
+    x = tensor = gs.Variable("x", FLOAT32, ["n", 4])
+    graph = gs.Graph(inputs=[x], opset=23)
+    weights = {value: gs.Constant(f"w{value}", np.full((4, 4), value, FLOAT32)) for value in values}
+    for i, value in enumerate(values):
+        tensor = add(
+            graph, "MatMul", [tensor, weights[value]], gs.Variable(f"y{i}", FLOAT32, ["n", 4]), name=f"mlp/{i}"
+        )
+    graph.outputs = [tensor]
+    return graph
+
+
+def test_two_graphs_may_be_in_one_pass_at_once() -> None:
+    """A model's passes are shared by all that is compiled in a process."""
+    alone, first, second = products(1, 2, 1), products(1, 2, 1), products(3, 3, 3)
+    run(alone, [NormalizeMatMul()], PassLog())
+    shared = NormalizeMatMul()
+    for _ in zip(shared.apply(first), shared.apply(second), strict=True):
+        pass
+    assert text_of(first) == text_of(alone)
 
 
 def test_the_log_tells_the_pass_the_node_and_the_reason() -> None:
