@@ -68,7 +68,7 @@ def load_checkpoint(
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
-    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache)
+    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache, say=say)
     taken, tensors = opened.taken, opened.taken.tensors
     exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
@@ -125,6 +125,7 @@ def open_checkpoint(
     max_length: int | None = None,
     report: Report = refuse,
     cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
@@ -144,7 +145,12 @@ def open_checkpoint(
     kept = None if config.get("auto_map") else cache_folder(cache)
     # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".
     about = {"facts of": announced(config), "tensors": list(stored)}
-    facts, _ = recall(kept, about, lambda: facts_of(skeleton(), stored).to_json(), ModelFacts.from_json)
+
+    def facts_now() -> bytes:
+        say(f"importing torch and transformers, building {family(config)}")
+        return facts_of(skeleton(), stored).to_json()
+
+    facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or plain.detect(stored)
     return OpenCheckpoint(config, reader, take_account(facts, stored, reader, files, report), skeleton, kept)

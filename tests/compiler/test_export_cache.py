@@ -98,7 +98,8 @@ def test_a_second_compile_imports_no_torch_and_writes_the_same_bytes(tmp_path: P
     for name, (model, becomes) in checkpoints.items():
         said = Said()
         compile_model(Request(model, "x86", tmp_path / "cold" / name, smoke=False, cache=cache), watch=said)
-        assert [line.split()[0] for line in said.lines][:2] == ["reading", becomes], name
+        began = [line.split()[0] for line in said.lines]
+        assert [stage for stage in began if stage != "importing"][:2] == ["reading", becomes], name
     folders = [str(model) for model, _ in checkpoints.values()]
     command = [sys.executable, "-c", WARM, str(tmp_path / "warm"), *folders]
     environment = {**os.environ, VARIABLE: str(cache)}
