@@ -190,7 +190,7 @@ def test_plain_int8_that_is_not_plain(parts: dict[str, Array], words: str, tmp_p
 
 
 def test_decoding_goes_tile_by_tile(tmp_path: Path) -> None:
-    rows = 40_000  # more than one tile
+    rows = 60_000  # more than one tile
     q = RANDOM.integers(-128, 128, (rows, K), dtype=np.int8)
     scale = np.arange(1, rows + 1, dtype=np.float32)[:, None]
     tensors = {f"{PATH}.weight": q, f"{PATH}.weight_scale": scale}
