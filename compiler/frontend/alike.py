@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -78,6 +79,23 @@ def first_layers(model: Any, path: str, count: int) -> Iterator[int]:
         modules[name] = whole
 
 
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """What a model's own code keeps in its modules while it runs inside is dropped afterwards.
+
+    Tables that are made in the first call are none of the next, which runs on other tensors.
+    """
+    own = [module.__dict__ for module in model.modules()]
+    kept = [*own, *(value for each in own for value in each.values() if isinstance(value, dict | list | set))]
+    before = [(each, copy(each)) for each in kept]
+    try:
+        yield
+    finally:
+        for each, was in before:
+            each.clear()
+            each.extend(was) if isinstance(each, list) else each.update(was)
+
+
 @dataclass
 class Recording:
     """What was done outside of the layers, and in each: operations with all that they were given."""
@@ -93,7 +111,7 @@ def record(model: Any, shape: LlmShape, path: str) -> Recording:
     meta = {name: tensor.to("meta") for name, tensor in named.items()}
     recorder = Recorder(f"model.{path}.", shape)
     try:
-        with ExitStack() as stack:
+        with unchanged(model), ExitStack() as stack:
             for index, layer in enumerate(model.get_submodule(path)):
                 enter = layer.register_forward_pre_hook(partial(recorder.enter, index), with_kwargs=True)
                 leave = layer.register_forward_hook(partial(recorder.leave, index))
@@ -124,10 +142,17 @@ class Constants(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in CONSTANTS:
-            if not isinstance(args[0], int | float | list | tuple):
+            if not plain(args[0]):
                 raise UnlikeError("an array of its code becomes a tensor")
             self.recorder.wrote(func.__name__, repr((args, kwargs)), result)
         return result
+
+
+def plain(value: Any) -> bool:
+    """Numbers, or lists of them: what is written down whole, where long arrays are shortened."""
+    if isinstance(value, list | tuple):
+        return all(plain(each) for each in value)
+    return isinstance(value, int | float | complex)
 
 
 class Recorder(TorchDispatchMode):
@@ -175,7 +200,7 @@ class Recorder(TorchDispatchMode):
             return tuple(self.seen(each) for each in value)
         if isinstance(value, dict):
             return tuple((key, self.seen(each)) for key, each in value.items())
-        return value if isinstance(value, int | float | str) else repr(value)
+        return repr(value)  # 0.0 and -0.0 are equal, and so are 1 and 1.0
 
     def seen_tensor(self, tensor: Tensor) -> Hashable:
         if tensor is self.hidden:
@@ -183,6 +208,8 @@ class Recorder(TorchDispatchMode):
         if id(tensor) not in self.names:
             raise UnlikeError("a tensor that nothing recorded makes")
         kind, layer, what = self.names[id(tensor)]
+        if kind in ("weight", "past") and OUTSIDE != self.now != layer != OUTSIDE:
+            raise UnlikeError(f"layer {self.now} reads a {kind} of layer {layer}")
         if self.now == OUTSIDE:
             if layer != OUTSIDE and kind == "made":
                 raise UnlikeError(f"a value of layer {layer} is used outside of it")

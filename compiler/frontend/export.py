@@ -23,7 +23,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
-from instantrt.compiler.frontend.alike import UnlikeError, find_layers, first_layers
+from instantrt.compiler.frontend.alike import UnlikeError, find_layers, first_layers, unchanged
 from instantrt.compiler.frontend.hf_attention import WithCache, example
 from instantrt.compiler.frontend.model import OPSET, LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
@@ -90,7 +90,7 @@ def export_whole(model: Any, shape: LlmShape) -> ir.Model:
     tokens = {0: dims["batch"], 1: dims["sequence"]}
     kv = {0: dims["batch"], 2: dims["past"]}
     dynamic = (tokens, {0: dims["batch"], 1: dims["total"]}, tokens, [(kv, kv)] * shape.layers)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), unchanged(model):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.export.export(

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,10 +74,12 @@ def code() -> Mapping[str, str]:
 
 
 def installed(name: str) -> str:
+    """The version of a library, and the digest of what its installer wrote: commits of a `.dev0` have one version."""
     try:
-        return version(name)
+        found = distribution(name)
     except PackageNotFoundError:
         return ""
+    return f"{found.version} {hashlib.sha256((found.read_text('RECORD') or '').encode()).hexdigest()}"
 
 
 def read(path: Path) -> bytes | None:

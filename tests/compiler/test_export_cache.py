@@ -250,6 +250,19 @@ def test_the_code_and_what_is_asked_are_the_key(tmp_path: Path, monkeypatch: pyt
             assert recall(tmp_path, about, lambda said=said: said, json.loads) == ([i, j], False)
 
 
+def test_libraries_of_one_version_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two commits of a `.dev0` do: what was installed is written down with its digests."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "library_of_ours-1.0.dev0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: library-of-ours\nVersion: 1.0.dev0\n")
+    seen = set()
+    for digest in "ab":
+        (folder / "RECORD").write_text(f"library_of_ours.py,sha256={digest},1\n")
+        seen.add(export_cache.installed("library-of-ours"))
+    assert [each.split()[0] for each in seen] == ["1.0.dev0"] * 2
+
+
 def test_all_code_that_exports_is_in_the_key() -> None:
     """Of ours: what the modules that make entries import, at any depth."""
     graph = grimp.build_graph("instantrt", cache_dir=None)

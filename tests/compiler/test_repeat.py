@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -113,6 +114,26 @@ def remembers(model: Any) -> None:
     first.forward, last.forward = keep, lambda *args, **kwargs: again(*args, **kwargs) + kept[0]
 
 
+def of_another(model: Any) -> None:
+    """Layers go by twos, each with the weights of the first."""
+    for index in range(4):
+        norm = model.model.layers[index - index % 2].input_layernorm
+        scaled(index, lambda m, norm=norm: norm.weight)(model)  # type: ignore[misc]
+
+
+def zeros(model: Any) -> None:
+    for index, sign in enumerate((1, 1, 1, -1)):
+        scaled(index, lambda m, sign=sign: sign * 0.0)(model)  # type: ignore[misc]
+
+
+def long_arrays(model: Any) -> None:
+    """They differ where their text is shortened."""
+    for index in range(4):
+        values = np.zeros(2000, np.float32)
+        values[1000] = index
+        scaled(index, lambda m, values=values: torch.tensor([values]).sum())(model)  # type: ignore[misc]
+
+
 def by_depth(model: Any) -> None:
     norm = model.model.norm
     forward = norm.forward
@@ -132,6 +153,9 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a width": (wider, "kind"),
     "a buffer": (buffers, "kind"),
     "an earlier layer": (remembers, "kind"),
+    "another's weights": (of_another, "layer 1 reads a weight of layer 0"),
+    "a zero's sign": (zeros, "kind"),
+    "long arrays": (long_arrays, "an array of its code"),
     "the number of layers": (by_depth, "depends on their number"),
     "another input": (between, "between two layers"),
     "values": (scaled(2, lambda model: model.lm_head.weight.sum().item()), "a run without storage"),
@@ -146,6 +170,33 @@ def test_models_whose_layers_differ(change: str) -> None:
     apply(model)
     with pytest.raises(UnlikeError, match=reason):
         _ = find_layers(model, shape).shown
+
+
+def keeps_a_table(model: Any) -> None:
+    """As rotary modules do that make their tables when they are first run."""
+    norm = model.model.norm
+    norm.register_buffer("table", torch.ones(64), persistent=False)
+    norm.made, norm.more, forward = False, {}, norm.forward
+
+    def run(x: Any) -> Any:
+        if not norm.made:
+            norm.made, norm.table, norm.more["table"] = True, torch.arange(64) * 0.01, torch.arange(64) * 0.02
+            norm.another = norm.table * 3
+        return forward(x) * norm.table * norm.more["table"] * norm.another
+
+    norm.forward = run
+
+
+def test_a_recording_leaves_nothing_in_the_model() -> None:
+    """The export that comes next would take what was made without values, or nothing, for tables."""
+    model, shape = skeleton()
+    keeps_a_table(model)
+    before = [dict(module.__dict__) for module in model.modules()]
+    assert find_layers(model, shape).alike == (0, 0, 0, 0)
+    norm = model.model.norm
+    assert (norm.made, norm.more, norm.table.sum().item()) == (False, {}, 64.0)
+    assert [module.__dict__.keys() for module in model.modules()] == [each.keys() for each in before]
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.slow
