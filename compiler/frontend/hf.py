@@ -147,7 +147,7 @@ def open_checkpoint(
     about = {"facts of": announced(config), "tensors": list(stored)}
 
     def facts_now() -> bytes:
-        say(f"importing torch and transformers, building {family(config)}")
+        say("importing torch and transformers")
         return facts_of(skeleton(), stored).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)

@@ -258,9 +258,9 @@ def plot(result: Result, path: Path) -> None:
     left = np.zeros(len(sides))
     for index, stage in enumerate(stages):
         widths = np.array([each["stages"].get(stage, 0.0) for each in sides.values()])
-        axes.barh(list(sides), widths, left=left, color=f"C{index}", label=stage)
+        axes.barh(list(sides), widths, left=left, color=f"C{index}", label=stage.removesuffix(" from"))
         left += widths
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.set(xlabel="seconds of wall time", title="135 M weights, 30 layers", xlim=(0, 1.15 * max(high)))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
