@@ -210,7 +210,8 @@ def large(folder: Path) -> Result:
     model = folder / "model"
     write_checkpoint(model, QWEN2_7B)
     rows: Result = {}
-    for name in ("x86 a16w8", "x86 a16w8 --group-size 128"):  # not of one round: the disk has one artifact at a time
+    # Not of one round: the disk has one artifact at a time.
+    for name in ("x86 a16w8", "x86 a16w8 --group-size 128", "x86 a16w8 --no-smoke"):
         rows |= in_turns({name: ours(model, name.replace("a16w8", "--quant a16w8"), "cache")}, 1, folder)[1]
     return {"rows": rows}
 
