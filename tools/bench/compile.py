@@ -43,7 +43,7 @@ from instantrt.compiler.watch import Watch
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 from instantrt.tools.bench.compile_time import check_room, depth, engine, large, plot, speed, table
 from instantrt.tools.bench.layers import MODES, layer_chain, lowered, write_weights
-from instantrt.tools.bench.running import decode, perplexities, prefill
+from instantrt.tools.bench.running import decode, perplexities, prefill, quartiles
 from instantrt.tools.bench.synthetic import SMOLLM2_135M, write_checkpoint
 from instantrt.tools.cli.console import console
 
@@ -79,22 +79,17 @@ def rate(folder: Path) -> Result:
             written[mode] = (out / "out.onnx.data").stat().st_size
     result: Result = {"weights": count}
     for name in limits:
-        result[name] = {"gb_per_s": quartiles(2 * count / 1e9, seconds[name])}
+        result[name] = {"gb_per_s": quartiles(2 * count / 1e9 / np.array(seconds[name]))}
     for mode in MODES:
         typical, disk = float(np.median(seconds[mode])), 2 * count / float(np.median(seconds["written to the disk"]))
         result[mode] = {
-            "million_weights_per_s": [round(v) for v in quartiles(count / 1e6, seconds[mode])],
+            "million_weights_per_s": [round(v) for v in quartiles(count / 1e6 / np.array(seconds[mode]))],
             "gb_read_per_s": round(2 * count / typical / 1e9, 2),
             "gb_written_per_s": round(written[mode] / typical / 1e9, 2),
             "the_disk_allows_million": round(disk * count / written[mode] / 1e6),
         }
     result["peer"] = against_peer(folder, {name: tensors[name] for name in list(tensors)[:4]})
     return result
-
-
-def quartiles(amount: float, seconds: list[float]) -> list[float]:
-    """Of the rates at which `amount` was done."""
-    return [round(float(v), 2) for v in np.percentile(amount / np.array(seconds), (25, 50, 75))]
 
 
 def read_alone(path: Path, threads: int) -> None:

@@ -72,6 +72,10 @@ def per_channel_error(folder: Path) -> Result:
     return {"weight_only_floor": float(f"{floor:.4g}"), "two_limbs": float(f"{ours:.4g}")}
 
 
+def quartiles(values: Array) -> list[float]:
+    return [round(float(v), 2) for v in np.percentile(values, (25, 50, 75))]
+
+
 def prefill(folder: Path) -> Result:
     """A prompt of 512 tokens on a model of Qwen2-0.5B's shape, 152,064 words: logits of all tokens and of the last.
 
@@ -93,9 +97,6 @@ def prefill(folder: Path) -> Result:
             model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(512)[None], **past)
             times[name].append((time.perf_counter() - started) * 1e3)
     base, last = (np.array(times[name][1:]) for name in models)  # the first round warms up
-
-    def quartiles(values: Array) -> list[float]:
-        return [round(float(v), 2) for v in np.percentile(values, (25, 50, 75))]
 
     return {name: {"quartiles": quartiles(v)} for name, v in (("all", base), ("last", last), ("ratio", base / last))}
 
