@@ -53,7 +53,7 @@ class Layers:
 
 
 def find_layers(model: Any, shape: LlmShape) -> Layers:
-    """The layers of `model`, compared; UnlikeError if they cannot be repeated, or are too few for that to be of use."""
+    """The layers of `model`, compared; UnlikeError if they cannot be repeated."""
     lists = [p for p, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == shape.layers]
     if len(lists) != 1:
         raise UnlikeError(f"{len(lists)} lists of modules are as long as the model is deep")

@@ -46,6 +46,7 @@ DETOURS = (
     rules.collapse_slice_rule,
     rules.collapse_slice2_rule,
 )
+FEWEST = 2  # layers that are exported where any are repeated: one, and one that proves it
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def export_graph(model: Any, shape: LlmShape) -> Exported:
     """
     notes: tuple[str, ...] = ()
     try:
-        traced = export_repeated(model, shape)
+        traced = export_repeated(model, shape) if shape.layers > FEWEST else export_whole(model, shape)
     except UnlikeError as error:
         notes = (f"all {shape.layers} layers were exported, which takes longer: {error}",)
         traced = export_whole(model, shape)

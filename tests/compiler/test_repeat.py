@@ -47,6 +47,14 @@ def raises(*_: Any) -> Layers:
     raise UnlikeError("so it is")
 
 
+@pytest.mark.slow
+def test_two_layers_are_exported_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be saved, so nothing is compared, and no note says that it took longer."""
+    model, shape = skeleton(num_hidden_layers=2)
+    monkeypatch.setattr(export, "find_layers", raises)
+    assert export_graph(model, shape).notes == ()
+
+
 def test_layers_of_two_kinds() -> None:
     """Period 3 of 8 layers: one period, and one layer more to prove it."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
