@@ -99,7 +99,7 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
 def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each."""
     passes: list[Pass] = [] if request.portable else [*ATTENTION]
-    passes += last_logits(graph, request, by_mask=True)
+    passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True)]
     passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
     if request.embeddings == "int8":
         passes += [QuantizeTables()]

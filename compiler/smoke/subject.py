@@ -20,6 +20,7 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.lazy import FLOAT32, view_of
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.subgraphs import tensors
+from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 
@@ -110,7 +111,8 @@ def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) ->
         table = QuantizeTables() if on_cpu else LowerNativeTables(planned.types[target.name])
         graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
     blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)
-    return Reference("twin", graph, made_of, tuple(sorted(blocks)))
+    each = ((part, block) for name, block in blocks for part in parts_of(name))
+    return Reference("twin", graph, made_of, tuple(sorted(each)))
 
 
 def has_branches(graph: gs.Graph) -> bool:
