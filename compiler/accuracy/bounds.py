@@ -93,4 +93,4 @@ def int8_block(nodes: Iterable[gs.Node]) -> int | None:
 
 def parts_limbs(node: gs.Node) -> bool:
     """Does it take limbs apart, which are rows of one product? Columns are those of linears that were joined."""
-    return node.op == "Split" and node.attrs.get("axis", 0) == 0
+    return bool(node.op == "Split" and node.attrs.get("axis", 0) == 0)

@@ -20,8 +20,8 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.lazy import FLOAT32, view_of
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.subgraphs import tensors
-from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 
 SMALL = 64 << 20  # bytes of float32 weights: a reference is written and run beside the artifact; a larger one streams
