@@ -14,9 +14,9 @@ from instantrt.passes.core.tidy import bodies
 
 ATTENTION = "GroupQueryAttention"
 POSITIONS = "position_ids"
-HEAD_SIZES = 16  # what head sizes are multiples of, to be rotated inside
+WIDTHS = 8  # what the width of a table is a multiple of; a head has at least twice as many channels
 SMALL, SHARE = 16 << 20, 1 / 32  # tables of so many bytes, or of this share of the weights', are worth a node a layer
-SHORT = 8  # positions by which a table is known to be one
+FORWARD, MIXED = np.arange(8)[None], np.array([[3, 1, 0], [2, 2, 5]])  # positions by which a table is known as one
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class RotateInAttention(Rewrite[RotationMatch]):
     def unfit(self, query: gs.Node) -> str:
         _, cos, sin = query.inputs
         size = query.inputs[0].shape[-1] // query.attrs["num_heads"]
-        if size % HEAD_SIZES:
-            return f"head size {size} is no multiple of {HEAD_SIZES}"
+        if size % (2 * WIDTHS):
+            return f"head size {size} is no multiple of {2 * WIDTHS}"
         for tensor in (cos, sin):
             if id(tensor) not in self.reasons:
                 self.reasons[id(tensor)] = self.no_table(tensor)
@@ -74,17 +74,17 @@ class RotateInAttention(Rewrite[RotationMatch]):
         """Why `tensor` [B, S, R/2] is no function of each token's position alone, or its table would be too long."""
         if not self.longest:
             return "the model does not say how long a sequence may be"
-        forward = np.arange(SHORT)[None]
-        mixed = np.stack([forward[0, ::-1], np.zeros(SHORT, np.int64)])
-        runs = [Evaluation(self.graph, {POSITIONS: positions}) for positions in (forward, mixed)]
+        runs = [Evaluation(self.graph, {POSITIONS: positions}) for positions in (FORWARD, MIXED)]
         try:
             if any(len(node.outputs) != 1 or bodies(node) for node in runs[0].needed(tensor.name)):
                 return "the rotation is made of branches or parts"
             table, other = (run.take(tensor.name) for run in runs)
         except KeyError as error:
             return f"the rotation depends on {error.args[0]}"
-        if not np.array_equal(other, table[0, mixed]):
+        if not np.array_equal(other, table[0, MIXED]):
             return "the rotation of a token depends on others"
+        if table.shape[-1] % WIDTHS:
+            return f"{2 * table.shape[-1]} of a head's channels are rotated, which is no multiple of {2 * WIDTHS}"
         size, weights = 2 * 4 * self.longest * table.shape[-1], weight_bytes(self.graph)
         if size > max(SMALL, weights * SHARE):
             return f"tables of {self.longest} positions take {size / 1e6:.0f} MB, the weights {weights / 1e6:.0f} MB"
