@@ -25,6 +25,7 @@ from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryA
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.linear import linear_passes
+from instantrt.passes.ort.rotary import PackQueryKeyValue, RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
@@ -95,11 +96,14 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog) -> gs.Graph:
-    """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each."""
-    passes: list[Pass] = [] if request.portable else [*ATTENTION]
-    passes += last_logits(graph, request, by_mask=True)
-    passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph))
+def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog, longest: int = 0) -> gs.Graph:
+    """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each.
+
+    longest   tokens of a sequence, 0 where it is not known
+    """
+    passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
+    passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
+    passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
     if request.embeddings == "int8":
         passes += [QuantizeTables()]
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.

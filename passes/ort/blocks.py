@@ -1,8 +1,8 @@
 """Group-wise weights against float activations on MatMulNBits, without the rounding that operator brings.
 
 Its fast kernels quantize x to int8 by block. Before: MatMul(x, DequantizeLinear(codes in groups)). After: the product
-of x and of what the rounding took away, which is 254 times smaller: x - MatMulNBits(x by block, identity). Both are rows
-of one product, so that at decode the weights are still read once. Activations then carry about 15 bits.
+of x and of what the rounding took away, which is 254 times smaller: x - MatMulNBits(x by block, identity). Both are
+rows of one product, so that at decode the weights are still read once. Activations then carry about 15 bits.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def unit(block: int) -> dict[str, Any]:
 
 
 def identity(nodes: Prefixed, block: int) -> list[gs.Constant]:
-    """The matrix one, as MatMulNBits has it; with zero points of 0 its product is exactly x as the operator rounds it."""
+    """The matrix one, as MatMulNBits has it; with zero points of 0 its product is x exactly as it rounds it."""
     codes, ones = np.eye(block, dtype=np.uint8)[:, None], np.ones((block, 1), np.float32)
     arrays: dict[str, Array] = {"b": codes, "scales": ones, "zeros": np.zeros((block, 1), np.uint8)}
     return [nodes.const(f"identity.{name}", values, values.dtype) for name, values in arrays.items()]

@@ -54,7 +54,7 @@ TWO_LIMBS = Limbs(count=2, top=63, center=64)
 TWO_PRODUCTS = Limbs(count=2, top=63, center=64, stacked=False)
 # Eight bits against int8 saturate without VNNI; against uint8 they are exact everywhere, and slower.
 ONE_LIMB = Limbs(count=1, top=127, center=128)
-ONE_LIMB_IN_SCAN = Limbs(count=1, top=127, center=128, signed_weights=False)
+ONE_LIMB_UNSIGNED = Limbs(count=1, top=127, center=128, signed_weights=False)
 
 
 @dataclass(frozen=True)
