@@ -19,8 +19,8 @@ from tests.graphs import evaluate, linear_graph, per_row, tokens, weights
 F32 = np.dtype(np.float32)
 
 
-def lowered_by(canonical: gs.Graph) -> gs.Graph:
-    passes = linear_passes("exact")
+def lowered_by(canonical: gs.Graph, *, signed: bool = True) -> gs.Graph:
+    passes = linear_passes("exact", signed=signed)
     lowered = run(canonical.copy(), passes, PassLog())
     verify(lowered, Stage.ONNXRUNTIME)
     return lowered
@@ -42,13 +42,14 @@ def ops(graph: gs.Graph) -> list[str]:
     return [node.op for node in graph.nodes]
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["u8", "s8"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 32), (4, 64), (4, -1)])
-def test_int8_tokens_are_the_twin(bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+def test_int8_tokens_are_the_twin(bits: int, group: int, symmetric: bool, signed: bool, tmp_path: Path) -> None:
     w, x = weights(), tokens()
     canonical = canonical_of(w, bits, group, "int8", symmetric)
     twin = evaluate(canonical, {"x": x}, tmp_path)
-    lowered = lowered_by(canonical)
+    lowered = lowered_by(canonical, signed=signed)
     assert ops(lowered).count("Scan") == (0 if group == -1 else 3)
     assert ops(lowered).count("QuantizeLinear") == 1
     for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
@@ -74,7 +75,7 @@ def test_a_channels_blocks_divide_it_or_its_inputs_are_padded(k: int, block: int
     assert ops(lowered).count("Pad") == (k != padded)
 
 
-@pytest.mark.parametrize("name", ["q.codes_uint8", "q.zeros_uint8", "q.scales_f32"])
+@pytest.mark.parametrize("name", ["q.codes_int8", "q.zeros_int8", "q.scales_f32"])
 def test_the_bounds_bite(name: str, tmp_path: Path) -> None:
     w, x = weights(), tokens()
     canonical = canonical_of(w, 4, 32, "int8")

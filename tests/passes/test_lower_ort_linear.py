@@ -15,11 +15,12 @@ from instantrt.passes.ort.nbits import LowerToMatMulNBits
 from tests.graphs import evaluate, linear_graph, per_row, quantize, relative, tokens, weights
 
 
-def test_a8w8_is_the_twin(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signed", [False, True], ids=["u8", "s8"])
+def test_a8w8_is_the_twin(tmp_path: Path, signed: bool) -> None:
     w, x = weights(), tokens()
     canonical = quantize(linear_graph(w), w, bits=8, activations="int8")
     twin = evaluate(canonical, {"x": x}, tmp_path)
-    lowered = run(canonical.copy(), linear_passes("exact"), PassLog())
+    lowered = run(canonical.copy(), linear_passes("exact", signed=signed), PassLog())
     verify(lowered, Stage.ONNXRUNTIME)
     for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
         assert per_row(got, want) < 2e-6
