@@ -5,6 +5,7 @@ What does not fit, is impossible or would do nothing is an error.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
@@ -96,13 +98,13 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
 def decide(
     graph: gs.Graph,
     model: FloatModel,
-    config: QuantConfig | None,
+    formats: Formats,
     reader: stored.Reader | None,
-    request: Request,
+    heads: Set[str],
     scale_dtype: np.dtype[Any],
 ) -> Decisions:
     """How each linear is quantized, or why it is not."""
-    found = pipeline.linears(graph)
+    found, config = pipeline.linears(graph), formats.config
     if config is None:
         return {}
     if not found:
@@ -117,10 +119,9 @@ def decide(
     if reader is not None:
         decisions = stored.decide(found, model.tensors, reader, config)
     else:
-        heads = heads_of(graph, model)
-        if request.lm_head == "int8" and not heads:
+        if formats.head is not None and not heads:
             raise UserError("lm_head int8 says nothing to a model without a head", where=str(model.folder))
-        decisions = instant.decide(found, config, scale_dtype, heads, request.lm_head)
+        decisions = instant.decide(found, config, scale_dtype, heads, formats.head)
     if not any(isinstance(d, QuantTensor) for d in decisions.values()):
         reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
         raise UserError("no linear layer is left to quantize", found="; ".join(reasons))

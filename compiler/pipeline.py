@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.options import TableFormat
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
@@ -96,12 +97,14 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog) -> gs.Graph:
+def lower_onnxruntime(
+    graph: gs.Graph, target: Target, request: Request, log: PassLog, embeddings: TableFormat = "stored"
+) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each."""
     passes: list[Pass] = [] if request.portable else [*ATTENTION]
     passes += last_logits(graph, request, by_mask=True)
     passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
-    if request.embeddings == "int8":
+    if embeddings == "int8":
         passes += [QuantizeTables()]
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]

@@ -20,7 +20,12 @@ def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Lowering[Any], ...]:
     """The lowerings in order of preference; what one leaves, the next takes, and what none takes is refused.
 
     exact: activations keep 14 bits or what the scheme gives them; fast: whatever is not A8W8 by channel goes to
-    MatMulNBits, whose activations are int8 by block.
+    MatMulNBits, whose activations are int8 by block; auto: so does what is in groups, whose blocks are small.
     """
-    exact = (LowerPerChannel(TWO_LIMBS, "float"), LowerGroups(one_limb), LowerToExactBlocks())
-    return (LowerPerChannel(one_limb, "int8"), *(exact if preset == "exact" else (LowerToMatMulNBits(),)))
+    by_channel = LowerPerChannel(TWO_LIMBS, "float")
+    forms: dict[Preset, tuple[Lowering[Any], ...]] = {
+        "auto": (by_channel, LowerToMatMulNBits()),
+        "exact": (by_channel, LowerGroups(one_limb), LowerToExactBlocks()),
+        "fast": (LowerToMatMulNBits(),),
+    }
+    return LowerPerChannel(one_limb, "int8"), *forms[preset]

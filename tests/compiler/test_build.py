@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_left(tiny_float: F
     tensors = {k: replace(t, path=broken / "model.safetensors") for k, t in tiny_float.tensors.items()}
     found = next(f for f in pipeline.linears(tiny_float.graph) if f.path in name)
     config = parse_quant_config({"weight_format": "int8"}, "t")
-    q = instant.instant(replace(found, rows=tensors[name]), config, FLOAT32, 8)
+    q = instant.instant(replace(found, rows=tensors[name]), config, FLOAT32)
     with pytest.raises(UserError, match=r"up_proj\[5, 9\]") as caught:
         list(q.tiles())
     assert caught.value.found == "nan"
