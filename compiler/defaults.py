@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, replace
 
 from instantrt.compiler.options import HeadFormat, TableFormat
@@ -12,6 +12,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.linear import Linear
 from instantrt.passes.ort import Preset
+from instantrt.passes.qdq.tables import BLOCKS
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,11 @@ class Defaults:
 SPEC = Defaults(-1, -1)  # of the spec's own keys, and of engines: the forms that TensorRT fuses
 ENCODER = Defaults(-1, 32)  # many rows meet the weights: integer products of whole channels are the fastest
 CAUSAL: dict[Preset, Defaults] = {
-    "auto": Defaults(32, 32, "int8", "int8"),
-    "fast": Defaults(32, 32, "int8", "int8"),
+    "auto": Defaults(64, 32, "int8", "int8"),
+    "fast": Defaults(64, 32, "int8", "int8"),
     "exact": Defaults(-1, 32, "int8", "int8"),
 }
-SMALLER = (16,)  # groups that a default makes way for, where it does not divide a layer
-HEAD = (32, 16)  # groups of an int8 head on a CPU that may be its model's table, too, where the layers are per channel
+SMALLER = (64, 32, 16)  # for what a default, or a head's layers, do not divide: all operators have these
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,30 @@ def settle(
     if config is None or not of_floats:
         return Formats(config, None, request.embeddings or "stored")
     widths = {found.path: found.shape[1] for found in linears if config.ignored(found.path) is None}
-    on_cpu, quantized_heads = target.backend is Backend.ONNXRUNTIME, heads & widths.keys()
+    own_heads = {path: k for path, k in widths.items() if path in heads}
+    on_cpu = target.backend is Backend.ONNXRUNTIME
     chosen = SPEC
     if on_cpu and request.quant_config is None:
-        chosen = CAUSAL[request.cpu_preset] if quantized_heads else ENCODER
+        chosen = CAUSAL[request.cpu_preset] if heads else ENCODER
     notes: tuple[str, ...] = ()
     if request.group_size is None and request.quant_config is None and not config.activate_quant:
         wanted = chosen.int8 if config.bits == 8 else chosen.uint4
-        size = next((g for g in (wanted, *SMALLER) if all(fits(k, g) for k in widths.values())), -1)
-        config = replace(config, group_size=size)
-        if size != wanted:
-            unfit = next(f"{path} ({k} inputs)" for path, k in widths.items() if not fits(k, wanted))
-            said = f"{size}" if size > 0 else "-1 (per channel)"
-            notes = (f"{target.name}: group_size {said}, because the default {wanted} does not divide {unfit}",)
-    lm_head = request.lm_head or (chosen.lm_head if quantized_heads else "float")
+        config = replace(config, group_size=largest(widths.values(), wanted))
+        if config.group_size != wanted:
+            unfit = next(f"{path}, {k} inputs" for path, k in widths.items() if not fits(k, wanted))
+            why = f"{wanted}, the default, does not divide {unfit}"
+            notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
+    lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
         return Formats(config, None, request.embeddings or "stored", notes)
     head = replace(config, weight_format="int8")
-    if on_cpu:  # in groups, so that a table may be in its form, and as all of the head's operators want it
-        size = next(
-            (g for g in (config.group_size, *HEAD) if g > 0 and all(fits(widths[p], g) for p in quantized_heads)), -1
-        )
+    if on_cpu:  # in groups that a table may have, too
+        size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
         head = replace(head, compute_method="weight_only", group_size=size)
     return Formats(config, head, request.embeddings or chosen.embeddings, notes)
+
+
+def largest(widths: Collection[int], wanted: int) -> int:
+    """The size of groups, at most `wanted`, that fits all."""
+    sizes = (wanted, *(size for size in SMALLER if size < wanted))
+    return next((size for size in sizes if all(fits(k, size) for k in widths)), -1)

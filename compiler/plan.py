@@ -13,7 +13,7 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
-from instantrt.compiler.decide import decide, heads_of, resolve
+from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
@@ -85,6 +85,7 @@ class Plan:
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
+    check_early(request)
     say(f"reading {request.model}")
     model = load(
         request.model,
@@ -113,7 +114,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         key = dtype if reader is None and config is not None else None
         if key not in made:
             formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
-            decisions = decide(graph, model, formats, reader, heads, dtype)
+            decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
             made[key] = make_twin(graph, model, decisions, formats.embeddings, request, log, say)
             chosen += formats.notes
         twins[target.name] = made[key]

@@ -25,14 +25,18 @@ def decide(
     scale_dtype: np.dtype[Any],
     heads: Set[str] = frozenset(),
     head: QuantConfig | None = None,
+    step: int = 1,
 ) -> Decisions:
-    """Path -> how to quantize it. `heads` are the paths of language-model heads, which stay float without `head`."""
+    """Path -> how to quantize it. `heads` are the paths of language-model heads, which stay float without `head`.
+
+    step   what the target's operators for groups want their size to be a multiple of
+    """
     linears = list(linears)
     kept = {found.path: reason for found in linears if (reason := why_float(found.path, config, heads, head))}
     forms = {found.path: head if head is not None and found.path in heads else config for found in linears}
     for form in dict.fromkeys(forms.values()):
         taken = [found for found in linears if found.path not in kept and forms[found.path] == form]
-        check_groups({found.path: found.shape[1] for found in taken}, form.group_size)
+        check_groups({found.path: found.shape[1] for found in taken}, form.group_size, step)
     return {
         found.path: Reject(kept[found.path]) if found.path in kept else instant(found, forms[found.path], scale_dtype)
         for found in linears
@@ -47,23 +51,25 @@ def why_float(path: str, config: QuantConfig, heads: Set[str], head: QuantConfig
     return "the head stays float unless asked: --lm-head int8" if path in heads and head is None else ""
 
 
-def fits(width: int, group_size: int) -> bool:
-    """Is a row of `width` inputs whole groups? -1, the row itself, fits every one."""
-    return width % group_size == 0
+def fits(width: int, group_size: int, step: int = 1) -> bool:
+    """Is a row of `width` inputs whole groups of a size that operators have? -1, the row itself, fits every one."""
+    return width % group_size == 0 and (group_size % step == 0 or group_size in (width, -1))
 
 
-def check_groups(widths: Mapping[str, int], group_size: int) -> None:
-    """`widths`: layer -> its inputs."""
-    bad = [path for path, k in widths.items() if not fits(k, group_size)]
+def check_groups(widths: Mapping[str, int], group_size: int, step: int = 1, *, instead: str = "") -> None:
+    """`widths`: layer -> its inputs. `instead`: what to do, else leave the layers float."""
+    bad = [path for path, k in widths.items() if not fits(k, group_size, step)]
     if not bad:
         return
-    fitting = [f"{size}, " for size in GROUPS if all(fits(k, size) for k in widths.values())]
+    divides = all(fits(widths[path], group_size) for path in bad)
+    divisors = " or ".join(f"a divisor of {k}" for k in sorted({widths[path] for path in bad}))
+    fitting = [f"{size}, " for size in GROUPS if all(fits(k, size, step) for k in widths.values())]
     raise UserError(
-        "group_size does not divide the input width of this layer",
+        f"group_size {'is one that no operator has' if divides else 'does not divide the input width of this layer'}",
         where=bad[0] + (f", and {len(bad) - 1} more" if bad[1:] else ""),
-        expected=" or ".join(f"a divisor of {k}" for k in sorted({widths[path] for path in bad})),
+        expected=f"a multiple of {step}" if divides else divisors,
         found=f"group_size {group_size}",
-        fix=f"--group-size {''.join(fitting)}-1 (per channel){or_ignore(bad)}",
+        fix=f"--group-size {''.join(fitting)}-1 (per channel){instead or or_ignore(bad)}",
     )
 
 
