@@ -38,12 +38,12 @@ def test_rows_join_grow_and_move(engines: Engines) -> None:
             engine.prefill(1, texts[1, 20:25], 20),
         ]
         for step in range(3):
-            out += list(engine.decode(texts[[0, 1], [9 + step, 25 + step]], np.array([9, 25]) + step))
+            out += list(engine.decode(texts[[0, 1], [9 + step, 25 + step]], np.array([9, 25]) + step).copy())
         out.append(engine.prefill(2, texts[2, :2], 0))
-        out += list(engine.decode(texts[[0, 1, 2], [12, 28, 2]], np.array([12, 28, 2])))
+        out += list(engine.decode(texts[[0, 1, 2], [12, 28, 2]], np.array([12, 28, 2])).copy())
         engine.move(2, 0, 3)
         for step in range(3):
-            out += list(engine.decode(texts[[2, 1], [3 + step, 29 + step]], np.array([3, 29]) + step))
+            out += list(engine.decode(texts[[2, 1], [3 + step, 29 + step]], np.array([3, 29]) + step).copy())
         out.append(engine.prefill(2, texts[0, :4], 0))  # the row is taken again: nothing of its past shows
         seen.append(out)
     expected, got = np.array(seen)

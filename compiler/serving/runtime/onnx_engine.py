@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from .cpus import usable_cpus
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
 SPIN_US = 1000  # outlasts the gap between two steps, and ends soon after the last one
+DROP_EVERY = 0.005  # seconds
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
@@ -37,8 +41,8 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
     cpus = usable_cpus()
     threads = threads or (cpus if cpus < (os.cpu_count() or 1) else 0)
     spinning = threads <= cpus if spinning is None else spinning
-    files = sorted((path.name, path.stat()) for path in model.parent.glob(f"{model.name}*"))
-    identity = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files)
+    files = {path.name: path.stat() for path in sorted(model.parent.glob(f"{model.name}*"))}
+    identity = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files.items())
     key = (model.resolve(), identity, threads, spinning)
     if (session := SESSIONS.get(key)) is None:
         options = ort.SessionOptions()
@@ -46,8 +50,39 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-        session = SESSIONS[key] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        with mapped(model.with_name(f"{model.name}.data"), options) as weights:
+            session = SESSIONS[key] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session.weights = weights  # what is not packed is read there as long as the session lives
     return session
+
+
+@contextmanager
+def mapped(data: Path, options: ort.SessionOptions) -> Iterator[mmap.mmap | None]:
+    """The weights of a session to be, in place in their file; what its opening reads counts as memory only shortly.
+
+    The kernels pack most weights into memory of their own and never look at the file again.
+    """
+    if not data.is_file() or not data.stat().st_size:
+        yield None
+        return
+    with data.open("rb") as file:
+        weights = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    options.add_external_initializers_from_files_in_memory([data.name], [weights], [len(weights)])
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+    done = threading.Event()
+
+    def drop() -> None:
+        while not done.wait(DROP_EVERY):
+            weights.madvise(mmap.MADV_DONTNEED)
+
+    dropping = threading.Thread(target=drop, name="weights")
+    dropping.start()
+    try:
+        yield weights
+    finally:
+        done.set()
+        dropping.join()
+        weights.madvise(mmap.MADV_DONTNEED)
 
 
 def zeros(shape: tuple[int, ...]) -> Array:
