@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or the messages of a chat: {"role": ..., "content": ...}
 MAX_TOKENS = 64
+HEAD_START = 0.02  # seconds
 
 
 class Options(TypedDict, total=False):
@@ -281,11 +282,10 @@ class LLM:
         """The model in memory; the tokenizer is read meanwhile."""
         if self.artifact.engine is not None:
             return self.load_engine(self.artifact.engine)
-        import_module(
-            "onnxruntime"
-        )  # here: the thread below has to leave the interpreter before the tokenizer takes it
+        import_module("onnxruntime")  # before the thread, which has to leave the interpreter
         with checked(self.out, self.artifact), ThreadPoolExecutor(1) as beside:
             opened = beside.submit(self.open, [], 0)
+            wait([opened], HEAD_START)  # until it has: the tokenizer's reader keeps the interpreter to itself
             self.text  # noqa: B018 -- reads it
         return opened.result()
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from .cpus import usable_cpus
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
 SPIN_US = 1000  # outlasts the gap between two steps, and ends soon after the last one
-DROP_EVERY = 0.005  # seconds
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
@@ -50,47 +47,18 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-        with mapped(model.with_name(f"{model.name}.data"), options) as weights:
-            session = SESSIONS[key] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        session.weights = weights  # what is not packed is read there as long as the session lives
+        session = SESSIONS[key] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session
 
 
-@contextmanager
-def mapped(data: Path, options: ort.SessionOptions) -> Iterator[mmap.mmap | None]:
-    """The weights of a session to be, in place in their file; what its opening reads counts as memory only shortly.
-
-    The kernels pack most weights into memory of their own and never look at the file again.
-    """
-    if not data.is_file() or not data.stat().st_size:
-        yield None
-        return
-    with data.open("rb") as file:
-        weights = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
-    options.add_external_initializers_from_files_in_memory([data.name], [weights], [len(weights)])
-    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
-    done = threading.Event()
-
-    def drop() -> None:
-        while not done.wait(DROP_EVERY):
-            weights.madvise(mmap.MADV_DONTNEED)
-
-    dropping = threading.Thread(target=drop, name="weights")
-    dropping.start()
-    try:
-        yield weights
-    finally:
-        done.set()
-        dropping.join()
-        weights.madvise(mmap.MADV_DONTNEED)
-
-
 def zeros(shape: tuple[int, ...]) -> Array:
-    """Of float32, in pages that take memory one by one, as they are written: NumPy asks for huge pages."""
-    memory = mmap.mmap(-1, max(1, 4 * prod(shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+    """Of float32, in pages that take memory one by one, as they are written: NumPy asks for huge ones."""
+    if not prod(shape) or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, np.float32)
+    memory = mmap.mmap(-1, 4 * prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32, prod(shape)).reshape(shape)
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 def empty_cache(session: ort.InferenceSession, rows: int, length: int) -> dict[str, Array]:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 SHORTLIST = 512  # top_p rarely keeps more; sorting a whole vocabulary takes as long as a decode step of a small model
 
+COLDEST = 1e-6  # below it nothing but the largest has a chance, and float32 divides by nothing
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,7 +81,7 @@ class Sampler:
     def draw(self, scores: Array) -> int:
         s = self.sampling
         vocab = len(scores)
-        weights = np.exp((scores - scores.max()) / s.temperature)
+        weights = np.exp((scores - scores.max()) / max(s.temperature, COLDEST))
         total = weights.sum(dtype=np.float64)
         order = np.arange(vocab)
         if s.top_k and s.top_k < vocab:  # probabilities are relative to all that top_k keeps, not to a shortlist
