@@ -47,11 +47,8 @@ def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
 def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, Array]]]:
     """(step, its outputs), as they come."""
     say(during="load")
-    engine = (
-        ENGINES[order["cache"]](Path(order["model"]), ROWS, len(feeds[f"{CACHED}|0"]) + 2, spinning=False)
-        if order["cache"]
-        else None
-    )
+    kind, length = order["cache"], len(feeds.get(f"{CACHED}|0", ())) + 2
+    engine = ENGINES[kind](Path(order["model"]), ROWS, length, spinning=False) if kind else None
     session = engine.session if engine is not None else opened(order)
     types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()} if order["form"] == "original" else {}
     names = [output.name for output in session.get_outputs()]
