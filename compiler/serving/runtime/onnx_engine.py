@@ -25,12 +25,12 @@ from .cpus import usable_cpus
 
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
-SPIN_US = 1000  # outlasts the gap between two steps, and ends soon after the last one
+SPIN_US = 1000  # outlasts the gap between two steps (docs/facts.md, "Spinning")
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
 def open_session(model: Path, threads: int = 0, spinning: bool | None = None) -> ort.InferenceSession:
-    """A session on the CPU; all that open the same file in the same way share one, with its packed weights.
+    """A session on the CPU; all that open the same file in the same way share one (docs/facts.md, "Prepacked weights").
 
     threads    0 is one a core, or as many as this process has CPUs where its affinity or its quota leave fewer
     spinning   idle threads wait for the next node on their CPUs; None: where no more threads than CPUs are there
@@ -52,7 +52,7 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
 
 
 def zeros(shape: tuple[int, ...]) -> Array:
-    """Of float32, in pages that take memory one by one, as they are written: NumPy asks for huge ones."""
+    """Of float32, in small pages, which take memory as they are written (docs/facts.md, "Huge pages")."""
     if not prod(shape) or not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.zeros(shape, np.float32)
     memory = mmap.mmap(-1, 4 * prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
