@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small, view_of
-from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
+from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, ints, producer
 from instantrt.passes.core.tidy import bodies
 
 ATTENTION = "GroupQueryAttention"
@@ -56,13 +56,12 @@ class RotateInAttention(Rewrite[RotationMatch]):
             or any(a is not b for a, b in zip(query.inputs[1:], key.inputs[1:], strict=True))
         ):
             return Reject("queries and keys are not rotated alike")
-        if reason := self.unfit(query):
+        if reason := self.unfit(node.inputs[3].shape[3], *query.inputs[1:]):
             return Reject(reason)
         return RotationMatch(node, query, key)
 
-    def unfit(self, query: gs.Node) -> str:
-        _, cos, sin = query.inputs
-        size = query.inputs[0].shape[-1] // query.attrs["num_heads"]
+    def unfit(self, size: int, cos: gs.Tensor, sin: gs.Tensor) -> str:
+        """Why heads of `size` channels cannot be rotated by tables of `cos` and `sin`, or ""."""
         if size % (2 * WIDTHS):
             return f"head size {size} is no multiple of {2 * WIDTHS}"
         for tensor in (cos, sin):
@@ -126,19 +125,39 @@ def weight_bytes(graph: gs.Graph) -> int:
 
 
 class PackQueryKeyValue(Rewrite[gs.Node]):
-    """GroupQueryAttention(Split(x)) -> GroupQueryAttention(x [B, S, (H + 2 KV) * D]), which takes the parts itself."""
+    """GroupQueryAttention of parts of x, one behind another -> GroupQueryAttention(x [B, S, (H + 2 KV) * D]).
+
+    The parts are those of a Split, or Slices of columns.
+    """
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if node.op != ATTENTION or not node.inputs[1].name:
             return None
-        split = producer(node.inputs[0], "Split")
-        if split is None or len(split.outputs) != 3:
+        query, key, value = (columns(t) for t in node.inputs[:3])
+        if query is None or key is None or value is None or any(t is not query[0] for t, *_ in (key, value)):
             return Reject("queries, keys and values are not parts of one product")
-        if any(a is not b for a, b in zip(split.outputs, node.inputs[:3], strict=True)):
-            return Reject(f"queries, keys and values are not the parts of {split.name} in this order")
+        x, (_, start, first), (_, second, third), (_, fourth, end) = query[0], query, key, value
+        if start or first != second or third != fourth or x.shape is None or end != x.shape[-1]:
+            return Reject(f"queries, keys and values are not the parts of {x.name} in this order")
         return node
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:  # noqa: ARG002
-        packed = match.i().inputs[0]
-        for index, tensor in enumerate((packed, gs.Variable.empty(), gs.Variable.empty())):
+        x = match.i().inputs[0]
+        for index, tensor in enumerate((x, gs.Variable.empty(), gs.Variable.empty())):
             match.inputs[index] = tensor
+
+
+def columns(tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None:
+    """(x, start, stop) where `tensor` is those columns of x [B, S, N]."""
+    node = next(iter(tensor.inputs), None)
+    x = node.inputs[0] if node is not None and node.op in ("Split", "Slice") else None
+    if node is None or x is None or x.shape is None or len(x.shape) != 3:
+        return None
+    if node.op == "Split":
+        sizes = ints(node.inputs[1]) if node.attrs.get("axis") in (-1, 2) and len(node.inputs) == 2 else None
+        index = next(i for i, t in enumerate(node.outputs) if t is tensor)
+        return (x, sum(sizes[:index]), sum(sizes[: index + 1])) if sizes is not None else None
+    starts, stops, axes, steps = (ints(t) for t in node.inputs[1:5]) if len(node.inputs) == 5 else [None] * 4
+    if starts is None or stops is None or axes not in ([-1], [2]) or steps != [1] or starts[0] < 0:
+        return None
+    return x, starts[0], min(stops[0], x.shape[-1])
