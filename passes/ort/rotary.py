@@ -1,4 +1,4 @@
-"""Rotary embeddings inside of GroupQueryAttention, and queries, keys and values as the one product that they are."""
+"""Rotary embeddings inside of GroupQueryAttention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small, view_of
-from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, ints, producer
+from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 from instantrt.passes.core.tidy import bodies
 
 ATTENTION = "GroupQueryAttention"
@@ -73,6 +73,8 @@ class RotateInAttention(Rewrite[RotationMatch]):
         """Why `tensor` [B, S, R/2] is no function of each token's position alone, or its table would be too long."""
         if not self.longest:
             return "the model does not say how long a sequence may be"
+        if all(t.name != POSITIONS or t.dtype != np.int64 for t in self.graph.inputs):
+            return f"{POSITIONS} is no input of int64"
         runs = [Evaluation(self.graph, {POSITIONS: positions}) for positions in (FORWARD, MIXED)]
         try:
             if any(len(node.outputs) != 1 or bodies(node) for node in runs[0].needed(tensor.name)):
@@ -94,8 +96,11 @@ class RotateInAttention(Rewrite[RotationMatch]):
         given = next(t for t in graph.inputs if t.name == POSITIONS)
         if id(given) not in self.tables:
             self.tables[id(given)] = small("rotary/positions", np.arange(self.longest)[None], np.int64)
+        nodes = Prefixed(graph, POSITIONS)
+        first, last = nodes.const("first", 0, np.int64), nodes.const("last", self.longest - 1, np.int64)
+        inside = nodes("Clip", [given, first, last], "inside")  # the operator refuses others, of padding, too
         cos, sin = (self.table(graph, t) for t in angles)
-        for index, tensor in ((0, match.query.inputs[0]), (1, match.key.inputs[0]), (7, cos), (8, sin), (9, given)):
+        for index, tensor in ((0, match.query.inputs[0]), (1, match.key.inputs[0]), (7, cos), (8, sin), (9, inside)):
             node.inputs[index] = tensor
         interleaved = {"rotary_interleaved": 1} if match.query.attrs.get("interleaved") else {}
         node.attrs |= {"do_rotary": 1, **interleaved}
@@ -122,42 +127,3 @@ class RotateInAttention(Rewrite[RotationMatch]):
 def weight_bytes(graph: gs.Graph) -> int:
     views = (view_of(t) for t in graph.tensors().values())
     return sum(view.nbytes for view in views if view is not None)
-
-
-class PackQueryKeyValue(Rewrite[gs.Node]):
-    """GroupQueryAttention of parts of x, one behind another -> GroupQueryAttention(x [B, S, (H + 2 KV) * D]).
-
-    The parts are those of a Split, or Slices of columns.
-    """
-
-    def match(self, node: gs.Node) -> gs.Node | Reject | None:
-        if node.op != ATTENTION or not node.inputs[1].name:
-            return None
-        query, key, value = (columns(t) for t in node.inputs[:3])
-        if query is None or key is None or value is None or any(t is not query[0] for t, *_ in (key, value)):
-            return Reject("queries, keys and values are not parts of one product")
-        x, (_, start, first), (_, second, third), (_, fourth, end) = query[0], query, key, value
-        if start or first != second or third != fourth or x.shape is None or end != x.shape[-1]:
-            return Reject(f"queries, keys and values are not the parts of {x.name} in this order")
-        return node
-
-    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:  # noqa: ARG002
-        x = match.i().inputs[0]
-        for index, tensor in enumerate((x, gs.Variable.empty(), gs.Variable.empty())):
-            match.inputs[index] = tensor
-
-
-def columns(tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None:
-    """(x, start, stop) where `tensor` is those columns of x [B, S, N]."""
-    node = next(iter(tensor.inputs), None)
-    x = node.inputs[0] if node is not None and node.op in ("Split", "Slice") else None
-    if node is None or x is None or x.shape is None or len(x.shape) != 3:
-        return None
-    if node.op == "Split":
-        sizes = ints(node.inputs[1]) if node.attrs.get("axis") in (-1, 2) and len(node.inputs) == 2 else None
-        index = next(i for i, t in enumerate(node.outputs) if t is tensor)
-        return (x, sum(sizes[:index]), sum(sizes[: index + 1])) if sizes is not None else None
-    starts, stops, axes, steps = (ints(t) for t in node.inputs[1:5]) if len(node.inputs) == 5 else [None] * 4
-    if starts is None or stops is None or axes not in ([-1], [2]) or steps != [1] or starts[0] < 0:
-        return None
-    return x, starts[0], min(stops[0], x.shape[-1])
