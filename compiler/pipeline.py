@@ -26,7 +26,8 @@ from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryA
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.rotary import PackQueryKeyValue, RotateInAttention
+from instantrt.passes.ort.packed import PackQueryKeyValue
+from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
