@@ -13,6 +13,7 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.options import TableFormat
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime.saturation import NEEDED
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32
@@ -25,6 +26,7 @@ from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
 from instantrt.passes.ort.rotary import RotateInAttention
@@ -122,6 +124,8 @@ def lower_onnxruntime(
     if request.embeddings == "int8":
         refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
+    if any(may_saturate(node) for node in every_node(graph)):
+        graph.doc_string = NEEDED
     verify(graph, Stage.ONNXRUNTIME)
     refuse_lacking(graph)
     return graph

@@ -11,6 +11,7 @@ from typing import Any
 from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
+from instantrt.passes.ort.expand import ExpandOnLoad
 from instantrt.passes.ort.groups import LowerGroups
 from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS, TWO_PRODUCTS, LowerPerChannel
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
@@ -33,7 +34,7 @@ def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) ->
         ("steps", "exact"): (by_channel, LowerGroups(one), LowerToExactBlocks()),
         ("steps", "fast"): (LowerToMatMulNBits(),),
         ("rows", "auto"): (by_channel, LowerToMatMulNBits()),
-        ("rows", "exact"): (by_channel, LowerGroups(one), LowerToExactBlocks()),
+        ("rows", "exact"): (by_channel, LowerGroups(one), ExpandOnLoad()),
         ("rows", "fast"): (LowerPerChannel(one, "float"), LowerToMatMulNBits()),
     }
     return (LowerPerChannel(one, "int8"), *forms["steps" if steps else "rows", preset])
