@@ -170,7 +170,7 @@ def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.Monkey
     """Two percent off, in every block."""
     right = Blocks.scales
     monkeypatch.setattr(Blocks, "scales", lambda self, tile: right(self, tile) * np.float32(1.02))
-    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.q_proj: after pass LowerToExactBlocks, node"
+    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.\w_proj: after pass LowerToExactBlocks, node"
     refused(TINY, tmp_path / "out", words, quant="a16w4", group_size=32, cpu_preset="exact")
 
 
