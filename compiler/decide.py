@@ -13,9 +13,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
 from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config

@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import Array
