@@ -26,6 +26,7 @@ from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMat
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
+from instantrt.passes.ort.rotary import PackQueryKeyValue, RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
@@ -96,10 +97,13 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog) -> gs.Graph:
-    """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each."""
-    passes: list[Pass] = [] if request.portable else [*ATTENTION]
-    passes += last_logits(graph, request, by_mask=True)
+def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog, longest: int = 0) -> gs.Graph:
+    """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each.
+
+    longest   tokens of a sequence, 0 where it is not known
+    """
+    passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
+    passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
     passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
     if request.embeddings == "int8":
         passes += [QuantizeTables()]

@@ -109,7 +109,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         twins[target.name] = made[key]
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     say("lowering the graph")
-    lowered = lower(twins, types, request, limits, log)
+    lowered = lower(twins, types, request, limits, log, longest(request, model))
     options = request.engine_options()
     builders = {
         t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
@@ -132,6 +132,11 @@ def make_twin(
         return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
 
 
+def longest(request: Request, model: FloatModel) -> int:
+    """Tokens of a sequence that an artifact for a CPU takes; 0 where nothing says it."""
+    return request.max_length or (model.llm.max_length if model.llm is not None else 0)
+
+
 @uncollected()
 def lower(
     twins: Mapping[str, Twin],
@@ -139,6 +144,7 @@ def lower(
     request: Request,
     limits: EngineLimits,
     log: PassLog,
+    longest: int,
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
@@ -146,7 +152,7 @@ def lower(
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
         if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log)
+            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log, longest)
         else:
             any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
             key = (dtype, target.whole_operators, target.rtx or any_builder)

@@ -60,7 +60,7 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
     if int8_block(nodes) is not None:
         return INT8_BLOCK
     if {"MatMulInteger", "MatMulNBits"} & ops:
-        return TWO_LIMBS if "Split" in ops else INT8_TOKEN
+        return TWO_LIMBS if any(map(parts_limbs, nodes)) else INT8_TOKEN
     return INT8_TOKEN if quantizes else FLOAT32
 
 
@@ -86,6 +86,11 @@ def int8_block(nodes: Iterable[gs.Node]) -> int | None:
         for n in nodes
         if n.op == "MatMulNBits"
         and n.attrs.get("accuracy_level") == INT8_LEVEL
-        and not any(user.op == "Split" for t in n.outputs for user in t.outputs)
+        and not any(parts_limbs(user) for t in n.outputs for user in t.outputs)
     )
     return next((int(n.attrs["block_size"]) for n in coarse), None)
+
+
+def parts_limbs(node: gs.Node) -> bool:
+    """Does it take limbs apart, which are rows of one product? Columns are those of linears that were joined."""
+    return bool(node.op == "Split" and node.attrs.get("axis", 0) == 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +16,11 @@ from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import Call, attempts, llm_steps
 from instantrt.compiler.target import Target
-from instantrt.passes.core.lazy import FLOAT32, view_of
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
-
-SMALL = 64 << 20  # bytes of float32 weights: a reference is written and run beside the artifact; a larger one streams
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,6 @@ class Reference:
     graph: gs.Graph = field(compare=False)
     made_of: tuple[object, ...]
     blocks: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def streams(self) -> bool:
-        """Is it evaluated here? One with branches or loops is not: ONNX Runtime alone runs those."""
-        return not has_branches(self.graph) and (bool(self.blocks) or weight_bytes(self.graph) > SMALL)
 
 
 @dataclass(frozen=True)
@@ -110,13 +102,9 @@ def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) ->
         table = QuantizeTables() if on_cpu else LowerNativeTables(planned.types[target.name])
         graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
     blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)
-    return Reference("twin", graph, made_of, tuple(sorted(blocks)))
+    each = ((part, block) for name, block in blocks for part in parts_of(name))
+    return Reference("twin", graph, made_of, tuple(sorted(each)))
 
 
 def has_branches(graph: gs.Graph) -> bool:
     return any(True for _ in graph.subgraphs())
-
-
-def weight_bytes(graph: gs.Graph) -> int:
-    """Of its weights as float32."""
-    return 4 * sum(int(math.prod(t.shape)) for t in tensors(graph).values() if view_of(t) is not None)

@@ -53,14 +53,15 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         out = take_over(node)
         for tensor in (match.present_key, match.present_value):
             tensor.inputs.clear()
-        total, last = lengths(graph, match.mask)
+        total, last, new = lengths(graph, match.mask)
         q, k, v = (
             rows(graph, t, f"{node.name}/{part}")
             for t, part in zip((match.query, match.key, match.value), "qkv", strict=True)
         )
         y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
-        inputs = [q, k, v, match.past_key, match.past_value, last, total, nothing, nothing, nothing, match.mask]
+        cache = [match.past_key, match.past_value, last, total]
+        inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, *[nothing] * 5, new]
         attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
         outputs = [y, match.present_key, match.present_value]
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
@@ -69,19 +70,21 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         add(graph, "Transpose", [split], out, perm=[0, 2, 1, 3])
 
 
-def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-    """(total length int32 scalar, each row's length less one int32 [B]) of a mask [B, 1, S, T], made once for a mask.
+def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+    """(total length [1], each row's length less one [B], its new tokens [B]) of a mask [B, 1, S, T], made once for it.
 
     A row ends at the last key that its last query sees. Rows padded on the left all end at T. Rows padded on the right
     end where they end, so sequences of different lengths decode in one batch, each in its own place in the cache.
     """
     nodes = Prefixed(graph, f"{mask.name}/lengths")
-    scalar = nodes("Squeeze", [nodes("Shape", [mask], "t", start=3, end=4)], "scalar")
-    total = nodes("Cast", [scalar], "total", to=onnx.TensorProto.INT32)
+    total, sequence = (nodes("Shape", [mask], name, start=axis, end=axis + 1) for name, axis in (("t", 3), ("s", 2)))
     query = nodes("Gather", [mask, nodes.const("query", -1, np.int64)], "seen", axis=2)
     key = nodes("ArgMax", [query], "key", axis=2, keepdims=0, select_last_index=1)
-    row = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
-    return total, nodes("Cast", [row], "last", to=onnx.TensorProto.INT32)
+    last = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
+    length = nodes("Add", [last, nodes.const("one", 1, np.int64)], "length")
+    found = {"total": total, "last": last, "new": nodes("Min", [length, sequence], "inside")}
+    total, last, new = (nodes("Cast", [t], name, to=onnx.TensorProto.INT32) for name, t in found.items())
+    return total, last, new
 
 
 def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, View
-from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.lazy import Array, Tile, View, first_part
+from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
@@ -69,11 +69,14 @@ def matmul_nbits(
     n, k = q.shape
     blocks = -(-k // block)
     layout = Blocks(q.bits, block, blocks, q.groups)
+    codes, scales, zeros = layout.codes, layout.scales, layout.zeros
+    if q.bits == 8 and q.group_size == block:  # as they are: a table of embeddings may have the same bytes
+        codes, scales, zeros = first_part, scales_of, zeros_of
     inputs = [
         x,
-        gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=layout.codes)),
-        gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=layout.scales)),
-        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=layout.zeros)),
+        gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=codes)),
+        gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=scales)),
+        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=zeros)),
     ]
     attrs = {"K": blocks * block if whole else k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
     return add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from instantrt.compiler import pipeline
@@ -26,10 +27,12 @@ from instantrt.compiler.quant.config import parse_quant_config
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.ort import Preset
 from instantrt.tools.bench.compile import STAGE
 from tests.commands import invoke
 from tests.conftest import ROOT, TEXT, TINY, compiled
 from tests.graphs import model_file
+from tests.models import make
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -108,6 +111,31 @@ def test_tables_keep_their_sixteen_bits(tmp_path: Path) -> None:
         sizes[name] = (tmp_path / name / "x86/model.onnx.data").stat().st_size
     table = 4096 * 256
     assert sizes["stored"] - sizes["int8"] == pytest.approx(2 * table, rel=0.1)
+
+
+def places(file: Path, op: str) -> list[tuple[str, ...]]:
+    """(offset, length) in the data file of the last node's constants, by the order of its inputs."""
+    graph = onnx.load(file, load_external_data=False).graph
+    held = {t.name: tuple(e.value for e in t.external_data[1:]) for t in graph.initializer}
+    return [held[name] for name in [n for n in graph.node if n.op_type == op][-1].input if name in held]
+
+
+@pytest.mark.parametrize("preset", ["exact", "fast"])
+def test_a_tied_table_is_written_once(tmp_path: Path, preset: Preset) -> None:
+    """By both operators that read it, which the smoke run shows to be right; an untied model has two."""
+    make("llama-tied", tmp_path / "tied")
+    make("llama", tmp_path / "untied")
+    sizes = {}
+    for name in ("tied", "untied"):
+        request = Request(tmp_path / name, ("x86",), tmp_path / f"{name}-out", quant="a16w8", group_size=32)
+        request = replace(request, lm_head="int8", embeddings="int8", cpu_preset=preset)
+        compile_model(request)
+        file = request.out / "x86/model.onnx"
+        head, table = places(file, "MatMulNBits"), places(file, "GatherBlockQuantized")
+        assert len(head) == len(table) == 3
+        assert (head == table) is (name == "tied")
+        sizes[name] = file.with_suffix(".onnx.data").stat().st_size
+    assert sizes["untied"] - sizes["tied"] == 12288  # the codes of 160 x 64, in whole pages
 
 
 def test_ignored_layers_stay_float(tmp_path: Path) -> None:
