@@ -133,8 +133,8 @@ class LLM:
     max_batch    sequences that run together; if not given, as many as in Triton
     max_length   tokens of one, prompt included; if not given, as many as the artifact can take
     threads      CPU: 0 is one a core
-    spinning     CPU: idle threads wait for work on their cores, until a millisecond after the last of it; if not given,
-                 where the process may use as many CPUs as it has threads
+    spinning     CPU: idle threads wait a tenth of a millisecond before they give their core up; if not given, where the
+                 process may use as many CPUs as it has threads
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def command(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_counts_tokens(artifacts: Path) -> None:
     """One that completes no character counts as well."""
-    done = command(artifacts / "shared", "--max-tokens", "9")
+    done = command(artifacts / "shared", "--max-tokens", "9", "--threads", "1", "--no-spinning")
     assert done.returncode == 0
     assert "[9 tokens in " in done.stderr
 

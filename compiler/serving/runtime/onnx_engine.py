@@ -26,7 +26,7 @@ from .saturation import refuse_saturation
 
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
-SPIN_US = 1000  # outlasts the gap between two steps (docs/facts.md, "Spinning")
+SPIN_US = 100  # docs/facts.md, "Spinning"
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
