@@ -27,6 +27,7 @@ from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
+from instantrt.passes.ort.partial_rotary import RotateWholeHeads
 from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
@@ -103,7 +104,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
 
     longest   tokens of a sequence, 0 where it is not known
     """
-    passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
+    passes: list[Pass] = [] if request.portable else [RotateWholeHeads(), *ATTENTION, RotateInAttention(longest)]
     passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
     passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
     if request.embeddings == "int8":
