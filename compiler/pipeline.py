@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.options import TableFormat
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
@@ -24,7 +25,6 @@ from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
-from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
 from instantrt.passes.ort.partial_rotary import RotateWholeHeads
@@ -99,15 +99,23 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog, longest: int = 0) -> gs.Graph:
+def lower_onnxruntime(
+    graph: gs.Graph,
+    target: Target,
+    request: Request,
+    log: PassLog,
+    longest: int = 0,
+    embeddings: TableFormat = "stored",
+) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each.
 
-    longest   tokens of a sequence, 0 where it is not known
+    longest      tokens of a sequence, 0 where it is not known
+    embeddings   what tables of them become, whether asked for or by default
     """
     passes: list[Pass] = [] if request.portable else [RotateWholeHeads(), *ATTENTION, RotateInAttention(longest)]
     passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
-    passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
-    if request.embeddings == "int8":
+    passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
+    if embeddings == "int8":
         passes += [QuantizeTables()]
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
@@ -122,10 +130,14 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
 
 def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pass]:
     """The head of a causal LM for the last token alone, unless all were asked for; other models keep their logits."""
-    inputs = {t.name for t in graph.inputs}
-    if request.logits == "last" and any(name.startswith("past_key_values.") for name in inputs):
-        return [LastLogits(by_mask and MASK in inputs), QuantizeActivations()]
+    if request.logits == "last" and is_causal_lm(graph):
+        return [LastLogits(by_mask and any(t.name == MASK for t in graph.inputs)), QuantizeActivations()]
     return []
+
+
+def is_causal_lm(graph: gs.Graph) -> bool:
+    """Has the graph a cache to decode with? Any other model meets many rows at every call."""
+    return any(t.name.startswith("past_key_values.") for t in graph.inputs)
 
 
 def lower_tensorrt(

@@ -1,4 +1,4 @@
-"""Asks every form of a model the same: files in a fresh process, what streams in this one, where it can meanwhile."""
+"""Asks every form of a model the same: files in a fresh process, and graphs meanwhile in this one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import onnx_graphsurgeon as gs
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.smoke.lockstep import lockstep
@@ -17,7 +19,6 @@ from instantrt.compiler.smoke.subject import Reference, Staged, has_branches
 from instantrt.passes.core.errors import first_line
 
 Known = Mapping[Reference, Answers]
-Taken = tuple[Sequence[Call], Answers, str]  # the calls that count, the answers, why there are none
 
 
 @dataclass(frozen=True)
@@ -44,33 +45,35 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
     if not subject.on_cpu and has_branches(subject.graph):
         return Heard(not_compared="its branches and loops run in an engine alone")
     llm = subject.llm
+    missing = [each for each in subject.references if each not in known]
+    endings = {each.form: Ending(known[each]) for each in subject.references if each in known}
     with ExitStack() as stack:
-        orders = orders_of(subject, known, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twin."))))
+        orders = orders_of(subject, missing, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twin."))))
         feeds = fed(subject.steps, prompts_of(llm) if llm is not None else None)
         process = stack.enter_context(started(list(orders.values()), feeds, take)) if orders else None
-        streaming = [each for each in subject.references if each.form not in orders and each not in known]
-        meanwhile = evaluated(streaming, subject.steps) if llm is not None else {}
-        outcomes = dict(zip(orders, process.outcomes() if process is not None else (), strict=True))
-    references = {each: known[each] for each in subject.references if each in known}
-    references |= {each: outcomes[each.form].answers for each in subject.references if each.form in outcomes}
-    original = outcomes.get("original")
-    taken = original.answers if original is not None else {}
-    steps, answers, why = of_file(subject, outcomes, references) if subject.on_cpu else of_graph(subject, taken)
+        if subject.on_cpu:
+            endings |= evaluated((each for each in missing if each.form not in orders), subject, subject.steps)
+        endings |= zip(orders, process.outcomes() if process is not None else (), strict=True)
+    endings |= {} if subject.on_cpu else of_graph(subject, endings, missing)
+    artifact = endings["artifact"]
+    if subject.on_cpu:
+        check_taken(subject, endings)
+    steps = [step for step in subject.steps if llm is not None or step.name in artifact.answers]
     if not steps:
-        tried = f"it takes none of the random inputs that were tried: {why}"
+        tried = f"it takes none of the random inputs that were tried: {artifact.failed}"
         return Heard(not_compared=tried if subject.steps else "its inputs are too large to make up")
-    references |= meanwhile if llm is not None else evaluated(streaming, steps)
-    peak_kb = outcomes["artifact"].peak_kb if subject.on_cpu else 0
-    return Heard(steps, answers, references, original, peak_kb=peak_kb)
+    references = {each: endings[each.form].answers for each in subject.references}
+    return Heard(steps, artifact.answers, references, endings.get("original"), peak_kb=artifact.peak_kb)
 
 
-def orders_of(subject: Staged, known: Known, folder: Path) -> dict[str, ModelOrder]:
-    """Form -> its file and what to run of it. Small references are written into `folder`."""
+def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) -> dict[str, ModelOrder]:
+    """Form -> its file and what to run of it. ONNX Runtime alone runs branches and loops: what is held against such an
+    artifact is written into `folder`."""
     calls = tuple((step.name, step.after) for step in subject.steps)
     attempts = subject.llm is None
     orders = {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
-    for each in subject.references:
-        if subject.on_cpu and each not in known and not each.streams:
+    for each in references:
+        if subject.on_cpu and has_branches(each.graph):
             file = folder / f"{each.form}.onnx"
             write_model(each.graph.copy(), file)
             orders[each.form] = ModelOrder(str(file), calls, each.form, attempts=attempts)
@@ -88,15 +91,39 @@ def order_of_artifact(subject: Staged, calls: tuple[tuple[str, str], ...]) -> Mo
     return ModelOrder(file, own, cache=str(subject.artifact.limits.get("cache", "")))
 
 
-def evaluated(references: Iterable[Reference], steps: Sequence[Call]) -> dict[Reference, Answers]:
-    return {each: lockstep(each.graph, steps, dict(each.blocks))[0] for each in references}
+def evaluated(references: Iterable[Reference], subject: Staged, steps: Sequence[Call]) -> dict[str, Ending]:
+    return {each.form: answered(each.graph, subject, steps, dict(each.blocks)) for each in references}
 
 
-def of_file(subject: Staged, outcomes: Mapping[str, Ending], references: Known) -> Taken:
-    """The artifact's answers, to the inputs that every form took; SmokeError where it alone refuses some."""
-    artifact, took = outcomes["artifact"], next(iter(outcomes["artifact"].answers), "")
-    every = (*references.values(), *(outcome.answers for outcome in outcomes.values()))
-    others = {next(iter(answers)) for answers in every if answers} - {took}
+def answered(
+    graph: gs.Graph, subject: Staged, steps: Sequence[Call], blocks: Mapping[str, int] | None = None
+) -> Ending:
+    """What a graph answers that is evaluated here: to every step, or to the first that it takes if it is no LLM."""
+    given = [typed(step, graph) for step in steps]
+    if subject.llm is not None:
+        return Ending(lockstep(graph, given, blocks)[0])
+    last = ""
+    for step in given:
+        try:
+            return Ending(lockstep(graph, [step], blocks)[0])
+        except Exception as error:  # of NumPy, or of ONNX Runtime
+            last = first_line(error)
+    return Ending(failed=last)
+
+
+def of_graph(subject: Staged, endings: Mapping[str, Ending], references: Iterable[Reference]) -> dict[str, Ending]:
+    """The answers of a graph for a GPU and of its references, to what the .onnx file took or to the first that fits."""
+    original = endings["original"].answers if "original" in endings else {}
+    artifact = answered(subject.graph, subject, [s for s in subject.steps if s.name in original] or subject.steps)
+    steps = [step for step in subject.steps if step.name in artifact.answers]
+    return {"artifact": artifact} | evaluated(references, subject, steps)
+
+
+def check_taken(subject: Staged, endings: Mapping[str, Ending]) -> None:
+    """SmokeError where the artifact alone refuses inputs that every form took, or where it cannot be loaded."""
+    artifact = endings["artifact"]
+    took = next(iter(artifact.answers), "")
+    others = {next(iter(each.answers)) for each in endings.values() if each.answers} - {took}
     failed = artifact.failed or (f"it takes {took}, and the model {min(others)}" if others else "")
     if failed and (others or subject.llm is not None or artifact.during in LOADING):
         loading = artifact.during in LOADING
@@ -107,20 +134,6 @@ def of_file(subject: Staged, outcomes: Mapping[str, Ending], references: Known) 
             found=failed,
             fix="a newer onnxruntime, --portable where an operator of attention is named; else please report this",
         )
-    for form, outcome in outcomes.items():
-        if took and outcome.failed and form != "original":
-            raise SmokeError(f"the {form} does not run", where=subject.artifact.path, found=outcome.failed)
-    return [s for s in subject.steps if s.name == took or (took and subject.llm)], artifact.answers, artifact.failed
-
-
-def of_graph(subject: Staged, original: Answers) -> Taken:
-    """The answers of a graph for a GPU, to inputs that the .onnx file took, or else the first that fit."""
-    if subject.llm is not None:
-        return subject.steps, lockstep(subject.graph, [typed(s, subject.graph) for s in subject.steps])[0], ""
-    last = ""
-    for step in [s for s in subject.steps if s.name in original] or subject.steps:
-        try:
-            return [step], lockstep(subject.graph, [typed(step, subject.graph)])[0], ""
-        except Exception as error:  # of NumPy, or of ONNX Runtime
-            last = first_line(error)
-    return (), {}, last
+    for form, ending in endings.items():
+        if took and ending.failed and form != "original":
+            raise SmokeError(f"the {form} does not run", where=subject.artifact.path, found=ending.failed)

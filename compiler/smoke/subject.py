@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +16,11 @@ from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import Call, attempts, llm_steps
 from instantrt.compiler.target import Target
-from instantrt.passes.core.lazy import FLOAT32, view_of
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
-
-SMALL = 64 << 20  # bytes of float32 weights: a reference is written and run beside the artifact; a larger one streams
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,6 @@ class Reference:
     graph: gs.Graph = field(compare=False)
     made_of: tuple[object, ...]
     blocks: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def streams(self) -> bool:
-        """Is it evaluated here? One with branches or loops is not: ONNX Runtime alone runs those."""
-        return not has_branches(self.graph) and (bool(self.blocks) or weight_bytes(self.graph) > SMALL)
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class Staged:
 def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) -> Staged:
     graph, on_cpu = planned.lowered[target.name], artifact.kind == "onnx"
     dtype = planned.types.get(target.name, FLOAT32)
-    twin = twin_of(planned, request, target, on_cpu=on_cpu)
+    twin = twin_of(planned, target, on_cpu=on_cpu)
     references = [twin]
     if request.model.suffix == ".onnx" and planned.twins[target.name].quantized:
         floating = planned.model.graph
@@ -104,10 +95,10 @@ def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) 
     return Staged(planned, request, target, artifact, graph, tuple(references), dtype, bound, tuple(steps))
 
 
-def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) -> Reference:
+def twin_of(planned: Plan, target: Target, *, on_cpu: bool) -> Reference:
     """With tables rounded where they are as they are lowered: that is no error of the lowering."""
     graph, made_of = planned.twins[target.name].canonical, (id(planned.twins[target.name]), on_cpu, "")
-    if request.embeddings == "int8":
+    if planned.twins[target.name].embeddings == "int8":
         table = QuantizeTables() if on_cpu else LowerNativeTables(planned.types[target.name])
         graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
     blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)
@@ -117,8 +108,3 @@ def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) ->
 
 def has_branches(graph: gs.Graph) -> bool:
     return any(True for _ in graph.subgraphs())
-
-
-def weight_bytes(graph: gs.Graph) -> int:
-    """Of its weights as float32."""
-    return 4 * sum(int(math.prod(t.shape)) for t in tensors(graph).values() if view_of(t) is not None)
