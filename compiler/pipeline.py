@@ -28,6 +28,7 @@ from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
+from instantrt.passes.ort.partial_rotary import RotateWholeHeads
 from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
@@ -108,7 +109,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
 
     longest   tokens of a sequence, 0 where it is not known
     """
-    passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
+    passes: list[Pass] = [] if request.portable else [RotateWholeHeads(), *ATTENTION, RotateInAttention(longest)]
     passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
     passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.

@@ -20,14 +20,14 @@ FORWARD, MIXED = np.arange(8)[None], np.array([[3, 1, 0], [2, 2, 5]])  # positio
 
 
 @dataclass(frozen=True)
-class RotationMatch:
+class RotatedMatch:
     node: gs.Node
     query: gs.Node
     key: gs.Node
 
 
 @dataclass(frozen=True)
-class RotateInAttention(Rewrite[RotationMatch]):
+class RotateInAttention(Rewrite[RotatedMatch]):
     """GroupQueryAttention(RotaryEmbedding(q, cos, sin), RotaryEmbedding(k, cos, sin), v) -> the same of q, k, v itself.
 
     cos, sin [B, S, R/2] become tables [`longest`, R/2] that ONNX Runtime folds when it loads: the nodes that made them
@@ -44,7 +44,7 @@ class RotateInAttention(Rewrite[RotationMatch]):
     def for_graph(self, graph: gs.Graph) -> RotateInAttention:
         return RotateInAttention(self.longest, graph)
 
-    def match(self, node: gs.Node) -> RotationMatch | Reject | None:
+    def match(self, node: gs.Node) -> RotatedMatch | Reject | None:
         if node.op != ATTENTION or node.attrs.get("do_rotary"):
             return None
         query, key = (producer(t, "RotaryEmbedding") for t in node.inputs[:2])
@@ -58,7 +58,7 @@ class RotateInAttention(Rewrite[RotationMatch]):
             return Reject("queries and keys are not rotated alike")
         if reason := self.unfit(node.inputs[3].shape[3], *query.inputs[1:]):
             return Reject(reason)
-        return RotationMatch(node, query, key)
+        return RotatedMatch(node, query, key)
 
     def unfit(self, size: int, cos: gs.Tensor, sin: gs.Tensor) -> str:
         """Why heads of `size` channels cannot be rotated by tables of `cos` and `sin`, or ""."""
@@ -91,7 +91,7 @@ class RotateInAttention(Rewrite[RotationMatch]):
             return f"tables of {self.longest} positions take {size / 1e6:.0f} MB, the weights {weights / 1e6:.0f} MB"
         return ""
 
-    def rewrite(self, graph: gs.Graph, match: RotationMatch) -> None:
+    def rewrite(self, graph: gs.Graph, match: RotatedMatch) -> None:
         node, (_, *angles) = match.node, match.query.inputs
         given = next(t for t in graph.inputs if t.name == POSITIONS)
         if id(given) not in self.tables:
