@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.options import TableFormat
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.saturation import NEEDED
@@ -98,15 +99,23 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
     return graph
 
 
-def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog, longest: int = 0) -> gs.Graph:
+def lower_onnxruntime(
+    graph: gs.Graph,
+    target: Target,
+    request: Request,
+    log: PassLog,
+    longest: int = 0,
+    embeddings: TableFormat = "stored",
+) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each.
 
-    longest   tokens of a sequence, 0 where it is not known
+    longest      tokens of a sequence, 0 where it is not known
+    embeddings   what tables of them become, whether asked for or by default
     """
     passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
     passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
     passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
-    if request.embeddings == "int8":
+    if embeddings == "int8":
         passes += [QuantizeTables()]
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]

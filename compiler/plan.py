@@ -13,9 +13,11 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
-from instantrt.compiler.decide import decide, resolve
+from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
+from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import TableFormat
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
@@ -36,10 +38,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Twin:
-    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against."""
+    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against.
+
+    Tables of embeddings become what `embeddings` says when they are lowered.
+    """
 
     decisions: Decisions
     canonical: gs.Graph
+    embeddings: TableFormat = "stored"
     raised: Raised | None = None
 
     @property
@@ -79,6 +85,7 @@ class Plan:
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
+    check_early(request)
     say(f"reading {request.model}")
     model = load(
         request.model,
@@ -100,12 +107,16 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     # What a checkpoint stores, it stores for all.
     made: dict[np.dtype[Any] | None, Twin] = {}
     twins: dict[str, Twin] = {}
+    heads = heads_of(graph, model)
+    chosen: list[str] = []
     for target in request.resolved_targets():
         dtype = types.get(target.name, FLOAT32)
         key = dtype if reader is None and config is not None else None
         if key not in made:
-            decisions = decide(graph, model, config, reader, request, dtype)
-            made[key] = make_twin(graph, model, decisions, request, log, say)
+            formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
+            decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
+            made[key] = make_twin(graph, model, decisions, formats.embeddings, request, log, say)
+            chosen += formats.notes
         twins[target.name] = made[key]
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     say("lowering the graph")
@@ -116,12 +127,18 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         for t in gpu_targets
     }
     whole = model.llm is not None and sees_ahead(graph)
-    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
+    notes = (*model.notes, *chosen, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
     return Plan(model, twins, lowered, log, builders, types, limits, notes, whole)
 
 
 def make_twin(
-    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, log: PassLog, say: Say
+    graph: gs.Graph,
+    model: FloatModel,
+    decisions: Decisions,
+    embeddings: TableFormat,
+    request: Request,
+    log: PassLog,
+    say: Say,
 ) -> Twin:
     raised = None
     if request.layers or request.has_budget:
@@ -129,7 +146,7 @@ def make_twin(
 
         decisions, raised = within_budget(graph, model, decisions, request, say)
     with uncollected():
-        return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
+        return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), embeddings, raised)
 
 
 def longest(request: Request, model: FloatModel) -> int:
@@ -152,7 +169,9 @@ def lower(
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
         if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log, longest)
+            lowered[target.name] = pipeline.lower_onnxruntime(
+                twin.canonical.copy(), target, request, log, longest, twin.embeddings
+            )
         else:
             any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
             key = (dtype, target.whole_operators, target.rtx or any_builder)

@@ -82,7 +82,7 @@ class Staged:
 def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) -> Staged:
     graph, on_cpu = planned.lowered[target.name], artifact.kind == "onnx"
     dtype = planned.types.get(target.name, FLOAT32)
-    twin = twin_of(planned, request, target, on_cpu=on_cpu)
+    twin = twin_of(planned, target, on_cpu=on_cpu)
     references = [twin]
     if request.model.suffix == ".onnx" and planned.twins[target.name].quantized:
         floating = planned.model.graph
@@ -95,10 +95,10 @@ def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) 
     return Staged(planned, request, target, artifact, graph, tuple(references), dtype, bound, tuple(steps))
 
 
-def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) -> Reference:
+def twin_of(planned: Plan, target: Target, *, on_cpu: bool) -> Reference:
     """With tables rounded where they are as they are lowered: that is no error of the lowering."""
     graph, made_of = planned.twins[target.name].canonical, (id(planned.twins[target.name]), on_cpu, "")
-    if request.embeddings == "int8":
+    if planned.twins[target.name].embeddings == "int8":
         table = QuantizeTables() if on_cpu else LowerNativeTables(planned.types[target.name])
         graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
     blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)

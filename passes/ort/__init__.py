@@ -14,4 +14,4 @@ out. Imports `core` and `qdq`.
 
 from typing import Literal
 
-Preset = Literal["exact", "fast"]  # how many bits 16-bit activations keep: pipeline.lower_onnxruntime
+Preset = Literal["auto", "exact", "fast"]  # how many bits 16-bit activations keep: linear.linear_passes

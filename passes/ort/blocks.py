@@ -19,6 +19,7 @@ from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.limbs import halves, has_rows
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block, no_block
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
+from instantrt.passes.qdq.last_logits import makes_logits
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class LowerToExactBlocks(Lowering[BlockwiseMatch]):
 
     requires = (weight_dq_feeds_matmul,)
 
+    heads: bool = False  # these alone
+
     def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
         found = quantized(node)
-        if found is None or found.quant.activations != "float":
+        if found is None or found.quant.activations != "float" or (self.heads and not makes_logits(node)):
             return None
         if not has_rows(found.x):
             return Reject("its input has no axis besides the one that is summed over")

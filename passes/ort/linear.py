@@ -20,15 +20,21 @@ from instantrt.passes.ort.nbits import LowerToMatMulNBits
 def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) -> tuple[Lowering[Any], ...]:
     """The lowerings in order of preference; what one leaves, the next takes, and what none takes is refused.
 
-    exact keeps 14 bits of activations, or what the scheme gives them; fast about 8.
+    exact    activations keep 14 bits or what the scheme gives them
+    fast     about 8 bits of them
+    auto     the same for what is in groups, whose blocks are small, but for the head, where int8 costs most
+             (docs/quantization.md, "Defaults")
     steps    most calls have one row for each sequence, as a language model's; else many
     signed   the CPU multiplies 8 bits by signed 8 bits without saturation
     """
     one = ONE_LIMB if signed else ONE_LIMB_UNSIGNED
+    by_channel = LowerPerChannel(TWO_LIMBS if steps else TWO_PRODUCTS, "float")
     forms: dict[tuple[str, Preset], tuple[Lowering[Any], ...]] = {  # docs/facts.md, "Forms by the number of rows"
-        ("steps", "exact"): (LowerPerChannel(TWO_LIMBS, "float"), LowerGroups(one), LowerToExactBlocks()),
+        ("steps", "auto"): (by_channel, LowerToExactBlocks(heads=True), LowerToMatMulNBits()),
+        ("steps", "exact"): (by_channel, LowerGroups(one), LowerToExactBlocks()),
         ("steps", "fast"): (LowerToMatMulNBits(),),
-        ("rows", "exact"): (LowerPerChannel(TWO_PRODUCTS, "float"), LowerGroups(one), ExpandOnLoad()),
+        ("rows", "auto"): (by_channel, LowerToMatMulNBits()),
+        ("rows", "exact"): (by_channel, LowerGroups(one), ExpandOnLoad()),
         ("rows", "fast"): (LowerPerChannel(one, "float"), LowerToMatMulNBits()),
     }
     return (LowerPerChannel(one, "int8"), *forms["steps" if steps else "rows", preset])

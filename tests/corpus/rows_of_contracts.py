@@ -11,7 +11,8 @@ import onnx
 import onnx.parser
 from onnx.numpy_helper import from_array
 
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.lazy import whole
 from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.corpus.row import Row

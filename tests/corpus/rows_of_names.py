@@ -13,8 +13,9 @@ import onnx
 import onnx.parser
 from onnx.numpy_helper import from_array, to_array
 
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, InMemory, whole
 from instantrt.passes.core.quant import InstantQuant, QuantTensor

@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from instantrt.compiler.checkpoint import read_json
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array
 from instantrt.tools.cli.ending import exit_on_error

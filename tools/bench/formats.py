@@ -22,7 +22,8 @@ import typer
 
 from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import find_reader
