@@ -77,13 +77,13 @@ def swapped_groups(graph: gs.Graph) -> None:
 
 
 def zero_off(graph: gs.Graph) -> None:
-    zeros = "first.zeros" if "first.zeros" in graph.tensors() else "first.zero_s8"
+    zeros = "first.zeros" if "first.zeros" in graph.tensors() else "first.zero_int8"
     constant(graph, zeros).reshape(-1)[7] += 1
 
 
 def transposed(graph: gs.Graph) -> None:
-    if "first.codes_s8" in graph.tensors():
-        codes = constant(graph, "first.codes_s8")
+    if "first.codes_int8" in graph.tensors():
+        codes = constant(graph, "first.codes_int8")
         codes[:] = codes.T.copy()
         return
     packed = constant(graph, "first.b")

@@ -105,9 +105,9 @@ def stored_order(tensors: dict[str, Array], path: str) -> Array:
 
 
 def written_codes(written: dict[str, onnx.TensorProto], path: str, k: int) -> Array:
-    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulInteger."""
-    if f"{path}.codes_s8" in written:
-        return onnx.numpy_helper.to_array(written[f"{path}.codes_s8"]).T
+    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulIntegerToFloat."""
+    if f"{path}.codes_int8" in written:
+        return onnx.numpy_helper.to_array(written[f"{path}.codes_int8"]).T
     codes = onnx.numpy_helper.to_array(written[f"{path}.b"])
     if codes.size == k * len(codes):
         return codes.reshape(len(codes), k)

@@ -79,7 +79,7 @@ def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     direct = planned_and_written(Request(TINY, ("x86",), tmp_path / "direct", quant="a16w8"))
     kinds = [{path: str(d) for path, d in p.twins["x86"].decisions.items()} for p in (planned, direct)]
     assert kinds[0] == kinds[1]
-    codes = [initializers(tmp_path / f"{name}/x86/model.onnx", r"codes_s8$") for name in ("twice", "direct")]
+    codes = [initializers(tmp_path / f"{name}/x86/model.onnx", r"codes_int8$") for name in ("twice", "direct")]
     assert len(codes[0]) == 28
     assert all((codes[0][name] == values).all() for name, values in codes[1].items())
 
