@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
-from instantrt.compiler.options import TableFormat
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.saturation import NEEDED
@@ -28,7 +27,8 @@ from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMat
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.rotary import PackQueryKeyValue, RotateInAttention
+from instantrt.passes.ort.packed import PackQueryKeyValue
+from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
@@ -85,43 +85,35 @@ def linears(graph: gs.Graph) -> list[Linear]:
     return [found for node in graph.nodes if (found := linear(node)) is not None]
 
 
-def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
-    """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against."""
-    passes = (
+def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: bool = False) -> gs.Graph:
+    """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against.
+
+    tables   those of embeddings become int8, too, in the one form that ONNX Runtime has for them
+    """
+    passes: tuple[Pass, ...] = (
         SortInputs(decisions),
         InsertDequantize(decisions),
         FoldOrder(frozenset(t.name for t in graph.outputs)),
         # Behind the weights, which say what is quantized, and in the order they want, which the layers before may give.
         QuantizeActivations(),
+        *((QuantizeTables(),) if tables else ()),
     )
     run(graph, passes, log)
     verify(graph, Stage.QDQ)
     return graph
 
 
-def lower_onnxruntime(
-    graph: gs.Graph,
-    target: Target,
-    request: Request,
-    log: PassLog,
-    longest: int = 0,
-    embeddings: TableFormat = "stored",
-) -> gs.Graph:
+def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: PassLog, longest: int = 0) -> gs.Graph:
     """Explicit operators of ONNX Runtime's CPU provider, which has a kernel for each.
 
-    longest      tokens of a sequence, 0 where it is not known
-    embeddings   what tables of them become, whether asked for or by default
+    longest   tokens of a sequence, 0 where it is not known
     """
     passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
     passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
     passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
-    if embeddings == "int8":
-        passes += [QuantizeTables()]
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
     run(graph, passes, log)
-    if request.embeddings == "int8":
-        refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
     if any(may_saturate(node) for node in every_node(graph)):
         graph.doc_string = NEEDED

@@ -17,7 +17,6 @@ from instantrt.compiler.decide import check_early, decide, heads_of, resolve, st
 from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.options import TableFormat
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
@@ -27,6 +26,7 @@ from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -38,14 +38,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Twin:
-    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against.
-
-    Tables of embeddings become what `embeddings` says when they are lowered.
-    """
+    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against."""
 
     decisions: Decisions
     canonical: gs.Graph
-    embeddings: TableFormat = "stored"
     raised: Raised | None = None
 
     @property
@@ -105,18 +101,18 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.
-    made: dict[np.dtype[Any] | None, Twin] = {}
+    made: dict[tuple[object, ...], Twin] = {}
     twins: dict[str, Twin] = {}
-    heads = heads_of(graph, model)
-    chosen: list[str] = []
+    heads, notes = heads_of(graph, model), list(model.notes)
     for target in request.resolved_targets():
         dtype = types.get(target.name, FLOAT32)
-        key = dtype if reader is None and config is not None else None
+        formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
+        tables = formats.embeddings == "int8" and target.backend is Backend.ONNXRUNTIME
+        key = (dtype if reader is None and config is not None else None, tables)
         if key not in made:
-            formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
-            made[key] = make_twin(graph, model, decisions, formats.embeddings, request, log, say)
-            chosen += formats.notes
+            made[key] = make_twin(graph, model, decisions, request, log, say, tables=tables)
+            notes += formats.notes
         twins[target.name] = made[key]
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     say("lowering the graph")
@@ -127,26 +123,31 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         for t in gpu_targets
     }
     whole = model.llm is not None and sees_ahead(graph)
-    notes = (*model.notes, *chosen, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, twins, lowered, log, builders, types, limits, notes, whole)
+    notes += [*engine_notes(model, builders, types), *(reader.notes if reader else ())]
+    return Plan(model, twins, lowered, log, builders, types, limits, tuple(notes), whole)
 
 
 def make_twin(
     graph: gs.Graph,
     model: FloatModel,
     decisions: Decisions,
-    embeddings: TableFormat,
     request: Request,
     log: PassLog,
     say: Say,
+    *,
+    tables: bool,
 ) -> Twin:
+    """`tables`: those of embeddings are int8 in it, as they will be in the artifact."""
     raised = None
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
         decisions, raised = within_budget(graph, model, decisions, request, say)
     with uncollected():
-        return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), embeddings, raised)
+        twin = Twin(decisions, pipeline.quantize(graph.copy(), decisions, log, tables=tables), raised)
+    if tables and request.embeddings == "int8":
+        pipeline.refuse_no_table(log, QuantizeTables)
+    return twin
 
 
 def longest(request: Request, model: FloatModel) -> int:
@@ -169,9 +170,7 @@ def lower(
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
         if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(
-                twin.canonical.copy(), target, request, log, longest, twin.embeddings
-            )
+            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log, longest)
         else:
             any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
             key = (dtype, target.whole_operators, target.rtx or any_builder)

@@ -10,6 +10,8 @@ out. Imports `core` and `qdq`.
     tables       embeddings and other floats in the 16 bits they are stored in; embeddings as int8
     attention    grouped attention whose cache may be one buffer
     cached_attention  what that operator wants, its mask apart
+    rotary       rotary embeddings inside of that operator
+    packed       queries, keys and values as the one product that they are
 """
 
 from typing import Literal

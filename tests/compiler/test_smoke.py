@@ -133,8 +133,9 @@ def ends_early(graph: gs.Graph) -> None:
     attention = node(graph, "GroupQueryAttention")
     last = attention.inputs[5]
     shorter = add(graph, "Mul", [last, small("none", 0, np.int32)], "lengths/none")
+    new = add(graph, "Add", [shorter, small("one", 1, np.int32)], "lengths/one")
     for each in (n for n in graph.nodes if n.op == "GroupQueryAttention"):
-        each.inputs[5] = shorter
+        each.inputs[5], each.inputs[16] = shorter, new
     graph.toposort()
 
 
@@ -170,7 +171,7 @@ def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.Monkey
     """Two percent off, in every block."""
     right = Blocks.scales
     monkeypatch.setattr(Blocks, "scales", lambda self, tile: right(self, tile) * np.float32(1.02))
-    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.q_proj: after pass LowerToExactBlocks, node"
+    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.\w_proj: after pass LowerToExactBlocks, node"
     refused(TINY, tmp_path / "out", words, quant="a16w4", group_size=32, cpu_preset="exact")
 
 

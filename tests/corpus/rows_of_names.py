@@ -196,7 +196,7 @@ def graph(
     return write
 
 
-W4A16: dict[str, Any] = {"quant": "a16w4", "group_size": 32}
+W4A16: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "lm_head": "float"}
 CT: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
 LINEAR: dict[str, Any] = W8.group(["Linear"])
 

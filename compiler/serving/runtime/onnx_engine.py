@@ -46,6 +46,7 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # docs/facts.md, "Memory patterns"
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
