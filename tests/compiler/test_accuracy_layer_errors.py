@@ -66,13 +66,13 @@ def test_a_search_for_clips_has_no_findings() -> None:
     assert min(row.gain or 0 for row in found.rows) < 1 - 4e-3  # clipped: smaller than by rounding alone
 
 
-def first(graph: gs.Graph, *names: str) -> Array:
+def first(graph: gs.Graph, *names: str) -> np.ndarray:
     """The constant of the first layer that has one of these names."""
     return constant(graph, next(f"first.{name}" for name in names if f"first.{name}" in graph.tensors()))
 
 
 def scale_off(graph: gs.Graph) -> None:
-    first(graph, "scales", "scale_f32", "scale_by_group").reshape(-1)[5] *= 1.01
+    first(graph, "scales", "scale_f32", "scale_by_group").flat[5] *= 1.01
 
 
 def swapped_groups(graph: gs.Graph) -> None:
@@ -82,7 +82,7 @@ def swapped_groups(graph: gs.Graph) -> None:
 
 
 def zero_off(graph: gs.Graph) -> None:
-    first(graph, "zeros", "zero_int8", "zero_by_group").reshape(-1)[7] += 1
+    first(graph, "zeros", "zero_int8", "zero_by_group").flat[7] += 1
 
 
 def transposed(graph: gs.Graph) -> None:
