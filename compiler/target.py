@@ -74,8 +74,8 @@ TARGETS = (
     Target("sm100", "Blackwell", _GPU, 100, tensorrt=">=10.15", aliases=("b100", "b200")),
     Target("sm120", "Blackwell", _GPU, 120, tensorrt=">=10.15", rtx=True, aliases=("rtx5090",)),
     Target("sm121", "Blackwell", _GPU, 121, tensorrt=">=10.15", rtx=True, aliases=("gb10",)),
-    Target("x86", "x86-64 CPU with VNNI", _CPU, aliases=("x86_64", "cpu")),
-    Target("x86-avx2", "x86-64 CPU", _CPU, saturates=True),
+    Target("x86", "x86-64, VNNI", _CPU, aliases=("x86_64", "cpu")),
+    Target("x86-avx2", "x86-64, AVX2", _CPU, saturates=True),
     Target("armv9", "Armv9 CPU", _CPU, aliases=("arm", "aarch64")),
 )
 _BY_NAME = {name: t for t in TARGETS for name in (t.name, *t.aliases)}

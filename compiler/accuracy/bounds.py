@@ -59,8 +59,9 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
         return INT8_BFLOAT16 if quantizes else BFLOAT16
     if int8_block(nodes) is not None:
         return INT8_BLOCK
-    if {"MatMulInteger", "MatMulNBits"} & ops:
-        return TWO_LIMBS if any(map(parts_limbs, nodes)) else INT8_TOKEN
+    if {"MatMulIntegerToFloat", "MatMulNBits"} & ops:
+        two = any(map(parts_limbs, nodes)) or "DequantizeLinear" in ops  # the first limb, to be taken off from x
+        return TWO_LIMBS if two else INT8_TOKEN
     return INT8_TOKEN if quantizes else FLOAT32
 
 

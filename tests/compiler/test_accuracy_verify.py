@@ -141,7 +141,7 @@ def test_page_and_json_have_the_same_numbers_and_need_no_network(compiled: Compi
         assert f'<td class="n">{number(row["piled_up"])}</td>' in page
     assert page.count("<svg") == 3
     tokens = len(Tokenizer.from_file(str(TINY / "tokenizer.json")).encode(TEXT.read_text("utf-8")).ids)
-    about = ("tiny-qwen2", "x86, x86-64 CPU", "quant a16w4", f"text evaluation.txt: {tokens:,} tokens")
+    about = ("tiny-qwen2", "x86, x86-64, VNNI", "quant a16w4", f"text evaluation.txt: {tokens:,} tokens")
     for words in (*about, "28 x A16W4 per-channel asymmetric, 1 x float"):
         assert words in page
         assert any(words in value for value in body["about"].values())

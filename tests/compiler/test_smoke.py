@@ -35,6 +35,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import STREAMED
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.rewrite import add
+from instantrt.passes.ort.limbs import Limbs
 from instantrt.passes.ort.nbits import Blocks
 from tests.commands import invoke
 from tests.conftest import TINY, contents
@@ -454,8 +455,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invoke(*words, "--no-smoke")
     assert contents(tmp_path / "out") == before
     assert "smoke" not in json.loads((tmp_path / "out" / MANIFEST).read_text())["artifacts"][0]["source"]["request"]
-    monkeypatch.setattr(Blocks, "scales", lambda self, tile: self.repeated(tile.parts[1]) * np.float32(1.02))
-    failed = invoke(*words, "--quant", "a16w4", "--group-size", "32", "--cpu-preset", "exact")
+    monkeypatch.setattr(Limbs, "weight", lambda self, codes: (codes ^ 0x81).view(np.int8))  # the last bit, too
+    failed = invoke(*words, "--quant", "a16w8", "--cpu-preset", "exact")
     assert isinstance(failed.exception, SmokeError)
     assert contents(tmp_path / "out") == before
 

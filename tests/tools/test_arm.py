@@ -32,12 +32,13 @@ np.savez(out, *session.run(None, dict(np.load(feeds))))
 # processors may differ by a few steps of what the mode keeps of an activation, 14 bits or 8.
 MODES: dict[str, tuple[dict[str, Any], float]] = {
     "float": ({"quant": "none"}, 1e-5),
-    "a16w8 exact": ({"quant": "a16w8"}, 5e-4),
+    "a16w8 exact": ({"quant": "a16w8", "group_size": -1, "cpu_preset": "exact", "lm_head": "float"}, 5e-4),
+    "a16w8 g64 exact": ({"quant": "a16w8", "group_size": 64, "cpu_preset": "exact"}, 5e-4),
     "a16w8 fast": ({"quant": "a16w8", "cpu_preset": "fast"}, 1e-2),
     "a16w8 g32": ({"quant": "a16w8", "group_size": 32}, 1e-2),
     "a16w4 g32": ({"quant": "a16w4", "group_size": 32}, 1e-2),
     "a8w8": ({"quant": "a8w8"}, 1e-2),
-    "a16w8 tables": ({"quant": "a16w8", "lm_head": "int8", "embeddings": "int8"}, 5e-4),
+    "a16w8 tables": ({"quant": "a16w8", "cpu_preset": "exact", "lm_head": "int8", "embeddings": "int8"}, 5e-4),
 }
 
 
