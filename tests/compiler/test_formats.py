@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
-from instantrt.passes.core.quant import quantize_asymmetric
+from instantrt.passes.core.quant import QuantTensor, quantize_asymmetric
 from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.tools.bench.formats import reference_logits
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
 from tests.commands import invoke
@@ -45,7 +47,7 @@ class Compiled:
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Each library's checkpoint, compiled for x86 as it is."""
     folder = tmp_path_factory.mktemp(request.param)
-    asked = Request(model=whole_checkpoint(request.param, folder / "model"), targets=("x86",), out=folder / "out")
+    asked = Request(whole_checkpoint(request.param, folder / "model"), ("x86",), folder / "out", cpu_preset="exact")
     return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
@@ -68,7 +70,7 @@ def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> N
         order = stored_order(tensors, path)
         if path.endswith(("gate_proj", "up_proj")):  # their rows come in the order that down_proj wants
             expected = expected[stored_order(tensors, DOWN_PROJ)]
-        found = written_codes(written, path, expected.shape[1])
+        found = written_codes(written, path, quantized)
         np.testing.assert_array_equal(found, expected[:, order], err_msg=path)
 
 
@@ -104,14 +106,18 @@ def stored_order(tensors: dict[str, Array], path: str) -> Array:
     return np.concatenate([np.flatnonzero(g_idx == g) for g in dict.fromkeys(g_idx.tolist())])
 
 
-def written_codes(written: dict[str, onnx.TensorProto], path: str, k: int) -> Array:
-    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulInteger."""
-    if f"{path}.codes_s8" in written:
-        return onnx.numpy_helper.to_array(written[f"{path}.codes_s8"]).T
-    codes = onnx.numpy_helper.to_array(written[f"{path}.b"])
-    if codes.size == k * len(codes):
-        return codes.reshape(len(codes), k)
-    return np.stack([codes & 15, codes >> 4], 3).reshape(len(codes), k)
+def written_codes(written: dict[str, onnx.TensorProto], path: str, quantized: Mapping[str, QuantTensor]) -> Array:
+    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulIntegerToFloat; layers of one x may be joined."""
+    (name,) = (n for n in written if n.endswith((".b", ".codes_int8")) and path in parts_of(n.rpartition(".")[0]))
+    parts, codes = parts_of(name.rpartition(".")[0]), onnx.numpy_helper.to_array(written[name])
+    if name.endswith(".codes_int8"):
+        codes = codes.T.view(np.uint8) ^ 0x80
+    n, k = quantized[path].shape
+    start = sum(quantized[part].shape[0] for part in parts[: parts.index(path)])
+    codes = codes[start : start + n]
+    if codes.size == k * n:
+        return codes.reshape(n, k)
+    return np.stack([codes & 15, codes >> 4], 3).reshape(n, k)
 
 
 def requantized(path: str, bits: int, group: int) -> dict[str, Array]:
