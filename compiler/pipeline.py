@@ -12,6 +12,7 @@ from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime.saturation import NEEDED
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32
@@ -24,8 +25,10 @@ from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.rotary import PackQueryKeyValue, RotateInAttention
+from instantrt.passes.ort.packed import PackQueryKeyValue
+from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
@@ -112,6 +115,8 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
     run(graph, passes, log)
     refuse_leftovers(graph, log, "ONNX Runtime")
+    if any(may_saturate(node) for node in every_node(graph)):
+        graph.doc_string = NEEDED
     verify(graph, Stage.ONNXRUNTIME)
     refuse_lacking(graph)
     return graph

@@ -21,6 +21,8 @@ from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 
+NO_TENSORS = ("Sequence", "Optional", "Map")  # in the names of the operators that make or read something else
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -105,5 +107,7 @@ def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) ->
     return Reference("twin", graph, made_of, tuple(sorted(each)))
 
 
-def has_branches(graph: gs.Graph) -> bool:
-    return any(True for _ in graph.subgraphs())
+def runs_here(graph: gs.Graph) -> bool:
+    """Can it be evaluated node by node, on tensors alone? ONNX Runtime alone runs branches, loops and sequences."""
+    branches = any(True for _ in graph.subgraphs())
+    return not branches and not any(word in node.op for node in graph.nodes for word in NO_TENSORS)

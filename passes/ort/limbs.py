@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, View, small
-from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, scalar, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
@@ -152,3 +152,10 @@ def limbs_of(graph: gs.Graph, x: gs.Tensor, limbs: Limbs) -> LimbTensors:
     low = nodes("Sub", [units, nodes("DequantizeLinear", [code, unit, center], "high")], "low")
     unit2 = nodes.const("unit2", limbs.finer / limbs.top, np.float32)
     return LimbTensors([code, nodes("QuantizeLinear", [low, unit2, center], "codes2")], [unit, unit2], step)
+
+
+def may_saturate(node: gs.Node) -> bool:
+    """Are it 8-bit limbs that meet signed weights? Limbs of 7 bits never saturate."""
+    if node.op != "MatMulIntegerToFloat" or node.inputs[1].dtype != np.int8:
+        return False
+    return bool(scalar(node.inputs[4]) == ONE_LIMB.center)

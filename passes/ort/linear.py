@@ -11,6 +11,7 @@ from typing import Any
 from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
+from instantrt.passes.ort.expand import ExpandOnLoad
 from instantrt.passes.ort.groups import LowerGroups
 from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS, TWO_PRODUCTS, LowerPerChannel
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
@@ -27,13 +28,13 @@ def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) ->
     signed   the CPU multiplies 8 bits by signed 8 bits without saturation
     """
     one = ONE_LIMB if signed else ONE_LIMB_UNSIGNED
-    by_channel = LowerPerChannel(TWO_LIMBS if steps else TWO_PRODUCTS, "float")
+    by_channel, in_groups = LowerPerChannel(TWO_LIMBS if steps else TWO_PRODUCTS, "float"), LowerGroups(one)
     forms: dict[tuple[str, Preset], tuple[Lowering[Any], ...]] = {  # docs/facts.md, "Forms by the number of rows"
         ("steps", "auto"): (by_channel, LowerToExactBlocks(heads=True), LowerToMatMulNBits()),
-        ("steps", "exact"): (by_channel, LowerGroups(one), LowerToExactBlocks()),
+        ("steps", "exact"): (by_channel, in_groups, LowerToExactBlocks()),
         ("steps", "fast"): (LowerToMatMulNBits(),),
-        ("rows", "auto"): (by_channel, LowerToMatMulNBits()),
-        ("rows", "exact"): (by_channel, LowerGroups(one), LowerToExactBlocks()),
+        ("rows", "auto"): (by_channel, in_groups, ExpandOnLoad()),
+        ("rows", "exact"): (by_channel, in_groups, ExpandOnLoad()),
         ("rows", "fast"): (LowerPerChannel(one, "float"), LowerToMatMulNBits()),
     }
     return (LowerPerChannel(one, "int8"), *forms["steps" if steps else "rows", preset])

@@ -133,8 +133,9 @@ def ends_early(graph: gs.Graph) -> None:
     attention = node(graph, "GroupQueryAttention")
     last = attention.inputs[5]
     shorter = add(graph, "Mul", [last, small("none", 0, np.int32)], "lengths/none")
+    new = add(graph, "Add", [shorter, small("one", 1, np.int32)], "lengths/one")
     for each in (n for n in graph.nodes if n.op == "GroupQueryAttention"):
-        each.inputs[5] = shorter
+        each.inputs[5], each.inputs[16] = shorter, new
     graph.toposort()
 
 

@@ -238,6 +238,7 @@ def softmax(scores: Array) -> Array:
         Sampling(temperature=1.3, top_p=0.6),
         Sampling(temperature=1.0, top_k=20, top_p=0.5),
         Sampling(temperature=50.0, top_p=0.9),  # flat: the nucleus is wider than the shortlist
+        Sampling(temperature=50.0, top_k=20, top_p=0.5),  # half of what top_k keeps, not of all
     ],
     ids=str,
 )

@@ -19,8 +19,8 @@ from tests.graphs import evaluate, linear_graph, per_row, tokens, weights
 F32 = np.dtype(np.float32)
 
 
-def lowered_by(canonical: gs.Graph, *, signed: bool = True) -> gs.Graph:
-    passes = linear_passes("exact", signed=signed)
+def lowered_by(canonical: gs.Graph, *, signed: bool = True, steps: bool = True) -> gs.Graph:
+    passes = linear_passes("exact", signed=signed, steps=steps)
     lowered = run(canonical.copy(), passes, PassLog())
     verify(lowered, Stage.ONNXRUNTIME)
     return lowered
@@ -65,6 +65,17 @@ def test_float_tokens_lose_less_than_bfloat16_would(bits: int, group: int, tmp_p
     assert ops(lowered).count("MatMulNBits") == 4  # the limbs of one x serve all its consumers
     for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
         assert per_row(got, want) < 5e-4
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 48), (4, 16), (4, 24)])
+def test_many_rows_meet_the_twins_floats(bits: int, group: int, tmp_path: Path) -> None:
+    w, x = weights(240), tokens(240)
+    canonical = canonical_of(w, bits, group, "float")
+    twin = evaluate(canonical, {"x": x}, tmp_path)
+    lowered = lowered_by(canonical, steps=False)
+    assert ops(lowered).count("MatMul") == 3
+    for got, want in zip(evaluate(lowered, {"x": x}, tmp_path), twin, strict=True):
+        assert per_row(got, want) < 2e-6
 
 
 @pytest.mark.parametrize(("k", "block", "padded"), [(256, 128, 256), (192, 64, 192), (96, 32, 96), (200, 128, 256)])

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .cpus import usable_cpus
+from .saturation import refuse_saturation
 
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
@@ -45,9 +46,12 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # docs/facts.md, "Memory patterns"
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-        session = SESSIONS[key] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        refuse_saturation(session)
+        SESSIONS[key] = session
     return session
 
 
