@@ -163,7 +163,7 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
     planned = planned_and_written(Request(folder, ("x86",), tmp_path / "o", cpu_preset="exact"))
     kinds = {str(q) for q in planned.twins["x86"].quantized.values()}
     assert kinds == {"A8W8 group 128 asymmetric"}
-    assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 4  # q, k and v are one, gate and up another
+    assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 4  # q, k, v and gate, up joined
     expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
     found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
