@@ -76,20 +76,24 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
 
 
 def check_early(request: Request) -> None:
-    """Refuses a group size that config.json shows not to fit, before the model is built and exported."""
-    asked = asked_config(request, "instant_quant")
-    if asked is None or asked.group_size == -1 or asked.ignore or not (request.model / CONFIG).is_file():
+    """Refuses a group size that config.json shows not to fit, before the model is built and exported.
+
+    What it shows is the width of all layers; those that are ignored are known by layer alone.
+    """
+    said = request.quant_config or {}
+    size = request.group_size if request.group_size is not None else said.get("group_size")
+    if type(size) is not int or size < 1 or request.ignore or said.get("ignore"):
+        return
+    if not (request.model / CONFIG).is_file():
         return
     config = read_json(request.model / CONFIG)
     sizes = config.get("text_config", config)
     if "quantization_config" in config or not isinstance(sizes, dict):
         return
-    experts = any("expert" in key for key in sizes)  # their config may have an intermediate_size that no layer has
-    widths = {f"{CONFIG}, {key}": sizes.get(key) for key in ("hidden_size", "intermediate_size")[: 1 if experts else 2]}
-    known = {key: k for key, k in widths.items() if isinstance(k, int) and k > 0}
-    instant.check_groups(
-        known, asked.group_size, step_of(request.resolved_targets()), instead=", or --ignore some layers"
-    )
+    experts = any("expert" in key for key in sizes)  # such a config may have an intermediate_size that no layer has
+    keys = ("hidden_size", "intermediate_size")[: 1 if experts else 2]
+    widths = {f"{CONFIG}, {key}": sizes[key] for key in keys if type(sizes.get(key)) is int and sizes[key] > 0}
+    instant.check_groups(widths, size, step_of(request.resolved_targets()), instead=", or --ignore some layers")
 
 
 def step_of(targets: Iterable[Target]) -> int:

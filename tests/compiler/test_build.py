@@ -22,6 +22,7 @@ from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.plan import plan
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
 from instantrt.compiler.request import Request
@@ -135,6 +136,7 @@ def test_a_tied_table_is_written_once(tmp_path: Path, preset: Preset) -> None:
         assert len(head) == len(table) == 3
         assert (head == table) is (name == "tied")
         sizes[name] = file.with_suffix(".onnx.data").stat().st_size
+        assert sizes[name] < plan(replace(request, lm_head="float", embeddings="stored")).size("x86")
     assert sizes["untied"] - sizes["tied"] == 12288  # the codes of 160 x 64, in whole pages
 
 

@@ -17,7 +17,7 @@ from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
-from instantrt.passes.core.quant import quantize_asymmetric
+from instantrt.passes.core.quant import QuantTensor, quantize_asymmetric
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.tools.bench.formats import reference_logits
@@ -47,7 +47,7 @@ class Compiled:
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Each library's checkpoint, compiled for x86 as it is."""
     folder = tmp_path_factory.mktemp(request.param)
-    asked = Request(model=whole_checkpoint(request.param, folder / "model"), targets=("x86",), out=folder / "out")
+    asked = Request(whole_checkpoint(request.param, folder / "model"), ("x86",), folder / "out", cpu_preset="exact")
     return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
@@ -70,7 +70,7 @@ def test_the_artifact_holds_the_codes_of_the_checkpoint(compiled: Compiled) -> N
         order = stored_order(tensors, path)
         if path.endswith(("gate_proj", "up_proj")):  # their rows come in the order that down_proj wants
             expected = expected[stored_order(tensors, DOWN_PROJ)]
-        found = written_codes(written, path, {p: q.shape for p, q in quantized.items()})
+        found = written_codes(written, path, quantized)
         np.testing.assert_array_equal(found, expected[:, order], err_msg=path)
 
 
@@ -106,20 +106,18 @@ def stored_order(tensors: dict[str, Array], path: str) -> Array:
     return np.concatenate([np.flatnonzero(g_idx == g) for g in dict.fromkeys(g_idx.tolist())])
 
 
-def written_codes(written: dict[str, onnx.TensorProto], path: str, shapes: Mapping[str, tuple[int, int]]) -> Array:
-    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulInteger: the layer's rows where it was joined."""
-    names = {n.removesuffix(end): n for end in (".codes_int8", ".b") for n in written if n.endswith(end)}
-    joined, name = next((j, n) for j, n in names.items() if path in parts_of(j))
-    codes = onnx.numpy_helper.to_array(written[name])
-    k = shapes[path][1]
+def written_codes(written: dict[str, onnx.TensorProto], path: str, quantized: Mapping[str, QuantTensor]) -> Array:
+    """Codes [N, K] of MatMulNBits, four or eight bits, or of MatMulIntegerToFloat; layers of one x may be joined."""
+    (name,) = (n for n in written if n.endswith((".b", ".codes_int8")) and path in parts_of(n.rpartition(".")[0]))
+    parts, codes = parts_of(name.rpartition(".")[0]), onnx.numpy_helper.to_array(written[name])
     if name.endswith(".codes_int8"):
-        codes = (codes.T.astype(np.int16) + 128).astype(np.uint8)
-    elif codes.size != k * len(codes):
-        codes = np.stack([codes & 15, codes >> 4], 3)
-    paths = parts_of(joined)
-    ends = np.cumsum([shapes[part][0] for part in paths])
-    rows: Array = np.split(codes.reshape(len(codes), k), ends)[paths.index(path)]
-    return rows
+        codes = codes.T.view(np.uint8) ^ 0x80
+    n, k = quantized[path].shape
+    start = sum(quantized[part].shape[0] for part in parts[: parts.index(path)])
+    codes = codes[start : start + n]
+    if codes.size == k * n:
+        return codes.reshape(n, k)
+    return np.stack([codes & 15, codes >> 4], 3).reshape(n, k)
 
 
 def requantized(path: str, bits: int, group: int) -> dict[str, Array]:
@@ -145,7 +143,7 @@ def test_overrides_a_float_module_and_a_quantized_head(tmp_path: Path, parts: li
         tensors |= requantized(DOWN_PROJ, 8, 768) | requantized("lm_head", 4, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
-    planned = planned_and_written(Request(model=folder, targets=("x86",), out=tmp_path / "o"))
+    planned = planned_and_written(Request(folder, ("x86",), tmp_path / "o", cpu_preset="exact"))
     kinds = {path: str(decision) for path, decision in planned.twins["x86"].decisions.items()}
     assert kinds[DOWN_PROJ] == "A16W8 per-channel asymmetric"
     assert kinds["lm_head"] == "A16W4 group 128 asymmetric"
@@ -162,11 +160,10 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
             tensors |= requantized(path, 8, 128)
 
     folder = whole_checkpoint("gptq-int4-g128-sym", tmp_path / "m", change)
-    request = Request(model=folder, targets=("x86",), out=tmp_path / "o", cpu_preset="exact")
-    planned = planned_and_written(request)
+    planned = planned_and_written(Request(folder, ("x86",), tmp_path / "o", cpu_preset="exact"))
     kinds = {str(q) for q in planned.twins["x86"].quantized.values()}
     assert kinds == {"A8W8 group 128 asymmetric"}
-    assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 4  # q, k and v are one; gate and up, too
+    assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 4  # q, k, v and gate, up joined
     expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
     found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
@@ -190,7 +187,8 @@ def test_explain_says_where_each_order_went(tmp_path: Path) -> None:
 def test_the_other_activations_on_request(
     name: str, quant: str, modes: set[str], tmp_path: Path, parts: list[Array]
 ) -> None:
-    asked = Request(model=whole_checkpoint(name, tmp_path / "m"), targets=("x86",), out=tmp_path / "o", quant=quant)
+    model = whole_checkpoint(name, tmp_path / "m")
+    asked = Request(model, ("x86",), tmp_path / "o", quant=quant, cpu_preset="exact")
     planned = planned_and_written(asked)
     assert {q.mode for q in planned.twins["x86"].quantized.values()} == modes
     expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])

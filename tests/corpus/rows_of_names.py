@@ -207,7 +207,7 @@ ROWS = (
         "a vocabulary as wide as the MLP, an int8 head",
         "identity",
         family("llama", vocab_size=128),
-        fields=W4A16 | {"lm_head": "int8"},
+        fields=W4A16 | {"lm_head": "int8", "embeddings": "stored"},
     ),
     Row("a vocabulary as wide as the MLP, a tied head", "identity", family("llama-tied", vocab_size=128), fields=W4A16),
     Row("a head with a bias, as wide as the MLP", "identity", family("phi", vocab_size=128), fields=W4A16),
