@@ -109,7 +109,9 @@ class BisectingLog(PassLog):
         coarse = next((n for n in nodes if int8_block([n]) is not None), None)
         if coarse is not None:
             x = coarse.inputs[0].name
-            truth = {key: value for key, value in self.truth.items() if key != name}
+            made = {t.name for node in nodes for t in node.outputs}
+            kept = {*run.wiring.made_by, *(t.name for t in graph.inputs)} - made  # the others are made with this one
+            truth = {key: value for key, value in self.truth.items() if key in kept}
             expected = Evaluation(self.canonical, {**truth, x: seen_by([coarse], self.truth[x])}).take(name)
         value = run.take(name)
         return distance(value, expected, worst=self.worst), bound

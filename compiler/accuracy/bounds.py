@@ -60,7 +60,7 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
     if int8_block(nodes) is not None:
         return INT8_BLOCK
     if {"MatMulInteger", "MatMulNBits"} & ops:
-        return TWO_LIMBS if "Split" in ops else INT8_TOKEN
+        return TWO_LIMBS if any(map(parts_limbs, nodes)) else INT8_TOKEN
     return INT8_TOKEN if quantizes else FLOAT32
 
 
@@ -80,12 +80,20 @@ def seen_by(nodes: Sequence[gs.Node], x: Array) -> Array:
 
 
 def int8_block(nodes: Iterable[gs.Node]) -> int | None:
-    """The block in which a MatMulNBits makes int8 of x itself; None where x reaches it whole, or as two limbs."""
+    """The block in which a MatMulNBits makes int8 of x itself; None where x reaches it whole, or as two limbs.
+
+    One whose product is taken off from x is no layer, but tells what the rounding leaves: the second limb.
+    """
     coarse = (
         n
         for n in nodes
         if n.op == "MatMulNBits"
         and n.attrs.get("accuracy_level") == INT8_LEVEL
-        and not any(user.op == "Split" for t in n.outputs for user in t.outputs)
+        and not any(parts_limbs(user) or user.op == "Sub" for t in n.outputs for user in t.outputs)
     )
     return next((int(n.attrs["block_size"]) for n in coarse), None)
+
+
+def parts_limbs(node: gs.Node) -> bool:
+    """Does it take limbs apart, which are rows of one product? Columns are those of linears that were joined."""
+    return bool(node.op == "Split" and node.attrs.get("axis", 0) == 0)

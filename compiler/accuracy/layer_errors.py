@@ -23,6 +23,7 @@ from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
 from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import quantized
+from instantrt.passes.qdq.join_linears import joined_of, outputs_of, parts_of
 
 FUSED = 4  # operators after a linear that a fusion may swallow: bias, activation, gate
 PROBES = 4  # one-hot inputs for each group of a weight
@@ -263,16 +264,19 @@ def check_lowering(
 ) -> Check:
     """Both on the same inputs: the twin's real one, and one-hot probes that show the weights through any layout."""
     run = Evaluation(lowered, {layer.x: x})
-    point = meeting_point(layer, canonical, run)
-    if point is None:
+    columns = slice(None)
+    point = there = meeting_point(layer, canonical, run)
+    if point is None and (part := part_of_product(layer, canonical, run)) is not None:
+        point, columns, there = *part, layer.y
+    if point is None or there is None:
         return Check(bound_of((), dtype), missing=layer.y)
     nodes = run.needed(point)
     bound = bound_of(nodes, dtype)
     seen = seen_by(nodes, x)
-    expected = y if seen is x and point == layer.y else Evaluation(canonical, {layer.x: seen}).take(point)
-    got = run.take(point)
+    expected = y if seen is x and there == layer.y else Evaluation(canonical, {layer.x: seen}).take(there)
+    got = run.take(point)[..., columns]
     hot = {layer.x: probes(layer)}
-    found, wanted = Evaluation(lowered, hot).take(point), Evaluation(canonical, hot).take(point)
+    found, wanted = Evaluation(lowered, hot).take(point)[..., columns], Evaluation(canonical, hot).take(there)
     return Check(bound, difference(got, expected).channel, element_error(found, wanted, bound.floor))
 
 
@@ -290,6 +294,18 @@ def meeting_point(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> st
                 continue
         near = [out for tensor in near for node in tensor.outputs for out in node.outputs]
     return None
+
+
+def part_of_product(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> tuple[str, slice] | None:
+    """The output of a product that the layer was joined in, which is read as a whole, and the layer's columns of it."""
+    name = next((n for n in map(joined_of, run.wiring.made_by) if n is not None and layer.path in parts_of(n)), None)
+    if name is None:
+        return None
+    rows = {found.path: found.quant.shape[0] for node in canonical.nodes if (found := quantized(node)) is not None}
+    paths = parts_of(name)
+    first = sum(rows[path] for path in paths[: paths.index(layer.path)])
+    point = next(tensor for tensor in outputs_of(name) if tensor in run.wiring.made_by)
+    return point, slice(first, first + rows[layer.path])
 
 
 def probes(layer: TwinLinear) -> Array:

@@ -14,7 +14,7 @@ from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.artifact.check import check_digests
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
-from instantrt.compiler.plan import Plan, lower
+from instantrt.compiler.plan import Plan, longest, lower
 from instantrt.compiler.request import DEFAULTS, UNRECORDED, Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
@@ -85,7 +85,7 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
 def all_positions(planned: Plan, request: Request, target: Target, log: PassLog) -> gs.Graph:
     """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.twins, planned.types, plain, planned.limits, log)[target.name]
+    return lower(planned.twins, planned.types, plain, planned.limits, log, longest(plain, planned.model))[target.name]
 
 
 def is_quantized(graph: gs.Graph) -> bool:

@@ -1,5 +1,7 @@
 """Writes a graph of lazy constants as .onnx with external data: every source is read once, every byte written once.
 
+Constants of the same content lie in one place, whatever their shapes: a tied table's, which two operators read.
+
 Their digests are taken meanwhile, of what the page cache still holds.
 """
 
@@ -9,7 +11,7 @@ import hashlib
 import os
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +98,16 @@ def check_graph(path: Path) -> None:
 def layout(graph: gs.Graph) -> tuple[list[Placed], int]:
     """Where each constant goes that has its bytes in the data file, in the order of the graph, and that file's size."""
     placed: list[Placed] = []
-    offset = 0
+    offsets: dict[Hashable, int] = {}
+    total = 0
     for tensor in tensors(graph).values():
         view = view_of(tensor)
         if view is not None and not is_inline(view):
+            offset = offsets.setdefault(view.content, total)
             placed.append(Placed(tensor.name, view, offset))
-            offset += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
-    return placed, offset
+            if offset == total:
+                total += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
+    return placed, total
 
 
 def is_inline(view: View) -> bool:
@@ -120,6 +125,7 @@ def load_inline(graph: gs.Graph) -> None:
 
 def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> str:
     """Two threads write source by source, in the order of the file; this one follows them, and returns its sha256."""
+    placed = list({p.offset: p for p in placed}.values())
     digest, ends = hashlib.sha256(), [*(p.offset for p in placed[1:]), total]
     by_source: dict[Source, list[Placed]] = defaultdict(list)
     for p in placed:

@@ -129,6 +129,7 @@ def parameters(artifact: Artifact) -> dict[str, Any]:
         "threads": 0,
         "runtime": runtime(artifact),
         "cache": artifact.limits["cache"],
+        **({} if artifact.engine else {"spinning": "false"}),  # a server shares its CPUs with other models
         **{name: artifact.limits[name] for name in ("prompts",) if name in artifact.limits},
     }
 

@@ -35,7 +35,7 @@ def say(**event: Any) -> None:
 def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
     """As a user opens it; a reference as it is written (docs/facts.md, "The twin's session options")."""
     if order["form"] in ("artifact", "original"):
-        return open_session(order["model"], 0)
+        return open_session(Path(order["model"]), spinning=False)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -47,7 +47,8 @@ def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
 def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[str, dict[str, Array]]]:
     """(step, its outputs), as they come."""
     say(during="load")
-    engine = ENGINES[order["cache"]](order["model"], ROWS, len(feeds[f"{CACHED}|0"]) + 2) if order["cache"] else None
+    kind, length = order["cache"], len(feeds.get(f"{CACHED}|0", ())) + 2
+    engine = ENGINES[kind](Path(order["model"]), ROWS, length, spinning=False) if kind else None
     session = engine.session if engine is not None else opened(order)
     types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()} if order["form"] == "original" else {}
     names = [output.name for output in session.get_outputs()]

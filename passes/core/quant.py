@@ -33,6 +33,16 @@ class Codes(NamedTuple):
     zero: Array
 
 
+def scales_of(tile: Tile) -> Array:
+    """The second part of `Codes`, as it is; the codes are a view's first."""
+    return tile.parts[1]
+
+
+def zeros_of(tile: Tile) -> Array:
+    """The third."""
+    return tile.parts[2]
+
+
 @dataclass(frozen=True)
 class Order:
     """A permutation of channels, by value: channel j of what follows is channel `indices[j]` of what was."""

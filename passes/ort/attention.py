@@ -53,14 +53,15 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         out = take_over(node)
         for tensor in (match.present_key, match.present_value):
             tensor.inputs.clear()
-        total, last = lengths(graph, match.mask)
+        total, last, new = lengths(graph, match.mask)
         q, k, v = (
             rows(graph, t, f"{node.name}/{part}")
             for t, part in zip((match.query, match.key, match.value), "qkv", strict=True)
         )
         y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
-        inputs = [q, k, v, match.past_key, match.past_value, last, total, nothing, nothing, nothing, match.mask]
+        cache = [match.past_key, match.past_value, last, total]
+        inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, *[nothing] * 5, new]
         attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
         outputs = [y, match.present_key, match.present_value]
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
@@ -69,33 +70,42 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         add(graph, "Transpose", [split], out, perm=[0, 2, 1, 3])
 
 
-def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-    """(total length int32 scalar, each row's length less one int32 [B]) of a mask [B, 1, S, T], made once for a mask.
+def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+    """(total length [1], each row's length less one [B], its new tokens [B]) of a mask [B, 1, S, T], made once for it.
 
     A row ends at the last key that its last query sees. Rows padded on the left all end at T. Rows padded on the right
     end where they end, so sequences of different lengths decode in one batch, each in its own place in the cache.
     """
     nodes = Prefixed(graph, f"{mask.name}/lengths")
-    scalar = nodes("Squeeze", [nodes("Shape", [mask], "t", start=3, end=4)], "scalar")
-    total = nodes("Cast", [scalar], "total", to=onnx.TensorProto.INT32)
+    total, sequence = (nodes("Shape", [mask], name, start=axis, end=axis + 1) for name, axis in (("t", 3), ("s", 2)))
     query = nodes("Gather", [mask, nodes.const("query", -1, np.int64)], "seen", axis=2)
     key = nodes("ArgMax", [query], "key", axis=2, keepdims=0, select_last_index=1)
-    row = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
-    return total, nodes("Cast", [row], "last", to=onnx.TensorProto.INT32)
+    last = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
+    length = nodes("Add", [last, nodes.const("one", 1, np.int64)], "length")
+    found = {"total": total, "last": last, "new": nodes("Min", [length, sequence], "inside")}
+    total, last, new = (nodes("Cast", [t], name, to=onnx.TensorProto.INT32) for name, t in found.items())
+    return total, last, new
 
 
 def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
     """[B, H, S, D] -> [B, S, H*D]; undoes a head split where that is all that happened, rotary embedding included."""
     rotary = producer(heads, "RotaryEmbedding")
     split = producer(rotary.inputs[0] if rotary else heads, "Transpose")
-    reshape = producer(split.inputs[0], "Reshape") if split and split.attrs.get("perm") == [0, 2, 1, 3] else None
-    if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
+    if split is None or split.attrs.get("perm") != [0, 2, 1, 3]:
         turned = add(graph, "Transpose", [heads], f"{name}/turned", perm=[0, 2, 1, 3])
-        return add(graph, "Reshape", [turned, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
+        return joined(graph, turned, name)
+    reshape = producer(split.inputs[0], "Reshape")
+    whole = reshape is not None and reshape.inputs[0].shape is not None and len(reshape.inputs[0].shape) == 3
+    x = reshape.inputs[0] if reshape is not None and whole else joined(graph, split.inputs[0], name)
     if rotary is None:
-        return reshape.inputs[0]
+        return x
     attrs = {**rotary.attrs, "num_heads": heads.shape[1]}
-    return add(graph, "RotaryEmbedding", [reshape.inputs[0], *rotary.inputs[1:]], f"{name}/rotated", **attrs)
+    return add(graph, "RotaryEmbedding", [x, *rotary.inputs[1:]], f"{name}/rotated", **attrs)
+
+
+def joined(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
+    """[B, S, H, D] -> [B, S, H*D]."""
+    return add(graph, "Reshape", [heads, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
 
 
 class MergeHeads(Rewrite[gs.Node]):

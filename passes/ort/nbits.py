@@ -7,21 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, View
-from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.lazy import Array, Tile, View, first_part
+from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
-CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of this size: 4 % more bytes, the fastest kernel
+CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of at most this size: 4 % more bytes, and fast
 
 
 def nbits_block(q: QuantTensor) -> int | None:
-    """The block size that expresses q's groups: the largest that divides one, each group's scale repeated."""
-    if q.per_channel:
-        return CHANNEL_BLOCK
-    return next((b for b in BLOCKS if q.group_size % b == 0), None)
+    """The block size that expresses q's groups: the largest that divides one, each group's scale repeated.
+
+    A channel's blocks divide K where any of 32 does; else K is padded to whole ones.
+    """
+    if not q.per_channel:
+        return next((b for b in BLOCKS if q.group_size % b == 0), None)
+    return next((b for b in BLOCKS if CHANNEL_BLOCK >= b >= 32 and q.group_size % b == 0), CHANNEL_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,14 @@ def matmul_nbits(
     n, k = q.shape
     blocks = -(-k // block)
     layout = Blocks(q.bits, block, blocks, q.groups)
+    codes, scales, zeros = layout.codes, layout.scales, layout.zeros
+    if q.bits == 8 and q.group_size == block:  # as they are: a table of embeddings may have the same bytes
+        codes, scales, zeros = first_part, scales_of, zeros_of
     inputs = [
         x,
-        gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=layout.codes)),
-        gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=layout.scales)),
-        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=layout.zeros)),
+        gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=codes)),
+        gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=scales)),
+        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=zeros)),
     ]
     attrs = {"K": blocks * block if whole else k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
     return add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)

@@ -10,11 +10,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FileTensor, Source, View, view_of
+from instantrt.passes.core.lazy import FLOAT32, FileTensor, Source, View, view_of
 from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.quant import Quantizer, QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.core.verify import tables_are_float32
-from instantrt.passes.qdq.tables import Table, table
+from instantrt.passes.qdq.tables import BLOCKS, Table, table
 
 HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): onnx.TensorProto.BFLOAT16}
 
@@ -87,25 +89,42 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
         node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
 
 
+@dataclass(frozen=True)
 class QuantizeTables(Rewrite[Table]):
-    """Gather(table [V, H], ids) -> com.microsoft.GatherBlockQuantized, 8 bits, asymmetric, in blocks along H."""
+    """Gather(table [V, H], ids) -> com.microsoft.GatherBlockQuantized, 8 bits, asymmetric, in blocks along H.
+
+    A tied head that was quantized so is what the table becomes: the artifact then holds one of the two.
+    """
 
     requires = (tables_are_float32,)
 
+    tied: Mapping[Source, QuantTensor] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
+
+    def for_graph(self, graph: gs.Graph) -> QuantizeTables:
+        views = [view for t in tensors(graph).values() if (view := view_of(t)) is not None]
+        quants = [view.source for view in views if isinstance(view.source, QuantTensor)]
+        return QuantizeTables({q.source.weight: q for q in quants if isinstance(q.source, Quantizer) and fits(q)})
+
     def match(self, node: gs.Node) -> Table | Reject | None:
-        return table(node, np.dtype(np.float32))
+        return table(node, FLOAT32, self.tied)
 
     def rewrite(self, graph: gs.Graph, match: Table) -> None:
-        q, node = match.quant, match.node
+        q, node, name = match.quant, match.node, match.node.inputs[0].name
         v, h = q.shape
         inputs = [
-            gs.Constant(f"{q.name}.codes", View(q, (v, h), np.uint8)),
+            gs.Constant(f"{name}.codes", View(q, (v, h), np.uint8)),
             node.inputs[1],
-            gs.Constant(f"{q.name}.scales", View(q, (v, q.groups), np.float32, project=lambda t: t.parts[1])),
-            gs.Constant(f"{q.name}.zeros", View(q, (v, q.groups), np.uint8, project=lambda t: t.parts[2])),
+            gs.Constant(f"{name}.scales", View(q, (v, q.groups), np.float32, project=scales_of)),
+            gs.Constant(f"{name}.zeros", View(q, (v, q.groups), np.uint8, project=zeros_of)),
         ]
         attrs = {"bits": 8, "block_size": q.group_size, "gather_axis": 0, "quantize_axis": 1}
         add(graph, "GatherBlockQuantized", inputs, take_over(node), domain="com.microsoft", name=node.name, **attrs)
 
     def note(self, match: Table) -> str:
-        return f"GatherBlockQuantized, {match.quant.bits} bits"
+        shared = f", one table with {match.quant.name}" if match.quant.source in self.tied.values() else ""
+        return f"GatherBlockQuantized, {match.quant.bits} bits{shared}"
+
+
+def fits(q: QuantTensor) -> bool:
+    """May a table of embeddings be in the form of this linear?"""
+    return q.bits == 8 and q.group_size in BLOCKS

@@ -94,11 +94,11 @@ class JoinLinears(Rewrite[JoinMatch]):
             found.node.outputs.clear()
         weight = dequantized(graph, quant, match.name)
         shape = [*outputs[0].shape[:-1], quant.shape[0]] if outputs[0].shape is not None else None
-        y = add(graph, "MatMul", [x, weight], gs.Variable(f"{match.name}/y", outputs[0].dtype, shape), name=match.name)
+        with_biases, plain = (gs.Variable(name, outputs[0].dtype, shape) for name in outputs_of(match.name))
+        y = add(graph, "MatMul", [x, weight], plain, name=match.name)
         if match.biases:
             bias = np.concatenate([bias.values for bias in match.biases])
-            biased = gs.Variable(f"{match.name}/biased", outputs[0].dtype, shape)
-            y = add(graph, "Add", [y, gs.Constant(f"{match.name}/bias", bias)], biased)
+            y = add(graph, "Add", [y, gs.Constant(f"{match.name}/bias", bias)], with_biases)
         sizes = small(f"{match.name}/sizes", [found.quant.shape[0] for found in match.linears], np.int64)
         graph.nodes.append(gs.Node("Split", f"{match.name}/parts", {"axis": -1}, [y, sizes], outputs))
 
@@ -133,3 +133,14 @@ def parts_of(name: str) -> list[str]:
     """The paths of the linears in a joined one; any other name is its own part."""
     scope, opened, rest = name.partition("(")
     return [scope + part for part in rest.removesuffix(")").split(MARK)] if opened and MARK in rest else [name]
+
+
+def outputs_of(joined: str) -> tuple[str, str]:
+    """The tensors that a joined linear may leave all of its parts in: with their biases, and without."""
+    return f"{joined}/biased", f"{joined}/y"
+
+
+def joined_of(tensor: str) -> str | None:
+    """The joined linear whose output this is."""
+    name, _, kind = tensor.rpartition("/")
+    return name if kind in ("biased", "y") and len(parts_of(name)) > 1 else None

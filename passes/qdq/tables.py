@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import view_of
+from instantrt.passes.core.lazy import Source, view_of
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
@@ -27,13 +29,20 @@ class Table:
     quant: QuantTensor
 
 
-def table(node: gs.Node, scale_dtype: np.dtype[Any]) -> Table | Reject | None:
-    """The embedding table that this node reads; its scales will be stored as `scale_dtype`."""
+def table(
+    node: gs.Node, scale_dtype: np.dtype[Any], tied: Mapping[Source, QuantTensor] = MappingProxyType({})
+) -> Table | Reject | None:
+    """The embedding table that this node reads; its scales will be stored as `scale_dtype`.
+
+    tied   float weights that a linear has in a form that a table may have, too
+    """
     view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
     if view is None or len(view.shape) != 2:
         return None
     if not picks_tokens(node.inputs[1]):
         return Reject("no tokens pick its rows")
+    if view.source in tied:
+        return Table(node, tied[view.source])
     v, h = view.shape
     block = next((b for b in BLOCKS if h % b == 0), None)
     if block is None:

@@ -115,10 +115,12 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     assert not {"Attention", "RMSNormalization", "RotaryEmbedding"} & {n.op for n in decomposed.nodes}
     check(decomposed, exported.llm, model, tmp_path)
     request = Request(model=tmp_path, targets=("x86",), out=tmp_path)
-    lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, PassLog())
+    longest = exported.llm.max_length
+    lowered = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), request, PassLog(), longest)
     assert lowered.outputs[0].shape[1] == 1
     check(lowered, exported.llm, model, tmp_path)
-    every = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), replace(request, logits="all"), PassLog())
+    every = replace(request, logits="all")
+    every = pipeline.lower_onnxruntime(graph.copy(), find_target("x86"), every, PassLog(), longest)
     check(every, exported.llm, model, tmp_path)
     if family == "gemma2":  # no Attention operator caps its scores: the cache has to grow
         with pytest.raises(UserError, match="cannot be updated in place"):

@@ -142,9 +142,9 @@ def ratio(name: str, over: Array, under: Array) -> dict[str, Result]:
     return {name: row(name, over[:, :2] / under[:, :2], "x")}
 
 
-def versions(python: str, package: str) -> str:
-    """Of `package` and what it stands on, where `python` is the interpreter."""
-    names = (package, "torch", "transformers", "onnxruntime")
+def versions(python: str, package: str, *others: str) -> str:
+    """Of `package` and others, where `python` is the interpreter."""
+    names = (package, *others)
     done = subprocess.run([python, "-c", VERSIONS, *names], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{package} is not there", where=python, found=done.stderr.strip().splitlines()[-1])
@@ -158,7 +158,8 @@ def speed(folder: Path, rounds: int, peers: Mapping[str, Path | None]) -> Result
     quantized and ran once, against their twins; optimum compares its float32 export with PyTorch, genai nothing.
     """
     given = [(PEERS[name], str(python)) for name, python in peers.items() if python is not None]
-    found = [versions(sys.executable, "instantrt"), *(versions(python, peer.package) for peer, python in given)]
+    pythons = [(sys.executable, "instantrt"), *((python, peer.package) for peer, python in given)]
+    found = [versions(*each, "torch", "transformers", "onnxruntime") for each in pythons]
     model = folder / "model"
     write_checkpoint(model, SMOLLM2_135M)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -41,6 +41,16 @@ QWEN2_05B = {
     "num_key_value_heads": 2,
     "vocab_size": 152064,
 }
+QWEN2_15B = {
+    **QWEN2,
+    "tie_word_embeddings": True,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+}
 DECODER_12 = {
     **QWEN2,
     "hidden_size": 2048,

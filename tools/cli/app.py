@@ -33,6 +33,7 @@ COMMANDS = {  # name -> (module, what --help says)
 }
 BENCHES = {
     "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
+    "cpu": (f"{BENCH}cpu", "CPU artifacts beside llama.cpp, onnxruntime-genai and OpenVINO: loss, speed, memory."),
     "engine": (f"{BENCH}engine", "Build engines for models of random weights: time, size, memory."),
     "formats": (f"{BENCH}formats", "Quantized checkpoints of every format, against transformers."),
     "triton": (f"{BENCH}triton", "What serving costs and what batching brings."),

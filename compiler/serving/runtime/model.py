@@ -47,6 +47,7 @@ class TritonPythonModel:
             runtime=parameters["runtime"],
             cache=parameters["cache"],
             threads=int(parameters["threads"]),
+            spinning=parameters.get("spinning") == "true",
             gpu=int(args["model_instance_device_id"]),
         )
         self.scheduler = Scheduler(engine, self.text, limits)

@@ -17,17 +17,19 @@ def open_engine(
     runtime: str,
     cache: str,
     threads: int = 0,
+    spinning: bool | None = None,
     gpu: int = 0,
 ) -> Engine:
     """RuntimeError where the model was not made for `limits`. It and its libraries are code: who calls checked them.
 
     runtime   onnxruntime, or the module that built the engine: tensorrt or tensorrt_rtx
     cache     shared or concat, as the manifest has it
+    threads, spinning   of ONNX Runtime: see `open_session`
     """
     if runtime == "onnxruntime":
         from .onnx_engine import ENGINES
 
-        return ENGINES[cache](model, limits.rows, limits.length, threads)
+        return ENGINES[cache](model, limits.rows, limits.length, threads, spinning)
     from . import cuda, tensorrt_engine
 
     trt = importlib.import_module(runtime)

@@ -1,0 +1,244 @@
+"""The CPU road beside its peers: `instantrt bench cpu [MODEL]` writes benchmarks/cpu.json, cpu.md and cpu.png.
+
+MODEL is the folder of a causal LM, or of an encoder (model_type bert, say), which torch exports to ONNX first. With
+--shape it is random weights in a known model's shape: speed alone. Peers run where they are installed, each in a Python
+that is named; what a peer's own tool made of the model is kept in --scratch, ours is compiled anew.
+
+Every configuration is a process that holds its model and is told to do one measurement at a time (cpu_worker.py), so
+that the others wait, and whatever else the machine does meets all of them: ratios are of one round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from instantrt.compiler.accuracy.data import read_text, tokenizer_of
+from instantrt.compiler.json_file import read_json
+from instantrt.passes.core.errors import UserError
+from instantrt.tools.bench.compile_time import TOKENIZER, measured, versions
+from instantrt.tools.bench.cpu_contests import BATCH, CONTESTS, EXPORT, MADE, MODEL, PACKAGES, Contest, Form
+from instantrt.tools.bench.cpu_page import markdown, plot
+from instantrt.tools.bench.cpu_worker import STEPS
+from instantrt.tools.bench.running import quartiles
+from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_15B, write_checkpoint
+from instantrt.tools.cli.console import console
+
+Result = dict[str, Any]
+Ask = Callable[..., Any]  # a worker's measurement and its arguments -> the value
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "benchmarks" / "cpu.json"
+WORKER = str(Path(__file__).with_name("cpu_worker.py"))
+STARTS = 3  # processes that are started to see how long loading takes
+WINDOW = 512  # tokens that see one another, for the loss
+SENTENCES = 100
+SHAPES = {"0.5b": QWEN2_05B, "1.5b": QWEN2_15B}
+
+
+@contextmanager
+def working(python: str, form: Form, made: Path, inputs: Path, idle: list[float]) -> Iterator[Ask]:
+    """A worker; `idle` gets the seconds of CPU that it used before each measurement, while it waited."""
+    words = [python, WORKER, form.kind, str(made / form.entry), str(inputs)]
+    log = made.with_suffix(".log")
+    with log.open("wb") as said:
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def ask(*request: str | int) -> Any:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            value, used = json.loads(process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            found = log.read_text(errors="replace")[-2000:]
+            raise UserError("a measurement failed", where=f"{made.name}: {request}", found=found) from None
+        idle.append(used)
+        return value
+
+    try:
+        yield ask
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+def make(form: Form, python: str, model: Path, made: Path) -> None:
+    """Fills the folder `made`, whole or not at all; what a peer made before is kept."""
+    if made.is_dir() and form.python != "ours":
+        return
+    with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        part = Path(scratch, "made")
+        part.mkdir()
+        words = [
+            word.replace(MODEL, str(model)) if word == MODEL else word.replace(MADE, str(part)) for word in form.words
+        ]
+        measured([python, *words], made.with_suffix(".log"), {"HF_HUB_OFFLINE": "1"})
+        shutil.rmtree(made, ignore_errors=True)
+        part.rename(made)
+
+
+def contest(kind: str, model: Path, inputs: Path, folder: Path, pythons: Mapping[str, str], rounds: int) -> Result:
+    """All that is measured of a model; `folder` gets what is made of it."""
+    plan = CONTESTS[kind]
+    forms = {name: form for name, form in plan.forms.items() if form.python in pythons}
+    made = {name: folder / re.sub(r"\W+", "-", name) for name in forms}
+    for name, form in forms.items():
+        console.print(f"making {name}")
+        make(form, pythons[form.python], model, made[name])
+    idle: list[float] = []
+
+    def worker(name: str) -> Any:
+        return working(pythons[forms[name].python], forms[name], made[name], inputs, idle)
+
+    sides: dict[str, Result] = {}
+    for name, form in forms.items():
+        sides[name] = {"bits": form.bits, "bytes": sum(path.stat().st_size for path in made[name].glob(form.files))}
+        sides[name] |= starts(plan, partial(worker, name))
+        console.print(name, sides[name])
+    if plan.loss:
+        measure_loss(sides, worker, folder / "vectors.npy" if kind == "encoder" else None)
+    with ExitStack() as stack:
+        asks = {name: stack.enter_context(worker(name)) for name in forms}
+        for name, ask in asks.items():
+            ask("load")
+            sides[name]["rounds"] = {measure: [] for measure in plan.rounds}
+        for turn in range(rounds + 1):
+            for name, ask in asks.items():
+                for measure, request in plan.rounds.items():
+                    value = ask(*request)
+                    if turn:  # the first warms up
+                        sides[name]["rounds"][measure].append(round(value, 2))
+            console.print(f"round {turn} of {rounds}")
+    return {
+        "kind": kind,
+        "sides": sides,
+        "versions": [versions(pythons["ours"], "instantrt", "onnxruntime"), *(
+            versions(python, PACKAGES[name]) for name, python in pythons.items() if name in PACKAGES
+        )],
+        "not_given": sorted({form.python for form in plan.forms.values()} - set(pythons)),
+        "idle_cpu_s": round(max(idle), 3),
+    }  # fmt: skip
+
+
+def starts(plan: Contest, worker: Callable[[], Any]) -> Result:
+    """Of fresh processes: quartiles of the seconds to a first token, the most memory after one more measurement."""
+    seconds, peaks = [], []
+    for _ in range(STARTS):
+        with worker() as ask:
+            seconds.append(ask("load"))
+            ask(*plan.first)
+            peaks.append(ask("peak"))
+    return {"first_s": quartiles(np.array(seconds)), "peak_mb": round(max(peaks))}
+
+
+def measure_loss(sides: Mapping[str, Result], worker: Callable[[str], Any], vectors: Path | None) -> None:
+    """Adds the loss of each side, of a process of its own: that of a causal LM, or from an encoder's `vectors`."""
+    base = None
+    for name, side in sides.items():
+        with worker(name) as ask:
+            if vectors is None:
+                side["loss"] = round(ask("nll", WINDOW), 4)
+                continue
+            ask("load")
+            ask("vectors", str(vectors))
+            found = np.load(vectors).astype(np.float64)
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        base = found if base is None else base  # float32 is the first
+        cosine = (found * base).sum(1)
+        side |= {"loss": round(1 - cosine.mean(), 6), "least_cosine": round(cosine.min(), 5)}
+
+
+def write_inputs(kind: str, model: Path, text: Path, path: Path) -> None:
+    """What workers are fed: token ids [S] of the text; for an encoder a batch of it, and sentences with their masks."""
+    tokenizer, words = tokenizer_of(model), read_text(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = np.array(tokenizer.encode(words, add_special_tokens=False).ids, np.int64)
+    needs = (int(request[1]) + STEPS for request in CONTESTS[kind].rounds.values() if len(request) > 1)
+    wanted = max([*needs, math.prod(BATCH)])
+    if len(ids) < wanted:
+        raise UserError("the text is too short", where=str(text), expected=f"{wanted} tokens", found=str(len(ids)))
+    arrays: dict[str, Any] = {"ids": ids}
+    if kind == "encoder":
+        sentences = [tokenizer.encode(s).ids[: BATCH[1]] for s in re.split(r"(?<=[.?!])\s+", words)[:SENTENCES]]
+        arrays["batch"] = ids[: math.prod(BATCH)].reshape(BATCH)
+        arrays["sentences"] = np.array([each + [0] * (BATCH[1] - len(each)) for each in sentences], np.int64)
+        arrays["mask"] = np.array([[1] * len(each) + [0] * (BATCH[1] - len(each)) for each in sentences], np.int64)
+    np.savez(path, **arrays)
+
+
+def keep(results: Mapping[str, Result], out: Path) -> None:
+    """Writes all that is known."""
+    machine = {"processor": processor(), "cores": os.cpu_count()}
+    out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(results))
+    plot(results, out.with_suffix(".png"))
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else ""
+
+
+def prepared(model: Path | None, shape: str | None, folder: Path) -> tuple[str, Path]:
+    """The kind of contest, and what is compiled: the checkpoint, random weights, or what torch exported."""
+    if (model is None) == (shape is None):
+        raise UserError("what is to be measured?", expected="a MODEL, or --shape")
+    if model is None:
+        assert shape is not None
+        model = folder / "checkpoint"
+        if not model.is_dir():
+            write_checkpoint(model, SHAPES[shape])
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(TOKENIZER / name, model / name)
+        return "shape", model
+    names = read_json(model / "config.json").get("architectures") or [""]
+    if names[0].endswith("ForCausalLM"):
+        return "decoder", model
+    make(Form("", "", ("-c", EXPORT, MODEL, MADE), "", "", 32), sys.executable, model, folder / "exported")
+    return "encoder", folder / "exported" / "model.onnx"
+
+
+def main(
+    model: Annotated[Path | None, typer.Argument(help="folder of a causal LM or of an encoder")] = None,
+    shape: Annotated[Literal["0.5b", "1.5b"] | None, typer.Option(help="random weights in Qwen2's shape")] = None,
+    text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python and gguf")] = None,
+    genai: Annotated[Path | None, typer.Option(help="a python that has onnxruntime-genai")] = None,
+    openvino: Annotated[Path | None, typer.Option(help="a python that has openvino, optimum-intel and nncf")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    scratch: Annotated[Path | None, typer.Option(help="keeps what peers made, for the next run")] = None,
+    out: Annotated[Path, typer.Option(help="the JSON; .md and .png go beside it")] = OUT,
+) -> None:
+    """Measure a model in every configuration; the files keep the last results of other models."""
+    given = {"llama": llama, "genai": genai, "openvino": openvino}
+    pythons = {"ours": sys.executable} | {name: str(python) for name, python in given.items() if python is not None}
+    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
+    with ExitStack() as stack:
+        base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        name = model.absolute().name if model is not None else f"Qwen2's shape of {shape}, random weights"
+        folder = base / re.sub(r"\W+", "-", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        kind, compiled = prepared(model, shape, folder)
+        inputs = folder / "inputs.npz"
+        write_inputs(kind, model or compiled, text, inputs)
+        results[name] = contest(kind, compiled, inputs, folder, pythons, rounds)
+    keep(results, out)

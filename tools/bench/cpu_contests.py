@@ -1,0 +1,201 @@
+"""What `instantrt bench cpu` runs, asks for and wants: of a causal LM, of random weights, of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GGUF = str(Path(__file__).with_name("cpu_gguf.py"))
+PACKAGES = {"llama": "llama-cpp-python", "genai": "onnxruntime-genai", "openvino": "openvino"}
+MODEL, MADE = "MODEL", "MADE"  # in the words of a command: what is compiled; the folder that it fills
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one configuration runs.
+
+    python   ours, or the flag that names a peer's
+    kind     of worker
+    words    what makes it, told to that Python
+    entry    what the worker opens, in the folder that was made
+    files    a pattern of those that it reads there: its bytes on disk
+    bits     of most weights
+    """
+
+    python: str
+    kind: str
+    words: tuple[str, ...]
+    entry: str
+    files: str
+    bits: int
+
+
+def ours(options: str, bits: int, kind: str = "ours") -> Form:
+    command = ("-m", "instantrt", "compile", MODEL, "--target", "x86", "--no-smoke", *options.split(), "-o", MADE)
+    return Form("ours", kind, command, "", "x86/model.onnx*", bits)
+
+
+def llama(kind: str, bits: int) -> Form:
+    return Form("llama", "llama", (GGUF, MODEL, f"{MADE}/model.gguf", kind), "model.gguf", "model.gguf", bits)
+
+
+def genai(options: str, bits: int) -> Form:
+    builder = f"-m onnxruntime_genai.models.builder -e cpu -c {MADE}/hub -m"
+    return Form("genai", "genai", (*builder.split(), MODEL, "-o", MADE, *options.split()), "", "model.onnx*", bits)
+
+
+def openvino(options: str, bits: int) -> Form:
+    export = "-m optimum.commands.optimum_cli export openvino --task text-generation-with-past --model"
+    words = (*export.split(), MODEL, *options.split(), MADE)
+    return Form("openvino", "openvino", words, "", "openvino_model.*", bits)
+
+
+def of_encoder(python: str, kind: str, code: str, bits: int) -> Form:
+    return Form(python, kind, ("-c", code, MODEL, MADE), "model.onnx", "model.onnx*", bits)
+
+
+EXPORT = """
+import sys
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], dtype=torch.float32, attn_implementation="eager").eval()
+names = ["input_ids", "attention_mask", "token_type_ids"]
+sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=512)}
+feeds = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}
+shapes = dict.fromkeys(names, sizes)
+program = torch.onnx.export(model, (), kwargs=feeds, dynamic_shapes=shapes, input_names=names,
+                            output_names=["hidden"], opset_version=18, dynamo=True, verbose=False)
+program.save(sys.argv[2] + "/model.onnx", external_data=True)
+"""
+COPY = """
+import shutil, sys
+from pathlib import Path
+for path in Path(sys.argv[1]).parent.glob("model.onnx*"):
+    shutil.copyfile(path, Path(sys.argv[2], path.name))
+"""
+DYNAMIC = """
+import sys
+from onnxruntime.quantization import QuantType, quantize_dynamic
+quantize_dynamic(sys.argv[1], sys.argv[2] + "/model.onnx", per_channel=True, weight_type=QuantType.QInt8)
+"""
+
+BATCH = (8, 128)  # rows and tokens that an encoder is given
+PREFILL, DECODE, DECODE_LONG, DECODE_BATCH = "prefill 512", "decode after 128", "decode after 1024", "8 rows after 128"
+ENCODE = "8 x 128"
+FLOAT = "float32"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of two measurements of a round, each of a configuration: at least so much is wanted."""
+
+    least: float
+    over: tuple[str, str]
+    under: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is run, what each is asked for, and what is wanted.
+
+    first    what a fresh process does after loading, before its peak memory is read
+    rounds   name -> what a worker is asked: the tokens a second
+    bases    (measurement, bits) -> what it is compared with, where that is there; bits None: any
+    limits   on our 8 bits: (what, at most)
+    speed    the measurement that the plot shows
+    loss     what it is, where it is measured
+    linear   below it the plot's axis of losses is linear, above logarithmic
+    """
+
+    forms: Mapping[str, Form]
+    first: tuple[str | int, ...]
+    rounds: Mapping[str, tuple[str | int, ...]]
+    bases: Mapping[tuple[str, int | None], str]
+    speed: str
+    goals: tuple[Goal, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+    loss: str = ""
+    linear: float = 0.01
+
+
+Q8, Q4, OV8 = "llama.cpp Q8_0", "llama.cpp Q4_0", "OpenVINO int8"
+EIGHT, EXACT, FOUR = "8 bits", "8 bits, exact", "4 bits"
+PEERS = {
+    Q8: llama("Q8_0", 8),
+    Q4: llama("Q4_0", 4),
+    "genai int8": genai("-p int8", 8),
+    "genai int4": genai("-p int4", 4),
+    OV8: openvino("--weight-format int8", 8),
+}
+BASES = {(measure, bits): base for measure in (DECODE, DECODE_LONG, DECODE_BATCH) for bits, base in ((8, Q8), (4, Q4))}
+DECODER = Contest(
+    forms={
+        FLOAT: ours("--quant none", 32),
+        EIGHT: ours("--quant a16w8", 8),
+        EXACT: ours("--quant a16w8 --cpu-preset exact", 8),
+        "A8W8": ours("--quant a8w8", 8),
+        FOUR: ours("--quant a16w4", 4),
+        "4 bits, exact": ours("--quant a16w4 --cpu-preset exact", 4),
+        **PEERS,
+        "llama.cpp Q4_K_M": llama("Q4_K_M", 4),
+        "OpenVINO int4": openvino("--weight-format int4 --group-size 32", 4),
+    },
+    first=("prefill", 512),
+    rounds={
+        PREFILL: ("prefill", 512),
+        DECODE: ("decode", 128),
+        DECODE_LONG: ("decode", 1024),
+        DECODE_BATCH: ("decode", 128, 8),
+    },
+    bases=BASES | {(PREFILL, None): OV8},
+    speed=DECODE,
+    goals=(
+        Goal(1.25, (EIGHT, DECODE), (Q8, DECODE)),
+        Goal(1.25, (EIGHT, DECODE_LONG), (Q8, DECODE_LONG)),
+        Goal(1.1, (FOUR, DECODE), (Q4, DECODE)),
+        Goal(1.1, (FOUR, DECODE_LONG), (Q4, DECODE_LONG)),
+        Goal(0.9, (EIGHT, PREFILL), (OV8, PREFILL)),
+        Goal(0.8, (EXACT, DECODE), (EIGHT, DECODE)),
+        Goal(5, (EIGHT, DECODE_BATCH), (EIGHT, DECODE)),
+    ),
+    limits={
+        "loss over float32": 0.004,
+        "MiB on disk": 140,
+        "peak memory : bytes on disk": 1.6,
+        "s to first token": 0.3,
+    },
+    loss="nats a token",
+)
+SHAPE_PREFILL = "prefill 128"
+SHAPE = Contest(
+    forms={EIGHT: ours("--quant a16w8", 8), FOUR: ours("--quant a16w4", 4), **PEERS},
+    first=("prefill", 128),
+    rounds={SHAPE_PREFILL: ("prefill", 128), DECODE: ("decode", 128)},
+    bases=BASES | {(SHAPE_PREFILL, None): OV8},
+    speed=DECODE,
+    goals=tuple(Goal(1, (EIGHT, DECODE), (name, DECODE)) for name, form in PEERS.items() if form.bits == 8),
+)
+DYNAMIC_INT8 = "quantize_dynamic int8 per channel"
+ENCODER = Contest(
+    forms={
+        FLOAT: of_encoder("ours", "onnx encoder", COPY, 32),
+        "A16W8": ours("--quant a16w8", 8, "our encoder"),
+        "A16W8, exact": ours("--quant a16w8 --cpu-preset exact", 8, "our encoder"),
+        "A8W8": ours("--quant a8w8", 8, "our encoder"),
+        "A16W4": ours("--quant a16w4", 4, "our encoder"),
+        DYNAMIC_INT8: of_encoder("ours", "onnx encoder", DYNAMIC, 8),
+        "OpenVINO float": of_encoder("openvino", "openvino encoder", COPY, 32),
+    },
+    first=("batch",),
+    rounds={ENCODE: ("batch",)},
+    bases={(ENCODE, None): FLOAT},
+    speed=ENCODE,
+    goals=(
+        Goal(1 / 0.9, ("A8W8", ENCODE), (DYNAMIC_INT8, ENCODE)),
+        Goal(1.5, ("A16W8, exact", ENCODE), (FLOAT, ENCODE)),
+    ),
+    loss="1 - cosine of mean-pooled vectors",
+    linear=0.001,
+)
+CONTESTS = {"decoder": DECODER, "shape": SHAPE, "encoder": ENCODER}

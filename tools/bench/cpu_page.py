@@ -1,0 +1,133 @@
+"""The page and the plot of `instantrt bench cpu`, from what it measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instantrt.tools.bench.compile_time import shown
+from instantrt.tools.bench.cpu_contests import BATCH, CONTESTS, EIGHT, ENCODE, FLOAT, Contest
+from instantrt.tools.bench.running import quartiles
+
+Result = dict[str, Any]
+MIB = 1 << 20
+
+
+def ratios(sides: Mapping[str, Result], over: tuple[str, str], under: tuple[str, str]) -> list[float] | None:
+    """Quartiles of (configuration, measurement) : (configuration, measurement), round by round."""
+    if over[0] not in sides or under[0] not in sides:
+        return None
+    first, second = (np.array(sides[name]["rounds"][measure]) for name, measure in (over, under))
+    return quartiles(first / second)
+
+
+def markdown(results: Mapping[str, Result]) -> str:
+    lines = ["# CPU artifacts beside their peers", "", "Written by `instantrt bench cpu`.", "", ABOUT, ""]
+    if any(CONTESTS[result["kind"]].loss for result in results.values()):
+        lines += ["![loss against speed](cpu.png)", ""]
+    for name, result in results.items():
+        lines += [f"## {name}", "", *table(result), "", *wanted_table(result)]
+        lines += [f"* {line}" for line in result["versions"]]
+        lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
+        lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
+    return "\n".join(lines)
+
+
+ABOUT = """Two threads each. Speeds are tokens a second, medians of the rounds; behind them, as ratios within a round
+with their quartiles: against llama.cpp's form of as many bits, prefill against OpenVINO int8, encoders against float32.
+A decoded token is given, not sampled; 8 rows are one batch, all its tokens counted. The first token: from nothing but
+imports to the logits behind a prompt of 8 tokens and one more. Peak memory: of a process after a prompt, mapped files
+included. On disk: weights and graph.
+
+The loss of a causal LM is of `examples/text/bench.txt`, or of `--text`, in windows of 512 tokens. An encoder's is one
+minus the cosine to float32's vector, means of its states, averaged over 100 sentences of the text.
+
+8 and 4 bits are ours as they come: `--quant a16w8` and `a16w4`. Of the peers: llama.cpp quantizes a GGUF file of the
+checkpoint's bfloat16 weights; onnxruntime-genai's and optimum-intel's exporters run with their defaults, 4 bits in
+groups of 32; OpenVINO computes in the precision that it chooses, and gives the last token's logits, as ours do."""
+
+
+def table(result: Result) -> list[str]:
+    """A row for each configuration."""
+    plan, sides = CONTESTS[result["kind"]], result["sides"]
+    names = ["", *plan.rounds, "first token", "peak memory", "on disk", *([plan.loss] if plan.loss else [])]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for name, side in sides.items():
+        cells = [name, *(speed_cell(plan, sides, name, measure) for measure in plan.rounds)]
+        cells += [f"{side['first_s'][1]:.2f} s", f"{side['peak_mb']} MB", f"{side['bytes'] / MIB:.0f} MiB"]
+        least = f" (worst cosine {side['least_cosine']})" if "least_cosine" in side else ""
+        cells += [f"{side['loss']:.4g}{least}" if least else f"{side['loss']:.4f}"] if plan.loss else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def speed_cell(plan: Contest, sides: Mapping[str, Result], name: str, measure: str) -> str:
+    cell = f"{np.median(sides[name]['rounds'][measure]):.4g}"
+    if measure == ENCODE:
+        cell += f" ({1e3 * math.prod(BATCH) / np.median(sides[name]['rounds'][measure]):.1f} ms)"
+    bits = sides[name]["bits"]
+    base = plan.bases.get((measure, None)) or plan.bases.get((measure, bits))
+    ratio = ratios(sides, (name, measure), (base, measure)) if base not in (None, name) else None
+    return f"{cell}; {shown(ratio, 'x')}" if ratio else cell
+
+
+def wanted_table(result: Result) -> list[str]:
+    """What is wanted, and what was measured."""
+    plan, sides = CONTESTS[result["kind"]], result["sides"]
+    lines = []
+    for goal in plan.goals:
+        if ratio := ratios(sides, goal.over, goal.under):
+            over, under = (", ".join(each) for each in (goal.over, goal.under))
+            lines.append(f"| {over} : {under} | at least {goal.least:.3g} | {shown(ratio, 'x')} |")
+    for what, most in plan.limits.items():
+        lines.append(f"| {EIGHT}: {what} | at most {most:g} | {LIMITED[what](sides):.4g} |")
+    return ["| what | goal | measured |", "|---|---|---|", *lines, ""] if lines else []
+
+
+LIMITED: Mapping[str, Callable[[Mapping[str, Result]], float]] = {
+    "loss over float32": lambda sides: sides[EIGHT]["loss"] - sides[FLOAT]["loss"],
+    "MiB on disk": lambda sides: sides[EIGHT]["bytes"] / MIB,
+    "peak memory : bytes on disk": lambda sides: sides[EIGHT]["peak_mb"] * MIB / sides[EIGHT]["bytes"],
+    "s to first token": lambda sides: sides[EIGHT]["first_s"][1],
+}
+
+
+COLORS = {"ours": "C0", "our encoder": "C0", "llama": "C1", "genai": "C2", "onnx encoder": "C2"}  # OpenVINO's is C3
+
+
+def plot(results: Mapping[str, Result], path: Path) -> None:
+    """Loss above float32's against speed, bytes as a bubble's area; the line joins those that none beats in both."""
+    from matplotlib.figure import Figure
+
+    drawn = {name: result for name, result in results.items() if CONTESTS[result["kind"]].loss}
+    if not drawn:
+        return
+    figure = Figure(figsize=(11, 5.5 * len(drawn)), layout="constrained")
+    for axes, (name, result) in zip(np.atleast_1d(figure.subplots(len(drawn))), drawn.items(), strict=True):
+        plan, sides = CONTESTS[result["kind"]], result["sides"]
+        speed = [float(np.median(side["rounds"][plan.speed])) for side in sides.values()]
+        most = max(side["bytes"] for side in sides.values())
+        loss = [side["loss"] - sides[FLOAT]["loss"] for side in sides.values()]
+        ahead = [
+            i
+            for i in range(len(sides))
+            if not any(speed[j] > speed[i] and loss[j] < loss[i] for j in range(len(sides)))
+        ]
+        ahead.sort(key=lambda i: speed[i])
+        axes.plot([speed[i] for i in ahead], [loss[i] for i in ahead], color="lightgray", zorder=0)
+        for i, (each, side) in enumerate(sides.items()):
+            color, label = COLORS.get(plan.forms[each].kind, "C3"), f"{i + 1}  {each}, {side['bytes'] / MIB:.0f} MiB"
+            axes.scatter(speed[i], loss[i], 1500 * side["bytes"] / most, color, alpha=0.4, label=label)
+            axes.annotate(str(i + 1), (speed[i], loss[i]), ha="center", va="center", fontsize="small")
+        axes.set(title=name, xlabel=f"tokens a second, {plan.speed}", ylabel=f"{plan.loss}, above float32's")
+        axes.set_yscale("symlog", linthresh=plan.linear)
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        keys = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
+        for key in keys.legend_handles:
+            key.set_sizes([40])
+    figure.savefig(path, dpi=120)
