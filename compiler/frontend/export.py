@@ -12,7 +12,9 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import onnx
@@ -24,6 +26,7 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
 from instantrt.compiler.frontend.alike import UnlikeError, find_layers, first_layers, unchanged
+from instantrt.compiler.frontend.apart import apart
 from instantrt.compiler.frontend.hf_attention import WithCache, example
 from instantrt.compiler.frontend.model import OPSET, LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
@@ -72,9 +75,19 @@ def export_graph(model: Any, shape: LlmShape) -> Exported:
     return Exported(ir.to_proto(traced), notes)
 
 
+def import_exporter() -> None:
+    """What torch imports when something is first exported."""
+    for name in ("torch.export._trace", "onnxscript.function_libs.torch_lib.ops"):
+        with suppress(ImportError):  # they are its own
+            import_module(name)
+
+
 def export_repeated(model: Any, shape: LlmShape) -> ir.Model:
     """A few layers exported, and repeated; UnlikeError where they are not alike, or not as exported."""
-    layers = find_layers(model, shape)
+    try:
+        layers = apart(lambda: find_layers(model, shape), import_exporter)
+    except (EOFError, TimeoutError):
+        raise UnlikeError("the process that compares its layers did not end as it should") from None
     with first_layers(model, layers.path, layers.shown) as few:
         try:
             traced = export_whole(model, shape.with_layers(few))

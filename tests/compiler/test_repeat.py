@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,16 @@ def test_a_recording_leaves_nothing_in_the_model() -> None:
     assert (norm.made, norm.more, norm.table.sum().item()) == (False, {}, 64.0)
     assert [module.__dict__.keys() for module in model.modules()] == [each.keys() for each in before]
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.slow
+def test_a_table_outside_of_the_model_is_made_again() -> None:
+    """What code keeps where nobody can look is none of a recording: its tensors have no values."""
+    model, shape = skeleton()
+    norm = model.model.norm
+    forward, table = norm.forward, cache(lambda: torch.arange(64) * 0.01)
+    norm.forward = lambda x: forward(x) * table()
+    assert "nothing recorded makes" in str(export_graph(model, shape).notes)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -10,8 +12,10 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
+from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
-from instantrt.passes.core.lazy import InMemory, View, small
+from instantrt.passes.core.evaluate_node import EXTERNAL_BYTES, ahead
+from instantrt.passes.core.lazy import Array, InMemory, View, small
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
 RANDOM = np.random.default_rng(3)
@@ -95,3 +99,20 @@ def test_the_first_infinity_is_named_and_a_constant_one_is_not() -> None:
     bad = Evaluation(graph, {"x": np.full(2, 1e30, np.float32)})
     bad.take("out")
     assert bad.first_bad == "squared"
+
+
+def test_large_blocks_are_made_ahead() -> None:
+    """In their order, each before it is asked for, and what goes wrong is said to whoever asks."""
+    made: list[int] = []
+
+    def blocks() -> Iterator[Array]:
+        for index in range(3):
+            made.append(threading.get_ident())
+            yield np.full((1, EXTERNAL_BYTES), index, np.float32)
+        raise UserError("the weight is not finite")
+
+    taken = ahead(blocks())
+    assert [next(taken)[0, 0] for _ in range(3)] == [0, 1, 2]
+    assert made[0] == threading.get_ident() != made[1]
+    with pytest.raises(UserError, match="not finite"):
+        next(taken)
