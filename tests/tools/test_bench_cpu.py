@@ -115,10 +115,10 @@ def test_what_could_not_be_made_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no room"):
         cpu.make(fails, sys.executable, tmp_path, tmp_path / "made")
     assert [path.name for path in tmp_path.iterdir()] == ["made.log"]
-    works = replace(fails, words=("-c", "import sys; open(sys.argv[1] + '/y', 'w')", "MADE"))
-    for form, left in ((works, ["y"]), (replace(fails, python="genai"), ["y"])):
-        cpu.make(form, sys.executable, tmp_path, tmp_path / "made")
-        assert [path.name for path in (tmp_path / "made").iterdir()] == left
+    for form, name in ((ENCODER, "a"), (replace(ENCODER, python="genai"), "b"), (ENCODER, "c")):
+        works = replace(form, words=("-c", f"import sys; open(sys.argv[1] + '/{name}', 'w')", "MADE"))
+        cpu.make(works, sys.executable, tmp_path, tmp_path / "made")
+        assert [path.name for path in (tmp_path / "made").iterdir()] == ["a" if name == "b" else name]
 
 
 def test_nothing_to_measure() -> None:

@@ -98,9 +98,9 @@ LIMITED: Mapping[str, Callable[[Mapping[str, Result]], float]] = {
 
 def ahead(speed: Sequence[float], loss: Sequence[float]) -> list[int]:
     """Those than which none is both faster and better, the slowest first."""
-    every = range(len(speed))
-    none_beats = (i for i in every if not any(speed[j] > speed[i] and loss[j] < loss[i] for j in every))
-    return sorted(none_beats, key=lambda i: speed[i])
+    points = list(zip(speed, loss, strict=True))
+    beaten = {(s, bad) for s, bad in points if any(a >= s and b <= bad for a, b in {*points} - {(s, bad)})}
+    return sorted((i for i, point in enumerate(points) if point not in beaten), key=lambda i: speed[i])
 
 
 COLORS = {"ours": "C0", "our encoder": "C0", "llama": "C1", "genai": "C2", "onnx encoder": "C2"}  # OpenVINO's is C3
