@@ -153,6 +153,7 @@ def measure_loss(sides: Mapping[str, Result], worker: Callable[[str], Any], vect
     """Adds the loss of each side, of a process of its own: that of a causal LM, or from an encoder's `vectors`."""
     base = None
     for name, side in sides.items():
+        console.print(f"loss of {name}")
         with worker(name) as ask:
             if vectors is None:
                 side["loss"] = round(ask("nll", WINDOW), 4)
