@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
 
@@ -192,18 +193,3 @@ def file_tensor(path: Path, base: int, name: str, info: Mapping[str, Any]) -> Fi
             found=f"{end - begin} bytes",
         )
     return FileTensor(path, base + begin, shape, dtype, name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a user error that says what is wrong with it."""
-    try:
-        if path.exists() and not path.is_file():  # to read a pipe would wait for somebody to write it
-            raise UserError("not a file", where=str(path))
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError("the file is missing", where=str(path)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError("not a readable JSON file", where=str(path), found=str(error)) from None
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", where=str(path), expected="{...}", found=type(value).__name__)
-    return value

@@ -5,6 +5,7 @@ What does not fit, is impossible or would do nothing is an error.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +13,24 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
 from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader
 from instantrt.compiler.request import Request, refuse_idle
+from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.ort.nbits import BLOCKS
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.qdq.last_logits import head_linears
+
+CONFIG = "config.json"
 
 
 def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
@@ -68,6 +75,28 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
     return replace(parsed, ignore=(*parsed.ignore, *request.ignore))
 
 
+def check_early(request: Request) -> None:
+    """Refuses a group size that config.json shows not to fit, before the model is built and exported."""
+    asked = asked_config(request, "instant_quant")
+    if asked is None or asked.group_size == -1 or asked.ignore or not (request.model / CONFIG).is_file():
+        return
+    config = read_json(request.model / CONFIG)
+    sizes = config.get("text_config", config)
+    if "quantization_config" in config or not isinstance(sizes, dict):
+        return
+    experts = any("expert" in key for key in sizes)  # their config may have an intermediate_size that no layer has
+    widths = {f"{CONFIG}, {key}": sizes.get(key) for key in ("hidden_size", "intermediate_size")[: 1 if experts else 2]}
+    known = {key: k for key, k in widths.items() if isinstance(k, int) and k > 0}
+    instant.check_groups(
+        known, asked.group_size, step_of(request.resolved_targets()), instead=", or --ignore some layers"
+    )
+
+
+def step_of(targets: Iterable[Target]) -> int:
+    """What the size of a group has to be a multiple of."""
+    return BLOCKS[-1] if any(t.backend is Backend.ONNXRUNTIME for t in targets) else 1
+
+
 def own_config(reader: Reader, *, weight_only: bool = False) -> QuantConfig:
     """How a quantized checkpoint runs when nothing else is asked for."""
     compute = "activate_quant" if reader.activations == "int8" and not weight_only else "weight_only"
@@ -96,13 +125,14 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
 def decide(
     graph: gs.Graph,
     model: FloatModel,
-    config: QuantConfig | None,
+    formats: Formats,
     reader: stored.Reader | None,
-    request: Request,
+    heads: Set[str],
     scale_dtype: np.dtype[Any],
+    step: int,
 ) -> Decisions:
     """How each linear is quantized, or why it is not."""
-    found = pipeline.linears(graph)
+    found, config = pipeline.linears(graph), formats.config
     if config is None:
         return {}
     if not found:
@@ -117,10 +147,9 @@ def decide(
     if reader is not None:
         decisions = stored.decide(found, model.tensors, reader, config)
     else:
-        heads = heads_of(graph, model)
-        if request.lm_head == "int8" and not heads:
+        if formats.head is not None and not heads:
             raise UserError("lm_head int8 says nothing to a model without a head", where=str(model.folder))
-        decisions = instant.decide(found, config, scale_dtype, heads, request.lm_head)
+        decisions = instant.decide(found, config, scale_dtype, heads, formats.head, step)
     if not any(isinstance(d, QuantTensor) for d in decisions.values()):
         reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
         raise UserError("no linear layer is left to quantize", found="; ".join(reasons))

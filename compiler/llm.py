@@ -11,7 +11,11 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
@@ -22,7 +26,6 @@ import numpy.typing as npt
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
-from instantrt.compiler.check import check_header, check_runtime
 from instantrt.compiler.serving.config import KIT, parameters
 from instantrt.compiler.serving.runtime.opening import open_engine
 from instantrt.compiler.serving.runtime.sampling import Sampling
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or the messages of a chat: {"role": ..., "content": ...}
 MAX_TOKENS = 64
+HEAD_START = 0.02  # seconds
 
 
 class Options(TypedDict, total=False):
@@ -129,6 +133,8 @@ class LLM:
     max_batch    sequences that run together; if not given, as many as in Triton
     max_length   tokens of one, prompt included; if not given, as many as the artifact can take
     threads      CPU: 0 is one a core
+    spinning     CPU: idle threads wait for work on their cores, until a millisecond after the last of it; if not given,
+                 where the process may use as many CPUs as it has threads
     """
 
     def __init__(
@@ -139,6 +145,7 @@ class LLM:
         max_batch: int | None = None,
         max_length: int | None = None,
         threads: int = 0,
+        spinning: bool | None = None,
     ) -> None:
         self.out = Path(folder)
         self.artifact = find_artifact(self.out, target)
@@ -152,9 +159,8 @@ class LLM:
             )
         if not (path.parent / "tokenizer.json").is_file():
             raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
-        with tried("reading the tokenizer", where=str(path.parent), fix="copy it again from the model"):
-            self.model, self.text = path, Text(path.parent)
-        self.given = parameters(self.artifact) | {"threads": threads}
+        self.model = path
+        self.given = parameters(self.artifact) | {"threads": threads, "spinning": spinning}
         longest = self.artifact.limits.get("max_length") or self.artifact.llm["max_length"] or self.given["max_length"]
         if max_length is not None and max_length > longest:
             most = f"at most {longest}"
@@ -169,6 +175,12 @@ class LLM:
         self.scheduler: Scheduler | None = None
         self.state = "new"  # started, stopped, released
         self.lock = threading.Lock()
+
+    @cached_property
+    def text(self) -> Text:
+        """Read when it is first needed, or while the model loads."""
+        with tried("reading the tokenizer", where=str(self.model.parent), fix="copy it again from the model"):
+            return Text(self.model.parent)
 
     def start(self) -> Self:
         with self.lock:
@@ -267,28 +279,51 @@ class LLM:
             raise UserError(f"the model was {self.state}", where=str(self.model), fix=fix)
 
     def load(self) -> Engine:
-        """The model in memory. Engines and plugins are code: nothing is loaded before its digest was compared."""
+        """The model in memory; the tokenizer is read meanwhile."""
+        if self.artifact.engine is not None:
+            return self.load_engine(self.artifact.engine)
+        import_module("onnxruntime")  # before the thread, which has to leave the interpreter
+        with checked(self.out, self.artifact), ThreadPoolExecutor(1) as beside:
+            opened = beside.submit(self.open, [], 0)
+            wait([opened], HEAD_START)  # until it has: the tokenizer's reader keeps the interpreter to itself
+            self.text  # noqa: B018 -- reads it
+        return opened.result()
+
+    def load_engine(self, engine: Mapping[str, Any]) -> Engine:
+        """Engines and plugins are code: nothing is loaded before its digest was compared."""
+        from instantrt.compiler.check import check_header, check_runtime
+
         check_digests(self.out, self.artifact)
-        ordinal, engine = 0, self.artifact.engine
-        if engine is not None:
-            fitting = [ordinal for ordinal, gpu in enumerate(gpus()) if gpu.sm == engine["sm"]]
-            if not fitting:
-                raise UserError(
-                    f"the engine was built for sm{engine['sm']}",
-                    where=str(self.model),
-                    found=f"this machine: {describe()}",
-                )
-            ordinal = fitting[0]
-            compatible = bool(engine["options"].get("version_compatible"))
-            check_runtime(check_header(self.model, engine), self.model, compatible=compatible)
-        libraries = [inside(self.out, name) for name in self.artifact.plugins]
-        how = {name: self.given[name] for name in ("runtime", "cache", "threads")}
+        fitting = [ordinal for ordinal, gpu in enumerate(gpus()) if gpu.sm == engine["sm"]]
+        if not fitting:
+            raise UserError(
+                f"the engine was built for sm{engine['sm']}",
+                where=str(self.model),
+                found=f"this machine: {describe()}",
+            )
+        compatible = bool(engine["options"].get("version_compatible"))
+        check_runtime(check_header(self.model, engine), self.model, compatible=compatible)
+        return self.open([inside(self.out, name) for name in self.artifact.plugins], fitting[0])
+
+    def open(self, libraries: Sequence[Path], gpu: int) -> Engine:
+        how = {name: self.given[name] for name in ("runtime", "cache", "threads", "spinning")}
         try:
             with tried("loading the model", where=str(self.model)):
-                return open_engine(self.model, libraries, self.limits, gpu=ordinal, **how)
+                return open_engine(self.model, libraries, self.limits, gpu=gpu, **how)
         except MemoryError as error:
             fix = "a smaller max_batch or max_length"
             raise UserError("no memory for the model", where=str(self.model), found=str(error), fix=fix) from None
+
+
+@contextmanager
+def checked(out: Path, artifact: Artifact) -> Iterator[None]:
+    """Compares the digests of a CPU artifact beside what the block does: a changed file explains its errors."""
+    with ThreadPoolExecutor(1) as beside:
+        digests = beside.submit(check_digests, out, artifact)
+        try:
+            yield
+        finally:
+            digests.result()
 
 
 @dataclass(frozen=True)
@@ -304,8 +339,10 @@ class LoadedModel:
         return dict(zip(names, self.session.run(names, given), strict=True))
 
 
-def load_artifact(folder: Path | str, target: str | None = None, *, threads: int = 0) -> LoadedModel:
-    """The artifact for a CPU in `folder`, an encoder's or any other model's, after its files were compared."""
+def load_artifact(
+    folder: Path | str, target: str | None = None, *, threads: int = 0, spinning: bool | None = None
+) -> LoadedModel:
+    """The artifact for a CPU in `folder`, an encoder's or any other model's; `threads` and `spinning` as in `LLM`."""
     out = Path(folder)
     artifact = find_artifact(out, target)
     if artifact.kind != "onnx":
@@ -317,6 +354,5 @@ def load_artifact(folder: Path | str, target: str | None = None, *, threads: int
         )
     from instantrt.compiler.serving.runtime.onnx_engine import open_session
 
-    check_digests(out, artifact)
-    with tried("loading it into ONNX Runtime", where=str(out / artifact.path)):
-        return LoadedModel(artifact, open_session(inside(out, artifact.path), threads))
+    with checked(out, artifact), tried("loading it into ONNX Runtime", where=str(out / artifact.path)):
+        return LoadedModel(artifact, open_session(inside(out, artifact.path), threads, spinning))

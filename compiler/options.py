@@ -72,20 +72,28 @@ class Quantization:
     """How weights become integers."""
 
     quant: Quant | None = option(None, "what to quantize to; else what the checkpoint is, float or quantized")
-    group_size: int | None = option(None, "consecutive inputs that share a scale; -1 per channel", QUANTIZED)
+    group_size: int | None = option(
+        None, "consecutive inputs that share a scale; -1 per channel; else by target and model", QUANTIZED
+    )
     weight_only: bool = option(False, "8-bit GPTQ checkpoints run as A16W8 instead of A8W8", QUANTIZED)
     enable_quant: bool | None = None  # the spec's switch; None: as the other fields say
     quant_config: Mapping[str, Any] | None = option(None, "JSON file with the spec's keys", line=Path)
     ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
-    lm_head: HeadFormat = option("float", "the head of a float checkpoint", QUANTIZED, FLOAT)
-    embeddings: TableFormat = option("stored", "the table of embeddings; stored: as in the checkpoint")
+    lm_head: HeadFormat | None = option(
+        None, "the head of a float checkpoint; else int8 for a causal LM on a CPU", QUANTIZED, FLOAT
+    )
+    embeddings: TableFormat | None = option(
+        None, "the table of embeddings; stored: as in the checkpoint; else int8 beside such a head by default"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CpuArtifacts:
     """What ONNX Runtime is to run."""
 
-    cpu_preset: Preset = option("exact", "16-bit activations: exact keeps 14 bits of each token or block, fast 8", CPU)
+    cpu_preset: Preset = option(
+        "auto", "16-bit activations: exact keeps 14 bits of each token or block, fast 8, auto 8 in groups alone", CPU
+    )
     portable: bool = option(False, "standard ONNX attention instead of ONNX Runtime's GroupQueryAttention", CPU)
 
 

@@ -12,6 +12,7 @@ from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime.saturation import NEEDED
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32
@@ -24,9 +25,10 @@ from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
 from instantrt.passes.ort.attention import ATTENTION
-from instantrt.passes.ort.limbs import ONE_LIMB_ARM, ONE_LIMB_X86
+from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.rotary import PackQueryKeyValue, RotateInAttention
+from instantrt.passes.ort.packed import PackQueryKeyValue
+from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
@@ -83,14 +85,18 @@ def linears(graph: gs.Graph) -> list[Linear]:
     return [found for node in graph.nodes if (found := linear(node)) is not None]
 
 
-def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog) -> gs.Graph:
-    """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against."""
-    passes = (
+def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: bool = False) -> gs.Graph:
+    """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against.
+
+    tables   those of embeddings become int8, too, in the one form that ONNX Runtime has for them
+    """
+    passes: tuple[Pass, ...] = (
         SortInputs(decisions),
         InsertDequantize(decisions),
         FoldOrder(frozenset(t.name for t in graph.outputs)),
         # Behind the weights, which say what is quantized, and in the order they want, which the layers before may give.
         QuantizeActivations(),
+        *((QuantizeTables(),) if tables else ()),
     )
     run(graph, passes, log)
     verify(graph, Stage.QDQ)
@@ -104,15 +110,13 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     """
     passes: list[Pass] = [] if request.portable else [*ATTENTION, RotateInAttention(longest)]
     passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
-    passes += linear_passes(request.cpu_preset, ONE_LIMB_ARM if target.name == "armv9" else ONE_LIMB_X86)
-    if request.embeddings == "int8":
-        passes += [QuantizeTables()]
+    passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
     run(graph, passes, log)
-    if request.embeddings == "int8":
-        refuse_no_table(log, QuantizeTables)
     refuse_leftovers(graph, log, "ONNX Runtime")
+    if any(may_saturate(node) for node in every_node(graph)):
+        graph.doc_string = NEEDED
     verify(graph, Stage.ONNXRUNTIME)
     refuse_lacking(graph)
     return graph
@@ -120,10 +124,14 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
 
 def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pass]:
     """The head of a causal LM for the last token alone, unless all were asked for; other models keep their logits."""
-    inputs = {t.name for t in graph.inputs}
-    if request.logits == "last" and any(name.startswith("past_key_values.") for name in inputs):
-        return [LastLogits(by_mask and MASK in inputs), QuantizeActivations()]
+    if request.logits == "last" and is_causal_lm(graph):
+        return [LastLogits(by_mask and any(t.name == MASK for t in graph.inputs)), QuantizeActivations()]
     return []
+
+
+def is_causal_lm(graph: gs.Graph) -> bool:
+    """Has the graph a cache to decode with? Any other model meets many rows at every call."""
+    return any(t.name.startswith("past_key_values.") for t in graph.inputs)
 
 
 def lower_tensorrt(

@@ -13,7 +13,8 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
-from instantrt.compiler.decide import decide, resolve
+from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
+from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request, check_lengths
@@ -25,6 +26,7 @@ from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -79,6 +81,7 @@ class Plan:
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
+    check_early(request)
     say(f"reading {request.model}")
     model = load(
         request.model,
@@ -98,14 +101,18 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.
-    made: dict[np.dtype[Any] | None, Twin] = {}
+    made: dict[tuple[object, ...], Twin] = {}
     twins: dict[str, Twin] = {}
+    heads, notes = heads_of(graph, model), list(model.notes)
     for target in request.resolved_targets():
         dtype = types.get(target.name, FLOAT32)
-        key = dtype if reader is None and config is not None else None
+        formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
+        tables = formats.embeddings == "int8" and target.backend is Backend.ONNXRUNTIME
+        key = (dtype if reader is None and config is not None else None, tables)
         if key not in made:
-            decisions = decide(graph, model, config, reader, request, dtype)
-            made[key] = make_twin(graph, model, decisions, request, log, say)
+            decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
+            made[key] = make_twin(graph, model, decisions, request, log, say, tables=tables)
+            notes += formats.notes
         twins[target.name] = made[key]
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     say("lowering the graph")
@@ -116,20 +123,31 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         for t in gpu_targets
     }
     whole = model.llm is not None and sees_ahead(graph)
-    notes = (*model.notes, *engine_notes(model, builders, types), *(reader.notes if reader else ()))
-    return Plan(model, twins, lowered, log, builders, types, limits, notes, whole)
+    notes += [*engine_notes(model, builders, types), *(reader.notes if reader else ())]
+    return Plan(model, twins, lowered, log, builders, types, limits, tuple(notes), whole)
 
 
 def make_twin(
-    graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, log: PassLog, say: Say
+    graph: gs.Graph,
+    model: FloatModel,
+    decisions: Decisions,
+    request: Request,
+    log: PassLog,
+    say: Say,
+    *,
+    tables: bool,
 ) -> Twin:
+    """`tables`: those of embeddings are int8 in it, as they will be in the artifact."""
     raised = None
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
         decisions, raised = within_budget(graph, model, decisions, request, say)
     with uncollected():
-        return Twin(decisions, pipeline.quantize(graph.copy(), decisions, log), raised)
+        twin = Twin(decisions, pipeline.quantize(graph.copy(), decisions, log, tables=tables), raised)
+    if tables and request.embeddings == "int8":
+        pipeline.refuse_no_table(log, QuantizeTables)
+    return twin
 
 
 def longest(request: Request, model: FloatModel) -> int:

@@ -30,6 +30,7 @@ class Target:
     bf16          computes in bfloat16; where not, a bfloat16 checkpoint runs in float16
     tensorrt      releases of full TensorRT that build for it, as a version specifier; "" for none
     rtx           TensorRT-RTX builds for it, on any machine
+    saturates     its products of 8 bits by signed 8 bits may overflow (docs/facts.md, "Saturation without VNNI")
     """
 
     name: str
@@ -40,6 +41,7 @@ class Target:
     bf16: bool = True
     tensorrt: str = ""
     rtx: bool = False
+    saturates: bool = False
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,7 +74,8 @@ TARGETS = (
     Target("sm100", "Blackwell", _GPU, 100, tensorrt=">=10.15", aliases=("b100", "b200")),
     Target("sm120", "Blackwell", _GPU, 120, tensorrt=">=10.15", rtx=True, aliases=("rtx5090",)),
     Target("sm121", "Blackwell", _GPU, 121, tensorrt=">=10.15", rtx=True, aliases=("gb10",)),
-    Target("x86", "x86-64 CPU", _CPU, aliases=("x86_64", "cpu")),
+    Target("x86", "x86-64 CPU with VNNI", _CPU, aliases=("x86_64", "cpu")),
+    Target("x86-avx2", "x86-64 CPU", _CPU, saturates=True),
     Target("armv9", "Armv9 CPU", _CPU, aliases=("arm", "aarch64")),
 )
 _BY_NAME = {name: t for t in TARGETS for name in (t.name, *t.aliases)}

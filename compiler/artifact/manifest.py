@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from instantrt.compiler.checkpoint import read_json
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 
 MANIFEST = "manifest.json"

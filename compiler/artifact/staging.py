@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from instantrt.compiler.artifact.manifest import KIT, MANIFEST, Artifact, read_manifest
-from instantrt.compiler.checkpoint import read_json
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_json
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
 from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
@@ -27,6 +27,7 @@ from instantrt.compiler.frontend.model import FloatModel, stored_types
 from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant import plain
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import Reader

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from instantrt.compiler.checkpoint import read_json
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant import awq, compressed, gptq, plain
 from instantrt.compiler.quant.config import expect
 from instantrt.compiler.quant.stored import Reader

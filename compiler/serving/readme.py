@@ -90,7 +90,8 @@ notices that a client has gone: a request over HTTP's `generate` runs on to its 
 | `max_batch` | {max_batch}, or what an engine was built for | sequences that run together; others wait |
 | `max_length` | {max_length}, or less if the model has less | tokens of a sequence with its prompt; more is refused |
 | `max_queue` | {max_queue} | requests that wait; more are refused |
-| `threads` | 0 | of ONNX Runtime; 0 takes all cores |
+| `threads` | 0 | of ONNX Runtime; 0 takes all cores that the process may use |
+| `spinning` | false | `true`: idle threads of ONNX Runtime keep their cores: faster where nobody needs them |
 
 `runtime` and `cache` say what the artifact is; with the cache `concat` (from `--portable`, and where
 attention is not causal) rows run one by one. `prompts` is `whole` where tokens see those after them.

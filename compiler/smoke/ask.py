@@ -15,7 +15,7 @@ from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.process import LOADING, Answers, Child, Ending, ModelOrder, started
 from instantrt.compiler.smoke.ran import SmokeError, ort_version
 from instantrt.compiler.smoke.steps import BY_ROW, Call, fed, prompts_of, typed
-from instantrt.compiler.smoke.subject import Reference, Staged, has_branches
+from instantrt.compiler.smoke.subject import Reference, Staged, runs_here
 from instantrt.passes.core.errors import first_line
 
 Known = Mapping[Reference, Answers]
@@ -42,8 +42,8 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
     known   the answers of references that earlier targets had
     take    gives the process
     """
-    if not subject.on_cpu and has_branches(subject.graph):
-        return Heard(not_compared="its branches and loops run in an engine alone")
+    if not subject.on_cpu and not runs_here(subject.graph):
+        return Heard(not_compared="its branches, loops and sequences run in an engine alone")
     llm = subject.llm
     missing = [each for each in subject.references if each not in known]
     endings = {each.form: Ending(known[each]) for each in subject.references if each in known}
@@ -67,13 +67,12 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
 
 
 def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) -> dict[str, ModelOrder]:
-    """Form -> its file and what to run of it. ONNX Runtime alone runs branches and loops: what is held against such an
-    artifact is written into `folder`."""
+    """Form -> its file and what to run of it. References that cannot be evaluated here are written into `folder`."""
     calls = tuple((step.name, step.after) for step in subject.steps)
     attempts = subject.llm is None
     orders = {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
     for each in references:
-        if subject.on_cpu and has_branches(each.graph):
+        if subject.on_cpu and not runs_here(each.graph):
             file = folder / f"{each.form}.onnx"
             write_model(each.graph.copy(), file)
             orders[each.form] = ModelOrder(str(file), calls, each.form, attempts=attempts)

@@ -18,9 +18,10 @@ from instantrt.compiler.smoke.steps import Call, attempts, llm_steps
 from instantrt.compiler.target import Target
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
+
+NO_TENSORS = ("Sequence", "Optional", "Map")  # in the names of the operators that make or read something else
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,17 @@ def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) 
 
 
 def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) -> Reference:
-    """With tables rounded where they are as they are lowered: that is no error of the lowering."""
+    """With an engine's tables rounded as they are lowered: that is no error of the lowering."""
     graph, made_of = planned.twins[target.name].canonical, (id(planned.twins[target.name]), on_cpu, "")
-    if request.embeddings == "int8":
-        table = QuantizeTables() if on_cpu else LowerNativeTables(planned.types[target.name])
+    if request.embeddings == "int8" and not on_cpu:
+        table = LowerNativeTables(planned.types[target.name])
         graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
     blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)
     each = ((part, block) for name, block in blocks for part in parts_of(name))
     return Reference("twin", graph, made_of, tuple(sorted(each)))
 
 
-def has_branches(graph: gs.Graph) -> bool:
-    return any(True for _ in graph.subgraphs())
+def runs_here(graph: gs.Graph) -> bool:
+    """Can it be evaluated node by node, on tensors alone? ONNX Runtime alone runs branches, loops and sequences."""
+    branches = any(True for _ in graph.subgraphs())
+    return not branches and not any(word in node.op for node in graph.nodes for word in NO_TENSORS)

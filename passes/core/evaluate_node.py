@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -93,8 +95,21 @@ def matmul(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | 
     given = [convert(values[node.inputs[0].name], FLOAT32) for values in runs]
     rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in given])
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
-        product = np.concatenate([rows @ convert(block, FLOAT32) for block in blocks()], axis=1)
+        product = np.concatenate([rows @ convert(block, FLOAT32) for block in ahead(blocks())], axis=1)
     return parts_of(product, [x.shape[:-1] for x in given])
+
+
+def ahead(blocks: Iterator[Array]) -> Iterator[Array]:
+    """The same; of a large matrix, each block is made by a thread while the one before it is in use."""
+    block = next(blocks, None)
+    if block is None or block.nbytes < EXTERNAL_BYTES:
+        yield from () if block is None else (block, *blocks)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        while block is not None:
+            coming = pool.submit(copy_context().run, lambda: next(blocks, None))  # NumPy's errstate is of a context
+            yield block
+            block = coming.result()
 
 
 def parts_of(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -146,7 +161,10 @@ def dequantized_blocks(codes: View, others: list[View], attrs: Mapping[str, Any]
             np.repeat(part, repeat, axis=0) if repeat else part
             for part in (v.block(tile).astype(FLOAT32) for v in others)
         )
-        yield (q - zero[0] if zero else q) * scale
+        if zero:
+            q -= zero[0]
+        q *= scale
+        yield q
 
 
 def stored_table(node: gs.Node) -> tuple[View, float | None] | None:

@@ -2,15 +2,18 @@
 out. Imports `core` and `qdq`.
 
     linear       which form a quantized linear gets, and which comes first
-    limbs        per channel: integer products (MatMulInteger) on limbs of each token
+    limbs        per channel: integer products (MatMulIntegerToFloat) on limbs of each token
     groups       int8 tokens against weights in groups: a Scan of exact integer sums
     nbits        com.microsoft.MatMulNBits, weights in blocks along K
     blocks       float activations on MatMulNBits without the rounding that it brings: two limbs by block
+    expand       weights in groups against many rows: float, from the time when the model is loaded
     tables       embeddings and other floats in the 16 bits they are stored in; embeddings as int8
     attention    grouped attention whose cache may be one buffer
     cached_attention  what that operator wants, its mask apart
+    rotary       rotary embeddings inside of that operator
+    packed       queries, keys and values as the one product that they are
 """
 
 from typing import Literal
 
-Preset = Literal["exact", "fast"]  # how many bits 16-bit activations keep: pipeline.lower_onnxruntime
+Preset = Literal["auto", "exact", "fast"]  # how many bits 16-bit activations keep: linear.linear_passes

@@ -91,14 +91,21 @@ def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
     """[B, H, S, D] -> [B, S, H*D]; undoes a head split where that is all that happened, rotary embedding included."""
     rotary = producer(heads, "RotaryEmbedding")
     split = producer(rotary.inputs[0] if rotary else heads, "Transpose")
-    reshape = producer(split.inputs[0], "Reshape") if split and split.attrs.get("perm") == [0, 2, 1, 3] else None
-    if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
+    if split is None or split.attrs.get("perm") != [0, 2, 1, 3]:
         turned = add(graph, "Transpose", [heads], f"{name}/turned", perm=[0, 2, 1, 3])
-        return add(graph, "Reshape", [turned, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
+        return joined(graph, turned, name)
+    reshape = producer(split.inputs[0], "Reshape")
+    whole = reshape is not None and reshape.inputs[0].shape is not None and len(reshape.inputs[0].shape) == 3
+    x = reshape.inputs[0] if reshape is not None and whole else joined(graph, split.inputs[0], name)
     if rotary is None:
-        return reshape.inputs[0]
+        return x
     attrs = {**rotary.attrs, "num_heads": heads.shape[1]}
-    return add(graph, "RotaryEmbedding", [reshape.inputs[0], *rotary.inputs[1:]], f"{name}/rotated", **attrs)
+    return add(graph, "RotaryEmbedding", [x, *rotary.inputs[1:]], f"{name}/rotated", **attrs)
+
+
+def joined(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
+    """[B, S, H, D] -> [B, S, H*D]."""
+    return add(graph, "Reshape", [heads, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
 
 
 class MergeHeads(Rewrite[gs.Node]):

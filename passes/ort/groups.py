@@ -2,8 +2,8 @@
 
 y[m, n] = s_x[m] * sum_g s[g, n] * sum_{k in g} (x_q[m, k] - center) * (code[k, n] - zero[g, n])
 
-The inner sums are integers (MatMulInteger); nothing is quantized again. A Scan holds one group's product at a time:
-a batched MatMulInteger would hold all of them, which is gigabytes for a long prompt, and is no faster.
+The inner sums are integers (MatMulIntegerToFloat); nothing is quantized again. A Scan holds one group's product at a
+time: a batched product would hold all of them, which is gigabytes for a long prompt, and is no faster.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, Tile, View, small
 from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
-from instantrt.passes.ort.limbs import Limbs, add_limbs, flipped, rows_as_limbs
+from instantrt.passes.ort.limbs import Limbs, limbs_of
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
 @dataclass(frozen=True)
 class LowerGroups(Lowering[Quantized]):
-    """MatMul(x, DequantizeLinear(codes in groups)) -> Scan over groups of MatMulInteger on one limb of x.
+    """MatMul(x, DequantizeLinear(codes in groups)) -> Scan over groups of MatMulIntegerToFloat on one limb of x.
 
     Four-bit codes are widened to bytes, which changes no value. The limb of one x serves all its consumers.
     """
@@ -40,58 +40,55 @@ class LowerGroups(Lowering[Quantized]):
         return Reject("one group: by channel") if found.quant.per_channel else found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        q, path, flip = match.quant, match.path, 0x80 if self.limbs.signed_weights else 0
-        (n, k), groups, size = q.shape, q.groups, q.group_size
-        code_type = np.dtype(np.int8 if flip else np.uint8)
+        q, path, limbs, kind = match.quant, match.path, self.limbs, self.limbs.weight_type
+        n, groups, size = q.shape[0], q.groups, q.group_size
 
         def codes_by_group(tile: Tile) -> Array:
-            return flipped(tile.parts[0], flip).view(code_type).T.reshape(groups, size, -1)
-
-        def zeros_by_group(tile: Tile) -> Array:
-            return flipped(tile.parts[2], flip).view(code_type).T
+            return limbs.weight(tile.parts[0]).T.reshape(groups, size, -1)
 
         def const(name: str, values: Any) -> gs.Constant:
             return small(f"{path}.{name}", values, np.int64)
 
-        codes, scales, leading = rows_as_limbs(graph, match.x, k, self.limbs)
-        weight = View(q, (groups, size, n), code_type, axis=2, project=codes_by_group)
-        zero = View(q, (groups, n), code_type, axis=1, project=zeros_by_group)
+        x = limbs_of(graph, match.x, limbs)
+        weight = View(q, (groups, size, n), kind, axis=2, project=codes_by_group)
+        zero = View(q, (groups, n), kind, axis=1, project=lambda tile: limbs.weight(tile.parts[2]).T)
         scale = View(q, (groups, n), np.float32, axis=1, project=lambda tile: tile.parts[1].T)
-        rows = add(graph, "Reshape", [codes, const("by_group", [-1, groups, size])], f"{path}/by_group")
+        rows = add(graph, "Reshape", [x.codes[0], const("by_group", [-1, groups, size])], f"{path}/by_group")
         rows = add(graph, "Transpose", [rows], f"{path}/groups_first", perm=[1, 0, 2])
-        count = add(graph, "Shape", [codes], f"{path}/rows", end=1)
+        count = add(graph, "Shape", [rows], f"{path}/rows", start=1, end=2)
         shape = add(graph, "Concat", [count, const("width", [n])], f"{path}/sum_shape", axis=0)
         start = add(graph, "ConstantOfShape", [shape], f"{path}/start")
         constants = [
-            gs.Constant(f"{path}.codes_u8", weight),
-            gs.Constant(f"{path}.zeros_u8", zero),
+            gs.Constant(f"{path}.codes_{kind}", weight),
+            gs.Constant(f"{path}.zeros_{kind}", zero),
             gs.Constant(f"{path}.scales_f32", scale),
         ]
-        body = one_group(path, code_type, size, n, self.limbs.center)
+        body = one_group(path, kind, size, n, limbs.center)
         scan = {"body": body, "num_scan_inputs": 4}
         out = take_over(match.node)
         y = add(graph, "Scan", [start, rows, *constants], f"{path}/sums", name=match.node.name, **scan)
-        y = add(graph, "Mul", [y, scales], f"{path}/by_token")
-        add_limbs(graph, y, 1, (leading, n), path, out)
+        leading = add(graph, "Shape", [match.x], f"{path}/leading", start=0, end=-1)
+        shape = add(graph, "Concat", [leading, const("n", [n])], f"{path}/shape", axis=0)
+        y = add(graph, "Reshape", [y, shape], f"{path}/by_row")
+        add(graph, "Mul", [y, x.step], out)
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
-        return "MatMulInteger by group, one limb of 8 bits"
+        return "MatMulIntegerToFloat by group, one limb of 8 bits"
 
 
-def one_group(path: str, code_type: np.dtype[Any], size: int, n: int, center: int) -> gs.Graph:
-    """total [M, N] += MatMulInteger(rows [M, g], codes [g, N]) * scale [N]."""
+def one_group(path: str, kind: np.dtype[Any], size: int, n: int, center: int) -> gs.Graph:
+    """total [M, N] += MatMulIntegerToFloat(rows [M, g], codes [g, N], scale [N])."""
 
     def variable(name: str, dtype: Any, shape: list[Any] | None) -> gs.Variable:
         return gs.Variable(f"{path}/group/{name}", dtype, shape)
 
     total, added = variable("total", np.float32, ["rows", n]), variable("added", np.float32, ["rows", n])
     rows = variable("rows", np.uint8, ["rows", size])
-    codes, zero = variable("codes", code_type, [size, n]), variable("zero", code_type, [n])
+    codes, zero = variable("codes", kind, [size, n]), variable("zero", kind, [n])
     scale = variable("scale", np.float32, [n])
     graph = gs.Graph([], [total, rows, codes, zero, scale], [added], name=f"{path}/group")
-    inputs = [rows, codes, small(f"{path}/group/center", center, np.uint8), zero]
-    y = add(graph, "MatMulInteger", inputs, f"{path}/group/sum")
-    y = add(graph, "Cast", [y], f"{path}/group/float", to=1)
-    y = add(graph, "Mul", [y, scale], f"{path}/group/scaled")
+    one, middle = small(f"{path}/group/one", 1, np.float32), small(f"{path}/group/center", center, np.uint8)
+    inputs = [rows, codes, one, scale, middle, zero]
+    y = add(graph, "MatMulIntegerToFloat", inputs, f"{path}/group/product", domain="com.microsoft")
     add(graph, "Add", [total, y], added)
     return graph

@@ -1,51 +1,69 @@
-"""Per-channel canonical Q/DQ linears -> MatMulInteger on integer limbs of each token."""
+"""Per-channel canonical Q/DQ linears -> integer products on integer limbs of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, View, small
-from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, scalar, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
 @dataclass(frozen=True)
 class Limbs:
-    """How a float row x becomes integers: x = sum_i s_i * (q_i - center), q_i uint8, s_1 = max|x| / top.
+    """How a float row x becomes integers q_i, uint8 around `center`.
 
-    Two 7-bit limbs carry about 14 bits of x, finer than bfloat16; stacked as rows of one product, the second costs
-    almost nothing at decode. Seven bits times int8 never saturates the 16-bit sums of x86 CPUs without VNNI
-    (docs/facts.md, "Two limbs" and "Saturation without VNNI").
+    One limb is the spec's own: x = s (q - center), s = max|x| / top. Two are x = max|x| (q_1 / top + q_2 / (2 top^2)),
+    each less its center: 7 bits each carry about 14 bits of x, finer than bfloat16, and times int8 never saturate the
+    16-bit sums of x86 CPUs without VNNI (docs/facts.md, "Two limbs" and "Saturation without VNNI").
+    `stacked`: both limbs are rows of one product, which reads the weights once for a token; with many rows two products
+    and their sum are faster (docs/facts.md, "Forms by the number of rows").
     """
 
     count: int
     top: int
     center: int
-    signed_weights: bool
+    signed_weights: bool = True
+    stacked: bool = True
 
     @property
     def tag(self) -> str:
         return f"{self.count}x{self.top}"
 
+    @property
+    def finer(self) -> float:
+        """The second limb's unit over the first one's."""
+        return 1 / (2 * self.top)
 
-TWO_LIMBS = Limbs(count=2, top=63, center=64, signed_weights=True)
-# One 8-bit limb against int8 weights would saturate without VNNI; uint8 weights are exact on every x86.
-ONE_LIMB_X86 = Limbs(count=1, top=127, center=128, signed_weights=False)
-ONE_LIMB_ARM = Limbs(count=1, top=127, center=128, signed_weights=True)
+    @property
+    def weight_type(self) -> np.dtype[Any]:
+        return np.dtype(np.int8 if self.signed_weights else np.uint8)
+
+    def weight(self, codes: Array) -> Array:
+        """uint8 codes as `weight_type`: with the top bit turned they are the same numbers less 128 as int8."""
+        return (codes ^ np.uint8(0x80)).view(np.int8) if self.signed_weights else codes
+
+
+TWO_LIMBS = Limbs(count=2, top=63, center=64)
+TWO_PRODUCTS = Limbs(count=2, top=63, center=64, stacked=False)
+# Eight bits against int8 saturate without VNNI; against uint8 they are exact everywhere, and slower.
+ONE_LIMB = Limbs(count=1, top=127, center=128)
+ONE_LIMB_UNSIGNED = Limbs(count=1, top=127, center=128, signed_weights=False)
 
 
 @dataclass(frozen=True)
 class LowerPerChannel(Lowering[Quantized]):
-    """Per-channel MatMul(x, DequantizeLinear(codes)) -> MatMulInteger on per-token limbs of x.
+    """Per-channel MatMul(x, DequantizeLinear(codes)) -> MatMulIntegerToFloat on per-token limbs of x.
 
     Before: MatMul(x [..., K], DequantizeLinear(codes [K, N], scale [N], zero [N]))
-    After:  q, s = limbs(x);  y = sum over limbs of MatMulInteger(q, codes, center, zero) * scale * s
-    The limbs of one x serve all its consumers (q, k, v; gate, up).
+    After:  q_i, s = limbs(x);  y = s * sum over limbs of r_i * MatMulIntegerToFloat(q_i, codes, scale, center, zero)
+    The limbs of one x serve all its consumers (q, k, v; gate, up); x keeps its rank.
     """
 
     requires = (weight_dq_feeds_matmul,)
@@ -63,62 +81,81 @@ class LowerPerChannel(Lowering[Quantized]):
         return found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        q, path = match.quant, match.path
-        n, k = q.shape
-        codes, scales, count = rows_as_limbs(graph, match.x, k, self.limbs)
-        flip = 0x80 if self.limbs.signed_weights else 0
-        code_type = np.dtype(np.int8 if flip else np.uint8)
-        weight = View(q, (k, n), code_type, axis=1, project=lambda t: flipped(t.parts[0], flip).view(code_type).T)
-        zero = View(q, (n,), code_type, project=lambda t: flipped(t.parts[2][:, 0], flip).view(code_type))
-        scale = View(q, (n,), np.float32, project=lambda t: t.parts[1][:, 0])
-        center = small(f"{path}.center", self.limbs.center, np.uint8)
+        path, x = match.path, limbs_of(graph, match.x, self.limbs)
+        product = self.product(graph, match)
         out = take_over(match.node)
-        inputs = [codes, gs.Constant(f"{path}.codes_s8", weight), center, gs.Constant(f"{path}.zero_s8", zero)]
-        sums = add(graph, "MatMulInteger", inputs, f"{path}/sums", name=match.node.name)
-        y = add(graph, "Cast", [sums], f"{path}/float_sums", to=1)
-        y = add(graph, "Mul", [y, gs.Constant(f"{path}.scale_f32", scale)], f"{path}/scaled")
-        y = add(graph, "Mul", [y, scales], f"{path}/limbs")
-        add_limbs(graph, y, self.limbs.count, (count, n), path, out)
+        if self.limbs.count == 1:
+            y = product(x.codes[0], x.units[0], "product")
+        elif self.limbs.stacked and has_rows(match.x):
+            rows = Prefixed(graph, f"{match.x.name}/{self.limbs.tag}")("Concat", x.codes, "codes", axis=0)
+            high, low = halves(graph, product(rows, x.units[0], "products"), path)
+            low = add(graph, "Mul", [low, small(f"{path}.finer", self.limbs.finer, np.float32)], f"{path}/fine")
+            y = add(graph, "Add", [high, low], f"{path}/sum")
+        else:
+            parts = [product(x.codes[i], x.units[i], f"product{i + 1}") for i in range(2)]
+            y = add(graph, "Add", parts, f"{path}/sum")
+        add(graph, "Mul", [y, x.step], out)
+
+    def product(self, graph: gs.Graph, match: Quantized) -> Callable[[gs.Tensor, gs.Tensor, str], gs.Tensor]:
+        """What adds `unit * (codes - center) @ weight` under a name; the weight's constants are made once."""
+        q, path, limbs, kind = match.quant, match.path, self.limbs, self.limbs.weight_type
+        n, k = q.shape
+        codes = View(q, (k, n), kind, axis=1, project=lambda t: limbs.weight(t.parts[0]).T)
+        zero = View(q, (n,), kind, project=lambda t: limbs.weight(t.parts[2][:, 0]))
+        scale = View(q, (n,), np.float32, project=lambda t: t.parts[1][:, 0])
+        weight, weight_scale = gs.Constant(f"{path}.codes_{kind}", codes), gs.Constant(f"{path}.scale_f32", scale)
+        zeros = [small(f"{path}.center", limbs.center, np.uint8), gs.Constant(f"{path}.zero_{kind}", zero)]
+
+        def product(rows: gs.Tensor, unit: gs.Tensor, name: str) -> gs.Tensor:
+            inputs = [rows, weight, unit, weight_scale, *zeros]
+            node = "" if name == "product2" else match.node.name  # a linear's name is its module's, once
+            return add(graph, "MatMulIntegerToFloat", inputs, f"{path}/{name}", domain="com.microsoft", name=node)
+
+        return product
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
         kind = "two limbs of 7 bits (exact)" if self.limbs.count == 2 else "one limb of 8 bits"
-        return f"MatMulInteger, {kind}"
+        return f"MatMulIntegerToFloat, {kind}"
 
 
-def add_limbs(
-    graph: gs.Graph, y: gs.Tensor, limbs: int, shape: tuple[gs.Tensor, int], path: str, out: gs.Tensor
-) -> None:
-    """y [limbs * M, N] -> out [..., N], the sum of its limbs; `shape` is the leading dimensions and N."""
-    if limbs == 2:
-        parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
-        graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
-        y = add(graph, "Add", parts, f"{path}/rows")
-    width = small(f"{path}.n", [shape[1]], np.int64)
-    add(graph, "Reshape", [y, add(graph, "Concat", [shape[0], width], f"{path}/shape", axis=0)], out)
+def has_rows(x: gs.Tensor) -> bool:
+    """Has x an axis 0 along which limbs may be stacked?"""
+    return x.shape is not None and len(x.shape) > 1
 
 
-def flipped(codes: Array, flip: int) -> Array:
-    """uint8 codes with their top bit turned, which are the same numbers less 128 as int8."""
-    return codes ^ np.uint8(flip) if flip else codes
+def halves(graph: gs.Graph, y: gs.Tensor, path: str) -> list[gs.Variable]:
+    """y [2 B, ...] -> its halves along axis 0: what the two limbs gave."""
+    parts = [gs.Variable(f"{path}/limb{i}") for i in range(2)]
+    graph.nodes.append(gs.Node("Split", f"{path}/split", {"axis": 0, "num_outputs": 2}, [y], parts))
+    return parts
 
 
-def rows_as_limbs(graph: gs.Graph, x: gs.Tensor, k: int, limbs: Limbs) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
-    """(codes uint8 [limbs * M, K], scales [limbs * M, 1], leading dimensions of x), made once for each x."""
+class LimbTensors(NamedTuple):
+    """x [..., K] = step * sum over limbs of unit_i * (codes_i - center); step is [..., 1], units are numbers."""
+
+    codes: list[gs.Tensor]
+    units: list[gs.Constant]
+    step: gs.Tensor
+
+
+def limbs_of(graph: gs.Graph, x: gs.Tensor, limbs: Limbs) -> LimbTensors:
+    """The limbs of x, made once for each x; a row of zeros divides by zero, and any code times its step is zero."""
     nodes = Prefixed(graph, f"{x.name}/{limbs.tag}")
-    leading = nodes("Shape", [x], "leading", start=0, end=-1)
-    rows = nodes("Reshape", [x, nodes.const("rows_shape", [-1, k], np.int64)], "rows")
-    peak = nodes("ReduceMax", [nodes("Abs", [rows], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)
-    step = nodes("Mul", [peak, nodes.const("per_top", 1 / limbs.top, np.float32)], "step")
-    step = nodes("Max", [step, nodes.const("tiny", 1e-20, np.float32)], "step1")
-    flat = nodes.const("flat", [-1], np.int64)
-    step_rows = nodes("Reshape", [step, flat], "step1_rows")
-    center = nodes("Expand", [nodes.const("center", limbs.center, np.uint8), nodes("Shape", [step_rows], "m")], "zero")
-    code = nodes("QuantizeLinear", [rows, step_rows, center], "codes" if limbs.count == 1 else "codes1", axis=0)
+    peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)
+    step = peak if limbs.count == 2 else nodes("Mul", [peak, nodes.const("per_top", 1 / limbs.top, np.float32)], "step")
+    unit = nodes.const("unit", 1 / limbs.top if limbs.count == 2 else 1, np.float32)
+    center = nodes.const("center", limbs.center, np.uint8)
+    units = nodes("Div", [x, step], "in_steps")
+    code = nodes("QuantizeLinear", [units, unit, center], "codes1")
     if limbs.count == 1:
-        return code, nodes("Identity", [step], "scales"), leading
-    high = nodes("DequantizeLinear", [code, step_rows, center], "high", axis=0)
-    low = nodes("Sub", [rows, high], "low")
-    step2 = nodes("Mul", [step, nodes.const("per_limb", 1 / (2 * limbs.top), np.float32)], "step2")
-    code2 = nodes("QuantizeLinear", [low, nodes("Reshape", [step2, flat], "step2_rows"), center], "codes2", axis=0)
-    scales = nodes("Concat", [step, step2], "scales", axis=0)
-    return nodes("Concat", [code, code2], "codes", axis=0), scales, leading
+        return LimbTensors([code], [unit], step)
+    low = nodes("Sub", [units, nodes("DequantizeLinear", [code, unit, center], "high")], "low")
+    unit2 = nodes.const("unit2", limbs.finer / limbs.top, np.float32)
+    return LimbTensors([code, nodes("QuantizeLinear", [low, unit2, center], "codes2")], [unit, unit2], step)
+
+
+def may_saturate(node: gs.Node) -> bool:
+    """Are it 8-bit limbs that meet signed weights? Limbs of 7 bits never saturate."""
+    if node.op != "MatMulIntegerToFloat" or node.inputs[1].dtype != np.int8:
+        return False
+    return bool(scalar(node.inputs[4]) == ONE_LIMB.center)

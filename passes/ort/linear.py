@@ -11,16 +11,30 @@ from typing import Any
 from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
+from instantrt.passes.ort.expand import ExpandOnLoad
 from instantrt.passes.ort.groups import LowerGroups
-from instantrt.passes.ort.limbs import TWO_LIMBS, Limbs, LowerPerChannel
+from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS, TWO_PRODUCTS, LowerPerChannel
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
 
 
-def linear_passes(preset: Preset, one_limb: Limbs) -> tuple[Lowering[Any], ...]:
+def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) -> tuple[Lowering[Any], ...]:
     """The lowerings in order of preference; what one leaves, the next takes, and what none takes is refused.
 
-    exact: activations keep 14 bits or what the scheme gives them; fast: whatever is not A8W8 by channel goes to
-    MatMulNBits, whose activations are int8 by block.
+    exact    activations keep 14 bits or what the scheme gives them
+    fast     about 8 bits of them
+    auto     the same for what is in groups, whose blocks are small, but for the head, where int8 costs most
+             (docs/quantization.md, "Defaults")
+    steps    most calls have one row for each sequence, as a language model's; else many
+    signed   the CPU multiplies 8 bits by signed 8 bits without saturation
     """
-    exact = (LowerPerChannel(TWO_LIMBS, "float"), LowerGroups(one_limb), LowerToExactBlocks())
-    return (LowerPerChannel(one_limb, "int8"), *(exact if preset == "exact" else (LowerToMatMulNBits(),)))
+    one = ONE_LIMB if signed else ONE_LIMB_UNSIGNED
+    by_channel, in_groups = LowerPerChannel(TWO_LIMBS if steps else TWO_PRODUCTS, "float"), LowerGroups(one)
+    forms: dict[tuple[str, Preset], tuple[Lowering[Any], ...]] = {  # docs/facts.md, "Forms by the number of rows"
+        ("steps", "auto"): (by_channel, LowerToExactBlocks(heads=True), LowerToMatMulNBits()),
+        ("steps", "exact"): (by_channel, in_groups, LowerToExactBlocks()),
+        ("steps", "fast"): (LowerToMatMulNBits(),),
+        ("rows", "auto"): (by_channel, in_groups, ExpandOnLoad()),
+        ("rows", "exact"): (by_channel, in_groups, ExpandOnLoad()),
+        ("rows", "fast"): (LowerPerChannel(one, "float"), LowerToMatMulNBits()),
+    }
+    return (LowerPerChannel(one, "int8"), *forms["steps" if steps else "rows", preset])

@@ -14,14 +14,17 @@ from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
-CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of this size: 4 % more bytes, the fastest kernel
+CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of at most this size: 4 % more bytes, and fast
 
 
 def nbits_block(q: QuantTensor) -> int | None:
-    """The block size that expresses q's groups: the largest that divides one, each group's scale repeated."""
-    if q.per_channel:
-        return CHANNEL_BLOCK
-    return next((b for b in BLOCKS if q.group_size % b == 0), None)
+    """The block size that expresses q's groups: the largest that divides one, each group's scale repeated.
+
+    A channel's blocks divide K where any of 32 does; else K is padded to whole ones.
+    """
+    if not q.per_channel:
+        return next((b for b in BLOCKS if q.group_size % b == 0), None)
+    return next((b for b in BLOCKS if CHANNEL_BLOCK >= b >= 32 and q.group_size % b == 0), CHANNEL_BLOCK)
 
 
 @dataclass(frozen=True)

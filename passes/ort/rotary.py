@@ -1,4 +1,4 @@
-"""Rotary embeddings inside of GroupQueryAttention, and queries, keys and values as the one product that they are."""
+"""Rotary embeddings inside of GroupQueryAttention."""
 
 from __future__ import annotations
 
@@ -56,13 +56,12 @@ class RotateInAttention(Rewrite[RotationMatch]):
             or any(a is not b for a, b in zip(query.inputs[1:], key.inputs[1:], strict=True))
         ):
             return Reject("queries and keys are not rotated alike")
-        if reason := self.unfit(query):
+        if reason := self.unfit(node.inputs[3].shape[3], *query.inputs[1:]):
             return Reject(reason)
         return RotationMatch(node, query, key)
 
-    def unfit(self, query: gs.Node) -> str:
-        _, cos, sin = query.inputs
-        size = query.inputs[0].shape[-1] // query.attrs["num_heads"]
+    def unfit(self, size: int, cos: gs.Tensor, sin: gs.Tensor) -> str:
+        """Why heads of `size` channels cannot be rotated by tables of `cos` and `sin`, or ""."""
         if size % (2 * WIDTHS):
             return f"head size {size} is no multiple of {2 * WIDTHS}"
         for tensor in (cos, sin):
@@ -74,6 +73,8 @@ class RotateInAttention(Rewrite[RotationMatch]):
         """Why `tensor` [B, S, R/2] is no function of each token's position alone, or its table would be too long."""
         if not self.longest:
             return "the model does not say how long a sequence may be"
+        if all(t.name != POSITIONS or t.dtype != np.int64 for t in self.graph.inputs):
+            return f"{POSITIONS} is no input of int64"
         runs = [Evaluation(self.graph, {POSITIONS: positions}) for positions in (FORWARD, MIXED)]
         try:
             if any(len(node.outputs) != 1 or bodies(node) for node in runs[0].needed(tensor.name)):
@@ -95,8 +96,11 @@ class RotateInAttention(Rewrite[RotationMatch]):
         given = next(t for t in graph.inputs if t.name == POSITIONS)
         if id(given) not in self.tables:
             self.tables[id(given)] = small("rotary/positions", np.arange(self.longest)[None], np.int64)
+        nodes = Prefixed(graph, POSITIONS)
+        first, last = nodes.const("first", 0, np.int64), nodes.const("last", self.longest - 1, np.int64)
+        inside = nodes("Clip", [given, first, last], "inside")  # the operator refuses others, of padding, too
         cos, sin = (self.table(graph, t) for t in angles)
-        for index, tensor in ((0, match.query.inputs[0]), (1, match.key.inputs[0]), (7, cos), (8, sin), (9, given)):
+        for index, tensor in ((0, match.query.inputs[0]), (1, match.key.inputs[0]), (7, cos), (8, sin), (9, inside)):
             node.inputs[index] = tensor
         interleaved = {"rotary_interleaved": 1} if match.query.attrs.get("interleaved") else {}
         node.attrs |= {"do_rotary": 1, **interleaved}
@@ -123,22 +127,3 @@ class RotateInAttention(Rewrite[RotationMatch]):
 def weight_bytes(graph: gs.Graph) -> int:
     views = (view_of(t) for t in graph.tensors().values())
     return sum(view.nbytes for view in views if view is not None)
-
-
-class PackQueryKeyValue(Rewrite[gs.Node]):
-    """GroupQueryAttention(Split(x)) -> GroupQueryAttention(x [B, S, (H + 2 KV) * D]), which takes the parts itself."""
-
-    def match(self, node: gs.Node) -> gs.Node | Reject | None:
-        if node.op != ATTENTION or not node.inputs[1].name:
-            return None
-        split = producer(node.inputs[0], "Split")
-        if split is None or len(split.outputs) != 3:
-            return Reject("queries, keys and values are not parts of one product")
-        if any(a is not b for a, b in zip(split.outputs, node.inputs[:3], strict=True)):
-            return Reject(f"queries, keys and values are not the parts of {split.name} in this order")
-        return node
-
-    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:  # noqa: ARG002
-        packed = match.i().inputs[0]
-        for index, tensor in enumerate((packed, gs.Variable.empty(), gs.Variable.empty())):
-            match.inputs[index] = tensor

@@ -101,8 +101,9 @@ class QuantizeTables(Rewrite[Table]):
     tied: Mapping[Source, QuantTensor] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
 
     def for_graph(self, graph: gs.Graph) -> QuantizeTables:
-        quants = [view.source for t in tensors(graph).values() if isinstance((view := view_of(t)), View)]
-        return QuantizeTables({q.source.weight: q for q in quants if isinstance(q, QuantTensor) and serves_tables(q)})
+        views = [view for t in tensors(graph).values() if (view := view_of(t)) is not None]
+        quants = [view.source for view in views if isinstance(view.source, QuantTensor)]
+        return QuantizeTables({q.source.weight: q for q in quants if isinstance(q.source, Quantizer) and fits(q)})
 
     def match(self, node: gs.Node) -> Table | Reject | None:
         return table(node, FLOAT32, self.tied)
@@ -124,6 +125,6 @@ class QuantizeTables(Rewrite[Table]):
         return f"GatherBlockQuantized, {match.quant.bits} bits{shared}"
 
 
-def serves_tables(q: QuantTensor) -> bool:
+def fits(q: QuantTensor) -> bool:
     """May a table of embeddings be in the form of this linear?"""
-    return isinstance(q.source, Quantizer) and q.bits == 8 and q.group_size in BLOCKS
+    return q.bits == 8 and q.group_size in BLOCKS

@@ -118,6 +118,12 @@ def pointwise_chain(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
         yield tensor
 
 
+def makes_logits(node: gs.Node) -> bool:
+    """Is nothing but pointwise operators between its output and the graph's logits?"""
+    *_, last = pointwise_chain(node.outputs[0])
+    return bool(last.name == LOGITS)
+
+
 def for_any_position(tensor: gs.Tensor) -> bool:
     """A constant that is the same for each position of [batch, sequence, channels]."""
     return isinstance(tensor, gs.Constant) and (len(tensor.shape) < 2 or tensor.shape[-2] == 1)

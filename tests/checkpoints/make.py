@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.tools.bench.synthetic import write_safetensors

@@ -45,7 +45,7 @@ def decisions(graph: gs.Graph, bits: int, group: int, activations: str = "float"
     config = QuantConfig(
         weight_format=f"{'int' if bits == 8 else 'uint'}{bits}", group_size=group, compute_method=compute
     )
-    return {each.path: instant.instant(each, config, FLOAT32, bits) for each in pipeline.linears(graph)}
+    return {each.path: instant.instant(each, config, FLOAT32) for each in pipeline.linears(graph)}
 
 
 def graphs(chosen: Callable[[gs.Graph], Decisions], preset: str = "exact") -> Graphs:

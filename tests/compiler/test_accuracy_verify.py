@@ -240,7 +240,7 @@ def test_a_budget_keeps_the_search_for_clips(compiled: Compiled) -> None:
     planned = compiled.planned
     some = [f for f in pipeline.linears(planned.model.graph) if f.path.startswith("model.layers.0.mlp")]
     config = QuantConfig(weight_format="uint4", group_size=128, search="mse")
-    decisions = {f.path: instant.instant(f, config, np.dtype(np.float32), 4) for f in some}
+    decisions = {f.path: instant.instant(f, config, np.dtype(np.float32)) for f in some}
     data = load_data(planned.model, TEXT, limit=64)
     found = search(planned.model.graph, planned.model, decisions, data, Budget(max_kl=1e-5), lambda text: None)
     quants = [q for q in found.decisions.values() if isinstance(q, QuantTensor)]

@@ -104,10 +104,10 @@ def test_an_artifact_does_not_depend_on_what_is_compiled_beside_it(tmp_path: Pat
 
 
 def test_tables_keep_their_sixteen_bits(tmp_path: Path) -> None:
-    """Two float tables of 4096 x 256: 2 bytes an element in the artifact, 1 when asked."""
+    """Two float tables of 4096 x 256: 2 bytes an element in the artifact, 1 unless the head is to stay float."""
     sizes = {}
-    for name, fields in {"stored": {}, "int8": {"lm_head": "int8", "embeddings": "int8"}}.items():
-        compiled(tmp_path / name, quant="a16w8", **fields)
+    for name, fields in {"stored": {"lm_head": "float"}, "int8": {}}.items():
+        compiled(tmp_path / name, quant="a16w8", group_size=64, **fields)
         sizes[name] = (tmp_path / name / "x86/model.onnx.data").stat().st_size
     table = 4096 * 256
     assert sizes["stored"] - sizes["int8"] == pytest.approx(2 * table, rel=0.1)
@@ -141,27 +141,36 @@ def test_a_tied_table_is_written_once(tmp_path: Path, preset: Preset) -> None:
 def test_ignored_layers_stay_float(tmp_path: Path) -> None:
     planned = compiled(tmp_path, quant="a16w8", ignore=("*.down_proj", "model.layers.0.*"))
     left = [path for path, d in planned.twins["x86"].decisions.items() if not isinstance(d, QuantTensor)]
-    assert len(left) == 3 + 7 + 1
+    assert len(left) == 3 + 7
 
 
-def test_a_group_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+def test_a_group_that_fits_no_layer_is_refused_by_the_config_alone(tmp_path: Path) -> None:
+    """Without weights or a model: nothing was exported."""
+    shutil.copy(TINY / "config.json", tmp_path)
+    for size, what, expected, fix in (
+        (96, "does not divide the input width", "a divisor of 256", "128, 64, 32, -1 (per channel)"),
+        (8, "is one that no operator has", "a multiple of 16", "128, 64, 32, -1 (per channel)"),
+    ):
+        with pytest.raises(UserError, match=f"group_size {what}") as caught:
+            compile_model(Request(tmp_path, ("x86",), tmp_path / "o", quant="a16w8", group_size=size))
+        assert caught.value.where.startswith("config.json, hidden_size")
+        assert (caught.value.expected, caught.value.found) == (expected, f"group_size {size}")
+        assert caught.value.fix == f"--group-size {fix}, or --ignore some layers"
+
+
+def test_a_group_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """By layer, where what is ignored decides."""
     with pytest.raises(UserError, match=r"group_size does not divide") as caught:
-        compiled(tmp_path, quant="a16w8", group_size=96)
+        compiled(tmp_path, quant="a16w8", group_size=96, ignore=("lm_head",))
     assert caught.value.where == "model.layers.0.self_attn.q_proj, and 23 more"  # down_proj is 768 wide
     assert caught.value.fix == "--group-size 128, 64, 32, -1 (per channel)"  # too many kinds of layers to ignore
     with pytest.raises(UserError) as caught:
-        compiled(tmp_path, quant="a16w8", group_size=512, ignore=("*_proj",), lm_head="int8")
-    assert caught.value.fix.endswith("or --ignore 'lm_head'")
-
-
-def test_a_group_without_a_kernel_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no form for this quantized layer") as caught:
-        compiled(tmp_path, quant="a16w8", group_size=8)
+        compiled(tmp_path, quant="a16w8", group_size=512, ignore=("*attn*", "*gate_proj", "*up_proj"))
+    assert caught.value.fix.endswith("or --ignore 'model.layers.*.mlp.down_proj'")
+    with pytest.raises(UserError, match=r"no operator has") as caught:
+        compiled(tmp_path, quant="a16w8", group_size=8, ignore=("lm_head",))
     assert caught.value.where == "model.layers.0.self_attn.q_proj, and 27 more"
     assert "--ignore" not in caught.value.fix
-    with pytest.raises(UserError) as caught:
-        compiled(tmp_path, quant="a16w8", group_size=8, ignore=("*attn*", "*gate_proj", "*up_proj"))
-    assert caught.value.fix.endswith("or --ignore 'model.layers.*.mlp.down_proj'")
     assert not (tmp_path / "x86").exists()
 
 
@@ -176,7 +185,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_left(tiny_float: F
     tensors = {k: replace(t, path=broken / "model.safetensors") for k, t in tiny_float.tensors.items()}
     found = next(f for f in pipeline.linears(tiny_float.graph) if f.path in name)
     config = parse_quant_config({"weight_format": "int8"}, "t")
-    q = instant.instant(replace(found, rows=tensors[name]), config, FLOAT32, 8)
+    q = instant.instant(replace(found, rows=tensors[name]), config, FLOAT32)
     with pytest.raises(UserError, match=r"up_proj\[5, 9\]") as caught:
         list(q.tiles())
     assert caught.value.found == "nan"

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_header, read_json
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, read_header
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import View
 

@@ -249,3 +249,24 @@ def test_a_changed_model_is_not_loaded(tiny_compiled: Path, tmp_path: Path) -> N
         data.write(bytes(64))
     with pytest.raises(UserError, match="this is not what compile wrote"):
         LLM(copy).start()
+
+
+def test_what_was_changed_explains_why_it_does_not_load(tiny_compiled: Path, tmp_path: Path) -> None:
+    """Digests are compared while ONNX Runtime, and the tokenizer's library, stumble over the same files."""
+    for name in ("model.onnx", "tokenizer.json"):
+        copy = shutil.copytree(tiny_compiled, tmp_path / name)
+        (copy / "x86" / name).write_bytes(b"{")
+        with pytest.raises(UserError, match="this is not what compile wrote"):
+            LLM(copy).start()
+    with pytest.raises(UserError, match="this is not what compile wrote"):
+        load_artifact(tmp_path / "model.onnx")
+
+
+def test_what_runs_an_artifact_brings_no_compiler(tiny_compiled: Path) -> None:
+    """Memory and time of imports count where a small model runs; nobody who sends no chat needs Jinja."""
+    program = (
+        "import sys; from instantrt import LLM\n"
+        f"with LLM({str(tiny_compiled)!r}, threads=1, spinning=False) as llm: llm.generate('a', max_tokens=1)\n"
+        "print([name for name in ('onnx', 'onnx_graphsurgeon', 'safetensors', 'jinja2') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"[]\n"

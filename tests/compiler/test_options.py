@@ -48,7 +48,7 @@ def test_a_request_is_the_builders_options_too() -> None:
         ({"max_kl": float("nan")}, "max_kl is out of range\n  expected: a number above 0"),
         ({"max_ppl_increase": 0}, "max_ppl_increase is out of range"),
         ({"kv_cache": "inplace"}, "kv_cache has no such value\n  expected: concat or in-place"),
-        ({"lm_head": None}, "lm_head has no such value"),
+        ({"cpu_preset": None}, "cpu_preset has no such value"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(given: dict[str, Any], says: str) -> None:

@@ -93,10 +93,10 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], None]:
     ("fields", "arithmetic"),
     [
         ({}, "float32"),
-        ({"quant": "a16w8", "logits": "all"}, "two limbs"),
+        ({"quant": "a16w8", "logits": "all"}, "int8 per block"),
         ({"quant": "a16w4", "group_size": 32, "cpu_preset": "fast"}, "int8 per block"),
-        ({"quant": "a8w8", "portable": True}, "int8 per token"),
-        ({"quant": "a16w8", "lm_head": "int8", "embeddings": "int8"}, "two limbs"),
+        ({"quant": "a8w8", "portable": True, "lm_head": "float"}, "int8 per token"),
+        ({"quant": "a16w8", "cpu_preset": "exact"}, "two limbs"),
     ],
     ids=str,
 )
@@ -133,8 +133,9 @@ def ends_early(graph: gs.Graph) -> None:
     attention = node(graph, "GroupQueryAttention")
     last = attention.inputs[5]
     shorter = add(graph, "Mul", [last, small("none", 0, np.int32)], "lengths/none")
+    new = add(graph, "Add", [shorter, small("one", 1, np.int32)], "lengths/one")
     for each in (n for n in graph.nodes if n.op == "GroupQueryAttention"):
-        each.inputs[5] = shorter
+        each.inputs[5], each.inputs[16] = shorter, new
     graph.toposort()
 
 
@@ -170,8 +171,8 @@ def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.Monkey
     """Two percent off, in every block."""
     right = Blocks.scales
     monkeypatch.setattr(Blocks, "scales", lambda self, tile: right(self, tile) * np.float32(1.02))
-    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.q_proj: after pass LowerToExactBlocks, node"
-    refused(TINY, tmp_path / "out", words, quant="a16w8", group_size=32)
+    words = r"(?s)prefill.*; model\.layers\.0\.self_attn\.\w_proj: after pass LowerToExactBlocks, node"
+    refused(TINY, tmp_path / "out", words, quant="a16w4", group_size=32, cpu_preset="exact")
 
 
 @pytest.mark.slow
@@ -453,7 +454,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert contents(tmp_path / "out") == before
     assert "smoke" not in json.loads((tmp_path / "out" / MANIFEST).read_text())["artifacts"][0]["source"]["request"]
     monkeypatch.setattr(Blocks, "scales", lambda self, tile: self.repeated(tile.parts[1]) * np.float32(1.02))
-    failed = invoke(*words, "--quant", "a16w8", "--group-size", "32")
+    failed = invoke(*words, "--quant", "a16w4", "--group-size", "32", "--cpu-preset", "exact")
     assert isinstance(failed.exception, SmokeError)
     assert contents(tmp_path / "out") == before
 

@@ -238,6 +238,7 @@ def softmax(scores: Array) -> Array:
         Sampling(temperature=1.3, top_p=0.6),
         Sampling(temperature=1.0, top_k=20, top_p=0.5),
         Sampling(temperature=50.0, top_p=0.9),  # flat: the nucleus is wider than the shortlist
+        Sampling(temperature=50.0, top_k=20, top_p=0.5),  # half of what top_k keeps, not of all
     ],
     ids=str,
 )
@@ -271,6 +272,15 @@ def test_largest_is_a_stable_sort() -> None:
     scores = np.array([1, 3, 3, 2, 3, 0], np.float32)
     assert largest(scores, 6).tolist() == [1, 2, 4, 3, 0, 5]
     assert largest(scores, 4).tolist() == [1, 2, 4, 3]
+    random = np.random.default_rng(0)
+    for count in (1, 7, 64, 999):
+        scores = random.integers(-30, 30, 1000).astype(np.float32)  # many are equal
+        assert largest(scores, count).tolist() == np.argsort(-scores, kind="stable")[:count].tolist()
+
+
+def test_the_coldest_draw_is_greedy() -> None:
+    logits = np.array([1, 3, 2.99, -np.inf], np.float32)
+    assert Sampler(Sampling(temperature=1e-300), ()).draw(logits) == 1
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty", "frequency_penalty"])

@@ -22,7 +22,8 @@ import onnxruntime as ort
 import torch
 import transformers
 
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant.config import FORMATS, SHORT
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader, StoredLayer

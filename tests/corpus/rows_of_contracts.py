@@ -11,7 +11,8 @@ import onnx
 import onnx.parser
 from onnx.numpy_helper import from_array
 
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.lazy import whole
 from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.corpus.row import Row
@@ -21,6 +22,7 @@ Make = Callable[[Path], Path]
 
 # A causal LM as a graph: of each layer which keys [1, 1, 1, T] are `HIDDEN` from which queries [1, 1, S, 1], and the
 # `MASK` [B, 1, S, T] that says so. A layer's names begin with L.
+BY_CHANNEL: dict[str, Any] = {"group_size": -1, "lm_head": "float"}
 CAUSAL = "L_hidden = Greater(L_keys, L_queries)"
 PREFIX = "L_later = Greater(L_keys, L_queries) L_behind = Greater(L_keys, two) L_hidden = And(L_later, L_behind)"
 ADDED = "L_mask = Where(L_unseen, lowest, none)"
@@ -161,7 +163,7 @@ ROWS = (
     row("llama with is_causal: false and heads of 100", family("llama", is_causal=False, head_dim=100)),
     row("Mistral with is_causal: false: a window to both sides", family("mistral", is_causal=False)),
     row("heads of 20", family("qwen3", head_dim=20)),
-    row("heads of 36, and int8 weights", family("qwen3", head_dim=36), bound=5e-3, quant="a16w8"),
+    row("heads of 36, and int8 weights", family("qwen3", head_dim=36), bound=5e-3, quant="a16w8", **BY_CHANNEL),
     row("heads of 12, one of them for keys and values", family("llama", head_dim=12, num_key_value_heads=1)),
     row("a graph whose mask is causal", masked((CAUSAL, ADDED))),
     row("a graph whose first tokens see one another (a prefix LM)", masked((PREFIX, ADDED))),

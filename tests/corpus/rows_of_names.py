@@ -13,8 +13,9 @@ import onnx
 import onnx.parser
 from onnx.numpy_helper import from_array, to_array
 
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, InMemory, whole
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
@@ -195,7 +196,7 @@ def graph(
     return write
 
 
-W4A16: dict[str, Any] = {"quant": "a16w4", "group_size": 32}
+W4A16: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "lm_head": "float"}
 CT: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
 LINEAR: dict[str, Any] = W8.group(["Linear"])
 

@@ -16,8 +16,9 @@ import pytest
 
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.core.rewrite import Pass, PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 
 Array = npt.NDArray[Any]
@@ -38,14 +39,18 @@ def expected(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
     return [whole(session, text) for text in texts()]
 
 
-@pytest.fixture(scope="module", params=["group query attention", "scatter"])
+FORMS: dict[str, tuple[Pass, ...]] = {
+    "group query attention": ATTENTION,
+    "rotated inside of it": (*ATTENTION, RotateInAttention(LIMIT)),
+    "scatter": tuple(kv_in_place(LIMIT)),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def session(
     request: pytest.FixtureRequest, tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory
 ) -> ort.InferenceSession:
-    graph = tiny_float.graph.copy()
-    graph = (
-        run(graph, kv_in_place(LIMIT), PassLog()) if request.param == "scatter" else run(graph, ATTENTION, PassLog())
-    )
+    graph = run(tiny_float.graph.copy(), FORMS[request.param], PassLog())
     return session_of(graph, tmp_path_factory.mktemp("ragged") / "model.onnx")
 
 
@@ -82,13 +87,20 @@ def whole(session: ort.InferenceSession, text: Array) -> Array:
     return logits
 
 
+def padded(side: str) -> tuple[Array, Array, list[slice]]:
+    """Tokens and mask [rows, width] of all prompts, padded on a side; where each lies."""
+    width = max(LENGTHS)
+    ids, mask = np.zeros((2, len(LENGTHS), width), np.int64)
+    places = [slice(0, n) if side != "left" else slice(width - n, width) for n in LENGTHS]
+    for row, (text, place, n) in enumerate(zip(texts(), places, LENGTHS, strict=True)):
+        ids[row, place], mask[row, place] = text[:n], 1
+    return ids, mask, places
+
+
 @pytest.mark.parametrize("side", ["right", "left", "right, full mask"])
 def test_rows_of_different_lengths(session: ort.InferenceSession, expected: list[Array], side: str) -> None:
     rows, width = texts(), max(LENGTHS)
-    ids, mask = np.zeros((2, len(rows), width), np.int64)
-    places = [slice(0, n) if side != "left" else slice(width - n, width) for n in LENGTHS]
-    for row, (text, place, n) in enumerate(zip(rows, places, LENGTHS, strict=True)):
-        ids[row, place], mask[row, place] = text[:n], 1
+    ids, mask, places = padded(side)
     cache = cache_of(len(rows), content=3.0)  # old values, which nothing may read
     logits = step(session, ids, mask, np.maximum(mask.cumsum(1) - 1, 0), cache)
     got = [[logits[row, place.stop - 1]] for row, place in enumerate(places)]
@@ -105,4 +117,21 @@ def test_rows_of_different_lengths(session: ort.InferenceSession, expected: list
             got[row].append(logits[row, -1])
     for row, n in enumerate(LENGTHS):
         error = np.abs(np.array(got[row]) - expected[row][n - 1 :]).max()
+        assert error <= 1e-4 * np.abs(expected[row]).max(), (row, error)
+
+
+def test_a_batch_takes_its_prompts_in_pieces(tiny_float: FloatModel, expected: list[Array], tmp_path: Path) -> None:
+    graph = run(tiny_float.graph.copy(), FORMS["rotated inside of it"], PassLog())
+    session, (ids, mask, _), cache = (
+        session_of(graph, tmp_path / "model.onnx"),
+        padded("left"),
+        cache_of(len(LENGTHS), 3.0),
+    )
+    assert not [node for node in graph.nodes if node.op == "RotaryEmbedding"]
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    for start in range(0, ids.shape[1], 16):
+        piece, seen = slice(start, start + 16), slice(0, start + 16)
+        logits = step(session, ids[:, piece], mask[:, seen], positions[:, piece], cache)
+    for row, n in enumerate(LENGTHS):
+        error = np.abs(logits[row, -1] - expected[row][n - 1]).max()
         assert error <= 1e-4 * np.abs(expected[row]).max(), (row, error)

@@ -85,7 +85,7 @@ def test_search_is_opt_in() -> None:
     asked = {"quant_method": "instant_quant", "weight_format": "uint4", "group_size": 16}
     for search_key, kind in (({}, InstantQuant), ({"search": "mse"}, SearchedQuant)):
         config = parse_quant_config(asked | search_key, "test")
-        assert isinstance(instant(layer, config, F32, 4).source, kind)
+        assert isinstance(instant(layer, config, F32).source, kind)
     with pytest.raises(UserError, match="search"):
         parse_quant_config(asked | {"search": "hqq"}, "test")
     with pytest.raises(UserError, match="quantized already"):

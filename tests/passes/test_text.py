@@ -27,7 +27,7 @@ from instantrt.passes.core.lazy import FileTensor, View
 from instantrt.passes.core.linear import SUFFIX, weight_constant
 from instantrt.passes.core.quant import InstantQuant, Order, QuantTensor
 from instantrt.passes.core.rewrite import Pass, PassLog, Reject, run
-from instantrt.passes.ort.limbs import ONE_LIMB_X86, TWO_LIMBS
+from instantrt.passes.ort.limbs import ONE_LIMB_UNSIGNED, TWO_LIMBS
 from instantrt.passes.tensorrt.lower_weight_only_gemm import Packed
 from instantrt.plugins.weight_only_gemm.op import OP
 
@@ -50,7 +50,7 @@ PASSES = {file_name(each): each for each in every_pass()}
 
 
 NAMES: dict[str, Any] = {each.__name__: each for each in (*PASSES.values(), Order, Reject, np.dtype)}
-NAMES |= {"ONE_LIMB_X86": ONE_LIMB_X86, "TWO_LIMBS": TWO_LIMBS, "array": np.array}
+NAMES |= {"ONE_LIMB_UNSIGNED": ONE_LIMB_UNSIGNED, "TWO_LIMBS": TWO_LIMBS, "array": np.array}
 
 
 def stored(name: str, *shape: int) -> FileTensor:

@@ -28,7 +28,7 @@ import numpy as np
 import typer
 
 from instantrt.compiler.accuracy.data import read_text, tokenizer_of
-from instantrt.compiler.checkpoint import read_json
+from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.bench.compile_time import TOKENIZER, measured, versions
 from instantrt.tools.bench.cpu_contests import BATCH, CONTESTS, EXPORT, MADE, MODEL, PACKAGES, Contest, Form

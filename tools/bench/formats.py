@@ -1,7 +1,8 @@
 """Quantized checkpoints of every format against transformers on their dequantized weights, and how fast they stream.
 
 `instantrt bench formats perplexity DIR...` compiles each checkpoint and compares perplexities;
-`instantrt bench formats stream` reads and writes a synthetic GPTQ layer; `search` compares ways to quantize.
+`instantrt bench formats stream` reads and writes a synthetic GPTQ layer; `search` compares ways to quantize, and
+`defaults` what a request may leave open.
 Each prints a JSON object; benchmarks/ keeps what was measured.
 """
 
@@ -14,21 +15,24 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import typer
 
+from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.checkpoint import read_checkpoint, read_json
+from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
+from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, InMemory, convert, whole
 from instantrt.passes.core.quant import Codes, InstantQuant, Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import take_over
@@ -120,6 +124,50 @@ def compare(
         }
         print(folder.name, json.dumps(rows[folder.name]), flush=True)
     print(json.dumps(rows, indent=2))
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    f"{quant} {'by channel' if group == -1 else f'g{group}'} {preset}": {
+        "quant": quant, "group_size": group, "cpu_preset": preset
+    }
+    for quant, groups in (("a16w8", (-1, 128, 64, 32)), ("a16w4", (128, 64, 32)))
+    for group in groups
+    for preset in get_args(Preset)
+}  # fmt: skip
+
+
+@main.command("defaults")
+def compare_defaults(
+    model: Annotated[Path, typer.Argument(help="float checkpoint of a causal LM")],
+    text: Annotated[Path, typer.Option(help="the text")] = TEXT,
+    choice: Annotated[list[str] | None, typer.Option(help="'a16w8 g64 auto', say; else all")] = None,
+) -> None:
+    """Print the loss in nats a token, the KL to the float artifact and the bytes of what a request may leave open."""
+    parts = text_windows(model, text)
+    rows: dict[str, dict[str, float]] = {}
+    exact, size = logits_and_mib(model, parts, quant="none")
+    for name in choice or CHOICES:
+        try:
+            found, mib = logits_and_mib(model, parts, **CHOICES[name])
+        except UserError as error:  # a group that does not divide its layers
+            print(f"{name}: {error.what}", flush=True)
+            continue
+        tokens = Tokens.join([compare_tokens(*each) for each in zip(exact, found, parts, strict=True)])
+        increase, kl = float(np.nanmean(tokens.nll - tokens.nll_reference)), float(tokens.kl.mean())
+        rows[name] = {"nll_increase": round(increase, 4), "kl": round(kl, 5), "mib": mib}
+        print(name, json.dumps(rows[name]), flush=True)
+    nll = round(float(np.nanmean(tokens.nll_reference)), 4)
+    print(json.dumps({"tokens": len(tokens.kl), "float": {"nll": nll, "mib": size}, **rows}, indent=2))
+
+
+def logits_and_mib(model: Path, parts: list[Array], **fields: Any) -> tuple[list[Array], float]:
+    """What an artifact says of each part of a text, and its size."""
+    with tempfile.TemporaryDirectory() as out:
+        request = Request(model, ("x86",), Path(out), logits="all", **fields)
+        write_planned(request, plan(request))
+        run = artifact_logits(Path(out))
+        size = sum(file.stat().st_size for file in Path(out, "x86").glob("model.onnx*"))
+        return [run(ids) for ids in parts], round(size / 2**20, 1)
 
 
 @main.command("search")

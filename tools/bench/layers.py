@@ -15,7 +15,6 @@ from instantrt.passes.core.lazy import FileTensor
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
 
@@ -72,7 +71,7 @@ def lowered(tensors: Mapping[str, FileTensor], mode: str) -> gs.Graph:
             found.path, source, found.shape, bits, size, symmetric, FLOAT32, "int8" if symmetric else "float"
         )
     run(graph, (InsertDequantize(table), QuantizeActivations()), PassLog())
-    return run(graph, linear_passes(preset, ONE_LIMB_X86), PassLog())  # type: ignore[arg-type]
+    return run(graph, linear_passes(preset), PassLog())  # type: ignore[arg-type]
 
 
 def peak_kb() -> int:

@@ -80,7 +80,7 @@ def quant_fields(file: Path | None, *, weight_only: bool) -> dict[str, Any]:
     """The fields of a request that --quant-config says; --weight-only may say the same."""
     if file is None:
         return {"weight_only": weight_only}
-    from instantrt.compiler.checkpoint import read_json
+    from instantrt.compiler.json_file import read_json
 
     try:
         found = fields_from_json(read_json(file))

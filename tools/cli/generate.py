@@ -43,17 +43,17 @@ def main(
     top_k: Annotated[int, typer.Option(help="0 keeps all")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps all")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU: 0 is one a core")] = 0,
+    spinning: Annotated[
+        bool | None, typer.Option("--spinning/--no-spinning", help="CPU: idle threads keep their cores between steps")
+    ] = None,
     compare: Annotated[Path | None, typer.Option(help="float checkpoint: print what it generates, too")] = None,
 ) -> None:
     """Streams the text to the terminal, and says last how long it took."""
     from instantrt.compiler.llm import LLM
 
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    llm = LLM(folder, target)
-    if llm.artifact.kind == "onnx":  # caches for this one sequence; an engine's are as it was built
-        length = min(len(llm.encode(given)) + max_tokens, llm.limits.length)
-        llm = LLM(folder, target, max_batch=1, max_length=length)
-    with llm:
+    with LLM(folder, target, threads=threads, spinning=spinning) as llm:
         if compare is not None:
             greedy = llm.generate(given, max_tokens=max_tokens)
             print(f"float     {json.dumps(float_text(compare, llm.encode(given), max_tokens), ensure_ascii=False)}")

@@ -3,6 +3,7 @@
 model             Triton's entry: requests in, text out
 scheduler         sequences that join and leave the running batch between steps
 opening           a model file -> what runs it: onnx_engine, or tensorrt_engine with the driver's calls in cuda
+saturation        does this CPU compute what the model was lowered for
 text, sampling    tokens and chat templates; which token comes next
 integrity         are the files what the compiler wrote, before any is loaded
 digest, header    links to compiler/artifact/digest.py and compiler/backend/tensorrt/header.py: edit them there

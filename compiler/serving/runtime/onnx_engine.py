@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .cpus import usable_cpus
+from .saturation import refuse_saturation
 
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
-SPIN_US = 1000  # outlasts the gap between two steps, and ends soon after the last one
+SPIN_US = 1000  # outlasts the gap between two steps (docs/facts.md, "Spinning")
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
 def open_session(model: Path, threads: int = 0, spinning: bool | None = None) -> ort.InferenceSession:
-    """A session on the CPU; all that open the same file in the same way share one, with its packed weights.
+    """A session on the CPU; all that open the same file in the same way share one (docs/facts.md, "Prepacked weights").
 
     threads    0 is one a core, or as many as this process has CPUs where its affinity or its quota leave fewer
     spinning   idle threads wait for the next node on their CPUs; None: where no more threads than CPUs are there
@@ -37,25 +39,30 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
     cpus = usable_cpus()
     threads = threads or (cpus if cpus < (os.cpu_count() or 1) else 0)
     spinning = threads <= cpus if spinning is None else spinning
-    files = sorted((path.name, path.stat()) for path in model.parent.glob(f"{model.name}*"))
-    identity = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files)
+    files = {path.name: path.stat() for path in sorted(model.parent.glob(f"{model.name}*"))}
+    identity = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files.items())
     key = (model.resolve(), identity, threads, spinning)
     if (session := SESSIONS.get(key)) is None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # docs/facts.md, "Memory patterns"
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-        session = SESSIONS[key] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        refuse_saturation(session)
+        SESSIONS[key] = session
     return session
 
 
 def zeros(shape: tuple[int, ...]) -> Array:
-    """Of float32, in pages that take memory one by one, as they are written: NumPy asks for huge pages."""
-    memory = mmap.mmap(-1, max(1, 4 * prod(shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+    """Of float32, in small pages, which take memory as they are written (docs/facts.md, "Huge pages")."""
+    if not prod(shape) or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, np.float32)
+    memory = mmap.mmap(-1, 4 * prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32, prod(shape)).reshape(shape)
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 def empty_cache(session: ort.InferenceSession, rows: int, length: int) -> dict[str, Array]:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 SHORTLIST = 512  # top_p rarely keeps more; sorting a whole vocabulary takes as long as a decode step of a small model
 
+COLDEST = 1e-6  # below it nothing but the largest has a chance, and float32 divides by nothing
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,24 +81,30 @@ class Sampler:
     def draw(self, scores: Array) -> int:
         s = self.sampling
         vocab = len(scores)
-        size = min(s.top_k or (vocab if s.top_p == 1 else SHORTLIST), vocab)
-        order = largest(scores, size)
-        # Probabilities are relative to all that top_k keeps, not to the shortlist.
-        kept = order if s.top_k else np.arange(vocab)
-        top = scores[order[0]]
-        total = np.exp((scores[kept].astype(np.float64) - top) / s.temperature).sum()
-        p = np.exp((scores[order].astype(np.float64) - top) / s.temperature) / total
-        if not s.top_k and size < vocab and p.sum() < s.top_p:
-            order = largest(scores, vocab)
-            p = np.exp((scores[order].astype(np.float64) - top) / s.temperature) / total
-        before = np.cumsum(p) - p
-        ends = np.cumsum(p[before < s.top_p])
+        weights = np.exp((scores - scores.max()) / max(s.temperature, COLDEST))
+        total = weights.sum(dtype=np.float64)
+        order = np.arange(vocab)
+        if s.top_k and s.top_k < vocab:  # probabilities are relative to all that top_k keeps, not to a shortlist
+            order = largest(weights, s.top_k)
+            total = weights[order].sum(dtype=np.float64)
+        elif s.top_p < 1:
+            order = largest(weights, min(SHORTLIST, vocab))
+            if weights[order].sum(dtype=np.float64) < s.top_p * total:
+                order = largest(weights, vocab)
+        p = weights[order].astype(np.float64) / total
+        ends = np.cumsum(p)
+        ends = ends[ends - p < s.top_p]
         place = np.searchsorted(ends, self.random.random() * ends[-1], side="right")
         return int(order[min(place, len(ends) - 1)])
 
 
 def largest(scores: Array, count: int) -> Array:
-    """Ids of the `count` largest scores, falling; equal scores by id."""
-    ids = np.argpartition(-scores, count - 1)[:count] if count < len(scores) else np.arange(len(scores))
-    order: Array = ids[np.lexsort((ids, -scores[ids]))]
+    """Ids of the `count` largest scores, falling; equal scores by id. Sorts those alone."""
+    ids = np.arange(len(scores))
+    if count < len(scores):
+        # Each of `count` pieces has a score that is no less than the least of their maxima.
+        pieces = scores[: len(scores) // count * count].reshape(count, -1)
+        ids = np.flatnonzero(scores >= pieces.max(axis=1).min())
+        ids = ids[scores[ids] >= np.partition(scores[ids], -count)[-count]]
+    order: Array = ids[np.lexsort((ids, -scores[ids]))][:count]
     return order

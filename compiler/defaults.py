@@ -1,0 +1,91 @@
+"""What a request leaves open, by target and model: one table, with the measurements that decided it beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Set
+from dataclasses import dataclass, replace
+
+from instantrt.compiler.options import HeadFormat, TableFormat
+from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.instant import fits
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import Backend, Target
+from instantrt.passes.core.linear import Linear
+from instantrt.passes.ort import Preset
+from instantrt.passes.qdq.tables import BLOCKS
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Group sizes of 8 and 4 bit weights, -1 per channel, and what becomes of the head and the table of embeddings."""
+
+    int8: int
+    uint4: int
+    lm_head: HeadFormat = "float"
+    embeddings: TableFormat = "stored"
+
+
+SPEC = Defaults(-1, -1)  # of the spec's own keys, and of engines: the forms that TensorRT fuses
+ENCODER = Defaults(-1, 32)  # many rows meet the weights: integer products of whole channels are the fastest
+CAUSAL: dict[Preset, Defaults] = {
+    "auto": Defaults(64, 32, "int8", "int8"),
+    "fast": Defaults(64, 32, "int8", "int8"),
+    "exact": Defaults(-1, 32, "int8", "int8"),
+}
+SMALLER = (64, 32, 16)  # for what a default, or a head's layers, do not divide: all operators have these
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How a model is quantized for one target, nothing left open.
+
+    config       None: linears stay float
+    head         how a head is quantized; None: it stays float
+    """
+
+    config: QuantConfig | None
+    head: QuantConfig | None
+    embeddings: TableFormat
+    notes: tuple[str, ...] = ()
+
+
+def settle(
+    request: Request,
+    target: Target,
+    config: QuantConfig | None,
+    linears: Iterable[Linear],
+    heads: Set[str],
+    *,
+    of_floats: bool,
+) -> Formats:
+    """What the request says, and the table where it says nothing. `of_floats`: the checkpoint is not quantized yet."""
+    if config is None or not of_floats:
+        return Formats(config, None, request.embeddings or "stored")
+    widths = {found.path: found.shape[1] for found in linears if config.ignored(found.path) is None}
+    own_heads = {path: k for path, k in widths.items() if path in heads}
+    on_cpu = target.backend is Backend.ONNXRUNTIME
+    chosen = SPEC
+    if on_cpu and request.quant_config is None:
+        chosen = CAUSAL[request.cpu_preset] if heads else ENCODER
+    notes: tuple[str, ...] = ()
+    if request.group_size is None and request.quant_config is None and not config.activate_quant:
+        wanted = chosen.int8 if config.bits == 8 else chosen.uint4
+        config = replace(config, group_size=largest(widths.values(), wanted))
+        if config.group_size != wanted:
+            unfit = next(f"{path}, {k} inputs" for path, k in widths.items() if not fits(k, wanted))
+            why = f"{wanted}, the default, does not divide {unfit}"
+            notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
+    lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
+    if lm_head == "float":
+        return Formats(config, None, request.embeddings or "stored", notes)
+    head = replace(config, weight_format="int8")
+    if on_cpu:  # in groups that a table may have, too
+        size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
+        head = replace(head, compute_method="weight_only", group_size=size)
+    return Formats(config, head, request.embeddings or chosen.embeddings, notes)
+
+
+def largest(widths: Collection[int], wanted: int) -> int:
+    """The size of groups, at most `wanted`, that fits all."""
+    sizes = (wanted, *(size for size in SMALLER if size < wanted))
+    return next((size for size in sizes if all(fits(k, size) for k in widths)), -1)

@@ -1,0 +1,35 @@
+"""A chat in the model's own form: its template, which came with the model, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache, partial
+from typing import Any
+
+import jinja2.sandbox
+
+
+def rendered(template: str, messages: Sequence[Any], tokens: Mapping[str, str | None]) -> str:
+    """What `template` makes of the messages, up to where the answer begins; ValueError where it refuses them."""
+    try:
+        return compiled(template).render(messages=messages, add_generation_prompt=True, **tokens)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"messages: the chat template refuses them: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def compiled(template: str) -> jinja2.Template:
+    """With what Hugging Face gives its templates."""
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    sandbox.globals["raise_exception"] = refuse
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return sandbox.from_string(template)
+
+
+def refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)

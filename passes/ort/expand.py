@@ -1,0 +1,62 @@
+"""Weights in groups against many rows of float activations: dequantized once, when the model is loaded.
+
+No integer form of theirs is exact and faster than a float product of many rows (docs/facts.md, "Forms by the number of
+rows"): the file stays small, and memory and speed are those of float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import Array, Tile, View, small
+from instantrt.passes.core.rewrite import Lowering, Reject, add
+from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.qdq.insert_qdq import CODE_TYPES, Quantized, quantized
+
+
+@dataclass(frozen=True)
+class ExpandOnLoad(Lowering[Quantized]):
+    """MatMul(x, DequantizeLinear(codes)) -> MatMul(x, (Cast(codes) - Cast(zero)) * scale), whose weight is constant.
+
+    ONNX Runtime folds what has constants alone, but no DequantizeLinear, which it would make an int8 product of.
+    """
+
+    requires = (weight_dq_feeds_matmul,)
+
+    def match(self, node: gs.Node) -> Quantized | Reject | None:
+        found = quantized(node)
+        if found is None:
+            return None
+        return found if found.quant.activations == "float" else Reject("its activations are int8")
+
+    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
+        q, path = match.quant, match.path
+        (n, k), shape = q.shape, (q.groups, q.group_size, q.shape[0])
+        per_group = (q.groups, 1, n)
+
+        def codes(tile: Tile) -> Array:
+            return tile.parts[0].T.reshape(*shape[:2], -1)
+
+        def of_group(part: int) -> Any:
+            return lambda tile: tile.parts[part].T[:, None]
+
+        def floats(name: str, view: View) -> gs.Tensor:
+            constant = gs.Constant(f"{path}.{name}", view)
+            return add(graph, "Cast", [constant], f"{path}/{name}", to=onnx.TensorProto.FLOAT)
+
+        kind = CODE_TYPES[q.bits]
+        steps = [
+            floats("codes_by_group", View(q, shape, kind, axis=2, project=codes)),
+            floats("zero_by_group", View(q, per_group, kind, axis=2, project=of_group(2))),
+        ]
+        scale = gs.Constant(f"{path}.scale_by_group", View(q, per_group, np.float32, axis=2, project=of_group(1)))
+        weight = add(graph, "Mul", [add(graph, "Sub", steps, f"{path}/steps"), scale], f"{path}/groups")
+        match.node.inputs[1] = add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}/weight")
+
+    def note(self, match: Quantized) -> str:
+        return f"a float32 product, {match.quant.bits} bits dequantized when the model is loaded"

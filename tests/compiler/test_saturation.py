@@ -1,0 +1,56 @@
+"""CPUs that sum 8-bit products with saturation: which artifacts cannot run there, and who says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.llm import load_artifact
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime import onnx_engine, saturation
+from instantrt.passes.core.errors import UserError
+from tests.graphs import model_file
+
+TEXT = """<ir_version: 8, opset_import: ["": 13]>
+p (uint8[1,64] a, int8[64,1] b) => (int32[1,1] y) { y = MatMulInteger(a, b) }"""
+
+
+def artifact(folder: Path, target: str, quant: str, preset: str = "exact") -> Path:
+    w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model = model_file(folder / "model.onnx", "y = MatMul(x, w)", {"w": w})
+    compile_model(Request(model, (target,), folder / "out", quant=quant, cpu_preset=preset))  # type: ignore[arg-type]
+    return folder / "out"
+
+
+def test_the_probe_is_a_product_of_largest_values() -> None:
+    assert onnx.parser.parse_model(TEXT).SerializeToString() == saturation.PROBE
+    ort.InferenceSession(saturation.PROBE, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("target", "quant", "preset", "needs"),
+    [
+        ("x86", "a8w8", "exact", True),
+        ("x86", "a16w8", "fast", True),
+        ("x86", "a16w8", "exact", False),
+        ("x86-avx2", "a8w8", "exact", False),
+        ("x86-avx2", "a16w8", "fast", False),
+    ],
+)
+def test_an_artifact_says_what_it_needs_and_is_refused_where_that_is_not(
+    target: str, quant: str, preset: str, needs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = artifact(tmp_path, target, quant, preset)
+    monkeypatch.setattr(saturation, "saturates", lambda: True)  # this machine's CPU may have VNNI
+    monkeypatch.setattr(onnx_engine, "SESSIONS", {})
+    if not needs:
+        load_artifact(out)
+        return
+    with pytest.raises(UserError, match="--target x86-avx2"):
+        load_artifact(out)
