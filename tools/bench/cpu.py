@@ -75,9 +75,8 @@ def working(python: str, form: Form, made: Path, inputs: Path, idle: list[float]
     try:
         yield ask
     finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
+        process.kill()  # it has nothing to save, and a measurement in progress may be long
+        process.communicate()
 
 
 def make(form: Form, python: str, model: Path, made: Path) -> None:
