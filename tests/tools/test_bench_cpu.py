@@ -29,7 +29,7 @@ from instantrt.tools.bench.cpu_contests import (
     FLOAT,
     PREFILL,
     Form,
-    Goal,
+    Wanted,
 )  # fmt: skip
 from instantrt.tools.bench.cpu_page import ahead, markdown
 from tests.commands import invoke
@@ -45,14 +45,14 @@ def test_a_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rounds: dict[str, tuple[str | int, ...]] = {
         PREFILL: ("prefill", 16), DECODE: ("decode", 16), DECODE_BATCH: ("decode", 16, 8)
     }  # fmt: skip
-    goal = Goal(5, (FLOAT, DECODE_BATCH), (FLOAT, DECODE))
+    goal = Wanted(5, (FLOAT, DECODE_BATCH), (FLOAT, DECODE))
     small = replace(
         DECODER, forms={FLOAT: DECODER.forms[FLOAT]}, first=("prefill", 16), rounds=rounds, goals=(goal,), limits={}
     )
     monkeypatch.setitem(CONTESTS, "decoder", small)
     monkeypatch.setattr(cpu, "STARTS", 1)
     out = tmp_path / "cpu.json"
-    other = {"kind": "shape", "sides": {}, "versions": [], "not_given": [], "idle_cpu_s": 0}
+    other = {"kind": "shape", "sides": {}, "versions": [], "not_given": [], "idle_cpu_s": 0, "machine": ""}
     out.write_text(json.dumps({"results": {"another": other}}))
     done = invoke("bench", "cpu", TINY, "--rounds", "2", "--out", out)
     assert done.exit_code == 0, done.output
@@ -137,12 +137,13 @@ def test_what_is_shown_of_it() -> None:
         EIGHT: side | {"rounds": rounds},
         "llama.cpp Q8_0": side | {"rounds": half, "loss": 2.25},
     }
-    result = {"kind": "decoder", "sides": sides, "versions": ["us 1"], "not_given": ["genai"], "idle_cpu_s": 0.01}
+    known = {"versions": ["us 1"], "not_given": ["genai"], "idle_cpu_s": 0.01, "machine": "slow"}
+    result = {"kind": "decoder", "sides": sides, **known}
     lines = markdown({"a model": result}).splitlines()
     shown = "3; 2 x (1.5 to 2.5)"
     assert f"| 8 bits | 3 | {shown} | {shown} | {shown} | 0.20 s | 6 MB | 3 MiB | 2.5000 |" in lines
     assert "| 8 bits, decode after 128 : llama.cpp Q8_0, decode after 128 | at least 1.25 | 2 x (1.5 to 2.5) |" in lines
     assert "| 8 bits: peak memory : bytes on disk | at most 1.6 | 2 |" in lines
     assert "| 8 bits: loss over float32 | at most 0.004 | 0.5 |" in lines
-    assert {"* us 1", "* not measured: `--genai` was not given"} < set(lines)
+    assert {"* slow", "* us 1", "* not measured: `--genai` was not given"} < set(lines)
     assert ahead([1, 3, 2, 2], [0.0, 0.5, 0.2, 0.4]) == [0, 2, 1]

@@ -31,7 +31,7 @@ def markdown(results: Mapping[str, Result]) -> str:
         lines += ["![loss against speed](cpu.png)", ""]
     for name, result in results.items():
         lines += [f"## {name}", "", *table(result), "", *wanted_table(result)]
-        lines += [f"* {line}" for line in result["versions"]]
+        lines += [f"* {line}" for line in (result["machine"], *result["versions"])]
         lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
         lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
     return "\n".join(lines)
