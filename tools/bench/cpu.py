@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -75,9 +76,8 @@ def working(python: str, form: Form, made: Path, inputs: Path, idle: list[float]
     try:
         yield ask
     finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
+        process.kill()  # it has nothing to save, and a measurement in progress may be long
+        process.communicate()
 
 
 def make(form: Form, python: str, model: Path, made: Path) -> None:
@@ -153,6 +153,7 @@ def measure_loss(sides: Mapping[str, Result], worker: Callable[[str], Any], vect
     """Adds the loss of each side, of a process of its own: that of a causal LM, or from an encoder's `vectors`."""
     base = None
     for name, side in sides.items():
+        console.print(f"loss of {name}")
         with worker(name) as ask:
             if vectors is None:
                 side["loss"] = round(ask("nll", WINDOW), 4)
@@ -187,15 +188,16 @@ def write_inputs(kind: str, model: Path, text: Path, path: Path) -> None:
 
 def keep(results: Mapping[str, Result], out: Path) -> None:
     """Writes all that is known."""
-    machine = {"processor": processor(), "cores": os.cpu_count()}
-    out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    out.write_text(json.dumps({"results": results}, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(results))
     plot(results, out.with_suffix(".png"))
 
 
-def processor() -> str:
+def machine(before: float) -> str:
+    """This machine, and its load `before` and after: what is above the cores is other work, which scatters rounds."""
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else ""
+    name = found[1] if found else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, load {before:.1f} before and {os.getloadavg()[0]:.1f} after"
 
 
 def prepared(model: Path | None, shape: str | None, folder: Path) -> tuple[str, Path]:
@@ -240,5 +242,6 @@ def main(
         kind, compiled = prepared(model, shape, folder)
         inputs = folder / "inputs.npz"
         write_inputs(kind, model or compiled, text, inputs)
-        results[name] = contest(kind, compiled, inputs, folder, pythons, rounds)
+        load = os.getloadavg()[0]
+        results[name] = contest(kind, compiled, inputs, folder, pythons, rounds) | {"machine": machine(load)}
     keep(results, out)

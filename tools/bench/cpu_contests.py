@@ -87,7 +87,7 @@ FLOAT = "float32"
 
 
 @dataclass(frozen=True)
-class Goal:
+class Wanted:
     """A ratio of two measurements of a round, each of a configuration: at least so much is wanted."""
 
     least: float
@@ -113,7 +113,7 @@ class Contest:
     rounds: Mapping[str, tuple[str | int, ...]]
     bases: Mapping[tuple[str, int | None], str]
     speed: str
-    goals: tuple[Goal, ...] = ()
+    goals: tuple[Wanted, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
     loss: str = ""
     linear: float = 0.01
@@ -151,13 +151,13 @@ DECODER = Contest(
     bases=BASES | {(PREFILL, None): OV8},
     speed=DECODE,
     goals=(
-        Goal(1.25, (EIGHT, DECODE), (Q8, DECODE)),
-        Goal(1.25, (EIGHT, DECODE_LONG), (Q8, DECODE_LONG)),
-        Goal(1.1, (FOUR, DECODE), (Q4, DECODE)),
-        Goal(1.1, (FOUR, DECODE_LONG), (Q4, DECODE_LONG)),
-        Goal(0.9, (EIGHT, PREFILL), (OV8, PREFILL)),
-        Goal(0.8, (EXACT, DECODE), (EIGHT, DECODE)),
-        Goal(5, (EIGHT, DECODE_BATCH), (EIGHT, DECODE)),
+        Wanted(1.25, (EIGHT, DECODE), (Q8, DECODE)),
+        Wanted(1.25, (EIGHT, DECODE_LONG), (Q8, DECODE_LONG)),
+        Wanted(1.1, (FOUR, DECODE), (Q4, DECODE)),
+        Wanted(1.1, (FOUR, DECODE_LONG), (Q4, DECODE_LONG)),
+        Wanted(0.9, (EIGHT, PREFILL), (OV8, PREFILL)),
+        Wanted(0.8, (EXACT, DECODE), (EIGHT, DECODE)),
+        Wanted(5, (EIGHT, DECODE_BATCH), (EIGHT, DECODE)),
     ),
     limits={
         "loss over float32": 0.004,
@@ -174,7 +174,7 @@ SHAPE = Contest(
     rounds={SHAPE_PREFILL: ("prefill", 128), DECODE: ("decode", 128)},
     bases=BASES | {(SHAPE_PREFILL, None): OV8},
     speed=DECODE,
-    goals=tuple(Goal(1, (EIGHT, DECODE), (name, DECODE)) for name, form in PEERS.items() if form.bits == 8),
+    goals=tuple(Wanted(1, (EIGHT, DECODE), (name, DECODE)) for name, form in PEERS.items() if form.bits == 8),
 )
 DYNAMIC_INT8 = "quantize_dynamic int8 per channel"
 ENCODER = Contest(
@@ -192,8 +192,8 @@ ENCODER = Contest(
     bases={(ENCODE, None): FLOAT},
     speed=ENCODE,
     goals=(
-        Goal(1 / 0.9, ("A8W8", ENCODE), (DYNAMIC_INT8, ENCODE)),
-        Goal(1.5, ("A16W8, exact", ENCODE), (FLOAT, ENCODE)),
+        Wanted(1 / 0.9, ("A8W8", ENCODE), (DYNAMIC_INT8, ENCODE)),
+        Wanted(1.5, ("A16W8, exact", ENCODE), (FLOAT, ENCODE)),
     ),
     loss="1 - cosine of mean-pooled vectors",
     linear=0.001,

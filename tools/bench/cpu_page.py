@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def markdown(results: Mapping[str, Result]) -> str:
         lines += ["![loss against speed](cpu.png)", ""]
     for name, result in results.items():
         lines += [f"## {name}", "", *table(result), "", *wanted_table(result)]
-        lines += [f"* {line}" for line in result["versions"]]
+        lines += [f"* {line}" for line in (result["machine"], *result["versions"])]
         lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
         lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
     return "\n".join(lines)
@@ -96,6 +96,13 @@ LIMITED: Mapping[str, Callable[[Mapping[str, Result]], float]] = {
 }
 
 
+def ahead(speed: Sequence[float], loss: Sequence[float]) -> list[int]:
+    """Those than which none is both faster and better, the slowest first."""
+    points = list(zip(speed, loss, strict=True))
+    beaten = {(s, bad) for s, bad in points if any(a >= s and b <= bad for a, b in {*points} - {(s, bad)})}
+    return sorted((i for i, point in enumerate(points) if point not in beaten), key=lambda i: speed[i])
+
+
 COLORS = {"ours": "C0", "our encoder": "C0", "llama": "C1", "genai": "C2", "onnx encoder": "C2"}  # OpenVINO's is C3
 
 
@@ -112,13 +119,8 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
         speed = [float(np.median(side["rounds"][plan.speed])) for side in sides.values()]
         most = max(side["bytes"] for side in sides.values())
         loss = [side["loss"] - sides[FLOAT]["loss"] for side in sides.values()]
-        ahead = [
-            i
-            for i in range(len(sides))
-            if not any(speed[j] > speed[i] and loss[j] < loss[i] for j in range(len(sides)))
-        ]
-        ahead.sort(key=lambda i: speed[i])
-        axes.plot([speed[i] for i in ahead], [loss[i] for i in ahead], color="lightgray", zorder=0)
+        line = ahead(speed, loss)
+        axes.plot([speed[i] for i in line], [loss[i] for i in line], color="lightgray", zorder=0)
         for i, (each, side) in enumerate(sides.items()):
             color, label = COLORS.get(plan.forms[each].kind, "C3"), f"{i + 1}  {each}, {side['bytes'] / MIB:.0f} MiB"
             axes.scatter(speed[i], loss[i], 1500 * side["bytes"] / most, color, alpha=0.4, label=label)

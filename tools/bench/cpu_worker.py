@@ -33,19 +33,21 @@ class OurModel:
     rows, length = 8, 1024 + 2 * STEPS
 
     def __init__(self, path: Path) -> None:
+        from instantrt.compiler.artifact.manifest import find_artifact
         from instantrt.compiler.llm import LLM
 
         import_module("instantrt.compiler.serving.runtime.onnx_engine")  # its import is not part of loading
 
         self.path = path
-        self.llm = LLM(path, max_batch=self.rows, max_length=self.length, threads=THREADS)
+        most = (find_artifact(path).llm or {}).get("max_length") or self.length
+        self.llm = LLM(path, max_batch=self.rows, max_length=min(self.length, most), threads=THREADS)
 
     def load(self) -> None:
         self.engine: Any = self.llm.load()
 
     def context(self, rows: int, length: int) -> OurContext:
         assert rows <= self.rows
-        assert length <= self.length
+        assert length <= self.llm.limits.length, f"the artifact takes {self.llm.limits.length} tokens, not {length}"
         return OurContext(self.engine, rows)
 
     def every_position(self) -> Logits:
