@@ -8,8 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.process import LOADING, Answers, Child, Ending, ModelOrder, started
@@ -25,6 +27,7 @@ Known = Mapping[Reference, Answers]
 class Heard:
     """What every form answered to `steps`; `original` is the .onnx file that was given.
 
+    tapped         the artifact's answers with what its layers read; the twin's answers then go on with that at each layer
     not_compared   why there is nothing to hold against each other
     """
 
@@ -32,6 +35,7 @@ class Heard:
     answers: Answers = field(default_factory=dict)
     references: Known = field(default_factory=dict)
     original: Ending | None = None
+    tapped: Answers = field(default_factory=dict)
     not_compared: str = ""
     peak_kb: int = 0
 
@@ -51,9 +55,11 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
         orders = orders_of(subject, missing, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="twin."))))
         feeds = fed(subject.steps, prompts_of(llm) if llm is not None else None)
         process = stack.enter_context(started(list(orders.values()), feeds, take)) if orders else None
-        if subject.on_cpu:
-            endings |= evaluated((each for each in missing if each.form not in orders), subject, subject.steps)
+        here = [each for each in missing if each.form not in orders] if subject.on_cpu else []
+        endings |= {} if subject.by_layer else evaluated(here, subject, subject.steps)
         endings |= zip(orders, process.outcomes() if process is not None else (), strict=True)
+        tapped = endings["tapped"].answers if subject.by_layer else {}
+        endings |= evaluated(here, subject, subject.steps, tapped) if subject.by_layer else {}
     endings |= {} if subject.on_cpu else of_graph(subject, endings, missing)
     artifact = endings["artifact"]
     if subject.on_cpu:
@@ -63,7 +69,7 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
         tried = f"it takes none of the random inputs that were tried: {artifact.failed}"
         return Heard(not_compared=tried if subject.steps else "its inputs are too large to make up")
     references = {each: endings[each.form].answers for each in subject.references}
-    return Heard(steps, artifact.answers, references, endings.get("original"), peak_kb=artifact.peak_kb)
+    return Heard(steps, artifact.answers, references, endings.get("original"), tapped, peak_kb=artifact.peak_kb)
 
 
 def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) -> dict[str, ModelOrder]:
@@ -71,6 +77,10 @@ def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) ->
     calls = tuple((step.name, step.after) for step in subject.steps)
     attempts = subject.llm is None
     orders = {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
+    if subject.by_layer:
+        file = folder / "tapped.onnx"
+        file.write_bytes(tapped_model(subject))
+        orders["tapped"] = ModelOrder(str(file), calls, "tapped", str(subject.file.parent), attempts=attempts)
     for each in references:
         if subject.on_cpu and not runs_here(each.graph):
             file = folder / f"{each.form}.onnx"
@@ -79,6 +89,15 @@ def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) ->
     if subject.original is not None:
         orders["original"] = ModelOrder(str(subject.original), calls, "original", attempts=attempts)
     return orders
+
+
+def tapped_model(subject: Staged) -> bytes:
+    """The artifact without its weights, which also delivers what its linear layers read."""
+    model = onnx.load_model(subject.file, load_external_data=False)
+    made = {name for node in model.graph.node for name in node.output} - {t.name for t in model.graph.output}
+    read = dict.fromkeys(layer.x for layer in layers_of(None, subject.twin.graph))
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in read if name in made)
+    return bytes(model.SerializeToString())
 
 
 def order_of_artifact(subject: Staged, calls: tuple[tuple[str, str], ...]) -> ModelOrder:
@@ -90,21 +109,28 @@ def order_of_artifact(subject: Staged, calls: tuple[tuple[str, str], ...]) -> Mo
     return ModelOrder(file, own, cache=str(subject.artifact.limits.get("cache", "")))
 
 
-def evaluated(references: Iterable[Reference], subject: Staged, steps: Sequence[Call]) -> dict[str, Ending]:
-    return {each.form: answered(each.graph, subject, steps, dict(each.blocks)) for each in references}
+def evaluated(
+    references: Iterable[Reference], subject: Staged, steps: Sequence[Call], tapped: Answers | None = None
+) -> dict[str, Ending]:
+    given = {"twin": tapped}
+    return {r.form: answered(r.graph, subject, steps, dict(r.blocks), given.get(r.form)) for r in references}
 
 
 def answered(
-    graph: gs.Graph, subject: Staged, steps: Sequence[Call], blocks: Mapping[str, int] | None = None
+    graph: gs.Graph,
+    subject: Staged,
+    steps: Sequence[Call],
+    blocks: Mapping[str, int] | None = None,
+    tapped: Answers | None = None,
 ) -> Ending:
     """What a graph answers that is evaluated here: to every step, or to the first that it takes if it is no LLM."""
     given = [typed(step, graph) for step in steps]
     if subject.llm is not None:
-        return Ending(lockstep(graph, given, blocks)[0])
+        return Ending(lockstep(graph, given, blocks, tapped)[0])
     last = ""
     for step in given:
         try:
-            return Ending(lockstep(graph, [step], blocks)[0])
+            return Ending(lockstep(graph, [step], blocks, tapped)[0])
         except Exception as error:  # of NumPy, or of ONNX Runtime
             last = first_line(error)
     return Ending(failed=last)

@@ -2,7 +2,8 @@
 
 It imports numpy and ONNX Runtime alone, and reads a line, the name of a folder. FOLDER/order.json is a list of models:
 
-    {"model": path, "form": "artifact", "twin", "float" or "original", "attempts": bool,
+    {"model": path, "form": "artifact", "tapped", "twin", "float" or "original", "attempts": bool,
+     "weights": folder of the external data of the form "tapped",
      "steps": [[name, name of the step whose cache it goes on with, or ""], ...], "cache": "shared", "concat" or ""}
 
 FOLDER/feeds.npz holds `step|input`, and for `cache` the prompts and tokens of a batch that the runtime of Triton and
@@ -39,6 +40,9 @@ def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if order["form"] == "tapped":
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", order["weights"])
+        return ort.InferenceSession(Path(order["model"]).read_bytes(), options, providers=["CPUExecutionProvider"])
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return ort.InferenceSession(order["model"], options, providers=["CPUExecutionProvider"])

@@ -23,11 +23,12 @@ def judge(subject: Staged, heard: Heard, found: Answers) -> Ran:
     expected, bound = heard.references[subject.twin], subject.bound
     check_finite(subject, expected, heard.steps)
     expected = expected | batched(expected, found)
-    every = list(distances(found, expected, heard.steps))
-    wrong = [each for each in every if not each.within(bound.model)]
+    held = ((heard.tapped, bound.layer), (found, bound.model))
+    every = [(limit, each) for answers, limit in held for each in distances(answers, expected, heard.steps)]
+    wrong = [each for limit, each in every if not each.within(limit)]
     notes = (explained(subject, wrong, found, expected, heard.steps),) if wrong else ()
-    worst = max(every, key=lambda each: each.relative)
-    return Ran(subject.target.name, worst, bound, notes, peak_kb=heard.peak_kb)
+    limit, worst = max(every, key=lambda each: each[1].relative / each[0])
+    return Ran(subject.target.name, worst, bound, limit, notes, peak_kb=heard.peak_kb)
 
 
 def check_finite(subject: Staged, expected: Answers, steps: Sequence[Call]) -> None:

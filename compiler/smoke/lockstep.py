@@ -41,11 +41,20 @@ class StepRun(Evaluation):
     """One step among others.
 
     blocks   MatMul -> the block in which the operator that stands for it makes int8 of its input, by definition
+    given    tensor -> what those that read it go on with, whatever this run makes of it, which is in `own`
     caches   past -> zeros of the sizes that it has in this step, where a step before makes it
     """
 
-    def __init__(self, wiring: Wiring, step: Call, before: StepRun | None, blocks: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        wiring: Wiring,
+        step: Call,
+        before: StepRun | None,
+        blocks: Mapping[str, int],
+        given: Mapping[str, Array],
+    ) -> None:
         super().__init__(wiring.graph, step.feeds, [t.name for t in wiring.graph.outputs], wiring)
+        self.given, self.own = given, dict[str, Array]()
         self.values = Values(step.feeds)
         self.values.before, self.blocks, self.step = before, blocks, step
         self.done: set[int] = set()
@@ -58,6 +67,11 @@ class StepRun(Evaluation):
         for node in self.needed(name):
             run_node(node, [self])
         return self.values[name]
+
+    def store(self, node: gs.Node, outputs: Sequence[Array]) -> None:
+        made = {t.name: value for t, value in zip(node.outputs, outputs, strict=True)}
+        self.own |= {name: value for name, value in made.items() if name in self.given}
+        super().store(node, [other if (other := self.given.get(n, v)).shape == v.shape else v for n, v in made.items()])
 
     def seen(self, node: gs.Node) -> Mapping[str, Array]:
         """What `node` reads; of a cache that is asked for its sizes, nothing more: whoever makes it has yet to run."""
@@ -85,17 +99,23 @@ def run_node(node: gs.Node, runs: Sequence[StepRun]) -> None:
         run.store(node, outputs)
 
 
-def lockstep(graph: gs.Graph, steps: Sequence[Call], blocks: Mapping[str, int] | None = None) -> tuple[Answers, str]:
-    """(the outputs of every step, the first tensor that is not finite in any step, or "")."""
+def lockstep(
+    graph: gs.Graph, steps: Sequence[Call], blocks: Mapping[str, int] | None = None, given: Answers | None = None
+) -> tuple[Answers, str]:
+    """(the outputs of every step, the first tensor that is not finite in any step, or "").
+
+    given   step -> inner tensors of another form of the model. What reads one goes on with that; what `graph` itself
+            makes of it is among the outputs. So each layer is seen by itself: no error reaches the next one
+    """
     runs: dict[str, StepRun] = {}
-    wiring = Wiring(graph)
+    wiring, names = Wiring(graph), [t.name for t in graph.outputs]
     for step in steps:
-        runs[step.name] = StepRun(wiring, step, runs.get(step.after), blocks or {})
-    names = [t.name for t in graph.outputs]
+        inner = {name: value for name, value in (given or {}).get(step.name, {}).items() if name not in names}
+        runs[step.name] = StepRun(wiring, step, runs.get(step.after), blocks or {}, inner)
     with one_thread():
         for node in runs[steps[0].name].needed(*names):
             run_node(node, list(runs.values()))
-    answers = {step: {name: run.values[name] for name in names} for step, run in runs.items()}
+    answers = {step: {name: run.values[name] for name in names} | run.own for step, run in runs.items()}
     return answers, next((run.first_bad for run in runs.values() if run.first_bad), "")
 
 

@@ -32,6 +32,7 @@ class ModelOrder:
     model: str
     steps: tuple[tuple[str, str], ...]
     form: str = "artifact"
+    weights: str = ""
     cache: str = ""
     attempts: bool = False
 

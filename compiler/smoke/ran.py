@@ -15,11 +15,15 @@ class SmokeError(UserError):
 
 @dataclass(frozen=True)
 class Ran:
-    """One target: its answer that came closest to the bound, of no step where none was compared, and notes on it."""
+    """One target: its answer that came closest to the bound, of no step where none was compared, and notes on it.
+
+    limit   what `bound` explains of that answer
+    """
 
     target: str
     distance: Distance
     bound: Bound
+    limit: float = 0.0
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     peak_kb: int = 0
@@ -35,7 +39,7 @@ class Ran:
             return "; no difference from the twin"
         return (
             f"; largest error {d.largest:.0e} of {d.of:.2g}; relative {d.relative:.0e}, "
-            f"bound {self.bound.model:.0e} ({self.bound.name})"
+            f"bound {self.limit:.0e} ({self.bound.name})"
         )
 
 

@@ -40,7 +40,7 @@ def ran(subject: Staged, heard: Heard) -> Ran:
     why = heard.not_compared or (f"{operator} makes every run another one" if operator else "")
     if why:
         note = f"not compared: {why}"
-        return Ran(subject.target.name, Distance("", ""), subject.bound, (note,), peak_kb=heard.peak_kb)
+        return Ran(subject.target.name, Distance("", ""), subject.bound, notes=(note,), peak_kb=heard.peak_kb)
     notes = check_original(subject, heard)
     found = judge(subject, heard, heard.answers)
     if not subject.on_cpu:
