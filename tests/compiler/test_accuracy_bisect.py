@@ -11,7 +11,6 @@ import pytest
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.bisect import BisectingLog, bisect
 from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, run
-from instantrt.passes.ort.limbs import ONE_LIMB_X86
 from instantrt.passes.ort.linear import linear_passes
 from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
 
@@ -23,10 +22,10 @@ class WrongScale(Rewrite[gs.Node]):
     path: str
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
-        return node if node.name == f"{self.path}/scaled" else None
+        return node if node.name == self.path and node.op == "MatMulIntegerToFloat" else None
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
-        scale = match.inputs[1]
+        scale = match.inputs[3]
         scale.values = np.array(scale.values)
         constant(graph, scale.name)[9] *= 1.01
 
@@ -57,7 +56,7 @@ def twin() -> gs.Graph:
     ids=["first", "second", "between"],
 )
 def test_the_wrong_pass_and_its_first_wrong_node_are_named(wrong: Rewrite[gs.Node], tensor: str) -> None:
-    canonical, good = twin(), linear_passes("exact", ONE_LIMB_X86)
+    canonical, good = twin(), linear_passes("exact")
 
     def lower(log: PassLog) -> gs.Graph:
         graph = canonical.copy()
@@ -77,7 +76,7 @@ def test_a_right_lowering_has_no_culprit_and_a_wrong_file_has() -> None:
     canonical = twin()
 
     def lower(log: PassLog) -> gs.Graph:
-        return run(canonical.copy(), linear_passes("exact", ONE_LIMB_X86), log)
+        return run(canonical.copy(), linear_passes("exact"), log)
 
     assert bisect(lower, looking(canonical), lower(PassLog())) is None
     written = run(lower(PassLog()), [WrongScale("first")], PassLog())
