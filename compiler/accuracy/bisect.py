@@ -21,7 +21,7 @@ from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.plan import Plan, Say
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
-from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import HALVES, numpy_type
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import Pass, PassLog
@@ -67,10 +67,12 @@ class BisectingLog(PassLog):
     worst: bool = True  # the worst channel of a tensor decides; with few tokens, which prove little of one, all of them
     truth: dict[str, Array] = field(default_factory=dict)
     excused: list[str] = field(default_factory=list)  # tensors that rounding alone moves as far
+    wiring: Wiring = field(init=False)  # of the twin
 
     def __post_init__(self) -> None:
         names = [t.name for node in self.canonical.nodes for t in node.outputs]
-        run = Evaluation(self.canonical, self.feeds, keep=names)
+        self.wiring = Wiring(self.canonical)
+        run = Evaluation(self.canonical, self.feeds, keep=names, wiring=self.wiring)
         for output in self.canonical.outputs:
             run.peek(output.name)
         self.truth = run.values
@@ -92,17 +94,18 @@ class BisectingLog(PassLog):
             if t.name in self.truth and t.dtype is not None
         }
         given = {name: as_type(value, fed.get(name)) for name, value in self.truth.items()}
+        wiring = Wiring(graph)
         for node in graph.nodes:
             for tensor in node.outputs:
                 if tensor.name in self.truth:
-                    error, bound = self.error(graph, tensor.name, given)
+                    error, bound = self.error(wiring, tensor.name, given)
                     if not error <= bound.layer and not self.amplified(tensor.name, error):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
-    def error(self, graph: gs.Graph, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
+    def error(self, wiring: Wiring, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
         """How far `name` is from the twin, made from the twin's values of what comes before."""
         before = {key: value for key, value in given.items() if key != name}
-        run = Evaluation(graph, before)
+        run = Evaluation(wiring.graph, before, wiring=wiring)
         nodes = run.needed(name)
         bound = bound_of(nodes, self.dtype)
         expected = self.truth[name]
@@ -110,9 +113,10 @@ class BisectingLog(PassLog):
         if coarse is not None:
             x = coarse.inputs[0].name
             made = {t.name for node in nodes for t in node.outputs}
-            kept = {*run.wiring.made_by, *(t.name for t in graph.inputs)} - made  # the others are made with this one
+            kept = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - made  # the others are made with this one
             truth = {key: value for key, value in self.truth.items() if key in kept}
-            expected = Evaluation(self.canonical, {**truth, x: seen_by([coarse], self.truth[x])}).take(name)
+            seen = {**truth, x: seen_by([coarse], self.truth[x])}
+            expected = Evaluation(self.canonical, seen, wiring=self.wiring).take(name)
         value = run.take(name)
         return distance(value, expected, worst=self.worst), bound
 
@@ -124,7 +128,7 @@ class BisectingLog(PassLog):
         if self.dtype not in HALVES:
             return False
         before = {key: rounded(value, self.dtype) for key, value in self.truth.items() if key != name}
-        value = Evaluation(self.canonical, before).take(name)
+        value = Evaluation(self.canonical, before, wiring=self.wiring).take(name)
         moved = distance(value, self.truth[name], worst=self.worst)
         if not (np.isnan(moved) or error <= AS_ROUGH * moved):
             return False

@@ -27,7 +27,7 @@ Known = Mapping[Reference, Answers]
 class Heard:
     """What every form answered to `steps`; `original` is the .onnx file that was given.
 
-    tapped         the artifact's answers with what its layers read; the twin's answers then go on with that at each layer
+    tapped         the artifact's answers with what its layers read, with which the twin's then go on at each layer
     not_compared   why there is nothing to hold against each other
     """
 

@@ -26,7 +26,7 @@ def judge(subject: Staged, heard: Heard, found: Answers) -> Ran:
     held = ((heard.tapped, bound.layer), (found, bound.model))
     every = [(limit, each) for answers, limit in held for each in distances(answers, expected, heard.steps)]
     wrong = [each for limit, each in every if not each.within(limit)]
-    notes = (explained(subject, wrong, found, expected, heard.steps),) if wrong else ()
+    notes = (explained(subject, wrong, found, expected, heard),) if wrong else ()
     limit, worst = max(every, key=lambda each: each[1].relative / each[0])
     return Ran(subject.target.name, worst, bound, limit, notes, peak_kb=heard.peak_kb)
 
@@ -55,13 +55,11 @@ def batched(expected: Answers, found: Answers) -> Answers:
     }
 
 
-def explained(
-    subject: Staged, wrong: Sequence[Distance], found: Answers, expected: Answers, steps: Sequence[Call]
-) -> str:
+def explained(subject: Staged, wrong: Sequence[Distance], found: Answers, expected: Answers, heard: Heard) -> str:
     """Why what is beyond the bound is no error all the same; SmokeError where it is one."""
     first = wrong[0]
     step = f"{alone(first.step)[0]} of two rows in the cache" if first.step.startswith(CACHED) else first.step
-    why = why_wrong(subject, wrong, expected, steps)
+    why = why_wrong(subject, wrong, expected, heard)
     if not why:
         return (
             f"{step}: {first.output} {first.odd or f'is {first.relative:.0e} from the twin'}. "

@@ -167,6 +167,34 @@ def test_a_wrong_lowering_fails(
     refused(TINY, tmp_path / "out", f"(?s){words}", **fields)
 
 
+def off_by_two_percent(name: str, rows: slice) -> Break:
+    """The scales of some rows of a linear layer, which the bound of a whole model's answers would let pass."""
+
+    def wrong(graph: gs.Graph) -> None:
+        scales = graph.tensors()[f"model.layers.1.{name}.scales"]
+        scales.values = np.array(scales.values)
+        scales.values[rows] *= np.float32(1.02)
+
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows", "layer"),
+    [
+        ("self_attn.(q_proj+k_proj+v_proj)", slice(0, 256), "self_attn.q_proj"),
+        ("self_attn.(q_proj+k_proj+v_proj)", slice(256, 320), "self_attn.k_proj"),
+        ("mlp.down_proj", slice(None), "mlp.down_proj"),
+    ],
+    ids=["q", "k", "down"],
+)
+def test_a_wrong_layer_is_named(
+    name: str, rows: slice, layer: str, lowered: Callable[[Break], None], tmp_path: Path
+) -> None:
+    lowered(off_by_two_percent(name, rows))
+    refused(TINY, tmp_path / "out", rf"; model\.layers\.1\.{re.escape(layer)}: after pass writing", quant="a16w8")
+
+
 @pytest.mark.slow
 def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two percent off, in every block."""
