@@ -54,6 +54,11 @@ class Artifact:
     plugins: tuple[str, ...] = ()
     engine: Mapping[str, Any] | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence that it takes, 0 where nothing says it."""
+        return int(self.limits.get("max_length") or (self.llm or {}).get("max_length", 0))
+
 
 def write_manifest(folder: Path, artifacts: Iterable[Artifact]) -> None:
     body = {"format": FORMAT, "artifacts": [asdict(a) for a in artifacts]}

@@ -94,7 +94,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], None]:
     ("fields", "arithmetic"),
     [
         ({}, "float32"),
-        ({"quant": "a16w8", "logits": "all"}, "int8 per block"),
+        ({"quant": "a16w8", "logits": "all", "max_length": 8}, "int8 per block"),  # no more than it takes is asked
         ({"quant": "a16w4", "group_size": 32, "cpu_preset": "fast"}, "int8 per block"),
         ({"quant": "a8w8", "portable": True, "lm_head": "float"}, "int8 per token"),
         ({"quant": "a16w8", "cpu_preset": "exact"}, "two limbs"),
