@@ -484,6 +484,9 @@ def test_check_runs_what_it_finds(tiny_compiled: Path) -> None:
         ("engine", {"builder": "tensorrt"}, "engine is .*, not builder, version"),
         ("target", None, "target is None, not a name"),
         ("limits", 3, "limits is 3, not an object"),
+        ("limits", {"cache": "shared", "max_length": "a"}, "limits is .*, not an object of counts"),
+        ("limits", {"cache": []}, "limits is .*, not an object of counts"),
+        ("limits", {}, "without its kind of cache"),
     ],
 )
 def test_a_hostile_manifest(field: str, value: object, words: str, tiny_compiled: Path, tmp_path: Path) -> None:

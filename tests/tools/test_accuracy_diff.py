@@ -19,7 +19,7 @@ from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
 
-LAYER = "model.layers.1.mlp.gate_proj"
+LAYER = "model.layers.1.mlp.down_proj"
 PROMPT = "Once upon a time there was a small house in the middle of a large forest"
 
 
@@ -34,7 +34,7 @@ def run(out: Path, **given: Any) -> int:
 def break_scale(file: Path) -> None:
     """One scale of one layer, 1 % too large, in the artifact's own bytes."""
     model = onnx.load(file, load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if t.name == f"{LAYER}.scale_f32")
+    tensor = next(t for t in model.graph.initializer if t.name == f"{LAYER}.scales")
     offset = int(next(e.value for e in tensor.external_data if e.key == "offset"))
     data = np.memmap(file.with_name(f"{file.name}.data"), np.float32, "r+", offset, tuple(tensor.dims))
     data[3] *= np.float32(1.01)
