@@ -60,7 +60,7 @@ def compile_model(
             from instantrt.compiler.accuracy.data import load_data
 
             watch.say("reading the text to verify with")
-            data = load_data(planned.model, request.text)
+            data = load_data(planned.model, request.text, longest=request.max_length)
         check_plan(planned, request, triton)
         with settled():
             artifacts = stage_artifacts(request, planned, staging, watch)

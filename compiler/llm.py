@@ -161,7 +161,7 @@ class LLM:
             raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
         self.model = path
         self.given = parameters(self.artifact) | {"threads": threads, "spinning": spinning}
-        longest = self.artifact.limits.get("max_length") or self.artifact.llm["max_length"] or self.given["max_length"]
+        longest = self.artifact.longest or self.given["max_length"]
         if max_length is not None and max_length > longest:
             most = f"at most {longest}"
             raise UserError("max_length is more than the artifact can take", expected=most, found=str(max_length))

@@ -23,9 +23,10 @@ from instantrt.compiler.target import Backend, find_target
 from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.dump import Dump
-from instantrt.passes.core.lazy import FLOAT32
-from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.lazy import FLOAT32, view_of
+from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
@@ -123,6 +124,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         for t in gpu_targets
     }
     whole = model.llm is not None and sees_ahead(graph)
+    notes += [note for name in lowered if name not in types for note in tied_notes(name, lowered[name])]
     notes += [*engine_notes(model, builders, types), *(reader.notes if reader else ())]
     return Plan(model, twins, lowered, log, builders, types, limits, tuple(notes), whole)
 
@@ -178,6 +180,15 @@ def lower(
                 shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, log)
             lowered[target.name] = shared[key]
     return lowered
+
+
+def tied_notes(target: str, graph: gs.Graph) -> list[str]:
+    """What an artifact for a CPU holds both as stored and as int8."""
+    sources = [view.source for tensor in tensors(graph).values() if (view := view_of(tensor)) is not None]
+    quantized = (source.source for source in sources if isinstance(source, QuantTensor))
+    weights = {each.weight for each in quantized if isinstance(each, Quantizer)}
+    what = "the tied table is twice in the file, as stored and as int8: --lm-head and --embeddings of one kind share it"
+    return [f"{target}: {what}"] if weights.intersection(sources) else []
 
 
 def engine_notes(

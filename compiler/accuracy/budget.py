@@ -114,7 +114,7 @@ def within_budget(
     if not request.has_budget:
         return decisions, None
     budget = Budget(request.max_kl, request.max_ppl_increase)
-    result = search(graph, model, decisions, load_data(model, request.text), budget, say)
+    result = search(graph, model, decisions, load_data(model, request.text, longest=request.max_length), budget, say)
     return result.decisions, result
 
 

@@ -79,16 +79,21 @@ def windows(ids: Iterable[int], window: int = WINDOW, batch: int = BATCH) -> tup
 
 
 def load_data(
-    model: FloatModel, text: Path | None = None, prompts: Iterable[str] = (), limit: int | None = None
+    model: FloatModel,
+    text: Path | None = None,
+    prompts: Iterable[str] = (),
+    limit: int | None = None,
+    *,
+    longest: int | None = None,
 ) -> Data:
-    """The data a user asked for; `limit` caps the tokens of a text."""
+    """The data a user asked for; `limit` caps the tokens of a text, `longest` those that see one another."""
     prompts = tuple(prompts)
+    window = min(WINDOW, longest or (model.llm.max_length if model.llm is not None else 0) or WINDOW)
     if text is None and not prompts:
-        return generated(model)
+        return generated(model, window)
     if model.llm is None:
         raise UserError("a text says nothing to a model that is no causal LM", fix="leave --text and --prompt out")
     tokenizer = tokenizer_of(model.folder)
-    window = min(WINDOW, model.llm.max_length or WINDOW)
     if prompts:
         rows = [np.array([tokenizer.encode(p).ids[:window]], np.int64) for p in prompts]
         short = [p for p, row in zip(prompts, rows, strict=True) if row.shape[1] < 2]
@@ -118,12 +123,12 @@ def read_text(text: Path) -> str:
         raise UserError("the text cannot be read", where=str(text), expected="UTF-8 text", found=str(error)) from None
 
 
-def generated(model: FloatModel) -> Data:
+def generated(model: FloatModel, window: int = WINDOW) -> Data:
     """Random token ids, or random inputs of any other model; the same ones every time."""
     random = np.random.default_rng(0)
     if model.llm is not None:
         ids = random.integers(0, model.llm.vocab, GENERATED)
-        return Data("generated", windows(ids, min(WINDOW, model.llm.max_length or WINDOW)))
+        return Data("generated", windows(ids, window))
     return Data("generated", feeds=({t.name: random_input(t, random) for t in model.graph.inputs},))
 
 

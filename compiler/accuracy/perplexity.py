@@ -22,9 +22,12 @@ Logits = Callable[[Array], Array]  # ids [1, S] -> logits [1, S, vocab]
 WINDOW = 256
 
 
-def text_windows(folder: Path, text: Path) -> list[Array]:
-    """Token ids [1, WINDOW] of consecutive parts of `text` by the tokenizer in `folder`; the last may be shorter."""
-    return list(windows(tokenizer_of(folder).encode(read_text(text)).ids, WINDOW, batch=1))
+def text_windows(folder: Path, text: Path, longest: int = 0) -> list[Array]:
+    """Token ids [1, WINDOW] of consecutive parts of `text` by the tokenizer in `folder`; the last may be shorter.
+
+    longest   tokens that the model takes, 0 where nothing says it
+    """
+    return list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(WINDOW, longest or WINDOW), batch=1))
 
 
 def perplexity_of(logits_of: Logits, parts: Sequence[Array]) -> float:

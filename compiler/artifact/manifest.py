@@ -14,6 +14,7 @@ from instantrt.passes.core.errors import UserError
 
 MANIFEST = "manifest.json"
 KINDS = ("onnx", "engine", "kit")
+CACHES = ("shared", "concat")
 MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
 
@@ -53,6 +54,11 @@ class Artifact:
     limits: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
     engine: Mapping[str, Any] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence that it takes, 0 where nothing says it."""
+        return int(self.limits.get("max_length") or (self.llm or {}).get("max_length", 0))
 
 
 def write_manifest(folder: Path, artifacts: Iterable[Artifact]) -> None:
@@ -111,6 +117,13 @@ def language_model(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and set(value) == counts and all(map(is_count, value.values())))
 
 
+def limits(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    counts = [value[name] for name in ("max_batch", "max_length", "opt_length") if name in value]
+    return all(map(is_count, counts)) and value.get("cache", CACHES[0]) in CACHES
+
+
 def is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -130,7 +143,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "llm": (language_model, "layers, kv_heads, head_dim, vocab and max_length, or null"),
     "digests": (texts, "files and their digests"),
     "source": (lambda value: isinstance(value, dict), "an object"),
-    "limits": (lambda value: isinstance(value, dict), "an object"),
+    "limits": (limits, "an object of counts, and a cache that is shared or concat"),
     "plugins": (names, "names of files"),
     "engine": (engine, "builder, version, sm and options, or null"),
 }
@@ -145,6 +158,8 @@ def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
             raise ValueError(f"{key} is {shorten(repr(raw[key]), 80)}, not {expected}")
     if raw["kind"] == "engine" and raw.get("engine") is None:
         raise ValueError("an artifact of kind engine without its engine's builder and version")
+    if raw["llm"] is not None and "cache" not in raw["limits"]:
+        raise ValueError("a causal LM without its kind of cache in limits")
     return Artifact(
         **{
             **raw,

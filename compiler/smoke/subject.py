@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from instantrt.compiler.accuracy.bounds import INT8_BLOCK, INT8_TOKEN, Bound, bo
 from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.frontend.model import LlmShape
-from instantrt.compiler.plan import Plan
+from instantrt.compiler.plan import Plan, longest
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import Call, attempts, llm_steps
 from instantrt.compiler.target import Target
@@ -60,7 +60,7 @@ class Staged:
 
     @property
     def llm(self) -> LlmShape | None:
-        return self.planned.model.llm
+        return llm_of(self.planned, self.request)
 
     @property
     def by_layer(self) -> bool:
@@ -94,12 +94,18 @@ def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) 
     if request.model.suffix == ".onnx" and planned.twins[target.name].quantized:
         floating = planned.model.graph
         references.append(Reference("float", floating, (id(floating), on_cpu)))
-    llm = planned.model.llm
+    llm = llm_of(planned, request)
     steps = llm_steps(twin.graph, llm, right=on_cpu) if llm is not None else attempts(twin.graph.inputs)
     bound = bound_of(graph.nodes, dtype)
     if not on_cpu and artifact.limits.get("cache") == "shared":
         graph = all_positions(planned, request, target, PassLog())
     return Staged(planned, request, target, artifact, graph, tuple(references), dtype, bound, tuple(steps))
+
+
+def llm_of(planned: Plan, request: Request) -> LlmShape | None:
+    """The interface of an LLM, for as many tokens as its artifacts take."""
+    llm = planned.model.llm
+    return replace(llm, max_length=longest(request, planned.model)) if llm is not None else None
 
 
 def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) -> Reference:

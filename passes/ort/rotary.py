@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small, view_of
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 from instantrt.passes.core.tidy import bodies
+from instantrt.passes.qdq.last_logits import MASK, TO_THE_END
 
 ATTENTION = "GroupQueryAttention"
 POSITIONS = "position_ids"
@@ -96,14 +98,29 @@ class RotateInAttention(Rewrite[RotatedMatch]):
         given = next(t for t in graph.inputs if t.name == POSITIONS)
         if id(given) not in self.tables:
             self.tables[id(given)] = small("rotary/positions", np.arange(self.longest)[None], np.int64)
-        nodes = Prefixed(graph, POSITIONS)
-        first, last = nodes.const("first", 0, np.int64), nodes.const("last", self.longest - 1, np.int64)
-        inside = nodes("Clip", [given, first, last], "inside")  # the operator refuses others, of padding, too
+        inside = self.inside(graph, given)
         cos, sin = (self.table(graph, t) for t in angles)
         for index, tensor in ((0, match.query.inputs[0]), (1, match.key.inputs[0]), (7, cos), (8, sin), (9, inside)):
             node.inputs[index] = tensor
         interleaved = {"rotary_interleaved": 1} if match.query.attrs.get("interleaved") else {}
         node.attrs |= {"do_rotary": 1, **interleaved}
+
+    def inside(self, graph: gs.Graph, given: gs.Tensor) -> gs.Tensor:
+        """The positions, those of padding inside of the tables: the operator refuses all others, and should.
+
+        What is padding is said by the last columns of the mask. They are not those of the new tokens where a cache is
+        one buffer and the mask as long: there the last position of the tables stands for those behind it.
+        """
+        nodes = Prefixed(graph, POSITIONS)
+        first, last = nodes.const("first", 0, np.int64), nodes.const("last", self.longest - 1, np.int64)
+        inside = nodes("Clip", [given, first, last], "inside")
+        mask = next((t for t in graph.inputs if t.name == MASK), None)
+        if mask is None:
+            return inside
+        count = nodes("Neg", [nodes("Shape", [given], "count", start=1, end=2)], "from_end")
+        to_end, columns = nodes.const("to_end", [TO_THE_END], np.int64), nodes.const("columns", [1], np.int64)
+        new = nodes("Cast", [nodes("Slice", [mask, count, to_end, columns], "new")], "real", to=onnx.TensorProto.BOOL)
+        return nodes("Where", [new, given, inside], "checked")
 
     def table(self, graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor:
         """`tensor` [B, S, R/2] of all positions: [longest, R/2], made once."""

@@ -136,7 +136,12 @@ def test_a_tied_table_is_written_once(tmp_path: Path, preset: Preset) -> None:
         assert len(head) == len(table) == 3
         assert (head == table) is (name == "tied")
         sizes[name] = file.with_suffix(".onnx.data").stat().st_size
-        assert sizes[name] < plan(replace(request, lm_head="float", embeddings="stored")).size("x86")
+        kept = plan(replace(request, lm_head="float", embeddings="stored"))
+        assert sizes[name] < kept.size("x86")
+        assert not kept.notes
+        assert bool(plan(replace(request, lm_head="float")).notes) is (
+            name == "tied"
+        )  # of both kinds: it is there twice
     assert sizes["untied"] - sizes["tied"] == 12288  # the codes of 160 x 64, in whole pages
 
 

@@ -61,7 +61,9 @@ def digests(artifacts: list[Artifact]) -> dict[str, Any]:
 def test_one_call_compiles_verifies_and_serves(tmp_path: Path) -> None:
     """And all of it, or nothing, takes its place."""
     out, triton, seen = tmp_path / "out", tmp_path / "triton", Seen()
-    artifacts = compile_model(Request(TINY, "x86", out, quant="a16w8"), verify=True, triton=str(triton), watch=seen)
+    artifacts = compile_model(
+        Request(TINY, "x86", out, quant="a16w8", max_length=100), verify=True, triton=str(triton), watch=seen
+    )
     assert digests(artifacts) == digests(read_manifest(out))
     assert {p.name for p in out.iterdir()} == {"x86", "report", MANIFEST}
     words = json.loads((out / "report" / "x86" / "report.json").read_text())["polygraphy"].split()

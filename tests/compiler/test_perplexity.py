@@ -41,6 +41,7 @@ def test_a_text_in_windows_by_the_tokenizer_of_the_model(tmp_path: Path) -> None
     parts = text_windows(TINY, TEXT)
     assert {part.shape for part in parts[:-1]} == {(1, WINDOW)}
     assert 2 <= parts[-1].shape[1] <= WINDOW
+    assert {part.shape[1] for part in text_windows(TINY, TEXT, 40)[:-1]} == {40}  # what an artifact takes
     with pytest.raises(UserError, match="no tokenizer"):
         text_windows(tmp_path, TEXT)
     with pytest.raises(UserError, match="cannot be read"):

@@ -94,7 +94,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], None]:
     ("fields", "arithmetic"),
     [
         ({}, "float32"),
-        ({"quant": "a16w8", "logits": "all"}, "int8 per block"),
+        ({"quant": "a16w8", "logits": "all", "max_length": 8}, "int8 per block"),  # no more than it takes is asked
         ({"quant": "a16w4", "group_size": 32, "cpu_preset": "fast"}, "int8 per block"),
         ({"quant": "a8w8", "portable": True, "lm_head": "float"}, "int8 per token"),
         ({"quant": "a16w8", "cpu_preset": "exact"}, "two limbs"),
@@ -512,6 +512,9 @@ def test_check_runs_what_it_finds(tiny_compiled: Path) -> None:
         ("engine", {"builder": "tensorrt"}, "engine is .*, not builder, version"),
         ("target", None, "target is None, not a name"),
         ("limits", 3, "limits is 3, not an object"),
+        ("limits", {"cache": "shared", "max_length": "a"}, "limits is .*, not an object of counts"),
+        ("limits", {"cache": []}, "limits is .*, not an object of counts"),
+        ("limits", {}, "without its kind of cache"),
     ],
 )
 def test_a_hostile_manifest(field: str, value: object, words: str, tiny_compiled: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class OurModel:
         import_module("instantrt.compiler.serving.runtime.onnx_engine")  # its import is not part of loading
 
         self.path = path
-        most = (find_artifact(path).llm or {}).get("max_length") or self.length
+        most = find_artifact(path).longest or self.length
         self.llm = LLM(path, max_batch=self.rows, max_length=min(self.length, most), threads=THREADS)
 
     def load(self) -> None:

@@ -48,7 +48,7 @@ def main(
         check_reports(folder, request.resolved_targets())
     with Stages() as stages:
         planned = plan(request, stages.begin)
-        data = load_data(planned.model, text, prompt or (), tokens)
+        data = load_data(planned.model, text, prompt or (), tokens, longest=request.max_length)
         if find:
             culprits = find_culprits(planned, request, artifacts, data, stages.begin)
             verdicts = []

@@ -20,7 +20,11 @@ def main(
     from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
     from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
 
-    compiled = (folder / MANIFEST).is_file()
-    parts = text_windows((folder / find_artifact(folder, target).path).parent if compiled else folder, text)
-    value = perplexity_of(artifact_logits(folder, target) if compiled else transformers_logits(folder), parts)
+    if (folder / MANIFEST).is_file():
+        artifact = find_artifact(folder, target)
+        logits = artifact_logits(folder, target)
+        parts = text_windows((folder / artifact.path).parent, text, artifact.longest)
+    else:
+        logits, parts = transformers_logits(folder), text_windows(folder, text)
+    value = perplexity_of(logits, parts)
     print(json.dumps({"model": str(folder), "tokens": sum(p.shape[1] for p in parts), "perplexity": round(value, 4)}))

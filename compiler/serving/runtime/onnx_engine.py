@@ -36,6 +36,8 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
     threads    0 is one a core, or as many as this process has CPUs where its affinity or its quota leave fewer
     spinning   idle threads wait for the next node on their CPUs; None: where no more threads than CPUs are there
     """
+    if threads < 0:
+        raise ValueError(f"threads: expected 0 or more, found {threads}")
     cpus = usable_cpus()
     threads = threads or (cpus if cpus < (os.cpu_count() or 1) else 0)
     spinning = threads <= cpus if spinning is None else spinning
