@@ -13,6 +13,7 @@ from instantrt.compiler.accuracy.bisect import AS_ROUGH, BisectingLog, Culprit, 
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.frontend import onnx_file
+from instantrt.compiler.smoke.as_run import culprit_as_run
 from instantrt.compiler.smoke.compare import Distance, distances
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.names import PRESENT, past
@@ -30,7 +31,11 @@ def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, ste
     graph = onnx_file.artifact_graph(subject.file) if subject.on_cpu else subject.graph
     first = wrong[0]
     step = next((s for s in steps if s.name == alone(first.step)[0]), steps[0])
+    by_layer = subject.on_cpu and subject.llm is None and not subject.twin.blocks
     try:
+        as_run = culprit_as_run(subject.file, subject.twin.graph, step.feeds, subject.bound) if by_layer else None
+        if by_layer and as_run is None and not any(d.odd for d in wrong):
+            return ""
         culprit, excused = culprit_of(subject, graph, {**step.feeds, **past(expected.get(step.after, {}))})
         if math.isnan(first.relative) and (culprit is not None or not excused):
             bad = lockstep(graph, [typed(step, graph) for step in steps])[1]
@@ -39,6 +44,8 @@ def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, ste
             return f"{layer_of(subject.twin.graph, culprit)}: {culprit}"
         if excused:
             return too_coarse(subject.dtype) if any(d.share > COARSE for d in wrong) else ""
+        if as_run is not None:
+            return f"{layer_of(subject.twin.graph, as_run)}: {as_run}"
         rough = roughness(graph, expected, steps)
     except Exception as error:  # branches and loops, say: what cannot be looked into is wrong as it is
         return f"no layer can be named: {error}"
