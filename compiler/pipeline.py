@@ -31,6 +31,7 @@ from instantrt.passes.ort.packed import PackQueryKeyValue
 from instantrt.passes.ort.partial_rotary import RotateWholeHeads
 from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
+from instantrt.passes.ort.whole_attention import LowerToAttention, SumIntoNorm
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
@@ -65,6 +66,7 @@ FLOAT: tuple[Pass, ...] = (
 
 # The whole operators of opset 23 as those before it, for a graph that also has what lost its kernel by then.
 APART: tuple[Pass, ...] = (DecomposeAttention(FLOAT32), DecomposeRmsNorm(FLOAT32), DecomposeRotary())
+WHOLE = 23  # the opset that has Attention
 # Domains of ONNX Runtime: no parser of TensorRT has an operator of them.
 FOREIGN = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.ml", "ai.onnx.preview.training")
 
@@ -110,8 +112,11 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     longest   tokens of a sequence, 0 where it is not known
     """
     passes: list[Pass] = [] if request.portable else [RotateWholeHeads(), *ATTENTION, RotateInAttention(longest)]
-    passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
-    passes += linear_passes(request.cpu_preset, steps=is_causal_lm(graph), signed=not target.saturates)
+    if steps := is_causal_lm(graph):
+        passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
+    else:
+        passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
+    passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
     run(graph, passes, log)

@@ -22,15 +22,15 @@ class Limbs:
     One limb is the spec's own: x = s (q - center), s = max|x| / top. Two are x = max|x| (q_1 / top + q_2 / (2 top^2)),
     each less its center: 7 bits each carry about 14 bits of x, finer than bfloat16, and times int8 never saturate the
     16-bit sums of x86 CPUs without VNNI (docs/facts.md, "Two limbs" and "Saturation without VNNI").
-    `stacked`: both limbs are rows of one product, which reads the weights once for a token; with many rows two products
-    and their sum are faster (docs/facts.md, "Forms by the number of rows").
+    Two limbs are rows of one product, which reads the weights once for a token. For `many` rows two products and their
+    sum are faster, and x read twice than |x| written (docs/facts.md, "Forms by the number of rows").
     """
 
     count: int
     top: int
     center: int
     signed_weights: bool = True
-    stacked: bool = True
+    many: bool = False
 
     @property
     def tag(self) -> str:
@@ -51,7 +51,6 @@ class Limbs:
 
 
 TWO_LIMBS = Limbs(count=2, top=63, center=64)
-TWO_PRODUCTS = Limbs(count=2, top=63, center=64, stacked=False)
 # Eight bits against int8 saturate without VNNI; against uint8 they are exact everywhere, and slower.
 ONE_LIMB = Limbs(count=1, top=127, center=128)
 ONE_LIMB_UNSIGNED = Limbs(count=1, top=127, center=128, signed_weights=False)
@@ -86,7 +85,7 @@ class LowerPerChannel(Lowering[Quantized]):
         out = take_over(match.node)
         if self.limbs.count == 1:
             y = product(x.codes[0], x.units[0], "product")
-        elif self.limbs.stacked and has_rows(match.x):
+        elif not self.limbs.many and has_rows(match.x):
             rows = Prefixed(graph, f"{match.x.name}/{self.limbs.tag}")("Concat", x.codes, "codes", axis=0)
             high, low = halves(graph, product(rows, x.units[0], "products"), path)
             low = add(graph, "Mul", [low, small(f"{path}.finer", self.limbs.finer, np.float32)], f"{path}/fine")
@@ -141,7 +140,12 @@ class LimbTensors(NamedTuple):
 def limbs_of(graph: gs.Graph, x: gs.Tensor, limbs: Limbs) -> LimbTensors:
     """The limbs of x, made once for each x; a row of zeros divides by zero, and any code times its step is zero."""
     nodes = Prefixed(graph, f"{x.name}/{limbs.tag}")
-    peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), nodes.const("axes", [-1], np.int64)], "peak", keepdims=1)
+    axes = nodes.const("axes", [-1], np.int64)
+    if limbs.many:
+        low = nodes("Neg", [nodes("ReduceMin", [x, axes], "least", keepdims=1)], "below")
+        peak = nodes("Max", [nodes("ReduceMax", [x, axes], "most", keepdims=1), low], "peak")
+    else:
+        peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), axes], "peak", keepdims=1)
     step = peak if limbs.count == 2 else nodes("Mul", [peak, nodes.const("per_top", 1 / limbs.top, np.float32)], "step")
     unit = nodes.const("unit", 1 / limbs.top if limbs.count == 2 else 1, np.float32)
     center = nodes.const("center", limbs.center, np.uint8)
@@ -149,9 +153,9 @@ def limbs_of(graph: gs.Graph, x: gs.Tensor, limbs: Limbs) -> LimbTensors:
     code = nodes("QuantizeLinear", [units, unit, center], "codes1")
     if limbs.count == 1:
         return LimbTensors([code], [unit], step)
-    low = nodes("Sub", [units, nodes("DequantizeLinear", [code, unit, center], "high")], "low")
+    rest = nodes("Sub", [units, nodes("DequantizeLinear", [code, unit, center], "high")], "low")
     unit2 = nodes.const("unit2", limbs.finer / limbs.top, np.float32)
-    return LimbTensors([code, nodes("QuantizeLinear", [low, unit2, center], "codes2")], [unit, unit2], step)
+    return LimbTensors([code, nodes("QuantizeLinear", [rest, unit2, center], "codes2")], [unit, unit2], step)
 
 
 def may_saturate(node: gs.Node) -> bool:

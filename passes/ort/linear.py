@@ -6,6 +6,7 @@ Never DequantizeLinear + MatMul: recent releases turn that pair into int8-activa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from instantrt.passes.core.rewrite import Lowering
@@ -13,7 +14,7 @@ from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
 from instantrt.passes.ort.expand import ExpandOnLoad
 from instantrt.passes.ort.groups import LowerGroups
-from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS, TWO_PRODUCTS, LowerPerChannel
+from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS, LowerPerChannel
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
 
 
@@ -27,8 +28,8 @@ def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) ->
     steps    most calls have one row for each sequence, as a language model's; else many
     signed   the CPU multiplies 8 bits by signed 8 bits without saturation
     """
-    one = ONE_LIMB if signed else ONE_LIMB_UNSIGNED
-    by_channel, in_groups = LowerPerChannel(TWO_LIMBS if steps else TWO_PRODUCTS, "float"), LowerGroups(one)
+    one = replace(ONE_LIMB if signed else ONE_LIMB_UNSIGNED, many=not steps)
+    by_channel, in_groups = LowerPerChannel(replace(TWO_LIMBS, many=not steps), "float"), LowerGroups(one)
     forms: dict[tuple[str, Preset], tuple[Lowering[Any], ...]] = {  # docs/facts.md, "Forms by the number of rows"
         ("steps", "auto"): (by_channel, LowerToExactBlocks(heads=True), LowerToMatMulNBits()),
         ("steps", "exact"): (by_channel, in_groups, LowerToExactBlocks()),
