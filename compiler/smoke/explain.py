@@ -27,7 +27,10 @@ VISIBLE = 1e-2  # a part of its largest value by which a token moves that sees a
 
 
 def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, steps: Sequence[Call]) -> str:
-    """What is wrong, in words; "" where no layer is, and all that is beyond its bound is amplified rounding."""
+    """What is wrong, in words; "" where no layer is, and all that is beyond its bound is amplified rounding.
+
+    How far rounding goes is chance where it decides a step of int8: layers are asked first, where they can be.
+    """
     graph = onnx_file.artifact_graph(subject.file) if subject.on_cpu else subject.graph
     first = wrong[0]
     step = next((s for s in steps if s.name == alone(first.step)[0]), steps[0])
@@ -44,14 +47,12 @@ def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, ste
             return f"{layer_of(subject.twin.graph, culprit)}: {culprit}"
         if excused:
             return too_coarse(subject.dtype) if any(d.share > COARSE for d in wrong) else ""
-        if as_run is not None:
-            return f"{layer_of(subject.twin.graph, as_run)}: {as_run}"
         rough = roughness(graph, expected, steps)
     except Exception as error:  # branches and loops, say: what cannot be looked into is wrong as it is
         return f"no layer can be named: {error}"
     if all(d.relative <= AS_ROUGH * rough.get((alone(d.step)[0], d.output), 0.0) for d in wrong):
         return ""
-    return "no single layer is wrong"
+    return "no single layer is wrong" if as_run is None else f"{layer_of(subject.twin.graph, as_run)}: {as_run}"
 
 
 def culprit_of(subject: Staged, graph: gs.Graph, feeds: Mapping[str, Array]) -> tuple[Culprit | None, bool]:
