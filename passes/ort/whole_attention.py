@@ -177,8 +177,8 @@ def whole_mask(graph: gs.Graph, match: AttentionParts, mask: gs.Tensor) -> gs.Te
 class SumIntoNorm(Rewrite[gs.Node]):
     """LayerNormalization(Add(a, b)) of activations -> LayerNormalization(Sum(a, b)).
 
-    ONNX Runtime makes SkipLayerNormalization of the first when it loads a model, whose kernel takes four times as long
-    as the nodes it replaces (docs/facts.md, "Attention without a cache").
+    ONNX Runtime makes SkipLayerNormalization of the first when it loads a model, and with many rows that takes four
+    times as long as the nodes that it replaces (docs/facts.md, "Attention without a cache").
     """
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
