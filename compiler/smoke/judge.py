@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from instantrt.compiler.accuracy.bounds import BETWEEN
 from instantrt.compiler.smoke.ask import Heard
 from instantrt.compiler.smoke.compare import Distance, distances, not_finite
 from instantrt.compiler.smoke.explain import causality, too_coarse, why_wrong
@@ -23,7 +24,7 @@ def judge(subject: Staged, heard: Heard, found: Answers) -> Ran:
     expected, bound = heard.references[subject.twin], subject.bound
     check_finite(subject, expected, heard.steps)
     expected = expected | batched(expected, found)
-    held = ((heard.tapped, bound.layer), (found, bound.model))
+    held = ((heard.tapped, BETWEEN.get(bound, bound.model)), (found, bound.model))
     every = [(limit, each) for answers, limit in held for each in distances(answers, expected, heard.steps)]
     wrong = [(limit, each) for limit, each in every if not each.within(limit)]
     notes = (explained(subject, wrong, found, expected, heard),) if wrong else ()
