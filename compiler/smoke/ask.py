@@ -59,6 +59,8 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
         tapped = process.early(list(orders).index("tapped")) if process is not None and subject.by_layer else {}
         endings |= evaluated(here, subject, subject.steps, tapped)
         endings |= zip(orders, process.outcomes() if process is not None else (), strict=True)
+        if subject.by_layer and not tapped and endings["artifact"].during == LOADING[0]:  # the child had ended before
+            endings["artifact"] = endings["tapped"]
     endings |= {} if subject.on_cpu else of_graph(subject, endings, missing)
     artifact = endings["artifact"]
     if subject.on_cpu:
