@@ -7,13 +7,13 @@ before it. An error therefore shows where it is made, not where it ends up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.bounds import Bound, bound_of, int8_block, seen_by
+from instantrt.compiler.accuracy.bounds import BETWEEN, Bound, bound_of, int8_block, seen_by
 from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.metrics import difference
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
@@ -108,6 +108,8 @@ class BisectingLog(PassLog):
         run = Evaluation(wiring.graph, before, wiring=wiring)
         nodes = run.needed(name)
         bound = bound_of(nodes, self.dtype)
+        if any("Attention" in node.op for node in nodes):
+            bound = replace(bound, layer=BETWEEN.get(bound, bound.layer))
         expected = self.truth[name]
         coarse = next((n for n in nodes if int8_block([n]) is not None), None)
         if coarse is not None:

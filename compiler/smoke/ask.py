@@ -56,10 +56,11 @@ def ask(subject: Staged, known: Known, take: Callable[[], Child]) -> Heard:
         feeds = fed(subject.steps, prompts_of(llm) if llm is not None else None)
         process = stack.enter_context(started(list(orders.values()), feeds, take)) if orders else None
         here = [each for each in missing if each.form not in orders] if subject.on_cpu else []
-        endings |= {} if subject.by_layer else evaluated(here, subject, subject.steps)
+        tapped = process.early(list(orders).index("tapped")) if process is not None and subject.by_layer else {}
+        endings |= evaluated(here, subject, subject.steps, tapped)
         endings |= zip(orders, process.outcomes() if process is not None else (), strict=True)
-        tapped = endings["tapped"].answers if subject.by_layer else {}
-        endings |= evaluated(here, subject, subject.steps, tapped) if subject.by_layer else {}
+        if subject.by_layer and not tapped and endings["artifact"].during == LOADING[0]:  # the child had ended before
+            endings["artifact"] = endings["tapped"]
     endings |= {} if subject.on_cpu else of_graph(subject, endings, missing)
     artifact = endings["artifact"]
     if subject.on_cpu:
@@ -76,11 +77,12 @@ def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) ->
     """Form -> its file and what to run of it. References that cannot be evaluated here are written into `folder`."""
     calls = tuple((step.name, step.after) for step in subject.steps)
     attempts = subject.llm is None
-    orders = {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
-    if subject.by_layer:
+    orders: dict[str, ModelOrder] = {}
+    if subject.by_layer:  # first: the twin goes on with its answers
         file = folder / "tapped.onnx"
         file.write_bytes(tapped_model(subject))
         orders["tapped"] = ModelOrder(str(file), calls, "tapped", str(subject.file.parent), attempts=attempts)
+    orders |= {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
     for each in references:
         if subject.on_cpu and not runs_here(each.graph):
             file = folder / f"{each.form}.onnx"

@@ -6,14 +6,16 @@ It imports numpy and ONNX Runtime alone, and reads a line, the name of a folder.
      "weights": folder of the external data of the form "tapped",
      "steps": [[name, name of the step whose cache it goes on with, or ""], ...], "cache": "shared", "concat" or ""}
 
-FOLDER/feeds.npz holds `step|input`, and for `cache` the prompts and tokens of a batch that the runtime of Triton and
-`LLM` then runs. With `attempts` the first step that runs is the only one. Answers go to FOLDER/<index>.npz as
-`step|output`; the fields of each order's `Ending`, as they become known, to standard output, as JSON lines.
+FOLDER/feeds.pickle holds `step|input`, and for `cache` the prompts and tokens of a batch that the runtime of Triton and
+`LLM` then runs. With `attempts` the first step that runs is the only one. Answers go to FOLDER/<index>.pickle, as soon
+as they are there, {step: {output: value}}; the fields of each order's `Ending`, as they become known, to standard
+output, as JSON lines.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -105,16 +107,16 @@ def peak_kb() -> int:
 
 def main(folder: Path) -> None:
     orders = json.loads((folder / "order.json").read_text("utf-8"))
-    with np.load(folder / "feeds.npz") as file:
-        feeds = dict(file)
+    feeds = pickle.loads((folder / "feeds.pickle").read_bytes())
     for index, order in enumerate(orders):
         say(order=index)
         try:
-            answers = {f"{step}|{name}": v for step, found in run(order, feeds) for name, v in found.items()}
+            answers = dict(run(order, feeds))
         except Exception as error:  # ONNX Runtime's have no common base
             say(failed=str(error))
             continue
-        np.savez(folder / f"{index}.npz", **answers)  # type: ignore[arg-type]
+        (folder / "coming").write_bytes(pickle.dumps(answers))
+        (folder / "coming").rename(folder / f"{index}.pickle")
         say(failed="", peak_kb=peak_kb())
 
 

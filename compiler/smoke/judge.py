@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from instantrt.compiler.accuracy.bounds import BETWEEN
 from instantrt.compiler.smoke.ask import Heard
 from instantrt.compiler.smoke.compare import Distance, distances, not_finite
 from instantrt.compiler.smoke.explain import causality, too_coarse, why_wrong
@@ -23,9 +24,9 @@ def judge(subject: Staged, heard: Heard, found: Answers) -> Ran:
     expected, bound = heard.references[subject.twin], subject.bound
     check_finite(subject, expected, heard.steps)
     expected = expected | batched(expected, found)
-    held = ((heard.tapped, bound.layer), (found, bound.model))
+    held = ((heard.tapped, BETWEEN.get(bound, bound.model)), (found, bound.model))
     every = [(limit, each) for answers, limit in held for each in distances(answers, expected, heard.steps)]
-    wrong = [each for limit, each in every if not each.within(limit)]
+    wrong = [(limit, each) for limit, each in every if not each.within(limit)]
     notes = (explained(subject, wrong, found, expected, heard),) if wrong else ()
     limit, worst = max(every, key=lambda each: each[1].relative / each[0])
     return Ran(subject.target.name, worst, bound, limit, notes, peak_kb=heard.peak_kb)
@@ -55,11 +56,13 @@ def batched(expected: Answers, found: Answers) -> Answers:
     }
 
 
-def explained(subject: Staged, wrong: Sequence[Distance], found: Answers, expected: Answers, heard: Heard) -> str:
+def explained(
+    subject: Staged, wrong: Sequence[tuple[float, Distance]], found: Answers, expected: Answers, heard: Heard
+) -> str:
     """Why what is beyond the bound is no error all the same; SmokeError where it is one."""
-    first = wrong[0]
+    limit, first = wrong[0]
     step = f"{alone(first.step)[0]} of two rows in the cache" if first.step.startswith(CACHED) else first.step
-    why = why_wrong(subject, wrong, expected, heard)
+    why = why_wrong(subject, [each for _, each in wrong], expected, heard)
     if not why:
         return (
             f"{step}: {first.output} {first.odd or f'is {first.relative:.0e} from the twin'}. "
@@ -71,7 +74,7 @@ def explained(subject: Staged, wrong: Sequence[Distance], found: Answers, expect
     raise SmokeError(
         f"the artifact for {subject.target.name} does not compute what the model does: {step}",
         where=subject.artifact.path,
-        expected=f"{first.output} of the twin, within {subject.bound.model:.0e} ({subject.bound.name})",
+        expected=f"{first.output} of the twin, within {limit:.0e} ({subject.bound.name})",
         found="; ".join(filter(None, (first.found(), causality(found, expected), why))),
         fix=f"{way_out}; --no-smoke writes the artifact as it is, for a look with instantrt diff --bisect",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.bounds import INT8_BLOCK, INT8_TOKEN, Bound, bound_of, int8_block
+from instantrt.compiler.accuracy.bounds import BETWEEN, Bound, bound_of, int8_block
 from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.frontend.model import LlmShape
@@ -64,9 +64,9 @@ class Staged:
 
     @property
     def by_layer(self) -> bool:
-        """Is each layer held against the twin's on one input? Where activations become int8 at run time, a difference
-        in the last bit grows to a whole step, and from there layer by layer: the answers alone prove little."""
-        return self.on_cpu and self.bound in (INT8_BLOCK, INT8_TOKEN) and runs_here(self.twin.graph)
+        """Is each layer held against the twin's on one input? Where activations become integers at run time, a
+        difference in the last bit grows to a whole step, and from there layer by layer: answers alone prove little."""
+        return self.on_cpu and self.bound in BETWEEN and runs_here(self.twin.graph)
 
     @property
     def file(self) -> Path:

@@ -202,7 +202,7 @@ def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.Monkey
     right = Blocks.scales
     monkeypatch.setattr(Blocks, "scales", lambda self, tile: right(self, tile) * np.float32(1.02))
     attention = r"model\.layers\.0\.self_attn"  # it reads q, k and v whole: its cache is the first that is seen
-    words = rf"(?s)prefill.*; {attention}\.o_proj: after pass LowerToExactBlocks, node {attention}/.*present\.0\.key"
+    words = rf"(?s)prefill.*; {attention}\.v_proj: after pass LowerToExactBlocks, node {attention}/.*present\.0\."
     refused(TINY, tmp_path / "out", words, quant="a16w4", group_size=32, cpu_preset="exact")
 
 
