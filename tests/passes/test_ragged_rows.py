@@ -135,7 +135,6 @@ def test_a_batch_takes_its_prompts_in_pieces(tiny_float: FloatModel, expected: l
     for row, n in enumerate(LENGTHS):
         error = np.abs(logits[row, -1] - expected[row][n - 1]).max()
         assert error <= 1e-4 * np.abs(expected[row]).max(), (row, error)
-    with pytest.raises(
-        RuntimeError, match="position_ids value 64 .* out of range"
-    ):  # but no real token is rotated as another
-        step(session, ids[:, piece], mask[:, seen], positions[:, piece] + LIMIT, cache)
+    beyond = positions[:, piece] + LIMIT  # but no real token is rotated as another
+    with pytest.raises(RuntimeError, match=r"position_ids value 64 .* out of range"):
+        step(session, ids[:, piece], mask[:, seen], beyond, cache)
