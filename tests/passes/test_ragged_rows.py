@@ -128,10 +128,13 @@ def test_a_batch_takes_its_prompts_in_pieces(tiny_float: FloatModel, expected: l
         cache_of(len(LENGTHS), 3.0),
     )
     assert not [node for node in graph.nodes if node.op == "RotaryEmbedding"]
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    positions = np.where(mask, mask.cumsum(1) - 1, LIMIT)  # what is said of padding is nobody's business
     for start in range(0, ids.shape[1], 16):
         piece, seen = slice(start, start + 16), slice(0, start + 16)
         logits = step(session, ids[:, piece], mask[:, seen], positions[:, piece], cache)
     for row, n in enumerate(LENGTHS):
         error = np.abs(logits[row, -1] - expected[row][n - 1]).max()
         assert error <= 1e-4 * np.abs(expected[row]).max(), (row, error)
+    beyond = positions[:, piece] + LIMIT  # but no real token is rotated as another
+    with pytest.raises(RuntimeError, match=r"position_ids value 64 .* out of range"):
+        step(session, ids[:, piece], mask[:, seen], beyond, cache)
