@@ -15,7 +15,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.rewrite import producer
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,5 @@ def int8_block(nodes: Iterable[gs.Node]) -> int | None:
 
 
 def parts_limbs(node: gs.Node) -> bool:
-    """Does it part or add up limbs, which are rows of one product? Columns are those of linears that were joined."""
-    if node.op == "ReduceSum":
-        return producer(node.inputs[0], "MatMulNBits") is not None
+    """Does it take limbs apart, which are rows of one product? Columns are those of linears that were joined."""
     return bool(node.op == "Split" and node.attrs.get("axis", 0) == 0)
