@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, small
+from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
-from instantrt.passes.ort.limbs import has_rows
+from instantrt.passes.ort.limbs import halves, has_rows
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block, no_block
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
@@ -47,25 +47,24 @@ class LowerToExactBlocks(Lowering[BlockwiseMatch]):
         path, limbs = match.linear.path, block_limbs(graph, match.linear, match.block)
         out = take_over(match.linear.node)
         y = matmul_nbits(graph, match, limbs, f"{path}/limbs", whole=True)
-        axis = small(f"{path}.axis", [-2], np.int64)
-        add(graph, "ReduceSum", [y, axis], out, keepdims=0)
+        add(graph, "Add", halves(graph, y, path), out)
 
     def note(self, match: BlockwiseMatch) -> str:
         return f"MatMulNBits, {match.linear.quant.bits} bits, two limbs by {match.block} (exact)"
 
 
 def block_limbs(graph: gs.Graph, linear: Quantized, block: int) -> gs.Tensor:
-    """x [..., K in whole blocks] over what the operator's rounding leaves of it [..., 2, K], once for each x."""
+    """x [B, ..., K in whole blocks] over what the operator's rounding leaves of it [2 B, ..., K], once for each x."""
     x, k = linear.x, linear.quant.shape[1]
     nodes = Prefixed(graph, f"{x.name}/by{block}")
-    leading = [0] * (len(x.shape) - 1)
+    leading = [0] * (len(x.shape) - 2)
     if padding := -k % block:
         pads, last = nodes.const("pads", [0, padding], np.int64), nodes.const("last", [-1], np.int64)
         x, k = nodes("Pad", [x, pads, gs.Variable.empty(), last], "padded"), k + padding
-    rows = nodes("Reshape", [x, nodes.const("blocks_shape", [*leading, k // block, block], np.int64)], "blocks")
+    rows = nodes("Reshape", [x, nodes.const("blocks_shape", [*leading, -1, block], np.int64)], "blocks")
     rounded = nodes("MatMulNBits", [rows, *identity(nodes, block)], "rounded", domain="com.microsoft", **unit(block))
-    both = nodes("Concat", [rows, nodes("Sub", [rows, rounded], "rest")], "both", axis=len(leading))
-    return nodes("Reshape", [both, nodes.const("rows_shape", [*leading, 2, k], np.int64)], "limbs")
+    both = nodes("Concat", [rows, nodes("Sub", [rows, rounded], "rest")], "both", axis=0)
+    return nodes("Reshape", [both, nodes.const("rows_shape", [*leading, -1, k], np.int64)], "limbs")
 
 
 def unit(block: int) -> dict[str, Any]:
