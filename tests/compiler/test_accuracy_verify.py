@@ -54,9 +54,9 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The example model with four-bit weights for x86."""
+    """The example model for x86 with weights of four bits by channel, all else as it is."""
     out = tmp_path_factory.mktemp("accuracy")
-    request = Request(model=TINY, targets=("x86",), out=out, quant="a16w4")
+    request = Request(TINY, ("x86",), out, quant="a16w4", group_size=-1, lm_head="float", embeddings="stored")
     planned = plan(request)
     artifacts = write_planned(request, planned)
     return Compiled(subjects(planned, request, artifacts)[0], planned, request, out)
