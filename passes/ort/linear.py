@@ -22,7 +22,7 @@ def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) ->
     """The lowerings in order of preference; what one leaves, the next takes, and what none takes is refused.
 
     exact    activations keep 14 bits or what the scheme gives them
-    fast     about 8 bits of them
+    fast     about 8 bits of them, by block; a channel that meets many rows keeps 14, A8W8 is for 8
     auto     the same for what is in groups, whose blocks are small, but for the head, where int8 costs most
              (docs/quantization.md, "Defaults")
     steps    most calls have one row for each sequence, as a language model's; else many
@@ -36,6 +36,6 @@ def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) ->
         ("steps", "fast"): (LowerToMatMulNBits(),),
         ("rows", "auto"): (by_channel, in_groups, ExpandOnLoad()),
         ("rows", "exact"): (by_channel, in_groups, ExpandOnLoad()),
-        ("rows", "fast"): (LowerPerChannel(one, "float"), LowerToMatMulNBits()),
+        ("rows", "fast"): (by_channel, LowerToMatMulNBits()),
     }
     return (LowerPerChannel(one, "int8"), *forms["steps" if steps else "rows", preset])

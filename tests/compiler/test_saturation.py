@@ -21,10 +21,10 @@ TEXT = """<ir_version: 8, opset_import: ["": 13]>
 p (uint8[1,64] a, int8[64,1] b) => (int32[1,1] y) { y = MatMulInteger(a, b) }"""
 
 
-def artifact(folder: Path, target: str, quant: str, preset: str = "exact") -> Path:
+def artifact(folder: Path, target: str, quant: str) -> Path:
     w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     model = model_file(folder / "model.onnx", "y = MatMul(x, w)", {"w": w})
-    compile_model(Request(model, (target,), folder / "out", quant=quant, cpu_preset=preset))  # type: ignore[arg-type]
+    compile_model(Request(model, (target,), folder / "out", quant=quant))
     return folder / "out"
 
 
@@ -34,19 +34,13 @@ def test_the_probe_is_a_product_of_largest_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "quant", "preset", "needs"),
-    [
-        ("x86", "a8w8", "exact", True),
-        ("x86", "a16w8", "fast", True),
-        ("x86", "a16w8", "exact", False),
-        ("x86-avx2", "a8w8", "exact", False),
-        ("x86-avx2", "a16w8", "fast", False),
-    ],
+    ("target", "quant", "needs"),
+    [("x86", "a8w8", True), ("x86", "a16w8", False), ("x86-avx2", "a8w8", False)],
 )
 def test_an_artifact_says_what_it_needs_and_is_refused_where_that_is_not(
-    target: str, quant: str, preset: str, needs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, quant: str, needs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = artifact(tmp_path, target, quant, preset)
+    out = artifact(tmp_path, target, quant)
     monkeypatch.setattr(saturation, "saturates", lambda: True)  # this machine's CPU may have VNNI
     monkeypatch.setattr(onnx_engine, "SESSIONS", {})
     if not needs:
