@@ -198,7 +198,10 @@ class GenAiContext:
             self.fill(self.ids)
 
     def step(self, token: int) -> None:
-        self.generator.append_tokens(np.full((self.rows, 1), token, np.int32))
+        if self.rows == 1:
+            self.generator.append_tokens(np.full((1, 1), token, np.int32))
+        else:  # a batch takes tokens once: it goes on with its own
+            self.generator.generate_next_token()
 
     def close(self) -> None:
         del self.generator
