@@ -45,11 +45,11 @@ INT8_TOKEN = Bound("int8 per token", 1e-3, 1e-3, 1e-3, 3e-2)
 INT8_BLOCK = Bound("int8 per block", 2e-3, 1e-3, 1e-3, 3e-2)
 FLOAT16 = Bound("float16", 2e-3, 1.5e-3, 1, 1e-2)
 BFLOAT16 = Bound("bfloat16", 2e-2, 1.2e-2, 1, 5e-2)
+INT8_FLOAT16 = Bound("int8 per token, float16", 2e-3, 1.5e-3, 1, 3e-2)
+INT8_BFLOAT16 = Bound("int8 per token, bfloat16", 2e-2, 1.2e-2, 1, 5e-2)
 # Of what a layer reads, made of what the layers before it read: attention in between amplifies what two limbs lose of a
 # query and a key, to 4.4e-3 in a real model; what int8 loses is lost in the twin, too.
 BETWEEN = {TWO_LIMBS: 1e-2, INT8_TOKEN: INT8_TOKEN.layer, INT8_BLOCK: INT8_BLOCK.layer}
-INT8_FLOAT16 = Bound("int8 per token, float16", 2e-3, 1.5e-3, 1, 3e-2)
-INT8_BFLOAT16 = Bound("int8 per token, bfloat16", 2e-2, 1.2e-2, 1, 5e-2)
 
 
 def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:

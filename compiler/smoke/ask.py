@@ -114,8 +114,10 @@ def order_of_artifact(subject: Staged, calls: tuple[tuple[str, str], ...]) -> Mo
 def evaluated(
     references: Iterable[Reference], subject: Staged, steps: Sequence[Call], tapped: Answers | None = None
 ) -> dict[str, Ending]:
-    given = {"twin": tapped}
-    return {r.form: answered(r.graph, subject, steps, dict(r.blocks), given.get(r.form)) for r in references}
+    return {
+        r.form: answered(r.graph, subject, steps, dict(r.blocks), tapped if r.form == "twin" else None)
+        for r in references
+    }
 
 
 def answered(

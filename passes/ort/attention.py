@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, produc
 from instantrt.passes.ort.cached_attention import CachedAttentionMatch, cached, costs, unfit
 
 
+@dataclass(frozen=True)
 class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     """Attention(q, Concat(past, k), Concat(past, v), mask) -> com.microsoft.GroupQueryAttention.
 
@@ -26,13 +27,13 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     and wants one head size, a multiple of 8, for keys and values (docs/facts.md, "GroupQueryAttention").
     """
 
-    def __init__(self) -> None:
-        self.graph = gs.Graph()
-        self.masks: dict[int, str] = {}  # id of a mask -> why it is not what the operator reads, or ""
+    graph: gs.Graph = field(default_factory=gs.Graph, repr=False, compare=False)  # of a run, as what follows
+    masks: dict[int, str] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # id of one -> why it is unfit, or ""
 
-    def apply(self, graph: gs.Graph) -> Iterator[tuple[str, str | Reject]]:
-        self.graph, self.masks = graph, {}
-        yield from super().apply(graph)
+    def for_graph(self, graph: gs.Graph) -> LowerToGroupQueryAttention:
+        return LowerToGroupQueryAttention(graph)
 
     def match(self, node: gs.Node) -> CachedAttentionMatch | Reject | None:
         if node.op != "Attention" or node.domain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, ints
+from instantrt.passes.float.fuse_rotary import last_slice
 from instantrt.passes.ort.rotary import ATTENTION
 
 
@@ -41,7 +42,8 @@ def columns(tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None:
         sizes = ints(node.inputs[1]) if node.attrs.get("axis") in (-1, 2) and len(node.inputs) == 2 else None
         index = next(i for i, t in enumerate(node.outputs) if t is tensor)
         return (x, sum(sizes[:index]), sum(sizes[: index + 1])) if sizes is not None else None
-    starts, stops, axes, steps = (ints(t) for t in node.inputs[1:5]) if len(node.inputs) == 5 else [None] * 4
-    if starts is None or stops is None or axes not in ([-1], [2]) or steps != [1] or starts[0] < 0:
+    part = last_slice(node, 2) if len(node.inputs) == 5 else None
+    if part is None or part[0] < 0:
         return None
-    return x, starts[0], min(stops[0], x.shape[-1])
+    start, stop = part
+    return x, start, x.shape[-1] if stop is None else min(stop, x.shape[-1])

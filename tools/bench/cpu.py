@@ -87,9 +87,7 @@ def make(form: Form, python: str, model: Path, made: Path) -> None:
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         part = Path(scratch, "made")
         part.mkdir()
-        words = [
-            word.replace(MODEL, str(model)) if word == MODEL else word.replace(MADE, str(part)) for word in form.words
-        ]
+        words = [str(model) if word == MODEL else word.replace(MADE, str(part)) for word in form.words]
         measured([python, *words], made.with_suffix(".log"), {"HF_HUB_OFFLINE": "1"})
         shutil.rmtree(made, ignore_errors=True)
         part.rename(made)

@@ -39,7 +39,8 @@ def markdown(results: Mapping[str, Result]) -> str:
 
 ABOUT = """Two threads each. Speeds are tokens a second, medians of the rounds; behind them, as ratios within a round
 with their quartiles: against llama.cpp's form of as many bits, prefill against OpenVINO int8, encoders against float32.
-A decoded token is given, not sampled; 8 rows are one batch, all its tokens counted. The first token: from nothing but
+A decoded token is given, not sampled; 8 rows are one batch, all its tokens counted (a batch of onnxruntime-genai takes
+no tokens behind its prompt: it goes on with those that it chooses). The first token: from nothing but
 imports to the logits behind a prompt of 8 tokens and one more. Peak memory: of a process after a prompt, mapped files
 included. On disk: weights and graph.
 

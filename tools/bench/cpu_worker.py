@@ -2,7 +2,8 @@
 
 python cpu_worker.py KIND PATH INPUTS.npz: each line that it reads is [measurement, arguments ...] in JSON, each that it
 writes [value, CPU seconds used while it waited]. It runs where a peer is installed, so it imports nothing of ours but
-for our own artifacts. Every token is given, none is sampled, and the rows of a batch are alike.
+for our own artifacts. Every token is given, none is sampled, but in a batch of
+onnxruntime-genai, which takes tokens once; the rows of a batch are alike.
 """
 
 from __future__ import annotations
