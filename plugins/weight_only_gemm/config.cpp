@@ -30,9 +30,19 @@ constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: li
 
 bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
+// x has to fit beside the rings: else K is divided further. 0: nothing fits.
+int stream_splits(wog_problem const& p, Row const& row, int blocks) {
+    int const steps = ceil_div(p.k, stage_k(row)), most = std::min({p.sm_count / 16 * 16 / std::max(blocks, 1), steps / (2 * row.warps_k), 8});
+    int splits = 1;
+    while (splits * 2 <= (p.splits ? p.splits : most)) splits *= 2;
+    while (splits <= 8 && stream_shared(row, p, splits) > shared_limit(p.sm, row.resident)) splits *= 2;
+    return splits <= 8 ? splits : 0;
+}
+
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
+    if (row.kernel == Kernel::kStream && stream_splits(p, row, 1) == 0) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
@@ -43,6 +53,7 @@ bool fits(Row const& row, wog_problem const& p) {
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
+    if (row.kernel == Kernel::kStream) return stream_splits(p, row, blocks);
     if (p.splits) return std::min(p.splits, steps);
     int const usable = in_cluster(row, p) ? p.sm_count / 16 * 16 : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({usable / std::max(blocks, 1), by_depth, 8});
@@ -114,7 +125,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
         dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
-    bool const clusters = splits > 1 && in_cluster(row, p), walks = row.kernel == Kernel::kGemm && !clusters;
+    bool const clusters = splits > 1 && in_cluster(row, p), walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
@@ -181,7 +192,7 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
     decltype(&launch_gemm)
-        const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup};  // by Kernel
+        const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup, launch_stream};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
     if (char const* failed = run(*problem, t, plan, stream)) {

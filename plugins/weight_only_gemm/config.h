@@ -48,6 +48,18 @@ constexpr Row kRows[] = {
     {"int8_tile64", Kernel::kGemm, 8, 4, 1, 2, 8, {1, 1}, 2, kAny, 80, kNewest},
     {"int8_stream8_turing", Kernel::kGemm, 8, 1, 8, 2, 1, {2, 1}, 1, 8, 75, 79},
     {"int8_tile32_turing", Kernel::kGemm, 8, 4, 1, 2, 4, {2, 1}, 2, kAny, 75, 79},
+    {"ring8_n16", Kernel::kStream, 16, 1, 8, 1, 1, {12, 8}, 1, 8, 90, 90},
+    {"ring8_n32", Kernel::kStream, 16, 1, 8, 2, 1, {8, 5}, 1, 8, 90, 90},
+    {"ring8_n32deep", Kernel::kStream, 16, 1, 8, 2, 1, {12, 7}, 1, 8, 90, 90},
+    {"ring8_n32wide", Kernel::kStream, 16, 1, 16, 2, 1, {6, 4}, 1, 8, 90, 90},
+    {"ring8_n32twice", Kernel::kStream, 16, 1, 8, 2, 1, {5, 3}, 2, 8, 90, 90},
+    {"ring8_n64flat", Kernel::kStream, 16, 1, 8, 4, 1, {4, 3}, 1, 8, 90, 90},
+    {"ring8_n64", Kernel::kStream, 16, 1, 8, 4, 1, {6, 4}, 1, 8, 90, 90},
+    {"ring8_n64narrow", Kernel::kStream, 16, 1, 4, 4, 1, {5, 3}, 2, 8, 90, 90},
+    {"ring8_n128", Kernel::kStream, 16, 1, 8, 8, 1, {4, 3}, 1, 8, 90, 90},
+    {"ring16_n32", Kernel::kStream, 16, 1, 8, 2, 2, {7, 4}, 1, 16, 90, 90},
+    {"ring16_n64", Kernel::kStream, 16, 1, 8, 4, 2, {4, 3}, 1, 16, 90, 90},
+    {"ring16_n128", Kernel::kStream, 16, 1, 4, 8, 2, {4, 3}, 1, 16, 90, 90},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 #endif
@@ -68,13 +80,15 @@ constexpr int count_rows(Kernel kernel) {
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
     if (row.kernel == Kernel::kWarpgroup) return !row.whole_k;
-    return row.kernel == Kernel::kVolta ||
+    return row.kernel == Kernel::kVolta || row.kernel == Kernel::kStream ||
            (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
 }
 
 // Where the blocks that divide K are a cluster: no workspace, no second kernel. Only where multiprocessors are known to
 // come in sixteens or more, so that clusters of up to eight fill the device.
-constexpr bool in_cluster(Row const& row, wog_problem const& p) { return row.kernel == Kernel::kGemm && p.sm == 90; }
+constexpr bool in_cluster(Row const& row, wog_problem const& p) {
+    return row.kernel == Kernel::kStream || (row.kernel == Kernel::kGemm && p.sm == 90);
+}
 
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -113,12 +127,25 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
     return row.warps_n == 1 && (all <= two || fit) ? all : two;
 }
 
+// Shared memory of kStream: a stage of a warp is the codes of 64 k and two rows of scales and zeros; all of x
+constexpr int stream_stage(Row const& row, int bits) { return row.strips * (bits * 128 + 128); }
+constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int64_t>(m, row.block_m())); }
+constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
+    return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
+}
+constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
+    int64_t const x = int64_t(stream_x_steps(row, p, splits)) * stream_x_rows(row, p.m) * 128;
+    int const sums = row.block_m() * (row.block_n() + 4) * 4;
+    return 128 + row.warps_k * (row.stages[p.bits == 8] * stream_stage(row, p.bits) + x + sums);
+}
+
 constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
 #ifdef WOG_VOLTA
     return row.kernel == Kernel::kVolta ? volta_shared_bytes(row) : 0;
 #else
     return row.kernel == Kernel::kGemm        ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
            : row.kernel == Kernel::kWarpgroup ? warpgroup_bytes(row, p.bits)
+           : row.kernel == Kernel::kStream    ? int(stream_shared(row, p, splits))
                                               : 0;
 #endif
 }
@@ -160,6 +187,7 @@ int32_t find_library();
 char const* query_device(int32_t& sm, int32_t& sm_count);
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);

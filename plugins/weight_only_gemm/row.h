@@ -5,7 +5,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kVolta };
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kStream, kVolta };
 
 struct Row {
     char const* name;

@@ -1,0 +1,383 @@
+// The kernels of WeightOnlyGemm for a few rows of 16-bit x: weights stream from memory through a ring of stages in
+// shared memory, one ring for each warp, so that what is on its way is neither held in registers nor held up by what
+// others wait for.
+//
+// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
+// and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
+//
+// Work split: a block owns C * 8 m and a part of K, and walks over tiles of S * 16 n, gridDim.y apart. Its WK warps
+// divide its part of K and are summed, in order, in shared memory. The blocks with the other parts of K are a cluster,
+// that adds up in its blocks' shared memory.
+//
+// A stage is 64 k of a warp's S strips, with the scales and zeros of its group, D stages on their way across the ends
+// of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier of the block holds the stream
+// up; x comes with the first tile's stages and stays.
+//
+// Arithmetic: the codes, as they lie in their words, are turned into exact numbers with one instruction for each two,
+// in units of `unit` (decode_raw), and multiplied with fp32 sums P; at the end of each group
+//     acc += s * (P - (z + b) * X),   X = sum of x over the group in the same units (an MMA with ones),
+// all in fp32: the float zero is never rounded into T. The sum is linear, so K may be cut anywhere at a multiple of 32;
+// P is also handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them.
+//
+// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include "decode.h"
+#include "epilogue.h"
+#include "tile.h"
+
+namespace wog {
+namespace {
+
+struct StreamArgs {
+    unsigned char const* x;
+    unsigned char const* codes;
+    uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
+    Output out;
+    int32_t k, group, splits;
+    int32_t share, longer;    // steps of each warp that divides K, and how many of them have one more
+    int32_t x_rows, x_steps;  // of x in shared memory: its rows, and the steps of a warp that have a place
+};
+
+constexpr int kPromote = 1024;
+
+template <class T, int Bits, int I>
+struct Streamer {
+    static constexpr Row kRow = kRows[I];
+    static constexpr int WK = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
+    static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m(), kThreads = kRow.threads();
+    static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a step
+    static constexpr int kStage = stream_stage(kRow, Bits), kAffine = S * kBlocks * 512;  // bytes; where scales start
+    static constexpr int kPitch = kBlockN + 4;
+    static_assert(kRow.warps_n == 1 && 8 % S == 0, "strips of a warp are neighbours in the packed layout");
+
+    StreamArgs const& p;
+    int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int const wk = uniform(threadIdx.x / 32);
+    int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
+    int first, count;  // this warp's part of K, in steps
+
+    // Shared memory: [zeros: a row that x does not have][ring of each wk][x of each wk][sums of x and w of each wk]
+    __device__ __forceinline__ unsigned char* ring() const { return dynamic_shared() + 128 + wk * (D * kStage); }
+    __device__ __forceinline__ int x_step() const { return p.x_rows * 128; }
+    __device__ __forceinline__ unsigned char* x_place() const {
+        return dynamic_shared() + 128 + WK * (D * kStage) + wk * p.x_steps * x_step();
+    }
+    __device__ __forceinline__ float* tile_sums() const {
+        return reinterpret_cast<float*>(dynamic_shared() + 128 + WK * (D * kStage + p.x_steps * x_step()));
+    }
+
+    // What is sent for next: a step of a tile, into a slot of the ring
+    int feed_tile, feed_left, feed_strips, feed_stride, feed_slot = 0, feed_x = 0;
+    int feed_units;  // of 32 k, to the end of K
+    unsigned char const* feed_codes;
+    int feed_group_left;  // units of 32 k
+    uint32_t feed_affine;  // first (scale, zero) pair of the group in the tile
+
+    int slot = 0, left = 0, group_left = 0;  // of the step under way; steps to the next handing over, to the group's end
+    Shared row_at[C];
+    int row_moves[C];
+    float acc[S][C][4] = {};
+    float sum[S][C][4] = {};
+    float x_sum[C][4] = {};
+
+    __device__ __forceinline__ explicit Streamer(StreamArgs const& args) : p(args) {
+        int const part = blockIdx.z * WK + wk;
+        count = p.share + (part < p.longer);
+        first = part * p.share + (part < p.longer ? part : p.longer);
+        if (threadIdx.x < 8) reinterpret_cast<uint4*>(dynamic_shared())[threadIdx.x] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < C; j++) {
+            int const row = j * 8 + lane % 8;
+            bool const real = row < p.x_rows;
+            row_at[j] = shared_address(real ? x_place() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16;
+            row_moves[j] = real ? x_step() : 0;
+        }
+    }
+
+    __device__ __forceinline__ int tiles() const { return (p.out.n + kBlockN - 1) / kBlockN; }
+
+    // ---- the stream ----
+
+    __device__ __forceinline__ void seek(int tile) {
+        int const all = p.out.n / 16, strip = tile * S, tile8 = strip / 8 * 8, width = all - tile8 < 8 ? all - tile8 : 8;
+        int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), units = p.group / 32;
+        feed_tile = tile;
+        feed_left = count;
+        feed_strips = tile < tiles() ? all - strip : 0;
+        feed_units = p.k / 32 - first * 2;
+        feed_stride = width * 512;
+        feed_codes = p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 + lane * 16;
+        feed_group_left = units - first * 2 % units;
+        feed_affine = first * 2 / units * p.out.n + tile * kBlockN;
+    }
+
+    __device__ __forceinline__ void send_affine(unsigned char* to, bool exists) const {
+        if (lane < S * 4) {
+            bool const valid = exists && lane / 4 < feed_strips;
+            copy_async(shared_address(to + lane * 16), p.affine + (valid ? feed_affine + lane * 4ull : 0), valid);
+        }
+    }
+
+    template <bool Fine>
+    __device__ __forceinline__ void send() {
+        if (count == 0) return;
+        unsigned char* const to = ring() + feed_slot;
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++)
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                bool const valid = s < feed_strips && b < feed_units;
+                copy_async(shared_address(to + (b * S + s) * 512 + lane * 16),
+                           valid ? feed_codes + b * feed_stride + s * 512 : p.codes, valid);
+            }
+#pragma unroll
+        for (int unit = 0; unit < 2; unit++) {
+            if (Fine || unit == 0) send_affine(to + kAffine + unit * (S * 64), unit < feed_units);
+            if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
+        }
+        feed_codes += kBlocks * feed_stride;
+        feed_units -= 2;
+        feed_slot = feed_slot == (D - 1) * kStage ? 0 : feed_slot + kStage;
+        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
+    }
+
+    // x of the next step of this warp, if there is one
+    __device__ __forceinline__ void send_x() {
+        if (feed_x == count) return;
+        Shared const to = shared_address(x_place() + feed_x * x_step());
+        int const pitch = p.k * 2, at = (first + feed_x) * 128;
+#pragma unroll 1
+        for (int piece = lane; piece < p.x_rows * 8; piece += 32) {
+            int const row = piece / 8, chunk = piece % 8;
+            bool const valid = m0 + row < p.out.m && at + chunk * 16 < pitch;
+            copy_async(to + row * 128 + (chunk ^ row % 8) * 16, p.x + (valid ? (m0 + row) * pitch + at + chunk * 16 : 0),
+                       valid);
+        }
+        feed_x++;
+    }
+
+    // ---- sums ----
+
+    template <bool Fine>
+    __device__ __forceinline__ void multiply_step() {
+        unsigned char const* const stage = ring() + slot;
+        uint4 words[S][kBlocks];
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int b = 0; b < kBlocks; b++)
+                words[s][b] = *reinterpret_cast<uint4 const*>(stage + (b * S + s) * 512 + lane * 16);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t x[C][4];
+#pragma unroll
+            for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j], half * 64));
+#pragma unroll
+            for (int quarter = 0; quarter < 2; quarter++) {
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    uint32_t a[4];
+                    decode_raw<T, Bits>(a, words[s][half * kBlocks / 2], half * 2 + quarter);
+#pragma unroll
+                    for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][quarter * 2], x[j][quarter * 2 + 1]);
+                }
+                uint32_t const ones[4] = {raw_one<T, Bits>(0), raw_one<T, Bits>(1), raw_one<T, Bits>(0),
+                                          raw_one<T, Bits>(1)};
+#pragma unroll
+                for (int j = 0; j < C; j++) multiply_add<T>(x_sum[j], ones, x[j][quarter * 2], x[j][quarter * 2 + 1]);
+            }
+            if (Fine) finish_group(stage + kAffine + half * (S * 64));
+        }
+#pragma unroll
+        for (int j = 0; j < C; j++) row_at[j] += row_moves[j];
+        slot = slot == (D - 1) * kStage ? 0 : slot + kStage;
+        if (!Fine && --left == 0) {
+            finish_group(stage + kAffine);
+            start_span();
+        }
+    }
+
+    // How many steps until P is handed over
+    __device__ __forceinline__ void start_span() {
+        constexpr int kMost = kPromote / 64;
+        if (group_left == 0) group_left = p.group / 64;
+        left = group_left < kMost ? group_left : kMost;
+        group_left -= left;
+    }
+
+    // acc += s * (P - (z + b) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
+    __device__ __forceinline__ void finish_group(unsigned char const* affine) {
+        auto const* const pairs = reinterpret_cast<uint32_t const*>(affine);
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t const pair = pairs[s * 16 + h * 8 + g];
+                float const scale = to_float<T>(uint16_t(pair));
+                float const zero = -raw_bias<T, Bits> - to_float<T>(uint16_t(pair >> 16));
+#pragma unroll
+                for (int j = 0; j < C; j++)
+#pragma unroll
+                    for (int e = h * 2; e < h * 2 + 2; e++) {
+                        acc[s][j][e] += scale * (sum[s][j][e] + zero * x_sum[j][e]);
+                        sum[s][j][e] = 0;
+                    }
+            }
+#pragma unroll
+        for (int j = 0; j < C; j++) x_sum[j][0] = x_sum[j][1] = x_sum[j][2] = x_sum[j][3] = 0;
+    }
+
+    // ---- tiles ----
+
+    template <bool Fine>
+    __device__ __forceinline__ void run() {
+        seek(blockIdx.y);
+#pragma unroll 1
+        for (int d = 0; d < D - 1; d++) send<Fine>();
+        wait_for_inputs();
+        release_next();
+#pragma unroll 1
+        for (int d = 0; d < D - 1; d++) send_x(), copy_commit();
+        block_barrier();  // the zeros
+
+        int const step_y = int(gridDim.y);
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += step_y) {
+            if (!Fine) {
+                int const per_group = p.group / 64;
+                group_left = per_group - first % per_group;
+                start_span();
+            }
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                copy_wait<D - 2>();
+                warp_barrier();  // other lanes' scales, zeros and x are there, and all have left the slot before
+                send<Fine>();
+                send_x();
+                copy_commit();
+                if (!Fine && step == count - 1) left = 1;
+                multiply_step<Fine>();
+            }
+#pragma unroll
+            for (int j = 0; j < C; j++) row_at[j] -= count * row_moves[j];
+            store(tile);
+        }
+    }
+
+    // The sum over the WK parts of K, in their order
+    __device__ __forceinline__ float total(int row, int column) const {
+        float const* const sums = tile_sums() + row * kPitch + column;
+        float v = sums[0];
+#pragma unroll
+        for (int part = 1; part < WK; part++) v += sums[part * kBlockM * kPitch];
+        return v;
+    }
+
+    // use(row, column) for every output of a tile, or every gate, `step` threads apart. Unrolled, these few rounds would
+    // take registers from the loop that streams.
+    template <class Use>
+    static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int first, int step, Use const& use) {
+        int const width = gated ? kBlockN / 2 : kBlockN;
+#pragma unroll 1
+        for (int item = first; item < rows * width; item += step) {
+            int const row = gated ? item / (kBlockN / 2) : item / kBlockN, i = item - row * width;
+            int const column = gated ? i / 8 * 16 + i % 8 : i;
+            if (column < n_end) use(row, column);
+        }
+    }
+
+    __device__ __forceinline__ void store(int tile) {
+        int const n0 = tile * kBlockN, n_end = p.out.n - n0 < kBlockN ? p.out.n - n0 : kBlockN;
+        int const rows = p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM;
+        if (p.splits == 1) block_barrier();  // all have read the tile before
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int j = 0; j < C; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) acc[s][j][i] *= raw_unit<T, Bits>(i / 2);
+        store_sums(tile_sums(), kPitch, acc, wk * kBlockM, 0, g, t);
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
+        block_barrier();
+        if (p.splits == 1)
+            each(rows, n_end, p.out.gated, threadIdx.x, kThreads, [&](int row, int column) {
+                float const up = p.out.gated ? total(row, column + 8) : 0.0f;
+                finish_one<T>(p.out, total(row, column), up, m0 + row, n0 + column);
+            });
+        else
+            store_cluster(n0, n_end, rows);
+    }
+
+    // Sums of the blocks of a cluster, in their order; each finishes some of the outputs.
+    __device__ __forceinline__ void store_cluster(int n0, int n_end, int rows) const {
+        each(rows, n_end, false, threadIdx.x, kThreads,
+             [&](int row, int column) { tile_sums()[row * kPitch + column] = total(row, column); });
+        auto const sum_of_all = [&](int row, int column) {
+            float v = 0.0f;
+            for (int rank = 0; rank < p.splits; rank++) v += load_from(rank, tile_sums() + row * kPitch + column);
+            return v;
+        };
+        cluster_barrier();
+        each(rows, n_end, p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads, [&](int row, int i) {
+            float const up = p.out.gated ? sum_of_all(row, i + 8) : 0.0f;
+            finish_one<T>(p.out, sum_of_all(row, i), up, m0 + row, n0 + i);
+        });
+        relaxed_cluster_barrier();  // a block that has ended has no memory; nor may the next tile's sums overtake
+    }
+};
+
+template <class T, int Bits, int I>
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) stream(StreamArgs const p) {
+#if DEVICE_SM
+    if constexpr (kGenerated<T, I>) {
+        Streamer<T, Bits, I> block{p};
+        if (p.group % 64)
+            block.template run<true>();
+        else
+            block.template run<false>();
+    }
+#endif
+}
+
+constexpr int kFirst = first_row(Kernel::kStream);
+
+template <class T, int Bits, int... I>
+constexpr auto instances(std::integer_sequence<int, I...>) {
+    return std::array<void (*)(StreamArgs), sizeof...(I)>{stream<T, Bits, kFirst + I>...};
+}
+
+template <class T>
+char const* launch_rows(wog_problem const& p, StreamArgs const& args, wog_plan const& plan, void* stream) {
+    constexpr std::make_integer_sequence<int, count_rows(Kernel::kStream)> kAll;
+    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), dim3(1, 1, plan.splits), p.sm >= 90};
+    return launch((p.bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
+}
+
+}  // namespace
+
+char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+    Row const& row = kRows[plan.row];
+    int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
+    StreamArgs const args{static_cast<unsigned char const*>(t.x),
+                          static_cast<unsigned char const*>(t.codes),
+                          static_cast<uint32_t const*>(t.affine),
+                          output(p, t),
+                          p.k,
+                          p.group,
+                          plan.splits,
+                          steps / parts,
+                          steps % parts,
+                          stream_x_rows(row, p.m),
+                          stream_x_steps(row, p, plan.splits)};
+    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+}
+
+}  // namespace wog
