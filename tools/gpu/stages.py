@@ -43,7 +43,7 @@ PYTEST = [
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 LONG = 100  # lines
 BENCH_SECONDS = {True: 150, False: 470}  # at most, by whether it is quick
-PROFILE_SECONDS = 100
+PROFILE_SECONDS, PROFILE_STALL = 100, 40
 COMPILED = {  # cases with a peer that compiles for every shape, by whether the run is quick; last, as they may wait
     True: [f"qwen2-7b gate_up{layers.HUMMING} m={m}" for m in (1, 16, 64)],
     False: [f"{layer}{layers.HUMMING} m={m}" for layer in ("qwen2-7b gate_up", "70b o") for m in (1, 16, 64, 256)],
@@ -335,7 +335,7 @@ def profile(ring: Ring) -> Part:
             child = [sys.executable, "-m", "instantrt.tools.gpu.profile", str(path), str(marks)]
             return [*ncu.command(tool, log, metrics), *child, *cases]
 
-        job = ChildJob(command, left, 40, ring.environment, tell=Teller(len(left)))
+        job = ChildJob(command, left, PROFILE_STALL, ring.environment, tell=Teller(len(left)))
         outcomes |= {o.name: o for o in run_all([job], deadline - time.monotonic(), 1)}
         texts = [log.read_text(errors="replace") for log in sorted(folder.glob("*.csv"))]
         for text in texts:

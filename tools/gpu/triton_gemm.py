@@ -19,19 +19,20 @@ CONFIGS = [(n, stages) for n, stages in product((32, 64, 128), (3, 5))]  # colum
 
 @triton.jit  # type: ignore[untyped-decorator]
 def int4_gemm(x, codes, scales, zeros, y, m, n, k, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr):  # type: ignore[no-untyped-def]
-    rows, columns, half = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N), 64
-    j = tl.arange(0, half)
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    columns = tl.program_id(1) * N + tl.arange(0, N)
+    j = tl.arange(0, 64)
     total = tl.zeros((M, N), tl.float32)
     inside = rows[:, None] < m
     for group in tl.range(0, k // 128, num_stages=STAGES):
         at = rows[:, None] * k + group * 128 + j[None, :]
-        packed = tl.load(codes + columns[None, :] * (k // 2) + group * half + j[:, None])
+        packed = tl.load(codes + columns[None, :] * (k // 2) + group * 64 + j[:, None])
         scale = tl.load(scales + group * n + columns)[None, :]
         zero = tl.load(zeros + group * n + columns)[None, :]
         low = ((packed & 15).to(tl.float16) - zero) * scale
         high = ((packed >> 4).to(tl.float16) - zero) * scale
         total = tl.dot(tl.load(x + at, mask=inside, other=0.0), low, total)
-        total = tl.dot(tl.load(x + at + half, mask=inside, other=0.0), high, total)
+        total = tl.dot(tl.load(x + at + 64, mask=inside, other=0.0), high, total)
     tl.store(y + rows[:, None] * n + columns[None, :], total.to(tl.float16), mask=inside)
 
 
