@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from instantrt.tools.gpu import check as gpu_check
-from instantrt.tools.gpu import goals, layers, small, stages, tables
+from instantrt.tools.gpu import goals, layers, ncu, predictions, small, stages, tables
 from instantrt.tools.gpu.plot import plot
 from instantrt.tools.gpu.race import Timing
 from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, run_all
@@ -263,9 +264,20 @@ def test_losses_of_the_table() -> None:
     assert lines[2].split() == ["int8", "o", "1", "tile64", "5.00", "stream8/2", "4.00", "25%"]
 
 
+PARTS = ("o", "qkv", "gate_up", "down")
+
+
 def test_cases_name_layer_and_rows() -> None:
-    assert [layers.parse_case(name) for name in layers.cases(True)[:2]] == [("qwen2-7b o", 1), ("qwen2-7b o", 4)]
+    assert [layers.parse_case(name) for name in layers.cases(True)[:2]] == [
+        ("qwen2-7b gate_up", 1), ("qwen2-7b gate_up", 8)
+    ]  # fmt: skip
     assert len(layers.cases(False)) == len(layers.LAYERS) * len(layers.ROWS)
+    assert set(layers.cases(True)) < set(layers.cases(False))
+    assert set(layers.QUICK) == {f"{model} {part}" for model in ("qwen2-7b", "llama3-8b") for part in PARTS}
+    for case in ncu.CASES:
+        layer, m = layers.parse_case(case.partition(", ")[2])
+        assert layer in layers.LAYERS
+        assert m in layers.ROWS
 
 
 def report() -> dict[str, Any]:
@@ -363,8 +375,184 @@ def test_sources_are_told_apart(tmp_path: Path) -> None:
 
 def test_stages_run_in_their_order_and_build_first() -> None:
     assert gpu_check.parse_stages("tests,smoke") == ["build", "smoke", "tests"]
-    with pytest.raises(Exception, match="unknown test; expected build,smoke,tests,sanitize,bench,tune"):
+    with pytest.raises(Exception, match="unknown test; expected build,smoke,tests,sanitize,bench,profile,tune"):
         gpu_check.parse_stages("test")
+
+
+def test_parts_of_a_session_fit_their_commands() -> None:
+    for name, plan in gpu_check.PARTS.items():
+        assert plan.stages[0] == "build"
+        assert plan.seconds < 600
+        assert sum(stages.STAGES[stage].expected[plan.quick] for stage in plan.stages) <= plan.seconds, name
+    assert gpu_check.PARTS["first"].seconds < 360
+    ring = stages.Ring(90, True, {}, native=True, deadline=time.monotonic() + 100)
+    assert ring.seconds(30) == 30
+    assert 90 < ring.seconds(1000) <= 100
+    assert stages.Ring(90, True, {}, deadline=time.monotonic() - 1).seconds(30) == 0
+
+
+def test_of_one_gpu_alone_only_its_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(stages, "cmake", lambda folder, *_: made.append(folder.name) or "")
+    monkeypatch.setattr(stages, "reader", lambda _: made.append("reader") or "no nvcc")
+    ring = stages.Ring(90, True, {}, native=True)
+    assert stages.perform("build", ring)["failures"] == {"reader": "no nvcc"}
+    assert sorted(made) == ["native", "reader"]
+    assert ring.library() == stages.FOLDER / "native" / "libinstantrt_kernels.so"
+    assert ring.library("_80") is None
+    assert ring.library("reader") is None
+
+
+def raw_page(kernels: list[tuple[str, str, dict[str, tuple[str, str]]]]) -> str:
+    """As `ncu --csv --page raw --log-file` writes it: its own lines, a head, units, a row for each kernel."""
+    fixed = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size",
+             "Grid Size", "Device", "CC"]  # fmt: skip
+    metrics = list(dict.fromkeys(name for _, _, counters in kernels for name in counters))
+    units = {name: unit for _, _, counters in kernels for name, (_, unit) in counters.items()}
+    rows = [fixed + metrics, [""] * len(fixed) + [units[name] for name in metrics]]
+    for i, (kernel, grid, counters) in enumerate(kernels):
+        where = [str(i), "77", "python3.12", "127.0.0.1", kernel, "1", "7", "(256, 1, 1)", grid, "0", "9.0"]
+        rows.append(where + [counters.get(name, ("", ""))[0] for name in metrics])
+    table = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
+    return f"==PROF== Connected to process 77 (/usr/bin/python3.12)\n==PROF== Disconnected from process 77\n{table}\n"
+
+
+STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+COUNTED = {
+    "gpu__time_duration.sum": ("21,504", "ns"),
+    "dram__bytes.sum.per_second": ("3,214,000,000,000.5", "byte/s"),
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": ("81.25", "%"),
+    "launch__registers_per_thread": ("76", "register/thread"),
+    "launch__shared_mem_per_block": ("99.33", "Kbyte/block"),
+    STALLED.format("long_scoreboard"): ("6", "inst"),
+    STALLED.format("wait"): ("1.5", "inst"),
+    STALLED.format("barrier"): ("0.25", "inst"),
+    STALLED.format("selected"): ("1", "inst"),
+    STALLED.format("math_pipe_throttle"): ("2.25", "inst"),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("n/a", "%"),
+}
+GEMM = "void wog::<unnamed>::gemm<(int)12, __half, (int)4>(wog::GemmArgs)"
+
+
+def test_counters_of_nsight_compute() -> None:
+    kernels = ncu.parse(raw_page([("<unnamed>::nothing()", "(3, 1, 1)", {}), (GEMM, "(592, 1, 1)", COUNTED)]))
+    assert [kernel["grid"] for kernel in kernels] == ["(3, 1, 1)", "(592, 1, 1)"]
+    assert not kernels[0]["counters"]
+    found = ncu.by_case(kernels)
+    assert list(found) == [ncu.CASES[2]]
+    row = ncu.summarize(ncu.CASES[2], found[ncu.CASES[2]][0])
+    assert row["us"] == pytest.approx(21.504)
+    assert row["GB/s"] == pytest.approx(3214)
+    assert row["smem KB"] == pytest.approx(99.33)
+    assert (row["dram%"], row["regs"], row["occ%"], row["tensor%"]) == (81.25, 76, None, None)
+    assert row["stalls"] == [["long_scoreboard", 6, 0.6], ["math_pipe_throttle", 2.25, 0.225], ["wait", 1.5, 0.15]]
+    head, line = ncu.table([row])
+    assert line.split()[:2] == ["int4", "g128,"]
+    assert "gemm<" in line
+    assert line.endswith("long_scoreboard 6.0 (60%), math_pipe_throttle 2.2 (22%), wait 1.5 (15%)")
+    assert head.index("us") + 2 == line.index("21.50") + 5
+    assert ncu.parse("==ERROR== The user does not have permission to access NVIDIA GPU Performance Counters\n") == []
+
+
+NCU = f"""#!{sys.executable}
+import sys, time
+sys.path.insert(0, "{ROOT}")
+from instantrt.tools.gpu import ncu
+from instantrt.tools.gpu.watch import emit
+from tests.plugins.test_gpu_check import COUNTED, GEMM, raw_page
+words = sys.argv[1:]
+log, cases = words[words.index("--log-file") + 1], words[words.index("instantrt.tools.gpu.profile") + 3 :]
+if MODE == "no such metric" and "--metrics" in words:
+    open(log, "w").write("==ERROR== Failed to find metric sm__pipe\\n")
+    for case in cases:
+        emit(start=case)
+        emit(end=case, outcome="passed")
+    sys.exit(1)
+kernels = []
+for case in cases:
+    emit(start=case)
+    if MODE == "hangs" and case == ncu.CASES[3]:
+        time.sleep(60)
+    if MODE == "dies" and case == ncu.CASES[3]:
+        break
+    kernels += [("nothing()", f"({{ncu.CASES.index(case) + 1}}, 1, 1)", {{}}), (GEMM, "(9, 1, 1)", COUNTED)]
+    emit(end=case, outcome="passed")
+open(log, "w").write(raw_page(kernels))
+sys.exit(len(cases) > len(kernels) / 2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "lost"), [("sound", 0), ("no such metric", 0), ("dies", 1), ("hangs", 1)])
+def test_a_profile_loses_only_the_case_that_dies(
+    mode: str, lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "ncu"
+    tool.write_text(NCU.replace("MODE", repr(mode)))
+    tool.chmod(0o755)
+    monkeypatch.setattr(ncu, "executable", lambda: str(tool))
+    monkeypatch.setattr(stages, "FOLDER", tmp_path)
+    monkeypatch.setattr(stages, "PROFILE_STALL", 5)
+    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
+    part = stages.perform("profile", stages.Ring(90, True, {}, out=tmp_path / "h100.json"))
+    cases = [row["case"] for row in part["profiled"]]
+    assert cases == [case for case in ncu.CASES if not (lost and case == ncu.CASES[3])], part["failures"]
+    assert sorted(part["failures"]) == ncu.CASES[3 : 3 + lost]
+    assert part["passed"] == (not lost)
+    text = stages.text("profile", part)
+    assert text.count("long_scoreboard 6.0") == len(cases)
+    assert "every counter: h100.ncu.csv.gz" in text
+    assert b"gpu__time_duration.sum" in gzip.decompress((tmp_path / "h100.ncu.csv.gz").read_bytes())
+
+
+def test_a_profile_without_nsight_compute_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ncu, "executable", lambda: None)
+    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
+    part = stages.perform("profile", stages.Ring(90, True, {}))
+    assert "ncu, Nsight Compute, is not on PATH" in stages.text("profile", part)
+    assert not part["passed"]
+
+
+def test_a_prediction_is_compared_on_its_gpu() -> None:
+    gate_up = {"layer": "qwen2-7b gate_up", "bytes": 72_000_000}
+    timings = [
+        {**gate_up, "kernel": "int4 g128", "m": 1, "median": 30.0},
+        {**gate_up, "kernel": "int8", "m": 1, "median": 40.0},
+        {**gate_up, "kernel": "int4 g128", "m": 512, "median": 200.0},
+        {**gate_up, "kernel": "cublas fp16", "m": 512, "median": 180.0},
+    ]  # fmt: skip
+    rows = predictions.compare(timings, 3e6, "NVIDIA H100 80GB HBM3")
+    found = {(r["kernel"], r["m"], r["of"]): (round(r["measured"], 6), round(r["off"], 3)) for r in rows}
+    assert found == {
+        ("int4 g128", 1, predictions.BEFORE): (0.8, 0.0),
+        ("int4 g128", 1, predictions.RING): (0.8, -0.111),
+        ("int8", 1, predictions.BEFORE): (0.6, -0.333),
+        ("int4 g128", 512, predictions.BEFORE): (0.9, 0.0),
+    }
+    lines = predictions.comparison_table(rows)
+    assert [line.split(",")[0] for line in lines if "OFF BY OVER 20%" in line] == ["int8 qwen2-7b gate_up m=1"]
+    assert predictions.compare(timings, 4.3e6, "NVIDIA H200")[0]["predicted"] == [0.6, 0.75]
+    assert not predictions.compare(timings, 3e6, "NVIDIA A100")
+    assert predictions.off(5.5, (4.5, 5.0)) == pytest.approx(0.1)
+    known = {layer for p in predictions.PREDICTIONS for layer in p.layers}
+    assert known <= set(layers.LAYERS)
+    assert {p.kernel for p in predictions.PREDICTIONS} <= bench_names()
+
+
+def test_a_peer_that_is_absent_is_named_loudly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
+    asked: list[str] = []
+    monkeypatch.setattr(stages, "measure", lambda ring, module, cases, *_: asked.extend(cases) or [])
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
+    part = stages.perform("bench", stages.Ring(90, True, {}))
+    assert "!! humming-kernels, a peer, cannot be imported" in capsys.readouterr().out
+    assert "humming: humming-kernels, a peer, cannot be imported" in stages.text("bench", part)
+    assert not [case for case in asked if "humming" in case]
+    monkeypatch.setattr(stages, "humming_absent", lambda: "")
+    stages.perform("bench", stages.Ring(90, True, {}))
+    assert [case for case in asked if "humming" in case] == stages.COMPILED[True]
 
 
 @pytest.mark.skipif(

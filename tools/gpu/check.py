@@ -1,25 +1,29 @@
 """One command for a machine with an NVIDIA GPU: build, try, test, watch with compute-sanitizer, time, report.
 
-    instantrt gpu-check --out benchmarks/gpu/h200 [--stages build,smoke,tests] [--quick]
+    instantrt gpu-check --out benchmarks/gpu/h200 [--part first|second|last] [--stages build,smoke,tests] [--quick]
 
 Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy, ml_dtypes; no network and no TensorRT. Where that is all
-there is, the command is `python -m instantrt.tools.gpu.check`, from a checkout. Stages may be run
-one by one with the same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same. All of
-them build first, which costs a look when it is done. Where a command may take ten minutes, these fit surely:
-build,smoke,tests; bench; sanitize; tune.
-OUT.txt has the tables of all stages and OUT.png the plot. The last lines printed are the goals, or the losses of the
-table of configurations.
+there is, the command is `python -m instantrt.tools.gpu.check`, from a checkout. Stages may be run one by one with the
+same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same. All of them build first,
+which costs a look when it is done. OUT.json and OUT.txt, with the tables of all stages, are written after each stage;
+OUT.png has the plot, OUT.ncu.csv.gz every counter of Nsight Compute. The last lines printed of `bench` are the goals
+and what became of the predictions; those of `tune` the losses of the table of configurations.
+
+Where a machine is there for a short time and a command may take ten minutes, three parts look first and prove last:
+
+    first    build, smoke, quick bench, profile, of this GPU's own library alone: within six minutes
+    second   build, tests, quick tune
+    last     build, sanitize, whole bench
 
 `instantrt gpu-check rtx` does something else: engines of TensorRT-RTX, as tools/gpu/rtx.py says.
 
-The time that each stage is expected to take on one H200 with 16 cores, and when it is stopped:
-
-    build       60 s          libraries for this GPU, and of what older ones run, compiled for it; side by side
-    smoke       40 s   150 s  each row of the table in each format, in processes whose silence of 25 s ends them
-    tests       70 s   240 s  the pytest module in six processes, 60 s without a word end one
-    sanitize   120 s   280 s  four tools over a few cases of each row, side by side
-    bench      120 s   470 s  kernels and peers on eight layers
-    tune       160 s   470 s  every row of the table that serves a layer
+    build      libraries for this GPU, and (not in `first`) of what older ones run, compiled for it; side by side
+    smoke      each row of the table in each format, in processes whose silence of 25 s ends them
+    tests      the pytest module in six processes, 60 s without a word end one
+    sanitize   compute-sanitizer's four tools over a few cases of each row, side by side
+    bench      kernels and peers; --quick: eight layers with M = 1, 8, 16, 64, 512 and few formats
+    profile    Nsight Compute: counters of a few kernels, ours and cuBLAS's, launched once and cold
+    tune       every row of the table that serves a layer; --quick: as bench
 
 A row of the table that hangs or crashes in `smoke` is left out of later stages by name. What had no time is named, too.
 The exit status is 0 only when everything that ran passed; goals that are missed fail nothing.
@@ -32,7 +36,9 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +48,23 @@ from instantrt.tools.gpu.stages import ROOT, STAGES, Ring, perform, run, text
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
 SOURCES = ("plugins/**/*.cu", "plugins/**/*.h", "plugins/**/*.cpp", "plugins/**/*.py", "tools/gpu/*")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages of one command and how many seconds all may take; `native` leaves out what older GPUs run."""
+
+    stages: tuple[str, ...]
+    quick: bool
+    native: bool
+    seconds: float
+
+
+PARTS = {
+    "first": Plan(("build", "smoke", "bench", "profile"), True, True, 345),
+    "second": Plan(("build", "tests", "tune"), True, False, 450),
+    "last": Plan(("build", "sanitize", "bench"), False, True, 560),
+}
 IDENTITY = ("commit", "sources", "gpu")  # parts of one report share these
 
 
@@ -93,17 +116,26 @@ def parse_stages(names: str) -> list[str]:
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.png")
-    parser.add_argument("--stages", type=parse_stages, default=list(STAGES), help=",".join(STAGES))
-    parser.add_argument("--quick", action="store_true", help="bench and tune: three layers instead of eight")
+    parser.add_argument("--part", choices=PARTS, help="the stages of one command, and a limit for all of it")
+    parser.add_argument("--stages", type=parse_stages, help=",".join(STAGES))
+    parser.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
     args = parser.parse_args(words)
+    began = time.monotonic()
+    plan = PARTS.get(args.part, Plan(tuple(STAGES), args.quick, False, float("inf")))
+    stages: list[str] = args.stages or list(plan.stages)
 
     before = query(QUERY)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     out = args.out.with_name(args.out.name + ".json")
     report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
     report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
-    ring = Ring(int(query("compute_cap")["compute_cap"].replace(".", "")), args.quick, report)
-    for name in args.stages:
+    sm, quick = int(query("compute_cap")["compute_cap"].replace(".", "")), plan.quick or args.quick
+    ring = Ring(sm, quick, report, plan.native, began + plan.seconds, out)
+    expected = {name: STAGES[name].expected[quick] for name in stages}
+    print(f"{before['name']}: expected {', '.join(f'{n} {s} s' for n, s in expected.items())};", end=" ")
+    print(f"together {sum(expected.values())} s, at most {plan.seconds:g} s", flush=True)
+    for name in stages:
+        print(f"-- {name} begins at {time.monotonic() - began:.0f} s, expected {expected[name]} s", flush=True)
         report[name] = perform(name, ring)
         write(out, json.dumps(report, indent=1) + "\n")
         done = [text(stage, report[stage]) for stage in STAGES if stage in report]
@@ -116,7 +148,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
             print(f"no plot: {error}")
     report["after"] = query(QUERY)  # ends this process where the GPU is lost
     write(out, json.dumps(report, indent=1) + "\n")
-    failed = [name for name in args.stages if not report[name]["passed"]]
+    failed = [name for name in stages if not report[name]["passed"]]
     print(f"{'FAILED: ' + ', '.join(failed) if failed else 'PASSED'}: {out}")
     sys.exit(bool(failed))
 

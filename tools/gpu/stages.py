@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,15 +11,15 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from instantrt.tools.gpu import goals, layers, small, tables
+from instantrt.tools.gpu import goals, layers, ncu, predictions, small, tables
 from instantrt.tools.gpu.library import HUNG_ROWS, Library
 from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, parse, run_all
 
@@ -40,8 +42,20 @@ PYTEST = [
 ]
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 LONG = 100  # lines
+BENCH_SECONDS = {True: 150, False: 470}  # at most, by whether it is quick
+PROFILE_SECONDS, PROFILE_STALL = 100, 40
+COMPILED = {  # cases with a peer that compiles for every shape, by whether the run is quick; last, as they may wait
+    True: [f"qwen2-7b gate_up{layers.HUMMING} m={m}" for m in (1, 16, 64)],
+    False: [f"{layer}{layers.HUMMING} m={m}" for layer in ("qwen2-7b gate_up", "70b o") for m in (1, 16, 64, 256)],
+}
 PATIENCE = 300  # seconds
 FIRST_PORT = 49152
+SILENCE = 10  # seconds after which a stage that goes on says where it is
+LARGEST_CSV = 8 << 20  # bytes, compressed, that are kept of Nsight Compute's own words
+HUMMING = (
+    "humming-kernels, a peer, cannot be imported ({}): no time of it will be taken. Its wheel can be carried: "
+    "python -m pip install --no-index --no-deps --target FOLDER humming_kernels-*.whl, and FOLDER on PYTHONPATH"
+)
 Part = dict[str, Any]
 
 
@@ -52,10 +66,17 @@ class Ring:
     sm: int
     quick: bool
     report: dict[str, Any]
+    native: bool = False  # leave out what older GPUs run
+    deadline: float = float("inf")  # of all stages together, a time.monotonic()
+    out: Path | None = None  # beside which raw data are written: OUT.json
+
+    def seconds(self, most: float) -> float:
+        """What a stage that may take `most` has left."""
+        return max(0.0, min(most, self.deadline - time.monotonic()))
 
     @cached_property
     def built(self) -> Part:
-        """All libraries, side by side; what is already built costs a look."""
+        """All libraries that are asked for, side by side; what is already built costs a look."""
         native = f"{self.sm}a-real" if self.sm == 90 else f"{self.sm}-real"
         builds: dict[str, Callable[[], str]] = {
             "": lambda: cmake(FOLDER / "native", f"-DCMAKE_CUDA_ARCHITECTURES={native}"),
@@ -64,13 +85,14 @@ class Ring:
             "_VOLTA": lambda: volta(self.sm),
             "reader": lambda: reader(self.sm),
         }
+        builds = {name: make for name, make in builds.items() if not self.native or name in ("", "reader")}
         with ThreadPoolExecutor() as pool:
             errors = dict(zip(builds, pool.map(lambda make: make(), builds.values()), strict=True))
         return {"passed": not any(errors.values()), "failures": {name: text for name, text in errors.items() if text}}
 
     def library(self, suffix: str = "") -> Path | None:
         """A library that was built, else None: its failure is in the report."""
-        if suffix in self.built["failures"]:
+        if suffix in self.built["failures"] or (self.native and suffix not in ("", "reader")):
             return None
         if alone := {"reader": READER, "_VOLTA": VOLTA}.get(suffix):
             return alone
@@ -154,7 +176,7 @@ def smoke(ring: Ring) -> Part:
     jobs = [
         small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(ring) for cases in by_row(every).values()
     ]
-    outcomes = run_all(jobs, 150, 8)
+    outcomes = run_all(jobs, ring.seconds(150), 8)
     lost = sorted({row_of(o.name) for o in outcomes if o.outcome in ("hung", "crashed")})
     errors: dict[str, float] = {}
     for o in outcomes:
@@ -200,7 +222,7 @@ def tests(ring: Ring) -> Part:
     shards = [cases[i : i + size] for i in range(0, len(cases), size)]
     environment = {**ring.environment, **names}
     jobs = [ChildJob(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
-    return summary(run_all(jobs, 240, len(jobs)))
+    return summary(run_all(jobs, ring.seconds(240), len(jobs)))
 
 
 def collected(text: str) -> list[str]:
@@ -220,7 +242,7 @@ def sanitize(ring: Ring) -> Part:
         port = str(FIRST_PORT + 32 * len(jobs))  # each looks for a free one from here
         under = (tool, "--tool", name, "--port", port, "--error-exitcode", "9", *options)
         jobs[f"{name} {half + 1}/2"] = small_job(path, "fresh", cases[half::2], 90, under)
-    run_all(jobs.values(), 280, len(jobs))
+    run_all(jobs.values(), ring.seconds(280), len(jobs))
     named = [replace(o, name=f"{name}: {o.name}") for name, job in jobs.items() for o in job.outcomes.values()]
     part = summary(named)
     found = {name: job.said[:60] for name, job in jobs.items() if job.status}
@@ -228,16 +250,33 @@ def sanitize(ring: Ring) -> Part:
 
 
 def bench(ring: Ring) -> Part:
-    cases = ["roofs", "facts", *layers.cases(ring.quick)]
-    outcomes = measure(ring, "instantrt.tools.gpu.bench", cases, 470, [str(ring.library("reader"))])
+    if why := humming_absent():
+        print(f"  !! {why}", flush=True)
+    slow = [] if why else COMPILED[ring.quick]
+    cases = ["roofs", *layers.cases(ring.quick), *slow, "facts"]
+    arguments = ["quick" if ring.quick else "full"], [str(ring.library("reader"))]
+    outcomes = measure(ring, "instantrt.tools.gpu.bench", cases, BENCH_SECONDS[ring.quick], *arguments)
     data = {o.name: o.data for o in outcomes if o.data}
     roof = data.pop("roofs", None)
     part = summary(outcomes) | {"facts": data.pop("facts", {})}
     absent = {f"{case}, {who}": why for case, d in data.items() for who, why in d["failures"].items()}
     mine = {name: why for name, why in absent.items() if name.split(", ")[1].startswith(("int", "a8"))}
     timings = [t for d in data.values() for t in d["timings"]]
+    absent |= {"all, humming": why} if why else {}
     part |= {"passed": part["passed"] and not mine, "absent": absent, "timings": timings}
-    return part | {"roofs": roof, "timings": [tables.with_floor(t, roof) for t in timings]} if roof else part
+    if not roof:
+        return part
+    compared = predictions.compare(timings, roof["read_bytes_per_us"], roof.get("gpu", ""))
+    timings = [tables.with_floor(t, roof) for t in timings]
+    return part | {"roofs": roof, "timings": timings, "predictions": compared}
+
+
+def humming_absent() -> str:
+    """Why no time of it can be taken, or nothing. Importing it is the child's to try: here it would cost seconds."""
+    if importlib.util.find_spec("humming") is None:
+        return HUMMING.format("it is not installed")
+    status, text = run([sys.executable, "-c", "from humming.layer import HummingLayer"])
+    return HUMMING.format((text.strip().splitlines() or ["?"])[-1]) if status else ""
 
 
 def tune(ring: Ring) -> Part:
@@ -247,12 +286,80 @@ def tune(ring: Ring) -> Part:
     return part | {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}
 
 
-def measure(ring: Ring, module: str, cases: list[str], seconds: float, more: Iterable[str] = ()) -> list[Outcome]:
+def measure(
+    ring: Ring, module: str, cases: list[str], seconds: float, before: Iterable[str] = (), more: Iterable[str] = ()
+) -> list[Outcome]:
     """One child alone on the GPU, for so many seconds at most."""
     if (path := ring.library()) is None:
         return [Outcome(module, "not run", "nothing was built")]
-    command = [sys.executable, "-m", module, str(path), *more]
-    return run_all([ChildJob(lambda left: [*command, *left], cases, 90, ring.environment)], seconds, 1)
+    command = [sys.executable, "-m", module, *before, str(path), *more]
+    job = ChildJob(lambda left: [*command, *left], cases, 90, ring.environment, tell=Teller(len(cases)))
+    return run_all([job], ring.seconds(seconds), 1)
+
+
+@dataclass
+class Teller:
+    """Says now and then how far a stage of many cases is."""
+
+    cases: int
+    done: int = 0
+    said: float = field(default_factory=time.monotonic)
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.done += 1
+        if time.monotonic() - self.said > SILENCE:
+            self.said = time.monotonic()
+            print(f"  {self.done} of {self.cases}: {outcome.name} {outcome.outcome}", flush=True)
+
+
+def profile(ring: Ring) -> Part:
+    """Nsight Compute over a few cases. Cases whose counters were lost with a child get a second try, without metrics
+    asked for by name: ncu refuses to run at all where this GPU has not one of them.
+    """
+    tool, path, marks = ncu.executable(), ring.library(), ring.library("reader")
+    if tool is None or path is None or marks is None:
+        why = "ncu, Nsight Compute, is not on PATH" if path and marks else "nothing was built"
+        return {"passed": False, "failures": {"profile": why}}
+    folder = FOLDER / "profile"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    deadline = time.monotonic() + ring.seconds(PROFILE_SECONDS)
+    left, texts = list(ncu.CASES), list[str]()
+    found, outcomes = dict[str, list[Mapping[str, Any]]](), dict[str, Outcome]()
+    for metrics in (True, False):
+        if not left or deadline - time.monotonic() < 10:
+            break
+
+        def command(cases: Sequence[str], metrics: bool = metrics) -> list[str]:
+            log = folder / f"{metrics:d}-{len(cases)}.csv"
+            child = [sys.executable, "-m", "instantrt.tools.gpu.profile", str(path), str(marks)]
+            return [*ncu.command(tool, log, metrics), *child, *cases]
+
+        job = ChildJob(command, left, PROFILE_STALL, ring.environment, tell=Teller(len(left)))
+        outcomes |= {o.name: o for o in run_all([job], deadline - time.monotonic(), 1)}
+        texts = [log.read_text(errors="replace") for log in sorted(folder.glob("*.csv"))]
+        for text in texts:
+            found |= ncu.by_case(ncu.parse(text))
+        left = [case for case in ncu.CASES if case not in found and outcomes[case].outcome in ("passed", "not run")]
+    for case, outcome in outcomes.items():
+        if case in found:
+            outcomes[case] = replace(outcome, outcome="passed", message="")
+        elif outcome.outcome == "passed":
+            said = [line for text in texts for line in text.splitlines() if line.startswith(("==ERROR", "==WARN"))]
+            outcomes[case] = replace(outcome, outcome="failed", message="ncu gave no counters: " + " ".join(said[:3]))
+    rows = [ncu.summarize(case, kernel) for case in ncu.CASES for kernel in found.get(case, [])]
+    part = summary(list(outcomes.values()))
+    return part | {"profiled": rows, "raw": keep_raw(ring, texts)}
+
+
+def keep_raw(ring: Ring, texts: Sequence[str]) -> str:
+    """All counters, as Nsight Compute wrote them, beside the report; where they are, or why not."""
+    packed = gzip.compress("\n".join(texts).encode())
+    if ring.out is None or len(packed) > LARGEST_CSV:
+        return f"not kept: {len(packed)} bytes"
+    path = ring.out.with_name(f"{ring.out.stem}.ncu.csv.gz")
+    path.write_bytes(packed)
+    return path.name
 
 
 def summary(outcomes: list[Outcome]) -> Part:
@@ -284,6 +391,10 @@ def text(name: str, part: Part, most: int = 10**6) -> str:
     lines += [f"  {name}: {answer}" for name, answer in part.get("facts", {}).items()]
     if "roofs" in part:
         lines += [*tables.roof_table(part["roofs"]), *goals.goal_table(goals.judge(part["timings"]))]
+    if "profiled" in part:
+        lines += [*ncu.table(part["profiled"])[:most], f"  every counter: {part['raw']}"]
+    if "predictions" in part:
+        lines += predictions.comparison_table(part["predictions"])[:most]
     if "rows" in part:
         lines += tables.tune_table(part["rows"])[:most]
     return "\n".join(lines)
@@ -301,8 +412,18 @@ def grouped(failures: Mapping[str, str]) -> list[str]:
     ]
 
 
-STAGES: dict[str, Callable[[Ring], Part]] = {
-    "build": build, "smoke": smoke, "tests": tests, "sanitize": sanitize, "bench": bench, "tune": tune,
+@dataclass(frozen=True)
+class Stage:
+    """`expected` seconds on an H100 or H200 with 16 cores, whole and quick."""
+
+    run: Callable[[Ring], Part]
+    expected: tuple[int, int]
+
+
+STAGES = {
+    "build": Stage(build, (60, 60)), "smoke": Stage(smoke, (40, 40)), "tests": Stage(tests, (70, 70)),
+    "sanitize": Stage(sanitize, (120, 120)), "bench": Stage(bench, (280, 110)), "profile": Stage(profile, (60, 60)),
+    "tune": Stage(tune, (240, 120)),
 }  # fmt: skip
 
 
@@ -310,7 +431,7 @@ def perform(name: str, ring: Ring) -> Part:
     """Runs one stage and says how long it took. A mistake in it costs the stage, and not those that follow."""
     start = time.monotonic()
     try:
-        part = STAGES[name](ring)
+        part = STAGES[name].run(ring)
     except Exception:
         part = {"passed": False, "failures": {name: traceback.format_exc()}}
     return {**part, "seconds": round(time.monotonic() - start)}

@@ -9,10 +9,14 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
+def is_eight_bits(kernel: str) -> bool:
+    """Whether it multiplies int8 or fp8, which tensor cores do at one rate."""
+    return kernel.startswith(("a8", "torch int_mm", "torch scaled_mm"))
+
+
 def with_floor(timing: Row, roof: Mapping[str, float]) -> dict[str, Any]:
     """A timing and what its bytes or operations take at the measured rates, in microseconds."""
-    int8 = timing["kernel"].startswith(("a8", "torch int_mm"))
-    operations = timing["flops"] / roof["int8_ops_per_us" if int8 else "bf16_ops_per_us"]
+    operations = timing["flops"] / roof["int8_ops_per_us" if is_eight_bits(timing["kernel"]) else "bf16_ops_per_us"]
     floor = max(timing["bytes"] / roof["read_bytes_per_us"], operations)
     return {**timing, "floor_us": floor, "fraction": floor / timing["median"]}
 

@@ -54,6 +54,7 @@ class ChildJob:
     said: list[str] = field(default_factory=list)  # every line that was no event and starts with KEEP
     status: int = 0  # of the first child that ended badly by itself
     lives: int = 3
+    tell: Callable[[Outcome], None] = lambda outcome: None  # what is called with each outcome as it comes
 
     KEEP = "========="  # how compute-sanitizer marks its lines
 
@@ -103,6 +104,7 @@ class ChildJob:
                 name, now = event.pop("end"), ""
                 self.lives -= event["outcome"] == "crashed"
                 self.outcomes[name] = Outcome(name, seconds=round(time.monotonic() - began, 3), **event)
+                self.tell(self.outcomes[name])
         kill(child, 0 if ended else 5)
         if not ended and child.returncode:
             self.status = self.status or child.returncode
