@@ -492,7 +492,7 @@ def test_a_profile_loses_only_the_case_that_dies(
     tool.chmod(0o755)
     monkeypatch.setattr(ncu, "executable", lambda: str(tool))
     monkeypatch.setattr(stages, "FOLDER", tmp_path)
-    monkeypatch.setattr(stages, "PROFILE_STALL", 5)
+    monkeypatch.setattr(stages, "PROFILE_STALL", 12 if mode == "hangs" else 50)
     monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
     part = stages.perform("profile", stages.Ring(90, True, {}, out=tmp_path / "h100.json"))
     cases = [row["case"] for row in part["profiled"]]
