@@ -67,7 +67,7 @@ class Ring:
     quick: bool
     report: dict[str, Any]
     native: bool = False  # leave out what older GPUs run
-    deadline: float = float("inf")  # of all stages together, a time.monotonic()
+    deadline: float = float("inf")  # of the stage that runs, a time.monotonic(), so that later ones get their time
     out: Path | None = None  # beside which raw data are written: OUT.json
 
     def seconds(self, most: float) -> float:
