@@ -60,6 +60,10 @@ constexpr Row kRows[] = {
     {"ring16_n32", Kernel::kStream, 16, 1, 8, 2, 2, {7, 4}, 1, 16, 90, 90},
     {"ring16_n64", Kernel::kStream, 16, 1, 8, 4, 2, {4, 3}, 1, 16, 90, 90},
     {"ring16_n128", Kernel::kStream, 16, 1, 4, 8, 2, {4, 3}, 1, 16, 90, 90},
+    {"bulk8_n32", Kernel::kStream, 16, 1, 8, 2, 1, {8, 5}, 1, 8, 90, 90, 0, 1, 0, false, true},
+    {"bulk8_n64", Kernel::kStream, 16, 1, 8, 4, 1, {6, 4}, 1, 8, 90, 90, 0, 1, 0, false, true},
+    {"bulk8_n64narrow", Kernel::kStream, 16, 1, 4, 4, 1, {5, 3}, 2, 8, 90, 90, 0, 1, 0, false, true},
+    {"bulk16_n64", Kernel::kStream, 16, 1, 8, 4, 2, {4, 3}, 1, 16, 90, 90, 0, 1, 0, false, true},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 #endif
@@ -136,7 +140,7 @@ constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
 constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
     int64_t const x = int64_t(stream_x_steps(row, p, splits)) * stream_x_rows(row, p.m) * 128;
     int const sums = row.block_m() * (row.block_n() + 4) * 4;
-    return 128 + row.warps_k * (row.stages[p.bits == 8] * stream_stage(row, p.bits) + x + sums);
+    return 128 + row.warps_k * (row.stages[p.bits == 8] * (stream_stage(row, p.bits) + 8) + x + sums);
 }
 
 constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {

@@ -24,6 +24,8 @@
 #include <type_traits>
 #include <utility>
 
+#include <async.h>
+
 #include "decode.h"
 #include "epilogue.h"
 #include "tile.h"
@@ -69,6 +71,10 @@ struct Streamer {
         return reinterpret_cast<float*>(dynamic_shared() + 128 + WK * (D * kStage + p.x_steps * x_step()));
     }
 
+    __device__ __forceinline__ Barrier* barriers() const {
+        return reinterpret_cast<Barrier*>(tile_sums() + WK * kBlockM * kPitch) + wk * D;
+    }
+
     // What is sent for next: a step of a tile, into a slot of the ring
     int feed_tile, feed_left, feed_strips, feed_stride, feed_slot = 0, feed_x = 0;
     int feed_units;  // of 32 k, to the end of K
@@ -76,7 +82,8 @@ struct Streamer {
     int feed_group_left;  // units of 32 k
     uint32_t feed_affine;  // first (scale, zero) pair of the group in the tile
 
-    int slot = 0, left = 0, group_left = 0;  // of the step under way; steps to the next handing over, to the group's end
+    int units_left = 0;  // of 32 k, from the step under way to the end of K
+    int parity = 0, slot = 0, left = 0, group_left = 0;  // of the step under way; steps to the next handing over, to the group's end
     Shared row_at[C];
     int row_moves[C];
     float acc[S][C][4] = {};
@@ -109,7 +116,8 @@ struct Streamer {
         feed_strips = tile < tiles() ? all - strip : 0;
         feed_units = p.k / 32 - first * 2;
         feed_stride = width * 512;
-        feed_codes = p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 + lane * 16;
+        feed_codes = p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 +
+                     (kRow.bulk ? 0 : lane * 16);
         feed_group_left = units - first * 2 % units;
         feed_affine = first * 2 / units * p.out.n + tile * kBlockN;
     }
@@ -124,6 +132,38 @@ struct Streamer {
     template <bool Fine>
     __device__ __forceinline__ void send() {
         if (count == 0) return;
+        if constexpr (kRow.bulk)
+            send_bulk<Fine>();
+        else
+            send_pieces<Fine>();
+        feed_codes += kBlocks * feed_stride;
+        feed_units -= 2;
+        feed_slot = feed_slot == (D - 1) * kStage ? 0 : feed_slot + kStage;
+        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
+    }
+
+    template <bool Fine>
+    __device__ __forceinline__ void send_bulk() {
+        unsigned char* const to = ring() + feed_slot;
+        Barrier* const barrier = barriers() + feed_slot / kStage;
+        if (lane == 0 && feed_strips > 0) {
+            int const strips = feed_strips < S ? feed_strips : S, blocks = feed_units < kBlocks ? feed_units : kBlocks;
+            int const units = Fine && feed_units > 1 ? 2 : 1;
+            arrive_expecting(barrier, strips * (blocks * 512 + units * 64));
+            for (int b = 0; b < blocks; b++)
+                copy_bulk(to + b * S * 512, feed_codes + b * feed_stride, strips * 512, barrier);
+        }
+#pragma unroll
+        for (int unit = 0; unit < 2; unit++) {
+            if (lane == 0 && feed_strips > 0 && (Fine ? unit < feed_units : unit == 0))
+                copy_bulk(to + kAffine + unit * (S * 64), p.affine + feed_affine, (feed_strips < S ? feed_strips : S) * 64,
+                          barrier);
+            if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
+        }
+    }
+
+    template <bool Fine>
+    __device__ __forceinline__ void send_pieces() {
         unsigned char* const to = ring() + feed_slot;
 #pragma unroll
         for (int b = 0; b < kBlocks; b++)
@@ -138,10 +178,6 @@ struct Streamer {
             if (Fine || unit == 0) send_affine(to + kAffine + unit * (S * 64), unit < feed_units);
             if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
         }
-        feed_codes += kBlocks * feed_stride;
-        feed_units -= 2;
-        feed_slot = feed_slot == (D - 1) * kStage ? 0 : feed_slot + kStage;
-        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
     }
 
     // x of the next step of this warp, if there is one
@@ -189,7 +225,7 @@ struct Streamer {
 #pragma unroll
                 for (int j = 0; j < C; j++) multiply_add<T>(x_sum[j], ones, x[j][quarter * 2], x[j][quarter * 2 + 1]);
             }
-            if (Fine) finish_group(stage + kAffine + half * (S * 64));
+            if (Fine && half < units_left) finish_group(stage + kAffine + half * (S * 64));
         }
 #pragma unroll
         for (int j = 0; j < C; j++) row_at[j] += row_moves[j];
@@ -234,6 +270,12 @@ struct Streamer {
 
     template <bool Fine>
     __device__ __forceinline__ void run() {
+        if constexpr (kRow.bulk) {
+            if (lane == 0)
+                for (int d = 0; d < D; d++) barrier_init(barriers() + d, 1);
+            publish_barriers();
+            warp_barrier();
+        }
         seek(blockIdx.y);
 #pragma unroll 1
         for (int d = 0; d < D - 1; d++) send<Fine>();
@@ -253,7 +295,12 @@ struct Streamer {
             }
 #pragma unroll 1
             for (int step = 0; step < count; step++) {
+                if (Fine) units_left = p.k / 32 - (first + step) * 2;
                 copy_wait<D - 2>();
+                if constexpr (kRow.bulk) {
+                    wait(barriers() + slot / kStage, parity);
+                    if (slot == (D - 1) * kStage) parity ^= 1;
+                }
                 warp_barrier();  // other lanes' scales, zeros and x are there, and all have left the slot before
                 send<Fine>();
                 send_x();

@@ -492,7 +492,7 @@ def test_a_profile_loses_only_the_case_that_dies(
     tool.chmod(0o755)
     monkeypatch.setattr(ncu, "executable", lambda: str(tool))
     monkeypatch.setattr(stages, "FOLDER", tmp_path)
-    monkeypatch.setattr(stages, "PROFILE_STALL", 5)
+    monkeypatch.setattr(stages, "PROFILE_STALL", 12 if mode == "hangs" else 50)
     monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
     part = stages.perform("profile", stages.Ring(90, True, {}, out=tmp_path / "h100.json"))
     cases = [row["case"] for row in part["profiled"]]
@@ -553,6 +553,30 @@ def test_a_peer_that_is_absent_is_named_loudly(
     monkeypatch.setattr(stages, "humming_absent", lambda: "")
     stages.perform("bench", stages.Ring(90, True, {}))
     assert [case for case in asked if "humming" in case] == stages.COMPILED[True]
+
+
+def test_what_is_done_is_written_when_the_command_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(ring: stages.Ring) -> dict[str, Any]:
+        assert (ring.quick, ring.native, ring.sm) == (True, True, 90)
+        assert 345 - 60 - 5 < ring.deadline - time.monotonic() <= 345 - 60  # the next stage's own time is kept
+        raise KeyboardInterrupt
+
+    answers = {gpu_check.QUERY: {"name": "NVIDIA H100"}, "compute_cap": {"compute_cap": "9.0"}}
+    monkeypatch.setattr(gpu_check, "query", answers.__getitem__)
+    bad = stages.Stage(lambda ring: {"passed": True, "profiled": "no rows"}, (60, 60))
+    good = stages.Stage(lambda ring: stages.summary([Outcome("x", "passed")]), (60, 60))
+    for name, stage in {"build": good, "smoke": bad, "bench": stages.Stage(killed, (280, 110))}.items():
+        monkeypatch.setitem(stages.STAGES, name, stage)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--part", "first", "--out", str(tmp_path / "h100")])
+    written = json.loads((tmp_path / "h100.json").read_text())
+    assert [name for name in stages.STAGES if name in written] == ["build", "smoke"]
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("== smoke: no table: TypeError") for line in said)
+    assert said[0].startswith("NVIDIA H100: expected build 60 s, smoke 60 s, bench 110 s, profile 60 s; together 290 s")
+    assert [line.split()[1] for line in said if line.startswith("-- ")] == ["build", "smoke", "bench"]
 
 
 @pytest.mark.skipif(

@@ -10,7 +10,7 @@ import torch
 
 from instantrt.plugins.weight_only_gemm import layout, semantics
 from instantrt.plugins.weight_only_gemm.op import OP
-from instantrt.tools.gpu import bench, gemm, race, small, tables, tune
+from instantrt.tools.gpu import bench, gemm, ncu, profile, race, small, tables, tune
 from instantrt.tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
 from instantrt.tools.gpu.library import LaunchRefusedError, Library
 from tests.compiler.tensorrt_stand_in import HostDevice
@@ -184,14 +184,79 @@ def test_a_case_of_the_benchmark(emulated: dict[int, Emulated], monkeypatch: pyt
     monkeypatch.setattr(race, "REPLAYS", 2)
     done = bench.case(emulated[90].library, "qwen2-7b o", 17)
     names = [t["kernel"] for t in done["timings"]]
-    assert names[:8] == [
-        "int4 g128", "int4 g128 symmetric", "int4 g128 bf16", "int8", "int8 g128", "a8w8", "a8w8 g128", "a8w4 g128"
+    assert names[:10] == [
+        "int4 g128", "int4 g128 symmetric", "int4 g128 bf16", "int4 g64", "int4 g32", "int8", "int8 g128", "a8w8",
+        "a8w8 g128", "a8w4 g128",
     ]  # fmt: skip
     assert {"cublas fp16", "cublas bf16"} <= set(names)
     weights = done["timings"][0]["bytes"] - 17 * (32 + 128) * 2
     assert weights == 32 * 128 // 2 + 32 * 4
     assert not [name for name in done["failures"] if name.startswith(("int4", "int8", "a8"))]
-    assert all(t["median"] > 0 and t["plan"] for t in done["timings"][:8])
+    assert all(t["median"] > 0 and t["plan"] for t in done["timings"][:10])
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_a_quick_case_makes_its_few_formats_once(
+    emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "REPLAYS", 2)
+    right, formats = random_weight, []
+
+    def noted(n: int, k: int, bits: int, group: int, dtype: torch.dtype, zeros: str = "float") -> gemm.Weight:
+        formats.append((bits, group))
+        return right(n, k, bits, group, dtype, zeros)
+
+    monkeypatch.setattr(bench, "random_weight", noted)
+    bench.made_of.cache_clear()
+    for m in (1, 17):
+        done = bench.case(emulated[90].library, "qwen2-7b o", m, quick=True)
+        names = {t["kernel"] for t in done["timings"]} | set(done["failures"])
+        assert names <= set(bench.QUICK_KERNELS)
+        assert {"int4 g128", "int8", "a8w8", "cublas fp16"} <= {t["kernel"] for t in done["timings"]}
+    assert {"torch scaled_mm fp8", "triton int4"} <= names
+    assert formats == [(4, 128), (8, 128)]
+
+
+@pytest.mark.usefixtures("timed_here")
+def test_what_compiles_for_each_shape_has_cases_of_its_own(emulated: dict[int, Emulated]) -> None:
+    done = bench.case(emulated[90].library, "qwen2-7b o humming", 4, quick=True)
+    assert [t["kernel"] for t in done["timings"]] == ["int4 g128 again"]
+    assert list(done["failures"]) == ["humming int4"]
+    assert done["failures"]["humming int4"].startswith("ModuleNotFoundError")
+
+
+def test_fp8_weights_have_a_scale_for_each_row() -> None:
+    x = torch.randn(5, 64) * torch.tensor([1.0, 10, 100, 0, 1e-3]).view(5, 1)
+    values, scale = bench.fp8(x)
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.shape == (5, 1)
+    assert torch.allclose(values.float() * scale, x, rtol=2**-4, atol=1e-6)
+
+
+def test_each_profiled_case_is_numbered_and_launched_once(
+    emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(profile, "LAYERS", {"qwen2-7b gate_up": (32, 128), "qwen2-7b o": (32, 128)})
+    monkeypatch.setattr(profile, "kernel", lambda reader, name, blocks: lambda: done.append(f"{name} {blocks}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: done.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: done.append("stop"))
+    right = profile.prepare
+
+    def prepare(library: Library, name: str) -> race.Call:
+        call = right(library, name)
+        return lambda: (call(), done.append("call"))
+
+    monkeypatch.setattr(profile, "prepare", prepare)
+    cases = [case for case in ncu.CASES if not case.endswith("m=512")]
+    monkeypatch.setattr("sys.argv", ["profile", str(emulated[90].library.path), "reader", *cases])
+    profile.main()
+    assert capsys.readouterr().out.count('"outcome": "passed"') == len(cases)
+    each = len(done) // len(cases)
+    for i, case in enumerate(cases):
+        number = f"empty {ncu.CASES.index(case) + 1}"
+        assert done[i * each : (i + 1) * each] == [number, "call", "call", "start", number, "call", "stop"]
 
 
 @pytest.mark.usefixtures("timed_here")

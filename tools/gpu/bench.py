@@ -31,8 +31,8 @@ from instantrt.tools.gpu.watch import emit
 
 READ_MB = (6, 17, 34, 68)  # of one launch: the weights of the smaller layers
 QUICK_KERNELS = (
-    "int4 g128", "int4 g128 in turn", "int8", "a8w8", "cublas fp16", "torch int_mm", "torch scaled_mm fp8",
-    "triton int4",
+    "int4 g128", "int4 g128 in turn", "int8", "a8w8", "cublas fp16", "cublas bf16", "torch int_mm",
+    "torch scaled_mm fp8", "triton int4",
 )  # fmt: skip
 FEW_ROWS = 16  # up to which weights stream
 LEAST_PRODUCT = 16  # rows from which tensor cores' products are asked for by peers

@@ -113,6 +113,14 @@ def parse_stages(names: str) -> list[str]:
     return [name for name in STAGES if name in asked or name == "build"]
 
 
+def said(name: str, part: dict[str, Any], most: int = 10**6) -> str:
+    """A stage's tables; a mistake in them costs them alone."""
+    try:
+        return text(name, part, most)
+    except Exception as error:
+        return f"== {name}: no table: {type(error).__name__}: {error}"
+
+
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.png")
@@ -130,22 +138,23 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
     report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
     sm, quick = int(query("compute_cap")["compute_cap"].replace(".", "")), plan.quick or args.quick
-    ring = Ring(sm, quick, report, plan.native, began + plan.seconds, out)
+    ring = Ring(sm, quick, report, plan.native, out=out)
     expected = {name: STAGES[name].expected[quick] for name in stages}
     print(f"{before['name']}: expected {', '.join(f'{n} {s} s' for n, s in expected.items())};", end=" ")
     print(f"together {sum(expected.values())} s, at most {plan.seconds:g} s", flush=True)
-    for name in stages:
+    for i, name in enumerate(stages):
+        ring.deadline = began + plan.seconds - sum(expected[later] for later in stages[i + 1 :])
         print(f"-- {name} begins at {time.monotonic() - began:.0f} s, expected {expected[name]} s", flush=True)
         report[name] = perform(name, ring)
         write(out, json.dumps(report, indent=1) + "\n")
-        done = [text(stage, report[stage]) for stage in STAGES if stage in report]
+        done = [said(stage, report[stage]) for stage in STAGES if stage in report]
         write(out.with_suffix(".txt"), "\n".join(done) + "\n")
-        print(text(name, report[name], 45), flush=True)
+        print(said(name, report[name], 45), flush=True)
     if report.get("bench", {}).get("roofs"):
         try:
             plot({**report, **report["bench"]}, out.with_suffix(".png"))
-        except ImportError as error:
-            print(f"no plot: {error}")
+        except Exception as error:
+            print(f"no plot: {type(error).__name__}: {error}")
     report["after"] = query(QUERY)  # ends this process where the GPU is lost
     write(out, json.dumps(report, indent=1) + "\n")
     failed = [name for name in stages if not report[name]["passed"]]

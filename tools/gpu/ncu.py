@@ -53,13 +53,13 @@ COUNTERS = (
         f"sm__inst_executed_pipe_tensor.{PEAK}_active",
     )),
     Counter("IPC", ("sm__inst_executed.avg.per_cycle_active", "sm__inst_issued.avg.per_cycle_active"), form="5.2f"),
-    Counter("issue%", (f"smsp__issue_active.{PEAK}_active", f"sm__inst_issued.{PEAK}_active"), form="6.1f"),
+    Counter("issue%", ("smsp__issue_active.avg.per_cycle_active",), 100, "6.1f"),
     Counter("occ%", (f"sm__warps_active.{PEAK}_active",), form="5.1f"),
     Counter("regs", ("launch__registers_per_thread",), form="5.0f"),
     Counter("smem KB", ("launch__shared_mem_per_block", "launch__shared_mem_per_block_allocated"), 1e-3),
     Counter("MHz", ("gpc__cycles_elapsed.avg.per_second", "smsp__cycles_elapsed.avg.per_second"), 1e-6, "6.0f"),
 )  # fmt: skip
-ASKED = sorted({counter.metrics[0] for counter in COUNTERS if not counter.metrics[0].startswith("launch__")})
+ASKED = (f"sm__pipe_tensor_cycles_active.{PEAK}_elapsed", "dram__bytes.sum.per_second")  # no section is sure to have
 
 
 def executable() -> str | None:
@@ -69,7 +69,7 @@ def executable() -> str | None:
 
 
 def command(ncu: str, log: Path, metrics: bool) -> list[str]:
-    """`metrics`: ask for those of COUNTERS by name, too. One that this GPU has not ends ncu, so that it may be left."""
+    """`metrics`: ask for ASKED, too. One that this GPU has not ends ncu, so that it may be left."""
     sections = [word for name in SECTIONS for word in ("--section", name)]
     more = ["--metrics", ",".join(ASKED)] if metrics else []
     how = ["--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"]

@@ -12,6 +12,7 @@ STYLES = {  # name: colour, line; a colour for each format, solid lines are ours
     "a8w8 g128": ("tab:orange", "-"), "a8w4 g128": ("tab:purple", "-"), "cublas fp16": ("black", "--"),
     "cublas bf16": ("tab:gray", "--"), "torch int4pack bf16": ("tab:cyan", "--"), "torch int_mm": ("tab:red", "--"),
     "humming int4": ("tab:blue", "--"), "humming int8": ("yellowgreen", "--"),
+    "triton int4": ("tab:pink", "--"), "torch scaled_mm fp8": ("tab:orange", "--"),
 }  # fmt: skip
 MULTIPLES = (1, 1.5, 2, 3, 5, 8)
 COLUMNS = 4

@@ -46,7 +46,7 @@ def variants(plan: LaunchPlan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Labels and options that pin a plan; where its blocks are a cluster, also one that adds up in the workspace."""
     pinned = {"row": plan.row + 1, "splits": plan.splits}
     yield label(plan), pinned
-    if sm == 90 and plan.splits > 1 and "warpgroup" not in plan.kernel:
+    if sm == 90 and plan.splits > 1 and plan.kernel.startswith("stream"):
         yield f"{label(plan)} by memory", {**pinned, **NO_CLUSTERS}
 
 
