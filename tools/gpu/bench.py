@@ -267,7 +267,8 @@ def biased_errors() -> dict[str, float]:
         off = torch.mm(x, codes + bias, out_dtype=torch.float32).double() - bias * sums - truth
         return float(off.norm() / truth.norm())
 
-    return {str(bias): error(bias) for bias in (0, 64, 1024)}
+    tiny = torch.mm(x, codes * 2.0**-24, out_dtype=torch.float32).double() * 2.0**24 - truth  # below the normal range
+    return {**{str(bias): error(bias) for bias in (0, 64, 1024)}, "0, times 2^-24": float(tiny.norm() / truth.norm())}
 
 
 FORMATS: dict[str, tuple[int, int, torch.dtype, str]] = {  # bits, group (0: a whole row), type, kind of zeros
