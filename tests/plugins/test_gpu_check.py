@@ -424,9 +424,8 @@ def test_counters_of_nsight_compute() -> None:
     assert ncu.parse("==ERROR== The user does not have permission to access NVIDIA GPU Performance Counters\n") == []
 
 
-NCU = f"""#!{sys.executable}
-import sys
-sys.path.insert(0, "{ROOT}")
+NCU = """import sys
+sys.path.insert(0, ROOT)
 from tests.plugins.ncu_stand_in import main
 main(MODE, sys.argv[1:])
 """
@@ -438,7 +437,8 @@ def test_a_profile_loses_only_the_case_that_dies(
     mode: str, lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tmp_path / "ncu"
-    tool.write_text(NCU.replace("MODE", repr(mode)))
+    script = NCU.replace("ROOT", repr(str(ROOT))).replace("MODE", repr(mode))
+    tool.write_text(f"#!{sys.executable}\n{script}")
     tool.chmod(0o755)
     monkeypatch.setattr(ncu, "executable", lambda: str(tool))
     monkeypatch.setattr(stages, "FOLDER", tmp_path)
