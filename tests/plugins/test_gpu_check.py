@@ -20,6 +20,7 @@ from instantrt.tools.gpu.plot import plot
 from instantrt.tools.gpu.race import Timing
 from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, run_all
 from tests.plugins.kernels import ROOT, Emulated
+from tests.plugins.ncu_stand_in import COUNTED, GEMM, raw_page
 
 ROOF = {"read_bytes_per_us": 4e6, "bf16_ops_per_us": 8e8, "int8_ops_per_us": 1.4e9}
 CHILD = """
@@ -403,37 +404,6 @@ def test_of_one_gpu_alone_only_its_library_is_built(monkeypatch: pytest.MonkeyPa
     assert ring.library("reader") is None
 
 
-def raw_page(kernels: list[tuple[str, str, dict[str, tuple[str, str]]]]) -> str:
-    """As `ncu --csv --page raw --log-file` writes it: its own lines, a head, units, a row for each kernel."""
-    fixed = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size",
-             "Grid Size", "Device", "CC"]  # fmt: skip
-    metrics = list(dict.fromkeys(name for _, _, counters in kernels for name in counters))
-    units = {name: unit for _, _, counters in kernels for name, (_, unit) in counters.items()}
-    rows = [fixed + metrics, [""] * len(fixed) + [units[name] for name in metrics]]
-    for i, (kernel, grid, counters) in enumerate(kernels):
-        where = [str(i), "77", "python3.12", "127.0.0.1", kernel, "1", "7", "(256, 1, 1)", grid, "0", "9.0"]
-        rows.append(where + [counters.get(name, ("", ""))[0] for name in metrics])
-    table = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
-    return f"==PROF== Connected to process 77 (/usr/bin/python3.12)\n==PROF== Disconnected from process 77\n{table}\n"
-
-
-STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-COUNTED = {
-    "gpu__time_duration.sum": ("21,504", "ns"),
-    "dram__bytes.sum.per_second": ("3,214,000,000,000.5", "byte/s"),
-    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": ("81.25", "%"),
-    "launch__registers_per_thread": ("76", "register/thread"),
-    "launch__shared_mem_per_block": ("99.33", "Kbyte/block"),
-    STALLED.format("long_scoreboard"): ("6", "inst"),
-    STALLED.format("wait"): ("1.5", "inst"),
-    STALLED.format("barrier"): ("0.25", "inst"),
-    STALLED.format("selected"): ("1", "inst"),
-    STALLED.format("math_pipe_throttle"): ("2.25", "inst"),
-    "sm__warps_active.avg.pct_of_peak_sustained_active": ("n/a", "%"),
-}
-GEMM = "void wog::<unnamed>::gemm<(int)12, __half, (int)4>(wog::GemmArgs)"
-
-
 def test_counters_of_nsight_compute() -> None:
     kernels = ncu.parse(raw_page([("<unnamed>::nothing()", "(3, 1, 1)", {}), (GEMM, "(592, 1, 1)", COUNTED)]))
     assert [kernel["grid"] for kernel in kernels] == ["(3, 1, 1)", "(592, 1, 1)"]
@@ -454,31 +424,10 @@ def test_counters_of_nsight_compute() -> None:
     assert ncu.parse("==ERROR== The user does not have permission to access NVIDIA GPU Performance Counters\n") == []
 
 
-NCU = f"""#!{sys.executable}
-import sys, time
-sys.path.insert(0, "{ROOT}")
-from instantrt.tools.gpu import ncu
-from instantrt.tools.gpu.watch import emit
-from tests.plugins.test_gpu_check import COUNTED, GEMM, raw_page
-words = sys.argv[1:]
-log, cases = words[words.index("--log-file") + 1], words[words.index("instantrt.tools.gpu.profile") + 3 :]
-if MODE == "no such metric" and "--metrics" in words:
-    open(log, "w").write("==ERROR== Failed to find metric sm__pipe\\n")
-    for case in cases:
-        emit(start=case)
-        emit(end=case, outcome="passed")
-    sys.exit(1)
-kernels = []
-for case in cases:
-    emit(start=case)
-    if MODE == "hangs" and case == ncu.CASES[3]:
-        time.sleep(60)
-    if MODE == "dies" and case == ncu.CASES[3]:
-        break
-    kernels += [("nothing()", f"({{ncu.CASES.index(case) + 1}}, 1, 1)", {{}}), (GEMM, "(9, 1, 1)", COUNTED)]
-    emit(end=case, outcome="passed")
-open(log, "w").write(raw_page(kernels))
-sys.exit(len(cases) > len(kernels) / 2)
+NCU = """import sys
+sys.path.insert(0, ROOT)
+from tests.plugins.ncu_stand_in import main
+main(MODE, sys.argv[1:])
 """
 
 
@@ -488,7 +437,8 @@ def test_a_profile_loses_only_the_case_that_dies(
     mode: str, lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tmp_path / "ncu"
-    tool.write_text(NCU.replace("MODE", repr(mode)))
+    script = NCU.replace("ROOT", repr(str(ROOT))).replace("MODE", repr(mode))
+    tool.write_text(f"#!{sys.executable}\n{script}")
     tool.chmod(0o755)
     monkeypatch.setattr(ncu, "executable", lambda: str(tool))
     monkeypatch.setattr(stages, "FOLDER", tmp_path)
@@ -565,9 +515,9 @@ def test_what_is_done_is_written_when_the_command_is_killed(
 
     answers = {gpu_check.QUERY: {"name": "NVIDIA H100"}, "compute_cap": {"compute_cap": "9.0"}}
     monkeypatch.setattr(gpu_check, "query", answers.__getitem__)
-    bad = stages.Stage(lambda ring: {"passed": True, "profiled": "no rows"}, (60, 60))
-    good = stages.Stage(lambda ring: stages.summary([Outcome("x", "passed")]), (60, 60))
-    for name, stage in {"build": good, "smoke": bad, "bench": stages.Stage(killed, (280, 110))}.items():
+    bad = stages.RingStage(lambda ring: {"passed": True, "profiled": "no rows"}, (60, 60))
+    good = stages.RingStage(lambda ring: stages.summary([Outcome("x", "passed")]), (60, 60))
+    for name, stage in {"build": good, "smoke": bad, "bench": stages.RingStage(killed, (280, 110))}.items():
         monkeypatch.setitem(stages.STAGES, name, stage)
     with pytest.raises(KeyboardInterrupt):
         gpu_check.main(["--part", "first", "--out", str(tmp_path / "h100")])

@@ -51,7 +51,7 @@ SOURCES = ("plugins/**/*.cu", "plugins/**/*.h", "plugins/**/*.cpp", "plugins/**/
 
 
 @dataclass(frozen=True)
-class Plan:
+class SessionPart:
     """Stages of one command and how many seconds all may take; `native` leaves out what older GPUs run."""
 
     stages: tuple[str, ...]
@@ -61,9 +61,9 @@ class Plan:
 
 
 PARTS = {
-    "first": Plan(("build", "smoke", "bench", "profile"), True, True, 345),
-    "second": Plan(("build", "tests", "tune"), True, False, 450),
-    "last": Plan(("build", "sanitize", "bench"), False, True, 560),
+    "first": SessionPart(("build", "smoke", "bench", "profile"), True, True, 345),
+    "second": SessionPart(("build", "tests", "tune"), True, False, 450),
+    "last": SessionPart(("build", "sanitize", "bench"), False, True, 560),
 }
 IDENTITY = ("commit", "sources", "gpu")  # parts of one report share these
 
@@ -129,7 +129,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
     args = parser.parse_args(words)
     began = time.monotonic()
-    plan = PARTS.get(args.part, Plan(tuple(STAGES), args.quick, False, float("inf")))
+    plan = PARTS.get(args.part, SessionPart(tuple(STAGES), args.quick, False, float("inf")))
     stages: list[str] = args.stages or list(plan.stages)
 
     before = query(QUERY)

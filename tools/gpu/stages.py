@@ -413,7 +413,7 @@ def grouped(failures: Mapping[str, str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Stage:
+class RingStage:
     """`expected` seconds on an H100 or H200 with 16 cores, whole and quick."""
 
     run: Callable[[Ring], Part]
@@ -421,9 +421,9 @@ class Stage:
 
 
 STAGES = {
-    "build": Stage(build, (60, 60)), "smoke": Stage(smoke, (40, 40)), "tests": Stage(tests, (70, 70)),
-    "sanitize": Stage(sanitize, (120, 120)), "bench": Stage(bench, (280, 110)), "profile": Stage(profile, (60, 60)),
-    "tune": Stage(tune, (240, 120)),
+    "build": RingStage(build, (60, 60)), "smoke": RingStage(smoke, (40, 40)), "tests": RingStage(tests, (70, 70)),
+    "sanitize": RingStage(sanitize, (120, 120)), "bench": RingStage(bench, (280, 110)),
+    "profile": RingStage(profile, (60, 60)), "tune": RingStage(tune, (240, 120)),
 }  # fmt: skip
 
 
