@@ -7,7 +7,6 @@ What is compared are times, so the float model beside it has the same sizes and 
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import time
@@ -19,8 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from instantrt.compiler.serving.runtime.cuda import Device
+from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
+
 Array = npt.NDArray[Any]
-INLINE = 1 << 16  # bytes of a constant up to which it travels
+INLINE = 1 << 13  # bytes of a constant up to which it travels
 SEED_BYTES = 1 << 24  # of noise, repeated as often as a constant is long
 LENGTH, PAST, ROWS = 1024, 512, (1, 8)  # tokens of a cache, those before the step that is timed, sequences together
 ROUNDS, STEPS = 5, 40  # times that each is measured in turn, and steps a time
@@ -120,13 +122,14 @@ def decode_steps(engine: Any, rows: int) -> tuple[Callable[[], None], Callable[[
 class Torch:
     """The float16 model of transformers with a static cache; a decode step is a CUDA graph where it can be captured."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], device: str = "cuda") -> None:
         import torch
         from transformers import AutoModelForCausalLM, Qwen2Config
 
-        self.torch = torch
+        self.torch, self.device = torch, device
+        self.wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
         known = Qwen2Config(**{k: v for k, v in config.items() if k not in ("architectures", "dtype", "model_type")})
-        with torch.device("cuda"):
+        with torch.device(device):
             self.model: Any = AutoModelForCausalLM.from_config(known, dtype=torch.float16, attn_implementation="sdpa")
         self.model.eval()
         self.config = known
@@ -135,8 +138,8 @@ class Torch:
     def forward(self, cache: Any, ids: Any, start: int) -> Any:
         """Logits after `ids`, which follow `start` tokens."""
         torch, (rows, count) = self.torch, ids.shape
-        positions = torch.arange(start, start + count, device="cuda")
-        mask = torch.arange(LENGTH, device="cuda")[None] <= positions[:, None]
+        positions = torch.arange(start, start + count, device=self.device)
+        mask = torch.arange(LENGTH, device=self.device)[None] <= positions[:, None]
         return self.model(
             input_ids=ids, past_key_values=cache, cache_position=positions, use_cache=True, logits_to_keep=1,
             position_ids=positions[None].expand(rows, -1), attention_mask=mask[None, None].expand(rows, 1, -1, -1),
@@ -148,7 +151,7 @@ class Torch:
         return StaticCache(config=self.config, max_cache_len=LENGTH)
 
     def prefill(self) -> Callable[[], None]:
-        ids = self.torch.ones(1, PAST, dtype=self.torch.int64, device="cuda")
+        ids = self.torch.ones(1, PAST, dtype=self.torch.int64, device=self.device)
         with self.torch.inference_mode():
             self.forward(cache := self.cache(), ids, 0)
 
@@ -161,7 +164,7 @@ class Torch:
 
     def decode_steps(self, rows: int) -> tuple[Callable[[], None], Callable[[], None]]:
         torch = self.torch
-        ids, cache = torch.ones(rows, 1, dtype=torch.int64, device="cuda"), self.cache()
+        ids, cache = torch.ones(rows, 1, dtype=torch.int64, device=self.device), self.cache()
 
         def eager() -> Any:
             with torch.inference_mode():
@@ -192,7 +195,7 @@ class Torch:
         def alone() -> None:
             for _ in range(STEPS):
                 run()
-            torch.cuda.synchronize()
+            self.wait()
 
         def whole() -> None:
             for _ in range(STEPS):
@@ -231,27 +234,35 @@ def contest(engine: Any, other: Torch | None) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, mode: str, build: Callable[[Path, Any], bytes], trt: Any, data: dict[str, Any]) -> None:
-    """Fills, builds and times the model of one mode; what became of each step is in `data`, whatever happens next."""
-    from instantrt.compiler.serving.runtime.cuda import Device
-
-    engines = importlib.import_module("instantrt.compiler.serving.runtime.tensorrt_engine")
+def make(folder: Path, mode: str, build: Callable[[Path, Any], bytes], data: dict[str, Any]) -> None:
+    """Fills and builds the model of one mode."""
     shape = Shape(**json.loads((folder / f"{mode}.json").read_text()))
-    path, engine_path = folder / f"{mode}.onnx", folder / f"{mode}.plan"
-    seconds = data["seconds"] = {}
-    started = time.monotonic()
+    path, started = folder / f"{mode}.onnx", time.monotonic()
     data["weights_bytes"] = fill(path)
-    seconds["fill"], started = time.monotonic() - started, time.monotonic()
-    engine_path.write_bytes(build(path, shape.profiles))
-    data["engine_bytes"] = engine_path.stat().st_size
-    seconds["build"], started = time.monotonic() - started, time.monotonic()
-    engine = engines.open_engine(engine_path, (), trt, Device(0), max(ROWS), LENGTH)
-    seconds["load"], started = time.monotonic() - started, time.monotonic()
+    data["fill_seconds"] = round(time.monotonic() - started, 1)
+    engine, started = build(path, shape.profiles), time.monotonic()
+    partial = folder / f"{mode}.plan.partial"
+    data["engine_bytes"] = partial.write_bytes(engine)
+    partial.rename(folder / f"{mode}.plan")
+    path.with_name(f"{path.name}.data").unlink()
+
+
+def measure(folder: Path, mode: str, trt: Any, data: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Times the model of one mode, by itself and then beside PyTorch's; `keep` is called when `data` has something."""
+    plan = folder / f"{mode}.plan"
+    if not plan.is_file():
+        raise RuntimeError(f"{plan.name} was not built")
+    shape = Shape(**json.loads((folder / f"{mode}.json").read_text()))
+    started = time.monotonic()
+    engine = open_engine(plan, (), trt, Device(0), max(ROWS), LENGTH)
+    data["loaded"], data["load_seconds"] = True, round(time.monotonic() - started, 1)
+    data["alone"] = contest(engine, None)
+    keep()
+    started = time.monotonic()
     try:
         other = Torch(shape.config)
+        data["times"] = contest(engine, other)
+        data["torch"] = other.how
     except Exception as error:
-        other, data["torch"] = None, f"{type(error).__name__}: {error}"
-    seconds["torch"], started = time.monotonic() - started, time.monotonic()
-    data["times"] = contest(engine, other)
-    data["torch"] = other.how if other else data["torch"]
-    seconds["contest"] = time.monotonic() - started
+        data["torch"] = f"{type(error).__name__}: {error}"[:1000]
+    data["torch_seconds"] = round(time.monotonic() - started, 1)
