@@ -4,9 +4,17 @@
     instantrt gpu-check rtx run DIR --out OUT.json  on the GPU machine: loads, runs and compares each
 
 `prepare` compiles examples/tiny-qwen2 with the compiler itself, in each mode for any GPU (the builder's own default)
-and in one mode for single and several SMs; the outputs are ONNX Runtime's of the Q/DQ twin, for a prompt and for the
-token after it. `run` needs numpy, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB), nothing
-else of this project's dependencies; each engine is in a process of its own, with a time limit.
+and in one mode for single and several SMs, with and without nodes of the plugin, and one layer of the sizes of a 7 B
+model; the outputs are ONNX Runtime's of the Q/DQ twin, for a prompt and for the token after it, and the tokens are those
+that the artifact for CPUs generates. `run` takes four kinds of steps, each in a process of its own with a time limit:
+
+    load    an engine from here: does it load, are its outputs and its tokens those
+    build   the same after the engine was built on the GPU machine, for any GPU and for its own
+    make    builds a model of Qwen2-1.5B's sizes, whose weights are made there (rtx_speed.py)
+    speed   times that beside float16 in PyTorch, in turn: steps of 1 and 8 sequences, and a prompt of 512 tokens
+
+The first two need numpy, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB); what builds needs
+packaging and onnx as well, and the last torch and transformers.
 
 Where the GPU machine reaches no package registry and takes less than all that at once, the runtime travels in
 pieces, in two ignored folders, the second with the engines. Here, with the minor version of Python that runs there:
@@ -17,7 +25,12 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     pip install $options --no-index --find-links build/wheels --no-compile --target build/site $rtx
     mkdir build/rtx1 build/rtx2
     tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
-    instantrt gpu-check rtx prepare build/rtx2                             68 MB in two pieces, 13 MB of engines
+    cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=90a-real     of the GPU there
+    cmake --build build/plugins --target instantrt_plugins
+    python -c "from instantrt.tools.bench.synthetic import *; write_checkpoint(Path('build/big'), QWEN2_15B)"
+    instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big
+
+That is 69 MB in two pieces, and SIZE MB of engines. `--plugin` and `--big` may be left out, and so what needs them.
 
 There: bring build/rtx1, then build/rtx2, and
 
