@@ -30,7 +30,7 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     python -c "from instantrt.tools.bench.synthetic import *; write_checkpoint(Path('build/big'), QWEN2_15B)"
     instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big
 
-That is 69 MB in two pieces, and SIZE MB of engines. `--plugin` and `--big` may be left out, and so what needs them.
+That is 69 MB in two pieces, and 20 MB of engines. `--plugin` and `--big` may be left out, and so what needs them.
 
 There: bring build/rtx1, then build/rtx2, and
 
