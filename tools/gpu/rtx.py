@@ -5,8 +5,8 @@
 
 `prepare` compiles examples/tiny-qwen2 with the compiler itself, in each mode for any GPU (the builder's own default)
 and in one mode for single and several SMs, with and without nodes of the plugin, and one layer of the sizes of a 7 B
-model; the outputs are ONNX Runtime's of the Q/DQ twin, for a prompt and for the token after it, and the tokens are those
-that the artifact for CPUs generates. `run` takes four kinds of steps, each in a process of its own with a time limit:
+model. Outputs to compare with are ONNX Runtime's of the Q/DQ twin, for a prompt and for the token after it; tokens are
+those that the artifact for CPUs generates. `run` takes four kinds of steps, each in a process with a time limit:
 
     load    an engine from here: does it load, are its outputs and its tokens those
     build   the same after the engine was built on the GPU machine, for any GPU and for its own
@@ -27,10 +27,12 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
     cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=90a-real     of the GPU there
     cmake --build build/plugins --target instantrt_plugins
-    python -c "from instantrt.tools.bench.synthetic import *; write_checkpoint(Path('build/big'), QWEN2_15B)"
-    instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big
+    python -c "from instantrt.tools.bench.synthetic import *; write_checkpoint(Path('build/big'), QWEN2_15B)
+    write_checkpoint(Path('build/wide'), {**QWEN2_7B, 'num_hidden_layers': 1, 'vocab_size': 128})"
+    instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big \\
+        --wide build/wide
 
-That is 69 MB in two pieces, and 20 MB of engines. `--plugin` and `--big` may be left out, and so what needs them.
+That is 69 MB in two pieces, and 20 MB of engines. `--plugin`, `--big` and `--wide` may be left out.
 
 There: bring build/rtx1, then build/rtx2, and
 
@@ -79,7 +81,7 @@ class Variant:
     quant: Quant
     group: int = -1
     sms: tuple[int, ...] = ()
-    model: str = ""  # a key of MODELS, "" for the example
+    model: str = ""  # wide: what --wide names; else the example
     plugin: bool = False  # its weight-only linears are nodes of our own
 
     @property
@@ -112,20 +114,23 @@ def prepare(
     variants: tuple[Variant, ...] = VARIANTS,
     plugin: Path | None = None,
     big: Path | None = None,
+    one_layer: Path | None = None,
 ) -> None:
     """FOLDER/engines.tar.xz; the arrays of a mode are called step/in/name and step/out/name, prompt/N and tokens/N.
 
     plugin   the library of the plugin; without it nothing with a plugin is prepared
     big      a checkpoint of the sizes of which the speed is to be measured
+    one_layer   a checkpoint of one wide layer
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         if plugin is not None:
             shutil.copy(plugin, Path(scratch, LIBRARY))
             os.environ.update(linked(Path(scratch)))
-        variants = tuple(v for v in variants if plugin is not None or not v.plugin)
+        variants = tuple(v for v in variants if (plugin or not v.plugin) and (one_layer or not v.model))
         for mode in dict.fromkeys(v.mode for v in variants):
-            compile_mode(Path(scratch), [v for v in variants if v.mode == mode])
+            each = [v for v in variants if v.mode == mode]
+            compile_mode(Path(scratch), each, one_layer if one_layer and each[0].model else MODEL)
         for variant in SPEEDS if big is not None else ():
             assert big is not None
             outline_mode(Path(scratch), big, variant)
@@ -147,12 +152,10 @@ def linked(folder: Path) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]))}
 
 
-def wide(folder: Path) -> Path:
-    """A checkpoint of one layer of the sizes of a 7 B model, whose rows repeat: its engine travels compressed."""
-    from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
-
-    model = folder / "wide-checkpoint"
-    write_checkpoint(model, {**QWEN2_7B, "num_hidden_layers": 1, "vocab_size": 128})
+def repeated(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose rows of weights repeat: its engine travels compressed."""
+    model = folder / "checkpoint"
+    shutil.copytree(checkpoint, model)
     path = model / "model.safetensors"
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -169,11 +172,10 @@ def wide(folder: Path) -> Path:
     return model
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {"": lambda folder: MODEL, "wide": wide}
 TARGET = "sm89"  # any that TensorRT-RTX builds for: one lowering serves them all
 
 
-def compile_mode(folder: Path, variants: list[Variant]) -> None:
+def compile_mode(folder: Path, variants: list[Variant], checkpoint: Path = MODEL) -> None:
     """One lowered graph and its twin, an engine for each variant, and what the artifact for CPUs generates."""
     from instantrt.compiler.backend.onnx_writer import write_model
     from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
@@ -184,7 +186,7 @@ def compile_mode(folder: Path, variants: list[Variant]) -> None:
     first = variants[0]
     library = folder / LIBRARY if first.plugin else None
     with tempfile.TemporaryDirectory() as scratch:
-        model = MODELS[first.model](Path(scratch))
+        model = repeated(checkpoint, Path(scratch)) if first.model else checkpoint
         request = Request(
             model=model, targets=(TARGET,), out=Path(scratch), quant=first.quant, group_size=first.group,
             max_length=LENGTH, opt_length=64, plugin=library,
@@ -546,11 +548,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser.add_argument("kind", nargs="?", help="of `one`: load, build or speed")
     parser.add_argument("name", nargs="?", help="of `one`")
     parser.add_argument("--plugin", type=Path, help="of `prepare`: the plugin library")
+    parser.add_argument("--wide", type=Path, help="of `prepare`: a checkpoint of one wide layer")
     parser.add_argument("--big", type=Path, help="of `prepare`: the checkpoint whose sizes the speed is measured with")
     parser.add_argument("--out", type=Path, default=Path("rtx.json"))
     args = parser.parse_args(words)
     if args.action == "prepare":
-        prepare(args.folder, plugin=args.plugin, big=args.big)
+        prepare(args.folder, plugin=args.plugin, big=args.big, one_layer=args.wide)
     elif args.action == "one":
         one(args.folder, args.kind, args.name)
     else:
