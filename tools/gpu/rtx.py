@@ -27,8 +27,9 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
     cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=90a-real     of the GPU there
     cmake --build build/plugins --target instantrt_plugins
-    python -c "from instantrt.tools.bench.synthetic import *; write_checkpoint(Path('build/big'), QWEN2_15B)
-    write_checkpoint(Path('build/wide'), {**QWEN2_7B, 'num_hidden_layers': 1, 'vocab_size': 128})"
+    from='from instantrt.tools.bench.synthetic import *;'
+    python -c "$from write_checkpoint(Path('build/big'), QWEN2_15B)"
+    python -c "$from write_checkpoint(Path('build/wide'), {**QWEN2_7B, 'num_hidden_layers': 1, 'vocab_size': 128})"
     instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big \\
         --wide build/wide
 
