@@ -19,11 +19,14 @@ from onnx import numpy_helper
 
 from instantrt.compiler.backend.tensorrt.build import read_header
 from instantrt.compiler.backend.tensorrt.child import Refused
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from instantrt.tools.bench.synthetic import QWEN2, write_checkpoint
 from instantrt.tools.gpu import rtx as gpu_rtx
 from instantrt.tools.gpu import rtx_speed
 from instantrt.tools.gpu.rtx import ROOT, Variant
-from tests.compiler.tensorrt_stand_in import HostDevice
+from tests.compiler.tensorrt_stand_in import LENGTH, HostDevice, Plan
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,20 @@ def test_torch_beside_it() -> None:
         other.forward(cache := other.cache(), ids[:, :64], 0)
         got, want = other.forward(cache, ids[:, 64:], 64), other.model(ids, logits_to_keep=1).logits
     torch.testing.assert_close(got, want, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_contest_on_the_stand_in(tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one and of several rows run in both ways, and every time is said with its tokens."""
+    for name, value in {"ROWS": (1, 4), "PAST": 16, "ROUNDS": 2, "STEPS": 3}.items():
+        monkeypatch.setattr(rtx_speed, name, value)
+    plan = Plan(run(tiny_float.graph.copy(), kv_in_place(LENGTH), PassLog()), tmp_path)
+    engine = plan.open(rtx=True).engine
+    times = rtx_speed.contest(engine, None)
+    assert set(times) == {"prefill engine", *(f"{k} {n} engine" for k in ("step", "decode") for n in (1, 4))}
+    for name, tokens in {"prefill engine": 16, "step 1 engine": 1, "decode 4 engine": 4}.items():
+        assert len(times[name]["ms_of_all"]) == 2
+        assert times[name]["tokens_per_second"] == pytest.approx(1e3 * tokens / times[name]["ms"], rel=0.01)
 
 
 def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:
