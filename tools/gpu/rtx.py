@@ -4,9 +4,17 @@
     instantrt gpu-check rtx run DIR --out OUT.json  on the GPU machine: loads, runs and compares each
 
 `prepare` compiles examples/tiny-qwen2 with the compiler itself, in each mode for any GPU (the builder's own default)
-and in one mode for single and several SMs; the outputs are ONNX Runtime's of the Q/DQ twin, for a prompt and for the
-token after it. `run` needs numpy, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB), nothing
-else of this project's dependencies; each engine is in a process of its own, with a time limit.
+and in one mode for single and several SMs, with and without nodes of the plugin, and one layer of the sizes of a 7 B
+model. Outputs to compare with are ONNX Runtime's of the Q/DQ twin, for a prompt and for the token after it; tokens are
+those that the artifact for CPUs generates. `run` takes four kinds of steps, each in a process with a time limit:
+
+    load    an engine from here: does it load, are its outputs and its tokens those
+    build   the same after the engine was built on the GPU machine, for any GPU and for its own
+    make    builds a model of Qwen2-1.5B's sizes, whose weights are made there (rtx_speed.py)
+    speed   times that beside float16 in PyTorch, in turn: steps of 1 and 8 sequences, and a prompt of 512 tokens
+
+The first two need numpy, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB); what builds needs
+packaging and onnx as well, and the last torch and transformers.
 
 Where the GPU machine reaches no package registry and takes less than all that at once, the runtime travels in
 pieces, in two ignored folders, the second with the engines. Here, with the minor version of Python that runs there:
@@ -17,7 +25,15 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     pip install $options --no-index --find-links build/wheels --no-compile --target build/site $rtx
     mkdir build/rtx1 build/rtx2
     tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
-    instantrt gpu-check rtx prepare build/rtx2                             68 MB in two pieces, 13 MB of engines
+    cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=90a-real     of the GPU there
+    cmake --build build/plugins --target instantrt_plugins
+    from='from instantrt.tools.bench.synthetic import *;'
+    python -c "$from write_checkpoint(Path('build/big'), QWEN2_15B)"
+    python -c "$from write_checkpoint(Path('build/wide'), {**QWEN2_7B, 'num_hidden_layers': 1, 'vocab_size': 128})"
+    instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big \\
+        --wide build/wide
+
+That is 69 MB in two pieces, and 20 MB of engines. `--plugin`, `--big` and `--wide` may be left out.
 
 There: bring build/rtx1, then build/rtx2, and
 
@@ -30,10 +46,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +62,8 @@ import numpy.typing as npt
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.serving.runtime.cuda import Device
-from instantrt.compiler.serving.runtime.tensorrt_engine import BFLOAT16, TYPES, widened
+from instantrt.compiler.serving.runtime.tensorrt_engine import BFLOAT16, TYPES, open_engine, widened
+from instantrt.tools.gpu import rtx_speed
 from instantrt.tools.gpu.watch import ChildJob, emit, run_all
 
 Array = npt.NDArray[Any]
@@ -63,10 +82,14 @@ class Variant:
     quant: Quant
     group: int = -1
     sms: tuple[int, ...] = ()
+    model: str = ""  # wide: what --wide names; else the example
+    plugin: bool = False  # its weight-only linears are nodes of our own
 
     @property
     def mode(self) -> str:
-        return self.quant + (f"-g{self.group}" if self.group > 0 else "")
+        """What engines share that differ in their SMs alone."""
+        parts = (self.model, self.quant, f"g{self.group}" if self.group > 0 else "", "plugin" if self.plugin else "")
+        return "-".join(filter(None, parts))
 
     @property
     def name(self) -> str:
@@ -75,57 +98,184 @@ class Variant:
 
 VARIANTS = (
     Variant("a16w4", 128), Variant("a16w8"), Variant("a8w8"), Variant("a16w4", 128, (80,)),
-    Variant("a16w4", 128, (89,)), Variant("a16w4", 128, (120,)), Variant("a16w4", 128, (80, 86, 89, 120)),
+    Variant("a16w4", 128, (86,)), Variant("a16w4", 128, (89,)), Variant("a16w4", 128, (120,)),
+    Variant("a16w4", 128, (80, 86, 89, 120)), Variant("a16w4", 128, model="wide"), Variant("a16w4", 128, plugin=True),
 )  # fmt: skip
+BUILDS = ("a16w4-g128", "a16w4-g128-plugin")  # modes whose lowered model travels, to be built there
+CAPABILITIES = ("default", "current")  # what an engine is built for there
+SPEEDS = (Variant("a8w8"), Variant("a16w4", 128), Variant("a16w8"))  # of the model in rtx_speed.py
+LIBRARY = "libinstantrt_plugins.so"
+PROMPTS, GREEDY, LENGTH = (5, 24, 60), 24, 256  # tokens of the prompts, tokens after each, and what engines take
+SECONDS = {"make": 220, "load": LIMIT, "build": LIMIT, "speed": 100}  # without a word from a step's process
+STAGES = ((("make", "load", "build"), 240, 6), (("speed",), 200, 1))  # kinds, seconds of all, processes at a time
 
 
-def prepare(folder: Path, variants: tuple[Variant, ...] = VARIANTS) -> None:
-    """FOLDER/engines.tar.xz; the arrays of a mode are called step/in/name and step/out/name."""
+def prepare(
+    folder: Path,
+    variants: tuple[Variant, ...] = VARIANTS,
+    plugin: Path | None = None,
+    big: Path | None = None,
+    one_layer: Path | None = None,
+) -> None:
+    """FOLDER/engines.tar.xz; the arrays of a mode are called step/in/name and step/out/name, prompt/N and tokens/N.
+
+    plugin   the library of the plugin; without it nothing with a plugin is prepared
+    big      a checkpoint of the sizes of which the speed is to be measured
+    one_layer   a checkpoint of one wide layer
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
+        if plugin is not None:
+            shutil.copy(plugin, Path(scratch, LIBRARY))
+            os.environ.update(linked(Path(scratch)))
+        variants = tuple(v for v in variants if (plugin or not v.plugin) and (one_layer or not v.model))
         for mode in dict.fromkeys(v.mode for v in variants):
-            compile_mode(Path(scratch), [v for v in variants if v.mode == mode])
+            each = [v for v in variants if v.mode == mode]
+            compile_mode(Path(scratch), each, one_layer if one_layer and each[0].model else MODEL)
+        for variant in SPEEDS if big is not None else ():
+            assert big is not None
+            outline_mode(Path(scratch), big, variant)
         with tarfile.open(folder / ARCHIVE, "w:xz", preset=9) as archive:
             for path in sorted(Path(scratch).iterdir()):
                 print(f"{path.name:40} {path.stat().st_size / 1e6:6.1f} MB", flush=True)
-                archive.add(path, path.name)
+                if path.is_file() and not path.is_symlink():
+                    archive.add(path, path.name)
 
 
-def compile_mode(folder: Path, variants: list[Variant]) -> None:
-    """One lowered graph and its twin, and an engine for each variant."""
+def linked(folder: Path) -> dict[str, str]:
+    """The environment in which TensorRT-RTX takes plugins: docs/facts.md, "Plugins in TensorRT-RTX"."""
+    found = importlib.util.find_spec("tensorrt_rtx_libs")
+    if found is None or found.origin is None:
+        return {}
+    link = folder / "libtensorrt_rtx.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(found.origin).with_name("libtensorrt_rtx.so.1"))
+    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]))}
+
+
+def repeated(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose rows of weights repeat: its engine travels compressed."""
+    model = folder / "checkpoint"
+    shutil.copytree(checkpoint, model)
+    path = model / "model.safetensors"
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            row = 2 * entry["shape"][-1]
+            if "proj.weight" in name:
+                file.seek(8 + size + start)
+                rows = file.read(16 * row)
+                for at in range(start, end, len(rows)):
+                    file.seek(8 + size + at)
+                    file.write(rows[: end - at])
+    return model
+
+
+TARGET = "sm89"  # any that TensorRT-RTX builds for: one lowering serves them all
+
+
+def compile_mode(folder: Path, variants: list[Variant], checkpoint: Path = MODEL) -> None:
+    """One lowered graph and its twin, an engine for each variant, and what the artifact for CPUs generates."""
     from instantrt.compiler.backend.onnx_writer import write_model
     from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
     from instantrt.compiler.backend.tensorrt.profiles import profiles
     from instantrt.compiler.plan import plan
     from instantrt.compiler.request import Request
 
-    first, target = variants[0], "sm89"  # any that TensorRT-RTX builds for: one lowering serves them all
+    first = variants[0]
+    library = folder / LIBRARY if first.plugin else None
     with tempfile.TemporaryDirectory() as scratch:
+        model = repeated(checkpoint, Path(scratch)) if first.model else checkpoint
         request = Request(
-            model=MODEL, targets=(target,), out=Path(scratch), quant=first.quant, group_size=first.group,
-            max_length=256, opt_length=64,
+            model=model, targets=(TARGET,), out=Path(scratch), quant=first.quant, group_size=first.group,
+            max_length=LENGTH, opt_length=64, plugin=library,
         )  # fmt: skip
         planned = plan(request)
         assert planned.model.llm is not None
-        graph, onnx = planned.lowered[target], Path(scratch, "model.onnx")
+        graph, onnx = planned.lowered[TARGET], Path(scratch, f"{first.mode}.onnx")
         write_model(graph, onnx)
         ranges = profiles(graph.inputs, request.engine_limits(planned.model.llm.max_length), llm=True)
+        plugins = (library,) if library else ()
         for variant in variants:
             engine = folder / f"{variant.name}.engine"
-            build(EngineSpec("tensorrt_rtx", onnx, engine, Path(scratch, "layers"), ranges, variant.sms))
+            build(EngineSpec("tensorrt_rtx", onnx, engine, Path(scratch, "layers"), ranges, variant.sms, plugins))
+        if first.mode in BUILDS:
+            (folder / f"{first.mode}.json").write_text(json.dumps({"config": {}, "profiles": ranges}))
+            for path in Path(scratch).glob(f"{first.mode}.onnx*"):
+                shutil.copy(path, folder)
         twin = Path(scratch, "twin.onnx")
-        write_model(planned.twins[target].canonical.copy(), twin)
-        np.savez(folder / f"{first.mode}.npz", **expected(twin))  # type: ignore[arg-type]
+        write_model(planned.twins[TARGET].canonical.copy(), twin)
+        vocabulary = int(graph.outputs[0].shape[-1])
+        arrays = expected(twin, vocabulary) | on_cpu(first, model, Path(scratch), vocabulary)
+        np.savez(folder / f"{first.mode}.npz", **arrays)  # type: ignore[arg-type]
 
 
-def expected(twin: Path) -> dict[str, Array]:
+def on_cpu(variant: Variant, model: Path, scratch: Path, vocabulary: int) -> dict[str, Array]:
+    """What the artifact for x86 CPUs generates greedily from prompts, and how far its choice is ahead each time."""
+    from instantrt.compiler.compile import compile_model
+    from instantrt.compiler.request import Request
+    from instantrt.compiler.serving.runtime.opening import open_engine
+    from instantrt.compiler.serving.runtime.scheduler import SequenceLimits
+
+    out = scratch / "cpu"
+    request = Request(
+        model=model, targets=("x86",), out=out, quant=variant.quant, group_size=variant.group, smoke=False
+    )
+    (artifact,) = compile_model(request)
+    engine = open_engine(
+        out / "x86" / "model.onnx", (), SequenceLimits(1, LENGTH, 1), runtime="onnxruntime",
+        cache=str(artifact.limits["cache"]),
+    )  # fmt: skip
+    random, arrays = np.random.default_rng(1), dict[str, Array]()
+    for number, size in enumerate(PROMPTS):
+        prompt = random.integers(1, min(500, vocabulary), size)
+        tokens, margins = greedy(engine, prompt)
+        arrays |= {f"prompt/{number}": prompt, f"tokens/{number}": tokens, f"margins/{number}": margins}
+    engine.close()
+    return arrays
+
+
+def greedy(engine: Any, prompt: Array) -> tuple[Array, Array]:
+    """GREEDY tokens after a prompt, and by how much the logit of each was above all others."""
+    logits, tokens, margins = engine.prefill(0, prompt, 0), list[int](), list[float]()
+    for done in range(len(prompt), len(prompt) + GREEDY):
+        tokens.append(int(logits.argmax()))
+        second, first = np.partition(logits, -2)[-2:]
+        margins.append(float(first - second))
+        (logits,) = engine.decode(np.array(tokens[-1:]), np.array([done]))
+    return np.array(tokens), np.array(margins, np.float32)
+
+
+def outline_mode(folder: Path, checkpoint: Path, variant: Variant) -> None:
+    """The lowered model of a large checkpoint without its weights, and its profiles."""
+    from instantrt.compiler.backend.tensorrt.profiles import profiles
+    from instantrt.compiler.plan import plan
+    from instantrt.compiler.request import Request
+
+    request = Request(
+        model=checkpoint, targets=(TARGET,), out=folder, quant=variant.quant, group_size=variant.group,
+        max_length=rtx_speed.LENGTH, opt_length=rtx_speed.PAST, max_batch=max(rtx_speed.ROWS), kv_cache="in-place",
+    )  # fmt: skip
+    planned = plan(request)
+    assert planned.model.llm is not None
+    graph = planned.lowered[TARGET]
+    ranges = profiles(graph.inputs, request.engine_limits(planned.model.llm.max_length), llm=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    name = f"{rtx_speed.MODEL}-{variant.mode}"
+    (folder / f"{name}.json").write_text(json.dumps({"config": config, "profiles": ranges}))
+    rtx_speed.outline(graph, folder / f"{name}.onnx")
+
+
+def expected(twin: Path, vocabulary: int) -> dict[str, Array]:
     """A prompt on an empty cache, then a token on what it left there."""
     from instantrt.compiler.accuracy.runners import session
 
     run = session(twin, as_written=True)
     names = [output.name for output in run.get_outputs()]
     shapes = {i.name: i.shape for i in run.get_inputs() if i.name.startswith("past_key_values.")}
-    ids = np.random.default_rng(0).integers(1, 4000, (1, TOKENS + 1))
+    ids = np.random.default_rng(0).integers(1, min(4000, vocabulary), (1, TOKENS + 1))
     past = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
     found: dict[str, Array] = {}
     for step, (start, end) in {"prefill": (0, TOKENS), "decode": (TOKENS, TOKENS + 1)}.items():
@@ -150,30 +300,127 @@ def run(folder: Path, out: Path) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(scratch, filter="data")
-        names = sorted(path.stem for path in Path(scratch).glob("*.engine"))
-        command = [sys.executable, "-m", "instantrt.tools.gpu.rtx", "one", scratch]
-        outcomes = run_all([ChildJob(lambda left: [*command, *left], [name], LIMIT) for name in names], 480, 1)
-    results = {o.name: {"outcome": o.outcome, "message": o.message, **(o.data or {})} for o in outcomes}
+        environment = {**linked(Path(scratch)), "CUDA_MODULE_LOADING": "LAZY"}
+        outcomes = []
+        for kinds, seconds, workers in STAGES:
+            jobs = [
+                ChildJob(command(scratch, kind, name), [f"{kind} {name}"], SECONDS[kind], environment)
+                for kind in kinds
+                for name in steps(Path(scratch), kind)
+            ]
+            outcomes += run_all(jobs, seconds, workers)
+        results = {
+            o.name: {"outcome": o.outcome, "message": o.message, "seconds": o.seconds}
+            | (o.data or kept(Path(scratch), o.name))
+            for o in outcomes
+        }
     out.write_text(json.dumps({"gpu": describe(), "engines": results}, indent=1) + "\n")
     for name, result in results.items():
-        print(f"{name:32} {result['outcome']:8} {json.dumps(result.get('errors', result['message'][-300:]))}")
+        told = result.get("times") or result.get("alone") or result.get("errors") or result["message"][-300:]
+        print(f"{name:40} {result['outcome']:8} {result['seconds']:6.1f} s {json.dumps(told)[:600]}")
     return all(o.outcome == "passed" for o in outcomes)
 
 
-def one(folder: Path, name: str) -> None:
-    """Loads, runs and compares one engine: a child of `run`."""
-    emit(start=name)
+def command(scratch: str, kind: str, name: str) -> Callable[[Sequence[str]], list[str]]:
+    return lambda left: [sys.executable, "-m", "instantrt.tools.gpu.rtx", "one", scratch, kind, name]
+
+
+def steps(folder: Path, kind: str) -> list[str]:
+    """What there is to do of a kind: the names of its steps."""
+    modes = {path.stem for path in folder.glob("*.onnx")}
+    speeds = [name for v in SPEEDS if (name := f"{rtx_speed.MODEL}-{v.mode}") in modes]
+    if kind == "load":
+        engines = {path.stem for path in folder.glob("*.engine")}
+        first = [v.name for v in VARIANTS if v.name in engines]
+        return [*first, *sorted(engines - set(first))]
+    if kind == "build":
+        return [f"{mode}-{capability}" for mode in BUILDS if mode in modes for capability in CAPABILITIES]
+    return speeds
+
+
+def kept(folder: Path, name: str) -> dict[str, Any]:
+    """What a step had found before its process was lost."""
+    path = folder / f"{name}.kept"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def one(folder: Path, kind: str, name: str) -> None:
+    """One step, a child of `run`: an engine from elsewhere, one that is built here, or the speed of one."""
+    emit(start=f"{kind} {name}")
     data: dict[str, Any] = {"gpu": describe(), "loaded": False}
     try:
         trt = runtime_module()
         data["tensorrt_rtx"] = trt.__version__
-        data |= run_engine(trt, folder, name, data)
+        KINDS[kind](trt, folder, name, data)
     except Exception as error:
-        emit(end=name, outcome="failed", message=f"{type(error).__name__}: {error}", data=data)
+        emit(end=f"{kind} {name}", outcome="failed", message=f"{type(error).__name__}: {error}", data=data)
         return
-    worst = max(data["errors"].values())
+    worst = max(data.get("errors", {}).values(), default=0.0)
     outcome = "passed" if worst <= ALLOWED else "failed"
-    emit(end=name, outcome=outcome, message=f"relative error {worst:.3g}, allowed {ALLOWED}", data=data)
+    message = f"relative error {worst:.3g}, allowed {ALLOWED}" if "errors" in data else ""
+    emit(end=f"{kind} {name}", outcome=outcome, message=message, data=data)
+
+
+def load_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
+    mode = next(v.mode for v in VARIANTS if v.name == name)
+    data.update(run_engine(trt, folder / f"{name}.engine", folder / f"{mode}.npz", plugins(folder, mode), data))
+
+
+def build_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
+    mode, _, capability = name.rpartition("-")
+    said, engine = data.setdefault("build_said", []), folder / f"{name}.built"
+    ranges = json.loads((folder / f"{mode}.json").read_text())["profiles"]
+    libraries = plugins(folder, mode)
+    plan = build_here(trt, folder / f"{mode}.onnx", ranges, capability, libraries, said)
+    engine.write_bytes(plan)
+    data["built_bytes"] = len(plan)
+    data.update(run_engine(trt, engine, folder / f"{mode}.npz", libraries, data))
+
+
+def make_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
+    said = data.setdefault("build_said", [])
+    rtx_speed.make(folder, name, lambda onnx, ranges: build_here(trt, onnx, ranges, "default", (), said), data)
+
+
+def speed_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
+    def keep() -> None:
+        (folder / f"speed {name}.kept").write_text(json.dumps(data))
+
+    rtx_speed.measure(folder, name, trt, data, keep)
+
+
+KINDS = {"make": make_step, "load": load_step, "build": build_step, "speed": speed_step}
+
+
+def plugins(folder: Path, mode: str) -> tuple[Path, ...]:
+    return (folder / LIBRARY,) if mode.endswith("plugin") else ()
+
+
+def build_here(trt: Any, onnx: Path, ranges: Any, capability: str, libraries: Sequence[Path], said: list[str]) -> bytes:
+    """An engine for any GPU or for the one of this machine, in this process; RuntimeError with the builder's words."""
+    from instantrt.compiler.backend.tensorrt.child import add_profile, network_flags
+
+    log = logger(trt, said)
+    for library in libraries:
+        if not trt.get_plugin_registry().load_library(str(library)):
+            raise RuntimeError(f"the plugin library is refused: {said[-3:]}")
+    builder = trt.Builder(log)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        raise RuntimeError(f"not parsed: {[parser.get_error(i).desc() for i in range(parser.num_errors)][:3]}")
+    config = builder.create_builder_config()
+    if capability == "current":
+        config.num_compute_capabilities = 1
+        if not config.set_compute_capability(trt.ComputeCapability.CURRENT, 0):
+            raise RuntimeError(f"the builder refuses the GPU of this machine: {said[-3:]}")
+    for number, profile in enumerate(ranges):
+        add_profile(builder, config, number, profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError(f"not built: {said[-3:]}")
+    return bytes(plan)
 
 
 def runtime_module() -> Any:
@@ -182,9 +429,8 @@ def runtime_module() -> Any:
     return importlib.import_module(found[0] if found else "tensorrt_rtx")
 
 
-def run_engine(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> dict[str, Any]:
-    """What the runtime says of the engine, and the relative error of each output."""
-    said: list[str] = []
+def logger(trt: Any, said: list[str]) -> Any:
+    """Keeps warnings and errors."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -192,11 +438,22 @@ def run_engine(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> dict[
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.WARNING:
-                said.append(f"{severity.name}: {message}")
+                said.append(f"{severity.name}: {message}"[:1000])
 
+    return Log()
+
+
+def run_engine(
+    trt: Any, path: Path, arrays_of: Path, libraries: Sequence[Path], data: dict[str, Any]
+) -> dict[str, Any]:
+    """What the runtime says of the engine, the relative error of each output, and what it generates."""
+    said: list[str] = []
     data["said"] = said
-    plan = (folder / f"{name}.engine").read_bytes()
-    runtime = trt.Runtime(Log())
+    plan = path.read_bytes()
+    log = logger(trt, said)
+    runtime = trt.Runtime(log)
+    for library in libraries:
+        data["plugin"] = bool(runtime.get_plugin_registry().load_library(str(library)))
     validity, diagnostics = runtime.get_engine_validity(plan)
     flags = trt.EngineInvalidityDiagnostics.__members__
     data["validity"] = str(validity)
@@ -206,15 +463,36 @@ def run_engine(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> dict[
         raise RuntimeError(f"not loaded: {validity} {data['diagnostics']} {said[-3:]}")
     data["loaded"] = True
     device = Device(0)
-    (mode,) = [v.mode for v in VARIANTS if v.name == name]
-    with np.load(folder / f"{mode}.npz") as file:
+    with np.load(arrays_of) as file:
         arrays = dict(file)
     errors: dict[str, float] = {}
     for number, step in enumerate(("prefill", "decode")):
         given, wanted = (part(arrays, f"{step}/{side}/") for side in ("in", "out"))
         got = execute(engine, device, number, given, list(wanted))
         errors |= {f"{step} {group}": error for group, error in compared(got, wanted).items()}
-    return {**data, "errors": errors}
+    data["errors"] = errors
+    del engine
+    data["greedy"] = generated(open_engine(path, libraries, trt, Device(0), 1, LENGTH), arrays)
+    return data
+
+
+def generated(engine: Any, arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """What our own runtime generates, beside the artifact for CPUs: the first token that differs and its margin."""
+    results = []
+    for number in range(len(PROMPTS)):
+        wanted, margins = arrays[f"tokens/{number}"], arrays[f"margins/{number}"]
+        tokens, _ = greedy(engine, arrays[f"prompt/{number}"])
+        differ = np.flatnonzero(tokens != wanted)
+        result = {"tokens": tokens.tolist(), "equal": int(differ[0]) if len(differ) else GREEDY, "of": GREEDY}
+        if len(differ):
+            result |= {
+                "wanted": wanted.tolist(),
+                "margin": float(margins[differ[0]]),
+                "median": float(np.median(margins)),
+            }
+        results.append(result)
+    engine.close()
+    return results
 
 
 def part(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
@@ -268,13 +546,17 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("prepare", "run", "one"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("engine", nargs="?", help="of `one`")
+    parser.add_argument("kind", nargs="?", help="of `one`: load, build or speed")
+    parser.add_argument("name", nargs="?", help="of `one`")
+    parser.add_argument("--plugin", type=Path, help="of `prepare`: the plugin library")
+    parser.add_argument("--wide", type=Path, help="of `prepare`: a checkpoint of one wide layer")
+    parser.add_argument("--big", type=Path, help="of `prepare`: the checkpoint whose sizes the speed is measured with")
     parser.add_argument("--out", type=Path, default=Path("rtx.json"))
     args = parser.parse_args(words)
     if args.action == "prepare":
-        prepare(args.folder)
+        prepare(args.folder, plugin=args.plugin, big=args.big, one_layer=args.wide)
     elif args.action == "one":
-        one(args.folder, args.engine)
+        one(args.folder, args.kind, args.name)
     else:
         sys.exit(0 if run(args.folder, args.out) else 1)
 
