@@ -30,19 +30,24 @@ constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: li
 
 bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
-// x has to fit beside the rings: else K is divided further. 0: nothing fits.
-int stream_splits(wog_problem const& p, Row const& row, int blocks) {
-    int const steps = ceil_div(p.k, stage_k(row)), most = std::min({p.sm_count / 16 * 16 / std::max(blocks, 1), steps / (2 * row.warps_k), 8});
-    int splits = 1;
-    while (splits * 2 <= (p.splits ? p.splits : most)) splits *= 2;
-    while (splits <= 8 && stream_shared(row, p, splits) > shared_limit(p.sm, row.resident)) splits *= 2;
-    return splits <= 8 ? splits : 0;
+// Blocks of a cluster: as many as balance best, in bytes of weights that the busiest multiprocessor reads. 0: x fits
+// beside no rings.
+int stream_blocks(wog_problem const& p, Row const& row) {
+    int best = 0;
+    int64_t least = 0;
+    for (int blocks : {1, 2, 4, 8}) {
+        if (p.splits ? p.splits != blocks : false) continue;
+        if (stream_shared(row, p, blocks) > shared_limit(p.sm, row.resident)) continue;
+        int64_t const work = ceil_div(stream_line(row, p, stream_clusters(row, p, blocks)) * 100ll, blocks);
+        if (!best || work < least) best = blocks, least = work;
+    }
+    return best;
 }
 
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
-    if (row.kernel == Kernel::kStream && stream_splits(p, row, 1) == 0) return false;
+    if (row.kernel == Kernel::kStream && (p.m > row.block_m() || !stream_blocks(p, row))) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
@@ -53,7 +58,7 @@ bool fits(Row const& row, wog_problem const& p) {
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
-    if (row.kernel == Kernel::kStream) return stream_splits(p, row, blocks);
+    if (row.kernel == Kernel::kStream) return stream_blocks(p, row);
     if (p.splits) return std::min(p.splits, steps);
     int const usable = in_cluster(row, p) ? p.sm_count / 16 * 16 : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({usable / std::max(blocks, 1), by_depth, 8});
@@ -125,14 +130,14 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
         dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
-    bool const clusters = splits > 1 && in_cluster(row, p), walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream;
+    bool const clusters = splits > 1 && in_cluster(row, p), walks = row.kernel == Kernel::kGemm && !clusters;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
              grid_m,
-             walks ? std::min(tiles, fit) : tiles,
+             row.kernel == Kernel::kStream ? stream_clusters(row, p, splits) : walks ? std::min(tiles, fit) : tiles,
              row.threads(),
              shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};

@@ -22,7 +22,6 @@ struct Row {
     int cluster = 1;       // blocks side by side in n that share what they load of x
     int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
     bool whole_k = false;  // takes only groups that are all of K
-    bool bulk = false;     // kStream: one lane sends for what others read, in large copies
 
     constexpr int block_n() const { return warps_n * strips * 16; }
     constexpr int block_m() const { return columns * 8; }

@@ -5,13 +5,16 @@
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
 // and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
-// Work split: a block owns C * 8 m and a part of K, and walks over tiles of S * 16 n, gridDim.y apart. Its WK warps
-// divide its part of K and are summed, in order, in shared memory. The blocks with the other parts of K are a cluster,
-// that adds up in its blocks' shared memory.
+// Work split: a cluster of blocks has some tiles of S * 16 n; their steps of 64 k, tile after tile, are one line, that
+// its warps divide into parts as equal as can be. Where that cuts a tile, the warps' sums meet in shared memory, in
+// order of K, when all have ended: no warp waits for another before.
 //
-// A stage is 64 k of a warp's S strips, with the scales and zeros of its group, D stages on their way across the ends
-// of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier of the block holds the stream
-// up; x comes with the first tile's stages and stays.
+//     tiles    |----- 0 -----|----- 1 -----|----- 2 -----|      each of G steps
+//     warps    |-- 0 --|-- 1 --|-- 2 --|-- 3 --|-- 4 --|
+//
+// A stage is a step of a warp's S strips, with the scales and zeros of its group, D stages on their way across the ends
+// of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier holds the stream up. x, as far
+// as the block's warps need it, lies in shared memory from the start.
 //
 // Arithmetic: the codes, as they lie in their words, are turned into exact numbers with one instruction for each two,
 // in units of `unit` (decode_raw), and multiplied with fp32 sums P; at the end of each group
@@ -23,8 +26,6 @@
 #include <array>
 #include <type_traits>
 #include <utility>
-
-#include <async.h>
 
 #include "decode.h"
 #include "epilogue.h"
@@ -38,9 +39,8 @@ struct StreamArgs {
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
     Output out;
-    int32_t k, group, splits;
-    int32_t share, longer;    // steps of each warp that divides K, and how many of them have one more
-    int32_t x_rows, x_steps;  // of x in shared memory: its rows, and the steps of a warp that have a place
+    int32_t k, group;
+    int32_t x_rows, x_steps, places;  // in shared memory: rows and steps of x, places of sums for each warp
 };
 
 constexpr int kPromote = 1024;
@@ -48,78 +48,85 @@ constexpr int kPromote = 1024;
 template <class T, int Bits, int I>
 struct Streamer {
     static constexpr Row kRow = kRows[I];
-    static constexpr int WK = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
+    static constexpr int kWarps = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
     static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m(), kThreads = kRow.threads();
     static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a step
     static constexpr int kStage = stream_stage(kRow, Bits), kAffine = S * kBlocks * 512;  // bytes; where scales start
-    static constexpr int kPitch = kBlockN + 4;
+    static constexpr int kPitch = kBlockN + 4, kSums = kBlockM * kPitch;
     static_assert(kRow.warps_n == 1 && 8 % S == 0, "strips of a warp are neighbours in the packed layout");
+    static_assert(D * kStage >= kSums * 4, "the last sums of a warp lie in its ring");
 
     StreamArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int const wk = uniform(threadIdx.x / 32);
-    int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
-    int first, count;  // this warp's part of K, in steps
+    int const warp = uniform(threadIdx.x / 32), rank = blockIdx.z, blocks = gridDim.z;
+    int const steps = (p.k + 63) / 64;  // of a tile
+    int const all_tiles = (p.out.n + kBlockN - 1) / kBlockN;
+    int const first_tile = int(int64_t(blockIdx.y) * all_tiles / gridDim.y);  // of the cluster
+    int const tiles = int(int64_t(blockIdx.y + 1) * all_tiles / gridDim.y) - first_tile;
+    int const line = tiles * steps, parts = blocks * kWarps;
 
-    // Shared memory: [zeros: a row that x does not have][ring of each wk][x of each wk][sums of x and w of each wk]
-    __device__ __forceinline__ unsigned char* ring() const { return dynamic_shared() + 128 + wk * (D * kStage); }
+    // Where the part of a warp of the cluster begins, in steps of the line; which warp has a step
+    __device__ __forceinline__ int begin(int part) const { return int(int64_t(part) * line / parts); }
+    __device__ __forceinline__ int owner(int step) const { return int((int64_t(step + 1) * parts - 1) / line); }
+
+    int const at = rank * kWarps + warp;
+    int const first = begin(at), last = begin(at + 1);
+    // steps of x in the block: all, or from `x_first` on, around the end of K
+    int const block_first = begin(rank * kWarps), block_last = begin((rank + 1) * kWarps);
+    int const x_count = block_last - block_first < steps ? block_last - block_first : steps;
+    int const x_first = x_count < steps ? block_first % steps : 0;
+
+    // Shared memory: [zeros: a row that x does not have][ring of each warp][x][places of sums of each warp]
+    __device__ __forceinline__ unsigned char* ring() const { return dynamic_shared() + 128 + warp * (D * kStage); }
     __device__ __forceinline__ int x_step() const { return p.x_rows * 128; }
-    __device__ __forceinline__ unsigned char* x_place() const {
-        return dynamic_shared() + 128 + WK * (D * kStage) + wk * p.x_steps * x_step();
-    }
-    __device__ __forceinline__ float* tile_sums() const {
-        return reinterpret_cast<float*>(dynamic_shared() + 128 + WK * (D * kStage + p.x_steps * x_step()));
-    }
-
-    __device__ __forceinline__ Barrier* barriers() const {
-        return reinterpret_cast<Barrier*>(tile_sums() + WK * kBlockM * kPitch) + wk * D;
+    __device__ __forceinline__ unsigned char* x_place() const { return dynamic_shared() + 128 + kWarps * (D * kStage); }
+    // of a part: of its first tile, or of its last, when its ring is no longer needed
+    __device__ __forceinline__ float* sums_of(int of_warp, bool its_last) const {
+        unsigned char* const own = x_place() + p.x_steps * x_step() + of_warp * p.places * (kSums * 4);
+        return reinterpret_cast<float*>(its_last ? dynamic_shared() + 128 + of_warp * (D * kStage) : own);
     }
 
     // What is sent for next: a step of a tile, into a slot of the ring
-    int feed_tile, feed_left, feed_strips, feed_stride, feed_slot = 0, feed_x = 0;
+    int feed_at = first, feed_step = 0, feed_strips, feed_stride, feed_slot = 0;
     int feed_units;  // of 32 k, to the end of K
     unsigned char const* feed_codes;
-    int feed_group_left;  // units of 32 k
+    int feed_group_left;   // units of 32 k
     uint32_t feed_affine;  // first (scale, zero) pair of the group in the tile
 
-    int units_left = 0;  // of 32 k, from the step under way to the end of K
-    int parity = 0, slot = 0, left = 0, group_left = 0;  // of the step under way; steps to the next handing over, to the group's end
+    int units_left = 0;                       // of 32 k, from the step under way to the end of K
+    int slot = 0, left = 0, group_left = 0;  // of the step under way; steps to the next handing over, to the group's end
+    int x_at = 0;                             // of the step under way, from the first in shared memory
     Shared row_at[C];
-    int row_moves[C];
+    int row_moves[C];  // all bits, or none for a row that x does not have
     float acc[S][C][4] = {};
     float sum[S][C][4] = {};
     float x_sum[C][4] = {};
 
     __device__ __forceinline__ explicit Streamer(StreamArgs const& args) : p(args) {
-        int const part = blockIdx.z * WK + wk;
-        count = p.share + (part < p.longer);
-        first = part * p.share + (part < p.longer ? part : p.longer);
         if (threadIdx.x < 8) reinterpret_cast<uint4*>(dynamic_shared())[threadIdx.x] = {0, 0, 0, 0};
 #pragma unroll
         for (int j = 0; j < C; j++) {
             int const row = j * 8 + lane % 8;
             bool const real = row < p.x_rows;
             row_at[j] = shared_address(real ? x_place() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16;
-            row_moves[j] = real ? x_step() : 0;
+            row_moves[j] = real ? -1 : 0;
         }
     }
 
-    __device__ __forceinline__ int tiles() const { return (p.out.n + kBlockN - 1) / kBlockN; }
-
     // ---- the stream ----
 
-    __device__ __forceinline__ void seek(int tile) {
-        int const all = p.out.n / 16, strip = tile * S, tile8 = strip / 8 * 8, width = all - tile8 < 8 ? all - tile8 : 8;
-        int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), units = p.group / 32;
-        feed_tile = tile;
-        feed_left = count;
-        feed_strips = tile < tiles() ? all - strip : 0;
-        feed_units = p.k / 32 - first * 2;
+    __device__ __forceinline__ void seek(int tile, int step) {
+        int const all = p.out.n / 16, strip = (first_tile + tile) * S, tile8 = strip / 8 * 8;
+        int const width = all - tile8 < 8 ? all - tile8 : 8, blocks_k = (p.k + 256 / Bits - 1) / (256 / Bits);
+        int const units = p.group / 32;
+        feed_step = step;
+        feed_strips = all - strip;
+        feed_units = p.k / 32 - step * 2;
         feed_stride = width * 512;
-        feed_codes = p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 +
-                     (kRow.bulk ? 0 : lane * 16);
-        feed_group_left = units - first * 2 % units;
-        feed_affine = first * 2 / units * p.out.n + tile * kBlockN;
+        feed_codes = p.codes + lane * 16 +
+                     (int64_t(tile8) * blocks_k + int64_t(step) * kBlocks * width + (strip - tile8)) * 512;
+        feed_group_left = units - step * 2 % units;
+        feed_affine = step * 2 / units * p.out.n + (first_tile + tile) * kBlockN;
     }
 
     __device__ __forceinline__ void send_affine(unsigned char* to, bool exists) const {
@@ -131,68 +138,42 @@ struct Streamer {
 
     template <bool Fine>
     __device__ __forceinline__ void send() {
-        if (count == 0) return;
-        if constexpr (kRow.bulk)
-            send_bulk<Fine>();
-        else
-            send_pieces<Fine>();
-        feed_codes += kBlocks * feed_stride;
-        feed_units -= 2;
-        feed_slot = feed_slot == (D - 1) * kStage ? 0 : feed_slot + kStage;
-        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
-    }
-
-    template <bool Fine>
-    __device__ __forceinline__ void send_bulk() {
-        unsigned char* const to = ring() + feed_slot;
-        Barrier* const barrier = barriers() + feed_slot / kStage;
-        if (lane == 0 && feed_strips > 0) {
-            int const strips = feed_strips < S ? feed_strips : S, blocks = feed_units < kBlocks ? feed_units : kBlocks;
-            int const units = Fine && feed_units > 1 ? 2 : 1;
-            arrive_expecting(barrier, strips * (blocks * 512 + units * 64));
-            for (int b = 0; b < blocks; b++)
-                copy_bulk(to + b * S * 512, feed_codes + b * feed_stride, strips * 512, barrier);
-        }
+        if (feed_at < last) {
+            unsigned char* const to = ring() + feed_slot;
 #pragma unroll
-        for (int unit = 0; unit < 2; unit++) {
-            if (lane == 0 && feed_strips > 0 && (Fine ? unit < feed_units : unit == 0))
-                copy_bulk(to + kAffine + unit * (S * 64), p.affine + feed_affine, (feed_strips < S ? feed_strips : S) * 64,
-                          barrier);
-            if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
-        }
-    }
-
-    template <bool Fine>
-    __device__ __forceinline__ void send_pieces() {
-        unsigned char* const to = ring() + feed_slot;
+            for (int b = 0; b < kBlocks; b++)
 #pragma unroll
-        for (int b = 0; b < kBlocks; b++)
+                for (int s = 0; s < S; s++) {
+                    bool const valid = s < feed_strips && b < feed_units;
+                    copy_async(shared_address(to + (b * S + s) * 512 + lane * 16),
+                               valid ? feed_codes + b * feed_stride + s * 512 : p.codes, valid);
+                }
 #pragma unroll
-            for (int s = 0; s < S; s++) {
-                bool const valid = s < feed_strips && b < feed_units;
-                copy_async(shared_address(to + (b * S + s) * 512 + lane * 16),
-                           valid ? feed_codes + b * feed_stride + s * 512 : p.codes, valid);
+            for (int unit = 0; unit < 2; unit++) {
+                if (Fine || unit == 0) send_affine(to + kAffine + unit * (S * 64), unit < feed_units);
+                if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
             }
-#pragma unroll
-        for (int unit = 0; unit < 2; unit++) {
-            if (Fine || unit == 0) send_affine(to + kAffine + unit * (S * 64), unit < feed_units);
-            if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
+            feed_codes += kBlocks * feed_stride;
+            feed_units -= 2;
+            feed_slot = feed_slot == (D - 1) * kStage ? 0 : feed_slot + kStage;
+            feed_at++;
+            if (++feed_step == steps) seek(feed_at / steps, 0);
         }
+        copy_commit();
     }
 
-    // x of the next step of this warp, if there is one
-    __device__ __forceinline__ void send_x() {
-        if (feed_x == count) return;
-        Shared const to = shared_address(x_place() + feed_x * x_step());
-        int const pitch = p.k * 2, at = (first + feed_x) * 128;
-#pragma unroll 1
-        for (int piece = lane; piece < p.x_rows * 8; piece += 32) {
-            int const row = piece / 8, chunk = piece % 8;
-            bool const valid = m0 + row < p.out.m && at + chunk * 16 < pitch;
-            copy_async(to + row * 128 + (chunk ^ row % 8) * 16, p.x + (valid ? (m0 + row) * pitch + at + chunk * 16 : 0),
-                       valid);
+    __device__ __forceinline__ void load_x() const {
+        Shared const to = shared_address(x_place());
+        int const pitch = p.k * 2, pieces = p.x_rows * 8;
+#pragma unroll 4
+        for (int item = threadIdx.x; item < x_count * pieces; item += kThreads) {
+            int const step = item / pieces, row = item % pieces / 8, chunk = item % 8;
+            int const k = x_first + step - (x_first + step < steps ? 0 : steps), byte = k * 128 + chunk * 16;
+            bool const valid = row < p.out.m && byte < pitch;
+            copy_async(to + step * x_step() + row * 128 + (chunk ^ row % 8) * 16,
+                       p.x + (valid ? int64_t(row) * pitch + byte : 0), valid);
         }
-        feed_x++;
+        copy_commit();
     }
 
     // ---- sums ----
@@ -210,7 +191,7 @@ struct Streamer {
         for (int half = 0; half < 2; half++) {
             uint32_t x[C][4];
 #pragma unroll
-            for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j], half * 64));
+            for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j] + (x_at & row_moves[j]), half * 64));
 #pragma unroll
             for (int quarter = 0; quarter < 2; quarter++) {
 #pragma unroll
@@ -227,8 +208,8 @@ struct Streamer {
             }
             if (Fine && half < units_left) finish_group(stage + kAffine + half * (S * 64));
         }
-#pragma unroll
-        for (int j = 0; j < C; j++) row_at[j] += row_moves[j];
+        x_at += x_step();
+        if (x_at == x_count * x_step()) x_at = 0;
         slot = slot == (D - 1) * kStage ? 0 : slot + kStage;
         if (!Fine && --left == 0) {
             finish_group(stage + kAffine);
@@ -270,112 +251,105 @@ struct Streamer {
 
     template <bool Fine>
     __device__ __forceinline__ void run() {
-        if constexpr (kRow.bulk) {
-            if (lane == 0)
-                for (int d = 0; d < D; d++) barrier_init(barriers() + d, 1);
-            publish_barriers();
-            warp_barrier();
-        }
-        seek(blockIdx.y);
+        seek(first / steps, first % steps);
 #pragma unroll 1
         for (int d = 0; d < D - 1; d++) send<Fine>();
         wait_for_inputs();
         release_next();
-#pragma unroll 1
-        for (int d = 0; d < D - 1; d++) send_x(), copy_commit();
-        block_barrier();  // the zeros
+        load_x();
+        copy_wait<0>();
+        block_barrier();
 
-        int const step_y = int(gridDim.y);
+        x_at = (first % steps - x_first + (first % steps < x_first ? steps : 0)) * x_step();
 #pragma unroll 1
-        for (int tile = blockIdx.y; tile < tiles(); tile += step_y) {
+        for (int step = first; step < last;) {
+            int const tile = step / steps, begins = tile * steps, ends = begins + steps < last ? begins + steps : last;
+            bool const whole = step == begins && ends == begins + steps, earliest = step == first;
             if (!Fine) {
                 int const per_group = p.group / 64;
-                group_left = per_group - first % per_group;
+                group_left = per_group - (step - begins) % per_group;
                 start_span();
             }
 #pragma unroll 1
-            for (int step = 0; step < count; step++) {
-                if (Fine) units_left = p.k / 32 - (first + step) * 2;
+            for (; step < ends; step++) {
+                if (Fine) units_left = p.k / 32 - (step - begins) * 2;
                 copy_wait<D - 2>();
-                if constexpr (kRow.bulk) {
-                    wait(barriers() + slot / kStage, parity);
-                    if (slot == (D - 1) * kStage) parity ^= 1;
-                }
-                warp_barrier();  // other lanes' scales, zeros and x are there, and all have left the slot before
+                warp_barrier();  // other lanes' scales and zeros are there, and all have left the slot before
                 send<Fine>();
-                send_x();
-                copy_commit();
-                if (!Fine && step == count - 1) left = 1;
+                if (!Fine && step == ends - 1) left = 1;
                 multiply_step<Fine>();
             }
-#pragma unroll
-            for (int j = 0; j < C; j++) row_at[j] -= count * row_moves[j];
-            store(tile);
+            warp_barrier();  // all have left the ring, where the last sums go
+            float* const sums = whole ? sums_of(warp, false) + (p.places - 1) * kSums : sums_of(warp, !earliest);
+            keep(sums);
+            if (whole) {
+                warp_barrier();
+                each(1, lane, 32, [&](int, int row, int column) {
+                    float const* const v = sums + row * kPitch + column;
+                    store(tile, row, column, v[0], p.out.gated ? v[8] : 0.0f);
+                });
+                warp_barrier();
+            }
         }
+        join();
     }
 
-    // The sum over the WK parts of K, in their order
-    __device__ __forceinline__ float total(int row, int column) const {
-        float const* const sums = tile_sums() + row * kPitch + column;
-        float v = sums[0];
-#pragma unroll
-        for (int part = 1; part < WK; part++) v += sums[part * kBlockM * kPitch];
-        return v;
-    }
-
-    // use(row, column) for every output of a tile, or every gate, `step` threads apart. Unrolled, these few rounds would
-    // take registers from the loop that streams.
-    template <class Use>
-    static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int first, int step, Use const& use) {
-        int const width = gated ? kBlockN / 2 : kBlockN;
-#pragma unroll 1
-        for (int item = first; item < rows * width; item += step) {
-            int const row = gated ? item / (kBlockN / 2) : item / kBlockN, i = item - row * width;
-            int const column = gated ? i / 8 * 16 + i % 8 : i;
-            if (column < n_end) use(row, column);
-        }
-    }
-
-    __device__ __forceinline__ void store(int tile) {
-        int const n0 = tile * kBlockN, n_end = p.out.n - n0 < kBlockN ? p.out.n - n0 : kBlockN;
-        int const rows = p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM;
-        if (p.splits == 1) block_barrier();  // all have read the tile before
+    // Sums leave their registers
+    __device__ __forceinline__ void keep(float* sums) {
 #pragma unroll
         for (int s = 0; s < S; s++)
 #pragma unroll
             for (int j = 0; j < C; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) acc[s][j][i] *= raw_unit<T, Bits>(i / 2);
-        store_sums(tile_sums(), kPitch, acc, wk * kBlockM, 0, g, t);
+        store_sums(sums, kPitch, acc, 0, 0, g, t);
 #pragma unroll
         for (int s = 0; s < S; s++)
 #pragma unroll
             for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
-        block_barrier();
-        if (p.splits == 1)
-            each(rows, n_end, p.out.gated, threadIdx.x, kThreads, [&](int row, int column) {
-                float const up = p.out.gated ? total(row, column + 8) : 0.0f;
-                finish_one<T>(p.out, total(row, column), up, m0 + row, n0 + column);
-            });
-        else
-            store_cluster(n0, n_end, rows);
     }
 
-    // Sums of the blocks of a cluster, in their order; each finishes some of the outputs.
-    __device__ __forceinline__ void store_cluster(int n0, int n_end, int rows) const {
-        each(rows, n_end, false, threadIdx.x, kThreads,
-             [&](int row, int column) { tile_sums()[row * kPitch + column] = total(row, column); });
-        auto const sum_of_all = [&](int row, int column) {
-            float v = 0.0f;
-            for (int rank = 0; rank < p.splits; rank++) v += load_from(rank, tile_sums() + row * kPitch + column);
-            return v;
-        };
-        cluster_barrier();
-        each(rows, n_end, p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads, [&](int row, int i) {
-            float const up = p.out.gated ? sum_of_all(row, i + 8) : 0.0f;
-            finish_one<T>(p.out, sum_of_all(row, i), up, m0 + row, n0 + i);
+    __device__ __forceinline__ void store(int tile, int row, int column, float sum, float up) const {
+        int const n = (first_tile + tile) * kBlockN + column;
+        if (n < p.out.n) finish_one<T>(p.out, sum, up, row, n);
+    }
+
+    // use(tile, row, column) for every output of so many tiles, or every gate, `step` threads apart. Unrolled, these few
+    // rounds would take registers from the loop that streams.
+    template <class Use>
+    __device__ __forceinline__ void each(int count, int from, int step, Use const& use) const {
+        int const width = p.out.gated ? kBlockN / 2 : kBlockN, rows = int(p.out.m);
+#pragma unroll 1
+        for (int item = from; item < count * rows * width; item += step) {
+            int const i = item % width;
+            use(item / width / rows, item / width % rows, p.out.gated ? i / 8 * 16 + i % 8 : i);
+        }
+    }
+
+    // The tiles that begin in this block and were cut: their parts, in order of K, wherever in the cluster they are
+    __device__ __forceinline__ void join() const {
+        if (blocks > 1)
+            cluster_barrier();
+        else
+            block_barrier();
+        int const from = (block_first + steps - 1) / steps, to = (block_last + steps - 1) / steps;
+        each(to - from, threadIdx.x, kThreads, [&](int i, int row, int column) {
+            int const tile = from + i, begins = tile * steps, head = owner(begins), tail = owner(begins + steps - 1);
+            if (head == tail) return;  // was not cut
+            float total[2] = {};
+#pragma unroll 2
+            for (int part = head; part <= tail; part++) {
+                if (begin(part) == begin(part + 1)) continue;
+                float const* const sums = sums_of(part % kWarps, begin(part) < begins) + row * kPitch + column;
+                total[0] += at_part(part, sums);
+                if (p.out.gated) total[1] += at_part(part, sums + 8);
+            }
+            store(tile, row, column, total[0], total[1]);
         });
-        relaxed_cluster_barrier();  // a block that has ended has no memory; nor may the next tile's sums overtake
+        if (blocks > 1) relaxed_cluster_barrier();  // a block that has ended has no memory
+    }
+    __device__ __forceinline__ float at_part(int part, float const* own) const {
+        return part / kWarps == rank ? *own : load_from(part / kWarps, own);
     }
 };
 
@@ -412,18 +386,15 @@ char const* launch_rows(wog_problem const& p, StreamArgs const& args, wog_plan c
 
 char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
-    int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
     StreamArgs const args{static_cast<unsigned char const*>(t.x),
                           static_cast<unsigned char const*>(t.codes),
                           static_cast<uint32_t const*>(t.affine),
                           output(p, t),
                           p.k,
                           p.group,
-                          plan.splits,
-                          steps / parts,
-                          steps % parts,
-                          stream_x_rows(row, p.m),
-                          stream_x_steps(row, p, plan.splits)};
+                          int32_t(p.m),
+                          stream_x_steps(row, p, plan.splits, plan.grid_n),
+                          stream_places(row, p, plan.splits, plan.grid_n)};
     return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
 }
 
