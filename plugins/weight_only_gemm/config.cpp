@@ -30,16 +30,25 @@ constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: li
 
 bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
-// Blocks of a cluster: as many as balance best, in bytes of weights that the busiest multiprocessor reads. 0: x fits
-// beside no rings.
-int stream_blocks(wog_problem const& p, Row const& row) {
+// Multiprocessors that clusters of so many blocks fill: on an H200 (132) 66 of two, 30 of four and 15 of eight blocks.
+int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.sm_count * 10 / 11 : p.sm_count; }
+
+// kStream's picoseconds, but for what all rows have in common: fitted to an H200's times of 40 layers and rows of x.
+int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
+    int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
+    int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * row.resident;
+    int64_t const joining = splits == 1 ? 0 : splits == 2 ? 800'000 : splits == 4 ? 1'100'000 : 1'550'000;
+    int64_t const x = p.m * ceil_div(p.k, 64) / splits * row.resident * 128;
+    return ceil_div(tiles, places) * (steps * row.step_ps[p.bits == 8] + 470'000 + p.m * 15'000 + joining) + x * 8;
+}
+
+// The fastest division of K that leaves x room beside the rings. 0: there is none.
+int stream_splits(wog_problem const& p, Row const& row) {
     int best = 0;
-    int64_t least = 0;
-    for (int blocks : {1, 2, 4, 8}) {
-        if (p.splits ? p.splits != blocks : false) continue;
-        if (stream_shared(row, p, blocks) > shared_limit(p.sm, row.resident)) continue;
-        int64_t const work = ceil_div(stream_line(row, p, stream_clusters(row, p, blocks)) * 100ll, blocks);
-        if (!best || work < least) best = blocks, least = work;
+    for (int splits : {1, 2, 4, 8}) {
+        if (p.splits && splits != p.splits) continue;
+        if (stream_shared(row, p, splits) > shared_limit(p.sm, row.resident)) continue;
+        if (!best || stream_duration(p, row, splits) < stream_duration(p, row, best)) best = splits;
     }
     return best;
 }
@@ -47,7 +56,7 @@ int stream_blocks(wog_problem const& p, Row const& row) {
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
-    if (row.kernel == Kernel::kStream && (p.m > row.block_m() || !stream_blocks(p, row))) return false;
+    if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
@@ -58,10 +67,10 @@ bool fits(Row const& row, wog_problem const& p) {
 int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
-    if (row.kernel == Kernel::kStream) return stream_blocks(p, row);
+    if (row.kernel == Kernel::kStream) return stream_splits(p, row);
     if (p.splits) return std::min(p.splits, steps);
-    int const usable = in_cluster(row, p) ? p.sm_count / 16 * 16 : std::min(p.sm_count, kMostMultiprocessors);
-    int const by_depth = steps / (4 * row.warps_k), most = std::min({usable / std::max(blocks, 1), by_depth, 8});
+    int const places = in_cluster(row, p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
+    int const by_depth = steps / (4 * row.warps_k), most = std::min({places / std::max(blocks, 1), by_depth, 8});
     int splits = std::max(1, most);
     while (in_cluster(row, p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
     return splits;
@@ -69,6 +78,7 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
 
 // What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
 int64_t duration(Row const& row, wog_problem const& p) {
+    if (row.kernel == Kernel::kStream) return stream_duration(p, row, stream_splits(p, row));
     int const across = ceil_div(p.n, row.block_n() * row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
     int const splits = choose_splits(p, row, across * down), steps = ceil_div(ceil_div(p.k, 64), splits);
     int const places = std::max(1, p.sm_count / row.cluster * row.cluster);
@@ -80,7 +90,8 @@ int64_t duration(Row const& row, wog_problem const& p) {
 Row const* find_row(wog_problem const& p) {
     if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
     Row const* best = std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
-    for (Row const* row = best; best->kernel == Kernel::kWarpgroup && row->kernel == Kernel::kWarpgroup; row++)
+    bool const timed = best->kernel == Kernel::kWarpgroup || best->kernel == Kernel::kStream;
+    for (Row const* row = best; timed && row->kernel == best->kernel; row++)
         if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
     return best;
 }
@@ -130,14 +141,14 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
         dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
-    bool const clusters = splits > 1 && in_cluster(row, p), walks = row.kernel == Kernel::kGemm && !clusters;
-    int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
+    bool const clusters = splits > 1 && in_cluster(row, p), walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream;
+    int const fit = std::max(1, usable(p, clusters ? splits : 1) * row.resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
              grid_m,
-             row.kernel == Kernel::kStream ? stream_clusters(row, p, splits) : walks ? std::min(tiles, fit) : tiles,
+             walks ? std::min(tiles, fit) : tiles,
              row.threads(),
              shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};

@@ -21,7 +21,7 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "stream8_narrow" is never taken: it is
 // there to be measured beside the others (tools/gpu).
-// Of kWarpgroup's rows the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
+// Of kStream's rows, and of kWarpgroup's, the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
 // cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
@@ -34,6 +34,10 @@ constexpr Row kRows[] = {
     {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, 440},
     {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, 585},
     {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, 440},
+    {"ring8", Kernel::kStream, 16, 1, 16, 4, 1, {3, 2}, 1, 8, 90, 90, 0, 1, 0, false, {9100, 8500}},
+    {"ring8_narrow", Kernel::kStream, 16, 1, 8, 2, 1, {6, 4}, 2, 8, 90, 90, 0, 1, 0, false, {10400, 7100}},
+    {"ring8_deep", Kernel::kStream, 16, 1, 16, 2, 1, {7, 4}, 1, 8, 90, 90, 0, 1, 0, false, {13200, 9500}},
+    {"ring16", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 90, 90, 0, 1, 0, false, {13800, 12800}},
     {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {8, 4}, 1, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
@@ -48,16 +52,6 @@ constexpr Row kRows[] = {
     {"int8_tile64", Kernel::kGemm, 8, 4, 1, 2, 8, {1, 1}, 2, kAny, 80, kNewest},
     {"int8_stream8_turing", Kernel::kGemm, 8, 1, 8, 2, 1, {2, 1}, 1, 8, 75, 79},
     {"int8_tile32_turing", Kernel::kGemm, 8, 4, 1, 2, 4, {2, 1}, 2, kAny, 75, 79},
-    {"flow8_n64", Kernel::kStream, 16, 1, 8, 4, 1, {6, 4}, 1, 8, 90, 90},
-    {"flow8_n64flat", Kernel::kStream, 16, 1, 8, 4, 1, {4, 3}, 1, 8, 90, 90},
-    {"flow8_n64wide", Kernel::kStream, 16, 1, 16, 4, 1, {4, 2}, 1, 8, 90, 90},
-    {"flow8_n32", Kernel::kStream, 16, 1, 8, 2, 1, {10, 6}, 1, 8, 90, 90},
-    {"flow8_n32wide", Kernel::kStream, 16, 1, 16, 2, 1, {6, 4}, 1, 8, 90, 90},
-    {"flow8_n32twice", Kernel::kStream, 16, 1, 8, 2, 1, {5, 3}, 2, 8, 90, 90},
-    {"flow8_n128", Kernel::kStream, 16, 1, 8, 8, 1, {3, 2}, 1, 8, 90, 90},
-    {"flow16_n32wide", Kernel::kStream, 16, 1, 16, 2, 2, {4, 2}, 1, 16, 90, 90},
-    {"flow16_n32", Kernel::kStream, 16, 1, 8, 2, 2, {6, 4}, 1, 16, 90, 90},
-    {"flow16_n64", Kernel::kStream, 16, 1, 8, 4, 2, {4, 3}, 1, 16, 90, 90},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 #endif
@@ -125,27 +119,16 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
     return row.warps_n == 1 && (all <= two || fit) ? all : two;
 }
 
-// kStream: clusters, each with its tiles; of a cluster's steps those of a block, and of a warp
-constexpr int stream_clusters(Row const& row, wog_problem const& p, int blocks) {
-    int const usable = blocks > 2 ? p.sm_count / 16 * 16 : p.sm_count, most = std::max(1, usable * row.resident / blocks);
-    return std::min(most, ceil_div(p.n, row.block_n()));
+// Shared memory of kStream: a stage of a warp is the codes of 64 k and their scales and zeros; all of x; sums
+constexpr int stream_stage(Row const& row, int bits, bool fine) { return row.strips * (bits * 128 + (fine ? 128 : 64)); }
+constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int64_t>(m, row.block_m())); }
+constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
+    return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
 }
-constexpr int stream_line(Row const& row, wog_problem const& p, int clusters) {
-    return ceil_div(ceil_div(p.n, row.block_n()), clusters) * ceil_div(p.k, 64);
-}
-// Its shared memory: a stage of a warp is the codes of 64 k and two rows of scales and zeros; x; sums of cut tiles
-constexpr int stream_stage(Row const& row, int bits) { return row.strips * (bits * 128 + 128); }
-constexpr int stream_x_steps(Row const& row, wog_problem const& p, int blocks, int clusters) {
-    return std::min(ceil_div(p.k, 64), ceil_div(stream_line(row, p, clusters), blocks) + 1);
-}
-constexpr int stream_places(Row const& row, wog_problem const& p, int blocks, int clusters) {
-    return stream_line(row, p, clusters) / (blocks * row.warps_k) + 1 >= ceil_div(p.k, 64) ? 2 : 1;
-}
-constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int blocks) {
-    int const clusters = stream_clusters(row, p, blocks), sums = row.block_m() * (row.block_n() + 4) * 4;
-    int64_t const x = stream_x_steps(row, p, blocks, clusters) * p.m * 128;
-    return 128 + row.warps_k * (row.stages[p.bits == 8] * stream_stage(row, p.bits) +
-                                stream_places(row, p, blocks, clusters) * sums) + x;
+constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
+    int64_t const x_row = int64_t(stream_x_steps(row, p, splits)) * 128, ring = row.stages[p.bits == 8];
+    return 128 + row.warps_k * (ring * stream_stage(row, p.bits, p.group % 64 != 0) +
+                                stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
 }
 
 constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {

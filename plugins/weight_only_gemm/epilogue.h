@@ -79,6 +79,27 @@ __device__ __forceinline__ void finish(Output const& out, float (&v)[16], int64_
     store_eight<T>(out, v + 8, m, n0 + 8);
 }
 
+// Four outputs of row m: the sums of columns n .. n + 3, or of the gates there and the `up`s eight columns on
+template <class T>
+__device__ __forceinline__ void finish_four(Output const& out, float4 sums, float4 ups, int64_t m, int n) {
+    float v[4] = {sums.x, sums.y, sums.z, sums.w}, up[4] = {ups.x, ups.y, ups.z, ups.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = biased<T>(out, v[i], n + i);
+    activate(v, out.activation);
+    int column = n;
+    if (out.gated) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] *= biased<T>(out, up[i], n + 8 + i);
+        column = n / 16 * 8 + n % 8;
+    }
+    int64_t const at = m * (out.gated ? out.n / 2 : out.n) + column;
+    if (out.wide)
+        *reinterpret_cast<float4*>(static_cast<float*>(out.y) + at) = {v[0], v[1], v[2], v[3]};
+    else
+        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out.y) + at) = {round_pair<T>(v[0], v[1]),
+                                                                         round_pair<T>(v[2], v[3])};
+}
+
 // One output of row m: the sum of column n, or of the gate in column n and the `up` eight columns on
 template <class T>
 __device__ __forceinline__ void finish_one(Output const& out, float sum, float up, int64_t m, int n) {

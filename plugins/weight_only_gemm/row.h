@@ -22,6 +22,7 @@ struct Row {
     int cluster = 1;       // blocks side by side in n that share what they load of x
     int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
     bool whole_k = false;  // takes only groups that are all of K
+    int step_ps[2] = {};   // kStream: picoseconds for 64 k of a strip, for codes of 4 and 8 bits
 
     constexpr int block_n() const { return warps_n * strips * 16; }
     constexpr int block_m() const { return columns * 8; }

@@ -5,16 +5,13 @@
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
 // and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
-// Work split: a cluster of blocks has some tiles of S * 16 n; their steps of 64 k, tile after tile, are one line, that
-// its warps divide into parts as equal as can be. Where that cuts a tile, the warps' sums meet in shared memory, in
-// order of K, when all have ended: no warp waits for another before.
+// Work split: a block owns C * 8 m and a part of K, and walks over tiles of S * 16 n, gridDim.y apart. Its WK warps
+// divide its part of K and are summed, in order, in shared memory. The blocks with the other parts of K are a cluster,
+// that adds up in its blocks' shared memory.
 //
-//     tiles    |----- 0 -----|----- 1 -----|----- 2 -----|      each of G steps
-//     warps    |-- 0 --|-- 1 --|-- 2 --|-- 3 --|-- 4 --|
-//
-// A stage is a step of a warp's S strips, with the scales and zeros of its group, D stages on their way across the ends
-// of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier holds the stream up. x, as far
-// as the block's warps need it, lies in shared memory from the start.
+// A stage is 64 k of a warp's S strips, with the scales and zeros of its group, D stages on their way across the ends
+// of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier of the block holds the stream
+// up; x comes with the first tile's stages and stays.
 //
 // Arithmetic: the codes, as they lie in their words, are turned into exact numbers with one instruction for each two,
 // in units of `unit` (decode_raw), and multiplied with fp32 sums P; at the end of each group
@@ -39,159 +36,145 @@ struct StreamArgs {
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
     Output out;
-    int32_t k, group;
-    int32_t x_rows, x_steps, places;  // in shared memory: rows and steps of x, places of sums for each warp
+    int32_t k, group, splits;
+    int32_t share, longer;    // steps of each warp that divides K, and how many of them have one more
+    int32_t x_rows, x_steps;  // of x in shared memory: its rows, and the steps of a warp that have a place
 };
 
 constexpr int kPromote = 1024;
 
-template <class T, int Bits, int I>
+template <class T, int Bits, int I, bool Fine>  // Fine: groups end inside steps
 struct Streamer {
     static constexpr Row kRow = kRows[I];
-    static constexpr int kWarps = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
+    static constexpr int WK = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
     static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m(), kThreads = kRow.threads();
-    static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a step
-    static constexpr int kStage = stream_stage(kRow, Bits), kAffine = S * kBlocks * 512;  // bytes; where scales start
-    static constexpr int kPitch = kBlockN + 4, kSums = kBlockM * kPitch;
+    static constexpr int kBlocks = Bits / 4;                          // 512-byte blocks of one strip in a step
+    static constexpr int kAffine = S * kBlocks * 512;                 // where a stage's scales and zeros start
+    static constexpr int kStage = stream_stage(kRow, Bits, Fine), kRing = D * kStage;  // bytes
+    static constexpr int kPitch = kBlockN + 4;
+    static constexpr int kGroupUnit = Fine ? 32 : 64;  // k that groups are counted in
     static_assert(kRow.warps_n == 1 && 8 % S == 0, "strips of a warp are neighbours in the packed layout");
-    static_assert(D * kStage >= kSums * 4, "the last sums of a warp lie in its ring");
 
     StreamArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int const warp = uniform(threadIdx.x / 32), rank = blockIdx.z, blocks = gridDim.z;
-    int const steps = (p.k + 63) / 64;  // of a tile
-    int const all_tiles = (p.out.n + kBlockN - 1) / kBlockN;
-    int const first_tile = int(int64_t(blockIdx.y) * all_tiles / gridDim.y);  // of the cluster
-    int const tiles = int(int64_t(blockIdx.y + 1) * all_tiles / gridDim.y) - first_tile;
-    int const line = tiles * steps, parts = blocks * kWarps;
+    int const wk = uniform(threadIdx.x / 32);
+    int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
+    int const tiles = (p.out.n + kBlockN - 1) / kBlockN, per_group = p.group / kGroupUnit;
+    int first, count;  // this warp's part of K, in steps
 
-    // Where the part of a warp of the cluster begins, in steps of the line; which warp has a step
-    __device__ __forceinline__ int begin(int part) const { return int(int64_t(part) * line / parts); }
-    __device__ __forceinline__ int owner(int step) const { return int((int64_t(step + 1) * parts - 1) / line); }
-
-    int const at = rank * kWarps + warp;
-    int const first = begin(at), last = begin(at + 1);
-    // steps of x in the block: all, or from `x_first` on, around the end of K
-    int const block_first = begin(rank * kWarps), block_last = begin((rank + 1) * kWarps);
-    int const x_count = block_last - block_first < steps ? block_last - block_first : steps;
-    int const x_first = x_count < steps ? block_first % steps : 0;
-
-    // Shared memory: [zeros: a row that x does not have][ring of each warp][x][places of sums of each warp]
-    __device__ __forceinline__ unsigned char* ring() const { return dynamic_shared() + 128 + warp * (D * kStage); }
-    __device__ __forceinline__ int x_step() const { return p.x_rows * 128; }
-    __device__ __forceinline__ unsigned char* x_place() const { return dynamic_shared() + 128 + kWarps * (D * kStage); }
-    // of a part: of its first tile, or of its last, when its ring is no longer needed
-    __device__ __forceinline__ float* sums_of(int of_warp, bool its_last) const {
-        unsigned char* const own = x_place() + p.x_steps * x_step() + of_warp * p.places * (kSums * 4);
-        return reinterpret_cast<float*>(its_last ? dynamic_shared() + 128 + of_warp * (D * kStage) : own);
+    // Shared memory: [zeros: a row that x does not have][ring of each wk][x of each wk][sums of each wk]
+    int const x_step = p.x_rows * 128;
+    __device__ __forceinline__ unsigned char* x_place() const {
+        return dynamic_shared() + 128 + WK * kRing + wk * p.x_steps * x_step;
     }
+    __device__ __forceinline__ float* tile_sums() const {
+        return reinterpret_cast<float*>(dynamic_shared() + 128 + WK * (kRing + p.x_steps * x_step));
+    }
+    Shared const ring = shared_address(dynamic_shared() + 128 + wk * kRing) + lane * 16;  // this lane's first piece
+    Shared stage = ring;                       // of the step under way
+    Shared before = ring + (D - 1) * kStage;  // the one that all have left, to be filled next
 
-    // What is sent for next: a step of a tile, into a slot of the ring
-    int feed_at = first, feed_step = 0, feed_strips, feed_stride, feed_slot = 0;
-    int feed_units;  // of 32 k, to the end of K
-    unsigned char const* feed_codes;
-    int feed_group_left;   // units of 32 k
-    uint32_t feed_affine;  // first (scale, zero) pair of the group in the tile
+    // What is sent for next: a step of a tile
+    int feed_tile, feed_left, feed_strips, feed_stride, feed_x = 0;
+    int feed_units, feed_group;  // of 32 k, to the end of K; to the end of the group
+    unsigned char const *feed_codes, *feed_affine;
 
-    int units_left = 0;                       // of 32 k, from the step under way to the end of K
-    int slot = 0, left = 0, group_left = 0;  // of the step under way; steps to the next handing over, to the group's end
-    int x_at = 0;                             // of the step under way, from the first in shared memory
+    int left = 0, group_left = 0;  // steps to the next handing over of P; from there to the group's end
+    int units_left = 0;            // of 32 k, from the step under way to the end of K
     Shared row_at[C];
-    int row_moves[C];  // all bits, or none for a row that x does not have
+    int row_moves[C];
     float acc[S][C][4] = {};
     float sum[S][C][4] = {};
     float x_sum[C][4] = {};
 
     __device__ __forceinline__ explicit Streamer(StreamArgs const& args) : p(args) {
+        int const part = blockIdx.z * WK + wk;
+        count = p.share + (part < p.longer);
+        first = part * p.share + (part < p.longer ? part : p.longer);
         if (threadIdx.x < 8) reinterpret_cast<uint4*>(dynamic_shared())[threadIdx.x] = {0, 0, 0, 0};
 #pragma unroll
         for (int j = 0; j < C; j++) {
             int const row = j * 8 + lane % 8;
             bool const real = row < p.x_rows;
             row_at[j] = shared_address(real ? x_place() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16;
-            row_moves[j] = real ? -1 : 0;
+            row_moves[j] = real ? x_step : 0;
         }
     }
 
     // ---- the stream ----
 
-    __device__ __forceinline__ void seek(int tile, int step) {
-        int const all = p.out.n / 16, strip = (first_tile + tile) * S, tile8 = strip / 8 * 8;
-        int const width = all - tile8 < 8 ? all - tile8 : 8, blocks_k = (p.k + 256 / Bits - 1) / (256 / Bits);
-        int const units = p.group / 32;
-        feed_step = step;
-        feed_strips = all - strip;
-        feed_units = p.k / 32 - step * 2;
+    __device__ __forceinline__ void seek(int tile) {
+        int const all = p.out.n / 16, strip = tile * S, tile8 = strip / 8 * 8, width = all - tile8 < 8 ? all - tile8 : 8;
+        int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), at = first * (64 / kGroupUnit);
+        feed_tile = tile;
+        feed_left = count;
+        feed_strips = tile < tiles ? all - strip : 0;
+        feed_units = p.k / 32 - first * 2;
         feed_stride = width * 512;
-        feed_codes = p.codes + lane * 16 +
-                     (int64_t(tile8) * blocks_k + int64_t(step) * kBlocks * width + (strip - tile8)) * 512;
-        feed_group_left = units - step * 2 % units;
-        feed_affine = step * 2 / units * p.out.n + (first_tile + tile) * kBlockN;
+        feed_codes = p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 + lane * 16;
+        feed_group = per_group - at % per_group;
+        feed_affine = reinterpret_cast<unsigned char const*>(p.affine + int64_t(at / per_group) * p.out.n + tile * kBlockN) +
+                      lane * 16;
     }
 
-    __device__ __forceinline__ void send_affine(unsigned char* to, bool exists) const {
-        if (lane < S * 4) {
-            bool const valid = exists && lane / 4 < feed_strips;
-            copy_async(shared_address(to + lane * 16), p.affine + (valid ? feed_affine + lane * 4ull : 0), valid);
-        }
-    }
-
-    template <bool Fine>
-    __device__ __forceinline__ void send() {
-        if (feed_at < last) {
-            unsigned char* const to = ring() + feed_slot;
+    // All: every strip is there, and all of the step's K
+    template <bool All>
+    __device__ __forceinline__ void send_pieces(Shared to) const {
 #pragma unroll
-            for (int b = 0; b < kBlocks; b++)
+        for (int b = 0; b < kBlocks; b++)
 #pragma unroll
-                for (int s = 0; s < S; s++) {
-                    bool const valid = s < feed_strips && b < feed_units;
-                    copy_async(shared_address(to + (b * S + s) * 512 + lane * 16),
-                               valid ? feed_codes + b * feed_stride + s * 512 : p.codes, valid);
-                }
-#pragma unroll
-            for (int unit = 0; unit < 2; unit++) {
-                if (Fine || unit == 0) send_affine(to + kAffine + unit * (S * 64), unit < feed_units);
-                if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
+            for (int s = 0; s < S; s++) {
+                bool const there = All || (s < feed_strips && b < feed_units);
+                copy_async(to + (b * S + s) * 512, there ? feed_codes + b * feed_stride + s * 512 : p.codes, there);
             }
-            feed_codes += kBlocks * feed_stride;
-            feed_units -= 2;
-            feed_slot = feed_slot == (D - 1) * kStage ? 0 : feed_slot + kStage;
-            feed_at++;
-            if (++feed_step == steps) seek(feed_at / steps, 0);
+#pragma unroll
+        for (int unit = 0; unit < 64 / kGroupUnit; unit++) {
+            bool const there = All || (lane / 4 < feed_strips && unit < feed_units);
+            unsigned char const* const from = feed_affine + (unit < feed_group ? 0 : p.out.n * 4ll);
+            if (lane < S * 4) copy_async(to + kAffine + unit * (S * 64), there ? from : p.codes, there);
         }
-        copy_commit();
     }
 
-    __device__ __forceinline__ void load_x() const {
-        Shared const to = shared_address(x_place());
-        int const pitch = p.k * 2, pieces = p.x_rows * 8;
-#pragma unroll 4
-        for (int item = threadIdx.x; item < x_count * pieces; item += kThreads) {
-            int const step = item / pieces, row = item % pieces / 8, chunk = item % 8;
-            int const k = x_first + step - (x_first + step < steps ? 0 : steps), byte = k * 128 + chunk * 16;
-            bool const valid = row < p.out.m && byte < pitch;
-            copy_async(to + step * x_step() + row * 128 + (chunk ^ row % 8) * 16,
-                       p.x + (valid ? int64_t(row) * pitch + byte : 0), valid);
+    __device__ __forceinline__ void send(Shared to) {
+        if (feed_strips >= S && feed_units >= 2)
+            send_pieces<true>(to);
+        else
+            send_pieces<false>(to);
+        feed_group -= 64 / kGroupUnit;
+        while (feed_group <= 0) feed_group += per_group, feed_affine += p.out.n * 4ll;
+        feed_codes += kBlocks * feed_stride;
+        feed_units -= 2;
+        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
+    }
+
+    // x of the next step of this warp, if there is one
+    __device__ __forceinline__ void send_x() {
+        if (feed_x == count) return;
+        Shared const to = shared_address(x_place() + feed_x * x_step);
+        int const pitch = p.k * 2, at = (first + feed_x) * 128;
+#pragma unroll 1
+        for (int piece = lane; piece < p.x_rows * 8; piece += 32) {
+            int const row = piece / 8, chunk = piece % 8;
+            bool const there = m0 + row < p.out.m && at + chunk * 16 < pitch;
+            copy_async(to + row * 128 + (chunk ^ row % 8) * 16, p.x + (there ? (m0 + row) * pitch + at + chunk * 16 : 0),
+                       there);
         }
-        copy_commit();
+        feed_x++;
     }
 
     // ---- sums ----
 
-    template <bool Fine>
-    __device__ __forceinline__ void multiply_step() {
-        unsigned char const* const stage = ring() + slot;
+    __device__ __forceinline__ void multiply_step(bool last) {
         uint4 words[S][kBlocks];
 #pragma unroll
-        for (int s = 0; s < S; s++)
+        for (int b = 0; b < kBlocks; b++)
 #pragma unroll
-            for (int b = 0; b < kBlocks; b++)
-                words[s][b] = *reinterpret_cast<uint4 const*>(stage + (b * S + s) * 512 + lane * 16);
+            for (int s = 0; s < S; s++) words[s][b] = load_piece(stage + (b * S + s) * 512);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t x[C][4];
 #pragma unroll
-            for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j] + (x_at & row_moves[j]), half * 64));
+            for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j], half * 64));
 #pragma unroll
             for (int quarter = 0; quarter < 2; quarter++) {
 #pragma unroll
@@ -206,15 +189,11 @@ struct Streamer {
 #pragma unroll
                 for (int j = 0; j < C; j++) multiply_add<T>(x_sum[j], ones, x[j][quarter * 2], x[j][quarter * 2 + 1]);
             }
-            if (Fine && half < units_left) finish_group(stage + kAffine + half * (S * 64));
+            if (Fine && half < units_left) finish_group(half);
         }
-        x_at += x_step();
-        if (x_at == x_count * x_step()) x_at = 0;
-        slot = slot == (D - 1) * kStage ? 0 : slot + kStage;
-        if (!Fine && --left == 0) {
-            finish_group(stage + kAffine);
-            start_span();
-        }
+#pragma unroll
+        for (int j = 0; j < C; j++) row_at[j] += row_moves[j];
+        if (!Fine && (--left == 0 || last)) finish_group(0), start_span();
     }
 
     // How many steps until P is handed over
@@ -226,13 +205,13 @@ struct Streamer {
     }
 
     // acc += s * (P - (z + b) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
-    __device__ __forceinline__ void finish_group(unsigned char const* affine) {
-        auto const* const pairs = reinterpret_cast<uint32_t const*>(affine);
+    __device__ __forceinline__ void finish_group(int unit) {
+        Shared const pairs = stage + (kAffine + unit * (S * 64) + g * 4 - lane * 16);
 #pragma unroll
         for (int s = 0; s < S; s++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint32_t const pair = pairs[s * 16 + h * 8 + g];
+                uint32_t const pair = load_word(pairs + (s * 16 + h * 8) * 4);
                 float const scale = to_float<T>(uint16_t(pair));
                 float const zero = -raw_bias<T, Bits> - to_float<T>(uint16_t(pair >> 16));
 #pragma unroll
@@ -249,152 +228,155 @@ struct Streamer {
 
     // ---- tiles ----
 
-    template <bool Fine>
     __device__ __forceinline__ void run() {
-        seek(first / steps, first % steps);
+        seek(blockIdx.y);
 #pragma unroll 1
-        for (int d = 0; d < D - 1; d++) send<Fine>();
-        wait_for_inputs();
-        release_next();
-        load_x();
-        copy_wait<0>();
-        block_barrier();
-
-        x_at = (first % steps - x_first + (first % steps < x_first ? steps : 0)) * x_step();
-#pragma unroll 1
-        for (int step = first; step < last;) {
-            int const tile = step / steps, begins = tile * steps, ends = begins + steps < last ? begins + steps : last;
-            bool const whole = step == begins && ends == begins + steps, earliest = step == first;
-            if (!Fine) {
-                int const per_group = p.group / 64;
-                group_left = per_group - (step - begins) % per_group;
-                start_span();
-            }
-#pragma unroll 1
-            for (; step < ends; step++) {
-                if (Fine) units_left = p.k / 32 - (step - begins) * 2;
-                copy_wait<D - 2>();
-                warp_barrier();  // other lanes' scales and zeros are there, and all have left the slot before
-                send<Fine>();
-                if (!Fine && step == ends - 1) left = 1;
-                multiply_step<Fine>();
-            }
-            warp_barrier();  // all have left the ring, where the last sums go
-            float* const sums = whole ? sums_of(warp, false) + (p.places - 1) * kSums : sums_of(warp, !earliest);
-            keep(sums);
-            if (whole) {
-                warp_barrier();
-                each(1, lane, 32, [&](int, int row, int column) {
-                    float const* const v = sums + row * kPitch + column;
-                    store(tile, row, column, v[0], p.out.gated ? v[8] : 0.0f);
-                });
-                warp_barrier();
-            }
+        for (int d = 0; d < D - 1; d++) {
+            if (count) send(ring + d * kStage);
+            if (d == 0) wait_for_inputs(), release_next();  // x must not wait behind a flood of weights
+            send_x();
+            copy_commit();
         }
-        join();
+        block_barrier();  // the zeros
+
+        int const step_y = int(gridDim.y);
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles; tile += step_y) {
+            if (!Fine) group_left = per_group - first % per_group, start_span();
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                if (Fine) units_left = p.k / 32 - (first + step) * 2;
+                copy_wait<D - 2>();
+                warp_barrier();  // other lanes' scales, zeros and x are there, and all have left the stage before
+                send(before);
+                send_x();
+                copy_commit();
+                multiply_step(step == count - 1);
+                before = stage;
+                stage = stage == ring + (D - 1) * kStage ? ring : stage + kStage;
+            }
+#pragma unroll
+            for (int j = 0; j < C; j++) row_at[j] -= count * row_moves[j];
+            store(tile);
+        }
     }
 
-    // Sums leave their registers
-    __device__ __forceinline__ void keep(float* sums) {
+    // Four sums over the WK parts of K, in their order
+    __device__ __forceinline__ float4 total(int row, int column) const {
+        float const* sums = tile_sums() + row * kPitch + column;
+        float4 v{};
+#pragma unroll 4
+        for (int part = 0; part < WK; part++, sums += p.x_rows * kPitch) {
+            float4 const add = *reinterpret_cast<float4 const*>(sums);
+            v.x += add.x, v.y += add.y, v.z += add.z, v.w += add.w;
+        }
+        return v;
+    }
+
+    // use(row, column) for every four outputs of a tile, or four gates, `step` threads apart. Unrolled, these few rounds
+    // would take registers from the loop that streams.
+    template <class Use>
+    static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int from, int step, Use const& use) {
+        int const fours = kBlockN / (gated ? 8 : 4);
+#pragma unroll 1
+        for (int item = from; item < rows * fours; item += step) {
+            int const row = item / fours, i = item - row * fours, column = gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+            if (column < n_end) use(row, column);
+        }
+    }
+
+    __device__ __forceinline__ void store(int tile) {
+        int const n0 = tile * kBlockN, n_end = p.out.n - n0 < kBlockN ? p.out.n - n0 : kBlockN;
+        int const rows = p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM;
+        if (p.splits == 1) block_barrier();  // all have read the tile before
+        float* const sums = tile_sums() + wk * p.x_rows * kPitch;
 #pragma unroll
         for (int s = 0; s < S; s++)
 #pragma unroll
             for (int j = 0; j < C; j++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) acc[s][j][i] *= raw_unit<T, Bits>(i / 2);
-        store_sums(sums, kPitch, acc, 0, 0, g, t);
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-            for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
-    }
-
-    __device__ __forceinline__ void store(int tile, int row, int column, float sum, float up) const {
-        int const n = (first_tile + tile) * kBlockN + column;
-        if (n < p.out.n) finish_one<T>(p.out, sum, up, row, n);
-    }
-
-    // use(tile, row, column) for every output of so many tiles, or every gate, `step` threads apart. Unrolled, these few
-    // rounds would take registers from the loop that streams.
-    template <class Use>
-    __device__ __forceinline__ void each(int count, int from, int step, Use const& use) const {
-        int const width = p.out.gated ? kBlockN / 2 : kBlockN, rows = int(p.out.m);
-#pragma unroll 1
-        for (int item = from; item < count * rows * width; item += step) {
-            int const i = item % width;
-            use(item / width / rows, item / width % rows, p.out.gated ? i / 8 * 16 + i % 8 : i);
-        }
-    }
-
-    // The tiles that begin in this block and were cut: their parts, in order of K, wherever in the cluster they are
-    __device__ __forceinline__ void join() const {
-        if (blocks > 1)
-            cluster_barrier();
+                for (int i = 0; i < 4; i++) {
+                    int const row = j * 8 + 2 * t + i % 2;
+                    if (row < p.x_rows)
+                        sums[row * kPitch + s * 16 + i / 2 * 8 + g] = acc[s][j][i] * raw_unit<T, Bits>(i / 2);
+                    acc[s][j][i] = 0.0f;
+                }
+        block_barrier();
+        if (p.splits == 1)
+            each(rows, n_end, p.out.gated, threadIdx.x, kThreads, [&](int row, int column) {
+                float4 const ups = p.out.gated ? total(row, column + 8) : float4{};
+                finish_four<T>(p.out, total(row, column), ups, m0 + row, n0 + column);
+            });
         else
-            block_barrier();
-        int const from = (block_first + steps - 1) / steps, to = (block_last + steps - 1) / steps;
-        each(to - from, threadIdx.x, kThreads, [&](int i, int row, int column) {
-            int const tile = from + i, begins = tile * steps, head = owner(begins), tail = owner(begins + steps - 1);
-            if (head == tail) return;  // was not cut
-            float total[2] = {};
-#pragma unroll 2
-            for (int part = head; part <= tail; part++) {
-                if (begin(part) == begin(part + 1)) continue;
-                float const* const sums = sums_of(part % kWarps, begin(part) < begins) + row * kPitch + column;
-                total[0] += at_part(part, sums);
-                if (p.out.gated) total[1] += at_part(part, sums + 8);
-            }
-            store(tile, row, column, total[0], total[1]);
-        });
-        if (blocks > 1) relaxed_cluster_barrier();  // a block that has ended has no memory
+            store_cluster(n0, n_end, rows);
     }
-    __device__ __forceinline__ float at_part(int part, float const* own) const {
-        return part / kWarps == rank ? *own : load_from(part / kWarps, own);
+
+    // Sums of the blocks of a cluster, in their order; each finishes some of the outputs.
+    __device__ __forceinline__ void store_cluster(int n0, int n_end, int rows) const {
+        auto const place = [&](int row, int column) { return tile_sums() + row * kPitch + column; };
+        each(rows, n_end, false, threadIdx.x, kThreads, [&](int row, int column) {
+            *reinterpret_cast<float4*>(place(row, column)) = total(row, column);
+        });
+        auto const sum_of_all = [&](int row, int column) {
+            float4 v{};
+#pragma unroll 4
+            for (int rank = 0; rank < p.splits; rank++) {
+                float4 const add = load_four_from(rank, place(row, column));
+                v.x += add.x, v.y += add.y, v.z += add.z, v.w += add.w;
+            }
+            return v;
+        };
+        cluster_barrier();
+        each(rows, n_end, p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads, [&](int row, int column) {
+            float4 const ups = p.out.gated ? sum_of_all(row, column + 8) : float4{};
+            finish_four<T>(p.out, sum_of_all(row, column), ups, m0 + row, n0 + column);
+        });
+        relaxed_cluster_barrier();  // a block that has ended has no memory; nor may the next tile's sums overtake
     }
 };
 
-template <class T, int Bits, int I>
+template <class T, int Bits, int I, bool Fine>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) stream(StreamArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) {
-        Streamer<T, Bits, I> block{p};
-        if (p.group % 64)
-            block.template run<true>();
-        else
-            block.template run<false>();
-    }
+    if constexpr (kGenerated<T, I>) Streamer<T, Bits, I, Fine>{p}.run();
 #endif
 }
 
 constexpr int kFirst = first_row(Kernel::kStream);
 
-template <class T, int Bits, int... I>
+template <class T, int Bits, bool Fine, int... I>
 constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(StreamArgs), sizeof...(I)>{stream<T, Bits, kFirst + I>...};
+    return std::array<void (*)(StreamArgs), sizeof...(I)>{stream<T, Bits, kFirst + I, Fine>...};
 }
 
 template <class T>
 char const* launch_rows(wog_problem const& p, StreamArgs const& args, wog_plan const& plan, void* stream) {
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kStream)> kAll;
-    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    constexpr auto kFour = instances<T, 4, false>(kAll), kFourFine = instances<T, 4, true>(kAll);
+    constexpr auto kEight = instances<T, 8, false>(kAll), kEightFine = instances<T, 8, true>(kAll);
+    bool const fine = p.group % 64;
     dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits);
     Grid const grid{blocks, plan.threads, size_t(plan.shared), dim3(1, 1, plan.splits), p.sm >= 90};
-    return launch((p.bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
+    auto const& some = p.bits == 4 ? fine ? kFourFine : kFour : fine ? kEightFine : kEight;
+    return launch(some[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
 }
 
 }  // namespace
 
 char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
+    int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
     StreamArgs const args{static_cast<unsigned char const*>(t.x),
                           static_cast<unsigned char const*>(t.codes),
                           static_cast<uint32_t const*>(t.affine),
                           output(p, t),
                           p.k,
                           p.group,
-                          int32_t(p.m),
-                          stream_x_steps(row, p, plan.splits, plan.grid_n),
-                          stream_places(row, p, plan.splits, plan.grid_n)};
+                          plan.splits,
+                          steps / parts,
+                          steps % parts,
+                          stream_x_rows(row, p.m),
+                          stream_x_steps(row, p, plan.splits)};
     return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
 }
 

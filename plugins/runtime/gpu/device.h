@@ -138,6 +138,25 @@ __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+// 16 bytes of shared memory
+__device__ __forceinline__ uint4 load_piece(Shared shared) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_piece(Shared shared, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+__device__ __forceinline__ uint32_t load_word(Shared shared) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");
+    return v;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -196,6 +215,18 @@ __device__ __forceinline__ float load_from(int rank, float const* own) {
                  : "=f"(v)
                  : "r"(shared_address(own)), "r"(rank)
                  : "memory");
+#endif
+    return v;
+}
+__device__ __forceinline__ float4 load_four_from(int rank, float const* own) {
+    float4 v{};
+#if DEVICE_SM >= 90
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+        : "r"(shared_address(own)), "r"(rank)
+        : "memory");
 #endif
     return v;
 }

@@ -346,6 +346,22 @@ inline void copy_wait() {
     }
 }
 
+inline uint4 load_piece(Shared shared) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16) std::abort();
+    uint4 v;
+    std::memcpy(&v, shared, 16);
+    return v;
+}
+inline void store_piece(Shared shared, uint4 v) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16) std::abort();
+    std::memcpy(shared, &v, 16);
+}
+inline uint32_t load_word(Shared shared) {
+    uint32_t v;
+    std::memcpy(&v, shared, 4);
+    return v;
+}
+
 inline void load_matrices(uint32_t (&r)[4], Shared row) {
     auto const rows = emulator::share(row);
     int const lane = int(threadIdx.x) % 32;
@@ -394,6 +410,10 @@ inline void* at_rank(void const* shared, unsigned rank) {
 }  // namespace emulator
 inline float load_from(int rank, float const* own) {
     return *static_cast<float const*>(emulator::at_rank(own, unsigned(rank)));
+}
+inline float4 load_four_from(int rank, float const* own) {
+    if (reinterpret_cast<uintptr_t>(own) % 16) std::abort();
+    return *static_cast<float4 const*>(emulator::at_rank(own, unsigned(rank)));
 }
 
 inline void wait_for_inputs() {}
