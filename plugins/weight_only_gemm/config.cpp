@@ -45,8 +45,8 @@ int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
 // The fastest division of K that leaves x room beside the rings. 0: there is none.
 int stream_splits(wog_problem const& p, Row const& row) {
     int best = 0;
-    for (int splits : {1, 2, 4, 8}) {
-        if (p.splits && splits != p.splits) continue;
+    for (int splits = 1; splits <= 8; splits++) {
+        if (p.splits ? splits != p.splits : splits & (splits - 1)) continue;  // others leave multiprocessors idle
         if (stream_shared(row, p, splits) > shared_limit(p.sm, row.resident)) continue;
         if (!best || stream_duration(p, row, splits) < stream_duration(p, row, best)) best = splits;
     }
