@@ -139,7 +139,10 @@ def test_a_gpu_that_rtx_does_not_serve(plan: Plan, monkeypatch: pytest.MonkeyPat
     (artifact,) = read_manifest(out)
     for place in ("compiler.llm", "compiler.backend.tensorrt.gpu"):
         monkeypatch.setattr(f"instantrt.{place}.gpus", lambda: (Gpu("NVIDIA H200", 90),))
-    for builder, fix in (("tensorrt_rtx", "no engine of TensorRT-RTX loads on sm90; compile for sm90"), ("tensorrt", "")):
+    for builder, fix in (
+        ("tensorrt_rtx", "no engine of TensorRT-RTX loads on sm90; compile for sm90"),
+        ("tensorrt", ""),
+    ):
         changed = replace(artifact, engine={**(artifact.engine or {}), "builder": builder})
         monkeypatch.setattr(module, "find_artifact", lambda *a, changed=changed: changed)
         with pytest.raises(UserError, match="built for sm89") as caught:

@@ -1,13 +1,12 @@
-"""The plots of a report: times of everybody against M, a panel for each layer; and how often cuBLAS's speed we reach."""
+"""The plots of a report: times of everybody against M, a panel for each layer; and speed over cuBLAS."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instantrt.tools.gpu.tables import common_rows, speedups
+from instantrt.tools.gpu.tables import common_rows, mean, speedups
 
 Row = Mapping[str, Any]
 STYLES = {  # name: colour, line; a colour for each width of weights, solid lines are ours; others are in the JSON only
@@ -17,6 +16,7 @@ STYLES = {  # name: colour, line; a colour for each width of weights, solid line
     "torch scaled_mm fp8": ("tab:orange", "--"), "cublas fp16": ("black", "--"),
 }  # fmt: skip
 FLOORS = ("int4 g128", "int8", "cublas fp16")
+TICKS = [first * 10**zeros for zeros in range(5) for first in (1, 2, 3, 5, 7)]  # microseconds
 COLUMNS = 4
 TOP, BARS = "int4 g128", {"int4 g128": "tab:blue", "humming int4": "tab:orange"}
 
@@ -48,17 +48,16 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             ours = line == "-"
             style = {"marker": "o" if ours else "x", "markersize": 5 if ours else 4, "linewidth": 2 if ours else 1.2}
             drawn = panel.plot(m, took, color=colour, linestyle=line, zorder=2 + ours, **style)[0]
-            legend[f"{'ours' if ours else 'peer'}: {kernel}"] = drawn
+            legend[f"{'ours' if ours else 'peer'}: {kernel.replace('cublas', 'cuBLAS')}"] = drawn
             if kernel in FLOORS:
                 (dots,) = panel.plot(m, floor, color=colour, linestyle=":", linewidth=1, zorder=1)
-                legend[f"floor of {kernel}"] = dots
+                legend[f"floor: {kernel.replace('cublas', 'cuBLAS')}"] = dots
         worst = max((t["median"] for t in here if not t["kernel"].startswith("triton")), default=1.0)
         panel.set_title(layer, fontsize=11)
         panel.set(xscale="log", yscale="log", ylim=(0.8 * min(t["floor_us"] for t in here), 1.3 * worst))
         panel.set_xticks(ms, [str(m) for m in ms], fontsize=8)
-        ticks = [t for t in (1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100, 200, 300, 500, 700, 1000, 2000, 5000)]
         low, high = panel.get_ylim()
-        ticks = [t for t in ticks if low <= t <= high]
+        ticks = [t for t in TICKS if low <= t <= high]
         panel.set_yticks(ticks, [str(t) for t in ticks], fontsize=8)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -67,7 +66,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("M, rows of x")
     figure.supylabel("microseconds")
-    order = sorted(legend, key=lambda label: ("ours", "peer", "floor").index(label[:5].rstrip(":").split()[0]))
+    order = sorted(legend, key=lambda label: ("ours", "peer", "floor").index(label.partition(":")[0]))
     figure.legend(
         [legend[label] for label in order], order, loc="outside lower center", ncols=min(len(order), 7), frameon=False
     )
@@ -88,8 +87,9 @@ def speedup_plot(report: Mapping[str, Any], path: Path) -> None:
     peers = list(dict.fromkeys(t["layer"] for t in timings if t["kernel"] == "humming int4"))
     all_of = {m: speedups(timings, TOP, m) for m in ms}
     count = max(map(len, all_of.values()))
-    means = {m: math.exp(sum(map(math.log, ratios)) / len(ratios)) for m, ratios in all_of.items()}
-    sides: list[tuple[str, str, dict[int, float]]] = [(f"ours, geometric mean of {count} layers", "lightsteelblue", means)]
+    means = {m: mean(ratios) for m, ratios in all_of.items()}
+    label = f"ours, geometric mean of {count} layers; the line: slowest to fastest"
+    sides: list[tuple[str, str, dict[int, float]]] = [(label, "lightsteelblue", means)]
     for layer, hatch in zip(peers, ("", "//", ".."), strict=False):
         for kernel, colour in BARS.items():
             who = "ours" if kernel == TOP else "humming"
@@ -104,10 +104,10 @@ def speedup_plot(report: Mapping[str, Any], path: Path) -> None:
         bars = axes.bar(x, y, width * 0.94, color=face, hatch=colour[len(face) :], edgecolor="white", label=label)
         axes.bar_label(bars, [f"{v:.2g}" if v < 1 else f"{v:.1f}" for v in y], fontsize=8, padding=2)
         if not number:
-            spread = [[v - min(all_of[m]) for m, v in zip(ms, y, strict=True)], [max(all_of[m]) - v for m, v in zip(ms, y, strict=True)]]
-            axes.errorbar(x, y, spread, fmt="none", ecolor="gray", elinewidth=1, capsize=3, zorder=3)
+            low, high = ([end(all_of[m]) for m in ms] for end in (min, max))
+            axes.vlines([at - 0.38 * width for at in x], low, high, color="gray", linewidth=1.5, zorder=3)
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
-    axes.annotate("cuBLAS fp16", (len(ms) - 0.45, 1), ha="right", va="bottom", fontsize=8)
+    axes.text(0.995, 1.02, "cuBLAS fp16", transform=axes.get_yaxis_transform(), ha="right", fontsize=8)
     axes.set_xticks(range(len(ms)), [f"M = {m}" for m in ms])
     axes.set(ylabel="times as fast as cuBLAS fp16", title=f"{name_of(report)}: int4 weights in groups of 128")
     axes.margins(y=0.15)
