@@ -98,7 +98,7 @@ def no_tensorrt(target: Target) -> str:
 def no_rtx(target: Target, int4: bool, options: EngineOptions) -> str:
     """Why TensorRT-RTX cannot build for `target` here, or nothing."""
     if not target.rtx:
-        return f"has no {target.name}: it builds nothing for it, and what it builds does not load there"
+        return f"has no {target.name}: neither builds for it nor loads there"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"not installed: {INSTALL['tensorrt_rtx']}"
     if target.sm == 75 and int4:
