@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import MANIFEST, MODEL, Artifact, read_manifest
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
-from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
 from instantrt.compiler.backend.tensorrt.header import Header
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.smoke.process import LOADING, ModelOrder, started
@@ -86,7 +86,8 @@ def check_engine(folder: Path, artifact: Artifact) -> str:
     header = check_header(path, engine)
     built = f"built by {PRODUCT[header.flavour]} {header.version} for sm{engine['sm']}"
     if all(gpu.sm != engine["sm"] for gpu in gpus()):
-        return f"{built}; this machine has {describe()}, so it was not loaded"
+        lost = no_rtx_here() if header.flavour == "tensorrt_rtx" else ""
+        return "; ".join(filter(None, [built, f"this machine has {describe()}, so it was not loaded", lost]))
     check_runtime(header, path, compatible=bool(engine["options"].get("version_compatible")))
     load(header.flavour, path, [inside(folder, name) for name in artifact.plugins])
     return f"{built}; loaded on {describe()}"

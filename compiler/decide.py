@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.backend.tensorrt.choose import choose_builder
 from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.json_file import read_json
@@ -76,10 +77,13 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
 
 
 def check_early(request: Request) -> None:
-    """Refuses a group size that config.json shows not to fit, before the model is built and exported.
+    """Refuses what shows before the model is built and exported: a builder that is not for a target, a group size.
 
-    What it shows is the width of all layers; those that are ignored are known by layer alone.
+    What config.json shows is the width of all layers; those that are ignored are known by layer alone.
     """
+    for target in request.resolved_targets():
+        if target.backend is Backend.TENSORRT:
+            choose_builder(target, request.builder, options=request.engine_options())
     said = request.quant_config or {}
     size = request.group_size if request.group_size is not None else said.get("group_size")
     if type(size) is not int or size < 1 or request.ignore or said.get("ignore"):

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
-from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
 from instantrt.compiler.serving.config import KIT, parameters
 from instantrt.compiler.serving.runtime.opening import open_engine
 from instantrt.compiler.serving.runtime.sampling import Sampling
@@ -300,6 +300,7 @@ class LLM:
                 f"the engine was built for sm{engine['sm']}",
                 where=str(self.model),
                 found=f"this machine: {describe()}",
+                fix=no_rtx_here() if engine["builder"] == "tensorrt_rtx" else "",
             )
         compatible = bool(engine["options"].get("version_compatible"))
         check_runtime(check_header(self.model, engine), self.model, compatible=compatible)

@@ -29,7 +29,7 @@ class Target:
     int8_mma      has int8 tensor cores (or integer dot products): A8W8 makes sense
     bf16          computes in bfloat16; where not, a bfloat16 checkpoint runs in float16
     tensorrt      releases of full TensorRT that build for it, as a version specifier; "" for none
-    rtx           TensorRT-RTX builds for it, on any machine
+    rtx           TensorRT-RTX builds for it, on any machine, and loads there (docs/facts.md, "SMs of TensorRT-RTX")
     saturates     its products of 8 bits by signed 8 bits may overflow (docs/facts.md, "Saturation without VNNI")
     """
 
@@ -80,6 +80,11 @@ TARGETS = (
 )
 _BY_NAME = {name: t for t in TARGETS for name in (t.name, *t.aliases)}
 assert len(_BY_NAME) == sum(1 + len(t.aliases) for t in TARGETS)
+
+
+def loads_rtx(sm: int) -> bool:
+    """Whether a GPU loads any engine of TensorRT-RTX. Those for later GPUs than all it knows load on these, too."""
+    return sm > max(t.sm or 0 for t in TARGETS) or any(t.rtx and t.sm == sm for t in TARGETS)
 
 
 def find_target(name: str) -> Target:

@@ -203,6 +203,18 @@ def test_a_runtime_of_another_version_is_not_loaded(out: Path, monkeypatch: pyte
     assert caught.value.fix.startswith("pip install tensorrt-rtx==1.7.1.116")
 
 
+def test_check_says_that_a_gpu_loads_no_engine_of_rtx(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200 none of them loads; beside another GPU that it serves nothing is said of that."""
+    for name, sm in (("NVIDIA H200", 90), ("L4", 86), ("later", 130)):
+        monkeypatch.setattr("instantrt.compiler.backend.tensorrt.gpu.gpus", lambda name=name, sm=sm: (Gpu(name, sm),))
+        monkeypatch.setattr("instantrt.compiler.check.gpus", lambda name=name, sm=sm: (Gpu(name, sm),))
+        line = next(line for line in check(out) if line.startswith("sm89"))
+        assert f"{name} (sm{sm}), so it was not loaded" in line
+        lost = "no engine of TensorRT-RTX loads on sm90; compile for sm90 instead, and finish the build kit here: pip"
+        assert (f"{lost} install 'tensorrt>=10.15'" in line) == (sm == 90)
+        assert ("no engine" in line) == (sm == 90)
+
+
 def test_an_operator_that_tensorrt_lacks_leaves_no_artifact(tmp_path: Path) -> None:
     """A plain .onnx file, for a target that builds here and one that gets a kit."""
     nodes = [
@@ -288,8 +300,9 @@ def test_a_kit_finished_where_it_lies_leaves_the_other_artifacts(copy: Path) -> 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU, which may be the one the kit is for")
 def test_a_kit_that_this_machine_cannot_finish_says_why(out: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot build for sm90 either"):
+    with pytest.raises(UserError, match="cannot build for sm90 either") as caught:
         build_kit(read_kit(out / "sm90"), tmp_path / "built", "auto", lambda text: None)
+    assert "full TensorRT builds beside an sm90 GPU: pip install 'tensorrt>=10.15'" in caught.value.fix
     assert not (tmp_path / "built").exists()
 
 
@@ -430,8 +443,9 @@ def test_who_builds_what_without_a_gpu() -> None:
     assert "no int4" in choose_builder(find_target("sm75"), "auto", int4=True).reason
     assert choose_builder(find_target("sm75"), "auto") == Choice("tensorrt_rtx")
     assert choose_builder(find_target("sm89"), "kit").flavour is None
-    with pytest.raises(UserError, match="cannot build for sm90 here"):
-        choose_builder(find_target("sm90"), "tensorrt-rtx")
+    with pytest.raises(UserError, match=r"(?s)cannot build for sm90 here.*nor loads there.*build kit") as caught:
+        plan(Request("nowhere", ("sm89", "sm90"), "out", builder="tensorrt-rtx"))  # before the model is looked for
+    assert "beside an sm90 GPU: pip install 'tensorrt>=10.15'" in caught.value.fix
     for options in (EngineOptions(version_compatible=True), EngineOptions(hardware_compatible="ampere_plus")):
         assert "has no version-compatible" in choose_builder(find_target("sm89"), "auto", options=options).reason
         with pytest.raises(UserError, match="has no version-compatible"):

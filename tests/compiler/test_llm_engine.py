@@ -133,6 +133,24 @@ def test_an_engine_that_cannot_be_loaded_is_a_users_error(plan: Plan, monkeypatc
         LLM(out).start()
 
 
+def test_a_gpu_that_rtx_does_not_serve(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of TensorRT-RTX on an H200 is refused with the way out, one of full TensorRT without."""
+    out = plan.file.parent.parent
+    (artifact,) = read_manifest(out)
+    for place in ("compiler.llm", "compiler.backend.tensorrt.gpu"):
+        monkeypatch.setattr(f"instantrt.{place}.gpus", lambda: (Gpu("NVIDIA H200", 90),))
+    for builder, fix in (
+        ("tensorrt_rtx", "no engine of TensorRT-RTX loads on sm90; compile for sm90"),
+        ("tensorrt", ""),
+    ):
+        changed = replace(artifact, engine={**(artifact.engine or {}), "builder": builder})
+        monkeypatch.setattr(module, "find_artifact", lambda *a, changed=changed: changed)
+        with pytest.raises(UserError, match="built for sm89") as caught:
+            LLM(out).start()
+        assert caught.value.fix.startswith(fix)
+        assert bool(caught.value.fix) == bool(fix)
+
+
 def test_without_its_gpu_an_engine_is_refused_in_words(plan: Plan) -> None:
     if gpus():
         pytest.skip("this machine has a GPU")

@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 from instantrt.compiler.backend.tensorrt.build import read_header
 from instantrt.compiler.backend.tensorrt.child import Refused
+from instantrt.compiler.backend.tensorrt.gpu import Gpu
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
@@ -73,6 +74,23 @@ def test_an_engine_that_cannot_be_loaded_says_why(prepared: Path, capsys: pytest
     assert (end["outcome"], end["data"]["loaded"]) == ("failed", False)
     assert "EngineValidity.INVALID" in end["message"]
     assert "CUDA driver version is insufficient" in "".join(end["data"]["said"])
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_not_served_costs_one_engine(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said before anything is tried, and what the runtime says of one engine is kept."""
+    monkeypatch.setattr(gpu_rtx, "gpus", lambda: (Gpu("NVIDIA H200", 90),))
+    monkeypatch.setattr(gpu_rtx, "describe", lambda: "NVIDIA H200 (sm90)")
+    monkeypatch.setattr("instantrt.compiler.backend.tensorrt.gpu.gpus", gpu_rtx.gpus)
+    assert not gpu_rtx.run(prepared, tmp_path / "rtx.json")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("NVIDIA H200 (sm90): no engine of TensorRT-RTX loads on sm90; compile for sm90 instead")
+    report = json.loads((tmp_path / "rtx.json").read_text())
+    assert report["not_served"].startswith("no engine of TensorRT-RTX loads on sm90")
+    assert list(report["engines"]) == ["load a16w4-g128-sm89"]
+    assert "not loaded" in report["engines"]["load a16w4-g128-sm89"]["message"]
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ Needs torch with CUDA, nvcc 13, cmake, ninja, pytest, numpy, ml_dtypes; no netwo
 there is, the command is `python -m instantrt.tools.gpu.check`, from a checkout. Stages may be run one by one with the
 same --out: each adds its part to OUT.json as long as commit, sources and GPU are the same. All of them build first,
 which costs a look when it is done. OUT.json and OUT.txt, with the tables of all stages, are written after each stage;
-OUT.png has the plot, OUT.ncu.csv.gz every counter of Nsight Compute. The last lines printed of `bench` are the goals
-and what became of the predictions; those of `tune` the losses of the table of configurations.
+OUT.md and its two plots are for people, as tools/gpu/page.py says; OUT.ncu.csv.gz has every counter of Nsight Compute.
+The last lines printed of `bench` are the goals and what became of the predictions; those of `tune` the losses of the
+table of configurations.
 
 Where a machine is there for a short time and a command may take ten minutes, three parts look first and prove last:
 
@@ -43,7 +44,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from instantrt.tools.gpu.plot import plot
+from instantrt.tools.gpu import page
 from instantrt.tools.gpu.stages import ROOT, STAGES, Ring, perform, run, text
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -150,13 +151,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         done = [said(stage, report[stage]) for stage in STAGES if stage in report]
         write(out.with_suffix(".txt"), "\n".join(done) + "\n")
         print(said(name, report[name], 45), flush=True)
-    if report.get("bench", {}).get("roofs"):
-        try:
-            plot({**report, **report["bench"]}, out.with_suffix(".png"))
-        except Exception as error:
-            print(f"no plot: {type(error).__name__}: {error}")
     report["after"] = query(QUERY)  # ends this process where the GPU is lost
     write(out, json.dumps(report, indent=1) + "\n")
+    try:
+        page.write(out)
+    except Exception as error:
+        print(f"no page: {type(error).__name__}: {error}")
     failed = [name for name in stages if not report[name]["passed"]]
     print(f"{'FAILED: ' + ', '.join(failed) if failed else 'PASSED'}: {out}")
     sys.exit(bool(failed))

@@ -6,7 +6,9 @@
 `prepare` compiles examples/tiny-qwen2 with the compiler itself, in each mode for any GPU (the builder's own default)
 and in one mode for single and several SMs, with and without nodes of the plugin, and one layer of the sizes of a 7 B
 model. Outputs to compare with are ONNX Runtime's of the Q/DQ twin, for a prompt and for the token after it; tokens are
-those that the artifact for CPUs generates. `run` takes four kinds of steps, each in a process with a time limit:
+those that the artifact for CPUs generates. On a GPU whose SM TensorRT-RTX does not serve, `run` says so, and records
+the runtime's own words of one engine (docs/facts.md, "SMs of TensorRT-RTX"). On others it takes four kinds of steps,
+each in a process with a time limit:
 
     load    an engine from here: does it load, are its outputs and its tokens those
     build   the same after the engine was built on the GPU machine, for any GPU and for its own
@@ -25,7 +27,7 @@ pieces, in two ignored folders, the second with the engines. Here, with the mino
     pip install $options --no-index --find-links build/wheels --no-compile --target build/site $rtx
     mkdir build/rtx1 build/rtx2
     tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
-    cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=90a-real     of the GPU there
+    cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=89-real     of the GPU there
     cmake --build build/plugins --target instantrt_plugins
     from='from instantrt.tools.bench.synthetic import *;'
     python -c "$from write_checkpoint(Path('build/big'), QWEN2_15B)"
@@ -59,7 +61,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
+from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import BFLOAT16, TYPES, open_engine, widened
@@ -107,6 +109,7 @@ SPEEDS = (Variant("a8w8"), Variant("a16w4", 128), Variant("a16w8"))  # of the mo
 LIBRARY = "libinstantrt_plugins.so"
 PROMPTS, GREEDY, LENGTH = (5, 24, 60), 24, 256  # tokens of the prompts, tokens after each, and what engines take
 SECONDS = {"make": 220, "load": LIMIT, "build": LIMIT, "speed": 100}  # without a word from a step's process
+ONE = ((("load",), 30, 1),)  # where no engine loads
 STAGES = ((("make", "load", "build"), 240, 6), (("speed",), 200, 1))  # kinds, seconds of all, processes at a time
 
 
@@ -297,24 +300,28 @@ def run(folder: Path, out: Path) -> bool:
         sys.exit("no GPU: the driver library libcuda.so.1 finds none. Run this on a machine with an NVIDIA GPU.")
     if not (folder / ARCHIVE).is_file():
         sys.exit(f"there is no {folder / ARCHIVE}: instantrt gpu-check rtx prepare {folder}")
+    if lost := no_rtx_here():
+        print(f"{describe()}: {lost}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(scratch, filter="data")
         environment = {**linked(Path(scratch)), "CUDA_MODULE_LOADING": "LAZY"}
         outcomes = []
-        for kinds, seconds, workers in STAGES:
+        for kinds, seconds, workers in STAGES if not lost else ONE:
             jobs = [
                 ChildJob(command(scratch, kind, name), [f"{kind} {name}"], SECONDS[kind], environment)
                 for kind in kinds
                 for name in steps(Path(scratch), kind)
             ]
+            jobs = jobs[:1] if lost else jobs
             outcomes += run_all(jobs, seconds, workers)
         results = {
             o.name: {"outcome": o.outcome, "message": o.message, "seconds": o.seconds}
             | (o.data or kept(Path(scratch), o.name))
             for o in outcomes
         }
-    out.write_text(json.dumps({"gpu": describe(), "engines": results}, indent=1) + "\n")
+    said = {"not_served": lost} if lost else {}
+    out.write_text(json.dumps({"gpu": describe(), **said, "engines": results}, indent=1) + "\n")
     for name, result in results.items():
         told = result.get("times") or result.get("alone") or result.get("errors") or result["message"][-300:]
         print(f"{name:40} {result['outcome']:8} {result['seconds']:6.1f} s {json.dumps(told)[:600]}")

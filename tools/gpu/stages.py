@@ -421,9 +421,9 @@ class RingStage:
 
 
 STAGES = {
-    "build": RingStage(build, (60, 60)), "smoke": RingStage(smoke, (40, 40)), "tests": RingStage(tests, (70, 70)),
-    "sanitize": RingStage(sanitize, (120, 120)), "bench": RingStage(bench, (280, 110)),
-    "profile": RingStage(profile, (60, 60)), "tune": RingStage(tune, (240, 120)),
+    "build": RingStage(build, (60, 60)), "smoke": RingStage(smoke, (20, 20)), "tests": RingStage(tests, (70, 70)),
+    "sanitize": RingStage(sanitize, (120, 120)), "bench": RingStage(bench, (280, 65)),
+    "profile": RingStage(profile, (45, 45)), "tune": RingStage(tune, (240, 120)),
 }  # fmt: skip
 
 

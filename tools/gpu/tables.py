@@ -6,12 +6,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from instantrt.tools.gpu.layers import QUICK_ROWS
+
 Row = Mapping[str, Any]
 
 
 def is_eight_bits(kernel: str) -> bool:
     """Whether it multiplies int8 or fp8, which tensor cores do at one rate."""
     return kernel.startswith(("a8", "torch int_mm", "torch scaled_mm"))
+
+
+def is_ours(kernel: str) -> bool:
+    return kernel.startswith(("int4", "int8", "a8"))
+
+
+def speedups(timings: Sequence[Row], kernel: str, m: int, over: str = "cublas fp16") -> list[float]:
+    """How many times as fast as `over` a kernel is, for each layer on which both were timed."""
+    took = {(t["layer"], t["kernel"]): t["median"] for t in timings if t["m"] == m}
+    return [took[layer, over] / us for (layer, name), us in took.items() if name == kernel and (layer, over) in took]
+
+
+def mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def common_rows(timings: Sequence[Row]) -> list[int]:
+    """The numbers of rows of x that every report has, where this one has them."""
+    ms = sorted({t["m"] for t in timings})
+    return [m for m in ms if m in QUICK_ROWS] or ms
 
 
 def with_floor(timing: Row, roof: Mapping[str, float]) -> dict[str, Any]:

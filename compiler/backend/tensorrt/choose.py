@@ -75,8 +75,15 @@ def choose_builder(
             return Choice(cast(Flavour, flavour))
     reasons = "; ".join(f"{PRODUCT[flavour]}: {why_not[flavour]}" for flavour in order)
     if wanted != "auto":
-        raise UserError(f"cannot build for {target.name} here", found=reasons, fix="--builder auto, or kit")
+        fix = f"compile with --builder auto leaves a build kit; {by_tensorrt(target)}"
+        raise UserError(f"cannot build for {target.name} here", found=reasons, fix=fix)
     return Choice(None, reasons)
+
+
+def by_tensorrt(target: Target) -> str:
+    """How full TensorRT comes to build for `target`."""
+    needs = INSTALL["tensorrt"].format(target.tensorrt)
+    return f"full TensorRT builds beside an {target.name} GPU: {needs}"
 
 
 def no_tensorrt(target: Target) -> str:
@@ -91,7 +98,7 @@ def no_tensorrt(target: Target) -> str:
 def no_rtx(target: Target, int4: bool, options: EngineOptions) -> str:
     """Why TensorRT-RTX cannot build for `target` here, or nothing."""
     if not target.rtx:
-        return f"has no {target.name}"
+        return f"has no {target.name}: neither builds for it nor loads there"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"not installed: {INSTALL['tensorrt_rtx']}"
     if target.sm == 75 and int4:

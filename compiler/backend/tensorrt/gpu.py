@@ -6,6 +6,8 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 
+from instantrt.compiler.target import TARGETS, loads_rtx
+
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
@@ -42,3 +44,19 @@ def describe() -> str:
     """What this machine has, in words."""
     found = gpus()
     return ", ".join(f"{gpu.name} (sm{gpu.sm})" for gpu in found) if found else "no NVIDIA GPU"
+
+
+def no_rtx_here() -> str:
+    """That none of this machine's GPUs loads an engine of TensorRT-RTX, and the way out; "" where one does, or none is.
+
+    The runtime says so, too, but in its log.
+    """
+    sms = sorted({gpu.sm for gpu in gpus()})
+    if not sms or any(map(loads_rtx, sms)):
+        return ""
+    kits = [
+        f"compile for {t.name} instead, and finish the build kit here: pip install 'tensorrt{t.tensorrt}'"
+        for t in TARGETS
+        if t.sm in sms
+    ]
+    return "; ".join([f"no engine of TensorRT-RTX loads on {', '.join(f'sm{sm}' for sm in sms)}", *kits])

@@ -19,7 +19,14 @@ from instantrt.compiler.artifact.digest import digests_of
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, artifact_from_json, write_manifest
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
 from instantrt.compiler.backend.tensorrt.build import Profile
-from instantrt.compiler.backend.tensorrt.choose import EngineSettings, Say, build_engine, choose_builder, timing_cache
+from instantrt.compiler.backend.tensorrt.choose import (
+    EngineSettings,
+    Say,
+    build_engine,
+    by_tensorrt,
+    choose_builder,
+    timing_cache,
+)
 from instantrt.compiler.backend.tensorrt.profiles import trtexec_shapes
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import Builder, EngineOptions
@@ -125,7 +132,8 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say = lambda text: Non
     check_out(out, [target])
     choice = choose_builder(target, builder, options=settings.options)
     if choice.flavour is None:
-        raise UserError(f"this machine cannot build for {target.name} either", found=choice.reason)
+        what = f"this machine cannot build for {target.name} either"
+        raise UserError(what, found=choice.reason, fix=by_tensorrt(target))
     with Staging() as staging:
         folder = new_folder(staging.staged(out), target, kit.folder)
         for library in settings.plugins:
