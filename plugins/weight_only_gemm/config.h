@@ -19,10 +19,10 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 
 #ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
-// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile. "stream8_narrow" is never taken: it is
-// there to be measured beside the others (tools/gpu).
-// Of kStream's rows, and of kWarpgroup's, the one that should end first is taken. Their pace is arithmetic: the most of what the tensor
-// cores (2048 fp16 or 4096 int8 products a cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
+// memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
+// Of kStream's rows, and of kWarpgroup's, the one that should end first is taken. The pace of kStream's was measured on
+// an H200; that of kWarpgroup's is arithmetic: the most of what the tensor cores (2048 fp16 or 4096 int8 products a
+// cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
@@ -42,7 +42,6 @@ constexpr Row kRows[] = {
     {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
     {"tile64", Kernel::kGemm, 16, 8, 1, 1, 8, {4, 2}, 1, kAny, 80, kNewest},
-    {"stream8_narrow", Kernel::kGemm, 16, 1, 8, 1, 1, {4, 2}, 2, 8, 80, kNewest},
     {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 1, 8, 75, 79},
     {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 1, 16, 75, 79},
     {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 2, kAny, 75, 79},
@@ -120,7 +119,9 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
 }
 
 // Shared memory of kStream: a stage of a warp is the codes of 64 k and their scales and zeros; all of x; sums
-constexpr int stream_stage(Row const& row, int bits, bool fine) { return row.strips * (bits * 128 + (fine ? 128 : 64)); }
+constexpr int stream_stage(Row const& row, int bits, bool fine) {
+    return row.strips * (bits * 128 + (fine ? 128 : 64));
+}
 constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int64_t>(m, row.block_m())); }
 constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
     return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);

@@ -48,8 +48,8 @@ struct Streamer {
     static constexpr Row kRow = kRows[I];
     static constexpr int WK = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
     static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m(), kThreads = kRow.threads();
-    static constexpr int kBlocks = Bits / 4;                          // 512-byte blocks of one strip in a step
-    static constexpr int kAffine = S * kBlocks * 512;                 // where a stage's scales and zeros start
+    static constexpr int kBlocks = Bits / 4;           // 512-byte blocks of one strip in a step
+    static constexpr int kAffine = S * kBlocks * 512;  // where a stage's scales and zeros start
     static constexpr int kStage = stream_stage(kRow, Bits, Fine), kRing = D * kStage;  // bytes
     static constexpr int kPitch = kBlockN + 4;
     static constexpr int kGroupUnit = Fine ? 32 : 64;  // k that groups are counted in
@@ -71,7 +71,7 @@ struct Streamer {
         return reinterpret_cast<float*>(dynamic_shared() + 128 + WK * (kRing + p.x_steps * x_step));
     }
     Shared const ring = shared_address(dynamic_shared() + 128 + wk * kRing) + lane * 16;  // this lane's first piece
-    Shared stage = ring;                       // of the step under way
+    Shared stage = ring;                                                                  // of the step under way
     Shared before = ring + (D - 1) * kStage;  // the one that all have left, to be filled next
 
     // What is sent for next: a step of a tile
@@ -104,17 +104,20 @@ struct Streamer {
     // ---- the stream ----
 
     __device__ __forceinline__ void seek(int tile) {
-        int const all = p.out.n / 16, strip = tile * S, tile8 = strip / 8 * 8, width = all - tile8 < 8 ? all - tile8 : 8;
+        int const all = p.out.n / 16, strip = tile * S, tile8 = strip / 8 * 8,
+                  width = all - tile8 < 8 ? all - tile8 : 8;
         int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), at = first * (64 / kGroupUnit);
         feed_tile = tile;
         feed_left = count;
         feed_strips = tile < tiles ? all - strip : 0;
         feed_units = p.k / 32 - first * 2;
         feed_stride = width * 512;
-        feed_codes = p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 + lane * 16;
+        feed_codes =
+            p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 + lane * 16;
         feed_group = per_group - at % per_group;
-        feed_affine = reinterpret_cast<unsigned char const*>(p.affine + int64_t(at / per_group) * p.out.n + tile * kBlockN) +
-                      lane * 16;
+        feed_affine =
+            reinterpret_cast<unsigned char const*>(p.affine + int64_t(at / per_group) * p.out.n + tile * kBlockN) +
+            lane * 16;
     }
 
     // All: every strip is there, and all of the step's K
@@ -156,8 +159,8 @@ struct Streamer {
         for (int piece = lane; piece < p.x_rows * 8; piece += 32) {
             int const row = piece / 8, chunk = piece % 8;
             bool const there = m0 + row < p.out.m && at + chunk * 16 < pitch;
-            copy_async(to + row * 128 + (chunk ^ row % 8) * 16, p.x + (there ? (m0 + row) * pitch + at + chunk * 16 : 0),
-                       there);
+            copy_async(to + row * 128 + (chunk ^ row % 8) * 16,
+                       p.x + (there ? (m0 + row) * pitch + at + chunk * 16 : 0), there);
         }
         feed_x++;
     }
@@ -314,9 +317,8 @@ struct Streamer {
     // Sums of the blocks of a cluster, in their order; each finishes some of the outputs.
     __device__ __forceinline__ void store_cluster(int n0, int n_end, int rows) const {
         auto const place = [&](int row, int column) { return tile_sums() + row * kPitch + column; };
-        each(rows, n_end, false, threadIdx.x, kThreads, [&](int row, int column) {
-            *reinterpret_cast<float4*>(place(row, column)) = total(row, column);
-        });
+        each(rows, n_end, false, threadIdx.x, kThreads,
+             [&](int row, int column) { *reinterpret_cast<float4*>(place(row, column)) = total(row, column); });
         auto const sum_of_all = [&](int row, int column) {
             float4 v{};
 #pragma unroll 4
@@ -327,10 +329,11 @@ struct Streamer {
             return v;
         };
         cluster_barrier();
-        each(rows, n_end, p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads, [&](int row, int column) {
-            float4 const ups = p.out.gated ? sum_of_all(row, column + 8) : float4{};
-            finish_four<T>(p.out, sum_of_all(row, column), ups, m0 + row, n0 + column);
-        });
+        each(rows, n_end, p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads,
+             [&](int row, int column) {
+                 float4 const ups = p.out.gated ? sum_of_all(row, column + 8) : float4{};
+                 finish_four<T>(p.out, sum_of_all(row, column), ups, m0 + row, n0 + column);
+             });
         relaxed_cluster_barrier();  // a block that has ended has no memory; nor may the next tile's sums overtake
     }
 };

@@ -20,7 +20,9 @@ Kernels = dict[int, Emulated]
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
-        ({"m": 1}, "stream8"), ({"m": 8}, "stream8"), ({"m": 9}, "stream16"), ({"m": 16}, "stream16"),
+        ({"m": 1}, "ring8_deep"), ({"m": 1, "n": 37888}, "ring8"), ({"m": 8, "n": 37888, "k": 2048}, "ring8"),
+        ({"m": 9}, "ring16"), ({"m": 16}, "ring16"), ({"m": 16, "k": 65536}, "stream16"),  # whose x is too large
+        ({"m": 1, "sm": 80}, "stream8"), ({"m": 8, "sm": 120}, "stream8"), ({"m": 9, "sm": 80}, "stream16"),
         ({"m": 17}, "tile32"), ({"m": 33}, "warpgroup64x2"), ({"m": 65}, "warpgroup128x2"),
         ({"m": 4097}, "warpgroup128x2"),
         ({"m": 33, "sm": 80}, "tile64"), ({"m": 4097, "sm": 120}, "tile64"),
@@ -47,7 +49,7 @@ def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
 def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> None:
     library = emulated[80].library
     rows = library.rows()
-    for name in ("tile64", "stream8"):
+    for name in ("tile64", "stream8", "ring8"):
         plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
         assert (plan.kernel, plan.splits) == (name, 4)
     early = library.choose(**problem(m=17, row=rows.index("warpgroup64x2") + 1))
@@ -69,11 +71,11 @@ def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
 
 
 def test_blocks_of_a_cluster_have_a_tile_each_and_no_workspace(emulated: Kernels) -> None:
-    choose = emulated[80].library.choose
-    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm)) for sm in (80, 90))
+    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("stream8") + 1
+    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm, row=row)) for sm in (80, 90))
     assert (apart.splits, cluster.splits) == (3, 2), "clusters come in powers of two: 44 tiles, 132 multiprocessors"
     assert (apart.workspace, cluster.workspace) == (3 * 1408 * 4, 0)
-    pinned = choose(**problem(n=8192, k=18944, splits=8))
+    pinned = choose(**problem(n=8192, k=18944, splits=8, row=row))
     assert (pinned.splits, pinned.grid_n) == (8, 8192 // 32)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ def test_a_bad_row_spoils_no_other(format_: tuple[int, int], m: int) -> None:
     others = [i for i in range(m) if i not in (1, 3)]
     assert torch.equal(good.output()[others], spoiled.output()[others])
     assert bool(spoiled.output()[3].isnan().all())
+
+
+@pytest.mark.parametrize("row", ["ring8", "ring8_narrow", "ring8_deep", "ring16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_ring_for_hopper(bits: int, row: str) -> None:
+    """Every way to divide K, and few multiprocessors, so that blocks and clusters go from tile to tile."""
+    if device_numbers()["sm"] != 90:
+        pytest.skip("needs sm_90")
+    for n, k, group in SHORT + SHAPES[3:5]:
+        weight = random_weight(n, k, bits, group, F16, bias=True)
+        for m, splits, count in product((1, 5) if "8" in row else (9, 16), (0, 2, 4, 8), (132, 8)):
+            options = {"row": library().rows().index(row) + 1, "wide": 1, "splits": splits, "sm_count": count}
+            check(prepared(rows(m, k, F16), weight, options), 2e-5, 1e-5)
 
 
 @pytest.mark.parametrize("row", ["128x2", "64x2", "128", "64", "int8_256x2", "int8_128x2", "int8_128", "int8_64"])

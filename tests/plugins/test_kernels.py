@@ -37,6 +37,25 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
     check(emulated[sm], case.make())
 
 
+# Fewer steps than warps, several turns of a ring, K that ends in a step, groups that end in steps, after 1024 k and
+# never; a tile of strips that do not exist, a last strip; rows of x that do not exist.
+RING_SIZES = [
+    (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (5, 48, 1184, 32), (3, 272, 2080, 160), (2, 144, 2048, 64),
+    (8, 80, 4096, 4096),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", RING_SIZES)
+@pytest.mark.parametrize("kind", [(F16, 4), (F16, 8), (BF16, 4), (BF16, 8)])
+@pytest.mark.parametrize("row", ["ring8", "ring8_narrow", "ring8_deep", "ring16"])
+def test_rings(emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]) -> None:
+    (dtype, bits), (m, n, k, group) = kind, size
+    m, gated, data = m + 8 * (row == "ring16"), int(n % 32 == 16), "shifted" if m % 2 else "outliers"
+    p = Case(m, n, k, bits, group, dtype, bias=True, gated=gated, activation=gated, data=data).make()
+    check(emulated[90], p, row=row)
+    check(emulated[90], p, row=row, splits=2, sm_count=3, seed=2)  # a cluster that goes from tile to tile
+
+
 # Less of K than a ring holds, one short stage, several turns of the ring; groups that end in stages, at their ends and
 # after 1024 k; tiles of n without work for one group of consumers, for a warp or for a block of a pair; ragged rows.
 WARPGROUP_SIZES = [
