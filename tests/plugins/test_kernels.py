@@ -40,7 +40,7 @@ def test_sizes(emulated: Kernels, kind: tuple[int, np.dtype, int, int], size: tu
 # Fewer steps than warps, several turns of a ring, K that ends in a step, groups that end in steps, after 1024 k and
 # never; a tile of strips that do not exist, a last strip; rows of x that do not exist.
 RING_SIZES = [
-    (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (5, 48, 1184, 32), (3, 272, 2080, 160), (2, 144, 2048, 64),
+    (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (5, 48, 1184, 32), (3, 80, 2080, 160), (2, 144, 2048, 64),
     (8, 80, 4096, 4096),
 ]  # fmt: skip
 
