@@ -232,6 +232,7 @@ def facts(reader: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     questions: dict[str, Callable[[], Any]] = {
         "sums of split K, us": lambda: split_sums(reader), "biased codes, error": biased_errors,
+        "clusters of blocks of 200 KiB": lambda: most_clusters(reader),
     }  # fmt: skip
     for name, ask in questions.items():
         try:
@@ -240,6 +241,14 @@ def facts(reader: Path) -> dict[str, Any]:
             found[name] = f"{type(error).__name__}: {error}"[:300]
             torch.cuda.synchronize()
     return found
+
+
+def most_clusters(reader: Path) -> dict[str, int]:
+    """How many clusters of so many blocks run at one time where a multiprocessor has room for one block."""
+    library = ctypes.CDLL(str(reader))
+    return {
+        str(blocks): library.most_clusters(ctypes.c_int64(blocks), ctypes.c_int64(200 << 10)) for blocks in (2, 4, 8)
+    }
 
 
 def split_sums(reader: Path) -> dict[str, float]:

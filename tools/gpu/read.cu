@@ -112,4 +112,16 @@ int sum_by_memory(uint4 const* data, int64_t bytes, float* parts, float* out, in
 int sum_by_cluster(uint4 const* data, int64_t bytes, float*, float* out, int64_t tiles, void* stream) {
     return launch(parts_to_cluster, int(tiles) * kParts, kParts, stream, data, bytes / 16, out);
 }
+
+// Clusters of so many blocks, each with so much shared memory, that are there at one time; below 0: a CUDA error.
+int most_clusters(int64_t blocks, int64_t shared) {
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {unsigned(blocks), 1, 1};
+    cudaLaunchConfig_t const config{dim3(unsigned(blocks)), dim3(256), size_t(shared), nullptr, &size, 1};
+    int count = 0;
+    cudaError_t status = cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (!status) status = cudaOccupancyMaxActiveClusters(&count, nothing, &config);
+    return status ? -int(status) : count;
+}
 }
