@@ -175,7 +175,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
 # memory. Rings have one product more in five and are counted with what the ends of tiles add, half of all.
 MOST_A_PRODUCT = {
     ("stream8", 4): 21, ("stream8", 8): 21, ("stream16", 4): 14, ("stream16", 8): 15,
-    ("ring8", 4): 20, ("ring8", 8): 21, ("ring16", 4): 14, ("ring16", 8): 14,
+    ("ring8", 4): 20, ("ring8", 8): 22, ("ring16", 4): 14, ("ring16", 8): 14,
 }  # fmt: skip
 
 
