@@ -39,10 +39,38 @@ int stream_splits(wog_problem const& p, Row const& row, int blocks) {
     return splits <= 8 ? splits : 0;
 }
 
+// kTile: warps of a block in n, and parts of K
+struct Tiling {
+    int warps_n, splits;
+};
+
+// The least time, in cycles: waves of blocks, each of them its steps at the pace of the tensor cores (a product of
+// 16 x 8 x 16 each 6.4 cycles of a quarter) or of what comes in, then its sums.
+Tiling choose_tiling(wog_problem const& p, Row const& row) {
+    int const steps = ceil_div(p.k, 64 * row.warps_k), sides = row.warps_k * row.warps_m;
+    Tiling best{};
+    int64_t least = 0;
+    for (int splits = 1; splits <= 8; splits *= 2)
+        for (int warps_n = 4; warps_n <= row.warps_n; warps_n++) {
+            if (p.splits ? splits * 2 > 2 * p.splits || splits * 2 <= p.splits : steps < splits * 2 && splits > 1) continue;
+            if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
+            int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
+            int const places = std::max(1, splits == 1 ? p.sm_count : p.sm_count / 16 * 16 / splits);
+            int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
+            int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
+            int64_t const step = std::max(products * 13 / 2 + 100, bytes / 20);
+            int64_t const end = 1000 + (splits > 1 ? 1500 + int(std::min<int64_t>(p.m, row.block_m())) * warps_n * row.strips * 4 : 0);
+            int64_t const time = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
+            if (!best.warps_n || time < least) best = {warps_n, splits}, least = time;
+        }
+    return best;
+}
+
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     if (row.kernel == Kernel::kStream && stream_splits(p, row, 1) == 0) return false;
+    if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
@@ -54,6 +82,7 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
     if (row.kernel == Kernel::kStream) return stream_splits(p, row, blocks);
+    if (row.kernel == Kernel::kTile) return choose_tiling(p, row).splits;
     if (p.splits) return std::min(p.splits, steps);
     int const usable = in_cluster(row, p) ? p.sm_count / 16 * 16 : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({usable / std::max(blocks, 1), by_depth, 8});
@@ -119,13 +148,16 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     if (!found)
         return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
     Row const& row = *found;
+    int const warps_n = row.kernel == Kernel::kTile ? choose_tiling(p, row).warps_n : row.warps_n;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
     int const tiles =
-        dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
+        dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
+              : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
-    bool const clusters = splits > 1 && in_cluster(row, p), walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream;
+    bool const clusters = splits > 1 && in_cluster(row, p), walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream ||
+                     (row.kernel == Kernel::kTile && !clusters);
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
@@ -133,8 +165,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              splits,
              grid_m,
              walks ? std::min(tiles, fit) : tiles,
-             row.threads(),
-             shared_bytes(row, p, splits),
+             row.kernel == Kernel::kTile ? row.threads() / row.warps_n * warps_n : row.threads(),
+             row.kernel == Kernel::kTile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
     return 0;
 }
@@ -192,7 +224,7 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
     decltype(&launch_gemm)
-        const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup, launch_stream};  // by Kernel
+        const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup, launch_stream, launch_tile};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
     if (char const* failed = run(*problem, t, plan, stream)) {

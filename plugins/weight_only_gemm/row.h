@@ -5,7 +5,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kStream, kVolta };
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kStream, kTile, kVolta };
 
 struct Row {
     char const* name;
@@ -24,9 +24,11 @@ struct Row {
     bool whole_k = false;  // takes only groups that are all of K
     bool bulk = false;     // kStream: one lane sends for what others read, in large copies
 
+    int warps_m = 1;       // kTile: of them divide the columns of m
+
     constexpr int block_n() const { return warps_n * strips * 16; }
-    constexpr int block_m() const { return columns * 8; }
-    constexpr int threads() const { return (warps_n * warps_k + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
+    constexpr int block_m() const { return warps_m * columns * 8; }
+    constexpr int threads() const { return (warps_n * warps_k * warps_m + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
 };
 
 constexpr int64_t kAny = int64_t(1) << 40;

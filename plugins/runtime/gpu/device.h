@@ -200,6 +200,19 @@ __device__ __forceinline__ float load_from(int rank, float const* own) {
     return v;
 }
 
+__device__ __forceinline__ float4 load_four_from(int rank, float const* own) {
+    float4 v{};
+#if DEVICE_SM >= 90
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+        : "r"(shared_address(own)), "r"(rank)
+        : "memory");
+#endif
+    return v;
+}
+
 // ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
 
 #define MULTIPLY_16(type)                                      \

@@ -396,6 +396,10 @@ inline float load_from(int rank, float const* own) {
     return *static_cast<float const*>(emulator::at_rank(own, unsigned(rank)));
 }
 
+inline float4 load_four_from(int rank, float const* own) {
+    return *static_cast<float4 const*>(emulator::at_rank(own, unsigned(rank)));
+}
+
 inline void wait_for_inputs() {}
 inline void release_next() {}
 
