@@ -65,11 +65,11 @@ constexpr Row kRows[] = {
     {"bulk8_n64narrow", Kernel::kStream, 16, 1, 4, 4, 1, {5, 3}, 2, 8, 90, 90, 0, 1, 0, false, true},
     {"bulk16_n64", Kernel::kStream, 16, 1, 8, 4, 2, {4, 3}, 1, 16, 90, 90, 0, 1, 0, false, true},
     {"tile32_s3", Kernel::kTile, 16, 6, 2, 3, 4, {7, 4}, 1, 32, 90, 90},
-    {"tile32_s2", Kernel::kTile, 16, 8, 2, 2, 4, {8, 4}, 1, 32, 90, 90},
-    {"tile32_s4", Kernel::kTile, 16, 4, 2, 4, 4, {8, 4}, 1, 32, 90, 90},
-    {"tile64_s3", Kernel::kTile, 16, 6, 1, 3, 4, {11, 7}, 1, 64, 90, 90, 0, 1, 0, false, false, 2},
-    {"tile64_s2", Kernel::kTile, 16, 8, 1, 2, 4, {12, 8}, 1, 64, 90, 90, 0, 1, 0, false, false, 2},
-    {"tile64_s4", Kernel::kTile, 16, 4, 1, 4, 4, {12, 8}, 1, 64, 90, 90, 0, 1, 0, false, false, 2},
+    {"tile32_s2", Kernel::kTile, 16, 8, 2, 2, 4, {7, 4}, 1, 32, 90, 90},
+    {"tile32_s4", Kernel::kTile, 16, 4, 2, 4, 4, {7, 4}, 1, 32, 90, 90},
+    {"tile64_s3", Kernel::kTile, 16, 6, 1, 3, 4, {10, 7}, 1, 64, 90, 90, 0, 1, 0, false, false, 2},
+    {"tile64_s2", Kernel::kTile, 16, 8, 1, 2, 4, {11, 8}, 1, 64, 90, 90, 0, 1, 0, false, false, 2},
+    {"tile64_s4", Kernel::kTile, 16, 4, 1, 4, 4, {11, 7}, 1, 64, 90, 90, 0, 1, 0, false, false, 2},
     {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
 };
 #endif
@@ -149,20 +149,21 @@ constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits
     return 128 + row.warps_k * (row.stages[p.bits == 8] * (stream_stage(row, p.bits) + 8) + x + sums);
 }
 
-// Shared memory of kTile, of a block of so many warps in n: sums of x, a ring of stages (codes, scales and zeros, x, of
-// 64 k of each part of K), and sums of w and x on their way out: a column of each warp's, or all of them, instead of the
+// Shared memory of kTile, of a block of so many warps in n: barriers, a ring of stages (x, codes, scales and zeros and sums
+// of x, of 64 k of each part of K), and sums on their way out: a column of each warp's, or all of them, instead of the
 // ring, for a cluster to add up
+constexpr int kTileStages = 32;
 constexpr int tile_units(wog_problem const& p) { return p.group % 64 ? 2 : 1; }  // groups of 64 k
-constexpr int tile_sums_of_x(Row const& row) { return 4 * row.warps_k * row.block_m() * 4; }
 constexpr int tile_stage(Row const& row, int bits, int units, int warps_n) {
-    int const bytes = row.warps_k * (warps_n * row.strips * (bits * 128 + units * 64) + row.block_m() * 128);
-    return (bytes + 127) / 128 * 128;
+    int const sums = units * row.block_m() * 4;
+    int const bytes = row.warps_k * (warps_n * row.strips * (bits * 128 + units * 64) + row.block_m() * 128 + sums);
+    return (bytes + 1023) / 1024 * 1024;
 }
 constexpr int tile_shared(Row const& row, wog_problem const& p, int splits, int warps_n) {
     int const ring = row.stages[p.bits == 8] * tile_stage(row, p.bits, tile_units(p), warps_n);
     int const staged = warps_n * row.warps_k * row.warps_m * 8 * (row.strips * 16 + 4) * 4;
     int const sums = row.warps_k * row.block_m() * (warps_n * row.strips * 16 + 4) * 4;
-    return tile_sums_of_x(row) + (splits == 1 ? ring + staged : std::max(ring, sums));
+    return 1024 + (splits == 1 ? ring + staged : std::max(ring, sums));
 }
 
 constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {

@@ -7,15 +7,17 @@
 // Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns a
 // part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared memory.
 //
-// A stage is 64 k of each part of K: the codes and the scales and zeros of all strips, and x. All warps send for it, D - 1
-// steps ahead, across the ends of tiles; the one barrier of a step publishes the stage after the one it starts, so that
-// sums of x over groups, a column or two in each warp, are ready a step before they are used.
+// A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. The warps take turns to send for
+// one, in a few large copies, as soon as all have left the stage two steps before; no barrier holds all of them. Sums of x
+// over groups are made once for all: C warps of each side count a column each, a step ahead, into the stage.
 //
 // Arithmetic: as stream.cu's, acc += s * (P - (z + b) * X), with exact codes in units of `unit` (decode_raw).
 //
-// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
+// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch. sm_90 alone.
 #include <array>
 #include <utility>
+
+#include <async.h>
 
 #include "decode.h"
 #include "epilogue.h"
@@ -25,225 +27,210 @@ namespace wog {
 namespace {
 
 struct TileArgs {
-    unsigned char const* x;
+    TensorMap x;
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
     Output out;
     int32_t k, group, splits, warps_n;
     int32_t share, longer;  // steps of each part of K, and how many of them have one more
-    // In a stage: x, then the codes of each part of K, then scales and zeros, of each 32 k where a group may end there
-    int32_t units, codes_size, affine_at, affine_size, stage;
+    // In a stage, after x: where codes, (scale, zero) pairs and sums of x begin; its size
+    int32_t codes_at, affine_at, sums_at, stage;
 };
 
 constexpr int kHandOver = 16;  // steps: tensor cores cut bits off long sums
 
-template <class T, int Bits, int I>
+template <class T, int Bits, int I, bool Fine>
 struct Tiler {
     static constexpr Row kRow = kRows[I];
     static constexpr int WK = kRow.warps_k, WM = kRow.warps_m, S = kRow.strips, C = kRow.columns;
-    static constexpr int D = kRow.stages[Bits == 8], kSides = WK * WM;
-    static constexpr int kBlocks = Bits / 4;  // 512-byte blocks of one strip in a step
-    static constexpr int kBlockM = kRow.block_m(), kSums = tile_sums_of_x(kRow);
-    static constexpr int kX = kBlockM * 128;  // bytes of x in a stage, of one part of K
-    static constexpr int kPitch = S * 16 + 4;        // floats, of one column of a warp on its way out
-    static constexpr int kCounted = C > 4 ? 2 : 1;   // columns whose x a warp sums
-    // What one warp sends for of its n: where two share them, every other strip of 4 bits, or of 8 bits half of each
-    static constexpr bool kAlternate = WM == 2 && kBlocks == 1;
-    static constexpr int kSent = kAlternate ? (S + 1) / 2 : S;
-    static_assert(kSides <= 2 && C <= 8, "pairs of warps; four warps in n count all columns");
+    static constexpr int D = kRow.stages[Bits == 8], kSides = WK * WM, kBlockM = kRow.block_m();
+    static constexpr int kBlocks = Bits / 4;      // 512-byte blocks of one strip in a step
+    static constexpr int kUnits = Fine ? 2 : 1;   // rows of scales and zeros in a step
+    static constexpr int kX = kBlockM * 128;      // bytes of x in a stage, of one part of K
+    static constexpr int kPitch = S * 16 + 4;     // floats, of one column of a warp on its way out
+    static_assert(kSides == 2 && C <= 4 && D <= kTileStages, "pairs of warps; four warps in n count all columns");
 
     TileArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int const warp = uniform(threadIdx.x / 32);
     int const warps_n = p.warps_n;
     int const side = warp >= warps_n, wn = warp - side * warps_n, wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0;
-    int first, own, count;  // steps: this part of K, and those that all parts take
-    int end_units;          // of 32 k: the end of this part
-    static constexpr int kCodesAt = WK * kX;
 
-    // Shared memory: [sums of x][ring, or sums for the cluster][sums on their way out]
-    __device__ __forceinline__ float* x_sums() const { return reinterpret_cast<float*>(dynamic_shared()); }
-    __device__ __forceinline__ unsigned char* ring() const { return dynamic_shared() + kSums; }
+    // Shared memory: [barriers][ring, or sums for the cluster][sums on their way out]
+    static __device__ __forceinline__ Barrier* full(int slot) {
+        return reinterpret_cast<Barrier*>(dynamic_shared()) + slot;
+    }
+    static __device__ __forceinline__ Barrier* empty(int slot) { return full(kTileStages + slot); }
+    static __device__ __forceinline__ Barrier* summed(int slot) { return full(2 * kTileStages + slot); }
+    static __device__ __forceinline__ unsigned char* ring() { return dynamic_shared() + 1024; }
+    __device__ __forceinline__ unsigned char* stage(int slot) const { return ring() + slot * p.stage; }
 
-    // What is sent for next
-    int feed_tile, feed_left, feed_units, feed_group_left, feed_slot = 0;
-    uint32_t feed_affine;
-    bool feed_pairs;
-    uint32_t feed_at[kSent], feed_stride[kSent];  // in 16 bytes; stride 0: no such strip
-    unsigned char const* x_from;
-    int x_units, x_left, x_tile, x_slot = 0;
+    // Steps of a part of K: how many it has and where it starts; those of the block's longest part
+    __device__ __forceinline__ int steps_of(int k) const { return p.share + (int(blockIdx.z) * WK + k < p.longer); }
+    __device__ __forceinline__ int first_of(int k) const {
+        int const part = int(blockIdx.z) * WK + k;
+        return part * p.share + (part < p.longer ? part : p.longer);
+    }
+    int const first = first_of(wk), own = steps_of(wk), count = steps_of(0);
 
+    int turn = warp;  // steps until this warp sends
     int slot = 0, parity = 0;
-    int at = 0, since = 0;      // of the step whose x is summed: k since its group began, steps since a handing over
-    int counted = 0, ends = 0;  // of the step whose x is summed: which of its tile; after which 32 k sums are handed over
+    // Of the step whose x is summed: k since its group began, steps since a handing over, after which 32 k there is one
+    int at = 0, since = 0, ends = 0;
     float acc[S][C][4] = {};
     float sum[S][C][4] = {};
-    float x_sum[kCounted][4] = {};
+    float x_sum[4] = {};
 
-    __device__ __forceinline__ explicit Tiler(TileArgs const& args) : p(args) {
-        int const part = blockIdx.z * WK + wk;
-        own = p.share + (part < p.longer);
-        count = p.share + (p.longer > 0);
-        first = part * p.share + (part < p.longer ? part : p.longer);
-        end_units = (first + own) * 2 < p.k / 32 ? (first + own) * 2 : p.k / 32;
-    }
+    __device__ __forceinline__ explicit Tiler(TileArgs const& args) : p(args) {}
 
-    __device__ __forceinline__ int block_n() const { return warps_n * S * 16; }
-    __device__ __forceinline__ int tiles() const { return (p.out.n + block_n() - 1) / block_n(); }
+    __device__ __forceinline__ int strips() const { return warps_n * S; }  // of a tile
+    __device__ __forceinline__ int tiles() const { return (p.out.n / 16 + strips() - 1) / strips(); }
 
     // ---- the stream ----
 
-    static __device__ __forceinline__ int sent_strip(int i, int wm) { return kAlternate ? i * 2 + wm : i; }
+    __device__ __forceinline__ int units_left(int k, int step) const { return p.k / 32 - (first_of(k) + step) * 2; }
 
-    __device__ __forceinline__ void seek(int tile) {
-        int const all = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits), group_units = p.group / 32;
-        feed_tile = tile;
-        feed_left = count;
-        feed_units = end_units - first * 2;
+    // By all lanes of one warp, each a copy: at most four tiles of the packed layout, of one or two blocks
+    __device__ __forceinline__ void send_weights(int tile, int step, int slot) const {
+        int width = strips(), lane = this->lane;
+        settle(width), settle(lane);  // the loop that streams has no registers for what is made of them
+        int const all = p.out.n / 16, strip = tile * width, here = all - strip < width ? all - strip : width;
+        int bytes = 0;
 #pragma unroll
-        for (int i = 0; i < kSent; i++) {
-            int const s = sent_strip(i, wm), strip = (tile * warps_n + wn) * S + s;
-            int const tile8 = strip / 8 * 8, width = all - tile8 < 8 ? all - tile8 : 8;
-            bool const real = tile < tiles() && strip < all && s < S;
-            feed_stride[i] = real ? kBlocks * width * 32 : 0;
-            feed_at[i] = (uint32_t(tile8) * blocks + uint32_t(first * kBlocks) * width + (strip - tile8)) * 32 + lane;
-        }
-        int const n = (tile * warps_n + wn) * (S * 16) + lane * 4;
-        feed_pairs = lane < S * 4 && n < p.out.n && tile < tiles() && wm == WM - 1;
-        feed_group_left = group_units - first * 2 % group_units;
-        feed_affine = uint32_t(first * 2 / group_units) * p.out.n + n;
-    }
-
-    __device__ __forceinline__ void send() {
-        unsigned char* const to = ring() + feed_slot;
-#pragma unroll
-        for (int i = 0; i < kSent; i++) {
-            int const s = sent_strip(i, wm);
-#pragma unroll
-            for (int h = 0; h < (WM == 2 ? 1 : kBlocks); h++) {
-                int const b = WM == 2 && kBlocks == 2 ? wm : h;
-                bool const valid = feed_stride[i] && b < feed_units;
-                uint32_t const from = feed_at[i] + b * feed_stride[i] / kBlocks;
-                if (!kAlternate || s < S)
-                    copy_async(shared_address(to + kCodesAt + wk * p.codes_size + ((wn * S + s) * kBlocks + b) * 512 + lane * 16),
-                               p.codes + (valid ? from * 16ull : 0), valid);
+        for (int k = 0; k < WK; k++)
+            if (step < steps_of(k)) {
+                int const left = units_left(k, step) < 2 ? 1 : 2;
+                bytes += here * ((kBlocks == 2 ? left : 1) * 512 + (Fine ? left : 1) * 64) + kX;
             }
-            feed_at[i] += feed_stride[i];
-        }
-#pragma unroll
-        for (int unit = 0; unit < 2; unit++) {
-            if (unit < p.units && lane < S * 4 && wm == WM - 1) {
-                bool const valid = feed_pairs && unit < feed_units;
-                copy_async(shared_address(to + p.affine_at + (wk * p.units + unit) * p.affine_size + wn * (S * 64) + lane * 16),
-                           p.affine + (valid ? feed_affine : 0), valid);
+        if (lane == 0) arrive_expecting(full(slot), bytes);
+        warp_barrier();
+        constexpr int kCopies = 4 * kBlocks;
+        if (lane < kCopies * WK) {
+            int const k = lane / kCopies, b = lane % kCopies / 4, tile8 = strip / 8 + lane % 4;
+            int const from = tile8 * 8 > strip ? tile8 * 8 : strip;
+            int const to = tile8 * 8 + 8 < strip + here ? tile8 * 8 + 8 : strip + here;
+            int const wide8 = all - tile8 * 8 < 8 ? all - tile8 * 8 : 8, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
+            int64_t const block = int64_t(tile8 * 8) * blocks + int64_t((first_of(k) + step) * kBlocks + b) * wide8;
+            if (from < to && step < steps_of(k) && b < units_left(k, step))
+                copy_bulk(stage(slot) + p.codes_at + ((k * kBlocks + b) * width + from - strip) * 512,
+                          p.codes + (block + from - tile8 * 8) * 512, (to - from) * 512, full(slot));
+        } else if (int const k = lane % 4 / 2, unit = lane % 2; lane >= 16 && lane < 20 && k < WK && unit < kUnits) {
+            if (step < steps_of(k) && unit < units_left(k, step)) {
+                int64_t const group = ((first_of(k) + step) * 64 + unit * 32) / p.group;
+                copy_bulk(stage(slot) + p.affine_at + (k * kUnits + unit) * width * 64,
+                          p.affine + group * p.out.n + strip * 16, here * 64, full(slot));
             }
-            if (--feed_group_left == 0) feed_group_left = p.group / 32, feed_affine += p.out.n;
         }
-        feed_units -= 2;
-        feed_slot = feed_slot == (D - 1) * p.stage ? 0 : feed_slot + p.stage;
-        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
     }
 
-    // x of one part of K: two pieces of 16 bytes of each lane at the most, rows apart. The warps that divide m share it.
-    __device__ __forceinline__ int piece() const { return (WM == 2 ? warp : wn) * 32 + lane; }
-    __device__ __forceinline__ void seek_x(int tile) {
-        x_tile = tile;
-        x_left = count;
-        x_units = tile < tiles() ? end_units - first * 2 - lane % 8 / 4 : 0;  // there is x while they are positive
-        x_from = p.x + (int64_t(piece() / 8) * p.k + first * 64 + lane % 8 * 8) * 2;
+    __device__ __forceinline__ void send_x(int step, int slot) const {
+        if (int const k = lane - 20; 0 <= k && k < WK && step < steps_of(k))
+            copy_box<1>(stage(slot) + k * kX, p.x, (first_of(k) + step) * 128, 0, full(slot));
     }
-    __device__ __forceinline__ void send_x() {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int const row = piece() / 8 + i * (warps_n * WM * 4);
-            bool const valid = x_units > 0 && row < p.out.m;
-            if (row < kBlockM)
-                copy_async(shared_address(ring() + x_slot + wk * kX + row * 128 + (lane % 8 ^ row % 8) * 16),
-                           valid ? x_from + int64_t(i * (warps_n * WM * 4)) * p.k * 2 : p.x, valid);
-        }
-        x_from += 128;
-        x_units -= 2;
-        x_slot = x_slot == (D - 1) * p.stage ? 0 : x_slot + p.stage;
-        if (--x_left == 0) seek_x(x_tile + int(gridDim.y));
+
+    // D - 2 steps on from a step of a tile, by the warp whose turn it is
+    __device__ __forceinline__ void feed(int tile, int step) {
+        if (turn-- > 0) return;
+        turn = warps_n * kSides - 1;
+        int period = count;
+        settle(period);
+        step += D - 2;
+        tile += step / period * int(gridDim.y);
+        if (tile >= tiles()) return;
+        step %= period;
+        int const to = slot < 2 ? slot + D - 2 : slot - 2;
+        wait(empty(to), slot < 2 ? parity ^ 1 : parity);
+        send_weights(tile, step, to);
+        send_x(step, to);
     }
 
     // ---- sums ----
 
-    // Where ldmatrix's lane finds x of the first column of `column`'s eight rows
-    __device__ __forceinline__ Shared x_at(int slot, int column) const {
-        int const row = (wm * C + column) * 8 + lane % 8;
-        return shared_address(ring() + slot + wk * kX + row * 128 + ((lane / 8) ^ lane % 8) * 16);
-    }
-    __device__ __forceinline__ float* x_sums_of(int parity, int half) const {
-        return x_sums() + ((parity * 2 + half) * kSides + side) * (C * 8);
-    }
-
-    // Which 32 k of a step are the last that its P takes: bits
-    __device__ __forceinline__ int ends_of_step() const {
-        bool const last = counted >= own - 1 || since == kHandOver - 1;
-        if (p.units == 1) return at + 64 == p.group || last;
-        return (at + 32 == p.group ? 1 : 0) | (at + 64 == p.group || p.group == 32 || last ? 2 : 0);
+    // In a stage: where ldmatrix's lane finds 16 k of the first two columns of x, where this warp's codes and X are
+    int const x_at = wk * kX + (wm * (C * 8) + lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ lane % 8) * 16;
+    int const codes_at = p.codes_at + (wk * kBlocks * strips() + wn * S) * 512 + lane * 16;
+    int const sums_at = p.sums_at + side * (C * 8 * 4);
+    __device__ __forceinline__ float* x_sums(int slot, int half) const {
+        return reinterpret_cast<float*>(stage(slot) + sums_at + half * (kSides * C * 8 * 4));
     }
 
-    // X of the step in slot `slot`, and where it ends
-    __device__ __forceinline__ void count_step(int slot, int parity) {
-        ends = ends_of_step();
+    // Where a step ends a group, or P is handed over; X of it, by the warps that count
+    __device__ __forceinline__ void count_step(int slot, int parity, int step) {
+        bool const last = step >= own - 1 || since == kHandOver - 1;
+        if (Fine)
+            ends = (at + 32 == p.group ? 1 : 0) | (at + 64 == p.group || p.group == 32 || last ? 2 : 0);
+        else
+            ends = at + 64 == p.group || last;
+        if (wn < C) {
+            if (step < own) {
+                wait(full(slot), parity);
+                Shared const from = shared_address(stage(slot) + x_at + wn / 2 * 2048);
+                uint32_t const one = raw_one<T, Bits>(0), ones[4] = {one, one, one, one};
 #pragma unroll
-        for (int c = 0; c < kCounted; c++) {
-            int const column = c * warps_n + wn;
-            if (column >= C) continue;
+                for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t x[4], one = raw_one<T, Bits>(0);
-                uint32_t const ones[4] = {one, one, one, one};
-                load_matrices(x, flip(x_at(slot, column), half * 64));
-                multiply_add<T>(x_sum[c], ones, x[0], x[1]);
-                multiply_add<T>(x_sum[c], ones, x[2], x[3]);
-                int const bit = p.units == 1 ? half : 1 << half;
-                if (ends & bit) {
-                    float* const to = x_sums_of(parity, p.units == 1 ? 0 : half) + column * 8 + lane * 2;
-                    if (lane < 4) to[0] = x_sum[c][0], to[1] = x_sum[c][1];
-                    x_sum[c][0] = x_sum[c][1] = x_sum[c][2] = x_sum[c][3] = 0;
+                    for (int quarter = half * 2; quarter < half * 2 + 2; quarter++) {
+                        uint32_t x[4];
+                        load_matrices(x, flip(from, quarter * 32));
+                        multiply_add<T>(x_sum, ones, wn % 2 ? x[2] : x[0], wn % 2 ? x[3] : x[1]);
+                    }
+                    if (Fine ? ends & 1 << half : half && ends) {
+                        float* const to = x_sums(slot, Fine ? half : 0) + wn * 8 + lane * 2;
+                        if (lane < 4) to[0] = x_sum[0], to[1] = x_sum[1];
+                        x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0;
+                    }
                 }
+                warp_barrier();
             }
+            if (lane == 0) arrive(summed(slot));
         }
-        since = ends & (p.units == 1 ? 1 : 2) ? 0 : since + 1;
+        since = (Fine ? ends & 2 : ends) ? 0 : since + 1;
         at += 64;
         while (at >= p.group) at -= p.group;
-        if (++counted == count) counted = 0, at = first * 64 % p.group;
+        if (step == count - 1) at = first * 64 % p.group;
     }
 
-    __device__ __forceinline__ void multiply_step(int ends) {
-        unsigned char const* const codes = ring() + slot + kCodesAt + wk * p.codes_size + wn * (S * kBlocks * 512) + lane * 16;
+    // Fresh: P starts anew, from the first products
+    template <bool Fresh>
+    __device__ __forceinline__ void multiply_step(int ends, int units) {
+        unsigned char const* const from = stage(slot);
+        auto const word = [&](int s, int b) {
+            return *reinterpret_cast<uint4 const*>(from + codes_at + (b * strips() + s) * 512);
+        };
         uint4 words[S];
-        Shared const x_first = x_at(slot, 0);
+        Shared const x_first = shared_address(from + x_at);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (half == 0 || kBlocks == 2)
 #pragma unroll
-                for (int s = 0; s < S; s++)
-                    words[s] = *reinterpret_cast<uint4 const*>(codes + (s * kBlocks + half * kBlocks / 2) * 512);
-            uint32_t x[C][4];
+                for (int s = 0; s < S; s++) words[s] = word(s, half * kBlocks / 2);
 #pragma unroll
-            for (int j = 0; j < C; j++) load_matrices(x[j], flip(x_first, half * 64) + j * 1024);
+            for (int quarter = half * 2; quarter < half * 2 + 2; quarter++) {
+                uint32_t x[C / 2][4];
 #pragma unroll
-            for (int quarter = 0; quarter < 2; quarter++)
+                for (int j = 0; j < C / 2; j++) load_matrices(x[j], flip(x_first, quarter * 32) + j * 2048);
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     uint32_t a[4];
-                    decode_raw<T, Bits>(a, words[s], half * 2 + quarter);
+                    decode_raw<T, Bits>(a, words[s], quarter);
+                    if (Fresh && quarter == 0)
 #pragma unroll
-                    for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][quarter * 2], x[j][quarter * 2 + 1]);
+                        for (int j = 0; j < C; j++) sum[s][j][0] = sum[s][j][1] = sum[s][j][2] = sum[s][j][3] = 0;
+#pragma unroll
+                    for (int j = 0; j < C; j++)
+                        multiply_add<T>(sum[s][j], a, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
                 }
-            if (p.units == 2 ? ends & 1 << half : half && ends) finish_group(p.units == 2 ? half : 0);
+            }
+            if (Fine ? (ends & 1 << half) && half < units : half && ends) finish_group(Fine ? half : 0);
         }
     }
 
     // acc += s * (P - (z + b) * X)
     __device__ __forceinline__ void finish_group(int half) {
-        auto const* const pairs = reinterpret_cast<uint32_t const*>(ring() + slot + p.affine_at +
-                                                                    (wk * p.units + half) * p.affine_size + wn * (S * 64));
-        float const* const sums = x_sums_of(parity, half) + 2 * t;
+        auto const* const pairs = reinterpret_cast<uint32_t const*>(
+            stage(slot) + p.affine_at + ((wk * kUnits + half) * strips() + wn * S) * 64);
+        wait(summed(slot), parity);
+        float const* const sums = x_sums(slot, half) + 2 * t;
         float x[C][2];
 #pragma unroll
         for (int j = 0; j < C; j++) x[j][0] = sums[j * 8], x[j][1] = sums[j * 8 + 1];
@@ -260,7 +247,7 @@ struct Tiler {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         acc[s][j][h * 2 + e] += scale * (sum[s][j][h * 2 + e] + zero * x[j][e]);
-                        sum[s][j][h * 2 + e] = 0;
+                        if (Fine) sum[s][j][h * 2 + e] = 0;
                     }
             }
     }
@@ -268,34 +255,46 @@ struct Tiler {
     // ---- tiles ----
 
     __device__ __forceinline__ void run() {
-        seek(blockIdx.y);
-#pragma unroll 1
-        for (int d = 0; d < D - 1; d++) send();
+        if (threadIdx.x == 0) {
+            for (int d = 0; d < D; d++) {
+                barrier_init(full(d), 1);
+                barrier_init(empty(d), warps_n * kSides);
+                barrier_init(summed(d), C * kSides);
+            }
+            publish_barriers();
+        }
+        block_barrier();
+        int const step_y = int(gridDim.y);
+        int const left = (tiles() - int(blockIdx.y) + step_y - 1) / step_y * count;  // steps of all tiles of this block
+        int const ahead = left < D - 2 ? left : D - 2;
+        if (warp == 0)
+            for (int d = 0; d < ahead; d++) send_weights(blockIdx.y + d / count * step_y, d % count, d);
         wait_for_inputs();
         release_next();
-        seek_x(blockIdx.y);
-#pragma unroll 1
-        for (int d = 0; d < D - 1; d++) send_x(), copy_commit();
-        copy_wait<D - 2>();
-        block_barrier();
+        if (warp == 0)
+            for (int d = 0; d < ahead; d++) send_x(d % count, d);
         at = first * 64 % p.group;
-        count_step(0, 0);
+        if (left) count_step(0, 0, 0);
 
-        int const step_y = int(gridDim.y);
+        bool fresh = true;
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += step_y) {
 #pragma unroll 1
             for (int step = 0; step < count; step++) {
-                copy_wait<D - 3>();
-                block_barrier();  // all have left the slot before, the next one is there, and X of this one
-                send();
-                send_x();
-                copy_commit();
-                int const now = ends, next = slot == (D - 1) * p.stage ? 0 : slot + p.stage;
-                count_step(next, parity ^ 1);
-                multiply_step(now);
-                slot = next;
-                parity ^= 1;
+                feed(tile, step);
+                if (step < own) {
+                    wait(full(slot), parity);
+                    if (!Fine && fresh)
+                        multiply_step<true>(ends, 0);
+                    else
+                        multiply_step<false>(ends, Fine ? units_left(wk, step) : 0);
+                    fresh = ends;
+                }
+                warp_barrier();
+                if (lane == 0) arrive(empty(slot));
+                if (++slot == D) slot = 0, parity ^= 1;
+                int const next = step == count - 1 ? 0 : step + 1;
+                if (next || tile + step_y < tiles()) count_step(slot, parity, next);
             }
             store(tile);
         }
@@ -358,7 +357,11 @@ struct Tiler {
 
     // Through a column's place beside the ring, which runs on
     __device__ __forceinline__ void store_columns(int tile) const {
-        float* const places = reinterpret_cast<float*>(ring() + D * p.stage) + wn * (8 * kPitch);
+        int thread = threadIdx.x, warps_n = p.warps_n;
+        settle(thread), settle(warps_n);  // the loop that streams has no registers for what is made of them
+        int const lane = thread % 32, warp = thread / 32, side = warp >= warps_n, wn = warp - side * warps_n;
+        int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0, g = lane / 4, t = lane % 4;
+        float* const places = reinterpret_cast<float*>(stage(D)) + wn * (8 * kPitch);
         int const apart = warps_n * 8 * kPitch;
         auto const meet = [&] {
             if (WK == 2)
@@ -375,7 +378,7 @@ struct Tiler {
                 for (int i = 0; i < 4; i++)
                     places[side * apart + (2 * t + i % 2) * kPitch + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
             meet();
-            finish_some(8, S, (wm * C + j) * 8, tile * block_n() + wn * (S * 16), wk * 32 + lane, WK * 32,
+            finish_some(8, S, (wm * C + j) * 8, (tile * warps_n + wn) * (S * 16), wk * 32 + lane, WK * 32,
                         [&](int row, int column) {
                             float const* const at = places + wm * apart + row * kPitch + column;
                             float4 v = *reinterpret_cast<float4 const*>(at);
@@ -388,13 +391,16 @@ struct Tiler {
     // Sums of the parts of K, in their order, where the ring was; each block of a cluster finishes some of the outputs
     __device__ __forceinline__ void store_cluster(int tile) const {
         float* const sums = reinterpret_cast<float*>(ring());
-        int const pitch = block_n() + 4;
-        copy_wait<0>();
-        block_barrier();
+        int thread = threadIdx.x;
+        settle(thread);
+        int const lane = thread % 32, warp = thread / 32, side = warp >= warps_n, wn = warp - side * warps_n;
+        int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0, g = lane / 4, t = lane % 4;
+        int const pitch = strips() * 16 + 4;
+        block_barrier();  // all have left the ring
         store_sums(sums, pitch, acc, wk * kBlockM + wm * (C * 8), wn * (S * 16), g, t);
         cluster_barrier();
         int const threads = warps_n * kSides * 32;
-        finish_some(int(p.out.m), warps_n * S, 0, tile * block_n(), blockIdx.z * threads + threadIdx.x,
+        finish_some(int(p.out.m), strips(), 0, tile * strips() * 16, blockIdx.z * threads + threadIdx.x,
                     p.splits * threads, [&](int row, int column) {
                         float4 v{};
 #pragma unroll 2
@@ -409,9 +415,14 @@ struct Tiler {
 };
 
 template <class T, int Bits, int I>
-__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(TileArgs const p) {
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(__grid_constant__ TileArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) Tiler<T, Bits, I>{p}.run();
+    if constexpr (kGenerated<T, I>) {
+        if (p.group % 64)
+            Tiler<T, Bits, I, true>{p}.run();
+        else
+            Tiler<T, Bits, I, false>{p}.run();
+    }
 #endif
 }
 
@@ -437,21 +448,22 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, 64), parts = plan.splits * row.warps_k, units = tile_units(p);
     int const warps_n = plan.threads / 32 / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
-    TileArgs const args{static_cast<unsigned char const*>(t.x),
-                        static_cast<unsigned char const*>(t.codes),
-                        static_cast<uint32_t const*>(t.affine),
-                        output(p, t),
-                        p.k,
-                        p.group,
-                        plan.splits,
-                        warps_n,
-                        steps / parts,
-                        steps % parts,
-                        units,
-                        strips * p.bits * 128,
-                        row.warps_k * (row.block_m() * 128 + strips * p.bits * 128),
-                        strips * 64,
-                        tile_stage(row, p.bits, units, warps_n)};
+    int const codes_at = row.warps_k * row.block_m() * 128, affine_at = codes_at + row.warps_k * strips * p.bits * 128;
+    TileArgs args{{},
+                  static_cast<unsigned char const*>(t.codes),
+                  static_cast<uint32_t const*>(t.affine),
+                  output(p, t),
+                  p.k,
+                  p.group,
+                  plan.splits,
+                  warps_n,
+                  steps / parts,
+                  steps % parts,
+                  codes_at,
+                  affine_at,
+                  affine_at + row.warps_k * units * strips * 64,
+                  tile_stage(row, p.bits, units, warps_n)};
+    if (char const* failed = describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m())) return failed;
     return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
 }
 
