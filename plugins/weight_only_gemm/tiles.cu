@@ -48,6 +48,7 @@ struct Tiler {
     static constexpr int kUnits = Fine ? 2 : 1;   // rows of scales and zeros in a step
     static constexpr int kX = kBlockM * 128;      // bytes of x in a stage, of one part of K
     static constexpr int kPitch = S * 16 + 4;     // floats, of one column of a warp on its way out
+    static constexpr bool kAnew = !Fine && raw_bias<T, Bits> == 0;  // bf16's decoding leaves no registers for it
     static_assert(kSides == 2 && C <= 4 && D <= kTileStages, "pairs of warps; four warps in n count all columns");
 
     TileArgs const& p;
@@ -247,7 +248,7 @@ struct Tiler {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         acc[s][j][h * 2 + e] += scale * (sum[s][j][h * 2 + e] + zero * x[j][e]);
-                        if (Fine) sum[s][j][h * 2 + e] = 0;
+                        if (!kAnew) sum[s][j][h * 2 + e] = 0;
                     }
             }
     }
@@ -284,7 +285,7 @@ struct Tiler {
                 feed(tile, step);
                 if (step < own) {
                     wait(full(slot), parity);
-                    if (!Fine && fresh)
+                    if (kAnew && fresh)
                         multiply_step<true>(ends, 0);
                     else
                         multiply_step<false>(ends, Fine ? units_left(wk, step) : 0);
