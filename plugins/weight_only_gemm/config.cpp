@@ -52,14 +52,14 @@ Tiling choose_tiling(wog_problem const& p, Row const& row) {
     int64_t least = 0;
     for (int splits = 1; splits <= 8; splits *= 2)
         for (int warps_n = 4; warps_n <= row.warps_n; warps_n++) {
-            if (p.splits ? splits * 2 > 2 * p.splits || splits * 2 <= p.splits : steps < splits * 2 && splits > 1) continue;
+            if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
             int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
             int const places = std::max(1, splits == 1 ? p.sm_count : p.sm_count / 16 * 16 / splits);
             int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
             int64_t const step = std::max(products * 13 / 2 + 100, bytes / 20);
-            int64_t const end = 1000 + (splits > 1 ? 1500 + int(std::min<int64_t>(p.m, row.block_m())) * warps_n * row.strips * 4 : 0);
+            int64_t const end = splits > 1 ? 2500 + p.m * warps_n * row.strips * 4 : 1000;
             int64_t const time = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
             if (!best.warps_n || time < least) best = {warps_n, splits}, least = time;
         }
@@ -148,7 +148,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     if (!found)
         return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
     Row const& row = *found;
-    int const warps_n = row.kernel == Kernel::kTile ? choose_tiling(p, row).warps_n : row.warps_n;
+    bool const tile = row.kernel == Kernel::kTile;
+    int const warps_n = tile ? choose_tiling(p, row).warps_n : row.warps_n;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
     int const tiles =
@@ -156,8 +157,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
               : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
-    bool const clusters = splits > 1 && in_cluster(row, p), walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream ||
-                     (row.kernel == Kernel::kTile && !clusters);
+    bool const clusters = splits > 1 && in_cluster(row, p), walker = row.kernel == Kernel::kGemm || tile;
+    bool const walks = (walker && !clusters) || row.kernel == Kernel::kStream;
     int const fit = std::max(1, p.sm_count * row.resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
@@ -165,8 +166,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              splits,
              grid_m,
              walks ? std::min(tiles, fit) : tiles,
-             row.kernel == Kernel::kTile ? row.threads() / row.warps_n * warps_n : row.threads(),
-             row.kernel == Kernel::kTile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
+             tile ? row.threads() / row.warps_n * warps_n : row.threads(),
+             tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
     return 0;
 }

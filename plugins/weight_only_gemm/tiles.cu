@@ -74,7 +74,9 @@ struct Tiler {
     }
     int const first = first_of(wk), own = steps_of(wk), count = steps_of(0);
 
-    int turn = warp;  // steps until this warp sends
+    // Warps that do not count send, if there are any
+    int const senders = warps_n > C ? kSides * (warps_n - C) : kSides * warps_n;
+    int turn = warps_n <= C ? warp : wn < C ? 1 << 30 : side * (warps_n - C) + wn - C;  // steps until this warp sends
     int slot = 0, parity = 0;
     // Of the step whose x is summed: k since its group began, steps since a handing over, after which 32 k there is one
     int at = 0, since = 0, ends = 0;
@@ -132,7 +134,7 @@ struct Tiler {
     // D - 2 steps on from a step of a tile, by the warp whose turn it is
     __device__ __forceinline__ void feed(int tile, int step) {
         if (turn-- > 0) return;
-        turn = warps_n * kSides - 1;
+        turn = senders - 1;
         int period = count;
         settle(period);
         step += D - 2;
@@ -155,34 +157,37 @@ struct Tiler {
         return reinterpret_cast<float*>(stage(slot) + sums_at + half * (kSides * C * 8 * 4));
     }
 
-    // Where a step ends a group, or P is handed over; X of it, by the warps that count
+    // X of a step, by the warps that count
     __device__ __forceinline__ void count_step(int slot, int parity, int step) {
+        if (wn >= C || step >= own) return;
+        wait(full(slot), parity);
+        Shared const from = shared_address(stage(slot) + x_at + wn / 2 * 2048);
+        uint32_t const one = raw_one<T, Bits>(0), ones[4] = {one, one, one, one};
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) {
+            uint32_t x[4];
+            load_matrices(x, flip(from, quarter * 32));
+            multiply_add<T>(x_sum, ones, wn % 2 ? x[2] : x[0], wn % 2 ? x[3] : x[1]);
+            if (Fine && quarter == 1 && ends_of(step) & 1) publish(slot, 0);
+        }
+    }
+    __device__ __forceinline__ void publish(int slot, int half) {
+        float* const to = x_sums(slot, half) + wn * 8 + lane * 2;
+        if (lane < 4) to[0] = x_sum[0], to[1] = x_sum[1];
+        x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0;
+    }
+    // After which 32 k of the step whose x is summed a group ends or P is handed over
+    __device__ __forceinline__ int ends_of(int step) const {
         bool const last = step >= own - 1 || since == kHandOver - 1;
-        if (Fine)
-            ends = (at + 32 == p.group ? 1 : 0) | (at + 64 == p.group || p.group == 32 || last ? 2 : 0);
-        else
-            ends = at + 64 == p.group || last;
+        if (!Fine) return at + 64 == p.group || last;
+        return (at + 32 == p.group ? 1 : 0) | (at + 64 == p.group || p.group == 32 || last ? 2 : 0);
+    }
+    // Hands over what count_step summed, and goes on to the step after
+    __device__ __forceinline__ void finish_count(int slot, int step) {
+        ends = ends_of(step);
         if (wn < C) {
-            if (step < own) {
-                wait(full(slot), parity);
-                Shared const from = shared_address(stage(slot) + x_at + wn / 2 * 2048);
-                uint32_t const one = raw_one<T, Bits>(0), ones[4] = {one, one, one, one};
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-#pragma unroll
-                    for (int quarter = half * 2; quarter < half * 2 + 2; quarter++) {
-                        uint32_t x[4];
-                        load_matrices(x, flip(from, quarter * 32));
-                        multiply_add<T>(x_sum, ones, wn % 2 ? x[2] : x[0], wn % 2 ? x[3] : x[1]);
-                    }
-                    if (Fine ? ends & 1 << half : half && ends) {
-                        float* const to = x_sums(slot, Fine ? half : 0) + wn * 8 + lane * 2;
-                        if (lane < 4) to[0] = x_sum[0], to[1] = x_sum[1];
-                        x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0;
-                    }
-                }
-                warp_barrier();
-            }
+            if (step < own && (Fine ? ends & 2 : ends)) publish(slot, Fine ? 1 : 0);
+            warp_barrier();
             if (lane == 0) arrive(summed(slot));
         }
         since = (Fine ? ends & 2 : ends) ? 0 : since + 1;
@@ -275,7 +280,7 @@ struct Tiler {
         if (warp == 0)
             for (int d = 0; d < ahead; d++) send_x(d % count, d);
         at = first * 64 % p.group;
-        if (left) count_step(0, 0, 0);
+        if (left) count_step(0, 0, 0), finish_count(0, 0);
 
         bool fresh = true;
 #pragma unroll 1
@@ -283,6 +288,9 @@ struct Tiler {
 #pragma unroll 1
             for (int step = 0; step < count; step++) {
                 feed(tile, step);
+                int const next = step == count - 1 ? 0 : step + 1, next_slot = slot == D - 1 ? 0 : slot + 1;
+                bool const more = next || tile + step_y < tiles();
+                if (more) count_step(next_slot, next_slot ? parity : parity ^ 1, next);
                 if (step < own) {
                     wait(full(slot), parity);
                     if (kAnew && fresh)
@@ -293,9 +301,8 @@ struct Tiler {
                 }
                 warp_barrier();
                 if (lane == 0) arrive(empty(slot));
-                if (++slot == D) slot = 0, parity ^= 1;
-                int const next = step == count - 1 ? 0 : step + 1;
-                if (next || tile + step_y < tiles()) count_step(slot, parity, next);
+                slot = next_slot, parity ^= slot == 0;
+                if (more) finish_count(slot, next);
             }
             store(tile);
         }
