@@ -51,11 +51,12 @@ Tiling choose_tiling(wog_problem const& p, Row const& row) {
     Tiling best{};
     int64_t least = 0;
     for (int splits = 1; splits <= 8; splits *= 2)
-        for (int warps_n = 4; warps_n <= row.warps_n; warps_n++) {
+        for (int warps_n = 4; warps_n <= row.warps_n; warps_n += 2) {  // whole warpgroups
             if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
             int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
-            int const places = std::max(1, splits == 1 ? p.sm_count : p.sm_count / 16 * 16 / splits);
+            // An H200's 132 multiprocessors take 66 clusters of two, 30 of four, 15 of eight
+            int const places = std::max(1, (splits <= 2 ? p.sm_count : p.sm_count * 10 / 11) / splits);
             int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
             int64_t const step = std::max(products * 13 / 2 + 100, bytes / 20);
@@ -166,7 +167,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              splits,
              grid_m,
              walks ? std::min(tiles, fit) : tiles,
-             tile ? row.threads() / row.warps_n * warps_n : row.threads(),
+             row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
              tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
     return 0;

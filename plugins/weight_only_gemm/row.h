@@ -28,7 +28,9 @@ struct Row {
 
     constexpr int block_n() const { return warps_n * strips * 16; }
     constexpr int block_m() const { return warps_m * columns * 8; }
-    constexpr int threads() const { return (warps_n * warps_k * warps_m + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
+    // Beside those that multiply kWarpgroup and kTile have four warps that fill the ring
+    constexpr int helpers() const { return kernel == Kernel::kWarpgroup || kernel == Kernel::kTile ? 4 : 0; }
+    constexpr int threads() const { return (warps_n * warps_k * warps_m + helpers()) * 32; }
 };
 
 constexpr int64_t kAny = int64_t(1) << 40;

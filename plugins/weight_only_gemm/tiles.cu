@@ -7,9 +7,9 @@
 // Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns a
 // part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared memory.
 //
-// A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. The warps take turns to send for
-// one, in a few large copies, as soon as all have left the stage two steps before; no barrier holds all of them. Sums of x
-// over groups are made once for all: C warps of each side count a column each, a step ahead, into the stage.
+// A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. Four warps beside those that
+// multiply fill it: one sends for weights in a few large copies, through all tiles of the block, one for x, and two, one
+// for each side, count the sums of x over groups into the stage. Nobody waits for those that multiply but by `empty`.
 //
 // Arithmetic: as stream.cu's, acc += s * (P - (z + b) * X), with exact codes in units of `unit` (decode_raw).
 //
@@ -48,14 +48,18 @@ struct Tiler {
     static constexpr int kUnits = Fine ? 2 : 1;   // rows of scales and zeros in a step
     static constexpr int kX = kBlockM * 128;      // bytes of x in a stage, of one part of K
     static constexpr int kPitch = S * 16 + 4;     // floats, of one column of a warp on its way out
-    static constexpr bool kAnew = !Fine && raw_bias<T, Bits> == 0;  // bf16's decoding leaves no registers for it
-    static_assert(kSides == 2 && C <= 4 && D <= kTileStages, "pairs of warps; four warps in n count all columns");
+    // Registers of those that multiply: all that the others leave of the launch's
+    static constexpr int kMultiply = kRow.warps_n * kSides, kEach = 65536 / 32 / (kMultiply + 4) / 8 * 8;
+    static constexpr int kFew = kMultiply == 8 ? 40 : 32, kMany = kEach + (kEach - kFew) * 4 / kMultiply / 8 * 8;
+    static_assert(kSides == 2 && C % 2 == 0 && D <= kTileStages, "pairs of warps, pairs of columns");
 
     TileArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int const warp = uniform(threadIdx.x / 32);
     int const warps_n = p.warps_n;
-    int const side = warp >= warps_n, wn = warp - side * warps_n, wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0;
+    int const multiply = warps_n * kSides, helper = warp - multiply;  // how many warps do; which of the others this is
+    int const side = helper >= 0 ? helper & 1 : warp >= warps_n, wn = warp - side * warps_n;
+    int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0;
 
     // Shared memory: [barriers][ring, or sums for the cluster][sums on their way out]
     static __device__ __forceinline__ Barrier* full(int slot) {
@@ -74,15 +78,10 @@ struct Tiler {
     }
     int const first = first_of(wk), own = steps_of(wk), count = steps_of(0);
 
-    // Warps that do not count send, if there are any
-    int const senders = warps_n > C ? kSides * (warps_n - C) : kSides * warps_n;
-    int turn = warps_n <= C ? warp : wn < C ? 1 << 30 : side * (warps_n - C) + wn - C;  // steps until this warp sends
     int slot = 0, parity = 0;
-    // Of the step whose x is summed: k since its group began, steps since a handing over, after which 32 k there is one
-    int at = 0, since = 0, ends = 0;
+    int at = 0, since = 0;  // k since the group began, steps since a handing over
     float acc[S][C][4] = {};
     float sum[S][C][4] = {};
-    float x_sum[4] = {};
 
     __device__ __forceinline__ explicit Tiler(TileArgs const& args) : p(args) {}
 
@@ -92,59 +91,64 @@ struct Tiler {
     // ---- the stream ----
 
     __device__ __forceinline__ int units_left(int k, int step) const { return p.k / 32 - (first_of(k) + step) * 2; }
+    __device__ __forceinline__ void go_on() { slot = slot == D - 1 ? 0 : slot + 1, parity ^= slot == 0; }
 
-    // By all lanes of one warp, each a copy: at most four tiles of the packed layout, of one or two blocks
-    __device__ __forceinline__ void send_weights(int tile, int step, int slot) const {
-        int width = strips(), lane = this->lane;
-        settle(width), settle(lane);  // the loop that streams has no registers for what is made of them
-        int const all = p.out.n / 16, strip = tile * width, here = all - strip < width ? all - strip : width;
-        int bytes = 0;
-#pragma unroll
-        for (int k = 0; k < WK; k++)
-            if (step < steps_of(k)) {
-                int const left = units_left(k, step) < 2 ? 1 : 2;
-                bytes += here * ((kBlocks == 2 ? left : 1) * 512 + (Fine ? left : 1) * 64) + kX;
-            }
-        if (lane == 0) arrive_expecting(full(slot), bytes);
-        warp_barrier();
+    // Codes, scales and zeros, each lane a copy: at most four tiles of the packed layout, of one or two blocks
+    __device__ __forceinline__ void send_weights() {
         constexpr int kCopies = 4 * kBlocks;
-        if (lane < kCopies * WK) {
-            int const k = lane / kCopies, b = lane % kCopies / 4, tile8 = strip / 8 + lane % 4;
-            int const from = tile8 * 8 > strip ? tile8 * 8 : strip;
-            int const to = tile8 * 8 + 8 < strip + here ? tile8 * 8 + 8 : strip + here;
-            int const wide8 = all - tile8 * 8 < 8 ? all - tile8 * 8 : 8, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
-            int64_t const block = int64_t(tile8 * 8) * blocks + int64_t((first_of(k) + step) * kBlocks + b) * wide8;
-            if (from < to && step < steps_of(k) && b < units_left(k, step))
-                copy_bulk(stage(slot) + p.codes_at + ((k * kBlocks + b) * width + from - strip) * 512,
-                          p.codes + (block + from - tile8 * 8) * 512, (to - from) * 512, full(slot));
-        } else if (int const k = lane % 4 / 2, unit = lane % 2; lane >= 16 && lane < 20 && k < WK && unit < kUnits) {
-            if (step < steps_of(k) && unit < units_left(k, step)) {
-                int64_t const group = ((first_of(k) + step) * 64 + unit * 32) / p.group;
-                copy_bulk(stage(slot) + p.affine_at + (k * kUnits + unit) * width * 64,
-                          p.affine + group * p.out.n + strip * 16, here * 64, full(slot));
+        int const width = strips(), all = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
+        bool const codes = lane < kCopies * WK;
+        int const k = codes ? lane / kCopies : lane % 4 / 2, b = codes ? lane % kCopies / 4 : lane % 2;
+        bool const pairs = lane >= 16 && lane < 20 && k < WK && b < kUnits;
+        int const mine = codes || pairs ? steps_of(k) : 0, begin = first_of(k);
+        int const to = codes ? p.codes_at + (k * kBlocks + b) * width * 512 : p.affine_at + (k * kUnits + b) * width * 64;
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            int const strip = tile * width, here = all - strip < width ? all - strip : width;
+            int const tile8 = strip / 8 + lane % 4, wide8 = all - tile8 * 8 < 8 ? all - tile8 * 8 : 8;
+            int from = strip, end = strip + here;
+            if (codes && tile8 * 8 > from) from = tile8 * 8;
+            if (codes && tile8 * 8 + 8 < end) end = tile8 * 8 + 8;
+            int64_t const block = int64_t(tile8 * 8) * blocks + int64_t(begin * kBlocks + b) * wide8 + from - tile8 * 8;
+            auto const* source = p.codes + block * 512;
+            int const bytes = (end - from) * (codes ? 512 : 64), place = to + (from - strip) * 512;
+            int at = begin * 64 + b * 32, group = at / p.group;
+            at -= group * p.group;
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(empty(slot), parity ^ 1);
+                int sum = 0;
+#pragma unroll
+                for (int part = 0; part < WK; part++)
+                    if (step < steps_of(part)) {
+                        int const left = units_left(part, step) < 2 ? 1 : 2;
+                        sum += here * ((kBlocks == 2 ? left : 1) * 512 + (Fine ? left : 1) * 64);
+                    }
+                if (lane == 0) arrive_expecting(full(slot), sum);
+                warp_barrier();
+                if (!codes) source = reinterpret_cast<unsigned char const*>(p.affine + int64_t(group) * p.out.n + strip * 16);
+                if (bytes > 0 && step < mine && b < units_left(k, step))
+                    copy_bulk(stage(slot) + place, source, bytes, full(slot));
+                if (codes) source += kBlocks * wide8 * 512;
+                at += 64;
+                while (at >= p.group) at -= p.group, group++;
+                go_on();
             }
         }
     }
 
-    __device__ __forceinline__ void send_x(int step, int slot) const {
-        if (int const k = lane - 20; 0 <= k && k < WK && step < steps_of(k))
-            copy_box<1>(stage(slot) + k * kX, p.x, (first_of(k) + step) * 128, 0, full(slot));
-    }
-
-    // D - 2 steps on from a step of a tile, by the warp whose turn it is
-    __device__ __forceinline__ void feed(int tile, int step) {
-        if (turn-- > 0) return;
-        turn = senders - 1;
-        int period = count;
-        settle(period);
-        step += D - 2;
-        tile += step / period * int(gridDim.y);
-        if (tile >= tiles()) return;
-        step %= period;
-        int const to = slot < 2 ? slot + D - 2 : slot - 2;
-        wait(empty(to), slot < 2 ? parity ^ 1 : parity);
-        send_weights(tile, step, to);
-        send_x(step, to);
+    __device__ __forceinline__ void send_x() {
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y)
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(empty(slot), parity ^ 1);
+                int const parts = WK == 2 && step < steps_of(1) ? 2 : 1;
+                if (lane == 0) arrive_expecting(full(slot), parts * kX);
+                warp_barrier();
+                if (lane < parts) copy_box<1>(stage(slot) + lane * kX, p.x, (first_of(lane) + step) * 128, 0, full(slot));
+                go_on();
+            }
     }
 
     // ---- sums ----
@@ -157,59 +161,71 @@ struct Tiler {
         return reinterpret_cast<float*>(stage(slot) + sums_at + half * (kSides * C * 8 * 4));
     }
 
-    // X of a step, by the warps that count
-    __device__ __forceinline__ void count_step(int slot, int parity, int step) {
-        if (wn >= C || step >= own) return;
-        wait(full(slot), parity);
-        Shared const from = shared_address(stage(slot) + x_at + wn / 2 * 2048);
-        uint32_t const one = raw_one<T, Bits>(0), ones[4] = {one, one, one, one};
-#pragma unroll
-        for (int quarter = 0; quarter < 4; quarter++) {
-            uint32_t x[4];
-            load_matrices(x, flip(from, quarter * 32));
-            multiply_add<T>(x_sum, ones, wn % 2 ? x[2] : x[0], wn % 2 ? x[3] : x[1]);
-            if (Fine && quarter == 1 && ends_of(step) & 1) publish(slot, 0);
-        }
-    }
-    __device__ __forceinline__ void publish(int slot, int half) {
-        float* const to = x_sums(slot, half) + wn * 8 + lane * 2;
-        if (lane < 4) to[0] = x_sum[0], to[1] = x_sum[1];
-        x_sum[0] = x_sum[1] = x_sum[2] = x_sum[3] = 0;
-    }
-    // After which 32 k of the step whose x is summed a group ends or P is handed over
-    __device__ __forceinline__ int ends_of(int step) const {
+    // After which 32 k of a step a group ends or P is handed over; goes on to the step after
+    __device__ __forceinline__ void begin_tile() { at = first * 64 % p.group, since = 0; }
+    __device__ __forceinline__ int next_ends(int step) {
         bool const last = step >= own - 1 || since == kHandOver - 1;
-        if (!Fine) return at + 64 == p.group || last;
-        return (at + 32 == p.group ? 1 : 0) | (at + 64 == p.group || p.group == 32 || last ? 2 : 0);
-    }
-    // Hands over what count_step summed, and goes on to the step after
-    __device__ __forceinline__ void finish_count(int slot, int step) {
-        ends = ends_of(step);
-        if (wn < C) {
-            if (step < own && (Fine ? ends & 2 : ends)) publish(slot, Fine ? 1 : 0);
-            warp_barrier();
-            if (lane == 0) arrive(summed(slot));
-        }
-        since = (Fine ? ends & 2 : ends) ? 0 : since + 1;
+        int ends = at + 64 == p.group || last ? 2 : 0;
+        if (Fine) ends = (at + 32 == p.group ? 1 : 0) | (p.group == 32 ? 2 : ends);
+        since = ends & 2 ? 0 : since + 1;
         at += 64;
-        while (at >= p.group) at -= p.group;
-        if (step == count - 1) at = first * 64 % p.group;
+        if (Fine)
+            while (at >= p.group) at -= p.group;
+        else
+            at = at == p.group ? 0 : at;
+        return ends;
     }
 
-    // Fresh: P starts anew, from the first products
-    template <bool Fresh>
+    // X of all steps of a side
+    __device__ __forceinline__ void count_all() {
+        uint32_t const one = raw_one<T, Bits>(0), ones[4] = {one, one, one, one};
+        float sums[C][4] = {};
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            begin_tile();
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(full(slot), parity);
+                int const ends = next_ends(step);
+                Shared const from = shared_address(stage(slot) + x_at);
+                if (step < own)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+#pragma unroll
+                        for (int quarter = half * 2; quarter < half * 2 + 2; quarter++)
+#pragma unroll
+                            for (int j = 0; j < C / 2; j++) {
+                                uint32_t x[4];
+                                load_matrices(x, flip(from, quarter * 32) + j * 2048);
+                                multiply_add<T>(sums[j * 2], ones, x[0], x[1]);
+                                multiply_add<T>(sums[j * 2 + 1], ones, x[2], x[3]);
+                            }
+                        if (!(Fine ? ends & 1 << half : half && ends)) continue;
+                        float* const to = x_sums(slot, Fine ? half : 0) + lane * 2;
+#pragma unroll
+                        for (int j = 0; j < C; j++) {
+                            if (lane < 4) to[j * 8] = sums[j][0], to[j * 8 + 1] = sums[j][1];
+                            sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
+                        }
+                    }
+                warp_barrier();
+                if (lane == 0) arrive(summed(slot)), arrive(empty(slot));
+                go_on();
+            }
+        }
+    }
+
     __device__ __forceinline__ void multiply_step(int ends, int units) {
         unsigned char const* const from = stage(slot);
-        auto const word = [&](int s, int b) {
-            return *reinterpret_cast<uint4 const*>(from + codes_at + (b * strips() + s) * 512);
-        };
         uint4 words[S];
         Shared const x_first = shared_address(from + x_at);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (half == 0 || kBlocks == 2)
 #pragma unroll
-                for (int s = 0; s < S; s++) words[s] = word(s, half * kBlocks / 2);
+                for (int s = 0; s < S; s++)
+                    words[s] = *reinterpret_cast<uint4 const*>(from + codes_at +
+                                                               (half * kBlocks / 2 * strips() + s) * 512);
 #pragma unroll
             for (int quarter = half * 2; quarter < half * 2 + 2; quarter++) {
                 uint32_t x[C / 2][4];
@@ -219,9 +235,6 @@ struct Tiler {
                 for (int s = 0; s < S; s++) {
                     uint32_t a[4];
                     decode_raw<T, Bits>(a, words[s], quarter);
-                    if (Fresh && quarter == 0)
-#pragma unroll
-                        for (int j = 0; j < C; j++) sum[s][j][0] = sum[s][j][1] = sum[s][j][2] = sum[s][j][3] = 0;
 #pragma unroll
                     for (int j = 0; j < C; j++)
                         multiply_add<T>(sum[s][j], a, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
@@ -253,7 +266,7 @@ struct Tiler {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         acc[s][j][h * 2 + e] += scale * (sum[s][j][h * 2 + e] + zero * x[j][e]);
-                        if (!kAnew) sum[s][j][h * 2 + e] = 0;
+                        sum[s][j][h * 2 + e] = 0;
                     }
             }
     }
@@ -263,66 +276,48 @@ struct Tiler {
     __device__ __forceinline__ void run() {
         if (threadIdx.x == 0) {
             for (int d = 0; d < D; d++) {
-                barrier_init(full(d), 1);
-                barrier_init(empty(d), warps_n * kSides);
-                barrier_init(summed(d), C * kSides);
+                barrier_init(full(d), 2);
+                barrier_init(empty(d), multiply + kSides);
+                barrier_init(summed(d), kSides);
             }
             publish_barriers();
         }
         block_barrier();
-        int const step_y = int(gridDim.y);
-        int const left = (tiles() - int(blockIdx.y) + step_y - 1) / step_y * count;  // steps of all tiles of this block
-        int const ahead = left < D - 2 ? left : D - 2;
-        if (warp == 0)
-            for (int d = 0; d < ahead; d++) send_weights(blockIdx.y + d / count * step_y, d % count, d);
-        wait_for_inputs();
-        release_next();
-        if (warp == 0)
-            for (int d = 0; d < ahead; d++) send_x(d % count, d);
-        at = first * 64 % p.group;
-        if (left) count_step(0, 0, 0), finish_count(0, 0);
-
-        bool fresh = true;
-#pragma unroll 1
-        for (int tile = blockIdx.y; tile < tiles(); tile += step_y) {
-#pragma unroll 1
-            for (int step = 0; step < count; step++) {
-                feed(tile, step);
-                int const next = step == count - 1 ? 0 : step + 1, next_slot = slot == D - 1 ? 0 : slot + 1;
-                bool const more = next || tile + step_y < tiles();
-                if (more) count_step(next_slot, next_slot ? parity : parity ^ 1, next);
-                if (step < own) {
-                    wait(full(slot), parity);
-                    if (kAnew && fresh)
-                        multiply_step<true>(ends, 0);
-                    else
-                        multiply_step<false>(ends, Fine ? units_left(wk, step) : 0);
-                    fresh = ends;
-                }
-                warp_barrier();
-                if (lane == 0) arrive(empty(slot));
-                slot = next_slot, parity ^= slot == 0;
-                if (more) finish_count(slot, next);
+        if (helper >= 0) {
+            keep_registers<kFew>();
+            if (helper == 2) {
+                send_weights();
+            } else {
+                wait_for_inputs();
+                if (helper == 3)
+                    send_x();
+                else
+                    count_all();
             }
-            store(tile);
+            if (p.splits > 1) cluster_barrier(), relaxed_cluster_barrier();
+        } else {
+            take_registers<kMany>();
+            wait_for_inputs();
+            release_next();
+            multiply_all();
         }
     }
 
-    __device__ __forceinline__ void store(int tile) {
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-            for (int j = 0; j < C; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) acc[s][j][i] *= raw_unit<T, Bits>(i / 2);
-        if (p.splits == 1)
-            store_columns(tile);
-        else
-            store_cluster(tile);
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-            for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
+    __device__ __forceinline__ void multiply_all() {
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            begin_tile();
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                int const ends = next_ends(step);
+                wait(full(slot), parity);
+                if (step < own) multiply_step(ends, Fine ? units_left(wk, step) : 0);
+                warp_barrier();
+                if (lane == 0) arrive(empty(slot));
+                go_on();
+            }
+            store(tile);
+        }
     }
 
     // Four outputs of row m: the sums from column n, or of gates there and the `up` eight columns on
@@ -345,109 +340,110 @@ struct Tiler {
                                                                               round_pair<T>(v[2], v[3])};
     }
 
-    // All outputs of `rows` x `strips` strips from (m, n), some of them in each of `step` threads; sums(row, column) are
-    // four of them
-    template <class Sums>
-    __device__ __forceinline__ void finish_some(int rows, int strips, int m, int n, int mine, int step,
-                                                Sums const& sums) const {
-        int const wide = p.out.gated ? strips * 2 : strips * 4;
-#pragma unroll 1
-        for (int item = mine; item < rows * wide; item += step) {
-            int const row = item / wide, i = item - row * wide, column = p.out.gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
-            if (n + column >= p.out.n || m + row >= p.out.m) continue;
-            finish_four(sums(row, column), p.out.gated ? sums(row, column + 8) : float4{}, m + row, n + column);
-        }
-    }
-
     static __device__ __forceinline__ void add(float4& to, float4 const& v) {
         to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w;
     }
 
-    // Through a column's place beside the ring, which runs on
-    __device__ __forceinline__ void store_columns(int tile) const {
+    // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
+    // `ranks` blocks `parts` of the sums, so many floats apart
+    struct Rectangle {
+        int rows, strips, m, n, mine, step, ranks, parts, apart;
+    };
+    __device__ __forceinline__ void finish_some(float const* sums, int pitch, Rectangle const& r) const {
+        int const wide = p.out.gated ? r.strips * 2 : r.strips * 4;
+        auto const total = [&](int at) {
+            float4 v{};
+#pragma unroll 1
+            for (int rank = 0; rank < r.ranks; rank++)
+#pragma unroll
+                for (int part = 0; part < WK; part++)
+                    add(v, r.ranks == 1 ? *reinterpret_cast<float4 const*>(sums + at + part * r.apart)
+                                        : load_four_from(rank, sums + at + part * r.apart));
+            return v;
+        };
+#pragma unroll 1
+        for (int item = r.mine; item < r.rows * wide; item += r.step) {
+            int const row = item / wide, i = item - row * wide, column = p.out.gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+            if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
+            int const at = row * pitch + column;
+            finish_four(total(at), p.out.gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
+        }
+    }
+
+    // A tile of one block: through a column's place beside the ring, which runs on. Of a cluster: sums of the parts of K,
+    // in their order, where the ring was; each block finishes some of the outputs
+    __device__ __forceinline__ void store(int tile) {
         int thread = threadIdx.x, warps_n = p.warps_n;
         settle(thread), settle(warps_n);  // the loop that streams has no registers for what is made of them
         int const lane = thread % 32, warp = thread / 32, side = warp >= warps_n, wn = warp - side * warps_n;
         int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0, g = lane / 4, t = lane % 4;
-        float* const places = reinterpret_cast<float*>(stage(D)) + wn * (8 * kPitch);
-        int const apart = warps_n * 8 * kPitch;
+        bool const alone = p.splits == 1;
+        int const threads = warps_n * kSides * 32, pitch = alone ? kPitch : warps_n * (S * 16) + 4;
+        int const apart = alone ? warps_n * 8 * kPitch : kBlockM * pitch;
+        float* const sums = reinterpret_cast<float*>(alone ? stage(D) : ring());
+        float* const mine = alone ? sums + (side * warps_n + wn) * (8 * kPitch)
+                                  : sums + (wk * kBlockM + wm * (C * 8)) * pitch + wn * (S * 16);
         auto const meet = [&] {
             if (WK == 2)
                 named_barrier(1 + wn, 64);
             else
                 warp_barrier();
         };
+        if (!alone) named_barrier(15, threads);  // all have left the ring
+#pragma unroll 1
+        for (int column = 0; column < C; column++) {
+            if (alone) meet();  // all have read the column before
+            float* const to = mine + (alone ? 0 : column * 8 * pitch) + 2 * t * pitch + g;
 #pragma unroll
-        for (int j = 0; j < C; j++) {
-            meet();  // all have read the column before
+            for (int j = 0; j < C; j++)
+                if (j == column)
 #pragma unroll
-            for (int s = 0; s < S; s++)
+                    for (int s = 0; s < S; s++)
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    places[side * apart + (2 * t + i % 2) * kPitch + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
-            meet();
-            finish_some(8, S, (wm * C + j) * 8, (tile * warps_n + wn) * (S * 16), wk * 32 + lane, WK * 32,
-                        [&](int row, int column) {
-                            float const* const at = places + wm * apart + row * kPitch + column;
-                            float4 v = *reinterpret_cast<float4 const*>(at);
-                            if (WK == 2) add(v, *reinterpret_cast<float4 const*>(at + apart));
-                            return v;
-                        });
+                        for (int i = 0; i < 4; i++) {
+                            to[i % 2 * pitch + s * 16 + i / 2 * 8] = acc[s][j][i] * raw_unit<T, Bits>(i / 2);
+                            acc[s][j][i] = 0;
+                        }
+            if (alone)
+                meet();
+            else if (column < C - 1)
+                continue;
+            else
+                cluster_barrier();
+            Rectangle const some{8, S, (wm * C + column) * 8, (tile * warps_n + wn) * (S * 16), wk * 32 + lane, WK * 32, 1, WK,
+                                 apart};
+            Rectangle const all{int(p.out.m), warps_n * S, 0, tile * warps_n * (S * 16), int(blockIdx.z) * threads + thread,
+                                p.splits * threads, p.splits, WK, apart};
+            finish_some(alone ? sums + (wm * warps_n + wn) * (8 * kPitch) : sums, pitch, alone ? some : all);
         }
-    }
-
-    // Sums of the parts of K, in their order, where the ring was; each block of a cluster finishes some of the outputs
-    __device__ __forceinline__ void store_cluster(int tile) const {
-        float* const sums = reinterpret_cast<float*>(ring());
-        int thread = threadIdx.x;
-        settle(thread);
-        int const lane = thread % 32, warp = thread / 32, side = warp >= warps_n, wn = warp - side * warps_n;
-        int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0, g = lane / 4, t = lane % 4;
-        int const pitch = strips() * 16 + 4;
-        block_barrier();  // all have left the ring
-        store_sums(sums, pitch, acc, wk * kBlockM + wm * (C * 8), wn * (S * 16), g, t);
-        cluster_barrier();
-        int const threads = warps_n * kSides * 32;
-        finish_some(int(p.out.m), strips(), 0, tile * strips() * 16, blockIdx.z * threads + threadIdx.x,
-                    p.splits * threads, [&](int row, int column) {
-                        float4 v{};
-#pragma unroll 2
-                        for (int rank = 0; rank < p.splits; rank++)
-#pragma unroll
-                            for (int part = 0; part < WK; part++)
-                                add(v, load_four_from(rank, sums + (part * kBlockM + row) * pitch + column));
-                        return v;
-                    });
-        relaxed_cluster_barrier();  // a block that has ended has no memory
+        if (!alone) relaxed_cluster_barrier();  // a block that has ended has no memory
     }
 };
 
-template <class T, int Bits, int I>
+template <class T, int Bits, bool Fine, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(__grid_constant__ TileArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) {
-        if (p.group % 64)
-            Tiler<T, Bits, I, true>{p}.run();
-        else
-            Tiler<T, Bits, I, false>{p}.run();
-    }
+    if constexpr (kGenerated<T, I>) Tiler<T, Bits, I, Fine>{p}.run();
 #endif
 }
 
 constexpr int kFirst = first_row(Kernel::kTile);
 
-template <class T, int Bits, int... I>
+template <class T, int Bits, bool Fine, int... I>
 constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(TileArgs), sizeof...(I)>{tiles<T, Bits, kFirst + I>...};
+    return std::array<void (*)(TileArgs), sizeof...(I)>{tiles<T, Bits, Fine, kFirst + I>...};
 }
 
 template <class T>
 char const* launch_rows(wog_problem const& p, TileArgs const& args, wog_plan const& plan, void* stream) {
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kTile)> kAll;
-    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    constexpr auto kFour = instances<T, 4, false>(kAll), kEight = instances<T, 8, false>(kAll);
+    constexpr auto kFourFine = instances<T, 4, true>(kAll), kEightFine = instances<T, 8, true>(kAll);
+    bool const fine = p.group % 64;
     dim3 const blocks(1, plan.grid_n, plan.splits);
     Grid const grid{blocks, plan.threads, size_t(plan.shared), dim3(1, 1, plan.splits), p.sm >= 90};
-    return launch((p.bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
+    auto const& kernels = p.bits == 4 ? (fine ? kFourFine : kFour) : fine ? kEightFine : kEight;
+    return launch(kernels[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
 }
 
 }  // namespace
@@ -455,7 +451,7 @@ char const* launch_rows(wog_problem const& p, TileArgs const& args, wog_plan con
 char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, 64), parts = plan.splits * row.warps_k, units = tile_units(p);
-    int const warps_n = plan.threads / 32 / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
+    int const warps_n = (plan.threads / 32 - 4) / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
     int const codes_at = row.warps_k * row.block_m() * 128, affine_at = codes_at + row.warps_k * strips * p.bits * 128;
     TileArgs args{{},
                   static_cast<unsigned char const*>(t.codes),
