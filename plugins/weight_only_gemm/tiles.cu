@@ -79,7 +79,7 @@ struct Tiler {
     int const first = first_of(wk), own = steps_of(wk), count = steps_of(0);
 
     int slot = 0, parity = 0;
-    int at = 0, since = 0;  // k since the group began, steps since a handing over
+    int at = 0;  // k since the group began
     float acc[S][C][4] = {};
     float sum[S][C][4] = {};
 
@@ -162,12 +162,11 @@ struct Tiler {
     }
 
     // After which 32 k of a step a group ends or P is handed over; goes on to the step after
-    __device__ __forceinline__ void begin_tile() { at = first * 64 % p.group, since = 0; }
+    __device__ __forceinline__ void begin_tile() { at = first * 64 % p.group; }
     __device__ __forceinline__ int next_ends(int step) {
-        bool const last = step >= own - 1 || since == kHandOver - 1;
+        bool const last = step >= own - 1 || step % kHandOver == kHandOver - 1;
         int ends = at + 64 == p.group || last ? 2 : 0;
         if (Fine) ends = (at + 32 == p.group ? 1 : 0) | (p.group == 32 ? 2 : ends);
-        since = ends & 2 ? 0 : since + 1;
         at += 64;
         if (Fine)
             while (at >= p.group) at -= p.group;
@@ -178,8 +177,9 @@ struct Tiler {
 
     // X of all steps of a side
     __device__ __forceinline__ void count_all() {
-        uint32_t const one = raw_one<T, Bits>(0), ones[4] = {one, one, one, one};
-        float sums[C][4] = {};
+        // Rows g of an accumulator sum one column, rows g + 8 the next: few registers
+        uint32_t const one = raw_one<T, Bits>(0), even[4] = {one, 0, one, 0}, odd[4] = {0, one, 0, one};
+        float sums[C / 2][4] = {};
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
             begin_tile();
@@ -197,14 +197,16 @@ struct Tiler {
                             for (int j = 0; j < C / 2; j++) {
                                 uint32_t x[4];
                                 load_matrices(x, flip(from, quarter * 32) + j * 2048);
-                                multiply_add<T>(sums[j * 2], ones, x[0], x[1]);
-                                multiply_add<T>(sums[j * 2 + 1], ones, x[2], x[3]);
+                                multiply_add<T>(sums[j], even, x[0], x[1]);
+                                multiply_add<T>(sums[j], odd, x[2], x[3]);
                             }
                         if (!(Fine ? ends & 1 << half : half && ends)) continue;
                         float* const to = x_sums(slot, Fine ? half : 0) + lane * 2;
 #pragma unroll
-                        for (int j = 0; j < C; j++) {
-                            if (lane < 4) to[j * 8] = sums[j][0], to[j * 8 + 1] = sums[j][1];
+                        for (int j = 0; j < C / 2; j++) {
+                            if (lane < 4)
+#pragma unroll
+                                for (int i = 0; i < 4; i++) to[j * 16 + i / 2 * 8 + i % 2] = sums[j][i];
                             sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
                         }
                     }
@@ -288,6 +290,7 @@ struct Tiler {
             if (helper == 2) {
                 send_weights();
             } else {
+                prefetch_map(p.x);
                 wait_for_inputs();
                 if (helper == 3)
                     send_x();
@@ -345,11 +348,11 @@ struct Tiler {
     }
 
     // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
-    // `ranks` blocks `parts` of the sums, so many floats apart
+    // `ranks` blocks WK parts of the sums, so many floats apart
     struct Rectangle {
-        int rows, strips, m, n, mine, step, ranks, parts, apart;
+        int rows, strips, m, n, mine, step, ranks, apart, pitch;
     };
-    __device__ __forceinline__ void finish_some(float const* sums, int pitch, Rectangle const& r) const {
+    __device__ __forceinline__ void finish_some(float const* sums, Rectangle const r) const {
         int const wide = p.out.gated ? r.strips * 2 : r.strips * 4;
         auto const total = [&](int at) {
             float4 v{};
@@ -365,7 +368,7 @@ struct Tiler {
         for (int item = r.mine; item < r.rows * wide; item += r.step) {
             int const row = item / wide, i = item - row * wide, column = p.out.gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
             if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
-            int const at = row * pitch + column;
+            int const at = row * r.pitch + column;
             finish_four(total(at), p.out.gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
         }
     }
@@ -410,11 +413,11 @@ struct Tiler {
                 continue;
             else
                 cluster_barrier();
-            Rectangle const some{8, S, (wm * C + column) * 8, (tile * warps_n + wn) * (S * 16), wk * 32 + lane, WK * 32, 1, WK,
-                                 apart};
-            Rectangle const all{int(p.out.m), warps_n * S, 0, tile * warps_n * (S * 16), int(blockIdx.z) * threads + thread,
-                                p.splits * threads, p.splits, WK, apart};
-            finish_some(alone ? sums + (wm * warps_n + wn) * (8 * kPitch) : sums, pitch, alone ? some : all);
+            finish_some(alone ? sums + (wm * warps_n + wn) * (8 * kPitch) : sums,
+                        {alone ? 8 : int(p.out.m), alone ? S : warps_n * S, alone ? (wm * C + column) * 8 : 0,
+                         (tile * warps_n + (alone ? wn : 0)) * (S * 16),
+                         alone ? wk * 32 + lane : int(blockIdx.z) * threads + thread, alone ? WK * 32 : p.splits * threads,
+                         p.splits, apart, pitch});
         }
         if (!alone) relaxed_cluster_barrier();  // a block that has ended has no memory
     }
