@@ -1,15 +1,16 @@
 // The kernels of WeightOnlyGemm for some tens of rows of 16-bit x: as stream.cu's, weights and x come through a ring of
 // stages in shared memory, but here the warps of a block stand side by side in n and share what they load of x.
 //
-// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m). A warp owns S strips of 16
-// n and C columns of 8 m; two warps ("sides") own the same n, and divide either K (WK) or m (WM).
+// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m). A warp owns S strips of
+// 16 n and C columns of 8 m; two warps ("sides") own the same n, and divide either K (WK) or m (WM).
 //
-// Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns a
-// part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared memory.
+// Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns
+// a part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared
+// memory.
 //
 // A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. Four warps beside those that
-// multiply fill it: one sends for weights in a few large copies, through all tiles of the block, one for x, and two, one
-// for each side, count the sums of x over groups into the stage. Nobody waits for those that multiply but by `empty`.
+// multiply fill it: one sends for weights in a few large copies, through all tiles of the block, one for x, and two,
+// one for each side, count the sums of x over groups into the stage. They run ahead as far as `empty` lets them.
 //
 // Arithmetic: as stream.cu's, acc += s * (P - (z + b) * X), with exact codes in units of `unit` (decode_raw).
 //
@@ -101,7 +102,8 @@ struct Tiler {
         int const k = codes ? lane / kCopies : lane % 4 / 2, b = codes ? lane % kCopies / 4 : lane % 2;
         bool const pairs = lane >= 16 && lane < 20 && k < WK && b < kUnits;
         int const mine = codes || pairs ? steps_of(k) : 0, begin = first_of(k);
-        int const to = codes ? p.codes_at + (k * kBlocks + b) * width * 512 : p.affine_at + (k * kUnits + b) * width * 64;
+        int const to = codes ? p.codes_at + (k * kBlocks + b) * width * 512
+                             : p.affine_at + (k * kUnits + b) * width * 64;
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
             int const strip = tile * width, here = all - strip < width ? all - strip : width;
@@ -126,7 +128,8 @@ struct Tiler {
                     }
                 if (lane == 0) arrive_expecting(full(slot), sum);
                 warp_barrier();
-                if (!codes) source = reinterpret_cast<unsigned char const*>(p.affine + int64_t(group) * p.out.n + strip * 16);
+                if (!codes)
+                    source = reinterpret_cast<unsigned char const*>(p.affine + int64_t(group) * p.out.n + strip * 16);
                 if (bytes > 0 && step < mine && b < units_left(k, step))
                     copy_bulk(stage(slot) + place, source, bytes, full(slot));
                 if (codes) source += kBlocks * wide8 * 512;
@@ -146,7 +149,8 @@ struct Tiler {
                 int const parts = WK == 2 && step < steps_of(1) ? 2 : 1;
                 if (lane == 0) arrive_expecting(full(slot), parts * kX);
                 warp_barrier();
-                if (lane < parts) copy_box<1>(stage(slot) + lane * kX, p.x, (first_of(lane) + step) * 128, 0, full(slot));
+                if (lane < parts)
+                    copy_box<1>(stage(slot) + lane * kX, p.x, (first_of(lane) + step) * 128, 0, full(slot));
                 go_on();
             }
     }
@@ -373,8 +377,8 @@ struct Tiler {
         }
     }
 
-    // A tile of one block: through a column's place beside the ring, which runs on. Of a cluster: sums of the parts of K,
-    // in their order, where the ring was; each block finishes some of the outputs
+    // A tile of one block: through a column's place beside the ring, which runs on. Of a cluster: sums of the parts of
+    // K, in their order, where the ring was; each block finishes some of the outputs
     __device__ __forceinline__ void store(int tile) {
         int thread = threadIdx.x, warps_n = p.warps_n;
         settle(thread), settle(warps_n);  // the loop that streams has no registers for what is made of them
@@ -416,8 +420,8 @@ struct Tiler {
             finish_some(alone ? sums + (wm * warps_n + wn) * (8 * kPitch) : sums,
                         {alone ? 8 : int(p.out.m), alone ? S : warps_n * S, alone ? (wm * C + column) * 8 : 0,
                          (tile * warps_n + (alone ? wn : 0)) * (S * 16),
-                         alone ? wk * 32 + lane : int(blockIdx.z) * threads + thread, alone ? WK * 32 : p.splits * threads,
-                         p.splits, apart, pitch});
+                         alone ? wk * 32 + lane : int(blockIdx.z) * threads + thread,
+                         alone ? WK * 32 : p.splits * threads, p.splits, apart, pitch});
         }
         if (!alone) relaxed_cluster_barrier();  // a block that has ended has no memory
     }
