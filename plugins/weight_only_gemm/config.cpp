@@ -30,16 +30,13 @@ constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: li
 
 bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
-// Multiprocessors that clusters of so many blocks fill: on an H200 (132) 66 of two, 30 of four and 15 of eight blocks.
-int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.sm_count * 10 / 11 : p.sm_count; }
-
 // kStream's picoseconds, but for what all rows have in common: fitted to an H200's times of 40 layers and rows of x.
 int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
     int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
     int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * row.resident;
     int64_t const joining = splits == 1 ? 0 : splits == 2 ? 800'000 : splits == 4 ? 1'100'000 : 1'550'000;
     int64_t const x = p.m * ceil_div(p.k, 64) / splits * row.resident * 128;
-    return ceil_div(tiles, places) * (steps * row.step_ps[p.bits == 8] + 470'000 + p.m * 15'000 + joining) + x * 8;
+    return ceil_div(tiles, places) * (steps * row.pace[p.bits == 8] + 470'000 + p.m * 15'000 + joining) + x * 8;
 }
 
 // The fastest division of K that leaves x room beside the rings. 0: there is none.
@@ -53,10 +50,58 @@ int stream_splits(wog_problem const& p, Row const& row) {
     return best;
 }
 
+// kTile: warps of a block in n, parts of K, and how long that takes
+struct Tiling {
+    int warps_n, splits;
+    int64_t cycles;
+};
+
+// The least time, in cycles: waves of blocks, each of them its steps at the pace of the tensor cores (a product of
+// 16 x 8 x 16 each 6.4 cycles of a quarter) or of what comes in, then its sums.
+Tiling choose_tiling(wog_problem const& p, Row const& row) {
+    int const steps = ceil_div(p.k, 64 * row.warps_k), sides = row.warps_k * row.warps_m;
+    Tiling best{};
+    for (int splits = 1; splits <= 8; splits *= 2)
+        for (int warps_n = 4; warps_n <= row.warps_n; warps_n += 2) {  // whole warpgroups
+            if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
+            if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
+            int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
+            int const places = std::max(1, usable(p, splits) / splits);
+            int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
+            int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
+            int64_t const step = std::max(products * 13 / 2 + 100, bytes / 20);
+            int64_t const end = splits > 1 ? 2500 + p.m * warps_n * row.strips * 4 : 1000;
+            int64_t const time = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
+            if (!best.warps_n || time < best.cycles) best = {warps_n, splits, time};
+        }
+    return best;
+}
+
+// Of kHopper's tiles that are left over: what leaves the fewest stages to the busiest block, a sum over a cluster being
+// worth six.
+struct HopperPlan {
+    int splits;
+    int64_t stages;
+};
+HopperPlan hopper_plan(wog_problem const& p, int tiles, int stages) {
+    HopperPlan best{1, ceil_div(tiles, hopper_clusters(p, 1)) * int64_t(stages)};
+    for (int splits : {2, 4, 8}) {
+        if (p.splits ? splits > p.splits : stages / splits < 4) continue;
+        if (splits > stages || !hopper_divides(p, tiles, splits)) continue;
+        int const blocks = hopper_clusters(p, splits) * splits,
+                  rest = tiles % blocks ? ceil_div(stages, splits) + 6 : 0;
+        int64_t const all = int64_t(tiles / blocks) * stages + rest;
+        if (p.splits || all < best.stages) best = {splits, all};
+    }
+    return best;
+}
+
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
+    if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
+    if (row.kernel == Kernel::kHopper && p.group % stage_k(row) && p.group != p.k) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
@@ -68,6 +113,8 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
     if (row.kernel == Kernel::kStream) return stream_splits(p, row);
+    if (row.kernel == Kernel::kTile) return choose_tiling(p, row).splits;
+    if (row.kernel == Kernel::kHopper) return hopper_plan(p, blocks, steps).splits;
     if (p.splits) return std::min(p.splits, steps);
     int const places = in_cluster(row, p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({places / std::max(blocks, 1), by_depth, 8});
@@ -76,21 +123,26 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     return splits;
 }
 
-// What kWarpgroup's blocks take, in cycles: waves of tiles, and where K is split the partial sums, out and in again
+// How long a row takes, beside others of its kernel
 int64_t duration(Row const& row, wog_problem const& p) {
     if (row.kernel == Kernel::kStream) return stream_duration(p, row, stream_splits(p, row));
+    if (row.kernel == Kernel::kTile) return choose_tiling(p, row).cycles;
     int const across = ceil_div(p.n, row.block_n() * row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
-    int const splits = choose_splits(p, row, across * down), steps = ceil_div(ceil_div(p.k, 64), splits);
+    int const pace = row.pace[p.bits == 8], steps = ceil_div(p.k, stage_k(row));
+    if (row.kernel == Kernel::kHopper && row.cluster == 1) return hopper_plan(p, across * down, steps).stages * pace;
+    // waves of tiles, and where K is split the partial sums, out and in again
+    int const splits = choose_splits(p, row, across * down);
     int const places = std::max(1, p.sm_count / row.cluster * row.cluster);
     int64_t const waves = ceil_div(int64_t(across) * down * splits, places);
-    return waves * steps * row.pace + (splits > 1 ? 3000 + splits * p.m * p.n * 8 / (28 * p.sm_count) : 0);
+    return waves * ceil_div(steps, splits) * pace +
+           (splits > 1 ? 3000 + splits * p.m * p.n * 8 / (28 * p.sm_count) : 0);
 }
 
 // The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
 Row const* find_row(wog_problem const& p) {
     if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
     Row const* best = std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
-    bool const timed = best->kernel == Kernel::kWarpgroup || best->kernel == Kernel::kStream;
+    bool const timed = best->kernel != Kernel::kGemm && best->kernel != Kernel::kPlain;
     for (Row const* row = best; timed && row->kernel == best->kernel; row++)
         if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
     return best;
@@ -135,14 +187,16 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     if (!found)
         return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
     Row const& row = *found;
+    bool const tile = row.kernel == Kernel::kTile;
+    int const warps_n = tile ? choose_tiling(p, row).warps_n : row.warps_n;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
-    int const tiles =
-        dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n) : ceil_div(p.n, row.block_n());
+    int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
+                            : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
     int const splits = choose_splits(p, row, grid_m * tiles);
     // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
-    bool const clusters = splits > 1 && in_cluster(row, p),
-               walks = (row.kernel == Kernel::kGemm && !clusters) || row.kernel == Kernel::kStream;
+    bool const clusters = splits > 1 && in_cluster(row, p), stream = row.kernel == Kernel::kStream;
+    bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
     int const fit = std::max(1, usable(p, clusters ? splits : 1) * row.resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
@@ -150,8 +204,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              splits,
              grid_m,
              walks ? std::min(tiles, fit) : tiles,
-             row.threads(),
-             shared_bytes(row, p, splits),
+             row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
+             tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
              dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
     return 0;
 }
@@ -170,7 +224,9 @@ int64_t wog_workspace(wog_problem const* problem) {
         most = std::max(most, plan.workspace);
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
-            if (splits_k(other)) most = std::max(most, before_partials(other, p) + p.sm_count * tile);
+            int64_t const parts =
+                other.kernel == Kernel::kGemm || other.kernel == Kernel::kWarpgroup ? p.sm_count * tile : 0;
+            if (splits_k(other)) most = std::max(most, before_partials(other, p) + parts);
         }
     }
     return most;
@@ -208,8 +264,8 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
 #ifdef WOG_VOLTA
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
-    decltype(&launch_gemm)
-        const launchers[] = {launch_plain, launch_gemm, launch_dense, launch_warpgroup, launch_stream};  // by Kernel
+    decltype(&launch_gemm) const launchers[] = {launch_plain,  launch_gemm, launch_dense, launch_warpgroup,
+                                                launch_stream, launch_tile, launch_hopper};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
     if (char const* failed = run(*problem, t, plan, stream)) {

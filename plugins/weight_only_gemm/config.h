@@ -20,24 +20,36 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
-// Of kStream's rows, and of kWarpgroup's, the one that should end first is taken. The pace of kStream's was measured on
-// an H200; that of kWarpgroup's is arithmetic: the most of what the tensor cores (2048 fp16 or 4096 int8 products a
-// cycle), the L2 (28 bytes a cycle) and the consumers' instructions need.
+// Of the rows of kStream, kTile, kHopper and kWarpgroup the one that should end first is taken. The pace of kStream's and
+// kHopper's was measured on an H200. kWarpgroup, whose pace is arithmetic (the most of what the tensor cores, the L2 and
+// the consumers' instructions need), has what kHopper does not: groups that end inside its stages.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
-    {"warpgroup128x2", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 2, 512},
-    {"warpgroup64x2", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 2, 310},
-    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 1, 730},
-    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 1, 440},
-    {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, 585, true},
-    {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, 440},
-    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, 585},
-    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, 440},
-    {"ring8", Kernel::kStream, 16, 1, 16, 4, 1, {3, 2}, 1, 8, 90, 90, 0, 1, 0, false, {9100, 8500}},
-    {"ring8_narrow", Kernel::kStream, 16, 1, 8, 2, 1, {6, 4}, 2, 8, 90, 90, 0, 1, 0, false, {10400, 7100}},
-    {"ring8_deep", Kernel::kStream, 16, 1, 16, 2, 1, {7, 4}, 1, 8, 90, 90, 0, 1, 0, false, {13200, 9500}},
-    {"ring16", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 90, 90, 0, 1, 0, false, {13800, 12800}},
+    {"ring8", Kernel::kStream, 16, 1, 16, 4, 1, {3, 2}, 1, 8, 90, 90, 0, 1, {9100, 8500}},
+    {"ring8_narrow", Kernel::kStream, 16, 1, 8, 2, 1, {6, 4}, 2, 8, 90, 90, 0, 1, {10400, 7100}},
+    {"ring8_deep", Kernel::kStream, 16, 1, 16, 2, 1, {7, 4}, 1, 8, 90, 90, 0, 1, {13200, 9500}},
+    {"ring16", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 90, 90, 0, 1, {13800, 12800}},
+    {"ring32", Kernel::kTile, 16, 6, 2, 3, 4, {7, 4}, 1, 32, 90, 90},
+    {"ring32_narrow", Kernel::kTile, 16, 8, 2, 2, 4, {7, 4}, 1, 32, 90, 90},
+    {"ring64", Kernel::kTile, 16, 6, 1, 3, 4, {10, 7}, 1, 64, 90, 90, 0, 1, {}, false, 2},
+    {"ring64_narrow", Kernel::kTile, 16, 8, 1, 2, 4, {11, 8}, 1, 64, 90, 90, 0, 1, {}, false, 2},
+    {"hopper128x64", Kernel::kHopper, 16, 8, 1, 1, 8, {16, 12}, 1, kAny, 90, 90, 0, 1, {910, 800}},
+    {"hopper192x64", Kernel::kHopper, 16, 12, 1, 1, 8, {13, 9}, 1, kAny, 90, 90, 0, 1, {1230, 1080}},
+    {"hopper128x128", Kernel::kHopper, 16, 8, 1, 1, 16, {9, 8}, 1, kAny, 90, 90, 0, 1, {920, 790}},
+    {"int8_hopper128x64", Kernel::kHopper, 8, 8, 1, 1, 8, {12, 8}, 1, kAny, 90, 90, 32, 1, {690, 690}},
+    {"int8_hopper192x64", Kernel::kHopper, 8, 12, 1, 1, 8, {9, 5}, 1, kAny, 90, 90, 32, 1, {950, 950}},
+    {"int8_hopper128x128", Kernel::kHopper, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 32, 1, {990, 990}},
+    {"int8_hopper192x128", Kernel::kHopper, 8, 12, 1, 1, 16, {6, 4}, 1, kAny, 90, 90, 32, 1, {1320, 1320}, true},
+    {"int8_hopper128x256", Kernel::kHopper, 8, 8, 1, 1, 32, {4, 4}, 1, kAny, 90, 90, 32, 2, {1700, 1700}, true},
+    {"warpgroup128x2", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 2, {512, 512}},
+    {"warpgroup64x2", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 2, {310, 310}},
+    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 1, {730, 730}},
+    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 1, {440, 440}},
+    {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, {585, 585}, true},
+    {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, {440, 440}},
+    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, {585, 585}},
+    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, {440, 440}},
     {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {8, 4}, 1, 8, 80, kNewest},
     {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
     {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
@@ -71,15 +83,18 @@ constexpr int count_rows(Kernel kernel) {
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
     if (row.kernel == Kernel::kWarpgroup) return !row.whole_k;
-    return row.kernel == Kernel::kVolta || row.kernel == Kernel::kStream ||
-           (row.kernel == Kernel::kGemm && (row.activation_bits == 16 || row.warps_k > 1));
+    if (row.kernel == Kernel::kHopper) return row.cluster == 1;
+    if (row.kernel == Kernel::kGemm) return row.activation_bits == 16 || row.warps_k > 1;
+    return row.kernel == Kernel::kVolta || row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
 }
 
-// Where the blocks that divide K are a cluster: no workspace, no second kernel. Only where multiprocessors are known to
-// come in sixteens or more, so that clusters of up to eight fill the device.
+// Where the blocks that divide K are a cluster: no workspace, no second kernel
 constexpr bool in_cluster(Row const& row, wog_problem const& p) {
-    return row.kernel == Kernel::kStream || (row.kernel == Kernel::kGemm && p.sm == 90);
+    if (row.kernel == Kernel::kGemm) return p.sm == 90;
+    return row.kernel == Kernel::kStream || row.kernel == Kernel::kTile || row.kernel == Kernel::kHopper;
 }
+// Multiprocessors that clusters of so many blocks fill: on an H200 (132) 66 of two, 30 of four and 15 of eight blocks.
+constexpr int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.sm_count * 10 / 11 : p.sm_count; }
 
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -132,6 +147,42 @@ constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits
                                 stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
 }
 
+// Shared memory of kTile, of a block of so many warps in n: barriers, a ring of stages (x, codes, scales and zeros and sums
+// of x, of 64 k of each part of K), and sums on their way out: a column of each warp's, or all of them, instead of the
+// ring, for a cluster to add up
+constexpr int kTileStages = 32;
+constexpr int tile_units(wog_problem const& p) { return p.group % 64 ? 2 : 1; }  // groups of 64 k
+constexpr int tile_stage(Row const& row, int bits, int units, int warps_n) {
+    int const sums = units * row.block_m() * 4;
+    int const bytes = row.warps_k * (warps_n * row.strips * (bits * 128 + units * 64) + row.block_m() * 128 + sums);
+    return (bytes + 1023) / 1024 * 1024;
+}
+constexpr int tile_shared(Row const& row, wog_problem const& p, int splits, int warps_n) {
+    int const ring = row.stages[p.bits == 8] * tile_stage(row, p.bits, tile_units(p), warps_n);
+    int const staged = warps_n * row.warps_k * row.warps_m * 8 * (row.strips * 16 + 4) * 4;
+    int const sums = row.warps_k * row.block_m() * (warps_n * row.strips * 16 + 4) * 4;
+    return 1024 + (splits == 1 ? ring + staged : std::max(ring, sums));
+}
+
+// kHopper: a stage is x, codes, and at a cut scales, zeros and sums of x, which small tiles make themselves
+constexpr int kHopperSums = 2;
+constexpr bool hopper_ones(Row const& row) { return row.activation_bits == 16 && row.columns <= 8; }
+constexpr int hopper_stage(Row const& row, int bits) {
+    int const weights = row.block_n() * (stage_k(row) * bits / 8 + 4), sums = hopper_ones(row) ? 0 : row.block_m() * 4;
+    return (x_stage_bytes(row.columns) + weights + sums + 1023) / 1024 * 1024;
+}
+constexpr int hopper_bytes(Row const& row, int bits) {
+    int const stages = row.stages[bits == 8], staged = row.warps_n / 4 * kStagedRows * kStagedPitch * 4;
+    return stages * hopper_stage(row, bits) + staged + kHopperSums * row.block_m() * 4 + 2 * (stages + kHopperSums) * 8;
+}
+
+// kHopper: clusters of so many blocks that the device holds at once. K of the tiles left over is divided if each cluster has at most one of them.
+constexpr int hopper_clusters(wog_problem const& p, int size) { return std::max(1, usable(p, size) / size); }
+constexpr bool hopper_divides(wog_problem const& p, int tiles, int splits) {
+    int const clusters = hopper_clusters(p, splits);
+    return tiles < clusters || tiles % (clusters * splits) <= clusters;
+}
+
 constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
 #ifdef WOG_VOLTA
     return row.kernel == Kernel::kVolta ? volta_shared_bytes(row) : 0;
@@ -139,6 +190,7 @@ constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
     return row.kernel == Kernel::kGemm        ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
            : row.kernel == Kernel::kWarpgroup ? warpgroup_bytes(row, p.bits)
            : row.kernel == Kernel::kStream    ? int(stream_shared(row, p, splits))
+           : row.kernel == Kernel::kHopper    ? hopper_bytes(row, p.bits)
                                               : 0;
 #endif
 }
@@ -157,7 +209,8 @@ constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
 // Where partial sums start in the workspace: after what rows.cu leaves there
 constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
     if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
-    return row.kernel == Kernel::kWarpgroup ? row_sums_bytes(p.m, p.k, p.group) : 0;
+    bool const sums = row.kernel == Kernel::kWarpgroup || (row.kernel == Kernel::kHopper && !hopper_ones(row));
+    return sums ? row_sums_bytes(p.m, p.k, p.group) : 0;
 }
 inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
     return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));
@@ -181,6 +234,8 @@ char const* query_device(int32_t& sm, int32_t& sm_count);
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);

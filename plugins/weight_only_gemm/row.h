@@ -5,7 +5,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kStream, kVolta };
+enum class Kernel : int32_t { kPlain, kGemm, kDense, kWarpgroup, kStream, kTile, kHopper, kVolta };
 
 struct Row {
     char const* name;
@@ -18,15 +18,21 @@ struct Row {
     int resident;          // blocks that must fit a multiprocessor together: bounds the registers
     int64_t max_m;
     int min_sm, max_sm;
-    int64_t min_m = 0;     // not chosen up to it; may be pinned there
-    int cluster = 1;       // blocks side by side in n that share what they load of x
-    int pace = 0;          // kWarpgroup: cycles for 64 k of a tile
+    int64_t min_m = 0;  // not chosen up to it; may be pinned there
+    int cluster = 1;    // blocks side by side in n that share what they load of x
+    // For codes of 4 and 8 bits, beside rows of the same kernel: kStream's picoseconds for 64 k of a strip, cycles of the
+    // others for a stage
+    int pace[2] = {};
     bool whole_k = false;  // takes only groups that are all of K
-    int step_ps[2] = {};   // kStream: picoseconds for 64 k of a strip, for codes of 4 and 8 bits
+    int warps_m = 1;       // kTile: of them divide the columns of m
 
     constexpr int block_n() const { return warps_n * strips * 16; }
-    constexpr int block_m() const { return columns * 8; }
-    constexpr int threads() const { return (warps_n * warps_k + (kernel == Kernel::kWarpgroup ? 4 : 0)) * 32; }
+    constexpr int block_m() const { return warps_m * columns * 8; }
+    // Beside those that multiply, on Hopper: four warps that fill the ring
+    constexpr int helpers() const {
+        return kernel == Kernel::kWarpgroup || kernel == Kernel::kTile || kernel == Kernel::kHopper ? 4 : 0;
+    }
+    constexpr int threads() const { return (warps_n * warps_k * warps_m + helpers()) * 32; }
 };
 
 constexpr int64_t kAny = int64_t(1) << 40;

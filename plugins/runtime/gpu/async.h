@@ -86,6 +86,13 @@ __device__ __forceinline__ void prefetch_map(TensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// One lane of a warp that is here as a whole: the compiler then issues a copy once, not lane by lane.
+__device__ __forceinline__ bool elected() {
+    uint32_t is;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(is));
+    return is;
+}
+
 // ---- warpgroups ----
 
 // The registers of a thread, for all of a warpgroup: fewer than the kernel was compiled for leave some for others.

@@ -119,6 +119,7 @@ inline void copy_box(void* shared, TensorMap const& map, int byte, int64_t row, 
                              Cluster == 1 ? barrier : emulator::at_rank(barrier, rank));
 }
 inline void prefetch_map(TensorMap const&) {}
+inline bool elected() { return threadIdx.x % 32 == 0; }
 
 // ---- warpgroups ----
 

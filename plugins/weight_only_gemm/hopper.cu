@@ -1,0 +1,648 @@
+// The Hopper kernel of WeightOnlyGemm for many rows: 16-bit or int8 activations, warpgroup products, warps with roles.
+//
+// A block owns a multiprocessor and works through tiles of W * 64 n x C * 8 m. What is left when all blocks have had as
+// many whole tiles, or all of a few tiles, is divided in K: the blocks of a cluster have a part each, and add up in
+// shared memory. One launch, no workspace. Else blocks of a pair work on neighbours in n, and each loads half of the
+// rows of x for both.
+//
+//     loaders (warps 0, 1)   128 bytes of rows of x; codes, and at a cut scales and zeros   full[stage] -> all others
+//     sums (warps 2, 3)      C = 8: X, in the tensor cores, by a matrix of ones             sum_full[slot] -> consumers
+//     consumers              64 n each: codes to registers, multiply, scale, store          empty[stage], sum_empty[slot]
+//
+// Three or four groups of consumers, or a second set of sums, keep the tensor cores at work while codes are decoded and
+// sums scaled: what one group does in between takes longer than its products.
+//
+// Arithmetic: P = sum of x * (q - c), in the tensor cores, X = sum of x. Codes of four bits and fp16 are taken as they
+// lie in their words (decode_raw: c = 0, units of 2^-24 and 2^-20); of eight bits that would cost precision: c = 128.
+// At each cut, the end of a group, of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may
+// not run long), acc += s * unit * (P - (z - c) / unit * X), all in fp32. From 128 rows X is rows.cu's, of a whole
+// group: counted where the group ends. For int8, sums are whole numbers, c = 8 or 128, X is rows.cu's, cuts are those of
+// groups and parts, and s_x follows: y = s_x * acc. With one group, its sums turn into the result where they are.
+//
+// Groups are multiples of a stage's k, 64 or 128, or all of K: cuts stand at ends of stages.
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include <async.h>
+
+#include "decode.h"
+#include "epilogue.h"
+#include "int8.h"
+#include "tile.h"
+
+namespace wog {
+namespace {
+
+struct HopperArgs {
+    TensorMap x;
+    float const* scales;  // of rows, for int8
+    float const* sums;    // [K / group, pitch]: X, for int8 or from 128 rows
+    int64_t pitch;
+    unsigned char const* codes;
+    uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
+    Output out;
+    int32_t stages, group_stages, splits;       // in K, in a group
+    int32_t blocks;                             // of codes, of a strip
+    int32_t tiles_m, tiles_n, items, clusters;  // items: tiles, of n by pairs
+    int32_t turns, whole;                       // of a block, and how many of them are whole tiles
+};
+
+constexpr int kBand = 8;      // tiles of m that blocks at work together share weights over
+constexpr int kLongest = 16;  // stages of 16-bit x from one cut to the next
+
+struct Item {
+    int m0, n0, first, last;  // rows of x and of codes; stages
+};
+
+template <int Slots>
+struct Cursor {
+    int slot = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == Slots) slot = 0, parity ^= 1;
+    }
+};
+
+// The cuts of an item, for every role
+template <int Longest>
+struct Cuts {
+    int stage, last, group, group_end, per_group;
+
+    __device__ __forceinline__ Cuts(HopperArgs const& p, Item const& item) {
+        stage = item.first, last = item.last, per_group = p.group_stages;
+        group = stage / per_group, group_end = (group + 1) * per_group;
+    }
+    __device__ __forceinline__ bool left() const { return stage < last; }
+    __device__ __forceinline__ int end() const {
+        int const e = last < group_end ? last : group_end;
+        return e - stage > Longest ? stage + Longest : e;
+    }
+    __device__ __forceinline__ bool ends_group() const { return end() == group_end; }
+    __device__ __forceinline__ void next() {
+        stage = end();
+        if (stage == group_end) group++, group_end += per_group;
+    }
+};
+
+template <class T, int Bits, int I>
+struct Shape {
+    static constexpr Row kRow = kRows[I];
+    static constexpr int C = kRow.columns, W = kRow.warps_n / 4, kCluster = kRow.cluster;
+    static constexpr int kBlockM = kRow.block_m(), kBlockN = kRow.block_n(), kStrips = kBlockN / 16;
+    static constexpr int kStages = kRow.stages[Bits == 8], kBlocks = stage_k(kRow) * Bits / 256,
+                         kThreads = kRow.threads();
+    static constexpr bool kOnes = hopper_ones(kRow), kInt8 = kRow.activation_bits == 8;
+    static constexpr int kLongest = kInt8 ? 1 << 20 : wog::kLongest;
+    using Cuts = wog::Cuts<kLongest>;
+    static constexpr int kCodes = x_stage_bytes(C), kAffine = kCodes + kBlocks * kStrips * 512;
+    static constexpr int kX = kAffine + kBlockN * 4, kStage = hopper_stage(kRow, Bits);
+    static constexpr int kTile = kStages * kStage, kSums = kTile + W * kStagedRows * kStagedPitch * 4;
+    static constexpr int kBarriers = kSums + kHopperSums * kBlockM * 4;
+    static constexpr int kReaders = W * 4 + (kOnes ? 2 : 0);  // warps that read a stage
+    static constexpr int kPitch = kBlockN + 4;                // of a tile on its way through a cluster
+    static_assert(kBarriers + 2 * (kStages + kHopperSums) * 8 == hopper_bytes(kRow, Bits), "as the table says");
+    static_assert(hopper_bytes(kRow, Bits) <= 227 * 1024, "what a block of sm_90 may use");
+    static_assert(kStages >= 3 && kStage % 1024 == 0 && kCodes / kCluster % 1024 == 0, "the swizzle repeats");
+    static_assert(kBlockM * kPitch * 4 <= kTile, "a tile takes the place of the stages");
+    static constexpr int kConsumerRegisters = W == 2 ? 216 : W == 4 ? 104 : C == 8 || kRow.whole_k ? 152 : 160;
+    static constexpr int kEights = 65536 / kThreads / 8 * (W + 1);  // of registers that a block has for 128 lanes
+    static constexpr int kProducerRegisters = kEights * 8 - W * kConsumerRegisters;
+
+    static __device__ __forceinline__ unsigned char* stage(int slot) { return dynamic_shared() + slot * kStage; }
+    static __device__ __forceinline__ float* staged(int who) {
+        return reinterpret_cast<float*>(dynamic_shared() + kTile) + who * kStagedRows * kStagedPitch;
+    }
+    static __device__ __forceinline__ float* tile() { return reinterpret_cast<float*>(dynamic_shared()); }
+    static __device__ __forceinline__ float* sums(int slot) {
+        return reinterpret_cast<float*>(dynamic_shared() + kSums) + slot * kBlockM;
+    }
+    static __device__ __forceinline__ Barrier* barrier(int i) {
+        return reinterpret_cast<Barrier*>(dynamic_shared() + kBarriers) + i;
+    }
+    static __device__ __forceinline__ Barrier* full(int slot) { return barrier(slot); }
+    static __device__ __forceinline__ Barrier* empty(int slot) { return barrier(kStages + slot); }
+    static __device__ __forceinline__ Barrier* sum_full(int slot) { return barrier(2 * kStages + slot); }
+    static __device__ __forceinline__ Barrier* sum_empty(int slot) { return barrier(2 * kStages + kHopperSums + slot); }
+
+    static __device__ __forceinline__ void start_barriers() {
+        for (int i = 0; i < kStages; i++) barrier_init(full(i), 2), barrier_init(empty(i), kReaders * kCluster);
+        for (int i = 0; i < kHopperSums; i++) barrier_init(sum_full(i), 2), barrier_init(sum_empty(i), W * 4);
+        publish_barriers();
+    }
+
+    // By all lanes of a warp that has read a stage: neighbours copy into it too.
+    static __device__ __forceinline__ void release(int slot, int lane) {
+        warp_barrier();
+        if (kCluster == 1 && lane == 0) arrive(empty(slot));
+        if (kCluster > 1 && lane < kCluster) arrive_at(empty(slot), lane);
+    }
+
+    // Neighbours of a pair differ in n, those who divide K in the part
+    static __device__ __forceinline__ int index(HopperArgs const& p, int turn) {
+        int const block = int(blockIdx.x), sharers = turn < p.whole ? 1 : p.splits;
+        return kCluster > 1 ? turn * p.clusters + block / kCluster : turn * p.clusters * p.splits + block / sharers;
+    }
+    static __device__ __forceinline__ bool left(HopperArgs const& p, int turn) {
+        return turn < p.turns && index(p, turn) < p.items;
+    }
+    static __device__ __forceinline__ Item item(HopperArgs const& p, int turn) {
+        int const at = index(p, turn), across = (p.tiles_n + kCluster - 1) / kCluster, band = at / (kBand * across);
+        int const inside = at % (kBand * across), left = p.tiles_m - band * kBand, rows = left < kBand ? left : kBand;
+        int const neighbour = kCluster > 1 ? int(blockIdx.x) % kCluster : 0;
+        bool const whole = kCluster > 1 || turn < p.whole;
+        int const part = whole ? 0 : int(blockIdx.x) % p.splits, parts = whole ? 1 : p.splits;
+        return {(band * kBand + inside % rows) * kBlockM, (inside / rows * kCluster + neighbour) * kBlockN,
+                int(int64_t(p.stages) * part / parts), int(int64_t(p.stages) * (part + 1) / parts)};
+    }
+};
+
+// ---- loaders: two warps, of which one lane copies ----
+//
+// A stage takes consumers 400 cycles and more, and a lone warp about 6 for an instruction: what an item needs is found
+// once, control is the same for all lanes (so that addresses can be in uniform registers, as copies want them), and two
+// warps share the work. Each says how many bytes it will send.
+
+template <class S>
+struct Loader {
+    HopperArgs const& p;
+    Cursor<S::kStages> at{};
+
+    // Strips of 16 n lie in tiles of 128 n, of which the last may have fewer; a tile of ours touches at most two of them.
+    struct Piece {
+        unsigned char const* from;
+        int bytes, pitch;  // of a block; from one block of k to the next
+
+        __device__ __forceinline__ Piece(HopperArgs const& p, int n, int end, int block) {
+            int const tile = n / 128 * 128, all = p.out.n - tile < 128 ? p.out.n - tile : 128;
+            bytes = ((tile + all < end ? tile + all : end) - n) * 32, pitch = all * 32;
+            if (n >= end) bytes = pitch = 0;
+            from = p.codes + (int64_t(tile) * p.blocks + (n - tile)) * 32 + int64_t(block) * pitch;
+        }
+        __device__ __forceinline__ void copy(unsigned char* to, int block, Barrier* full) const {
+            copy_bulk(to + block * (S::kStrips * 512), from + block * pitch, bytes, full);
+        }
+    };
+
+    // The second block of the last pair may have no n at all. Weights never change: they need not wait for the kernel
+    // before.
+    __device__ __forceinline__ void send_weights() {
+        for (int turn = 0; S::left(p, turn); turn++) {
+            Item const item = S::item(p, turn);
+            int const left = p.out.n - item.n0, width = left < 0 ? 0 : left < S::kBlockN ? left : S::kBlockN;
+            int const end = item.n0 + width;
+            Piece low(p, item.n0, end, item.first * S::kBlocks);
+            Piece high(p, item.n0 + low.bytes / 32, S::W > 2 ? end : 0, item.first * S::kBlocks);
+            int const whole = low.bytes + high.bytes, offset = low.bytes;
+            for (typename S::Cuts cut(p, item); cut.left(); cut.next()) {
+                int const last = cut.end() - 1;
+#pragma unroll 1
+                for (int stage = cut.stage; stage <= last; stage++) {
+                    int const blocks = S::kBlocks == 1 ? 1 : p.blocks - stage * S::kBlocks;  // the last stage has fewer
+                    int const count = blocks < S::kBlocks ? blocks : S::kBlocks;
+                    unsigned char* const to = S::stage(at.slot);
+                    Barrier* const full = S::full(at.slot);
+                    wait(S::empty(at.slot), at.parity ^ 1);
+                    if (elected()) {
+                        arrive_expecting(full, count * whole + (stage == last ? width * 4 : 0));
+#pragma unroll
+                        for (int i = 0; i < S::kBlocks; i++) {
+                            if (i < count && low.bytes) low.copy(to + S::kCodes, i, full);
+                            if (S::W > 2 && i < count && high.bytes) high.copy(to + S::kCodes + offset, i, full);
+                        }
+                        if (stage == last && width)
+                            copy_bulk(to + S::kAffine, p.affine + int64_t(cut.group) * p.out.n + item.n0, width * 4,
+                                      full);
+                    }
+                    low.from += S::kBlocks * low.pitch, high.from += S::kBlocks * high.pitch;
+                    at.next();
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void send_x() {
+        constexpr int kSumBytes = S::kOnes ? 0 : S::kBlockM * 4, kRows = S::kBlockM / S::kCluster;
+        int const rank = S::kCluster > 1 ? int(blockIdx.x) % S::kCluster : 0;
+        if (elected()) prefetch_map(p.x);
+        wait_for_inputs();
+        for (int turn = 0; S::left(p, turn); turn++) {
+            Item const item = S::item(p, turn);
+            for (typename S::Cuts cut(p, item); cut.left(); cut.next()) {
+                int const last = cut.end() - 1;
+                float const* const sums = p.sums + cut.group * p.pitch + item.m0;
+#pragma unroll 1
+                for (int stage = cut.stage; stage <= last; stage++, at.next()) {
+                    unsigned char* const to = S::stage(at.slot);
+                    Barrier* const full = S::full(at.slot);
+                    wait(S::empty(at.slot), at.parity ^ 1);
+                    if (!elected()) continue;
+                    arrive_expecting(full, S::kCodes + (stage == last ? kSumBytes : 0));
+                    copy_box<S::kCluster>(to + rank * (S::kCodes / S::kCluster), p.x, stage * 128,
+                                          item.m0 + rank * kRows, full);
+                    if (!S::kOnes && stage == last) copy_bulk(to + S::kX, sums, kSumBytes, full);
+                }
+            }
+        }
+        if constexpr (S::kCluster > 1)  // neighbours arrive here until they have left the last stages
+            for (int i = 0; i < S::kStages; i++, at.next()) wait(S::empty(at.slot), at.parity ^ 1);
+    }
+};
+
+// ---- X: two warps, every second column of 8 m each ----
+
+template <class T, class S>
+struct Ones {
+    static constexpr int kMost = (S::C + 1) / 2;
+
+    HopperArgs const& p;
+    int const lane = threadIdx.x % 32, which = threadIdx.x / 32 - 2;
+    Cursor<S::kStages> at{};
+    Cursor<kHopperSums> sum_at{};
+
+    __device__ __forceinline__ void run() {
+        constexpr uint32_t kOne = std::is_same<T, Half>::value ? 0x3c003c00 : 0x3f803f80;
+        constexpr uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+        int const inside = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+        for (int turn = 0; S::left(p, turn); turn++)
+            for (typename S::Cuts cut(p, S::item(p, turn)); cut.left(); cut.next()) {
+                float sum[kMost][4] = {};
+#pragma unroll 1
+                for (int stage = cut.stage; stage < cut.end(); stage++, at.next()) {
+                    wait(S::full(at.slot), at.parity);
+                    Shared const x = shared_address(S::stage(at.slot)) + inside;
+#pragma unroll 1
+                    for (int half = 0; half < 2; half++)
+#pragma unroll
+                        for (int i = 0; i < kMost; i++) {
+                            int const j = which + 2 * i;
+                            uint32_t r[4];
+                            load_matrices(r, flip(x + (j < S::C ? j : 0) * 1024, half * 64));
+                            multiply_add<T>(sum[i], ones, r[0], r[1]);
+                            multiply_add<T>(sum[i], ones, r[2], r[3]);
+                        }
+                    S::release(at.slot, lane);
+                }
+                wait(S::sum_empty(sum_at.slot), sum_at.parity ^ 1);
+#pragma unroll
+                for (int i = 0; i < kMost; i++) {
+                    int const j = which + 2 * i;
+                    float* const to = S::sums(sum_at.slot) + j * 8 + lane * 2;
+                    if (lane < 4 && j < S::C) to[0] = sum[i][0], to[1] = sum[i][1];
+                }
+                warp_barrier();
+                if (lane == 0) arrive(S::sum_full(sum_at.slot));
+                sum_at.next();
+            }
+    }
+};
+
+// ---- consumers: 128 threads and 64 n each ----
+
+template <class T, int Bits, int I>
+struct Consumer {
+    using S = Shape<T, Bits, I>;
+    using Sum = std::conditional_t<S::kInt8, int32_t, float>;
+    static constexpr int C = S::C, W = S::W;
+    static constexpr bool kInt8 = S::kInt8, kWhole = S::kRow.whole_k;
+    static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
+    static constexpr bool kRaw = Bits == 4 && !kInt8 && std::is_same<T, Half>::value;
+    static constexpr bool kAhead = W == 2 || (W == 3 && C == 8);
+    static constexpr int kParts = kAhead ? 2 : 4, kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
+
+    HopperArgs const& p;
+    int const thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    int const who = threadIdx.x / 128 - 1;
+
+    Sum sum[C][4];                 // P since the last cut
+    float acc[kWhole ? 1 : C][4];  // with one cut, its result takes P's place
+    uint32_t a[kFragments][4];     // of k16 steps
+    uint4 codes;                   // that fragments are decoded from
+    Cursor<S::kStages> at{};
+    Cursor<kHopperSums> sum_at{};
+
+    template <int Part>
+    __device__ __forceinline__ void decode_part(int slot) {
+#pragma unroll
+        for (int step = Part * kPartSteps; step < (Part + 1) * kPartSteps; step++) {
+            unsigned char const* const from = S::stage(slot) + S::kCodes + step / kBlockSteps * (S::kStrips * 512) +
+                                              (who * 4 + warp) * 512 + lane * 16;
+            constexpr int kHalf = kAhead || kBlockSteps == 1 ? kBlockSteps : kBlockSteps / 2;
+            if (kHalf == kBlockSteps && step % kBlockSteps == 0) codes = *reinterpret_cast<uint4 const*>(from);
+            if (kHalf != kBlockSteps && step % kHalf == 0) {  // half of them: two registers fewer
+                int const half = step % kBlockSteps / kHalf;
+                uint32_t const* const words = reinterpret_cast<uint32_t const*>(from) + half * 2;
+                (half ? codes.z : codes.x) = words[0], (half ? codes.w : codes.y) = words[1];
+            }
+            uint32_t (&to)[4] = a[step % kFragments];
+            if constexpr (kInt8)
+                decode_int8(to, step);
+            else if constexpr (kRaw)
+                decode_raw<T, Bits>(to, codes, step % kBlockSteps);
+            else
+                decode<T, Bits>(to, codes, step % kBlockSteps);
+        }
+    }
+
+    // q - c as signed bytes
+    __device__ __forceinline__ void decode_int8(uint32_t (&to)[4], int step) const {
+        if constexpr (Bits == 8) {
+            to[0] = codes.x ^ 0x80808080, to[1] = codes.y ^ 0x80808080;
+            to[2] = codes.z ^ 0x80808080, to[3] = codes.w ^ 0x80808080;
+        } else {
+            uint32_t const low = step % 2 ? codes.z : codes.x, high = step % 2 ? codes.w : codes.y;
+            to[0] = less_eight(low), to[1] = less_eight(low >> 4);
+            to[2] = less_eight(high), to[3] = less_eight(high >> 4);
+        }
+    }
+    // Of the low nibbles: 128 + q - 8 borrows from no neighbour
+    static __device__ __forceinline__ uint32_t less_eight(uint32_t w) {
+        return (((w & 0x0f0f0f0f) | 0x80808080) - 0x08080808) ^ 0x80808080;
+    }
+
+    // P += codes * x for a part of a stage, or P = that
+    template <int Part>
+    __device__ __forceinline__ void multiply(int slot, bool add) {
+#pragma unroll
+        for (int i = 0; i < kPartSteps; i++) settle(a[(Part * kPartSteps + i) % kFragments]);
+        warpgroup_begin();
+#pragma unroll
+        for (int i = 0; i < kPartSteps; i++) {
+            int const step = Part * kPartSteps + i;
+            if constexpr (kInt8)
+                warpgroup_multiply_add(sum, a[step % kFragments], S::stage(slot), step, step > 0 || add);
+            else
+                warpgroup_multiply_add<T>(sum, a[step % kFragments], S::stage(slot), step, step > 0 || add);
+        }
+        warpgroup_commit();
+        warpgroup_wait<1>();
+    }
+
+    // acc += s * (P - (z - c) * X), of the cut whose last stage is in `slot`. `end`: whether rows.cu's X counts.
+    __device__ __forceinline__ void promote(int slot, bool end) {
+        auto const* const pairs =
+            reinterpret_cast<uint32_t const*>(S::stage(slot) + S::kAffine) + who * 64 + warp * 16 + g;
+        float scale[2], zero[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t const pair = pairs[h * 8];
+            float const unit = kRaw ? raw_unit<T, Bits>(h) : 1.0f, center = kRaw ? 0.0f : float(1 << (Bits - 1));
+            scale[h] = to_float<T>(uint16_t(pair)) * unit;
+            zero[h] = (center - to_float<T>(uint16_t(pair >> 16))) * (1.0f / unit);
+            if (!S::kOnes && !end) zero[h] = 0.0f;
+        }
+        if (S::kOnes) wait(S::sum_full(sum_at.slot), sum_at.parity);
+        auto const* const x = S::kOnes ? S::sums(sum_at.slot) : reinterpret_cast<float const*>(S::stage(slot) + S::kX);
+#pragma unroll
+        for (int j = 0; j < C; j++) {
+            float const x_sum[2] = {x[j * 8 + 2 * t], x[j * 8 + 2 * t + 1]};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float const v = scale[i / 2] * (float(sum[j][i]) + zero[i / 2] * x_sum[i % 2]);
+                if constexpr (kWhole)
+                    sum[j][i] = int32_t(float_bits(v));
+                else
+                    acc[j][i] += v;
+            }
+        }
+        if (S::kOnes) {
+            warp_barrier();
+            if (lane == 0) arrive(S::sum_empty(sum_at.slot));
+            sum_at.next();
+        }
+    }
+
+    // All but the decoding of its first part, which was before, and that of the next stage's
+    template <int Part = 0>
+    __device__ __forceinline__ void multiply_stage(int slot, int before, bool first) {
+        multiply<Part>(slot, !first);
+        if (Part == 0 && !first) S::release(before, lane);
+        if constexpr (Part + 1 < kParts) decode_part<Part + 1>(slot), multiply_stage<Part + 1>(slot, before, first);
+    }
+
+    // A part of a stage is decoded while the part before it is multiplied; nothing that depends on data stands between
+    // a product's start and the wait for it, or the compiler serializes. kAhead: over the end of a cut too.
+    __device__ __forceinline__ void accumulate(Item const& item) {
+        if (kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
+        int left = item.last - item.first, group_left = p.group_stages - item.first % p.group_stages;
+        while (left) {  // as Cuts, in fewer registers
+            int const least = left < group_left ? left : group_left, stages = least < S::kLongest ? least : S::kLongest;
+            left -= stages, group_left -= stages;
+            bool const end = group_left == 0;
+            if (end) group_left = p.group_stages;
+            if (!kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
+            int slot = at.slot, before = slot;
+#pragma unroll 1
+            for (int i = 0; i + 1 < stages; i++) {
+                multiply_stage(slot, before, i == 0);
+                at.next();
+                before = slot, slot = at.slot;
+                wait(S::full(slot), at.parity);
+                decode_part<0>(slot);
+            }
+            multiply_stage(slot, before, stages == 1);
+            at.next();
+            if constexpr (kAhead) {
+                if (left) wait(S::full(at.slot), at.parity);
+                decode_part<0>(left ? at.slot : slot);  // the last: for nothing, but without a branch
+            }
+            warpgroup_wait<0>();
+            settle(sum);
+            promote(slot, end);
+            S::release(slot, lane);
+        }
+    }
+
+    __device__ __forceinline__ float result(int j, int i) const {
+        if constexpr (kWhole)
+            return bits_float(uint32_t(sum[j][i]));
+        else
+            return acc[j][i];
+    }
+
+    // 32 m of the result to shared memory. The index is known when compiling: sums stay in registers.
+    template <int Pass>
+    __device__ __forceinline__ void stage_result(float* tile, int pitch, int pass) const {
+        if (pass == Pass) {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    tile[(j * 8 + 2 * t + i % 2) * pitch + warp * 16 + i / 2 * 8 + g] = result(Pass * 4 + j, i);
+        } else if constexpr ((Pass + 1) * 4 < C) {
+            stage_result<Pass + 1>(tile, pitch, pass);
+        }
+    }
+
+    static __device__ __forceinline__ void load_sixteen(float (&v)[16], float const* from) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float4 const four = reinterpret_cast<float4 const*>(from)[i];
+            v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+        }
+    }
+
+    __device__ __forceinline__ float scale_of(int64_t m) const { return kInt8 && m < p.out.m ? p.scales[m] : 1.0f; }
+    static __device__ __forceinline__ void scale_row(float (&v)[16], float scale) {
+#pragma unroll
+        for (float& f : v) f = kInt8 ? f * scale : f;
+    }
+
+    // Through shared memory, so that a thread has 16 n of a row and neighbours have neighbouring n
+    __device__ __forceinline__ void store(Item const& item) const {
+        float* const tile = S::staged(who);
+        int const row = thread / 4, column = thread % 4 * 16;
+#pragma unroll 1
+        for (int pass = 0; pass < C / 4; pass++) {
+            int64_t const m = int64_t(item.m0) + pass * kStagedRows + row;
+            int n = item.n0 + who * 64 + column;
+            settle(n);  // or addresses that follow from it are held in registers, more than there are
+            float const row_scale = scale_of(m);
+            stage_result<0>(tile, kStagedPitch, pass);
+            named_barrier(1 + who, 128);
+            float v[16];
+            load_sixteen(v, tile + row * kStagedPitch + column);
+            named_barrier(1 + who, 128);
+            scale_row(v, row_scale);
+            if (m < p.out.m && n < p.out.n) finish<T>(p.out, v, m, n);
+        }
+    }
+
+    // The parts of K: this block's sums take the place of its stages, and it finishes every so many rows.
+    __device__ __forceinline__ void hand_over() const {
+        named_barrier(1 + W, W * 128);
+#pragma unroll
+        for (int j = 0; j < C; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                S::tile()[(j * 8 + 2 * t + i % 2) * S::kPitch + who * 64 + warp * 16 + i / 2 * 8 + g] = result(j, i);
+    }
+    __device__ __forceinline__ void store_cluster(Item const& item) const {
+        int const rank = int(blockIdx.x) % p.splits, all = int(threadIdx.x) - 128;
+        int const left = p.out.m - item.m0 < S::kBlockM ? int(p.out.m - item.m0) : S::kBlockM;
+        int const rows = left > rank ? (left - rank + p.splits - 1) / p.splits : 0;
+#pragma unroll 1
+        for (int i = all; i < rows * (S::kBlockN / 4); i += W * 128) {
+            float* const own =
+                S::tile() + (rank + i / (S::kBlockN / 4) * p.splits) * S::kPitch + i % (S::kBlockN / 4) * 4;
+            float4 sum = {0, 0, 0, 0};
+#pragma unroll 4
+            for (int part = 0; part < p.splits; part++) {
+                float4 const other = load_four_from(part, own);
+                sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+            }
+            *reinterpret_cast<float4*>(own) = sum;
+        }
+        named_barrier(1 + W, W * 128);
+#pragma unroll 1
+        for (int i = all; i < rows * S::kStrips; i += W * 128) {
+            int const row = rank + i / S::kStrips * p.splits, column = i % S::kStrips * 16;
+            float v[16];
+            load_sixteen(v, S::tile() + row * S::kPitch + column);
+            scale_row(v, scale_of(int64_t(item.m0) + row));
+            if (item.n0 + column < p.out.n) finish<T>(p.out, v, item.m0 + row, item.n0 + column);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        wait_for_inputs();
+        for (int turn = 0; S::left(p, turn); turn++) {
+#pragma unroll
+            for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+            accumulate(S::item(p, turn));
+            settle(turn);  // what follows from it is found again, and not held in registers in between
+            Item const item = S::item(p, turn);
+            if (S::kCluster > 1 || turn < p.whole) {
+                store(item);
+            } else {
+                hand_over();
+                cluster_barrier();
+                store_cluster(item);
+                relaxed_cluster_barrier();  // a block that has ended has no memory
+            }
+        }
+    }
+};
+
+template <class T, int Bits, int I>
+__global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant__ HopperArgs const p) {
+#if DEVICE_SM
+    if constexpr (kGenerated<T, I>) {
+        using S = Shape<T, Bits, I>;
+        release_next();
+        if (threadIdx.x == 0) S::start_barriers();
+        if constexpr (S::kCluster > 1)
+            relaxed_cluster_barrier();
+        else
+            block_barrier();
+        int const warp = uniform(int(threadIdx.x / 32));
+        if (warp < 4) {
+            keep_registers<S::kProducerRegisters>();
+            if (warp == 0) Loader<S>{p}.send_weights();
+            if (warp == 1) Loader<S>{p}.send_x();
+            if constexpr (S::kOnes)
+                if (warp >= 2) Ones<T, S>{p}.run();
+            if (p.turns > p.whole && S::left(p, p.whole)) {
+                warp_barrier();
+                cluster_barrier();
+                relaxed_cluster_barrier();
+            }
+        } else {
+            take_registers<S::kConsumerRegisters>();
+            Consumer<T, Bits, I>{p}.run();
+        }
+    }
+#endif
+}
+
+constexpr int kFirst = first_row(Kernel::kHopper);
+
+template <class T, int Bits, int... I>
+constexpr auto instances(std::integer_sequence<int, I...>) {
+    return std::array<void (*)(HopperArgs), sizeof...(I)>{hopper<T, Bits, kFirst + I>...};
+}
+
+template <class T>
+char const* launch_rows(int bits, HopperArgs const& args, wog_plan const& plan, Stream stream) {
+    constexpr std::make_integer_sequence<int, count_rows(Kernel::kHopper)> kAll;
+    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    dim3 const cluster(std::max(kRows[plan.row].cluster, plan.splits)), blocks(args.clusters * cluster.x);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
+    return launch((bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, stream, args);
+}
+
+}  // namespace
+
+char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+    Row const& row = kRows[plan.row];
+    bool const int8 = p.activation_bits == 8;
+    Int8Rows const rows = int8_rows(p, t.workspace);
+    float* const sums = int8 ? rows.sums : static_cast<float*>(t.workspace);
+    int const items = plan.grid_m * ceil_div(plan.grid_n, row.cluster);
+    int const clusters = std::min(items, hopper_clusters(p, std::max(row.cluster, plan.splits)));
+    int const blocks = clusters * plan.splits, whole = plan.splits > 1 ? items / blocks : ceil_div(items, clusters);
+    HopperArgs args{{},
+                    rows.scales,
+                    sums,
+                    padded_rows(p.m),
+                    static_cast<unsigned char const*>(t.codes),
+                    static_cast<uint32_t const*>(t.affine),
+                    output(p, t),
+                    ceil_div(p.k, stage_k(row)),
+                    ceil_div(p.group, stage_k(row)),
+                    plan.splits,
+                    ceil_div(p.k, 256 / p.bits),
+                    plan.grid_m,
+                    plan.grid_n,
+                    items,
+                    clusters,
+                    whole + (plan.splits > 1),
+                    whole};
+    void const* const x = int8 ? rows.values : t.x;
+    char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
+    if (!failed && !hopper_ones(row)) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
+    if (failed) return failed;
+    auto const s = static_cast<Stream>(stream);
+    return p.type == WOG_F16 ? launch_rows<Half>(p.bits, args, plan, s) : launch_rows<Bfloat>(p.bits, args, plan, s);
+}
+
+}  // namespace wog

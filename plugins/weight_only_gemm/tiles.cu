@@ -1,0 +1,481 @@
+// The kernels of WeightOnlyGemm for some tens of rows of 16-bit x: as stream.cu's, weights and x come through a ring of
+// stages in shared memory, but here the warps of a block stand side by side in n and share what they load of x.
+//
+// Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m). A warp owns S strips of
+// 16 n and C columns of 8 m; two warps ("sides") own the same n, and divide either K (WK) or m (WM).
+//
+// Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns
+// a part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared
+// memory.
+//
+// A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. Four warps beside those that
+// multiply fill it: one sends for weights in a few large copies, through all tiles of the block, one for x, and two,
+// one for each side, count the sums of x over groups into the stage. They run ahead as far as `empty` lets them.
+//
+// Arithmetic: as stream.cu's, acc += s * (P - (z + b) * X), with exact codes in units of `unit` (decode_raw).
+//
+// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch. sm_90 alone.
+#include <array>
+#include <utility>
+
+#include <async.h>
+
+#include "decode.h"
+#include "epilogue.h"
+#include "tile.h"
+
+namespace wog {
+namespace {
+
+struct TileArgs {
+    TensorMap x;
+    unsigned char const* codes;
+    uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
+    Output out;
+    int32_t k, group, splits, warps_n;
+    int32_t share, longer;  // steps of each part of K, and how many of them have one more
+    // In a stage, after x: where codes, (scale, zero) pairs and sums of x begin; its size
+    int32_t codes_at, affine_at, sums_at, stage;
+};
+
+constexpr int kHandOver = 16;  // steps: tensor cores cut bits off long sums
+
+template <class T, int Bits, int I, bool Fine>
+struct Tiler {
+    static constexpr Row kRow = kRows[I];
+    static constexpr int WK = kRow.warps_k, WM = kRow.warps_m, S = kRow.strips, C = kRow.columns;
+    static constexpr int D = kRow.stages[Bits == 8], kSides = WK * WM, kBlockM = kRow.block_m();
+    static constexpr int kBlocks = Bits / 4;     // 512-byte blocks of one strip in a step
+    static constexpr int kUnits = Fine ? 2 : 1;  // rows of scales and zeros in a step
+    static constexpr int kX = kBlockM * 128;     // bytes of x in a stage, of one part of K
+    static constexpr int kPitch = S * 16 + 4;    // floats, of one column of a warp on its way out
+    // Registers of those that multiply: all that the others leave of the launch's
+    static constexpr int kMultiply = kRow.warps_n * kSides, kEach = 65536 / 32 / (kMultiply + 4) / 8 * 8;
+    static constexpr int kFew = kMultiply == 8 ? 40 : 32, kMany = kEach + (kEach - kFew) * 4 / kMultiply / 8 * 8;
+    static_assert(kSides == 2 && C % 2 == 0 && D <= kTileStages, "pairs of warps, pairs of columns");
+
+    TileArgs const& p;
+    int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int const warp = uniform(threadIdx.x / 32);
+    int const warps_n = p.warps_n;
+    int const multiply = warps_n * kSides, helper = warp - multiply;  // how many warps do; which of the others this is
+    int const side = helper >= 0 ? helper & 1 : warp >= warps_n, wn = warp - side * warps_n;
+    int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0;
+
+    // Shared memory: [barriers][ring, or sums for the cluster][sums on their way out]
+    static __device__ __forceinline__ Barrier* full(int slot) {
+        return reinterpret_cast<Barrier*>(dynamic_shared()) + slot;
+    }
+    static __device__ __forceinline__ Barrier* empty(int slot) { return full(kTileStages + slot); }
+    static __device__ __forceinline__ Barrier* summed(int slot) { return full(2 * kTileStages + slot); }
+    static __device__ __forceinline__ unsigned char* ring() { return dynamic_shared() + 1024; }
+    __device__ __forceinline__ unsigned char* stage(int slot) const { return ring() + slot * p.stage; }
+
+    // Steps of a part of K: how many it has and where it starts; those of the block's longest part
+    __device__ __forceinline__ int steps_of(int k) const { return p.share + (int(blockIdx.z) * WK + k < p.longer); }
+    __device__ __forceinline__ int first_of(int k) const {
+        int const part = int(blockIdx.z) * WK + k;
+        return part * p.share + (part < p.longer ? part : p.longer);
+    }
+    int const first = first_of(wk), own = steps_of(wk), count = steps_of(0);
+
+    int slot = 0, parity = 0;
+    int at = 0;  // k since the group began
+    float acc[S][C][4] = {};
+    float sum[S][C][4] = {};
+
+    __device__ __forceinline__ explicit Tiler(TileArgs const& args) : p(args) {}
+
+    __device__ __forceinline__ int strips() const { return warps_n * S; }  // of a tile
+    __device__ __forceinline__ int tiles() const { return (p.out.n / 16 + strips() - 1) / strips(); }
+
+    // ---- the stream ----
+
+    __device__ __forceinline__ int units_left(int k, int step) const { return p.k / 32 - (first_of(k) + step) * 2; }
+    __device__ __forceinline__ void go_on() { slot = slot == D - 1 ? 0 : slot + 1, parity ^= slot == 0; }
+
+    // Codes, scales and zeros, each lane a copy: at most four tiles of the packed layout, of one or two blocks
+    __device__ __forceinline__ void send_weights() {
+        constexpr int kCopies = 4 * kBlocks;
+        int const width = strips(), all = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
+        bool const codes = lane < kCopies * WK;
+        int const k = codes ? lane / kCopies : lane % 4 / 2, b = codes ? lane % kCopies / 4 : lane % 2;
+        bool const pairs = lane >= 16 && lane < 20 && k < WK && b < kUnits;
+        int const mine = codes || pairs ? steps_of(k) : 0, begin = first_of(k);
+        int const to =
+            codes ? p.codes_at + (k * kBlocks + b) * width * 512 : p.affine_at + (k * kUnits + b) * width * 64;
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            int const strip = tile * width, here = all - strip < width ? all - strip : width;
+            int const tile8 = strip / 8 + lane % 4, wide8 = all - tile8 * 8 < 8 ? all - tile8 * 8 : 8;
+            int from = strip, end = strip + here;
+            if (codes && tile8 * 8 > from) from = tile8 * 8;
+            if (codes && tile8 * 8 + 8 < end) end = tile8 * 8 + 8;
+            int64_t const block = int64_t(tile8 * 8) * blocks + int64_t(begin * kBlocks + b) * wide8 + from - tile8 * 8;
+            auto const* source = p.codes + block * 512;
+            int const bytes = (end - from) * (codes ? 512 : 64), place = to + (from - strip) * 512;
+            int at = begin * 64 + b * 32, group = at / p.group;
+            at -= group * p.group;
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(empty(slot), parity ^ 1);
+                int sum = 0;
+#pragma unroll
+                for (int part = 0; part < WK; part++)
+                    if (step < steps_of(part)) {
+                        int const left = units_left(part, step) < 2 ? 1 : 2;
+                        sum += here * ((kBlocks == 2 ? left : 1) * 512 + (Fine ? left : 1) * 64);
+                    }
+                if (lane == 0) arrive_expecting(full(slot), sum);
+                warp_barrier();
+                if (!codes)
+                    source = reinterpret_cast<unsigned char const*>(p.affine + int64_t(group) * p.out.n + strip * 16);
+                if (bytes > 0 && step < mine && b < units_left(k, step))
+                    copy_bulk(stage(slot) + place, source, bytes, full(slot));
+                if (codes) source += kBlocks * wide8 * 512;
+                at += 64;
+                while (at >= p.group) at -= p.group, group++;
+                go_on();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void send_x() {
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y)
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(empty(slot), parity ^ 1);
+                int const parts = WK == 2 && step < steps_of(1) ? 2 : 1;
+                if (lane == 0) arrive_expecting(full(slot), parts * kX);
+                warp_barrier();
+                if (lane < parts)
+                    copy_box<1>(stage(slot) + lane * kX, p.x, (first_of(lane) + step) * 128, 0, full(slot));
+                go_on();
+            }
+    }
+
+    // ---- sums ----
+
+    // In a stage: where ldmatrix's lane finds 16 k of the first two columns of x, where this warp's codes and X are
+    int const x_at = wk * kX + (wm * (C * 8) + lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ lane % 8) * 16;
+    int const codes_at = p.codes_at + (wk * kBlocks * strips() + wn * S) * 512 + lane * 16;
+    int const sums_at = p.sums_at + side * (C * 8 * 4);
+    __device__ __forceinline__ float* x_sums(int slot, int half) const {
+        return reinterpret_cast<float*>(stage(slot) + sums_at + half * (kSides * C * 8 * 4));
+    }
+
+    // After which 32 k of a step a group ends or P is handed over; goes on to the step after
+    __device__ __forceinline__ void begin_tile() { at = first * 64 % p.group; }
+    __device__ __forceinline__ int next_ends(int step) {
+        bool const last = step >= own - 1 || step % kHandOver == kHandOver - 1;
+        int ends = at + 64 == p.group || last ? 2 : 0;
+        if (Fine) ends = (at + 32 == p.group ? 1 : 0) | (p.group == 32 ? 2 : ends);
+        at += 64;
+        if (Fine)
+            while (at >= p.group) at -= p.group;
+        else
+            at = at == p.group ? 0 : at;
+        return ends;
+    }
+
+    // X of all steps of a side
+    __device__ __forceinline__ void count_all() {
+        // Rows g of an accumulator sum one column, rows g + 8 the next: few registers
+        uint32_t const one = raw_one<T, Bits>(0), even[4] = {one, 0, one, 0}, odd[4] = {0, one, 0, one};
+        float sums[C / 2][4] = {};
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            begin_tile();
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(full(slot), parity);
+                int const ends = next_ends(step);
+                Shared const from = shared_address(stage(slot) + x_at);
+                if (step < own)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+#pragma unroll
+                        for (int quarter = half * 2; quarter < half * 2 + 2; quarter++)
+#pragma unroll
+                            for (int j = 0; j < C / 2; j++) {
+                                uint32_t x[4];
+                                load_matrices(x, flip(from, quarter * 32) + j * 2048);
+                                multiply_add<T>(sums[j], even, x[0], x[1]);
+                                multiply_add<T>(sums[j], odd, x[2], x[3]);
+                            }
+                        if (!(Fine ? ends & 1 << half : half && ends)) continue;
+                        float* const to = x_sums(slot, Fine ? half : 0) + lane * 2;
+#pragma unroll
+                        for (int j = 0; j < C / 2; j++) {
+                            if (lane < 4)
+#pragma unroll
+                                for (int i = 0; i < 4; i++) to[j * 16 + i / 2 * 8 + i % 2] = sums[j][i];
+                            sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
+                        }
+                    }
+                warp_barrier();
+                if (lane == 0) arrive(summed(slot)), arrive(empty(slot));
+                go_on();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void multiply_step(int ends, int units) {
+        unsigned char const* const from = stage(slot);
+        uint4 words[S];
+        Shared const x_first = shared_address(from + x_at);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half == 0 || kBlocks == 2)
+#pragma unroll
+                for (int s = 0; s < S; s++)
+                    words[s] =
+                        *reinterpret_cast<uint4 const*>(from + codes_at + (half * kBlocks / 2 * strips() + s) * 512);
+#pragma unroll
+            for (int quarter = half * 2; quarter < half * 2 + 2; quarter++) {
+                uint32_t x[C / 2][4];
+#pragma unroll
+                for (int j = 0; j < C / 2; j++) load_matrices(x[j], flip(x_first, quarter * 32) + j * 2048);
+#pragma unroll
+                for (int s = 0; s < S; s++) {
+                    uint32_t a[4];
+                    decode_raw<T, Bits>(a, words[s], quarter);
+#pragma unroll
+                    for (int j = 0; j < C; j++)
+                        multiply_add<T>(sum[s][j], a, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+                }
+            }
+            if (Fine ? (ends & 1 << half) && half < units : half && ends) finish_group(Fine ? half : 0);
+        }
+    }
+
+    // acc += s * (P - (z + b) * X)
+    __device__ __forceinline__ void finish_group(int half) {
+        auto const* const pairs = reinterpret_cast<uint32_t const*>(stage(slot) + p.affine_at +
+                                                                    ((wk * kUnits + half) * strips() + wn * S) * 64);
+        wait(summed(slot), parity);
+        float const* const sums = x_sums(slot, half) + 2 * t;
+        float x[C][2];
+#pragma unroll
+        for (int j = 0; j < C; j++) x[j][0] = sums[j * 8], x[j][1] = sums[j * 8 + 1];
+#pragma unroll
+        for (int s = 0; s < S; s++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t const pair = pairs[s * 16 + h * 8 + g];
+                float const scale = to_float<T>(uint16_t(pair));
+                float const zero = (-raw_bias<T, Bits> - to_float<T>(uint16_t(pair >> 16))) *
+                                   (raw_unit<T, Bits>(0) / raw_unit<T, Bits>(h));  // X is in units of row g
+#pragma unroll
+                for (int j = 0; j < C; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        acc[s][j][h * 2 + e] += scale * (sum[s][j][h * 2 + e] + zero * x[j][e]);
+                        sum[s][j][h * 2 + e] = 0;
+                    }
+            }
+    }
+
+    // ---- tiles ----
+
+    __device__ __forceinline__ void run() {
+        if (threadIdx.x == 0) {
+            for (int d = 0; d < D; d++) {
+                barrier_init(full(d), 2);
+                barrier_init(empty(d), multiply + kSides);
+                barrier_init(summed(d), kSides);
+            }
+            publish_barriers();
+        }
+        block_barrier();
+        if (helper >= 0) {
+            keep_registers<kFew>();
+            if (helper == 2) {
+                send_weights();
+            } else {
+                prefetch_map(p.x);
+                wait_for_inputs();
+                if (helper == 3)
+                    send_x();
+                else
+                    count_all();
+            }
+            if (p.splits > 1) cluster_barrier(), relaxed_cluster_barrier();
+        } else {
+            take_registers<kMany>();
+            wait_for_inputs();
+            release_next();
+            multiply_all();
+        }
+    }
+
+    __device__ __forceinline__ void multiply_all() {
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            begin_tile();
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                int const ends = next_ends(step);
+                wait(full(slot), parity);
+                if (step < own) multiply_step(ends, Fine ? units_left(wk, step) : 0);
+                warp_barrier();
+                if (lane == 0) arrive(empty(slot));
+                go_on();
+            }
+            store(tile);
+        }
+    }
+
+    // Four outputs of row m: the sums from column n, or of gates there and the `up` eight columns on
+    __device__ __forceinline__ void finish_four(float4 const& sums, float4 const& up, int m, int n) const {
+        float v[4] = {sums.x, sums.y, sums.z, sums.w};
+        float const u[4] = {up.x, up.y, up.z, up.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = biased<T>(p.out, v[i], n + i);
+        activate(v, p.out.activation);
+        int64_t to = int64_t(m) * p.out.n + n;
+        if (p.out.gated) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) v[i] *= biased<T>(p.out, u[i], n + 8 + i);
+            to = int64_t(m) * (p.out.n / 2) + n / 16 * 8 + n % 8;
+        }
+        if (p.out.wide)
+            *reinterpret_cast<float4*>(static_cast<float*>(p.out.y) + to) = {v[0], v[1], v[2], v[3]};
+        else
+            *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out.y) + to) = {round_pair<T>(v[0], v[1]),
+                                                                               round_pair<T>(v[2], v[3])};
+    }
+
+    static __device__ __forceinline__ void add(float4& to, float4 const& v) {
+        to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w;
+    }
+
+    // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
+    // `ranks` blocks WK parts of the sums, so many floats apart
+    struct Rectangle {
+        int rows, strips, m, n, mine, step, ranks, apart, pitch;
+    };
+    __device__ __forceinline__ void finish_some(float const* sums, Rectangle const r) const {
+        int const wide = p.out.gated ? r.strips * 2 : r.strips * 4;
+        auto const total = [&](int at) {
+            float4 v{};
+#pragma unroll 1
+            for (int rank = 0; rank < r.ranks; rank++)
+#pragma unroll
+                for (int part = 0; part < WK; part++)
+                    add(v, r.ranks == 1 ? *reinterpret_cast<float4 const*>(sums + at + part * r.apart)
+                                        : load_four_from(rank, sums + at + part * r.apart));
+            return v;
+        };
+#pragma unroll 1
+        for (int item = r.mine; item < r.rows * wide; item += r.step) {
+            int const row = item / wide, i = item - row * wide, column = p.out.gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+            if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
+            int const at = row * r.pitch + column;
+            finish_four(total(at), p.out.gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
+        }
+    }
+
+    // A tile of one block: through a column's place beside the ring, which runs on. Of a cluster: sums of the parts of
+    // K, in their order, where the ring was; each block finishes some of the outputs
+    __device__ __forceinline__ void store(int tile) {
+        int thread = threadIdx.x, warps_n = p.warps_n;
+        settle(thread), settle(warps_n);  // the loop that streams has no registers for what is made of them
+        int const lane = thread % 32, warp = thread / 32, side = warp >= warps_n, wn = warp - side * warps_n;
+        int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0, g = lane / 4, t = lane % 4;
+        bool const alone = p.splits == 1;
+        int const threads = warps_n * kSides * 32, pitch = alone ? kPitch : warps_n * (S * 16) + 4;
+        int const apart = alone ? warps_n * 8 * kPitch : kBlockM * pitch;
+        float* const sums = reinterpret_cast<float*>(alone ? stage(D) : ring());
+        float* const mine = alone ? sums + (side * warps_n + wn) * (8 * kPitch)
+                                  : sums + (wk * kBlockM + wm * (C * 8)) * pitch + wn * (S * 16);
+        auto const meet = [&] {
+            if (WK == 2)
+                named_barrier(1 + wn, 64);
+            else
+                warp_barrier();
+        };
+        if (!alone) named_barrier(15, threads);  // all have left the ring
+#pragma unroll 1
+        for (int column = 0; column < C; column++) {
+            if (alone) meet();  // all have read the column before
+            float* const to = mine + (alone ? 0 : column * 8 * pitch) + 2 * t * pitch + g;
+#pragma unroll
+            for (int j = 0; j < C; j++)
+                if (j == column)
+#pragma unroll
+                    for (int s = 0; s < S; s++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            to[i % 2 * pitch + s * 16 + i / 2 * 8] = acc[s][j][i] * raw_unit<T, Bits>(i / 2);
+                            acc[s][j][i] = 0;
+                        }
+            if (alone)
+                meet();
+            else if (column < C - 1)
+                continue;
+            else
+                cluster_barrier();
+            finish_some(alone ? sums + (wm * warps_n + wn) * (8 * kPitch) : sums,
+                        {alone ? 8 : int(p.out.m), alone ? S : warps_n * S, alone ? (wm * C + column) * 8 : 0,
+                         (tile * warps_n + (alone ? wn : 0)) * (S * 16),
+                         alone ? wk * 32 + lane : int(blockIdx.z) * threads + thread,
+                         alone ? WK * 32 : p.splits * threads, p.splits, apart, pitch});
+        }
+        if (!alone) relaxed_cluster_barrier();  // a block that has ended has no memory
+    }
+};
+
+template <class T, int Bits, bool Fine, int I>
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(__grid_constant__ TileArgs const p) {
+#if DEVICE_SM
+    if constexpr (kGenerated<T, I>) Tiler<T, Bits, I, Fine>{p}.run();
+#endif
+}
+
+constexpr int kFirst = first_row(Kernel::kTile);
+
+template <class T, int Bits, bool Fine, int... I>
+constexpr auto instances(std::integer_sequence<int, I...>) {
+    return std::array<void (*)(TileArgs), sizeof...(I)>{tiles<T, Bits, Fine, kFirst + I>...};
+}
+
+template <class T>
+char const* launch_rows(wog_problem const& p, TileArgs const& args, wog_plan const& plan, void* stream) {
+    constexpr std::make_integer_sequence<int, count_rows(Kernel::kTile)> kAll;
+    constexpr auto kFour = instances<T, 4, false>(kAll), kEight = instances<T, 8, false>(kAll);
+    constexpr auto kFourFine = instances<T, 4, true>(kAll), kEightFine = instances<T, 8, true>(kAll);
+    bool const fine = p.group % 64;
+    dim3 const blocks(1, plan.grid_n, plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), dim3(1, 1, plan.splits), p.sm >= 90};
+    auto const& kernels = p.bits == 4 ? (fine ? kFourFine : kFour) : fine ? kEightFine : kEight;
+    return launch(kernels[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
+}
+
+}  // namespace
+
+char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+    Row const& row = kRows[plan.row];
+    int const steps = ceil_div(p.k, 64), parts = plan.splits * row.warps_k, units = tile_units(p);
+    int const warps_n = (plan.threads / 32 - 4) / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
+    int const codes_at = row.warps_k * row.block_m() * 128, affine_at = codes_at + row.warps_k * strips * p.bits * 128;
+    TileArgs args{{},
+                  static_cast<unsigned char const*>(t.codes),
+                  static_cast<uint32_t const*>(t.affine),
+                  output(p, t),
+                  p.k,
+                  p.group,
+                  plan.splits,
+                  warps_n,
+                  steps / parts,
+                  steps % parts,
+                  codes_at,
+                  affine_at,
+                  affine_at + row.warps_k * units * strips * 64,
+                  tile_stage(row, p.bits, units, warps_n)};
+    if (char const* failed = describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m())) return failed;
+    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+}
+
+}  // namespace wog
