@@ -1,5 +1,6 @@
 // Packed codes to the MMA's A registers: for 16-bit x as exact small integers q - c in T (c = 8 for 4 bits, 128 for
-// 8), for int8 x as they are.
+// 8), for int8 x as they are. Not as fp16 subnormals, which one instruction for two codes would make of them: tensor
+// cores lose bits of those (docs/facts.md, "What an H200 does").
 #pragma once
 
 #include <device.h>
@@ -45,38 +46,6 @@ __device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const& w, int ste
     } else {
         decode8<T>(a[0], a[2], step % 2 ? w.z : w.x);  // row g
         decode8<T>(a[1], a[3], step % 2 ? w.w : w.y);  // row g + 8
-    }
-}
-
-// ---- codes as they are, in units of raw_unit (row g, row g + 8) less raw_bias: one instruction for two of them ----
-//
-// A half whose exponent is zero is a whole number of 2^-24: a code in the lowest bits is itself in that unit, one in
-// the four bits above in units of 2^-20. Tensor cores multiply such numbers exactly. bf16 has nothing like it, its
-// smallest number is that of float32: q - c as above.
-
-template <class T, int Bits>
-constexpr float raw_bias = std::is_same<T, Half>::value ? 0.0f : -float(1 << (Bits - 1));
-template <class T, int Bits>
-__device__ __forceinline__ constexpr float raw_unit(int half) {  // what a sum is multiplied with in the end
-    return !std::is_same<T, Half>::value ? 1.0f : Bits == 4 && half ? 1048576.0f : 16777216.0f;
-}
-template <class T, int Bits>
-__device__ __forceinline__ constexpr uint32_t raw_one(int half) {
-    return !std::is_same<T, Half>::value ? 0x3f803f80 : Bits == 4 && half ? 0x00100010 : 0x00010001;
-}
-
-template <class T, int Bits>
-__device__ __forceinline__ void decode_raw(uint32_t (&a)[4], uint4 const& w, int step) {
-    if constexpr (!std::is_same<T, Half>::value) {
-        decode<T, Bits>(a, w, step);
-    } else if constexpr (Bits == 4) {
-        uint32_t const word = step % 4 < 2 ? (step % 2 ? w.y : w.x) : (step % 2 ? w.w : w.z);
-        a[0] = word & 0x000f000f, a[1] = word & 0x00f000f0;
-        a[2] = word >> 8 & 0x000f000f, a[3] = word >> 8 & 0x00f000f0;
-    } else {
-        uint32_t const low = step % 2 ? w.z : w.x, high = step % 2 ? w.w : w.y;  // rows g, g + 8
-        a[0] = pick_bytes(low, 0, 0x4240), a[2] = pick_bytes(low, 0, 0x4341);
-        a[1] = pick_bytes(high, 0, 0x4240), a[3] = pick_bytes(high, 0, 0x4341);
     }
 }
 

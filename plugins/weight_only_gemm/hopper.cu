@@ -12,11 +12,9 @@
 // Three or four groups of consumers, or a second set of sums, keep the tensor cores at work while codes are decoded and
 // sums scaled: what one group does in between takes longer than its products.
 //
-// Arithmetic: P = sum of x * (q - c), in the tensor cores, X = sum of x. Codes of four bits and fp16 are taken as they
-// lie in their words (decode_raw: c = 0, units of 2^-24 and 2^-20); of eight bits that would cost precision: c = 128.
-// At each cut, the end of a group, of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may
-// not run long), acc += s * unit * (P - (z - c) / unit * X), all in fp32. From 128 rows X is rows.cu's, of a whole
-// group: counted where the group ends. For int8, sums are whole numbers, c = 8 or 128, X is rows.cu's, cuts are those of
+// Arithmetic: P = sum of x * (q - c), in the tensor cores, c = 8 or 128, X = sum of x. At each cut, the end of a group,
+// of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long),
+// acc += s * (P - (z - c) * X), all in fp32. From 128 rows X is rows.cu's, of a whole group: counted where the group ends. For int8, sums are whole numbers, X is rows.cu's, cuts are those of
 // groups and parts, and s_x follows: y = s_x * acc. With one group, its sums turn into the result where they are.
 //
 // Groups are multiples of a stage's k, 64 or 128, or all of K: cuts stand at ends of stages.
@@ -305,7 +303,6 @@ struct Consumer {
     static constexpr int C = S::C, W = S::W;
     static constexpr bool kInt8 = S::kInt8, kWhole = S::kRow.whole_k;
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
-    static constexpr bool kRaw = Bits == 4 && !kInt8 && std::is_same<T, Half>::value;
     static constexpr bool kAhead = W == 2 || (W == 3 && C == 8);
     static constexpr int kParts = kAhead ? 2 : 4, kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
 
@@ -336,8 +333,6 @@ struct Consumer {
             uint32_t (&to)[4] = a[step % kFragments];
             if constexpr (kInt8)
                 decode_int8(to, step);
-            else if constexpr (kRaw)
-                decode_raw<T, Bits>(to, codes, step % kBlockSteps);
             else
                 decode<T, Bits>(to, codes, step % kBlockSteps);
         }
@@ -385,9 +380,8 @@ struct Consumer {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             uint32_t const pair = pairs[h * 8];
-            float const unit = kRaw ? raw_unit<T, Bits>(h) : 1.0f, center = kRaw ? 0.0f : float(1 << (Bits - 1));
-            scale[h] = to_float<T>(uint16_t(pair)) * unit;
-            zero[h] = (center - to_float<T>(uint16_t(pair >> 16))) * (1.0f / unit);
+            scale[h] = to_float<T>(uint16_t(pair));
+            zero[h] = float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16));
             if (!S::kOnes && !end) zero[h] = 0.0f;
         }
         if (S::kOnes) wait(S::sum_full(sum_at.slot), sum_at.parity);

@@ -13,9 +13,8 @@
 // of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier of the block holds the stream
 // up; x comes with the first tile's stages and stays.
 //
-// Arithmetic: the codes, as they lie in their words, are turned into exact numbers with one instruction for each two,
-// in units of `unit` (decode_raw), and multiplied with fp32 sums P; at the end of each group
-//     acc += s * (P - (z + b) * X),   X = sum of x over the group in the same units (an MMA with ones),
+// Arithmetic: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32 sums P; at
+// the end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones),
 // all in fp32: the float zero is never rounded into T. The sum is linear, so K may be cut anywhere at a multiple of 32;
 // P is also handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them.
 //
@@ -183,12 +182,11 @@ struct Streamer {
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     uint32_t a[4];
-                    decode_raw<T, Bits>(a, words[s][half * kBlocks / 2], half * 2 + quarter);
+                    decode<T, Bits>(a, words[s][half * kBlocks / 2], half * 2 + quarter);
 #pragma unroll
                     for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][quarter * 2], x[j][quarter * 2 + 1]);
                 }
-                uint32_t const ones[4] = {raw_one<T, Bits>(0), raw_one<T, Bits>(1), raw_one<T, Bits>(0),
-                                          raw_one<T, Bits>(1)};
+                uint32_t const one = from_float<T>(1.0f) * 0x10001u, ones[4] = {one, one, one, one};
 #pragma unroll
                 for (int j = 0; j < C; j++) multiply_add<T>(x_sum[j], ones, x[j][quarter * 2], x[j][quarter * 2 + 1]);
             }
@@ -207,7 +205,7 @@ struct Streamer {
         group_left -= left;
     }
 
-    // acc += s * (P - (z + b) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
+    // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
     __device__ __forceinline__ void finish_group(int unit) {
         Shared const pairs = stage + (kAffine + unit * (S * 64) + g * 4 - lane * 16);
 #pragma unroll
@@ -216,7 +214,7 @@ struct Streamer {
             for (int h = 0; h < 2; h++) {
                 uint32_t const pair = load_word(pairs + (s * 16 + h * 8) * 4);
                 float const scale = to_float<T>(uint16_t(pair));
-                float const zero = -raw_bias<T, Bits> - to_float<T>(uint16_t(pair >> 16));
+                float const zero = float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16));
 #pragma unroll
                 for (int j = 0; j < C; j++)
 #pragma unroll
@@ -300,8 +298,7 @@ struct Streamer {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int const row = j * 8 + 2 * t + i % 2;
-                    if (row < p.x_rows)
-                        sums[row * kPitch + s * 16 + i / 2 * 8 + g] = acc[s][j][i] * raw_unit<T, Bits>(i / 2);
+                    if (row < p.x_rows) sums[row * kPitch + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
                     acc[s][j][i] = 0.0f;
                 }
         block_barrier();

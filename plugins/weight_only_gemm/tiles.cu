@@ -12,7 +12,7 @@
 // multiply fill it: one sends for weights in a few large copies, through all tiles of the block, one for x, and two,
 // one for each side, count the sums of x over groups into the stage. They run ahead as far as `empty` lets them.
 //
-// Arithmetic: as stream.cu's, acc += s * (P - (z + b) * X), with exact codes in units of `unit` (decode_raw).
+// Arithmetic: as stream.cu's, acc += s * (P - (z - c) * X), with codes as exact integers q - c.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch. sm_90 alone.
 #include <array>
@@ -182,7 +182,7 @@ struct Tiler {
     // X of all steps of a side
     __device__ __forceinline__ void count_all() {
         // Rows g of an accumulator sum one column, rows g + 8 the next: few registers
-        uint32_t const one = raw_one<T, Bits>(0), even[4] = {one, 0, one, 0}, odd[4] = {0, one, 0, one};
+        uint32_t const one = from_float<T>(1.0f) * 0x10001u, even[4] = {one, 0, one, 0}, odd[4] = {0, one, 0, one};
         float sums[C / 2][4] = {};
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
@@ -240,7 +240,7 @@ struct Tiler {
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     uint32_t a[4];
-                    decode_raw<T, Bits>(a, words[s], quarter);
+                    decode<T, Bits>(a, words[s], quarter);
 #pragma unroll
                     for (int j = 0; j < C; j++)
                         multiply_add<T>(sum[s][j], a, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
@@ -265,8 +265,7 @@ struct Tiler {
             for (int h = 0; h < 2; h++) {
                 uint32_t const pair = pairs[s * 16 + h * 8 + g];
                 float const scale = to_float<T>(uint16_t(pair));
-                float const zero = (-raw_bias<T, Bits> - to_float<T>(uint16_t(pair >> 16))) *
-                                   (raw_unit<T, Bits>(0) / raw_unit<T, Bits>(h));  // X is in units of row g
+                float const zero = float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16));
 #pragma unroll
                 for (int j = 0; j < C; j++)
 #pragma unroll
@@ -408,7 +407,7 @@ struct Tiler {
                     for (int s = 0; s < S; s++)
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
-                            to[i % 2 * pitch + s * 16 + i / 2 * 8] = acc[s][j][i] * raw_unit<T, Bits>(i / 2);
+                            to[i % 2 * pitch + s * 16 + i / 2 * 8] = acc[s][j][i];
                             acc[s][j][i] = 0;
                         }
             if (alone)

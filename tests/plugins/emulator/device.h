@@ -436,19 +436,45 @@ inline std::array<Fragments, 32> fragments(uint32_t const (&a)[4], uint32_t b0, 
 }
 }  // namespace emulator
 
+namespace emulator {
+template <class T>
+int nominal_exponent(float f) {
+    return std::max(f == 0 ? -1000 : std::ilogb(f), std::is_same<T, Half>::value ? -14 : -126);
+}
+// The terms of one product's sum are cut to the last of 27 bits of the largest, and the sum to 24. How large a term is
+// goes by the exponents of its factors as they are written: a subnormal's is that of the smallest normal number, so
+// that small codes as subnormals lose bits. It is what an H200's errors agree with: 3e-6 to 6e-6 for such codes.
+template <class T>
+float sum_cut(float c, std::array<float, 16> const& a, std::array<float, 16> const& b) {
+    int most = c == 0 ? -1000 : std::ilogb(c);
+    double plain = c;
+    for (size_t k = 0; k < 16; k++) {
+        plain += double(a[k]) * b[k];
+        if (a[k] != 0 && b[k] != 0) most = std::max(most, nominal_exponent<T>(a[k]) + nominal_exponent<T>(b[k]));
+    }
+    if (!std::isfinite(plain) || most == -1000) return float(plain);
+    double const unit = std::ldexp(1.0, std::max(most, -126) - 26);
+    double sum = std::trunc(c / unit) * unit;
+    for (size_t k = 0; k < 16; k++) sum += std::trunc(double(a[k]) * b[k] / unit) * unit;
+    return cut(sum);
+}
+}  // namespace emulator
+
 template <class T>
 inline void multiply_add(float (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
     static_assert(DEVICE_SM >= 80 || std::is_same<T, Half>::value, "bf16 starts at sm_80");
     auto const f = emulator::fragments(a, b0, b1);
     int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
     for (int i = 0; i < 4; i++) {
-        double sum = 0;
-        for (int k = 0; k < 16; k++) {
-            int const owner = k % 8 / 2, half = k % 2 * 16;
-            uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 8 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 8];
-            sum += double(to_float<T>(uint16_t(av >> half))) * to_float<T>(uint16_t(bv >> half));
+        std::array<float, 16> left, right;
+        for (size_t k = 0; k < 16; k++) {
+            size_t const owner = k % 8 / 2;
+            int const half = int(k % 2) * 16;
+            uint32_t const av = f[size_t(g) * 4 + owner].a[size_t(i) / 2 + k / 8 * 2];
+            uint32_t const bv = f[size_t(2 * t + i % 2) * 4 + owner].b[k / 8];
+            left[k] = to_float<T>(uint16_t(av >> half)), right[k] = to_float<T>(uint16_t(bv >> half));
         }
-        c[i] = emulator::cut(c[i] + sum);
+        c[i] = emulator::sum_cut<T>(c[i], left, right);
     }
 }
 
