@@ -100,6 +100,7 @@ bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
+    if (row.kernel == Kernel::kTile && p.group % 64 && !tile_takes_fine(row)) return false;
     if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
     if (row.kernel == Kernel::kHopper && p.group % stage_k(row) && p.group != p.k) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;

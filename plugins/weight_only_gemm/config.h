@@ -151,6 +151,8 @@ constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits
 // of x, of 64 k of each part of K), and sums on their way out: a column of each warp's, or all of them, instead of the
 // ring, for a cluster to add up
 constexpr int kTileStages = 32;
+// Groups that end inside steps would spill registers of sixteen warps.
+constexpr bool tile_takes_fine(Row const& row) { return row.warps_n < 8; }
 constexpr int tile_units(wog_problem const& p) { return p.group % 64 ? 2 : 1; }  // groups of 64 k
 constexpr int tile_stage(Row const& row, int bits, int units, int warps_n) {
     int const sums = units * row.block_m() * 4;

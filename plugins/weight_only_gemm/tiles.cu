@@ -181,8 +181,9 @@ struct Tiler {
 
     // X of all steps of a side
     __device__ __forceinline__ void count_all() {
-        // Rows g of an accumulator sum one column, rows g + 8 the next: few registers
-        uint32_t const one = from_float<T>(1.0f) * 0x10001u, even[4] = {one, 0, one, 0}, odd[4] = {0, one, 0, one};
+        // x as the other operand, its rows those of the sums: one that is not finite stays in its own
+        uint32_t const one = from_float<T>(1.0f) * 0x10001u;
+        int const rows_at = wk * kX + (wm * (C * 8) + lane % 16) * 128 + ((lane / 16) ^ lane % 8) * 16;
         float sums[C / 2][4] = {};
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
@@ -191,9 +192,9 @@ struct Tiler {
             for (int step = 0; step < count; step++) {
                 wait(full(slot), parity);
                 int const ends = next_ends(step);
-                Shared const from = shared_address(stage(slot) + x_at);
+                Shared const from = shared_address(stage(slot) + rows_at);
                 if (step < own)
-#pragma unroll
+#pragma unroll 1  // unrolled, it would spill
                     for (int half = 0; half < 2; half++) {
 #pragma unroll
                         for (int quarter = half * 2; quarter < half * 2 + 2; quarter++)
@@ -201,16 +202,13 @@ struct Tiler {
                             for (int j = 0; j < C / 2; j++) {
                                 uint32_t x[4];
                                 load_matrices(x, flip(from, quarter * 32) + j * 2048);
-                                multiply_add<T>(sums[j], even, x[0], x[1]);
-                                multiply_add<T>(sums[j], odd, x[2], x[3]);
+                                multiply_add<T>(sums[j], x, one, one);
                             }
                         if (!(Fine ? ends & 1 << half : half && ends)) continue;
-                        float* const to = x_sums(slot, Fine ? half : 0) + lane * 2;
+                        float* const to = x_sums(slot, Fine ? half : 0) + lane / 4;
 #pragma unroll
                         for (int j = 0; j < C / 2; j++) {
-                            if (lane < 4)
-#pragma unroll
-                                for (int i = 0; i < 4; i++) to[j * 16 + i / 2 * 8 + i % 2] = sums[j][i];
+                            if (lane % 4 == 0) to[j * 16] = sums[j][0], to[j * 16 + 8] = sums[j][2];
                             sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
                         }
                     }
@@ -426,10 +424,13 @@ struct Tiler {
     }
 };
 
+template <class T, bool Fine, int I>
+constexpr bool kServed = kGenerated<T, I> && (!Fine || tile_takes_fine(kRows[I]));
+
 template <class T, int Bits, bool Fine, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(__grid_constant__ TileArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) Tiler<T, Bits, I, Fine>{p}.run();
+    if constexpr (kServed<T, Fine, I>) Tiler<T, Bits, I, Fine>{p}.run();
 #endif
 }
 

@@ -33,10 +33,12 @@ REPORT = "ptxas.txt"
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 
 ROWS = (
-    "dense", "dense", "warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64",
+    "dense", "dense", "ring8", "ring8_narrow", "ring8_deep", "ring16", "ring32", "ring32_narrow", "ring64",
+    "ring64_narrow", "hopper128x64", "hopper192x64", "hopper128x128", "int8_hopper128x64", "int8_hopper192x64",
+    "int8_hopper128x128", "int8_hopper192x128", "int8_hopper128x256",
+    "warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64",
     "int8_warpgroup256x2", "int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64",
-    "ring8", "ring8_narrow", "ring8_deep", "ring16", "stream8", "stream16", "tile32", "tile64",
-    "stream8_turing", "stream16_turing", "tile32_turing",
+    "stream8", "stream16", "tile32", "tile64", "stream8_turing", "stream16_turing", "tile32_turing",
     "int8_stream8", "int8_stream16", "int8_tile32", "int8_tile64", "int8_stream8_turing", "int8_tile32_turing",
 )  # fmt: skip
 
@@ -87,8 +89,9 @@ def name(kernel: str, arguments: str) -> tuple[str, str, int]:
     kind, *numbers = (a.strip() for a in arguments.split(","))
     if kernel == "rows":
         return "quantize" if numbers[0] == "true" else "sums", kind, 0
-    if kernel in ("gemm", "stream", "warpgroup"):
-        return ROWS[int(numbers[1])], kind, int(numbers[0])
+    if kernel in ("gemm", "stream", "tiles", "hopper", "warpgroup"):
+        bits, row = (int(n) for n in numbers if n.isdigit())
+        return ROWS[row], kind, bits
     return kernel, kind, int(numbers[0]) if numbers else 0
 
 
@@ -111,7 +114,7 @@ def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compil
     built = {(c.kernel, c.type, c.bits) for c in compiled if c.sm == sm and c.registers > EMPTY}
     turing, hopper = sm == "75", sm == "90a"
     rows = [r for r in ROWS[2:] if r.endswith("_turing") == turing]
-    rows = [r for r in rows if hopper or not ("warpgroup" in r or r.startswith("ring"))]
+    rows = [r for r in rows if hopper or not any(word in r for word in ("warpgroup", "hopper", "ring"))]
     types = ("Half",) if turing else ("Half", "Bfloat")
     chosen = {(r, t, b) for r in rows for t in types for b in (4, 8)}
     always = {(k, t, 0) for k in ("plain", "quantize", "sums", "epilogue") for t in ("Half", "Bfloat")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -43,6 +44,39 @@ RING_SIZES = [
     (1, 48, 64, 32), (7, 144, 96, 96), (8, 16, 640, 128), (5, 48, 1184, 32), (3, 80, 2080, 160), (2, 144, 2048, 64),
     (8, 80, 4096, 4096),
 ]  # fmt: skip
+
+
+# The same for more rows of x, of which warps and blocks of a cluster have parts; groups that end in stages for tiles alone
+MORE_SIZES = [(17, 48, 128, 64), (29, 144, 640, 128), (20, 400, 2048, 2048), (31, 80, 320, 64)]
+FINE_SIZES = [(24, 272, 160, 32), (19, 80, 1120, 160)]
+
+
+@pytest.mark.parametrize("kind", [(F16, 4), (F16, 8), (BF16, 4)])
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [
+        *product(("ring32", "ring32_narrow", "ring64", "ring64_narrow", "hopper128x64", "hopper192x64"), MORE_SIZES),
+        *product(("ring32", "ring64"), FINE_SIZES), ("hopper128x128", (140, 144, 640, 128)),
+    ],
+)  # fmt: skip
+def test_rings_of_many_rows(
+    emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]
+) -> None:
+    (dtype, bits), (m, n, k, group) = kind, size
+    m, gated = m + 32 * (row.startswith("ring64")) + 40 * ("hopper" in row and m < 64), int(n % 32 == 16)
+    p = Case(m, n, k, bits, group, dtype, bias=True, gated=gated, activation=gated, data="shifted").make()
+    check(emulated[90], p, row=row)
+    check(emulated[90], p, row=row, splits=2, sm_count=3, seed=2)
+
+
+@pytest.mark.parametrize("size", [(40, 144, 640, 640), (70, 400, 512, 128), (140, 80, 1024, 1024)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("row", ["128x64", "192x64", "128x128", "192x128", "128x256"])
+def test_int8_rings_of_many_rows(emulated: Kernels, row: str, bits: int, size: tuple[int, int, int, int]) -> None:
+    m, n, k, group = size
+    group = k if row in ("192x128", "128x256") else group
+    p = Case(m, n, k, bits, group, BF16, bias=True, activation_bits=8).make()
+    turns(p, emulated[90], f"int8_hopper{row}")
 
 
 @pytest.mark.parametrize("size", RING_SIZES)
@@ -193,13 +227,14 @@ def test_same_bits_whatever_order_threads_run_in(emulated: Kernels, sm: int, act
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])
-def test_a_bad_row_spoils_no_other(emulated: Kernels, activation_bits: int) -> None:
-    p = Case(10, 48, 128, bits=8, activation_bits=activation_bits).make()
-    good = emulated[80].run(p)
+@pytest.mark.parametrize(("sm", "m"), [(80, 10), (90, 10), (90, 28), (90, 60), (90, 90)])
+def test_a_bad_row_spoils_no_other(emulated: Kernels, sm: int, m: int, activation_bits: int) -> None:
+    p = Case(m, 48, 128, bits=8, group=64, activation_bits=activation_bits).make()
+    good = emulated[sm].run(p)
     x = p.x.copy()
     x[3, 17], x[8, 5] = np.nan, np.inf
-    bad = emulated[80].run(replace(p, x=x))
-    others = [i for i in range(10) if i not in (3, 8)]
+    bad = emulated[sm].run(replace(p, x=x))
+    others = [i for i in range(m) if i not in (3, 8)]
     assert np.array_equal(good[others], bad[others])
     assert np.isnan(bad[3]).all()
     assert not np.isfinite(bad[8]).any()
