@@ -21,7 +21,7 @@ Kernels = dict[int, Emulated]
     ("changes", "kernel"),
     [
         ({"m": 1}, "ring8_deep"), ({"m": 1, "n": 37888}, "ring8"), ({"m": 8, "n": 37888, "k": 2048}, "ring8"),
-        ({"m": 9}, "ring16"), ({"m": 16}, "ring16"), ({"m": 16, "k": 65536}, "stream16"),  # whose x is too large
+        ({"m": 9}, "ring16"), ({"m": 16}, "ring16"), ({"m": 16, "k": 65536}, "ring32"),  # whose x is too large
         ({"m": 1, "sm": 80}, "stream8"), ({"m": 8, "sm": 120}, "stream8"), ({"m": 9, "sm": 80}, "stream16"),
         ({"m": 17}, "ring32"), ({"m": 17, "n": 3584}, "ring32_narrow"), ({"m": 17, "n": 3584, "group": 32}, "ring32"),
         ({"m": 33}, "ring64"), ({"m": 65}, "hopper128x64"), ({"m": 4097}, "hopper128x128"),
@@ -35,7 +35,7 @@ Kernels = dict[int, Emulated]
         ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_stream8_turing"),
         ({"m": 9, "bits": 8, "activation_bits": 8, "sm": 75}, "int8_tile32_turing"),
         ({"m": 65, "bits": 8, "activation_bits": 8}, "int8_hopper128x64"),
-        ({"m": 192, "group": 32}, "warpgroup64x2"), ({"m": 384, "group": 32}, "warpgroup128x2"),  # what fills the device
+        ({"m": 192, "group": 32}, "warpgroup64x2"), ({"m": 384, "group": 32}, "warpgroup128x2"),  # to fill it
         ({"m": 32768, "n": 128, "group": 32}, "warpgroup128"),
         ({"m": 32768, "n": 128, "activation_bits": 8, "group": 32}, "int8_warpgroup128"),
         # by channel: tiles of 256 rows, unless those of 128 fill the device in much less time

@@ -46,7 +46,7 @@ RING_SIZES = [
 ]  # fmt: skip
 
 
-# The same for more rows of x, of which warps and blocks of a cluster have parts; groups that end in stages for tiles alone
+# The same for more rows of x, of which warps and blocks of a cluster have parts
 MORE_SIZES = [(17, 48, 128, 64), (29, 144, 640, 128), (20, 400, 2048, 2048), (31, 80, 320, 64)]
 FINE_SIZES = [(24, 272, 160, 32), (19, 80, 1120, 160)]
 
