@@ -382,7 +382,7 @@ def test_stages_run_in_their_order_and_build_first() -> None:
         gpu_check.parse_stages("test")
 
 
-def test_parts_of_a_session_fit_their_commands() -> None:
+def test_short_runs_fit_their_commands() -> None:
     for name, plan in gpu_check.PARTS.items():
         assert plan.stages[0] == "build"
         assert plan.seconds < 600

@@ -52,7 +52,7 @@ SOURCES = ("plugins/**/*.cu", "plugins/**/*.h", "plugins/**/*.cpp", "plugins/**/
 
 
 @dataclass(frozen=True)
-class SessionPart:
+class ShortRun:
     """Stages of one command and how many seconds all may take; `native` leaves out what older GPUs run."""
 
     stages: tuple[str, ...]
@@ -62,9 +62,9 @@ class SessionPart:
 
 
 PARTS = {
-    "first": SessionPart(("build", "smoke", "bench", "profile"), True, True, 345),
-    "second": SessionPart(("build", "tests", "tune"), True, False, 450),
-    "last": SessionPart(("build", "sanitize", "bench"), False, True, 560),
+    "first": ShortRun(("build", "smoke", "bench", "profile"), True, True, 345),
+    "second": ShortRun(("build", "tests", "tune"), True, False, 450),
+    "last": ShortRun(("build", "sanitize", "bench"), False, True, 560),
 }
 IDENTITY = ("commit", "sources", "gpu")  # parts of one report share these
 
@@ -130,7 +130,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
     args = parser.parse_args(words)
     began = time.monotonic()
-    plan = PARTS.get(args.part, SessionPart(tuple(STAGES), args.quick, False, float("inf")))
+    plan = PARTS.get(args.part, ShortRun(tuple(STAGES), args.quick, False, float("inf")))
     stages: list[str] = args.stages or list(plan.stages)
 
     before = query(QUERY)

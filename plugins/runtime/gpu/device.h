@@ -231,7 +231,6 @@ __device__ __forceinline__ float4 load_four_from(int rank, float const* own) {
     return v;
 }
 
-
 // ---- tensor cores: c[16 x 8] += a[16 x k] * b[k x 8] ----
 
 #define MULTIPLY_16(type)                                      \
