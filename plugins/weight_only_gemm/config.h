@@ -20,9 +20,9 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
-// Of the rows of kStream, kTile, kHopper and kWarpgroup the one that should end first is taken. The pace of kStream's and
-// kHopper's was measured on an H200. kWarpgroup, whose pace is arithmetic (the most of what the tensor cores, the L2 and
-// the consumers' instructions need), has what kHopper does not: groups that end inside its stages.
+// Of the rows of kStream, kTile, kHopper and kWarpgroup the one that should end first is taken. The pace of kStream's
+// and kHopper's was measured on an H200. kWarpgroup, whose pace is arithmetic (the most of what the tensor cores, the
+// L2 and the consumers' instructions need), has what kHopper does not: groups that end inside its stages.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
@@ -147,9 +147,9 @@ constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits
                                 stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
 }
 
-// Shared memory of kTile, of a block of so many warps in n: barriers, a ring of stages (x, codes, scales and zeros and sums
-// of x, of 64 k of each part of K), and sums on their way out: a column of each warp's, or all of them, instead of the
-// ring, for a cluster to add up
+// Shared memory of kTile, of a block of so many warps in n: barriers, a ring of stages (x, codes, scales and zeros and
+// sums of x, of 64 k of each part of K), and sums on their way out: a column of each warp's, or all of them, instead
+// of the ring, for a cluster to add up
 constexpr int kTileStages = 32;
 // Groups that end inside steps would spill registers of sixteen warps.
 constexpr bool tile_takes_fine(Row const& row) { return row.warps_n < 8; }
@@ -178,7 +178,8 @@ constexpr int hopper_bytes(Row const& row, int bits) {
     return stages * hopper_stage(row, bits) + staged + kHopperSums * row.block_m() * 4 + 2 * (stages + kHopperSums) * 8;
 }
 
-// kHopper: clusters of so many blocks that the device holds at once. K of the tiles left over is divided if each cluster has at most one of them.
+// kHopper: clusters of so many blocks that the device holds at once. K of the tiles left over is divided if each
+// cluster has at most one of them.
 constexpr int hopper_clusters(wog_problem const& p, int size) { return std::max(1, usable(p, size) / size); }
 constexpr bool hopper_divides(wog_problem const& p, int tiles, int splits) {
     int const clusters = hopper_clusters(p, splits);

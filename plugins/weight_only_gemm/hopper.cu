@@ -7,15 +7,16 @@
 //
 //     loaders (warps 0, 1)   128 bytes of rows of x; codes, and at a cut scales and zeros   full[stage] -> all others
 //     sums (warps 2, 3)      C = 8: X, in the tensor cores, by a matrix of ones             sum_full[slot] -> consumers
-//     consumers              64 n each: codes to registers, multiply, scale, store          empty[stage], sum_empty[slot]
+//     consumers              64 n each: codes to registers, multiply, scale, store        empty[stage], sum_empty[slot]
 //
 // Three or four groups of consumers, or a second set of sums, keep the tensor cores at work while codes are decoded and
 // sums scaled: what one group does in between takes longer than its products.
 //
-// Arithmetic: P = sum of x * (q - c), in the tensor cores, c = 8 or 128, X = sum of x. At each cut, the end of a group,
-// of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long),
-// acc += s * (P - (z - c) * X), all in fp32. From 128 rows X is rows.cu's, of a whole group: counted where the group ends. For int8, sums are whole numbers, X is rows.cu's, cuts are those of
-// groups and parts, and s_x follows: y = s_x * acc. With one group, its sums turn into the result where they are.
+// Arithmetic: P = sum of x * (q - c), in the tensor cores, c = 8 or 128, X = sum of x. At each cut, the end of a
+// group, of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long), acc += s
+// * (P - (z - c) * X), all in fp32. From 128 rows X is rows.cu's, of a whole group: counted where the group ends. For
+// int8, sums are whole numbers, X is rows.cu's, cuts are those of groups and parts, and s_x follows: y = s_x * acc.
+// With one group, its sums turn into the result where they are.
 //
 // Groups are multiples of a stage's k, 64 or 128, or all of K: cuts stand at ends of stages.
 #include <array>
@@ -165,7 +166,7 @@ struct Loader {
     HopperArgs const& p;
     Cursor<S::kStages> at{};
 
-    // Strips of 16 n lie in tiles of 128 n, of which the last may have fewer; a tile of ours touches at most two of them.
+    // Strips of 16 n lie in tiles of 128 n, of which the last may have fewer; a tile of ours touches at most two.
     struct Piece {
         unsigned char const* from;
         int bytes, pitch;  // of a block; from one block of k to the next

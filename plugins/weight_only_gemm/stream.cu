@@ -274,8 +274,8 @@ struct Streamer {
         return v;
     }
 
-    // use(row, column) for every four outputs of a tile, or four gates, `step` threads apart. Unrolled, these few rounds
-    // would take registers from the loop that streams.
+    // use(row, column) for every four outputs of a tile, or four gates, `step` threads apart. Unrolled, these few
+    // rounds would take registers from the loop that streams.
     template <class Use>
     static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int from, int step, Use const& use) {
         int const fours = kBlockN / (gated ? 8 : 4);

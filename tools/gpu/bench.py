@@ -31,7 +31,7 @@ from instantrt.tools.gpu.watch import emit
 
 READ_MB = (6, 17, 34, 68)  # of one launch: the weights of the smaller layers
 QUICK_KERNELS = (
-    "int4 g128", "int4 g128 in turn", "int8", "a8w8", "cublas fp16", "cublas bf16", "torch int_mm",
+    "int4 g128", "int8", "a8w8", "cublas fp16", "cublas bf16", "torch int_mm",
     "torch scaled_mm fp8", "triton int4",
 )  # fmt: skip
 FEW_ROWS = 16  # up to which weights stream
@@ -41,7 +41,6 @@ HOPELESS = 10  # times the best: who is slower need not run again
 READ_US, BF16_US, INT8_US = 4.0e6, 7.5e8, 1.2e9  # bytes and operations per microsecond, to size graphs by
 HALF, BRAIN = torch.float16, torch.bfloat16
 FP8, FP8_TOP = torch.float8_e4m3fn, 448
-EARLIER = {"sm": 80}  # for which kernels are launched one after the other has ended; few rows take the same ones
 
 
 def contestant(name: str, calls: Iterable[Call], size: int, flops: int, plan: str = "") -> Contestant:
@@ -341,8 +340,6 @@ def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Con
 
     if plan(rounded).kernel == "dense":  # else as without
         mine["int4 g128 rounded"] = (x, "int4", rounded)
-    if m <= FEW_ROWS and plan(EARLIER) == plan({}):  # what does starting beside the kernel before gain?
-        mine["int4 g128 in turn"] = (x, "int4", EARLIER)
     every: dict[str, Callable[[], Contestant]] = {
         name: lambda name=name, t=t, w=w, o=o: ours(library, name, t, weights_of(layer, w), **o)  # type: ignore[misc]
         for name, (t, w, o) in mine.items()
