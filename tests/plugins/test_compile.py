@@ -114,7 +114,7 @@ def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compil
     built = {(c.kernel, c.type, c.bits) for c in compiled if c.sm == sm and c.registers > EMPTY}
     turing, hopper = sm == "75", sm == "90a"
     rows = [r for r in ROWS[2:] if r.endswith("_turing") == turing]
-    rows = [r for r in rows if hopper or not any(word in r for word in ("warpgroup", "hopper", "ring"))]
+    rows = [r for r in rows if hopper or not ("warpgroup" in r or "hopper" in r or r.startswith("ring"))]
     types = ("Half",) if turing else ("Half", "Bfloat")
     chosen = {(r, t, b) for r in rows for t in types for b in (4, 8)}
     always = {(k, t, 0) for k in ("plain", "quantize", "sums", "epilogue") for t in ("Half", "Bfloat")}
@@ -178,7 +178,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
 # memory. Rings have one product more in five and are counted with what the ends of tiles add, half of all.
 MOST_A_PRODUCT = {
     ("stream8", 4): 21, ("stream8", 8): 21, ("stream16", 4): 14, ("stream16", 8): 15,
-    ("ring8", 4): 20, ("ring8", 8): 22, ("ring16", 4): 14, ("ring16", 8): 14,
+    ("ring8", 4): 24, ("ring8", 8): 25, ("ring16", 4): 14, ("ring16", 8): 15,
 }  # fmt: skip
 
 

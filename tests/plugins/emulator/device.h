@@ -437,25 +437,33 @@ inline std::array<Fragments, 32> fragments(uint32_t const (&a)[4], uint32_t b0, 
 }  // namespace emulator
 
 namespace emulator {
+inline int exponent(float f) { return int(float_bits(f) >> 23 & 255) - 127; }
 template <class T>
 int nominal_exponent(float f) {
-    return std::max(f == 0 ? -1000 : std::ilogb(f), std::is_same<T, Half>::value ? -14 : -126);
+    return std::max(exponent(f), std::is_same<T, Half>::value ? -14 : -126);
+}
+inline double power_of_two(int exponent) {
+    uint64_t const bits = uint64_t(exponent + 1023) << 52;
+    double value;
+    std::memcpy(&value, &bits, 8);
+    return value;
 }
 // The terms of one product's sum are cut to the last of 27 bits of the largest, and the sum to 24. How large a term is
 // goes by the exponents of its factors as they are written: a subnormal's is that of the smallest normal number, so
 // that small codes as subnormals lose bits. It is what an H200's errors agree with: 3e-6 to 6e-6 for such codes.
 template <class T>
 float sum_cut(float c, std::array<float, 16> const& a, std::array<float, 16> const& b) {
-    int most = c == 0 ? -1000 : std::ilogb(c);
+    int most = c == 0 ? -1000 : exponent(c);
     double plain = c;
     for (size_t k = 0; k < 16; k++) {
         plain += double(a[k]) * b[k];
         if (a[k] != 0 && b[k] != 0) most = std::max(most, nominal_exponent<T>(a[k]) + nominal_exponent<T>(b[k]));
     }
     if (!std::isfinite(plain) || most == -1000) return float(plain);
-    double const unit = std::ldexp(1.0, std::max(most, -126) - 26);
-    double sum = std::trunc(c / unit) * unit;
-    for (size_t k = 0; k < 16; k++) sum += std::trunc(double(a[k]) * b[k] / unit) * unit;
+    double const unit = power_of_two(std::max(most, -126) - 26), per_unit = power_of_two(26 - std::max(most, -126));
+    int64_t units = int64_t(c * per_unit);
+    for (size_t k = 0; k < 16; k++) units += int64_t(double(a[k]) * b[k] * per_unit);
+    double const sum = double(units) * unit;
     return cut(sum);
 }
 }  // namespace emulator
