@@ -195,7 +195,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
                             : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
     int const splits = choose_splits(p, row, grid_m * tiles);
-    // kGemm: as many blocks as fit the device, each of which walks over its tiles; blocks of a cluster have one each
+    // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
+    // others have one each
     bool const clusters = splits > 1 && in_cluster(row, p), stream = row.kernel == Kernel::kStream;
     bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
     int const fit = std::max(1, usable(p, clusters ? splits : 1) * row.resident / (grid_m * splits));

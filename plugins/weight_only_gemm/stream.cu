@@ -267,10 +267,7 @@ struct Streamer {
         float const* sums = tile_sums() + row * kPitch + column;
         float4 v{};
 #pragma unroll 4
-        for (int part = 0; part < WK; part++, sums += p.x_rows * kPitch) {
-            float4 const add = *reinterpret_cast<float4 const*>(sums);
-            v.x += add.x, v.y += add.y, v.z += add.z, v.w += add.w;
-        }
+        for (int part = 0; part < WK; part++, sums += p.x_rows * kPitch) add(v, *reinterpret_cast<float4 const*>(sums));
         return v;
     }
 
@@ -319,10 +316,7 @@ struct Streamer {
         auto const sum_of_all = [&](int row, int column) {
             float4 v{};
 #pragma unroll 4
-            for (int rank = 0; rank < p.splits; rank++) {
-                float4 const add = load_four_from(rank, place(row, column));
-                v.x += add.x, v.y += add.y, v.z += add.z, v.w += add.w;
-            }
+            for (int rank = 0; rank < p.splits; rank++) add(v, load_four_from(rank, place(row, column)));
             return v;
         };
         cluster_barrier();

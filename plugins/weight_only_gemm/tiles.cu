@@ -324,30 +324,6 @@ struct Tiler {
         }
     }
 
-    // Four outputs of row m: the sums from column n, or of gates there and the `up` eight columns on
-    __device__ __forceinline__ void finish_four(float4 const& sums, float4 const& up, int m, int n) const {
-        float v[4] = {sums.x, sums.y, sums.z, sums.w};
-        float const u[4] = {up.x, up.y, up.z, up.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = biased<T>(p.out, v[i], n + i);
-        activate(v, p.out.activation);
-        int64_t to = int64_t(m) * p.out.n + n;
-        if (p.out.gated) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) v[i] *= biased<T>(p.out, u[i], n + 8 + i);
-            to = int64_t(m) * (p.out.n / 2) + n / 16 * 8 + n % 8;
-        }
-        if (p.out.wide)
-            *reinterpret_cast<float4*>(static_cast<float*>(p.out.y) + to) = {v[0], v[1], v[2], v[3]};
-        else
-            *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out.y) + to) = {round_pair<T>(v[0], v[1]),
-                                                                               round_pair<T>(v[2], v[3])};
-    }
-
-    static __device__ __forceinline__ void add(float4& to, float4 const& v) {
-        to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w;
-    }
-
     // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
     // `ranks` blocks WK parts of the sums, so many floats apart
     struct Rectangle {
@@ -370,7 +346,7 @@ struct Tiler {
             int const row = item / wide, i = item - row * wide, column = p.out.gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
             if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
             int const at = row * r.pitch + column;
-            finish_four(total(at), p.out.gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
+            finish_four<T>(p.out, total(at), p.out.gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
         }
     }
 

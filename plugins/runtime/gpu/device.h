@@ -147,10 +147,6 @@ __device__ __forceinline__ uint4 load_piece(Shared shared) {
                  : "memory");
     return v;
 }
-__device__ __forceinline__ void store_piece(Shared shared, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
 __device__ __forceinline__ uint32_t load_word(Shared shared) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");

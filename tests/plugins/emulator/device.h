@@ -352,10 +352,6 @@ inline uint4 load_piece(Shared shared) {
     std::memcpy(&v, shared, 16);
     return v;
 }
-inline void store_piece(Shared shared, uint4 v) {
-    if (reinterpret_cast<uintptr_t>(shared) % 16) std::abort();
-    std::memcpy(shared, &v, 16);
-}
 inline uint32_t load_word(Shared shared) {
     uint32_t v;
     std::memcpy(&v, shared, 4);
