@@ -23,11 +23,11 @@ from instantrt.compiler.target import Backend, find_target
 from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.dump import Dump
-from instantrt.passes.core.lazy import FLOAT32, view_of
+from instantrt.passes.core.lazy import view_of
 from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.core.subgraphs import tensors
-from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.ort.tables import SCALE_TYPE, QuantizeTables
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -106,10 +106,11 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     twins: dict[str, Twin] = {}
     heads, notes = heads_of(graph, model), list(model.notes)
     for target in request.resolved_targets():
-        dtype = types.get(target.name, FLOAT32)
+        dtype = types.get(target.name, SCALE_TYPE)
         formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
         tables = formats.embeddings == "int8" and target.backend is Backend.ONNXRUNTIME
-        key = (dtype if reader is None and config is not None else None, tables)
+        own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
+        key = (own, tables)
         if key not in made:
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
             made[key] = make_twin(graph, model, decisions, request, log, say, tables=tables)

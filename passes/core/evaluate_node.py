@@ -270,7 +270,7 @@ class NodeSession:
                 inputs.append(None)
                 continue
             value = widened(tensor, values)
-            if not isinstance(tensor, gs.Constant):
+            if not folded(tensor):
                 self.fed[f"x{index}"] = tensor
                 inputs.append(Given(value.dtype, (None,) * value.ndim))
             elif value.nbytes < EXTERNAL_BYTES:
@@ -290,6 +290,12 @@ class NodeSession:
         feeds = {name: np.asarray(widened(tensor, values), order="C") for name, tensor in self.fed.items()}
         results = iter(self.session.run(None, feeds))
         return [next(results) if named else np.empty(0) for named in self.named]
+
+
+def folded(tensor: gs.Tensor) -> bool:
+    """Is it a constant to a runtime's kernels, which the Cast of one is by the time that they are made?"""
+    cast = producer(tensor, "Cast")
+    return isinstance(tensor if cast is None else cast.inputs[0], gs.Constant)
 
 
 def widened(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
