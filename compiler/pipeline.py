@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
 from instantrt.passes.core.subgraphs import every_node
 from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.float.fold_norms import FoldNorms
 from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
@@ -87,6 +90,21 @@ def normalize(graph: gs.Graph, log: PassLog) -> gs.Graph:
 def linears(graph: gs.Graph) -> list[Linear]:
     """The linears of a normalized graph, in its order."""
     return [found for node in graph.nodes if (found := linear(node)) is not None]
+
+
+def fold_norms(graph: gs.Graph, decisions: Decisions, log: PassLog) -> tuple[gs.Graph, Decisions]:
+    """The FLOAT graph with its norms folded into what will be quantized, and the decisions for the weights it has."""
+    ours = frozenset(p for p, q in decisions.items() if isinstance(q, QuantTensor) and isinstance(q.source, Quantizer))
+    if not ours:
+        return graph, decisions
+    folded = run(graph.copy(), [FoldNorms(ours)], log)
+    weights = {found.path: found.rows for found in linears(folded)}
+    return folded, {
+        path: replace(q, source=replace(q.source, weight=weights[path]))
+        if isinstance(q, QuantTensor) and isinstance(q.source, Quantizer)
+        else q
+        for path, q in decisions.items()
+    }
 
 
 def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: bool = False) -> gs.Graph:

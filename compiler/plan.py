@@ -39,9 +39,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Twin:
-    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against."""
+    """How each linear is quantized, and the canonical graph that says so, which every lowering is held against.
+
+    `floating` is the same before quantization: the normalized float graph, norms folded where they are in the twin.
+    """
 
     decisions: Decisions
+    floating: gs.Graph
     canonical: gs.Graph
     raised: Raised | None = None
 
@@ -145,9 +149,11 @@ def make_twin(
     if request.layers or request.has_budget:
         from instantrt.compiler.accuracy.budget import within_budget
 
-        decisions, raised = within_budget(graph, model, decisions, request, say)
+        folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
+        decisions, raised = within_budget(folded, model, decisions, request, say)
     with uncollected():
-        twin = Twin(decisions, pipeline.quantize(graph.copy(), decisions, log, tables=tables), raised)
+        floating, decisions = pipeline.fold_norms(graph, decisions, log)
+        twin = Twin(decisions, floating, pipeline.quantize(floating.copy(), decisions, log, tables=tables), raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin

@@ -58,7 +58,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         model=planned.model,
         target=target.name,
         about=about(planned, request, target),
-        floating=None if is_quantized(planned.model.graph) else planned.model.graph,
+        floating=None if is_quantized(planned.model.graph) else planned.twins[target.name].floating,
         canonical=planned.twins[target.name].canonical,
         lowered=lowered,
         dtype=planned.types.get(target.name, FLOAT32),

@@ -180,7 +180,7 @@ def test_a_target_that_fails_leaves_the_others_as_they_were(out: Path, monkeypat
 
 def test_the_current_folder_has_a_name(tiny_float: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "link").symlink_to(TINY)
-    twin = Twin({}, tiny_float.graph)
+    twin = Twin({}, tiny_float.graph, tiny_float.graph)
     assert source(Request(tmp_path / "link", ("x86",), tmp_path), twin)["model"] == "link"
     monkeypatch.chdir(TINY)
     assert source(Request(Path(), ("x86",), tmp_path), twin)["model"] == TINY.name

@@ -35,8 +35,8 @@ def child(folder: Path) -> None:
     feeds, ids = next(load_data(planned.model).each(planned.model.llm))
     assert ids is not None
     started = time.monotonic()
-    twin, lowered = planned.twins["x86"].canonical, planned.lowered["x86"]
-    found = measure_layers(Graphs(canonical=twin, floating=planned.model.graph, lowered=lowered), feeds)
+    twin, lowered = planned.twins["x86"], planned.lowered["x86"]
+    found = measure_layers(Graphs(canonical=twin.canonical, floating=twin.floating, lowered=lowered), feeds)
     peak, before = (kb / 1024**2 for kb in (peak_kb(), exported))
     print(
         f"{len(found.rows)} layers, {ids.size} tokens, {len(found.findings)} findings, "

@@ -35,6 +35,7 @@ BENCHES = {
     "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
     "cpu": (f"{BENCH}cpu", "CPU artifacts beside llama.cpp, onnxruntime-genai and OpenVINO: loss, speed, memory."),
     "engine": (f"{BENCH}engine", "Build engines for models of random weights: time, size, memory."),
+    "rescaled": (f"{BENCH}rescaled", "Write a copy of a checkpoint that is as good, and harder to quantize."),
     "formats": (f"{BENCH}formats", "Quantized checkpoints of every format, against transformers."),
     "triton": (f"{BENCH}triton", "What serving costs and what batching brings."),
     "accuracy": (f"{BENCH}accuracy", "Peak memory of comparing the layers of a large model."),
