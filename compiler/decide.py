@@ -65,10 +65,9 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
         return None
     short = {"quant_method": method, **SHORT.get(str(request.quant), {})}
     raw: dict[str, Any] = dict(short if request.quant_config is None else request.quant_config)
-    if request.group_size is not None and raw.setdefault("group_size", request.group_size) != request.group_size:
-        raise UserError(
-            "group_size is said twice, and differs", expected=str(raw["group_size"]), found=str(request.group_size)
-        )
+    for key, said in (("group_size", request.group_size), ("search", request.search)):
+        if said is not None and raw.setdefault(key, said) != said:
+            raise UserError(f"{key} is said twice, and differs", expected=str(raw[key]), found=str(said))
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
     parsed = parse_quant_config(raw, where)
     if request.weight_only and parsed.activate_quant:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
-from instantrt.compiler.defaults import settle
+from instantrt.compiler.defaults import Formats, settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
-from instantrt.compiler.target import Backend, find_target
+from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.dump import Dump
@@ -109,6 +110,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     made: dict[tuple[object, ...], Twin] = {}
     twins: dict[str, Twin] = {}
     heads, notes = heads_of(graph, model), list(model.notes)
+    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
         dtype = types.get(target.name, SCALE_TYPE)
         formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
@@ -117,12 +119,12 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         key = (own, tables)
         if key not in made:
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
-            made[key] = make_twin(graph, model, decisions, request, log, say, tables=tables)
+            lower_one = partial(lower, target, types.get(target.name), request, limits, longest(request, model))
+            made[key] = make_twin(graph, model, decisions, formats, request, log, say, lower_one, tables=tables)
             notes += formats.notes
         twins[target.name] = made[key]
-    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     say("lowering the graph")
-    lowered = lower(twins, types, request, limits, log, longest(request, model))
+    lowered = lower_all(twins, types, request, limits, longest(request, model), log)
     options = request.engine_options()
     builders = {
         t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
@@ -138,25 +140,45 @@ def make_twin(
     graph: gs.Graph,
     model: FloatModel,
     decisions: Decisions,
+    formats: Formats,
     request: Request,
     log: PassLog,
     say: Say,
+    lower_one: Callable[[gs.Graph, PassLog], gs.Graph],
     *,
     tables: bool,
 ) -> Twin:
-    """`tables`: those of embeddings are int8 in it, as they will be in the artifact."""
+    """`lower_one` is what becomes of it; `tables`: those of embeddings are int8 in it, as they will be there."""
     raised = None
     if request.layers or request.has_budget:
-        from instantrt.compiler.accuracy.budget import within_budget
+        from instantrt.compiler.accuracy.budget import room_for, within_budget
+
+        def size_of(chosen: Decisions) -> int:
+            folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
+            return layout(lower_one(pipeline.quantize(folded, chosen, PassLog(), tables=tables), PassLog()))[1]
 
         folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-        decisions, raised = within_budget(folded, model, decisions, request, say)
+        room = room_for(request, decisions, formats.groups, size_of)
+        decisions = search(folded, model, decisions, formats, say)
+        decisions, raised = within_budget(folded, model, decisions, request, say, room)
     with uncollected():
         floating, decisions = pipeline.fold_norms(graph, decisions, log)
+        decisions = search(floating, model, decisions, formats, say)
         twin = Twin(decisions, floating, pipeline.quantize(floating.copy(), decisions, log, tables=tables), raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin
+
+
+def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Formats, say: Say) -> Decisions:
+    """The same formats, their scales searched where that is asked for, by the inputs that `graph` gives each layer."""
+    if formats.config is None or formats.config.search == "none":
+        return decisions
+    from instantrt.compiler.accuracy.data import generated
+    from instantrt.compiler.accuracy.importance import input_energy, search_scales
+
+    say("measuring the inputs of each layer")
+    return search_scales(decisions, input_energy(graph, model.llm, generated(model)))
 
 
 def longest(request: Request, model: FloatModel) -> int:
@@ -164,28 +186,40 @@ def longest(request: Request, model: FloatModel) -> int:
     return request.max_length or (model.llm.max_length if model.llm is not None else 0)
 
 
-@uncollected()
 def lower(
+    target: Target,
+    dtype: np.dtype[Any] | None,
+    request: Request,
+    limits: EngineLimits,
+    longest: int,
+    graph: gs.Graph,
+    log: PassLog,
+) -> gs.Graph:
+    """The canonical `graph`, which is used up, for a target that computes in `dtype`; None: for a CPU."""
+    if dtype is None:
+        return pipeline.lower_onnxruntime(graph, target, request, log, longest)
+    return pipeline.lower_tensorrt(graph, target, dtype, request, limits, log)
+
+
+@uncollected()
+def lower_all(
     twins: Mapping[str, Twin],
     types: Mapping[str, np.dtype[Any]],
     request: Request,
     limits: EngineLimits,
-    log: PassLog,
     longest: int,
+    log: PassLog,
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
-    shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
+    shared: dict[Hashable, gs.Graph] = {}
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
-        if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log, longest)
-        else:
-            any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
-            key = (dtype, target.whole_operators, target.rtx or any_builder)
-            if key not in shared:
-                shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, log)
-            lowered[target.name] = shared[key]
+        any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
+        key = (dtype, target.whole_operators, target.rtx or any_builder) if dtype is not None else target.name
+        if key not in shared:
+            shared[key] = lower(target, dtype, request, limits, longest, twin.canonical.copy(), log)
+        lowered[target.name] = shared[key]
     return lowered
 
 

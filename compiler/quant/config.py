@@ -23,7 +23,7 @@ assert set(get_args(Quant)) == {*SHORT, "none"}
 METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8")
 FORMATS = {"int8": 8, "uint4": 4}
 COMPUTE = ("weight_only", "activate_quant")
-SEARCHES = ("none", "mse")
+Search = Literal["none", "activations"]
 FEW = 3
 KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore", "search")
 
@@ -32,7 +32,7 @@ KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore
 class QuantConfig:
     """How to quantize. `group_size` -1 is per channel; `ignore` holds module patterns (`*.down_proj`).
 
-    `search` mse clips each group where that lowers its squared error; none is the spec's formula.
+    `search` activations fits range and scale of each group to the inputs that it meets; none is the spec's formula.
     """
 
     quant_method: str = "instant_quant"
@@ -40,7 +40,7 @@ class QuantConfig:
     group_size: int = -1
     compute_method: str = "weight_only"
     ignore: tuple[str, ...] = ()
-    search: str = "none"
+    search: Search = "none"
 
     @property
     def bits(self) -> int:
@@ -84,7 +84,7 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
         )
     choice(raw, "weight_format", tuple(FORMATS), where)
     choice(raw, "compute_method", COMPUTE, where)
-    choice(raw, "search", SEARCHES, where)
+    choice(raw, "search", get_args(Search), where)
     expect_group_size(raw.get("group_size", -1), where)
     ignore = raw.get("ignore", ())
     strings = isinstance(ignore, list | tuple) and all(isinstance(p, str) for p in ignore)
