@@ -2,17 +2,14 @@
 or as long as a bound on its size does.
 
 Every layer has a ladder of formats (uint4, smaller groups, int8, float). A step up costs bytes and takes away output
-error, measured on real activations, and weighed by what such an error costs the model: the KL that each kind of layer
-(all q_proj, say) causes when it alone is quantized, over the output errors of its layers. Losses of single layers add
-up (docs/facts.md, "Losses of layers add up"), so steps are taken in the order of loss taken away for each byte; how
-many a bound on the error needs is found by bisection, each trial a measurement of the whole quantized model. The same
-input gives the same answer.
+error, measured on activations and weighed by what it costs the model (`weigh`). Losses of layers add up, so steps are
+taken in the order of loss taken away for each byte; how many a bound on the error needs is found by bisection, each
+trial a measurement of the whole quantized model. The same input gives the same answer.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,12 +22,13 @@ from instantrt.compiler.accuracy.data import Data, load_data
 from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.layer_errors import TwinLinear, aligned, layers_of, quantized_bytes
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
+from instantrt.compiler.accuracy.weigh import share, stream_of, weigh
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
 from instantrt.compiler.quant.config import expect
 from instantrt.compiler.quant.instant import GROUPS
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.quant import Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import PassLog, Reject
@@ -39,7 +37,6 @@ from instantrt.plugins.weight_only_gemm.semantics import quantize_rows
 
 FLOAT = "float"
 ROWS = 64  # of a layer's inputs, on which its formats are compared
-KINDS = 32  # at most as many are weighed apart, each a run of the model
 LOGIT_BYTES = 1 << 29  # of the float model, kept while trials are compared with them
 Say = Callable[[str], None]
 
@@ -69,7 +66,11 @@ class Raise:
 
 @dataclass(frozen=True)
 class Raised:
-    """What a budget came to. `layers` maps a layer raised to its new format; figures are those of `metrics.summary`."""
+    """What a budget came to; figures are those of `metrics.summary`.
+
+    layers   every layer whose format is not the one that was asked for, and its format
+    steps    what was taken, from the coarsest formats where the size is bounded, else from those asked for
+    """
 
     decisions: Decisions
     layers: Mapping[str, str]
@@ -83,6 +84,17 @@ class Raised:
     @property
     def bytes(self) -> int:
         return sum(step.bytes for step in self.steps)
+
+    @property
+    def raised(self) -> int:
+        """Layers that took a step."""
+        return len(formats(list(self.steps)))
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Of every layer that a format could be chosen for."""
+        quantized = {path: str(form_of(q)) for path, q in self.decisions.items() if isinstance(q, QuantTensor)}
+        return quantized | {path: form for path, form in self.layers.items() if form == FLOAT}
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ def search(
     """
     check(model, decisions, data, budget)
     assert model.llm is not None
-    measure = Trial(graph, model.llm, first_batches(data, model.llm))
+    measure = Trial(graph, list(first_batches(data, model.llm).each(model.llm)))
     start = coarsest(decisions, room.groups) if room is not None else {}
     decisions = override(decisions, start)
     before = after = measure(decisions)
@@ -254,14 +266,21 @@ def first_batches(data: Data, llm: LlmShape) -> Data:
 class Trial:
     """Measures a choice of formats: the twin's tokens against the float model's, whose logits are computed once."""
 
-    def __init__(self, graph: gs.Graph, llm: LlmShape, data: Data) -> None:
-        self.graph, self.batches, self.trials = graph, list(data.each(llm)), 0
+    def __init__(self, graph: gs.Graph, batches: list[tuple[Mapping[str, Array], Array | None]]) -> None:
+        self.graph, self.batches, self.trials = graph, batches, 0
         self.logits = [Evaluation(graph, feeds).take("logits") for feeds, _ in self.batches]
 
     def __call__(self, decisions: Decisions) -> dict[str, float]:
         self.trials += 1
         twin = pipeline.quantize(self.graph.copy(), decisions, PassLog())
         return self.figures([Evaluation(twin, feeds).take("logits") for feeds, _ in self.batches])
+
+    def window(self) -> Trial:
+        """The same on the first of its sequences alone."""
+        feeds, ids = self.batches[0]
+        return Trial(
+            self.graph, [({name: value[:1] for name, value in feeds.items()}, None if ids is None else ids[:1])]
+        )
 
     def unquantized(self) -> dict[str, float]:
         """What all steps together come to."""
@@ -288,31 +307,27 @@ class Rung:
 def plan_steps(graph: gs.Graph, decisions: Decisions, measure: Trial, groups: tuple[int, ...]) -> list[Raise]:
     """All steps of all layers, the best first; a layer's own steps stay in order because each ladder is convex."""
     linears = [layer for layer in layers_of(graph, graph) if isinstance(decisions.get(layer.path), QuantTensor)]
-    feeds, _ = measure.batches[0]
-    run = Evaluation(graph, feeds, keep=[name for layer in linears for name in (layer.x, layer.y)])
-    ladders = {layer.path: rungs(layer, decisions, run.peek(layer.x), groups) for layer in linears}
-    nats = nats_per_error(decisions, ladders, measure)
-    steps = [step for path, ladder in ladders.items() for step in ladder_steps(path, ladder, nats[kind_of(path)])]
-    return sorted(steps, key=lambda s: (-s.gain / s.bytes, s.layer))
-
-
-def kind_of(path: str) -> str:
-    """`model.layers.3.mlp.up_proj` -> `model.layers.*.mlp.up_proj`, and as much of every number."""
-    return re.sub(r"\d+", "*", path)
-
-
-def nats_per_error(decisions: Decisions, ladders: Mapping[str, list[Rung]], measure: Trial) -> dict[str, float]:
-    """Kind of layer -> the KL that it causes in its first rungs, alone, over their errors; 1 for each of too many."""
-    kinds = dict.fromkeys(map(kind_of, ladders))
-    if len(kinds) > KINDS:
-        return dict.fromkeys(kinds, 1.0)
+    window, wiring = measure.window(), Wiring(graph)
+    feeds, _ = window.batches[0]
+    streams = {layer.path: found for layer in linears if (found := stream_of(layer.y, wiring)) is not None}
+    kept = [name for layer in linears for name in (layer.x, layer.y)] + [found.name for found in streams.values()]
+    run = Evaluation(graph, feeds, keep=kept, wiring=wiring)
+    values = {name: run.peek(name) for name in kept} | dict(feeds)
+    ladders = {layer.path: rungs(layer, decisions, values[layer.x], groups) for layer in linears}
+    shares = {path: ladder[0].error for path, ladder in ladders.items()}
+    for layer in linears:
+        if layer.path in streams:
+            error = output_errors(decisions[layer.path], values[layer.x])
+            shares[layer.path] = share(layer, streams[layer.path], error, values, wiring)
     apart = Reject("weighed apart")
-    found = {}
-    for kind in kinds:
-        alone = {path: q if kind_of(path) == kind else apart for path, q in decisions.items()}
-        error = sum(ladder[0].error for path, ladder in ladders.items() if kind_of(path) == kind)
-        found[kind] = measure(alone)["kl_mean"] / max(error, np.finfo(np.float64).tiny)
-    return found
+
+    def alone(paths: set[str]) -> float:
+        return window({path: q if path in paths else apart for path, q in decisions.items()})["kl_mean"]
+
+    nats = weigh(shares, alone)
+    steps = [step for path, ladder in ladders.items() for step in ladder_steps(path, ladder, nats[path])]
+    measure.trials += window.trials
+    return sorted(steps, key=lambda s: (-s.gain / s.bytes, s.layer))
 
 
 def rungs(layer: TwinLinear, decisions: Decisions, x: Array, groups: tuple[int, ...]) -> list[Rung]:
@@ -324,18 +339,21 @@ def rungs(layer: TwinLinear, decisions: Decisions, x: Array, groups: tuple[int, 
 
 
 def ladder_steps(path: str, ladder: list[Rung], nats: float) -> Iterator[Raise]:
-    """The steps of one layer that are worth taking: the corners of the convex hull of error over bytes."""
-    at = ladder[0]
+    """The steps of one layer that are worth taking: the corners of the convex hull of error over bytes.
+
+    nats   what the error of the first rung costs
+    """
+    at, each = ladder[0], nats / max(ladder[0].error, np.finfo(np.float64).tiny)
     while better := [rung for rung in ladder if rung.bytes > at.bytes and rung.error < at.error]:
         start = at
         at = max(better, key=lambda rung: (start.error - rung.error) / (rung.bytes - start.bytes))
-        yield Raise(path, start.form, at.form, at.bytes - start.bytes, nats * (start.error - at.error))
+        yield Raise(path, start.form, at.form, at.bytes - start.bytes, each * (start.error - at.error))
 
 
 def ladder(quant: QuantTensor, groups: tuple[int, ...], *, coarser: bool = False) -> list[tuple[Format, QuantTensor]]:
     """The layer's own format and every finer one, coarsest first; `coarser`: those of larger groups before it."""
     k = quant.shape[1]
-    own = Format(quant.bits, -1 if quant.per_channel else quant.group_size, quant.activations)
+    own = form_of(quant)
     fitting = [g for g in groups if k % g == 0 and g < k]
     before = [Format(quant.bits, g) for g in fitting if g > quant.group_size] if coarser else []
     finer = [Format(quant.bits, g) for g in fitting if g < quant.group_size]
@@ -344,6 +362,10 @@ def ladder(quant: QuantTensor, groups: tuple[int, ...], *, coarser: bool = False
     if quant.bits == 4:
         finer += [Format(8, -1), *(Format(8, g) for g in fitting)]
     return [(f, reformat(quant, f)) for f in (*before, own, *finer)]
+
+
+def form_of(quant: QuantTensor) -> Format:
+    return Format(quant.bits, -1 if quant.per_channel else quant.group_size, quant.activations)
 
 
 def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
@@ -365,21 +387,31 @@ def parse_format(text: str) -> Format:
 
 
 def output_error(quant: QuantTensor, x: Array) -> float:
-    """(|x_hat W_hat^T - x W^T| / |x W^T|)^2 on x [..., K]; x_hat is x, or x in int8 per token."""
-    assert isinstance(quant.source, Quantizer)
+    """(|x_hat W_hat^T - x W^T| / |x W^T|)^2 on some rows of x [..., K]; x_hat is x, or x in int8 per token."""
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows[:: -(-len(rows) // ROWS)]
+    off = size = 0.0
+    for delta, exact in output_blocks(quant, rows[:: -(-len(rows) // ROWS)]):
+        off += float(np.square(delta, dtype=np.float64).sum())
+        size += float(np.square(exact, dtype=np.float64).sum())
+    return off / max(size, np.finfo(np.float64).tiny)
+
+
+def output_errors(quant: QuantTensor | Reject, x: Array) -> Array:
+    """x_hat W_hat^T - x W^T: [rows of x, N]."""
+    assert isinstance(quant, QuantTensor)
+    return np.concatenate([delta for delta, _ in output_blocks(quant, x.reshape(-1, x.shape[-1]))], axis=1)
+
+
+def output_blocks(quant: QuantTensor, rows: Array) -> Iterator[tuple[Array, Array]]:
+    """(what quantization adds to x W^T, x W^T) for x [rows, K], some columns at a time."""
+    assert isinstance(quant.source, Quantizer)
     seen = rows
     if quant.activations == "int8":
         steps, scale = quantize_rows(rows)
         seen = steps * scale
-    off = size = 0.0
     for w, codes in aligned(quant.source.weight, quant):
         exact = rows @ w.T
-        delta = seen @ dequantize(codes, quant.group_size).T - exact
-        off += float(np.square(delta, dtype=np.float64).sum())
-        size += float(np.square(exact, dtype=np.float64).sum())
-    return off / max(size, np.finfo(np.float64).tiny)
+        yield seen @ dequantize(codes, quant.group_size).T - exact, exact
 
 
 def override(decisions: Decisions, layers: Mapping[str, str]) -> Decisions:
