@@ -37,7 +37,7 @@ class KeepScalesInHalf(Pass):
                 key = view.content, view.shape
                 if key not in wide:
                     half = View(view.source, view.shape, stored, axis=view.axis, project=view.project)
-                    constant = gs.Constant(f"{tensor.name}/half", half)
+                    constant = gs.Constant(tensor.name, half)
                     wide[key] = add(graph, "Cast", [constant], f"{tensor.name}/wide", to=onnx.TensorProto.FLOAT)
                     yield tensor.name, stored.name
                 node.inputs[index] = wide[key]
