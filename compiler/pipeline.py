@@ -136,8 +136,8 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     else:
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
-    # Last: what is float by now stays float, in its 16 bits, and scales in theirs. Tables first: a tied head then finds
-    # the one it shares.
+    # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
+    # it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf(), KeepScalesInHalf()]
     run(graph, passes, log)
     refuse_leftovers(graph, log, "ONNX Runtime")
