@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from instantrt.compiler.decide import check_early, decide, heads_of, resolve, st
 from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant.calibrate import calibrate
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
@@ -116,7 +117,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         key = (dtype if reader is None and config is not None else None, tables)
         if key not in made:
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
-            made[key] = make_twin(graph, model, decisions, request, log, say, tables=tables)
+            made[key] = make_twin(graph, model, decisions, heads, request, log, say, tables=tables)
             notes += formats.notes
         twins[target.name] = made[key]
     limits = request.engine_limits(model.llm.max_length if model.llm else 0)
@@ -137,6 +138,7 @@ def make_twin(
     graph: gs.Graph,
     model: FloatModel,
     decisions: Decisions,
+    heads: Set[str],
     request: Request,
     log: PassLog,
     say: Say,
@@ -150,8 +152,10 @@ def make_twin(
 
         folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
         decisions, raised = within_budget(folded, model, decisions, request, say)
+    floating, decisions = pipeline.fold_norms(graph, decisions, log)
+    if request.calibration is not None:
+        decisions = calibrate(floating, model, decisions, heads, request.calibration, say)
     with uncollected():
-        floating, decisions = pipeline.fold_norms(graph, decisions, log)
         twin = Twin(decisions, floating, pipeline.quantize(floating.copy(), decisions, log, tables=tables), raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
