@@ -82,6 +82,9 @@ class Quantization:
     enable_quant: bool | None = None  # the spec's switch; None: as the other fields say
     quant_config: Mapping[str, Any] | None = option(None, "JSON file with the spec's keys", line=Path)
     ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
+    calibration: Path | None = option(
+        None, "text in UTF-8 that weight-only codes are fitted to; else no data is used", QUANTIZED, FLOAT
+    )
     lm_head: HeadFormat | None = option(
         None, "the head of a float checkpoint; else int8 for a causal LM on a CPU", QUANTIZED, FLOAT
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from instantrt.compiler.decide import check_early, decide, heads_of, resolve, st
 from instantrt.compiler.defaults import Formats, settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant.calibrate import calibrate
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
@@ -120,7 +121,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         if key not in made:
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
             lower_one = partial(lower, target, types.get(target.name), request, limits, longest(request, model))
-            made[key] = make_twin(graph, model, decisions, formats, request, log, say, lower_one, tables=tables)
+            made[key] = make_twin(graph, model, decisions, formats, heads, request, log, say, lower_one, tables=tables)
             notes += formats.notes
         twins[target.name] = made[key]
     say("lowering the graph")
@@ -141,6 +142,7 @@ def make_twin(
     model: FloatModel,
     decisions: Decisions,
     formats: Formats,
+    heads: Set[str],
     request: Request,
     log: PassLog,
     say: Say,
@@ -161,9 +163,12 @@ def make_twin(
         room = room_for(request, decisions, formats.groups, size_of)
         decisions = search(folded, model, decisions, formats, say)
         decisions, raised = within_budget(folded, model, decisions, request, say, room)
-    with uncollected():
-        floating, decisions = pipeline.fold_norms(graph, decisions, log)
+    floating, decisions = pipeline.fold_norms(graph, decisions, log)
+    if request.calibration is not None:
+        decisions = calibrate(floating, model, decisions, heads, request.calibration, say)
+    else:
         decisions = search(floating, model, decisions, formats, say)
+    with uncollected():
         twin = Twin(decisions, floating, pipeline.quantize(floating.copy(), decisions, log, tables=tables), raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)

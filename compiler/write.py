@@ -190,4 +190,5 @@ def source(request: Request, twin: Twin) -> dict[str, Any]:
     layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
     asked = {**asdict(request), "layers": layers} | dict.fromkeys(BOUNDS)
     said = {key: value for key, value in asked.items() if key not in UNRECORDED}
-    return {"model": request.model_name, "request": said}
+    text = request.calibration
+    return {"model": request.model_name, "request": said} | ({"calibration": sha256(text)} if text is not None else {})

@@ -21,7 +21,6 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, Missing, Source, convert
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
-from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import quantized
 from instantrt.passes.qdq.join_linears import joined_of, outputs_of, parts_of
 
@@ -221,14 +220,14 @@ def aligned(rows: Source, quant: QuantTensor) -> Iterator[tuple[Array, Codes]]:
 
 
 def weight_findings(layer: TwinLinear, steps: float | None, gain: float | None) -> list[str]:
-    """InstantQuant's weights must be what rounding makes of the float ones; a search makes them smaller."""
-    if layer.quant is None or steps is None or gain is None:
+    """InstantQuant's weights must be what rounding makes of the float ones; a search or a text changes their size."""
+    if layer.quant is None or steps is None or gain is None or not isinstance(layer.quant.source, InstantQuant):
         return []
     found = []
     explained = explained_steps(layer.quant)
-    if steps > explained and isinstance(layer.quant.source, InstantQuant):
+    if steps > explained:
         found.append(f"a weight is {steps:.3g} steps off, rounding explains at most {explained:.3g}")
-    if abs(gain - 1) > GAIN and not isinstance(layer.quant.source, SearchedQuant):
+    if abs(gain - 1) > GAIN:
         found.append(f"the weights' size changed by {gain - 1:+.2%}, rounding is unbiased")
     return found
 

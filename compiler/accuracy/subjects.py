@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.artifact.check import check_digests
+from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.plan import Plan, longest, lower
@@ -24,8 +25,13 @@ from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 
 
-def request_of(out: Path, model: Path, target: str | None) -> tuple[Request, list[Artifact]]:
-    """The request that made `out`, as its manifest records it, and the artifacts asked about."""
+def request_of(
+    out: Path, model: Path, target: str | None, calibration: Path | None = None
+) -> tuple[Request, list[Artifact]]:
+    """The request that made `out`, as its manifest records it, and the artifacts asked about.
+
+    calibration   the text that their codes were fitted to, which a manifest has the digest of
+    """
     artifacts = [a for a in read_manifest(out) if target in (None, a.target)]
     if not artifacts:
         known = ", ".join(a.target for a in read_manifest(out))
@@ -33,9 +39,19 @@ def request_of(out: Path, model: Path, target: str | None) -> tuple[Request, lis
     fields: dict[str, Any] = dict(artifacts[0].source["request"])
     if any(a.source["request"] != fields for a in artifacts):
         raise UserError("the artifacts are of several requests", where=str(out), fix="name one with --target")
+    wanted = {a.source.get("calibration") for a in artifacts}
+    found = sha256(calibration) if calibration is not None else None
+    if wanted != {found}:
+        raise UserError(
+            "the calibration text is not the one that the artifact was made with",
+            where=str(calibration or out / MANIFEST),
+            expected=" and ".join(f"sha256 {each}" if each else "none" for each in wanted),
+            found=f"sha256 {found}" if found else "none",
+            fix="--calibration FILE, as in the compile",
+        )
     targets = tuple(a.target for a in artifacts)
     try:
-        return Request(model=model, targets=targets, out=out, **fields), artifacts
+        return Request(model=model, targets=targets, out=out, calibration=calibration, **fields), artifacts
     except TypeError as error:
         raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
 

@@ -22,6 +22,7 @@ def main(
     model: Annotated[Path, typer.Option(help="the checkpoint or .onnx file it was compiled from")],
     target: Which = None,
     *,
+    calibration: Annotated[Path | None, typer.Option(help="the text that the weights were fitted to")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to measure on; may be repeated")] = None,
     tokens: Annotated[int | None, typer.Option(help="at most so many tokens of the text")] = None,
     forms: Annotated[
@@ -42,7 +43,7 @@ def main(
     from instantrt.tools.cli.show_accuracy import show_verdict
 
     text = bounds.pop("text")
-    request, artifacts = request_of(out, model, target)
+    request, artifacts = request_of(out, model, target, calibration)
     folder = report or out / "report"
     if not find:
         check_reports(folder, request.resolved_targets())

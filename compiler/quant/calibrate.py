@@ -1,0 +1,155 @@
+"""Weight-only codes that a text decides: each column's rounding error goes into the columns that are still to come.
+
+GPTQ (Frantar et al., 2022, "Accurate Post-Training Quantization for Generative Pre-trained Transformers"): of a linear
+y = x W^T, with H = x^T x over the text and H^-1 = U^T U (U upper triangular), column k is rounded, and the columns j
+behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Scales and zero points are those that the
+layer's own quantizer gives its group when that begins.
+
+Layers come in the graph's order, each on what the quantized layers before it make of the text; a weight is in memory
+while it is quantized, its codes then wait in a file without a name until they are written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler.accuracy.data import llm_feeds, read_text, tokenizer_of, windows
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation, Wiring
+from instantrt.passes.core.evaluate_node import evaluate_each, parts_of
+from instantrt.passes.core.lazy import FLOAT32, TILE_BYTES, Array, InMemory, Tile, convert
+from instantrt.passes.core.linear import linear
+from instantrt.passes.core.quant import Codes, Quantizer, QuantTensor, dequantize
+from instantrt.passes.qdq.insert_qdq import Decisions
+
+WINDOW = 256  # tokens that see one another
+LEAST, MOST = 512, 1 << 14  # tokens of a text: fewer say nothing of a layer's inputs; more are not read
+DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
+BLOCK = 128  # columns whose errors reach the rest of the weight together
+EVERY = 5.0  # seconds from one line of progress to the next
+
+
+@dataclass(frozen=True)
+class Calibrated(Quantizer):
+    """Codes that are there already: equal where the weight and the format are, of one text."""
+
+    codes: Codes = field(compare=False, repr=False)
+
+    def tiles(self) -> Iterator[Tile]:
+        step = max(1, TILE_BYTES // self.codes.codes.shape[1])
+        for start in range(0, len(self.codes.codes), step):
+            yield Tile(start, Codes(*(np.asarray(part[start : start + step]) for part in self.codes)))
+
+
+def tokens_of(folder: Path, text: Path) -> list[int]:
+    """The beginning of `text` by the tokenizer of the model in `folder`; UserError where there is too little of it."""
+    ids = tokenizer_of(folder).encode(read_text(text)).ids[:MOST]
+    if len(ids) < LEAST:
+        expected = f"at least {LEAST} tokens, better {MOST:,}"
+        raise UserError("the calibration text is too short", where=str(text), expected=expected, found=str(len(ids)))
+    return ids
+
+
+def calibrate(
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, heads: Set[str], text: Path, say: Callable[[str], None]
+) -> Decisions:
+    """The decisions with calibrated codes for the linears of `graph` that multiply floats, but for `heads`."""
+    if model.llm is None:
+        raise UserError("calibration reads a text; this model is no causal LM", where=str(model.folder))
+    ids = windows(tokens_of(model.folder, text), min(WINDOW, model.llm.max_length or WINDOW), batch=1)
+    chosen: dict[str, QuantTensor] = {}  # name of a node -> its weight
+    for node in graph.nodes:
+        found = linear(node)
+        quant = decisions.get(found.path) if found is not None and found.path not in heads else None
+        if isinstance(quant, QuantTensor) and isinstance(quant.source, Quantizer) and quant.activations == "float":
+            chosen[node.name] = quant
+    if not chosen:
+        raise UserError("calibration says nothing without weight-only layers", fix="leave --calibration out")
+    say(f"calibrating {len(chosen)} layers on {sum(each.size for each in ids):,} tokens")
+    wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
+    runs = [Evaluation(graph, llm_feeds(each, model.llm), wiring=wiring) for each in ids]
+    before, factor, told, weights = "", np.empty(0), began, 0  # the last input, and what it said of itself
+    with tempfile.TemporaryFile() as file:
+        for node in runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):
+            if (quant := chosen.get(node.name)) is None:
+                for run, outputs in zip(runs, evaluate_each(node, [run.values for run in runs], graph), strict=True):
+                    run.store(node, outputs)
+                continue
+            x = node.inputs[0].name
+            rows = np.concatenate([run.values[x].reshape(-1, quant.shape[1]) for run in runs])
+            if quant.name not in made:  # a module may be used several times
+                if x != before:
+                    before, factor = x, factor_of(rows, quant.name)
+                codes = Codes(*(spilled(part, file) for part in feed_back(quant, factor)))
+                of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
+                made[quant.name] = replace(quant, source=Calibrated(**of, codes=codes))
+                weights += math.prod(quant.shape)
+            product = np.concatenate(
+                [rows @ dequantize(Codes(*tile.parts), quant.group_size).T for tile in made[quant.name].tiles()], axis=1
+            )
+            for run, y in zip(runs, parts_of(product, [run.values[x].shape[:-1] for run in runs]), strict=True):
+                run.store(node, [y])
+            if time.monotonic() - told > EVERY:
+                told = time.monotonic()
+                say(f"calibrated {len(made)} of {len(chosen)} layers, {weights / (told - began) / 1e6:.1f} M weights/s")
+    return {**decisions, **made}
+
+
+def spilled(part: Array, file: IO[bytes]) -> Array:
+    """The same values, mapped from the end of a file: they take memory only while they are read."""
+    at = file.seek(0, os.SEEK_END)
+    file.write(np.ascontiguousarray(part).data)
+    file.flush()
+    return np.memmap(file, part.dtype, "r", at, part.shape)
+
+
+def factor_of(x: Array, layer: str) -> Array:
+    """U [K, K], upper triangular, U^T U = H^-1, of the inputs x [T, K] of `layer`; H = x^T x, damped.
+
+    With J the order of channels reversed, J H J = L L^T gives H = R R^T for the upper triangular R = J L J: U = R^-1.
+    """
+    h = x.T @ x
+    if not np.isfinite(h).all():
+        raise UserError("what reaches this layer is not finite", where=layer, fix="leave --calibration out")
+    size = h.diagonal().copy()
+    size[size == 0] = 1  # a channel that is never on
+    h[np.diag_indices_from(h)] = size + DAMPING * size.mean()
+    root = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    return np.triu(np.linalg.inv(root))
+
+
+def feed_back(quant: QuantTensor, factor: Array) -> Codes:
+    """The codes of a weight whose inputs have `factor`; blocks of columns, as many as a group's where those are few."""
+    assert isinstance(quant.source, Quantizer)
+    (n, k), group, top = quant.shape, quant.group_size, 2**quant.bits - 1
+    w = np.concatenate([convert(tile.parts[0], FLOAT32).T for tile in quant.source.weight.tiles()], axis=1)  # [K, N]
+    codes = np.empty((k, n), np.uint8)
+    grids: list[Codes] = []
+    step = group if group <= BLOCK else math.gcd(group, BLOCK)
+    for start in range(0, k, step):
+        end = start + step
+        if start % group == 0:
+            rows = InMemory(np.ascontiguousarray(w[start : start + group].T))
+            tiles = replace(quant.source, weight=rows, group_size=group).tiles()
+            grids.append(Codes(*map(np.concatenate, zip(*(tile.parts for tile in tiles), strict=True))))
+            scale, zero = grids[-1].scale[:, 0], grids[-1].zero[:, 0].astype(np.float32)
+        errors = np.empty((step, n), np.float32)
+        for i in range(start, end):
+            code = np.clip(np.rint(w[i] / scale) + zero, 0, top)
+            codes[i] = code
+            errors[i - start] = (w[i] - (code - zero) * scale) / factor[i, i]
+            w[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
+        w[end:] -= factor[start:end, end:].T @ errors
+    scale, zero = (np.concatenate(parts, axis=1) for parts in zip(*(grid[1:] for grid in grids), strict=True))
+    return Codes(np.ascontiguousarray(codes.T), scale, zero)
