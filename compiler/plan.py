@@ -17,6 +17,7 @@ from instantrt.compiler.decide import check_early, decide, heads_of, resolve, st
 from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.quant.cache import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, find_target
@@ -99,6 +100,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
+    for target in request.resolved_targets():
+        check_cache_type(request.kv_cache_type, model, types, target)
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.
@@ -146,7 +149,11 @@ def make_twin(
 
         decisions, raised = within_budget(graph, model, decisions, request, say)
     with uncollected():
-        twin = Twin(decisions, pipeline.quantize(graph.copy(), decisions, log, tables=tables), raised)
+        canonical = pipeline.quantize(graph.copy(), decisions, log, tables=tables)
+        if request.kv_cache_type in INTEGERS:
+            say("measuring the cache's range")
+            canonical = with_cache(canonical, request.kv_cache_type, model, log)
+        twin = Twin(decisions, canonical, raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin
