@@ -19,7 +19,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.rewrite import Pass, PassLog, producer, run
-from instantrt.passes.qdq.quantize_cache import PAST, PRESENT, QuantizeCache, QuantizeCacheByToken
+from instantrt.passes.qdq.quantize_cache import PRESENT, QuantizeCache, QuantizeCacheByToken
 
 INTEGERS = ("int8", "uint4")
 
@@ -54,7 +54,7 @@ def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> g
     assert model.llm is not None
     each: Pass = QuantizeCacheByToken()
     if kind == "int8":
-        each = QuantizeCache({name: np.float32(most / 127) for name, most in bounds(graph, model).items()})
+        each = QuantizeCache({name: (most / 127).astype(FLOAT32) for name, most in bounds(graph, model).items()})
     run(graph, [each], log)
     left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]
     if left:

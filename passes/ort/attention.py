@@ -65,7 +65,7 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         cache = [match.past_key, match.past_value, last, total]
         scales = [part.scale for part in match.quantized] if match.quantized else [nothing, nothing]
         inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, nothing, *scales, nothing, nothing, new]
-        attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
+        attrs: dict[str, Any] = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
         if match.quantized:
             per_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
             attrs |= {"kv_cache_bit_width": 8, **per_channel}

@@ -50,11 +50,12 @@ def cached(node: gs.Node) -> CachedAttentionMatch | str:
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
     if not all(isinstance(d, int) for d in (heads, head_dim, kv_heads, values.shape[3])):
         return "the number of heads is not a constant"
-    new = [q.new for q in quantized] if quantized else [concat_k.inputs[1], concat_v.inputs[1]]
-    past, present = ([concat_k.inputs[0], concat_v.inputs[0]], [concat_k.outputs[0], concat_v.outputs[0]])
+    past_k, k = concat_k.inputs[0], quantized[0].new if quantized else concat_k.inputs[1]
+    past_v, v = concat_v.inputs[0], quantized[1].new if quantized else concat_v.inputs[1]
+    present_k, present_v = concat_k.outputs[0], concat_v.outputs[0]
     scale = float(node.attrs.get("scale", head_dim**-0.5))
-    tensors = query, *new, *past, *present, keys, values, mask
-    return CachedAttentionMatch(node, *tensors, heads, kv_heads, head_dim, scale, quantized)
+    cache = past_k, past_v, present_k, present_v, keys, values
+    return CachedAttentionMatch(node, query, k, v, *cache, mask, heads, kv_heads, head_dim, scale, quantized)
 
 
 def grown(present: gs.Tensor) -> gs.Node | None:

@@ -61,10 +61,10 @@ class QuantizeCache(Rewrite[gs.Node]):
 class QuantizeCacheByToken(Rewrite[gs.Node]):
     """present = Concat(past, new) -> codes of four bits, a scale and a zero point for each token and head.
 
-    By InstantQuant's formula: low = min(min(new), 0), high = max(max(new), 0) over D, scale = (high - low) / 15, 1 where
-    that is 0, zero = round(-low / scale), code = clamp(round(new / scale) + zero). Two neighbours share a byte, the
-    first one's bits lowest: codes uint8 [B, H, T, D / 2]; `i.key_scale` float32 and `i.key_zero` uint8 [B, H, T, 1]
-    are caches beside them.
+    By InstantQuant's formula: low = min(min(new), 0), high = max(max(new), 0) over D, scale = (high - low) / 15, 1
+    where that is 0, zero = round(-low / scale), code = clamp(round(new / scale) + zero). Two neighbours share a
+    byte, the first one's bits lowest: codes uint8 [B, H, T, D / 2]; `i.key_scale` float32 and `i.key_zero` uint8
+    [B, H, T, 1] are caches beside them.
     """
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
