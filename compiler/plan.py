@@ -100,8 +100,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
-    for target in request.resolved_targets():
-        check_cache_type(request.kv_cache_type, model, types, target)
+    check_cache_type(request, model, types)
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.data import generated, llm_feeds
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
@@ -24,14 +25,17 @@ from instantrt.passes.qdq.quantize_cache import PRESENT, QuantizeCache, Quantize
 INTEGERS = ("int8", "uint4")
 
 
-def check_cache_type(kind: str | None, model: FloatModel, types: Mapping[str, np.dtype[Any]], target: Target) -> None:
+def check_cache_type(request: Request, model: FloatModel, types: Mapping[str, np.dtype[Any]]) -> None:
     """Refuses a type that the model or a target has no cache of; `types` is what each engine computes in."""
-    if kind is None:
-        return
+    if request.kv_cache_type is not None and model.llm is None:
+        raise UserError("kv_cache_type does nothing without a causal LM's cache", where=str(request.model))
+    for target in request.resolved_targets():
+        check_target(request.kv_cache_type, request.kv_cache, target, types.get(target.name))
+
+
+def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[Any] | None) -> None:
+    """`dtype`: what its engine computes in, None for a CPU."""
     where = f"{target.name} ({target.family})"
-    if model.llm is None:
-        raise UserError("kv_cache_type does nothing without a causal LM's cache", where=model.folder.name)
-    dtype = types.get(target.name)
     if dtype is None and kind == "float16":
         raise UserError(
             "no float16 cache on a CPU",
@@ -39,12 +43,19 @@ def check_cache_type(kind: str | None, model: FloatModel, types: Mapping[str, np
             expected="float32, int8 or uint4",
             found="GroupQueryAttention takes a float16 cache only with float16 queries, and is slower with both",
         )
-    if dtype is not None and kind not in ("int8", dtype.name):
+    if dtype is not None and kind == "int8" and growth == "in-place":
+        raise UserError(
+            "no int8 cache in place in an engine",
+            where=where,
+            found="TensorScatter takes float32, float16 and bfloat16 alone",
+            fix="--kv-cache concat, or another --kv-cache-type",
+        )
+    if dtype is not None and kind not in (None, "int8", dtype.name):
         raise UserError(
             f"no {kind} cache in this engine",
             where=where,
             expected=f"{dtype.name}, in which it computes, or int8",
-            found="TensorRT has no inputs of four bits" if kind == "uint4" else kind,
+            found="TensorRT has no operators on bytes of two codes" if kind == "uint4" else kind,
             fix=f"compile for {target.name} apart",
         )
 

@@ -165,9 +165,14 @@ class QuantizedPart:
 
 def quantized_part(values: gs.Tensor) -> QuantizedPart | None:
     """The cache of int8 that attention reads as `values`; None where it is another."""
+    concat = producer(kept(values), "Concat")
+    if kept(values) is values or concat is None or not concat.inputs[0].name.startswith(PAST):
+        return None
+    return QuantizedPart(concat, concat.i(1).i().inputs[0], values.inputs[0].inputs[1])
+
+
+def kept(values: gs.Tensor) -> gs.Tensor:
+    """The codes of what attention reads as `values`, which are themselves where they are no integers."""
     product = producer(values, "Mul")
     whole = producer(product.inputs[0], "DequantizeLinear") if product is not None else None
-    concat = producer(whole.inputs[0], "Concat") if whole is not None else None
-    if product is None or concat is None or not concat.inputs[0].name.startswith(PAST):
-        return None
-    return QuantizedPart(concat, concat.i(1).i().inputs[0], product.inputs[1])
+    return whole.inputs[0] if whole is not None else values
