@@ -25,6 +25,7 @@ HeadFormat = Literal["float", "int8"]
 TableFormat = Literal["stored", "int8"]
 Logits = Literal["last", "all"]
 KvCache = Literal["concat", "in-place"]
+CacheType = Literal["float32", "float16", "int8", "uint4"]
 
 # What a compilation may lack. An option that needs it says nothing without: that is an error.
 CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
@@ -132,6 +133,9 @@ class LanguageModel:
     logits: Logits = option("last", "of each sequence's last token, or of all tokens")
     kv_cache: KvCache = option(
         "concat", "present is a longer copy of past, or both are one buffer of the longest length", GPU
+    )
+    kv_cache_type: CacheType | None = option(
+        None, "what the cache holds; else float32 on a CPU, in engines the type they compute in"
     )
 
 

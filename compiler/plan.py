@@ -14,6 +14,7 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
 from instantrt.compiler.frontend import load
@@ -105,6 +106,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
+    check_cache_type(request, model, types)
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.
@@ -169,7 +171,11 @@ def make_twin(
     else:
         decisions = search(floating, model, decisions, formats, say)
     with uncollected():
-        twin = Twin(decisions, floating, pipeline.quantize(floating.copy(), decisions, log, tables=tables), raised)
+        canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
+        if request.kv_cache_type in INTEGERS:
+            say("measuring the cache's range")
+            canonical = with_cache(canonical, request.kv_cache_type, model, log)
+        twin = Twin(decisions, floating, canonical, raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin

@@ -15,6 +15,7 @@ from instantrt.passes.core.linear import weight_dequantize
 from instantrt.passes.core.rewrite import Rule, check, producer
 
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+STORES = ("Concat", "TensorScatter", "Reshape")  # where the codes of a cache go: it is written once and read later
 
 
 class Stage(Enum):
@@ -62,7 +63,8 @@ def activation_q_is_followed_by_dq(node: gs.Node) -> str | None:
     if node.op != "QuantizeLinear":
         return None
     users = node.outputs[0].outputs
-    return None if users and all(u.op == "DequantizeLinear" for u in users) else "codes leave the Q/DQ pair"
+    kept = users and all(u.op in ("DequantizeLinear", *STORES) for u in users)
+    return None if kept else "codes leave the Q/DQ pair"
 
 
 def no_weight_dequantize(node: gs.Node) -> str | None:
