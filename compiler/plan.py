@@ -17,9 +17,9 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
+from instantrt.compiler.fit import check_text, choose_formats, fit_codes
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.quant.calibrate import calibrate
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
@@ -90,6 +90,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     check_early(request)
+    check_text(request)
     say(f"reading {request.model}")
     model = load(
         request.model,
@@ -153,23 +154,14 @@ def make_twin(
     tables: bool,
 ) -> Twin:
     """`lower_one` is what becomes of it; `tables`: those of embeddings are int8 in it, as they will be there."""
-    raised = None
-    if request.layers or request.has_budget:
-        from instantrt.compiler.accuracy.budget import room_for, within_budget
 
-        def size_of(chosen: Decisions) -> int:
-            folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
-            return layout(lower_one(pipeline.quantize(folded, chosen, PassLog(), tables=tables), PassLog()))[1]
+    def size_of(chosen: Decisions) -> int:
+        folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
+        return layout(lower_one(pipeline.quantize(folded, chosen, PassLog(), tables=tables), PassLog()))[1]
 
-        folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-        room = room_for(request, decisions, formats.groups, size_of)
-        decisions = search(folded, model, decisions, formats, say)
-        decisions, raised = within_budget(folded, model, decisions, request, say, room)
+    decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)
-    if request.calibration is not None:
-        decisions = calibrate(floating, model, decisions, heads, request.calibration, say)
-    else:
-        decisions = search(floating, model, decisions, formats, say)
+    decisions = fit_codes(floating, model, decisions, formats, heads, request, say)
     with uncollected():
         canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
         if request.kv_cache_type in INTEGERS:
@@ -179,17 +171,6 @@ def make_twin(
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin
-
-
-def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Formats, say: Say) -> Decisions:
-    """The same formats, their scales searched where that is asked for, by the inputs that `graph` gives each layer."""
-    if formats.config is None or formats.config.search == "none":
-        return decisions
-    from instantrt.compiler.accuracy.data import generated
-    from instantrt.compiler.accuracy.importance import input_energy, search_scales
-
-    say("measuring the inputs of each layer")
-    return search_scales(decisions, input_energy(graph, model.llm, generated(model)))
 
 
 def longest(request: Request, model: FloatModel) -> int:
