@@ -16,7 +16,7 @@ from instantrt.passes.core.errors import UserError
 RECORDED = [
     "quant", "group_size", "search", "weight_only", "enable_quant", "quant_config", "ignore", "lm_head", "embeddings",
     "cpu_preset", "portable", "trust_remote_code", "builder", "max_batch", "max_length", "opt_length", "logits",
-    "kv_cache", "memory_limit", "optimization_level", "weight_streaming", "version_compatible",
+    "kv_cache", "kv_cache_type", "memory_limit", "optimization_level", "weight_streaming", "version_compatible",
     "hardware_compatible", "plugin_rounding", "max_kl", "max_ppl_increase", "max_size", "bits_per_weight",
     "layers",
 ]  # fmt: skip
