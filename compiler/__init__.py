@@ -7,6 +7,7 @@
     target, support    what can be compiled for, a row a target; what has been shown for each method and target
     checkpoint         safetensors files as references; no bytes are read
     decide             request and checkpoint -> the one quantization of each layer
+    fit                formats, scales and codes fitted to what the model does, where that is asked for
     plan               what will be written, decided before a byte is: formats, graphs, who builds each engine
     pipeline           which passes run, in which order
     write              what was planned -> the folders of the targets, and the manifest

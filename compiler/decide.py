@@ -19,7 +19,6 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
-from instantrt.compiler.quant.calibrate import tokens_of
 from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader
@@ -66,10 +65,9 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
         return None
     short = {"quant_method": method, **SHORT.get(str(request.quant), {})}
     raw: dict[str, Any] = dict(short if request.quant_config is None else request.quant_config)
-    if request.group_size is not None and raw.setdefault("group_size", request.group_size) != request.group_size:
-        raise UserError(
-            "group_size is said twice, and differs", expected=str(raw["group_size"]), found=str(request.group_size)
-        )
+    for key, said in (("group_size", request.group_size), ("search", request.search)):
+        if said is not None and raw.setdefault(key, said) != said:
+            raise UserError(f"{key} is said twice, and differs", expected=str(raw[key]), found=str(said))
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
     parsed = parse_quant_config(raw, where)
     if request.weight_only and parsed.activate_quant:
@@ -78,16 +76,13 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
 
 
 def check_early(request: Request) -> None:
-    """Refuses what shows before the model is built and exported: a builder that is not for a target, a group size, a
-    calibration text that is none.
+    """Refuses what shows before the model is built and exported: a builder that is not for a target, a group size.
 
     What config.json shows is the width of all layers; those that are ignored are known by layer alone.
     """
     for target in request.resolved_targets():
         if target.backend is Backend.TENSORRT:
             choose_builder(target, request.builder, options=request.engine_options())
-    if request.calibration is not None:
-        tokens_of(request.model, request.calibration)
     said = request.quant_config or {}
     size = request.group_size if request.group_size is not None else said.get("group_size")
     if type(size) is not int or size < 1 or request.ignore or said.get("ignore"):

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, replace
 
 from instantrt.compiler.options import HeadFormat, TableFormat
-from instantrt.compiler.quant.config import QuantConfig
-from instantrt.compiler.quant.instant import fits
+from instantrt.compiler.quant.config import QuantConfig, Search
+from instantrt.compiler.quant.instant import GROUPS, fits
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.linear import Linear
@@ -17,10 +17,12 @@ from instantrt.passes.qdq.tables import BLOCKS
 
 @dataclass(frozen=True)
 class Defaults:
-    """Group sizes of 8 and 4 bit weights, -1 per channel, and what becomes of the head and the table of embeddings."""
+    """What is not said: group sizes of 8 and 4 bit weights, -1 per channel, and the search of the latter's scales; what
+    becomes of the head and the table of embeddings."""
 
     int8: int
     uint4: int
+    search: Search = "none"
     lm_head: HeadFormat = "float"
     embeddings: TableFormat = "stored"
 
@@ -34,9 +36,9 @@ ENCODER = Defaults(-1, 32)  # many rows meet the weights: integer products of wh
 #   groups of 32 0.0032  149
 # 4 bits, auto: 0.264 and 97 MiB in groups of 32, 0.277 and 88 in groups of 64.
 CAUSAL: dict[Preset, Defaults] = {
-    "auto": Defaults(64, 32, "int8", "int8"),
-    "fast": Defaults(64, 32, "int8", "int8"),
-    "exact": Defaults(-1, 32, "int8", "int8"),  # whole channels: integer products for long prompts, too
+    "auto": Defaults(64, 32, "activations", "int8", "int8"),
+    "fast": Defaults(64, 32, "activations", "int8", "int8"),
+    "exact": Defaults(-1, 32, "activations", "int8", "int8"),  # whole channels: integer products for long prompts, too
 }
 SMALLER = (64, 32, 16)  # for what a default, or a head's layers, do not divide: all operators have these
 
@@ -47,12 +49,14 @@ class Formats:
 
     config       None: linears stay float
     head         how a head is quantized; None: it stays float
+    groups       the sizes that a layer may get where formats are chosen layer by layer
     """
 
     config: QuantConfig | None
     head: QuantConfig | None
     embeddings: TableFormat
     notes: tuple[str, ...] = ()
+    groups: tuple[int, ...] = GROUPS
 
 
 def settle(
@@ -73,6 +77,7 @@ def settle(
     chosen = SPEC
     if on_cpu and request.quant_config is None:
         chosen = CAUSAL[request.cpu_preset] if heads else ENCODER
+    groups = (*GROUPS, SMALLER[-1]) if on_cpu else GROUPS
     notes: tuple[str, ...] = ()
     if request.group_size is None and request.quant_config is None and not config.activate_quant:
         wanted = chosen.int8 if config.bits == 8 else chosen.uint4
@@ -81,14 +86,16 @@ def settle(
             unfit = next(f"{path}, {k} inputs" for path, k in widths.items() if not fits(k, wanted))
             why = f"{wanted}, the default, does not divide {unfit}"
             notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
+    if request.search is None and request.quant_config is None and config.bits == 4:
+        config = replace(config, search=chosen.search)
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
-        return Formats(config, None, request.embeddings or "stored", notes)
+        return Formats(config, None, request.embeddings or "stored", notes, groups)
     head = replace(config, weight_format="int8")
     if on_cpu:  # in groups that a table may have, too
         size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
         head = replace(head, compute_method="weight_only", group_size=size)
-    return Formats(config, head, request.embeddings or chosen.embeddings, notes)
+    return Formats(config, head, request.embeddings or chosen.embeddings, notes, groups)
 
 
 def largest(widths: Collection[int], wanted: int) -> int:

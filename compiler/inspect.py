@@ -150,7 +150,7 @@ def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerRe
 def described(quant: QuantTensor) -> str:
     """How a layer is stored, whatever it is multiplied with."""
     grain = "per channel" if quant.per_channel else f"groups of {quant.group_size}"
-    return f"{quant.bits} bits, {grain}, {'symmetric' if quant.symmetric else 'asymmetric'}"
+    return f"{quant.bits} bits, {grain}, {quant.zeros}"
 
 
 def form(reader: Reader | None, layers: tuple[LayerReport, ...]) -> str:
@@ -173,15 +173,14 @@ def outlook(target: Target, asked: QuantConfig | None) -> str:
 def artifact_bytes(
     facts: ModelFacts, layers: tuple[LayerReport, ...], backend: Backend, asked: QuantConfig | None
 ) -> int:
-    """Weights of an artifact, about: codes, scales in float32 on a CPU and 16 bits on a GPU, the rest in 16 bits."""
-    scale_bytes = 4 if backend is Backend.ONNXRUNTIME else 2
+    """Weights of an artifact, about: codes, scales and the rest in 16 bits."""
     widened = backend is Backend.ONNXRUNTIME and asked is not None and asked.activate_quant
     total = 2 * facts.size
     for layer in layers:
         n, k = layer.shape
         if layer.scales is not None:
             bits = 8 if widened else layer.bits
-            total += int(n * k * (bits / 8 - 2)) + n * k // layer.group_size * (scale_bytes + 1)
+            total += int(n * k * (bits / 8 - 2)) + n * k // layer.group_size * (2 + 1)
     return total
 
 

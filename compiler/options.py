@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.quant.config import Quant, Search
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.ort import Preset
 
@@ -25,6 +25,7 @@ HeadFormat = Literal["float", "int8"]
 TableFormat = Literal["stored", "int8"]
 Logits = Literal["last", "all"]
 KvCache = Literal["concat", "in-place"]
+CacheType = Literal["float32", "float16", "int8", "uint4"]
 
 # What a compilation may lack. An option that needs it says nothing without: that is an error.
 CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
@@ -74,6 +75,9 @@ class Quantization:
     quant: Quant | None = option(None, "what to quantize to; else what the checkpoint is, float or quantized")
     group_size: int | None = option(
         None, "consecutive inputs that share a scale; -1 per channel; else by target and model", QUANTIZED
+    )
+    search: Search | None = option(
+        None, "scales fitted to the inputs that weights meet, or by the formula alone; else by target", QUANTIZED, FLOAT
     )
     weight_only: bool = option(False, "8-bit GPTQ checkpoints run as A16W8 instead of A8W8", QUANTIZED)
     enable_quant: bool | None = None  # the spec's switch; None: as the other fields say
@@ -130,6 +134,9 @@ class LanguageModel:
     kv_cache: KvCache = option(
         "concat", "present is a longer copy of past, or both are one buffer of the longest length", GPU
     )
+    kv_cache_type: CacheType | None = option(
+        None, "what the cache holds; else float32 on a CPU, in engines the type they compute in"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +181,19 @@ class Plugins:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """What quantization may cost: worst layers get finer formats until it does not cost more."""
+    """What quantization may cost, in accuracy and in bytes: formats are chosen layer by layer."""
 
     max_kl: float | None = option(
         None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, rule=ABOVE_ZERO
     )
     max_ppl_increase: float | None = option(
         None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
+    )
+    max_size: float | None = option(
+        None, "bound on the artifact's weights, in MiB: worst layers get the finer formats", QUANTIZED, rule=ABOVE_ZERO
+    )
+    bits_per_weight: float | None = option(
+        None, "bound on the mean of quantized weights, scales and zero points included", QUANTIZED, rule=ABOVE_ZERO
     )
     text: Path | None = option(None, "text in UTF-8 to measure on")
 

@@ -33,6 +33,7 @@ from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
 from instantrt.passes.ort.partial_rotary import RotateWholeHeads
 from instantrt.passes.ort.rotary import RotateInAttention
+from instantrt.passes.ort.scales import KeepScalesInHalf
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.ort.whole_attention import LowerToAttention, SumIntoNorm
 from instantrt.passes.qdq.fold_order import FoldOrder
@@ -135,8 +136,9 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     else:
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
-    # Last: what is float by now stays float, in its 16 bits. Tables first: a tied head then finds the one it shares.
-    passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf()]
+    # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
+    # it shares.
+    passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf(), KeepScalesInHalf()]
     run(graph, passes, log)
     refuse_leftovers(graph, log, "ONNX Runtime")
     if any(may_saturate(node) for node in every_node(graph)):

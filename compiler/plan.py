@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,22 +14,23 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
-from instantrt.compiler.defaults import settle
+from instantrt.compiler.defaults import Formats, settle
+from instantrt.compiler.fit import check_text, choose_formats, fit_codes
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.quant.calibrate import calibrate
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
-from instantrt.compiler.target import Backend, find_target
+from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.dump import Dump
-from instantrt.passes.core.lazy import FLOAT32, view_of
+from instantrt.passes.core.lazy import view_of
 from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.core.subgraphs import tensors
-from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.ort.tables import SCALE_TYPE, QuantizeTables
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.explicit_scales import documented
 
@@ -88,6 +90,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     check_early(request)
+    check_text(request)
     say(f"reading {request.model}")
     model = load(
         request.model,
@@ -104,25 +107,28 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
+    check_cache_type(request, model, types)
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.
     made: dict[tuple[object, ...], Twin] = {}
     twins: dict[str, Twin] = {}
     heads, notes = heads_of(graph, model), list(model.notes)
+    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     for target in request.resolved_targets():
-        dtype = types.get(target.name, FLOAT32)
+        dtype = types.get(target.name, SCALE_TYPE)
         formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
         tables = formats.embeddings == "int8" and target.backend is Backend.ONNXRUNTIME
-        key = (dtype if reader is None and config is not None else None, tables)
+        own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
+        key = (own, tables)
         if key not in made:
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
-            made[key] = make_twin(graph, model, decisions, heads, request, log, say, tables=tables)
+            lower_one = partial(lower, target, types.get(target.name), request, limits, longest(request, model))
+            made[key] = make_twin(graph, model, decisions, formats, heads, request, log, say, lower_one, tables=tables)
             notes += formats.notes
         twins[target.name] = made[key]
-    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
     say("lowering the graph")
-    lowered = lower(twins, types, request, limits, log, longest(request, model))
+    lowered = lower_all(twins, types, request, limits, longest(request, model), log)
     options = request.engine_options()
     builders = {
         t.name: choose_builder(t, request.builder, int4=native_int4(lowered[t.name]), options=options)
@@ -138,25 +144,30 @@ def make_twin(
     graph: gs.Graph,
     model: FloatModel,
     decisions: Decisions,
+    formats: Formats,
     heads: Set[str],
     request: Request,
     log: PassLog,
     say: Say,
+    lower_one: Callable[[gs.Graph, PassLog], gs.Graph],
     *,
     tables: bool,
 ) -> Twin:
-    """`tables`: those of embeddings are int8 in it, as they will be in the artifact."""
-    raised = None
-    if request.layers or request.has_budget:
-        from instantrt.compiler.accuracy.budget import within_budget
+    """`lower_one` is what becomes of it; `tables`: those of embeddings are int8 in it, as they will be there."""
 
-        folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-        decisions, raised = within_budget(folded, model, decisions, request, say)
+    def size_of(chosen: Decisions) -> int:
+        folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
+        return layout(lower_one(pipeline.quantize(folded, chosen, PassLog(), tables=tables), PassLog()))[1]
+
+    decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)
-    if request.calibration is not None:
-        decisions = calibrate(floating, model, decisions, heads, request.calibration, say)
+    decisions = fit_codes(floating, model, decisions, formats, heads, request, say)
     with uncollected():
-        twin = Twin(decisions, floating, pipeline.quantize(floating.copy(), decisions, log, tables=tables), raised)
+        canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
+        if request.kv_cache_type in INTEGERS:
+            say("measuring the cache's range")
+            canonical = with_cache(canonical, request.kv_cache_type, model, log)
+        twin = Twin(decisions, floating, canonical, raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin
@@ -167,28 +178,40 @@ def longest(request: Request, model: FloatModel) -> int:
     return request.max_length or (model.llm.max_length if model.llm is not None else 0)
 
 
-@uncollected()
 def lower(
+    target: Target,
+    dtype: np.dtype[Any] | None,
+    request: Request,
+    limits: EngineLimits,
+    longest: int,
+    graph: gs.Graph,
+    log: PassLog,
+) -> gs.Graph:
+    """The canonical `graph`, which is used up, for a target that computes in `dtype`; None: for a CPU."""
+    if dtype is None:
+        return pipeline.lower_onnxruntime(graph, target, request, log, longest)
+    return pipeline.lower_tensorrt(graph, target, dtype, request, limits, log)
+
+
+@uncollected()
+def lower_all(
     twins: Mapping[str, Twin],
     types: Mapping[str, np.dtype[Any]],
     request: Request,
     limits: EngineLimits,
-    log: PassLog,
     longest: int,
+    log: PassLog,
 ) -> dict[str, gs.Graph]:
     """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
     lowered: dict[str, gs.Graph] = {}
-    shared: dict[tuple[np.dtype[Any], bool, bool], gs.Graph] = {}
+    shared: dict[Hashable, gs.Graph] = {}
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
-        if dtype is None:
-            lowered[target.name] = pipeline.lower_onnxruntime(twin.canonical.copy(), target, request, log, longest)
-        else:
-            any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
-            key = (dtype, target.whole_operators, target.rtx or any_builder)
-            if key not in shared:
-                shared[key] = pipeline.lower_tensorrt(twin.canonical.copy(), target, dtype, request, limits, log)
-            lowered[target.name] = shared[key]
+        any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
+        key = (dtype, target.whole_operators, target.rtx or any_builder) if dtype is not None else target.name
+        if key not in shared:
+            shared[key] = lower(target, dtype, request, limits, longest, twin.canonical.copy(), log)
+        lowered[target.name] = shared[key]
     return lowered
 
 

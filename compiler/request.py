@@ -34,6 +34,7 @@ from instantrt.passes.core.errors import UserError
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")
 SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
+BOUNDS = ("max_kl", "max_ppl_increase", "max_size", "bits_per_weight")  # on the loss and on the size
 LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 
 
@@ -72,6 +73,8 @@ class Request(
         for path, form in self.layers.items():
             if not LAYER_FORMAT.fullmatch(form):
                 raise UserError("a layer's format", where=path, expected="float, or as a16w4:32", found=repr(form))
+        if self.max_size is not None and self.bits_per_weight is not None:
+            raise UserError("max_size and bits_per_weight both bound the size", fix="give one of them")
         if self.plugin_rounding and self.plugin is None:
             raise UserError("plugin_rounding without a plugin", fix="--plugin FILE")
         for target in self.resolved_targets():
@@ -120,7 +123,7 @@ class Request(
 
     @property
     def has_budget(self) -> bool:
-        return self.max_kl is not None or self.max_ppl_increase is not None
+        return any(getattr(self, name) is not None for name in BOUNDS)
 
     def resolved_targets(self) -> tuple[Target, ...]:
         """The target rows, each once, in the order asked for."""

@@ -23,7 +23,7 @@ from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_eng
 from instantrt.compiler.backend.tensorrt.kit import write_kit
 from instantrt.compiler.backend.tensorrt.profiles import profiles
 from instantrt.compiler.plan import Plan, Twin
-from instantrt.compiler.request import UNRECORDED, Request
+from instantrt.compiler.request import BOUNDS, UNRECORDED, Request
 from instantrt.compiler.target import Target
 from instantrt.compiler.watch import SILENT, Watch
 from instantrt.passes.core.errors import UserError
@@ -188,7 +188,7 @@ def source(request: Request, twin: Twin) -> dict[str, Any]:
     No path of this machine is in it: the same input gives the same bytes anywhere. A budget is the formats it chose.
     """
     layers = {**request.layers, **(twin.raised.layers if twin.raised is not None else {})}
-    asked = {**asdict(request), "layers": layers, "max_kl": None, "max_ppl_increase": None}
+    asked = {**asdict(request), "layers": layers} | dict.fromkeys(BOUNDS)
     said = {key: value for key, value in asked.items() if key not in UNRECORDED}
     text = request.calibration
     return {"model": request.model_name, "request": said} | ({"calibration": sha256(text)} if text is not None else {})

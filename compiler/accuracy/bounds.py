@@ -45,17 +45,19 @@ INT8_TOKEN = Bound("int8 per token", 1e-3, 1e-3, 1e-3, 3e-2)
 INT8_BLOCK = Bound("int8 per block", 2e-3, 1e-3, 1e-3, 3e-2)
 FLOAT16 = Bound("float16", 2e-3, 1.5e-3, 1, 1e-2)
 BFLOAT16 = Bound("bfloat16", 2e-2, 1.2e-2, 1, 5e-2)
+LIMBS_CACHE = Bound("two limbs, integer cache", 2e-3, 1e-3, 1e-3, 3e-2)
 INT8_FLOAT16 = Bound("int8 per token, float16", 2e-3, 1.5e-3, 1, 3e-2)
 INT8_BFLOAT16 = Bound("int8 per token, bfloat16", 2e-2, 1.2e-2, 1, 5e-2)
 # Of what a layer reads, made of what the layers before it read: attention in between amplifies what two limbs lose of a
 # query and a key, to 4.4e-3 in a real model; what int8 loses is lost in the twin, too.
-BETWEEN = {TWO_LIMBS: 1e-2, INT8_TOKEN: INT8_TOKEN.layer, INT8_BLOCK: INT8_BLOCK.layer}
+BETWEEN = {TWO_LIMBS: 1e-2, LIMBS_CACHE: 1e-2, INT8_TOKEN: INT8_TOKEN.layer, INT8_BLOCK: INT8_BLOCK.layer}
 
 
 def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
     """The bound of what `nodes` compute, in the compute type `dtype`: the coarsest arithmetic found among them."""
     ops = {node.op for node in nodes}
-    quantizes = "QuantizeLinear" in ops or any(n.attrs.get("activation_bits") == 8 for n in nodes)
+    cache = any(map(keeps_integers, nodes))
+    quantizes = cache or "QuantizeLinear" in ops or any(n.attrs.get("activation_bits") == 8 for n in nodes)
     if dtype == np.float16:
         return INT8_FLOAT16 if quantizes else FLOAT16
     if dtype == np.dtype(ml_dtypes.bfloat16):
@@ -64,8 +66,13 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
         return INT8_BLOCK
     if {"MatMulIntegerToFloat", "MatMulNBits"} & ops:
         two = any(map(parts_limbs, nodes)) or "DequantizeLinear" in ops  # the first limb, to be taken off from x
-        return TWO_LIMBS if two else INT8_TOKEN
+        return (LIMBS_CACHE if cache else TWO_LIMBS) if two else INT8_TOKEN
     return INT8_TOKEN if quantizes else FLOAT32
+
+
+def keeps_integers(node: gs.Node) -> bool:
+    """Does it write a cache of integers?"""
+    return any(t.name.startswith("present.") and t.dtype in (np.int8, np.uint8) for t in node.outputs)
 
 
 def int8_blocks(x: Array, block: int) -> Array:

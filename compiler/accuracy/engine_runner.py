@@ -22,7 +22,6 @@ ON_CPU = "run this on the GPU machine; --forms float,twin,lowered checks the low
 TYPES: dict[str, type[np.generic]] = {
     **tensorrt_engine.TYPES,
     "BF16": ml_dtypes.bfloat16,
-    "INT8": np.int8,
     "BOOL": np.bool_,
 }
 

@@ -61,6 +61,10 @@ class Budget:
     max_kl: float | None = None
     max_ppl_increase: float | None = None  # percent
 
+    @property
+    def bounded(self) -> bool:
+        return self.max_kl is not None or self.max_ppl_increase is not None
+
     def violations(self, figures: Mapping[str, float]) -> list[str]:
         increase = 100 * (figures["perplexity_ratio"] - 1)
         stated = (("KL", figures["kl_mean"], self.max_kl), ("perplexity increase, %,", increase, self.max_ppl_increase))

@@ -185,8 +185,8 @@ def between(graph: gs.Graph, layer: TwinLinear, x: Array) -> Array:
 def quantized_bytes(quant: QuantTensor) -> int:
     """Codes, scales and zero points, as they are stored."""
     n, k = quant.shape
-    zeros = 0 if quant.symmetric else n * quant.groups * quant.bits // 8
-    return n * k * quant.bits // 8 + n * quant.groups * quant.scale_dtype.itemsize + zeros
+    zero_bits = 8 * quant.zero_dtype.itemsize if quant.float_zeros else 0 if quant.symmetric else quant.bits
+    return n * k * quant.bits // 8 + n * quant.groups * (8 * quant.scale_dtype.itemsize + zero_bits) // 8
 
 
 def weight_errors(quant: QuantTensor, rows: Source) -> tuple[float, float, float]:

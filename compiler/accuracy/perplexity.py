@@ -5,45 +5,71 @@ exp of the mean negative log likelihood of every token but the first of each win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from instantrt.compiler.accuracy.data import llm_feeds, read_text, token_feeds, tokenizer_of, windows
-from instantrt.compiler.accuracy.metrics import log_softmax, next_nll, perplexity
-from instantrt.compiler.accuracy.runners import onnx_runner, transformers_runner
+from instantrt.compiler.accuracy.data import read_text, token_feeds, tokenizer_of, windows
+from instantrt.compiler.accuracy.metrics import log_softmax, perplexity
+from instantrt.compiler.accuracy.runners import session, transformers_runner
 from instantrt.compiler.artifact.manifest import find_artifact
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 
-Logits = Callable[[Array], Array]  # ids [1, S] -> logits [1, S, vocab]
+Logits = Callable[[Array], Iterable[Array]]  # ids [1, S] -> their logits [s, vocab], piece by piece
 WINDOW = 256
+PIECE = 512  # tokens of a call: the logits of a long window would take gigabytes
 
 
-def text_windows(folder: Path, text: Path, longest: int = 0) -> list[Array]:
-    """Token ids [1, WINDOW] of consecutive parts of `text` by the tokenizer in `folder`; the last may be shorter.
+def text_windows(folder: Path, text: Path, longest: int = 0, window: int = WINDOW) -> list[Array]:
+    """Token ids [1, window] of consecutive parts of `text` by the tokenizer in `folder`; the last may be shorter.
 
     longest   tokens that the model takes, 0 where nothing says it
     """
-    return list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(WINDOW, longest or WINDOW), batch=1))
+    return list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(window, longest or window), batch=1))
 
 
 def perplexity_of(logits_of: Logits, parts: Sequence[Array]) -> float:
-    return perplexity(np.concatenate([next_nll(log_softmax(logits_of(ids)[0]), ids[0]) for ids in parts]))
+    return perplexity(np.concatenate([nll for ids in parts for nll in losses(logits_of(ids), ids[0])]))
+
+
+def losses(pieces: Iterable[Array], ids: Array) -> Iterator[Array]:
+    """The negative log likelihood of each of ids [S] but the first, by pieces [s, vocab]."""
+    start = 0
+    for logits in pieces:
+        following = ids[start + 1 : start + 1 + len(logits)]
+        yield -log_softmax(logits)[np.arange(len(following)), following]
+        start += len(logits)
 
 
 def artifact_logits(folder: Path, target: str | None = None) -> Logits:
-    """The logits of a compiled ONNX artifact without a past: of every position, where it delivers the last's, too."""
+    """The logits of a compiled ONNX artifact: of every position, where it delivers the last's, too.
+
+    What a window's later pieces see of those before is the artifact's own cache, whatever it holds.
+    """
     artifact = find_artifact(folder, target)
     if artifact.kind != "onnx" or artifact.llm is None:
         found = artifact.kind if artifact.kind != "onnx" else "another model"
         fix = "instantrt diff --forms twin,engine measures an engine on its GPU" if artifact.kind == "engine" else ""
         raise UserError("not a causal LM for ONNX Runtime", where=f"{folder}, {artifact.target}", found=found, fix=fix)
-    llm = LlmShape(**artifact.llm)
-    run = onnx_runner(folder / artifact.path, ["logits"], every_position=True)
-    return lambda ids: run(llm_feeds(ids, llm))["logits"]
+    loaded, whole = session(folder / artifact.path, every_position=True), artifact.limits.get("prompts") == "whole"
+    empty = {f"{PAST}{part}": buffer for part, buffer in empty_cache(loaded, 1, 0).items()}
+    names = ["logits", *(name.replace(PAST, "present.") for name in empty)]
+
+    def run(ids: Array) -> Iterator[Array]:
+        feeds, cache = token_feeds(ids), empty
+        size = ids.shape[1] if whole else PIECE
+        for start in range(0, ids.shape[1], size):
+            here = slice(start, start + size)
+            given = {name: value[:, here] for name, value in feeds.items()}
+            given["attention_mask"] = feeds["attention_mask"][:, : here.stop]
+            logits, *present = loaded.run(names, given | cache)
+            cache = dict(zip(empty, present, strict=True))
+            yield logits[0]
+
+    return run
 
 
 def transformers_logits(folder: Path) -> Logits:

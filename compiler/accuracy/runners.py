@@ -18,6 +18,7 @@ from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
 from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import numpy_type
@@ -128,7 +129,13 @@ def session(path: Path, *, as_written: bool = False, every_position: bool = Fals
 def onnx_runner(path: Path, outputs: Sequence[str], **how: bool) -> Runner:
     """Only what is compared is fetched: a cache is as large as the logits and says nothing more."""
     loaded = session(path, **how)
-    return lambda feeds: dict(zip(outputs, loaded.run(list(outputs), dict(feeds)), strict=True))
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        cache = empty_cache(loaded, len(feeds["input_ids"]), 0) if f"{PAST}0.key" in feeds else {}
+        given = {**feeds, **{PAST + part: nothing for part, nothing in cache.items()}}  # of the file's own types
+        return dict(zip(outputs, loaded.run(list(outputs), given), strict=True))
+
+    return run
 
 
 def last_logits_runner(path: Path, outputs: Sequence[str]) -> Runner:

@@ -101,7 +101,8 @@ def about(planned: Plan, request: Request, target: Target) -> dict[str, str]:
 def all_positions(planned: Plan, request: Request, target: Target, log: PassLog) -> gs.Graph:
     """Lowers once more, with the logits of every position and no buffer of a fixed length for the cache."""
     plain = replace(request, targets=(target.name,), logits="all", kv_cache="concat")
-    return lower(planned.twins, planned.types, plain, planned.limits, log, longest(plain, planned.model))[target.name]
+    twin, dtype = planned.twins[target.name].canonical.copy(), planned.types.get(target.name)
+    return lower(target, dtype, plain, planned.limits, longest(plain, planned.model), twin, log)
 
 
 def is_quantized(graph: gs.Graph) -> bool:

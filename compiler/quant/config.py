@@ -23,16 +23,18 @@ assert set(get_args(Quant)) == {*SHORT, "none"}
 METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8")
 FORMATS = {"int8": 8, "uint4": 4}
 COMPUTE = ("weight_only", "activate_quant")
-SEARCHES = ("none", "mse")
+Search = Literal["none", "activations"]
 FEW = 3
-KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore", "search")
+ZERO_POINTS = ("integer", "float")
+KEYS = ("quant_method", "weight_format", "group_size", "compute_method", "ignore", "search", "zero_point")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """How to quantize. `group_size` -1 is per channel; `ignore` holds module patterns (`*.down_proj`).
 
-    `search` mse clips each group where that lowers its squared error; none is the spec's formula.
+    `search` activations fits range and scale of each group to the inputs that it meets; none is the spec's formula.
+    `zero_point` float leaves zero points unrounded, as the spec does.
     """
 
     quant_method: str = "instant_quant"
@@ -40,7 +42,8 @@ class QuantConfig:
     group_size: int = -1
     compute_method: str = "weight_only"
     ignore: tuple[str, ...] = ()
-    search: str = "none"
+    search: Search = "none"
+    zero_point: str = "integer"
 
     @property
     def bits(self) -> int:
@@ -84,7 +87,8 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
         )
     choice(raw, "weight_format", tuple(FORMATS), where)
     choice(raw, "compute_method", COMPUTE, where)
-    choice(raw, "search", SEARCHES, where)
+    choice(raw, "search", get_args(Search), where)
+    choice(raw, "zero_point", ZERO_POINTS, where)
     expect_group_size(raw.get("group_size", -1), where)
     ignore = raw.get("ignore", ())
     strings = isinstance(ignore, list | tuple) and all(isinstance(p, str) for p in ignore)
@@ -96,6 +100,11 @@ def parse_quant_config(raw: Mapping[str, Any], where: str) -> QuantConfig:
             where=where,
             found=f"search {config.search!r} with quant_method {config.quant_method!r}",
         )
+    if config.zero_point == "float":
+        plain = config.quant_method == "instant_quant" and config.search == "none" and not config.activate_quant
+        found = f"quant_method {config.quant_method}, search {config.search}, compute_method {config.compute_method}"
+        what, expected = "zero_point float is the plain formula's", "instant_quant, search none, weight_only"
+        expect(plain, found, what, expected, where, "leave zero_point out")
     if config.quant_method == "instant_quant" and config.activate_quant:
         refuse_activate(config, where)
     return config

@@ -10,13 +10,11 @@ import numpy as np
 from instantrt.compiler.quant.config import QuantConfig, or_ignore
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.linear import Linear
-from instantrt.passes.core.quant import Activations, InstantQuant, Quantizer, QuantTensor
+from instantrt.passes.core.quant import UINT8, Activations, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import Reject
-from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 GROUPS = (128, 64, 32)  # those that every target has a form for
-QUANTIZERS: dict[str, type[Quantizer]] = {"none": InstantQuant, "mse": SearchedQuant}
 
 
 def decide(
@@ -76,6 +74,9 @@ def check_groups(widths: Mapping[str, int], group_size: int, step: int = 1, *, i
 def instant(found: Linear, config: QuantConfig, scale_dtype: np.dtype[Any]) -> QuantTensor:
     group = found.shape[1] if config.group_size == -1 else config.group_size
     symmetric, bits = config.activate_quant, config.bits
-    source = QUANTIZERS[config.search](found.path, found.rows, bits, group, symmetric, scale_dtype)
+    zero_dtype = scale_dtype if config.zero_point == "float" else UINT8
+    source = InstantQuant(found.path, found.rows, bits, group, symmetric, scale_dtype, zero_dtype=zero_dtype)
     activations: Activations = "int8" if config.activate_quant else "float"
-    return QuantTensor(found.path, source, found.shape, bits, group, symmetric, scale_dtype, activations)
+    return QuantTensor(
+        found.path, source, found.shape, bits, group, symmetric, scale_dtype, activations, zero_dtype=zero_dtype
+    )

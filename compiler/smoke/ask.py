@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.names import PAST
 from instantrt.compiler.smoke.process import LOADING, Answers, Child, Ending, ModelOrder, started
 from instantrt.compiler.smoke.ran import SmokeError, ort_version
 from instantrt.compiler.smoke.steps import BY_ROW, Call, fed, prompts_of, typed
@@ -105,7 +106,8 @@ def tapped_model(subject: Staged) -> bytes:
 def order_of_artifact(subject: Staged, calls: tuple[tuple[str, str], ...]) -> ModelOrder:
     """Rows that decode do so in the cache of the runtime's engine, where the model is one for it."""
     llm, file = subject.llm, str(subject.file)
-    if llm is None or {t.name for t in subject.graph.inputs} != set(llm.input_names()):
+    inputs = {t.name for t in subject.graph.inputs if not t.name.startswith(PAST)}
+    if llm is None or inputs != set(llm.input_names()) - set(llm.cache_names("past_key_values")):
         return ModelOrder(file, calls, attempts=llm is None)
     own = tuple((name, after) for name, after in calls if not name.startswith(BY_ROW))
     return ModelOrder(file, own, cache=str(subject.artifact.limits.get("cache", "")))

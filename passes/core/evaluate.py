@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.evaluate_node import HALVES, dependencies, evaluate_node
+from instantrt.passes.core.evaluate_node import HALVES, dependencies, evaluate_node, numpy_type
 from instantrt.passes.core.lazy import Array, view_of
+
+PAST = "past_key_values."
 
 
 class Wiring:
@@ -53,7 +55,7 @@ class Evaluation:
     ) -> None:
         self.graph, self.wiring = graph, wiring or Wiring(graph)
         self.waiting = dict(self.wiring.readers)
-        self.values = dict(feeds)
+        self.values = own_caches(graph, feeds)
         self.keep = set(keep) | set(feeds)
         self.bad: set[str] = set()
         self.first_bad: str | None = None
@@ -102,6 +104,13 @@ class Evaluation:
             self.waiting[name] -= name in inputs
             if self.waiting[name] <= 0 and name not in self.keep:
                 self.values.pop(name, None)
+
+
+def own_caches(graph: gs.Graph, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """`feeds` with an empty cache as `graph` has it: one of integers has other types, widths and parts."""
+    rows = next((len(v) for name, v in feeds.items() if name.startswith(PAST) and v.ndim == 4 and not v.shape[2]), 0)
+    own = [t for t in graph.inputs if t.name.startswith(PAST)] if rows else []
+    return {**feeds, **{t.name: np.zeros((rows, t.shape[1], 0, t.shape[3]), numpy_type(t.dtype)) for t in own}}
 
 
 def not_finite(value: Array) -> bool:

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
 from instantrt.passes.core.lazy import Array, View, convert, view_of
+from instantrt.passes.core.linear import weight_dequantize
 from instantrt.passes.core.rewrite import producer, scalar
 from instantrt.plugins.ops import DOMAIN, OPS
 
@@ -144,11 +145,30 @@ def dequantized(node: gs.Node) -> Blocks | None:
     return lambda: dequantized_blocks(codes, [v for v in others if v is not None], node.attrs)
 
 
+def shifted(node: gs.Node) -> Blocks | None:
+    """Reshape(DequantizeLinear(codes [G, g, N], scale) - offset [G, 1, N]) as [K, N], by columns: float zero points."""
+    dq, sub = weight_dequantize(node.outputs[0]), producer(node.inputs[0], "Sub")
+    given = [*dq.inputs, sub.inputs[1]] if dq is not None and sub is not None else []
+    views = [view for t in given if (view := view_of(t)) is not None]
+    if not given or len(views) < len(given) or any(v.source != views[0].source for v in views):
+        return None
+
+    def blocks() -> Iterator[Array]:
+        for tile in views[0].source.tiles():
+            q, scale, offset = (v.block(tile).astype(FLOAT32) for v in views)
+            q *= scale
+            q -= offset
+            yield q.reshape(-1, q.shape[-1])
+
+    return blocks
+
+
 Blocks = Callable[[], Iterator[Array]]
 COLUMNS: dict[str, Callable[[gs.Node], Blocks | None]] = {
     "Cast": lambda node: column_blocks(node.inputs[0]),
     "Transpose": transposed_blocks,
     "DequantizeLinear": dequantized,
+    "Reshape": shifted,
 }
 
 
@@ -270,7 +290,7 @@ class NodeSession:
                 inputs.append(None)
                 continue
             value = widened(tensor, values)
-            if not isinstance(tensor, gs.Constant):
+            if not folded(tensor):
                 self.fed[f"x{index}"] = tensor
                 inputs.append(Given(value.dtype, (None,) * value.ndim))
             elif value.nbytes < EXTERNAL_BYTES:
@@ -290,6 +310,12 @@ class NodeSession:
         feeds = {name: np.asarray(widened(tensor, values), order="C") for name, tensor in self.fed.items()}
         results = iter(self.session.run(None, feeds))
         return [next(results) if named else np.empty(0) for named in self.named]
+
+
+def folded(tensor: gs.Tensor) -> bool:
+    """Is it a constant to a runtime's kernels, which the Cast of one is by the time that they are made?"""
+    cast = producer(tensor, "Cast")
+    return isinstance(tensor if cast is None else cast.inputs[0], gs.Constant)
 
 
 def widened(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Source, View, view_of
+from instantrt.passes.core.rewrite import producer
 
 SUFFIX = ".weight_kn"  # the checkpoint's own name belongs to its own [N, K]
 
@@ -45,3 +46,10 @@ def linear(node: gs.Node) -> Linear | None:
         return None
     k, n = weight.shape
     return Linear(node, node.inputs[0], weight.source, (n, k), node.inputs[1].name.removesuffix(SUFFIX))
+
+
+def weight_dequantize(weight: gs.Tensor) -> gs.Node | None:
+    """The DequantizeLinear that makes a linear's weight; float zero points are a Sub behind it, and a Reshape."""
+    shaped = producer(weight, "Reshape")
+    shifted = producer(shaped.inputs[0], "Sub") if shaped is not None else None
+    return producer(weight if shifted is None else shifted.inputs[0], "DequantizeLinear")

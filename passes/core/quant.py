@@ -2,14 +2,14 @@
 
 A weight is W `[N, K]`, one row per output channel. A group is `group_size` consecutive k of one row; per-channel
 is one group of K. Codes are unsigned (`uint8`, one a byte, 0 .. 2^bits - 1); `w = (code - zero) * scale`.
-Signed int8 is the same codes less 128.
+Signed int8 is the same codes less 128. Zero points are codes, or floats that may lie outside of them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, convert
 
 Activations = Literal["float", "int8"]
+UINT8 = np.dtype(np.uint8)
 
 
 class Codes(NamedTuple):
@@ -25,7 +26,7 @@ class Codes(NamedTuple):
 
     codes  [n, K]  uint8    0 .. 2^bits - 1
     scale  [n, G]  float32  positive, representable in the type it will be stored in
-    zero   [n, G]  uint8    0 .. 2^bits - 1
+    zero   [n, G]  uint8    0 .. 2^bits - 1; or float32, any number that the type it will be stored in has
     """
 
     codes: Array
@@ -66,6 +67,7 @@ class QuantTensor:
     """A quantized weight `[N, K]` that is computed or decoded tile by tile.
 
     `source` delivers `Codes`. `symmetric` promises that every zero point is the central code 2^(bits-1).
+    `zero_dtype` is uint8 where zero points are codes, else the float type that holds them exactly.
     `activations` says what the linear multiplies it with: float, or int8 quantized per token.
     `order` is the order its inputs have to be brought into, None for the model's own (GPTQ's desc_act sorts them).
     """
@@ -79,10 +81,12 @@ class QuantTensor:
     scale_dtype: np.dtype[Any]
     activations: Activations = "float"
     order: Order | None = None
+    zero_dtype: np.dtype[Any] = UINT8
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8)
         assert self.shape[1] % self.group_size == 0
+        assert not (self.symmetric and self.float_zeros)
 
     @property
     def groups(self) -> int:
@@ -91,6 +95,10 @@ class QuantTensor:
     @property
     def per_channel(self) -> bool:
         return self.groups == 1
+
+    @property
+    def float_zeros(self) -> bool:
+        return self.zero_dtype != UINT8
 
     @property
     def central(self) -> int:
@@ -104,7 +112,12 @@ class QuantTensor:
 
     def __str__(self) -> str:
         grain = "per-channel" if self.per_channel else f"group {self.group_size}"
-        return f"{self.mode} {grain} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return f"{self.mode} {grain} {self.zeros}"
+
+    @property
+    def zeros(self) -> str:
+        """What its zero points are, in words."""
+        return "symmetric" if self.symmetric else "asymmetric" + ", float zero points" * self.float_zeros
 
     def tiles(self) -> Iterator[Tile]:
         return self.source.tiles()
@@ -131,6 +144,22 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
         steps = np.rint(convert(w[clamped], FLOAT32) / scale[clamped][:, None])
         codes[clamped] = np.clip(steps + zero[clamped][:, None], 0, top)
     return Codes(codes.reshape(len(w), -1), scale, zero.astype(np.uint8))
+
+
+def quantize_unrounded(w: Array, bits: int, scale_dtype: np.dtype[Any], zero_dtype: np.dtype[Any]) -> Codes:
+    """The same with a zero point that is no code: zero = -fmin' / scale, code = clamp(round(w / scale + zero)).
+
+    Both ends of the range are then codes exactly, but 0 is none. Zero is rounded to `zero_dtype` before it is used.
+    """
+    top = np.float32(2**bits - 1)
+    low, high = extremes(w)
+    scale = stored((high - low) / top, scale_dtype)
+    zero = (-low / scale).astype(zero_dtype).astype(np.float32)
+    wide = convert(w, FLOAT32)
+    steps = np.divide(wide, scale[..., None], out=None if wide is w else wide)
+    steps += zero[..., None]
+    np.clip(steps, 0, top, out=steps)
+    return Codes(nearest(steps).reshape(len(w), -1), scale, zero)
 
 
 def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
@@ -161,7 +190,11 @@ def extremes(w: Array) -> tuple[Array, Array]:
 def rounded(w: Array, scale: Array) -> Array:
     """round(w / scale) of each group, half to even, modulo 256: uint8 `[n, G, g]`. |w / scale| is below 2^22."""
     wide = convert(w, FLOAT32)
-    steps = np.divide(wide, scale[..., None], out=None if wide is w else wide)
+    return nearest(np.divide(wide, scale[..., None], out=None if wide is w else wide))
+
+
+def nearest(steps: Array) -> Array:
+    """round(steps), half to even, modulo 256, as uint8; `steps` is overwritten."""
     steps += np.float32(3 << 22)  # where a float's last bit is 1: this rounds, and the low byte is the result's
     return steps.view(np.uint32).astype(np.uint8)
 
@@ -215,6 +248,7 @@ class Quantizer(ABC):
     group_size: int
     symmetric: bool
     scale_dtype: np.dtype[Any]
+    zero_dtype: np.dtype[Any] = field(default=UINT8, kw_only=True)
 
     @abstractmethod
     def tiles(self) -> Iterator[Tile]:
@@ -225,13 +259,20 @@ class InstantQuant(Quantizer):
     """By the formula alone."""
 
     def tiles(self) -> Iterator[Tile]:
-        quantize = quantize_symmetric if self.symmetric else quantize_asymmetric
         for start, (rows,) in self.weight.tiles():
             with np.errstate(invalid="ignore", over="ignore"):
-                block = quantize(rows.reshape(len(rows), -1, self.group_size), self.bits, self.scale_dtype)
+                block = self.quantize(rows.reshape(len(rows), -1, self.group_size))
             if not np.isfinite(block.scale).all():
                 raise not_finite(self.name, start, convert(rows, FLOAT32))
             yield Tile(start, block)
+
+    def quantize(self, w: Array) -> Codes:
+        """w `[n, G, g]`."""
+        if self.symmetric:
+            return quantize_symmetric(w, self.bits, self.scale_dtype)
+        if self.zero_dtype != UINT8:
+            return quantize_unrounded(w, self.bits, self.scale_dtype, self.zero_dtype)
+        return quantize_asymmetric(w, self.bits, self.scale_dtype)
 
 
 def not_finite(name: str, start: int, flat: Array) -> UserError:

@@ -11,9 +11,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Missing, view_of
+from instantrt.passes.core.linear import weight_dequantize
 from instantrt.passes.core.rewrite import Rule, check, producer
 
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+STORES = ("Concat", "TensorScatter", "Reshape")  # where the codes of a cache go: it is written once and read later
 
 
 class Stage(Enum):
@@ -39,12 +41,12 @@ def no_qdq(node: gs.Node) -> str | None:
 def weight_dq_feeds_matmul(node: gs.Node) -> str | None:
     if node.op != "DequantizeLinear" or not isinstance(node.inputs[0], gs.Constant):
         return None
-    users = node.outputs[0].outputs
-    return (
-        None
-        if users and all(u.op == "MatMul" and u.inputs[1] is node.outputs[0] for u in users)
-        else "no MatMul's weight"
-    )
+    weight = node.outputs[0]
+    while len(weight.outputs) == 1 and weight.outputs[0].op in ("Sub", "Reshape"):
+        weight = weight.outputs[0].outputs[0]
+    users = weight.outputs
+    made = all(u.op == "MatMul" and u.inputs[1] is weight and weight_dequantize(weight) is node for u in users)
+    return None if users and made else "no MatMul's weight"
 
 
 def activations_are_float(node: gs.Node) -> str | None:
@@ -61,7 +63,8 @@ def activation_q_is_followed_by_dq(node: gs.Node) -> str | None:
     if node.op != "QuantizeLinear":
         return None
     users = node.outputs[0].outputs
-    return None if users and all(u.op == "DequantizeLinear" for u in users) else "codes leave the Q/DQ pair"
+    kept = users and all(u.op in ("DequantizeLinear", *STORES) for u in users)
+    return None if kept else "codes leave the Q/DQ pair"
 
 
 def no_weight_dequantize(node: gs.Node) -> str | None:
@@ -69,7 +72,7 @@ def no_weight_dequantize(node: gs.Node) -> str | None:
 
     "DQ + MatMul on a CPU"
     """
-    weight = producer(node.inputs[1], "DequantizeLinear") if node.op == "MatMul" else None
+    weight = weight_dequantize(node.inputs[1]) if node.op == "MatMul" else None
     return "a dequantized weight feeds a MatMul" if weight is not None else None
 
 

@@ -23,7 +23,8 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     After:  y [B, S, H*D], present_k, present_v = GroupQueryAttention(q, k, v, past_k, past_v, last, T, mask)
 
     Lengths come from the mask alone, row by row, so past and present may be one buffer of the maximum length (no copy
-    of the cache at decode), or grow by each call as the interface says. The operator is causal whatever the mask says,
+    of the cache at decode), or grow by each call as the interface says. A cache that `QuantizeCache` made of integers
+    is the operator's own, which then takes the scales. The operator is causal whatever the mask says,
     and wants one head size, a multiple of 8, for keys and values (docs/facts.md, "GroupQueryAttention").
     """
 
@@ -62,8 +63,12 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
         cache = [match.past_key, match.past_value, last, total]
-        inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, *[nothing] * 5, new]
-        attrs = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
+        scales = [part.scale for part in match.quantized] if match.quantized else [nothing, nothing]
+        inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, nothing, *scales, nothing, nothing, new]
+        attrs: dict[str, Any] = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
+        if match.quantized:
+            per_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+            attrs |= {"kv_cache_bit_width": 8, **per_channel}
         outputs = [y, match.present_key, match.present_value]
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
         shape = small(f"{node.name}/heads", [0, 0, match.heads, match.head_dim], np.int64)

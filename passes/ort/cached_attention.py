@@ -8,12 +8,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import producer
+from instantrt.passes.qdq.quantize_cache import QuantizedPart, quantized_part
 
 HEAD_SIZES = 8  # what head sizes are multiples of
 
 
 @dataclass(frozen=True)
 class CachedAttentionMatch:
+    """`keys` and `values` are what attention reads; `quantized` says how a cache of integers makes both."""
+
     node: gs.Node
     query: gs.Tensor
     key: gs.Tensor
@@ -22,11 +25,14 @@ class CachedAttentionMatch:
     past_value: gs.Tensor
     present_key: gs.Tensor
     present_value: gs.Tensor
+    keys: gs.Tensor
+    values: gs.Tensor
     mask: gs.Tensor
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
+    quantized: tuple[QuantizedPart, QuantizedPart] | None = None
 
 
 def cached(node: gs.Node) -> CachedAttentionMatch | str:
@@ -34,7 +40,9 @@ def cached(node: gs.Node) -> CachedAttentionMatch | str:
     if len(node.inputs) != 4 or not node.inputs[3].name or len(node.outputs) != 1:
         return "attention without an explicit mask, or with its own cache"
     query, keys, values, mask = node.inputs
-    concat_k, concat_v = grown(keys), grown(values)
+    quantized_k, quantized_v = quantized_part(keys), quantized_part(values)
+    quantized = (quantized_k, quantized_v) if quantized_k is not None and quantized_v is not None else None
+    concat_k, concat_v = (q.concat for q in quantized) if quantized else (grown(keys), grown(values))
     if concat_k is None or concat_v is None:
         return "keys and values are not the concatenation of a cache and new ones"
     if any(t.shape is None or len(t.shape) != 4 for t in (query, keys, values)):
@@ -42,10 +50,12 @@ def cached(node: gs.Node) -> CachedAttentionMatch | str:
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], keys.shape[1]
     if not all(isinstance(d, int) for d in (heads, head_dim, kv_heads, values.shape[3])):
         return "the number of heads is not a constant"
-    past_k, k = concat_k.inputs
-    past_v, v = concat_v.inputs
+    past_k, k = concat_k.inputs[0], quantized[0].new if quantized else concat_k.inputs[1]
+    past_v, v = concat_v.inputs[0], quantized[1].new if quantized else concat_v.inputs[1]
+    present_k, present_v = concat_k.outputs[0], concat_v.outputs[0]
     scale = float(node.attrs.get("scale", head_dim**-0.5))
-    return CachedAttentionMatch(node, query, k, v, past_k, past_v, keys, values, mask, heads, kv_heads, head_dim, scale)
+    cache = past_k, past_v, present_k, present_v, keys, values
+    return CachedAttentionMatch(node, query, k, v, *cache, mask, heads, kv_heads, head_dim, scale, quantized)
 
 
 def grown(present: gs.Tensor) -> gs.Node | None:
@@ -56,13 +66,13 @@ def grown(present: gs.Tensor) -> gs.Node | None:
 
 def unfit(match: CachedAttentionMatch) -> str:
     """What GroupQueryAttention does not take of it, its mask apart, or "": measured with single nodes."""
-    attrs, others = match.node.attrs, (match.present_key, match.present_value)
+    attrs, others = match.node.attrs, (match.keys, match.values)
     if changed := [name for name in ("is_causal", "softcap") if attrs.get(name)]:
         return f"{changed[0]} and a mask: the operator has another order of them"
     if match.head_dim % HEAD_SIZES:
         return f"head size {match.head_dim} is no multiple of {HEAD_SIZES}"
-    if match.present_value.shape[3] != match.head_dim:
-        return f"values have head size {match.present_value.shape[3]}, keys {match.head_dim}"
+    if match.values.shape[3] != match.head_dim:
+        return f"values have head size {match.values.shape[3]}, keys {match.head_dim}"
     if match.heads % match.kv_heads:
         return f"{match.heads} heads cannot share {match.kv_heads} of keys and values"
     if match.query.dtype not in (None, np.float32):
@@ -74,5 +84,5 @@ def unfit(match: CachedAttentionMatch) -> str:
 
 def costs(match: CachedAttentionMatch) -> str:
     """What it costs to leave it."""
-    size = match.kv_heads * (match.head_dim + match.present_value.shape[3]) * 4
+    size = match.kv_heads * (match.head_dim + match.values.shape[3]) * (1 if match.quantized else 4)
     return f"plain attention: every step copies the cache, {size / 1e3:,.1f} kB for each token in it"

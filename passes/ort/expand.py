@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, Tile, View, small
 from instantrt.passes.core.rewrite import Lowering, Reject, add
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.ort.zeros import float_zeros
 from instantrt.passes.qdq.insert_qdq import CODE_TYPES, Quantized, quantized
 
 
@@ -50,10 +51,13 @@ class ExpandOnLoad(Lowering[Quantized]):
             return add(graph, "Cast", [constant], f"{path}/{name}", to=onnx.TensorProto.FLOAT)
 
         kind = CODE_TYPES[q.bits]
-        steps = [
-            floats("codes_by_group", View(q, shape, kind, axis=2, project=codes)),
-            floats("zero_by_group", View(q, per_group, kind, axis=2, project=of_group(2))),
-        ]
+        steps = [floats("codes_by_group", View(q, shape, kind, axis=2, project=codes))]
+        if q.float_zeros:
+            by_group = add(graph, "Transpose", [float_zeros(q, path)], f"{path}/zeros", perm=[1, 0])
+            axis = small(f"{path}.axis", [1], np.int64)
+            steps.append(add(graph, "Unsqueeze", [by_group, axis], f"{path}/zero_by_group"))
+        else:
+            steps.append(floats("zero_by_group", View(q, per_group, kind, axis=2, project=of_group(2))))
         scale = gs.Constant(f"{path}.scale_by_group", View(q, per_group, np.float32, axis=2, project=of_group(1)))
         weight = add(graph, "Mul", [add(graph, "Sub", steps, f"{path}/steps"), scale], f"{path}/groups")
         match.node.inputs[1] = add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}/weight")

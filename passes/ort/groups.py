@@ -18,6 +18,7 @@ from instantrt.passes.core.lazy import Array, Tile, View, small
 from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.limbs import Limbs, limbs_of
+from instantrt.passes.ort.zeros import missing_form
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
@@ -37,7 +38,8 @@ class LowerGroups(Lowering[Quantized]):
         found = quantized(node)
         if found is None or found.quant.activations != self.activations:
             return None
-        return Reject("one group: by channel") if found.quant.per_channel else found
+        wrong = "one group: by channel" if found.quant.per_channel else missing_form(found)
+        return Reject(wrong) if wrong else found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         q, path, limbs, kind = match.quant, match.path, self.limbs, self.limbs.weight_type

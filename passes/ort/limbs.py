@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, View, small
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, scalar, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.ort.zeros import before_zeros, integer_zeros, missing_form
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 
@@ -77,12 +78,13 @@ class LowerPerChannel(Lowering[Quantized]):
         # Four-bit codes are widened to bytes where the tokens are int8 anyway; else MatMulNBits reads half the memory.
         if not found.quant.per_channel or (found.quant.bits != 8 and self.activations == "float"):
             return Reject(f"{found.quant} has no per-channel integer form")
-        return found
+        wrong = missing_form(found)
+        return Reject(wrong) if wrong else found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         path, x = match.path, limbs_of(graph, match.x, self.limbs)
         product = self.product(graph, match)
-        out = take_over(match.node)
+        out = before_zeros(graph, match, take_over(match.node))
         if self.limbs.count == 1:
             y = product(x.codes[0], x.units[0], "product")
         elif not self.limbs.many and has_rows(match.x):
@@ -100,7 +102,7 @@ class LowerPerChannel(Lowering[Quantized]):
         q, path, limbs, kind = match.quant, match.path, self.limbs, self.limbs.weight_type
         n, k = q.shape
         codes = View(q, (k, n), kind, axis=1, project=lambda t: limbs.weight(t.parts[0]).T)
-        zero = View(q, (n,), kind, project=lambda t: limbs.weight(t.parts[2][:, 0]))
+        zero = View(q, (n,), kind, project=lambda t: limbs.weight(integer_zeros(q, t)[:, 0]))
         scale = View(q, (n,), np.float32, project=lambda t: t.parts[1][:, 0])
         weight, weight_scale = gs.Constant(f"{path}.codes_{kind}", codes), gs.Constant(f"{path}.scale_f32", scale)
         zeros = [small(f"{path}.center", limbs.center, np.uint8), gs.Constant(f"{path}.zero_{kind}", zero)]

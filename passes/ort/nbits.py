@@ -11,6 +11,7 @@ from instantrt.passes.core.lazy import Array, Tile, View, first_part
 from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.ort.zeros import before_zeros, central_zeros, missing_form
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
 BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
@@ -49,12 +50,12 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
         if found is None:
             return None
         block = nbits_block(found.quant)
-        if block is None:
-            return Reject(no_block(found.quant))
-        return BlockwiseMatch(found, block)
+        wrong = no_block(found.quant) if block is None else missing_form(found)
+        return Reject(wrong) if block is None or wrong else BlockwiseMatch(found, block)
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
-        matmul_nbits(graph, match, match.linear.x, take_over(match.linear.node))
+        out = before_zeros(graph, match.linear, take_over(match.linear.node))
+        matmul_nbits(graph, match, match.linear.x, out)
 
     def note(self, match: BlockwiseMatch) -> str:
         return f"MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
@@ -75,11 +76,14 @@ def matmul_nbits(
     codes, scales, zeros = layout.codes, layout.scales, layout.zeros
     if q.bits == 8 and q.group_size == block:  # as they are: a table of embeddings may have the same bytes
         codes, scales, zeros = first_part, scales_of, zeros_of
+    zero_points = View(q, (n, layout.zero_bytes), np.uint8, project=zeros)
+    if q.float_zeros:
+        zero_points = central_zeros(q, zero_points.shape)
     inputs = [
         x,
         gs.Constant(f"{path}.b", View(q, (n, blocks, block * q.bits // 8), np.uint8, project=codes)),
         gs.Constant(f"{path}.scales", View(q, (n, blocks), np.float32, project=scales)),
-        gs.Constant(f"{path}.zeros", View(q, (n, layout.zero_bytes), np.uint8, project=zeros)),
+        gs.Constant(f"{path}.zeros", zero_points),
     ]
     attrs = {"K": blocks * block if whole else k, "N": n, "bits": q.bits, "block_size": block, "accuracy_level": 4}
     return add(graph, "MatMulNBits", inputs, out, domain="com.microsoft", name=match.linear.node.name, **attrs)

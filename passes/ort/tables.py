@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, FileTensor, Source, View, view_of
+from instantrt.passes.core.lazy import BFLOAT16, FileTensor, Source, View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import Quantizer, QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
@@ -18,7 +17,8 @@ from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.core.verify import tables_are_float32
 from instantrt.passes.qdq.tables import BLOCKS, Table, table
 
-HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, np.dtype(ml_dtypes.bfloat16): onnx.TensorProto.BFLOAT16}
+HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, BFLOAT16: onnx.TensorProto.BFLOAT16}
+SCALE_TYPE = BFLOAT16  # of weights that are quantized here: float16 ends where the weights of some models begin
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class QuantizeTables(Rewrite[Table]):
         return QuantizeTables({q.source.weight: q for q in quants if isinstance(q.source, Quantizer) and fits(q)})
 
     def match(self, node: gs.Node) -> Table | Reject | None:
-        return table(node, FLOAT32, self.tied)
+        return table(node, SCALE_TYPE, self.tied)
 
     def rewrite(self, graph: gs.Graph, match: Table) -> None:
         q, node, name = match.quant, match.node, match.node.inputs[0].name
@@ -127,4 +127,4 @@ class QuantizeTables(Rewrite[Table]):
 
 def fits(q: QuantTensor) -> bool:
     """May a table of embeddings be in the form of this linear?"""
-    return q.bits == 8 and q.group_size in BLOCKS
+    return q.bits == 8 and q.group_size in BLOCKS and not q.float_zeros  # GatherBlockQuantized has integer ones alone

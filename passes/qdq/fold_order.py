@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import TILE_BYTES, Source, Tile, view_of
-from instantrt.passes.core.linear import linear
+from instantrt.passes.core.linear import linear, weight_dequantize
 from instantrt.passes.core.quant import Codes, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.core.verify import activations_are_float
@@ -88,8 +88,7 @@ class FoldOrder(Rewrite[FoldMatch]):
             made.append(tensor)
             inside.add(id(maker))
             if found is not None:
-                weight = maker.inputs[1]
-                constants += weight.inputs[0].inputs if weight.inputs else [weight]
+                constants += parameters(maker.inputs[1])
                 into.append(found.path)
             else:
                 pending += maker.inputs
@@ -114,6 +113,14 @@ class FoldOrder(Rewrite[FoldMatch]):
 
     def note(self, match: FoldMatch) -> str:
         return "folded into the output channels of " + ", ".join(sorted(match.into))
+
+
+def parameters(weight: gs.Tensor) -> list[gs.Constant]:
+    """The constants that a linear's weight is made of, each with the output channels last."""
+    dq = weight_dequantize(weight)
+    if dq is None:
+        return [weight]
+    return [*dq.inputs, *(user.inputs[1] for user in dq.outputs[0].outputs if user.op == "Sub")]
 
 
 def last_axis_order(node: gs.Node) -> Order | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import View, view_of
-from instantrt.passes.core.linear import Linear, linear
-from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.lazy import Array, Tile, View, first_part, small, view_of
+from instantrt.passes.core.linear import Linear, linear, weight_dequantize
+from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, once, producer
 from instantrt.passes.core.verify import activation_q_is_followed_by_dq, activations_are_float, weight_dq_feeds_matmul
 
@@ -31,6 +32,8 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
     """MatMul(x, W [K, N]) -> MatMul(x, DequantizeLinear(codes [K, N], scale, zero)).
 
     Per channel: axis = 1, scale and zero [N]. In groups: axis = 0, block_size = group_size, scale and zero [K / g, N].
+    Float zero points, which the operator has not, are subtracted: Reshape(DequantizeLinear(codes [G, g, N], scale) -
+    zero * scale).
     """
 
     requires = (activations_are_float,)
@@ -67,6 +70,8 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
     (n, k), code_type = q.shape, CODE_TYPES[q.bits]
+    if q.float_zeros:
+        return shifted(graph, q, path)
     per_group = (q.groups, n)
     codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=lambda tile: tile.parts[0].T))
     scale = View(q, per_group, np.float32, axis=1, project=lambda tile: tile.parts[1].T)
@@ -78,6 +83,25 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
         attrs = {"axis": 1}
     inputs = [codes, gs.Constant(f"{path}.scale", scale), gs.Constant(f"{path}.zero", zero)]
     return add(graph, "DequantizeLinear", inputs, f"{path}.dequantized", **attrs)
+
+
+def shifted(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
+    """The same with float zero points: code * scale - zero * scale."""
+    (n, k), shape, per_group = q.shape, (q.groups, q.group_size, q.shape[0]), (q.groups, 1, q.shape[0])
+
+    def view(shape: tuple[int, ...], dtype: npt.DTypeLike, values: Callable[[Tile], Array]) -> View:
+        def project(tile: Tile) -> Array:
+            return values(tile).T.reshape(*shape[:2], -1)
+
+        return View(q, shape, dtype, axis=2, project=project)
+
+    codes = gs.Constant(f"{path}.codes", view(shape, CODE_TYPES[q.bits], first_part))
+    scale = gs.Constant(f"{path}.scale", view(per_group, np.float32, scales_of))
+    offset = gs.Constant(f"{path}.offset", view(per_group, np.float32, lambda tile: zeros_of(tile) * scales_of(tile)))
+    blocks: dict[str, Any] = {"axis": 1, "block_size": q.group_size}
+    steps = add(graph, "DequantizeLinear", [codes, scale], f"{path}.steps", **blocks)
+    weight = add(graph, "Sub", [steps, offset], f"{path}.shifted")
+    return add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}.dequantized")
 
 
 @dataclass(frozen=True)
@@ -95,7 +119,7 @@ class Quantized:
 
 def quantized(node: gs.Node) -> Quantized | None:
     """The quantized linear that this MatMul is, if it is one."""
-    dq = producer(node.inputs[1], "DequantizeLinear") if node.op == "MatMul" else None
+    dq = weight_dequantize(node.inputs[1]) if node.op == "MatMul" else None
     codes = view_of(dq.inputs[0]) if dq is not None else None
     if dq is None or codes is None or not isinstance(codes.source, QuantTensor):
         return None

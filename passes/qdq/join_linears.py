@@ -108,7 +108,8 @@ class JoinLinears(Rewrite[JoinMatch]):
 
 def format_of(quant: QuantTensor) -> tuple[object, ...]:
     """What the parts of one weight must have in common; that they read one x gives them one order of inputs."""
-    return quant.shape[1], quant.bits, quant.group_size, quant.symmetric, quant.scale_dtype, quant.activations
+    numbers = quant.shape[1], quant.bits, quant.group_size, quant.symmetric
+    return *numbers, quant.scale_dtype, quant.zero_dtype, quant.activations
 
 
 def end_of(found: Quantized) -> gs.Node:

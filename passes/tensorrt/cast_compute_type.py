@@ -135,11 +135,9 @@ def takes(op: str, dtype: np.dtype[Any]) -> bool:
 
 
 def is_weight_reader(node: gs.Node) -> bool:
-    """Hidden states begin here: an embedding table, or a dequantized weight."""
-    first = node.inputs[0] if node.inputs else None
-    if not isinstance(first, gs.Constant):
-        return False
-    return node.op == "DequantizeLinear" or (node.op == "Gather" and len(first.shape) > 1)
+    """Hidden states begin here: an embedding table, or a dequantized weight or cache."""
+    table = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) > 1
+    return table or node.op == "DequantizeLinear"
 
 
 def cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype[Any]) -> gs.Tensor:

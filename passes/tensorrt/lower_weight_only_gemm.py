@@ -20,7 +20,7 @@ from instantrt.passes.core.lazy import Array, Tile, View, view_of
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Reject, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import in_range
+from instantrt.passes.tensorrt.native import finite, in_range
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
@@ -48,7 +48,8 @@ class Packed:
         for i, parts in enumerate(zip(*chunks, strict=True)):
             codes, scale, zero = (interleave(same) for same in zip(*parts, strict=True))
             scale = in_range(scale, self.dtype, first, i * ROWS)
-            affine = np.stack((scale, zero.astype(self.dtype)), axis=-1)  # [n, G, 2]; codes fit every 16-bit type
+            zero = finite(zero, self.dtype, first, i * ROWS, "zero point")  # codes fit every 16-bit type
+            affine = np.stack((scale, zero), axis=-1)  # [n, G, 2]
             packed = layout.pack(codes, first.bits)
             yield Tile(i * layout.TILE_STRIPS, (packed, affine.transpose(1, 0, 2).reshape(first.groups, -1)))
 

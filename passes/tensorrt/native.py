@@ -62,14 +62,20 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
     def project(tile: Tile) -> Array:
         _, scale, zero = tile.parts
         values = (np.float32(weight.central) - zero) * scale * np.float32(weight.group_size)
-        with np.errstate(over="ignore"):
-            narrow = values.astype(dtype)
-        if not np.isfinite(narrow).all():
-            raise out_of_range(weight, tile.start, float(np.abs(values).max()), dtype, "zero point correction")
+        narrow = finite(values, dtype, weight, tile.start, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
     shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
     return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
+
+
+def finite(values: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int, what: str) -> Array:
+    """`values` as `dtype`, refused where that would make infinities."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(dtype)
+    if not np.isfinite(narrow).all():
+        raise out_of_range(weight, start, float(np.abs(values).max()), dtype, what)
+    return narrow
 
 
 def in_range(scale: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.importance import searched
 from instantrt.compiler.accuracy.layer_errors import (
     Graphs,
     TwinLinear,
@@ -22,7 +23,6 @@ from instantrt.compiler.accuracy.layer_errors import (
 from instantrt.passes.core.lazy import InMemory, Tile
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
@@ -53,15 +53,15 @@ def test_a_right_lowering_has_no_findings(mode: str) -> None:
         assert row.lowering < 2e-3
 
 
-def test_a_search_for_clips_has_no_findings() -> None:
-    def searched(graph: gs.Graph) -> Decisions:
+def test_searched_scales_have_no_findings() -> None:
+    def with_search(graph: gs.Graph) -> Decisions:
         return {
-            path: replace(q, source=SearchedQuant(*(getattr(q.source, f.name) for f in fields(InstantQuant))))
+            path: replace(q, source=searched(q.source, np.geomspace(1e-3, 1, q.shape[1], dtype=np.float32)))
             for path, q in decisions(graph, 4, 16).items()
             if isinstance(q, QuantTensor)
         }
 
-    found = measured(graphs(searched, "fast"))
+    found = measured(graphs(with_search, "fast"))
     assert found.findings == []
     assert min(row.gain or 0 for row in found.rows) < 1 - 4e-3  # clipped: smaller than by rounding alone
 

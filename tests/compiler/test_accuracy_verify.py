@@ -23,6 +23,7 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.budget import Raised, override, search
 from instantrt.compiler.accuracy.data import load_data
 from instantrt.compiler.accuracy.forms import Budget, Subject
+from instantrt.compiler.accuracy.importance import search_scales
 from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, not_run, verify
@@ -235,12 +236,13 @@ def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
     assert override(decisions, tight.layers) == tight.decisions
 
 
-def test_a_budget_keeps_the_search_for_clips(compiled: Compiled) -> None:
+def test_a_budget_keeps_the_search_of_scales(compiled: Compiled) -> None:
     """The checkpoint is float: a search makes other codes of it, in every format on the ladder."""
     planned = compiled.planned
     some = [f for f in pipeline.linears(planned.model.graph) if f.path.startswith("model.layers.0.mlp")]
-    config = QuantConfig(weight_format="uint4", group_size=128, search="mse")
-    decisions = {f.path: instant.instant(f, config, np.dtype(np.float32)) for f in some}
+    config = QuantConfig(weight_format="uint4", group_size=128)
+    energy = {f.path: np.linspace(0, 1, f.shape[1], dtype=np.float32) for f in some}
+    decisions = search_scales({f.path: instant.instant(f, config, np.dtype(np.float32)) for f in some}, energy)
     data = load_data(planned.model, TEXT, limit=64)
     found = search(planned.model.graph, planned.model, decisions, data, Budget(max_kl=1e-5), lambda text: None)
     quants = [q for q in found.decisions.values() if isinstance(q, QuantTensor)]

@@ -347,11 +347,14 @@ def test_zeros_are_no_false_alarm(tmp_path: Path) -> None:
 
 def test_rounding_that_the_model_amplifies_is_said(tmp_path: Path) -> None:
     """The difference of two nearly equal products is nothing but rounding, in every form of the model."""
-    nodes = [helper.make_node("MatMul", ["x", w], [f"{w}x"]) for w in "wv"] + [
-        helper.make_node("Sub", ["wx", "vx"], ["y"])
+    nodes = [
+        helper.make_node("Add", ["x", "c"], ["nearly"]),
+        helper.make_node("MatMul", ["x", "w"], ["wx"]),
+        helper.make_node("MatMul", ["nearly", "v"], ["vx"]),
+        helper.make_node("Sub", ["wx", "vx"], ["y"]),
     ]
     about = {"x": (F, ["b", 64])}, {"y": (F, ["b", 64])}
-    model = file_of(tmp_path, nodes, *about, w=W, v=W * np.float32(1 + 1e-7))
+    model = file_of(tmp_path, nodes, *about, w=W, v=W, c=np.float32([5e-3]))
     found = ran(model, tmp_path / "out", quant="a16w8")
     assert found.distance.relative > found.bound.model
     assert "the model amplifies rounding" in found.notes[0]

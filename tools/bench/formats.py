@@ -167,7 +167,7 @@ def logits_and_mib(model: Path, parts: list[Array], **fields: Any) -> tuple[list
         write_planned(request, plan(request))
         run = artifact_logits(Path(out))
         size = sum(file.stat().st_size for file in Path(out, "x86").glob("model.onnx*"))
-        return [run(ids) for ids in parts], round(size / 2**20, 1)
+        return [np.concatenate([*run(ids)])[None] for ids in parts], round(size / 2**20, 1)
 
 
 @main.command("search")

@@ -15,6 +15,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="output folder of compile, or a float checkpoint")],
     text: Annotated[Path, typer.Option(help="the text")] = Path("examples/text/evaluation.txt"),
     target: Which = None,
+    window: Annotated[int, typer.Option(min=2, help="tokens that see one another")] = 256,
 ) -> None:
     """Prints one JSON object."""
     from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
@@ -23,8 +24,8 @@ def main(
     if (folder / MANIFEST).is_file():
         artifact = find_artifact(folder, target)
         logits = artifact_logits(folder, target)
-        parts = text_windows((folder / artifact.path).parent, text, artifact.longest)
+        parts = text_windows((folder / artifact.path).parent, text, artifact.longest, window)
     else:
-        logits, parts = transformers_logits(folder), text_windows(folder, text)
+        logits, parts = transformers_logits(folder), text_windows(folder, text, window=window)
     value = perplexity_of(logits, parts)
     print(json.dumps({"model": str(folder), "tokens": sum(p.shape[1] for p in parts), "perplexity": round(value, 4)}))

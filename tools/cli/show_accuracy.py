@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from rich.table import Table
@@ -9,6 +10,7 @@ from rich.table import Table
 from instantrt.compiler.accuracy.budget import Raised
 from instantrt.compiler.accuracy.report import HTML, number
 from instantrt.compiler.accuracy.verify import Verdict
+from instantrt.compiler.accuracy.weigh import kind_of
 from instantrt.tools.cli.console import console
 
 SHOWN = 12  # violations that a terminal shows; the report has all
@@ -44,16 +46,18 @@ def show_verdict(verdict: Verdict, folder: Path) -> None:
 
 
 def show_raised(raised: Raised, targets: str) -> None:
-    """The layers that a budget raised to a finer format, and what that cost."""
-    table = Table("layer", "was", "is", "bytes more", title=f"accuracy budget of {targets}")
-    for layer, now in raised.layers.items():
-        steps = [s for s in raised.steps if s.layer == layer]
-        table.add_row(layer, steps[0].before, now, f"{sum(s.bytes for s in steps):,}")
+    """What a budget made of each kind of layer, and what that cost."""
+    kinds: dict[str, Counter[str]] = {}
+    for path, form in raised.formats.items():
+        kinds.setdefault(kind_of(path), Counter())[form] += 1
+    table = Table("layers", "formats", title=f"formats chosen for {targets}")
+    for kind, forms in kinds.items():
+        table.add_row(kind, ", ".join(f"{count} x {form}" for form, count in sorted(forms.items())))
     if raised.layers:
         console.print(table)
     share = raised.bytes / max(1, raised.bytes_before)
     console.print(
-        f"{len(raised.layers)} layers in a finer format: +{raised.bytes / 1e6:,.2f} MB ({share:+.1%}); "
+        f"{raised.raised} layers in a finer format: +{raised.bytes / 1e6:,.2f} MB ({share:+.1%}); "
         f"KL {raised.before['kl_mean']:.4g} -> {raised.after['kl_mean']:.4g}, "
         f"perplexity ratio {raised.before['perplexity_ratio']:.5f} -> {raised.after['perplexity_ratio']:.5f}, "
         f"{raised.trials} trials on {raised.after['tokens']:.0f} tokens ({raised.data})",

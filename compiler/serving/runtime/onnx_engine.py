@@ -26,6 +26,7 @@ from .saturation import refuse_saturation
 
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
+TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 SPIN_US = 100  # docs/facts.md, "Spinning"
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
@@ -57,20 +58,23 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
     return session
 
 
-def zeros(shape: tuple[int, ...]) -> Array:
-    """Of float32, in small pages, which take memory as they are written (docs/facts.md, "Huge pages")."""
+def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """In small pages, which take memory as they are written (docs/facts.md, "Huge pages")."""
     if not prod(shape) or not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        return np.zeros(shape, np.float32)
-    memory = mmap.mmap(-1, 4 * prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, np.dtype(dtype).itemsize * prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def empty_cache(session: ort.InferenceSession, rows: int, length: int) -> dict[str, Array]:
-    """A buffer [rows, heads, length, dim] for each `i.key` and `i.value`."""
-    shapes = {i.name: i.shape for i in session.get_inputs() if i.name.startswith(PAST)}
-    return {name.removeprefix(PAST): zeros((rows, heads, length, dim)) for name, (_, heads, _, dim) in shapes.items()}
+    """A buffer [rows, heads, length, dim] for each `i.key` and `i.value`, of the model's own type."""
+    return {
+        each.name.removeprefix(PAST): zeros((rows, each.shape[1], length, each.shape[3]), TYPES[each.type])
+        for each in session.get_inputs()
+        if each.name.startswith(PAST)
+    }
 
 
 class SharedEngine:

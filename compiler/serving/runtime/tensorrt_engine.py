@@ -29,6 +29,7 @@ TYPES: dict[str, type[np.generic]] = {
     "BF16": BFLOAT16,
     "INT64": np.int64,
     "INT32": np.int32,
+    "INT8": np.int8,
 }
 
 

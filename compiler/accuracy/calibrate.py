@@ -155,7 +155,7 @@ def feed_back(quant: QuantTensor, factor: Array) -> Codes:
             if i % group == 0:
                 grids.append(grid(quant.source, w[i : i + group]))
                 scale, zero = grids[-1].scale[:, 0], grids[-1].zero[:, 0].astype(np.float32)
-            code = np.clip(np.rint(w[i] / scale) + zero, 0, top)
+            code = np.clip(np.rint(w[i] / scale + zero), 0, top)
             codes[i] = code
             errors[i - start] = (w[i] - (code - zero) * scale) / factor[i, i]
             w[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]

@@ -1,0 +1,118 @@
+"""What the KV cache holds: which types a target has, and the scales of integers, from one run of the model.
+
+No data is asked for. What a channel holds is bounded by what it held for tokens drawn at random; what exceeds that
+saturates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import Target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.lazy import FLOAT32, Array
+from instantrt.passes.core.rewrite import Pass, PassLog, producer, run
+from instantrt.passes.qdq.quantize_cache import PAST, PRESENT, QuantizeCache, QuantizeCacheByToken
+
+INTEGERS = ("int8", "uint4")
+ROWS, TOKENS = 4, 128  # of what the range is measured on
+
+
+def check_cache_type(request: Request, model: FloatModel, types: Mapping[str, np.dtype[Any]]) -> None:
+    """Refuses a type that the model or a target has no cache of; `types` is what each engine computes in."""
+    if request.kv_cache_type is not None and model.llm is None:
+        raise UserError("kv_cache_type does nothing without a causal LM's cache", where=str(request.model))
+    for target in request.resolved_targets():
+        check_target(request.kv_cache_type, request.kv_cache, target, types.get(target.name))
+
+
+def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[Any] | None) -> None:
+    """`dtype`: what its engine computes in, None for a CPU."""
+    where = f"{target.name} ({target.family})"
+    if dtype is None and kind == "float16":
+        raise UserError(
+            "no float16 cache on a CPU",
+            where=where,
+            expected="float32, int8 or uint4",
+            found="GroupQueryAttention takes a float16 cache only with float16 queries, and is slower with both",
+        )
+    if dtype is not None and kind == "int8" and growth == "in-place":
+        raise UserError(
+            "no int8 cache in place in an engine",
+            where=where,
+            found="TensorScatter takes float32, float16 and bfloat16 alone",
+            fix="--kv-cache concat, or another --kv-cache-type",
+        )
+    if dtype is not None and kind not in (None, "int8", dtype.name):
+        raise UserError(
+            f"no {kind} cache in this engine",
+            where=where,
+            expected=f"{dtype.name}, in which it computes, or int8",
+            found="TensorRT has no operators on bytes of two codes" if kind == "uint4" else kind,
+            fix=f"compile for {target.name} apart",
+        )
+
+
+def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> gs.Graph:
+    """The canonical graph `graph` with a cache of integers; UserError names the first that stays float."""
+    assert model.llm is not None
+    each: Pass = QuantizeCacheByToken()
+    if kind == "int8":
+        each = QuantizeCache({name: (most / 127).astype(FLOAT32) for name, most in bounds(graph, model).items()})
+    run(graph, [each], log)
+    left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]
+    if left:
+        reasons = dict.fromkeys(e.reason for e in log.entries if e.by is each and e.reason)
+        raise UserError(
+            f"this cache cannot be {kind}",
+            where=left[0].name,
+            expected="Concat(past, new) that only Attention reads",
+            found="; ".join(reasons),
+            fix="leave --kv-cache-type out",
+        )
+    return graph
+
+
+def bounds(graph: gs.Graph, model: FloatModel) -> dict[str, Array]:
+    """`i.key` and `i.value` -> float32 [H, D], the largest magnitude that each channel reaches at any position."""
+    assert model.llm is not None
+    ids = np.random.default_rng(0).integers(0, model.llm.vocab, (ROWS, min(TOKENS, model.llm.max_length or TOKENS)))
+    ones = np.ones_like(ids)
+    feeds = {"input_ids": ids, "attention_mask": ones, "position_ids": np.cumsum(ones, axis=1) - 1}
+    pasts = (t for t in graph.inputs if t.name.startswith(PAST))
+    empty = {t.name: np.zeros((ROWS, t.shape[1], 0, t.shape[3]), FLOAT32) for t in pasts}
+    presents = {t.name: t for t in graph.outputs if t.name.startswith(PRESENT)}
+    once = Evaluation(graph, feeds | empty, keep=presents)
+    pairs = {name: list(rotated(tensor, once)) for name, tensor in presents.items()}
+    return {name.removeprefix(PRESENT): bound(once.take(name), pairs[name]) for name in presents}
+
+
+def bound(values: Array, pairs: Iterable[tuple[Array, Array]]) -> Array:
+    """The largest of values [B, H, T, D] in each channel; of two channels that rotate into one another, of both.
+
+    A rotation by the position keeps x1^2 + x2^2, and slow ones take thousands of tokens to show a channel's largest.
+    """
+    peak = np.abs(values)
+    for first, second in pairs:
+        radius = np.hypot(values[..., first], values[..., second])
+        peak[..., first], peak[..., second] = radius, radius
+    largest = peak.max(axis=(0, 2))
+    return np.where(largest, largest, np.float32(1))
+
+
+def rotated(present: gs.Tensor, once: Evaluation) -> Iterator[tuple[Array, Array]]:
+    """The channels of `present` = Concat(past, new) that a rotary embedding turns: first and second of each pair."""
+    concat = producer(present, "Concat")
+    new = concat.inputs[1] if concat is not None and len(concat.inputs) == 2 else present
+    part = producer(new, "Concat")  # of a rotated part of each head and the rest
+    rotary = producer(part.inputs[0] if part is not None else new, "RotaryEmbedding")
+    if rotary is not None:
+        half = np.arange(once.peek(rotary.inputs[1].name).shape[-1])  # the cosines of the pairs
+        yield (2 * half, 2 * half + 1) if rotary.attrs.get("interleaved") else (half, half + len(half))

@@ -1,0 +1,70 @@
+"""What the bytes of a model cannot say: formats, scales and codes that are fitted to what it does with its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+import onnx_graphsurgeon as gs
+
+from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.budget import Raised, room_for, within_budget
+from instantrt.compiler.accuracy.calibrate import calibrate, tokens_of
+from instantrt.compiler.accuracy.data import generated
+from instantrt.compiler.accuracy.importance import input_energy, search_scales
+from instantrt.compiler.defaults import Formats
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.qdq.insert_qdq import Decisions
+
+Say = Callable[[str], None]
+
+
+def check_text(request: Request) -> None:
+    """Refuses a calibration text that is none, before the model is built and exported."""
+    if request.calibration is not None:
+        tokens_of(request.model, request.calibration)
+
+
+def choose_formats(
+    graph: gs.Graph,
+    model: FloatModel,
+    decisions: Decisions,
+    formats: Formats,
+    request: Request,
+    say: Say,
+    size_of: Callable[[Decisions], int],
+) -> tuple[Decisions, Raised | None]:
+    """A format for each layer of the float `graph`: as it was recorded, or as the request's bounds have it.
+
+    size_of   decisions -> bytes of the artifact's weights
+    """
+    if not request.layers and not request.has_budget:
+        return decisions, None
+    folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
+    room = room_for(request, decisions, formats.groups, size_of)
+    decisions = search(folded, model, decisions, formats, say)
+    return within_budget(folded, model, decisions, request, say, room)
+
+
+def fit_codes(
+    graph: gs.Graph,
+    model: FloatModel,
+    decisions: Decisions,
+    formats: Formats,
+    heads: Set[str],
+    request: Request,
+    say: Say,
+) -> Decisions:
+    """The same formats with codes by the calibration text, or with scales by a search, for the inputs in `graph`."""
+    if request.calibration is not None:
+        return calibrate(graph, model, decisions, heads, request.calibration, say)
+    return search(graph, model, decisions, formats, say)
+
+
+def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Formats, say: Say) -> Decisions:
+    """Scales by the inputs that `graph` gives each layer for tokens at random, where a search is asked for."""
+    if formats.config is None or formats.config.search == "none":
+        return decisions
+    say("measuring the inputs of each layer")
+    return search_scales(decisions, input_energy(graph, model.llm, generated(model)))

@@ -1,0 +1,83 @@
+"""Float zero points on operators that take codes: the central code in their place, and what is missing added apart.
+
+    (code - zero) * scale  =  (code - c) * scale  +  (c - zero) * scale
+
+The second term is constant within a group: x times it is the sum of x over the group times `(c - zero) * scale`, which
+ONNX Runtime computes once, when it loads. x is not rounded there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import Array, Tile, View
+from instantrt.passes.core.quant import UINT8, QuantTensor, scales_of, zeros_of
+from instantrt.passes.core.rewrite import Prefixed, add
+from instantrt.passes.qdq.insert_qdq import Quantized
+
+NO_INTEGERS = "int8 activations have no form with float zero points"
+NO_RANK = "float zero points, and the rank of its input is not known"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A matrix of one code: equal for all weights of a shape, so that a file holds it once."""
+
+    shape: tuple[int, ...]
+    code: int
+
+    def tiles(self) -> Iterator[Tile]:
+        yield Tile(0, (np.full(self.shape, self.code, np.uint8),))
+
+
+def central_zeros(q: QuantTensor, shape: tuple[int, ...]) -> View:
+    """Zero points uint8 as MatMulNBits has them, two of four bits in a byte, for a weight with float ones."""
+    return View(Filled(shape, q.central if q.bits == 8 else q.central << 4 | q.central), shape, UINT8)
+
+
+def float_zeros(q: QuantTensor, path: str) -> gs.Constant:
+    """Float zero points float32 [N, G]."""
+    return gs.Constant(f"{path}.float_zeros", View(q, (q.shape[0], q.groups), np.float32, project=zeros_of))
+
+
+def integer_zeros(q: QuantTensor, tile: Tile) -> Array:
+    """The zero points uint8 [n, G] that an operator for codes takes."""
+    zero = zeros_of(tile)
+    return np.full(zero.shape, q.central, np.uint8) if q.float_zeros else zero
+
+
+def missing_form(found: Quantized) -> str:
+    """Why the float zero points of a linear cannot be added apart, or nothing."""
+    if not found.quant.float_zeros:
+        return ""
+    if found.quant.activations == "int8":
+        return NO_INTEGERS
+    return NO_RANK if found.x.shape is None else ""
+
+
+def before_zeros(graph: gs.Graph, found: Quantized, out: gs.Tensor) -> gs.Tensor:
+    """Where the product by integer zero points goes: `out`, or with float ones what `out` is the sum of."""
+    if not found.quant.float_zeros:
+        return out
+    nodes, q = Prefixed(graph, found.path), found.quant
+    n, groups = q.shape[0], q.groups
+    zero = float_zeros(q, found.path)
+    scale = gs.Constant(f"{found.path}.scales_of_zeros", View(q, (n, groups), np.float32, project=scales_of))
+    steps = nodes("Sub", [nodes.const("central", q.central, np.float32), zero], "steps")
+    offsets = nodes("Transpose", [nodes("Mul", [steps, scale], "by_row")], "offsets", perm=[1, 0])
+    missing = nodes("MatMul", [group_sums(graph, found.x, q), offsets], "missing")
+    part = gs.Variable(f"{found.path}/by_codes", np.float32, out.shape)
+    add(graph, "Add", [part, missing], out, name=f"{found.path}/with_zeros")
+    return part
+
+
+def group_sums(graph: gs.Graph, x: gs.Tensor, q: QuantTensor) -> gs.Tensor:
+    """The sum of x [..., K] over each group, [..., G]; once for all linears that share x."""
+    nodes = Prefixed(graph, f"{x.name}/sum{q.group_size}")
+    shape = nodes.const("shape", [0] * (len(x.shape) - 1) + [q.groups, q.group_size], np.int64)
+    grouped = nodes("Reshape", [x, shape], "grouped")
+    return nodes("ReduceSum", [grouped, nodes.const("axes", [-1], np.int64)], "sums", keepdims=0)
