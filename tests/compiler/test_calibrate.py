@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instantrt.compiler.accuracy.calibrate import DAMPING, FLOOR, LEAST, factor_of, feed_back, tokens_of
 from instantrt.compiler.accuracy.data import llm_feeds, windows
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.plan import Plan, plan
-from instantrt.compiler.quant.calibrate import DAMPING, LEAST, factor_of, feed_back, tokens_of
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array, InMemory
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize, quantize_asymmetric
+from instantrt.passes.core.search import search
 from tests.conftest import TEXT, TINY, contents, planned_and_written
 from tests.graphs import model_file
 
@@ -37,12 +38,15 @@ def weight(bits: int = 4, group: int = GROUP) -> QuantTensor:
 def by_the_paper(x: Array, group: int) -> Codes:
     """One column after another, with the inverse of H over the columns that are left; float64."""
     w, h = W.astype(np.float64), x.T.astype(np.float64) @ x
-    h += DAMPING * h.diagonal().mean() * np.eye(K)
+    energy = h.diagonal().astype(np.float32)
+    h += np.diag(DAMPING * energy + FLOOR * energy.mean())
     parts: list[Codes] = []
     codes = np.empty((N, K), np.uint8)
     for k in range(K):
         if k % group == 0:
-            parts.append(quantize_asymmetric(w[:, None, k : k + group].astype(np.float32), 4, FLOAT32))
+            parts.append(
+                search(w[:, None, k : k + group].astype(np.float32), energy[None, k : k + group], 4, False, FLOAT32)
+            )
         scale, zero = parts[-1].scale[:, 0], parts[-1].zero[:, 0].astype(np.float64)
         codes[:, k] = np.clip(np.rint(w[:, k] / scale) + zero, 0, 15)
         left = np.linalg.inv(h[k:, k:])
@@ -52,7 +56,7 @@ def by_the_paper(x: Array, group: int) -> Codes:
 
 @pytest.mark.parametrize("group", [32, 48, K])  # whole blocks of columns, and those of a row that is one group
 def test_it_is_the_algorithm_of_the_paper(group: int) -> None:
-    found, expected = feed_back(weight(group=group), factor_of(X, "w")), by_the_paper(X, group)
+    found, expected = feed_back(weight(group=group), *factor_of(X, "w")), by_the_paper(X, group)
     assert np.mean(found.codes != expected.codes) < 2e-3  # a rounding at a tie moves what follows
     np.testing.assert_allclose(found.scale, expected.scale, rtol=2e-2)
     loss, plain = (
@@ -62,9 +66,11 @@ def test_it_is_the_algorithm_of_the_paper(group: int) -> None:
     assert loss < 0.8 * plain
 
 
-def test_inputs_that_say_nothing_of_one_another_leave_the_formula() -> None:
-    found = feed_back(weight(), np.eye(K, dtype=np.float32))
-    for part, expected in zip(found, quantize_asymmetric(W.reshape(N, -1, GROUP), 4, FLOAT32), strict=True):
+def test_inputs_that_say_nothing_of_one_another_leave_the_search() -> None:
+    energy = RANDOM.uniform(1, 2, K).astype(np.float32)
+    found = feed_back(weight(), np.eye(K, dtype=np.float32), energy)
+    groups = W.reshape(N, -1, GROUP), energy.reshape(-1, GROUP)
+    for part, expected in zip(found, search(*groups, 4, False, FLOAT32), strict=True):
         np.testing.assert_array_equal(part, expected)
 
 
