@@ -104,7 +104,7 @@ def settle(
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
         return Formats(config, None, request.embeddings or "stored", notes, groups)
-    head = replace(config, weight_format="int8")
+    head = replace(config, weight_format="int8", zero_point="integer")  # as a table of embeddings has them
     if on_cpu:  # in groups that a table may have, too
         size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
         head = replace(head, compute_method="weight_only", group_size=size)
