@@ -30,10 +30,16 @@ constexpr Row kRows[] = {
     {"ring8_narrow", Kernel::kStream, 16, 1, 8, 2, 1, {6, 4}, 2, 8, 90, 90, 0, 1, {10400, 7100}},
     {"ring8_deep", Kernel::kStream, 16, 1, 16, 2, 1, {7, 4}, 1, 8, 90, 90, 0, 1, {13200, 9500}},
     {"ring16", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 90, 90, 0, 1, {13800, 12800}},
+    {"ring8_ampere", Kernel::kStream, 16, 1, 8, 2, 1, {3, 3}, 2, 8, 80, kNewest, 0, 1, {60, 60}},
+    {"ring8_ampere_wide", Kernel::kStream, 16, 1, 8, 4, 1, {3, 2}, 1, 8, 80, kNewest, 0, 1, {50, 50}},
+    {"ring16_ampere", Kernel::kStream, 16, 1, 8, 2, 2, {3, 2}, 1, 16, 80, kNewest, 0, 1, {80, 80}},
+    {"ring16_ampere_wide", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 80, kNewest, 0, 1, {70, 70}},
     {"ring32", Kernel::kTile, 16, 6, 2, 3, 4, {7, 4}, 1, 32, 90, 90},
     {"ring32_narrow", Kernel::kTile, 16, 8, 2, 2, 4, {7, 4}, 1, 32, 90, 90},
     {"ring64", Kernel::kTile, 16, 6, 1, 3, 4, {10, 7}, 1, 64, 90, 90, 0, 1, {}, false, 2},
     {"ring64_narrow", Kernel::kTile, 16, 8, 1, 2, 4, {11, 8}, 1, 64, 90, 90, 0, 1, {}, false, 2},
+    {"ring32_ampere", Kernel::kTile, 16, 4, 2, 3, 4, {3, 2}, 1, 32, 80, kNewest},
+    {"ring64_ampere", Kernel::kTile, 16, 4, 1, 3, 4, {5, 3}, 1, 64, 80, kNewest, 0, 1, {}, false, 2},
     {"hopper128x64", Kernel::kHopper, 16, 8, 1, 1, 8, {16, 12}, 1, kAny, 90, 90, 0, 1, {910, 800}},
     {"hopper192x64", Kernel::kHopper, 16, 12, 1, 1, 8, {13, 9}, 1, kAny, 90, 90, 0, 1, {1230, 1080}},
     {"hopper128x128", Kernel::kHopper, 16, 8, 1, 1, 16, {9, 8}, 1, kAny, 90, 90, 0, 1, {920, 790}},
@@ -50,9 +56,6 @@ constexpr Row kRows[] = {
     {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, {440, 440}},
     {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, {585, 585}},
     {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, {440, 440}},
-    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {8, 4}, 1, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
-    {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
     {"tile64", Kernel::kGemm, 16, 8, 1, 1, 8, {4, 2}, 1, kAny, 80, kNewest},
     {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 1, 8, 75, 79},
     {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 1, 16, 75, 79},
@@ -88,10 +91,12 @@ constexpr bool splits_k(Row const& row) {
     return row.kernel == Kernel::kVolta || row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
 }
 
+// Rows of kStream and kTile that take all that a multiprocessor of Hopper has; the others fit every one since Ampere.
+constexpr bool for_hopper(Row const& row) { return row.min_sm == 90; }
+
 // Where the blocks that divide K are a cluster: no workspace, no second kernel
 constexpr bool in_cluster(Row const& row, wog_problem const& p) {
-    if (row.kernel == Kernel::kGemm) return p.sm == 90;
-    return row.kernel == Kernel::kStream || row.kernel == Kernel::kTile || row.kernel == Kernel::kHopper;
+    return p.sm == 90 && row.kernel != Kernel::kWarpgroup;
 }
 // Multiprocessors that clusters of so many blocks fill: on an H200 (132) 66 of two, 30 of four and 15 of eight blocks.
 constexpr int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.sm_count * 10 / 11 : p.sm_count; }
@@ -141,10 +146,22 @@ constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int
 constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
     return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
 }
+// of x that have a place: all, or as many as of the weights
+constexpr int stream_x_places(Row const& row, wog_problem const& p, int splits) {
+    return for_hopper(row) ? stream_x_steps(row, p, splits) : row.stages[p.bits == 8];
+}
 constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
-    int64_t const x_row = int64_t(stream_x_steps(row, p, splits)) * 128, ring = row.stages[p.bits == 8];
+    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * 128, ring = row.stages[p.bits == 8];
     return 128 + row.warps_k * (ring * stream_stage(row, p.bits, p.group % 64 != 0) +
                                 stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
+}
+
+// Blocks of kStream on a multiprocessor; 0: it does not even have room for one, or for as many as Hopper's row wants
+constexpr int stream_resident(Row const& row, wog_problem const& p, int splits) {
+    int blocks = row.resident;
+    while (blocks && stream_shared(row, p, splits) > shared_limit(p.sm, blocks))
+        blocks = for_hopper(row) ? 0 : blocks - 1;
+    return blocks;
 }
 
 // Shared memory of kTile, of a block of so many warps in n: barriers, a ring of stages (x, codes, scales and zeros and
@@ -217,6 +234,10 @@ constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
 }
 inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
     return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));
+}
+// null where there are none: K is whole, or its parts are a cluster
+inline float* sums_apart(Row const& row, wog_problem const& p, wog_plan const& plan, void* workspace) {
+    return plan.splits > 1 && !in_cluster(row, p) ? partials(row, p, workspace) : nullptr;
 }
 
 constexpr int64_t kLibraryWorkspace = 4 << 20;  // what cuBLASLt recommends before Hopper
