@@ -53,7 +53,8 @@ bool may_divide(wog_problem const& p, Row const& row, int64_t tiles, int splits)
 // Cycles, of rows for all since Ampere: what their weights take to come, or what the blocks take to issue their
 // instructions, wave by wave; a second kernel that adds up parts of K, which are written and read
 int64_t read_duration(wog_problem const& p, int64_t issue, int splits) {
-    int64_t const bytes = int64_t(p.n) * p.k * p.bits / 8 + int64_t(p.n) * (p.k / p.group) * 4, parts = splits * p.m * p.n * 8;
+    int64_t const bytes = int64_t(p.n) * p.k * p.bits / 8 + int64_t(p.n) * (p.k / p.group) * 4,
+                  parts = splits * p.m * p.n * 8;
     int const rate = pace_of(p.sm).bytes * p.sm_count;
     return std::max(issue, bytes * 10 / rate) + (splits > 1 ? 4000 + parts * 10 / rate : 0);
 }
@@ -64,7 +65,8 @@ int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
     if (!for_hopper(row)) {
         int const resident = stream_resident(row, p, splits), tiles = ceil_div(p.n, row.block_n());
         int const places = std::max(1, p.sm_count * resident / splits);
-        int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * resident;
+        int const beside = std::min(resident, ceil_div(int64_t(tiles) * splits, p.sm_count));  // blocks at work
+        int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * beside;
         return read_duration(p, ceil_div(tiles, places) * (steps * row.pace[p.bits == 8] + 1000), splits);
     }
     int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
@@ -80,7 +82,8 @@ int stream_splits(wog_problem const& p, Row const& row) {
     for (int splits = 1; splits <= 8; splits++) {
         if (p.splits ? splits != p.splits : splits & (splits - 1)) continue;  // others leave multiprocessors idle
         if (!stream_resident(row, p, splits)) continue;
-        if (!p.splits && !may_divide(p, row, ceil_div(p.n, row.block_n()) * ceil_div(p.m, row.block_m()), splits)) continue;
+        if (!p.splits && !may_divide(p, row, ceil_div(p.n, row.block_n()) * ceil_div(p.m, row.block_m()), splits))
+            continue;
         if (!best || stream_duration(p, row, splits) < stream_duration(p, row, best)) best = splits;
     }
     return best;
@@ -100,7 +103,7 @@ Tiling choose_tiling(wog_problem const& p, Row const& row) {
     Pace const& pace = pace_of(p.sm);
     Tiling best{};
     for (int splits = 1; splits <= 8; splits *= 2)
-        for (int warps_n = hopper ? 4 : 2; warps_n <= row.warps_n; warps_n += 2) {  // whole warpgroups
+        for (int warps_n = hopper ? 4 : 2; warps_n <= row.warps_n; warps_n += hopper ? 2 : 1) {  // whole warpgroups
             if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
             int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
@@ -252,7 +255,11 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              walks ? std::min(tiles, fit) : tiles,
              row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
              tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
-             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
+             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials,
+             row.block_m(),
+             row.block_n() / row.warps_n * warps_n,
+             resident,
+             bytes_in_flight(row, p, splits, warps_n)};
     return 0;
 }
 
@@ -270,8 +277,7 @@ int64_t wog_workspace(wog_problem const* problem) {
         most = std::max(most, plan.workspace);
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
-            int64_t const parts =
-                other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);
+            int64_t const parts = other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);
             if (splits_k(other)) most = std::max(most, before_partials(other, p) + parts);
         }
     }

@@ -78,7 +78,7 @@ struct Streamer {
     // What is sent for next: a step of a tile
     int feed_tile, feed_left, feed_strips, feed_stride;
     int feed_x = 0, feed_step = 0;  // where x goes next, and, where it comes again, the step that it is of
-    int feed_units, feed_group;  // of 32 k, to the end of K; to the end of the group
+    int feed_units, feed_group;     // of 32 k, to the end of K; to the end of the group
     unsigned char const *feed_codes, *feed_affine;
 
     int left = 0, group_left = 0;  // steps to the next handing over of P; from there to the group's end

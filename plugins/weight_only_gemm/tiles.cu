@@ -400,9 +400,7 @@ struct Tiler {
     }
 
     // Not in a cluster
-    __device__ __forceinline__ bool alone() const {
-        return DEVICE_SM != 90 || p.splits == 1 || (!kBulk && p.partials);
-    }
+    __device__ __forceinline__ bool alone() const { return DEVICE_SM != 90 || p.splits == 1 || (!kBulk && p.partials); }
 
     // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
     // `ranks` blocks WK parts of the sums, so many floats apart

@@ -57,12 +57,11 @@ __device__ __forceinline__ void arrive_expecting(Barrier* barrier, int bytes) {
 __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
     uint32_t done;
     do
-        asm volatile(
-            "{\n.reg .pred done;\nmbarrier." WAIT
-            ".parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
+        asm volatile("{\n.reg .pred done;\nmbarrier." WAIT
+                     ".parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
     while (!done);
 }
 
