@@ -184,6 +184,7 @@ struct Tiler {
                 go_on();
             }
         }
+        copy_commit(), copy_wait<0>();  // a warp does not end before its copies
     }
 
     __device__ __forceinline__ void send_x_by_lanes() {
@@ -208,6 +209,7 @@ struct Tiler {
                 arrive_when_copied(full(slot));
                 go_on();
             }
+        copy_commit(), copy_wait<0>();
     }
 
     __device__ __forceinline__ void send_x() {
