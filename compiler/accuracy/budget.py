@@ -30,7 +30,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.quant import Quantizer, QuantTensor, dequantize
+from instantrt.passes.core.quant import UINT8, Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.plugins.weight_only_gemm.semantics import quantize_rows
@@ -385,6 +385,7 @@ def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
     expect(quant.shape[1] % group == 0, str(form), what, f"a divisor of {quant.shape[1]}", quant.name)
     symmetric = form.activations == "int8"
     sizes: dict[str, Any] = {"bits": form.bits, "group_size": group, "symmetric": symmetric}
+    sizes["zero_dtype"] = UINT8 if symmetric else quant.zero_dtype
     source = replace(quant.source, **sizes)
     return replace(quant, source=source, activations="int8" if symmetric else "float", **sizes)
 
