@@ -18,6 +18,7 @@ from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 Say = Callable[[str], None]
+TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, "Scales by inputs of random tokens")
 
 
 def check_text(request: Request) -> None:
@@ -31,6 +32,7 @@ def choose_formats(
     model: FloatModel,
     decisions: Decisions,
     formats: Formats,
+    heads: Set[str],
     request: Request,
     say: Say,
     size_of: Callable[[Decisions], int],
@@ -42,7 +44,7 @@ def choose_formats(
     if not request.layers and not request.has_budget:
         return decisions, None
     folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-    room = room_for(request, decisions, formats.groups, size_of)
+    room = room_for(request, decisions, formats.groups, heads, size_of)
     decisions = search(folded, model, decisions, formats, say)
     return within_budget(folded, model, decisions, request, say, room)
 
@@ -67,4 +69,4 @@ def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Fo
     if formats.config is None or formats.config.search == "none":
         return decisions
     say("measuring the inputs of each layer")
-    return search_scales(decisions, input_energy(graph, model.llm, generated(model)))
+    return search_scales(decisions, input_energy(graph, model.llm, generated(model, tokens=TOKENS)))
