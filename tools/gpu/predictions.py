@@ -134,7 +134,7 @@ class Estimate:
 def estimate(plan: LaunchPlan, gpu: Gpu, n: int, k: int, m: int, bits: int, group: int) -> Estimate:
     """16-bit x. A multiprocessor that has the most tiles issues them one after the other, or memory is slower."""
     tiles = -(-n // plan.tile_n) * -(-m // plan.tile_m) * plan.splits
-    most = -(-tiles // (gpu.count * plan.resident)) * min(plan.resident, -(-tiles // gpu.count))
+    most = -(-tiles // gpu.count)
     products = plan.tile_n / 16 * plan.tile_m / 8 * k / 16 / plan.splits
     issue = HOPPER if plan.kernel.startswith("hopper") else ISSUE[min(plan.tile_m // 8, 4)]
     read = n * k * bits / 8 + n * k / group * 4 + m * k * 2 + m * n * 2
