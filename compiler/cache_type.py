@@ -1,7 +1,7 @@
 """What the KV cache holds: which types a target has, and the scales of integers, from one run of the model.
 
-No data is asked for. What a channel holds is bounded by what it held for tokens drawn at random; what exceeds that
-saturates.
+No data is asked for: a channel's range is what it reaches for tokens drawn at random, with a margin for text, which
+reaches farther; what exceeds it saturates.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from instantrt.passes.qdq.quantize_cache import PAST, PRESENT, QuantizeCache, Qu
 
 INTEGERS = ("int8", "uint4")
 ROWS, TOKENS = 4, 128  # of what the range is measured on
+MARGIN = 2  # over what these reach: what saturates costs more than coarser steps (docs/facts.md, "Caches of integers")
 
 
 def check_cache_type(request: Request, model: FloatModel, types: Mapping[str, np.dtype[Any]]) -> None:
@@ -65,7 +66,8 @@ def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> g
     assert model.llm is not None
     each: Pass = QuantizeCacheByToken()
     if kind == "int8":
-        each = QuantizeCache({name: (most / 127).astype(FLOAT32) for name, most in bounds(graph, model).items()})
+        scales = {name: (MARGIN * most / 127).astype(FLOAT32) for name, most in bounds(graph, model).items()}
+        each = QuantizeCache(scales)
     run(graph, [each], log)
     left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]
     if left:

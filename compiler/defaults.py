@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from instantrt.compiler.options import HeadFormat, TableFormat
 from instantrt.compiler.quant.config import QuantConfig, Search
@@ -40,6 +41,18 @@ CAUSAL: dict[Preset, Defaults] = {
     "fast": Defaults(64, 32, "activations", "int8", "int8"),
     "exact": Defaults(-1, 32, "activations", "int8", "int8"),  # whole channels: integer products for long prompts, too
 }
+
+
+class Groups(NamedTuple):
+    """Sizes that a layer may get where formats are chosen layer by layer; -1 is per channel."""
+
+    uint4: tuple[int, ...]
+    int8: tuple[int, ...]
+
+
+EVERY_GROUP = Groups(GROUPS, (-1, *GROUPS))
+OF_CPUS = Groups((*GROUPS, 16), (-1, *GROUPS, 16))
+FUSED = Groups(GROUPS, (-1,))  # docs/facts.md, "Which weights TensorRT fuses"
 SMALLER = (64, 32, 16)  # for what a default, or a head's layers, do not divide: all operators have these
 
 
@@ -56,7 +69,7 @@ class Formats:
     head: QuantConfig | None
     embeddings: TableFormat
     notes: tuple[str, ...] = ()
-    groups: tuple[int, ...] = GROUPS
+    groups: Groups = EVERY_GROUP
 
 
 def settle(
@@ -77,7 +90,7 @@ def settle(
     chosen = SPEC
     if on_cpu and request.quant_config is None:
         chosen = CAUSAL[request.cpu_preset] if heads else ENCODER
-    groups = (*GROUPS, SMALLER[-1]) if on_cpu else GROUPS
+    groups = OF_CPUS if on_cpu else FUSED if request.plugin is None else EVERY_GROUP
     notes: tuple[str, ...] = ()
     if request.group_size is None and request.quant_config is None and not config.activate_quant:
         wanted = chosen.int8 if config.bits == 8 else chosen.uint4
@@ -91,7 +104,7 @@ def settle(
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
         return Formats(config, None, request.embeddings or "stored", notes, groups)
-    head = replace(config, weight_format="int8")
+    head = replace(config, weight_format="int8", zero_point="integer")  # as a table of embeddings has them
     if on_cpu:  # in groups that a table may have, too
         size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
         head = replace(head, compute_method="weight_only", group_size=size)

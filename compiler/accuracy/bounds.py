@@ -93,14 +93,15 @@ def seen_by(nodes: Sequence[gs.Node], x: Array) -> Array:
 def int8_block(nodes: Iterable[gs.Node]) -> int | None:
     """The block in which a MatMulNBits makes int8 of x itself; None where x reaches it whole, or as two limbs.
 
-    One whose product is taken off from x is no layer, but tells what the rounding leaves: the second limb.
+    One whose product is taken off from x is no layer, but tells what the rounding leaves, the second limb; nor is one
+    with an axis for a Squeeze, of sums for float zero points.
     """
     coarse = (
         n
         for n in nodes
         if n.op == "MatMulNBits"
         and n.attrs.get("accuracy_level") == INT8_LEVEL
-        and not any(parts_limbs(user) or user.op == "Sub" for t in n.outputs for user in t.outputs)
+        and not any(parts_limbs(user) or user.op in ("Sub", "Squeeze") for t in n.outputs for user in t.outputs)
     )
     return next((int(n.attrs["block_size"]) for n in coarse), None)
 

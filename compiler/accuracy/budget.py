@@ -23,9 +23,9 @@ from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.layer_errors import TwinLinear, aligned, layers_of, quantized_bytes
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
 from instantrt.compiler.accuracy.weigh import share, stream_of, weigh
+from instantrt.compiler.defaults import EVERY_GROUP, Groups
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
 from instantrt.compiler.quant.config import expect
-from instantrt.compiler.quant.instant import GROUPS
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
@@ -102,35 +102,36 @@ class Room:
     """A bound on size.
 
     size_of   decisions -> bytes, of what `limit` bounds
-    groups    group sizes that the target's operators have, the largest first
+    groups    the sizes that the target's operators have
     where     the option and its value, and
     unit      what that counts, in bytes, and its name: for errors
     """
 
     limit: int
     size_of: Callable[[Decisions], int]
-    groups: tuple[int, ...]
+    groups: Groups
     where: str
     unit: tuple[float, str]
 
-    def fill(self, decisions: Decisions, steps: list[Raise]) -> list[Raise]:
-        """The best of `steps` for which there is room. A layer that one does not fit for stays where it is."""
+    def left(self, decisions: Decisions) -> int:
+        """Bytes that `decisions` leave free; UserError where there is no room for them."""
         free = self.limit - self.size_of(decisions)
         if free < 0:
             size, unit = self.unit
             least = f"at least {(self.limit - free) / size:.4g} {unit}: every layer in its coarsest format"
-            fix = "" if all_of_four_bits(decisions) else "--quant a16w4"
+            fours = any(q.bits == 4 for q in decisions.values() if isinstance(q, QuantTensor))
+            fix = "" if fours else "--quant a16w4"
             raise UserError("no choice of formats is that small", where=self.where, expected=least, fix=fix)
+        return free
+
+    def fill(self, decisions: Decisions, steps: list[Raise], free: int) -> list[Raise]:
+        """The best of `steps` for which there is room. A layer that one does not fit for stays where it is."""
         while True:
             taken = affordable(steps, free)
             over = self.size_of(override(decisions, formats(taken))) - self.limit
             if over <= 0:
                 return taken
             free -= over
-
-
-def all_of_four_bits(decisions: Decisions) -> bool:
-    return all(q.bits == 4 for q in decisions.values() if isinstance(q, QuantTensor))
 
 
 def affordable(steps: list[Raise], free: int) -> list[Raise]:
@@ -159,15 +160,17 @@ def search(
     """
     check(model, decisions, data, budget)
     assert model.llm is not None
-    measure = Trial(graph, list(first_batches(data, model.llm).each(model.llm)))
-    start = coarsest(decisions, room.groups) if room is not None else {}
+    groups = room.groups if room is not None else EVERY_GROUP
+    start = coarsest(decisions, groups) if room is not None else {}
     decisions = override(decisions, start)
+    free = room.left(decisions) if room is not None else 0
+    measure = Trial(graph, list(first_batches(data, model.llm).each(model.llm)))
     before = after = measure(decisions)
     steps: list[Raise] = []
     if room is not None or budget.violations(before):
         say("weighing the layers")
-        steps = plan_steps(graph, decisions, measure, room.groups if room is not None else GROUPS)
-        steps = room.fill(decisions, steps) if room is not None else steps
+        steps = plan_steps(graph, decisions, measure, groups)
+        steps = room.fill(decisions, steps, free) if room is not None else steps
         after = measure(override(decisions, formats(steps))) if room is not None else measure.unquantized()
     if violations := budget.violations(after):
         what = "no choice of formats is as small and as accurate"
@@ -207,7 +210,7 @@ def within_budget(
 
 
 def room_for(
-    request: Request, decisions: Decisions, groups: tuple[int, ...], size_of: Callable[[Decisions], int]
+    request: Request, decisions: Decisions, groups: Groups, size_of: Callable[[Decisions], int]
 ) -> Room | None:
     """What the request leaves to the artifact, whose weights are `size_of`, or to what is quantized; None: all."""
     if request.max_size is not None:
@@ -234,7 +237,7 @@ def float_bytes(quant: QuantTensor) -> int:
     return math.prod(quant.shape) * int(stored.itemsize)
 
 
-def coarsest(decisions: Decisions, groups: tuple[int, ...]) -> dict[str, str]:
+def coarsest(decisions: Decisions, groups: Groups) -> dict[str, str]:
     """Layer -> the first rung of its ladder."""
     quants = [q for q in decisions.values() if isinstance(q, QuantTensor)]
     return {q.name: str(ladder(q, groups, coarser=True)[0][0]) for q in quants}
@@ -304,7 +307,7 @@ class Rung:
     error: float
 
 
-def plan_steps(graph: gs.Graph, decisions: Decisions, measure: Trial, groups: tuple[int, ...]) -> list[Raise]:
+def plan_steps(graph: gs.Graph, decisions: Decisions, measure: Trial, groups: Groups) -> list[Raise]:
     """All steps of all layers, the best first; a layer's own steps stay in order because each ladder is convex."""
     linears = [layer for layer in layers_of(graph, graph) if isinstance(decisions.get(layer.path), QuantTensor)]
     window, wiring = measure.window(), Wiring(graph)
@@ -330,7 +333,7 @@ def plan_steps(graph: gs.Graph, decisions: Decisions, measure: Trial, groups: tu
     return sorted(steps, key=lambda s: (-s.gain / s.bytes, s.layer))
 
 
-def rungs(layer: TwinLinear, decisions: Decisions, x: Array, groups: tuple[int, ...]) -> list[Rung]:
+def rungs(layer: TwinLinear, decisions: Decisions, x: Array, groups: Groups) -> list[Rung]:
     """What may become of one layer, the coarsest first, float last."""
     quant = decisions[layer.path]
     assert isinstance(quant, QuantTensor)
@@ -350,18 +353,22 @@ def ladder_steps(path: str, ladder: list[Rung], nats: float) -> Iterator[Raise]:
         yield Raise(path, start.form, at.form, at.bytes - start.bytes, each * (start.error - at.error))
 
 
-def ladder(quant: QuantTensor, groups: tuple[int, ...], *, coarser: bool = False) -> list[tuple[Format, QuantTensor]]:
+def ladder(quant: QuantTensor, groups: Groups, *, coarser: bool = False) -> list[tuple[Format, QuantTensor]]:
     """The layer's own format and every finer one, coarsest first; `coarser`: those of larger groups before it."""
-    k = quant.shape[1]
-    own = form_of(quant)
-    fitting = [g for g in groups if k % g == 0 and g < k]
-    before = [Format(quant.bits, g) for g in fitting if g > quant.group_size] if coarser else []
-    finer = [Format(quant.bits, g) for g in fitting if g < quant.group_size]
+    k, own = quant.shape[1], form_of(quant)
+
+    def fitting(bits: int) -> list[Format]:
+        sizes = [g for g in (groups.int8 if bits == 8 else groups.uint4) if g == -1 or (k % g == 0 and g < k)]
+        return [Format(bits, g) for g in sorted(sizes, key=lambda g: -(k if g == -1 else g))]
+
+    same = [f for f in fitting(quant.bits) if f != Format(own.bits, own.group)]
+    larger = [f for f in same if f.group == -1 or f.group > quant.group_size]
+    finer = [f for f in same if f not in larger]
     if quant.activations == "int8":
         finer = [Format(8, -1), *finer]
     if quant.bits == 4:
-        finer += [Format(8, -1), *(Format(8, g) for g in fitting)]
-    return [(f, reformat(quant, f)) for f in (*before, own, *finer)]
+        finer += fitting(8)
+    return [(f, reformat(quant, f)) for f in (*(larger if coarser else ()), own, *finer)]
 
 
 def form_of(quant: QuantTensor) -> Format:

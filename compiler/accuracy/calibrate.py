@@ -2,8 +2,8 @@
 
 GPTQ (Frantar et al., 2022, "Accurate Post-Training Quantization for Generative Pre-trained Transformers"): of a linear
 y = x W^T, with H = x^T x over the text and H^-1 = U^T U (U upper triangular), column k is rounded, and the columns j
-behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Scales and zero points are those that the
-layer's own quantizer gives its group when that begins.
+behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Scales and zero points of a group are
+searched when it begins, each column's error weighted by H's diagonal.
 
 Layers come in the graph's order, each on what the quantized layers before it make of the text; a weight is in memory
 while it is quantized, its codes then wait in a file without a name until they are written.
@@ -24,19 +24,23 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.data import llm_feeds, read_text, tokenizer_of, windows
+from instantrt.compiler.accuracy.importance import searched
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import evaluate_each, parts_of
 from instantrt.passes.core.lazy import FLOAT32, TILE_BYTES, Array, InMemory, Tile, convert
 from instantrt.passes.core.linear import linear
-from instantrt.passes.core.quant import Codes, Quantizer, QuantTensor, dequantize
+from instantrt.passes.core.quant import UINT8, Codes, Quantizer, QuantTensor, dequantize
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 WINDOW = 256  # tokens that see one another
-LEAST, MOST = 512, 1 << 14  # tokens of a text: fewer say nothing of a layer's inputs; more are not read
-DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
-BLOCK = 128  # columns whose errors reach the rest of the weight together
+LEAST, MOST = 512, 1 << 13  # tokens of a text: fewer say nothing of a layer's inputs; more are not read
+# Added to H's diagonal: this much of itself, as a few channels may be a thousand times the others, whose columns would
+# else be fitted to the noise of the text; and of its mean, for channels that are never on.
+DAMPING, FLOOR = 0.1, 1e-4
+BLOCK = 64  # columns whose errors reach the rest of the weight together
+SMALL = 32  # rows that are inverted at once
 EVERY = 5.0  # seconds from one line of progress to the next
 
 
@@ -79,7 +83,7 @@ def calibrate(
     say(f"calibrating {len(chosen)} layers on {sum(each.size for each in ids):,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
     runs = [Evaluation(graph, llm_feeds(each, model.llm), wiring=wiring) for each in ids]
-    before, factor, told, weights = "", np.empty(0), began, 0  # the last input, and what it said of itself
+    before, said, told, weights = "", (np.empty(0), np.empty(0)), began, 0  # the last input, and what is known of it
     with tempfile.TemporaryFile() as file:
         for node in runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):
             if (quant := chosen.get(node.name)) is None:
@@ -90,8 +94,8 @@ def calibrate(
             rows = np.concatenate([run.values[x].reshape(-1, quant.shape[1]) for run in runs])
             if quant.name not in made:  # a module may be used several times
                 if x != before:
-                    before, factor = x, factor_of(rows, quant.name)
-                codes = Codes(*(spilled(part, file) for part in feed_back(quant, factor)))
+                    before, said = x, factor_of(rows, quant.name)
+                codes = Codes(*(spilled(part, file) for part in feed_back(quant, *said)))
                 of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
                 made[quant.name] = replace(quant, source=Calibrated(**of, codes=codes))
                 weights += math.prod(quant.shape)
@@ -114,8 +118,8 @@ def spilled(part: Array, file: IO[bytes]) -> Array:
     return np.memmap(file, part.dtype, "r", at, part.shape)
 
 
-def factor_of(x: Array, layer: str) -> Array:
-    """U [K, K], upper triangular, U^T U = H^-1, of the inputs x [T, K] of `layer`; H = x^T x, damped.
+def factor_of(x: Array, layer: str) -> tuple[Array, Array]:
+    """U [K, K], upper triangular, U^T U = H^-1, H damped, and H's diagonal [K], of the inputs x [T, K] of `layer`.
 
     With J the order of channels reversed, J H J = L L^T gives H = R R^T for the upper triangular R = J L J: U = R^-1.
     """
@@ -123,33 +127,51 @@ def factor_of(x: Array, layer: str) -> Array:
     if not np.isfinite(h).all():
         raise UserError("what reaches this layer is not finite", where=layer, fix="leave --calibration out")
     size = h.diagonal().copy()
-    size[size == 0] = 1  # a channel that is never on
-    h[np.diag_indices_from(h)] = size + DAMPING * size.mean()
-    root = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return np.triu(np.linalg.inv(root))
+    h[np.diag_indices_from(h)] += DAMPING * size + (FLOOR * size.mean() or 1)  # 1: nothing is ever on
+    return inverse(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]), size
 
 
-def feed_back(quant: QuantTensor, factor: Array) -> Codes:
-    """The codes of a weight whose inputs have `factor`; blocks of columns, as many as a group's where those are few."""
+def inverse(upper: Array) -> Array:
+    """Of an upper triangular matrix, by halves: an eighth of the work of a general one."""
+    half = len(upper) // 2
+    if half < SMALL:
+        return np.triu(np.linalg.inv(upper))
+    out = np.zeros_like(upper)
+    out[:half, :half], out[half:, half:] = inverse(upper[:half, :half]), inverse(upper[half:, half:])
+    out[:half, half:] = -out[:half, :half] @ (upper[:half, half:] @ out[half:, half:])
+    return out
+
+
+def feed_back(quant: QuantTensor, factor: Array, energy: Array) -> Codes:
+    """The codes of a weight whose inputs have what `factor_of` gives, blocks of columns in turn."""
     assert isinstance(quant.source, Quantizer)
     (n, k), group, top = quant.shape, quant.group_size, 2**quant.bits - 1
     w = np.concatenate([convert(tile.parts[0], FLOAT32).T for tile in quant.source.weight.tiles()], axis=1)  # [K, N]
     codes = np.empty((k, n), np.uint8)
     grids: list[Codes] = []
-    step = group if group <= BLOCK else math.gcd(group, BLOCK)
+    step = BLOCK // group * group or math.gcd(group, BLOCK)
     for start in range(0, k, step):
-        end = start + step
-        if start % group == 0:
-            rows = InMemory(np.ascontiguousarray(w[start : start + group].T))
-            tiles = replace(quant.source, weight=rows, group_size=group).tiles()
-            grids.append(Codes(*map(np.concatenate, zip(*(tile.parts for tile in tiles), strict=True))))
-            scale, zero = grids[-1].scale[:, 0], grids[-1].zero[:, 0].astype(np.float32)
-        errors = np.empty((step, n), np.float32)
+        end = min(start + step, k)
+        errors = np.empty((end - start, n), np.float32)
         for i in range(start, end):
-            code = np.clip(np.rint(w[i] / scale) + zero, 0, top)
+            if i % group == 0:
+                grids.append(grid(quant.source, w[i : i + group], energy[i : i + group]))
+                scale, zero = grids[-1].scale[:, 0], grids[-1].zero[:, 0].astype(np.float32)
+            code = np.clip(np.rint(w[i] / scale + zero), 0, top)
             codes[i] = code
             errors[i - start] = (w[i] - (code - zero) * scale) / factor[i, i]
             w[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
         w[end:] -= factor[start:end, end:].T @ errors
-    scale, zero = (np.concatenate(parts, axis=1) for parts in zip(*(grid[1:] for grid in grids), strict=True))
+    scale, zero = (np.concatenate(parts, axis=1) for parts in zip(*(each[1:] for each in grids), strict=True))
     return Codes(np.ascontiguousarray(codes.T), scale, zero)
+
+
+def grid(like: Quantizer, columns: Array, energy: Array) -> Codes:
+    """One group `[g, N]` with scales and zero points `[N, 1]` searched for inputs of that energy, where they are codes.
+
+    A zero point that is none comes from the layer's own formula.
+    """
+    source = searched(like, energy) if like.zero_dtype == UINT8 else like
+    rows = InMemory(np.ascontiguousarray(columns.T))
+    tiles = replace(source, weight=rows, group_size=len(columns)).tiles()
+    return Codes(*map(np.concatenate, zip(*(tile.parts for tile in tiles), strict=True)))

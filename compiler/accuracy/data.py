@@ -123,11 +123,11 @@ def read_text(text: Path) -> str:
         raise UserError("the text cannot be read", where=str(text), expected="UTF-8 text", found=str(error)) from None
 
 
-def generated(model: FloatModel, window: int = WINDOW) -> Data:
+def generated(model: FloatModel, window: int = WINDOW, tokens: int = GENERATED) -> Data:
     """Random token ids, or random inputs of any other model; the same ones every time."""
     random = np.random.default_rng(0)
     if model.llm is not None:
-        ids = random.integers(0, model.llm.vocab, GENERATED)
+        ids = random.integers(0, model.llm.vocab, tokens)
         return Data("generated", windows(ids, window))
     return Data("generated", feeds=({t.name: random_input(t, random) for t in model.graph.inputs},))
 

@@ -8,6 +8,7 @@ Their digests are taken meanwhile, of what the page cache still holds.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import textwrap
 from collections import defaultdict
@@ -159,10 +160,11 @@ def write_source(source: Source, views: list[Placed], fd: int, progress: Progres
     whole = [p for p in views if crosses_bytes(p.view)]
     rows = [p for p in views if p.view.axis == 0 and p not in whole]
     strips = [Strip(p, fd) for p in views if p.view.axis != 0 and p not in whole]
-    for p in whole:
-        pwrite(fd, pack(p.view.load().reshape(-1)), p.offset)
     positions = {p.name: p.offset for p in rows}
-    for tile in source.tiles() if rows or strips else ():
+    held: dict[str, list[Array]] = {p.name: [] for p in whole}
+    for tile in source.tiles():
+        for p in whole:
+            held[p.name].append(p.view.block(tile))
         for p in rows:
             data = pack(p.view.block(tile))
             pwrite(fd, data, positions[p.name])
@@ -172,6 +174,8 @@ def write_source(source: Source, views: list[Placed], fd: int, progress: Progres
         progress(views[0].name, sum(tile_bytes(p.view, len(tile.parts[0])) for p in views))
     for strip in strips:
         strip.flush()
+    for p in whole:
+        pwrite(fd, pack(np.concatenate(held[p.name], axis=p.view.axis).reshape(-1)), p.offset)
 
 
 def tile_bytes(view: View, rows: int) -> int:
@@ -179,8 +183,9 @@ def tile_bytes(view: View, rows: int) -> int:
 
 
 def crosses_bytes(view: View) -> bool:
-    """A four-bit tensor with odd rows packs across tiles: such a one (none of a model's) is written whole."""
-    return view.dtype in FOUR_BIT and view.shape[-1] % 2 == 1
+    """A four-bit tensor with odd rows, as a vector has them, packs across tiles: such a one is written whole."""
+    row = view.shape[1:] if view.axis == 0 else view.shape[-1:]
+    return view.dtype in FOUR_BIT and math.prod(row) % 2 == 1
 
 
 class Strip:

@@ -54,7 +54,7 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
         return Reject(wrong) if block is None or wrong else BlockwiseMatch(found, block)
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
-        out = before_zeros(graph, match.linear, take_over(match.linear.node))
+        out = before_zeros(graph, match.linear, take_over(match.linear.node), match.block)
         matmul_nbits(graph, match, match.linear.x, out)
 
     def note(self, match: BlockwiseMatch) -> str:
@@ -74,8 +74,9 @@ def matmul_nbits(
     blocks = -(-k // block)
     layout = Blocks(q.bits, block, blocks, q.groups)
     codes, scales, zeros = layout.codes, layout.scales, layout.zeros
-    if q.bits == 8 and q.group_size == block:  # as they are: a table of embeddings may have the same bytes
-        codes, scales, zeros = first_part, scales_of, zeros_of
+    if q.group_size == block:  # as they are: float zero points read them too, and a table of embeddings all of these
+        scales = scales_of
+        codes, zeros = (first_part, zeros_of) if q.bits == 8 else (codes, zeros)
     zero_points = View(q, (n, layout.zero_bytes), np.uint8, project=zeros)
     if q.float_zeros:
         zero_points = central_zeros(q, zero_points.shape)

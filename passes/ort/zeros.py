@@ -3,7 +3,7 @@
     (code - zero) * scale  =  (code - c) * scale  +  (c - zero) * scale
 
 The second term is constant within a group: x times it is the sum of x over the group times `(c - zero) * scale`, which
-ONNX Runtime computes once, when it loads. x is not rounded there.
+ONNX Runtime computes once, when it loads. Where the operator makes int8 of x, the sums are of what it makes.
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ def missing_form(found: Quantized) -> str:
     return NO_RANK if found.x.shape is None else ""
 
 
-def before_zeros(graph: gs.Graph, found: Quantized, out: gs.Tensor) -> gs.Tensor:
-    """Where the product by integer zero points goes: `out`, or with float ones what `out` is the sum of."""
+def before_zeros(graph: gs.Graph, found: Quantized, out: gs.Tensor, block: int | None = None) -> gs.Tensor:
+    """Where the product by integer zero points goes: `out`, or with float ones what `out` is the sum of.
+
+    block   in which the operator makes int8 of x
+    """
     if not found.quant.float_zeros:
         return out
     nodes, q = Prefixed(graph, found.path), found.quant
@@ -69,15 +72,31 @@ def before_zeros(graph: gs.Graph, found: Quantized, out: gs.Tensor) -> gs.Tensor
     scale = gs.Constant(f"{found.path}.scales_of_zeros", View(q, (n, groups), np.float32, project=scales_of))
     steps = nodes("Sub", [nodes.const("central", q.central, np.float32), zero], "steps")
     offsets = nodes("Transpose", [nodes("Mul", [steps, scale], "by_row")], "offsets", perm=[1, 0])
-    missing = nodes("MatMul", [group_sums(graph, found.x, q), offsets], "missing")
+    missing = nodes("MatMul", [group_sums(graph, found.x, q, block), offsets], "missing")
     part = gs.Variable(f"{found.path}/by_codes", np.float32, out.shape)
     add(graph, "Add", [part, missing], out, name=f"{found.path}/with_zeros")
     return part
 
 
-def group_sums(graph: gs.Graph, x: gs.Tensor, q: QuantTensor) -> gs.Tensor:
-    """The sum of x [..., K] over each group, [..., G]; once for all linears that share x."""
-    nodes = Prefixed(graph, f"{x.name}/sum{q.group_size}")
-    shape = nodes.const("shape", [0] * (len(x.shape) - 1) + [q.groups, q.group_size], np.int64)
+def group_sums(graph: gs.Graph, x: gs.Tensor, q: QuantTensor, block: int | None) -> gs.Tensor:
+    """The sum of x [..., K] over each group, [..., G]; once for all linears that share x.
+
+    Of x in int8, by `block`: the product with ones of the operator that rounds it so.
+    """
+    size, last = q.group_size, [-1]
+    nodes = Prefixed(graph, f"{x.name}/sum{size}" + (f"by{block}" if block else ""))
+    shape = nodes.const("shape", [0] * (len(x.shape) - 1) + [q.groups, size], np.int64)
     grouped = nodes("Reshape", [x, shape], "grouped")
-    return nodes("ReduceSum", [grouped, nodes.const("axes", [-1], np.int64)], "sums", keepdims=0)
+    if block is None:
+        return nodes("ReduceSum", [grouped, nodes.const("axes", last, np.int64)], "sums", keepdims=0)
+    count = -(-size // block)
+    ones = np.pad(np.ones(size, np.uint8), (0, count * block - size)).reshape(1, count, block)
+    arrays: dict[str, Array] = {
+        "ones": ones,
+        "scales": np.ones((1, count), np.float32),
+        "zeros": np.zeros((1, count), np.uint8),
+    }
+    weight = [nodes.const(name, values, values.dtype) for name, values in arrays.items()]
+    attrs = {"K": size, "N": 1, "bits": 8, "block_size": block, "accuracy_level": 4}
+    product = nodes("MatMulNBits", [grouped, *weight], "product", domain="com.microsoft", **attrs)
+    return nodes("Squeeze", [product, nodes.const("axes", last, np.int64)], "sums")

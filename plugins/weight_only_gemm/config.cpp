@@ -30,8 +30,45 @@ constexpr char kExpectedSm[] = "75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: li
 
 bool known_sm(int sm) { return std::find(std::begin(kKnown), std::end(kKnown), sm) != std::end(kKnown); }
 
+// What a multiprocessor of a family of GPUs does, by the clock: a product of 16 x 8 x 16 in one of its quarters, in
+// tenths of a cycle, and what it reads from memory, in tenths of a byte a cycle. Of A100, RTX 3090, RTX 4090, H200
+// (measured), B200 and RTX 5090.
+struct Pace {
+    int min_sm, product, bytes;
+};
+constexpr Pace kPaces[] = {{80, 80, 127}, {86, 320, 67}, {89, 320, 31}, {90, 65, 200}, {100, 80, 290}, {120, 320, 44}};
+
+Pace const& pace_of(int sm) {
+    Pace const* last = kPaces;
+    for (Pace const& pace : kPaces)
+        if (pace.min_sm <= sm) last = &pace;
+    return *last;
+}
+
+// Where sums of parts of K go through memory only idle multiprocessors are worth that.
+bool may_divide(wog_problem const& p, Row const& row, int64_t tiles, int splits) {
+    return splits == 1 || in_cluster(row, p) || tiles * splits <= std::min(p.sm_count, kMostMultiprocessors);
+}
+
+// Cycles, of rows for all since Ampere: what their weights take to come, or what the blocks take to issue their
+// instructions, wave by wave; a second kernel that adds up parts of K, which are written and read
+int64_t read_duration(wog_problem const& p, int64_t issue, int splits) {
+    int64_t const bytes = int64_t(p.n) * p.k * p.bits / 8 + int64_t(p.n) * (p.k / p.group) * 4,
+                  parts = splits * p.m * p.n * 8;
+    int const rate = pace_of(p.sm).bytes * p.sm_count;
+    return std::max(issue, bytes * 10 / rate) + (splits > 1 ? 4000 + parts * 10 / rate : 0);
+}
+
 // kStream's picoseconds, but for what all rows have in common: fitted to an H200's times of 40 layers and rows of x.
+// Of the other rows cycles.
 int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
+    if (!for_hopper(row)) {
+        int const resident = stream_resident(row, p, splits), tiles = ceil_div(p.n, row.block_n());
+        int const places = std::max(1, p.sm_count * resident / splits);
+        int const beside = std::min(resident, ceil_div(int64_t(tiles) * splits, p.sm_count));  // blocks at work
+        int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * beside;
+        return read_duration(p, ceil_div(tiles, places) * (steps * row.pace[p.bits == 8] + 1000), splits);
+    }
     int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
     int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * row.resident;
     int64_t const joining = splits == 1 ? 0 : splits == 2 ? 800'000 : splits == 4 ? 1'100'000 : 1'550'000;
@@ -44,7 +81,9 @@ int stream_splits(wog_problem const& p, Row const& row) {
     int best = 0;
     for (int splits = 1; splits <= 8; splits++) {
         if (p.splits ? splits != p.splits : splits & (splits - 1)) continue;  // others leave multiprocessors idle
-        if (stream_shared(row, p, splits) > shared_limit(p.sm, row.resident)) continue;
+        if (!stream_resident(row, p, splits)) continue;
+        if (!p.splits && !may_divide(p, row, ceil_div(p.n, row.block_n()) * ceil_div(p.m, row.block_m()), splits))
+            continue;
         if (!best || stream_duration(p, row, splits) < stream_duration(p, row, best)) best = splits;
     }
     return best;
@@ -56,22 +95,26 @@ struct Tiling {
     int64_t cycles;
 };
 
-// The least time, in cycles: waves of blocks, each of them its steps at the pace of the tensor cores (a product of
-// 16 x 8 x 16 each 6.4 cycles of a quarter) or of what comes in, then its sums.
+// The least time, in cycles: waves of blocks, each of them its steps at the pace of the tensor cores or of what comes in,
+// then its sums.
 Tiling choose_tiling(wog_problem const& p, Row const& row) {
     int const steps = ceil_div(p.k, 64 * row.warps_k), sides = row.warps_k * row.warps_m;
+    bool const hopper = for_hopper(row);
+    Pace const& pace = pace_of(p.sm);
     Tiling best{};
     for (int splits = 1; splits <= 8; splits *= 2)
-        for (int warps_n = 4; warps_n <= row.warps_n; warps_n += 2) {  // whole warpgroups
+        for (int warps_n = hopper ? 4 : 2; warps_n <= row.warps_n; warps_n += hopper ? 2 : 1) {  // whole warpgroups
             if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
             int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
-            int const places = std::max(1, usable(p, splits) / splits);
+            if (!p.splits && !may_divide(p, row, tiles, splits)) continue;
+            int const places = std::max(1, (in_cluster(row, p) ? usable(p, splits) : p.sm_count) / splits);
             int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
-            int64_t const step = std::max(products * 13 / 2 + 100, bytes / 20);
-            int64_t const end = splits > 1 ? 2500 + p.m * warps_n * row.strips * 4 : 1000;
-            int64_t const time = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
+            int64_t const step = std::max(products * pace.product / 10 + 100, hopper ? bytes * 10 / pace.bytes : 0);
+            int64_t const end = splits > 1 && hopper ? 2500 + p.m * warps_n * row.strips * 4 : 1000;
+            int64_t const blocks = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
+            int64_t const time = hopper ? blocks : read_duration(p, blocks, splits);
             if (!best.warps_n || time < best.cycles) best = {warps_n, splits, time};
         }
     return best;
@@ -105,6 +148,9 @@ bool fits(Row const& row, wog_problem const& p) {
     if (row.kernel == Kernel::kHopper && p.group % stage_k(row) && p.group != p.k) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
+    // what was measured on Hopper is chosen there
+    bool const ring = row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
+    if (ring && p.sm == 90 && !p.row && !for_hopper(row)) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
     return bits && rows && row.min_sm <= p.sm && p.sm <= row.max_sm;
 }
@@ -199,7 +245,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     // others have one each
     bool const clusters = splits > 1 && in_cluster(row, p), stream = row.kernel == Kernel::kStream;
     bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
-    int const fit = std::max(1, usable(p, clusters ? splits : 1) * row.resident / (grid_m * splits));
+    int const resident = stream ? stream_resident(row, p, splits) : row.resident;
+    int const fit = std::max(1, usable(p, clusters ? splits : 1) * resident / (grid_m * splits));
     int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
@@ -208,7 +255,11 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
              walks ? std::min(tiles, fit) : tiles,
              row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
              tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
-             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials};
+             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials,
+             row.block_m(),
+             row.block_n() / row.warps_n * warps_n,
+             resident,
+             bytes_in_flight(row, p, splits, warps_n)};
     return 0;
 }
 
@@ -226,8 +277,7 @@ int64_t wog_workspace(wog_problem const* problem) {
         most = std::max(most, plan.workspace);
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
-            int64_t const parts =
-                other.kernel == Kernel::kGemm || other.kernel == Kernel::kWarpgroup ? p.sm_count * tile : 0;
+            int64_t const parts = other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);
             if (splits_k(other)) most = std::max(most, before_partials(other, p) + parts);
         }
     }

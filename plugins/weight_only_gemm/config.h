@@ -20,9 +20,10 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
-// Of the rows of kStream, kTile, kHopper and kWarpgroup the one that should end first is taken. The pace of kStream's
-// and kHopper's was measured on an H200. kWarpgroup, whose pace is arithmetic (the most of what the tensor cores, the
-// L2 and the consumers' instructions need), has what kHopper does not: groups that end inside its stages.
+// Of the rows of kStream, kTile, kHopper and kWarpgroup the one that should end first is taken. The pace of Hopper's
+// was measured on an H200; that of the rows for all since Ampere is half the instructions of their loops, as two a
+// cycle are issued. kWarpgroup, whose pace is arithmetic (the most of what the tensor cores, the L2 and the consumers'
+// instructions need), has what kHopper does not: groups that end inside its stages.
 constexpr Row kRows[] = {
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
     {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
@@ -30,10 +31,16 @@ constexpr Row kRows[] = {
     {"ring8_narrow", Kernel::kStream, 16, 1, 8, 2, 1, {6, 4}, 2, 8, 90, 90, 0, 1, {10400, 7100}},
     {"ring8_deep", Kernel::kStream, 16, 1, 16, 2, 1, {7, 4}, 1, 8, 90, 90, 0, 1, {13200, 9500}},
     {"ring16", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 90, 90, 0, 1, {13800, 12800}},
+    {"ring8_ampere", Kernel::kStream, 16, 1, 8, 2, 1, {3, 3}, 2, 8, 80, kNewest, 0, 1, {52, 55}},
+    {"ring8_ampere_wide", Kernel::kStream, 16, 1, 8, 4, 1, {3, 2}, 2, 8, 80, kNewest, 0, 1, {38, 41}},
+    {"ring16_ampere", Kernel::kStream, 16, 1, 8, 2, 2, {3, 2}, 1, 16, 80, kNewest, 0, 1, {61, 65}},
+    {"ring16_ampere_wide", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 80, kNewest, 0, 1, {44, 47}},
     {"ring32", Kernel::kTile, 16, 6, 2, 3, 4, {7, 4}, 1, 32, 90, 90},
     {"ring32_narrow", Kernel::kTile, 16, 8, 2, 2, 4, {7, 4}, 1, 32, 90, 90},
     {"ring64", Kernel::kTile, 16, 6, 1, 3, 4, {10, 7}, 1, 64, 90, 90, 0, 1, {}, false, 2},
     {"ring64_narrow", Kernel::kTile, 16, 8, 1, 2, 4, {11, 8}, 1, 64, 90, 90, 0, 1, {}, false, 2},
+    {"ring32_ampere", Kernel::kTile, 16, 4, 2, 3, 4, {3, 2}, 1, 32, 80, kNewest},
+    {"ring64_ampere", Kernel::kTile, 16, 4, 1, 3, 4, {5, 3}, 1, 64, 80, kNewest, 0, 1, {}, false, 2},
     {"hopper128x64", Kernel::kHopper, 16, 8, 1, 1, 8, {16, 12}, 1, kAny, 90, 90, 0, 1, {910, 800}},
     {"hopper192x64", Kernel::kHopper, 16, 12, 1, 1, 8, {13, 9}, 1, kAny, 90, 90, 0, 1, {1230, 1080}},
     {"hopper128x128", Kernel::kHopper, 16, 8, 1, 1, 16, {9, 8}, 1, kAny, 90, 90, 0, 1, {920, 790}},
@@ -42,17 +49,10 @@ constexpr Row kRows[] = {
     {"int8_hopper128x128", Kernel::kHopper, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 32, 1, {990, 990}},
     {"int8_hopper192x128", Kernel::kHopper, 8, 12, 1, 1, 16, {6, 4}, 1, kAny, 90, 90, 32, 1, {1320, 1320}, true},
     {"int8_hopper128x256", Kernel::kHopper, 8, 8, 1, 1, 32, {4, 4}, 1, kAny, 90, 90, 32, 2, {1700, 1700}, true},
-    {"warpgroup128x2", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 2, {512, 512}},
-    {"warpgroup64x2", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 2, {310, 310}},
     {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 1, {730, 730}},
     {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 1, {440, 440}},
-    {"int8_warpgroup256x2", Kernel::kWarpgroup, 8, 8, 1, 1, 32, {5, 4}, 1, kAny, 90, 90, 64, 2, {585, 585}, true},
-    {"int8_warpgroup128x2", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 2, {440, 440}},
     {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, {585, 585}},
     {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, {440, 440}},
-    {"stream8", Kernel::kGemm, 16, 1, 8, 2, 1, {8, 4}, 1, 8, 80, kNewest},
-    {"stream16", Kernel::kGemm, 16, 1, 8, 2, 2, {8, 4}, 1, 16, 80, kNewest},
-    {"tile32", Kernel::kGemm, 16, 4, 2, 2, 4, {4, 2}, 1, 32, 80, kNewest},
     {"tile64", Kernel::kGemm, 16, 8, 1, 1, 8, {4, 2}, 1, kAny, 80, kNewest},
     {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 1, 8, 75, 79},
     {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 1, 16, 75, 79},
@@ -82,16 +82,17 @@ constexpr int count_rows(Kernel kernel) {
 
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
-    if (row.kernel == Kernel::kWarpgroup) return !row.whole_k;
     if (row.kernel == Kernel::kHopper) return row.cluster == 1;
     if (row.kernel == Kernel::kGemm) return row.activation_bits == 16 || row.warps_k > 1;
-    return row.kernel == Kernel::kVolta || row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
+    return row.kernel != Kernel::kPlain && row.kernel != Kernel::kDense;
 }
+
+// Rows of kStream and kTile that take all that a multiprocessor of Hopper has; the others fit every one since Ampere.
+constexpr bool for_hopper(Row const& row) { return row.min_sm == 90; }
 
 // Where the blocks that divide K are a cluster: no workspace, no second kernel
 constexpr bool in_cluster(Row const& row, wog_problem const& p) {
-    if (row.kernel == Kernel::kGemm) return p.sm == 90;
-    return row.kernel == Kernel::kStream || row.kernel == Kernel::kTile || row.kernel == Kernel::kHopper;
+    return p.sm == 90 && row.kernel != Kernel::kWarpgroup;
 }
 // Multiprocessors that clusters of so many blocks fill: on an H200 (132) 66 of two, 30 of four and 15 of eight blocks.
 constexpr int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.sm_count * 10 / 11 : p.sm_count; }
@@ -141,10 +142,22 @@ constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int
 constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
     return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
 }
+// of x that have a place: all, or as many as of the weights
+constexpr int stream_x_places(Row const& row, wog_problem const& p, int splits) {
+    return for_hopper(row) ? stream_x_steps(row, p, splits) : row.stages[p.bits == 8];
+}
 constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
-    int64_t const x_row = int64_t(stream_x_steps(row, p, splits)) * 128, ring = row.stages[p.bits == 8];
+    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * 128, ring = row.stages[p.bits == 8];
     return 128 + row.warps_k * (ring * stream_stage(row, p.bits, p.group % 64 != 0) +
                                 stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
+}
+
+// Blocks of kStream on a multiprocessor; 0: it does not even have room for one, or for as many as Hopper's row wants
+constexpr int stream_resident(Row const& row, wog_problem const& p, int splits) {
+    int blocks = row.resident;
+    while (blocks && stream_shared(row, p, splits) > shared_limit(p.sm, blocks))
+        blocks = for_hopper(row) ? 0 : blocks - 1;
+    return blocks;
 }
 
 // Shared memory of kTile, of a block of so many warps in n: barriers, a ring of stages (x, codes, scales and zeros and
@@ -176,6 +189,16 @@ constexpr int hopper_stage(Row const& row, int bits) {
 constexpr int hopper_bytes(Row const& row, int bits) {
     int const stages = row.stages[bits == 8], staged = row.warps_n / 4 * kStagedRows * kStagedPitch * 4;
     return stages * hopper_stage(row, bits) + staged + kHopperSums * row.block_m() * 4 + 2 * (stages + kHopperSums) * 8;
+}
+
+// Weights that a multiprocessor has on their way while it works on a stage of each ring
+constexpr int bytes_in_flight(Row const& row, wog_problem const& p, int splits, int warps_n) {
+    int const ahead = row.stages[p.bits == 8] - 1, codes = stage_k(row) * p.bits / 8;
+    if (row.kernel == Kernel::kStream)
+        return stream_resident(row, p, splits) * row.warps_k * ahead * stream_stage(row, p.bits, p.group % 64 != 0);
+    if (row.kernel == Kernel::kTile)
+        return ahead * row.warps_k * warps_n * row.strips * (16 * codes + tile_units(p) * 64);
+    return row.resident * row.warps_k * ahead * row.block_n() * codes;
 }
 
 // kHopper: clusters of so many blocks that the device holds at once. K of the tiles left over is divided if each
@@ -217,6 +240,10 @@ constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
 }
 inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
     return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));
+}
+// null where there are none: K is whole, or its parts are a cluster
+inline float* sums_apart(Row const& row, wog_problem const& p, wog_plan const& plan, void* workspace) {
+    return plan.splits > 1 && !in_cluster(row, p) ? partials(row, p, workspace) : nullptr;
 }
 
 constexpr int64_t kLibraryWorkspace = 4 << 20;  // what cuBLASLt recommends before Hopper

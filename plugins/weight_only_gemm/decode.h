@@ -61,4 +61,19 @@ __device__ __forceinline__ void unpack(uint32_t (&a)[4], uint4 const& w, int uni
     }
 }
 
+// q - 8 as signed bytes, of the low nibbles: 128 + q - 8 borrows from no neighbour
+__device__ __forceinline__ uint32_t less_eight(uint32_t w) {
+    return (((w & 0x0f0f0f0f) | 0x80808080) - 0x08080808) ^ 0x80808080;
+}
+// The same as signed bytes q - c
+template <int Bits>
+__device__ __forceinline__ void decode_signed(uint32_t (&a)[4], uint4 const& w, int unit) {
+    if constexpr (Bits == 8) {
+        a[0] = w.x ^ 0x80808080, a[1] = w.y ^ 0x80808080, a[2] = w.z ^ 0x80808080, a[3] = w.w ^ 0x80808080;
+    } else {
+        uint32_t const low = unit % 2 ? w.z : w.x, high = unit % 2 ? w.w : w.y;
+        a[0] = less_eight(low), a[1] = less_eight(low >> 4), a[2] = less_eight(high), a[3] = less_eight(high >> 4);
+    }
+}
+
 }  // namespace wog

@@ -544,7 +544,7 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
         rows,
         static_cast<unsigned char const*>(t.codes),
         static_cast<uint32_t const*>(t.affine),
-        plan.splits > 1 && !in_cluster(row, p) ? partials(row, p, t.workspace) : nullptr,
+        sums_apart(row, p, plan, t.workspace),
         output(p, t),
         p.k,
         p.group,

@@ -54,14 +54,6 @@ struct Item {
     int m0, n0, first, last;  // rows of x and of codes; stages
 };
 
-template <int Slots>
-struct Cursor {
-    int slot = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == Slots) slot = 0, parity ^= 1;
-    }
-};
-
 // The cuts of an item, for every role
 template <int Longest>
 struct Cuts {
@@ -333,26 +325,10 @@ struct Consumer {
             }
             uint32_t (&to)[4] = a[step % kFragments];
             if constexpr (kInt8)
-                decode_int8(to, step);
+                decode_signed<Bits>(to, codes, step);
             else
                 decode<T, Bits>(to, codes, step % kBlockSteps);
         }
-    }
-
-    // q - c as signed bytes
-    __device__ __forceinline__ void decode_int8(uint32_t (&to)[4], int step) const {
-        if constexpr (Bits == 8) {
-            to[0] = codes.x ^ 0x80808080, to[1] = codes.y ^ 0x80808080;
-            to[2] = codes.z ^ 0x80808080, to[3] = codes.w ^ 0x80808080;
-        } else {
-            uint32_t const low = step % 2 ? codes.z : codes.x, high = step % 2 ? codes.w : codes.y;
-            to[0] = less_eight(low), to[1] = less_eight(low >> 4);
-            to[2] = less_eight(high), to[3] = less_eight(high >> 4);
-        }
-    }
-    // Of the low nibbles: 128 + q - 8 borrows from no neighbour
-    static __device__ __forceinline__ uint32_t less_eight(uint32_t w) {
-        return (((w & 0x0f0f0f0f) | 0x80808080) - 0x08080808) ^ 0x80808080;
     }
 
     // P += codes * x for a part of a stage, or P = that

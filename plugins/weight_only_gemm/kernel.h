@@ -44,6 +44,8 @@ typedef struct {
     int32_t grid_m, grid_n;   // blocks
     int32_t threads, shared;  // per block
     int64_t workspace;        // bytes
+    // For a model of the time: of a block's tile; blocks on a multiprocessor, and bytes of weights on their way there
+    int32_t tile_m, tile_n, resident, in_flight;
 } wog_plan;
 
 #define WOG_EXPORT __attribute__((visibility("default")))

@@ -20,8 +20,8 @@ struct Row {
     int min_sm, max_sm;
     int64_t min_m = 0;  // not chosen up to it; may be pinned there
     int cluster = 1;    // blocks side by side in n that share what they load of x
-    // For codes of 4 and 8 bits, beside rows of one kernel: kStream's picoseconds for 64 k of a strip, cycles of the
-    // others for a stage
+    // For codes of 4 and 8 bits, beside rows of one kernel: kStream's picoseconds (Hopper's rows) or cycles for 64 k of
+    // a strip, cycles of the others for a stage
     int pace[2] = {};
     bool whole_k = false;  // takes only groups that are all of K
     int warps_m = 1;       // kTile: of them divide the columns of m

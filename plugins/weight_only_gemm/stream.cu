@@ -1,17 +1,17 @@
 // The kernels of WeightOnlyGemm for a few rows of 16-bit x: weights stream from memory through a ring of stages in
 // shared memory, one ring for each warp, so that what is on its way is neither held in registers nor held up by what
-// others wait for.
+// others wait for. sm_80 and newer: rows for Hopper, and rows for all of these, whose shared memory is smaller.
 //
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
 // and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
 // Work split: a block owns C * 8 m and a part of K, and walks over tiles of S * 16 n, gridDim.y apart. Its WK warps
 // divide its part of K and are summed, in order, in shared memory. The blocks with the other parts of K are a cluster,
-// that adds up in its blocks' shared memory.
+// that adds up in its blocks' shared memory, or leave their sums in the workspace for a second kernel.
 //
 // A stage is 64 k of a warp's S strips, with the scales and zeros of its group, D stages on their way across the ends
 // of tiles. Each lane copies the bytes of codes that it reads back itself, so no barrier of the block holds the stream
-// up; x comes with the first tile's stages and stays.
+// up. x comes with the first tile's stages and stays, or, where all of it finds no place, comes again with every tile's.
 //
 // Arithmetic: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32 sums P; at
 // the end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones),
@@ -34,6 +34,7 @@ struct StreamArgs {
     unsigned char const* x;
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
+    float* partials;         // [splits][M][N], null where nothing is added up in the workspace
     Output out;
     int32_t k, group, splits;
     int32_t share, longer;    // steps of each warp that divides K, and how many of them have one more
@@ -52,6 +53,7 @@ struct Streamer {
     static constexpr int kStage = stream_stage(kRow, Bits, Fine), kRing = D * kStage;  // bytes
     static constexpr int kPitch = kBlockN + 4;
     static constexpr int kGroupUnit = Fine ? 32 : 64;  // k that groups are counted in
+    static constexpr bool kHopper = for_hopper(kRow);  // there all of x finds a place
     static_assert(kRow.warps_n == 1 && 8 % S == 0, "strips of a warp are neighbours in the packed layout");
 
     StreamArgs const& p;
@@ -74,13 +76,14 @@ struct Streamer {
     Shared before = ring + (D - 1) * kStage;  // the one that all have left, to be filled next
 
     // What is sent for next: a step of a tile
-    int feed_tile, feed_left, feed_strips, feed_stride, feed_x = 0;
-    int feed_units, feed_group;  // of 32 k, to the end of K; to the end of the group
+    int feed_tile, feed_left, feed_strips, feed_stride;
+    int feed_x = 0, feed_step = 0;  // where x goes next, and, where it comes again, the step that it is of
+    int feed_units, feed_group;     // of 32 k, to the end of K; to the end of the group
     unsigned char const *feed_codes, *feed_affine;
 
     int left = 0, group_left = 0;  // steps to the next handing over of P; from there to the group's end
     int units_left = 0;            // of 32 k, from the step under way to the end of K
-    Shared row_at[C];
+    Shared row_at[C];  // this lane's row of the step under way, or the zeros, which do not move from step to step
     int row_moves[C];
     float acc[S][C][4] = {};
     float sum[S][C][4] = {};
@@ -149,11 +152,11 @@ struct Streamer {
         if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
     }
 
-    // x of the next step of this warp, if there is one
+    // x of the next step of this warp, if it is not there
     __device__ __forceinline__ void send_x() {
-        if (feed_x == count) return;
+        if (kHopper && feed_x == count) return;
         Shared const to = shared_address(x_place() + feed_x * x_step);
-        int const pitch = p.k * 2, at = (first + feed_x) * 128;
+        int const pitch = p.k * 2, at = (first + (kHopper ? feed_x : feed_step)) * 128;
 #pragma unroll 1
         for (int piece = lane; piece < p.x_rows * 8; piece += 32) {
             int const row = piece / 8, chunk = piece % 8;
@@ -161,7 +164,8 @@ struct Streamer {
             copy_async(to + row * 128 + (chunk ^ row % 8) * 16,
                        p.x + (there ? (m0 + row) * pitch + at + chunk * 16 : 0), there);
         }
-        feed_x++;
+        feed_x = !kHopper && feed_x == D - 1 ? 0 : feed_x + 1;
+        if (!kHopper && ++feed_step >= count) feed_step = 0;
     }
 
     // ---- sums ----
@@ -192,8 +196,9 @@ struct Streamer {
             }
             if (Fine && half < units_left) finish_group(half);
         }
+        bool const back = !kHopper && stage == ring + (D - 1) * kStage;
 #pragma unroll
-        for (int j = 0; j < C; j++) row_at[j] += row_moves[j];
+        for (int j = 0; j < C; j++) row_at[j] += back ? (1 - D) * row_moves[j] : row_moves[j];
         if (!Fine && (--left == 0 || last)) finish_group(0), start_span();
     }
 
@@ -257,7 +262,7 @@ struct Streamer {
                 stage = stage == ring + (D - 1) * kStage ? ring : stage + kStage;
             }
 #pragma unroll
-            for (int j = 0; j < C; j++) row_at[j] -= count * row_moves[j];
+            for (int j = 0; j < C; j++) row_at[j] -= kHopper ? count * row_moves[j] : 0;
             store(tile);
         }
     }
@@ -286,7 +291,8 @@ struct Streamer {
     __device__ __forceinline__ void store(int tile) {
         int const n0 = tile * kBlockN, n_end = p.out.n - n0 < kBlockN ? p.out.n - n0 : kBlockN;
         int const rows = p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM;
-        if (p.splits == 1) block_barrier();  // all have read the tile before
+        bool const apart = !kHopper && p.partials, cluster = p.splits > 1 && !apart;
+        if (!cluster) block_barrier();  // all have read the tile before
         float* const sums = tile_sums() + wk * p.x_rows * kPitch;
 #pragma unroll
         for (int s = 0; s < S; s++)
@@ -299,12 +305,17 @@ struct Streamer {
                     acc[s][j][i] = 0.0f;
                 }
         block_barrier();
-        if (p.splits == 1)
+        if (apart)
+            each(rows, n_end, false, threadIdx.x, kThreads, [&](int row, int column) {
+                int64_t const at = (blockIdx.z * p.out.m + m0 + row) * p.out.n + n0 + column;
+                *reinterpret_cast<float4*>(p.partials + at) = total(row, column);
+            });
+        else if (!cluster)
             each(rows, n_end, p.out.gated, threadIdx.x, kThreads, [&](int row, int column) {
                 float4 const ups = p.out.gated ? total(row, column + 8) : float4{};
                 finish_four<T>(p.out, total(row, column), ups, m0 + row, n0 + column);
             });
-        else
+        else if (DEVICE_SM == 90)
             store_cluster(n0, n_end, rows);
     }
 
@@ -350,7 +361,8 @@ char const* launch_rows(wog_problem const& p, StreamArgs const& args, wog_plan c
     constexpr auto kEight = instances<T, 8, false>(kAll), kEightFine = instances<T, 8, true>(kAll);
     bool const fine = p.group % 64;
     dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), dim3(1, 1, plan.splits), p.sm >= 90};
+    dim3 const cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
     auto const& some = p.bits == 4 ? fine ? kFourFine : kFour : fine ? kEightFine : kEight;
     return launch(some[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
 }
@@ -363,6 +375,7 @@ char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan c
     StreamArgs const args{static_cast<unsigned char const*>(t.x),
                           static_cast<unsigned char const*>(t.codes),
                           static_cast<uint32_t const*>(t.affine),
+                          sums_apart(row, p, plan, t.workspace),
                           output(p, t),
                           p.k,
                           p.group,
@@ -370,8 +383,10 @@ char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan c
                           steps / parts,
                           steps % parts,
                           stream_x_rows(row, p.m),
-                          stream_x_steps(row, p, plan.splits)};
-    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+                          stream_x_places(row, p, plan.splits)};
+    char const* const failed =
+        p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
 }  // namespace wog

@@ -27,6 +27,15 @@ __device__ __forceinline__ void store_sums(float* tile, int pitch, float const (
                 tile[(m + j * 8 + 2 * t + i % 2) * pitch + n + s * 16 + i / 2 * 8 + g] = acc[s][j][i];
 }
 
+// A slot of a ring, and the parity of its barriers' phase
+template <int Slots>
+struct Cursor {
+    int slot = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == Slots) slot = 0, parity ^= 1;
+    }
+};
+
 __device__ __forceinline__ void add(float4& to, float4 const& v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
 
 }  // namespace wog

@@ -6,15 +6,17 @@
 //
 // Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns
 // a part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared
-// memory.
+// memory, or leave their sums in the workspace for a second kernel.
 //
 // A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. Four warps beside those that
-// multiply fill it: one sends for weights in a few large copies, through all tiles of the block, one for x, and two,
-// one for each side, count the sums of x over groups into the stage. They run ahead as far as `empty` lets them.
+// multiply fill it: one sends for weights, through all tiles of the block, one for x, and two, one for each side, count
+// the sums of x over groups into the stage. They run ahead as far as `empty` lets them. Rows for Hopper send a few large
+// copies and give registers to those that multiply; the others, for all since Ampere, send 16 bytes a lane, and each
+// lane arrives when its own have landed.
 //
 // Arithmetic: as stream.cu's, acc += s * (P - (z - c) * X), with codes as exact integers q - c.
 //
-// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch. sm_90 alone.
+// Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
 #include <array>
 #include <utility>
 
@@ -28,9 +30,11 @@ namespace wog {
 namespace {
 
 struct TileArgs {
-    TensorMap x;
+    TensorMap x;                // for Hopper's rows
+    unsigned char const* rows;  // the same, for the others
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
+    float* partials;         // [splits][M][N], null where nothing is added up in the workspace
     Output out;
     int32_t k, group, splits, warps_n;
     int32_t share, longer;  // steps of each part of K, and how many of them have one more
@@ -49,6 +53,8 @@ struct Tiler {
     static constexpr int kUnits = Fine ? 2 : 1;  // rows of scales and zeros in a step
     static constexpr int kX = kBlockM * 128;     // bytes of x in a stage, of one part of K
     static constexpr int kPitch = S * 16 + 4;    // floats, of one column of a warp on its way out
+    static constexpr bool kBulk = for_hopper(kRow);
+    static constexpr int kSenders = kBulk ? 1 : 32;  // lanes of a warp that arrive when copies have landed
     // Registers of those that multiply: all that the others leave of the launch's
     static constexpr int kMultiply = kRow.warps_n * kSides, kEach = 65536 / 32 / (kMultiply + 4) / 8 * 8;
     static constexpr int kFew = kMultiply == 8 ? 40 : 32, kMany = kEach + (kEach - kFew) * 4 / kMultiply / 8 * 8;
@@ -138,6 +144,72 @@ struct Tiler {
                 go_on();
             }
         }
+    }
+
+    // The same, 16 bytes a lane
+    __device__ __forceinline__ void send_weights_by_lanes() {
+        int const width = strips(), all = p.out.n / 16, blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
+            int const strip = tile * width, here = all - strip < width ? all - strip : width;
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(empty(slot), parity ^ 1);
+                Shared const to = shared_address(stage(slot)) + lane * 16;
+#pragma unroll
+                for (int k = 0; k < WK; k++) {
+                    int const begin = first_of(k) + step, left = step < steps_of(k) ? units_left(k, step) : 0;
+#pragma unroll
+                    for (int b = 0; b < kBlocks; b++)
+#pragma unroll 1
+                        for (int s = 0; s < here && b < left; s++) {
+                            int const tile8 = (strip + s) / 8 * 8, wide8 = all - tile8 < 8 ? all - tile8 : 8;
+                            int64_t const block =
+                                int64_t(tile8) * blocks + int64_t(begin * kBlocks + b) * wide8 + strip + s - tile8;
+                            copy_async(to + p.codes_at + ((k * kBlocks + b) * width + s) * 512,
+                                       p.codes + block * 512 + lane * 16, true);
+                        }
+#pragma unroll
+                    for (int unit = 0; unit < kUnits; unit++) {
+                        int64_t const group = (begin * 64 + unit * 32) / p.group;
+                        auto const* const from =
+                            reinterpret_cast<unsigned char const*>(p.affine + group * p.out.n + strip * 16);
+#pragma unroll 1
+                        for (int piece = lane; piece < here * 4 && unit < left; piece += 32)
+                            copy_async(to + p.affine_at + (k * kUnits + unit) * width * 64 + (piece - lane) * 16,
+                                       from + piece * 16, true);
+                    }
+                }
+                arrive_when_copied(full(slot));
+                go_on();
+            }
+        }
+        copy_commit(), copy_wait<0>();  // a warp does not end before its copies
+    }
+
+    __device__ __forceinline__ void send_x_by_lanes() {
+        int const pitch = p.k * 2;
+#pragma unroll 1
+        for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y)
+#pragma unroll 1
+            for (int step = 0; step < count; step++) {
+                wait(empty(slot), parity ^ 1);
+                Shared const to = shared_address(stage(slot));
+#pragma unroll
+                for (int k = 0; k < WK; k++) {
+                    int const at = (first_of(k) + step) * 128 + lane % 8 * 16;
+                    bool const inside = step < steps_of(k) && at < pitch;
+#pragma unroll 4
+                    for (int row = lane / 8; row < kBlockM; row += 4) {
+                        bool const there = inside && row < p.out.m;
+                        copy_async(to + k * kX + row * 128 + (lane ^ row) % 8 * 16,
+                                   p.rows + (there ? int64_t(row) * pitch + at : 0), there);
+                    }
+                }
+                arrive_when_copied(full(slot));
+                go_on();
+            }
+        copy_commit(), copy_wait<0>();
     }
 
     __device__ __forceinline__ void send_x() {
@@ -279,7 +351,7 @@ struct Tiler {
     __device__ __forceinline__ void run() {
         if (threadIdx.x == 0) {
             for (int d = 0; d < D; d++) {
-                barrier_init(full(d), 2);
+                barrier_init(full(d), 2 * kSenders);
                 barrier_init(empty(d), multiply + kSides);
                 barrier_init(summed(d), kSides);
             }
@@ -287,20 +359,25 @@ struct Tiler {
         }
         block_barrier();
         if (helper >= 0) {
-            keep_registers<kFew>();
+            if constexpr (kBulk) keep_registers<kFew>();
             if (helper == 2) {
-                send_weights();
+                if constexpr (kBulk)
+                    send_weights();
+                else
+                    send_weights_by_lanes();
             } else {
-                prefetch_map(p.x);
+                if constexpr (kBulk) prefetch_map(p.x);
                 wait_for_inputs();
-                if (helper == 3)
+                if (helper < 2)
+                    count_all();
+                else if constexpr (kBulk)
                     send_x();
                 else
-                    count_all();
+                    send_x_by_lanes();
             }
-            if (p.splits > 1) cluster_barrier(), relaxed_cluster_barrier();
+            if (!alone()) cluster_barrier(), relaxed_cluster_barrier();
         } else {
-            take_registers<kMany>();
+            if constexpr (kBulk) take_registers<kMany>();
             wait_for_inputs();
             release_next();
             multiply_all();
@@ -324,13 +401,17 @@ struct Tiler {
         }
     }
 
+    // Not in a cluster
+    __device__ __forceinline__ bool alone() const { return DEVICE_SM != 90 || p.splits == 1 || (!kBulk && p.partials); }
+
     // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
     // `ranks` blocks WK parts of the sums, so many floats apart
     struct Rectangle {
         int rows, strips, m, n, mine, step, ranks, apart, pitch;
     };
     __device__ __forceinline__ void finish_some(float const* sums, Rectangle const r) const {
-        int const wide = p.out.gated ? r.strips * 2 : r.strips * 4;
+        bool const apart = !kBulk && p.partials, gated = p.out.gated && !apart;
+        int const wide = gated ? r.strips * 2 : r.strips * 4;
         auto const total = [&](int at) {
             float4 v{};
 #pragma unroll 1
@@ -343,10 +424,14 @@ struct Tiler {
         };
 #pragma unroll 1
         for (int item = r.mine; item < r.rows * wide; item += r.step) {
-            int const row = item / wide, i = item - row * wide, column = p.out.gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+            int const row = item / wide, i = item - row * wide, column = gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
             if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
             int const at = row * r.pitch + column;
-            finish_four<T>(p.out, total(at), p.out.gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
+            if (apart)
+                *reinterpret_cast<float4*>(p.partials + (blockIdx.z * p.out.m + r.m + row) * p.out.n + r.n + column) =
+                    total(at);
+            else
+                finish_four<T>(p.out, total(at), gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
         }
     }
 
@@ -357,7 +442,7 @@ struct Tiler {
         settle(thread), settle(warps_n);  // the loop that streams has no registers for what is made of them
         int const lane = thread % 32, warp = thread / 32, side = warp >= warps_n, wn = warp - side * warps_n;
         int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0, g = lane / 4, t = lane % 4;
-        bool const alone = p.splits == 1;
+        bool const alone = this->alone();
         int const threads = warps_n * kSides * 32, pitch = alone ? kPitch : warps_n * (S * 16) + 4;
         int const apart = alone ? warps_n * 8 * kPitch : kBlockM * pitch;
         float* const sums = reinterpret_cast<float*>(alone ? stage(D) : ring());
@@ -394,7 +479,7 @@ struct Tiler {
                         {alone ? 8 : int(p.out.m), alone ? S : warps_n * S, alone ? (wm * C + column) * 8 : 0,
                          (tile * warps_n + (alone ? wn : 0)) * (S * 16),
                          alone ? wk * 32 + lane : int(blockIdx.z) * threads + thread,
-                         alone ? WK * 32 : p.splits * threads, p.splits, apart, pitch});
+                         alone ? WK * 32 : p.splits * threads, alone ? 1 : p.splits, apart, pitch});
         }
         if (!alone) relaxed_cluster_barrier();  // a block that has ended has no memory
     }
@@ -424,7 +509,8 @@ char const* launch_rows(wog_problem const& p, TileArgs const& args, wog_plan con
     constexpr auto kFourFine = instances<T, 4, true>(kAll), kEightFine = instances<T, 8, true>(kAll);
     bool const fine = p.group % 64;
     dim3 const blocks(1, plan.grid_n, plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), dim3(1, 1, plan.splits), p.sm >= 90};
+    dim3 const cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
     auto const& kernels = p.bits == 4 ? (fine ? kFourFine : kFour) : fine ? kEightFine : kEight;
     return launch(kernels[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
 }
@@ -437,8 +523,10 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
     int const warps_n = (plan.threads / 32 - 4) / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
     int const codes_at = row.warps_k * row.block_m() * 128, affine_at = codes_at + row.warps_k * strips * p.bits * 128;
     TileArgs args{{},
+                  static_cast<unsigned char const*>(t.x),
                   static_cast<unsigned char const*>(t.codes),
                   static_cast<uint32_t const*>(t.affine),
+                  sums_apart(row, p, plan, t.workspace),
                   output(p, t),
                   p.k,
                   p.group,
@@ -450,8 +538,11 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
                   affine_at,
                   affine_at + row.warps_k * units * strips * 64,
                   tile_stage(row, p.bits, units, warps_n)};
-    if (char const* failed = describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m())) return failed;
-    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    char const* failed = for_hopper(row) ? describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m()) : nullptr;
+    if (!failed)
+        failed =
+            p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
 }  // namespace wog

@@ -1,27 +1,22 @@
-// The Hopper kernel of WeightOnlyGemm for many rows: 16-bit or int8 activations, warpgroup products, warps with roles.
+// The Hopper kernel of WeightOnlyGemm for many rows and groups that end inside hopper.cu's stages: 32 k, 96, 160, and of
+// int8 activations 64. 16-bit or int8 activations, warpgroup products, warps with roles.
 //
-// A block owns a multiprocessor and works through tiles of 128 n x BM m (BM = 64, 128 or 256), each with all of K or a
-// part. Blocks of a pair work on neighbours in n: each loads half of the rows of x, for both.
+// A block owns a multiprocessor and works through tiles of 128 n x BM m (BM = 64 or 128), each with all of K or a part.
 //
 //     loader (warp 0)       x: one tensor copy a stage, 128 bytes of each row      full[stage] -> consumers
 //                           weights: one bulk copy a stage, the strips of 128 n    empty[stage] <- consumers
 //     sums (warp 1)         X of a group, which rows.cu left in the workspace      sum_full[slot] -> consumers
 //                                                                                  sum_empty[slot] <- consumers
-//     consumers (warps 4 .. 7, 8 .. 11)   64 n each: codes to registers, decode, multiply, scale, store
+//     consumers (warps 4 .. 7, 8 .. 11)   64 n each: codes to registers, decode, multiply 32 k at a time, scale, store
 //
 // X is not summed here: that would take as many instructions as decoding, and a quarter of shared memory's bandwidth.
-//
 // The two groups of consumers share stages and nothing else: while one decodes, scales or stores, the other multiplies.
-// Each also decodes the next half of a stage while a half is under way in the tensor cores. Work goes on over the end
-// of a tile: the ring is full again when the sums of a tile have been stored.
+// Work goes on over the end of a tile: the ring is full again when the sums of a tile have been stored.
 //
 // Arithmetic: P = sum of x * (q - c), c = 8 or 128, in the tensor cores, in fp32 or int32; X = sum of x over a group.
 // At each cut, which is the end of a group, of the part of K, or of 1024 k (fp32 sums inside tensor cores are
 // truncated: they may not run long), acc += s * P in fp32; at the end of a group s * (P - (z - c) * X). For int8, s_x
 // follows: y = s_x * acc, and where K is whole the bits are those of gemm.cu.
-//
-// 256 rows are for int8 with one group: sums of 128 registers, and no others beside them until the end. In fp32 they
-// are promoted every 1024 k, which takes as many again: 256 registers of sums.
 #include <array>
 #include <utility>
 
@@ -44,33 +39,25 @@ struct WarpgroupArgs {
     uint32_t const* affine;
     float* partials;  // [splits][M][N], null when K is not split
     Output out;
-    int32_t k, group, groups, splits;
-    int32_t tiles_m, tiles_n, items, clusters;  // items of work for a cluster: tiles of m, of n by clusters, parts of K
+    int32_t k, group, splits;
+    int32_t tiles_m, tiles_n, items, blocks;  // items of work: tiles of m, of n, parts of K
 };
 
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // times 128 and 256 threads: 64512 of 65536
 constexpr int kBand = 8;      // tiles of m that blocks at work together share weights over
 constexpr int kLongest = 32;  // units of 32 k from one cut to the next
 
-// A part of a tile. Neighbours in a cluster differ in tile_n only.
+// A part of a tile
 struct Item {
     int64_t m0;
     int tile_n, split, first, last;  // stages
-};
-
-template <int Slots>
-struct Cursor {
-    int slot = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == Slots) slot = 0, parity ^= 1;
-    }
 };
 
 template <class T, int Bits, int I>
 struct Shape {
     static constexpr Row kRow = kRows[I];
     static constexpr bool kInt8 = kRow.activation_bits == 8;
-    static constexpr int C = kRow.columns, kBlockM = kRow.block_m(), kCluster = kRow.cluster;
+    static constexpr int C = kRow.columns, kBlockM = kRow.block_m();
     static constexpr int kStages = kRow.stages[Bits == 8], kStageK = stage_k(kRow), kUnits = kStageK / 32;
     static constexpr int kBlocks = kStageK * Bits / 256;  // 512-byte blocks of codes of a strip in a stage
     static constexpr int kXStage = x_stage_bytes(C), kStage = kXStage + kBlocks * 8 * 512;
@@ -79,7 +66,7 @@ struct Shape {
     static_assert(kBarriers + 2 * (kStages + kSumSlots) * 8 == warpgroup_bytes(kRow, Bits), "as the table says");
     static_assert(warpgroup_bytes(kRow, Bits) <= 227 * 1024, "what a block of sm_90 may use");
     static_assert(kRow.block_n() == 128 && kRow.threads() == 384 && kStages >= 3, "roles of warps");
-    static_assert(kXStage / kCluster % 1024 == 0 && kStage % 1024 == 0, "the swizzle repeats every 1024 bytes");
+    static_assert(kXStage % 1024 == 0 && kStage % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
     static __device__ __forceinline__ unsigned char* stage(int slot) { return dynamic_shared() + slot * kStage; }
     static __device__ __forceinline__ float* staged(int group) {
@@ -97,27 +84,25 @@ struct Shape {
     static __device__ __forceinline__ Barrier* sum_empty(int slot) { return barrier(2 * kStages + kSumSlots + slot); }
 
     static __device__ __forceinline__ void start_barriers() {
-        for (int i = 0; i < kStages; i++) barrier_init(full(i), 1), barrier_init(empty(i), 8 * kCluster);
+        for (int i = 0; i < kStages; i++) barrier_init(full(i), 1), barrier_init(empty(i), 8);
         for (int i = 0; i < kSumSlots; i++) barrier_init(sum_full(i), 1), barrier_init(sum_empty(i), 8);
         publish_barriers();
     }
 
-    // By all lanes of a warp that has read a stage: neighbours copy into it too.
+    // By all lanes of a warp that has read a stage
     static __device__ __forceinline__ void release(int slot, int lane) {
         warp_barrier();
-        if (kCluster == 1 && lane == 0) arrive(empty(slot));
-        if (kCluster > 1 && lane < kCluster) arrive_at(empty(slot), lane);
+        if (lane == 0) arrive(empty(slot));
     }
 
     static __device__ __forceinline__ Item item(WarpgroupArgs const& p, int index) {
-        int const across = (p.tiles_n + kCluster - 1) / kCluster, tiles = p.tiles_m * across;
-        int const split = index / tiles, tile = index % tiles, band = tile / (kBand * across);
-        int const inside = tile % (kBand * across), left = p.tiles_m - band * kBand, rows = left < kBand ? left : kBand;
+        int const tiles = p.tiles_m * p.tiles_n, split = index / tiles, tile = index % tiles;
+        int const band = tile / (kBand * p.tiles_n), inside = tile % (kBand * p.tiles_n),
+                  left = p.tiles_m - band * kBand, rows = left < kBand ? left : kBand;
         int const stages = (p.k + kStageK - 1) / kStageK;
-        return {int64_t(band * kBand + inside % rows) * kBlockM, inside / rows * kCluster + int(blockIdx.x % kCluster),
-                split, int(int64_t(stages) * split / p.splits), int(int64_t(stages) * (split + 1) / p.splits)};
+        return {int64_t(band * kBand + inside % rows) * kBlockM, inside / rows, split,
+                int(int64_t(stages) * split / p.splits), int(int64_t(stages) * (split + 1) / p.splits)};
     }
-    static __device__ __forceinline__ int first_item() { return int(blockIdx.x / kCluster); }
 };
 
 // The cuts of one item, in units of 32 k, for the warp that brings X and those that use it
@@ -148,7 +133,7 @@ struct Cuts {
 template <class S, int Bits>
 struct Loader {
     WarpgroupArgs const& p;
-    int index = S::first_item();
+    int index = int(blockIdx.x);
     Item item = S::item(p, index);
     int stage = item.first;
     Cursor<S::kStages> at{};
@@ -156,28 +141,25 @@ struct Loader {
     __device__ __forceinline__ bool left() const { return index < p.items; }
 
     // Waits for the stage's memory, says how many bytes will come, and lets those of the weights come. The last tile of
-    // n may have fewer strips (a pair's second block none), the last stage fewer blocks of k.
+    // n may have fewer strips, the last stage fewer blocks of k.
     __device__ __forceinline__ void load_weights() const {
-        int const strips = p.out.n / 16 - item.tile_n * 8, width = strips < 0 ? 0 : strips < 8 ? strips : 8;
+        int const strips = p.out.n / 16 - item.tile_n * 8, width = strips < 8 ? strips : 8;
         int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), block = stage * S::kBlocks;
         int const count = blocks - block < S::kBlocks ? blocks - block : S::kBlocks, bytes = count * width * 512;
         wait(S::empty(at.slot), at.parity ^ 1);
         arrive_expecting(S::full(at.slot), S::kXStage + bytes);
-        if (bytes == 0) return;
         int64_t const from = int64_t(item.tile_n) * 8 * blocks + int64_t(block) * width;
         copy_bulk(S::stage(at.slot) + S::kXStage, p.codes + from * 512, bytes, S::full(at.slot));
     }
 
     __device__ __forceinline__ void load_x() const {
-        int const rank = int(blockIdx.x % S::kCluster);
-        copy_box<S::kCluster>(S::stage(at.slot) + rank * (S::kXStage / S::kCluster), p.x, stage * 128,
-                              item.m0 + rank * (S::kBlockM / S::kCluster), S::full(at.slot));
+        copy_box<1>(S::stage(at.slot), p.x, stage * 128, item.m0, S::full(at.slot));
     }
 
     __device__ __forceinline__ void next() {
         at.next();
         if (++stage < item.last) return;
-        index += p.clusters;
+        index += p.blocks;
         if (left()) item = S::item(p, index), stage = item.first;
     }
 
@@ -194,7 +176,7 @@ struct Loader {
     __device__ __forceinline__ void copy_sums() {
         Cursor<kSumSlots> slot;
         wait_for_inputs();
-        for (; left(); index += p.clusters) {
+        for (; left(); index += p.blocks) {
             item = S::item(p, index);
             for (Cuts<S> cut(p, item); cut.left(); cut.next()) {
                 if (!cut.ends_group()) continue;
@@ -210,8 +192,6 @@ struct Loader {
     __device__ __forceinline__ void run() {
         begin(S::kStages);
         while (left()) load_weights(), load_x(), next();
-        if constexpr (S::kCluster > 1)  // neighbours arrive here until they have left the last stages
-            for (int i = 0; i < S::kStages; i++, at.next()) wait(S::empty(at.slot), at.parity ^ 1);
     }
 };
 
@@ -222,7 +202,6 @@ struct Consumer {
     using S = Shape<T, Bits, I>;
     using Sum = std::conditional_t<S::kInt8, int32_t, float>;
     static constexpr int C = S::C;
-    static constexpr bool kWhole = S::kRow.whole_k;
     static constexpr float kCenter = 1 << (Bits - 1);
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
 
@@ -231,10 +210,10 @@ struct Consumer {
     int const who = threadIdx.x / 128 - 1;  // which of the two
     int width = 8;                          // strips of the tile
 
-    Sum sum[C][4];                 // P since the last cut
-    float acc[kWhole ? 1 : C][4];  // with one cut, its result takes P's place
-    uint32_t a[4][4];              // fragments of the four steps of a stage
-    uint4 codes;                   // that fragments are decoded from
+    Sum sum[C][4];  // P since the last cut
+    float acc[C][4];
+    uint32_t a[4][4];  // fragments of the four steps of a stage
+    uint4 codes;       // that fragments are decoded from
     Cursor<S::kStages> at{};
     Cursor<kSumSlots> sum_at{};
 
@@ -244,26 +223,10 @@ struct Consumer {
             int const strip = Step / kBlockSteps * width + who * 4 + warp;  // beyond the last: decoded, never stored
             codes = *reinterpret_cast<uint4 const*>(S::stage(slot) + S::kXStage + strip * 512 + lane * 16);
         }
-        uint4 const& w = codes;
-        if constexpr (!S::kInt8) {
-            decode<T, Bits>(a[Step], w, Step % kBlockSteps);
-        } else if constexpr (Bits == 8) {  // q - 128 as a signed byte
-            a[Step][0] = w.x ^ 0x80808080, a[Step][1] = w.y ^ 0x80808080;
-            a[Step][2] = w.z ^ 0x80808080, a[Step][3] = w.w ^ 0x80808080;
-        } else {
-            uint32_t const low = Step % 2 ? w.z : w.x, high = Step % 2 ? w.w : w.y;
-            a[Step][0] = less_eight(low), a[Step][1] = less_eight(low >> 4);
-            a[Step][2] = less_eight(high), a[Step][3] = less_eight(high >> 4);
-        }
-    }
-    // q - 8 as signed bytes, of the low nibbles: 128 + q - 8 borrows from no neighbour
-    static __device__ __forceinline__ uint32_t less_eight(uint32_t w) {
-        return (((w & 0x0f0f0f0f) | 0x80808080) - 0x08080808) ^ 0x80808080;
-    }
-    template <int Half>
-    __device__ __forceinline__ void decode_half(int slot) {
-        decode_step<2 * Half>(slot);
-        decode_step<2 * Half + 1>(slot);
+        if constexpr (S::kInt8)
+            decode_signed<Bits>(a[Step], codes, Step);
+        else
+            decode<T, Bits>(a[Step], codes, Step % kBlockSteps);
     }
 
     // P += codes * x for steps First .. First + Count - 1, or P = that
@@ -282,15 +245,6 @@ struct Consumer {
         warpgroup_commit();
     }
 
-    // {scale, zero} of rows g and g + 8 of the warp's strip; n is row g. After the last group: that again, for nothing.
-    struct Affine {
-        uint32_t of[2];
-    };
-    __device__ __forceinline__ Affine load_affine(int n, int group) const {
-        uint32_t const* const at = p.affine + int64_t(group < p.groups ? group : p.groups - 1) * p.out.n + n;
-        return {{at[0], at[8]}};
-    }
-
     // acc += s * (P - (z - c) * X), or without X
     template <bool X>
     __device__ __forceinline__ void add_sums(float const (&scale)[2], float const (&zero)[2]) {
@@ -301,20 +255,18 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float const total = X ? float(sum[j][i]) - zero[i / 2] * x_sum[i % 2] : float(sum[j][i]);
-                if constexpr (kWhole)
-                    sum[j][i] = int32_t(float_bits(scale[i / 2] * total));
-                else
-                    acc[j][i] += scale[i / 2] * total;
+                acc[j][i] += scale[i / 2] * total;
             }
         }
         settle(acc);  // or the compiler joins the ends of the two forms, at the cost of an instruction for each sum
     }
-    // X counts where a group ends, and not for zeros in the middle of the codes, as symmetric quantization has them.
-    __device__ __forceinline__ void promote(Affine const& affine, bool end) {
+    // {scale, zero} are those of rows g and g + 8 of the warp's strip; n is row g. X counts where a group ends, and not for zeros in the middle of the codes, as symmetric quantization has them.
+    __device__ __forceinline__ void promote(int n, int group, bool end) {
+        uint32_t const* const pairs = p.affine + int64_t(group) * p.out.n + n;
         float scale[2], zero[2];
         for (int h = 0; h < 2; h++) {
-            scale[h] = to_float<T>(uint16_t(affine.of[h]));
-            zero[h] = to_float<T>(uint16_t(affine.of[h] >> 16)) - kCenter;
+            scale[h] = to_float<T>(uint16_t(pairs[h * 8]));
+            zero[h] = to_float<T>(uint16_t(pairs[h * 8] >> 16)) - kCenter;
         }
         if (end) wait(S::sum_full(sum_at.slot), sum_at.parity);
         if (end && any_lane(zero[0] != 0 || zero[1] != 0))
@@ -327,42 +279,7 @@ struct Consumer {
         sum_at.next();
     }
 
-    // Cuts at ends of stages. A half of a stage is decoded while the half before it is multiplied; nothing that depends
-    // on data stands between a product's start and the wait for it, or the compiler serializes.
-    __device__ __forceinline__ void accumulate(Item const& item, int n) {
-        Affine affine = load_affine(n, Cuts<S>(p, item).group);
-        int stage = item.first;
-        wait(S::full(at.slot), at.parity);
-        decode_half<0>(at.slot);
-        for (Cuts<S> cut(p, item); cut.left();) {
-            int const stages = (cut.end() - cut.unit + S::kUnits - 1) / S::kUnits;
-            bool const end = cut.ends_group();
-            cut.next();
-            Affine const next = load_affine(n, cut.group);
-            int slot = at.slot;
-            for (int i = 0; i < stages; i++) {
-                int const before = slot;
-                slot = at.slot;
-                multiply<0, 2>(slot, i > 0);
-                warpgroup_wait<1>();
-                if (i > 0) S::release(before, lane);
-                decode_half<1>(slot);
-                multiply<2, 2>(slot, true);
-                warpgroup_wait<1>();
-                at.next();
-                bool const more = ++stage < item.last;
-                if (more) wait(S::full(at.slot), at.parity);
-                decode_half<0>(more ? at.slot : slot);  // the last: for nothing, but without a branch
-            }
-            warpgroup_wait<0>();
-            settle(sum);
-            S::release(slot, lane);
-            promote(affine, end);
-            affine = next;
-        }
-    }
-
-    // Any cuts: 32 k at a time
+    // 32 k at a time
     template <int Unit>
     __device__ __forceinline__ void accumulate_unit(Cuts<S>& cut, int& unit, int n, bool& fresh) {
         constexpr int kSteps = 4 / S::kUnits, kFirst = Unit * kSteps;
@@ -373,11 +290,11 @@ struct Consumer {
             warpgroup_wait<0>();
             settle(sum);
             fresh = ++unit == cut.end();
-            if (fresh) promote(load_affine(n, cut.group), cut.ends_group()), cut.next();
+            if (fresh) promote(n, cut.group, cut.ends_group()), cut.next();
         }
         if constexpr (Unit + 1 < S::kUnits) accumulate_unit<Unit + 1>(cut, unit, n, fresh);
     }
-    __device__ __forceinline__ void accumulate_ragged(Item const& item, int n) {
+    __device__ __forceinline__ void accumulate(Item const& item, int n) {
         Cuts<S> cut(p, item);
         int unit = cut.unit;
         bool fresh = true;
@@ -395,13 +312,8 @@ struct Consumer {
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float* const to = tile + (j * 8 + 2 * t + i % 2) * kStagedPitch + warp * 16 + i / 2 * 8 + g;
-                    if constexpr (kWhole)
-                        *to = bits_float(uint32_t(sum[Pass * 4 + j][i]));
-                    else
-                        *to = acc[Pass * 4 + j][i];
-                }
+                for (int i = 0; i < 4; i++)
+                    tile[(j * 8 + 2 * t + i % 2) * kStagedPitch + warp * 16 + i / 2 * 8 + g] = acc[Pass * 4 + j][i];
         } else if constexpr ((Pass + 1) * 4 < C) {
             stage_result<Pass + 1>(tile, pass);
         }
@@ -440,17 +352,14 @@ struct Consumer {
 
     __device__ __forceinline__ void run() {
         wait_for_inputs();
-        for (int index = S::first_item(); index < p.items; index += p.clusters) {
+        for (int index = int(blockIdx.x); index < p.items; index += p.blocks) {
             Item const item = S::item(p, index);
             int const strips = p.out.n / 16 - item.tile_n * 8, strip = who * 4 + warp;
             int const n = strip < strips ? item.tile_n * 128 + strip * 16 + g : g;  // beyond the last: any that exists
-            width = strips < 0 ? 0 : strips < 8 ? strips : 8;
+            width = strips < 8 ? strips : 8;
 #pragma unroll
-            for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
-            if (kWhole || p.group % S::kStageK == 0 || p.group == p.k)
-                accumulate(item, n);
-            else if constexpr (!kWhole)
-                accumulate_ragged(item, n);
+            for (int j = 0; j < C; j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+            accumulate(item, n);
             store(item);
         }
     }
@@ -463,10 +372,7 @@ __global__ void __launch_bounds__(384, 1) warpgroup(__grid_constant__ WarpgroupA
         using S = Shape<T, Bits, I>;
         release_next();
         if (threadIdx.x == 0) S::start_barriers();
-        if constexpr (S::kCluster > 1)
-            relaxed_cluster_barrier();
-        else
-            block_barrier();
+        block_barrier();
         if (threadIdx.x < 128) {
             keep_registers<kProducerRegisters>();
             if (threadIdx.x == 0) Loader<S, Bits>{p}.run();
@@ -490,8 +396,7 @@ template <class T>
 char const* launch_rows(int bits, WarpgroupArgs const& args, wog_plan const& plan, Stream stream) {
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kWarpgroup)> kAll;
     constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
-    dim3 const cluster(kRows[plan.row].cluster), blocks(args.clusters * cluster.x);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
+    Grid const grid{dim3(args.blocks), plan.threads, size_t(plan.shared), dim3(1), /*overlap=*/true};
     return launch((bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, stream, args);
 }
 
@@ -502,7 +407,7 @@ char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_pla
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
     float* const sums = int8 ? rows.sums : static_cast<float*>(t.workspace);
-    int const items = plan.grid_m * ceil_div(plan.grid_n, row.cluster) * plan.splits;
+    int const items = plan.grid_m * plan.grid_n * plan.splits;
     WarpgroupArgs args{{},
                        rows.scales,
                        sums,
@@ -513,14 +418,13 @@ char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_pla
                        output(p, t),
                        p.k,
                        p.group,
-                       p.k / p.group,
                        plan.splits,
                        plan.grid_m,
                        plan.grid_n,
                        items,
-                       std::max(1, std::min(items, p.sm_count / row.cluster))};
+                       std::min(items, p.sm_count)};
     void const* const x = int8 ? rows.values : t.x;
-    char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
+    char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m());
     if (!failed) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
     auto const s = static_cast<Stream>(stream);

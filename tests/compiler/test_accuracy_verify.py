@@ -20,13 +20,17 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.budget import Raised, override, search
+from instantrt.compiler.accuracy.budget import Raised, Room, override, search
 from instantrt.compiler.accuracy.data import load_data
 from instantrt.compiler.accuracy.forms import Budget, Subject
+from instantrt.compiler.accuracy.importance import input_energy, search_scales
+from instantrt.compiler.accuracy.layer_errors import layers_of, quantized_bytes
 from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, not_run, verify
+from instantrt.compiler.accuracy.weigh import share, stream_of
 from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.defaults import EVERY_GROUP
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant import instant
@@ -34,9 +38,11 @@ from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.core.search import SearchedQuant
+from instantrt.passes.qdq.insert_qdq import Decisions
 from tests.conftest import ROOT, TEXT, TINY
 
 pytestmark = pytest.mark.slow
@@ -235,18 +241,79 @@ def test_a_budget_buys_what_it_needs_and_no_more(compiled: Compiled) -> None:
     assert override(decisions, tight.layers) == tight.decisions
 
 
-def test_a_budget_keeps_the_search_for_clips(compiled: Compiled) -> None:
+def test_a_budget_keeps_the_search_of_scales(compiled: Compiled) -> None:
     """The checkpoint is float: a search makes other codes of it, in every format on the ladder."""
     planned = compiled.planned
     some = [f for f in pipeline.linears(planned.model.graph) if f.path.startswith("model.layers.0.mlp")]
-    config = QuantConfig(weight_format="uint4", group_size=128, search="mse")
-    decisions = {f.path: instant.instant(f, config, np.dtype(np.float32)) for f in some}
+    config = QuantConfig(weight_format="uint4", group_size=128)
+    energy = {f.path: np.linspace(0, 1, f.shape[1], dtype=np.float32) for f in some}
+    decisions = search_scales({f.path: instant.instant(f, config, np.dtype(np.float32)) for f in some}, energy)
     data = load_data(planned.model, TEXT, limit=64)
     found = search(planned.model.graph, planned.model, decisions, data, Budget(max_kl=1e-5), lambda text: None)
     quants = [q for q in found.decisions.values() if isinstance(q, QuantTensor)]
     assert found.steps
     assert quants
     assert {type(q.source) for q in quants} == {SearchedQuant}
+
+
+def test_a_bound_on_size_is_filled_with_what_counts(compiled: Compiled) -> None:
+    planned = compiled.planned
+    model, data = planned.model, load_data(planned.model, TEXT, limit=64)
+    some = ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj")
+    decisions = {path: q for path, q in planned.twins["x86"].decisions.items() if path in some}
+
+    def size_of(chosen: Decisions) -> int:
+        return sum(quantized_bytes(q) if isinstance(q, QuantTensor) else 1 << 20 for q in chosen.values())
+
+    def spend(limit: int, budget: Budget) -> Raised:
+        room = Room(limit, size_of, EVERY_GROUP, "max_size", (2**20, "MiB"))
+        return search(model.graph, model, decisions, data, budget, lambda text: None, room)
+
+    limit = size_of(decisions) * 3 // 2
+    found = spend(limit, Budget())
+    assert found.steps
+    assert size_of(found.decisions) <= limit
+    assert found.after["kl_mean"] < found.before["kl_mean"] / 2
+    assert override(decisions, found.layers) == found.decisions
+    with pytest.raises(UserError, match=r"that small\n  expected: at least 0\.\d+ MiB"):
+        spend(size_of(decisions) // 2, Budget())
+    with pytest.raises(UserError, match=r"as small and as accurate\n  found:    nearest: KL"):
+        spend(limit, Budget(max_kl=1e-9))
+
+
+def test_an_error_is_weighed_by_the_stream_it_is_added_to(compiled: Compiled) -> None:
+    graph = compiled.planned.model.graph
+    layers = {layer.path.removeprefix("model.layers.0."): layer for layer in layers_of(graph, graph)}
+    wiring, llm = Wiring(graph), compiled.planned.model.llm
+    streams = {path: stream_of(layer.y, wiring) for path, layer in layers.items()}
+    names = {path: stream.name for path, stream in streams.items() if stream is not None}
+    attention, mlp = names["self_attn.o_proj"], names["mlp.down_proj"]
+    assert {names[f"self_attn.{part}_proj"] for part in "qkvo"} == {attention}
+    assert {names[f"mlp.{part}_proj"] for part in ("gate", "up", "down")} == {mlp} != {attention}
+    assert "lm_head" not in names
+    feeds, _ = next(iter(load_data(compiled.planned.model, TEXT, limit=16).each(llm)))
+    kept = [name for layer in layers.values() for name in (layer.x, layer.y)] + [attention]
+    run = Evaluation(graph, feeds, keep=kept, wiring=wiring)
+    values = {name: run.peek(name) for name in kept} | dict(feeds)
+    output, stream = layers["self_attn.o_proj"], streams["self_attn.o_proj"]
+    assert stream is not None
+    error = np.full_like(values[output.y], 0.01)
+    found = share(output, stream, error, values, wiring)
+    assert found == pytest.approx((error**2).sum(-1).mean() * (1 / (values[attention] ** 2).sum(-1)).mean(), rel=1e-3)
+    before, inside = layers["self_attn.v_proj"], streams["self_attn.v_proj"]
+    assert inside is not None
+    assert share(before, inside, np.zeros_like(values[before.y]), values, wiring) < 1e-10 < found
+    assert share(before, inside, 0.1 * values[before.y], values, wiring) > 1e-6
+
+
+def test_the_energy_of_inputs(compiled: Compiled) -> None:
+    model = compiled.planned.model
+    data = load_data(model, TEXT, limit=48)
+    energy = input_energy(model.graph, model.llm, data)
+    path, name = next((f.path, f.x.name) for f in pipeline.linears(model.graph) if f.path.endswith("1.mlp.down_proj"))
+    runs = (Evaluation(model.graph, feeds).take(name) for feeds, _ in data.each(model.llm))
+    x = np.concatenate([each.reshape(-1, len(energy[path])) for each in runs])
+    np.testing.assert_allclose(energy[path], (x.astype(np.float64) ** 2).mean(axis=0), rtol=1e-5)
 
 
 def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:

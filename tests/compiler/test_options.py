@@ -16,7 +16,7 @@ from instantrt.passes.core.errors import UserError
 RECORDED = [
     "quant", "group_size", "search", "weight_only", "enable_quant", "quant_config", "ignore", "lm_head", "embeddings",
     "cpu_preset", "portable", "trust_remote_code", "builder", "max_batch", "max_length", "opt_length", "logits",
-    "kv_cache", "memory_limit", "optimization_level", "weight_streaming", "version_compatible",
+    "kv_cache", "kv_cache_type", "memory_limit", "optimization_level", "weight_streaming", "version_compatible",
     "hardware_compatible", "plugin_rounding", "max_kl", "max_ppl_increase", "max_size", "bits_per_weight",
     "layers",
 ]  # fmt: skip
@@ -49,6 +49,7 @@ def test_a_request_is_the_builders_options_too() -> None:
         ({"max_kl": float("nan")}, "max_kl is out of range\n  expected: a number above 0"),
         ({"max_ppl_increase": 0}, "max_ppl_increase is out of range"),
         ({"kv_cache": "inplace"}, "kv_cache has no such value\n  expected: concat or in-place"),
+        ({"kv_cache_type": "int4"}, "kv_cache_type has no such value\n  expected: float32 or float16 or int8 or uint4"),
         ({"cpu_preset": None}, "cpu_preset has no such value"),
     ],
 )

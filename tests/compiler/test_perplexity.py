@@ -34,7 +34,9 @@ def test_it_is_that_of_every_token_but_the_first_of_a_window() -> None:
             row = [float(value) for value in table[token]]
             losses.append(math.log(math.fsum(math.exp(value) for value in row)) - row[following])
     assert len(losses) == 6 + 2
-    assert perplexity_of(logits_of, parts) == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-12)
+    expected = pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-12)
+    assert perplexity_of(logits_of, parts) == expected
+    assert perplexity_of(lambda ids: iter(np.array_split(table[ids][0], 3)), parts) == expected  # in pieces
 
 
 def test_a_text_in_windows_by_the_tokenizer_of_the_model(tmp_path: Path) -> None:
@@ -46,6 +48,16 @@ def test_a_text_in_windows_by_the_tokenizer_of_the_model(tmp_path: Path) -> None
         text_windows(tmp_path, TEXT)
     with pytest.raises(UserError, match="cannot be read"):
         text_windows(TINY, tmp_path / "none.txt")
+
+
+def test_a_long_window_goes_through_the_cache(tiny_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = RANDOM.integers(0, 4000, (1, 40))
+    logits_of = artifact_logits(tiny_compiled)
+    (whole,) = logits_of(ids)
+    monkeypatch.setattr("instantrt.compiler.accuracy.perplexity.PIECE", 16)
+    pieces = list(logits_of(ids))
+    assert [len(piece) for piece in pieces] == [16, 16, 8]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=2e-3 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize(("kind", "fix"), [("kit", ""), ("engine", "instantrt diff --forms twin,engine")])

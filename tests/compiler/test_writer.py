@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
 from instantrt.compiler.backend.onnx_writer import check_graph, write_model
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import InMemory, View
+from instantrt.passes.core.lazy import InMemory, Tile, View
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -40,6 +43,25 @@ def test_what_no_runtime_loads_is_refused(broken: gs.Graph, says: str, tmp_path:
         write_model(broken, tmp_path / "model.onnx")
     with pytest.raises(Exception, match="ONNXRuntimeError"):
         ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+class ThreeAtATime(InMemory):
+    """Tiles of an odd number of rows."""
+
+    def tiles(self) -> Iterator[Tile]:
+        for start in range(0, len(self.array), 3):
+            yield Tile(start, (self.array[start : start + 3],))
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 5), (64, 4)])
+def test_four_bit_values_are_packed_across_tiles(shape: tuple[int, ...], tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 16, shape).astype(ml_dtypes.uint4)
+    weight = gs.Constant("w", View(ThreeAtATime(values), shape, values.dtype))
+    y = gs.Variable("y", FLOAT32, list(shape))
+    cast = gs.Node("Cast", "n", {"to": onnx.TensorProto.FLOAT}, [weight], [y])
+    write_model(gs.Graph([cast], [], [y], opset=23, ir_version=10), tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {})[0], values.astype(np.float32))
 
 
 def test_the_check_reads_no_weights(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import InMemory, Tile, view_of
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize, quantize_unrounded
-from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.expand import ExpandOnLoad
@@ -118,7 +118,7 @@ def test_the_twin_is_plain_and_says_the_weight(tmp_path: Path, bits: int, group:
 
 
 @pytest.mark.parametrize(("steps", "preset", "limit"), [
-    (True, "exact", 1.7e-3), (True, "fast", 2e-2), (True, "auto", 2e-2), (False, "exact", 1.7e-3)
+    (True, "exact", 1.7e-3), (True, "fast", 3e-2), (True, "auto", 3e-2), (False, "exact", 1.7e-3)
 ])  # fmt: skip
 @FORMS
 @KINDS
@@ -151,7 +151,7 @@ def test_what_meets_many_rows_is_expanded_exactly(tmp_path: Path) -> None:
 def test_group_sums_are_made_once_and_central_codes_lie_once_in_the_file() -> None:
     w = {path: np.random.default_rng(3).standard_normal((32, K)).astype(np.float32) for path in ("q", "k")}
     lowered = run(twin_of({p: instant(p, v, 4, GROUP) for p, v in w.items()}, w), linear_passes("fast"), PassLog())
-    assert [node.op for node in lowered.nodes].count("ReduceSum") == 1
+    assert [node.op for node in lowered.nodes].count("Squeeze") == 1
     contents = [view.content for node in lowered.nodes if node.op == "MatMulNBits" if (view := view_of(node.inputs[3]))]
     assert len(contents) == 2
     assert len(set(contents)) == 1
@@ -206,9 +206,8 @@ def test_an_order_is_folded_into_rows_with_float_zero_points(tmp_path: Path) -> 
     w = {"q": weights(K)["q"]}
     graph, x = twin_of({"q": instant("q", w["q"], 4, GROUP)}, w), tokens(K)
     order = np.random.default_rng(4).permutation(64)
-    y = gs.Variable("y", np.float32, ["b", "s", 64])
-    graph.nodes.append(gs.Node("Gather", "order", {"axis": -1}, [graph.outputs[0], gs.Constant("order", order)], [y]))
-    graph.outputs = [y]
+    ordered = add(graph, "Gather", [graph.outputs[0], gs.Constant("order", order)], "ordered", axis=-1)
+    graph.outputs = [add(graph, "Neg", [ordered], gs.Variable("y", np.float32, ["b", "s", 64]))]
     (want,) = evaluate(graph.copy(), {"x": x}, tmp_path)
     folded = run(graph, [FoldOrder(frozenset({"y"}))], PassLog())
     assert "Gather" not in {node.op for node in folded.nodes}
@@ -218,7 +217,7 @@ def test_an_order_is_folded_into_rows_with_float_zero_points(tmp_path: Path) -> 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     w = weights(K)["q"]
     w[5, 40] = np.nan
-    with pytest.raises(UserError, match=r"not finite(?s:.)*q\[5, 40\]"):
+    with pytest.raises(UserError, match=r"q\[5, 40\]: the weight is not finite"):
         list(instant("q", w, 4, GROUP).tiles())
 
 

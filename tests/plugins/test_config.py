@@ -22,11 +22,13 @@ Kernels = dict[int, Emulated]
     [
         ({"m": 1}, "ring8_deep"), ({"m": 1, "n": 37888}, "ring8"), ({"m": 8, "n": 37888, "k": 2048}, "ring8"),
         ({"m": 9}, "ring16"), ({"m": 16}, "ring16"), ({"m": 16, "k": 65536}, "ring32"),  # whose x is too large
-        ({"m": 1, "sm": 80}, "stream8"), ({"m": 8, "sm": 120}, "stream8"), ({"m": 9, "sm": 80}, "stream16"),
+        ({"m": 1, "sm": 80}, "ring8_ampere"), ({"m": 8, "sm": 120}, "ring8_ampere"),
+        ({"m": 9, "sm": 86}, "ring16_ampere"), ({"m": 1, "n": 37888, "sm": 80}, "ring8_ampere_wide"),
         ({"m": 17}, "ring32"), ({"m": 17, "n": 3584}, "ring32_narrow"), ({"m": 17, "n": 3584, "group": 32}, "ring32"),
         ({"m": 33}, "ring64"), ({"m": 65}, "hopper128x64"), ({"m": 4097}, "hopper128x128"),
-        ({"m": 65, "group": 32}, "warpgroup128x2"), ({"m": 4097, "group": 32}, "warpgroup128x2"),
-        ({"m": 17, "sm": 80}, "tile32"), ({"m": 33, "sm": 80}, "tile64"), ({"m": 4097, "sm": 120}, "tile64"),
+        ({"m": 65, "group": 32}, "warpgroup128"), ({"m": 4097, "group": 32}, "warpgroup128"),
+        ({"m": 17, "sm": 80}, "ring32_ampere"), ({"m": 33, "sm": 80}, "ring64_ampere"), ({"m": 65, "sm": 80}, "tile64"),
+        ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
         ({"activation_bits": 8}, "int8_stream8"), ({"m": 9, "activation_bits": 8}, "int8_stream16"),
         ({"m": 17, "activation_bits": 8}, "int8_tile32"), ({"m": 65, "activation_bits": 8, "sm": 100}, "int8_tile64"),
@@ -35,7 +37,7 @@ Kernels = dict[int, Emulated]
         ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_stream8_turing"),
         ({"m": 9, "bits": 8, "activation_bits": 8, "sm": 75}, "int8_tile32_turing"),
         ({"m": 65, "bits": 8, "activation_bits": 8}, "int8_hopper128x64"),
-        ({"m": 192, "group": 32}, "warpgroup64x2"), ({"m": 384, "group": 32}, "warpgroup128x2"),  # to fill it
+        ({"m": 192, "group": 32}, "warpgroup64"), ({"m": 384, "group": 32}, "warpgroup128"),  # to fill it
         ({"m": 32768, "n": 128, "group": 32}, "warpgroup128"),
         ({"m": 32768, "n": 128, "activation_bits": 8, "group": 32}, "int8_warpgroup128"),
         # by channel: tiles of 256 rows, unless those of 128 fill the device in much less time
@@ -52,15 +54,15 @@ def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
 def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> None:
     library = emulated[80].library
     rows = library.rows()
-    for name in ("tile64", "stream8", "ring8"):
+    for name in ("tile64", "ring8_ampere", "ring8"):
         plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
         assert (plan.kernel, plan.splits) == (name, 4)
-    early = library.choose(**problem(m=17, row=rows.index("warpgroup64x2") + 1))
-    assert early.kernel == "warpgroup64x2", "tune asks whether it should be chosen from there"
+    early = library.choose(**problem(m=17, row=rows.index("warpgroup64") + 1))
+    assert early.kernel == "warpgroup64", "tune asks whether it should be chosen from there"
     refused = {"m": 9}, {"activation_bits": 8}, {"sm": 75}
     for changes in refused:
         with pytest.raises(LaunchRefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):
-            library.choose(**problem(row=rows.index("stream8") + 1, **changes))
+            library.choose(**problem(row=rows.index("ring8_ampere") + 1, **changes))
     with pytest.raises(LaunchRefusedError, match=r"row \(pinned\) is 99"):
         library.choose(**problem(row=99))
 
@@ -76,11 +78,11 @@ def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
 
 
 def test_blocks_of_a_cluster_have_a_tile_each_and_no_workspace(emulated: Kernels) -> None:
-    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("stream8") + 1
-    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm, row=row)) for sm in (80, 90))
+    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("int8_stream8") + 1
+    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm, row=row, activation_bits=8)) for sm in (80, 90))
     assert (apart.splits, cluster.splits) == (3, 2), "clusters come in powers of two: 44 tiles, 132 multiprocessors"
-    assert (apart.workspace, cluster.workspace) == (3 * 1408 * 4, 0)
-    pinned = choose(**problem(n=8192, k=18944, splits=8, row=row))
+    assert apart.workspace - cluster.workspace == 3 * 1408 * 4
+    pinned = choose(**problem(n=8192, k=18944, splits=8, row=row, activation_bits=8))
     assert (pinned.splits, pinned.grid_n) == (8, 8192 // 32)
 
 

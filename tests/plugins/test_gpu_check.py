@@ -156,9 +156,8 @@ def test_smoke_names_rows_that_take_the_gpu_with_them(
 ) -> None:
     path = emulated[90].library.path
     cases = small.every_case(emulated[90].library, {"sm": 90, "sm_count": 132}, (0,))
-    few = [
-        case for case in cases if " m=3 " in case and " group=96 " in case and case.startswith(("plain ", "stream8 "))
-    ]
+    names = ("plain ", "ring8_ampere ")
+    few = [case for case in cases if " m=3 " in case and " group=96 " in case and case.startswith(names)]
     assert len(few) == 4 + 2 * len(small.SPLITS)
     monkeypatch.setattr(stages, "smoke_cases", lambda ring: [(path, few)])
     monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "sound", 0))
@@ -167,13 +166,13 @@ def test_smoke_names_rows_that_take_the_gpu_with_them(
     assert ring.report["smoke"]["counts"] == {"passed": len(few)}, ring.report["smoke"]["failures"]
     assert ring.report["smoke"]["passed"]
     assert not ring.hung_rows
-    assert sorted(ring.report["smoke"]["errors"]) == ["plain sm=90", "stream8 sm=90"]
+    assert sorted(ring.report["smoke"]["errors"]) == ["plain sm=90", "ring8_ampere sm=90"]
     assert all(0 < worst < small.EXACT for worst in ring.report["smoke"]["errors"].values())
     monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "broken", 700))
     ring.report["smoke"] = stages.perform("smoke", ring)
     assert ring.report["smoke"]["counts"] == {"crashed": 2 * 3, "not run": len(few) - 2 * 3}
-    assert ring.hung_rows == ["plain sm=90", "stream8 sm=90"]
-    assert ring.environment["INSTANTRT_HUNG_ROWS"] == "plain sm=90,stream8 sm=90"
+    assert ring.hung_rows == ["plain sm=90", "ring8_ampere sm=90"]
+    assert ring.environment["INSTANTRT_HUNG_ROWS"] == "plain sm=90,ring8_ampere sm=90"
     assert "cuStreamSynchronize failed with CUDA error 700" in stages.text("smoke", ring.report["smoke"])
 
 

@@ -140,7 +140,7 @@ def test_small_launches_are_checked(emulated: dict[int, Emulated], capsys: pytes
         small.check(library, device, first["plain"], poisoned=True)
     assert '"failed", "message": "relative error nan, allowed 2e-05"' in capsys.readouterr().out
     _, problem = small.parse(
-        next(case for case in cases if "stream8" in case and " bits=4 " in case and "group=32" in case)
+        next(case for case in cases if "ring8_ampere" in case and " bits=4 " in case and "group=32" in case)
     )
     assert small.run(library, device, problem, poisoned=True).max() < small.EXACT / 10
     codes, affine, _ = small.weights(4, 32, 1)
@@ -313,7 +313,7 @@ def test_a_row_that_cannot_be_launched_costs_itself(
     assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
         "LaunchRefusedError: too many resources requested for launch"
     }
-    assert any(row["plan"].startswith("stream8") and row["us"] for row in rows)
+    assert any(row["plan"].startswith("ring8_ampere") and row["us"] for row in rows)
 
 
 @pytest.mark.usefixtures("timed_here")

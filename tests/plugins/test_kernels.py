@@ -90,13 +90,32 @@ def test_rings(emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tu
     check(emulated[90], p, row=row, splits=2, sm_count=3, seed=2)  # a cluster that goes from tile to tile
 
 
+AMPERE_SIZES = [(5, 48, 1184, 32), (8, 80, 4096, 4096), (2, 144, 2048, 64)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [
+        *product(("ring8_ampere", "ring8_ampere_wide", "ring16_ampere", "ring16_ampere_wide"), AMPERE_SIZES),
+        *product(("ring32_ampere", "ring64_ampere"), (*MORE_SIZES[2:], FINE_SIZES[1])),
+    ],
+)
+def test_rings_without_clusters(emulated: Kernels, row: str, bits: int, size: tuple[int, int, int, int]) -> None:
+    """Blocks go from tile to tile, x comes again with each, and sums of parts of K meet in the workspace."""
+    m, n, k, group = size
+    m, gated = m + {"ring16": 8, "ring64": 32}.get(row[:6], 0), int(n % 32 == 16)
+    p = Case(m, n, k, bits, group, BF16 if bits == 4 else F16, bias=True, gated=gated, activation=gated).make()
+    check(emulated[80], p, row=row, splits=2, sm_count=3, seed=2)
+
+
 # Less of K than a ring holds, one short stage, several turns of the ring; groups that end in stages, at their ends and
 # after 1024 k; tiles of n without work for one group of consumers, for a warp or for a block of a pair; ragged rows.
 WARPGROUP_SIZES = [
     (33, 16, 32, 32), (65, 272, 160, 32), (64, 48, 256, 128), (129, 144, 192, 64), (70, 80, 2080, 2080),
     (140, 400, 448, 64), (150, 144, 1120, 160),
 ]  # fmt: skip
-WARPGROUP_ROWS = ("warpgroup128x2", "warpgroup64x2", "warpgroup128", "warpgroup64")
+WARPGROUP_ROWS = ("warpgroup128", "warpgroup64")
 
 
 def turns(p: Problem, kernels: Emulated, row: str) -> None:
@@ -116,20 +135,13 @@ def test_warpgroup_products(
 
 @pytest.mark.parametrize("size", WARPGROUP_SIZES)
 @pytest.mark.parametrize("kind", [(F16, 4), (BF16, 8)])
-@pytest.mark.parametrize("row", ["int8_warpgroup128x2", "int8_warpgroup128", "int8_warpgroup64"])
+@pytest.mark.parametrize("row", ["int8_warpgroup128", "int8_warpgroup64"])
 def test_warpgroup_products_of_int8(
     emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]
 ) -> None:
     (dtype, bits), (m, n, k, group) = kind, size
     m = min(m, 64) if row.endswith("64") else max(m, 65)
     turns(Case(m, n, k, bits, group, dtype, bias=True, activation_bits=8).make(), emulated[90], row)
-
-
-@pytest.mark.parametrize("size", [(65, 16, 32), (512, 144, 160), (600, 400, 416)])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_warpgroup_products_of_256_rows(emulated: Kernels, bits: int, size: tuple[int, int, int]) -> None:
-    m, n, k = size
-    turns(Case(m, n, k, bits, k, BF16, bias=True, activation_bits=8).make(), emulated[90], "int8_warpgroup256x2")
 
 
 @pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)

@@ -21,8 +21,9 @@ CProblem = structure(
 )  # fmt: skip
 CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
 CPlan = structure(
-    "CPlan", kernel=ctypes.c_char_p, row=I32, splits=I32, grid_m=I32, grid_n=I32, threads=I32, shared=I32, workspace=I64
-)
+    "CPlan", kernel=ctypes.c_char_p, row=I32, splits=I32, grid_m=I32, grid_n=I32, threads=I32, shared=I32,
+    workspace=I64, tile_m=I32, tile_n=I32, resident=I32, in_flight=I32,
+)  # fmt: skip
 
 
 class LaunchRefusedError(Exception):
@@ -41,6 +42,10 @@ class LaunchPlan:
     threads: int
     shared: int
     workspace: int
+    tile_m: int = 0
+    tile_n: int = 0
+    resident: int = 1
+    in_flight: int = 0
 
 
 class Library:

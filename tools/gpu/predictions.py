@@ -1,15 +1,25 @@
-"""What the kernels were predicted to reach before they first ran on a GPU, and how far off that was: pure functions.
+"""What the kernels were predicted to reach before they first ran on a GPU, and a model of what they should take.
 
-A prediction is a range on one kind of GPU, of the fraction of the measured read rate that the bytes of a launch make
-up, of the speed of cuBLAS fp16, or of microseconds. `with a ring` says what the streaming kernels were predicted to
-reach with weights in a ring of shared memory, `as they were` without: with loads straight into registers.
+    python -m instantrt.tools.gpu.predictions LIBRARY [--bits 8] [--rows 1,8,16,64]
+
+prints for layers, rows of x and a GPU of each family the microseconds of the model, the weights that a multiprocessor
+has on their way, in KiB, and what bounds the time. LIBRARY is `libinstantrt_kernels.so`, which needs no GPU to choose.
+
+A prediction of before is a range on one kind of GPU, of the fraction of the measured read rate that the bytes of a
+launch make up, of the speed of cuBLAS fp16, or of microseconds. `with a ring` says what the streaming kernels were
+predicted to reach with weights in a ring of shared memory, `as they were` without: with loads straight into registers.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from instantrt.tools.gpu.layers import LAYERS, QUICK
+from instantrt.tools.gpu.library import LaunchPlan, Library
 
 FAR = 0.2  # off by more than this is named
 READ, CUBLAS, MICROSECONDS = "of the read rate", "x cuBLAS fp16", "us"
@@ -84,3 +94,94 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         word = f"  OFF BY OVER {FAR:.0%}" if abs(r["off"]) > FAR else ""
         lines.append(f"{name:48} {low:6.2f}-{high:6.2f} {r['measured']:9.2f} {r['off']:6.0%} {r['unit']}{word}")
     return lines
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Multiprocessors, their clock under load, bytes a us that memory gives, and cycles of a multiprocessor for a
+    product of 16 x 8 x 16 in fp16 with fp32 sums: four tensor cores. Of data sheets, but for the H200 (measured).
+    """
+
+    sm: int
+    count: int
+    mhz: int
+    read: float
+    product: float
+
+
+GPUS = {
+    "T4": Gpu(75, 40, 1500, 0.26e6, 4), "A100": Gpu(80, 108, 1410, 1.75e6, 2), "3090": Gpu(86, 82, 1700, 0.85e6, 8),
+    "4090": Gpu(89, 128, 2500, 0.92e6, 8), "H200": Gpu(90, 132, 1780, 4.66e6, 1.6), "B200": Gpu(100, 148, 1850, 7e6, 2),
+    "5090": Gpu(120, 170, 2400, 1.6e6, 8),
+}  # fmt: skip
+# Fitted to an H200's 80 times of int4 g128 and int8 of benchmarks/gpu/h200.json: cycles of a multiprocessor to issue
+# what comes with a product, by the columns of 8 m of a block; microseconds of a kernel that has nothing to do, of sums
+# that meet, and of what rows.cu does first. Memory's latency under load is assumed.
+ISSUE, HOPPER = {1: 8.2, 2: 7.0, 4: 3.5}, 1.65
+KERNEL, MEETING, SUMS, LATENCY = 3.2, 1.7, 2.0, 0.8
+MEMORY, IN_FLIGHT, INSTRUCTIONS, TENSOR, WAVES, NODES = (
+    "memory", "bytes in flight", "issue", "tensor cores", "waves", "launches",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    microseconds: float
+    in_flight: int  # bytes of weights, of a multiprocessor
+    limit: str  # MEMORY .. NODES
+
+
+def estimate(plan: LaunchPlan, gpu: Gpu, n: int, k: int, m: int, bits: int, group: int) -> Estimate:
+    """16-bit x. A multiprocessor that has the most tiles issues them one after the other, or memory is slower."""
+    tiles = -(-n // plan.tile_n) * -(-m // plan.tile_m) * plan.splits
+    most = -(-tiles // (gpu.count * plan.resident)) * min(plan.resident, -(-tiles // gpu.count))
+    products = plan.tile_n / 16 * plan.tile_m / 8 * k / 16 / plan.splits
+    issue = HOPPER if plan.kernel.startswith("hopper") else ISSUE[min(plan.tile_m // 8, 4)]
+    read = n * k * bits / 8 + n * k / group * 4 + m * k * 2 + m * n * 2
+    times = {
+        MEMORY: read / gpu.read,
+        IN_FLIGHT: read * LATENCY / (min(tiles, gpu.count) * plan.in_flight),
+        INSTRUCTIONS: most * products * issue / gpu.mhz,
+        TENSOR: most * products * gpu.product / gpu.mhz,
+    }
+    limit = max(times, key=lambda name: times[name])
+    fixed = KERNEL + MEETING * (plan.splits > 1) + SUMS * (m > 64)
+    if fixed > times[limit]:
+        return Estimate(fixed + times[limit], plan.in_flight, NODES)
+    uneven = limit in (INSTRUCTIONS, TENSOR) and most > 1.25 * tiles / gpu.count
+    return Estimate(fixed + times[limit], plan.in_flight, WAVES if uneven else limit)
+
+
+def estimates(library: Library, gpu: Gpu, layer: str, m: int, bits: int, group: int) -> Estimate:
+    """What `library` chooses on that GPU; `group` 0 is a whole row."""
+    n, k = LAYERS[layer]
+    problem = {
+        "m": m, "n": n, "k": k, "group": group or k, "bits": bits, "activation_bits": 16, "sm": gpu.sm,
+        "sm_count": gpu.count,
+    }  # fmt: skip
+    return estimate(library.choose(**problem), gpu, n, k, m, bits, group or k)
+
+
+def model_table(library: Library, rows: Sequence[int], bits: int, group: int) -> list[str]:
+    """A line for each layer and m: microseconds/KiB in flight and the first letter of the limit, for each GPU."""
+    lines = [f"{'':18} {'m':>4}" + "".join(f"{name:>11}" for name in GPUS)]
+    for layer in QUICK:
+        for m in rows:
+            found = (estimates(library, gpu, layer, m, bits, group) for gpu in GPUS.values())
+            cells = "".join(f"{e.microseconds:6.1f}/{e.in_flight // 1024:<3}{e.limit[0]}" for e in found)
+            lines.append(f"{layer:18} {m:4}{cells}")
+    letters = ", ".join(f"{word[0]} {word}" for word in (MEMORY, IN_FLIGHT, INSTRUCTIONS, TENSOR, WAVES, NODES))
+    return [*lines, f"us/KiB of weights on their way in a multiprocessor, and the limit: {letters}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4: groups of 128, 8: by channel")
+    parser.add_argument("--rows", type=lambda text: [int(m) for m in text.split(",")], default=[1, 8, 16, 64])
+    asked = parser.parse_args()
+    print("\n".join(model_table(Library(asked.library), asked.rows, asked.bits, 128 if asked.bits == 4 else 0)))
+
+
+if __name__ == "__main__":
+    main()

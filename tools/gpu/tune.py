@@ -28,7 +28,7 @@ FORMATS = {  # name: bits of codes, group (0: a whole row), bits of activations
 }  # fmt: skip
 SPLITS = (0, 1, 2, 4, 8)
 MOST_WAVES = 4  # blocks for each multiprocessor beyond which K is not worth splitting
-NO_CLUSTERS, OLDER = {"sm": 100}, ("stream", "tile", "int8_stream", "int8_tile")  # and rows that both have
+NO_CLUSTERS, OLDER = {"sm": 100}, ("_ampere", "stream", "tile")  # and rows that both have, by parts of their names
 REPLAYS = 9
 HOPELESS = 3  # times the best: who is slower need not run again
 WRONG = 0.03  # relative error; int8 activations alone make up to 0.01
@@ -46,7 +46,7 @@ def variants(plan: LaunchPlan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Labels and options that pin a plan; where its blocks are a cluster, also one that adds up in the workspace."""
     pinned = {"row": plan.row + 1, "splits": plan.splits}
     yield label(plan), pinned
-    if sm == 90 and plan.splits > 1 and plan.kernel.startswith(OLDER):
+    if sm == 90 and plan.splits > 1 and any(part in plan.kernel for part in OLDER):
         yield f"{label(plan)} by memory", {**pinned, **NO_CLUSTERS}
 
 

@@ -1,5 +1,5 @@
-// What runs beside the threads on Hopper: barriers in shared memory that count bytes, bulk and tensor copies, products
-// by warpgroup, clusters. As device.h; tests/plugins/emulator/async.h offers the same on the CPU. sm_90a only.
+// What runs beside the threads: barriers in shared memory that count copies (sm_80 and newer); on Hopper (sm_90a) bulk
+// and tensor copies and products by warpgroup. As device.h; tests/plugins/emulator/async.h offers the same on the CPU.
 #pragma once
 
 #include <cuda.h>
@@ -21,8 +21,10 @@ __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
 }
 // By the thread that initialised them, for copies and other blocks of the cluster; a barrier of all follows.
 __device__ __forceinline__ void publish_barriers() {
+#if DEVICE_SM >= 90
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 __device__ __forceinline__ void arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -36,19 +38,30 @@ __device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
         "r"(rank)
         : "memory");
 }
+// Arrives when all of this thread's copy_async so far have landed.
+__device__ __forceinline__ void arrive_when_copied(Barrier* barrier) {
+#if DEVICE_SM >= 80
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
 // Arrives, and the phase lasts until that many more bytes have been copied.
 __device__ __forceinline__ void arrive_expecting(Barrier* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
+#if DEVICE_SM >= 90
+#define WAIT "try_wait"  // which sleeps for a while
+#else
+#define WAIT "test_wait"
+#endif
 __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
     uint32_t done;
     do
-        asm volatile(
-            "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
+        asm volatile("{\n.reg .pred done;\nmbarrier." WAIT
+                     ".parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
     while (!done);
 }
 

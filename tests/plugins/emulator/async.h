@@ -83,6 +83,15 @@ inline void arrive_at(Barrier* barrier, int rank) {
     emulator::advance(emulator::at_rank(barrier, unsigned(rank)), 1, 0);
 }
 inline void arrive_expecting(Barrier* barrier, int bytes) { emulator::advance(barrier, 1, bytes); }
+inline void arrive_when_copied(Barrier* barrier) {
+    auto& groups = emulator::state.now->groups;
+    for (auto const& copy : groups.back()) std::memset(copy.to, 0xff, 16);
+    emulator::state.later.push_back([copies = std::move(groups.back()), barrier] {
+        for (auto const& copy : copies) std::memcpy(copy.to, copy.bytes, 16);
+        emulator::advance(barrier, 1, 0);
+    });
+    groups.back() = {};
+}
 inline void wait(Barrier* barrier, int parity) {
     emulator::Fiber* const me = emulator::state.now;
     me->waiting = barrier;

@@ -1,0 +1,182 @@
+"""The cache as integers: what its scales are, that every form of it is the twin's, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from instantrt.compiler.cache_type import bound, check_cache_type, check_target, with_cache
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, Array
+from instantrt.compiler.smoke.compare import distance
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.rotary import RotateInAttention
+from instantrt.passes.qdq.quantize_cache import PAST
+from tests.conftest import TINY
+from tests.graphs import evaluate, relative
+
+RANDOM = np.random.default_rng(0)
+PROMPT, TOKENS, LENGTH = 12, 3, 16
+
+
+@pytest.mark.parametrize("pairs", [(np.array([0, 1]), np.array([2, 3])), (np.array([0, 2]), np.array([1, 3]))])
+def test_a_bound_holds_wherever_the_pair_is_turned(pairs: tuple[Array, Array]) -> None:
+    """And is reached: what is bounded is the length of each pair; a channel that is not turned has its own."""
+    start = RANDOM.standard_normal((1, 2, 1, 5)).astype(np.float32)
+    first, second = (start[..., index] for index in pairs)
+    turned = np.repeat(start, 1000, axis=2)
+    angles = np.linspace(0, 2 * np.pi, 1000)[:, None]
+    turned[..., pairs[0]] = first * np.cos(angles) - second * np.sin(angles)
+    turned[..., pairs[1]] = first * np.sin(angles) + second * np.cos(angles)
+    found = bound(start, [pairs])
+    np.testing.assert_allclose(np.abs(turned).max(axis=(0, 2)), found, rtol=1e-4)
+    np.testing.assert_array_equal(bound(np.zeros((1, 1, 2, 2)), []), 1)
+
+
+@pytest.fixture(scope="module")
+def feeds() -> dict[str, Array]:
+    ids = RANDOM.integers(0, 4000, (2, PROMPT))
+    ones = np.ones_like(ids)
+    ones[1, :5] = 0  # padded on the left
+    return {"input_ids": ids, "attention_mask": ones, "position_ids": np.maximum(np.cumsum(ones, axis=1) - 1, 0)}
+
+
+@pytest.fixture(scope="module", params=["int8", "uint4"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def twin(kind: str, tiny_float: FloatModel) -> Any:
+    return with_cache(tiny_float.graph.copy(), kind, tiny_float, PassLog())
+
+
+def empty(graph: Any, rows: int) -> dict[str, Array]:
+    caches = (t for t in graph.inputs if t.name.startswith(PAST))
+    return {t.name: np.zeros((rows, t.shape[1], 0, t.shape[3]), t.dtype) for t in caches}
+
+
+def test_the_twin_is_near_the_float_model(
+    kind: str, twin: Any, tiny_float: FloatModel, feeds: dict[str, Array], tmp_path: Path
+) -> None:
+    """Nearer than a step, and not as near as if nothing were quantized."""
+    (tmp_path / "float").mkdir()
+    want = evaluate(tiny_float.graph.copy(), feeds | empty(tiny_float.graph, 2), tmp_path / "float")[0]
+    got = evaluate(twin.copy(), feeds | empty(twin, 2), tmp_path)[0]
+    low, high = {"int8": (1e-3, 3e-2), "uint4": (1e-2, 2e-1)}[kind]
+    assert low < relative(got[0], want[0]) < high
+
+
+def test_group_query_attention_has_the_same_cache_and_answers(
+    twin: Any, kind: str, feeds: dict[str, Array], tmp_path: Path
+) -> None:
+    """It rotates and rounds by itself, in rows that are padded, too; four bits it is not given."""
+    lowered = run(twin.copy(), [*ATTENTION, RotateInAttention(LENGTH)], PassLog())
+    made = [node for node in lowered.nodes if node.op == "GroupQueryAttention"]
+    assert len(made) == (4 if kind == "int8" else 0)
+    if not made:
+        return
+    assert {node.inputs[3].dtype for node in made} == {np.dtype(np.int8)}
+    assert all(node.attrs["do_rotary"] for node in made)
+    (tmp_path / "twin").mkdir()
+    want = evaluate(twin.copy(), feeds | empty(twin, 2), tmp_path / "twin")
+    got = evaluate(lowered, feeds | empty(lowered, 2), tmp_path)
+    assert relative(got[0][0], want[0][0]) < 1e-3
+    assert relative(got[0][1, 5:], want[0][1, 5:]) < 1e-3
+    for output, found, expected in zip(twin.outputs[1:], got[1:], want[1:], strict=True):
+        assert distance("", output.name, found[0], expected[0]).within(1e-4)
+
+
+@pytest.mark.parametrize("output", ["present.0.key", "present.0.key_zero"])
+def test_codes_are_compared_as_numbers(output: str) -> None:
+    """A tie that falls to the other side is no error; a scale that is 1 % off is one."""
+    scale = 0.03
+    values = RANDOM.standard_normal((1, 2, 64, 64))
+    codes = np.rint(values / scale).astype(np.int8)
+    turned = codes.copy()
+    turned[0, 0, 0, 0] += 1
+    assert distance("", "present.0.key", turned, codes).within(1e-4)
+    assert not distance("", "present.0.key", np.rint(values / (1.01 * scale)).astype(np.int8), codes).within(1e-3)
+    bytes_ = RANDOM.integers(0, 256, (1, 2, 64, 32)).astype(np.uint8)
+    upper = bytes_.copy()
+    upper[..., :2] ^= 16  # a step of each upper code, not sixteen of a byte
+    found = distance("", output, upper, bytes_)
+    assert found.largest == (1 if output.endswith("key") else 16)
+
+
+def rows_of(engine: Any) -> list[Array]:
+    """A prompt in two pieces, one beside it, steps of both."""
+    out = [engine.prefill(0, np.arange(5, 5 + PROMPT - 4), 0), engine.prefill(0, np.arange(40, 44), PROMPT - 4)]
+    out.append(engine.prefill(1, np.arange(90, 97), 0))
+    for step in range(TOKENS):
+        out.extend(engine.decode(np.array([7, 8]) + step, np.array([PROMPT, 7]) + step).copy())
+    return out
+
+
+@pytest.mark.slow
+def test_the_runtime_decodes_in_a_cache_of_the_artifacts_types(tmp_path: Path) -> None:
+    """In one buffer and in one that grows: near the float32 cache, and smaller."""
+    found: dict[str, tuple[list[Array], int]] = {}
+    for name, given in {
+        "float32": {},
+        "shared": {"kv_cache_type": "int8"},
+        "portable": {"kv_cache_type": "int8", "portable": True},
+        "uint4": {"kv_cache_type": "uint4"},
+    }.items():
+        (artifact,) = compile_model(Request(TINY, ("x86",), tmp_path / name, **given))
+        engine = ENGINES[artifact.limits["cache"]](tmp_path / name / artifact.path, 2, LENGTH, 1)
+        token = sum(np.dtype(t.dtype).itemsize * int(t.shape[1]) * int(t.shape[3]) for t in artifact.inputs[3:])
+        found[name] = rows_of(engine), token
+        engine.close()
+    want, size = found["float32"]
+    for name, (most, share) in {"shared": (3e-2, 0.25), "portable": (3e-2, 0.25), "uint4": (0.2, 0.16)}.items():
+        got, bytes_ = found[name]
+        off = [relative(a, b) for a, b in zip(got, want, strict=True)]
+        assert 1e-4 < max(off) < most, (name, off)
+        assert bytes_ <= share * size
+    for a, b in zip(found["shared"][0], found["portable"][0], strict=True):
+        assert relative(a, b) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "growth", "target", "dtype", "says"),
+    [
+        ("float16", "concat", "x86", None, "no float16 cache on a CPU"),
+        ("uint4", "concat", "sm89", np.float16, "no uint4 cache in this engine"),
+        ("float32", "concat", "sm89", np.float16, "no float32 cache in this engine"),
+        ("float16", "concat", "sm89", ml_dtypes.bfloat16, "no float16 cache in this engine"),
+        ("int8", "in-place", "sm89", np.float16, "no int8 cache in place in an engine"),
+    ],
+)
+def test_what_a_target_has_no_cache_of_is_refused(kind: str, growth: str, target: str, dtype: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_target(kind, growth, find_target(target), None if dtype is None else np.dtype(dtype))
+
+
+def test_what_is_taken_and_what_has_no_cache() -> None:
+    for kind in (None, "float32", "int8", "uint4"):
+        check_target(kind, "concat", find_target("x86"), None)
+    for kind in (None, "float16", "int8"):
+        check_target(kind, "concat", find_target("sm89"), np.dtype(np.float16))
+    request = Request(Path("m"), ("x86",), Path("o"), kv_cache_type="int8")
+    with pytest.raises(UserError, match="does nothing without a causal LM"):
+        check_cache_type(request, SimpleNamespace(llm=None), {})  # type: ignore[arg-type]
+
+
+def test_a_cache_that_something_else_reads_is_refused(tiny_float: FloatModel) -> None:
+    graph = tiny_float.graph.copy()
+    present = next(t for t in graph.outputs if t.name == "present.1.value")
+    present.outputs[0].op = "Other"
+    with pytest.raises(UserError, match="this cache cannot be uint4") as caught:
+        with_cache(graph, "uint4", tiny_float, PassLog())
+    assert caught.value.where == "past_key_values.1.key"
