@@ -93,7 +93,7 @@ def test_workers_measure_encoders(tmp_path: Path) -> None:
         return cpu.working(sys.executable, ENCODER, made[name], tmp_path / "inputs.npz", idle)
 
     sides: dict[str, Any] = {name: {} for name in made}
-    cpu.measure_loss(sides, worker, tmp_path / "vectors.npy")
+    cpu.measure_vectors(sides, worker, tmp_path / "vectors.npy")
     a, b = (np.array([t[row[:n]].mean(0) for row, n in zip(ids, lengths, strict=True)]) for t in tables.values())
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert sides["a"]["loss"] == pytest.approx(0, abs=1e-6)

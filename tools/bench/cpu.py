@@ -32,7 +32,17 @@ from instantrt.compiler.accuracy.data import read_text, tokenizer_of
 from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.bench.compile_time import TOKENIZER, measured, versions
-from instantrt.tools.bench.cpu_contests import BATCH, CONTESTS, EXPORT, MADE, MODEL, PACKAGES, Contest, Form
+from instantrt.tools.bench.cpu_contests import (
+    BATCH,
+    CALIBRATION,
+    CONTESTS,
+    EXPORT,
+    MADE,
+    MODEL,
+    PACKAGES,
+    Contest,
+    Form,
+)
 from instantrt.tools.bench.cpu_page import markdown, plot
 from instantrt.tools.bench.cpu_worker import STEPS
 from instantrt.tools.bench.running import quartiles
@@ -80,27 +90,36 @@ def working(python: str, form: Form, made: Path, inputs: Path, idle: list[float]
         process.communicate()
 
 
-def make(form: Form, python: str, model: Path, made: Path) -> None:
+def make(form: Form, python: str, model: Path, made: Path, calibration: Path | None = None) -> None:
     """Fills the folder `made`, whole or not at all; what a peer made before is kept."""
-    if made.is_dir() and form.python != "ours":
+    if made.is_dir() and form.python in PACKAGES:
         return
+    given = {MODEL: str(model), CALIBRATION: str(calibration)}
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         part = Path(scratch, "made")
         part.mkdir()
-        words = [str(model) if word == MODEL else word.replace(MADE, str(part)) for word in form.words]
+        words = [given.get(word, word.replace(MADE, str(part))) for word in form.words]
         measured([python, *words], made.with_suffix(".log"), {"HF_HUB_OFFLINE": "1"})
         shutil.rmtree(made, ignore_errors=True)
         part.rename(made)
 
 
-def contest(kind: str, model: Path, inputs: Path, folder: Path, pythons: Mapping[str, str], rounds: int) -> Result:
+def contest(
+    kind: str,
+    model: Path,
+    inputs: Path,
+    folder: Path,
+    pythons: Mapping[str, str],
+    rounds: int,
+    calibration: Path | None = None,
+) -> Result:
     """All that is measured of a model; `folder` gets what is made of it."""
     plan = CONTESTS[kind]
     forms = {name: form for name, form in plan.forms.items() if form.python in pythons}
     made = {name: folder / re.sub(r"\W+", "-", name) for name in forms}
     for name, form in forms.items():
         console.print(f"making {name}")
-        make(form, pythons[form.python], model, made[name])
+        make(form, pythons[form.python], model, made[name], calibration)
     idle: list[float] = []
 
     def worker(name: str) -> Any:
@@ -109,10 +128,12 @@ def contest(kind: str, model: Path, inputs: Path, folder: Path, pythons: Mapping
     sides: dict[str, Result] = {}
     for name, form in forms.items():
         sides[name] = {"bits": form.bits, "bytes": sum(path.stat().st_size for path in made[name].glob(form.files))}
-        sides[name] |= starts(plan, partial(worker, name))
+        sides[name] |= starts(plan, partial(worker, name)) if plan.first else {}
         console.print(name, sides[name])
-    if plan.loss:
-        measure_loss(sides, worker, folder / "vectors.npy" if kind == "encoder" else None)
+    if kind == "encoder":
+        measure_vectors(sides, worker, folder / "vectors.npy")
+    elif plan.loss:
+        measure_loss(sides, worker, folder)
     with ExitStack() as stack:
         asks = {name: stack.enter_context(worker(name)) for name in forms}
         for name, ask in asks.items():
@@ -147,20 +168,27 @@ def starts(plan: Contest, worker: Callable[[], Any]) -> Result:
     return {"first_s": quartiles(np.array(seconds)), "peak_mb": round(max(peaks))}
 
 
-def measure_loss(sides: Mapping[str, Result], worker: Callable[[str], Any], vectors: Path | None) -> None:
-    """Adds the loss of each side, of a process of its own: that of a causal LM, or from an encoder's `vectors`."""
+def measure_loss(sides: Mapping[str, Result], worker: Callable[[str], Any], scratch: Path) -> None:
+    """Adds the loss of each side, and the mean KL of the first, float32, to it: of a process of its own."""
+    with tempfile.TemporaryDirectory(dir=scratch) as exact:
+        for name, side in sides.items():
+            console.print(f"loss of {name}")
+            with worker(name) as ask:
+                loss, kl = ask("loss", WINDOW, exact)
+            side |= {"loss": round(loss, 4), "kl": round(kl, 5)}
+
+
+def measure_vectors(sides: Mapping[str, Result], worker: Callable[[str], Any], vectors: Path) -> None:
+    """Adds the loss of each side of an encoder, whose `vectors` are compared with the first's, float32."""
     base = None
     for name, side in sides.items():
         console.print(f"loss of {name}")
         with worker(name) as ask:
-            if vectors is None:
-                side["loss"] = round(ask("nll", WINDOW), 4)
-                continue
             ask("load")
             ask("vectors", str(vectors))
             found = np.load(vectors).astype(np.float64)
         found /= np.linalg.norm(found, axis=1, keepdims=True)
-        base = found if base is None else base  # float32 is the first
+        base = found if base is None else base
         cosine = (found * base).sum(1)
         side |= {"loss": round(1 - cosine.mean(), 6), "least_cosine": round(cosine.min(), 5)}
 

@@ -1,21 +1,23 @@
-"""What `instantrt bench cpu` runs, asks for and wants: of a causal LM, of random weights, of an encoder."""
+"""What `instantrt bench cpu` runs, asks for and wants: of a causal LM, of random weights, of an encoder; and what
+`instantrt bench formats frontier` does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GGUF = str(Path(__file__).with_name("cpu_gguf.py"))
 PACKAGES = {"llama": "llama-cpp-python", "genai": "onnxruntime-genai", "openvino": "openvino"}
-MODEL, MADE = "MODEL", "MADE"  # in the words of a command: what is compiled; the folder that it fills
+# In the words of a command: what is compiled; the folder that it fills; a text.
+MODEL, MADE, CALIBRATION = "MODEL", "MADE", "CALIBRATION"
 
 
 @dataclass(frozen=True)
 class Form:
     """What one configuration runs.
 
-    python   ours, or the flag that names a peer's
+    python   ours, or the flag that names a peer's; `calibration`: ours, with the text that this flag names
     kind     of worker
     words    what makes it, told to that Python
     entry    what the worker opens, in the folder that was made
@@ -99,7 +101,7 @@ class Wanted:
 class Contest:
     """What is run, what each is asked for, and what is wanted.
 
-    first    what a fresh process does after loading, before its peak memory is read
+    first    what a fresh process does after loading, before its peak memory is read; (): none is started for it
     rounds   name -> what a worker is asked: the tokens a second
     bases    (measurement, bits) -> what it is compared with, where that is there; bits None: any
     limits   on our 8 bits: (what, at most)
@@ -198,4 +200,45 @@ ENCODER = Contest(
     loss="1 - cosine of mean-pooled vectors",
     linear=0.001,
 )
-CONTESTS = {"decoder": DECODER, "shape": SHAPE, "encoder": ENCODER}
+FLOAT_ZEROS = Path(__file__).resolve().parents[2] / "examples" / "float_zero_points.json"
+ASKED = {
+    FLOAT: "--quant none",
+    EIGHT: "--quant a16w8",
+    "8 bits g32": "--quant a16w8 --group-size 32",
+    "8 bits by channel, exact": "--quant a16w8 --cpu-preset exact",
+    "8 bits, int8 cache": "--quant a16w8 --kv-cache-type int8",
+    "8 bits, uint4 cache": "--quant a16w8 --kv-cache-type uint4",
+    "A8W8": "--quant a8w8",
+    FOUR: "--quant a16w4",
+    "4 bits, plain formula": "--quant a16w4 --search none",
+    "4 bits, float zeros": f"--quant-config {FLOAT_ZEROS.name} --lm-head int8 --embeddings int8",
+    "4 bits g64": "--quant a16w4 --group-size 64",
+    "4 bits g16": "--quant a16w4 --group-size 16",
+    "5.5 bits a weight": "--quant a16w4 --bits-per-weight 5.5",
+    "6 bits a weight": "--quant a16w4 --bits-per-weight 6",
+}
+FITTED = {
+    "4 bits, calibrated": f"--quant a16w4 --calibration {CALIBRATION}",
+    "6 bits a weight, calibrated": f"--quant a16w4 --bits-per-weight 6 --calibration {CALIBRATION}",
+}
+
+
+def asked(options: str) -> Form:
+    """What these options of `instantrt compile` make."""
+    form = ours(options, 8 if "w8" in options else 4)
+    words = tuple(str(FLOAT_ZEROS) if word == FLOAT_ZEROS.name else word for word in form.words)
+    return replace(form, words=words, python="calibration" if CALIBRATION in words else form.python)
+
+
+FRONTIER = Contest(
+    forms={
+        **{name: asked(options) for name, options in (ASKED | FITTED).items()},
+        **{f"llama.cpp {kind}": llama(kind, bits) for kind, bits in (("Q8_0", 8), ("Q4_K_M", 4), ("Q4_0", 4))},
+    },
+    first=(),
+    rounds={DECODE: ("decode", 128), DECODE_LONG: ("decode", 1024)},
+    bases={(measure, None): EIGHT for measure in (DECODE, DECODE_LONG)},
+    speed=DECODE,
+    loss="nats a token",
+)
+CONTESTS = {"decoder": DECODER, "shape": SHAPE, "encoder": ENCODER, "frontier": FRONTIER}

@@ -1,4 +1,5 @@
-"""A process of `instantrt bench cpu` that holds one model and does one measurement at a time, as its pipe says.
+"""A process of `instantrt bench cpu`, or `bench formats frontier`, that holds one model and does one measurement at a
+time, as its pipe says.
 
 python cpu_worker.py KIND PATH INPUTS.npz: each line that it reads is [measurement, arguments ...] in JSON, each that it
 writes [value, CPU seconds used while it waited]. It runs where a peer is installed, so it imports nothing of ours but
@@ -323,16 +324,24 @@ class DecoderMeasures:
             context.step(token)
         return rows * len(rest) / (time.perf_counter() - started)
 
-    def nll(self, window: int) -> float:
-        """Nats a token, but for the first of each whole window."""
-        logits_of, losses = self.model.every_position(), []
+    def loss(self, window: int, exact: str) -> list[float]:
+        """Nats a token, but for the first of each whole window, and the KL to what the folder `exact` holds.
+
+        The first to be asked leaves its log p [window - 1, vocab] there.
+        """
+        logits_of, losses, kls = self.model.every_position(), [], []
         for start in range(0, len(self.ids) - window + 1, window):
             ids = self.ids[start : start + window]
-            logits = logits_of(ids)[:-1].astype(np.float64)
-            logits -= logits.max(-1, keepdims=True)
-            chosen = np.take_along_axis(logits, ids[1:, None], -1)[:, 0]
-            losses.append(np.log(np.exp(logits).sum(-1)) - chosen)
-        return float(np.concatenate(losses).mean())
+            q = logits_of(ids)[:-1].astype(np.float64)
+            q -= q.max(-1, keepdims=True)
+            q -= np.log(np.exp(q).sum(-1, keepdims=True))
+            losses.append(-np.take_along_axis(q, ids[1:, None], -1))
+            kept = Path(exact, f"{start}.npy")
+            if not kept.exists():
+                np.save(kept, q.astype(np.float32))
+            p = np.load(kept)
+            kls.append((np.exp(p) * (p - q)).sum(-1))
+        return [float(np.concatenate(each).mean()) for each in (losses, kls)]
 
     def peak(self) -> float:
         return peak_mb()

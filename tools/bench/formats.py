@@ -1,9 +1,9 @@
 """Quantized checkpoints of every format against transformers on their dequantized weights, and how fast they stream.
 
 `instantrt bench formats perplexity DIR...` compiles each checkpoint and compares perplexities;
-`instantrt bench formats stream` reads and writes a synthetic GPTQ layer; `search` compares ways to quantize, and
-`defaults` what a request may leave open.
-Each prints a JSON object; benchmarks/ keeps what was measured.
+`instantrt bench formats stream` reads and writes a synthetic GPTQ layer; `search` compares 4-bit scales with and
+without a search, `defaults` what a request may leave open, and `frontier` (frontier.py) all formats.
+All but the last print a JSON object; benchmarks/ keeps what was measured.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -25,25 +23,27 @@ from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_checkpoint
-from instantrt.compiler.json_file import read_json
 from instantrt.compiler.plan import Plan, plan
-from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.quant.config import Quant, Search
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, InMemory, convert, whole
-from instantrt.passes.core.quant import Codes, InstantQuant, Quantizer, QuantTensor, dequantize
+from instantrt.passes.core.lazy import Array, InMemory, whole
+from instantrt.passes.core.quant import Codes, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import take_over
 from instantrt.passes.core.search import SearchedQuant
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits
+from instantrt.passes.ort.tables import SCALE_TYPE
 from instantrt.passes.qdq.insert_qdq import Quantized
+from instantrt.tools.bench import frontier
 from instantrt.tools.bench.layers import peak_kb
 from instantrt.tools.bench.synthetic import write_safetensors
 
 main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+main.command("frontier")(frontier.main)
 TEXT = Path("examples/text/evaluation.txt")
 
 
@@ -172,101 +172,37 @@ def logits_and_mib(model: Path, parts: list[Array], **fields: Any) -> tuple[list
 
 @main.command("search")
 def compare_searches(
-    model: Annotated[Path, typer.Argument(help="float checkpoint")] = Path("examples/tiny-qwen2"),
-    gptq: Annotated[list[Path] | None, typer.Option(help="4-bit GPTQ checkpoints of it, for comparison")] = None,
+    models: Annotated[list[Path], typer.Argument(help="float checkpoints of causal LMs")],
     text: Annotated[Path, typer.Option(help="the text")] = TEXT,
 ) -> None:
-    """Print weight error and perplexity of uint4 by the plain formula, the MSE search, HQQ and GPTQ."""
-    parts = text_windows(model, text)
-    weights = linear_weights(model)
-    rows: dict[str, dict[str, float]] = {
-        "float": {"perplexity": round(perplexity_of(changed_logits(model, {}), parts), 3)}
-    }
-    for group in (32, 64, 128):
-        for name, quantize in QUANTIZERS.items():
-            changed = {path: quantize(w, group) for path, w in weights.items()}
-            rows[f"{name} g{group}"] = measured(model, weights, changed, parts)
-    for folder in gptq or []:
-        tensors = read_checkpoint(folder)
-        reader = find_reader(folder, read_json(folder / "config.json"), tensors)
-        assert reader is not None
-        quants = {
-            path: reader.read(StoredLayer(path, (w.shape[0], w.shape[1]), tensors)) for path, w in weights.items()
-        }
-        changed = {path: dequantized(q) for path, q in quants.items() if isinstance(q, QuantTensor)}
-        rows[folder.name] = measured(model, weights, changed, parts)
-    print(json.dumps(rows, indent=2))
+    """Print what 4 bits lose by the plain formula and with searched scales (KL to float, nats), and the search's rate.
 
-
-def linear_weights(model: Path) -> dict[str, Array]:
-    """Path -> W [N, K] of the layers inside the blocks."""
-    return {
-        name.removesuffix(".weight"): convert(whole(tensor), np.dtype(np.float32))
-        for name, tensor in read_checkpoint(model).items()
-        if "_proj." in name and name.endswith(".weight")
-    }
-
-
-def changed_logits(model: Path, changed: dict[str, Array]) -> Logits:
-    """Transformers with some weights replaced."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    net.load_state_dict({f"{path}.weight": torch.from_numpy(w) for path, w in changed.items()}, strict=False)
-    return logits_of(net)
-
-
-def measured(model: Path, weights: dict[str, Array], changed: dict[str, Array], parts: list[Array]) -> dict[str, float]:
-    """Root mean square error relative to the weights, and perplexity."""
-    error = sum(float(((changed[path] - w).astype(np.float64) ** 2).sum()) for path, w in weights.items())
-    power = sum(float((w.astype(np.float64) ** 2).sum()) for w in weights.values())
-    value = perplexity_of(changed_logits(model, changed), parts)
-    return {"weight_error": round((error / power) ** 0.5, 5), "perplexity": round(value, 3)}
-
-
-def by_source(kind: type[Quantizer]) -> Callable[[Array, int], Array]:
-    def quantize(w: Array, group: int) -> Array:
-        source = kind("w", InMemory(w), 4, group, False, np.dtype(np.float32))
-        return np.concatenate([dequantize(Codes(*tile.parts), group) for tile in source.tiles()])
-
-    return quantize
-
-
-def hqq(w: Array, group: int, *, integer_zero: bool = False) -> Array:
-    """Half-quadratic quantization (Badri and Shaji, 2023): the zero point moves, the scale stays; p = 0.7, 20 rounds.
-
-    Its zero is a real number, which Q/DQ and our kernels' integer zeros do not express; `integer_zero` rounds it.
+    The rate is in million weights a second of one thread's CPU time, of a layer of 4096 x 4096.
     """
-    g = w.reshape(-1, group).astype(np.float32)
-    low, high = g.min(1, keepdims=True), g.max(1, keepdims=True)
-    scale = np.maximum(high - low, 1e-9) / 15
-    zero, beta = -low / scale, 10.0
-
-    def restored(zero: Array) -> Array:
-        result: Array = (np.clip(np.rint(g / scale + zero), 0, 15) - zero) * scale
-        return result
-
-    best, least = zero, np.full_like(zero, np.inf)
-    for _ in range(20):
-        candidate = np.clip(np.rint(zero), 0, 15) if integer_zero else zero
-        error = ((restored(candidate) - g) ** 2).sum(1, keepdims=True)
-        best, least = np.where(error < least, candidate, best), np.minimum(error, least)
-        rest = g - restored(zero)
-        size = np.abs(rest)
-        shrunk = np.sign(rest) * np.maximum(size - np.power(size + 1e-8, -0.3) / beta, 0)
-        codes = np.clip(np.rint(g / scale + zero), 0, 15)
-        zero = (codes - (g - shrunk) / scale).mean(1, keepdims=True)
-        beta *= 1.01
-    return restored(best).reshape(w.shape)
+    found: dict[str, Any] = {"kl": {}}
+    for model in models:
+        parts, kls = text_windows(model, text), dict[str, float]()
+        exact, _ = logits_and_mib(model, parts, quant="none")
+        for how in get_args(Search):
+            logits, _ = logits_and_mib(model, parts, quant="a16w4", search=how)
+            each = [compare_tokens(*pair).kl for pair in zip(exact, logits, parts, strict=True)]
+            kls[how] = round(float(np.concatenate(each).mean()), 5)
+        found["kl"][model.absolute().name] = kls
+        print(model.absolute().name, json.dumps(kls), flush=True)
+    found["million_weights_per_second"] = {f"g{group}": search_rate(group) for group in (16, 32, 64, 128)}
+    print(json.dumps(found, indent=2))
 
 
-QUANTIZERS: dict[str, Callable[[Array, int], Array]] = {
-    "plain": by_source(InstantQuant),
-    "mse": by_source(SearchedQuant),
-    "hqq, real zero": hqq,
-    "hqq, integer zero": partial(hqq, integer_zero=True),
-}
+def search_rate(group: int, size: int = 4096) -> float:
+    """Million weights a second of CPU time, of all threads."""
+    random = np.random.default_rng(0)
+    w = InMemory(random.standard_normal((size, size), np.float32))
+    energy = random.random(size, np.float32).tobytes()
+    source = SearchedQuant("w", w, 4, group, False, SCALE_TYPE, importance=energy)
+    started = time.process_time()
+    for _ in source.tiles():
+        pass
+    return round(size * size / (time.process_time() - started) / 1e6, 1)
 
 
 @main.command()

@@ -1,0 +1,161 @@
+"""What a format costs and brings: `instantrt bench formats frontier MODEL` writes benchmarks/frontier.json, .md, .png.
+
+Every choice of format, group size, search, budget and cache type (the table FRONTIER of cpu_contests.py), measured as
+`instantrt bench cpu` does; the page, which says what to choose, is made of the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
+from instantrt.tools.bench.cpu_contests import ASKED, EIGHT, FITTED, FLOAT, FLOAT_ZEROS, FOUR, FRONTIER
+from instantrt.tools.bench.cpu_page import MIB, ahead, speed_cell
+
+Result = dict[str, Any]
+OUT = ROOT / "benchmarks" / "frontier.json"
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="folder of a float causal LM that takes 1056 tokens")],
+    text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    calibration: Annotated[Path | None, typer.Option(help="another text, for calibrated formats")] = None,
+    llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python and gguf")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    scratch: Annotated[Path | None, typer.Option(help="keeps what peers made, for the next run")] = None,
+    out: Annotated[Path, typer.Option(help="the JSON; .md and .png go beside it")] = OUT,
+) -> None:
+    """Write loss, bytes and decode speed of every format; the files keep the last results of other models."""
+    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
+    pythons = {"ours": sys.executable}
+    if llama is not None:
+        pythons["llama"] = str(llama)
+    if calibration is not None:
+        pythons["calibration"] = sys.executable
+    with ExitStack() as stack:
+        base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        name = model.absolute().name
+        folder = base / re.sub(r"\W+", "-", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = folder / "inputs.npz"
+        write_inputs("frontier", model, text, inputs)
+        load = os.getloadavg()[0]
+        found = contest("frontier", model, inputs, folder, pythons, rounds, calibration)
+        about = {"machine": machine(load), "text": text.name, "calibration": calibration and calibration.name}
+        results[name] = found | about
+    out.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(results))
+    plot(results, out.with_suffix(".png"))
+
+
+PICKS = {
+    "the float model's answers at half of bfloat16's bytes; the default": EIGHT,
+    "8 bits that change least": "8 bits by channel, exact",
+    "long contexts, or many at once: a quarter of the cache's bytes": "8 bits, int8 cache",
+    "the smallest cache: a sixth of its bytes": "8 bits, uint4 cache",
+    "4 bits, no questions asked": FOUR,
+    "the best file of a given size": "6 bits a weight",
+    "the same, with a text like those that it will read": "6 bits a weight, calibrated",
+    "the smallest file": "4 bits g64",
+}
+TITLES = ("you want", "ask for", "loss", "MiB", "tokens a second after 128, 1,024")
+
+ABOUT = f"""What a causal LM loses by a format, and what that brings, on a CPU. Written by `instantrt bench formats
+frontier`. What a GPU runs has the same weights where it is asked for the same formats: its losses are these, its speeds
+are in [On GPUs](gpu/README.md).
+
+Loss is in nats a token over a text, in windows of 512 tokens, here above that of the float32 artifact. A text of two
+thousand tokens says of two losses which is less where they are 0.01 apart; KL, the mean divergence of the next token's
+distribution from float32's, in nats, says more. A cache of integers is what every token of a window sees. MiB are of
+weights and graph on disk; speeds are tokens a second of two threads, medians of rounds in which all take turns, and
+behind them their ratio to 8 bits within a round, with quartiles.
+
+[Quantization](../quantization.md) says what the options are, [CPU beside its peers](cpu.md) has the memory, long
+prompts, batches and encoders. `{FLOAT_ZEROS.name}` lies in `examples`. llama.cpp's files are made of the same weights,
+its cache is float16."""
+
+
+def markdown(results: Mapping[str, Result]) -> str:
+    lines = ["# Choosing a format", "", ABOUT, ""]
+    for name, result in results.items():
+        lines += [f"## {name}", "", *rows(TITLES, choices(result)), "", f"![loss against size, {name}](frontier.png)"]
+        titles = ("", "asked for", "loss over float32's", "KL", "MiB", *FRONTIER.rounds)
+        lines += ["", *rows(titles, measured(result)), "", *(f"* {line}" for line in notes(result)), ""]
+    return "\n".join(lines)
+
+
+def rows(titles: tuple[str, ...], cells: Iterator[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (titles, ("---",) * len(titles), *cells)]
+
+
+def choices(result: Result) -> Iterator[tuple[str, ...]]:
+    sides = result["sides"]
+    for want, name in PICKS.items():
+        if (side := sides.get(name)) is not None:
+            speeds = ", ".join(f"{np.median(values):.3g}" for values in side["rounds"].values())
+            size = f"{side['bytes'] / MIB:.0f}"
+            yield want, f"`{ASKED.get(name) or FITTED[name]}`", loss(sides, name), size, speeds
+
+
+def measured(result: Result) -> Iterator[tuple[str, ...]]:
+    """Of every side, the best first."""
+    sides = result["sides"]
+    for name in sorted(sides, key=lambda name: sides[name]["kl"]):
+        options = (ASKED | FITTED).get(name)
+        speeds = (speed_cell(FRONTIER, sides, name, measure) for measure in FRONTIER.rounds)
+        about = name, f"`{options}`" if options else "", loss(sides, name), f"{sides[name]['kl']:.4f}"
+        yield *about, f"{sides[name]['bytes'] / MIB:.1f}", *speeds
+
+
+def loss(sides: Mapping[str, Result], name: str) -> str:
+    base = sides[FLOAT]["loss"]
+    return f"{base:.4f} itself" if name == FLOAT else f"{sides[name]['loss'] - base:+.4f}"
+
+
+def notes(result: Result) -> Iterator[str]:
+    yield result["machine"]
+    yield from result["versions"]
+    yield f"text: {result['text']}" + (f"; calibrated by {result['calibration']}" if result["calibration"] else "")
+    yield from (f"not measured: `--{flag}` was not given" for flag in result["not_given"])
+    yield f"a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements"
+
+
+def plot(results: Mapping[str, Result], path: Path) -> None:
+    """Loss above float32's against MiB, tokens a second as a bubble's area; the line joins those that none beats in
+    both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6 * len(results)), layout="constrained")
+    for axes, (name, result) in zip(np.atleast_1d(figure.subplots(len(results))), results.items(), strict=True):
+        base = result["sides"][FLOAT]
+        sides = {each: side for each, side in result["sides"].items() if each != FLOAT}
+        size = [side["bytes"] / MIB for side in sides.values()]
+        loss = [side["loss"] - base["loss"] for side in sides.values()]
+        speed = [float(np.median(side["rounds"][FRONTIER.speed])) for side in sides.values()]
+        line = ahead([-each for each in size], loss)
+        axes.plot([size[i] for i in line], [loss[i] for i in line], color="lightgray", zorder=0)
+        for i, each in enumerate(sides):
+            color = "C0" if each in ASKED else "C2" if each in FITTED else "C1"
+            label = f"{i + 1}  {each}: {speed[i]:.3g} tokens/s"
+            axes.scatter(size[i], loss[i], 500 * speed[i] / max(speed), color, alpha=0.4, label=label)
+            axes.annotate(str(i + 1), (size[i], loss[i]), ha="center", va="center", fontsize="small")
+        about = f"float32: {base['bytes'] / MIB:.0f} MiB, {np.median(base['rounds'][FRONTIER.speed]):.3g} tokens/s"
+        axes.set(title=f"{name} ({about})", xlabel="MiB", ylabel=f"{FRONTIER.loss}, above float32's")
+        axes.set_yscale("symlog", linthresh=FRONTIER.linear)
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        keys = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
+        for key in keys.legend_handles:
+            key.set_sizes([40])
+    figure.savefig(path, dpi=120)
