@@ -37,8 +37,8 @@ ENCODER = Defaults(-1, 32)  # many rows meet the weights: integer products of wh
 #   groups of 32 0.0032  149
 # 4 bits, auto: 0.264 and 97 MiB in groups of 32, 0.277 and 88 in groups of 64.
 # Zero points are integers for every target: float ones lower the error of the weights and raise that of the model, as 0
-# is no code then. 4 bits, auto, off every grid, KL and MiB: 0.285 and 89 against 0.473 and 94 in groups of 32, 0.346 and
-# 84 against 0.870 and 87 in groups of 64. 8 bits: no difference. One token on a CPU takes a quarter longer.
+# is no code then. 4 bits, auto, weights off every grid, KL and MiB: 0.285 and 89 against 0.473 and 94 in groups of 32,
+# 0.346 and 84 against 0.870 and 87 in groups of 64. 8 bits: no difference. A token on a CPU takes a quarter longer.
 CAUSAL: dict[Preset, Defaults] = {
     "auto": Defaults(64, 32, "activations", "int8", "int8"),
     "fast": Defaults(64, 32, "activations", "int8", "int8"),
