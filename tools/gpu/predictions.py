@@ -111,7 +111,8 @@ class Card:
 
 GPUS = {
     "T4": Card(75, 40, 1500, 0.26e6, 4), "A100": Card(80, 108, 1410, 1.75e6, 2), "3090": Card(86, 82, 1700, 0.85e6, 8),
-    "4090": Card(89, 128, 2500, 0.92e6, 8), "H200": Card(90, 132, 1780, 4.66e6, 1.6), "B200": Card(100, 148, 1850, 7e6, 2),
+    "4090": Card(89, 128, 2500, 0.92e6, 8), "H200": Card(90, 132, 1780, 4.66e6, 1.6),
+    "B200": Card(100, 148, 1850, 7e6, 2),
     "5090": Card(120, 170, 2400, 1.6e6, 8),
 }  # fmt: skip
 # Fitted to an H200's 80 times of int4 g128 and int8 of benchmarks/gpu/h200.json: cycles of a multiprocessor to issue
