@@ -67,8 +67,9 @@ def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[
 def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> gs.Graph:
     """The canonical graph `graph` with a cache of integers; UserError names the first that stays float."""
     assert model.llm is not None
-    steps = {name: scale_of(most) for name, most in bounds(graph, model).items()}
-    each: Pass = QuantizeCache(steps) if kind == "int8" else QuantizeCacheByToken(steps)
+    each: Pass = QuantizeCacheByToken()
+    if kind == "int8":
+        each = QuantizeCache({name: scale_of(most) for name, most in bounds(graph, model).items()})
     run(graph, [each], log)
     left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]
     if left:

@@ -19,6 +19,7 @@ from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 
 PAST, PRESENT = "past_key_values.", "present."
+GROUP = 32  # channels of a token that share four-bit codes' scale
 INT8, UINT8, FLOAT32 = (np.dtype(each) for each in (np.int8, np.uint8, np.float32))
 
 
@@ -57,20 +58,18 @@ class QuantizeCache(Rewrite[gs.Node]):
         attend(present, values, new.shape[3])
 
 
-@dataclass(frozen=True)
 class QuantizeCacheByToken(Rewrite[gs.Node]):
-    """present = Concat(past, new) -> codes of four bits, a scale and a zero point for each token and head.
+    """present = Concat(past, new) -> codes of four bits, scales and zero points of each token and head.
 
-    What is quantized is x = new / reach: the channels of a key differ by more than four bits can tell apart, and by the
-    same in every token. By InstantQuant's formula: low = min(min(x), 0), high = max(max(x), 0) over D,
-    scale = (high - low) / 15, 1 where that is 0, zero = round(-low / scale), code = clamp(round(x / scale) + zero).
-    Two neighbours share a byte, the first one's bits lowest: codes uint8 [B, H, T, D / 2]; `i.key_scale` float32 and
-    `i.key_zero` uint8 [B, H, T, 1] are caches beside them. Attention reads (code - zero) * scale * reach.
+    What is quantized is x = new @ R, R a Hadamard matrix, or several beside one another: it spreads what a few channels
+    hold over all (QuaRot, Ashkboos et al., 2024). R is orthogonal, so queries that are multiplied by it, too, give the
+    same scores, and outputs of attention are multiplied by its transpose.
 
-    reach   `i.key` and `i.value` -> float32 [H, D], about the largest of each channel
+    By InstantQuant's formula, over groups of GROUP channels: low = min(min(x), 0), high = max(max(x), 0),
+    scale = (high - low) / 15 as float16, 1 where that is 0, zero = clamp(round(-low / scale)),
+    code = clamp(round(x / scale) + zero). Two neighbours share a byte, the first one's bits lowest: codes uint8
+    [B, H, T, D / 2]; `i.key_scale` float16 and `i.key_zero` uint8 [B, H, T, D / GROUP] are caches beside them.
     """
-
-    reach: Mapping[str, Array] = field(repr=False)
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if (reason := unlike_cache(node)) is None:
@@ -78,32 +77,72 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
         size = node.inputs[0].shape[3]
         if not reason and (not isinstance(size, int) or size % 2):
             reason = f"head size {size} is odd, and two codes share a byte"
+        if not reason and any(
+            reader.inputs[0].shape is None or len(reader.inputs[0].shape) != 4 for reader in node.outputs[0].outputs
+        ):
+            reason = "queries are not [B, H, S, D]"
         return Reject(reason) if reason else node
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         past, new = match.inputs
-        name = past.name.removeprefix(PAST)
-        size, nodes = past.shape[3], Prefixed(graph, f"cache/{name}")
-        reach = nodes.const("reach", self.reach[name][None, :, None], FLOAT32)
-        x = nodes("Div", [new, reach], "evened")
-        axis, none = nodes.const("axis", [3], np.int64), nodes.const("none", 0, FLOAT32)
+        size, nodes = past.shape[3], Prefixed(graph, f"cache/{past.name.removeprefix(PAST)}")
+        group = GROUP if size % GROUP == 0 else size
+        axis, none = nodes.const("axis", [4], np.int64), nodes.const("none", 0, FLOAT32)
         top, one = nodes.const("top", 15, FLOAT32), nodes.const("one", 1, FLOAT32)
+        turn = nodes.const("rotation", rotation(size), FLOAT32)
+        in_groups = nodes.const("in_groups", [0, 0, 0, size // group, group], np.int64)
+        x = nodes("Reshape", [nodes("MatMul", [new, turn], "rotated"), in_groups], "groups")
         low = nodes("Min", [nodes("ReduceMin", [x, axis], "lowest"), none], "low")
         high = nodes("Max", [nodes("ReduceMax", [x, axis], "highest"), none], "high")
         step = nodes("Div", [nodes("Sub", [high, low], "range"), top], "step")
-        scale = nodes("Where", [nodes("Equal", [step, none], "zeros"), one, step], "scale")
-        zero = nodes("Round", [nodes("Div", [nodes("Neg", [low], "below"), scale], "unrounded")], "zero")
+        half = nodes("Cast", [step], "step/half", to=onnx.TensorProto.FLOAT16)
+        wide = nodes("Cast", [half], "step/wide", to=onnx.TensorProto.FLOAT)
+        scale = nodes("Where", [nodes("Equal", [wide, none], "zeros"), one, wide], "scale")
+        below = nodes("Round", [nodes("Div", [nodes("Neg", [low], "below"), scale], "unrounded")], "rounded_zero")
+        zero = nodes("Clip", [below, none, top], "zero")
         steps = nodes("Round", [nodes("Div", [x, scale], "steps")], "rounded")
         codes = nodes("Clip", [nodes("Add", [steps, zero], "shifted"), none, top], "codes")
-        small = nodes("Cast", [zero], "zero/byte", to=onnx.TensorProto.UINT8)
-        zeros = nodes("Cast", [aside(graph, match, small, "zero", UINT8)], "zero/float", to=onnx.TensorProto.FLOAT)
-        scales = aside(graph, match, scale, "scale", FLOAT32)
         packed = pack(nodes, codes, size)
         packed.dtype, packed.shape = UINT8, [*new.shape[:3], size // 2]
+        beside = {}
+        for what, value, kind in (("scale", scale, np.float16), ("zero", zero, np.uint8)):
+            flat = nodes("Squeeze", [value, axis], f"{what}/flat")
+            cast = nodes("Cast", [flat], f"{what}/small", to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
+            kept = aside(graph, match, cast, what, np.dtype(kind), size // group)
+            beside[what] = nodes(
+                "Unsqueeze", [nodes("Cast", [kept], f"{what}/float", to=onnx.TensorProto.FLOAT), axis], f"{what}/each"
+            )
         present = grow(match, packed)
-        centered = nodes("Sub", [unpack(nodes, present, size), zeros], "centered")
-        evened = nodes("Mul", [centered, scales], "evened_values")
-        attend(present, nodes("Mul", [evened, reach], "values"), size)
+        for reader in [node for node in present.outputs if node.op == "Attention"]:
+            turned(graph, reader, is_key=reader.inputs[1] is present, by=turn)
+        every = nodes.const("every_group", [0, 0, -1, size // group, group], np.int64)
+        grouped = nodes("Reshape", [unpack(nodes, present, size), every], "codes/groups")
+        centered = nodes("Sub", [grouped, beside["zero"]], "centered")
+        values = nodes("Mul", [centered, beside["scale"]], "values/groups")
+        attend(
+            present, nodes("Reshape", [values, nodes.const("whole_heads", [0, 0, -1, size], np.int64)], "values"), size
+        )
+
+
+def rotation(size: int) -> Array:
+    """An orthogonal matrix [size, size]: Hadamard's of the largest power of two that divides it, along the diagonal."""
+    hadamard: Array = np.ones((1, 1))
+    while size % (2 * len(hadamard)) == 0:
+        hadamard = np.kron([[1, 1], [1, -1]], hadamard)
+    return np.kron(np.eye(size // len(hadamard)), hadamard / np.sqrt(len(hadamard))).astype(FLOAT32)
+
+
+def turned(graph: gs.Graph, attention: gs.Node, *, is_key: bool, by: gs.Constant) -> None:
+    """Attention whose keys, or values, are multiplied by the orthogonal `by`: it gives what it gave."""
+    nodes = Prefixed(graph, f"{attention.name}/rotated")
+    if is_key:
+        attention.inputs[0] = nodes("MatMul", [attention.inputs[0], by], "queries")
+        return
+    back = nodes.const("back", by.values.T, FLOAT32)
+    out = attention.outputs[0]
+    inside = gs.Variable(f"{nodes.prefix}/outputs", out.dtype, out.shape)
+    attention.outputs[0] = inside
+    add(graph, "MatMul", [inside, back], out)
 
 
 def unlike_cache(node: gs.Node) -> str | None:
@@ -126,11 +165,11 @@ def grow(concat: gs.Node, codes: gs.Tensor) -> gs.Tensor:
     return present
 
 
-def aside(graph: gs.Graph, concat: gs.Node, value: gs.Tensor, what: str, dtype: np.dtype[Any]) -> gs.Tensor:
-    """A cache of what each token has beside its codes: [B, H, P, 1] grows by `value` [B, H, S, 1]."""
+def aside(graph: gs.Graph, concat: gs.Node, value: gs.Tensor, what: str, dtype: np.dtype[Any], count: int) -> gs.Tensor:
+    """A cache of what each token has beside its codes: [B, H, P, count] grows by `value` [B, H, S, count]."""
     past, present = concat.inputs[0], concat.outputs[0]
-    before = gs.Variable(f"{past.name}_{what}", dtype, [*past.shape[:3], 1])
-    after = gs.Variable(f"{present.name}_{what}", dtype, [*present.shape[:3], 1])
+    before = gs.Variable(f"{past.name}_{what}", dtype, [*past.shape[:3], count])
+    after = gs.Variable(f"{present.name}_{what}", dtype, [*present.shape[:3], count])
     graph.inputs.append(before)
     graph.outputs.append(after)
     return add(graph, "Concat", [before, value], after, axis=2)

@@ -26,7 +26,7 @@ from .saturation import refuse_saturation
 
 Array = npt.NDArray[Any]
 PAST = "past_key_values."
-TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 SPIN_US = 100  # docs/facts.md, "Spinning"
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
