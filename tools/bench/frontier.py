@@ -84,7 +84,7 @@ behind them their ratio to 8 bits within a round, with quartiles.
 
 [Quantization](../quantization.md) says what the options are, [CPU beside its peers](cpu.md) has the memory, long
 prompts, batches and encoders. `{FLOAT_ZEROS.name}` lies in `examples`. llama.cpp's files are made of the same
-weights, its cache is float16. In the plot a bubble's area is the speed; ours are blue, and green where a text was given.
+weights, its cache is float16. In the plot a bubble's area is the speed; ours are blue, or green where a text was given.
 No other file is both smaller and better than one on the line."""
 
 
