@@ -344,7 +344,7 @@ class DecoderMeasures:
             if not kept.exists():
                 np.save(kept, q.astype(np.float32))
             p = np.load(kept)
-            kls.append((np.exp(p) * (p - q)).sum(-1))
+            kls.append(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))  # a rounding below zero is zero
         return [float(np.concatenate(each).mean()) for each in (losses, kls)]
 
     def peak(self) -> float:
