@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -24,6 +25,8 @@ from instantrt.passes.qdq.quantize_cache import PAST, PRESENT, QuantizeCache, Qu
 INTEGERS = ("int8", "uint4")
 ROWS, TOKENS = 4, 128  # of what the range is measured on
 MARGIN = 2  # over what these reach: what saturates costs more than coarser steps (docs/facts.md, "Caches of integers")
+
+LEAST = 2.0**-20
 
 
 def check_cache_type(request: Request, model: FloatModel, types: Mapping[str, np.dtype[Any]]) -> None:
@@ -64,10 +67,8 @@ def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[
 def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> gs.Graph:
     """The canonical graph `graph` with a cache of integers; UserError names the first that stays float."""
     assert model.llm is not None
-    each: Pass = QuantizeCacheByToken()
-    if kind == "int8":
-        scales = {name: (MARGIN * most / 127).astype(FLOAT32) for name, most in bounds(graph, model).items()}
-        each = QuantizeCache(scales)
+    steps = {name: scale_of(most) for name, most in bounds(graph, model).items()}
+    each: Pass = QuantizeCache(steps) if kind == "int8" else QuantizeCacheByToken(steps)
     run(graph, [each], log)
     left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]
     if left:
@@ -80,6 +81,12 @@ def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> g
             fix="leave --kv-cache-type out",
         )
     return graph
+
+
+def scale_of(most: Array) -> Array:
+    """One step of a channel that reaches `most`, in 8 bits and no less than float16 has: exact in every engine, and the
+    same on machines whose sums differ in their last bits."""
+    return np.maximum(MARGIN * most / 127, LEAST).astype(ml_dtypes.bfloat16).astype(FLOAT32)
 
 
 def bounds(graph: gs.Graph, model: FloatModel) -> dict[str, Array]:

@@ -181,7 +181,7 @@ class Plugins:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """What quantization may cost, in accuracy and in bytes: formats are chosen layer by layer."""
+    """What quantization may cost: worst layers get finer formats until it does not cost more."""
 
     max_kl: float | None = option(
         None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, rule=ABOVE_ZERO
@@ -189,13 +189,19 @@ class Accuracy:
     max_ppl_increase: float | None = option(
         None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
     )
+    text: Path | None = option(None, "text in UTF-8 to measure on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What quantized weights may take: the finer formats go to the layers where they count."""
+
     max_size: float | None = option(
         None, "bound on the artifact's weights, in MiB: worst layers get the finer formats", QUANTIZED, rule=ABOVE_ZERO
     )
     bits_per_weight: float | None = option(
         None, "bound on the mean of quantized weights, scales and zero points included", QUANTIZED, rule=ABOVE_ZERO
     )
-    text: Path | None = option(None, "text in UTF-8 to measure on")
 
 
 @dataclass(frozen=True, kw_only=True)

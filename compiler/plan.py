@@ -159,7 +159,7 @@ def make_twin(
         folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
         return layout(lower_one(pipeline.quantize(folded, chosen, PassLog(), tables=tables), PassLog()))[1]
 
-    decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
+    decisions, raised = choose_formats(graph, model, decisions, formats, heads, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)
     decisions = fit_codes(floating, model, decisions, formats, heads, request, say)
     with uncollected():

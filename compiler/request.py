@@ -24,6 +24,7 @@ from instantrt.compiler.options import (
     Looking,
     Plugins,
     Quantization,
+    Size,
     options_of,
     settle,
     types_of,
@@ -40,7 +41,17 @@ LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 
 @dataclass(frozen=True)  # the last base comes first: manifests record the options in this order
 class Request(
-    Looking, Checking, Accuracy, Plugins, EngineOptions, LanguageModel, Engines, Checkpoint, CpuArtifacts, Quantization
+    Looking,
+    Checking,
+    Size,
+    Accuracy,
+    Plugins,
+    EngineOptions,
+    LanguageModel,
+    Engines,
+    Checkpoint,
+    CpuArtifacts,
+    Quantization,
 ):
     """Compile `model` for `targets` into `out`, with the options of every group (compiler/options.py).
 

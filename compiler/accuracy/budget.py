@@ -10,7 +10,7 @@ trial a measurement of the whole quantized model. The same input gives the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.quant import Quantizer, QuantTensor, dequantize
+from instantrt.passes.core.quant import UINT8, Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.plugins.weight_only_gemm.semantics import quantize_rows
@@ -103,6 +103,7 @@ class Room:
 
     size_of   decisions -> bytes, of what `limit` bounds
     groups    the sizes that the target's operators have
+    heads     paths that start from their own format: a table of embeddings may share it
     where     the option and its value, and
     unit      what that counts, in bytes, and its name: for errors
     """
@@ -110,6 +111,7 @@ class Room:
     limit: int
     size_of: Callable[[Decisions], int]
     groups: Groups
+    heads: Set[str]
     where: str
     unit: tuple[float, str]
 
@@ -161,7 +163,7 @@ def search(
     check(model, decisions, data, budget)
     assert model.llm is not None
     groups = room.groups if room is not None else EVERY_GROUP
-    start = coarsest(decisions, groups) if room is not None else {}
+    start = coarsest(decisions, room) if room is not None else {}
     decisions = override(decisions, start)
     free = room.left(decisions) if room is not None else 0
     measure = Trial(graph, list(first_batches(data, model.llm).each(model.llm)))
@@ -210,12 +212,12 @@ def within_budget(
 
 
 def room_for(
-    request: Request, decisions: Decisions, groups: Groups, size_of: Callable[[Decisions], int]
+    request: Request, decisions: Decisions, groups: Groups, heads: Set[str], size_of: Callable[[Decisions], int]
 ) -> Room | None:
     """What the request leaves to the artifact, whose weights are `size_of`, or to what is quantized; None: all."""
     if request.max_size is not None:
         where = f"max_size {request.max_size:g}"
-        return Room(int(request.max_size * 2**20), size_of, groups, where, (2**20, "MiB"))
+        return Room(int(request.max_size * 2**20), size_of, groups, heads, where, (2**20, "MiB"))
     if request.bits_per_weight is None:
         return None
     quants = {path: q for path, q in decisions.items() if isinstance(q, QuantTensor)}
@@ -228,7 +230,7 @@ def room_for(
         )
 
     where = f"bits_per_weight {request.bits_per_weight:g}"
-    return Room(int(request.bits_per_weight * bit), stored, groups, where, (bit, "bits a weight"))
+    return Room(int(request.bits_per_weight * bit), stored, groups, heads, where, (bit, "bits a weight"))
 
 
 def float_bytes(quant: QuantTensor) -> int:
@@ -237,10 +239,10 @@ def float_bytes(quant: QuantTensor) -> int:
     return math.prod(quant.shape) * int(stored.itemsize)
 
 
-def coarsest(decisions: Decisions, groups: Groups) -> dict[str, str]:
+def coarsest(decisions: Decisions, room: Room) -> dict[str, str]:
     """Layer -> the first rung of its ladder."""
-    quants = [q for q in decisions.values() if isinstance(q, QuantTensor)]
-    return {q.name: str(ladder(q, groups, coarser=True)[0][0]) for q in quants}
+    quants = [q for path, q in decisions.items() if isinstance(q, QuantTensor) and path not in room.heads]
+    return {q.name: str(ladder(q, room.groups, coarser=True)[0][0]) for q in quants}
 
 
 def check(model: FloatModel, decisions: Decisions, data: Data, budget: Budget) -> None:
@@ -383,6 +385,7 @@ def reformat(quant: QuantTensor, form: Format) -> QuantTensor:
     expect(quant.shape[1] % group == 0, str(form), what, f"a divisor of {quant.shape[1]}", quant.name)
     symmetric = form.activations == "int8"
     sizes: dict[str, Any] = {"bits": form.bits, "group_size": group, "symmetric": symmetric}
+    sizes["zero_dtype"] = UINT8 if symmetric else quant.zero_dtype
     source = replace(quant.source, **sizes)
     return replace(quant, source=source, activations="int8" if symmetric else "float", **sizes)
 

@@ -79,6 +79,8 @@ def imported(model: onnx.ModelProto, weights: Mapping[str, View]) -> gs.Graph:
     for name, tensor in tensors(graph).items():
         if name in weights:
             tensor.values = weights[name]
+        elif isinstance(tensor, gs.Constant) and tensor.dtype == onnx.TensorProto.BFLOAT16:  # its values have a type
+            tensor.values = tensor.values
     return graph
 
 

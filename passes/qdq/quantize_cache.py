@@ -61,11 +61,16 @@ class QuantizeCache(Rewrite[gs.Node]):
 class QuantizeCacheByToken(Rewrite[gs.Node]):
     """present = Concat(past, new) -> codes of four bits, a scale and a zero point for each token and head.
 
-    By InstantQuant's formula: low = min(min(new), 0), high = max(max(new), 0) over D, scale = (high - low) / 15, 1
-    where that is 0, zero = round(-low / scale), code = clamp(round(new / scale) + zero). Two neighbours share a
-    byte, the first one's bits lowest: codes uint8 [B, H, T, D / 2]; `i.key_scale` float32 and `i.key_zero` uint8
-    [B, H, T, 1] are caches beside them.
+    What is quantized is x = new / reach: the channels of a key differ by more than four bits can tell apart, and by the
+    same in every token. By InstantQuant's formula: low = min(min(x), 0), high = max(max(x), 0) over D,
+    scale = (high - low) / 15, 1 where that is 0, zero = round(-low / scale), code = clamp(round(x / scale) + zero).
+    Two neighbours share a byte, the first one's bits lowest: codes uint8 [B, H, T, D / 2]; `i.key_scale` float32 and
+    `i.key_zero` uint8 [B, H, T, 1] are caches beside them. Attention reads (code - zero) * scale * reach.
+
+    reach   `i.key` and `i.value` -> float32 [H, D], about the largest of each channel
     """
+
+    reach: Mapping[str, Array] = field(repr=False)
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if (reason := unlike_cache(node)) is None:
@@ -77,15 +82,18 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         past, new = match.inputs
-        size, nodes = past.shape[3], Prefixed(graph, f"cache/{past.name.removeprefix(PAST)}")
+        name = past.name.removeprefix(PAST)
+        size, nodes = past.shape[3], Prefixed(graph, f"cache/{name}")
+        reach = nodes.const("reach", self.reach[name][None, :, None], FLOAT32)
+        x = nodes("Div", [new, reach], "evened")
         axis, none = nodes.const("axis", [3], np.int64), nodes.const("none", 0, FLOAT32)
         top, one = nodes.const("top", 15, FLOAT32), nodes.const("one", 1, FLOAT32)
-        low = nodes("Min", [nodes("ReduceMin", [new, axis], "lowest"), none], "low")
-        high = nodes("Max", [nodes("ReduceMax", [new, axis], "highest"), none], "high")
+        low = nodes("Min", [nodes("ReduceMin", [x, axis], "lowest"), none], "low")
+        high = nodes("Max", [nodes("ReduceMax", [x, axis], "highest"), none], "high")
         step = nodes("Div", [nodes("Sub", [high, low], "range"), top], "step")
         scale = nodes("Where", [nodes("Equal", [step, none], "zeros"), one, step], "scale")
         zero = nodes("Round", [nodes("Div", [nodes("Neg", [low], "below"), scale], "unrounded")], "zero")
-        steps = nodes("Round", [nodes("Div", [new, scale], "steps")], "rounded")
+        steps = nodes("Round", [nodes("Div", [x, scale], "steps")], "rounded")
         codes = nodes("Clip", [nodes("Add", [steps, zero], "shifted"), none, top], "codes")
         small = nodes("Cast", [zero], "zero/byte", to=onnx.TensorProto.UINT8)
         zeros = nodes("Cast", [aside(graph, match, small, "zero", UINT8)], "zero/float", to=onnx.TensorProto.FLOAT)
@@ -94,7 +102,8 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
         packed.dtype, packed.shape = UINT8, [*new.shape[:3], size // 2]
         present = grow(match, packed)
         centered = nodes("Sub", [unpack(nodes, present, size), zeros], "centered")
-        attend(present, nodes("Mul", [centered, scales], "values"), size)
+        evened = nodes("Mul", [centered, scales], "evened_values")
+        attend(present, nodes("Mul", [evened, reach], "values"), size)
 
 
 def unlike_cache(node: gs.Node) -> str | None:

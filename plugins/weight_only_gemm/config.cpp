@@ -63,11 +63,9 @@ int64_t read_duration(wog_problem const& p, int64_t issue, int splits) {
 // Of the other rows cycles.
 int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
     if (!for_hopper(row)) {
-        int const resident = stream_resident(row, p, splits), tiles = ceil_div(p.n, row.block_n());
-        int const places = std::max(1, p.sm_count * resident / splits);
-        int const beside = std::min(resident, ceil_div(int64_t(tiles) * splits, p.sm_count));  // blocks at work
-        int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * beside;
-        return read_duration(p, ceil_div(tiles, places) * (steps * row.pace[p.bits == 8] + 1000), splits);
+        int const tiles = ceil_div(p.n, row.block_n()) * splits;  // neighbours in n are on different multiprocessors
+        int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips;
+        return read_duration(p, ceil_div(tiles, p.sm_count) * (steps * row.pace[p.bits == 8] + 1000), splits);
     }
     int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
     int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * row.resident;
@@ -95,6 +93,8 @@ struct Tiling {
     int64_t cycles;
 };
 
+constexpr int kLatency = 2000;  // cycles of the fastest clock, of memory under load: assumed, 0.8 us
+
 // The least time, in cycles: waves of blocks, each of them its steps at the pace of the tensor cores or of what comes in,
 // then its sums.
 Tiling choose_tiling(wog_problem const& p, Row const& row) {
@@ -111,7 +111,8 @@ Tiling choose_tiling(wog_problem const& p, Row const& row) {
             int const places = std::max(1, (in_cluster(row, p) ? usable(p, splits) : p.sm_count) / splits);
             int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
-            int64_t const step = std::max(products * pace.product / 10 + 100, hopper ? bytes * 10 / pace.bytes : 0);
+            int const arrive = hopper ? bytes * 10 / pace.bytes : kLatency / (row.stages[p.bits == 8] - 1);
+            int64_t const step = std::max(products * pace.product / 10 + 100, arrive);
             int64_t const end = splits > 1 && hopper ? 2500 + p.m * warps_n * row.strips * 4 : 1000;
             int64_t const blocks = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
             int64_t const time = hopper ? blocks : read_duration(p, blocks, splits);

@@ -25,7 +25,11 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits, profiles
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import open_engine
 
-TYPES = {"tensor(int64)": ("INT64", np.int64), "tensor(float)": ("FLOAT", np.float32)}
+TYPES = {
+    "tensor(int64)": ("INT64", np.int64),
+    "tensor(float)": ("FLOAT", np.float32),
+    "tensor(int8)": ("INT8", np.int8),
+}
 ALIGNMENT = 256
 PLAN = b"ftrt" + bytes([0] * 20) + bytes([10, 13, 0, 35]) + b"an engine"
 OUT_OF_MEMORY = 2

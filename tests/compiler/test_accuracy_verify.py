@@ -266,7 +266,7 @@ def test_a_bound_on_size_is_filled_with_what_counts(compiled: Compiled) -> None:
         return sum(quantized_bytes(q) if isinstance(q, QuantTensor) else 1 << 20 for q in chosen.values())
 
     def spend(limit: int, budget: Budget) -> Raised:
-        room = Room(limit, size_of, EVERY_GROUP, "max_size", (2**20, "MiB"))
+        room = Room(limit, size_of, EVERY_GROUP, frozenset(), "max_size", (2**20, "MiB"))
         return search(model.graph, model, decisions, data, budget, lambda text: None, room)
 
     limit = size_of(decisions) * 3 // 2

@@ -115,9 +115,10 @@ def test_tables_keep_their_sixteen_bits(tmp_path: Path) -> None:
 
 
 def places(file: Path, op: str) -> list[tuple[str, ...]]:
-    """(offset, length) in the data file of the last node's constants, by the order of its inputs."""
+    """(offset, length) in the data file of the last node's constants, by the order of its inputs, widened ones too."""
     graph = onnx.load(file, load_external_data=False).graph
     held = {t.name: tuple(e.value for e in t.external_data[1:]) for t in graph.initializer}
+    held |= {n.output[0]: held[n.input[0]] for n in graph.node if n.op_type == "Cast" and n.input[0] in held}
     return [held[name] for name in [n for n in graph.node if n.op_type == op][-1].input if name in held]
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from instantrt.compiler.cache_type import bound, check_cache_type, check_target, with_cache
+from instantrt.compiler.cache_type import bound, check_cache_type, check_target, scale_of, with_cache
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
@@ -41,6 +41,14 @@ def test_a_bound_holds_wherever_the_pair_is_turned(pairs: tuple[Array, Array]) -
     found = bound(start, [pairs])
     np.testing.assert_allclose(np.abs(turned).max(axis=(0, 2)), found, rtol=1e-4)
     np.testing.assert_array_equal(bound(np.zeros((1, 1, 2, 2)), []), 1)
+
+
+def test_scales_are_exact_in_every_compute_type() -> None:
+    scale = scale_of(np.geomspace(1e-9, 1e4, 99).astype(np.float32))
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        np.testing.assert_array_equal(scale[scale > 1e-4].astype(dtype).astype(np.float32), scale[scale > 1e-4])
+        assert (scale.astype(dtype) > 0).all()
+    np.testing.assert_allclose(scale[-1], 2 * 1e4 / 127, rtol=2**-8)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from instantrt.compiler.decide import asked_config
 from instantrt.compiler.defaults import Formats, settle
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.linear import Linear
@@ -38,3 +40,12 @@ def test_what_is_left_open(width: int, fields: dict[str, Any], group: int, head:
     assert found.config is not None
     assert (found.config.group_size, found.head and found.head.group_size, found.embeddings) == (group, head, tables)
     assert bool(found.notes) is (width in (96, 36))
+
+
+@pytest.mark.slow
+def test_targets_of_one_type_of_scale_keep_their_own_formats(tmp_path: Path) -> None:
+    """bfloat16 is that of CPUs, and of a bfloat16 checkpoint's engines."""
+    fields: dict[str, Any] = {"lm_head": "float", "embeddings": "stored", "builder": "kit"}
+    planned = plan(Request(Path("examples/tiny-qwen2"), ("sm89", "x86"), tmp_path, quant="a16w8", **fields))
+    forms = {target: {str(q) for q in twin.quantized.values()} for target, twin in planned.twins.items()}
+    assert forms == {"sm89": {"A16W8 per-channel asymmetric"}, "x86": {"A16W8 group 64 asymmetric"}}

@@ -98,6 +98,15 @@ def test_the_manifest_describes_the_engine(out: Path) -> None:
     assert shapes["past_key_values.0.key"] == shapes["present.0.key"] == ("batch", 2, 256, 64)
 
 
+@pytest.mark.skipif(not NO_GPU, reason="the builder for sm89 is TensorRT-RTX where there is no GPU")
+def test_an_engine_keeps_its_cache_in_int8(tmp_path: Path) -> None:
+    """Built by the real builder; the smoke run holds the graph that it was built from against the twin."""
+    request = Request(TINY, ("sm89",), tmp_path / "out", max_length=64, kv_cache_type="int8")
+    (artifact,) = compile_model(request)
+    assert artifact.kind == "engine"
+    assert {t.dtype for t in (*artifact.inputs[3:], *artifact.outputs[1:])} == {"int8"}
+
+
 def test_rows_of_a_cache_in_place_end_where_their_mask_ends(out: Path) -> None:
     """The kit holds the graph that the engine was built from: TensorRT takes positions that come from the mask."""
     graph = onnx.load(out / "sm90" / "model.onnx", load_external_data=False).graph

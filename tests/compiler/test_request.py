@@ -45,6 +45,8 @@ def test_the_examples_of_the_spec_are_taken() -> None:
         ({"weight_format": "uint4", "compute_method": "activate_quant"}, "activate_quant takes int8"),
         ({"weight_format": "int8", "compute_method": "activate_quant", "group_size": 32}, "per channel only"),
         ({"weight_format": "int8", "ignore": "lm_head"}, "a list of module patterns"),
+        ({"weight_format": "uint4", "zero_point": "rounded"}, "integer or float"),
+        ({"weight_format": "int8", "zero_point": "float", "compute_method": "activate_quant"}, "the plain formula's"),
     ],
 )
 def test_what_does_not_fit_is_said(raw: dict[str, Any], says: str) -> None:

@@ -127,7 +127,7 @@ def test_the_quota_of_the_group_and_of_those_above_it(tmp_path: Path, limits: di
 def test_a_cache_takes_memory_as_it_is_written() -> None:
     """The first token of each of 64 rows takes a page, not the 2 MiB that NumPy would have the system give."""
     before = resident()
-    cache = zeros((64, 1 << 19))
+    cache = zeros((64, 1 << 19), np.float32)
     cache[:, 0] = 1
     assert resident() - before < 8 << 20
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from instantrt.compiler.cache_type import with_cache
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.runtime import cuda, tensorrt_engine
 from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
@@ -97,6 +98,15 @@ def test_rows_with_caches_that_grow(concat: Plan, expected: Array) -> None:
     decoded = [shapes for profile, shapes in subject.behind.ran if profile == DECODE]
     assert {shapes["input_ids"] for shapes in decoded} == {(1, 1)}
     assert all(shapes[f"{PAST}0.key"][2] >= 1 for shapes in decoded)
+
+
+def test_rows_with_caches_of_int8(tiny_float: FloatModel, tmp_path: Path) -> None:
+    plan = Plan(with_cache(tiny_float.graph.copy(), "int8", tiny_float, PassLog()), tmp_path)
+    subject = plan.open()
+    want = rows_that_come_and_go(ConcatEngine(plan.onnx, ROWS, LENGTH))
+    np.testing.assert_array_equal(np.array(rows_that_come_and_go(subject.engine)), np.array(want))
+    sizes = {len(block) for block in subject.device.driver.blocks.values()}
+    assert LENGTH * 2 * 64 in sizes, "a byte for each number of a row's cache"
 
 
 @pytest.mark.parametrize(

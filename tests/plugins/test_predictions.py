@@ -33,7 +33,7 @@ def test_the_model_agrees_with_an_h200(emulated: dict[int, Emulated]) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", predictions.GPUS)
+@pytest.mark.parametrize("name", [name for name in predictions.GPUS if name != "B200"])  # which has rings of the small
 def test_enough_bytes_are_on_their_way(emulated: dict[int, Emulated], name: str, bits: int) -> None:
     for layer in QUICK:
         for m in (1, 8, 16, 32, 64):

@@ -23,6 +23,7 @@ PANELS: dict[type, str] = {
     groups.EngineOptions: "Engines",
     groups.Plugins: "Engines",
     groups.Accuracy: ACCURACY,
+    groups.Size: "Size: layers get finer formats as long as there is room",
     groups.Checking: CHECKING,
     groups.Looking: LOOKING,
 }

@@ -97,7 +97,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class Card:
     """Multiprocessors, their clock under load, bytes a us that memory gives, and cycles of a multiprocessor for a
     product of 16 x 8 x 16 in fp16 with fp32 sums: four tensor cores. Of data sheets, but for the H200 (measured).
     """
@@ -110,9 +110,9 @@ class Gpu:
 
 
 GPUS = {
-    "T4": Gpu(75, 40, 1500, 0.26e6, 4), "A100": Gpu(80, 108, 1410, 1.75e6, 2), "3090": Gpu(86, 82, 1700, 0.85e6, 8),
-    "4090": Gpu(89, 128, 2500, 0.92e6, 8), "H200": Gpu(90, 132, 1780, 4.66e6, 1.6), "B200": Gpu(100, 148, 1850, 7e6, 2),
-    "5090": Gpu(120, 170, 2400, 1.6e6, 8),
+    "T4": Card(75, 40, 1500, 0.26e6, 4), "A100": Card(80, 108, 1410, 1.75e6, 2), "3090": Card(86, 82, 1700, 0.85e6, 8),
+    "4090": Card(89, 128, 2500, 0.92e6, 8), "H200": Card(90, 132, 1780, 4.66e6, 1.6), "B200": Card(100, 148, 1850, 7e6, 2),
+    "5090": Card(120, 170, 2400, 1.6e6, 8),
 }  # fmt: skip
 # Fitted to an H200's 80 times of int4 g128 and int8 of benchmarks/gpu/h200.json: cycles of a multiprocessor to issue
 # what comes with a product, by the columns of 8 m of a block; microseconds of a kernel that has nothing to do, of sums
@@ -131,10 +131,10 @@ class Estimate:
     limit: str  # MEMORY .. NODES
 
 
-def estimate(plan: LaunchPlan, gpu: Gpu, n: int, k: int, m: int, bits: int, group: int) -> Estimate:
+def estimate(plan: LaunchPlan, gpu: Card, n: int, k: int, m: int, bits: int, group: int) -> Estimate:
     """16-bit x. A multiprocessor that has the most tiles issues them one after the other, or memory is slower."""
     tiles = -(-n // plan.tile_n) * -(-m // plan.tile_m) * plan.splits
-    most = -(-tiles // (gpu.count * plan.resident)) * min(plan.resident, -(-tiles // gpu.count))
+    most = -(-tiles // gpu.count)
     products = plan.tile_n / 16 * plan.tile_m / 8 * k / 16 / plan.splits
     issue = HOPPER if plan.kernel.startswith("hopper") else ISSUE[min(plan.tile_m // 8, 4)]
     read = n * k * bits / 8 + n * k / group * 4 + m * k * 2 + m * n * 2
@@ -152,7 +152,7 @@ def estimate(plan: LaunchPlan, gpu: Gpu, n: int, k: int, m: int, bits: int, grou
     return Estimate(fixed + times[limit], plan.in_flight, WAVES if uneven else limit)
 
 
-def estimates(library: Library, gpu: Gpu, layer: str, m: int, bits: int, group: int) -> Estimate:
+def estimates(library: Library, gpu: Card, layer: str, m: int, bits: int, group: int) -> Estimate:
     """What `library` chooses on that GPU; `group` 0 is a whole row."""
     n, k = LAYERS[layer]
     problem = {
