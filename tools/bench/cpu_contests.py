@@ -215,17 +215,17 @@ ASKED = {
     "4 bits g64": "--quant a16w4 --group-size 64",
     "4 bits g16": "--quant a16w4 --group-size 16",
     "5.5 bits a weight": "--quant a16w4 --bits-per-weight 5.5",
-    "6 bits a weight": "--quant a16w4 --bits-per-weight 6",
+    "6.2 bits a weight": "--quant a16w4 --bits-per-weight 6.2",
 }
 FITTED = {
     "4 bits, calibrated": f"--quant a16w4 --calibration {CALIBRATION}",
-    "6 bits a weight, calibrated": f"--quant a16w4 --bits-per-weight 6 --calibration {CALIBRATION}",
+    "6.2 bits a weight, calibrated": f"--quant a16w4 --bits-per-weight 6.2 --calibration {CALIBRATION}",
 }
 
 
 def asked(options: str) -> Form:
     """What these options of `instantrt compile` make."""
-    form = ours(options, 8 if "w8" in options else 4)
+    form = ours(options, {"none": 32, "a16w8": 8, "a8w8": 8}.get(options.split()[1], 4))
     words = tuple(str(FLOAT_ZEROS) if word == FLOAT_ZEROS.name else word for word in form.words)
     return replace(form, words=words, python="calibration" if CALIBRATION in words else form.python)
 

@@ -63,14 +63,18 @@ class OurContext:
     """A shorter context is the beginning of a longer one, so that they may share a row."""
 
     def __init__(self, engine: Any, rows: int) -> None:
-        self.engine, self.rows = engine, rows
+        from instantrt.compiler.serving.runtime.onnx_engine import ConcatEngine
+
+        self.engine, self.rows, self.copies = engine, rows, isinstance(engine, ConcatEngine)
 
     def fill(self, ids: Array) -> None:
+        self.ids, self.done = ids, np.full(self.rows, len(ids))
         for row in range(self.rows):
             self.engine.prefill(row, ids, 0)
-        self.rewind(len(ids))
 
     def rewind(self, length: int) -> None:
+        if self.copies:  # a cache that is as long as its sequence cannot be cut
+            self.fill(self.ids[:length])
         self.done = np.full(self.rows, length)
 
     def step(self, token: int) -> None:
@@ -340,7 +344,7 @@ class DecoderMeasures:
             if not kept.exists():
                 np.save(kept, q.astype(np.float32))
             p = np.load(kept)
-            kls.append((np.exp(p) * (p - q)).sum(-1))
+            kls.append(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))  # a rounding below zero is zero
         return [float(np.concatenate(each).mean()) for each in (losses, kls)]
 
     def peak(self) -> float:
