@@ -28,7 +28,10 @@ def text_windows(folder: Path, text: Path, longest: int = 0, window: int = WINDO
 
     longest   tokens that the model takes, 0 where nothing says it
     """
-    return list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(window, longest or window), batch=1))
+    parts = list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(window, longest or window), batch=1))
+    if not parts:
+        raise UserError("the text is empty", where=str(text), expected="at least two tokens")
+    return parts
 
 
 def perplexity_of(logits_of: Logits, parts: Sequence[Array]) -> float:

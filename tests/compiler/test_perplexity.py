@@ -48,6 +48,9 @@ def test_a_text_in_windows_by_the_tokenizer_of_the_model(tmp_path: Path) -> None
         text_windows(tmp_path, TEXT)
     with pytest.raises(UserError, match="cannot be read"):
         text_windows(TINY, tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="the text is empty"):
+        text_windows(TINY, tmp_path / "empty.txt")
 
 
 def test_a_long_window_goes_through_the_cache(tiny_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
