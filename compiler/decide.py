@@ -69,6 +69,8 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
         if said is not None and raw.setdefault(key, said) != said:
             raise UserError(f"{key} is said twice, and differs", expected=str(raw[key]), found=str(said))
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
+    if request.calibration is not None and "search" in raw:
+        raise UserError("search and calibration both say how codes are fitted", where=where, fix="give one of them")
     parsed = parse_quant_config(raw, where)
     if request.weight_only and parsed.activate_quant:
         raise UserError("weight_only and activation quantization exclude each other", where=where)

@@ -7,6 +7,7 @@ To add an option is to add a field here, and to read it where it is used.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -32,7 +33,7 @@ CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a 
 
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what does
-ABOVE_ZERO: Rule = (lambda value: value > 0, "a number above 0")
+ABOVE_ZERO: Rule = (lambda value: 0 < value < math.inf, "a number above 0")
 LEVELS: Rule = (lambda value: 0 <= value <= 5, "0 to 5")
 MIB: Rule = (lambda value: 1 <= value < 1 << 20, "MiB, 1 to 1048575")  # not bytes
 

@@ -157,7 +157,7 @@ def make_twin(
 
     def size_of(chosen: Decisions) -> int:
         folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
-        return layout(lower_one(pipeline.quantize(folded, chosen, PassLog(), tables=tables), PassLog()))[1]
+        return layout(lower_one(pipeline.quantize(folded.copy(), chosen, PassLog(), tables=tables), PassLog()))[1]
 
     decisions, raised = choose_formats(graph, model, decisions, formats, heads, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)

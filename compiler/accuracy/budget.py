@@ -120,7 +120,8 @@ class Room:
         free = self.limit - self.size_of(decisions)
         if free < 0:
             size, unit = self.unit
-            least = f"at least {(self.limit - free) / size:.4g} {unit}: every layer in its coarsest format"
+            enough = math.ceil((self.limit - free) / size * 1000) / 1000  # what is said here must do
+            least = f"at least {enough} {unit}: every layer in its coarsest format"
             fours = any(q.bits == 4 for q in decisions.values() if isinstance(q, QuantTensor))
             fix = "" if fours else "--quant a16w4"
             raise UserError("no choice of formats is that small", where=self.where, expected=least, fix=fix)

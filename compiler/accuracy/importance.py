@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.data import Data
 from instantrt.compiler.frontend.model import LlmShape
+from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.quant import InstantQuant, Quantizer, QuantTensor
@@ -19,7 +20,10 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 
 
 def input_energy(graph: gs.Graph, llm: LlmShape | None, data: Data) -> dict[str, Array]:
-    """Path -> E[x_k^2] over all rows of the data: float32 [K]. The float model runs once, a node at a time."""
+    """Path -> E[x_k^2] over all rows of the data: float32 [K]. The float model runs once, a node at a time.
+
+    UserError for a layer whose inputs it says nothing of.
+    """
     inputs = {found.path: found.x.name for found in pipeline.linears(graph)}
     wiring, sums, rows = Wiring(graph), dict[str, Array](), dict[str, int]()
     for feeds, _ in data.each(llm):
@@ -29,7 +33,13 @@ def input_energy(graph: gs.Graph, llm: LlmShape | None, data: Data) -> dict[str,
             x = x.reshape(-1, x.shape[-1]).astype(np.float64)
             sums[name] = sums.get(name, 0) + np.einsum("mk,mk->k", x, x)
             rows[name] = rows.get(name, 0) + len(x)
-    return {path: (sums[name] / max(rows[name], 1)).astype(FLOAT32) for path, name in inputs.items()}
+    with np.errstate(over="ignore"):
+        energy = {path: (sums[name] / max(rows[name], 1)).astype(FLOAT32) for path, name in inputs.items()}
+    for path, each in energy.items():
+        if not np.isfinite(each).all():
+            what = "what reaches this layer is not finite, or its square is not"
+            raise UserError(what, where=path, fix="look at the checkpoint's weights; --search none does without")
+    return energy
 
 
 def search_scales(decisions: Decisions, energy: Mapping[str, Array]) -> Decisions:

@@ -15,7 +15,7 @@ from instantrt.compiler.accuracy.metrics import log_softmax, perplexity
 from instantrt.compiler.accuracy.runners import session, transformers_runner
 from instantrt.compiler.artifact.manifest import find_artifact
 from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.lazy import Array
 
 Logits = Callable[[Array], Iterable[Array]]  # ids [1, S] -> their logits [s, vocab], piece by piece
@@ -28,7 +28,20 @@ def text_windows(folder: Path, text: Path, longest: int = 0, window: int = WINDO
 
     longest   tokens that the model takes, 0 where nothing says it
     """
-    return list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(window, longest or window), batch=1))
+    parts = list(windows(tokenizer_of(folder).encode(read_text(text)).ids, min(window, longest or window), batch=1))
+    if not parts:
+        raise UserError("the text is empty", where=str(text), expected="at least two tokens")
+    return parts
+
+
+def longest_of(folder: Path) -> int:
+    """Tokens that the float checkpoint in `folder` takes, 0 where its config does not say it."""
+    require("hf", "reading a float checkpoint")
+    from transformers import AutoConfig
+
+    with tried("reading the config with transformers", where=str(folder)):
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    return int(getattr(config, "max_position_embeddings", 0) or 0)
 
 
 def perplexity_of(logits_of: Logits, parts: Sequence[Array]) -> float:

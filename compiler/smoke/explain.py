@@ -110,5 +110,5 @@ def moved(answers: Answers) -> bool | None:
     caches = [name for name in answers.get("prefill", {}) if name.startswith(PRESENT)]
     if not caches or CHANGED not in answers:
         return None
-    before, after = (answers[step][caches[-1]][:, :, 0] for step in ("prefill", CHANGED))
+    before, after = (answers[step][caches[-1]][:, :, 0].astype(np.float32) for step in ("prefill", CHANGED))
     return bool(np.abs(after - before).max() > VISIBLE * np.abs(before).max())

@@ -21,6 +21,8 @@ from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import evaluate_each, evaluate_node
 from instantrt.passes.core.lazy import Array
 
+INTEGERS = (np.int8, np.uint8)
+
 
 class Values(dict[str, Array]):
     """The tensors of a step; its cache is what the step before makes of it when it is first read."""
@@ -105,12 +107,15 @@ def lockstep(
     """(the outputs of every step, the first tensor that is not finite in any step, or "").
 
     given   step -> inner tensors of another form of the model. What reads one goes on with that; what `graph` itself
-            makes of it is among the outputs. So each layer is seen by itself: no error reaches the next one
+            makes of it is among the outputs. So each layer is seen by itself: no error reaches the next one. Codes of a
+            cache are such tensors, too: a last bit that turns one is a whole step for whoever reads it
     """
     runs: dict[str, StepRun] = {}
     wiring, names = Wiring(graph), [t.name for t in graph.outputs]
+    caches_of_integers = any(t.name.startswith(PRESENT) and t.dtype in INTEGERS for t in graph.outputs)
+    ends = {name for name in names if not (caches_of_integers and name.startswith(PRESENT))}
     for step in steps:
-        inner = {name: value for name, value in (given or {}).get(step.name, {}).items() if name not in names}
+        inner = {name: value for name, value in (given or {}).get(step.name, {}).items() if name not in ends}
         runs[step.name] = StepRun(wiring, step, runs.get(step.after), blocks or {}, inner)
     with one_thread():
         for node in runs[steps[0].name].needed(*names):

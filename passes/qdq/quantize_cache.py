@@ -136,7 +136,9 @@ def turned(graph: gs.Graph, attention: gs.Node, *, is_key: bool, by: gs.Constant
     """Attention whose keys, or values, are multiplied by the orthogonal `by`: it gives what it gave."""
     nodes = Prefixed(graph, f"{attention.name}/rotated")
     if is_key:
-        attention.inputs[0] = nodes("MatMul", [attention.inputs[0], by], "queries")
+        query = attention.inputs[0]
+        attention.inputs[0] = nodes("MatMul", [query, by], "queries")
+        attention.inputs[0].dtype, attention.inputs[0].shape = query.dtype, query.shape
         return
     back = nodes.const("back", by.values.T, FLOAT32)
     out = attention.outputs[0]

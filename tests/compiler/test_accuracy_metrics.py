@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
-from instantrt.compiler.accuracy.bounds import int8_blocks
+from instantrt.compiler.accuracy.bounds import INT8_LEVEL, int8_blocks
 from instantrt.compiler.accuracy.data import load_data, windows
 from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.metrics import (
@@ -65,6 +67,26 @@ def test_int8_blocks_are_exact_on_their_grid() -> None:
     x = np.array([[127, -64, 3, 1.27, 0.01, -0.64]], np.float32)
     assert int8_blocks(x, 3)[0] == pytest.approx([127, -64, 3, 1.27, 0.01, -0.64])
     assert np.abs(int8_blocks(x, 6) - x).max() > 0.2
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_int8_blocks_are_those_of_the_operator(rows: int) -> None:
+    """In its ties, too, of which inputs on a coarse grid are full: a cache of four bits is one."""
+    size, block = 64, 32
+    steps = RANDOM.uniform(0.01, 1, (64, 1)).astype(np.float32)
+    x = (RANDOM.integers(-20, 21, (64, size)) * steps).astype(np.float32)
+    codes = (np.eye(size, dtype=np.uint8) + 128).reshape(size, size // block, block)  # y is what is made of x
+    scales = np.ones(size * size // block, np.float32)
+    attrs = {"K": size, "N": size, "bits": 8, "block_size": block, "accuracy_level": INT8_LEVEL}
+    node = onnx.helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **attrs)
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (rows, size)) for name in "xy"]
+    weights = [onnx.numpy_helper.from_array(value, name) for value, name in ((codes, "codes"), (scales, "scales"))]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = np.concatenate([session.run(None, {"x": part})[0] for part in np.split(x, 64 // rows)])
+    assert (np.abs(found - int8_blocks(x, block)) < steps / 64).all()  # one of int8 is about 20 / 127 of them
 
 
 def test_bounds_name_what_exceeds_them() -> None:

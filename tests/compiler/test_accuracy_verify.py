@@ -281,6 +281,22 @@ def test_a_bound_on_size_is_filled_with_what_counts(compiled: Compiled) -> None:
         spend(limit, Budget(max_kl=1e-9))
 
 
+def test_the_size_that_a_refusal_names_is_enough() -> None:
+    room = Room(1, lambda decisions: 1234567, EVERY_GROUP, frozenset(), "max_size", (2**20, "MiB"))
+    with pytest.raises(UserError) as refused:
+        room.left({})
+    assert refused.value.expected.startswith("at least 1.178 MiB")  # 1.17737
+
+
+def test_room_for_floats_leaves_the_twin_as_it_is(tmp_path: Path) -> None:
+    """What is lowered to be measured is a copy, where nothing is left to quantize, too."""
+    ignore = ("model.layers.[123].*", "*.mlp.*", "*.[qko]_proj", "lm_head")
+    planned = plan(Request(TINY, ("x86",), tmp_path, quant="a16w4", group_size=32, ignore=ignore, max_size=1e3))
+    assert not planned.twins["x86"].quantized
+    shapes = [graph.outputs[0].shape[1] for graph in (planned.twins["x86"].canonical, planned.lowered["x86"])]
+    assert shapes == ["sequence", 1]
+
+
 def test_an_error_is_weighed_by_the_stream_it_is_added_to(compiled: Compiled) -> None:
     graph = compiled.planned.model.graph
     layers = {layer.path.removeprefix("model.layers.0."): layer for layer in layers_of(graph, graph)}

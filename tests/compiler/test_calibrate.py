@@ -119,11 +119,12 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "missing": ({"calibration": folder / "none"}, "the text cannot be read"),
         "float": ({"calibration": long, "quant": "none"}, "calibration does nothing without quantization"),
         "tokens": ({"calibration": long, "quant": "a8w8", "lm_head": "float"}, "says nothing without weight-only"),
+        "search": ({"calibration": long, "search": "none"}, "both say how codes are fitted"),
         "onnx": ({"calibration": long, "model": onnx}, "no tokenizer for the text"),
     }
 
 
-@pytest.mark.parametrize("case", ["short", "binary", "missing", "float", "tokens", "onnx"])
+@pytest.mark.parametrize("case", ["short", "binary", "missing", "float", "tokens", "search", "onnx"])
 def test_what_it_cannot_be_had_for(case: str, tmp_path: Path) -> None:
     given, says = refusals(tmp_path)[case]
     with pytest.raises(UserError, match=says):

@@ -6,10 +6,14 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
+import pytest
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.data import Data
+from instantrt.compiler.accuracy.importance import input_energy
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.instant import decide
+from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array, InMemory
 from instantrt.passes.core.linear import weight_constant
@@ -54,3 +58,11 @@ def test_loud_channels_cost_int8_tokens_nothing() -> None:
     usual, (off, error) = errors(normed_linear(scale, w))[1], errors(normed_linear(scale * loud, w / loud))
     assert off == 0  # the factors are powers of two
     assert error < 1.1 * usual
+
+
+def test_inputs_that_are_not_finite_are_no_scales_to_search() -> None:
+    """Not said of the weight, which is right."""
+    x = {"x": np.full((1, 2, K), np.nan, np.float32)}
+    graph = normed_linear(np.ones(K, np.float32), np.ones((N, K), np.float32))
+    with pytest.raises(UserError, match=r"^up: what reaches this layer is not finite"):
+        input_energy(graph, None, Data("generated", feeds=(x,)))

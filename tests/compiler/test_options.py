@@ -48,6 +48,7 @@ def test_a_request_is_the_builders_options_too() -> None:
         ({"memory_limit": 1 << 30}, "memory_limit is out of range\n  expected: MiB, 1 to 1048575"),  # these are bytes
         ({"max_kl": float("nan")}, "max_kl is out of range\n  expected: a number above 0"),
         ({"max_ppl_increase": 0}, "max_ppl_increase is out of range"),
+        ({"max_size": float("inf")}, "max_size is out of range"),
         ({"kv_cache": "inplace"}, "kv_cache has no such value\n  expected: concat or in-place"),
         ({"kv_cache_type": "int4"}, "kv_cache_type has no such value\n  expected: float32 or float16 or int8 or uint4"),
         ({"cpu_preset": None}, "cpu_preset has no such value"),

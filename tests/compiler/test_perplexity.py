@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instantrt.compiler.accuracy.perplexity import WINDOW, artifact_logits, perplexity_of, text_windows
+from instantrt.compiler.accuracy.perplexity import WINDOW, artifact_logits, longest_of, perplexity_of, text_windows
 from instantrt.compiler.artifact.manifest import find_artifact, write_manifest
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
@@ -48,6 +48,14 @@ def test_a_text_in_windows_by_the_tokenizer_of_the_model(tmp_path: Path) -> None
         text_windows(tmp_path, TEXT)
     with pytest.raises(UserError, match="cannot be read"):
         text_windows(TINY, tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="the text is empty"):
+        text_windows(TINY, tmp_path / "empty.txt")
+
+
+def test_a_checkpoint_says_how_much_it_takes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 64}')
+    assert longest_of(tmp_path) == 64
 
 
 def test_a_long_window_goes_through_the_cache(tiny_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], None]:
         ({"quant": "a16w4", "group_size": 32, "cpu_preset": "fast"}, "int8 per block"),
         ({"quant": "a8w8", "portable": True, "lm_head": "float"}, "int8 per token"),
         ({"quant": "a16w8", "cpu_preset": "exact"}, "two limbs"),
+        ({"quant": "a16w4", "kv_cache_type": "int8"}, "int8 per block"),  # whose last bits turn codes of the cache
     ],
     ids=str,
 )

@@ -18,7 +18,13 @@ def main(
     window: Annotated[int, typer.Option(min=2, help="tokens that see one another")] = 256,
 ) -> None:
     """Prints one JSON object."""
-    from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
+    from instantrt.compiler.accuracy.perplexity import (
+        artifact_logits,
+        longest_of,
+        perplexity_of,
+        text_windows,
+        transformers_logits,
+    )
     from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
 
     if (folder / MANIFEST).is_file():
@@ -26,6 +32,6 @@ def main(
         logits = artifact_logits(folder, target)
         parts = text_windows((folder / artifact.path).parent, text, artifact.longest, window)
     else:
-        logits, parts = transformers_logits(folder), text_windows(folder, text, window=window)
+        logits, parts = transformers_logits(folder), text_windows(folder, text, longest_of(folder), window)
     value = perplexity_of(logits, parts)
     print(json.dumps({"model": str(folder), "tokens": sum(p.shape[1] for p in parts), "perplexity": round(value, 4)}))
