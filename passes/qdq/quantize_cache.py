@@ -2,7 +2,7 @@
 
 Eight bits have one scale for each channel of each head, known before: what attention reads is `code * scale` whoever
 computes it, so one graph says it for ONNX Runtime's GroupQueryAttention, standard operators and engines alike. Four
-bits lose too much that way (docs/facts.md, "Caches of integers"): each token of each head has a scale of its own.
+bits lose too much that way (docs/facts.md, "Caches of integers"): they are rotated, and each token has its own scales.
 """
 
 from __future__ import annotations
