@@ -16,6 +16,8 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, Array
 from instantrt.compiler.smoke.compare import distance
+from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.steps import Call
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.rewrite import PassLog, run
@@ -103,6 +105,15 @@ def test_group_query_attention_has_the_same_cache_and_answers(
     assert relative(got[0][1, 5:], want[0][1, 5:]) < 1e-3
     for output, found, expected in zip(twin.outputs[1:], got[1:], want[1:], strict=True):
         assert distance("", output.name, found[0], expected[0]).within(1e-4)
+
+
+def test_the_twin_goes_on_with_the_codes_of_another_form(twin: Any, feeds: dict[str, Array]) -> None:
+    """A last bit that turns one is held against its own; what reads it must make of it what the twin makes of it."""
+    step, key = Call("prefill", feeds | empty(twin, 2)), "present.0.key"
+    own = lockstep(twin, [step])[0]["prefill"]
+    other = lockstep(twin, [step], given={"prefill": {key: own[key] ^ 1}})[0]["prefill"]
+    np.testing.assert_array_equal(other[key], own[key])
+    assert relative(other["logits"], own["logits"]) > 1e-4
 
 
 @pytest.mark.parametrize("output", ["present.0.key", "present.0.key_zero"])
