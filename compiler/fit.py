@@ -44,7 +44,7 @@ def choose_formats(
     if not request.layers and not request.has_budget:
         return decisions, None
     folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-    room = room_for(request, decisions, formats.groups, heads, size_of)
+    room = room_for(request, decisions, formats, heads, size_of)
     decisions = search(folded, model, decisions, formats, say)
     return within_budget(folded, model, decisions, request, say, room)
 

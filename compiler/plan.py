@@ -120,7 +120,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
         tables = formats.embeddings == "int8" and target.backend is Backend.ONNXRUNTIME
         own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
-        key = (own, tables)
+        key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact
         if key not in made:
             decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
             lower_one = partial(lower, target, types.get(target.name), request, limits, longest(request, model))

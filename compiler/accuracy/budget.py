@@ -23,7 +23,7 @@ from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.layer_errors import TwinLinear, aligned, layers_of, quantized_bytes
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, summary
 from instantrt.compiler.accuracy.weigh import share, stream_of, weigh
-from instantrt.compiler.defaults import EVERY_GROUP, Groups
+from instantrt.compiler.defaults import EVERY_GROUP, Formats, Groups
 from instantrt.compiler.frontend.model import FloatModel, LlmShape
 from instantrt.compiler.quant.config import expect
 from instantrt.compiler.request import Request
@@ -213,12 +213,12 @@ def within_budget(
 
 
 def room_for(
-    request: Request, decisions: Decisions, groups: Groups, heads: Set[str], size_of: Callable[[Decisions], int]
+    request: Request, decisions: Decisions, formats: Formats, heads: Set[str], size_of: Callable[[Decisions], int]
 ) -> Room | None:
     """What the request leaves to the artifact, whose weights are `size_of`, or to what is quantized; None: all."""
     if request.max_size is not None:
-        where = f"max_size {request.max_size:g}"
-        return Room(int(request.max_size * 2**20), size_of, groups, heads, where, (2**20, "MiB"))
+        where = f"{formats.target}, max_size {request.max_size:g}"
+        return Room(int(request.max_size * 2**20), size_of, formats.groups, heads, where, (2**20, "MiB"))
     if request.bits_per_weight is None:
         return None
     quants = {path: q for path, q in decisions.items() if isinstance(q, QuantTensor)}
@@ -230,8 +230,8 @@ def room_for(
             for p in quants
         )
 
-    where = f"bits_per_weight {request.bits_per_weight:g}"
-    return Room(int(request.bits_per_weight * bit), stored, groups, heads, where, (bit, "bits a weight"))
+    where = f"{formats.target}, bits_per_weight {request.bits_per_weight:g}"
+    return Room(int(request.bits_per_weight * bit), stored, formats.groups, heads, where, (bit, "bits a weight"))
 
 
 def float_bytes(quant: QuantTensor) -> int:

@@ -34,9 +34,10 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import STREAMED
 from instantrt.passes.core.lazy import BFLOAT16, small
+from instantrt.passes.core.quant import scales_of
 from instantrt.passes.core.rewrite import add
+from instantrt.passes.ort import nbits
 from instantrt.passes.ort.limbs import Limbs
-from instantrt.passes.ort.nbits import Blocks
 from tests.commands import invoke
 from tests.conftest import TINY, contents
 from tests.graphs import model_file
@@ -199,8 +200,7 @@ def test_a_wrong_layer_is_named(
 @pytest.mark.slow
 def test_a_wrong_scale_is_found_in_its_pass_and_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two percent off, in every block."""
-    right = Blocks.scales
-    monkeypatch.setattr(Blocks, "scales", lambda self, tile: (right(self, tile) * np.float32(1.02)).astype(BFLOAT16))
+    monkeypatch.setattr(nbits, "scales_of", lambda tile: (scales_of(tile) * np.float32(1.02)).astype(BFLOAT16))
     attention = r"model\.layers\.0\.self_attn"  # it reads q, k and v whole: its cache is the first that is seen
     words = rf"(?s)prefill.*; {attention}\.v_proj: after pass LowerToExactBlocks, node {attention}/.*present\.0\."
     refused(TINY, tmp_path / "out", words, quant="a16w4", group_size=32, cpu_preset="exact")
