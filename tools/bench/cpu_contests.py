@@ -198,7 +198,6 @@ ENCODER = Contest(
         Wanted(1.5, ("A16W8, exact", ENCODE), (FLOAT, ENCODE)),
     ),
     loss="1 - cosine of mean-pooled vectors",
-    linear=0.001,
 )
 FLOAT_ZEROS = Path(__file__).resolve().parents[2] / "examples" / "float_zero_points.json"
 ASKED = {

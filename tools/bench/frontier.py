@@ -70,7 +70,7 @@ PICKS = {
     "the same, with a text like those that it will read": "6.2 bits a weight, calibrated",
     "the smallest file": "4 bits g64",
 }
-TITLES = ("you want", "ask for", "loss", "MiB", "tokens a second after 128, 1,024")
+TITLES = ("you want", "ask for", "loss", "KL", "MiB", "tokens a second after 128, 1,024")
 
 ABOUT = f"""What a causal LM loses by a format, and what that brings, on a CPU. Written by `instantrt bench formats
 frontier`. What a GPU runs has the same weights where it is asked for the same formats: its losses are these, its speeds
@@ -89,7 +89,7 @@ No other file is both smaller and better than one on the line."""
 
 
 def markdown(results: Mapping[str, Result]) -> str:
-    lines = ["# Choosing a format", "", ABOUT, "", "![loss above float32's against size](frontier.png)", ""]
+    lines = ["# Choosing a format", "", ABOUT, "", "![KL to float32 against size](frontier.png)", ""]
     for name, result in results.items():
         lines += [f"## {name}", "", *rows(TITLES, choices(result))]
         titles = ("", "asked for", "loss over float32's", "KL", "MiB", *FRONTIER.rounds)
@@ -107,7 +107,7 @@ def choices(result: Result) -> Iterator[tuple[str, ...]]:
         if (side := sides.get(name)) is not None:
             speeds = ", ".join(f"{np.median(values):.3g}" for values in side["rounds"].values())
             size = f"{side['bytes'] / MIB:.0f}"
-            yield want, OPTIONS[name], loss(sides, name), size, speeds
+            yield want, OPTIONS[name], loss(sides, name), f"{side['kl']:.4f}", size, speeds
 
 
 def measured(result: Result) -> Iterator[tuple[str, ...]]:
@@ -133,8 +133,7 @@ def notes(result: Result) -> Iterator[str]:
 
 
 def plot(results: Mapping[str, Result], path: Path) -> None:
-    """Loss above float32's against MiB, tokens a second as a bubble's area; the line joins those that none beats in
-    both."""
+    """KL to float32 against MiB, tokens a second as a bubble's area; the line joins those that none beats in both."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6 * len(results)), layout="constrained")
@@ -142,18 +141,17 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
         base = result["sides"][FLOAT]
         sides = {each: side for each, side in result["sides"].items() if each != FLOAT}
         size = [side["bytes"] / MIB for side in sides.values()]
-        loss = [side["loss"] - base["loss"] for side in sides.values()]
+        kl = [side["kl"] for side in sides.values()]
         speed = [float(np.median(side["rounds"][FRONTIER.speed])) for side in sides.values()]
-        line = ahead([-each for each in size], loss)
-        axes.plot([size[i] for i in line], [loss[i] for i in line], color="lightgray", zorder=0)
+        line = ahead([-each for each in size], kl)
+        axes.plot([size[i] for i in line], [kl[i] for i in line], color="lightgray", zorder=0)
         for i, each in enumerate(sides):
             color = "C0" if each in ASKED else "C2" if each in FITTED else "C1"
             label = f"{i + 1}  {each}: {speed[i]:.3g} tokens/s"
-            axes.scatter(size[i], loss[i], 500 * speed[i] / max(speed), color, alpha=0.4, label=label)
-            axes.annotate(str(i + 1), (size[i], loss[i]), ha="center", va="center", fontsize="small")
+            axes.scatter(size[i], kl[i], 500 * speed[i] / max(speed), color, alpha=0.4, label=label)
+            axes.annotate(str(i + 1), (size[i], kl[i]), ha="center", va="center", fontsize="small")
         about = f"float32: {base['bytes'] / MIB:.0f} MiB, {np.median(base['rounds'][FRONTIER.speed]):.3g} tokens/s"
-        axes.set(title=f"{name} ({about})", xlabel="MiB", ylabel=f"{FRONTIER.loss}, above float32's")
-        axes.set_yscale("symlog", linthresh=FRONTIER.linear)
+        axes.set(title=f"{name} ({about})", xlabel="MiB", ylabel="KL to float32, nats a token", yscale="log")
         axes.margins(0.1)
         axes.grid(alpha=0.3)
         keys = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
