@@ -29,6 +29,7 @@ from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader, StoredLayer
 from instantrt.passes.core.lazy import Array, FileTensor, InMemory, whole
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.ort.tables import SCALE_TYPE
 from tests.checkpoints import weight, write_checkpoint
 from tests.corpus.row import Row, reference_of
 
@@ -109,7 +110,7 @@ def instant_quant(model: Any, fields: Mapping[str, Any]) -> None:
             continue
         w = module.weight.detach().numpy()
         (n, k), bits = w.shape, 8 if head else FORMATS[said["weight_format"]]
-        size, dtype = k if group == -1 else group, np.dtype(np.float32)
+        size, dtype = k if group == -1 else group, SCALE_TYPE
         rows = InstantQuant(path, InMemory(w), bits, size, activate, dtype)
         quant = QuantTensor(path, rows, (n, k), bits, size, activate, dtype)
         module.weight = torch.nn.Parameter(torch.from_numpy(weight(quant)))

@@ -19,6 +19,7 @@ from instantrt.compiler.json_file import read_json
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, InMemory, whole
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.ort.tables import SCALE_TYPE
 from tests.checkpoints import gptq_tensors, pack, weight, write_checkpoint
 from tests.corpus.reference import INT8_INPUTS
 from tests.corpus.row import Row, reference_of
@@ -150,8 +151,8 @@ def exported(change: Callable[[onnx.ModelProto], object], quantized: bool = Fals
             onnx.save(model, place / "model.onnx")
             for tensor in (t for t in model.graph.initializer if t.name.endswith("proj.weight_kn")):
                 w = np.ascontiguousarray(to_array(tensor).T)
-                rows = InstantQuant(tensor.name, InMemory(w), 4, 32, False, FLOAT32)
-                real = weight(QuantTensor(tensor.name, rows, w.shape, 4, 32, False, FLOAT32))
+                rows = InstantQuant(tensor.name, InMemory(w), 4, 32, False, SCALE_TYPE)
+                real = weight(QuantTensor(tensor.name, rows, w.shape, 4, 32, False, SCALE_TYPE))
                 tensor.CopyFrom(from_array(np.ascontiguousarray(real.T), tensor.name))
         return folder / "model.onnx"
 
@@ -196,12 +197,14 @@ def graph(
     return write
 
 
-W4A16: dict[str, Any] = {"quant": "a16w4", "group_size": 32, "lm_head": "float"}
+W4A16: dict[str, Any] = {"quant": "a16w4", "search": "none", "group_size": 32, "lm_head": "float"}
 CT: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
 LINEAR: dict[str, Any] = W8.group(["Linear"])
 
 ROWS = (
-    Row("a vocabulary as wide as the hidden size", "identity", family("llama", vocab_size=64), fields=W4A16),
+    Row(
+        "a vocabulary as wide as the hidden size", "identity", family("llama", vocab_size=64), bound=2e-4, fields=W4A16
+    ),
     Row("a vocabulary as wide as the MLP", "identity", family("llama", vocab_size=128), fields=W4A16),
     Row(
         "a vocabulary as wide as the MLP, an int8 head",

@@ -207,9 +207,8 @@ def test_rounded_output(emulated: Kernels, dtype: DType, gated: int) -> None:
 
 def test_split_k_over_blocks(emulated: Kernels) -> None:
     p = Case(20, 144, 1120, group=160, bias=True, activation=SILU).make()
-    assert emulated[80].library.choose(
-        m=20, n=144, k=1120, **p.attrs, type=0, sm=80, sm_count=132
-    ).splits == 2, "the case must split"  # fmt: skip
+    chosen = emulated[80].library.choose(m=20, n=144, k=1120, **p.attrs, type=0, sm=80, sm_count=132)
+    assert chosen.splits > 1, "the case must split"
     split = check(emulated[80], p)
     whole = check(emulated[80], p, sm_count=1)
     assert not np.array_equal(split, whole), "different orders of summation should differ in the last bits"
