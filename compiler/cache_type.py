@@ -6,7 +6,7 @@ reaches farther; what exceeds it saturates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,10 +17,10 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.evaluate import Evaluation
+from instantrt.passes.core.evaluate import PAST, Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.rewrite import Pass, PassLog, producer, run
-from instantrt.passes.qdq.quantize_cache import PAST, PRESENT, QuantizeCache, QuantizeCacheByToken
+from instantrt.passes.qdq.quantize_cache import PRESENT, QuantizeCache, QuantizeCacheByToken
 
 INTEGERS = ("int8", "uint4")
 ROWS, TOKENS = 4, 128  # of what the range is measured on
@@ -64,11 +64,14 @@ def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[
         )
 
 
-def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog) -> gs.Graph:
+def with_cache(
+    graph: gs.Graph, kind: str, model: FloatModel, log: PassLog, say: Callable[[str], None] = lambda text: None
+) -> gs.Graph:
     """The canonical graph `graph` with a cache of integers; UserError names the first that stays float."""
     assert model.llm is not None
     each: Pass = QuantizeCacheByToken()
     if kind == "int8":
+        say("measuring the cache's range")
         each = QuantizeCache({name: scale_of(most) for name, most in bounds(graph, model).items()})
     run(graph, [each], log)
     left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]

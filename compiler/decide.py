@@ -5,7 +5,7 @@ What does not fit, is impossible or would do nothing is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -136,7 +136,6 @@ def decide(
     model: FloatModel,
     formats: Formats,
     reader: stored.Reader | None,
-    heads: Set[str],
     scale_dtype: np.dtype[Any],
     step: int,
 ) -> Decisions:
@@ -156,9 +155,9 @@ def decide(
     if reader is not None:
         decisions = stored.decide(found, model.tensors, reader, config)
     else:
-        if formats.head is not None and not heads:
+        if formats.head is not None and not formats.heads:
             raise UserError("lm_head int8 says nothing to a model without a head", where=str(model.folder))
-        decisions = instant.decide(found, config, scale_dtype, heads, formats.head, step)
+        decisions = instant.decide(found, config, scale_dtype, formats.heads, formats.head, step)
     if not any(isinstance(d, QuantTensor) for d in decisions.values()):
         reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))
         raise UserError("no linear layer is left to quantize", found="; ".join(reasons))

@@ -64,12 +64,14 @@ class Formats:
     """How a model is quantized for one target, nothing left open.
 
     target       its name, for errors
+    heads        paths of the linears that make a language model's logits
     config       None: linears stay float
     head         how a head is quantized; None: it stays float
     groups       the sizes that a layer may get where formats are chosen layer by layer
     """
 
     target: str
+    heads: Set[str]
     config: QuantConfig | None
     head: QuantConfig | None
     embeddings: TableFormat
@@ -88,7 +90,7 @@ def settle(
 ) -> Formats:
     """What the request says, and the table where it says nothing. `of_floats`: the checkpoint is not quantized yet."""
     if config is None or not of_floats:
-        return Formats(target.name, config, None, request.embeddings or "stored")
+        return Formats(target.name, heads, config, None, request.embeddings or "stored")
     widths = {found.path: found.shape[1] for found in linears if config.ignored(found.path) is None}
     own_heads = {path: k for path, k in widths.items() if path in heads}
     on_cpu = target.backend is Backend.ONNXRUNTIME
@@ -108,12 +110,12 @@ def settle(
         config = replace(config, search=chosen.search)
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
-        return Formats(target.name, config, None, request.embeddings or "stored", notes, groups)
+        return Formats(target.name, heads, config, None, request.embeddings or "stored", notes, groups)
     head = replace(config, weight_format="int8", zero_point="integer")  # as a table of embeddings has them
     if on_cpu:  # in groups that a table may have, too
         size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
         head = replace(head, compute_method="weight_only", group_size=size)
-    return Formats(target.name, config, head, request.embeddings or chosen.embeddings, notes, groups)
+    return Formats(target.name, heads, config, head, request.embeddings or chosen.embeddings, notes, groups)
 
 
 def largest(widths: Collection[int], wanted: int) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.budget import Raised, room_for, within_budget
+from instantrt.compiler.accuracy.budget import Raised, override, room_for, within_budget
 from instantrt.compiler.accuracy.calibrate import calibrate, tokens_of
 from instantrt.compiler.accuracy.data import generated
 from instantrt.compiler.accuracy.importance import input_energy, search_scales
@@ -32,7 +32,6 @@ def choose_formats(
     model: FloatModel,
     decisions: Decisions,
     formats: Formats,
-    heads: Set[str],
     request: Request,
     say: Say,
     size_of: Callable[[Decisions], int],
@@ -41,11 +40,11 @@ def choose_formats(
 
     size_of   decisions -> bytes of the artifact's weights
     """
-    if not request.layers and not request.has_budget:
-        return decisions, None
+    if not request.has_budget:
+        return override(decisions, request.layers), None
     folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-    room = room_for(request, decisions, formats, heads, size_of)
-    decisions = search(folded, model, decisions, formats, say)
+    room = room_for(request, decisions, formats, size_of)
+    decisions = search(folded, model, override(decisions, request.layers), formats, say)
     return within_budget(folded, model, decisions, request, say, room)
 
 
@@ -54,13 +53,12 @@ def fit_codes(
     model: FloatModel,
     decisions: Decisions,
     formats: Formats,
-    heads: Set[str],
     request: Request,
     say: Say,
 ) -> Decisions:
     """The same formats with codes by the calibration text, or with scales by a search, for the inputs in `graph`."""
     if request.calibration is not None:
-        return calibrate(graph, model, decisions, heads, request.calibration, say)
+        return calibrate(graph, model, decisions, formats.heads, request.calibration, say)
     return search(graph, model, decisions, formats, say)
 
 

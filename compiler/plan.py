@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -122,9 +122,9 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
         key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact
         if key not in made:
-            decisions = decide(graph, model, formats, reader, heads, dtype, step_of([target]))
+            decisions = decide(graph, model, formats, reader, dtype, step_of([target]))
             lower_one = partial(lower, target, types.get(target.name), request, limits, longest(request, model))
-            made[key] = make_twin(graph, model, decisions, formats, heads, request, log, say, lower_one, tables=tables)
+            made[key] = make_twin(graph, model, decisions, formats, request, log, say, lower_one, tables=tables)
             notes += formats.notes
         twins[target.name] = made[key]
     say("lowering the graph")
@@ -145,7 +145,6 @@ def make_twin(
     model: FloatModel,
     decisions: Decisions,
     formats: Formats,
-    heads: Set[str],
     request: Request,
     log: PassLog,
     say: Say,
@@ -159,14 +158,13 @@ def make_twin(
         folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
         return layout(lower_one(pipeline.quantize(folded.copy(), chosen, PassLog(), tables=tables), PassLog()))[1]
 
-    decisions, raised = choose_formats(graph, model, decisions, formats, heads, request, say, size_of)
+    decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)
-    decisions = fit_codes(floating, model, decisions, formats, heads, request, say)
+    decisions = fit_codes(floating, model, decisions, formats, request, say)
     with uncollected():
         canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
         if request.kv_cache_type in INTEGERS:
-            say("measuring the cache's range")
-            canonical = with_cache(canonical, request.kv_cache_type, model, log)
+            canonical = with_cache(canonical, request.kv_cache_type, model, log, say)
         twin = Twin(decisions, floating, canonical, raised)
     if tables and request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)

@@ -201,11 +201,8 @@ def formats(steps: list[Raise]) -> dict[str, str]:
 
 def within_budget(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, request: Request, say: Say, room: Room | None
-) -> tuple[Decisions, Raised | None]:
-    """Finer formats for the worst layers: those named in the request, then as many as its bounds need, or allow."""
-    decisions = override(decisions, request.layers)
-    if not request.has_budget:
-        return decisions, None
+) -> tuple[Decisions, Raised]:
+    """Finer formats for the worst layers: as many as the request's bounds need, or allow."""
     budget = Budget(request.max_kl, request.max_ppl_increase)
     data = load_data(model, request.text, longest=request.max_length)
     result = search(graph, model, decisions, data, budget, say, room)
@@ -213,12 +210,12 @@ def within_budget(
 
 
 def room_for(
-    request: Request, decisions: Decisions, formats: Formats, heads: Set[str], size_of: Callable[[Decisions], int]
+    request: Request, decisions: Decisions, formats: Formats, size_of: Callable[[Decisions], int]
 ) -> Room | None:
     """What the request leaves to the artifact, whose weights are `size_of`, or to what is quantized; None: all."""
     if request.max_size is not None:
         where = f"{formats.target}, max_size {request.max_size:g}"
-        return Room(int(request.max_size * 2**20), size_of, formats.groups, heads, where, (2**20, "MiB"))
+        return Room(int(request.max_size * 2**20), size_of, formats.groups, formats.heads, where, (2**20, "MiB"))
     if request.bits_per_weight is None:
         return None
     quants = {path: q for path, q in decisions.items() if isinstance(q, QuantTensor)}
@@ -231,7 +228,9 @@ def room_for(
         )
 
     where = f"{formats.target}, bits_per_weight {request.bits_per_weight:g}"
-    return Room(int(request.bits_per_weight * bit), stored, formats.groups, heads, where, (bit, "bits a weight"))
+    return Room(
+        int(request.bits_per_weight * bit), stored, formats.groups, formats.heads, where, (bit, "bits a weight")
+    )
 
 
 def float_bytes(quant: QuantTensor) -> int:

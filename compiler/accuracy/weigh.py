@@ -42,19 +42,20 @@ def stream_of(y: str, wiring: Wiring) -> Stream | None:
     unread = {t.name: len(t.outputs) for t in wiring.made_by[y].outputs}  # of what depends on y
     seen = set(unread)
     for node in nodes[first + 1 :]:
-        fresh = [t for t in node.inputs if isinstance(t, gs.Variable) and t.name not in seen]
-        if len(fresh) == len([t for t in node.inputs if isinstance(t, gs.Variable)]):
+        read = [t.name for t in node.inputs if isinstance(t, gs.Variable)]
+        if seen.isdisjoint(read):
             continue
-        for t in node.inputs:
-            if t.name in unread:
-                unread[t.name] -= 1
+        apart = [name for name in read if name not in seen]
+        for name in read:
+            if name in unread:
+                unread[name] -= 1
         unread = {name: count for name, count in unread.items() if count > 0}
         unread |= {t.name: len(t.outputs) for t in node.outputs if t.outputs}
         seen |= {t.name for t in node.outputs}
         left, right = node.inputs[0], node.inputs[-1]
         if (
             node.op == "Add"
-            and len(fresh) == 1
+            and len(apart) == 1
             and list(unread) == [node.outputs[0].name]
             and left.shape == right.shape
         ):

@@ -13,15 +13,13 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.bounds import int8_blocks
+from instantrt.compiler.accuracy.bounds import int8_blocks, keeps_integers
 from instantrt.compiler.smoke.names import PAST, PRESENT
 from instantrt.compiler.smoke.process import Answers
 from instantrt.compiler.smoke.steps import Call, caches
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import evaluate_each, evaluate_node
 from instantrt.passes.core.lazy import Array
-
-INTEGERS = (np.int8, np.uint8)
 
 
 class Values(dict[str, Array]):
@@ -112,7 +110,7 @@ def lockstep(
     """
     runs: dict[str, StepRun] = {}
     wiring, names = Wiring(graph), [t.name for t in graph.outputs]
-    caches_of_integers = any(t.name.startswith(PRESENT) and t.dtype in INTEGERS for t in graph.outputs)
+    caches_of_integers = any(map(keeps_integers, graph.nodes))
     ends = {name for name in names if not (caches_of_integers and name.startswith(PRESENT))}
     for step in steps:
         inner = {name: value for name, value in (given or {}).get(step.name, {}).items() if name not in ends}

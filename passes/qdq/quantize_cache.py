@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.evaluate import PAST
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 
-PAST, PRESENT = "past_key_values.", "present."
+PRESENT = "present."
 GROUP = 32  # channels of a token that share four-bit codes' scale
 INT8, UINT8, FLOAT32 = (np.dtype(each) for each in (np.int8, np.uint8, np.float32))
 

@@ -20,11 +20,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import PAST
 from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, take_over
 from instantrt.passes.core.verify import attention_is_explicit
 
 OPSET = 24  # the first with TensorScatter
-PAST = "past_key_values."
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 

@@ -120,17 +120,30 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
         speed = [float(np.median(side["rounds"][plan.speed])) for side in sides.values()]
         most = max(side["bytes"] for side in sides.values())
         loss = [side["loss"] - sides[FLOAT]["loss"] for side in sides.values()]
-        line = ahead(speed, loss)
-        axes.plot([speed[i] for i in line], [loss[i] for i in line], color="lightgray", zorder=0)
-        for i, (each, side) in enumerate(sides.items()):
-            color, label = COLORS.get(plan.forms[each].kind, "C3"), f"{i + 1}  {each}, {side['bytes'] / MIB:.0f} MiB"
-            axes.scatter(speed[i], loss[i], 1500 * side["bytes"] / most, color, alpha=0.4, label=label)
-            axes.annotate(str(i + 1), (speed[i], loss[i]), ha="center", va="center", fontsize="small")
+        areas = [1500 * side["bytes"] / most for side in sides.values()]
+        colors = [COLORS.get(plan.forms[each].kind, "C3") for each in sides]
+        labels = [f"{each}, {side['bytes'] / MIB:.0f} MiB" for each, side in sides.items()]
+        bubbles(axes, (speed, loss), areas, colors, labels, ahead(speed, loss))
         axes.set(title=name, xlabel=f"tokens a second, {plan.speed}", ylabel=f"{plan.loss}, above float32's")
         axes.set_yscale("symlog", linthresh=plan.linear)
-        axes.margins(0.1)
-        axes.grid(alpha=0.3)
-        keys = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
-        for key in keys.legend_handles:
-            key.set_sizes([40])
     figure.savefig(path, dpi=120)
+
+
+def bubbles(
+    axes: Any,
+    places: tuple[list[float], list[float]],
+    areas: list[float],
+    colors: list[str],
+    labels: list[str],
+    line: list[int],
+) -> None:
+    """Numbered bubbles, with numbers and labels in a legend beside the axes; `line` joins those that it names."""
+    axes.plot(*([values[i] for i in line] for values in places), color="lightgray", zorder=0)
+    for i, (x, y, area, color, label) in enumerate(zip(*places, areas, colors, labels, strict=True), 1):
+        axes.scatter(x, y, area, color, alpha=0.4, label=f"{i}  {label}")
+        axes.annotate(str(i), (x, y), ha="center", va="center", fontsize="small")
+    axes.margins(0.1)
+    axes.grid(alpha=0.3)
+    keys = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
+    for key in keys.legend_handles:
+        key.set_sizes([40])

@@ -21,7 +21,7 @@ import typer
 
 from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
 from instantrt.tools.bench.cpu_contests import ASKED, CALIBRATION, EIGHT, FITTED, FLOAT, FLOAT_ZEROS, FOUR, FRONTIER
-from instantrt.tools.bench.cpu_page import MIB, ahead, speed_cell
+from instantrt.tools.bench.cpu_page import MIB, ahead, bubbles, speed_cell
 
 Result = dict[str, Any]
 OUT = ROOT / "benchmarks" / "frontier.json"
@@ -143,18 +143,10 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
         size = [side["bytes"] / MIB for side in sides.values()]
         kl = [side["kl"] for side in sides.values()]
         speed = [float(np.median(side["rounds"][FRONTIER.speed])) for side in sides.values()]
-        line = ahead([-each for each in size], kl)
-        axes.plot([size[i] for i in line], [kl[i] for i in line], color="lightgray", zorder=0)
-        for i, each in enumerate(sides):
-            color = "C0" if each in ASKED else "C2" if each in FITTED else "C1"
-            label = f"{i + 1}  {each}: {speed[i]:.3g} tokens/s"
-            axes.scatter(size[i], kl[i], 500 * speed[i] / max(speed), color, alpha=0.4, label=label)
-            axes.annotate(str(i + 1), (size[i], kl[i]), ha="center", va="center", fontsize="small")
+        areas = [500 * each / max(speed) for each in speed]
+        colors = ["C0" if each in ASKED else "C2" if each in FITTED else "C1" for each in sides]
+        labels = [f"{each}: {rate:.3g} tokens/s" for each, rate in zip(sides, speed, strict=True)]
+        bubbles(axes, (size, kl), areas, colors, labels, ahead([-each for each in size], kl))
         about = f"float32: {base['bytes'] / MIB:.0f} MiB, {np.median(base['rounds'][FRONTIER.speed]):.3g} tokens/s"
         axes.set(title=f"{name} ({about})", xlabel="MiB", ylabel="KL to float32, nats a token", yscale="log")
-        axes.margins(0.1)
-        axes.grid(alpha=0.3)
-        keys = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
-        for key in keys.legend_handles:
-            key.set_sizes([40])
     figure.savefig(path, dpi=120)
