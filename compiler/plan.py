@@ -97,6 +97,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         trust_remote_code=request.trust_remote_code,
         max_length=request.longest_sequence(),
         cache=request.cache,
+        requantize=request.requantize,
         say=say,
     )
     if model.llm is None:
