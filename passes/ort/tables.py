@@ -127,4 +127,4 @@ class QuantizeTables(Rewrite[Table]):
 
 def fits(q: QuantTensor) -> bool:
     """May a table of embeddings be in the form of this linear?"""
-    return q.bits == 8 and q.group_size in BLOCKS and not q.float_zeros  # GatherBlockQuantized has integer ones alone
+    return q.bits == 8 and q.group_size in BLOCKS and not q.has_minima  # GatherBlockQuantized has none

@@ -119,7 +119,7 @@ def reader_class() -> Any:
             if kind is GGUFValueType.STRING:
                 end = start
                 for _ in range(count):  # each takes eight bytes at least, so that the file's end comes before long
-                    end += 8 + struct.unpack_from("<Q", memoryview(self.data), end)[0]
+                    end += 8 + struct.unpack_from("<Q", memoryview(self.data), end)[0]  # type: ignore[arg-type]
                 part = self._get(start, "u1", end - start)
             elif kind in self.gguf_scalar_to_np:
                 part = self._get(start, self.gguf_scalar_to_np[kind], count)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from instantrt.compiler.frontend.gguf.architectures import Place, config_of, places_of
-from instantrt.compiler.frontend.gguf.tokenizer import tokenizer_files
-
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
+from instantrt.compiler.frontend.gguf.architectures import Place, config_of, places_of
 from instantrt.compiler.frontend.gguf.file import GgufFile, open_gguf
+from instantrt.compiler.frontend.gguf.tokenizer import tokenizer_files
 from instantrt.compiler.quant.gguf import FLOAT_KINDS, GgufTensor
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 
@@ -48,7 +47,7 @@ def made_folder(
     def vector(name: str) -> Array:
         return whole(file.tensors[name])
 
-    config = config_of(file.metadata, shapes, str(path), vector)
+    config = config_of(file.metadata, shapes, vector, str(path))
     places = places_of(file.metadata, shapes, str(path))
 
     def tokenizer() -> bytes:
