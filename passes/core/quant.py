@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -122,6 +122,15 @@ class QuantTensor:
 
     def tiles(self) -> Iterator[Tile]:
         return self.source.tiles()
+
+
+@runtime_checkable
+class StoredInCodes(Protocol):
+    """A source of float rows that a checkpoint may hold in codes."""
+
+    def quantized(self, name: str) -> QuantTensor | None:
+        """The matrix with its codes, under this name; None where it has none."""
+        ...
 
 
 def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:

@@ -111,6 +111,10 @@ class Blocks:
             codes = np.pad(codes, ((0, 0), (0, padding)))
         return self.packed(codes).reshape(n, self.count, -1)
 
+    def rows(self, tile: Tile) -> Array:
+        """The same bytes for a matrix of whole blocks, row by row."""
+        return self.packed(tile.parts[0])
+
     def scales(self, tile: Tile) -> Array:
         return self.repeated(tile.parts[1])
 
