@@ -1,0 +1,218 @@
+"""GGUF files: every type bit for bit, and the road from a file to an artifact that is the model of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instantrt.compiler.accuracy.runners import session
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.gguf import gguf_at
+from instantrt.compiler.frontend.gguf.file import open_gguf
+from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor
+from instantrt.compiler.request import Request
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import FLOAT32, Array, View, whole
+from instantrt.passes.core.quant import Codes, dequantize
+from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.ort.scales import KeepScalesInHalf
+from instantrt.passes.ort.tables import QuantizeTables
+from tests.gguf_files import KINDS_OF_LAYERS, SIZES, blocks, llama
+
+SHAPE = (96, 512)
+
+
+def stored(path: Path, kind: str, raw: Array, **more: Any) -> GgufTensor:
+    path.write_bytes(b"junk" + raw.tobytes())
+    block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return GgufTensor(path, 4, SHAPE, FLOAT32, "t", kind, block, **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_the_weights_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    """As codes, as the floats of a tensor, and in the table of an artifact; with heads put back row by row."""
+    raw = blocks(kind, SHAPE, np.random.default_rng(1))
+    tensor, want = stored(tmp_path / "t", kind, raw), gguf.dequantize(raw, GGMLQuantizationType[kind])
+    form = KINDS[kind]
+    codes = [Codes(*tile.parts) for tile in GgufRows(tensor).tiles()]
+    assert all((c.scale > 0).all() and c.codes.max() < 1 << form.bits for c in codes)
+    np.testing.assert_array_equal(np.concatenate([dequantize(c, form.group_size) for c in codes]), want)
+    exact = [c.scale.astype(form.exact) == c.scale for c in codes]
+    assert all(e.all() for e in exact)
+    turned = want.reshape(4, -1, 2, SHAPE[1]).swapaxes(1, 2).reshape(SHAPE)
+    np.testing.assert_array_equal(whole(replace(tensor, heads=4)), turned)
+    np.testing.assert_array_equal(rows_of_table(tensor, tmp_path), want)
+
+
+def rows_of_table(tensor: GgufTensor, folder: Path) -> Array:
+    """Every row of the table in ONNX Runtime, in two dimensions of ids."""
+    ids, out = gs.Variable("input_ids", np.int64, ("b", "s")), gs.Variable("y", np.float32, ("b", "s", SHAPE[1]))
+    table = gs.Constant("t", View(tensor, SHAPE, np.float32))
+    graph = gs.Graph([gs.Node("Gather", "g", {"axis": 0}, [table, ids], [out])], inputs=[ids], outputs=[out], opset=23)
+    log = PassLog()
+    run(graph, (QuantizeTables(floats=False), KeepScalesInHalf()), log)
+    assert any(node.op == "GatherBlockQuantized" for node in graph.nodes)
+    write_model(graph, folder / "table.onnx")
+    rows = ort.InferenceSession(folder / "table.onnx").run(None, {"input_ids": np.arange(SHAPE[0]).reshape(2, -1)})[0]
+    return np.asarray(rows).reshape(SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "value"), [("Q8_0", 0, np.nan), ("Q4_1", 2, np.inf), ("Q4_K", 0, -1.0), ("Q6_K", 208, np.inf)]
+)
+def test_numbers_that_cannot_be_right_are_refused(tmp_path: Path, kind: str, at: int, value: float) -> None:
+    raw = blocks(kind, SHAPE, np.random.default_rng(1))
+    raw[7, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+    with pytest.raises(UserError, match=r"t, row 7 of the model's.*"):
+        list(GgufRows(stored(tmp_path / "t", kind, raw)).tiles())
+
+
+def test_a_negative_scale_below_the_lowest_code(tmp_path: Path) -> None:
+    raw = blocks("Q8_0", SHAPE, np.random.default_rng(1))
+    raw[3, :3] = [*np.array([-1], np.float16).view(np.uint8), 0x80]
+    with pytest.raises(UserError, match="whose opposite is no code"):
+        list(GgufRows(stored(tmp_path / "t", "Q8_0", raw)).tiles())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Array]]:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, dict(llama(path))
+
+
+def reference(floats: dict[str, Array], ids: Array) -> Array:
+    """The logits of transformers' own Llama."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=SIZES["vocab"], hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    )  # fmt: skip
+    own = LlamaForCausalLM(config).eval()
+    own.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in floats.items()}, strict=False)
+    own.tie_weights()
+    with torch.inference_mode():
+        return np.asarray(own(torch.from_numpy(ids)).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["exact", "auto"])
+def test_an_artifact_is_the_model_of_the_files_weights(
+    model: tuple[Path, dict[str, Array]], tmp_path: Path, preset: Any
+) -> None:
+    """Thirteen types in one model; `exact` keeps its logits, and no matrix is in the file but in codes."""
+    path, floats = model
+    compile_model(Request(path, ("x86",), tmp_path / "out", cpu_preset=preset))
+    ids = np.random.default_rng(2).integers(0, SIZES["vocab"], (1, 40))
+    run = session(tmp_path / "out/x86/model.onnx", every_position=True)
+    feeds: dict[str, Array] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feeds["position_ids"] = np.arange(40)[None]
+    for each in run.get_inputs():
+        feeds.setdefault(each.name, np.zeros((1, 2, 0, 64), np.float32))
+    got = run.run(["logits"], {each.name: feeds[each.name] for each in run.get_inputs()})[0]
+    want = reference(floats, ids)
+    error = np.abs(got - want).max() / np.abs(want).max()
+    assert error < {"exact": 1e-3, "auto": 1e-1}[preset]
+    written = sum(f.stat().st_size for f in (tmp_path / "out/x86").glob("model.onnx*"))
+    assert written < 1.6e6  # 1.25 M weights: in 16 bits 2.5 MB, and the graph
+
+
+@pytest.mark.slow
+def test_floats_of_the_same_file(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
+    path, floats = model
+    loaded = load(path, requantize=True)
+    for name, want in floats.items():
+        np.testing.assert_array_equal(whole(loaded.tensors[name]), want)
+    assert (loaded.folder / "config.json").is_file()
+    with pytest.raises(UserError, match="requantize is for a GGUF file"):
+        load(tmp_path, requantize=True)
+
+
+def test_a_split_file_is_one(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
+    whole_file = open_gguf(model[0])
+    reader = gguf.GGUFReader(model[0])
+    for number, some in enumerate((reader.tensors[:5], reader.tensors[5:])):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{number + 1:05}-of-00002.gguf", "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in some:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    first = gguf_at(tmp_path)
+    assert first == tmp_path / "m-00001-of-00002.gguf"
+    found = open_gguf(first)
+    assert set(found.tensors) == set(whole_file.tensors)
+    for name, tensor in found.tensors.items():
+        np.testing.assert_array_equal(whole(tensor), whole(whole_file.tensors[name]))
+    (tmp_path / "m-00002-of-00002.gguf").rename(tmp_path / "other.gguf")
+    with pytest.raises(UserError, match="parts of a split file are missing"):
+        open_gguf(first)
+    with pytest.raises(UserError, match="several GGUF files"):
+        gguf_at(tmp_path)
+
+
+def test_a_type_without_equal_steps_is_named(tmp_path: Path) -> None:
+    kinds = [dict.fromkeys(layer, "Q8_0") for layer in KINDS_OF_LAYERS]
+    kinds[1]["ffn_up"] = "IQ3_S"
+    path = tmp_path / "iq.gguf"
+    floats = llama(path, kinds=tuple(kinds))
+    with pytest.raises(UserError, match=r"(?s)IQ3_S has no codes of equal steps.*--requantize") as refused:
+        load(path)
+    assert "blk.1.ffn_up.weight" in str(refused.value)
+    name = "model.layers.1.mlp.up_proj.weight"
+    np.testing.assert_array_equal(whole(load(path, requantize=True).tensors[name]), floats[name])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A file of few bytes, and a place for what becomes of it."""
+    folder = tmp_path_factory.mktemp("hostile")
+    writer = gguf.GGUFWriter(folder / "good.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_array("llama.some", [1, 2, 3])
+    writer.add_tensor("x", np.zeros((2, 32), np.float32))
+    writer.add_tensor("y", blocks("Q8_0", (2, 64), np.random.default_rng(0)), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "bad.gguf", (folder / "good.gguf").read_bytes()
+
+
+@settings(max_examples=300, deadline=2000)
+@given(data=st.data())
+def test_no_file_brings_another_error(small: tuple[Path, bytes], data: st.DataObject) -> None:
+    """Cut anywhere, or with any few bytes of the header another number: refused, or read without leaving the file."""
+    path, good = small
+    cut = data.draw(st.integers(0, len(good)), label="length")
+    bad = bytearray(good[:cut] if data.draw(st.booleans(), label="is cut") else good)
+    for _ in range(data.draw(st.integers(0, 2), label="changes")):
+        at = data.draw(st.integers(0, max(0, min(len(bad), 400) - 8)), label="at")
+        size = data.draw(st.sampled_from([1, 4, 8]))
+        number = data.draw(st.sampled_from([0, 1, 9, 255, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]))
+        bad[at : at + size] = (number % 256**size).to_bytes(size, "little")
+    path.write_bytes(bad)
+    try:
+        found = open_gguf(path)
+    except UserError:
+        return
+    for tensor in found.tensors.values():
+        assert tensor.offset + tensor.shape[0] * tensor.shape[-1] // tensor.block[0] * tensor.block[1] <= len(bad)
