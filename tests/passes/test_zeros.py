@@ -185,7 +185,7 @@ def test_gpu_forms_are_the_twin(kind: str, plugin: bool, dtype: Any) -> None:
     log = PassLog()
     lowered = run(canonical, [lowering], log)
     assert quantized(lowered.nodes[-1]) is None
-    assert [dtype.name in e.note for e in log.applied(type(lowering))] == [True]
+    assert [dtype.name in e.done for e in log.applied(type(lowering))] == [True]
     got = Evaluation(lowered, {"x": x}).take("y.q").astype(np.float32)
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 4 * float(ml_dtypes.finfo(dtype).eps)
 
