@@ -110,8 +110,8 @@ FUSED = {
     "ffn_down": PLAIN["ffn_down"],
 }
 INTERLEAVED = {"attn_q": "heads", "attn_k": "kv_heads"}
-QKV = ("attn_q", "attn_k", "attn_v")
-ATTENTION_BIAS = {(*QKV, "attn_output"): "attention_bias"}
+QKV: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
+ATTENTION_BIAS: Mapping[tuple[str, ...], str] = {(*QKV, "attn_output"): "attention_bias"}
 
 
 def config_of(metadata: Mapping[str, Any], tensors: Shapes, vectors: Vectors, where: str) -> dict[str, Any]:
