@@ -132,6 +132,8 @@ def test_cpu_forms_are_the_twin(
     lowered = run(canonical, [*linear_passes(preset, steps=steps), KeepScalesInHalf()], PassLog())
     verify(lowered, Stage.ONNXRUNTIME)
     assert all(quantized(node) is None for node in lowered.nodes)
+    if preset == "exact" and group < K:
+        limit = 6e-5 if steps else 2e-6  # two limbs of 8 bits by block, or float32
     for got, expected in zip(evaluate(lowered.copy(), {"x": x}, tmp_path), want, strict=True):
         assert per_row(got, expected) < limit
     if "MatMulNBits" in {node.op for node in lowered.nodes} and preset == "fast":
