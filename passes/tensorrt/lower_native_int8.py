@@ -49,7 +49,7 @@ class LowerNativeInt8(Lowering[Quantized]):
         out, name = take_over(match.node), match.node.name
         codes, span = quantized_tokens(graph, match.x)
         token = once(graph, "DequantizeLinear", [codes, step(match.x, self.dtype)], f"{match.x.name}/unit")
-        inputs = [signed_codes(match.quant), small(f"{name}/weight/step", STEP, self.dtype)]
+        inputs = [signed_codes(match.quant, FLOAT32), small(f"{name}/weight/step", STEP, self.dtype)]
         weight = add(graph, "DequantizeLinear", inputs, f"{name}/weight")
         y = add(graph, "MatMul", [token, weight], f"{name}/int8", name=name)
         y = add(graph, "Cast", [y], f"{name}/wide", to=onnx.TensorProto.FLOAT)

@@ -49,12 +49,14 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         add(graph, "Add", [product, self.correction(graph, match, name)], out, name=f"{name}/sum")
 
     def note(self, match: Quantized) -> str:
-        tail = "" if match.quant.symmetric else " + zero point correction"
-        return f"{layout(match.quant)}{tail}"
+        if match.quant.symmetric:
+            return layout(match.quant)
+        term = f"minima in {self.dtype.name}" if match.quant.has_minima else "zero point correction"
+        return f"{layout(match.quant)} + {term}"
 
     def dequantized(self, graph: gs.Graph, quant: QuantTensor, name: str) -> gs.Tensor:
         """The symmetric DequantizeLinear `[K, N]`; the fusion gate finds it by its name, `<linear>/weight`."""
-        codes = signed_codes(quant)
+        codes = signed_codes(quant, self.dtype)
         if quant.bits == 8 and quant.per_channel:
             inputs = [codes, channel_scales(quant, self.dtype)]
             return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=1)

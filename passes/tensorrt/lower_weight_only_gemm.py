@@ -17,10 +17,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View, view_of
-from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.quant import Codes, QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Reject, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import finite, in_range
+from instantrt.passes.tensorrt.native import finite, in_range, raised
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
@@ -46,7 +46,8 @@ class Packed:
         first = self.weights[0]
         chunks = (rows_by(w, ROWS // len(self.weights)) for w in self.weights)
         for i, parts in enumerate(zip(*chunks, strict=True)):
-            codes, scale, zero = (interleave(same) for same in zip(*parts, strict=True))
+            blocks = [raised(Codes(*part), w, self.dtype) for part, w in zip(parts, self.weights, strict=True)]
+            codes, scale, zero = (interleave(same) for same in zip(*blocks, strict=True))
             scale = in_range(scale, self.dtype, first, i * ROWS)
             if first.has_minima:
                 zero = -zero / scale.astype(np.float32)
@@ -137,8 +138,8 @@ class LowerWeightOnlyGemm(Lowering[Quantized]):
         inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
         gemm(graph, inputs, take_over(match.node), name, attrs)
 
-    def note(self, match: Quantized) -> str:  # noqa: ARG002
-        return OP.name
+    def note(self, match: Quantized) -> str:
+        return f"{OP.name}, minima as zero points in {self.dtype.name}" if match.quant.has_minima else OP.name
 
 
 def native_int8(quant: QuantTensor) -> bool:

@@ -19,20 +19,21 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, Tile, View
-from instantrt.passes.core.quant import Codes, QuantTensor, offsets
+from instantrt.passes.core.quant import Codes, QuantTensor, dequantize, offsets
 
 INT4_BLOCK = 128  # see `block_size`
 
 
-def signed_codes(weight: QuantTensor) -> gs.Constant:
-    """code - c as int8 or int4 `[K, N]`."""
+def signed_codes(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
+    """code - c as int8 or int4 `[K, N]`, of a weight whose scales are stored as `dtype`."""
     n, k = weight.shape
-    dtype = np.dtype(np.int8 if weight.bits == 8 else ml_dtypes.int4)
+    code_type = np.dtype(np.int8 if weight.bits == 8 else ml_dtypes.int4)
 
     def project(tile: Tile) -> Array:
-        return np.subtract(tile.parts[0], np.uint8(weight.central)).view(dtype).T
+        codes = raised(Codes(*tile.parts), weight, dtype).codes
+        return np.subtract(codes, np.uint8(weight.central)).view(code_type).T
 
-    return gs.Constant(f"{weight.name}/codes", View(weight, (k, n), dtype, axis=1, project=project))
+    return gs.Constant(f"{weight.name}/codes", View(weight, (k, n), code_type, axis=1, project=project))
 
 
 def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Constant:
@@ -41,7 +42,8 @@ def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Co
     repeat = weight.group_size // block
 
     def project(tile: Tile) -> Array:
-        return np.repeat(in_range(tile.parts[1], dtype, weight, tile.start), repeat, axis=1).T
+        scale = raised(Codes(*tile.parts), weight, dtype).scale
+        return np.repeat(in_range(scale, dtype, weight, tile.start), repeat, axis=1).T
 
     return gs.Constant(f"{weight.name}/scale", View(weight, (k // block, n), dtype, axis=1, project=project))
 
@@ -51,7 +53,8 @@ def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.
     assert weight.per_channel
 
     def project(tile: Tile) -> Array:
-        return in_range(tile.parts[1][:, 0] * np.float32(factor), dtype, weight, tile.start)
+        scale = raised(Codes(*tile.parts), weight, dtype).scale[:, 0]
+        return in_range(scale * np.float32(factor), dtype, weight, tile.start)
 
     return gs.Constant(f"{weight.name}/scale", View(weight, weight.shape[:1], dtype, project=project))
 
@@ -61,12 +64,35 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
     n, g = weight.shape[0], weight.groups
 
     def project(tile: Tile) -> Array:
-        values = offsets(Codes(*tile.parts), weight.central) * np.float32(weight.group_size)
+        values = offsets(raised(Codes(*tile.parts), weight, dtype), weight.central) * np.float32(weight.group_size)
         narrow = finite(values, dtype, weight, tile.start, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
     shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
     return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
+
+
+def raised(block: Codes, weight: QuantTensor, dtype: np.dtype[Any]) -> Codes:
+    """Scales below the smallest normal number of `dtype` become that one, and codes count its steps.
+
+    That moves a weight by half of it at most, in rows whose largest weight `dtype` itself may round by as much. Others
+    stay as they are, and `in_range` refuses them.
+    """
+    info, scale = ml_dtypes.finfo(dtype), block.scale
+    step = np.float32(info.tiny)
+    rows = np.flatnonzero((scale < step).any(axis=1))
+    if len(rows):
+        largest = np.abs(dequantize(Codes(*(part[rows] for part in block)), weight.group_size)).max(axis=1)
+        rows = rows[largest * np.float32(info.eps) >= step]
+    if not len(rows):
+        return block
+    ratio = np.minimum(scale[rows] / step, 1)[..., None]
+    zero = np.float32(0) if weight.has_minima else block.zero[rows].astype(np.float32)[..., None]
+    steps = block.codes[rows].reshape(len(rows), weight.groups, -1) - zero
+    codes, wide = block.codes.copy(), scale.copy()
+    codes[rows] = (np.rint(steps * ratio) + zero).reshape(len(rows), -1)
+    wide[rows] = np.maximum(scale[rows], step)
+    return Codes(codes, wide, block.zero)
 
 
 def finite(values: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int, what: str) -> Array:
@@ -79,7 +105,7 @@ def finite(values: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int,
 
 
 def in_range(scale: Array, dtype: np.dtype[Any], weight: QuantTensor, start: int) -> Array:
-    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does.
+    """`scale` as `dtype`; TensorRT checks neither infinite nor subnormal scales, so this does, behind `raised`.
 
     docs/facts.md, "Scales out of range"
     """
