@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.backend.kernels import refuse_lacking, with_kernels
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
+from instantrt.compiler.options import TableFormat
 from instantrt.compiler.quant.config import or_ignore
 from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.saturation import NEEDED
@@ -107,10 +108,11 @@ def fold_norms(graph: gs.Graph, decisions: Decisions, log: PassLog) -> tuple[gs.
     }
 
 
-def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: bool = False) -> gs.Graph:
+def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: TableFormat | None = None) -> gs.Graph:
     """Canonical Q/DQ, which ONNX Runtime runs as it is: the twin that every lowering is held against.
 
-    tables   those of embeddings become int8, too, in the one form that ONNX Runtime has for them
+    tables   what those of embeddings become in the one form that ONNX Runtime has for codes: as they are stored, where
+             that is in codes, or all int8; None: they stay float
     """
     passes: tuple[Pass, ...] = (
         SortInputs(decisions),
@@ -118,7 +120,7 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: boo
         FoldOrder(frozenset(t.name for t in graph.outputs)),
         # Behind the weights, which say what is quantized, and in the order they want, which the layers before may give.
         QuantizeActivations(),
-        *((QuantizeTables(),) if tables else ()),
+        *((QuantizeTables(floats=tables == "int8"),) if tables else ()),
     )
     run(graph, passes, log)
     verify(graph, Stage.QDQ)

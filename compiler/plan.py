@@ -20,6 +20,7 @@ from instantrt.compiler.defaults import Formats, settle
 from instantrt.compiler.fit import check_text, choose_formats, fit_codes
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.options import TableFormat
 from instantrt.compiler.request import Request, check_lengths
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
@@ -97,6 +98,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         trust_remote_code=request.trust_remote_code,
         max_length=request.longest_sequence(),
         cache=request.cache,
+        requantize=request.requantize,
         say=say,
     )
     if model.llm is None:
@@ -118,7 +120,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     for target in request.resolved_targets():
         dtype = types.get(target.name, SCALE_TYPE)
         formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
-        tables = formats.embeddings == "int8" and target.backend is Backend.ONNXRUNTIME
+        tables = formats.embeddings if target.backend is Backend.ONNXRUNTIME else None
         own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
         key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact
         if key not in made:
@@ -150,9 +152,9 @@ def make_twin(
     say: Say,
     lower_one: Callable[[gs.Graph, PassLog], gs.Graph],
     *,
-    tables: bool,
+    tables: TableFormat | None,
 ) -> Twin:
-    """`lower_one` is what becomes of it; `tables`: those of embeddings are int8 in it, as they will be there."""
+    """`lower_one` is what becomes of it; `tables`: what those of embeddings are in it, as they will be there."""
 
     def size_of(chosen: Decisions) -> int:
         folded, chosen = pipeline.fold_norms(graph, chosen, PassLog())
@@ -166,7 +168,7 @@ def make_twin(
         if request.kv_cache_type in INTEGERS:
             canonical = with_cache(canonical, request.kv_cache_type, model, log, say)
         twin = Twin(decisions, floating, canonical, raised)
-    if tables and request.embeddings == "int8":
+    if tables == request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin
 

@@ -58,6 +58,8 @@ METHODS = (
     Method("CT-INT4 (A8W4)", "compressed-tensors", "uint4", True, True, True),
     Method("INT8 (A16W8)", "int8", "int8", False, True, False),
     Method("INT8 (A8W8)", "int8", "int8", True, True, False),
+    Method("GGUF, 8 bits (A16W8)", "gguf", "int8", False, False, True),
+    Method("GGUF, 4 bits (A16W4)", "gguf", "uint4", False, False, True),
 )
 
 

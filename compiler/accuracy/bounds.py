@@ -96,7 +96,7 @@ def int8_block(nodes: Iterable[gs.Node]) -> int | None:
     """The block in which a MatMulNBits makes int8 of x itself; None where x reaches it whole, or as two limbs.
 
     One whose product is taken off from x is no layer, but tells what the rounding leaves, the second limb; nor is one
-    with an axis for a Squeeze, of sums for float zero points.
+    with an axis for a Squeeze, of sums for minima.
     """
     coarse = (
         n

@@ -185,7 +185,7 @@ def between(graph: gs.Graph, layer: TwinLinear, x: Array) -> Array:
 def quantized_bytes(quant: QuantTensor) -> int:
     """Codes, scales and zero points, as they are stored."""
     n, k = quant.shape
-    zero_bits = 8 * quant.zero_dtype.itemsize if quant.float_zeros else 0 if quant.symmetric else quant.bits
+    zero_bits = 8 * quant.zero_dtype.itemsize if quant.has_minima else 0 if quant.symmetric else quant.bits
     return n * k * quant.bits // 8 + n * quant.groups * (8 * quant.scale_dtype.itemsize + zero_bits) // 8
 
 

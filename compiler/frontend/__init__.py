@@ -1,6 +1,6 @@
 """Models as users have them -> FloatModel: a FLOAT graph whose weights are references, and the checkpoint's tensors.
 
-In come a Hugging Face folder or an .onnx file, which are hostile until checked; no weight is read here. Torch and
+In come a Hugging Face folder, a GGUF file or an .onnx file, hostile until checked; no weight is read here. Torch and
 transformers are imported here only, and only where a model is new (`export_cache`). A new source of models is a module
 beside `hf` and `onnx_file`, told apart in `load`.
 """
@@ -8,8 +8,10 @@ beside `hf` and `onnx_file`, told apart in `load`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError, tried
 
@@ -20,14 +22,27 @@ def load(
     trust_remote_code: bool = False,
     max_length: int | None = None,
     cache: Path | None = None,
+    requantize: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> FloatModel:
-    """Reads a Hugging Face folder or an ONNX file, told apart by what is there.
+    """Reads a Hugging Face folder, a GGUF file or an ONNX file, told apart by what is there.
 
     max_length   tokens that no sequence will exceed; None: as many as the model can
+    requantize   a GGUF file's weights are floats, dequantized
     cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
     say          is told whether the graph is exported, or of an earlier export
     """
+    gguf = gguf_at(model)
+    if requantize and gguf is None:
+        raise UserError("requantize is for a GGUF file", where=str(model), fix="leave it out")
+    if gguf is not None:
+        from instantrt.compiler.frontend import hf
+        from instantrt.compiler.frontend.gguf.folder import made_folder
+
+        with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
+            made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
+            loaded = hf.load_checkpoint(made.path, max_length=max_length, cache=cache, say=say, weights=made.weights)
+            return replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held)
     if model.is_dir():
         from instantrt.compiler.frontend import hf
 
@@ -45,7 +60,7 @@ def load(
     raise UserError(
         "no model here",
         where=str(model),
-        expected="a folder with config.json and *.safetensors, or an .onnx file",
+        expected="a folder with config.json and *.safetensors, a .gguf file, or an .onnx file",
         found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
         fix="models are read from disk; download the checkpoint first",
     )

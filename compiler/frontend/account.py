@@ -155,6 +155,8 @@ def different_ties(
     for names in facts.groups:
         first, *others = [name for name in names if name in tensors] or [""]
         for name in others:
+            if tensors[first] is tensors[name]:
+                continue
             if same_bytes(tensors[first], tensors[name]):
                 copies.append((name, f"equal to {first}, to which it is tied, byte for byte"))
             else:
@@ -204,17 +206,22 @@ def in_order(
     strange, telling = no_place(unknown, tensors, facts, reader) if unknown else (None, False)
     absent = no_tensor(lost, prefix, facts) if lost else None
     yield from filter(None, (absent if prefix else None, strange if telling else None))
-    yield from wrong_parameters(facts, tensors, quantized)
+    yield from wrong_parameters(facts, tensors, quantized, reader.mark if reader is not None else "")
     yield from filter(None, (None if prefix else absent, None if telling else strange))
 
 
-def wrong_parameters(facts: ModelFacts, tensors: Mapping[str, FileTensor], quantized: set[str]) -> Iterator[UserError]:
-    """The tensor of a parameter has its shape, and is a float unless a reader knows what it is."""
+def wrong_parameters(
+    facts: ModelFacts, tensors: Mapping[str, FileTensor], quantized: set[str], mark: str
+) -> Iterator[UserError]:
+    """The tensor of a parameter has its shape, and is a float unless a reader knows what it is.
+
+    mark   the tensor that a quantized layer has
+    """
     for name, shape in facts.parameters.items():
         tensor, path = tensors.get(name), name.rpartition(".")[0]
         if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
             continue
-        if path in quantized and name == f"{path}.weight":
+        if path in quantized and name == f"{path}.weight" and mark != "weight":
             yield UserError("a layer is stored both quantized and as floats", where=name)
         elif tensor.dtype not in FLOATS:
             yield UserError(

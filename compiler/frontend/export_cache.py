@@ -66,7 +66,7 @@ def recall(
 def code() -> Mapping[str, str]:
     """What makes entries, besides what they are about. Nothing is imported to tell."""
     digest = hashlib.sha256()
-    for path in (path for folder in SOURCES for path in sorted(folder.glob("*.py"))):
+    for path in (path for folder in SOURCES for path in sorted(folder.rglob("*.py"))):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
     python, machine = ".".join(platform.python_version_tuple()[:2]), platform.machine()
     versions = {name: installed(name) for name in ("instantrt", *LIBRARIES)}

@@ -28,8 +28,7 @@ from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family
 from instantrt.compiler.json_file import read_json
-from instantrt.compiler.quant import plain
-from instantrt.compiler.quant.readers import announced_reader
+from instantrt.compiler.quant.readers import announced_reader, unannounced_reader
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
@@ -60,8 +59,11 @@ def load_checkpoint(
     max_length: int | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    weights: Mapping[str, FileTensor] | None = None,
 ) -> FloatModel:
     """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
+
+    `weights` are the tensors, where the folder has none of its own.
 
     The graph may be of an earlier export, in the folder `cache`.
 
@@ -69,7 +71,9 @@ def load_checkpoint(
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
     """
-    opened = open_checkpoint(folder, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache, say=say)
+    opened = open_checkpoint(
+        folder, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache, say=say, weights=weights
+    )
     taken, tensors = opened.taken, opened.taken.tensors
     exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
@@ -127,6 +131,7 @@ def open_checkpoint(
     report: Report = refuse,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    weights: Mapping[str, FileTensor] | None = None,
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
@@ -138,7 +143,7 @@ def open_checkpoint(
     reader = announced_reader(folder, config)
     skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code))
     try:
-        stored = read_checkpoint(folder)
+        stored = weights if weights is not None else read_checkpoint(folder)
     except UserError:
         skeleton()  # what is wrong with the model itself is said first
         raise
@@ -153,7 +158,7 @@ def open_checkpoint(
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
     check_length(facts.switches, max_length, folder / "config.json")
-    reader = reader or plain.detect(stored)
+    reader = reader or unannounced_reader(stored)
     return OpenCheckpoint(config, reader, take_account(facts, stored, reader, files, report), skeleton, kept)
 
 

@@ -48,7 +48,7 @@ class FloatModel:
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
     there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
     of the module that makes the logits, where the model itself names one; `account` says what became of each tensor
-    and file of a folder, in JSON.
+    and file of a folder, in JSON. `held` keeps a folder there that was made for the model.
     """
 
     graph: gs.Graph
@@ -61,6 +61,7 @@ class FloatModel:
     notes: tuple[str, ...] = ()
     head: str | None = None
     account: Mapping[str, Any] = field(default_factory=dict)
+    held: Any = None
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:

@@ -20,7 +20,7 @@ SHORT: dict[str, dict[str, str]] = {
 }
 assert set(get_args(Quant)) == {*SHORT, "none"}
 # Everything but instant_quant names the format of a checkpoint that is quantized already.
-METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8")
+METHODS = ("instant_quant", "gptq", "awq", "compressed-tensors", "int8", "gguf")
 FORMATS = {"int8": 8, "uint4": 4}
 COMPUTE = ("weight_only", "activate_quant")
 Search = Literal["none", "activations"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.compiler.json_file import read_json
-from instantrt.compiler.quant import awq, compressed, gptq, plain
+from instantrt.compiler.quant import awq, compressed, gguf, gptq, plain
 from instantrt.compiler.quant.config import expect
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.errors import UserError
@@ -41,7 +41,12 @@ METHOD_OF = {
 
 def find_reader(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Reader | None:
     """The reader for a checkpoint, or None for a float one."""
-    return announced_reader(folder, config) or plain.detect(tensors)
+    return announced_reader(folder, config) or unannounced_reader(tensors)
+
+
+def unannounced_reader(tensors: Mapping[str, FileTensor]) -> Reader | None:
+    """The reader for tensors that no config says anything of: the tensors tell."""
+    return gguf.detect(tensors) or plain.detect(tensors)
 
 
 def announced_reader(folder: Path, config: Mapping[str, Any]) -> Reader | None:

@@ -146,18 +146,18 @@ def dequantized(node: gs.Node) -> Blocks | None:
 
 
 def shifted(node: gs.Node) -> Blocks | None:
-    """Reshape(DequantizeLinear(codes [G, g, N], scale) - offset [G, 1, N]) as [K, N], by columns: float zero points."""
-    dq, sub = weight_dequantize(node.outputs[0]), producer(node.inputs[0], "Sub")
-    given = [*dq.inputs, sub.inputs[1]] if dq is not None and sub is not None else []
+    """Reshape(DequantizeLinear(codes [G, g, N], scale) + minimum [G, 1, N]) as [K, N], by columns."""
+    dq, plus = weight_dequantize(node.outputs[0]), producer(node.inputs[0], "Add")
+    given = [*dq.inputs, plus.inputs[1]] if dq is not None and plus is not None else []
     views = [view for t in given if (view := view_of(t)) is not None]
     if not given or len(views) < len(given) or any(v.source != views[0].source for v in views):
         return None
 
     def blocks() -> Iterator[Array]:
         for tile in views[0].source.tiles():
-            q, scale, offset = (v.block(tile).astype(FLOAT32) for v in views)
+            q, scale, minimum = (v.block(tile).astype(FLOAT32) for v in views)
             q *= scale
-            q -= offset
+            q += minimum
             yield q.reshape(-1, q.shape[-1])
 
     return blocks

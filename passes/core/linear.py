@@ -49,7 +49,7 @@ def linear(node: gs.Node) -> Linear | None:
 
 
 def weight_dequantize(weight: gs.Tensor) -> gs.Node | None:
-    """The DequantizeLinear that makes a linear's weight; float zero points are a Sub behind it, and a Reshape."""
+    """The DequantizeLinear that makes a linear's weight; minima are an Add behind it, and a Reshape."""
     shaped = producer(weight, "Reshape")
-    shifted = producer(shaped.inputs[0], "Sub") if shaped is not None else None
+    shifted = producer(shaped.inputs[0], "Add") if shaped is not None else None
     return producer(weight if shifted is None else shifted.inputs[0], "DequantizeLinear")

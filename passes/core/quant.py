@@ -2,7 +2,8 @@
 
 A weight is W `[N, K]`, one row per output channel. A group is `group_size` consecutive k of one row; per-channel
 is one group of K. Codes are unsigned (`uint8`, one a byte, 0 .. 2^bits - 1); `w = (code - zero) * scale`.
-Signed int8 is the same codes less 128. Zero points are codes, or floats that may lie outside of them.
+Signed int8 is the same codes less 128. Zero points are codes. One that is none is held as the minimum of its group,
+-zero * scale: `w = code * scale + minimum`, which is exact for what files hold, and for groups of equal weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Codes(NamedTuple):
 
     codes  [n, K]  uint8    0 .. 2^bits - 1
     scale  [n, G]  float32  positive, representable in the type it will be stored in
-    zero   [n, G]  uint8    0 .. 2^bits - 1; or float32, any number that the type it will be stored in has
+    zero   [n, G]  uint8    0 .. 2^bits - 1; or the minimum, float32, representable in the type it will be stored in
     """
 
     codes: Array
@@ -67,7 +68,7 @@ class QuantTensor:
     """A quantized weight `[N, K]` that is computed or decoded tile by tile.
 
     `source` delivers `Codes`. `symmetric` promises that every zero point is the central code 2^(bits-1).
-    `zero_dtype` is uint8 where zero points are codes, else the float type that holds them exactly.
+    `zero_dtype` is uint8 where zero points are codes, else the float type that holds the minima exactly.
     `activations` says what the linear multiplies it with: float, or int8 quantized per token.
     `order` is the order its inputs have to be brought into, None for the model's own (GPTQ's desc_act sorts them).
     """
@@ -86,7 +87,7 @@ class QuantTensor:
     def __post_init__(self) -> None:
         assert self.bits in (4, 8)
         assert self.shape[1] % self.group_size == 0
-        assert not (self.symmetric and self.float_zeros)
+        assert not (self.symmetric and self.has_minima)
 
     @property
     def groups(self) -> int:
@@ -97,7 +98,7 @@ class QuantTensor:
         return self.groups == 1
 
     @property
-    def float_zeros(self) -> bool:
+    def has_minima(self) -> bool:
         return self.zero_dtype != UINT8
 
     @property
@@ -117,10 +118,19 @@ class QuantTensor:
     @property
     def zeros(self) -> str:
         """What its zero points are, in words."""
-        return "symmetric" if self.symmetric else "asymmetric" + ", float zero points" * self.float_zeros
+        return "symmetric" if self.symmetric else "asymmetric" + ", with minima" * self.has_minima
 
     def tiles(self) -> Iterator[Tile]:
         return self.source.tiles()
+
+
+@runtime_checkable
+class StoredInCodes(Protocol):
+    """A source of float rows that a checkpoint may hold in codes."""
+
+    def quantized(self, name: str) -> QuantTensor | None:
+        """The matrix with its codes, under this name; None where it has none."""
+        ...
 
 
 def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
@@ -147,19 +157,20 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
 
 
 def quantize_unrounded(w: Array, bits: int, scale_dtype: np.dtype[Any], zero_dtype: np.dtype[Any]) -> Codes:
-    """The same with a zero point that is no code: zero = -fmin' / scale, code = clamp(round(w / scale + zero)).
+    """The same with a zero point that is no code: minimum = fmin', code = clamp(round((w - minimum) / scale)).
 
-    Both ends of the range are then codes exactly, but 0 is none. Zero is rounded to `zero_dtype` before it is used.
+    Both ends of the range are then codes exactly, but 0 is none. The minimum is rounded to `zero_dtype` before it is
+    used.
     """
     top = np.float32(2**bits - 1)
     low, high = extremes(w)
     scale = stored((high - low) / top, scale_dtype)
-    zero = (-low / scale).astype(zero_dtype).astype(np.float32)
+    minimum = low.astype(zero_dtype).astype(np.float32)
     wide = convert(w, FLOAT32)
-    steps = np.divide(wide, scale[..., None], out=None if wide is w else wide)
-    steps += zero[..., None]
+    steps = np.subtract(wide, minimum[..., None], out=None if wide is w else wide)
+    steps /= scale[..., None]
     np.clip(steps, 0, top, out=steps)
-    return Codes(nearest(steps).reshape(len(w), -1), scale, zero)
+    return Codes(nearest(steps).reshape(len(w), -1), scale, minimum)
 
 
 def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
@@ -230,12 +241,22 @@ def stored(scale: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def dequantize(block: Codes, group_size: int) -> Array:
-    """`(code - zero) * scale` in float32: `[n, K]`."""
+    """`(code - zero) * scale`, or `code * scale + minimum`, in float32: `[n, K]`."""
     n, k = block.codes.shape
     q = block.codes.reshape(n, k // group_size, group_size).astype(np.float32)
-    q -= block.zero[..., None]
+    if block.zero.dtype == UINT8:
+        q -= block.zero[..., None]
     q *= block.scale[..., None]
+    if block.zero.dtype != UINT8:
+        q += block.zero[..., None]
     return q.reshape(n, k)
+
+
+def offsets(block: Codes, central: int) -> Array:
+    """What a weight is above `(code - central) * scale`: constant within a group, float32 `[n, G]`."""
+    if block.zero.dtype == UINT8:
+        return (np.float32(central) - block.zero) * block.scale
+    return block.zero + np.float32(central) * block.scale
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def weight_dq_feeds_matmul(node: gs.Node) -> str | None:
     if node.op != "DequantizeLinear" or not isinstance(node.inputs[0], gs.Constant):
         return None
     weight = node.outputs[0]
-    while len(weight.outputs) == 1 and weight.outputs[0].op in ("Sub", "Reshape"):
+    while len(weight.outputs) == 1 and weight.outputs[0].op in ("Add", "Reshape"):
         weight = weight.outputs[0].outputs[0]
     users = weight.outputs
     made = all(u.op == "MatMul" and u.inputs[1] is weight and weight_dequantize(weight) is node for u in users)

@@ -8,7 +8,7 @@ out. Imports `core` and `qdq`.
     blocks       float activations on MatMulNBits without the rounding that it brings: two limbs by block
     expand       weights in groups against many rows: float, from the time when the model is loaded
     tables       embeddings and other floats in the 16 bits they are stored in; embeddings as int8
-    zeros        float zero points on operators for integer ones: what is missing, added apart
+    zeros        minima on operators for integer ones: what is missing, added apart
     scales       those of quantized weights in the 16 bits they are rounded to
     attention    grouped attention whose cache may be one buffer
     cached_attention  what that operator wants, its mask apart

@@ -16,13 +16,14 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, Tile, View, small
 from instantrt.passes.core.rewrite import Lowering, Reject, add
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
-from instantrt.passes.ort.zeros import float_zeros
+from instantrt.passes.ort.zeros import minima
 from instantrt.passes.qdq.insert_qdq import CODE_TYPES, Quantized, quantized
 
 
 @dataclass(frozen=True)
 class ExpandOnLoad(Lowering[Quantized]):
-    """MatMul(x, DequantizeLinear(codes)) -> MatMul(x, (Cast(codes) - Cast(zero)) * scale), whose weight is constant.
+    """MatMul(x, DequantizeLinear(codes)) -> MatMul(x, (Cast(codes) - Cast(zero)) * scale), whose weight is constant;
+    Cast(codes) * scale + minimum where there are minima.
 
     ONNX Runtime folds what has constants alone, but no DequantizeLinear, which it would make an int8 product of.
     """
@@ -51,15 +52,17 @@ class ExpandOnLoad(Lowering[Quantized]):
             return add(graph, "Cast", [constant], f"{path}/{name}", to=onnx.TensorProto.FLOAT)
 
         kind = CODE_TYPES[q.bits]
-        steps = [floats("codes_by_group", View(q, shape, kind, axis=2, project=codes))]
-        if q.float_zeros:
-            by_group = add(graph, "Transpose", [float_zeros(q, path)], f"{path}/zeros", perm=[1, 0])
-            axis = small(f"{path}.axis", [1], np.int64)
-            steps.append(add(graph, "Unsqueeze", [by_group, axis], f"{path}/zero_by_group"))
-        else:
-            steps.append(floats("zero_by_group", View(q, per_group, kind, axis=2, project=of_group(2))))
+        steps = floats("codes_by_group", View(q, shape, kind, axis=2, project=codes))
         scale = gs.Constant(f"{path}.scale_by_group", View(q, per_group, np.float32, axis=2, project=of_group(1)))
-        weight = add(graph, "Mul", [add(graph, "Sub", steps, f"{path}/steps"), scale], f"{path}/groups")
+        if not q.has_minima:
+            zero = floats("zero_by_group", View(q, per_group, kind, axis=2, project=of_group(2)))
+            steps = add(graph, "Sub", [steps, zero], f"{path}/steps")
+        weight = add(graph, "Mul", [steps, scale], f"{path}/groups")
+        if q.has_minima:
+            by_group = add(graph, "Transpose", [minima(q, path)], f"{path}/minima", perm=[1, 0])
+            axis = small(f"{path}.axis", [1], np.int64)
+            minimum = add(graph, "Unsqueeze", [by_group, axis], f"{path}/minimum_by_group")
+            weight = add(graph, "Add", [weight, minimum], f"{path}/shifted")
         match.node.inputs[1] = add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}/weight")
 
     def note(self, match: Quantized) -> str:

@@ -74,11 +74,11 @@ def matmul_nbits(
     blocks = -(-k // block)
     layout = Blocks(q.bits, block, blocks, q.groups)
     codes, scales, zeros = layout.codes, layout.scales, layout.zeros
-    if q.group_size == block:  # as they are: float zero points read them too, and a table of embeddings all of these
+    if q.group_size == block:  # as they are: minima read them too, and a table of embeddings all of these
         scales = scales_of
         codes, zeros = (first_part, zeros_of) if q.bits == 8 else (codes, zeros)
     zero_points = View(q, (n, layout.zero_bytes), np.uint8, project=zeros)
-    if q.float_zeros:
+    if q.has_minima:
         zero_points = central_zeros(q, zero_points.shape)
     inputs = [
         x,
@@ -110,6 +110,10 @@ class Blocks:
         if padding:
             codes = np.pad(codes, ((0, 0), (0, padding)))
         return self.packed(codes).reshape(n, self.count, -1)
+
+    def rows(self, tile: Tile) -> Array:
+        """The same bytes for a matrix of whole blocks, row by row."""
+        return self.packed(tile.parts[0])
 
     def scales(self, tile: Tile) -> Array:
         return self.repeated(tile.parts[1])

@@ -1,4 +1,4 @@
-"""Scales of quantized weights, and float zero points, stay in the file in the 16 bits that they are rounded to."""
+"""Scales of quantized weights, and minima, stay in the file in the 16 bits that they are rounded to."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Float zero points on operators that take codes: the central code in their place, and what is missing added apart.
+"""Minima on operators that take codes as zero points: the central code in their place, and what is missing added apart.
 
-    (code - zero) * scale  =  (code - c) * scale  +  (c - zero) * scale
+    code * scale + minimum  =  (code - c) * scale  +  (minimum + c * scale)
 
-The second term is constant within a group: x times it is the sum of x over the group times `(c - zero) * scale`, which
+The second term is constant within a group: x times it is the sum of x over the group times `minimum + c * scale`, which
 ONNX Runtime computes once, when it loads. Where the operator makes int8 of x, the sums are of what it makes.
 """
 
@@ -19,8 +19,8 @@ from instantrt.passes.core.quant import UINT8, QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Prefixed, add
 from instantrt.passes.qdq.insert_qdq import Quantized
 
-NO_INTEGERS = "int8 activations have no form with float zero points"
-NO_RANK = "float zero points, and the rank of its input is not known"
+NO_INTEGERS = "int8 activations have no form with minima"
+NO_RANK = "minima, and the rank of its input is not known"
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ class Filled:
 
 
 def central_zeros(q: QuantTensor, shape: tuple[int, ...]) -> View:
-    """Zero points uint8 as MatMulNBits has them, two of four bits in a byte, for a weight with float ones."""
+    """Zero points uint8 as MatMulNBits has them, two of four bits in a byte, for a weight with minima."""
     return View(Filled(shape, q.central if q.bits == 8 else q.central << 4 | q.central), shape, UINT8)
 
 
-def float_zeros(q: QuantTensor, path: str) -> gs.Constant:
-    """Float zero points float32 [N, G]."""
-    return gs.Constant(f"{path}.float_zeros", View(q, (q.shape[0], q.groups), np.float32, project=zeros_of))
+def minima(q: QuantTensor, path: str) -> gs.Constant:
+    """Minima float32 [N, G]."""
+    return gs.Constant(f"{path}.minima", View(q, (q.shape[0], q.groups), np.float32, project=zeros_of))
 
 
 def integer_zeros(q: QuantTensor, tile: Tile) -> Array:
     """The zero points uint8 [n, G] that an operator for codes takes."""
     zero = zeros_of(tile)
-    return np.full(zero.shape, q.central, np.uint8) if q.float_zeros else zero
+    return np.full(zero.shape, q.central, np.uint8) if q.has_minima else zero
 
 
 def missing_form(found: Quantized) -> str:
-    """Why the float zero points of a linear cannot be added apart, or nothing."""
-    if not found.quant.float_zeros:
+    """Why the minima of a linear cannot be added apart, or nothing."""
+    if not found.quant.has_minima:
         return ""
     if found.quant.activations == "int8":
         return NO_INTEGERS
@@ -60,18 +60,18 @@ def missing_form(found: Quantized) -> str:
 
 
 def before_zeros(graph: gs.Graph, found: Quantized, out: gs.Tensor, block: int | None = None) -> gs.Tensor:
-    """Where the product by integer zero points goes: `out`, or with float ones what `out` is the sum of.
+    """Where the product by integer zero points goes: `out`, or with minima what `out` is the sum of.
 
     block   in which the operator makes int8 of x
     """
-    if not found.quant.float_zeros:
+    if not found.quant.has_minima:
         return out
     nodes, q = Prefixed(graph, found.path), found.quant
     n, groups = q.shape[0], q.groups
-    zero = float_zeros(q, found.path)
-    scale = gs.Constant(f"{found.path}.scales_of_zeros", View(q, (n, groups), np.float32, project=scales_of))
-    steps = nodes("Sub", [nodes.const("central", q.central, np.float32), zero], "steps")
-    offsets = nodes("Transpose", [nodes("Mul", [steps, scale], "by_row")], "offsets", perm=[1, 0])
+    scale = gs.Constant(f"{found.path}.scales_of_minima", View(q, (n, groups), np.float32, project=scales_of))
+    central = nodes("Mul", [nodes.const("central", q.central, np.float32), scale], "central_steps")
+    by_row = nodes("Add", [minima(q, found.path), central], "by_row")
+    offsets = nodes("Transpose", [by_row], "offsets", perm=[1, 0])
     missing = nodes("MatMul", [group_sums(graph, found.x, q, block), offsets], "missing")
     part = gs.Variable(f"{found.path}/by_codes", np.float32, out.shape)
     add(graph, "Add", [part, missing], out, name=f"{found.path}/with_zeros")

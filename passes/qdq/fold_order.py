@@ -120,7 +120,7 @@ def parameters(weight: gs.Tensor) -> list[gs.Constant]:
     dq = weight_dequantize(weight)
     if dq is None:
         return [weight]
-    return [*dq.inputs, *(user.inputs[1] for user in dq.outputs[0].outputs if user.op == "Sub")]
+    return [*dq.inputs, *(user.inputs[1] for user in dq.outputs[0].outputs if user.op == "Add")]
 
 
 def last_axis_order(node: gs.Node) -> Order | None:

@@ -32,8 +32,7 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
     """MatMul(x, W [K, N]) -> MatMul(x, DequantizeLinear(codes [K, N], scale, zero)).
 
     Per channel: axis = 1, scale and zero [N]. In groups: axis = 0, block_size = group_size, scale and zero [K / g, N].
-    Float zero points, which the operator has not, are subtracted: Reshape(DequantizeLinear(codes [G, g, N], scale) -
-    zero * scale).
+    Minima, which the operator has not, are added: Reshape(DequantizeLinear(codes [G, g, N], scale) + minimum).
     """
 
     requires = (activations_are_float,)
@@ -70,7 +69,7 @@ class InsertDequantize(Rewrite[QuantizeMatch]):
 def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
     (n, k), code_type = q.shape, CODE_TYPES[q.bits]
-    if q.float_zeros:
+    if q.has_minima:
         return shifted(graph, q, path)
     per_group = (q.groups, n)
     codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=lambda tile: tile.parts[0].T))
@@ -86,7 +85,7 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
 
 
 def shifted(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
-    """The same with float zero points: code * scale - zero * scale."""
+    """The same with minima: code * scale + minimum."""
     (n, k), shape, per_group = q.shape, (q.groups, q.group_size, q.shape[0]), (q.groups, 1, q.shape[0])
 
     def view(shape: tuple[int, ...], dtype: npt.DTypeLike, values: Callable[[Tile], Array]) -> View:
@@ -97,10 +96,10 @@ def shifted(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
 
     codes = gs.Constant(f"{path}.codes", view(shape, CODE_TYPES[q.bits], first_part))
     scale = gs.Constant(f"{path}.scale", view(per_group, np.float32, scales_of))
-    offset = gs.Constant(f"{path}.offset", view(per_group, np.float32, lambda tile: zeros_of(tile) * scales_of(tile)))
+    minimum = gs.Constant(f"{path}.minimum", view(per_group, np.float32, zeros_of))
     blocks: dict[str, Any] = {"axis": 1, "block_size": q.group_size}
     steps = add(graph, "DequantizeLinear", [codes, scale], f"{path}.steps", **blocks)
-    weight = add(graph, "Sub", [steps, offset], f"{path}.shifted")
+    weight = add(graph, "Add", [steps, minimum], f"{path}.shifted")
     return add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}.dequantized")
 
 

@@ -1,8 +1,8 @@
-"""Embedding tables in 8 bits: which Gather reads one, and how its rows are quantized."""
+"""Embedding tables in codes: which Gather reads one, and how its rows are quantized."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Source, view_of
-from instantrt.passes.core.quant import InstantQuant, QuantTensor
+from instantrt.passes.core.quant import InstantQuant, QuantTensor, StoredInCodes
 from instantrt.passes.core.rewrite import Reject
 
 BLOCKS = (128, 64, 32, 16)
@@ -23,16 +23,27 @@ OTHERS = ("position_ids", "token_type_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Table:
-    """Gather(table [V, H], ids), and the table in 8 bits: asymmetric, in blocks along H."""
+    """Gather(table [V, H], ids), and the table in codes: as stored, or in 8 bits, asymmetric, in blocks along H."""
 
     node: gs.Node
     quant: QuantTensor
 
 
+def stored_table(node: gs.Node, linears: Iterable[QuantTensor]) -> Table | None:
+    """The embedding table that this node reads, where the checkpoint has it in codes; a linear may share them."""
+    view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
+    if view is None or not isinstance(view.source, StoredInCodes):
+        return None
+    own = view.source.quantized(node.inputs[0].name)
+    if own is None or own.shape != view.shape:
+        return None
+    return Table(node, next((q for q in linears if q.source == own.source), own))
+
+
 def table(
     node: gs.Node, scale_dtype: np.dtype[Any], tied: Mapping[Source, QuantTensor] = MappingProxyType({})
 ) -> Table | Reject | None:
-    """The embedding table that this node reads; its scales will be stored as `scale_dtype`.
+    """The embedding table that this node reads, to be quantized; its scales will be stored as `scale_dtype`.
 
     tied   float weights that a linear has in a form that a table may have, too
     """

@@ -48,6 +48,8 @@ class Packed:
         for i, parts in enumerate(zip(*chunks, strict=True)):
             codes, scale, zero = (interleave(same) for same in zip(*parts, strict=True))
             scale = in_range(scale, self.dtype, first, i * ROWS)
+            if first.has_minima:
+                zero = -zero / scale.astype(np.float32)
             zero = finite(zero, self.dtype, first, i * ROWS, "zero point")  # codes fit every 16-bit type
             affine = np.stack((scale, zero), axis=-1)  # [n, G, 2]
             packed = layout.pack(codes, first.bits)

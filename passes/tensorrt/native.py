@@ -3,9 +3,10 @@
 TensorRT takes signed codes and no zero points. With c the central code 2^(bits-1) the same weight is
 
     (code - zero) * scale  =  (code - c) * scale  +  (c - zero) * scale
+    code * scale + minimum  =  (code - c) * scale  +  minimum + c * scale
 
 a symmetric DequantizeLinear, and a term that is constant within a group: x times it is mean(x over the group) times
-`group_size * (c - zero) * scale`. The mean, not the sum: it cannot overflow float16.
+`group_size` and the term. The mean, not the sum: it cannot overflow float16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, Tile, View
-from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.quant import Codes, QuantTensor, offsets
 
 INT4_BLOCK = 128  # see `block_size`
 
@@ -56,12 +57,11 @@ def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.
 
 
 def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """group_size * (c - zero) * scale: `[G, N]`, or `[N]` for one group."""
+    """group_size times what is constant within a group: `[G, N]`, or `[N]` for one group."""
     n, g = weight.shape[0], weight.groups
 
     def project(tile: Tile) -> Array:
-        _, scale, zero = tile.parts
-        values = (np.float32(weight.central) - zero) * scale * np.float32(weight.group_size)
+        values = offsets(Codes(*tile.parts), weight.central) * np.float32(weight.group_size)
         narrow = finite(values, dtype, weight, tile.start, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 

@@ -1,4 +1,4 @@
-"""Float zero points: the formula, the twin, and every lowering against it."""
+"""Minima, which are zero points that are no codes: the formula, the twin, and every lowering against it."""
 
 from __future__ import annotations
 
@@ -44,13 +44,12 @@ class Given:
 
 
 def far(w: np.ndarray, bits: int, group: int) -> QuantTensor:
-    """Codes of [n, K] over each group's own range, which its zero points may be far outside of, as minima are."""
+    """Codes of [n, K] over each group's own range, which may be far from 0."""
     groups = w.reshape(len(w), -1, group)
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     scale = ((high - low) / (2**bits - 1)).astype(BFLOAT16).astype(np.float32)
-    zero = -low / scale
-    codes = np.clip(np.rint(groups / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
-    block = Codes(codes.astype(np.uint8).reshape(w.shape), scale, zero)
+    codes = np.clip(np.rint((groups - low[..., None]) / scale[..., None]), 0, 2**bits - 1)
+    block = Codes(codes.astype(np.uint8).reshape(w.shape), scale, low)
     return QuantTensor("q", Given(block), w.shape, bits, group, False, BFLOAT16, zero_dtype=FLOAT32)
 
 
@@ -73,7 +72,8 @@ def some(bits: int, group: int, kind: str) -> tuple[gs.Graph, dict[str, QuantTen
         return twin_of(quants, w), quants
     one_sided = np.abs(w["q"]) + np.float32(0.1) * np.where(np.arange(64) % 2, 1, -1)[:, None].astype(np.float32)
     quants = {"q": far(one_sided, bits, group)}
-    zero = next(iter(quants["q"].source.tiles())).parts[2]
+    _, scale, minimum = next(iter(quants["q"].source.tiles())).parts
+    zero = -minimum / scale
     assert zero.min() < 0
     assert zero.max() > 2**bits - 1
     return twin_of(quants, {"q": one_sided}), quants
@@ -91,12 +91,12 @@ def test_the_formula_is_the_specs(bits: int, dtype: Any) -> None:
     w[3, 1], w[4, 2], w[5, 3] = np.abs(w[3, 1]), -np.abs(w[4, 2]), 0
     block = quantize_unrounded(w.copy(), bits, dtype, dtype)
     low, high = np.minimum(w.min(axis=-1), 0).astype(np.float64), np.maximum(w.max(axis=-1), 0)
-    scale, zero = block.scale.astype(np.float64), block.zero.astype(np.float64)
+    scale, minimum = block.scale.astype(np.float64), block.zero.astype(np.float64)
     eps = float(ml_dtypes.finfo(dtype).eps)
     np.testing.assert_allclose(scale[scale != 1], ((high - low) / top)[scale != 1], rtol=eps)
-    np.testing.assert_allclose(zero, -low / scale, rtol=eps)
-    assert (zero % 1 != 0).mean() > (0.5 if bits == 4 or dtype != BFLOAT16 else 0.1)
-    steps = np.clip(np.rint(w / scale[..., None] + zero[..., None]), 0, top).reshape(64, -1)
+    np.testing.assert_allclose(minimum, low, rtol=eps)
+    assert (minimum / scale % 1 != 0).mean() > 0.5
+    steps = np.clip(np.rint((w - minimum[..., None]) / scale[..., None]), 0, top).reshape(64, -1)
     assert (block.codes != steps).mean() < 1e-3  # ties of float32
     error = np.abs(dequantize(block, GROUP).reshape(w.shape) - w).max(axis=-1) / scale
     assert error.max() <= 0.5 + top * eps + 1e-4
@@ -167,7 +167,7 @@ def test_int8_activations_have_no_form(the_pass: Any) -> None:
     twin = twin_of({"q": QuantTensor(**{**vars(q), "activations": "int8"})}, w)
     log = PassLog()
     run(twin, [the_pass], log)
-    assert [e.reason for e in log.rejected()] == ["int8 activations have no form with float zero points"]
+    assert [e.reason for e in log.rejected()] == ["int8 activations have no form with minima"]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
