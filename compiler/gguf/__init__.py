@@ -1,1 +1,0 @@
-"""GGUF files: their headers, and the checkpoint's folder that each one stands for."""
