@@ -47,6 +47,7 @@ class Kind:
     parts   blocks uint8 [n, b, bytes] -> Parts; codes less `zero` are what scales multiply where there is no minimum
     bits    of the codes in the normal form
     exact   the type that holds its scales, and its minima, exactly
+    used    bits of the codes, where they are fewer
     full    all codes of its bits are in use: where zero is the central one, the lowest has no opposite
     """
 
@@ -55,6 +56,7 @@ class Kind:
     group_size: int
     zero: int | None
     exact: np.dtype[Any]
+    used: int = 0
     full: bool = False
 
     @property
@@ -173,10 +175,10 @@ KINDS: Mapping[str, Kind] = {
     "IQ4_NL": Kind(iq4_nl, 8, 32, 128, FLOAT16),
     "Q4_0": Kind(q4_0, 4, 32, 8, FLOAT16, full=True),
     "Q4_1": Kind(q4_1, 4, 32, None, FLOAT16),
-    "Q5_1": Kind(q5_1, 8, 32, None, FLOAT16),
+    "Q5_1": Kind(q5_1, 8, 32, None, FLOAT16, used=5),
     "Q4_K": Kind(q4_k, 4, 32, None, FLOAT32),
-    "Q5_K": Kind(q5_k, 8, 32, None, FLOAT32),
-    "Q2_K": Kind(q2_k, 4, 16, None, FLOAT32),
+    "Q5_K": Kind(q5_k, 8, 32, None, FLOAT32, used=5),
+    "Q2_K": Kind(q2_k, 4, 16, None, FLOAT32, used=2),
     "Q3_K": Kind(q3_k, 4, 16, 8, FLOAT32),
     "Q6_K": Kind(q6_k, 8, 16, 128, FLOAT32),
     "IQ4_XS": Kind(iq4_xs, 8, 32, 128, FLOAT32),
@@ -245,10 +247,8 @@ class GgufTensor(FileTensor):
             return None
         n, k = self.shape
         minima = kind.exact if kind.zero is None else UINT8
-        rows = GgufRows(self)
-        return QuantTensor(
-            name, rows, (n, k), kind.bits, kind.group_size, kind.symmetric, kind.exact, zero_dtype=minima
-        )
+        sizes = (n, k), kind.bits, kind.group_size, kind.symmetric
+        return QuantTensor(name, GgufRows(self), *sizes, kind.exact, zero_dtype=minima, code_bits=kind.used)
 
 
 @dataclass(frozen=True)

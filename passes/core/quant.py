@@ -69,6 +69,7 @@ class QuantTensor:
 
     `source` delivers `Codes`. `symmetric` promises that every zero point is the central code 2^(bits-1).
     `zero_dtype` is uint8 where zero points are codes, else the float type that holds the minima exactly.
+    `code_bits` are those that codes with minima are in, where fewer than `bits`: products take them about their middle.
     `activations` says what the linear multiplies it with: float, or int8 quantized per token.
     `order` is the order its inputs have to be brought into, None for the model's own (GPTQ's desc_act sorts them).
     """
@@ -83,9 +84,11 @@ class QuantTensor:
     activations: Activations = "float"
     order: Order | None = None
     zero_dtype: np.dtype[Any] = UINT8
+    code_bits: int = 0
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8)
+        assert not self.code_bits or self.has_minima
         assert self.shape[1] % self.group_size == 0
         assert not (self.symmetric and self.has_minima)
 
@@ -103,8 +106,11 @@ class QuantTensor:
 
     @property
     def central(self) -> int:
-        """The zero point of a symmetric weight."""
-        return 1 << (self.bits - 1)
+        """The zero point of a symmetric weight; with minima, the code that products are taken about.
+
+        Far from the codes that there are, what a product gives and what its offset takes back would be large and alike.
+        """
+        return 1 << ((self.code_bits or self.bits) - 1)
 
     @property
     def mode(self) -> str:

@@ -109,7 +109,7 @@ class JoinLinears(Rewrite[JoinMatch]):
 def format_of(quant: QuantTensor) -> tuple[object, ...]:
     """What the parts of one weight must have in common; that they read one x gives them one order of inputs."""
     numbers = quant.shape[1], quant.bits, quant.group_size, quant.symmetric
-    return *numbers, quant.scale_dtype, quant.zero_dtype, quant.activations
+    return *numbers, quant.scale_dtype, quant.zero_dtype, quant.code_bits, quant.activations
 
 
 def end_of(found: Quantized) -> gs.Node:

@@ -102,7 +102,7 @@ def reader_class() -> Any:
     """gguf.GGUFReader, which believes in no length that reaches beyond the file."""
     from gguf import GGUFReader, GGUFValueType
 
-    class Bounded(GGUFReader):
+    class Bounded(GGUFReader):  # type: ignore[misc]
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             found = super()._get(offset, dtype, count, override_order)
             if len(found) != count:
@@ -119,7 +119,7 @@ def reader_class() -> Any:
             if kind is GGUFValueType.STRING:
                 end = start
                 for _ in range(count):  # each takes eight bytes at least, so that the file's end comes before long
-                    end += 8 + struct.unpack_from("<Q", memoryview(self.data), end)[0]  # type: ignore[arg-type]
+                    end += 8 + struct.unpack_from("<Q", memoryview(self.data), end)[0]
                 part = self._get(start, "u1", end - start)
             elif kind in self.gguf_scalar_to_np:
                 part = self._get(start, self.gguf_scalar_to_np[kind], count)
