@@ -23,9 +23,14 @@ setup: $(VENV)/.installed
 
 serving: $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVE)/.installed)
 
-demo: setup
-	$(BIN)/instantrt compile examples/tiny-qwen2 --target x86 --quant a16w8 -o build/demo
-	$(BIN)/instantrt generate build/demo --compare examples/tiny-qwen2 --prompt "Once upon a time"
+# What compiles and runs, without what tests need.
+$(VENV)/.hf: pyproject.toml constraints.txt
+	test -e $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable '.[hf]'
+	touch $@
+
+demo: $(VENV)/.hf
+	$(BIN)/python -m instantrt.tools.demo build/demo
 
 lint: setup
 	$(BIN)/ruff check .

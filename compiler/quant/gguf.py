@@ -238,7 +238,8 @@ class GgufTensor(FileTensor):
             return convert(np.ascontiguousarray(rows).view(FLOAT_KINDS[self.kind]), FLOAT32)
         from gguf import GGMLQuantizationType, dequantize
 
-        return dequantize(rows, GGMLQuantizationType[self.kind])
+        found: Array = dequantize(rows, GGMLQuantizationType[self.kind])
+        return found
 
     def quantized(self, name: str) -> QuantTensor | None:
         """The matrix with its codes, under the name of a layer; None where its type has none."""

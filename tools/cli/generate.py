@@ -63,7 +63,12 @@ def main(
         generation = llm.submit(
             given, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
+        first = started
         for piece in generation:
+            first = time.monotonic() if first == started else first
             print(piece, end="", flush=True)
-        seconds = time.monotonic() - started
-    print(f"\n[{len(generation.tokens)} tokens in {seconds:.2f} s]", file=sys.stderr)
+        ended = time.monotonic()
+    made = len(generation.tokens)
+    rates = f", {generation.prompt_tokens / (first - started):.0f} tokens/s of the prompt" if first > started else ""
+    rates += f", {(made - 1) / (ended - first):.0f} tokens/s after it" if made > 1 else ""
+    print(f"\n[{made} tokens in {ended - started:.2f} s{rates}]", file=sys.stderr)
