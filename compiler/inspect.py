@@ -7,6 +7,7 @@ storage, which says what config.json announces.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,11 @@ from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import Account, attempt
 from instantrt.compiler.frontend.facts import ModelFacts
+from instantrt.compiler.frontend.gguf import gguf_at
+from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.frontend.side_files import Report
 from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.gguf import FLOAT_KINDS, GgufTensor
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
@@ -82,15 +86,23 @@ class Inspection:
     cache_bytes_per_token: Mapping[str, int] = field(default_factory=dict)
 
 
-def inspect(folder: Path, *, trust_remote_code: bool = False, cache: Path | None = None) -> Inspection:
-    """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all."""
-    if not folder.is_dir():
-        raise UserError("instantrt inspect takes a checkpoint's folder", where=str(folder))
+def inspect(
+    folder: Path, *, trust_remote_code: bool = False, cache: Path | None = None, requantize: bool = False
+) -> Inspection:
+    """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all.
+
+    folder   or a GGUF file, whose codes do not count where it is to be quantized anew (`requantize`)
+    """
+    named = gguf_at(folder)
+    if named is None and not folder.is_dir():
+        raise UserError("instantrt inspect takes a checkpoint's folder, or a GGUF file", where=str(folder))
     found: list[UserError] = []
     try:
         with tried("reading the checkpoint", where=str(folder)):
+            made = made_folder(named, requantize=requantize, cache=cache) if named is not None else None
             opened = hf.open_checkpoint(
-                folder,
+                folder if made is None else made.path,
+                weights=None if made is None else made.weights,
                 trust_remote_code=trust_remote_code,
                 max_length=1,  # which lengths are asked for is no matter of the checkpoint
                 report=found.append,
@@ -112,10 +124,10 @@ def inspect(folder: Path, *, trust_remote_code: bool = False, cache: Path | None
         problems=problems(found),
         tensors=len(tensors),
         parameters=facts.size,
-        bytes=sum(size(t) for t in tensors.values()),
+        bytes=sum(size(t) for t in distinct(tensors)),
         layers=layers,
         account=opened.taken.account,
-        notes=reader.notes if reader is not None else (),
+        notes=(*(reader.notes if reader is not None else ()), *(() if made is None else (types(tensors), *made.notes))),
         targets={t.name: outlook(t, asked) for t in TARGETS},
         bytes_on={kind.value: artifact_bytes(facts, layers, kind, asked) for kind in Backend},
         cache_bytes_per_token={kind.value: numbers * cache.itemsize for kind, cache in CACHE.items()},
@@ -140,11 +152,26 @@ def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerRe
                 ordered = quant.order is not None
                 yield LayerReport(path, shape, described(quant), quant.bits, quant.group_size, zeros, scales, ordered)
                 continue
+        if isinstance(quant, QuantTensor) and isinstance(stored, GgufTensor):
+            yield LayerReport(path, shape, f"{stored.kind}: {described(quant)}", quant.bits, quant.group_size)
+            continue
         if isinstance(quant, QuantTensor) or (opened.reader is not None and quant is None):
             yield LayerReport(path, shape, "cannot be read", 0)
             continue
         kind = str(stored.dtype) if stored is not None else "tied or missing"
         yield LayerReport(path, shape, kind, 8.0 * stored.dtype.itemsize if stored is not None else 0)
+
+
+def distinct(tensors: Mapping[str, FileTensor]) -> Iterable[FileTensor]:
+    """Each once: a tied head has its table's."""
+    return {(t.path, t.offset): t for t in tensors.values()}.values()
+
+
+def types(tensors: Mapping[str, FileTensor]) -> str:
+    """How many tensors of a GGUF file are of which type."""
+    floats = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
+    kinds = Counter(t.kind if isinstance(t, GgufTensor) else floats[t.dtype] for t in distinct(tensors))
+    return "types of tensors: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def described(quant: QuantTensor) -> str:
@@ -178,11 +205,13 @@ def artifact_bytes(
     total = 2 * facts.size
     for layer in layers:
         n, k = layer.shape
-        if layer.scales is not None:
+        if layer.group_size:
             bits = 8 if widened else layer.bits
             total += int(n * k * (bits / 8 - 2)) + n * k // layer.group_size * (2 + 1)
     return total
 
 
 def size(tensor: FileTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
+    """Bytes in the file."""
+    weights, size = tensor.block if isinstance(tensor, GgufTensor) else (1, tensor.dtype.itemsize)
+    return math.prod(tensor.shape) // weights * size

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from instantrt.compiler.frontend.gguf.architectures import config_of, places_of
 from instantrt.compiler.frontend.gguf.file import open_gguf
 from instantrt.compiler.frontend.gguf.folder import made_folder
+from instantrt.compiler.inspect import inspect
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import whole
 
@@ -151,6 +152,15 @@ def test_the_model_is_the_same_again(tmp_path: Path, name: str) -> None:
         with torch.no_grad():
             expected, found = model(ids).logits, again(ids).logits
         assert float((expected - found).abs().max()) <= 2e-6 * float(expected.abs().max())
+
+
+def test_inspect_tells_the_types_and_the_bytes(tmp_path: Path) -> None:
+    written(tmp_path / "m.gguf", "gemma2")
+    found = inspect(tmp_path / "m.gguf", cache=tmp_path)
+    tensors = open_gguf(tmp_path / "m.gguf").tensors
+    assert found.bytes == sum(4 * int(np.prod(tensor.shape)) for tensor in tensors.values())
+    assert found.notes[0] == f"types of tensors: {len(tensors)} F32"
+    assert not found.problems
 
 
 def said(tmp_path: Path, name: str = "llama") -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

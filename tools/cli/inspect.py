@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @takes({Checkpoint: ""})
 def main(
-    model: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
+    model: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a GGUF file")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
     **options: Any,
 ) -> None:

@@ -49,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleOf:
     """A module of transformers, and its weight's shape in letters (`sizes_of`)."""
 
     module: str
@@ -67,7 +67,7 @@ class Architecture:
 
     model_type: str
     model: str
-    layer: Mapping[str, Row]
+    layer: Mapping[str, ModuleOf]
     biases: Mapping[tuple[str, ...], str]
     own: Callable[[Keys, Sizes], dict[str, Any]]
     interleaved: bool = False
@@ -79,34 +79,34 @@ class Architecture:
 
 
 WHOLE = {
-    "token_embd": Row("model.embed_tokens", "VH"),
-    "output_norm": Row("model.norm", "H"),
-    "output": Row("lm_head", "VH"),
+    "token_embd": ModuleOf("model.embed_tokens", "VH"),
+    "output_norm": ModuleOf("model.norm", "H"),
+    "output": ModuleOf("lm_head", "VH"),
 }
 PLAIN = {
-    "attn_norm": Row("input_layernorm", "H"),
-    "attn_q": Row("self_attn.q_proj", "QH"),
-    "attn_k": Row("self_attn.k_proj", "KH"),
-    "attn_v": Row("self_attn.v_proj", "KH"),
-    "attn_output": Row("self_attn.o_proj", "HQ"),
-    "ffn_norm": Row("post_attention_layernorm", "H"),
-    "ffn_gate": Row("mlp.gate_proj", "FH"),
-    "ffn_up": Row("mlp.up_proj", "FH"),
-    "ffn_down": Row("mlp.down_proj", "HF"),
+    "attn_norm": ModuleOf("input_layernorm", "H"),
+    "attn_q": ModuleOf("self_attn.q_proj", "QH"),
+    "attn_k": ModuleOf("self_attn.k_proj", "KH"),
+    "attn_v": ModuleOf("self_attn.v_proj", "KH"),
+    "attn_output": ModuleOf("self_attn.o_proj", "HQ"),
+    "ffn_norm": ModuleOf("post_attention_layernorm", "H"),
+    "ffn_gate": ModuleOf("mlp.gate_proj", "FH"),
+    "ffn_up": ModuleOf("mlp.up_proj", "FH"),
+    "ffn_down": ModuleOf("mlp.down_proj", "HF"),
 }
-NORMED = {"attn_q_norm": Row("self_attn.q_norm", "D"), "attn_k_norm": Row("self_attn.k_norm", "D")}
+NORMED = {"attn_q_norm": ModuleOf("self_attn.q_norm", "D"), "attn_k_norm": ModuleOf("self_attn.k_norm", "D")}
 GEMMA = {
     **PLAIN,
-    "post_attention_norm": Row("post_attention_layernorm", "H"),
-    "ffn_norm": Row("pre_feedforward_layernorm", "H"),
-    "post_ffw_norm": Row("post_feedforward_layernorm", "H"),
+    "post_attention_norm": ModuleOf("post_attention_layernorm", "H"),
+    "ffn_norm": ModuleOf("pre_feedforward_layernorm", "H"),
+    "post_ffw_norm": ModuleOf("post_feedforward_layernorm", "H"),
 }
 FUSED = {
     "attn_norm": PLAIN["attn_norm"],
-    "attn_qkv": Row("self_attn.qkv_proj", "TH"),
+    "attn_qkv": ModuleOf("self_attn.qkv_proj", "TH"),
     "attn_output": PLAIN["attn_output"],
     "ffn_norm": PLAIN["ffn_norm"],
-    "ffn_up": Row("mlp.gate_up_proj", "GH"),
+    "ffn_up": ModuleOf("mlp.gate_up_proj", "GH"),
     "ffn_down": PLAIN["ffn_down"],
 }
 INTERLEAVED = {"attn_q": "heads", "attn_k": "kv_heads"}
@@ -185,7 +185,7 @@ def opened(metadata: Mapping[str, Any], where: str) -> tuple[Architecture, Keys]
 
 
 def sizes_of(architecture: Architecture, keys: Keys, tensors: Shapes) -> Sizes:
-    """Sizes by the letters of `Row.shape`.
+    """Sizes by the letters of `ModuleOf.shape`.
 
     V tokens, H the residual's, D of a head, Q of all query heads, K of all key heads, F of the MLP, T = Q + 2 K and
     G = 2 F of fused matrices.
