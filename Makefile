@@ -7,10 +7,19 @@ export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-fast test-arm lint docs wheel setup serving plugins plugins-sm70
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+PINNED := -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
+
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable '.[test,docs]'
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PINNED) --editable '.[test,docs]'
+	touch $@
+
+# What compiles and runs, without what tests need.
+$(VENV)/.hf: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PINNED) --editable '.[hf]'
 	touch $@
 
 # The Triton server of the tests wants NumPy 1, and its wheel is for Linux on x86-64 only; elsewhere its tests are skipped.
@@ -22,12 +31,6 @@ $(SERVE)/.installed: tests/serving/requirements.txt
 setup: $(VENV)/.installed
 
 serving: $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(SERVE)/.installed)
-
-# What compiles and runs, without what tests need.
-$(VENV)/.hf: pyproject.toml constraints.txt
-	test -e $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable '.[hf]'
-	touch $@
 
 demo: $(VENV)/.hf
 	$(BIN)/python -m instantrt.tools.demo build/demo
