@@ -18,8 +18,10 @@ CONTROL = 3  # the type of tokens that are no text
 # Those that end an answer, whatever else the file says: llama.cpp knows them by their text, too.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-BEGUN = ("llama-bpe", "llama3", "llama-v3")  # the merges of Llama 3, whose texts begin with bos although no key says so
-GPT2 = ("gpt-2", "gpt2", "default")
+BEGUN = ("llama-bpe", "llama3", "llama-v3")  # Llama 3's, whose texts begin with bos although no key says so
+WHOLE = (*BEGUN, "tekken")  # a piece that is a token is not made of merges
+GPT2 = ("gpt-2", "gpt2")
+MOST_PAIRS = 10**8  # ways to divide all tokens in two, which are tried where a file has no merges
 SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
 SPECIAL["pad_token"] = "padding_token_id"
 
@@ -30,7 +32,8 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, 
     if keys.text("model", "none") in ("none", "no_vocab"):
         return {}, ["the file has no tokenizer: text cannot be given"]
     tokens = keys.list("tokens", str)
-    ids = {name: keys.integer(key, least=0, most=len(tokens) - 1) for name, key in SPECIAL.items() if key in keys}
+    last = len(tokens) - 1
+    ids = {name: keys.integer(key, least=0, most=last) for name, key in SPECIAL.items() if key in keys}
     types = keys.list("token_type", int, [])
     if types and len(types) != len(tokens):
         raise keys.refusal("token_type", f"a list of {len(tokens)}", types)
@@ -38,7 +41,7 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, 
     made = built(keys, tokens, types, pre)
     if pre in DIGITS_APART:
         made["pre_tokenizer"] = digits_apart()
-    if pre in BEGUN:
+    if pre in WHOLE:
         made["model"]["ignore_merges"] = True
     if keys.flag("add_space_prefix", True) is False and (made["pre_tokenizer"] or {}).get("type") == "Metaspace":
         made["pre_tokenizer"]["prepend_scheme"] = "never"
@@ -48,7 +51,7 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, 
     }
     texts = {name: tokens[at] for name, at in ids.items()}
     made["post_processor"] = template(around, ids, texts)
-    ends = [at for key in ("eot_token_id", "eom_token_id") if key in keys for at in [keys.integer(key, least=0)]]
+    ends = [keys.integer(key, least=0, most=last) for key in ("eot_token_id", "eom_token_id") if key in keys]
     ends += [at for at, text in enumerate(tokens) if types and types[at] == CONTROL and text in ENDS]
     files = {
         "tokenizer.json": json.dumps(made, ensure_ascii=False),
@@ -59,8 +62,13 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, 
     if chat is not None:
         files["chat_template.jinja"] = Keys(metadata, "tokenizer", where).text("chat_template")
     known = (*GPT2, *DIGITS_APART, *splits_of_transformers())
-    unknown = keys.text("model") == "gpt2" and pre not in known
-    return files, [f"how {pre!r} splits a text is not known: it is split as GPT-2's"] if unknown else []
+    notes = []
+    if keys.text("model") == "gpt2" and pre not in known:
+        notes.append(f"how {pre!r} splits a text is not known: it is split as GPT-2's")
+    others = [key for key in metadata if key.startswith("tokenizer.chat_template.")]
+    if others:
+        notes.append(f"other chat templates than the first are left: {', '.join(others)}")
+    return files, notes
 
 
 def splits_of_transformers() -> tuple[str, ...]:
@@ -88,6 +96,9 @@ def built(keys: Keys, tokens: list[str], types: list[int], pre: str) -> dict[str
             raise keys.refusal("scores", f"a list of {len(tokens)}", given["scores"])
     if given["tokenizer_type"] == "llama" and "scores" not in given:
         raise UserError("a vocabulary of SentencePiece without scores", where=keys.where, expected=f"{PREFIX}.scores")
+    pairs = sum(len(token) ** 2 for token in tokens)
+    if "merges" not in given and pairs > MOST_PAIRS:
+        raise UserError("tokens too long to find their merges", where=keys.where, found=f"{pairs:.0e} pairs of parts")
     architecture = str(keys.metadata.get("general.architecture"))
     with tried("making the tokenizer of the file's vocabulary", where=keys.where):
         tokenizer, _ = convert_gguf_tokenizer(architecture, given)
