@@ -83,7 +83,7 @@ RULES = (
     Rule("smash_config.json", "a model that Pruna has changed", FLOAT_MODEL),
     Rule("mlc-chat-config.json", "weights in the format of MLC", FLOAT_MODEL),
     Rule("qmodel.pt", "weights quantized by HQQ", FLOAT_MODEL),
-    Rule("*.gguf", "GGUF weights", "compile the model that they were converted from", alone=True),
+    Rule("*.gguf", OTHER_FORMAT),
     Rule("*.ggml", "GGML weights", "compile the model that they were converted from", alone=True),
     Rule("consolidated*.safetensors", AUTHORS, SAVE, alone=True),
     Rule("consolidated*.pth", AUTHORS, SAVE, alone=True),

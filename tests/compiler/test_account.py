@@ -188,7 +188,7 @@ FILES: dict[str, tuple[dict[str, Any], str, str]] = {
         "",
         "another format",
     ),
-    "GGUF": ({"model-Q4_K_M.gguf": b""}, "", "GGUF"),
+    "GGUF": ({"model-Q4_K_M.gguf": b""}, "", "another format"),
     "the authors' format": ({"consolidated.00.safetensors": b""}, "", "authors"),
     "a variant": ({"model.fp16.safetensors": b""}, "", "variant"),
     "a stray shard": ({"model-00001-of-00002.safetensors": b"", INDEX: None}, "", "besides those"),
@@ -223,7 +223,7 @@ def test_what_lies_beside_the_weights(what: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "method"),
-    [("model.gguf", "GGUF"), ("consolidated.safetensors", "authors"), ("weights.00.npz", "MLX"), ("a.nemo", "NeMo")],
+    [("consolidated.safetensors", "authors"), ("weights.00.npz", "MLX"), ("a.nemo", "NeMo")],
 )
 def test_weights_that_are_alone_and_not_read_are_refused_by_name(file: str, method: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(b"")

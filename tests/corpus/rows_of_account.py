@@ -236,7 +236,7 @@ FILES = {
         beside({}, dangling("adapter_config.json")),
         "adapter_config.json cannot be read",
     ),
-    "a GGUF file alone": (beside({"model.gguf": b"GGUF"}, without("config.json", SINGLE)), "GGUF weights"),
+    "a GGUF file that was cut": (beside({"model.gguf": b"GGUF"}, without("config.json", SINGLE)), "GGUF file's header"),
     "only weights of Mistral's own format": (
         beside({"consolidated.safetensors": {"a": ONE}, "params.json": {}}, without("config.json", SINGLE)),
         "in the format of the model's authors",
