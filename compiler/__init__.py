@@ -1,4 +1,4 @@
-"""The compiler as a library: a checkpoint or an .onnx file goes in, artifacts for the targets come out.
+"""The compiler as a library: a checkpoint, a GGUF file or an .onnx file goes in, artifacts for the targets come out.
 
 `compile.py` is the whole way, and a table of contents: request -> frontend/ -> decide and quant/ -> plan and pipeline
 -> write and backend/ -> artifact/, with accuracy/ to verify and serving/ to hand on.

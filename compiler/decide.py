@@ -32,12 +32,13 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.qdq.last_logits import head_linears
 
 CONFIG = "config.json"
+FIXES = {"gguf": "leave it out, or --requantize, which takes a GGUF file's weights as floats"}  # by method
 
 
 def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
     """(how to quantize, the reader of a quantized checkpoint). (None, None) leaves the model float."""
-    folder = model.folder
-    reader = find_reader(folder, model.config, model.tensors)
+    folder = request.model
+    reader = find_reader(model.folder, model.config, model.tensors)
     asked = asked_config(request, reader.method if reader is not None else "instant_quant")
     if reader is None:
         if asked is None and request.enable_quant:
@@ -55,7 +56,7 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
         if asked is None:
             refuse_idle(request, QUANTIZED, str(folder), fix="--quant a16w8, or leave it out")
         return asked, None
-    refuse_idle(request, FLOAT, str(folder))
+    refuse_idle(request, FLOAT, str(folder), fix=FIXES.get(reader.method, "leave it out"))
     return checkpoint_config(request, asked, reader, str(folder)), reader
 
 
@@ -115,8 +116,15 @@ def own_config(reader: Reader, *, weight_only: bool = False) -> QuantConfig:
 def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reader, where: str) -> QuantConfig:
     """A quantized checkpoint runs as it is; the request may only choose between float and int8 activations."""
     own = own_config(reader, weight_only=request.weight_only)
+    if reader.method == "gguf" and (asked is not None or request.group_size is not None):
+        found = f"{'group_size' if asked is None else 'a quantization'} is asked for"
+        raise UserError("a GGUF file keeps the types of its layers", where=where, found=found, fix=FIXES["gguf"])
     if request.quant == "none" or request.enable_quant is False:
-        raise UserError("the checkpoint holds its weights only quantized", where=where, fix="leave quant out")
+        raise UserError(
+            "the checkpoint holds its weights only quantized",
+            where=where,
+            fix=FIXES.get(reader.method, "leave quant out"),
+        )
     said = request.quant_config or {}
     if asked is not None:
         what = "the checkpoint is quantized already; quantizing its weights again would lose accuracy"

@@ -57,7 +57,7 @@ class Request(
 
     Where a path or a tuple of names is due, a string will do.
 
-    model     folder with config.json and safetensors, or an .onnx file
+    model     folder with config.json and safetensors, a .gguf file, or an .onnx file
     targets   names of target.py
     layers    module path -> format (`a16w4:32`, `a16w8:-1`, `float`), as a budget chose them
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -50,11 +49,16 @@ def blocks(kind: str, shape: tuple[int, int], rng: np.random.Generator, *, size:
     return raw.reshape(n, -1)
 
 
-def llama(path: Path, *, kinds: tuple[Mapping[str, str], ...] = KINDS_OF_LAYERS, table: str = "Q6_K", seed: int = 0,
-          extra: Mapping[str, Any] | None = None) -> Mapping[str, Array]:  # fmt: skip
+def llama(
+    path: Path,
+    *,
+    kinds: tuple[Mapping[str, str], ...] = KINDS_OF_LAYERS,
+    table: str = "Q6_K",
+    endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
+) -> Mapping[str, Array]:
     """Writes a Llama with tied embeddings; gives its weights in float32 as transformers names and orders them."""
-    rng, s = np.random.default_rng(seed), SIZES
-    writer = gguf.GGUFWriter(path, "llama")
+    rng, s = np.random.default_rng(0), SIZES
+    writer = gguf.GGUFWriter(path, "llama", endianess=endianess)
     head = s["hidden"] // s["heads"]
     for add, value in (
         (writer.add_block_count, s["layers"]),
@@ -68,8 +72,6 @@ def llama(path: Path, *, kinds: tuple[Mapping[str, str], ...] = KINDS_OF_LAYERS,
         (writer.add_vocab_size, s["vocab"]),
     ):
         add(value)
-    for key, value in (extra or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
     names |= {"attn_output": "self_attn.o_proj"} | {f"ffn_{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")}
     kv = head * s["kv_heads"]

@@ -18,6 +18,7 @@ from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend.gguf import refuse_gguf
 from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
 from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.evaluate import Evaluation
@@ -88,6 +89,7 @@ class GraphRunner:
 def transformers_runner(folder: Path) -> Runner:
     """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter."""
     require("hf", "running a float checkpoint")
+    refuse_gguf(folder)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

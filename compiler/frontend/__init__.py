@@ -42,7 +42,10 @@ def load(
         with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
             loaded = hf.load_checkpoint(made.path, max_length=max_length, cache=cache, say=say, weights=made.weights)
-            return replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held)
+            notes = (*made.notes, *loaded.notes)
+            if (gguf.parent / "config.json").is_file():
+                notes = (f"config.json beside {gguf.name} is not read: its metadata are", *notes)
+            return replace(loaded, notes=notes, held=made.held)
     if model.is_dir():
         from instantrt.compiler.frontend import hf
 

@@ -16,10 +16,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from instantrt.compiler.accuracy.runners import session
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.decide import resolve
 from instantrt.compiler.frontend import load
-from instantrt.compiler.frontend.gguf import gguf_at
+from instantrt.compiler.frontend.gguf import gguf_at, refuse_gguf
 from instantrt.compiler.frontend.gguf.file import open_gguf
-from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor
+from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor, detect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, View, whole
@@ -176,3 +177,27 @@ def test_a_type_without_equal_steps_is_named(tmp_path: Path) -> None:
     assert "blk.1.ffn_up.weight" in str(refused.value)
     name = "model.layers.1.mlp.up_proj.weight"
     np.testing.assert_array_equal(whole(load(path, requantize=True).tensors[name]), floats[name])
+
+
+@pytest.mark.parametrize("given", [{"quant": "a8w8"}, {"quant": "a16w4"}, {"group_size": 64}, {"quant": "none"}])
+def test_what_a_file_in_codes_cannot_be(model: tuple[Path, dict[str, Array]], given: dict[str, Any]) -> None:
+    loaded = load(model[0])
+    with pytest.raises(UserError, match=r"(?s)tiny\.gguf: .*--requantize"):
+        resolve(Request(model[0], ("x86",), Path("o"), **given), loaded)
+    assert resolve(Request(model[0], ("x86",), Path("o")), loaded)[1] == detect(loaded.tensors)
+
+
+def test_a_folder_of_one_file_and_what_lies_beside_it(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
+    for name in ("Tiny.GGUF", "mmproj-Tiny.gguf"):
+        (tmp_path / name).write_bytes(model[0].read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    loaded = load(tmp_path)
+    assert loaded.notes[0].startswith("config.json beside Tiny.GGUF is not read")
+    with pytest.raises(UserError, match="a GGUF file, where a checkpoint's folder is due"):
+        refuse_gguf(tmp_path)
+
+
+def test_another_byte_order_is_named(tmp_path: Path) -> None:
+    llama(tmp_path / "big.gguf", kinds=(), endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(UserError, match="a big-endian GGUF file"):
+        open_gguf(tmp_path / "big.gguf")

@@ -31,7 +31,7 @@ PANELS: dict[type, str] = {
 
 @takes(PANELS)
 def main(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder, or .onnx file")],
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder, .gguf file or .onnx file")],
     targets: Annotated[list[str] | None, typer.Option("--target", help="what to compile for; may be repeated")] = None,
     out: Out = Path("build"),
     triton: Annotated[Path | None, typer.Option(help="folder for a Triton model repository of what OUT holds")] = None,

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
     """What transformers generates greedily from the float checkpoint."""
+    from instantrt.compiler.frontend.gguf import refuse_gguf
+
     require("hf", "--compare")
+    refuse_gguf(folder)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -91,6 +91,13 @@ def open_part(path: Path, changed: int, size: int) -> GgufFile:  # noqa: ARG001 
         raise UserError("not a readable GGUF file", where=str(path), found="an empty file", fix=COPY)
     with tried("reading the GGUF file's header", where=str(path), fix=COPY):
         reader = reader_class()(path)
+        if reader.byte_order == "S":
+            raise UserError(
+                "a big-endian GGUF file",
+                where=str(path),
+                expected="little-endian, as nearly all are",
+                fix="gguf-convert-endian, of the gguf package, turns it around",
+            )
         metadata = {key: value_of(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
         tensors = dict(tensors_of(path, reader))
         digest = hashlib.sha256(reader.data[: reader.data_offset]).hexdigest()
