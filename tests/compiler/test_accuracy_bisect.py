@@ -84,3 +84,22 @@ def test_a_right_lowering_has_no_culprit_and_a_wrong_file_has() -> None:
     assert culprit is not None
     assert culprit.after == "writing the artifact"
     assert culprit.tensor.startswith("first.")
+
+
+def test_the_last_token_alone_is_no_wrong_output() -> None:
+    """An artifact gives its logits alone, where the twin has every token's."""
+    canonical = twin()
+
+    def lower(log: PassLog) -> gs.Graph:
+        return run(canonical.copy(), linear_passes("exact"), log)
+
+    written = lower(PassLog())
+    (end,) = written.outputs
+    every = gs.Variable("every", end.dtype, end.shape)
+    end.inputs[0].outputs[0] = every
+    bounds = [
+        gs.Constant(name, np.array([value], np.int64)) for name, value in (("from", -1), ("to", 1 << 60), ("of", 1))
+    ]
+    written.nodes.append(gs.Node("Slice", "last", {}, [every, *bounds], [end]))
+    end.shape = (end.shape[0], 1, end.shape[2])
+    assert bisect(lower, looking(canonical), written) is None
