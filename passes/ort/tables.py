@@ -103,19 +103,21 @@ class QuantizeTables(Rewrite[Table]):
     requires = (tables_are_float32,)
 
     floats: bool = True
-    linears: frozenset[QuantTensor] = field(default_factory=frozenset, repr=False, compare=False)  # of a run's graph
+    linears: tuple[QuantTensor, ...] = field(default=(), repr=False, compare=False)  # of a run's graph
+    tied: Mapping[Source, QuantTensor] = field(default_factory=dict, repr=False, compare=False)  # of these, by weight
 
     def for_graph(self, graph: gs.Graph) -> QuantizeTables:
         views = [view for t in tensors(graph).values() if (view := view_of(t)) is not None]
-        return replace(self, linears=frozenset(v.source for v in views if isinstance(v.source, QuantTensor)))
+        linears = tuple(dict.fromkeys(v.source for v in views if isinstance(v.source, QuantTensor)))
+        tied = {q.source.weight: q for q in linears if isinstance(q.source, Quantizer) and fits(q)}
+        return replace(self, linears=linears, tied=tied)
 
     def match(self, node: gs.Node) -> Table | Reject | None:
         stored = stored_table(node, self.linears)
         if stored is not None:
             rank = not stored.quant.has_minima or node.inputs[1].shape is not None
             return stored if rank else Reject("its rows have minima, and the rank of the ids is not known")
-        tied = {q.source.weight: q for q in self.linears if isinstance(q.source, Quantizer) and fits(q)}
-        return table(node, SCALE_TYPE, tied) if self.floats else None
+        return table(node, SCALE_TYPE, self.tied) if self.floats else None
 
     def rewrite(self, graph: gs.Graph, match: Table) -> None:
         q, node, name = match.quant, match.node, match.node.inputs[0].name
