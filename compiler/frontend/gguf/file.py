@@ -7,6 +7,7 @@ of its own lengths. No weight is read here.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -166,10 +167,7 @@ def tensors_of(path: Path, reader: Any) -> Iterator[tuple[str, GgufTensor]]:
     for tensor in sorted(reader.tensors, key=lambda t: t.data_offset):
         kind, shape = tensor.tensor_type, tuple(int(d) for d in reversed(tensor.shape))
         weights, size = GGML_QUANT_SIZES[kind]
-        count = 1
-        for d in shape:
-            count *= d
-        at, bytes_of = int(tensor.data_offset), count // weights * size
+        at, bytes_of = int(tensor.data_offset), math.prod(shape) // weights * size
         right = 1 <= len(shape) <= MOST_DIMENSIONS and min(shape) > 0 and shape[-1] % weights == 0
         if not right or bytes_of != tensor.n_bytes or not end <= at <= len(reader.data) - bytes_of:
             raise UserError(

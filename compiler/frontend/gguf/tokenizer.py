@@ -22,8 +22,12 @@ BEGUN = ("llama-bpe", "llama3", "llama-v3")  # Llama 3's, whose texts begin with
 WHOLE = (*BEGUN, "tekken")  # a piece that is a token is not made of merges
 GPT2 = ("gpt-2", "gpt2")
 MOST_PAIRS = 10**8  # ways to divide all tokens in two, which are tried where a file has no merges
-SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id"}
-SPECIAL["pad_token"] = "padding_token_id"
+SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 
 def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, str], list[str]]:
