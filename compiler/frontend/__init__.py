@@ -21,6 +21,7 @@ def load(
     *,
     trust_remote_code: bool = False,
     max_length: int | None = None,
+    truncate_dim: int | None = None,
     cache: Path | None = None,
     requantize: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -28,11 +29,14 @@ def load(
     """Reads a Hugging Face folder, a GGUF file or an ONNX file, told apart by what is there.
 
     max_length   tokens that no sequence will exceed; None: as many as the model can
+    truncate_dim  numbers that are kept of a sentence embedding, the first ones; None: all
     requantize   a GGUF file's weights are floats, dequantized
     cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
     say          is told whether the graph is exported, or of an earlier export
     """
     gguf = gguf_at(model)
+    if truncate_dim is not None and not model.is_dir():
+        raise UserError("truncate_dim is for a sentence-transformers folder", where=str(model), fix="leave it out")
     if requantize and gguf is None:
         raise UserError("requantize is for a GGUF file", where=str(model), fix="leave it out")
     if gguf is not None:
@@ -53,7 +57,12 @@ def load(
             "reading the checkpoint", where=str(model), fix="a newer transformers may know it; --debug says more"
         ):
             return hf.load_checkpoint(
-                model, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache, say=say
+                model,
+                trust_remote_code=trust_remote_code,
+                max_length=max_length,
+                truncate_dim=truncate_dim,
+                cache=cache,
+                say=say,
             )
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
