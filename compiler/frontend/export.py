@@ -134,14 +134,14 @@ def export_whole(model: Any, shape: Interface) -> ir.Model:
 
 
 def module_path(node: ir.Node) -> str:
-    """The module that the exporter recorded on a node, without the wrapper's own prefix.
+    """The module that the exporter recorded on a node, without the wrapper's own prefix; "" for the wrapper itself.
 
     What the folding of constants made has no record: it belongs where its input comes from.
     """
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-    modules = [s.removeprefix("model.") for s in scopes[:-1] if s.startswith("model.")]
+    modules = ["", *(s.removeprefix("model.") for s in scopes[:-1] if s.startswith("model."))]
     makers = (value.producer() for value in node.inputs if value is not None)
-    return modules[-1] if modules else next((maker.name or "" for maker in makers if maker is not None), "")
+    return modules[-1] if scopes else next((maker.name or "" for maker in makers if maker is not None), "")
 
 
 def finish(model: ir.Model, shape: Interface) -> None:
