@@ -157,13 +157,12 @@ def finish(model: ir.Model, shape: Interface) -> None:
     name_dimensions(graph, shape)
     numbers = Counter[str]()
     constants: dict[ir.Value, None] = {}
-    outputs = set(shape.output_names())
     for node in graph:
         path = node.name or ""
         node.name = f"{path}/{node.op_type}_{numbers[path]}"
         numbers[path] += 1
         for value in node.outputs:
-            if value.name not in outputs:
+            if not value.is_graph_output():
                 value.name = f"{node.name}:{value.index()}"
         constants |= {v: None for v in node.inputs if v is not None and v.const_value is not None}
     graph.initializers.clear()

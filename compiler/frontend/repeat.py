@@ -146,7 +146,8 @@ def check_uses(exported: list[ExportedLayer], given: list[ir.Value]) -> None:
         for value in layer.places:
             reader = layer.index + 1 if value is gives and layer is not exported[-1] else None
             readers = {owner.get(use.node) for use in value.uses()} - {layer.index}
-            if readers - {reader} or (value.is_graph_output() and layer.names.layer(value.name) != layer.index):
+            own = layer.names.layer(value.name) == layer.index or (value is gives and layer is exported[-1])
+            if readers - {reader} or (value.is_graph_output() and not own):
                 raise UnlikeError(f"a value of layer {layer.index} is read outside of it")
 
 

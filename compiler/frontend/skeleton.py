@@ -172,19 +172,21 @@ def shape_of(model: Any, head: Head, pipeline: SentencePipeline | None) -> Inter
 
 
 def other_heads(model: Any, config: Mapping[str, Any]) -> list[str]:
-    """Parameters of the class that `architectures` names which `model`, built of another, has no place for.
+    """Parameters of the class that `architectures` names, as it wrote them, which `model` has no place for.
 
-    A sentence-transformers folder often says BertForMaskedLM, and has that head's tensors.
+    A sentence-transformers folder often says BertForMaskedLM, and has that head's tensors; and hidden states are without
+    what a class makes of the first of them.
     """
     import transformers
 
     named = next(iter(config.get("architectures") or []), "")
     kind = getattr(transformers, named, None)
-    if named == type(model).__name__ or not hasattr(kind, "base_model_prefix"):
+    if not hasattr(kind, "base_model_prefix"):
         return []
     with untouched_parameters():
         names = dict(kind(model.config).named_parameters(remove_duplicate=False))
-    return [name for name in names if not name.startswith(f"{kind.base_model_prefix}.")]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name not in own and name.removeprefix(f"{kind.base_model_prefix}.") not in own]
 
 
 def positions(model: Any) -> int:
