@@ -141,7 +141,9 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         outputs=specs(graph.outputs),
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(llm) if llm else None,
-        encoder={**asdict(encoder), "max_length": longest(request, planned.model), **planned.model.text} if encoder else None,
+        encoder={**asdict(encoder), "max_length": longest(request, planned.model), **planned.model.text}
+        if encoder
+        else None,
         digests={},
         source={**source(request, twin), "account": planned.model.account},
         limits=limits,
@@ -156,7 +158,11 @@ def hashed_meanwhile(files: Iterable[Path]) -> Callable[[], Mapping[str, str]]:
 
     def work() -> None:
         try:
-            found.set_result({path.name: sha256(path) for path in files})
+            digests: dict[str, str] = {}
+            for path in files:
+                name = path.name if path.name not in digests else f"{path.parent.name}/{path.name}"
+                digests[name] = sha256(path)
+            found.set_result(digests)
         except OSError as error:
             found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
         except BaseException as error:  # whoever waits must hear of it

@@ -121,12 +121,16 @@ def language_model(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and set(value) == counts and all(map(is_count, value.values())))
 
 
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 ENCODER: dict[str, Callable[[Any], bool]] = {
     "task": lambda value: value in TASKS,
-    **dict.fromkeys(("layers", "vocab", "width", "max_length"), lambda value: is_count(value)),
+    **dict.fromkeys(("layers", "vocab", "width", "max_length"), is_count),
     **dict.fromkeys(("token_types", "lowercase"), lambda value: isinstance(value, bool)),
-    "labels": lambda value: names(value),
-    "prompts": lambda value: texts(value),
+    "labels": names,
+    "prompts": texts,
     "default_prompt": lambda value: isinstance(value, str),
 }
 
@@ -142,10 +146,6 @@ def limits(value: Any) -> bool:
         return False
     counts = [value[name] for name in ("max_batch", "max_length", "opt_length") if name in value]
     return all(map(is_count, counts)) and value.get("cache", CACHES[0]) in CACHES
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def engine(value: Any) -> bool:

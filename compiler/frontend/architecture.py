@@ -202,7 +202,7 @@ def check_family(config: Any, head: Head, where: str) -> None:
 
 
 def check_modules(model: Any, head: Head, where: str) -> None:
-    """Refuses what only the modules tell: an encoder as a causal LM, and experts, whose weights are stacked matrices."""
+    """Refuses what only the modules tell: an encoder as a causal LM, and experts, whose weights are stacked."""
     import torch
 
     for path, module in model.named_modules():

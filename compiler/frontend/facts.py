@@ -92,7 +92,10 @@ def facts_of(model: Any, shape: Interface, stored: Iterable[str], beside: Iterab
         saved=sorted(name for name in buffers if name in state),
         linears=dict(linears(model)),
         ignored=sorted(
-            {*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *(f"^{re.escape(n)}$" for n in beside)}
+            {
+                *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+                *(f"^{re.escape(n)}$" for n in beside),
+            }
         ),
         renamed={old: new for old, new in model_names(model, stored) if old != new},
         switches=list(switches(model.config)),

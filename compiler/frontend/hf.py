@@ -89,12 +89,13 @@ def load_checkpoint(
         say=say,
         weights=weights,
     )
-    folder, taken, tensors = opened.folder, opened.taken, opened.taken.tensors
+    root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
     shape = taken.facts.shape
     exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
-    files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
+    modules = opened.pipeline.files(root) if opened.pipeline is not None else []
+    files = (*sorted(folder.glob("*config.json")), *modules, *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(
         graph=graph,
         folder=folder,
@@ -107,7 +108,7 @@ def load_checkpoint(
         head=taken.facts.head,
         account=asdict(taken.account),
         encoder=shape if isinstance(shape, EncoderShape) else None,
-        text=text_of(opened) if isinstance(shape, EncoderShape) else {},
+        text=text_of(opened, shape) if isinstance(shape, EncoderShape) else {},
     )
 
 
@@ -188,7 +189,8 @@ def open_checkpoint(
     def facts_now() -> bytes:
         say("importing torch and transformers")
         model = skeleton()
-        return facts_of(model, shape_of(model, head, pipeline), stored, other_heads(model, config)).to_json()
+        beside = other_heads(model, config) if head.auto == "AutoModel" else []
+        return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
     check_length(facts.switches, max_length, folder / "config.json")
@@ -208,24 +210,24 @@ def check_truncation(width: int | None, pipeline: SentencePipeline | None, head:
         )
 
 
-def text_of(opened: OpenCheckpoint) -> dict[str, Any]:
+def text_of(opened: OpenCheckpoint, shape: EncoderShape) -> dict[str, Any]:
     """How texts are prepared, and what the labels are called."""
-    pipeline, labels, task = opened.pipeline, opened.config.get("id2label") or {}, opened.taken.facts.shape.task
+    pipeline, labels = opened.pipeline, opened.config.get("id2label") or {}
     if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
         where = str(opened.folder / "config.json")
         raise UserError("id2label is no object of labels by number", where=where, found=repr(labels))
     names = {int(key): str(label) for key, label in labels.items()}
-    count = opened.taken.facts.shape.width if task.startswith("classify") else 0
+    count = shape.width if shape.task.startswith("classify") else 0
     return {
         "labels": [names.get(index, f"LABEL_{index}") for index in range(count)],
-        "lowercase": pipeline.lowercase if pipeline is not None else False,
+        "lowercase": pipeline is not None and pipeline.lowercase,
         "prompts": dict(pipeline.prompts) if pipeline is not None else {},
         "default_prompt": pipeline.default_prompt if pipeline is not None else "",
     }
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
+    config: dict[str, Any] = read_json(folder / "config.json")
     if config.get("auto_map") and not trust_remote_code:
         raise UserError(
             "the model brings its own Python code",

@@ -22,7 +22,7 @@ def wrapped(model: torch.nn.Module, shape: Interface) -> torch.nn.Module:
 
 
 def example(shape: Interface) -> tuple[Any, ...]:
-    """Inputs of a wrapped model: its tokens, in the order of `input_names`, and the past of each layer if it has one."""
+    """Inputs of a wrapped model: its tokens, in the order of `input_names`; with a cache, the past of each layer."""
     ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
     if isinstance(shape, EncoderShape):
         return ids, torch.ones_like(ids), *([torch.zeros_like(ids)] if shape.token_types else [])

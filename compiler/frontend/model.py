@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -77,6 +77,11 @@ class EncoderShape:
 
     DIMENSIONS: ClassVar[Mapping[str, tuple[str, int]]] = {"batch": ("input_ids", 0), "sequence": ("input_ids", 1)}
 
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> EncoderShape:
+        """As a manifest has it, beside what it says of texts."""
+        return cls(**{each.name: said[each.name] for each in fields(cls)})
+
     def with_layers(self, count: int) -> EncoderShape:
         return replace(self, layers=count)
 
@@ -94,9 +99,9 @@ Interface: TypeAlias = LlmShape | EncoderShape
 class FloatModel:
     """A FLOAT graph with lazy weights, and where it came from.
 
-    `tensors` is the whole checkpoint (a reader of quantized weights looks there); `llm` is the interface of a causal LM,
-    `encoder` that of a model without a cache; a plain ONNX file has neither. `text` says how texts are prepared for an
-    encoder, and what its labels are called.
+    `tensors` is the whole checkpoint (a reader of quantized weights looks there). `llm` is the interface of a causal
+    LM, `encoder` that of a model without a cache; a plain ONNX file has neither. `text` is how texts are prepared for
+    an encoder, and what its labels are called.
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
     there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
     of the module that makes the logits, where the model itself names one; `account` says what became of each tensor

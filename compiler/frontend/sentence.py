@@ -6,17 +6,17 @@ Each kind of module says what of its config matters; a kind, a key or a value th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from instantrt.compiler.checkpoint import SINGLE, read_checkpoint
+from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
 
 MODULES = "modules.json"
-SETTINGS = "sentence_*_config.json"
+SETTINGS = "sentence_*_config.json"  # among the files that every folder has
 PROMPTS = "config_sentence_transformers.json"
 WITHOUT = "remove modules.json to compile the language model alone, whose output is last_hidden_state"
 # In the order in which several of them are joined: the keys of older files, whose values are true or false.
@@ -43,9 +43,7 @@ KEYS: Mapping[str, Mapping[str, tuple[Any, ...] | None]] = {
         "in_features": None,
         "out_features": None,
         "bias": (True, False),
-        "activation_function": (
-            *(f"torch.nn.modules.{m}.{n}" for m in ("activation", "linear") for n in ACTIVATIONS),
-        ),
+        "activation_function": (*(f"torch.nn.modules.{m}.{n}" for m in ("activation", "linear") for n in ACTIVATIONS),),
         "module_input_name": EMBEDDING,
         "module_output_name": EMBEDDING,
         "use_residual": (False,),
@@ -80,7 +78,15 @@ class SentenceModule:
     activation: str = "Identity"
 
     def width(self, given: int) -> int:
-        """Numbers that it makes of `given`."""
+        """Numbers that it makes of `given`; UserError where it takes another count, or keeps more than there are."""
+        takes, gives = self.sizes
+        if takes not in (0, given) or (self.kind == "Truncate" and gives > given):
+            raise UserError(
+                f"{self.kind} of a sentence-transformers pipeline does not fit the module before it",
+                where=self.path or f"truncate_dim {gives}",
+                expected=f"{takes} numbers" if takes else f"at most {given}",
+                found=f"{given} numbers" if takes else str(gives),
+            )
         return given * len(self.modes) if self.kind == "Pooling" else self.sizes[1] or given
 
 
@@ -92,7 +98,7 @@ class SentencePipeline:
     modules: tuple[SentenceModule, ...]
     max_length: int = 0
     lowercase: bool = False
-    prompts: Mapping[str, str] | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
 
     def about(self) -> list[dict[str, Any]]:
@@ -104,6 +110,11 @@ class SentencePipeline:
         for module in self.modules:
             hidden = module.width(hidden)
         return hidden
+
+    def files(self, root: Path) -> list[Path]:
+        """What decides of the modules and of how texts are prepared; weights are files of their tensors."""
+        configs = (root / module.path / "config.json" for module in self.modules if module.path)
+        return [path for path in (root / MODULES, root / PROMPTS, *configs) if path.is_file()]
 
     def tensors(self, root: Path) -> dict[str, FileTensor]:
         """The weights of the modules, named after their folders: `2_Dense.linear.weight`."""
@@ -173,13 +184,11 @@ def path_of(module: Mapping[str, Any], folder: Path) -> Path:
 
 
 def read_module(kind: str, at: Path, where: str) -> SentenceModule:
-    if kind not in NO_CONFIG or (at / "config.json").is_file():
-        config = read_json(at / "config.json")
-    else:
-        config = {}
+    path = at / "config.json"
+    config = read_json(path) if path.is_file() or kind not in NO_CONFIG else {}
     check_keys(config, KEYS[kind], f"{at.name}/config.json", where)
     if kind == "Pooling":
-        return SentenceModule(kind, at.name, modes=poolings(config, at / "config.json"))
+        return SentenceModule(kind, at.name, modes=poolings(config, path))
     if kind == "Dense":
         sizes = size_of(config, "in_features", at), size_of(config, "out_features", at)
         activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]

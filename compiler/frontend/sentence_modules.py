@@ -40,13 +40,14 @@ def pool(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor
     return torch.cat([POOLED[mode](x, mask) for mode in module.modes], -1)
 
 
-def dense(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    activation = getattr(torch.nn, module.activation)()
-    return activation(model.get_submodule(f"{module.path}.linear")(x))
+def dense(model: Any, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
+    y: Tensor = getattr(torch.nn, module.activation)()(model.get_submodule(f"{module.path}.linear")(x))
+    return y
 
 
-def layer_norm(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    return model.get_submodule(f"{module.path}.norm")(x)
+def layer_norm(model: Any, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
+    y: Tensor = model.get_submodule(f"{module.path}.norm")(x)
+    return y
 
 
 def normalize(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001

@@ -6,7 +6,6 @@ nobody's business.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, weight_map_of
 from instantrt.compiler.quant.readers import BESIDE
-from instantrt.passes.core.errors import UserError, in_a_line
+from instantrt.passes.core.errors import UserError
 
 Report = Callable[[UserError], None]
 DEEPEST = 3  # folders that are looked into for weights

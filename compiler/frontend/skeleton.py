@@ -149,7 +149,10 @@ def keywords(config: Any, head: Head) -> dict[str, Any]:
     kind = getattr(modeling_auto, head.mapping).get(type(config), None)
     own = not getattr(kind, "_supports_attention_backend", False)  # operators of its own, which are exported as such
     pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters and head.auto == "AutoModel"
-    return {"attn_implementation": "eager" if own else IMPLEMENTATION, **({"add_pooling_layer": False} if pooler else {})}
+    return {
+        "attn_implementation": "eager" if own else IMPLEMENTATION,
+        **({"add_pooling_layer": False} if pooler else {}),
+    }
 
 
 def shape_of(model: Any, head: Head, pipeline: SentencePipeline | None) -> Interface:
@@ -172,21 +175,21 @@ def shape_of(model: Any, head: Head, pipeline: SentencePipeline | None) -> Inter
 
 
 def other_heads(model: Any, config: Mapping[str, Any]) -> list[str]:
-    """Parameters of the class that `architectures` names, as it wrote them, which `model` has no place for.
+    """Parameters of the class that `architectures` names which `model`, a model without a head, has no place for.
 
-    A sentence-transformers folder often says BertForMaskedLM, and has that head's tensors; and hidden states are without
-    what a class makes of the first of them.
+    A sentence-transformers folder often says BertForMaskedLM, and has that head's tensors; and hidden states come
+    without what some classes make of the first of them.
     """
     import transformers
 
-    named = next(iter(config.get("architectures") or []), "")
-    kind = getattr(transformers, named, None)
-    if not hasattr(kind, "base_model_prefix"):
+    kind: Any = getattr(transformers, next(iter(config.get("architectures") or []), ""), None)
+    if not isinstance(kind, type(transformers.PreTrainedModel)) or not issubclass(kind, transformers.PreTrainedModel):
         return []
+    prefix = f"{kind.base_model_prefix}."
     with untouched_parameters():
         names = dict(kind(model.config).named_parameters(remove_duplicate=False))
     own = dict(model.named_parameters(remove_duplicate=False))
-    return [name for name in names if name not in own and name.removeprefix(f"{kind.base_model_prefix}.") not in own]
+    return [name for name in names if name not in own and name.removeprefix(prefix) not in own]
 
 
 def positions(model: Any) -> int:
