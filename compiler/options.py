@@ -111,6 +111,8 @@ class Checkpoint:
 
     trust_remote_code: bool = option(False, "run the model's own Python")
     requantize: bool = option(False, "take a GGUF file's weights dequantized, for --quant or as floats")
+    adapter: Path | None = option(None, "folder of a LoRA adapter (PEFT) to merge into the model")
+    base: Path | None = option(None, "folder of the model that an adapter is for, where that is what is compiled")
     cache: Path | None = option(
         None, "folder that keeps exported graphs, or none; else $INSTANTRT_CACHE, else ~/.cache/instantrt"
     )

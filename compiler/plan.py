@@ -99,6 +99,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         max_length=request.longest_sequence(),
         cache=request.cache,
         requantize=request.requantize,
+        adapter=request.adapter,
+        base=request.base,
         say=say,
     )
     if model.llm is None:

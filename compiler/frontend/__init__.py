@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from instantrt.compiler.frontend.adapter.folder import Adapter, model_and_adapter, names_of, overlaid
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError, tried
@@ -23,15 +24,53 @@ def load(
     max_length: int | None = None,
     cache: Path | None = None,
     requantize: bool = False,
+    adapter: Path | None = None,
+    base: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> FloatModel:
     """Reads a Hugging Face folder, a GGUF file or an ONNX file, told apart by what is there.
 
     max_length   tokens that no sequence will exceed; None: as many as the model can
     requantize   a GGUF file's weights are floats, dequantized
+    adapter      folder of a LoRA that is merged into the weights; base: of the model, where `model` is such a folder
     cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
     say          is told whether the graph is exported, or of an earlier export
     """
+    model, lora = model_and_adapter(model, adapter, base)
+    loaded = load_model(
+        model,
+        trust_remote_code=trust_remote_code,
+        max_length=max_length,
+        cache=cache,
+        requantize=requantize,
+        say=say,
+        adapter=lora,
+    )
+    if lora is None:
+        return loaded
+    folder, held = overlaid(loaded.folder, lora)
+    own = (lora.beside.get(path.name, path) for path in loaded.files)
+    return replace(
+        loaded,
+        folder=folder,
+        files=(*own, *lora.files),
+        notes=(*names_of(lora, model), *loaded.notes),
+        held=(loaded.held, held),
+        adapter=lora.folder,
+    )
+
+
+def load_model(
+    model: Path,
+    *,
+    trust_remote_code: bool,
+    max_length: int | None,
+    cache: Path | None,
+    requantize: bool,
+    say: Callable[[str], None],
+    adapter: Adapter | None,
+) -> FloatModel:
+    """`load`, of the model alone, with `adapter` in its weights."""
     gguf = gguf_at(model)
     if requantize and gguf is None:
         raise UserError("requantize is for a GGUF file", where=str(model), fix="leave it out")
@@ -41,7 +80,9 @@ def load(
 
         with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
-            loaded = hf.load_checkpoint(made.path, max_length=max_length, cache=cache, say=say, weights=made.weights)
+            loaded = hf.load_checkpoint(
+                made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=adapter
+            )
             notes = (*made.notes, *loaded.notes)
             if (gguf.parent / "config.json").is_file():
                 notes = (f"config.json beside {gguf.name} is not read: its metadata are", *notes)
@@ -53,8 +94,15 @@ def load(
             "reading the checkpoint", where=str(model), fix="a newer transformers may know it; --debug says more"
         ):
             return hf.load_checkpoint(
-                model, trust_remote_code=trust_remote_code, max_length=max_length, cache=cache, say=say
+                model,
+                trust_remote_code=trust_remote_code,
+                max_length=max_length,
+                cache=cache,
+                say=say,
+                adapter=adapter,
             )
+    if adapter is not None:
+        raise UserError("an adapter goes over a checkpoint's folder, or a GGUF file", where=str(model))
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 

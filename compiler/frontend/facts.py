@@ -31,6 +31,7 @@ class ModelFacts:
     buffers     name -> shape
     saved       the buffers that checkpoints have
     linears     path -> (N, K) of every linear module
+    turned      those that hold their weight as [K, N]
     ignored     patterns of names that checkpoints may have and the class does not load
     renamed     name in the checkpoint -> in the model, where they differ
     switches    (kind, the longest sequence of the first table) of rotary tables that change
@@ -44,6 +45,7 @@ class ModelFacts:
     buffers: Mapping[str, Shape]
     saved: Sequence[str]
     linears: Mapping[str, tuple[int, int]]
+    turned: Sequence[str]
     ignored: Sequence[str]
     renamed: Mapping[str, str]
     switches: Sequence[tuple[str, int]]
@@ -74,6 +76,8 @@ class ModelFacts:
 
 def facts_of(model: Any, stored: Iterable[str]) -> ModelFacts:
     """The facts of a torch model, for a checkpoint whose tensors have the names `stored`, in their order."""
+    from transformers.pytorch_utils import Conv1D
+
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     ties = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
@@ -87,6 +91,7 @@ def facts_of(model: Any, stored: Iterable[str]) -> ModelFacts:
         buffers={name: tuple(buffer.shape) for name, buffer in buffers.items()},
         saved=sorted(name for name in buffers if name in state),
         linears=dict(linears(model)),
+        turned=[path for path, module in model.named_modules() if isinstance(module, Conv1D)],
         ignored=sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         renamed={old: new for old, new in model_names(model, stored) if old != new},
         switches=list(switches(model.config)),

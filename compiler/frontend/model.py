@@ -48,7 +48,8 @@ class FloatModel:
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
     there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
     of the module that makes the logits, where the model itself names one; `account` says what became of each tensor
-    and file of a folder, in JSON. `held` keeps a folder there that was made for the model.
+    and file of a folder, in JSON. `held` keeps a folder there that was made for the model;
+    `adapter` is the folder of one that is merged into its weights.
     """
 
     graph: gs.Graph
@@ -62,6 +63,7 @@ class FloatModel:
     head: str | None = None
     account: Mapping[str, Any] = field(default_factory=dict)
     held: Any = None
+    adapter: Path | None = None
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:

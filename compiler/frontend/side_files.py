@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -64,6 +64,7 @@ SAVE = "load it with transformers and save_pretrained(folder): safetensors are r
 COPY = "download or copy the checkpoint again, with what its links point to"
 TOKENS = "text to tokens and back; copied beside the artifact where it is of use there"
 READ = "the model"
+MERGED = "merged into the model"
 AUTHORS = "weights in the format of the model's authors, not of transformers"
 OTHER_FORMAT = "weights in another format: the safetensors are read"
 TRAINING = "of the training"
@@ -122,19 +123,22 @@ RULES = (
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx)$")
 
 
-def account_of_files(folder: Path, report: Report) -> tuple[Accounted, ...]:
-    """What becomes of each file; `report` is told of every one that is refused."""
+def account_of_files(folder: Path, report: Report, known: Mapping[str, str] | None = None) -> tuple[Accounted, ...]:
+    """What becomes of each file; `report` is told of every one that is refused.
+
+    known   files that are read, and what they are, in a folder that is no model's
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and matters(path.name):
             link = f"a link to {path.readlink()}, which is not there"
             report(UserError(f"{path.name} cannot be read", where=str(folder), found=link, fix=COPY))
-    read = weight_files(folder, names)
+    read = dict.fromkeys(weight_files(folder, names), READ) if known is None else known
     found = []
     for name in names:
         rule = None if name in read else next((rule for rule in RULES if fnmatch(name, rule.pattern)), None)
         if name in read:
-            found.append((name, READ))
+            found.append((name, read[name]))
         elif rule is not None:
             words = judged(rule, folder / name, bool(read))
             if words is None:
