@@ -16,9 +16,9 @@ from instantrt.compiler.artifact.manifest import MANIFEST, MODEL, Artifact, read
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
 from instantrt.compiler.backend.tensorrt.header import Header
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.model import EncoderShape, LlmShape
 from instantrt.compiler.smoke.process import LOADING, ModelOrder, started
-from instantrt.compiler.smoke.steps import attempts, fed, new, prompts_of
+from instantrt.compiler.smoke.steps import fed, steps_of
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 
@@ -63,7 +63,8 @@ def run_once(path: Path, artifact: Artifact) -> str:
     try:
         graph = gs.Graph(inputs=[gs.Variable(t.name, np.dtype(t.dtype), list(t.shape)) for t in artifact.inputs])
         llm = LlmShape(**artifact.llm) if artifact.llm is not None else None
-        steps = [new(graph, "prefill", prompts_of(llm).rows[0][None])] if llm is not None else [*attempts(graph.inputs)]
+        encoder = EncoderShape.of(artifact.encoder) if artifact.encoder is not None else None
+        steps = steps_of(graph, llm or encoder, right=True)[: None if llm is None else 1]
     except (TypeError, ValueError) as error:
         raise UserError("the manifest's inputs are none of a model", where=str(path), found=str(error)) from None
     order = ModelOrder(str(path), tuple((step.name, "") for step in steps), attempts=llm is None)

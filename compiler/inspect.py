@@ -21,6 +21,7 @@ from instantrt.compiler.frontend.account import Account, attempt
 from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.gguf.folder import made_folder
+from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.frontend.side_files import Report
 from instantrt.compiler.quant.config import QuantConfig
 from instantrt.compiler.quant.gguf import FLOAT_KINDS, GgufTensor
@@ -67,8 +68,8 @@ class Inspection:
     """What a checkpoint is. `targets` says what each would do with it.
 
     `account` is what became of every tensor and file, as in the manifest. `bytes_on` is what the weights of an artifact
-    take for each runtime, `cache_bytes_per_token` its keys and values. Of a checkpoint that could not be opened, only
-    the problems are known.
+    take for each runtime, `cache_bytes_per_token` its keys and values, 0 where it has no cache. Of a checkpoint that
+    could not be opened, only the problems are known.
     """
 
     model: str
@@ -87,7 +88,12 @@ class Inspection:
 
 
 def inspect(
-    folder: Path, *, trust_remote_code: bool = False, cache: Path | None = None, requantize: bool = False
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    truncate_dim: int | None = None,
+    cache: Path | None = None,
+    requantize: bool = False,
 ) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all.
 
@@ -104,6 +110,7 @@ def inspect(
                 folder if made is None else made.path,
                 weights=None if made is None else made.weights,
                 trust_remote_code=trust_remote_code,
+                truncate_dim=truncate_dim,
                 max_length=1,  # which lengths are asked for is no matter of the checkpoint
                 report=found.append,
                 cache=cache,
@@ -114,8 +121,8 @@ def inspect(
         return Inspection(folder.name, "unknown", "nothing: it cannot be opened", problems([*found, error]))
     facts, reader, tensors = opened.taken.facts, opened.reader, opened.taken.tensors
     layers = tuple(layer_reports(opened, found.append))
-    llm = facts.shape
-    numbers = 2 * llm.layers * llm.kv_heads * llm.head_dim
+    shape = facts.shape
+    numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim if isinstance(shape, LlmShape) else 0
     asked = own_config(reader) if reader is not None else None
     return Inspection(
         model=folder.name,

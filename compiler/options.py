@@ -110,6 +110,9 @@ class Checkpoint:
     """How a checkpoint may be read."""
 
     trust_remote_code: bool = option(False, "run the model's own Python")
+    truncate_dim: int | None = option(
+        None, "keep this many numbers of a sentence embedding, the first", rule=(lambda value: value > 0, "1 or more")
+    )
     requantize: bool = option(False, "take a GGUF file's weights dequantized, for --quant or as floats")
     adapter: Path | None = option(None, "folder of a LoRA adapter (PEFT) to merge into the model")
     base: Path | None = option(None, "folder of the model that an adapter is for, where that is what is compiled")

@@ -97,13 +97,14 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         request.model,
         trust_remote_code=request.trust_remote_code,
         max_length=request.longest_sequence(),
+        truncate_dim=request.truncate_dim,
         cache=request.cache,
         requantize=request.requantize,
         adapter=request.adapter,
         base=request.base,
         say=say,
     )
-    if model.llm is None:
+    if model.llm is None and model.encoder is None:
         check_lengths(request)
     config, reader = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
@@ -118,7 +119,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     made: dict[tuple[object, ...], Twin] = {}
     twins: dict[str, Twin] = {}
     heads, notes = heads_of(graph, model), list(model.notes)
-    limits = request.engine_limits(model.llm.max_length if model.llm else 0)
+    limits = request.engine_limits(model.longest)
     for target in request.resolved_targets():
         dtype = types.get(target.name, SCALE_TYPE)
         formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
@@ -177,7 +178,7 @@ def make_twin(
 
 def longest(request: Request, model: FloatModel) -> int:
     """Tokens of a sequence that an artifact for a CPU takes; 0 where nothing says it."""
-    return request.max_length or (model.llm.max_length if model.llm is not None else 0)
+    return request.max_length or model.longest
 
 
 def lower(

@@ -22,7 +22,7 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_engine, quantized_linears, timing_cache
 from instantrt.compiler.backend.tensorrt.kit import write_kit
 from instantrt.compiler.backend.tensorrt.profiles import profiles
-from instantrt.compiler.plan import Plan, Twin
+from instantrt.compiler.plan import Plan, Twin, longest
 from instantrt.compiler.request import BOUNDS, UNRECORDED, Request
 from instantrt.compiler.target import Target
 from instantrt.compiler.watch import SILENT, Watch
@@ -125,7 +125,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     """The artifact as far as the plan knows it."""
     graph, twin, choice = planned.lowered[target.name], planned.twins[target.name], planned.builders.get(target.name)
     kind, file = ("onnx", MODEL) if choice is None else ("engine", ENGINE) if choice.flavour else ("kit", KIT)
-    llm, library = planned.model.llm, request.library(target)
+    llm, encoder, library = planned.model.llm, planned.model.encoder, request.library(target)
     limits: dict[str, Any] = {"cache": cache_kind(graph), "logits": logits_kind(graph)} if llm else {}
     if planned.whole_prompts:
         limits["prompts"] = "whole"
@@ -141,6 +141,9 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         outputs=specs(graph.outputs),
         quant={path: str(q) for path, q in twin.quantized.items()},
         llm=asdict(llm) if llm else None,
+        encoder={**asdict(encoder), "max_length": longest(request, planned.model), **planned.model.text}
+        if encoder
+        else None,
         digests={},
         source={**source(request, twin), "account": planned.model.account},
         limits=limits,
@@ -155,7 +158,11 @@ def hashed_meanwhile(files: Iterable[Path]) -> Callable[[], Mapping[str, str]]:
 
     def work() -> None:
         try:
-            found.set_result({path.name: sha256(path) for path in files})
+            digests: dict[str, str] = {}
+            for path in files:
+                name = path.name if path.name not in digests else f"{path.parent.name}/{path.name}"
+                digests[name] = sha256(path)
+            found.set_result(digests)
         except OSError as error:
             found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
         except BaseException as error:  # whoever waits must hear of it

@@ -17,6 +17,7 @@ KINDS = ("onnx", "engine", "kit")
 CACHES = ("shared", "concat")
 MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
+TASKS = ("embed", "hidden", "classify", "classify_tokens", "fill_mask")  # of a model without a cache
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Artifact:
     kind      onnx | engine | kit
     quant     module path -> what it was quantized to
     llm       sizes of the causal LM's interface (layers, kv_heads, head_dim, vocab, max_length), None for others
+    encoder   likewise of a model without a cache (task, layers, vocab, width, max_length, token_types), and how its
+              texts are prepared (lowercase, prompts, default_prompt) and its labels are called; None for others
     digests   file -> sha256, relative to the manifest
     source    what it was made of: the model's name, `files` (name -> sha256), the request without paths, and for a
               folder `account`: how many tensors are used by what, and what is harmless, and why
@@ -54,11 +57,12 @@ class Artifact:
     limits: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
     engine: Mapping[str, Any] | None = None
+    encoder: Mapping[str, Any] | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of a sequence that it takes, 0 where nothing says it."""
-        return int(self.limits.get("max_length") or (self.llm or {}).get("max_length", 0))
+        return int(self.limits.get("max_length") or (self.llm or self.encoder or {}).get("max_length", 0))
 
 
 def write_manifest(folder: Path, artifacts: Iterable[Artifact]) -> None:
@@ -117,15 +121,31 @@ def language_model(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and set(value) == counts and all(map(is_count, value.values())))
 
 
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+ENCODER: dict[str, Callable[[Any], bool]] = {
+    "task": lambda value: value in TASKS,
+    **dict.fromkeys(("layers", "vocab", "width", "max_length"), is_count),
+    **dict.fromkeys(("token_types", "lowercase"), lambda value: isinstance(value, bool)),
+    "labels": names,
+    "prompts": texts,
+    "default_prompt": lambda value: isinstance(value, str),
+}
+
+
+def encoder(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and set(value) == set(ENCODER) and all(ENCODER[key](value[key]) for key in value)
+    )
+
+
 def limits(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     counts = [value[name] for name in ("max_batch", "max_length", "opt_length") if name in value]
     return all(map(is_count, counts)) and value.get("cache", CACHES[0]) in CACHES
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def engine(value: Any) -> bool:
@@ -141,6 +161,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "outputs": (lambda value: isinstance(value, list) and all(map(tensor, value)), "tensors: name, dtype, shape"),
     "quant": (texts, "layers and their formats"),
     "llm": (language_model, "layers, kv_heads, head_dim, vocab and max_length, or null"),
+    "encoder": (encoder, f"{', '.join(ENCODER)}; or null"),
     "digests": (texts, "files and their digests"),
     "source": (lambda value: isinstance(value, dict), "an object"),
     "limits": (limits, "an object of counts, and a cache that is shared or concat"),

@@ -19,8 +19,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from instantrt.compiler.frontend.hf_attention import WithCache, example
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.interface import example, wrapped
+from instantrt.compiler.frontend.model import Interface
 
 Tensor = torch.Tensor
 # Python's numbers become tensors by these, and tensors without storage lose them.
@@ -52,7 +52,7 @@ class Layers:
         raise UnlikeError(f"its {len(self.alike)} layers are of {len({*self.alike})} kinds, which too few of them show")
 
 
-def find_layers(model: Any, shape: LlmShape) -> Layers:
+def find_layers(model: Any, shape: Interface) -> Layers:
     """The layers of `model`, compared; UnlikeError if they cannot be repeated."""
     lists = [p for p, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == shape.layers]
     if len(lists) != 1:
@@ -104,10 +104,10 @@ class Recording:
     layers: list[list[Hashable]] = field(default_factory=list)
 
 
-def record(model: Any, shape: LlmShape, path: str) -> Recording:
+def record(model: Any, shape: Interface, path: str) -> Recording:
     """Runs the model on tensors of the meta device; UnlikeError where a layer is entangled with more than the last."""
-    wrapped = WithCache(model)
-    named = {**dict(wrapped.named_parameters()), **dict(wrapped.named_buffers())}
+    module = wrapped(model, shape)
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     meta = {name: tensor.to("meta") for name, tensor in named.items()}
     recorder = Recorder(f"model.{path}.", shape)
     try:
@@ -123,7 +123,7 @@ def record(model: Any, shape: LlmShape, path: str) -> Recording:
             recorder.know(named, meta, inputs)
             stack.enter_context(recorder)
             stack.enter_context(Constants(recorder))
-            logits, present = torch.func.functional_call(wrapped, meta, inputs)
+            logits, present = torch.func.functional_call(module, meta, inputs)
             recorder.finish(logits, present)
     except UnlikeError:
         raise
@@ -163,7 +163,7 @@ class Recorder(TorchDispatchMode):
     the one that reads them.
     """
 
-    def __init__(self, path: str, shape: LlmShape) -> None:
+    def __init__(self, path: str, shape: Interface) -> None:
         super().__init__()
         self.path, self.recording = path, Recording(layers=[[] for _ in range(shape.layers)])
         self.now, self.last = OUTSIDE, OUTSIDE  # the layer that runs, and the one that ran
@@ -181,10 +181,10 @@ class Recorder(TorchDispatchMode):
                 layer = int(index)
             value = hashlib.sha256(buffers[name].numpy().tobytes()).hexdigest() if name in buffers else ""
             self.name(tensor, "weight", layer, (own, tuple(tensor.shape), tensor.dtype, value))
-        *tokens, past = inputs
+        tokens = [given for given in inputs if isinstance(given, Tensor)]
         for place, tensor in enumerate(tokens):
             self.name(tensor, "input", OUTSIDE, place)
-        for layer, pair in enumerate(past):
+        for layer, pair in enumerate(pair for past in inputs[len(tokens) :] for pair in past):
             for part, tensor in zip(("key", "value"), pair, strict=True):
                 self.name(tensor, "past", layer, part)
 

@@ -13,10 +13,59 @@ from typing import Any
 from instantrt.passes.core.errors import UserError
 
 ONNX = "export it to ONNX and compile the .onnx file"
-SUFFIX = re.compile(r"(forcausallm|lmheadmodel|modelwithlmhead|withlmheadmodel)$")
+SUFFIX = re.compile(
+    r"(for(causallm|maskedlm|sequenceclassification|tokenclassification|pretraining)|"
+    r"(with)?lmheadmodel|modelwithlmhead|model)$"
+)
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 MOST_LAYERS = 1000  # a module is made for each; the deepest model there is has 126, merges of several some hundred
+ENCODER = "is an encoder, which attends to both sides"
+SAY = "say in architectures which head it has: BertModel, BertForMaskedLM, ..."
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model's class ends in, which decides what it is for.
+
+    task     of `model.OUTPUTS`, or `generate` for a causal LM
+    auto     transformers' class that builds it; `mapping` the table there of which class that is for a model_type
+    """
+
+    task: str
+    pattern: re.Pattern[str]
+    auto: str
+    mapping: str
+
+    def classes(self) -> Mapping[str, Any]:
+        """model_type -> the name of the class."""
+        from transformers.models.auto import modeling_auto
+
+        found: Mapping[str, Any] = getattr(modeling_auto, f"{self.mapping}_NAMES")
+        return found
+
+
+CAUSAL_LM = Head("generate", re.compile(""), "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING")
+EMBED = Head("embed", re.compile(""), "AutoModel", "MODEL_MAPPING")
+HEADS = tuple(
+    Head(task, re.compile(pattern), auto, mapping)
+    for task, pattern, auto, mapping in (
+        (
+            "classify",
+            r"ForSequenceClassification$",
+            "AutoModelForSequenceClassification",
+            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        ),
+        (
+            "classify_tokens",
+            r"ForTokenClassification$",
+            "AutoModelForTokenClassification",
+            "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+        ),
+        ("fill_mask", r"ForMaskedLM$", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
+        ("hidden", r"(?<!LMHead)Model$", "AutoModel", "MODEL_MAPPING"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -31,57 +80,64 @@ class NoRoad:
 NO_ROAD = tuple(
     NoRoad(re.compile(pattern), what, fix)
     for pattern, what, fix in (
-        (r"For(Sequence|Token|Image|Audio)Classification$", "a classifier, whose head would be lost", ONNX),
+        (r"For(Image|Audio)Classification$", "a classifier of pictures or sound", ONNX),
         (r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$", "a model with a head of its own", ONNX),
         (r"(RewardModel|ForRewardModel|ProcessRewardModel|ValueHead|ForScore)$", "a reward model", ONNX),
-        (r"For(MaskedLM|PreTraining|Pretraining)$", "an encoder, which attends to both sides", ONNX),
+        (r"For(PreTraining|Pretraining)$", "a model with the heads of its training", "name one head in architectures"),
         (
             r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|Seq2SeqLM)$",
             "a model of pictures or sound, or of an encoder and a decoder",
             "save its language model alone, where it has one: `.language_model` of the loaded model, as a causal LM",
         ),
         (r"(Eagle|Medusa|Mtp|MTP|NextN)", "a draft model of speculative decoding", "compile the model it drafts for"),
-        (
-            r"((?<!LMHead)Model|Encoder)$",
-            "a model without a head, whose output is hidden states",
-            f"{ONNX}; where it is a causal LM all the same, say so in architectures",
-        ),
+        (r"Encoder(Model)?$", "one half of an encoder and a decoder", ONNX),
     )
 )
 OTHER = NoRoad(re.compile(""), "another model than the one that model_type names", "correct the one that is wrong")
 
 
-def causal_lm_class(config: Mapping[str, Any], where: str) -> str:
-    """The class that a config's model is built from: the model's own code names it, or transformers does."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def head_of(config: Mapping[str, Any], where: str, *, pooled: bool) -> Head:
+    """What a config's `architectures` say that the model is for; a causal LM where they say nothing.
 
+    pooled   modules of sentence-transformers follow the language model, which then has no other head
+    """
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError("architectures is no list of names", where=where, found=repr(named))
+    if pooled:
+        return EMBED
+    refuse_known(named, config, where)
+    found = {head.task: head for name in named for head in HEADS if head.pattern.search(name)}
+    if len(found) > 1:
+        raise refusal(f"{' and '.join(named)} are models of several heads", config, where, "name one in architectures")
+    return next(iter(found.values()), CAUSAL_LM)
+
+
+def class_of(config: Mapping[str, Any], head: Head, where: str) -> str:
+    """The class that a config's model is built from: the model's own code names it, or transformers does."""
     auto_map = config.get("auto_map")
-    own = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    own = auto_map.get(head.auto) if isinstance(auto_map, dict) else None
     if isinstance(own, str):
         return own.rpartition(".")[2]
     model_type = config.get("model_type", "")
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
+    name = head.classes().get(model_type) if isinstance(model_type, str) else None
     if name is None:
         raise UserError(
             f"there is no road for a model of type {model_type!r} yet",
             where=where,
-            expected="a causal language model that the installed transformers knows",
+            expected=f"a model that {head.auto} of the installed transformers knows",
             found=f'"architectures": {config["architectures"]!r}' if config.get("architectures") else "",
             fix=f"a newer transformers may know it; else {ONNX}",
         )
     return str(name)
 
 
-def check_architectures(config: Mapping[str, Any], where: str) -> None:
-    """Refuses a config whose `architectures` is no causal LM, or another one than its model_type."""
-    named = config.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise UserError("architectures is no list of names", where=where, found=repr(named))
-    refuse_known(named, config, where)
-    built = causal_lm_class(config, where)
+def check_architectures(config: Mapping[str, Any], head: Head, where: str) -> None:
+    """Refuses a config whose `architectures` is another model than its model_type."""
+    built = class_of(config, head, where)
     refuse_known([built], config, where)
     stems = {stem(built), stem(str(config.get("model_type")))}
-    for name in named:
+    for name in config.get("architectures") or []:
         if not (name == built or (SUFFIX.search(name.lower()) and stem(name) in stems)):
             raise refusal(f"{name} is {OTHER.what}", config, where, f"{OTHER.fix}: transformers builds {built}")
 
@@ -118,26 +174,26 @@ def refusal(what: str, config: Mapping[str, Any], where: str, fix: str) -> UserE
     return UserError(
         f"{what}: there is no road for it yet",
         where=where,
-        expected="a causal language model",
+        expected="a causal language model, an encoder, or a classifier of text",
         found=f"model_type {model_type!r}" + (f', "architectures": {named!r}' if named else ""),
         fix=fix,
     )
 
 
-def check_family(config: Any, where: str) -> None:
+def check_family(config: Any, head: Head, where: str) -> None:
     """Refuses what transformers' config says: halves of other models, and states besides keys and values."""
     from transformers.models.auto import modeling_auto as auto
 
-    kind, text = type(config), config.get_text_config()
-    built = auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    kind, text, known = type(config), config.get_text_config(), getattr(auto, head.mapping)
+    built = known[kind]
     pair = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    wrapper = type(text) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or "vision_config" in config.sub_configs
+    wrapper = type(text) not in known or "vision_config" in config.sub_configs
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION))
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
-        (encoder, "is an encoder, which attends to both sides", ONNX),
-        (wrapper, "is a model of more than text", "save its language model alone, as a causal LM"),
+        (encoder and head is CAUSAL_LM, ENCODER, SAY),
+        (wrapper, "is a model of more than text", "save its language model alone"),
         (getattr(built, "_is_stateful", False), "keeps a state besides keys and values", ONNX),
         (others, f"has layers that are no attention: {', '.join(others)}", ONNX),
     ):
@@ -145,15 +201,16 @@ def check_family(config: Any, where: str) -> None:
             raise refusal(f"{built.__name__} {what}", config.to_dict(), where, fix)
 
 
-def check_modules(model: Any, where: str) -> None:
-    """Refuses what only the modules tell: encoders, and experts, whose weights are stacked, one matrix for each."""
+def check_modules(model: Any, head: Head, where: str) -> None:
+    """Refuses what only the modules tell: an encoder as a causal LM, and experts, whose weights are stacked."""
     import torch
 
     for path, module in model.named_modules():
         ranks = {p.ndim for p in module.parameters(recurse=False)}
         for wrong, what in (
-            (getattr(module, "is_decoder", True) is False, "is an encoder, which attends to both sides"),
+            (head is CAUSAL_LM and getattr(module, "is_decoder", True) is False, ENCODER),
             (3 in ranks and not isinstance(module, torch.nn.Conv1d), "is a mixture of experts"),
         ):
             if wrong:
-                raise refusal(f"{type(model).__name__} {what} ({path})", model.config.to_dict(), where, ONNX)
+                fix = SAY if what is ENCODER else ONNX
+                raise refusal(f"{type(model).__name__} {what} ({path})", model.config.to_dict(), where, fix)

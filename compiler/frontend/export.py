@@ -27,8 +27,8 @@ from onnxscript.rewriter.rules import common as rules
 
 from instantrt.compiler.frontend.alike import UnlikeError, find_layers, first_layers, unchanged
 from instantrt.compiler.frontend.apart import apart
-from instantrt.compiler.frontend.hf_attention import WithCache, example
-from instantrt.compiler.frontend.model import OPSET, LlmShape
+from instantrt.compiler.frontend.interface import dynamic, example, wrapped
+from instantrt.compiler.frontend.model import OPSET, Interface, LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
 
 # What the exporter's decompositions leave behind in the models that are tested; all of onnxscript's rules together take
@@ -60,7 +60,7 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def export_graph(model: Any, shape: LlmShape) -> Exported:
+def export_graph(model: Any, shape: Interface) -> Exported:
     """Exports with dynamic batch, sequence, past and total; parameters come out as graph inputs.
 
     Layers that are alike are exported once and repeated; where that cannot be proved, the whole model is exported.
@@ -82,7 +82,7 @@ def import_exporter() -> None:
             import_module(name)
 
 
-def export_repeated(model: Any, shape: LlmShape) -> ir.Model:
+def export_repeated(model: Any, shape: Interface) -> ir.Model:
     """A few layers exported, and repeated; UnlikeError where they are not alike, or not as exported."""
     try:
         layers = apart(lambda: find_layers(model, shape), import_exporter)
@@ -97,18 +97,13 @@ def export_repeated(model: Any, shape: LlmShape) -> ir.Model:
     return traced
 
 
-def export_whole(model: Any, shape: LlmShape) -> ir.Model:
+def export_whole(model: Any, shape: Interface) -> ir.Model:
     """As torch exports it, with constants folded and detours removed; the names of nodes are their modules' paths."""
-    ids, mask, positions, cache = example(shape)
-    dims = {name: torch.export.Dim(name) for name in ("batch", "sequence", "past", "total")}
-    tokens = {0: dims["batch"], 1: dims["sequence"]}
-    kv = {0: dims["batch"], 2: dims["past"]}
-    dynamic = (tokens, {0: dims["batch"], 1: dims["total"]}, tokens, [(kv, kv)] * shape.layers)
     with warnings.catch_warnings(), torch.no_grad(), unchanged(model):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.export.export(
-            WithCache(model), (ids, mask, positions, cache), dynamic_shapes=dynamic, strict=False
+            wrapped(model, shape), example(shape), dynamic_shapes=dynamic(shape), strict=False
         )
         exported = torch.onnx.export(
             program,
@@ -139,17 +134,17 @@ def export_whole(model: Any, shape: LlmShape) -> ir.Model:
 
 
 def module_path(node: ir.Node) -> str:
-    """The module that the exporter recorded on a node, without the wrapper's own prefix.
+    """The module that the exporter recorded on a node, without the wrapper's own prefix; "" for the wrapper itself.
 
     What the folding of constants made has no record: it belongs where its input comes from.
     """
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-    modules = [s.removeprefix("model.") for s in scopes[:-1] if s.startswith("model.")]
+    modules = ["", *(s.removeprefix("model.") for s in scopes[:-1] if s.startswith("model."))]
     makers = (value.producer() for value in node.inputs if value is not None)
-    return modules[-1] if modules else next((maker.name or "" for maker in makers if maker is not None), "")
+    return modules[-1] if scopes else next((maker.name or "" for maker in makers if maker is not None), "")
 
 
-def finish(model: ir.Model, shape: LlmShape) -> None:
+def finish(model: ir.Model, shape: Interface) -> None:
     """Makes the model what it is of any export: sizes are read at one place, equal values made once; names and order.
 
     A node is called by its module and its place there, a tensor as its maker, a constant by its place in the graph.
@@ -162,13 +157,12 @@ def finish(model: ir.Model, shape: LlmShape) -> None:
     name_dimensions(graph, shape)
     numbers = Counter[str]()
     constants: dict[ir.Value, None] = {}
-    outputs = set(shape.output_names())
     for node in graph:
         path = node.name or ""
         node.name = f"{path}/{node.op_type}_{numbers[path]}"
         numbers[path] += 1
         for value in node.outputs:
-            if value.name not in outputs:
+            if not value.is_graph_output():
                 value.name = f"{node.name}:{value.index()}"
         constants |= {v: None for v in node.inputs if v is not None and v.const_value is not None}
     graph.initializers.clear()
@@ -195,17 +189,15 @@ def read_first(node: ir.Node, inputs: Sequence[ir.Value]) -> None:
     node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)
 
 
-def name_dimensions(graph: ir.Graph, shape: LlmShape) -> None:
+def name_dimensions(graph: ir.Graph, shape: Interface) -> None:
     """Gives the symbolic dimensions the names of the interface, everywhere they occur."""
     inputs = {value.name: list(value.shape or ()) for value in graph.inputs}
-    places = {"batch": ("input_ids", 0), "sequence": ("input_ids", 1), "total": ("attention_mask", 1)}
-    places["past"] = ("past_key_values.0.key", 2)
-    renamed = {str(inputs[name][axis]): new for new, (name, axis) in places.items()}
+    renamed = {str(inputs[name][axis]): new for new, (name, axis) in shape.DIMENSIONS.items()}
     pattern = re.compile("|".join(rf"\b{re.escape(old)}\b" for old in renamed))
     for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
         if value.shape is not None:
             sizes = [getattr(size, "value", size) for size in value.shape]  # a number, a name, or None
             value.shape = ir.Shape(pattern.sub(lambda m: renamed[m[0]], d) if isinstance(d, str) else d for d in sizes)
     for value in graph.outputs:
-        if value.name != "logits":
+        if value.name != "logits" and isinstance(shape, LlmShape):
             value.shape = ir.Shape(["batch", shape.kv_heads, "total", shape.head_dim])

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.model import EncoderShape, Interface, LlmShape
 from instantrt.compiler.frontend.rope import switches
-from instantrt.compiler.frontend.skeleton import llm_shape
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A causal LM as its config announces it.
+    """A model as its config announces it.
 
     name        of its class
     shape       the sizes of its interface
@@ -38,7 +38,7 @@ class ModelFacts:
     """
 
     name: str
-    shape: LlmShape
+    shape: Interface
     head: str | None
     parameters: Mapping[str, Shape]
     ties: Mapping[str, str]
@@ -71,11 +71,15 @@ class ModelFacts:
         said = json.loads(data)
         for key in ("parameters", "buffers", "linears"):
             said[key] = {name: tuple(shape) for name, shape in said[key].items()}
-        return cls(**{**said, "shape": LlmShape(**said["shape"])})
+        interface = EncoderShape if "task" in said["shape"] else LlmShape
+        return cls(**{**said, "shape": interface(**said["shape"])})
 
 
-def facts_of(model: Any, stored: Iterable[str]) -> ModelFacts:
-    """The facts of a torch model, for a checkpoint whose tensors have the names `stored`, in their order."""
+def facts_of(model: Any, shape: Interface, stored: Iterable[str], beside: Iterable[str] = ()) -> ModelFacts:
+    """The facts of a torch model, for a checkpoint whose tensors have the names `stored`, in their order.
+
+    beside   names that parameters have in the class that wrote the checkpoint, and not in this one: other heads
+    """
     from transformers.pytorch_utils import Conv1D
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -84,7 +88,7 @@ def facts_of(model: Any, stored: Iterable[str]) -> ModelFacts:
     buffers, state, head = dict(model.named_buffers()), model.state_dict(), model.get_output_embeddings()
     return ModelFacts(
         name=type(model).__name__,
-        shape=llm_shape(model.config),
+        shape=shape,
         head=next((path for path, module in model.named_modules() if module is head), None),
         parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
         ties={name: tied for name, tied in ties.items() if name != tied},
@@ -92,7 +96,12 @@ def facts_of(model: Any, stored: Iterable[str]) -> ModelFacts:
         saved=sorted(name for name in buffers if name in state),
         linears=dict(linears(model)),
         turned=[path for path, module in model.named_modules() if isinstance(module, Conv1D)],
-        ignored=sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        ignored=sorted(
+            {
+                *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+                *(f"^{re.escape(n)}$" for n in beside),
+            }
+        ),
         renamed={old: new for old, new in model_names(model, stored) if old != new},
         switches=list(switches(model.config)),
     )

@@ -1,4 +1,4 @@
-"""Hugging Face causal LM -> FLOAT graph whose weights are references.
+"""Hugging Face checkpoint -> FLOAT graph whose weights are references.
 
 The model is built over storage that nobody touches and exported once; the parameters, graph inputs while the exporter
 runs and folds, become lazy constants that point into the checkpoint. Exporting Qwen2-7B therefore needs neither its
@@ -23,12 +23,14 @@ from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
 from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
 from instantrt.compiler.frontend.adapter.apply import adapted
 from instantrt.compiler.frontend.adapter.folder import Adapter, refuse_quantized
+from instantrt.compiler.frontend.architecture import Head, head_of
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
-from instantrt.compiler.frontend.model import FloatModel, stored_types
+from instantrt.compiler.frontend.model import EncoderShape, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_length
+from instantrt.compiler.frontend.sentence import SentencePipeline, read_pipeline
 from instantrt.compiler.frontend.side_files import Report, account_of_files
-from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family
+from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family, other_heads, shape_of
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant.readers import announced_reader, unannounced_reader
 from instantrt.compiler.quant.stored import Reader
@@ -43,14 +45,16 @@ ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another to
 class OpenCheckpoint:
     """A folder that was opened: its config, and what each tensor is for.
 
-    `skeleton` builds the model without storage, once; `kept` is where its export may be.
+    `skeleton` builds the model without storage, once; `kept` is where its export may be; `pipeline` is what follows it.
     """
 
+    folder: Path
     config: Mapping[str, Any]
     reader: Reader | None
     taken: Taken
     skeleton: Callable[[], Any]
     kept: Path | None
+    pipeline: SentencePipeline | None = None
 
 
 @uncollected()  # torch makes millions of objects, and drops hardly any
@@ -59,6 +63,7 @@ def load_checkpoint(
     *,
     trust_remote_code: bool = False,
     max_length: int | None = None,
+    truncate_dim: int | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     weights: Mapping[str, FileTensor] | None = None,
@@ -73,32 +78,41 @@ def load_checkpoint(
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
     Outputs: logits [batch, sequence, vocab], present.{i}.key|value [batch, kv_heads, total, head_dim].
+
+    A model without a cache has input_ids, attention_mask and, where it has kinds of tokens, token_type_ids, all
+    [batch, sequence], and one output: sentence_embedding [batch, width], last_hidden_state [batch, sequence, width], or
+    logits, of a classifier [batch, labels], of tokens [batch, sequence, labels or vocab].
     """
     opened = open_checkpoint(
         folder,
         trust_remote_code=trust_remote_code,
         max_length=max_length,
+        truncate_dim=truncate_dim,
         cache=cache,
         say=say,
         weights=weights,
         adapter=adapter,
     )
-    taken, tensors = opened.taken, opened.taken.tensors
+    root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
+    shape = taken.facts.shape
     exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
-    files = (*sorted(folder.glob("*config.json")), *dict.fromkeys(t.path for t in tensors.values()))
+    modules = opened.pipeline.files(root) if opened.pipeline is not None else []
+    files = (*sorted(folder.glob("*config.json")), *modules, *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(
         graph=graph,
         folder=folder,
         config=opened.config,
         tensors=tensors,
-        llm=taken.facts.shape,
+        llm=shape if isinstance(shape, LlmShape) else None,
         files=files,
         types=stored_types(graph),
         notes=(*(p.value for p in exported.metadata_props), *taken.account.notes),
         head=taken.facts.head,
         account=asdict(taken.account),
+        encoder=shape if isinstance(shape, EncoderShape) else None,
+        text=text_of(opened, shape) if isinstance(shape, EncoderShape) else {},
     )
 
 
@@ -121,7 +135,11 @@ def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], No
         name: [str(values.dtype), hashlib.sha256(values.tobytes()).hexdigest()]
         for name, values in taken.buffers.items()
     }
-    about = {"graph of": announced(opened.config), "untied": taken.untied, "buffers": buffers}
+    about = {
+        **{"graph of": announced(opened.config), "untied": taken.untied, "buffers": buffers},
+        "shape": asdict(taken.facts.shape),
+        "modules": opened.pipeline.about() if opened.pipeline is not None else [],
+    }
     exported, earlier = recall(opened.kept, about, export, onnx.load_model_from_string)
     if earlier:
         say(f"taking the graph of an earlier export from {opened.kept}")
@@ -137,6 +155,7 @@ def open_checkpoint(
     *,
     trust_remote_code: bool = False,
     max_length: int | None = None,
+    truncate_dim: int | None = None,
     report: Report = refuse,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -148,23 +167,35 @@ def open_checkpoint(
     Files, the method of a quantization, the model's class, then headers and the account of their tensors. `report` is
     told what is wrong where more can be said afterwards.
     """
+    pipeline = read_pipeline(folder, truncate_dim)
+    root, folder = folder, pipeline.folder if pipeline is not None else folder
     files = account_of_files(folder, report)
     config = read_config(folder, trust_remote_code)
     reader = announced_reader(folder, config)
-    skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code))
+    head = head_of(config, str(folder / "config.json"), pooled=pipeline is not None)
+    check_truncation(truncate_dim, pipeline, head, root)
+    skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code, head, pipeline))
     try:
-        stored = weights if weights is not None else read_checkpoint(folder)
+        stored = dict(weights if weights is not None else read_checkpoint(folder))
+        stored |= pipeline.tensors(root) if pipeline is not None else {}
     except UserError:
         skeleton()  # what is wrong with the model itself is said first
         raise
     # Code that a model brings is no part of a key.
     kept = None if config.get("auto_map") else cache_folder(cache)
     # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".
-    about = {"facts of": announced(config), "tensors": list(stored)}
+    about = {
+        "facts of": announced(config),
+        "tensors": list(stored),
+        "head": head.task,
+        "modules": [pipeline.about(), pipeline.max_length] if pipeline is not None else [],
+    }
 
     def facts_now() -> bytes:
         say("importing torch and transformers")
-        return facts_of(skeleton(), stored).to_json()
+        model = skeleton()
+        beside = other_heads(model, config) if head.auto == "AutoModel" else []
+        return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
     check_length(facts.switches, max_length, folder / "config.json")
@@ -172,11 +203,39 @@ def open_checkpoint(
     if adapter is not None:
         refuse_quantized(reader, folder, adapter)
         stored, files = adapted(stored, facts, adapter, report), (*files, *adapter.account(report))
-    return OpenCheckpoint(config, reader, take_account(facts, stored, reader, files, report), skeleton, kept)
+    taken = take_account(facts, stored, reader, files, report)
+    return OpenCheckpoint(folder, config, reader, taken, skeleton, kept, pipeline)
+
+
+def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:
+    if width is not None and pipeline is None:
+        raise UserError(
+            "truncate_dim is for a model of sentence embeddings",
+            where=str(folder),
+            expected="a folder with modules.json of sentence-transformers",
+            found=f"a model to {head.task}",
+            fix="leave it out",
+        )
+
+
+def text_of(opened: OpenCheckpoint, shape: EncoderShape) -> dict[str, Any]:
+    """How texts are prepared, and what the labels are called."""
+    pipeline, labels = opened.pipeline, opened.config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        where = str(opened.folder / "config.json")
+        raise UserError("id2label is no object of labels by number", where=where, found=repr(labels))
+    names = {int(key): str(label) for key, label in labels.items()}
+    count = shape.width if shape.task.startswith("classify") else 0
+    return {
+        "labels": [names.get(index, f"LABEL_{index}") for index in range(count)],
+        "lowercase": pipeline is not None and pipeline.lowercase,
+        "prompts": dict(pipeline.prompts) if pipeline is not None else {},
+        "default_prompt": pipeline.default_prompt if pipeline is not None else "",
+    }
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
+    config: dict[str, Any] = read_json(folder / "config.json")
     if config.get("auto_map") and not trust_remote_code:
         raise UserError(
             "the model brings its own Python code",

@@ -1,15 +1,15 @@
-"""What a transformers model calls while it is exported: ONNX Attention, one explicit mask, a plain cache."""
+"""What a transformers model calls while it is exported: ONNX Attention, and one explicit mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import bidirectional_mask_function
 
-from instantrt.compiler.frontend.model import OPSET, LlmShape
+from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 
 IMPLEMENTATION = "instantrt"
@@ -74,56 +74,12 @@ def additive_mask(
     """
     batch, total = attention_mask.shape
     allowed = attention_mask.to(torch.bool)
+    if mask_function is bidirectional_mask_function:
+        seen = allowed[:, None, None, :].expand(batch, 1, q_length, total)
+        return torch.where(seen, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
     keys = torch.arange(total)
     end = torch.where(allowed, keys + 1, 0).amax(1)
     queries = torch.maximum(end - q_length, torch.zeros_like(end))[:, None] + torch.arange(q_length)
     rows, heads = torch.arange(batch)[:, None, None, None], torch.zeros((1, 1, 1, 1), dtype=torch.int64)
     visible = mask_function(rows, heads, queries[:, None, :, None], keys) & allowed[:, None, None, :]
     return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
-
-
-def example(shape: LlmShape) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Inputs of a `WithCache`: input_ids, attention_mask, position_ids and the past of each layer."""
-    batch, sequence, past = 2, 3, 5  # any sizes that are not 0 or 1, which the exporter would specialise
-    keys = (batch, shape.kv_heads, past, shape.head_dim)
-    return (
-        torch.zeros(batch, sequence, dtype=torch.int64),
-        torch.ones(batch, past + sequence, dtype=torch.int64),
-        torch.arange(past, past + sequence).expand(batch, sequence),
-        [(torch.zeros(keys), torch.zeros(keys)) for _ in range(shape.layers)],
-    )
-
-
-class PastLayer(DynamicLayer):
-    """A layer of the cache that starts with the past it is given."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        assert self.keys is not None
-        return int(self.keys.shape[-2]) if isinstance(self.keys.shape[-2], int) else self.keys.shape[-2]
-
-
-class WithCache(torch.nn.Module):
-    """The model with its cache as plain tensors: (ids, mask, positions, past) -> (logits, present)."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        cache = Cache(layers=[PastLayer(keys, values) for keys, values in past])
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]

@@ -35,6 +35,12 @@ HARMLESS = tuple(
         (r"(^|\.)(attn|attention|self_attention|self_attn)\.bias$", "the causal mask of older versions", (4,)),
         (r"(^|\.)(attn|attention|self_attention|self_attn)\.masked_bias$", "the causal mask of older versions", (0, 1)),
         (r"(^|\.)position_ids$", "the numbers 0, 1, 2, ...", (1, 2)),
+        (r"(^|\.)pooler\.dense\.(weight|bias)$", "makes of the first token what no output here is made of", (1, 2)),
+        (
+            r"^cls\.seq_relationship\.(weight|bias)$",
+            "the head of another training task: which sentence follows",
+            (1, 2),
+        ),
         (r"(^|\.)num_batches_tracked$", "counts the steps of the training", (0, 1)),
     )
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from instantrt.compiler.frontend.alike import Layers, UnlikeError
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.model import Interface
 
 Place = tuple[int, int]  # of a value in its layer: which node makes it, as which output
 
@@ -71,7 +71,7 @@ class ExportedLayer:
         return own, repr(value.shape), value.dtype, value.const_value and value.const_value.tobytes()
 
 
-def repeat_layers(graph: ir.Graph, layers: Layers, shape: LlmShape) -> None:
+def repeat_layers(graph: ir.Graph, layers: Layers, shape: Interface) -> None:
     """Makes the graph of `layers.shown` layers one of all, `shape.layers`; UnlikeError, and no change, if it cannot."""
     names, kinds = Names.of(layers), layers.alike[: layers.shown]
     exported = exported_layers(graph, names, layers.shown)
@@ -146,7 +146,8 @@ def check_uses(exported: list[ExportedLayer], given: list[ir.Value]) -> None:
         for value in layer.places:
             reader = layer.index + 1 if value is gives and layer is not exported[-1] else None
             readers = {owner.get(use.node) for use in value.uses()} - {layer.index}
-            if readers - {reader} or (value.is_graph_output() and layer.names.layer(value.name) != layer.index):
+            own = layer.names.layer(value.name) == layer.index or (value is gives and layer is exported[-1])
+            if readers - {reader} or (value.is_graph_output() and not own):
                 raise UnlikeError(f"a value of layer {layer.index} is read outside of it")
 
 

@@ -6,7 +6,6 @@ nobody's business.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, weight_map_of
 from instantrt.compiler.quant.readers import BESIDE
-from instantrt.passes.core.errors import UserError, in_a_line
+from instantrt.passes.core.errors import UserError
 
 Report = Callable[[UserError], None]
 DEEPEST = 3  # folders that are looked into for weights
@@ -46,18 +45,6 @@ class Rule:
     refused: Callable[[Path], str] | None = None
 
 
-def more_than_a_transformer(path: Path) -> str:
-    """The modules of a sentence-transformers pipeline that are not its language model."""
-    try:
-        modules = [str(module["type"]) for module in json.loads(path.read_text("utf-8-sig"))]
-    except (TypeError, KeyError):  # a file of something else that has the same name
-        return ""
-    except (OSError, ValueError, RecursionError) as error:
-        return in_a_line(error)
-    others = [name.rpartition(".")[2] for name in modules if name.rpartition(".")[2] != "Transformer"]
-    return ", ".join(dict.fromkeys(others))
-
-
 FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
 MERGE = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 SAVE = "load it with transformers and save_pretrained(folder): safetensors are read"
@@ -71,12 +58,7 @@ TRAINING = "of the training"
 RULES = (
     Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", MERGE),
     Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", MERGE),
-    Rule(
-        "modules.json",
-        "a sentence-transformers pipeline, whose other modules would be lost",
-        "remove modules.json to compile the language model alone, and run the other modules behind it",
-        refused=more_than_a_transformer,
-    ),
+    Rule("modules.json", "what follows the language model, and becomes part of the graph"),
     Rule("model_index.json", "a diffusers pipeline of several models", "compile each model from an .onnx file"),
     Rule("quant_model_description*.json", "weights quantized by msModelSlim", FLOAT_MODEL),
     Rule("quanto_qmap.json", "weights quantized by quanto", FLOAT_MODEL),
@@ -110,8 +92,8 @@ RULES = (
     Rule("*preprocessor_config.json", "prepares pictures or sound, of which a language model gets none"),
     Rule("processor_config.json", "prepares pictures or sound, of which a language model gets none"),
     Rule("params.json", "the config in the format of the model's authors; config.json is read"),
-    Rule("*_sentence_transformers.json", "settings of sentence-transformers; modules.json says what changes results"),
-    Rule("sentence_bert_config.json", "settings of sentence-transformers; modules.json says what changes results"),
+    Rule("*_sentence_transformers.json", "the prompts of sentence-transformers"),
+    Rule("sentence_*_config.json", "how long texts may be for sentence-transformers, and in which case they are"),
     Rule("*.safetensors.index*.json", "an index that transformers reads only where it is asked for by name"),
     Rule("recipe.yaml", "how it was quantized; config.json says the same"),
     Rule("*.safetensors", "weights besides those that are read; transformers does not read them either"),

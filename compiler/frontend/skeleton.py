@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +14,18 @@ from typing import Any
 import numpy as np
 
 from instantrt.compiler.frontend.architecture import (
+    CAUSAL_LM,
     ONNX,
+    Head,
     check_architectures,
     check_family,
     check_layers,
     check_modules,
     refusal,
 )
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.model import EncoderShape, Interface, LlmShape
 from instantrt.compiler.frontend.rope import keep_first_table, switches
+from instantrt.compiler.frontend.sentence import SentencePipeline
 from instantrt.passes.core.errors import FOUND, UserError, require
 from instantrt.passes.core.lazy import Array
 
@@ -37,13 +41,19 @@ def announced(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_version")}
 
 
-def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
+def build_skeleton(
+    config: Mapping[str, Any],
+    folder: Path,
+    trust_remote_code: bool,
+    head: Head = CAUSAL_LM,
+    pipeline: SentencePipeline | None = None,
+) -> Any:
     """The model in float32 over parameters of one element each, expanded to shape; its buffers are real."""
     require("hf", "reading a Hugging Face checkpoint")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from instantrt.compiler.frontend.hf_attention import IMPLEMENTATION, register
@@ -51,7 +61,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
     register()
     logging.set_verbosity_error()
     where = str(folder / "config.json")
-    check_architectures(config, where)
+    check_architectures(config, head, where)
     check_layers(config, where)
     try:
         kwargs = announced(config)
@@ -61,14 +71,18 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
             hf_config.__dict__.pop("quantization_config", None)
         else:
             hf_config = AutoConfig.for_model(model_type, **kwargs)
-            check_family(hf_config, where)
+            check_family(hf_config, head, where)
         llm_shape(hf_config)  # a model without attention has none
         switches(hf_config, where)  # unknown kinds are refused by name
-        with no_init_weights(), untouched_parameters():
-            model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code
+        with untouched_parameters():
+            model = getattr(transformers, head.auto).from_config(
+                hf_config, dtype=torch.float32, trust_remote_code=trust_remote_code, **keywords(hf_config, head)
             )
             model.tie_weights()  # skipping the initialisation skips this as well
+            if pipeline is not None:
+                from instantrt.compiler.frontend.sentence_modules import attach
+
+                attach(model, pipeline.modules)
     except UserError:
         raise
     except Exception as error:  # a config is the user's, and what nonsense in it raises is of any type
@@ -81,7 +95,7 @@ def build_skeleton(config: Mapping[str, Any], folder: Path, trust_remote_code: b
             found=shorten(f"{type(error).__name__}: {error}", FOUND),  # it may name every model there is
             fix=f"the model may need a newer transformers than {version('transformers')}, or a value is not right",
         ) from error
-    check_modules(model, where)
+    check_modules(model, head, where)
     keep_first_table(model)
     return model.eval()
 
@@ -104,6 +118,7 @@ def adapt(model: Any, untied: Iterable[str], buffers: Mapping[str, Array]) -> No
 def untouched_parameters() -> Iterator[None]:
     """Every parameter registered inside is one element expanded to its shape: 70 B parameters cost nothing."""
     import torch
+    from transformers.initialization import no_init_weights
 
     register = torch.nn.Module.register_parameter
 
@@ -116,9 +131,73 @@ def untouched_parameters() -> Iterator[None]:
 
     torch.nn.Module.register_parameter = register_expanded  # type: ignore[assignment, method-assign]
     try:
-        yield
+        with no_init_weights():
+            yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def keywords(config: Any, head: Head) -> dict[str, Any]:
+    """How a class is asked for our attention, and for no more than the hidden states of a model without a head."""
+    from transformers.models.auto import modeling_auto
+
+    from instantrt.compiler.frontend.hf_attention import IMPLEMENTATION
+
+    if head is CAUSAL_LM:
+        return {"attn_implementation": IMPLEMENTATION}
+    config.use_cache = False
+    kind = getattr(modeling_auto, head.mapping).get(type(config), None)
+    own = not getattr(kind, "_supports_attention_backend", False)  # operators of its own, which are exported as such
+    pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters and head.auto == "AutoModel"
+    return {
+        "attn_implementation": "eager" if own else IMPLEMENTATION,
+        **({"add_pooling_layer": False} if pooler else {}),
+    }
+
+
+def shape_of(model: Any, head: Head, pipeline: SentencePipeline | None) -> Interface:
+    """The sizes of the model's interface."""
+    if head is CAUSAL_LM:
+        return llm_shape(model.config)
+    text = model.config.get_text_config()
+    sizes = {"classify": "num_labels", "classify_tokens": "num_labels", "fill_mask": "vocab_size"}
+    width = getattr(text, sizes.get(head.task, "hidden_size"))
+    lengths = [positions(model), pipeline.max_length if pipeline is not None else 0]
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return EncoderShape(
+        task=head.task,
+        layers=text.num_hidden_layers,
+        vocab=text.vocab_size,
+        width=pipeline.width(width) if pipeline is not None else width,
+        max_length=min((length for length in lengths if length), default=0),
+        token_types=takes and (getattr(text, "type_vocab_size", 0) or 0) > 1,
+    )
+
+
+def other_heads(model: Any, config: Mapping[str, Any]) -> list[str]:
+    """Parameters of the class that `architectures` names which `model`, a model without a head, has no place for.
+
+    A sentence-transformers folder often says BertForMaskedLM, and has that head's tensors; and hidden states come
+    without what some classes make of the first of them.
+    """
+    import transformers
+
+    kind: Any = getattr(transformers, next(iter(config.get("architectures") or []), ""), None)
+    if not isinstance(kind, type(transformers.PreTrainedModel)) or not issubclass(kind, transformers.PreTrainedModel):
+        return []
+    prefix = f"{kind.base_model_prefix}."
+    with untouched_parameters():
+        names = dict(kind(model.config).named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name not in own and name.removeprefix(prefix) not in own]
+
+
+def positions(model: Any) -> int:
+    """Tokens that have a position: RoBERTa's tables begin behind the position of padding."""
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    tables = (m for path, m in model.named_modules() if path.endswith("position_embeddings"))
+    padding = next((index for table in tables if (index := getattr(table, "padding_idx", None)) is not None), None)
+    return longest if padding is None else longest - padding - 1
 
 
 def llm_shape(config: Any) -> LlmShape:

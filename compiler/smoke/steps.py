@@ -10,12 +10,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.data import token_feeds
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.model import EncoderShape, Interface, LlmShape
 from instantrt.compiler.smoke.names import CACHED, PAST
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
 
 PROMPT, SHORTER, DECODES = 8, 3, 2  # tokens of a prompt, of those the second row lacks, and tokens after it
+TEXT = 24  # tokens of a text: more than a window of the smallest models
 LARGEST = 1 << 26  # elements of all inputs of any model
 BY_ROW = ("decode 1", "decode 2", "row")  # how the steps begin that a batch of both rows in one cache does, too
 CHANGED = "last token changed"
@@ -50,6 +51,13 @@ def prompts_of(llm: LlmShape) -> Prompts:
     decodes = min(DECODES, room - longest)
     rows = [random.integers(0, llm.vocab, length) for length in (longest, max(1, longest - SHORTER))]
     return Prompts((rows[0], rows[1]), random.integers(0, llm.vocab, (decodes, 2)))
+
+
+def steps_of(graph: gs.Graph, interface: Interface | None, *, right: bool) -> list[Call]:
+    """What a model with that interface is asked; of any other the first that it takes will do."""
+    if isinstance(interface, LlmShape):
+        return llm_steps(graph, interface, right=right)
+    return encoder_steps(graph, interface) if interface is not None else list(attempts(graph.inputs))
 
 
 def llm_steps(graph: gs.Graph, llm: LlmShape, *, right: bool) -> list[Call]:
@@ -121,6 +129,17 @@ def typed(step: Call, graph: gs.Graph) -> Call:
     """The step in the types of `graph`, without what that does not take."""
     types = {t.name: numpy_type(t.dtype) for t in graph.inputs}
     return replace(step, feeds={n: v.astype(types[n], copy=False) for n, v in step.feeds.items() if n in types})
+
+
+def encoder_steps(graph: gs.Graph, shape: EncoderShape) -> list[Call]:
+    """Rows of two lengths, whose tokens are of two kinds where the model has them."""
+    length = min(TEXT, shape.max_length or TEXT)
+    ids = np.random.default_rng(0).integers(0, shape.vocab, (2, length))
+    mask = np.ones_like(ids)
+    mask[1, -(length // 3) :] = 0
+    types = np.tile(np.arange(length) >= length // 2, (2, 1)).astype(np.int64)
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    return [typed(Call("rows of two lengths", feeds), graph)]
 
 
 def attempts(inputs: Sequence[gs.Variable]) -> Iterator[Call]:

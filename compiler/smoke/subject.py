@@ -14,7 +14,7 @@ from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.plan import Plan, longest
 from instantrt.compiler.request import Request
-from instantrt.compiler.smoke.steps import Call, attempts, llm_steps
+from instantrt.compiler.smoke.steps import Call, steps_of
 from instantrt.compiler.target import Target
 from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.rewrite import PassLog, run
@@ -95,7 +95,7 @@ def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) 
         floating = planned.model.graph
         references.append(Reference("float", floating, (id(floating), on_cpu)))
     llm = llm_of(planned, request)
-    steps = llm_steps(twin.graph, llm, right=on_cpu) if llm is not None else attempts(twin.graph.inputs)
+    steps = steps_of(twin.graph, llm or planned.model.encoder, right=on_cpu)
     bound = bound_of(graph.nodes, dtype)
     if not on_cpu and artifact.limits.get("cache") == "shared":
         graph = all_positions(planned, request, target, PassLog())

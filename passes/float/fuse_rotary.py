@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.lazy import small
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, ints, producer, scalar, take_over
 
 
@@ -37,7 +38,7 @@ class HalveRotaryAngles(Rewrite[HalveMatch]):
     def rewrite(self, graph: gs.Graph, match: HalveMatch) -> None:
         out = take_over(match.node)
         half = add(graph, match.node.op, [match.half, *match.others], f"{out.name}_half", name=match.node.name)
-        half.dtype = np.dtype(np.float32)
+        half.dtype, half.shape = np.dtype(np.float32), match.half.shape
         add(graph, "Concat", [half, half], out, axis=-1)
 
 
@@ -52,7 +53,8 @@ class RotationMatch:
 class FuseRotaryEmbedding(Rewrite[RotationMatch]):
     """Add(Mul(x, cos), Mul(Concat(Neg(x2), x1), sin)) -> RotaryEmbedding(x, cos, sin).
 
-    x [B, H, S, D], x1 and x2 its halves along D; cos and sin Unsqueeze(Concat(h, h), 1) with h [B, S, D/2].
+    x [B, H, S, D], x1 and x2 its halves along D; cos and sin Unsqueeze(Concat(h, h), 1) with h [B, S, D/2]. Angles that
+    all rows share, h [1, S, D/2], are given to each: the operator has no broadcasting.
     """
 
     def match(self, node: gs.Node) -> RotationMatch | Reject | None:
@@ -78,7 +80,22 @@ class FuseRotaryEmbedding(Rewrite[RotationMatch]):
     def rewrite(self, graph: gs.Graph, match: RotationMatch) -> None:
         scope = match.node.name
         out = take_over(match.node)
-        add(graph, "RotaryEmbedding", [match.x, match.cos, match.sin], out, name=scope)
+        angles = [for_rows(graph, h, match.x) for h in (match.cos, match.sin)]
+        add(graph, "RotaryEmbedding", [match.x, *angles], out, name=scope)
+
+
+def for_rows(graph: gs.Graph, half: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
+    """h [B, S, D/2], made once of h [1, S, D/2]."""
+    if not half.shape or half.shape[0] != 1 or x.shape[0] == 1:
+        return half
+    name = f"{half.name}/rows"
+    made = next((node for node in half.outputs if node.op == "Expand" and node.outputs[0].name == name), None)
+    if made is not None:
+        return made.outputs[0]
+    rows = add(graph, "Shape", [x], f"{name}/count", start=0, end=1)
+    one = small(f"{name}/1", [1, 1], np.int64)
+    sizes = add(graph, "Concat", [rows, one], f"{name}/sizes", axis=0)
+    return add(graph, "Expand", [half, sizes], gs.Variable(name, np.dtype(np.float32), [x.shape[0], *half.shape[1:]]))
 
 
 def is_last(concat: gs.Node, tensor: gs.Tensor) -> bool:

@@ -79,8 +79,8 @@ def show_targets(found: Inspection) -> None:
         cache = found.cache_bytes_per_token[kind] / 1e3
         bits = 8 * CACHE[Backend(kind)].itemsize
         console.print(
-            f"{kind}: about {count / 1e6:,.1f} MB of weights on disk and in memory, "
-            f"{cache:,.1f} kB of cache a token ({bits} bits)",
+            f"{kind}: about {count / 1e6:,.1f} MB of weights on disk and in memory"
+            + (f", {cache:,.1f} kB of cache a token ({bits} bits)" if cache else ""),
             soft_wrap=True,
         )
 
