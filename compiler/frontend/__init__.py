@@ -7,7 +7,7 @@ beside `hf` and `onnx_file`, told apart in `load`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def load(
     truncate_dim: int | None = None,
     cache: Path | None = None,
     requantize: bool = False,
-    adapter: Path | None = None,
+    adapter: Sequence[Path] = (),
     base: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> FloatModel:
@@ -34,7 +34,8 @@ def load(
     max_length   tokens that no sequence will exceed; None: as many as the model can
     truncate_dim  numbers that are kept of a sentence embedding, the first ones; None: all
     requantize   a GGUF file's weights are floats, dequantized
-    adapter      folder of a LoRA that is merged into the weights; base: of the model, where `model` is such a folder
+    adapter      folder of a LoRA that is merged into the weights: one
+    base         of the model, where `model` is the folder of an adapter
     cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
     say          is told whether the graph is exported, or of an earlier export
     """

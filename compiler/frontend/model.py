@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.passes.core.lazy import FileTensor, InMemory, view_of
 
 OPSET = 23  # with the operators that passes fuse
@@ -132,10 +133,11 @@ class FloatModel:
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:
-    """Bytes of a new graph's float weights by the type they are stored in."""
+    """Bytes of a new graph's float weights by the type they are stored in, of one with an adapter in its base."""
     sizes: Counter[np.dtype[Any]] = Counter()
     for tensor in graph.tensors().values():
         view = view_of(tensor)
         if view is not None and view.dtype == np.float32 and isinstance(view.source, FileTensor | InMemory):
-            sizes[view.source.dtype] += math.prod(view.shape) * view.source.dtype.itemsize
+            source = view.source.base if isinstance(view.source, MergedTensor) else view.source
+            sizes[source.dtype] += math.prod(view.shape) * source.dtype.itemsize
     return sizes

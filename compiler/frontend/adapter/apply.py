@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from instantrt.compiler.frontend.account import FLOATS, attempt
 from instantrt.compiler.frontend.adapter.config import MERGE
 from instantrt.compiler.frontend.adapter.folder import Adapter
-from instantrt.compiler.frontend.adapter.merged import MergedTensor
 from instantrt.compiler.frontend.facts import ModelFacts, Shape
 from instantrt.compiler.frontend.known_tensors import listed
+from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.compiler.frontend.side_files import Report
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
@@ -55,8 +55,9 @@ def sorted_out(adapter: Adapter, facts: ModelFacts, report: Report) -> tuple[dic
         if tensor.dtype not in FLOATS:
             report(bad_tensor(tensor, "is not a float tensor", "a float type", str(tensor.dtype)))
         elif found is not None and f"{found[1]}.weight" in facts.parameters:
-            loras.setdefault(found[1], {})[found[2]] = tensor
-        elif plain not in facts.parameters:
+            if loras.setdefault(found[1], {}).setdefault(found[2], tensor) is not tensor:
+                lost.append(name)
+        elif plain not in facts.parameters or plain in whole:
             lost.append(name)
         elif tensor.shape != facts.parameters[plain]:
             report(other_size(tensor, facts.parameters[plain]))
@@ -103,8 +104,11 @@ def wrong_targets(adapter: Adapter, facts: ModelFacts, loras: Mapping[str, Parts
     if config["target_modules"] is None and loras:  # of old files: peft then goes by the base's family
         return
     modules = {name.removesuffix(".weight") for name, shape in facts.parameters.items() if len(shape) == 2}
-    targets = [path for path in modules if config.targets(path, facts)]
-    absent, strange = sorted(set(targets) - set(loras)), sorted(set(loras) - set(targets))
+    targets = {path for path in modules if config.targets(path, facts)}
+    if config["ensure_weight_tying"]:  # what is tied to a target has its tensors, too
+        groups = [{name.removesuffix(".weight") for name in names} for names in facts.groups]
+        targets.update(path for paths in groups if paths & targets for path in paths)
+    absent, strange = sorted(targets - set(loras)), sorted(set(loras) - targets)
     if not targets:
         yield UserError(
             "the adapter targets no module of the base",

@@ -56,6 +56,7 @@ READ: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "use_rslora": (False, switch, "true or false"),
     "use_dora": (False, switch, "true or false"),
     "lora_bias": (False, switch, "true or false"),
+    "ensure_weight_tying": (False, switch, "true or false"),
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": (None, *NAMES),
     "exclude_modules": (None, *NAMES),
@@ -75,7 +76,6 @@ HARMLESS: Mapping[str, str] = {
     "corda_config": "how it was initialized: init_lora_weights says what that did to the base",
     "lora_ga_config": "how it was initialized: init_lora_weights says what that did to the base",
     "fan_in_fan_out": "how the base stores its matrices, which its modules say",
-    "ensure_weight_tying": "tied modules have the same tensors in the file",
     "megatron_core": "peft reads it beside megatron_config alone",
     "qalora_group_size": "peft reads it beside use_qalora alone",
     "runtime_config": "where it is computed; peft ignores it in files",
@@ -136,7 +136,7 @@ class AdapterConfig:
     def named(self, names: str | list[str], path: str) -> bool:
         """Is `path` what the pattern says, or one of the names, or does it end in one?"""
         if isinstance(names, str):
-            return self.matches(names, path, re.fullmatch)
+            return self.matches(names, path, re.fullmatch) is not None
         return any(path == name or path.endswith(f".{name}") for name in names)
 
     def in_layers(self, path: str) -> bool:
@@ -149,7 +149,9 @@ class AdapterConfig:
         found = next((match for t in tries if (match := self.matches(t, path, re.match))), None)
         return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
-    def matches(self, pattern: str, path: str, match: Callable[[str, str], re.Match[str] | None]) -> Any:
+    def matches(
+        self, pattern: str, path: str, match: Callable[[str, str], re.Match[str] | None]
+    ) -> re.Match[str] | None:
         try:
             return match(pattern, path)
         except (re.error, RecursionError, OverflowError) as error:
@@ -161,11 +163,8 @@ class AdapterConfig:
 def read_adapter_config(path: Path) -> AdapterConfig:
     """The config at `path`; refuses what is not read and could change the model."""
     raw = read_json(path)
-    for key, value in raw.items():
+    for key, value in {"peft_type": None, **raw}.items():
         check(key, value, str(path))
-    for key in ("peft_type",):
-        if key not in raw:
-            check(key, None, str(path))
     said = {key: value for key, value in raw.items() if key in READ}
     return AdapterConfig(path, said, dict(harmless(raw)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,16 +87,17 @@ def open_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, read_header(folder / WEIGHTS))
 
 
-def model_and_adapter(model: Path, adapter: Path | None, base: Path | None) -> tuple[Path, Adapter | None]:
+def model_and_adapter(model: Path, adapters: Sequence[Path], base: Path | None) -> tuple[Path, Adapter | None]:
     """(the model whose weights are read, what is merged into them): `model` may be the adapter itself."""
-    if not is_adapter(model):
-        if base is not None:
-            raise UserError("base is for a model that is an adapter itself", where=str(model), fix="leave it out")
-        return model, None if adapter is None else open_adapter(adapter)
-    if adapter is not None:
-        raise UserError("two adapters", where=str(model), found=f"an adapter itself, and {adapter}", fix=ONE)
-    opened = open_adapter(model)
-    return base_of(opened, base), opened
+    found = [*([model] if is_adapter(model) else []), *adapters]
+    if len(found) > 1:
+        raise UserError("several adapters", where=str(found[0]), found=", ".join(map(str, found[1:])), fix=ONE)
+    opened = open_adapter(found[0]) if found else None
+    if opened is not None and opened.folder == model:
+        return base_of(opened, base), opened
+    if base is not None:
+        raise UserError("base is for a model that is an adapter itself", where=str(model), fix="leave it out")
+    return model, opened
 
 
 def base_of(adapter: Adapter, asked: Path | None) -> Path:

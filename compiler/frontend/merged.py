@@ -46,6 +46,10 @@ class MergedTensor(FileTensor):
         return cls(*own, base, left, right, scale, turned, magnitude)
 
     @property
+    def rank(self) -> int:
+        return self.left.shape[0 if self.turned else 1]
+
+    @property
     def sources(self) -> list[FileTensor]:
         """The tensors in files that it is made of."""
         return [t for t in (self.base, self.left, self.right, self.magnitude) if t is not None]
@@ -53,12 +57,12 @@ class MergedTensor(FileTensor):
     def tiles(self) -> Iterator[Tile]:
         factor = self.factor() if self.magnitude is not None and self.turned else None
         for start, rows in self.sums():
-            if self.magnitude is not None and factor is None:
-                norms = np.sqrt(np.einsum("nk,nk->n", rows, rows))
-                np.multiply(rows, (rows_of(self.magnitude, start, len(rows)) / norms)[:, None], out=rows)
-            elif factor is not None:
-                np.multiply(rows, factor, out=rows)
-            with np.errstate(over="ignore"):
+            with np.errstate(all="ignore"):  # told below
+                if factor is not None:
+                    np.multiply(rows, factor, out=rows)
+                elif self.magnitude is not None:
+                    norms = np.sqrt(np.einsum("nk,nk->n", rows, rows))
+                    np.multiply(rows, (rows_of(self.magnitude, start, len(rows)) / norms)[:, None], out=rows)
                 merged = rows.astype(np.float32)
             if not np.isfinite(merged).all():
                 raise UserError(
@@ -76,21 +80,24 @@ class MergedTensor(FileTensor):
         """(the first row, rows of W + scale B A in float64)."""
         right = None if self.right is None else whole(self.right).astype(np.float64)
         for start, (rows,) in self.base.tiles():
-            if right is None:
-                added = rows_of(self.left, start, len(rows))
-            elif self.turned:
-                added = self.left.columns(start, start + len(rows)).astype(np.float64).T @ right.T
+            if self.turned:
+                left: Array = self.left.columns(start, start + len(rows)).astype(np.float64).T
             else:
-                added = rows_of(self.left, start, len(rows)) @ right
-            added *= self.scale
-            added += convert(rows, FLOAT32)
+                left = rows_of(self.left, start, len(rows))
+            with np.errstate(all="ignore"):
+                added = left if right is None else left @ (right.T if self.turned else right)
+                added *= self.scale
+                added += convert(rows, FLOAT32)
             yield start, added
 
     def factor(self) -> Array:
         """Of DoRA, magnitude / norm of every output of a turned matrix: its columns."""
-        squares = sum(np.einsum("kn,kn->n", rows, rows) for _, rows in self.sums())
         assert self.magnitude is not None
-        return rows_of(self.magnitude, 0, self.shape[1]) / np.sqrt(squares)
+        squares = np.zeros(self.shape[1])
+        with np.errstate(all="ignore"):
+            for _, rows in self.sums():
+                squares += np.einsum("kn,kn->n", rows, rows)
+            return rows_of(self.magnitude, 0, self.shape[1]) / np.sqrt(squares)
 
 
 def rows_of(tensor: FileTensor, start: int, count: int) -> Array:
@@ -98,4 +105,5 @@ def rows_of(tensor: FileTensor, start: int, count: int) -> Array:
     size = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
     with tensor.path.open("rb", buffering=0) as file:
         data = read_exactly(file.fileno(), tensor.offset + start * size, count * size, tensor)
-    return data.view(tensor.dtype).astype(np.float64).reshape(count, *tensor.shape[1:])
+    rows: Array = data.view(tensor.dtype).astype(np.float64).reshape(count, *tensor.shape[1:])
+    return rows
