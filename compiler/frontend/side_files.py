@@ -46,7 +46,7 @@ class Rule:
 
 
 FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
-MERGE = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+APART = "move the adapter into a folder of its own, and pass --adapter FOLDER to have it merged"
 SAVE = "load it with transformers and save_pretrained(folder): safetensors are read"
 COPY = "download or copy the checkpoint again, with what its links point to"
 TOKENS = "text to tokens and back; copied beside the artifact where it is of use there"
@@ -56,8 +56,8 @@ AUTHORS = "weights in the format of the model's authors, not of transformers"
 OTHER_FORMAT = "weights in another format: the safetensors are read"
 TRAINING = "of the training"
 RULES = (
-    Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", MERGE),
-    Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", MERGE),
+    Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", APART),
+    Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", APART),
     Rule("modules.json", "what follows the language model, and becomes part of the graph"),
     Rule("model_index.json", "a diffusers pipeline of several models", "compile each model from an .onnx file"),
     Rule("quant_model_description*.json", "weights quantized by msModelSlim", FLOAT_MODEL),
