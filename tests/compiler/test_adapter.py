@@ -23,6 +23,7 @@ from instantrt.compiler.frontend.adapter.folder import open_adapter
 from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.request import Request
+from instantrt.passes.core import lazy
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, FileTensor, Transposed, whole
 from instantrt.tools.bench.synthetic import write_safetensors
@@ -101,7 +102,10 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", MERGES)
-def test_merged_as_peft_merges(what: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_merged_as_peft_merges(
+    what: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "TILE_BYTES", 1 << 11)  # of 16 rows and fewer
     family, fields = MERGES[what]
     base, folder = bases[family], trained(bases[family], tmp_path, **fields)
     want = PeftModel.from_pretrained(loaded(base), folder).merge_and_unload().state_dict()

@@ -221,7 +221,10 @@ FILES = {
         shards({"a.safetensors": ("",), "b.safetensors": ("norm",)}),
         "is in two shards, and differs",
     ),
-    "a LoRA adapter without its base": (beside(LORA, without("config.json", SINGLE)), "the base of the adapter is not here"),
+    "a LoRA adapter without its base": (
+        beside(LORA, without("config.json", SINGLE)),
+        "the base of the adapter is not here",
+    ),
     "a LoRA adapter beside its base model": (beside(LORA), "a LoRA adapter (PEFT)"),
     "a sentence-transformers pipeline with pooling": (
         beside({"modules.json": MODULES}),

@@ -44,8 +44,7 @@ class Adapter:
 
     def account(self, report: Report) -> tuple[Accounted, ...]:
         """What becomes of its files, and of the keys of its config that are not read."""
-        read = {CONFIG: "the adapter's config", WEIGHTS: MERGED}
-        found = account_of_files(self.folder, report, read)
+        found = account_of_files(self.folder, report, dict.fromkeys((CONFIG, WEIGHTS), MERGED))
         keys = (Accounted(f"{CONFIG}: {key}", 1, why) for key, why in self.config.harmless.items())
         return tuple(replace(each, name=f"{self.folder.name}/{each.name}") for each in (*found, *keys))
 
