@@ -80,7 +80,8 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
     """What a user can have wrong and is known at once: options without use, and folders that hold something else."""
     check_options(request)
     targets = request.resolved_targets()
-    check_out(request.out, targets, [request.model, *([triton] if triton is not None else [])])
+    read = (request.model, *request.adapter, *([request.base] if request.base is not None else []))
+    check_out(request.out, targets, [*read, *([triton] if triton is not None else [])])
     if triton is not None:
         check_folder(triton)
     if verify:

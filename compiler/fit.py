@@ -12,6 +12,7 @@ from instantrt.compiler.accuracy.calibrate import calibrate, tokens_of
 from instantrt.compiler.accuracy.data import generated
 from instantrt.compiler.accuracy.importance import input_energy, search_scales
 from instantrt.compiler.defaults import Formats
+from instantrt.compiler.frontend.adapter.folder import is_adapter
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.rewrite import PassLog
@@ -23,7 +24,7 @@ TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, 
 
 def check_text(request: Request) -> None:
     """Refuses a calibration text that is none, before the model is built and exported."""
-    if request.calibration is not None:
+    if request.calibration is not None and not is_adapter(request.model):  # its tokenizer may be its base's
         tokens_of(request.model, request.calibration)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import numpy as np
 from instantrt.compiler.decide import own_config
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import Account, attempt
+from instantrt.compiler.frontend.adapter.folder import model_and_adapter, names_of
 from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.gguf.folder import made_folder
+from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.frontend.side_files import Report
 from instantrt.compiler.quant.config import QuantConfig
@@ -94,21 +96,25 @@ def inspect(
     truncate_dim: int | None = None,
     cache: Path | None = None,
     requantize: bool = False,
+    adapter: Sequence[Path] = (),
+    base: Path | None = None,
 ) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all.
 
-    folder   or a GGUF file, whose codes do not count where it is to be quantized anew (`requantize`)
+    folder   or a GGUF file, whose codes do not count where it is to be quantized anew (`requantize`); or an adapter
     """
-    named = gguf_at(folder)
-    if named is None and not folder.is_dir():
+    if gguf_at(folder) is None and not folder.is_dir():
         raise UserError("instantrt inspect takes a checkpoint's folder, or a GGUF file", where=str(folder))
-    found: list[UserError] = []
+    name, found = folder.name, list[UserError]()
     try:
+        folder, lora = model_and_adapter(folder, adapter, base)
+        named = gguf_at(folder)
         with tried("reading the checkpoint", where=str(folder)):
             made = made_folder(named, requantize=requantize, cache=cache) if named is not None else None
             opened = hf.open_checkpoint(
                 folder if made is None else made.path,
                 weights=None if made is None else made.weights,
+                adapter=lora,
                 trust_remote_code=trust_remote_code,
                 truncate_dim=truncate_dim,
                 max_length=1,  # which lengths are asked for is no matter of the checkpoint
@@ -118,14 +124,14 @@ def inspect(
     except MissingExtra:
         raise
     except UserError as error:
-        return Inspection(folder.name, "unknown", "nothing: it cannot be opened", problems([*found, error]))
+        return Inspection(name, "unknown", "nothing: it cannot be opened", problems([*found, error]))
     facts, reader, tensors = opened.taken.facts, opened.reader, opened.taken.tensors
     layers = tuple(layer_reports(opened, found.append))
     shape = facts.shape
     numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim if isinstance(shape, LlmShape) else 0
     asked = own_config(reader) if reader is not None else None
     return Inspection(
-        model=folder.name,
+        model=name,
         format=form(reader, layers),
         runs_as=method_of(asked).name if asked is not None else "float; choose with --quant",
         problems=problems(found),
@@ -134,7 +140,11 @@ def inspect(
         bytes=sum(size(t) for t in distinct(tensors)),
         layers=layers,
         account=opened.taken.account,
-        notes=(*(reader.notes if reader is not None else ()), *(() if made is None else (types(tensors), *made.notes))),
+        notes=(
+            *(reader.notes if reader is not None else ()),
+            *(names_of(lora, folder) if lora is not None else ()),
+            *(() if made is None else (types(made.weights), *made.notes)),
+        ),
         targets={t.name: outlook(t, asked) for t in TARGETS},
         bytes_on={kind.value: artifact_bytes(facts, layers, kind, asked) for kind in Backend},
         cache_bytes_per_token={kind.value: numbers * cache.itemsize for kind, cache in CACHE.items()},
@@ -166,6 +176,8 @@ def layer_reports(opened: hf.OpenCheckpoint, report: Report) -> Iterator[LayerRe
             yield LayerReport(path, shape, "cannot be read", 0)
             continue
         kind = str(stored.dtype) if stored is not None else "tied or missing"
+        if isinstance(stored, MergedTensor):
+            kind = f"{stored.base.dtype} and a LoRA of rank {stored.rank}, in {kind}"
         yield LayerReport(path, shape, kind, 8.0 * stored.dtype.itemsize if stored is not None else 0)
 
 
@@ -220,5 +232,7 @@ def artifact_bytes(
 
 def size(tensor: FileTensor) -> int:
     """Bytes in the file."""
-    weights, size = tensor.block if isinstance(tensor, GgufTensor) else (1, tensor.dtype.itemsize)
-    return math.prod(tensor.shape) // weights * size
+    if isinstance(tensor, MergedTensor):
+        return sum(map(size, tensor.sources))
+    weights, block = tensor.block if isinstance(tensor, GgufTensor) else (1, tensor.dtype.itemsize)
+    return math.prod(tensor.shape) // weights * block

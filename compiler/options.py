@@ -114,6 +114,8 @@ class Checkpoint:
         None, "keep this many numbers of a sentence embedding, the first", rule=(lambda value: value > 0, "1 or more")
     )
     requantize: bool = option(False, "take a GGUF file's weights dequantized, for --quant or as floats")
+    adapter: tuple[Path, ...] = option((), "folder of a LoRA adapter (PEFT) that is merged into the model")
+    base: Path | None = option(None, "folder of the model that an adapter is for, where that is what is compiled")
     cache: Path | None = option(
         None, "folder that keeps exported graphs, or none; else $INSTANTRT_CACHE, else ~/.cache/instantrt"
     )
@@ -232,6 +234,10 @@ def settle(options: Any) -> None:
             object.__setattr__(options, name, Path(value))
         if tuple[str, ...] in types:
             object.__setattr__(options, name, (value,) if isinstance(value, str) else tuple(value))
+        if tuple[Path, ...] in types:
+            object.__setattr__(
+                options, name, tuple(map(Path, [value] if isinstance(value, str | os.PathLike) else value))
+            )
         choices = [choice for each in types if get_origin(each) is Literal for choice in get_args(each)]
         if choices and value not in choices and not (value is None and type(None) in types):
             raise UserError(f"{name} has no such value", expected=" or ".join(choices), found=repr(value))

@@ -100,6 +100,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         truncate_dim=request.truncate_dim,
         cache=request.cache,
         requantize=request.requantize,
+        adapter=request.adapter,
+        base=request.base,
         say=say,
     )
     if model.llm is None and model.encoder is None:

@@ -168,7 +168,7 @@ class Request(
 
 
 DEFAULTS = {f.name: f.default for f in fields(Request)}
-PATHS = tuple(name for name, types in types_of(Request).items() if Path in types)
+PATHS = tuple(name for name, types in types_of(Request).items() if {Path, tuple[Path, ...]} & {*types})
 UNRECORDED = ("targets", *PATHS, *(f.name for f, _ in options_of(Checking)))  # what no byte of an artifact depends on
 
 

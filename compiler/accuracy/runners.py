@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +21,7 @@ from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.gguf import refuse_gguf
 from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
-from instantrt.passes.core.errors import UserError, require, tried
+from instantrt.passes.core.errors import MissingExtra, UserError, require, tried
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
@@ -44,7 +45,7 @@ def open_form(subject: Subject, form: str, scratch: Path, stack: ExitStack) -> R
         case "lowered":
             return GraphRunner(subject.lowered, outputs)
         case "transformers":
-            return transformers_runner(subject.model.folder)
+            return transformers_runner(subject.model.folder, subject.model.adapter)
         case "artifact":
             file = existing(subject, ".onnx")
             return (last_logits_runner if subject.logits == "last" else onnx_runner)(file, outputs)
@@ -86,9 +87,14 @@ class GraphRunner:
         return outputs
 
 
-def transformers_runner(folder: Path) -> Runner:
-    """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter."""
+def transformers_runner(folder: Path, adapter: Path | None = None) -> Runner:
+    """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter.
+
+    adapter   a LoRA, which peft runs beside the weights: nothing is merged
+    """
     require("hf", "running a float checkpoint")
+    if adapter is not None and find_spec("peft") is None:
+        raise MissingExtra("running a checkpoint with an adapter in transformers needs peft: pip install peft")
     refuse_gguf(folder)
     import torch
     from transformers import AutoModelForCausalLM
@@ -98,6 +104,10 @@ def transformers_runner(folder: Path) -> Runner:
     logging.disable_progress_bar()
     with tried("loading the float model with transformers", where=str(folder)):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).eval()
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         given = {key: torch.tensor(feeds[key]) for key in ("input_ids", "attention_mask", "position_ids")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from instantrt.compiler.artifact.check import check_digests
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
+from instantrt.compiler.frontend.adapter.folder import WEIGHTS, is_adapter
 from instantrt.compiler.plan import Plan, longest, lower
 from instantrt.compiler.request import DEFAULTS, UNRECORDED, Request
 from instantrt.compiler.target import Backend, Target
@@ -26,7 +27,13 @@ from instantrt.passes.core.rewrite import PassLog
 
 
 def request_of(
-    out: Path, model: Path, target: str | None, calibration: Path | None = None
+    out: Path,
+    model: Path,
+    target: str | None,
+    calibration: Path | None = None,
+    *,
+    adapter: Sequence[Path] = (),
+    base: Path | None = None,
 ) -> tuple[Request, list[Artifact]]:
     """The request that made `out`, as its manifest records it, and the artifacts asked about.
 
@@ -49,9 +56,24 @@ def request_of(
             found=f"sha256 {found}" if found else "none",
             fix="--calibration FILE, as in the compile",
         )
-    targets = tuple(a.target for a in artifacts)
+    has, given = {WEIGHTS in a.source.get("files", {}) for a in artifacts}, bool(adapter) or is_adapter(model)
+    if has != {given}:
+        raise UserError(
+            f"the artifact was made {'without' if given else 'with'} an adapter",
+            where=str(out / MANIFEST),
+            fix="--model, --adapter and --base as in the compile",
+        )
+    targets, adapters = tuple(a.target for a in artifacts), tuple(adapter)
     try:
-        return Request(model=model, targets=targets, out=out, calibration=calibration, **fields), artifacts
+        return Request(
+            model=model,
+            targets=targets,
+            out=out,
+            calibration=calibration,
+            adapter=adapters,
+            base=base,
+            **fields,
+        ), artifacts
     except TypeError as error:
         raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
 

@@ -7,10 +7,11 @@ beside `hf` and `onnx_file`, told apart in `load`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from instantrt.compiler.frontend.adapter.folder import Adapter, model_and_adapter, names_of, overlaid
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError, tried
@@ -24,6 +25,8 @@ def load(
     truncate_dim: int | None = None,
     cache: Path | None = None,
     requantize: bool = False,
+    adapter: Sequence[Path] = (),
+    base: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> FloatModel:
     """Reads a Hugging Face folder, a GGUF file or an ONNX file, told apart by what is there.
@@ -31,9 +34,14 @@ def load(
     max_length   tokens that no sequence will exceed; None: as many as the model can
     truncate_dim  numbers that are kept of a sentence embedding, the first ones; None: all
     requantize   a GGUF file's weights are floats, dequantized
+    adapter      folder of a LoRA that is merged into the weights: one
+    base         of the model, where `model` is the folder of an adapter
     cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
     say          is told whether the graph is exported, or of an earlier export
     """
+    model, lora = model_and_adapter(model, adapter, base)
+    if lora is not None and model.suffix == ".onnx":
+        raise UserError("an adapter goes over a checkpoint's folder, or a GGUF file", where=str(model))
     gguf = gguf_at(model)
     if truncate_dim is not None and not model.is_dir():
         raise UserError("truncate_dim is for a sentence-transformers folder", where=str(model), fix="leave it out")
@@ -45,25 +53,29 @@ def load(
 
         with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
-            loaded = hf.load_checkpoint(made.path, max_length=max_length, cache=cache, say=say, weights=made.weights)
+            loaded = hf.load_checkpoint(
+                made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
+            )
             notes = (*made.notes, *loaded.notes)
             if (gguf.parent / "config.json").is_file():
                 notes = (f"config.json beside {gguf.name} is not read: its metadata are", *notes)
-            return replace(loaded, notes=notes, held=made.held)
+            return with_adapter(replace(loaded, notes=notes, held=made.held), lora, model)
     if model.is_dir():
         from instantrt.compiler.frontend import hf
 
         with tried(
             "reading the checkpoint", where=str(model), fix="a newer transformers may know it; --debug says more"
         ):
-            return hf.load_checkpoint(
+            loaded = hf.load_checkpoint(
                 model,
                 trust_remote_code=trust_remote_code,
                 max_length=max_length,
                 truncate_dim=truncate_dim,
                 cache=cache,
                 say=say,
+                adapter=lora,
             )
+            return with_adapter(loaded, lora, model)
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 
@@ -75,4 +87,21 @@ def load(
         expected="a folder with config.json and *.safetensors, a .gguf file, or an .onnx file",
         found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
         fix="models are read from disk; download the checkpoint first",
+    )
+
+
+def with_adapter(loaded: FloatModel, adapter: Adapter | None, base: Path) -> FloatModel:
+    """A model whose weights have the adapter, with its files, too: the tokenizer that it brings is the model's."""
+    if adapter is None:
+        return loaded
+    folder, held = overlaid(loaded.folder, adapter)
+    own = (adapter.beside.get(path.name, path) for path in loaded.files)
+    notes = (*names_of(adapter, base), *loaded.notes)
+    return replace(
+        loaded,
+        folder=folder,
+        files=(*own, *adapter.files),
+        notes=notes,
+        held=(loaded.held, held),
+        adapter=adapter.folder,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from instantrt.compiler.checkpoint import DTYPES, same_bytes
 from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.known_tensors import UNUSED_PARTS, harmless_names, listed, no_place
-from instantrt.compiler.frontend.side_files import READ, WEIGHTS, Accounted, Report, entries
+from instantrt.compiler.frontend.side_files import MERGED, READ, WEIGHTS, Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, FileTensor, convert, whole
@@ -35,7 +35,7 @@ class Account:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user who compiles should know: tensors and weights that are not used."""
-        weights = [entry for entry in self.files if entry.why != READ and WEIGHTS.search(entry.name)]
+        weights = [entry for entry in self.files if entry.why not in (READ, MERGED) and WEIGHTS.search(entry.name)]
         unused = listed([entry.name for entry in (*self.harmless, *weights)], "not used, and harmless")
         return (f"{unused}; `instantrt inspect` says why",) if unused else ()
 

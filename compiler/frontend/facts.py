@@ -31,6 +31,7 @@ class ModelFacts:
     buffers     name -> shape
     saved       the buffers that checkpoints have
     linears     path -> (N, K) of every linear module
+    turned      those that hold their weight as [K, N]
     ignored     patterns of names that checkpoints may have and the class does not load
     renamed     name in the checkpoint -> in the model, where they differ
     switches    (kind, the longest sequence of the first table) of rotary tables that change
@@ -44,6 +45,7 @@ class ModelFacts:
     buffers: Mapping[str, Shape]
     saved: Sequence[str]
     linears: Mapping[str, tuple[int, int]]
+    turned: Sequence[str]
     ignored: Sequence[str]
     renamed: Mapping[str, str]
     switches: Sequence[tuple[str, int]]
@@ -78,6 +80,8 @@ def facts_of(model: Any, shape: Interface, stored: Iterable[str], beside: Iterab
 
     beside   names that parameters have in the class that wrote the checkpoint, and not in this one: other heads
     """
+    from transformers.pytorch_utils import Conv1D
+
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     ties = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
@@ -91,6 +95,7 @@ def facts_of(model: Any, shape: Interface, stored: Iterable[str], beside: Iterab
         buffers={name: tuple(buffer.shape) for name, buffer in buffers.items()},
         saved=sorted(name for name in buffers if name in state),
         linears=dict(linears(model)),
+        turned=[path for path, module in model.named_modules() if isinstance(module, Conv1D)],
         ignored=sorted(
             {
                 *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),

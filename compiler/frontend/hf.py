@@ -21,6 +21,8 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
 from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
+from instantrt.compiler.frontend.adapter.apply import adapted
+from instantrt.compiler.frontend.adapter.folder import Adapter, refuse_quantized
 from instantrt.compiler.frontend.architecture import Head, head_of
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
@@ -66,10 +68,11 @@ def load_checkpoint(
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     weights: Mapping[str, FileTensor] | None = None,
+    adapter: Adapter | None = None,
 ) -> FloatModel:
     """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
 
-    `weights` are the tensors, where the folder has none of its own.
+    `weights` are the tensors, where the folder has none of its own; `adapter` is merged into them.
 
     The graph may be of an earlier export, in the folder `cache`.
 
@@ -89,6 +92,7 @@ def load_checkpoint(
         cache=cache,
         say=say,
         weights=weights,
+        adapter=adapter,
     )
     root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
     shape = taken.facts.shape
@@ -157,6 +161,7 @@ def open_checkpoint(
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     weights: Mapping[str, FileTensor] | None = None,
+    adapter: Adapter | None = None,
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
@@ -196,6 +201,9 @@ def open_checkpoint(
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or unannounced_reader(stored)
+    if adapter is not None:
+        refuse_quantized(reader, folder, adapter)
+        stored, files = adapted(stored, facts, adapter, report), (*files, *adapter.account(report))
     taken = take_account(facts, stored, reader, files, report)
     return OpenCheckpoint(folder, config, reader, taken, skeleton, kept, pipeline)
 

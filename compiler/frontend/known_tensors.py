@@ -61,7 +61,7 @@ class Hint:
 
 
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-MERGE = "merge the adapter into its base model, and save that"
+MERGE = "merge the adapter into its base model, and save that; an adapter as peft saves it is for --adapter"
 LAYER_UNREAD = "a quantized layer that no config explains"
 WRAPPER = "load it as it was saved, and save the language model alone"
 HINTS = tuple(

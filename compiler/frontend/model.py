@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.passes.core.lazy import FileTensor, InMemory, view_of
 
 OPSET = 23  # with the operators that passes fuse
@@ -105,7 +106,8 @@ class FloatModel:
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
     there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
     of the module that makes the logits, where the model itself names one; `account` says what became of each tensor
-    and file of a folder, in JSON. `held` keeps a folder there that was made for the model.
+    and file of a folder, in JSON. `held` keeps a folder there that was made for the model;
+    `adapter` is the folder of one that is merged into its weights.
     """
 
     graph: gs.Graph
@@ -119,6 +121,7 @@ class FloatModel:
     head: str | None = None
     account: Mapping[str, Any] = field(default_factory=dict)
     held: Any = None
+    adapter: Path | None = None
     encoder: EncoderShape | None = None
     text: Mapping[str, Any] = field(default_factory=dict)
 
@@ -130,10 +133,11 @@ class FloatModel:
 
 
 def stored_types(graph: gs.Graph) -> Mapping[np.dtype[Any], int]:
-    """Bytes of a new graph's float weights by the type they are stored in."""
+    """Bytes of a new graph's float weights by the type they are stored in, of one with an adapter in its base."""
     sizes: Counter[np.dtype[Any]] = Counter()
     for tensor in graph.tensors().values():
         view = view_of(tensor)
         if view is not None and view.dtype == np.float32 and isinstance(view.source, FileTensor | InMemory):
-            sizes[view.source.dtype] += math.prod(view.shape) * view.source.dtype.itemsize
+            source = view.source.base if isinstance(view.source, MergedTensor) else view.source
+            sizes[source.dtype] += math.prod(view.shape) * source.dtype.itemsize
     return sizes

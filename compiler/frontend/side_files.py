@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -46,17 +46,18 @@ class Rule:
 
 
 FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
-MERGE = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+APART = "move the adapter into a folder of its own, and pass --adapter FOLDER to have it merged"
 SAVE = "load it with transformers and save_pretrained(folder): safetensors are read"
 COPY = "download or copy the checkpoint again, with what its links point to"
 TOKENS = "text to tokens and back; copied beside the artifact where it is of use there"
 READ = "the model"
+MERGED = "merged into the model"
 AUTHORS = "weights in the format of the model's authors, not of transformers"
 OTHER_FORMAT = "weights in another format: the safetensors are read"
 TRAINING = "of the training"
 RULES = (
-    Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", MERGE),
-    Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", MERGE),
+    Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", APART),
+    Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", APART),
     Rule("modules.json", "what follows the language model, and becomes part of the graph"),
     Rule("model_index.json", "a diffusers pipeline of several models", "compile each model from an .onnx file"),
     Rule("quant_model_description*.json", "weights quantized by msModelSlim", FLOAT_MODEL),
@@ -104,19 +105,22 @@ RULES = (
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|onnx)$")
 
 
-def account_of_files(folder: Path, report: Report) -> tuple[Accounted, ...]:
-    """What becomes of each file; `report` is told of every one that is refused."""
+def account_of_files(folder: Path, report: Report, known: Mapping[str, str] | None = None) -> tuple[Accounted, ...]:
+    """What becomes of each file; `report` is told of every one that is refused.
+
+    known   files that are read, and what they are, in a folder that is no model's
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists() and matters(path.name):
             link = f"a link to {path.readlink()}, which is not there"
             report(UserError(f"{path.name} cannot be read", where=str(folder), found=link, fix=COPY))
-    read = weight_files(folder, names)
+    read = dict.fromkeys(weight_files(folder, names), READ) if known is None else known
     found = []
     for name in names:
         rule = None if name in read else next((rule for rule in RULES if fnmatch(name, rule.pattern)), None)
         if name in read:
-            found.append((name, READ))
+            found.append((name, read[name]))
         elif rule is not None:
             words = judged(rule, folder / name, bool(read))
             if words is None:

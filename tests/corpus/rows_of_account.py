@@ -220,7 +220,10 @@ FILES = {
         shards({"a.safetensors": ("",), "b.safetensors": ("norm",)}),
         "is in two shards, and differs",
     ),
-    "a LoRA adapter alone": (beside(LORA, without("config.json", SINGLE)), "a LoRA adapter (PEFT)"),
+    "a LoRA adapter without its base": (
+        beside(LORA, without("config.json", SINGLE)),
+        "the base of the adapter is not here",
+    ),
     "a LoRA adapter beside its base model": (beside(LORA), "a LoRA adapter (PEFT)"),
     "a sentence-transformers pipeline whose module is not known": (
         beside({"modules.json": [{"type": "a.Transformer"}, {"type": "a.WordWeights"}]}),

@@ -23,6 +23,8 @@ def main(
     target: Which = None,
     *,
     calibration: Annotated[Path | None, typer.Option(help="the text that the weights were fitted to")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="the adapter that was merged into it")] = None,
+    base: Annotated[Path | None, typer.Option(help="the adapter's base, where MODEL is the adapter")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to measure on; may be repeated")] = None,
     tokens: Annotated[int | None, typer.Option(help="at most so many tokens of the text")] = None,
     forms: Annotated[
@@ -43,7 +45,7 @@ def main(
     from instantrt.tools.cli.show_accuracy import show_verdict
 
     text = bounds.pop("text")
-    request, artifacts = request_of(out, model, target, calibration)
+    request, artifacts = request_of(out, model, target, calibration, adapter=adapter or (), base=base)
     folder = report or out / "report"
     if not find:
         check_reports(folder, request.resolved_targets())

@@ -87,7 +87,7 @@ def show_targets(found: Inspection) -> None:
 
 def show_account(account: Account) -> None:
     """Prints what the tensors and the files are for."""
-    from instantrt.compiler.frontend.side_files import READ
+    from instantrt.compiler.frontend.side_files import MERGED, READ
 
     console.print(
         f"tensors: {account.parameters} used by parameters, {account.quantization} by the quantization, "
@@ -96,7 +96,9 @@ def show_account(account: Account) -> None:
     )
     for entry in account.harmless:
         console.print(f"  {entry.name} ({entry.count}): {entry.why}", highlight=False, soft_wrap=True)
-    console.print("files:", ", ".join(e.name for e in account.files if e.why == READ) or "none read", soft_wrap=True)
+    console.print(
+        "files:", ", ".join(e.name for e in account.files if e.why in (READ, MERGED)) or "none read", soft_wrap=True
+    )
     for entry in account.files:
-        if entry.why != READ:
+        if entry.why not in (READ, MERGED):
             console.print(f"  {entry.name}: not read: {entry.why}", highlight=False, soft_wrap=True)

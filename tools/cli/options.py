@@ -51,8 +51,8 @@ def parameter(name: str, default: Any, option: Option, types: tuple[Any, ...], p
     flag = f"--{name.replace('_', '-')}"
     if default is True:
         flag += f"/--no-{name.replace('_', '-')}"
-    if kind == tuple[str, ...]:
-        kind, default = list[str], list(default)
+    if get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
     elif default is None:
         kind = kind | None
     about = typer.Option(
