@@ -1,7 +1,10 @@
 """A16W8 and A16W4 for TensorRT without a plugin: signed symmetric codes, and the exact zero point correction beside.
 
 Before: MatMul(x, DequantizeLinear(unsigned codes, scale, zero))
-After:  MatMul(x, DequantizeLinear(signed codes, scale))  [+ mean(x by group) @ correction]
+After:  symmetric      MatMul(x, DequantizeLinear(signed codes, scale))
+        by group       the same + mean(x by group) @ correction
+        by channel     MatMul(x', DequantizeLinear(signed codes, scale)) + m * sums - mean(x') * signed sums,
+                       m = mean(x), x' = x - m
 
 The builder reads int8 with one scale a channel, and int4 in blocks, straight into the GEMM. An int8 *group* weight it
 expands to a float matrix on every run; the fusion gate reports that (docs/facts.md, "Which weights TensorRT fuses").
@@ -17,9 +20,17 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Lowering, Reject, add, once, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import block_scales, block_size, channel_scales, corrections, signed_codes
+from instantrt.passes.tensorrt.native import (
+    block_scales,
+    block_size,
+    channel_scales,
+    corrections,
+    signed_codes,
+    signed_sums,
+    weight_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +51,21 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         return found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        out, name = take_over(match.node), match.node.name
-        weight = self.dequantized(graph, match.quant, name)
-        if match.quant.symmetric:
+        out, quant, name = take_over(match.node), match.quant, match.node.name
+        weight = self.dequantized(graph, quant, name)
+        if quant.symmetric:
             add(graph, "MatMul", [match.x, weight], out, name=name)
-            return
-        product = add(graph, "MatMul", [match.x, weight], f"{name}/uncorrected", name=name)
-        add(graph, "Add", [product, self.correction(graph, match, name)], out, name=f"{name}/sum")
+        elif quant.per_channel:
+            x, mean, rest = centered(graph, match.x)
+            product = add(graph, "MatMul", [x, weight], f"{name}/centered", name=name)
+            of_mean = add(graph, "Mul", [mean, weight_sums(quant, self.dtype)], f"{name}/of_mean")
+            of_rest = add(graph, "Mul", [rest, signed_sums(quant, self.dtype)], f"{name}/of_rest")
+            whole = add(graph, "Add", [product, of_mean], f"{name}/whole")  # where large terms cancel, exactly
+            add(graph, "Sub", [whole, of_rest], out, name=f"{name}/exact")
+        else:
+            product = add(graph, "MatMul", [match.x, weight], f"{name}/uncorrected", name=name)
+            inputs = [group_means(graph, match.x, quant), corrections(quant, self.dtype)]
+            add(graph, "Add", [product, add(graph, "MatMul", inputs, f"{name}/correction")], out, name=f"{name}/sum")
 
     def note(self, match: Quantized) -> str:
         if match.quant.symmetric:
@@ -64,12 +83,6 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         inputs = [codes, block_scales(quant, block, self.dtype)]
         return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=0, block_size=block)
 
-    def correction(self, graph: gs.Graph, match: Quantized, name: str) -> gs.Tensor:
-        """mean(x by group) @ correction: `[..., N]`."""
-        means = group_means(graph, match.x, match.quant)
-        op = "Mul" if match.quant.per_channel else "MatMul"
-        return add(graph, op, [means, corrections(match.quant, self.dtype)], f"{name}/correction")
-
 
 def layout(quant: QuantTensor) -> str:
     if quant.bits == 8 and quant.per_channel:
@@ -77,12 +90,19 @@ def layout(quant: QuantTensor) -> str:
     return f"int{quant.bits} blocks of {block_size(quant)}"
 
 
+def centered(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
+    """x less its mean `[..., K]`, the mean, and the mean that rounding leaves `[..., 1]`: for all linears that share x."""
+    nodes = Prefixed(graph, f"{x.name}/row")
+    axes = nodes.const("axes", [-1], np.int64)
+    mean = nodes("ReduceMean", [x, axes], "mean", keepdims=1)
+    less = nodes("Sub", [x, mean], "centered")
+    return less, mean, nodes("ReduceMean", [less, axes], "rest", keepdims=1)
+
+
 def group_means(graph: gs.Graph, x: gs.Tensor, quant: QuantTensor) -> gs.Tensor:
-    """The mean of x over each group, `[..., G]` (one group: `[..., 1]`); computed once for all linears that share x."""
+    """The mean of x over each group: `[..., G]`; computed once for all linears that share x."""
     name = f"{x.name}/mean{quant.group_size}"
     last = small(f"{name}/axes", [-1], np.int64)
-    if quant.per_channel:
-        return once(graph, "ReduceMean", [x, last], name, keepdims=1)
     shape = small(f"{name}/shape", [0] * (len(x.shape) - 1) + [quant.groups, quant.group_size], np.int64)
     grouped = once(graph, "Reshape", [x, shape], f"{name}/grouped")
     return once(graph, "ReduceMean", [grouped, last], name, keepdims=0)

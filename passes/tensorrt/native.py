@@ -7,10 +7,18 @@ TensorRT takes signed codes and no zero points. With c the central code 2^(bits-
 
 a symmetric DequantizeLinear, and a term that is constant within a group: x times it is mean(x over the group) times
 `group_size` and the term. The mean, not the sum: it cannot overflow float16.
+
+Where x has a mean m, both products grow with it and with the group, and 16 bits round each; over all of K they are many
+times their sum. There m is taken off first, as it is rounded; x' = x - m has a mean m' again, of rounding alone:
+
+    x @ w  =  (x' - m' + m) @ w  =  x' @ ((code - c) * scale)  -  m' * sum((code - c) * scale)  +  m * sum(w)
+
+docs/facts.md, "Products that cancel"
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -70,6 +78,29 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
 
     shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
     return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
+
+
+def signed_sums(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
+    """The sum of a channel's (code - c) * scale: `[N]`."""
+    return channel_sums(weight, dtype, "signed_sums", lambda block: np.zeros_like(block.scale[:, 0]))
+
+
+def weight_sums(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
+    """The sum of a channel's weights: `[N]`."""
+    return channel_sums(weight, dtype, "sums", lambda block: offsets(block, weight.central)[:, 0])
+
+
+def channel_sums(weight: QuantTensor, dtype: np.dtype[Any], what: str, above: Callable[[Codes], Array]) -> gs.Constant:
+    """The sums of (code - c) * scale and what a weight is `above` it."""
+    assert weight.per_channel
+    k = weight.shape[1]
+
+    def project(tile: Tile) -> Array:
+        block = raised(Codes(*tile.parts), weight, dtype)
+        steps = (block.codes.sum(axis=1, dtype=np.int64) - k * weight.central).astype(np.float32)
+        return finite(steps * block.scale[:, 0] + k * above(block), dtype, weight, tile.start, "sum of weights")
+
+    return gs.Constant(f"{weight.name}/{what}", View(weight, weight.shape[:1], dtype, project=project))
 
 
 def raised(block: Codes, weight: QuantTensor, dtype: np.dtype[Any]) -> Codes:

@@ -25,7 +25,7 @@ from tests.graphs import FLOAT32, evaluate, linear_graph
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 K = 256
-# Of one output channel's norm, in units of the type's rounding: x @ w, the correction and their sum each round once.
+# Of one output channel's norm, in units of the type's rounding: x less its mean, products and sums each round once.
 BOUND = 4
 
 
@@ -110,6 +110,18 @@ def test_lowered_is_the_twin_but_for_rounding(mode: str, dtype: np.dtype, tmp_pa
         assert worst_channel(got, expected) < BOUND * unit(dtype)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("mode", ["a16w8", "a16w4-channel"])
+def test_the_mean_of_an_input_makes_no_large_terms(mode: str, dtype: np.dtype, tmp_path: Path) -> None:
+    """Behind a GELU, say: all of x is four times its deviation above 0."""
+    bits, group, symmetric, _ = MODES[mode]
+    w, x = weights(), (tokens() + 4).astype(dtype).astype(np.float32)
+    twin = canonical(w, table(w, bits, group, symmetric=symmetric, dtype=dtype))
+    want = evaluate(twin.copy(), {"x": x}, tmp_path)
+    for got, expected in zip(outputs(lower(twin, dtype), x), want, strict=True):
+        assert worst_channel(got, expected) < BOUND * unit(dtype)
+
+
 @pytest.mark.parametrize("mode", ["a16w8", "a16w4", "a8w8"])
 def test_one_scale_off_by_a_percent_is_seen(mode: str, tmp_path: Path) -> None:
     bits, group, symmetric, int8 = MODES[mode]
@@ -153,6 +165,8 @@ def test_linears_that_share_an_input_share_its_means_and_its_codes() -> None:
     w = weights()
     means = lower(canonical(w, table(w, 4, 64, symmetric=False)), FLOAT16)
     assert ops(means).count("ReduceMean") == 1
+    centered = lower(canonical(w, table(w, 8, -1, symmetric=False)), FLOAT16)
+    assert (ops(centered).count("Sub"), ops(centered).count("ReduceMean")) == (1 + len(w), 2)
     codes = lower(canonical(w, table(w, 8, -1, symmetric=True, int8=True)), FLOAT16)
     assert ops(codes).count("QuantizeLinear") == 1
 
