@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.bounds import BETWEEN, Bound, bound_of, int8_block, seen_by
+from instantrt.compiler.accuracy.bounds import BETWEEN, Bound, bound_of, int8_block, quantizes, seen_by
 from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.metrics import difference
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
@@ -103,7 +103,11 @@ class BisectingLog(PassLog):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
     def error(self, wiring: Wiring, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
-        """How far `name` is from the twin, made from the twin's values of what comes before."""
+        """How far `name` is from the twin, made from the twin's values of what comes before.
+
+        Where activations become integers on the way, the twin goes on from those values as the graph has them: a last
+        bit of 16 that turns a code moves what is made of it by a whole step, in either of the two.
+        """
         before = {key: value for key, value in given.items() if key != name}
         run = Evaluation(wiring.graph, before, wiring=wiring)
         nodes = run.needed(name)
@@ -112,12 +116,13 @@ class BisectingLog(PassLog):
             bound = replace(bound, layer=BETWEEN.get(bound, bound.layer))
         expected = self.truth[name]
         coarse = next((n for n in nodes if int8_block([n]) is not None), None)
-        if coarse is not None:
-            x = coarse.inputs[0].name
+        if coarse is not None or quantizes(nodes):
             made = {t.name for node in nodes for t in node.outputs}
             kept = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - made  # the others are made with this one
-            truth = {key: value for key, value in self.truth.items() if key in kept}
-            seen = {**truth, x: seen_by([coarse], self.truth[x])}
+            seen = {key: given[key].astype(value.dtype) for key, value in self.truth.items() if key in kept}
+            if coarse is not None:
+                x = coarse.inputs[0].name
+                seen[x] = seen_by([coarse], self.truth[x])
             expected = Evaluation(self.canonical, seen, wiring=self.wiring).take(name)
         value = run.take(name)
         return distance(value, expected, worst=self.worst), bound

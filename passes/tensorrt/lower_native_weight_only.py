@@ -91,7 +91,7 @@ def layout(quant: QuantTensor) -> str:
 
 
 def centered(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
-    """x less its mean `[..., K]`, the mean, and the mean that rounding leaves `[..., 1]`: for all linears that share x."""
+    """x less its mean `[..., K]`, that mean, and the one that rounding leaves `[..., 1]`: for all that share x."""
     nodes = Prefixed(graph, f"{x.name}/row")
     axes = nodes.const("axes", [-1], np.int64)
     mean = nodes("ReduceMean", [x, axes], "mean", keepdims=1)
