@@ -13,7 +13,7 @@ times their sum. There m is taken off first, as it is rounded; x' = x - m has a 
 
     x @ w  =  (x' - m' + m) @ w  =  x' @ ((code - c) * scale)  -  m' * sum((code - c) * scale)  +  m * sum(w)
 
-docs/facts.md, "Products that cancel"
+docs/facts.md, "Terms that cancel"
 """
 
 from __future__ import annotations
