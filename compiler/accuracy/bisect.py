@@ -103,29 +103,32 @@ class BisectingLog(PassLog):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
     def error(self, wiring: Wiring, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
-        """How far `name` is from the twin, made from the twin's values of what comes before.
-
-        Where activations become integers on the way, the twin goes on from those values as the graph has them: a last
-        bit of 16 that turns a code moves what is made of it by a whole step, in either of the two.
-        """
+        """How far `name` is from the twin, made from the twin's values of what comes before."""
         before = {key: value for key, value in given.items() if key != name}
         run = Evaluation(wiring.graph, before, wiring=wiring)
         nodes = run.needed(name)
         bound = bound_of(nodes, self.dtype)
         if any("Attention" in node.op for node in nodes):
             bound = replace(bound, layer=BETWEEN.get(bound, bound.layer))
-        expected = self.truth[name]
+        coarse = int8_block(nodes) is not None or quantizes(nodes)
+        expected = self.as_seen(wiring, name, nodes) if coarse else self.truth[name]
+        return distance(run.take(name), expected, worst=self.worst), bound
+
+    def as_seen(self, wiring: Wiring, name: str, nodes: Sequence[gs.Node]) -> Array:
+        """The twin's `name` of what `nodes` see of their inputs, where they make integers of activations.
+
+        That are blocks of int8, or 16 bits: a last bit that turns a code moves the result by a whole step.
+        """
+        made = {t.name for node in nodes for t in node.outputs}
+        kept = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - made  # the others are made with this one
+        run = Evaluation(self.canonical, {k: v for k, v in self.truth.items() if k in kept}, wiring=self.wiring)
+        for x in {t.name for node in run.needed(name) for t in node.inputs} & run.values.keys():
+            run.values[x] = rounded(run.values[x], self.dtype)
         coarse = next((n for n in nodes if int8_block([n]) is not None), None)
-        if coarse is not None or quantizes(nodes):
-            made = {t.name for node in nodes for t in node.outputs}
-            kept = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - made  # the others are made with this one
-            seen = {key: given[key].astype(value.dtype) for key, value in self.truth.items() if key in kept}
-            if coarse is not None:
-                x = coarse.inputs[0].name
-                seen[x] = seen_by([coarse], self.truth[x])
-            expected = Evaluation(self.canonical, seen, wiring=self.wiring).take(name)
-        value = run.take(name)
-        return distance(value, expected, worst=self.worst), bound
+        if coarse is not None:
+            x = coarse.inputs[0].name
+            run.values[x] = seen_by([coarse], self.truth[x])
+        return run.take(name)
 
     def amplified(self, name: str, error: float) -> bool:
         """Is the twin's own tensor as far off when all that it reads is rounded to the 16 bits of the target?
