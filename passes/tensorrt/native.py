@@ -8,10 +8,11 @@ TensorRT takes signed codes and no zero points. With c the central code 2^(bits-
 a symmetric DequantizeLinear, and a term that is constant within a group: x times it is mean(x over the group) times
 `group_size` and the term. The mean, not the sum: it cannot overflow float16.
 
-Where x has a mean m, both products grow with it and with the group, and 16 bits round each; over all of K they are many
-times their sum. There m is taken off first, as it is rounded; x' = x - m has a mean m' again, of rounding alone:
+Where x has a mean, both products grow with it and with the group, and 16 bits round each; over all of K they are many
+times their sum. There the mean m is taken off first; x' = x - m has a mean m' again, of rounding alone. But for the last
+bit of m, x @ w is then
 
-    x @ w  =  (x' - m' + m) @ w  =  x' @ ((code - c) * scale)  -  m' * sum((code - c) * scale)  +  m * sum(w)
+    (x' - m' + m) @ w  =  x' @ ((code - c) * scale)  -  m' * sum((code - c) * scale)  +  m * sum(w)
 
 docs/facts.md, "Terms that cancel"
 """
