@@ -113,7 +113,11 @@ def settle(
             unfit = next(f"{path}, {k} inputs" for path, k in widths.items() if not fits(k, wanted))
             why = f"{wanted}, the default, does not divide {unfit}"
             notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
-    if request.search is None and request.quant_config is None and config.bits == 4:
+    if (
+        request.search is None
+        and request.quant_config is None
+        and (config.bits == 4 or (of_texts and config.activate_quant))
+    ):
         config = replace(config, search=chosen.search)
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":

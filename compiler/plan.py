@@ -17,7 +17,7 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
-from instantrt.compiler.fit import check_text, choose_formats, fit_codes
+from instantrt.compiler.fit import check_text, choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import TableFormat
@@ -168,6 +168,7 @@ def make_twin(
 
     decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)
+    floating, decisions = smooth(floating, model, decisions, formats, say, log)
     decisions = fit_codes(floating, model, decisions, formats, request, say)
     with uncollected():
         canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
