@@ -75,3 +75,18 @@ def sentence(folder: Path, *modules: tuple[str, dict[str, Any], dict[str, torch.
     (folder / "modules.json").write_text(json.dumps(listed))
     if prompts:
         (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
+def tokenizer(folder: Path) -> None:
+    """A tokenizer of letters, which begins with one token and ends with another, and cuts as a training had it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = {chr(c): c - 20 for c in range(32, 127)}
+    made = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "?": 3, **letters}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 0), ("</s>", 2)]
+    )
+    made.enable_truncation(5)
+    made.enable_padding(length=5, pad_id=1, pad_token="<pad>")
+    made.save(str(folder / "tokenizer.json"))
