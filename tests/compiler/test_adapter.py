@@ -120,9 +120,9 @@ def test_merged_as_peft_merges(
 
 def test_columns_are_those_of_the_rows(bases: dict[str, Path], tmp_path: Path) -> None:
     """A matrix that is stored as [K, N] is quantized by its columns."""
-    tensor = tensors_of(bases["gpt2"], trained(bases["gpt2"], tmp_path, target_modules=["c_attn"], use_dora=True))[
-        "transformer.h.0.attn.c_attn.weight"
-    ]
+    found = tensors_of(bases["gpt2"], trained(bases["gpt2"], tmp_path, target_modules=["c_attn"], use_dora=True))
+    tensor = found["transformer.h.0.attn.c_attn.weight"]
+    np.testing.assert_array_equal(tensor.columns(5, 9), whole(tensor)[:, 5:9])
     columns = np.concatenate([tile.parts[0] for tile in Transposed(tensor).tiles()])
     np.testing.assert_array_equal(columns.T, whole(tensor))
 
@@ -321,6 +321,13 @@ def of_shapes(weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
             yield f"{path}.lora_B.weight", rng.normal(0, 0.1, (n, 4)).astype(np.float32)
 
 
+def test_all_linears_but_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
+    """peft writes their names; a config may say it in a word."""
+    adapter = trained(bases["llama"], tmp_path, target_modules="all-linear")
+    said(target_modules="All-Linear")(adapter)
+    assert type(tensors_of(bases["llama"], adapter)["lm_head.weight"]) is FileTensor
+
+
 def test_which_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = pair
     found = inspect(adapter)  # the config names the folder of the base
@@ -328,6 +335,10 @@ def test_which_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert {layer.stored for layer in found.layers if "q_proj" in layer.path} == {
         "bfloat16 and a LoRA of rank 4, in float32"
     }
+    for strange in ("x" * 5000, "a\0b", ""):
+        said(base_model_name_or_path=strange)(adapter)
+        with pytest.raises(UserError, match="base of the adapter is not here"):
+            load(adapter)
     said(base_model_name_or_path="Qwen/Qwen2-0.5B")(adapter)
     with pytest.raises(UserError, match=r"(?s)base of the adapter is not here.*'Qwen/Qwen2-0.5B'.*--base FOLDER"):
         load(adapter)

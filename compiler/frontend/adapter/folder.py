@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def model_and_adapter(model: Path, adapters: Sequence[Path], base: Path | None) 
 def base_of(adapter: Adapter, asked: Path | None) -> Path:
     """The folder of the model that an adapter is for: `asked`, or what its config names, from its folder."""
     named = adapter.config["base_model_name_or_path"]
-    if asked is None and named and (adapter.folder / named).is_dir():  # an absolute path stays one
+    if asked is None and named and os.path.isdir(adapter.folder / named):  # noqa: PTH112 -- False for what is no path
         asked = adapter.folder / named
     if asked is None:
         raise UserError(
