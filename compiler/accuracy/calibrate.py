@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.data import llm_feeds, read_text, tokenizer_of, windows
+from instantrt.compiler.accuracy.data import feeds_of, read_text, tokenizer_of, windows
 from instantrt.compiler.accuracy.importance import searched
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
@@ -69,9 +69,9 @@ def calibrate(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, heads: Set[str], text: Path, say: Callable[[str], None]
 ) -> Decisions:
     """The decisions with calibrated codes for the linears of `graph` that multiply floats, but for `heads`."""
-    if model.llm is None:
-        raise UserError("calibration reads a text; this model is no causal LM", where=str(model.folder))
-    ids = windows(tokens_of(model.folder, text), min(WINDOW, model.llm.max_length or WINDOW), batch=1)
+    if (interface := model.llm or model.encoder) is None:
+        raise UserError("calibration reads a text; this model reads none", where=str(model.folder))
+    ids = windows(tokens_of(model.folder, text), min(WINDOW, interface.max_length or WINDOW), batch=1)
     chosen: dict[str, QuantTensor] = {}  # name of a node -> its weight
     for node in graph.nodes:
         found = linear(node)
@@ -82,7 +82,7 @@ def calibrate(
         raise UserError("calibration says nothing without weight-only layers", fix="leave --calibration out")
     say(f"calibrating {len(chosen)} layers on {sum(each.size for each in ids):,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
-    runs = [Evaluation(graph, llm_feeds(each, model.llm), wiring=wiring) for each in ids]
+    runs = [Evaluation(graph, feeds_of(each, interface), wiring=wiring) for each in ids]
     before, said, told, weights = "", (np.empty(0), np.empty(0)), began, 0  # the last input, and what is known of it
     with tempfile.TemporaryFile() as file:
         for node in runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.frontend.model import FloatModel, LlmShape
+from instantrt.compiler.frontend.model import FloatModel, Interface, LlmShape
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import Array
 
@@ -68,6 +68,14 @@ def llm_feeds(ids: Array, llm: LlmShape) -> dict[str, Array]:
     return token_feeds(ids) | dict.fromkeys(llm.cache_names("past_key_values"), nothing)
 
 
+def feeds_of(ids: Array, interface: Interface) -> dict[str, Array]:
+    """The inputs of a model for whole texts `ids [B, S]`, with nothing before them."""
+    if isinstance(interface, LlmShape):
+        return llm_feeds(ids, interface)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {name: feeds[name] for name in interface.input_names()}
+
+
 def windows(ids: Iterable[int], window: int = WINDOW, batch: int = BATCH) -> tuple[Array, ...]:
     """A text's tokens as batches of whole windows, and what is left as a last, shorter one."""
     flat = np.fromiter(ids, np.int64)
@@ -113,7 +121,10 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise UserError("no tokenizer for the text", where=str(folder), expected="tokenizer.json")
     with tried("reading the tokenizer", where=str(folder / "tokenizer.json"), fix="copy it again from the model"):
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()  # files say how texts were cut and padded in a training
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def read_text(text: Path) -> str:
@@ -129,6 +140,10 @@ def generated(model: FloatModel, window: int = WINDOW, tokens: int = GENERATED) 
     if model.llm is not None:
         ids = random.integers(0, model.llm.vocab, tokens)
         return Data("generated", windows(ids, window))
+    if model.encoder is not None:
+        ids = random.integers(0, model.encoder.vocab, tokens)
+        window = min(window, model.encoder.max_length or window)
+        return Data("generated", feeds=tuple(feeds_of(each, model.encoder) for each in windows(ids, window)))
     return Data("generated", feeds=({t.name: random_input(t, random) for t in model.graph.inputs},))
 
 

@@ -28,7 +28,8 @@ from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
 from instantrt.compiler.frontend.model import EncoderShape, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_length
-from instantrt.compiler.frontend.sentence import SentencePipeline, read_pipeline
+from instantrt.compiler.frontend.sentence import SentencePipeline
+from instantrt.compiler.frontend.sentence_files import files_of, read_pipeline, tensors_of
 from instantrt.compiler.frontend.side_files import Report, account_of_files
 from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family, other_heads, shape_of
 from instantrt.compiler.json_file import read_json
@@ -98,7 +99,7 @@ def load_checkpoint(
     exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
-    modules = opened.pipeline.files(root) if opened.pipeline is not None else []
+    modules = files_of(opened.pipeline, root) if opened.pipeline is not None else []
     files = (*sorted(folder.glob("*config.json")), *modules, *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(
         graph=graph,
@@ -177,7 +178,7 @@ def open_checkpoint(
     skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code, head, pipeline))
     try:
         stored = dict(weights if weights is not None else read_checkpoint(folder))
-        stored |= pipeline.tensors(root) if pipeline is not None else {}
+        stored |= tensors_of(pipeline, root) if pipeline is not None else {}
     except UserError:
         skeleton()  # what is wrong with the model itself is said first
         raise

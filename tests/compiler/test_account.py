@@ -18,10 +18,10 @@ from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_b
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import take_account
-from instantrt.compiler.frontend.architecture import check_architectures
+from instantrt.compiler.frontend.architecture import CAUSAL_LM, check_architectures, head_of
 from instantrt.compiler.frontend.facts import facts_of
 from instantrt.compiler.frontend.side_files import READ, account_of_files
-from instantrt.compiler.frontend.skeleton import build_skeleton
+from instantrt.compiler.frontend.skeleton import build_skeleton, llm_shape
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.quant.readers import announced_reader
@@ -178,9 +178,7 @@ FILES: dict[str, tuple[dict[str, Any], str, str]] = {
     # files beside model.safetensors -> (what is reported, the note of the first of them)
     "adapter": ({"adapter_config.json": {}}, "LoRA", ""),
     "adapter's weights": ({"adapter_model.bin": b""}, "LoRA", ""),
-    "pooling": ({"modules.json": [{"type": "a.Transformer"}, {"type": "a.Pooling"}]}, "sentence-transformers", ""),
-    "no pooling": ({"modules.json": [{"type": "a.Transformer"}]}, "", "sentence-transformers"),
-    "another modules.json": ({"modules.json": {"a": 1}}, "", "sentence-transformers"),
+    "pooling": ({"modules.json": [{"type": "a.Transformer"}, {"type": "a.Pooling"}]}, "", "part of the graph"),
     "diffusers": ({"model_index.json": {}}, "diffusers", ""),
     "quanto": ({"quanto_qmap.json": {}}, "quanto", ""),
     "pickles": (
@@ -277,20 +275,24 @@ def test_a_config_that_says_nothing_is_none(said: dict[str, Any], tmp_path: Path
     ],
 )
 def test_names_of_causal_lms(model_type: str, names: list[str] | None) -> None:
-    check_architectures({"model_type": model_type, "architectures": names}, "config.json")
+    config = {"model_type": model_type, "architectures": names}
+    assert head_of(config, "config.json", pooled=False) is CAUSAL_LM
+    check_architectures(config, CAUSAL_LM, "config.json")
 
 
 @pytest.mark.parametrize("names", ["LlamaForCausalLM", [1], [None], {"a": 1}])
 def test_architectures_that_are_no_names_are_refused(names: Any) -> None:
     with pytest.raises(UserError, match="no list of names"):
-        check_architectures({"model_type": "llama", "architectures": names}, "config.json")
+        head_of({"model_type": "llama", "architectures": names}, "config.json", pooled=False)
 
 
 def test_the_own_code_of_a_model_names_its_class() -> None:
     own = {"model_type": "nosuch", "auto_map": {"AutoModelForCausalLM": "modeling.StrangeLM"}}
-    check_architectures({**own, "architectures": ["StrangeLM"]}, "config.json")
-    with pytest.raises(UserError, match="a classifier"):
-        check_architectures({**own, "architectures": ["StrangeForSequenceClassification"]}, "config.json")
+    check_architectures({**own, "architectures": ["StrangeLM"]}, CAUSAL_LM, "config.json")
+    head = head_of({**own, "architectures": ["StrangeForSequenceClassification"]}, "config.json", pooled=False)
+    assert head.task == "classify"
+    with pytest.raises(UserError, match="no road for a model of type 'nosuch'"):  # it has no code for that
+        check_architectures({**own, "architectures": ["StrangeForSequenceClassification"]}, head, "config.json")
 
 
 def test_nothing_is_read_of_a_model_without_a_road(tmp_path: Path) -> None:
@@ -328,11 +330,11 @@ def test_the_manifest_keeps_what_inspect_shows(tmp_path: Path) -> None:
 
 def test_inspect_shows_a_folder_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, "model_type": "mixtral"}))
-    (tmp_path / "modules.json").write_text(json.dumps([{"type": "a.Pooling"}]))
+    (tmp_path / "model_index.json").write_text("{}")
     shown = invoke("inspect", tmp_path)
     assert shown.exit_code == 1
     assert "mixture of experts" in shown.output
-    assert "sentence-transformers" in shown.output
+    assert "diffusers" in shown.output
     assert "2 problems" in shown.output
 
 
@@ -352,6 +354,8 @@ def test_many_tensors_take_seconds(tmp_path: Path) -> None:
     stored = {name: FileTensor(tmp_path / SINGLE, 0, shape, float32, name) for name, shape in names.items()}
     errors: list[UserError] = []
     started = time.monotonic()
-    (entry,) = take_account(facts_of(model, stored), stored, None, (), errors.append).account.harmless
+    (entry,) = take_account(
+        facts_of(model, llm_shape(model.config), stored), stored, None, (), errors.append
+    ).account.harmless
     assert time.monotonic() - started < 24  # seconds; a pass over all for each would take hours
     assert (entry.count, errors) == (200_000, [])

@@ -204,7 +204,6 @@ ONE = np.ones(3, np.float32)
 SQUARE = np.ones((64, 64), np.float32)
 Q_PROJ = f"{LAYER}.self_attn.q_proj"
 LORA = {"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.safetensors": {"a": ONE}}
-MODULES = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
 STALE = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
 ONE_SHARD = {"weight_map": dict.fromkeys(base("llama", ())[1], SINGLE)}
 
@@ -226,13 +225,13 @@ FILES = {
         "the base of the adapter is not here",
     ),
     "a LoRA adapter beside its base model": (beside(LORA), "a LoRA adapter (PEFT)"),
-    "a sentence-transformers pipeline with pooling": (
-        beside({"modules.json": MODULES}),
-        "a sentence-transformers pipe",
+    "a sentence-transformers pipeline whose module is not known": (
+        beside({"modules.json": [{"type": "a.Transformer"}, {"type": "a.WordWeights"}]}),
+        "a sentence-transformers pipeline that has WordWeights",
     ),
     "a list of modules that was cut": (
         beside({"modules.json": b'[{"type": "a.Transformer"}, {"type": "a.Poo'}),
-        "a sentence-transformers pipe",
+        "not a readable JSON file",
     ),
     "a link to weights that are not there": (beside({}, dangling(SINGLE)), "weights that are no file"),
     "a link to an adapter's config that is not there": (
@@ -306,12 +305,9 @@ TENSORS = {
     ),
 }
 MODELS = {
-    "Qwen2ForSequenceClassification, tied": ("qwen2", "Qwen2ForSequenceClassification", "a classifier, whose head"),
-    "LlamaForTokenClassification": ("llama", "LlamaForTokenClassification", "a classifier, whose head would be lost"),
     "a reward model": ("internlm2", "InternLM2ForRewardModel", "a reward model"),
-    "Qwen3Model, as embedding models have it": ("qwen3", "Qwen3Model", "a model without a head"),
-    "BertModel": ("bert", "BertModel", "a model without a head"),
-    "RobertaForMaskedLM": ("roberta", "RobertaForMaskedLM", "is an encoder, which attends to both sides"),
+    "BertForPreTraining": ("bert", "BertForPreTraining", "a model with the heads of its training"),
+    "T5EncoderModel": ("t5", "T5EncoderModel", "one half of an encoder and a decoder"),
     "an encoder with a causal LM's name": (
         "bert-generation",
         "BertGenerationDecoder",
