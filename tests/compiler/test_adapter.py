@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,6 +30,7 @@ from instantrt.passes.core.lazy import Array, FileTensor, Transposed, whole
 from instantrt.tools.bench.synthetic import write_safetensors
 from tests.checkpoints import whole_checkpoint
 from tests.commands import refused
+from tests.compiler.encoder_models import make as encoder
 from tests.conftest import TINY
 from tests.gguf_files import llama as gguf_llama
 from tests.models import FAMILIES, SIZES
@@ -55,13 +57,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: base_of(family, root / family) for family in ("qwen2", "llama", "gpt2")}
 
 
-def loaded(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def loaded(base: Path, auto: str = "AutoModelForCausalLM") -> Any:
+    return getattr(transformers, auto).from_pretrained(base, dtype=torch.float32)
 
 
-def trained(base: Path, folder: Path, **fields: Any) -> Path:
+def trained(base: Path, folder: Path, auto: str = "AutoModelForCausalLM", **fields: Any) -> Path:
     """An adapter over `base`, saved in `folder`, every tensor that a training would change random."""
-    lora = get_peft_model(loaded(base), LoraConfig(**{"r": 4, "lora_alpha": 6, **fields}))
+    lora = get_peft_model(loaded(base, auto), LoraConfig(**{"r": 4, "lora_alpha": 6, **fields}))
     torch.manual_seed(1)
     for name, parameter in lora.named_parameters():
         if parameter.requires_grad:
@@ -118,6 +120,19 @@ def test_merged_as_peft_merges(
     assert changed
 
 
+def test_a_classifier(tmp_path: Path) -> None:
+    """peft brings its head, by both of the names that heads have; what follows a sentence's model is the base's."""
+    encoder(family := "bert", auto := "AutoModelForSequenceClassification", tmp_path)
+    adapter = trained(tmp_path, tmp_path / family, auto=auto, task_type="SEQ_CLS", target_modules=["query"])
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    want = PeftModel.from_pretrained(loaded(tmp_path, auto), adapter).merge_and_unload().state_dict()
+    for name, tensor in tensors_of(tmp_path, adapter).items():
+        np.testing.assert_allclose(whole(tensor), want[name], rtol=0, atol=CLOSE * np.abs(want[name].numpy()).max())
+    (adapter / "modules.json").write_text("[]")
+    with pytest.raises(UserError, match=r"brings modules\.json"):
+        tensors_of(tmp_path, adapter)
+
+
 def test_columns_are_those_of_the_rows(bases: dict[str, Path], tmp_path: Path) -> None:
     """A matrix that is stored as [K, N] is quantized by its columns."""
     found = tensors_of(bases["gpt2"], trained(bases["gpt2"], tmp_path, target_modules=["c_attn"], use_dora=True))
@@ -158,7 +173,7 @@ def test_the_road(tmp_path: Path) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     (lora / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "../base"}))
     (lora / "chat_template.jinja").write_text("brought")
-    compile_model(Request(lora, ("x86",), tmp_path / "out", logits="all"))
+    compile_model(Request(lora, ("x86",), tmp_path / "out", logits="all", smoke=False))
     (artifact,) = read_manifest(tmp_path / "out")
     files = artifact.source["files"]
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors", "config.json"} <= set(files)

@@ -18,6 +18,7 @@ from instantrt.passes.core.lazy import FileTensor
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+MODULES = "modules.json"  # of sentence-transformers
 ONE = "merge one of them into its base with peft's merge_and_unload, and pass the other over that"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is a tokenizer, whole
 BESIDE = (
@@ -142,8 +143,15 @@ def names_of(adapter: Adapter, base: Path) -> list[str]:
     return [f"the adapter {adapter.folder.name} is merged into {base.name}{other}{brought}"]
 
 
-def refuse_quantized(reader: Reader | None, base: Path, adapter: Adapter) -> None:
-    """What is stored in codes takes no sum."""
+def check_base(reader: Reader | None, base: Path, adapter: Adapter) -> None:
+    """What is stored in codes takes no sum; and what follows a sentence's model is read beside the model alone."""
+    if (adapter.folder / MODULES).is_file() and not (base / MODULES).is_file():
+        raise UserError(
+            f"the adapter brings {MODULES}, which is read in its base's folder",
+            where=str(adapter.folder),
+            found=f"none in {base}",
+            fix="copy it there, with the folders that it names; or remove it to compile the model alone",
+        )
     if reader is not None:
         raise UserError(
             f"the base of the adapter is quantized ({reader.method}): what LoRA adds has no place among its codes",
