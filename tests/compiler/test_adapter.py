@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.request import Request
 from instantrt.passes.core import lazy
-from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, FileTensor, Transposed, whole
+from instantrt.passes.core.errors import MissingExtra, UserError
+from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Transposed, whole
 from instantrt.tools.bench.synthetic import write_safetensors
 from tests.checkpoints import whole_checkpoint
 from tests.commands import refused
@@ -165,7 +166,7 @@ def test_what_an_adapter_unties_computes_what_was_trained(what: str, bases: dict
         np.testing.assert_allclose(model.eval()(input_ids=ids).logits, want, atol=3e-6 * want.abs().max())
 
 
-def test_the_road(tmp_path: Path) -> None:
+def test_the_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Artifact, manifest, tokenizer and the transformers form of a folder that is an adapter itself."""
     base, lora = tmp_path / "base", tmp_path / "lora"
     shutil.copytree(TINY, base)
@@ -184,10 +185,15 @@ def test_the_road(tmp_path: Path) -> None:
     ]["files"]
 
     model = load(lora)
+    assert set(model.types) == {BFLOAT16}  # what an engine computes in goes by the base
     assert "the adapter lora is merged into base; the tokenizer's files are the adapter's" in model.notes[0]
     ids = np.arange(5, 25)[None]
     feeds: dict[str, Array] = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids - 5}
     want = transformers_runner(model.folder, model.adapter)(feeds)["logits"]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        with pytest.raises(MissingExtra, match="needs peft"):
+            transformers_runner(model.folder, model.adapter)
     empty = {n: np.zeros((1, 2, 0, 64), np.float32) for n in model.llm.cache_names("past_key_values")}  # type: ignore[union-attr]
     onnx = session(tmp_path / "out" / artifact.path)
     given = {t.name: value for t in onnx.get_inputs() if (value := {**feeds, **empty}.get(t.name)) is not None}
@@ -277,6 +283,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         holding(base_model__model__lm_head__weight=np.ones((170, 64), np.float32)),
         "vocabulary was resized",
     ),
+    "two of a name": (holding(model__norm__weight=np.ones(64, np.float32)), "nothing in the base takes tensor"),
     "another norm": (holding(NORM=np.ones(32, np.float32)), "another shape: the adapter is for another base"),
     "a name": (holding(base_model__model__score__weight=ONES), "nothing in the base takes tensor .*score.weight"),
     "a pickle": (lost("adapter_model.safetensors", "adapter_model.bin"), "no adapter_model.safetensors.*pickles"),
@@ -354,6 +361,8 @@ def test_which_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
         said(base_model_name_or_path=strange)(adapter)
         with pytest.raises(UserError, match="base of the adapter is not here"):
             load(adapter)
+    with pytest.raises(UserError, match="goes over a checkpoint's folder"):
+        load(tmp_path / "m.onnx", adapter=[adapter])
     said(base_model_name_or_path="Qwen/Qwen2-0.5B")(adapter)
     with pytest.raises(UserError, match=r"(?s)base of the adapter is not here.*'Qwen/Qwen2-0.5B'.*--base FOLDER"):
         load(adapter)
