@@ -247,11 +247,24 @@ def lost(name: str, instead: str = "") -> Callable[[Path], None]:
     return change
 
 
+def empty(folder: Path) -> None:
+    said(target_modules=None, modules_to_save=None)(folder)
+    write_safetensors(folder / "adapter_model.safetensors", {})
+
+
+def deeper(folder: Path) -> None:
+    """As peft saves several adapters of a model."""
+    (folder / "default").mkdir()
+    for file in [*folder.glob("adapter_*")]:
+        file.rename(folder / "default" / file.name)
+
+
 ONES = np.ones((4, 64), np.float32)
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (said(peft_type="IA3"), "peft_type.*'IA3'"),
     "no method": (said(peft_type=None), "peft_type"),
     "alpha NaN": (said(lora_alpha=float("nan")), "lora_alpha.*a finite number.*nan"),
+    "alpha beyond all": (said(lora_alpha=10**400), "lora_alpha"),
     "alpha a text": (said(alpha_pattern={"q_proj": "8"}), "alpha_pattern"),
     "r true": (said(r=True), "r of the adapter"),
     "r 0": (said(rank_pattern={"q_proj": 0}), "rank_pattern"),
@@ -264,6 +277,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         said(target_modules="model.layers.0.self_attn.q_proj"),
         "has LoRA tensors of .*layers.1",
     ),
+    "nothing at all": (empty, "targets no module"),
     "no target": (said(target_modules=["query"]), "targets no module"),
     "PiSSA": (said(init_lora_weights="pissa_niter_4"), "changed its base's weights.*path_initial_model"),
     "tokens": (said(trainable_token_indices=[1]), "trainable_token_indices of the adapter is not supported"),
@@ -288,6 +302,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a name": (holding(base_model__model__score__weight=ONES), "nothing in the base takes tensor .*score.weight"),
     "a pickle": (lost("adapter_model.safetensors", "adapter_model.bin"), "no adapter_model.safetensors.*pickles"),
     "no config": (lost("adapter_config.json"), "no adapter here"),
+    "several in one folder": (deeper, "no adapter here.*lora/default.*name one of these"),
     "a cut file": (
         lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
         "not a readable safetensors",

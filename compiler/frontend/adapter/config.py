@@ -18,11 +18,11 @@ CONFIG = "adapter_config.json"
 MERGE = "merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 PLAIN = "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
 ALL_LINEAR = "all-linear"
-INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # those that leave the base's weights as they are
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those that leave the base's weights as they are
 
 
 def number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -1e300 < value < 1e300  # as an integer it may be none of float's
 
 
 def rank(value: Any) -> bool:
@@ -37,7 +37,7 @@ def text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def listed(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def one_or_several(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or of(value) or (isinstance(value, list) and all(map(of, value)))
 
 
@@ -45,7 +45,7 @@ def mapped(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(of, value.values())))
 
 
-NAMES = (listed(text), "a name, or a list of names")
+NAMES = (one_or_several(text), "a name, or a list of names")
 # Key -> (its default in peft, what fits, and in words).
 READ: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "peft_type": (None, lambda value: value == "LORA", "LORA"),
@@ -61,8 +61,8 @@ READ: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": (None, *NAMES),
     "exclude_modules": (None, *NAMES),
-    "modules_to_save": (None, lambda value: not text(value) and listed(text)(value), "a list of names"),
-    "layers_to_transform": (None, listed(lambda value: type(value) is int), "an integer, or a list of them"),
+    "modules_to_save": (None, lambda value: not text(value) and one_or_several(text)(value), "a list of names"),
+    "layers_to_transform": (None, one_or_several(lambda value: type(value) is int), "an integer, or a list of them"),
     "layers_pattern": (None, *NAMES),
 }
 HARMLESS: Mapping[str, str] = {
@@ -125,7 +125,7 @@ class AdapterConfig:
 
     def targets(self, path: str, facts: ModelFacts) -> bool:
         """Would peft put an adapter on the module at `path`? As its `check_target_module_exists` does."""
-        wanted, excluded = self["target_modules"], self["exclude_modules"]
+        wanted, excluded = self["target_modules"] or [], self["exclude_modules"]
         if excluded and self.named(excluded, path):
             return False
         if any(self.matches(rf"(^|.*\.){name}($|\..*)", path) for name in self["modules_to_save"] or ()):

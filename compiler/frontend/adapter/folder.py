@@ -64,17 +64,13 @@ def is_adapter(folder: Path) -> bool:
 def open_adapter(folder: Path) -> Adapter:
     """The adapter in `folder`."""
     if not (folder / CONFIG).is_file():
-        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        below = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))[:12])
         raise UserError(
-            "no adapter here" if not below else "several adapters, or none",
+            "no adapter here",
             where=str(folder),
-            expected=f"{CONFIG} and {WEIGHTS}",
-            found=f"adapters in {', '.join(below[:12])}"
-            if below
-            else "a folder without"
-            if folder.is_dir()
-            else "nothing",
-            fix="name the folder of one of them" if below else "pass what peft's save_pretrained wrote",
+            expected=f"{CONFIG} and {WEIGHTS}, as peft's save_pretrained writes them",
+            found=below or ("a folder without them" if folder.is_dir() else "no folder"),
+            fix="name one of these folders" if below else "",
         )
     config = read_adapter_config(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
@@ -90,15 +86,14 @@ def open_adapter(folder: Path) -> Adapter:
 
 def model_and_adapter(model: Path, adapters: Sequence[Path], base: Path | None) -> tuple[Path, Adapter | None]:
     """(the model whose weights are read, what is merged into them): `model` may be the adapter itself."""
-    found = [*([model] if is_adapter(model) else []), *adapters]
+    itself = is_adapter(model)
+    found = [model, *adapters] if itself else [*adapters]
     if len(found) > 1:
         raise UserError("several adapters", where=str(found[0]), found=", ".join(map(str, found[1:])), fix=ONE)
-    opened = open_adapter(found[0]) if found else None
-    if opened is not None and opened.folder == model:
-        return base_of(opened, base), opened
-    if base is not None:
+    if base is not None and not itself:
         raise UserError("base is for a model that is an adapter itself", where=str(model), fix="leave it out")
-    return model, opened
+    opened = open_adapter(found[0]) if found else None
+    return base_of(opened, base) if itself and opened is not None else model, opened
 
 
 def base_of(adapter: Adapter, asked: Path | None) -> Path:
