@@ -122,7 +122,10 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     limits = request.engine_limits(model.longest)
     for target in request.resolved_targets():
         dtype = types.get(target.name, SCALE_TYPE)
-        formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
+        of_texts = model.encoder is not None
+        formats = settle(
+            request, target, config, pipeline.linears(graph), heads, of_floats=reader is None, of_texts=of_texts
+        )
         tables = formats.embeddings if target.backend is Backend.ONNXRUNTIME else None
         own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
         key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact

@@ -1,0 +1,270 @@
+"""Encoders, classifiers and embedding models: exported as transformers and sentence-transformers compute them.
+
+Tiny random models of each family, lowered for ONNX Runtime, on a batch that is padded on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from instantrt.compiler import pipeline
+from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.request import Request
+from instantrt.compiler.target import find_target
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.rewrite import PassLog
+from tests.compiler.encoder_models import SIZES, make, sentence
+
+AUTOS = {
+    "hidden": "AutoModel",
+    "classify": "AutoModelForSequenceClassification",
+    "classify_tokens": "AutoModelForTokenClassification",
+    "fill_mask": "AutoModelForMaskedLM",
+}
+# Every family with one head, every head with a family; a decoder that only reads, and one that reads both ways.
+CASES = (
+    *(("bert", task) for task in AUTOS),
+    ("roberta", "classify"),
+    ("xlm-roberta", "hidden"),
+    ("distilbert", "classify"),
+    ("modernbert", "hidden"),
+    ("mpnet", "fill_mask"),
+    ("electra", "classify_tokens"),
+    ("albert", "hidden"),
+    ("deberta-v2", "classify"),
+    ("qwen3", "classify"),
+    ("gemma3_text", "hidden"),
+)
+LENGTH = 12
+CLOSE = 1e-5  # of the largest value
+
+
+def batch(model: FloatModel, *, left: bool = True) -> dict[str, Array]:
+    """Three texts: a whole one, one padded on the right, one on the left."""
+    assert model.encoder is not None
+    ids = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (3, LENGTH))
+    mask = np.ones_like(ids)
+    mask[1, 8:] = 0
+    mask[2, :3] = not left
+    ids[mask == 0] = SIZES["pad_token_id"]
+    kinds = np.tile(np.arange(LENGTH) > 5, (3, 1)).astype(np.int64)
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
+    return {name: feeds[name] for name in model.encoder.input_names()}
+
+
+def lowered(model: FloatModel, folder: Path) -> ort.InferenceSession:
+    """What an artifact for x86 without quantization is."""
+    request = Request(folder, ("x86",), folder)
+    graph = pipeline.normalize(model.graph, PassLog())
+    write_model(pipeline.lower_onnxruntime(graph, find_target("x86"), request, PassLog()), folder / "m.onnx")
+    return ort.InferenceSession(folder / "m.onnx", providers=["CPUExecutionProvider"])
+
+
+def close(got: Array, want: Array) -> bool:
+    return bool(np.abs(got - want).max() <= CLOSE * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp_path: Path) -> None:
+    theirs = make(family, AUTOS[task], tmp_path)
+    model = load(tmp_path, cache=Path("none"))
+    assert model.encoder is not None
+    assert (model.encoder.task, model.llm) == (task, None)
+    absolute = family in ("roberta", "xlm-roberta", "mpnet")  # their positions are counted from the padding's number
+    feeds = batch(model, left=not absolute)
+    with torch.no_grad():
+        output = theirs(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+    want = output.last_hidden_state if task == "hidden" else output.logits
+    counts = feeds["attention_mask"].astype(bool)
+    meant = np.s_[:] if task == "classify" else counts
+    session = lowered(model, tmp_path)
+    (got,) = session.run(None, feeds)
+    assert close(got[meant], want.numpy()[meant])
+    alone = {name: value[1:2, :8] for name, value in feeds.items()}
+    (row,) = session.run(None, alone)
+    assert close(row, got[1:2] if task == "classify" else got[1:2, :8])
+    assert model.text["labels"] == (["bad", "fair", "good"] if task.startswith("classify") else [])
+
+
+def test_the_layers_of_an_encoder_are_exported_once(tmp_path: Path) -> None:
+    make("bert", "AutoModel", tmp_path, num_hidden_layers=4)
+    assert not any("exported" in note for note in load(tmp_path, cache=Path("none")).notes)
+
+
+def pooling(**fields: Any) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
+    return "Pooling", {"word_embedding_dimension": 32, **fields}, {}
+
+
+DENSE = {
+    "in_features": 64,
+    "out_features": 24,
+    "bias": True,
+    "activation_function": "torch.nn.modules.activation.Tanh",
+}
+POOLINGS: dict[str, Any] = {
+    "mean": lambda x, m: (x * m[..., None]).sum(1) / m.sum(1)[:, None],
+    "mean_sqrt_len_tokens": lambda x, m: (x * m[..., None]).sum(1) / np.sqrt(m.sum(1))[:, None],
+    "max": lambda x, m: np.where(m[..., None] == 1, x, -np.inf).max(1),
+    "cls": lambda x, m: np.stack([row[keep][0] for row, keep in zip(x, m == 1, strict=True)]),
+    "lasttoken": lambda x, m: np.stack([row[keep][-1] for row, keep in zip(x, m == 1, strict=True)]),
+    "weightedmean": lambda x, m: np.stack(
+        [np.average(row[keep], 0, np.arange(1, keep.sum() + 1)) for row, keep in zip(x, m == 1, strict=True)]
+    ),
+}
+
+
+def test_poolings(tmp_path: Path) -> None:
+    """All of them joined, as one module may."""
+    theirs = make("bert", "AutoModel", tmp_path)
+    sentence(tmp_path, pooling(pooling_mode=list(POOLINGS)))
+    model = load(tmp_path, cache=Path("none"))
+    feeds = batch(model)
+    with torch.no_grad():
+        hidden = theirs(**{name: torch.from_numpy(value) for name, value in feeds.items()}).last_hidden_state.numpy()
+    (got,) = lowered(model, tmp_path).run(None, feeds)
+    for mode, part in zip(POOLINGS, np.split(got, len(POOLINGS), axis=1), strict=True):
+        assert close(part, POOLINGS[mode](hidden, feeds["attention_mask"])), mode
+
+
+def test_a_pipeline_of_every_module(tmp_path: Path) -> None:
+    """Of a folder that names another head and has its tensors; the first numbers of unit vectors are such again."""
+    theirs = make("bert", "AutoModelForMaskedLM", tmp_path)
+    torch.manual_seed(1)
+    linear, norm = torch.nn.Linear(64, 24), torch.nn.LayerNorm(24)
+    torch.nn.init.normal_(norm.weight)
+    sentence(
+        tmp_path,
+        (
+            "Pooling",
+            {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            {},
+        ),
+        ("Dropout", {"dropout": 0.1}, {}),
+        ("Dense", DENSE, {f"linear.{k}": v.detach() for k, v in linear.named_parameters()}),
+        ("LayerNorm", {"dimension": 24}, {f"norm.{k}": v.detach() for k, v in norm.named_parameters()}),
+        ("Normalize", {}, {}),
+        prompts={"query": "find: "},
+        default_prompt_name="query",
+    )
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    model = load(tmp_path, cache=Path("none"), truncate_dim=10)
+    assert model.encoder is not None
+    assert (model.encoder.task, model.encoder.width, model.encoder.max_length) == ("embed", 10, 20)
+    assert model.text == {"labels": [], "lowercase": True, "prompts": {"query": "find: "}, "default_prompt": "query"}
+    feeds = batch(model)
+    with torch.no_grad():
+        given = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        x = theirs.bert(**given).last_hidden_state
+        mean = torch.from_numpy(POOLINGS["mean"](x.numpy(), feeds["attention_mask"])).float()
+        first = torch.from_numpy(POOLINGS["cls"](x.numpy(), feeds["attention_mask"]))
+        want = torch.nn.functional.normalize(norm(torch.tanh(linear(torch.cat([first, mean], 1))))[:, :10])
+    (got,) = lowered(model, tmp_path).run(None, feeds)
+    assert close(got, want.numpy())
+
+
+def test_a_language_model_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    inner = tmp_path / "0_Transformer"
+    make("bert", "AutoModel", inner)
+    sentence(tmp_path, ("Pooling", {"word_embedding_dimension": 32}, {}))
+    listed = json.loads((tmp_path / "modules.json").read_text())
+    listed[0]["path"] = inner.name
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    model = load(tmp_path, cache=Path("none"))
+    assert model.folder == inner
+    assert {path.relative_to(tmp_path).as_posix() for path in model.files} == {
+        "modules.json",
+        "1_Pooling/config.json",
+        "0_Transformer/config.json",
+        "0_Transformer/model.safetensors",
+    }
+
+
+WEIGHTS = {"linear.weight": torch.ones(24, 64), "linear.bias": torch.ones(24)}
+BAD: dict[str, tuple[list[Any], str]] = {
+    "no pooling": ([("Normalize", {}, {})], "does not begin with a pooling"),
+    "another module": ([pooling(), ("WeightedLayerPooling", {}, {})], "that has WeightedLayerPooling"),
+    "a prompt without a part in it": ([pooling(include_prompt=False)], "include_prompt of a sentence-transformers"),
+    "a key that nobody knows": ([pooling(temperature=2)], "temperature of a sentence-transformers module is not known"),
+    "a pooling that nobody knows": ([pooling(pooling_mode="median")], "a way of pooling that is not known"),
+    "an activation of its own": (
+        [pooling(), ("Dense", {**DENSE, "activation_function": "os.system"}, WEIGHTS)],
+        "activation_function of a sentence-transformers module has a value",
+    ),
+    "a size that is none": ([pooling(), ("Dense", {**DENSE, "in_features": 1e30}, WEIGHTS)], "in_features is no size"),
+    "another size": (
+        [pooling(), ("Dense", {**DENSE, "in_features": 48}, WEIGHTS)],
+        "does not fit the module before it",
+    ),
+    "weights of another size": (
+        [pooling(), ("Dense", {**DENSE, "in_features": 32, "out_features": 1 << 40}, WEIGHTS)],
+        "disagrees with the model's config",
+    ),
+    "no weights": ([pooling(), ("Dense", {**DENSE, "in_features": 32}, {})], "no safetensors weights"),
+    "a weight that it has not": (
+        [
+            pooling(),
+            ("Dense", {**DENSE, "in_features": 32, "bias": False}, {**WEIGHTS, "linear.weight": torch.ones(24, 32)}),
+        ],
+        "nothing uses tensor 2_Dense.linear.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_pipeline_that_is_none_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    modules, words = BAD[what]
+    make("bert", "AutoModel", tmp_path)
+    sentence(tmp_path, *modules)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, cache=Path("none"))
+    assert words in caught.value.what
+
+
+def test_what_only_embeddings_have(tmp_path: Path) -> None:
+    make("bert", "AutoModel", tmp_path)
+    with pytest.raises(UserError, match="truncate_dim is for a model of sentence embeddings"):
+        load(tmp_path, cache=Path("none"), truncate_dim=8)
+    sentence(tmp_path, pooling())
+    with pytest.raises(UserError, match=r"Truncate .* does not fit"):
+        load(tmp_path, cache=Path("none"), truncate_dim=33)
+    listed = json.loads((tmp_path / "modules.json").read_text())
+    listed[1]["path"] = "../elsewhere"
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="a module outside of the folder"):
+        load(tmp_path, cache=Path("none"))
+
+
+def test_labels_that_disagree_with_the_head(tmp_path: Path) -> None:
+    make("bert", "AutoModelForSequenceClassification", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {"0": "bad", "1": "good"}
+    config["label2id"] = {"bad": 0, "good": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"classifier\.(weight|bias) disagrees"):
+        load(tmp_path, cache=Path("none"))
+
+
+@pytest.mark.parametrize("quant", ["a16w8", "a16w4", "a8w8"])
+def test_an_embedding_model_is_compiled_and_run(quant: str, tmp_path: Path) -> None:
+    """The compile's own run holds the artifact against the twin; its manifest says what it is for."""
+    make("modernbert", "AutoModel", tmp_path / "model")
+    sentence(tmp_path / "model", pooling(), ("Normalize", {}, {}))
+    request = Request(
+        tmp_path / "model", ("x86",), tmp_path / "out", quant=quant, group_size=None if quant == "a8w8" else 32
+    )
+    (artifact,) = compile_model(request)
+    assert artifact.encoder is not None
+    assert artifact.encoder["task"] == "embed"
+    assert len(artifact.quant) == 3 * 4
+    assert [spec.name for spec in artifact.outputs] == ["sentence_embedding"]
