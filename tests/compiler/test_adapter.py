@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from instantrt.compiler.accuracy.runners import session, transformers_runner
+from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf, load
@@ -183,6 +184,10 @@ def test_the_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"name": "lora/adapter_model.safetensors", "count": 1, "why": "merged into the model"} in artifact.source[
         "account"
     ]["files"]
+
+    with pytest.raises(UserError, match="was made with an adapter"):
+        request_of(tmp_path / "out", base, None)
+    assert request_of(tmp_path / "out", base, None, adapter=[lora])[0].adapter == (lora,)
 
     model = load(lora)
     assert set(model.types) == {BFLOAT16}  # what an engine computes in goes by the base
