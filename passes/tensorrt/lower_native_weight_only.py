@@ -46,7 +46,7 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         if match.quant.symmetric:
             add(graph, "MatMul", [match.x, weight], out, name=name)
             return
-        token = Prefixed(graph, f"{match.x.name}/token")
+        token = Prefixed(graph, f"{match.x.name}/centring")  # not what int8 makes of a token
         mean = token("ReduceMean", [match.x, token.const("axes", [-1], np.int64)], "mean", keepdims=1)
         rest = token("Sub", [match.x, mean], "rest")
         rest.dtype, rest.shape = match.x.dtype, match.x.shape
