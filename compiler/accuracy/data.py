@@ -109,7 +109,7 @@ def load_data(
         texts = list(prompts) or sentences(read_text(text) if text is not None else "")
         if not texts:
             raise UserError("the text has no sentences", where=str(text), expected="sentences of three words or more")
-        feeds = tuple(text_batches(texts, model, tokenizer, longest or model.longest))
+        feeds = tuple(text_batches(texts, model, longest or model.longest))
         file = text.name if text is not None else ""
         return Data("prompts" if prompts else "text", feeds=feeds, file=file, texts=len(texts))
     if prompts:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from instantrt.compiler.frontend.model import EncoderShape, FloatModel
+from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.lazy import Array
 
 TEXTS = 256  # of a file; all pairs of them are ranked
@@ -23,27 +23,12 @@ def sentences(text: str) -> list[str]:
     return [each for each in found if each.count(" ") + 1 >= SHORTEST][:TEXTS]
 
 
-def text_batches(texts: Sequence[str], model: FloatModel, tokenizer: Any, longest: int) -> Iterator[dict[str, Array]]:
-    """The inputs of an encoder for `texts`, in their order, padded on the right; `longest` tokens of each, 0: all."""
+def text_batches(texts: Sequence[str], model: FloatModel, longest: int) -> Iterator[dict[str, Array]]:
+    """The inputs of an encoder for `texts`; `longest` tokens of each, 0: all."""
     assert model.encoder is not None
-    if longest:
-        tokenizer.enable_truncation(longest)
-    lower = bool(model.text["lowercase"])
-    rows = tokenizer.encode_batch([each.lower() if lower else each for each in texts])
-    pad = int(model.config.get("pad_token_id") or 0)
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        width = max(len(row.ids) for row in part)
-
-        def padded(values: Iterable[list[int]], fill: int, width: int = width) -> Array:
-            return np.array([[*each, *[fill] * (width - len(each))] for each in values], np.int64)
-
-        feeds = {
-            "input_ids": padded((row.ids for row in part), pad),
-            "attention_mask": padded(([1] * len(row.ids) for row in part), 0),
-            "token_type_ids": padded((row.type_ids for row in part), 0),
-        }
-        yield {name: feeds[name] for name in model.encoder.input_names()}
+    reader = TextReader(model.folder, {**model.text, "max_length": longest}, model.encoder.input_names())
+    rows = reader.rows(texts, reader.prompt(None))
+    yield from (feeds for _, feeds in reader.batches(rows, BATCH))
 
 
 def answers(outputs: Mapping[str, Array], feeds: Mapping[str, Array], encoder: EncoderShape) -> Array:
