@@ -16,15 +16,13 @@ import numpy.typing as npt
 
 from instantrt.compiler.artifact.check import inside
 from instantrt.compiler.artifact.manifest import find_artifact
-from instantrt.compiler.json_file import read_json
 from instantrt.compiler.llm import checked
 from instantrt.compiler.serving.runtime.onnx_engine import open_session
-from instantrt.compiler.serving.runtime.texts import TextReader, Texts
+from instantrt.compiler.serving.runtime.texts import TextReader, Texts, best_labels, each_by_itself
 from instantrt.passes.core.errors import UserError, tried
 
 Array = npt.NDArray[np.float32]
 BATCH = 32
-MULTI_LABEL = "multi_label_classification"
 WHERE = {  # task -> who runs it
     "embed": "Embedder",
     "classify": "Classifier",
@@ -128,24 +126,9 @@ class Classifier(OpenEncoder):
         another, are each by themselves."""
         many = [texts] if isinstance(texts, str) else list(texts)
         assert self.artifact.encoder is not None
-        labels, apart = self.artifact.encoder["labels"], self.each_by_itself()
-        found: list[dict[str, float]] = [{} for _ in many]
+        names = self.artifact.encoder["labels"]
+        apart, found = each_by_itself(self.folder, names), [dict[str, float]() for _ in many]
         for part, logits in self.answers(many, batch_size):
-            for index, row in zip(part, scores(logits, apart=apart), strict=True):
-                order = np.argsort(-row, kind="stable")
-                found[index] = {labels[at]: float(row[at]) for at in order}
+            for index, labels, scores in zip(part, *best_labels(logits, names, apart=apart), strict=True):
+                found[index] = dict(zip(labels, scores.tolist(), strict=True))
         return found[0] if isinstance(texts, str) else found
-
-    def each_by_itself(self) -> bool:
-        assert self.artifact.encoder is not None
-        config = read_json(self.folder / "config.json")
-        return config.get("problem_type") == MULTI_LABEL or len(self.artifact.encoder["labels"]) == 1
-
-
-def scores(logits: Array, *, apart: bool) -> Array:
-    """Of logits [B, L]: sigmoids where labels are `apart`, else their softmax."""
-    wide = logits.astype(np.float64)
-    if apart:
-        return np.asarray(1 / (1 + np.exp(-wide)), np.float32)
-    wide = np.exp(wide - wide.max(axis=1, keepdims=True))
-    return np.asarray(wide / wide.sum(axis=1, keepdims=True), np.float32)

@@ -14,6 +14,7 @@ from .text import SPECIAL_TOKENS, read, token_text
 
 Array = npt.NDArray[Any]
 Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together, for a reranker say
+MULTI_LABEL = "multi_label_classification"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -64,3 +65,20 @@ class TextReader:
             for name in self.inputs:
                 filled[name][index, : len(row.ids)] = values[name]
         return filled
+
+
+def each_by_itself(folder: Path, labels: Sequence[str]) -> bool:
+    """Are scores those of each label by itself? There is one, or the model's config says that several may be right."""
+    return len(labels) == 1 or read(folder / "config.json").get("problem_type") == MULTI_LABEL
+
+
+def best_labels(logits: Array, labels: Sequence[str], *, apart: bool) -> tuple[list[list[str]], Array]:
+    """Of logits [B, L] labels and scores [B, L] of each row, the best first: sigmoids where `apart`, else softmax."""
+    wide = logits.astype(np.float64)
+    if apart:
+        scores = 1 / (1 + np.exp(-wide))
+    else:
+        scores = np.exp(wide - wide.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return [[labels[at] for at in row] for row in order], np.take_along_axis(scores, order, axis=1).astype(np.float32)
