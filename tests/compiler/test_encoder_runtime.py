@@ -10,40 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instantrt import LLM, Classifier, Embedder, Request, compile_model
+from instantrt import LLM, Classifier, Embedder
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.passes.core.errors import UserError
 from tests.commands import invoke
-from tests.compiler.encoder_models import make, sentence, tokenizer
-from tests.once import made_once
+from tests.compiler.encoder_models import LONGEST
 
 TEXTS = ["a", "The boat is late again.", "fish", "An old net lies on the quay, and nobody mends it."]
-LONGEST = 20
-
-
-def embedding_model(folder: Path) -> None:
-    make("bert", "AutoModel", folder / "model")
-    tokenizer(folder / "model")
-    pooling = ("Pooling", {"word_embedding_dimension": 32}, {})
-    sentence(folder / "model", pooling, prompts={"query": "find "}, default_prompt_name=None)
-    (folder / "model/sentence_bert_config.json").write_text(f'{{"max_seq_length": {LONGEST}, "do_lower_case": true}}')
-    compile_model(Request(folder / "model", ("x86",), folder / "out", quant="a16w8"))
-
-
-def classifier(folder: Path) -> None:
-    make("roberta", "AutoModelForSequenceClassification", folder / "model")
-    tokenizer(folder / "model")
-    compile_model(Request(folder / "model", ("x86",), folder / "out"))
-
-
-@pytest.fixture(scope="session")
-def embedding(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "embedding model", embedding_model) / "out"
-
-
-@pytest.fixture(scope="session")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "classifier", classifier) / "out"
 
 
 def ids_of(text: str) -> list[int]:
