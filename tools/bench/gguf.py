@@ -1,7 +1,7 @@
 """A GGUF file compiled as it is, beside llama.cpp: `instantrt bench gguf FILE...` writes benchmarks/gguf.json and .md.
 
 Bytes, loss, divergence from the float32 model of the same dequantized weights, and speed of each preset, measured as
-`instantrt bench cpu` does; what a compile takes is its wall time, tokenizer to artifact.
+`instantrt bench cpu` does; what a compile takes is its wall time, caches as they are.
 """
 
 from __future__ import annotations
@@ -62,13 +62,12 @@ def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds
 
 
 ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says
-what is done with them. Choose `auto`, the default, unless the table of your kind of file says otherwise: `exact` is for
-the float32 model's answers, `fast` for speed.
+what is done with them. `auto` is the default: take `exact` where its KL matters, `fast` where its speed is worth its KL.
 
-float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text, in
-windows of 512 tokens; KL is the mean divergence of the next token's distribution from float32's. MiB are of weights and
-graph, in brackets against the GGUF file. Speeds are tokens a second of two threads, medians of rounds in which all take
-turns, and behind them their ratio to llama.cpp within a round, with quartiles."""
+float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text,
+in windows of 512 tokens; KL is the mean divergence of the next token's distribution from float32's. MiB are of weights
+and graph, behind them the ratio to the GGUF file. Speeds are tokens a second of two threads, medians of rounds in which
+all take turns, and behind them their ratio to llama.cpp within a round, with quartiles."""
 
 
 def markdown(results: Mapping[str, Result]) -> str:
