@@ -43,5 +43,5 @@ def test_the_page_is_of_the_numbers() -> None:
     about = {"compile_s": 1.5, "machine": "m", "text": "t", "versions": [], "not_given": ["llama"], "idle_cpu_s": 0}
     page = markdown({"tiny.gguf": {"sides": sides, "bytes": 2 << 20, **about}})
     (row,) = (line for line in page.splitlines() if line.startswith("| auto"))
-    assert "| 2.5000 | 0.25000 | 3.0 (1.50x) | 30; 2.00" in row
+    assert "| 2.5000 | 0.25000 | 3.0 (1.50x) | 30; 2 x (1.5 to 2.5)" in row
     assert "`--llama` was not given" in page

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.tools.bench.compile_time import measured
 from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
 from instantrt.tools.bench.cpu_contests import FLOAT, MADE, MODEL, OF_GGUF
@@ -54,7 +55,8 @@ def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds
     given = {MODEL: str(file), MADE: str(artifact)}
     words = [given.get(word, word) for word in OF_GGUF.forms["auto"].words]
     seconds = measured([sys.executable, *words], folder / "timed.log", {"HF_HUB_OFFLINE": "1"})[0]
-    write_inputs("gguf", artifact / "x86", text, inputs)
+    made = made_folder(file)  # held while it is read
+    write_inputs("gguf", made.path, text, inputs)
     load = os.getloadavg()[0]
     found = contest("gguf", file, inputs, folder, pythons, rounds)
     about = {"machine": machine(load), "text": text.name}
@@ -62,7 +64,7 @@ def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds
 
 
 ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says
-what is done with them. `auto` is the default: take `exact` where its KL matters, `fast` where its speed is worth its KL.
+what is done with them. `auto` is the default: take `exact` where its KL matters, `fast` where speed is worth its KL.
 
 float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text,
 in windows of 512 tokens; KL is the mean divergence of the next token's distribution from float32's. MiB are of weights
