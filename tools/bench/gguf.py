@@ -32,6 +32,7 @@ OUT = ROOT / "benchmarks" / "gguf.json"
 def main(
     files: Annotated[list[Path], typer.Argument(help="GGUF files of causal LMs that take 1056 tokens")],
     text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of tokenizer.json, for files that have none")] = None,
     llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     scratch: Annotated[Path | None, typer.Option(help="gets the artifacts, and keeps them")] = None,
@@ -43,12 +44,16 @@ def main(
     with ExitStack() as stack:
         base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for file in files:
-            results[file.name] = one(file.absolute(), text, base / re.sub(r"\W+", "-", file.name), pythons, rounds)
+            results[file.name] = one(
+                file.absolute(), text, tokenizer, base / re.sub(r"\W+", "-", file.name), pythons, rounds
+            )
             out.write_text(json.dumps({"results": results}, indent=1) + "\n")
             out.with_suffix(".md").write_text(markdown(results))
 
 
-def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds: int) -> Result:
+def one(
+    file: Path, text: Path, tokenizer: Path | None, folder: Path, pythons: Mapping[str, str], rounds: int
+) -> Result:
     """All that is measured of a file."""
     folder.mkdir(parents=True, exist_ok=True)
     artifact, inputs = folder / "timed", folder / "inputs.npz"
@@ -56,7 +61,7 @@ def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds
     words = [given.get(word, word) for word in OF_GGUF.forms["auto"].words]
     seconds = measured([sys.executable, *words], folder / "timed.log", {"HF_HUB_OFFLINE": "1"})[0]
     made = made_folder(file)  # held while it is read
-    write_inputs("gguf", made.path, text, inputs)
+    write_inputs("gguf", tokenizer or made.path, text, inputs)
     load = os.getloadavg()[0]
     found = contest("gguf", file, inputs, folder, pythons, rounds)
     about = {"machine": machine(load), "text": text.name}
