@@ -36,6 +36,7 @@ COMMANDS = {  # name -> (module, what --help says)
 BENCHES = {
     "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
     "cpu": (f"{BENCH}cpu", "CPU artifacts beside llama.cpp, onnxruntime-genai and OpenVINO: loss, speed, memory."),
+    "gguf": (f"{BENCH}gguf", "GGUF files as they come, beside llama.cpp: loss, bytes, speed."),
     "engine": (f"{BENCH}engine", "Build engines for models of random weights: time, size, memory."),
     "rescaled": (f"{BENCH}rescaled", "Write a copy of a checkpoint that is as good, and harder to quantize."),
     "formats": (f"{BENCH}formats", "Quantized checkpoints of every format, against transformers."),
