@@ -331,3 +331,12 @@ def test_loud_inputs_of_int8_layers_are_smoothed(tmp_path: Path) -> None:
         (got,) = ort.InferenceSession(out / "x86/model.onnx").run(None, feeds)
         errors.append(np.linalg.norm(np.delete(got - want, loud, axis=2)[feeds["attention_mask"] == 1]))
     assert errors[1] < errors[0] / 10
+
+
+def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    """Of one token is enough, where a model without an interface may have some."""
+    theirs = make("bert", "AutoModel", tmp_path / "model")
+    theirs.embeddings.position_embeddings.weight.data[20] = np.nan
+    theirs.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the model itself gives values that are not finite"):
+        compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out"))
