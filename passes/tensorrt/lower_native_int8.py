@@ -10,7 +10,7 @@ A weight scale by channel inside the DequantizeLinear would instead make the GEM
 (docs/facts.md, "Overflow of int8 products").
 
 With zero points the product is float32 where the GPU has that: it and its correction, mean(x) * group_size * (c - zero)
-* scale, are many times their sum where x has a mean (docs/facts.md, "Terms that cancel").
+* scale, are many times their sum where x has a mean (docs/facts.md, "A mean in 16 bits").
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """A16W8 and A16W4 for TensorRT without a plugin: signed symmetric codes, and the exact zero point correction beside.
 
 Before: MatMul(x, DequantizeLinear(unsigned codes, scale, zero))
-After:  symmetric      MatMul(x, DequantizeLinear(signed codes, scale))
-        by group       the same + mean(x by group) @ correction
-        by channel     MatMul(x', DequantizeLinear(signed codes, scale)) + m * sums - mean(x') * signed sums,
-                       m = mean(x), x' = x - m
+After:  MatMul(x, DequantizeLinear(signed codes, scale)), and where there are zero points, with m = mean(x), x' = x - m:
+        MatMul(x', DequantizeLinear(signed codes, scale)) + mean(x' by group) @ corrections + m * sums
 
 The builder reads int8 with one scale a channel, and int4 in blocks, straight into the GEMM. An int8 *group* weight it
 expands to a float matrix on every run; the fusion gate reports that (docs/facts.md, "Which weights TensorRT fuses").
@@ -22,15 +20,7 @@ from instantrt.passes.core.lazy import small
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import (
-    block_scales,
-    block_size,
-    channel_scales,
-    corrections,
-    signed_codes,
-    signed_sums,
-    weight_sums,
-)
+from instantrt.passes.tensorrt.native import block_scales, block_size, centring, channel_scales, signed_codes
 
 
 @dataclass(frozen=True)
@@ -51,21 +41,22 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         return found
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        out, quant, name = take_over(match.node), match.quant, match.node.name
-        weight = self.dequantized(graph, quant, name)
-        if quant.symmetric:
+        out, name = take_over(match.node), match.node.name
+        weight = self.dequantized(graph, match.quant, name)
+        if match.quant.symmetric:
             add(graph, "MatMul", [match.x, weight], out, name=name)
-        elif quant.per_channel:
-            x, mean, rest = centered(graph, match.x)
-            product = add(graph, "MatMul", [x, weight], f"{name}/centered", name=name)
-            of_mean = add(graph, "Mul", [mean, weight_sums(quant, self.dtype)], f"{name}/of_mean")
-            of_rest = add(graph, "Mul", [rest, signed_sums(quant, self.dtype)], f"{name}/of_rest")
-            whole = add(graph, "Add", [product, of_mean], f"{name}/whole")  # where large terms cancel, exactly
-            add(graph, "Sub", [whole, of_rest], out, name=f"{name}/exact")
-        else:
-            product = add(graph, "MatMul", [match.x, weight], f"{name}/uncorrected", name=name)
-            inputs = [group_means(graph, match.x, quant), corrections(quant, self.dtype)]
-            add(graph, "Add", [product, add(graph, "MatMul", inputs, f"{name}/correction")], out, name=f"{name}/sum")
+            return
+        token = Prefixed(graph, f"{match.x.name}/centring")  # not what int8 makes of a token
+        mean = token("ReduceMean", [match.x, token.const("axes", [-1], np.int64)], "mean", keepdims=1)
+        rest = token("Sub", [match.x, mean], "rest")
+        rest.dtype, rest.shape = match.x.dtype, match.x.shape
+        of_group, of_token = centring(match.quant, self.dtype)
+        op = "Mul" if match.quant.per_channel else "MatMul"
+        y = add(graph, "MatMul", [rest, weight], f"{name}/centred", name=name)
+        term = add(graph, op, [group_means(graph, rest, match.quant), of_group], f"{name}/correction")
+        y = add(graph, "Add", [y, term], f"{name}/corrected")
+        term = add(graph, "Mul", [mean, of_token], f"{name}/of_mean")
+        add(graph, "Add", [y, term], out, name=f"{name}/sum")
 
     def note(self, match: Quantized) -> str:
         if match.quant.symmetric:
@@ -90,19 +81,12 @@ def layout(quant: QuantTensor) -> str:
     return f"int{quant.bits} blocks of {block_size(quant)}"
 
 
-def centered(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
-    """x less its mean `[..., K]`, that mean, and the one that rounding leaves `[..., 1]`: for all that share x."""
-    nodes = Prefixed(graph, f"{x.name}/row")
-    axes = nodes.const("axes", [-1], np.int64)
-    mean = nodes("ReduceMean", [x, axes], "mean", keepdims=1)
-    less = nodes("Sub", [x, mean], "centered")
-    return less, mean, nodes("ReduceMean", [less, axes], "rest", keepdims=1)
-
-
 def group_means(graph: gs.Graph, x: gs.Tensor, quant: QuantTensor) -> gs.Tensor:
-    """The mean of x over each group: `[..., G]`; computed once for all linears that share x."""
+    """The mean of x over each group, `[..., G]` (one group: `[..., 1]`); computed once for all linears that share x."""
     name = f"{x.name}/mean{quant.group_size}"
     last = small(f"{name}/axes", [-1], np.int64)
+    if quant.per_channel:
+        return once(graph, "ReduceMean", [x, last], name, keepdims=1)
     shape = small(f"{name}/shape", [0] * (len(x.shape) - 1) + [quant.groups, quant.group_size], np.int64)
     grouped = once(graph, "Reshape", [x, shape], f"{name}/grouped")
     return once(graph, "ReduceMean", [grouped, last], name, keepdims=0)

@@ -8,18 +8,17 @@ TensorRT takes signed codes and no zero points. With c the central code 2^(bits-
 a symmetric DequantizeLinear, and a term that is constant within a group: x times it is mean(x over the group) times
 `group_size` and the term. The mean, not the sum: it cannot overflow float16.
 
-Where x has a mean, both products grow with it and with the group, and 16 bits round each; over all of K they are many
-times their sum. There the mean m is taken off first; x' = x - m has a mean m' again, of rounding alone. But for the last
-bit of m, x @ w is then
+Where x has a mean, both parts are larger than their sum, and 16 bits round each: so a token's mean is taken off first,
+as 16 bits have it, m. With x' = x - m as 16 bits have that, and S the sum of a channel's weights,
 
-    (x' - m' + m) @ w  =  x' @ ((code - c) * scale)  -  m' * sum((code - c) * scale)  +  m * sum(w)
+    x @ w  =  x' @ w + (m - mean(x')) * S
+           =  x' @ ((code - c) * scale)  +  mean(x' by group) @ (group_size * term - S / groups)  +  m * S
 
-docs/facts.md, "Terms that cancel"
+where mean(x') is what rounding left: nothing large cancels any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -69,39 +68,38 @@ def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.
 
 
 def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """group_size times what is constant within a group: `[G, N]`, or `[N]` for one group."""
-    n, g = weight.shape[0], weight.groups
+    """K times what is constant within a channel: `[N]`."""
+    assert weight.per_channel
 
     def project(tile: Tile) -> Array:
-        values = offsets(raised(Codes(*tile.parts), weight, dtype), weight.central) * np.float32(weight.group_size)
+        values = offsets(raised(Codes(*tile.parts), weight, dtype), weight.central)[:, 0] * np.float32(weight.shape[1])
+        return finite(values, dtype, weight, tile.start, "zero point correction")
+
+    return gs.Constant(f"{weight.name}/corrections", View(weight, weight.shape[:1], dtype, project=project))
+
+
+def centring(weight: QuantTensor, dtype: np.dtype[Any]) -> tuple[gs.Constant, gs.Constant]:
+    """What x' by group meets, `[G, N]` or `[N]` for one group, and what m does, S `[N]`."""
+
+    def total(tile: Tile) -> Array:
+        return np.asarray(dequantize(raised(Codes(*tile.parts), weight, dtype), weight.group_size).sum(axis=1))
+
+    def by_group(tile: Tile) -> Array:
+        block = raised(Codes(*tile.parts), weight, dtype)
+        values = offsets(block, weight.central) * np.float32(weight.group_size)
+        values -= total(tile)[:, None] / np.float32(g)
         narrow = finite(values, dtype, weight, tile.start, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
+    def whole(tile: Tile) -> Array:
+        return finite(total(tile), dtype, weight, tile.start, "sum of weights")
+
+    n, g = weight.shape[0], weight.groups
     shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
-    return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
-
-
-def signed_sums(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """The sum of a channel's (code - c) * scale: `[N]`."""
-    return channel_sums(weight, dtype, "signed_sums", lambda block: np.zeros_like(block.scale[:, 0]))
-
-
-def weight_sums(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """The sum of a channel's weights: `[N]`."""
-    return channel_sums(weight, dtype, "sums", lambda block: offsets(block, weight.central)[:, 0])
-
-
-def channel_sums(weight: QuantTensor, dtype: np.dtype[Any], what: str, above: Callable[[Codes], Array]) -> gs.Constant:
-    """The sums of (code - c) * scale and what a weight is `above` it."""
-    assert weight.per_channel
-    k = weight.shape[1]
-
-    def project(tile: Tile) -> Array:
-        block = raised(Codes(*tile.parts), weight, dtype)
-        steps = (block.codes.sum(axis=1, dtype=np.int64) - k * weight.central).astype(np.float32)
-        return finite(steps * block.scale[:, 0] + k * above(block), dtype, weight, tile.start, "sum of weights")
-
-    return gs.Constant(f"{weight.name}/{what}", View(weight, weight.shape[:1], dtype, project=project))
+    return (
+        gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=by_group)),
+        gs.Constant(f"{weight.name}/sums", View(weight, (n,), dtype, project=whole)),
+    )
 
 
 def raised(block: Codes, weight: QuantTensor, dtype: np.dtype[Any]) -> Codes:

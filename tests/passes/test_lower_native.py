@@ -25,7 +25,7 @@ from tests.graphs import FLOAT32, evaluate, linear_graph
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 K = 256
-# Of one output channel's norm, in units of the type's rounding: x less its mean, products and sums each round once.
+# Of one output channel's norm, in units of the type's rounding: x @ w, the correction and their sum each round once.
 BOUND = 4
 
 
@@ -111,9 +111,9 @@ def test_lowered_is_the_twin_but_for_rounding(mode: str, dtype: np.dtype, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("mode", ["a16w8", "a16w4-channel", "a8w8-asymmetric"])
-def test_the_mean_of_an_input_makes_no_large_terms(mode: str, dtype: np.dtype, tmp_path: Path) -> None:
-    """All of x is eight times its deviation above 0: behind a GELU a mean is smaller, and K larger."""
+@pytest.mark.parametrize("mode", ["a16w8", "a16w8-group", "a16w4", "a16w4-channel", "a8w8-asymmetric"])
+def test_a_mean_of_the_inputs_costs_nothing(mode: str, dtype: np.dtype, tmp_path: Path) -> None:
+    """Of eight deviations, which a zero point would meet in 16 bits; behind a GELU it is smaller, and K larger."""
     bits, group, symmetric, int8 = MODES[mode]
     w, x = weights(), (tokens() + 8).astype(dtype).astype(np.float32)
     twin = canonical(w, table(w, bits, group, symmetric=symmetric, int8=int8, dtype=dtype))
@@ -164,9 +164,7 @@ def test_a_symmetric_weight_has_no_correction() -> None:
 def test_linears_that_share_an_input_share_its_means_and_its_codes() -> None:
     w = weights()
     means = lower(canonical(w, table(w, 4, 64, symmetric=False)), FLOAT16)
-    assert ops(means).count("ReduceMean") == 1
-    centered = lower(canonical(w, table(w, 8, -1, symmetric=False)), FLOAT16)
-    assert (ops(centered).count("Sub"), ops(centered).count("ReduceMean")) == (1 + len(w), 2)
+    assert [ops(means).count(op) for op in ("ReduceMean", "Sub")] == [2, 1]  # of a token; of what it leaves, by group
     codes = lower(canonical(w, table(w, 8, -1, symmetric=True, int8=True)), FLOAT16)
     assert ops(codes).count("QuantizeLinear") == 1
 
@@ -226,7 +224,7 @@ def test_float32_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_zero_point_costs_little_room() -> None:
-    """An asymmetric int4 weight in groups of 128 takes 3 % more than a symmetric one: a correction a group."""
+    """An asymmetric int4 weight [N, 256] in groups of 128 takes 5 % more: a correction a group, and a sum a channel."""
 
     def room(*, symmetric: bool) -> int:
         w = weights()
@@ -234,4 +232,4 @@ def test_a_zero_point_costs_little_room() -> None:
         views = (view_of(tensor) for tensor in graph.tensors().values())
         return sum(view.nbytes for view in views if view is not None)
 
-    assert 1.02 < room(symmetric=False) / room(symmetric=True) < 1.04
+    assert 1.03 < room(symmetric=False) / room(symmetric=True) < 1.05

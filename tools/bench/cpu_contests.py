@@ -1,5 +1,5 @@
 """What `instantrt bench cpu` runs, asks for and wants: of a causal LM, of random weights, of an encoder; and what
-`instantrt bench formats frontier` does."""
+`instantrt bench formats frontier` and `instantrt bench gguf` do."""
 
 from __future__ import annotations
 
@@ -240,4 +240,18 @@ FRONTIER = Contest(
     speed=DECODE,
     loss="nats a token",
 )
-CONTESTS = {"decoder": DECODER, "shape": SHAPE, "encoder": ENCODER, "frontier": FRONTIER}
+LINK = "import os, sys; os.symlink(sys.argv[1], sys.argv[2] + '/model.gguf')"
+LLAMA = "llama.cpp"
+OF_GGUF = Contest(
+    forms={
+        FLOAT: ours("--requantize --quant none", 32),
+        **{preset: ours(f"--cpu-preset {preset}", 4) for preset in ("exact", "auto", "fast")},
+        LLAMA: Form("llama", "llama", ("-c", LINK, MODEL, MADE), "model.gguf", "model.gguf", 4),
+    },
+    first=(),
+    rounds={PREFILL: ("prefill", 512), DECODE: ("decode", 128), DECODE_LONG: ("decode", 1024)},
+    bases={(measure, None): LLAMA for measure in (PREFILL, DECODE, DECODE_LONG)},
+    speed=DECODE,
+    loss="nats a token",
+)
+CONTESTS = {"decoder": DECODER, "shape": SHAPE, "encoder": ENCODER, "frontier": FRONTIER, "gguf": OF_GGUF}

@@ -25,6 +25,8 @@ COMMANDS = {  # name -> (module, what --help says)
     "check": (f"{CLI}check", "Verify an output folder: digests, versions, loading."),
     "targets": (f"{CLI}targets", "Print what can be compiled for."),
     "generate": (f"{CLI}generate", "Generate text with a compiled artifact."),
+    "embed": (f"{CLI}embed", "Make vectors of texts with a compiled artifact."),
+    "classify": (f"{CLI}classify", "Label texts with a compiled artifact."),
     "diff": (f"{CLI}diff", "Say whether an artifact is right, and what quantization cost."),
     "perplexity": (f"{CLI}perplexity", "Print the perplexity of a model on a text."),
     "serve": (f"{CLI}serve", "Serve a Triton model repository until interrupted."),
@@ -34,6 +36,7 @@ COMMANDS = {  # name -> (module, what --help says)
 BENCHES = {
     "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
     "cpu": (f"{BENCH}cpu", "CPU artifacts beside llama.cpp, onnxruntime-genai and OpenVINO: loss, speed, memory."),
+    "gguf": (f"{BENCH}gguf", "GGUF files as they come, beside llama.cpp: loss, bytes, speed."),
     "engine": (f"{BENCH}engine", "Build engines for models of random weights: time, size, memory."),
     "rescaled": (f"{BENCH}rescaled", "Write a copy of a checkpoint that is as good, and harder to quantize."),
     "formats": (f"{BENCH}formats", "Quantized checkpoints of every format, against transformers."),

@@ -1,0 +1,97 @@
+"""A GGUF file compiled as it is, beside llama.cpp: `instantrt bench gguf FILE...` writes benchmarks/gguf.json and .md.
+
+Bytes, loss, divergence from the float32 model of the same dequantized weights, and speed of each preset, measured as
+`instantrt bench cpu` does; what a compile takes is its wall time, caches as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from instantrt.compiler.frontend.gguf.folder import made_folder
+from instantrt.tools.bench.compile_time import measured
+from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
+from instantrt.tools.bench.cpu_contests import FLOAT, MADE, MODEL, OF_GGUF
+from instantrt.tools.bench.cpu_page import MIB, speed_cell
+from instantrt.tools.bench.frontier import rows
+
+Result = dict[str, Any]
+OUT = ROOT / "benchmarks" / "gguf.json"
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="GGUF files of causal LMs that take 1056 tokens")],
+    text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of tokenizer.json, for files that have none")] = None,
+    llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    scratch: Annotated[Path | None, typer.Option(help="gets the artifacts, and keeps them")] = None,
+    out: Annotated[Path, typer.Option(help="the JSON; .md goes beside it")] = OUT,
+) -> None:
+    """Measure GGUF files in every preset; the JSON and the page keep the last results of other files."""
+    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
+    pythons = {"ours": sys.executable} | ({"llama": str(llama)} if llama is not None else {})
+    with ExitStack() as stack:
+        base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for file in files:
+            results[file.name] = one(
+                file.absolute(), text, tokenizer, base / re.sub(r"\W+", "-", file.name), pythons, rounds
+            )
+            out.write_text(json.dumps({"results": results}, indent=1) + "\n")
+            out.with_suffix(".md").write_text(markdown(results))
+
+
+def one(
+    file: Path, text: Path, tokenizer: Path | None, folder: Path, pythons: Mapping[str, str], rounds: int
+) -> Result:
+    """All that is measured of a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact, inputs = folder / "timed", folder / "inputs.npz"
+    given = {MODEL: str(file), MADE: str(artifact)}
+    words = [given.get(word, word) for word in OF_GGUF.forms["auto"].words]
+    seconds = measured([sys.executable, *words], folder / "timed.log", {"HF_HUB_OFFLINE": "1"})[0]
+    made = made_folder(file)  # held while it is read
+    write_inputs("gguf", tokenizer or made.path, text, inputs)
+    load = os.getloadavg()[0]
+    found = contest("gguf", file, inputs, folder, pythons, rounds)
+    about = {"machine": machine(load), "text": text.name}
+    return found | about | {"bytes": file.stat().st_size, "compile_s": round(seconds, 2)}
+
+
+ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says
+what is done with them. `auto` is the default: take `exact` where its KL matters, `fast` where speed is worth its KL.
+
+float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text,
+in windows of 512 tokens; KL is the mean divergence of the next token's distribution from float32's. MiB are of weights
+and graph, behind them the ratio to the GGUF file. Speeds are tokens a second of two threads, medians of rounds in which
+all take turns, and behind them their ratio to llama.cpp within a round, with quartiles."""
+
+
+def markdown(results: Mapping[str, Result]) -> str:
+    lines = ["# GGUF files beside llama.cpp", "", ABOUT, ""]
+    for name, result in results.items():
+        lines += [f"## {name}", "", *rows(("", "loss", "KL", "MiB", *OF_GGUF.rounds), table(result)), ""]
+        lines += [f"* compiled in {result['compile_s']} s", f"* {result['machine']}", f"* text: {result['text']}"]
+        lines += [f"* {line}" for line in result["versions"]]
+        lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
+        lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
+    return "\n".join(lines)
+
+
+def table(result: Result) -> Iterator[tuple[str, ...]]:
+    sides = result["sides"]
+    for name, side in sides.items():
+        size = f"{side['bytes'] / MIB:.1f} ({side['bytes'] / result['bytes']:.2f}x)"
+        kl = "itself" if name == FLOAT else f"{side['kl']:.5f}"
+        speeds = (speed_cell(OF_GGUF, sides, name, measure) for measure in OF_GGUF.rounds)
+        yield name, f"{side['loss']:.4f}", kl, size, *speeds
