@@ -195,15 +195,15 @@ def lower_tensorrt(
     run(graph, passes, log)
     if request.embeddings == "int8":
         refuse_no_table(log, LowerNativeTables)
-    lower_native(graph, dtype, log)
+    lower_native(graph, dtype, log, wide=target.wide_int8)
     if not target.rtx:  # TensorRT-RTX takes any block: docs/facts.md, "Blocks that full TensorRT documents"
         run(graph, [ExplicitScales()], log)
     return graph if target.whole_operators else decompose(graph, dtype, log)
 
 
-def lower_native(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:
+def lower_native(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog, *, wide: bool) -> gs.Graph:
     """Every quantized linear in the form that TensorRT fuses, or a UserError that says why one has none."""
-    passes: tuple[Lowering[Any], ...] = LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype)
+    passes: tuple[Lowering[Any], ...] = LowerNativeWeightOnly(dtype), LowerNativeInt8(dtype, wide)
     run(graph, passes, log)
     refuse_leftovers(graph, log, "TensorRT without plugins")
     verify(graph, Stage.TENSORRT)

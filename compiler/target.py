@@ -58,6 +58,11 @@ class Target:
         return "libinstantrt_plugins_sm70.so" if self.sm == 70 else "libinstantrt_plugins.so"
 
     @property
+    def wide_int8(self) -> bool:
+        """It has products of int8 that are written as float32 (docs/facts.md, "Turing")."""
+        return self.sm is not None and self.sm >= 80
+
+    @property
     def whole_operators(self) -> bool:
         """Its TensorRT parses the operators of opset 23 and 24 that our graphs have."""
         return SpecifierSet(self.tensorrt).contains(WHOLE)

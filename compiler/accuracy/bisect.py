@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.bounds import BETWEEN, Bound, bound_of, int8_block, seen_by
+from instantrt.compiler.accuracy.bounds import BETWEEN, Bound, bound_of, int8_block, quantizes, seen_by
 from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.metrics import difference
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
@@ -99,7 +99,7 @@ class BisectingLog(PassLog):
             for tensor in node.outputs:
                 if tensor.name in self.truth:
                     error, bound = self.error(wiring, tensor.name, given)
-                    if not error <= bound.layer and not self.amplified(wiring, tensor.name, error):
+                    if not error <= bound.layer and not self.amplified(tensor.name, error):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
     def error(self, wiring: Wiring, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
@@ -110,28 +110,34 @@ class BisectingLog(PassLog):
         bound = bound_of(nodes, self.dtype)
         if any("Attention" in node.op for node in nodes):
             bound = replace(bound, layer=BETWEEN.get(bound, bound.layer))
-        expected = self.truth[name]
+        coarse = int8_block(nodes) is not None or quantizes(nodes)
+        expected = self.as_seen(wiring, name, nodes) if coarse else self.truth[name]
+        return distance(run.take(name), expected, worst=self.worst), bound
+
+    def as_seen(self, wiring: Wiring, name: str, nodes: Sequence[gs.Node]) -> Array:
+        """The twin's `name` of what `nodes` see of their inputs, where they make integers of activations.
+
+        That are blocks of int8, or 16 bits: a last bit that turns a code moves the result by a whole step.
+        """
+        made = {t.name for node in nodes for t in node.outputs}
+        kept = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - made  # the others are made with this one
+        run = Evaluation(self.canonical, {k: v for k, v in self.truth.items() if k in kept}, wiring=self.wiring)
+        for x in {t.name for node in run.needed(name) for t in node.inputs} & run.values.keys():
+            run.values[x] = rounded(run.values[x], self.dtype)
         coarse = next((n for n in nodes if int8_block([n]) is not None), None)
         if coarse is not None:
             x = coarse.inputs[0].name
-            made = {t.name for node in nodes for t in node.outputs}
-            kept = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - made  # the others are made with this one
-            truth = {key: value for key, value in self.truth.items() if key in kept}
-            seen = {**truth, x: seen_by([coarse], self.truth[x])}
-            expected = Evaluation(self.canonical, seen, wiring=self.wiring).take(name)
-        value = run.take(name)
-        return distance(value, expected, worst=self.worst), bound
+            run.values[x] = seen_by([coarse], self.truth[x])
+        return run.take(name)
 
-    def amplified(self, wiring: Wiring, name: str, error: float) -> bool:
-        """Is the twin's own tensor as far off when what the lowered graph has, too, is rounded to the target's 16 bits?
+    def amplified(self, name: str, error: float) -> bool:
+        """Is the twin's own tensor as far off when all that it reads is rounded to the 16 bits of the target?
 
-        Then no operator is wrong: the largest of two nearly equal values is another one, their difference nothing, or
-        a value next to a tie becomes the next code.
+        Then no operator is wrong: the largest of two nearly equal values is another one, or their difference nothing.
         """
         if self.dtype not in HALVES:
             return False
-        has = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - {name}
-        before = {key: rounded(value, self.dtype) for key, value in self.truth.items() if key in has}
+        before = {key: rounded(value, self.dtype) for key, value in self.truth.items() if key != name}
         value = Evaluation(self.canonical, before, wiring=self.wiring).take(name)
         moved = distance(value, self.truth[name], worst=self.worst)
         if not (np.isnan(moved) or error <= AS_ROUGH * moved):

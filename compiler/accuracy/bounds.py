@@ -56,18 +56,22 @@ BETWEEN = {TWO_LIMBS: 1e-2, LIMBS_CACHE: 1e-2, INT8_TOKEN: INT8_TOKEN.layer, INT
 def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
     """The bound of what `nodes` compute, in the compute type `dtype`: the coarsest arithmetic found among them."""
     ops = {node.op for node in nodes}
-    cache = any(map(keeps_integers, nodes))
-    quantizes = cache or "QuantizeLinear" in ops or any(n.attrs.get("activation_bits") == 8 for n in nodes)
     if dtype == np.float16:
-        return INT8_FLOAT16 if quantizes else FLOAT16
+        return INT8_FLOAT16 if quantizes(nodes) else FLOAT16
     if dtype == np.dtype(ml_dtypes.bfloat16):
-        return INT8_BFLOAT16 if quantizes else BFLOAT16
+        return INT8_BFLOAT16 if quantizes(nodes) else BFLOAT16
     if int8_block(nodes) is not None:
         return INT8_BLOCK
     if {"MatMulIntegerToFloat", "MatMulNBits"} & ops:
         two = any(map(parts_limbs, nodes)) or "DequantizeLinear" in ops  # the first limb, to be taken off from x
-        return (LIMBS_CACHE if cache else TWO_LIMBS) if two else INT8_TOKEN
-    return INT8_TOKEN if quantizes else FLOAT32
+        return (LIMBS_CACHE if any(map(keeps_integers, nodes)) else TWO_LIMBS) if two else INT8_TOKEN
+    return INT8_TOKEN if quantizes(nodes) else FLOAT32
+
+
+def quantizes(nodes: Sequence[gs.Node]) -> bool:
+    """Do they make integers of activations, or of a cache?"""
+    integers = any(n.op == "QuantizeLinear" or n.attrs.get("activation_bits") == 8 for n in nodes)
+    return integers or any(map(keeps_integers, nodes))
 
 
 def keeps_integers(node: gs.Node) -> bool:

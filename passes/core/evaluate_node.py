@@ -80,12 +80,13 @@ def value_of(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
 
 
 def narrow(value: Array, tensor: gs.Tensor, node: gs.Node, values: Mapping[str, Array]) -> Array:
-    """Rounds to the 16-bit type that the tensor has: the declared one, or that of the node's inputs."""
-    if value.dtype != FLOAT32:
+    """Rounds to the 16-bit type that the tensor has: the declared one, or that of the node's inputs or scale."""
+    if value.dtype != FLOAT32 or node.op == "Cast":
         return value
+    scale = node.inputs[1].dtype if node.op == "DequantizeLinear" else None
     first = next((values[t.name].dtype for t in node.inputs if t.name in values), FLOAT32)
-    dtype = numpy_type(tensor.dtype) if tensor.dtype is not None else first
-    return value.astype(dtype) if dtype in HALVES and node.op not in ("Cast", "DequantizeLinear") else value
+    dtype = next((numpy_type(known) for known in (scale, tensor.dtype) if known is not None), first)
+    return value.astype(dtype) if dtype in HALVES else value
 
 
 def matmul(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | None:

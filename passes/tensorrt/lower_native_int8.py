@@ -8,6 +8,9 @@ Both constants are powers of two, so they round nothing; the builder makes them 
 where one product of codes is the smallest normal float16 and the sum of K <= 65504 largest ones is still finite.
 A weight scale by channel inside the DequantizeLinear would instead make the GEMM write its unscaled sums as float16
 (docs/facts.md, "Overflow of int8 products").
+
+With zero points the product is float32 where the GPU has that: it and its correction, mean(x) * group_size * (c - zero)
+* scale, are many times their sum where x has a mean (docs/facts.md, "A mean in 16 bits").
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ TINY = 1e-30  # in place of the largest value of an all-zero token
 
 @dataclass(frozen=True)
 class LowerNativeInt8(Lowering[Quantized]):
-    """`dtype` is the compute type: that of x and of the GEMM's output."""
+    """`dtype` is the compute type: that of x and of the GEMM's output; `wide`: the GPU also has one that is float32."""
 
     dtype: np.dtype[Any]
+    wide: bool
 
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
@@ -48,11 +52,13 @@ class LowerNativeInt8(Lowering[Quantized]):
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         out, name = take_over(match.node), match.node.name
         codes, span = quantized_tokens(graph, match.x)
-        token = once(graph, "DequantizeLinear", [codes, step(match.x, self.dtype)], f"{match.x.name}/unit")
-        inputs = [signed_codes(match.quant, FLOAT32), small(f"{name}/weight/step", STEP, self.dtype)]
+        wide = self.wide and not match.quant.symmetric
+        dtype, unit = (FLOAT32, "token/wide_unit") if wide else (self.dtype, "unit")
+        token = once(graph, "DequantizeLinear", [codes, step(match.x, dtype)], f"{match.x.name}/{unit}")
+        inputs = [signed_codes(match.quant, FLOAT32), small(f"{name}/weight/step", STEP, dtype)]
         weight = add(graph, "DequantizeLinear", inputs, f"{name}/weight")
         y = add(graph, "MatMul", [token, weight], f"{name}/int8", name=name)
-        y = add(graph, "Cast", [y], f"{name}/wide", to=onnx.TensorProto.FLOAT)
+        y = y if wide else add(graph, "Cast", [y], f"{name}/wide", to=onnx.TensorProto.FLOAT)
         y = add(graph, "Mul", [y, channel_scales(match.quant, FLOAT32, 1 / STEP)], f"{name}/by_channel")
         if not match.quant.symmetric:
             mean = code_mean(graph, match.x, codes)

@@ -9,10 +9,15 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.bisect import BisectingLog, bisect
+from instantrt.compiler.accuracy.bisect import BisectingLog, Culprit, bisect
+from instantrt.passes.core.lazy import view_of
 from instantrt.passes.core.rewrite import PassLog, Reject, Rewrite, run
 from instantrt.passes.ort.linear import linear_passes
-from tests.compiler.accuracy_models import FEEDS, constant, decisions, float_graph
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
+from tests.compiler.accuracy_models import FEEDS, K, constant, decisions, float_graph
+
+FLOAT16 = np.dtype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -103,3 +108,29 @@ def test_the_last_token_alone_is_no_wrong_output() -> None:
     written.nodes.append(gs.Node("Slice", "last", {}, [every, *bounds], [end]))
     end.shape = (end.shape[0], 1, end.shape[2])
     assert bisect(lower, looking(canonical), written) is None
+
+
+def test_a_code_that_sixteen_bits_turn_is_no_error_and_a_wrong_scale_is() -> None:
+    """The twin makes codes of float32, an engine of float16: near a tie they are others, and a step is many bounds."""
+    graph = float_graph()
+    canonical = pipeline.quantize(graph.copy(), decisions(graph, 8, K, "int8"), PassLog())
+    loud = FEEDS["x"] * np.where(np.arange(K) == 5, np.float32(10), np.float32(1))
+    factor = np.float32(1)
+
+    def lower(log: PassLog) -> gs.Graph:
+        lowered = run(canonical.copy(), cast_compute_type(FLOAT16), log)
+        pipeline.lower_native(lowered, FLOAT16, PassLog(), wide=True)
+        scales = next(node for node in lowered.nodes if node.name == "second/by_channel")
+        scales.inputs[1] = gs.Constant("second.scales", view_of(scales.inputs[1]).load() * factor)
+        log.passed(LowerNativeInt8(FLOAT16, wide=True), lowered, changed=True)
+        return lowered
+
+    def culprit() -> Culprit | None:
+        return bisect(lower, BisectingLog(canonical=canonical, feeds={"x": loud}, dtype=FLOAT16, worst=False))
+
+    assert culprit() is None
+    factor = np.float32(1.01)
+    found = culprit()
+    assert found is not None
+    assert found.tensor == "second.product"
+    assert found.error == pytest.approx(0.01, rel=0.05)

@@ -64,7 +64,7 @@ PROFILES = tuple(
 )
 
 
-def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
+def lowered(folder: Path, methods: list[str], *, wide: bool) -> tuple[Path, tuple[str, ...]]:
     """One model with a linear of each method, each with an input of its own."""
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal((N, K)).astype(np.float32) for name in methods}
@@ -76,7 +76,7 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
         table[name] = QuantTensor(name, source, w.shape, bits, group, symmetric, FLOAT16, activations)  # type: ignore[arg-type]
     graph, log = linear_graph(weights, share_input=False), PassLog()
     run(graph, (InsertDequantize(table), QuantizeActivations()), log)
-    pipeline.lower_native(run(graph, cast_compute_type(FLOAT16), log), FLOAT16, log)
+    pipeline.lower_native(run(graph, cast_compute_type(FLOAT16), log), FLOAT16, log, wide=wide)
     write_model(graph, folder / "model.onnx")
     return folder / "model.onnx", quantized_linears(graph)
 
@@ -85,7 +85,7 @@ def lowered(folder: Path, methods: list[str]) -> tuple[Path, tuple[str, ...]]:
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 120, 121])
 def test_how_each_weight_is_read(sm: int, tmp_path: Path) -> None:
     table = TURING if sm == 75 else TABLE
-    onnx, linears = lowered(tmp_path, list(table))
+    onnx, linears = lowered(tmp_path, list(table), wide=sm > 75)
     assert sorted(linears) == sorted(table)
     ranges = tuple({name: r for name, r in p.items() if name[2:] in table} for p in PROFILES)
     spec = EngineSpec("tensorrt_rtx", onnx, tmp_path / "m.engine", tmp_path / "m.txt", ranges, (sm,))

@@ -84,6 +84,24 @@ def test_a_table_is_read_by_row_and_sixteen_bits_round_once() -> None:
     assert (y == exact.astype(ml_dtypes.bfloat16)).all()
 
 
+def test_a_dequantized_tensor_has_the_type_of_its_scale() -> None:
+    """So a product of two of them is rounded to that: an int8 GEMM that writes float16."""
+    codes, x = gs.Variable("codes", np.dtype(np.int8), ["n", 64]), gs.Variable("x")
+    w, y = View(InMemory(RANDOM.integers(-99, 99, (64, 8)).astype(np.int8)), (64, 8), np.int8), gs.Variable("y")
+    step, weight = small("step", 2.0**-7, np.float16), gs.Variable("weight")
+    nodes = [
+        gs.Node("DequantizeLinear", "tokens", {}, [codes, step], [x]),
+        gs.Node("DequantizeLinear", "weights", {}, [gs.Constant("w", w), step], [weight]),
+        gs.Node("MatMul", "product", {}, [x, weight], [y]),
+    ]
+    given = RANDOM.integers(-99, 99, (3, 64)).astype(np.int8)
+    got = Evaluation(gs.Graph(nodes, [codes], [y], opset=23), {"codes": given}).take("y")
+    want = given.astype(np.float64) @ w.load() / 2**14
+    assert got.dtype == np.float16
+    assert (got == want.astype(np.float16)).all()
+    assert (got != want).any()
+
+
 def test_the_first_infinity_is_named_and_a_constant_one_is_not() -> None:
     x = gs.Variable("x", np.dtype(np.float32), ["n"])
     masked, squared, out = (gs.Variable(name) for name in ("masked", "squared", "out"))
