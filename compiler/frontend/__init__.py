@@ -56,10 +56,7 @@ def load(
             loaded = hf.load_checkpoint(
                 made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
             )
-            notes = (*made.notes, *loaded.notes)
-            if (gguf.parent / "config.json").is_file():
-                notes = (f"config.json beside {gguf.name} is not read: its metadata are", *notes)
-            return with_adapter(replace(loaded, notes=notes, held=made.held), lora, model)
+            return with_adapter(replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held), lora, model)
     if model.is_dir():
         from instantrt.compiler.frontend import hf
 

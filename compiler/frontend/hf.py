@@ -30,7 +30,7 @@ from instantrt.compiler.frontend.model import EncoderShape, FloatModel, LlmShape
 from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.sentence import SentencePipeline
 from instantrt.compiler.frontend.sentence_files import files_of, read_pipeline, tensors_of
-from instantrt.compiler.frontend.side_files import Report, account_of_files
+from instantrt.compiler.frontend.side_files import READ, Accounted, Report, account_of_files
 from instantrt.compiler.frontend.skeleton import adapt, announced, build_skeleton, family, other_heads, shape_of
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant.readers import announced_reader, unannounced_reader
@@ -170,7 +170,8 @@ def open_checkpoint(
     """
     pipeline = read_pipeline(folder, truncate_dim)
     root, folder = folder, pipeline.folder if pipeline is not None else folder
-    files = account_of_files(folder, report)
+    own = {tensor.path.name: READ for tensor in weights.values()} if weights is not None else {}
+    files = tuple(Accounted(name, 1, why) for name, why in own.items()) or account_of_files(folder, report)
     config = read_config(folder, trust_remote_code)
     reader = announced_reader(folder, config)
     head = head_of(config, str(folder / "config.json"), pooled=pipeline is not None)

@@ -24,9 +24,10 @@ from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend import load
-from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.frontend.model import EncoderShape, FloatModel
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.smoke.steps import encoder_steps
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
@@ -334,9 +335,11 @@ def test_loud_inputs_of_int8_layers_are_smoothed(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
-    """Of one token is enough, where a model without an interface may have some."""
+    """In one text of several is enough, where a model without an interface may have some."""
     theirs = make("bert", "AutoModel", tmp_path / "model")
-    theirs.embeddings.position_embeddings.weight.data[20] = np.nan
+    (step,) = encoder_steps(load(tmp_path / "model").graph, EncoderShape("hidden", 3, SIZES["vocab_size"], 32, 64))
+    first, second = step.feeds["input_ids"]
+    theirs.embeddings.word_embeddings.weight.data[next(iter(set(first) - set(second)))] = np.nan
     theirs.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="the model itself gives values that are not finite"):
         compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out"))

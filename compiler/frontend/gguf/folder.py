@@ -58,6 +58,8 @@ def made_folder(
     made = TemporaryDirectory(prefix=f"{path.stem}.")
     for name, text in {"config.json": json.dumps(config, indent=2), **beside}.items():
         (Path(made.name) / name).write_text(text, "utf-8")
+    if (path.parent / "config.json").is_file():
+        notes = [f"config.json beside {path.name} is not read: its metadata are", *notes]
     return MadeFolder(made, dict(placed(file, places, floats=requantize)), tuple(notes))
 
 
