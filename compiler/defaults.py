@@ -113,12 +113,9 @@ def settle(
             unfit = next(f"{path}, {k} inputs" for path, k in widths.items() if not fits(k, wanted))
             why = f"{wanted}, the default, does not divide {unfit}"
             notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
-    if (
-        request.search is None
-        and request.quant_config is None
-        and (config.bits == 4 or (of_texts and config.activate_quant))
-    ):
-        config = replace(config, search=chosen.search)
+    if request.search is None and request.quant_config is None:
+        smoothed: Search = "activations" if of_texts and config.activate_quant else "none"
+        config = replace(config, search=chosen.search if config.bits == 4 else smoothed)
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
         return Formats(target.name, heads, config, None, request.embeddings or "stored", notes, groups)

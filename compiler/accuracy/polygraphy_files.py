@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 
@@ -22,10 +22,18 @@ REPEATED = 32  # tokens of the run that is saved: small files, and enough to rep
 
 
 def polygraphy_files(
-    subject: Subject, data: Data, runners: Mapping[str, Runner], folder: Path, final: Callable[[Path], Path]
+    subject: Subject,
+    data: Data,
+    runners: Mapping[str, Runner],
+    folder: Path,
+    final: Callable[[Path], Path],
+    held: Iterable[str],
 ) -> tuple[str, list[str]]:
     """Writes inputs.json, run_results.json, twin.json and accuracy_results.json. Returns the command that repeats the
-    comparison, where `final` says that each path will be, and what Polygraphy's L2 comparator objects to."""
+    comparison, where `final` says that each path will be, and what Polygraphy's L2 comparator objects to.
+
+    held   the forms whose bound is on the size of their difference
+    """
     llm = subject.model.llm
     feeds = llm_feeds(data.batches[0][:1, :REPEATED], llm) if llm is not None else data.feeds[0]
     outputs, seconds = {}, {}
@@ -50,7 +58,7 @@ def polygraphy_files(
     for form in names:
         reference, kind = AGAINST.get(form, ("", ""))
         bound = model_bound(subject, kind) if kind else None
-        if bound is None or reference not in names:
+        if bound is None or reference not in names or form not in held:
             continue
         limits = {name: bound.model * float(np.linalg.norm(v)) for name, v in results[reference][0].items()}
         func = L2CompareFunc(l2_threshold={"": 0.0, **limits}, check_shapes=False)
@@ -58,7 +66,10 @@ def polygraphy_files(
         accuracy.extend(Comparator.compare_accuracy(results, compare_func=func, comparisons=pairs))
     accuracy.save(str(folder / "accuracy_results.json"))
     objections = [
-        f"Polygraphy: {pair} differ" for each in accuracy for pair, ok in each.items() if not all(map(bool, ok))
+        f"Polygraphy: {form} and {reference} differ"
+        for each in accuracy
+        for (form, reference), runs in each.items()
+        if not all(bool(same) for run in runs for same in run.values())
     ]
     return repeat_command(subject, results, folder, final), objections
 
