@@ -84,6 +84,8 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
     check_out(request.out, targets, [*read, *([triton] if triton is not None else [])])
     if triton is not None:
         check_folder(triton)
+    if request.min_cosine is not None and not verify:
+        raise UserError("min_cosine does nothing without --verify", fix="--verify --text FILE")
     if verify:
         from instantrt.compiler.accuracy.run import check_reports
 
@@ -123,7 +125,7 @@ def stage_reports(
     from instantrt.compiler.accuracy.run import check_artifacts
 
     staged, folder = replace(request, out=staging.staged(request.out)), request.out / REPORT
-    budget = Budget(request.max_kl, request.max_ppl_increase)
+    budget = Budget(request.max_kl, request.max_ppl_increase, request.min_cosine)
     verdicts = check_artifacts(planned, staged, artifacts, data, budget, folder, staging, say=watch.say)
     watch.verdicts(verdicts)
     return verdicts

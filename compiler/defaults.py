@@ -29,7 +29,9 @@ class Defaults:
 
 
 SPEC = Defaults(-1, -1)  # of the spec's own keys, and of engines: the forms that TensorRT fuses
-ENCODER = Defaults(-1, 32)  # many rows meet the weights: integer products of whole channels are the fastest
+OTHERS = Defaults(-1, 32)  # many rows meet the weights: integer products of whole channels are the fastest
+# Of texts, where 16-bit activations are asked for to keep the vectors: docs/facts.md, "Formats of an encoder".
+ENCODER = Defaults(32, 32, "activations")
 # By `instantrt bench formats defaults` (benchmarks/defaults.json), a 135 M model, KL to float in nats and MiB:
 #                auto           fast           exact
 #   per channel                 0.0086  135    0.0029  131
@@ -87,8 +89,13 @@ def settle(
     heads: Set[str],
     *,
     of_floats: bool,
+    of_texts: bool = False,
 ) -> Formats:
-    """What the request says, and the table where it says nothing. `of_floats`: the checkpoint is not quantized yet."""
+    """What the request says, and the table where it says nothing.
+
+    of_floats   the checkpoint is not quantized yet
+    of_texts    the model is an encoder, which reads texts
+    """
     if config is None or not of_floats:
         return Formats(target.name, heads, config, None, request.embeddings or "stored")
     widths = {found.path: found.shape[1] for found in linears if config.ignored(found.path) is None}
@@ -96,7 +103,7 @@ def settle(
     on_cpu = target.backend is Backend.ONNXRUNTIME
     chosen = SPEC
     if on_cpu and request.quant_config is None:
-        chosen = CAUSAL[request.cpu_preset] if heads else ENCODER
+        chosen = CAUSAL[request.cpu_preset] if heads else ENCODER if of_texts else OTHERS
     groups = OF_CPUS if on_cpu else FUSED if request.plugin is None else EVERY_GROUP
     notes: tuple[str, ...] = ()
     if request.group_size is None and request.quant_config is None and not config.activate_quant:
@@ -106,7 +113,11 @@ def settle(
             unfit = next(f"{path}, {k} inputs" for path, k in widths.items() if not fits(k, wanted))
             why = f"{wanted}, the default, does not divide {unfit}"
             notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
-    if request.search is None and request.quant_config is None and config.bits == 4:
+    if (
+        request.search is None
+        and request.quant_config is None
+        and (config.bits == 4 or (of_texts and config.activate_quant))
+    ):
         config = replace(config, search=chosen.search)
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":

@@ -10,11 +10,12 @@ from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.budget import Raised, override, room_for, within_budget
 from instantrt.compiler.accuracy.calibrate import calibrate, tokens_of
 from instantrt.compiler.accuracy.data import generated
-from instantrt.compiler.accuracy.importance import input_energy, search_scales
+from instantrt.compiler.accuracy.importance import input_energy, search_scales, smoothing
 from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.adapter.folder import is_adapter
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
+from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 
@@ -61,6 +62,19 @@ def fit_codes(
     if request.calibration is not None:
         return calibrate(graph, model, decisions, formats.heads, request.calibration, say)
     return search(graph, model, decisions, formats, say)
+
+
+def smooth(
+    graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Formats, say: Say, log: PassLog
+) -> tuple[gs.Graph, Decisions]:
+    """An encoder's float graph with the loud inputs of its int8 linears smoothed, where a search is asked for."""
+    config = formats.config
+    if model.encoder is None or config is None or config.search == "none" or not config.activate_quant:
+        return graph, decisions
+    say("measuring the inputs of each layer")
+    paths = {path for path, q in decisions.items() if isinstance(q, QuantTensor) and q.activations != "float"}
+    factors = smoothing(graph, paths, generated(model, tokens=TOKENS))
+    return pipeline.smooth_inputs(graph, decisions, factors, paths, log)
 
 
 def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Formats, say: Say) -> Decisions:

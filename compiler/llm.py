@@ -155,7 +155,7 @@ class LLM:
                 "this generates no text",
                 where=str(path),
                 expected="a causal LM for a CPU, or its engine",
-                found=KIT if self.artifact.kind == "kit" else "another model: see load_artifact",
+                found=KIT if self.artifact.kind == "kit" else "another model: see Embedder, Classifier, load_artifact",
             )
         if not (path.parent / "tokenizer.json").is_file():
             raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")

@@ -34,6 +34,7 @@ CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a 
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what does
 ABOVE_ZERO: Rule = (lambda value: 0 < value < math.inf, "a number above 0")
+PART: Rule = (lambda value: 0 < value <= 1, "a number above 0, at most 1")
 LEVELS: Rule = (lambda value: 0 <= value <= 5, "0 to 5")
 MIB: Rule = (lambda value: 1 <= value < 1 << 20, "MiB, 1 to 1048575")  # not bytes
 
@@ -195,6 +196,12 @@ class Accuracy:
     )
     max_ppl_increase: float | None = option(
         None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
+    )
+    min_cosine: float | None = option(
+        None,
+        "bound on the smallest cosine of an encoder's answers to the float model's, with --verify",
+        QUANTIZED,
+        rule=PART,
     )
     text: Path | None = option(None, "text in UTF-8 to measure on")
 

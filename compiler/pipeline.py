@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.saturation import NEEDED
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import FLOAT32
+from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
@@ -28,6 +29,7 @@ from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
 from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
+from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
@@ -99,8 +101,21 @@ def fold_norms(graph: gs.Graph, decisions: Decisions, log: PassLog) -> tuple[gs.
     if not ours:
         return graph, decisions
     folded = run(graph.copy(), [FoldNorms(ours)], log)
-    weights = {found.path: found.rows for found in linears(folded)}
-    return folded, {
+    return folded, of_graph(decisions, folded)
+
+
+def smooth_inputs(
+    graph: gs.Graph, decisions: Decisions, factors: Mapping[str, Array], paths: Set[str], log: PassLog
+) -> tuple[gs.Graph, Decisions]:
+    """The FLOAT graph with loud inputs of the linears at `paths` shared with their columns, and decisions for those."""
+    smoothed = run(graph.copy(), [SmoothInputs(factors, frozenset(paths))], log)
+    return smoothed, of_graph(decisions, smoothed)
+
+
+def of_graph(decisions: Decisions, graph: gs.Graph) -> Decisions:
+    """The same decisions for the weights that `graph` has."""
+    weights = {found.path: found.rows for found in linears(graph)}
+    return {
         path: replace(q, source=replace(q.source, weight=weights[path]))
         if isinstance(q, QuantTensor) and isinstance(q.source, Quantizer)
         else q

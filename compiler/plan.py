@@ -17,7 +17,7 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
-from instantrt.compiler.fit import check_text, choose_formats, fit_codes
+from instantrt.compiler.fit import check_text, choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import TableFormat
@@ -122,7 +122,10 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     limits = request.engine_limits(model.longest)
     for target in request.resolved_targets():
         dtype = types.get(target.name, SCALE_TYPE)
-        formats = settle(request, target, config, pipeline.linears(graph), heads, of_floats=reader is None)
+        of_texts = model.encoder is not None
+        formats = settle(
+            request, target, config, pipeline.linears(graph), heads, of_floats=reader is None, of_texts=of_texts
+        )
         tables = formats.embeddings if target.backend is Backend.ONNXRUNTIME else None
         own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
         key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact
@@ -165,6 +168,7 @@ def make_twin(
 
     decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
     floating, decisions = pipeline.fold_norms(graph, decisions, log)
+    floating, decisions = smooth(floating, model, decisions, formats, say, log)
     decisions = fit_codes(floating, model, decisions, formats, request, say)
     with uncollected():
         canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)

@@ -169,7 +169,12 @@ class Request(
 
 DEFAULTS = {f.name: f.default for f in fields(Request)}
 PATHS = tuple(name for name, types in types_of(Request).items() if {Path, tuple[Path, ...]} & {*types})
-UNRECORDED = ("targets", *PATHS, *(f.name for f, _ in options_of(Checking)))  # what no byte of an artifact depends on
+UNRECORDED = (
+    "targets",
+    "min_cosine",
+    *PATHS,
+    *(f.name for f, _ in options_of(Checking)),
+)  # what no byte of an artifact depends on
 
 
 def check_options(request: Request) -> None:

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from instantrt.compiler.compile import compile_model
+    from instantrt.compiler.encoder import Classifier, Embedder
     from instantrt.compiler.llm import LLM, load_artifact
     from instantrt.compiler.request import Request
 
-__all__ = ["LLM", "Request", "compile_model", "load_artifact"]
+__all__ = ["LLM", "Classifier", "Embedder", "Request", "compile_model", "load_artifact"]
 
 # ONNX Runtime's Linux wheels have telemetry switched on; the switch is read on import (docs/facts.md, "Telemetry").
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _WHERE = {
+    "Classifier": "instantrt.compiler.encoder",
+    "Embedder": "instantrt.compiler.encoder",
     "LLM": "instantrt.compiler.llm",
     "Request": "instantrt.compiler.request",
     "compile_model": "instantrt.compiler.compile",

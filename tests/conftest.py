@@ -65,6 +65,22 @@ def compiled(out: Path, **fields: Any) -> Plan:
 
 
 @pytest.fixture(scope="session")
+def embedding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a tiny embedding model, for x86."""
+    from tests.compiler.encoder_models import embedding_model
+
+    return made_once(tmp_path_factory, "embedding", embedding_model) / "out"
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny classifier."""
+    from tests.compiler.encoder_models import classifier
+
+    return made_once(tmp_path_factory, "classes", classifier) / "out"
+
+
+@pytest.fixture(scope="session")
 def tiny_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the example model, compiled for x86 with 8-bit weights."""
     request = Request(model=TINY, targets=("x86",), out=Path(), quant="a16w8")

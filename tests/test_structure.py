@@ -50,4 +50,5 @@ def test_a_class_name_means_one_thing() -> None:
     trees = [ast.parse(path.read_text()) for path in files]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert len(names) > 200
+    names.pop("TritonPythonModel")  # Triton calls the class of every entry so
     assert [name for name, count in names.items() if count > 1] == []

@@ -99,7 +99,7 @@ class BisectingLog(PassLog):
             for tensor in node.outputs:
                 if tensor.name in self.truth:
                     error, bound = self.error(wiring, tensor.name, given)
-                    if not error <= bound.layer and not self.amplified(tensor.name, error):
+                    if not error <= bound.layer and not self.amplified(wiring, tensor.name, error):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
     def error(self, wiring: Wiring, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
@@ -122,14 +122,16 @@ class BisectingLog(PassLog):
         value = run.take(name)
         return distance(value, expected, worst=self.worst), bound
 
-    def amplified(self, name: str, error: float) -> bool:
-        """Is the twin's own tensor as far off when all that it reads is rounded to the 16 bits of the target?
+    def amplified(self, wiring: Wiring, name: str, error: float) -> bool:
+        """Is the twin's own tensor as far off when what the lowered graph has, too, is rounded to the target's 16 bits?
 
-        Then no operator is wrong: the largest of two nearly equal values is another one, or their difference nothing.
+        Then no operator is wrong: the largest of two nearly equal values is another one, their difference nothing, or
+        a value next to a tie becomes the next code.
         """
         if self.dtype not in HALVES:
             return False
-        before = {key: rounded(value, self.dtype) for key, value in self.truth.items() if key != name}
+        has = {*wiring.made_by, *(t.name for t in wiring.graph.inputs)} - {name}
+        before = {key: rounded(value, self.dtype) for key, value in self.truth.items() if key in has}
         value = Evaluation(self.canonical, before, wiring=self.wiring).take(name)
         moved = distance(value, self.truth[name], worst=self.worst)
         if not (np.isnan(moved) or error <= AS_ROUGH * moved):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.compiler.accuracy.texts import sentences, text_batches
 from instantrt.compiler.frontend.model import FloatModel, Interface, LlmShape
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import Array
@@ -31,10 +32,12 @@ class Data:
     feeds: tuple[Mapping[str, Array], ...] = ()
     decode: Callable[[list[int]], str] = str
     file: str = ""  # where a text is from
+    texts: int = 0  # how many an encoder is given
 
     def __str__(self) -> str:
         tokens = sum(batch.size for batch in self.batches)
-        return " ".join(filter(None, (self.kind, self.file))) + (f": {tokens:,} tokens" if self.batches else " inputs")
+        much = f": {tokens:,} tokens" if self.batches else f": {self.texts:,} texts" if self.texts else " inputs"
+        return " ".join(filter(None, (self.kind, self.file))) + much
 
     @property
     def warning(self) -> str:
@@ -96,12 +99,19 @@ def load_data(
 ) -> Data:
     """The data a user asked for; `limit` caps the tokens of a text, `longest` those that see one another."""
     prompts = tuple(prompts)
-    window = min(WINDOW, longest or (model.llm.max_length if model.llm is not None else 0) or WINDOW)
+    window = min(WINDOW, longest or model.longest or WINDOW)
     if text is None and not prompts:
         return generated(model, window)
-    if model.llm is None:
-        raise UserError("a text says nothing to a model that is no causal LM", fix="leave --text and --prompt out")
+    if model.llm is None and model.encoder is None:
+        raise UserError("a text says nothing to a model that reads none", fix="leave --text and --prompt out")
     tokenizer = tokenizer_of(model.folder)
+    if model.encoder is not None:
+        texts = list(prompts) or sentences(read_text(text) if text is not None else "")
+        if not texts:
+            raise UserError("the text has no sentences", where=str(text), expected="sentences of three words or more")
+        feeds = tuple(text_batches(texts, model, longest or model.longest))
+        file = text.name if text is not None else ""
+        return Data("prompts" if prompts else "text", feeds=feeds, file=file, texts=len(texts))
     if prompts:
         rows = [np.array([tokenizer.encode(p).ids[:window]], np.int64) for p in prompts]
         short = [p for p, row in zip(prompts, rows, strict=True) if row.shape[1] < 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,19 +61,28 @@ class Budget:
 
     max_kl: float | None = None
     max_ppl_increase: float | None = None  # percent
+    min_cosine: float | None = None
 
     @property
     def bounded(self) -> bool:
         return self.max_kl is not None or self.max_ppl_increase is not None
 
     def violations(self, figures: Mapping[str, float]) -> list[str]:
-        increase = 100 * (figures["perplexity_ratio"] - 1)
-        stated = (("KL", figures["kl_mean"], self.max_kl), ("perplexity increase, %,", increase, self.max_ppl_increase))
-        return [
+        """What of the figures that there are is beyond its bound."""
+        increase = 100 * (figures.get("perplexity_ratio", math.nan) - 1)
+        stated = (
+            ("KL", figures.get("kl_mean"), self.max_kl),
+            ("perplexity increase, %,", increase, self.max_ppl_increase),
+        )
+        beyond = [
             f"{what} {value:.4g} exceeds the bound {limit:g}"
             for what, value, limit in stated
-            if limit is not None and not value <= limit
+            if limit is not None and value is not None and not value <= limit
         ]
+        cosine = figures.get("cosine_min", math.nan)
+        if self.min_cosine is not None and not cosine >= self.min_cosine:
+            beyond.append(f"the smallest cosine, {cosine:.5f}, is below the bound {self.min_cosine:g}")
+        return beyond
 
 
 UNLIMITED = Budget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,20 @@ LAYERS = {
     "probe": "error of the lowered layer's worst weight against the twin, seen through one-hot inputs",
     "arithmetic": "what runs the lowered layer",
 }
+# Figures of twin against float -> what a card calls them, and how it writes them.
+CARDS = {
+    "perplexity_reference": ("perplexity, float", "{:.4f}"),
+    "perplexity": ("perplexity, quantized", "{:.4f}"),
+    "perplexity_ratio": ("ratio", "{:.5f}"),
+    "kl_mean": ("mean KL, nats", "{:.3g}"),
+    "kl_p99": ("99 % of tokens below", "{:.3g}"),
+    "top1_agreement": ("top-1 agreement", "{:.2%}"),
+    "top5_agreement": ("top-5 agreement", "{:.2%}"),
+    "cosine_min": ("smallest cosine", "{:.5f}"),
+    "cosine_mean": ("mean cosine", "{:.5f}"),
+    "rank_agreement": ("rank agreement of pairs", "{:.4f}"),
+    "label_agreement": ("same label", "{:.2%}"),
+}
 JSON, HTML, PNG = "report.json", "report.html", "report.png"
 
 
@@ -71,10 +85,16 @@ def write_report(verdict: Verdict, folder: Path) -> Path:
         worst=worst,
         compared=COMPARED,
         layers=LAYERS,
+        cards=cards(verdict.figures),
         megabytes=lambda size: f"{size / 1e6:,.2f}",
     )
     (folder / HTML).write_text(page, "utf-8")
     return folder / HTML
+
+
+def cards(figures: Mapping[str, float]) -> dict[str, str]:
+    """What there is of CARDS, as a reader sees it."""
+    return {title: form.format(figures[key]) for key, (title, form) in CARDS.items() if key in figures}
 
 
 def number(value: float | None) -> str:

@@ -19,7 +19,9 @@ from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.accuracy.layer_errors import layers_of
 from instantrt.compiler.artifact.positions import open_every_position
 from instantrt.compiler.backend.onnx_writer import write_model
+from instantrt.compiler.frontend.architecture import CAUSAL_LM, auto_class
 from instantrt.compiler.frontend.gguf import refuse_gguf
+from instantrt.compiler.frontend.model import EncoderShape
 from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
 from instantrt.passes.core.errors import MissingExtra, UserError, require, tried
 from instantrt.passes.core.evaluate import Evaluation
@@ -45,7 +47,7 @@ def open_form(subject: Subject, form: str, scratch: Path, stack: ExitStack) -> R
         case "lowered":
             return GraphRunner(subject.lowered, outputs)
         case "transformers":
-            return transformers_runner(subject.model.folder, subject.model.adapter)
+            return transformers_runner(subject.model.folder, subject.model.adapter, subject.model.encoder)
         case "artifact":
             file = existing(subject, ".onnx")
             return (last_logits_runner if subject.logits == "last" else onnx_runner)(file, outputs)
@@ -87,32 +89,38 @@ class GraphRunner:
         return outputs
 
 
-def transformers_runner(folder: Path, adapter: Path | None = None) -> Runner:
+def transformers_runner(folder: Path, adapter: Path | None = None, encoder: EncoderShape | None = None) -> Runner:
     """The float checkpoint through transformers, in float32: a reference that shares nothing with our exporter.
 
     adapter   a LoRA, which peft runs beside the weights: nothing is merged
+    encoder   the interface of a model that is no causal LM
     """
     require("hf", "running a float checkpoint")
     if adapter is not None and find_spec("peft") is None:
         raise MissingExtra("running a checkpoint with an adapter in transformers needs peft: pip install peft")
     refuse_gguf(folder)
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tried("loading the float model with transformers", where=str(folder)):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        auto = auto_class(encoder.task) if encoder is not None else CAUSAL_LM.auto
+        model: Any = getattr(transformers, auto).from_pretrained(folder, dtype=torch.float32).eval()
         if adapter is not None:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).eval()
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        given = {key: torch.tensor(feeds[key]) for key in ("input_ids", "attention_mask", "position_ids")}
+        names = encoder.input_names() if encoder is not None else ("input_ids", "attention_mask", "position_ids")
+        given = {key: torch.tensor(feeds[key]) for key in names}
         with torch.inference_mode():
-            return {"logits": model(**given, use_cache=False).logits.numpy()}
+            if encoder is None:
+                return {"logits": model(**given, use_cache=False).logits.numpy()}
+            (output,) = encoder.output_names()
+            return {output: model(**given)[output].numpy()}
 
     return run
 

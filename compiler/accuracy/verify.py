@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from instantrt.compiler.accuracy.forms import AGAINST, FORMS, UNLIMITED, Budget,
 from instantrt.compiler.accuracy.layer_errors import LayerErrors, measure_layers
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
 from instantrt.compiler.accuracy.runners import GraphRunner, Runner, cut, opened
+from instantrt.compiler.accuracy.texts import answers, likeness
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
@@ -74,7 +76,7 @@ def verify(
     check_forms(subject, forms)
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
-        totals, tokens, nll = compare(subject, data, runners)
+        totals, tokens, nll, figures = compare(subject, data, runners)
         say("comparing with Polygraphy")
         command, objections = polygraphy_files(subject, data, runners, folder, final)
         bad = first_bad(subject, runners, totals, data)
@@ -83,7 +85,6 @@ def verify(
     layers = measure_layers(subject, feeds)
     layers = replace(layers, first_bad={**bad, **layers.first_bad})
     comparisons = tuple(total.comparison(subject) for total in totals)
-    figures = summary(tokens) if tokens is not None else {}
     unheld = [
         f"{c.kind} error of {c.form}: relative L2 {c.relative_l2:.2e}, {c.arithmetic} explains {c.bound:.0e}"
         for c in comparisons
@@ -122,6 +123,9 @@ def check_forms(subject: Subject, forms: Sequence[str]) -> None:
         )
     if "transformers" in forms and not subject.model.config:
         raise UserError("an .onnx file has no transformers model", fix="leave the form transformers out")
+    if "transformers" in forms and subject.model.encoder is not None and subject.model.encoder.task == "embed":
+        what = "transformers runs no sentence embeddings: their modules follow the model that it has"
+        raise UserError(what, where=str(subject.model.folder), fix="leave the form transformers out")
 
 
 @dataclass
@@ -150,25 +154,42 @@ class Total:
         return Comparison(kind, self.form, reference, error, self.maximum, limit, bound.name if bound else "")
 
 
-def compare(
-    subject: Subject, data: Data, runners: Mapping[str, Runner]
-) -> tuple[list[Total], Tokens | None, dict[str, list[Array]]]:
+class Compared(NamedTuple):
+    """What one pass over the data finds; `figures` are of the twin against the float model."""
+
+    totals: list[Total]
+    tokens: Tokens | None
+    nll: dict[str, list[Array]]
+    figures: dict[str, float]
+
+
+def compare(subject: Subject, data: Data, runners: Mapping[str, Runner]) -> Compared:
     """One pass over the data: nothing but sums and a few numbers a token is kept."""
     totals = [Total(form) for form in runners if AGAINST.get(form, ("",))[0] in runners]
     tokens: list[Tokens] = []
     nll: dict[str, list[Array]] = {}
+    rows: dict[str, list[Array]] = {}  # what an encoder says
+    encoder = subject.model.encoder
     for feeds, ids in data.each(subject.model.llm):
         outputs = {form: run(feeds) for form, run in runners.items()}
         for total in totals:
             total.add(outputs[total.form], cut(outputs[AGAINST[total.form][0]], outputs[total.form]))
         if ids is None:
+            if encoder is not None:
+                for form in sorted({"float", "twin"} & outputs.keys()):
+                    rows.setdefault(form, []).append(answers(outputs[form], feeds, encoder))
             continue
         if "float" in outputs and "twin" in outputs:
             tokens.append(compare_tokens(outputs["float"]["logits"], outputs["twin"]["logits"], ids))
         for form, out in outputs.items():
             if out["logits"].shape[1] == ids.shape[1]:
                 nll.setdefault(form, []).append(compare_tokens(out["logits"], out["logits"], ids).nll)
-    return totals, Tokens.join(tokens) if tokens else None, nll
+    joined = Tokens.join(tokens) if tokens else None
+    if encoder is not None and {"float", "twin"} <= rows.keys():
+        figures = likeness(np.concatenate(rows["float"]), np.concatenate(rows["twin"]), encoder)
+    else:
+        figures = summary(joined) if joined is not None else {}
+    return Compared(totals, joined, nll, figures)
 
 
 def first_bad(subject: Subject, runners: Mapping[str, Runner], totals: Sequence[Total], data: Data) -> dict[str, str]:

@@ -68,6 +68,11 @@ HEADS = tuple(
 )
 
 
+def auto_class(task: str) -> str:
+    """transformers' class that builds a model for `task`."""
+    return next(head.auto for head in HEADS if head.task == task)
+
+
 @dataclass(frozen=True)
 class NoRoad:
     """Classes whose names match, what they are, and what can be done with one."""

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
 from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
 from instantrt.compiler.frontend.adapter.apply import adapted
-from instantrt.compiler.frontend.adapter.folder import Adapter, refuse_quantized
+from instantrt.compiler.frontend.adapter.folder import Adapter, check_base
 from instantrt.compiler.frontend.architecture import Head, head_of
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
@@ -202,7 +202,7 @@ def open_checkpoint(
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or unannounced_reader(stored)
     if adapter is not None:
-        refuse_quantized(reader, folder, adapter)
+        check_base(reader, root, adapter)
         stored, files = adapted(stored, facts, adapter, report), (*files, *adapter.account(report))
     taken = take_account(facts, stored, reader, files, report)
     return OpenCheckpoint(folder, config, reader, taken, skeleton, kept, pipeline)

@@ -11,6 +11,7 @@ from instantrt.passes.core.errors import UserError
 
 # What the generate model starts with; its config.pbtxt may be edited.
 MAX_BATCH = 16
+MAX_TEXTS = 256  # of one call of an encoder
 MAX_LENGTH = 4096  # the cache of every row is as long, so a model's own limit may be too much
 MAX_QUEUE = 1024
 DTYPES = {
@@ -23,6 +24,7 @@ DTYPES = {
     "bfloat16": "TYPE_BF16",
     "float32": "TYPE_FP32",
 }
+TEXTS = ("embed", "classify")  # what an encoder may make of a text
 CHAT = 'a chat as JSON, `[{"role": "user", "content": "..."}]`, put through the model\'s chat template'
 TAKEN = "taken, and changes nothing: the output is there for whoever asks for it"
 # The names that TensorRT-LLM's models have in Triton, so that Triton's OpenAI front end drives these, too. The server
@@ -67,12 +69,17 @@ class Served:
     name: str
     artifact: Artifact
     no_bare: str
-    no_generate: str
+    no_text: str
+
+    @property
+    def of_text(self) -> str:
+        """What the model is called that takes text: it generates, embeds or classifies."""
+        return f"{self.name}_{(self.artifact.encoder or {}).get('task', 'generate')}"
 
     @property
     def models(self) -> tuple[str, ...]:
         bare = () if self.no_bare else (self.name,)
-        return bare if self.no_generate else (*bare, f"{self.name}_generate")
+        return bare if self.no_text else (*bare, self.of_text)
 
 
 def why_no_bare(artifact: Artifact) -> str:
@@ -88,9 +95,15 @@ def why_no_bare(artifact: Artifact) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def why_no_generate(artifact: Artifact) -> str:
-    """Why there is no model that generates text, or nothing."""
-    reasons = {KIT: artifact.kind == "kit", "it is no causal language model": artifact.llm is None}
+def why_no_text(artifact: Artifact) -> str:
+    """Why there is no model that takes text, or nothing."""
+    encoder = artifact.encoder
+    reasons = {
+        KIT: artifact.kind == "kit",
+        "it is no causal language model": artifact.llm is None and encoder is None,
+        "it makes neither one vector nor one label of a text": encoder is not None and encoder["task"] not in TEXTS,
+        "texts are read on a CPU alone": encoder is not None and artifact.kind == "engine",
+    }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
@@ -151,6 +164,31 @@ def generate_config(name: str, artifact: Artifact) -> str:
             "output": [{"name": name, "data_type": Word(kind), "dims": [dim]} for name, kind, dim in GENERATE_OUTPUTS],
             "instance_group": [{"count": 1, **device}],
             "parameters": [{"key": key, "value": {"string_value": str(v)}} for key, v in parameters(artifact).items()],
+        }
+    )
+
+
+def encoder_config(name: str, artifact: Artifact) -> str:
+    """config.pbtxt of the model that takes texts and gives vectors, or labels with their scores."""
+    assert artifact.encoder is not None
+    labels = len(artifact.encoder["labels"])
+    of_labels = (("label", "TYPE_STRING", labels), ("score", "TYPE_FP32", labels))
+    outputs = of_labels if labels else (("embedding", "TYPE_FP32", int(artifact.encoder["width"])),)
+    text = {"name": "text", "data_type": Word("TYPE_STRING"), "dims": [1]}
+    prompt = {"name": "prompt_name", "data_type": Word("TYPE_STRING"), "dims": [1], "optional": Word("true")}
+    return text_format(
+        {
+            "name": name,
+            "backend": "python",
+            "max_batch_size": MAX_TEXTS,
+            "input": [text, *([prompt] if artifact.encoder["prompts"] else [])],
+            "output": [{"name": name, "data_type": Word(kind), "dims": [dim]} for name, kind, dim in outputs],
+            "instance_group": [{"count": 1, "kind": Word("KIND_CPU")}],
+            "dynamic_batching": {},
+            "parameters": [
+                {"key": key, "value": {"string_value": value}}
+                for key, value in (("threads", "0"), ("spinning", "false"))
+            ],
         }
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE, Served
+from instantrt.compiler.serving.config import GENERATE_INPUTS, MAX_BATCH, MAX_LENGTH, MAX_QUEUE, MAX_TEXTS, Served
 
 REQUIREMENTS = (
     "jinja2==3.1.6",
@@ -15,8 +15,8 @@ ONNXRUNTIME = "onnxruntime==1.32.0"
 
 
 def requirements(served: Iterable[Served]) -> tuple[str, ...]:
-    """What the generate models import, with versions: an engine is read by the version that built it alone."""
-    engines = [each.artifact.engine for each in served if not each.no_generate]
+    """What the models that take text import, with versions: an engine is read by the version that built it alone."""
+    engines = [each.artifact.engine for each in served if not each.no_text]
     runtimes = {f"{e['builder'].replace('_', '-')}=={e['version']}" if e else ONNXRUNTIME for e in engines}
     return (*REQUIREMENTS, *sorted(runtimes))
 
@@ -28,9 +28,11 @@ def readme(served: Iterable[Served]) -> str:
     parts = [TITLE, models_table(served)]
     if generate:
         parts.append(GENERATE.format(name=generate[0], inputs=inputs_table(), **LIMITS))
-    if any(each.artifact.kind == "engine" and not each.no_generate for each in served):
+    if encoders := [each for each in served if each.artifact.encoder is not None and not each.no_text]:
+        parts.append(TEXTS.format(name=encoders[0].of_text, max_texts=MAX_TEXTS))
+    if any(each.artifact.kind == "engine" and not each.no_text for each in served):
         parts.append(ENGINES)
-    if any(each.artifact.kind == "onnx" for each in served):
+    if any(each.artifact.kind == "onnx" and each.artifact.llm is not None for each in served):
         parts.append(BARE_ONNX)
     if plugins := sorted({plugin.rsplit("/", 1)[-1] for each in served for plugin in each.artifact.plugins}):
         parts.append(PLUGINS.format(libraries=";".join(f"plugins/{name}" for name in plugins)))
@@ -41,7 +43,7 @@ def models_table(served: Iterable[Served]) -> str:
     rows = ["| artifact | model | backend |", "|---|---|---|"]
     for each in served:
         backend = "tensorrt" if each.artifact.kind == "engine" else "onnxruntime"
-        cells = ((each.name, backend, each.no_bare), (f"{each.name}_generate", "python", each.no_generate))
+        cells = ((each.name, backend, each.no_bare), (each.of_text, "python", each.no_text))
         rows += [f"| {each.artifact.target} | {f'none: {no}' if no else f'`{n}`'} | {b} |" for n, b, no in cells]
     return "\n".join(rows) + "\n"
 
@@ -110,6 +112,19 @@ python3 openai_frontend/main.py --model-repository "$PWD" --tokenizer "$PWD/{nam
 ```
 
 A front end without `--load-model` needs a repository with the generate models alone.
+"""
+TEXTS = """## Texts
+
+The models that take texts need the Python backend and `pip install -r requirements.txt` in the Python that it runs. Of
+each text they give its vector, `embedding`, or its labels, the best first: `label` and `score`.
+
+```
+curl localhost:8000/v2/models/{name}/infer -d '{{"inputs": [{{"name": "text", "datatype": "BYTES", "shape": [2, 1],
+    "data": ["How are you?", "Fine."]}}]}}'
+```
+
+A request has up to {max_texts} texts. Those of requests that wait together run together, short ones with short ones
+(Triton's dynamic batching). Where the model has prompts, `prompt_name` chooses one for each text. Longer texts are cut.
 """
 ENGINES = """## Generate with engines
 

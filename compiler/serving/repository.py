@@ -3,6 +3,7 @@
 DIR/README.md, requirements.txt       how to start the server, what the models take and give
 DIR/<name>/1/model.onnx|model.plan    the bare model: tensors in, tensors out
 DIR/<name>_generate/1/model.py, ...   text in, text out: a copy of compiler/serving/runtime, the artifact beside it
+DIR/<name>_embed, <name>_classify     likewise: text in, a vector or labels out
 DIR/plugins/*.so                      what a bare engine needs
 """
 
@@ -17,13 +18,21 @@ from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest
 from instantrt.compiler.artifact.staging import Staging, copy_file
-from instantrt.compiler.serving.config import Served, bare_config, generate_config, why_no_bare, why_no_generate
+from instantrt.compiler.serving.config import (
+    Served,
+    bare_config,
+    encoder_config,
+    generate_config,
+    why_no_bare,
+    why_no_text,
+)
 from instantrt.compiler.serving.readme import readme, requirements
 from instantrt.compiler.serving.runtime.integrity import RECORD
 from instantrt.passes.core.errors import UserError
 
 RUNTIME = Path(__file__).parent / "runtime"
 RUNTIME_FILES = tuple(sorted(path.name for path in RUNTIME.glob("[!_]*.py")))
+ENTRIES = ("model.py", "encoder_model.py")
 OWN_FILES = ("plugins", "README.md", "requirements.txt")
 BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 
@@ -52,9 +61,9 @@ def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
         source = out / each.artifact.path
         if not each.no_bare:
             write_bare(source, folder / each.name, each.artifact)
-        if not each.no_generate:
-            write_generate(source, folder / f"{each.name}_generate", each.artifact)
-            place([out / plugin for plugin in each.artifact.plugins], folder / f"{each.name}_generate" / "1")
+        if not each.no_text:
+            write_text_model(source, folder / each.of_text, each.artifact)
+            place([out / plugin for plugin in each.artifact.plugins], folder / each.of_text / "1")
     plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
     if plugins:
         (folder / "plugins").mkdir()
@@ -70,7 +79,7 @@ def plan_repository(artifacts: Sequence[Artifact]) -> tuple[Served, ...]:
         stem = str(artifact.source["model"]).removesuffix(".onnx")
         return stem if len(artifacts) == 1 else f"{stem}_{artifact.target}"
 
-    served = tuple(Served(name(a), a, why_no_bare(a), why_no_generate(a)) for a in artifacts)
+    served = tuple(Served(name(a), a, why_no_bare(a), why_no_text(a)) for a in artifacts)
     if not any(each.models for each in served):
         raise UserError(
             "nothing here can be served by Triton",
@@ -103,24 +112,28 @@ def write_bare(source: Path, model: Path, artifact: Artifact) -> None:
     (model / "config.pbtxt").write_text(bare_config(model.name, artifact), "utf-8")
 
 
-def write_generate(source: Path, model: Path, artifact: Artifact) -> None:
+def write_text_model(source: Path, model: Path, artifact: Artifact) -> None:
     version = model / "1"
     version.mkdir(parents=True)
     place([p for p in source.parent.iterdir() if p.is_file()], version)
+    entry, config = ("model.py", generate_config) if artifact.encoder is None else ("encoder_model.py", encoder_config)
     for file in RUNTIME_FILES:
-        shutil.copyfile(RUNTIME / file, version / file)
+        if file not in ENTRIES:
+            shutil.copyfile(RUNTIME / file, version / file)
+    shutil.copyfile(RUNTIME / entry, version / "model.py")
     (version / RECORD).write_text(json.dumps(record(artifact), indent=2) + "\n", "utf-8")
-    (model / "config.pbtxt").write_text(generate_config(model.name, artifact), "utf-8")
+    (model / "config.pbtxt").write_text(config(model.name, artifact), "utf-8")
 
 
 def record(artifact: Artifact) -> dict[str, Any]:
-    """What the generate model holds its own files against before it loads them."""
+    """What a model that takes text holds its own files against before it loads them, and how an encoder's are read."""
     code = [name for name in artifact.digests if name.startswith(artifact.path) or name in artifact.plugins]
     missing = {artifact.path, *artifact.plugins} - set(code)
     if missing:
         raise UserError("the manifest has no digest of this file", where=min(missing), fix="compile again")
     engine = {key: artifact.engine[key] for key in ("builder", "version")} if artifact.engine else None
-    return {"files": {Path(name).name: artifact.digests[name] for name in code}, "engine": engine}
+    of_texts = {"encoder": artifact.encoder} if artifact.encoder is not None else {}
+    return {"files": {Path(name).name: artifact.digests[name] for name in code}, "engine": engine, **of_texts}
 
 
 def place(files: Iterable[Path], folder: Path) -> None:

@@ -33,7 +33,7 @@ def judge(subject: Staged, heard: Heard, found: Answers) -> Ran:
 
 
 def check_finite(subject: Staged, expected: Answers, steps: Sequence[Call]) -> None:
-    bad = not_finite(expected, steps, every=subject.llm is None)
+    bad = not_finite(expected, steps, every=subject.llm is None and subject.planned.model.encoder is None)
     if bad is None:
         return
     first = ""

@@ -1,7 +1,8 @@
 """A16W8 and A16W4 for TensorRT without a plugin: signed symmetric codes, and the exact zero point correction beside.
 
 Before: MatMul(x, DequantizeLinear(unsigned codes, scale, zero))
-After:  MatMul(x, DequantizeLinear(signed codes, scale))  [+ mean(x by group) @ correction]
+After:  MatMul(x, DequantizeLinear(signed codes, scale)), and where there are zero points, with m = mean(x), x' = x - m:
+        MatMul(x', DequantizeLinear(signed codes, scale)) + mean(x' by group) @ corrections + m * sums
 
 The builder reads int8 with one scale a channel, and int4 in blocks, straight into the GEMM. An int8 *group* weight it
 expands to a float matrix on every run; the fusion gate reports that (docs/facts.md, "Which weights TensorRT fuses").
@@ -17,9 +18,9 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.core.rewrite import Lowering, Reject, add, once, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import block_scales, block_size, channel_scales, corrections, signed_codes
+from instantrt.passes.tensorrt.native import block_scales, block_size, centring, channel_scales, signed_codes
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,17 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         if match.quant.symmetric:
             add(graph, "MatMul", [match.x, weight], out, name=name)
             return
-        product = add(graph, "MatMul", [match.x, weight], f"{name}/uncorrected", name=name)
-        add(graph, "Add", [product, self.correction(graph, match, name)], out, name=f"{name}/sum")
+        token = Prefixed(graph, f"{match.x.name}/centring")  # not what int8 makes of a token
+        mean = token("ReduceMean", [match.x, token.const("axes", [-1], np.int64)], "mean", keepdims=1)
+        rest = token("Sub", [match.x, mean], "rest")
+        rest.dtype, rest.shape = match.x.dtype, match.x.shape
+        of_group, of_token = centring(match.quant, self.dtype)
+        op = "Mul" if match.quant.per_channel else "MatMul"
+        y = add(graph, "MatMul", [rest, weight], f"{name}/centred", name=name)
+        term = add(graph, op, [group_means(graph, rest, match.quant), of_group], f"{name}/correction")
+        y = add(graph, "Add", [y, term], f"{name}/corrected")
+        term = add(graph, "Mul", [mean, of_token], f"{name}/of_mean")
+        add(graph, "Add", [y, term], out, name=f"{name}/sum")
 
     def note(self, match: Quantized) -> str:
         if match.quant.symmetric:
@@ -63,12 +73,6 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         block = block_size(quant)
         inputs = [codes, block_scales(quant, block, self.dtype)]
         return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=0, block_size=block)
-
-    def correction(self, graph: gs.Graph, match: Quantized, name: str) -> gs.Tensor:
-        """mean(x by group) @ correction: `[..., N]`."""
-        means = group_means(graph, match.x, match.quant)
-        op = "Mul" if match.quant.per_channel else "MatMul"
-        return add(graph, op, [means, corrections(match.quant, self.dtype)], f"{name}/correction")
 
 
 def layout(quant: QuantTensor) -> str:

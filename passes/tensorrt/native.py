@@ -7,6 +7,14 @@ TensorRT takes signed codes and no zero points. With c the central code 2^(bits-
 
 a symmetric DequantizeLinear, and a term that is constant within a group: x times it is mean(x over the group) times
 `group_size` and the term. The mean, not the sum: it cannot overflow float16.
+
+Where x has a mean, both parts are larger than their sum, and 16 bits round each: so a token's mean is taken off first,
+as 16 bits have it, m. With x' = x - m as 16 bits have that, and S the sum of a channel's weights,
+
+    x @ w  =  x' @ w + (m - mean(x')) * S
+           =  x' @ ((code - c) * scale)  +  mean(x' by group) @ (group_size * term - S / groups)  +  m * S
+
+where mean(x') is what rounding left: nothing large cancels any more.
 """
 
 from __future__ import annotations
@@ -60,16 +68,38 @@ def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.
 
 
 def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """group_size times what is constant within a group: `[G, N]`, or `[N]` for one group."""
-    n, g = weight.shape[0], weight.groups
+    """K times what is constant within a channel: `[N]`."""
+    assert weight.per_channel
 
     def project(tile: Tile) -> Array:
-        values = offsets(raised(Codes(*tile.parts), weight, dtype), weight.central) * np.float32(weight.group_size)
+        values = offsets(raised(Codes(*tile.parts), weight, dtype), weight.central)[:, 0] * np.float32(weight.shape[1])
+        return finite(values, dtype, weight, tile.start, "zero point correction")
+
+    return gs.Constant(f"{weight.name}/corrections", View(weight, weight.shape[:1], dtype, project=project))
+
+
+def centring(weight: QuantTensor, dtype: np.dtype[Any]) -> tuple[gs.Constant, gs.Constant]:
+    """What x' by group meets, `[G, N]` or `[N]` for one group, and what m does, S `[N]`."""
+
+    def total(tile: Tile) -> Array:
+        return np.asarray(dequantize(raised(Codes(*tile.parts), weight, dtype), weight.group_size).sum(axis=1))
+
+    def by_group(tile: Tile) -> Array:
+        block = raised(Codes(*tile.parts), weight, dtype)
+        values = offsets(block, weight.central) * np.float32(weight.group_size)
+        values -= total(tile)[:, None] / np.float32(g)
         narrow = finite(values, dtype, weight, tile.start, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
+    def whole(tile: Tile) -> Array:
+        return finite(total(tile), dtype, weight, tile.start, "sum of weights")
+
+    n, g = weight.shape[0], weight.groups
     shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
-    return gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=project))
+    return (
+        gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=by_group)),
+        gs.Constant(f"{weight.name}/sums", View(weight, (n,), dtype, project=whole)),
+    )
 
 
 def raised(block: Codes, weight: QuantTensor, dtype: np.dtype[Any]) -> Codes:

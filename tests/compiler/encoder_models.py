@@ -11,6 +11,8 @@ import transformers
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from instantrt import Request, compile_model
+
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -23,6 +25,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "id2label": {0: "bad", 1: "fair", 2: "good"},
 }
+LONGEST = 20  # tokens of a text, in the models below that read some
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"type_vocab_size": 2},
     "roberta": {"type_vocab_size": 1},
@@ -75,3 +78,36 @@ def sentence(folder: Path, *modules: tuple[str, dict[str, Any], dict[str, torch.
     (folder / "modules.json").write_text(json.dumps(listed))
     if prompts:
         (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
+def tokenizer(folder: Path) -> None:
+    """A tokenizer of letters, which begins with one token and ends with another, and cuts as a training had it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = {chr(c): c - 20 for c in range(32, 127)}
+    made = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "?": 3, **letters}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 0), ("</s>", 2)]
+    )
+    made.enable_truncation(5)
+    made.enable_padding(length=5, pad_id=1, pad_token="<pad>")
+    made.save(str(folder / "tokenizer.json"))
+
+
+def embedding_model(folder: Path) -> None:
+    """A sentence-transformers folder, and what is compiled of it in `out`."""
+    make("bert", "AutoModel", folder / "letters")
+    tokenizer(folder / "letters")
+    pooling = ("Pooling", {"word_embedding_dimension": 32}, {})
+    sentence(folder / "letters", pooling, prompts={"query": "find "}, default_prompt_name=None)
+    settings = {"max_seq_length": LONGEST, "do_lower_case": True}
+    (folder / "letters/sentence_bert_config.json").write_text(json.dumps(settings))
+    compile_model(Request(folder / "letters", ("x86",), folder / "out", quant="a16w8"))
+
+
+def classifier(folder: Path) -> None:
+    """A model of three labels, and what is compiled of it in `out`."""
+    make("roberta", "AutoModelForSequenceClassification", folder / "moods")
+    tokenizer(folder / "moods")
+    compile_model(Request(folder / "moods", ("x86",), folder / "out"))

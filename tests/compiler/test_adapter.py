@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from instantrt.compiler.accuracy.runners import session, transformers_runner
+from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend import hf, load
@@ -24,11 +27,12 @@ from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.request import Request
 from instantrt.passes.core import lazy
-from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array, FileTensor, Transposed, whole
+from instantrt.passes.core.errors import MissingExtra, UserError
+from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Transposed, whole
 from instantrt.tools.bench.synthetic import write_safetensors
 from tests.checkpoints import whole_checkpoint
 from tests.commands import refused
+from tests.compiler.encoder_models import make as encoder
 from tests.conftest import TINY
 from tests.gguf_files import llama as gguf_llama
 from tests.models import FAMILIES, SIZES
@@ -55,13 +59,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: base_of(family, root / family) for family in ("qwen2", "llama", "gpt2")}
 
 
-def loaded(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def loaded(base: Path, auto: str = "AutoModelForCausalLM") -> Any:
+    return getattr(transformers, auto).from_pretrained(base, dtype=torch.float32)
 
 
-def trained(base: Path, folder: Path, **fields: Any) -> Path:
+def trained(base: Path, folder: Path, auto: str = "AutoModelForCausalLM", **fields: Any) -> Path:
     """An adapter over `base`, saved in `folder`, every tensor that a training would change random."""
-    lora = get_peft_model(loaded(base), LoraConfig(**{"r": 4, "lora_alpha": 6, **fields}))
+    lora = get_peft_model(loaded(base, auto), LoraConfig(**{"r": 4, "lora_alpha": 6, **fields}))
     torch.manual_seed(1)
     for name, parameter in lora.named_parameters():
         if parameter.requires_grad:
@@ -118,11 +122,24 @@ def test_merged_as_peft_merges(
     assert changed
 
 
+def test_a_classifier(tmp_path: Path) -> None:
+    """peft brings its head, by both of the names that heads have; what follows a sentence's model is the base's."""
+    encoder(family := "bert", auto := "AutoModelForSequenceClassification", tmp_path)
+    adapter = trained(tmp_path, tmp_path / family, auto=auto, task_type="SEQ_CLS", target_modules=["query"])
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    want = PeftModel.from_pretrained(loaded(tmp_path, auto), adapter).merge_and_unload().state_dict()
+    for name, tensor in tensors_of(tmp_path, adapter).items():
+        np.testing.assert_allclose(whole(tensor), want[name], rtol=0, atol=CLOSE * np.abs(want[name].numpy()).max())
+    (adapter / "modules.json").write_text("[]")
+    with pytest.raises(UserError, match=r"brings modules\.json"):
+        tensors_of(tmp_path, adapter)
+
+
 def test_columns_are_those_of_the_rows(bases: dict[str, Path], tmp_path: Path) -> None:
     """A matrix that is stored as [K, N] is quantized by its columns."""
-    tensor = tensors_of(bases["gpt2"], trained(bases["gpt2"], tmp_path, target_modules=["c_attn"], use_dora=True))[
-        "transformer.h.0.attn.c_attn.weight"
-    ]
+    found = tensors_of(bases["gpt2"], trained(bases["gpt2"], tmp_path, target_modules=["c_attn"], use_dora=True))
+    tensor = found["transformer.h.0.attn.c_attn.weight"]
+    np.testing.assert_array_equal(tensor.columns(5, 9), whole(tensor)[:, 5:9])
     columns = np.concatenate([tile.parts[0] for tile in Transposed(tensor).tiles()])
     np.testing.assert_array_equal(columns.T, whole(tensor))
 
@@ -150,7 +167,7 @@ def test_what_an_adapter_unties_computes_what_was_trained(what: str, bases: dict
         np.testing.assert_allclose(model.eval()(input_ids=ids).logits, want, atol=3e-6 * want.abs().max())
 
 
-def test_the_road(tmp_path: Path) -> None:
+def test_the_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Artifact, manifest, tokenizer and the transformers form of a folder that is an adapter itself."""
     base, lora = tmp_path / "base", tmp_path / "lora"
     shutil.copytree(TINY, base)
@@ -158,7 +175,7 @@ def test_the_road(tmp_path: Path) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     (lora / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "../base"}))
     (lora / "chat_template.jinja").write_text("brought")
-    compile_model(Request(lora, ("x86",), tmp_path / "out", logits="all"))
+    compile_model(Request(lora, ("x86",), tmp_path / "out", logits="all", smoke=False))
     (artifact,) = read_manifest(tmp_path / "out")
     files = artifact.source["files"]
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors", "config.json"} <= set(files)
@@ -168,11 +185,20 @@ def test_the_road(tmp_path: Path) -> None:
         "account"
     ]["files"]
 
+    with pytest.raises(UserError, match="was made with an adapter"):
+        request_of(tmp_path / "out", base, None)
+    assert request_of(tmp_path / "out", base, None, adapter=[lora])[0].adapter == (lora,)
+
     model = load(lora)
+    assert set(model.types) == {BFLOAT16}  # what an engine computes in goes by the base
     assert "the adapter lora is merged into base; the tokenizer's files are the adapter's" in model.notes[0]
     ids = np.arange(5, 25)[None]
     feeds: dict[str, Array] = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids - 5}
     want = transformers_runner(model.folder, model.adapter)(feeds)["logits"]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        with pytest.raises(MissingExtra, match="needs peft"):
+            transformers_runner(model.folder, model.adapter)
     empty = {n: np.zeros((1, 2, 0, 64), np.float32) for n in model.llm.cache_names("past_key_values")}  # type: ignore[union-attr]
     onnx = session(tmp_path / "out" / artifact.path)
     given = {t.name: value for t in onnx.get_inputs() if (value := {**feeds, **empty}.get(t.name)) is not None}
@@ -226,11 +252,24 @@ def lost(name: str, instead: str = "") -> Callable[[Path], None]:
     return change
 
 
+def empty(folder: Path) -> None:
+    said(target_modules=None, modules_to_save=None)(folder)
+    write_safetensors(folder / "adapter_model.safetensors", {})
+
+
+def deeper(folder: Path) -> None:
+    """As peft saves several adapters of a model."""
+    (folder / "default").mkdir()
+    for file in [*folder.glob("adapter_*")]:
+        file.rename(folder / "default" / file.name)
+
+
 ONES = np.ones((4, 64), np.float32)
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (said(peft_type="IA3"), "peft_type.*'IA3'"),
     "no method": (said(peft_type=None), "peft_type"),
     "alpha NaN": (said(lora_alpha=float("nan")), "lora_alpha.*a finite number.*nan"),
+    "alpha beyond all": (said(lora_alpha=10**400), "lora_alpha"),
     "alpha a text": (said(alpha_pattern={"q_proj": "8"}), "alpha_pattern"),
     "r true": (said(r=True), "r of the adapter"),
     "r 0": (said(rank_pattern={"q_proj": 0}), "rank_pattern"),
@@ -243,6 +282,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         said(target_modules="model.layers.0.self_attn.q_proj"),
         "has LoRA tensors of .*layers.1",
     ),
+    "nothing at all": (empty, "targets no module"),
     "no target": (said(target_modules=["query"]), "targets no module"),
     "PiSSA": (said(init_lora_weights="pissa_niter_4"), "changed its base's weights.*path_initial_model"),
     "tokens": (said(trainable_token_indices=[1]), "trainable_token_indices of the adapter is not supported"),
@@ -262,10 +302,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         holding(base_model__model__lm_head__weight=np.ones((170, 64), np.float32)),
         "vocabulary was resized",
     ),
+    "two of a name": (holding(model__norm__weight=np.ones(64, np.float32)), "nothing in the base takes tensor"),
     "another norm": (holding(NORM=np.ones(32, np.float32)), "another shape: the adapter is for another base"),
     "a name": (holding(base_model__model__score__weight=ONES), "nothing in the base takes tensor .*score.weight"),
     "a pickle": (lost("adapter_model.safetensors", "adapter_model.bin"), "no adapter_model.safetensors.*pickles"),
     "no config": (lost("adapter_config.json"), "no adapter here"),
+    "several in one folder": (deeper, "no adapter here.*lora/default.*name one of these"),
     "a cut file": (
         lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
         "not a readable safetensors",
@@ -321,6 +363,13 @@ def of_shapes(weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
             yield f"{path}.lora_B.weight", rng.normal(0, 0.1, (n, 4)).astype(np.float32)
 
 
+def test_all_linears_but_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
+    """peft writes their names; a config may say it in a word."""
+    adapter = trained(bases["llama"], tmp_path, target_modules="all-linear")
+    said(target_modules="All-Linear")(adapter)
+    assert type(tensors_of(bases["llama"], adapter)["lm_head.weight"]) is FileTensor
+
+
 def test_which_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = pair
     found = inspect(adapter)  # the config names the folder of the base
@@ -328,6 +377,12 @@ def test_which_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert {layer.stored for layer in found.layers if "q_proj" in layer.path} == {
         "bfloat16 and a LoRA of rank 4, in float32"
     }
+    for strange in ("x" * 5000, "a\0b", ""):
+        said(base_model_name_or_path=strange)(adapter)
+        with pytest.raises(UserError, match="base of the adapter is not here"):
+            load(adapter)
+    with pytest.raises(UserError, match="goes over a checkpoint's folder"):
+        load(tmp_path / "m.onnx", adapter=[adapter])
     said(base_model_name_or_path="Qwen/Qwen2-0.5B")(adapter)
     with pytest.raises(UserError, match=r"(?s)base of the adapter is not here.*'Qwen/Qwen2-0.5B'.*--base FOLDER"):
         load(adapter)

@@ -6,6 +6,7 @@ Tiny random models of each family, lowered for ONNX Runtime, on a batch that is 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,23 @@ import pytest
 import torch
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.data import load_data
+from instantrt.compiler.accuracy.subjects import subjects
+from instantrt.compiler.accuracy.texts import ranked_alike
+from instantrt.compiler.accuracy.verify import verify
+from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.compile import compile_model
+from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend import load
-from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.frontend.model import EncoderShape, FloatModel
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.smoke.steps import encoder_steps
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import PassLog
-from tests.compiler.encoder_models import SIZES, make, sentence
+from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
 
 AUTOS = {
     "hidden": "AutoModel",
@@ -255,16 +263,83 @@ def test_labels_that_disagree_with_the_head(tmp_path: Path) -> None:
         load(tmp_path, cache=Path("none"))
 
 
-@pytest.mark.parametrize("quant", ["a16w8", "a16w4", "a8w8"])
-def test_an_embedding_model_is_compiled_and_run(quant: str, tmp_path: Path) -> None:
-    """The compile's own run holds the artifact against the twin; its manifest says what it is for."""
-    make("modernbert", "AutoModel", tmp_path / "model")
+@pytest.mark.parametrize(("quant", "least"), [("a16w8", 0.9999), ("a16w4", 0.97), ("a8w8", 0.999)])
+def test_an_embedding_model_is_compiled_and_run(quant: str, least: float, tmp_path: Path) -> None:
+    """The compile's own run holds the artifact against the twin, this against the model: the smallest cosine."""
+    theirs = make("bert", "AutoModel", tmp_path / "model")
     sentence(tmp_path / "model", pooling(), ("Normalize", {}, {}))
-    request = Request(
-        tmp_path / "model", ("x86",), tmp_path / "out", quant=quant, group_size=None if quant == "a8w8" else 32
-    )
-    (artifact,) = compile_model(request)
+    (artifact,) = compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out", quant=quant))
     assert artifact.encoder is not None
     assert artifact.encoder["task"] == "embed"
-    assert len(artifact.quant) == 3 * 4
-    assert [spec.name for spec in artifact.outputs] == ["sentence_embedding"]
+    assert len(artifact.quant) == 3 * 6
+    feeds = batch(load(tmp_path / "model"))
+    with torch.no_grad():
+        given = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        hidden = theirs(**given).last_hidden_state.numpy()
+    want = POOLINGS["mean"](hidden, feeds["attention_mask"])
+    (got,) = ort.InferenceSession(tmp_path / "out" / artifact.path).run(None, feeds)
+    assert np.linalg.norm(got, axis=1) == pytest.approx(1, abs=1e-5)
+    assert ((got * want).sum(1) / np.linalg.norm(want, axis=1)).min() > least
+
+
+def test_verify_says_how_alike_answers_are(tmp_path: Path) -> None:
+    """In cosines, ranks and labels, with transformers as a form; a bound that is not kept is a verdict that fails."""
+    make("bert", "AutoModelForSequenceClassification", tmp_path / "model")
+    tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The harbour is grey. A boat comes late to it!\n\nFish are sold there\n\nno")
+    request = Request(tmp_path / "model", ("x86",), tmp_path / "out", quant="a8w8", text=tmp_path / "text.txt")
+    with pytest.raises(UserError, match="min_cosine does nothing without --verify"):
+        compile_model(replace(request, min_cosine=0.9))
+    compile_model(replace(request, min_cosine=0.9), verify=True)
+    report = json.loads((tmp_path / "out/report/x86/report.json").read_text())
+    assert {"rows": 3, "label_agreement": 1}.items() <= report["quantization"].items()
+    assert 0.9 < report["quantization"]["cosine_min"] < 1
+    with pytest.raises(VerificationError, match=r"the smallest cosine, 0\.9"):
+        compile_model(replace(request, min_cosine=1), verify=True)
+    planned = plan(request)
+    data = load_data(planned.model, request.text)
+    (subject,) = subjects(planned, replace(request, out=tmp_path / "out"), read_manifest(tmp_path / "out"))
+    (tmp_path / "files").mkdir()
+    found = verify(subject, data, tmp_path / "files", forms=("transformers", "float"))
+    assert [c.kind for c in found.comparisons] == ["export"]
+    assert found.comparisons[0].relative_l2 < CLOSE
+
+
+def test_rank_agreement_is_spearmans() -> None:
+    a = np.random.default_rng(0).standard_normal((40, 8))
+    noisy = a + np.random.default_rng(1).standard_normal(a.shape) * 0.3
+    assert ranked_alike(a, 3 * a) == pytest.approx(1)
+    assert 0.7 < ranked_alike(a, noisy) < 0.99
+    assert abs(ranked_alike(a, a[::-1] ** 2)) < 0.3
+
+
+def test_loud_inputs_of_int8_layers_are_smoothed(tmp_path: Path) -> None:
+    """Two channels are loud, where little is made of them: others lose less than by the formula alone."""
+    theirs, loud = make("bert", "AutoModel", tmp_path / "model"), [3, 17]
+    for name, parameter in theirs.named_parameters():
+        if "LayerNorm" in name:
+            parameter.data[loud] *= 40
+        if name.endswith(("self.query.weight", "self.key.weight", "self.value.weight", "intermediate.dense.weight")):
+            parameter.data[:, loud] /= 40
+    theirs.save_pretrained(tmp_path / "model")
+    feeds = batch(load(tmp_path / "model"))
+    with torch.no_grad():
+        want = theirs(**{name: torch.from_numpy(value) for name, value in feeds.items()}).last_hidden_state.numpy()
+    errors = []
+    for search in ("none", "activations"):
+        out = tmp_path / search
+        compile_model(Request(tmp_path / "model", ("x86",), out, quant="a8w8", search=search))
+        (got,) = ort.InferenceSession(out / "x86/model.onnx").run(None, feeds)
+        errors.append(np.linalg.norm(np.delete(got - want, loud, axis=2)[feeds["attention_mask"] == 1]))
+    assert errors[1] < errors[0] / 10
+
+
+def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    """In one text of several is enough, where a model without an interface may have some."""
+    theirs = make("bert", "AutoModel", tmp_path / "model")
+    (step,) = encoder_steps(load(tmp_path / "model").graph, EncoderShape("hidden", 3, SIZES["vocab_size"], 32, 64))
+    first, second = step.feeds["input_ids"]
+    theirs.embeddings.word_embeddings.weight.data[next(iter(set(first) - set(second)))] = np.nan
+    theirs.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the model itself gives values that are not finite"):
+        compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out"))

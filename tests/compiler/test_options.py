@@ -15,10 +15,10 @@ from instantrt.passes.core.errors import UserError
 # The order in which manifests record a request: it is part of their bytes.
 RECORDED = [
     "quant", "group_size", "search", "weight_only", "enable_quant", "quant_config", "ignore", "lm_head",
-    "embeddings", "cpu_preset", "portable", "trust_remote_code", "truncate_dim", "requantize", "builder", "max_batch",
-    "max_length", "opt_length", "logits", "kv_cache", "kv_cache_type", "memory_limit", "optimization_level", "weight_streaming",
-    "version_compatible", "hardware_compatible", "plugin_rounding", "max_kl", "max_ppl_increase", "max_size",
-    "bits_per_weight", "layers",
+    "embeddings", "cpu_preset", "portable", "trust_remote_code", "truncate_dim", "requantize", "builder",
+    "max_batch", "max_length", "opt_length", "logits", "kv_cache", "kv_cache_type", "memory_limit",
+    "optimization_level", "weight_streaming", "version_compatible", "hardware_compatible", "plugin_rounding",
+    "max_kl", "max_ppl_increase", "max_size", "bits_per_weight", "layers",
 ]  # fmt: skip
 
 

@@ -110,6 +110,18 @@ def test_lowered_is_the_twin_but_for_rounding(mode: str, dtype: np.dtype, tmp_pa
         assert worst_channel(got, expected) < BOUND * unit(dtype)
 
 
+@pytest.mark.parametrize("mode", ["a16w8", "a16w8-group", "a16w4", "a16w4-channel"])
+def test_a_mean_of_the_inputs_costs_nothing(mode: str, tmp_path: Path) -> None:
+    """Behind an activation function it is as large as the rest: by itself a zero point would meet it in 16 bits."""
+    bits, group, symmetric, _ = MODES[mode]
+    w = {"q": weights()["q"]}
+    x = np.abs(tokens()).astype(np.float16).astype(np.float32) + 1
+    twin = canonical(w, table(w, bits, group, symmetric=symmetric))
+    want = evaluate(twin.copy(), {"x": x}, tmp_path)
+    (got,) = outputs(lower(twin, FLOAT16), x)
+    assert worst_channel(got, want[0]) < 2 * BOUND * unit(FLOAT16)
+
+
 @pytest.mark.parametrize("mode", ["a16w8", "a16w4", "a8w8"])
 def test_one_scale_off_by_a_percent_is_seen(mode: str, tmp_path: Path) -> None:
     bits, group, symmetric, int8 = MODES[mode]
@@ -152,7 +164,7 @@ def test_a_symmetric_weight_has_no_correction() -> None:
 def test_linears_that_share_an_input_share_its_means_and_its_codes() -> None:
     w = weights()
     means = lower(canonical(w, table(w, 4, 64, symmetric=False)), FLOAT16)
-    assert ops(means).count("ReduceMean") == 1
+    assert [ops(means).count(op) for op in ("ReduceMean", "Sub")] == [2, 1]  # of a token; of what it leaves, by group
     codes = lower(canonical(w, table(w, 8, -1, symmetric=True, int8=True)), FLOAT16)
     assert ops(codes).count("QuantizeLinear") == 1
 
@@ -212,7 +224,7 @@ def test_float32_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_zero_point_costs_little_room() -> None:
-    """An asymmetric int4 weight in groups of 128 takes 3 % more than a symmetric one: a correction a group."""
+    """An asymmetric int4 weight [N, 256] in groups of 128 takes 5 % more: a correction a group, and a sum a channel."""
 
     def room(*, symmetric: bool) -> int:
         w = weights()
@@ -220,4 +232,4 @@ def test_a_zero_point_costs_little_room() -> None:
         views = (view_of(tensor) for tensor in graph.tensors().values())
         return sum(view.nbytes for view in views if view is not None)
 
-    assert 1.02 < room(symmetric=False) / room(symmetric=True) < 1.04
+    assert 1.03 < room(symmetric=False) / room(symmetric=True) < 1.05

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from instantrt import Classifier, Embedder
 from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.serving.config import GENERATE_INPUTS, GENERATE_OUTPUTS
 from instantrt.compiler.serving.repository import write_repository
@@ -40,9 +42,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def repository(tiny_compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(tiny_compiled: Path, embedding: Path, classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton") / "repository"
-    write_repository(tiny_compiled, folder)
+    for out in (tiny_compiled, embedding, classes):
+        write_repository(out, folder)
     config = folder / MODEL / "config.pbtxt"
     few = config.read_text("utf-8").replace(
         '"max_batch", value: { string_value: "16"', f'"max_batch", value: {{ string_value: "{ROWS}"'
@@ -284,13 +287,44 @@ def test_unload_and_reload(server: Server, expected: Callable[[str, int], list[i
     )
 
 
+def infer(server: Server, model: str, **given: list[str]) -> dict[str, Any]:
+    """Output -> its values, of texts by HTTP; or what is wrong, by the name `error`."""
+    inputs = [{"name": n, "datatype": "BYTES", "shape": [len(v), 1], "data": v} for n, v in given.items()]
+    host = http.client.HTTPConnection(server.http, timeout=60)
+    host.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": inputs}))
+    body = json.loads(host.getresponse().read())
+    host.close()
+    if "error" in body:
+        return {"error": body["error"]}
+    return {each["name"]: np.array(each["data"]).reshape(each["shape"]) for each in body["outputs"]}
+
+
+def test_vectors_and_labels_of_texts(server: Server, embedding: Path, classes: Path) -> None:
+    """Those of this process, for requests of several texts that come together; a wrong one is refused alone."""
+    texts = ["fish", "The boat is late again.", "An old net lies on the quay."]
+    with Embedder(embedding) as model:
+        want, query = model.encode(texts), model.encode(texts, prompt_name="query")
+    with ThreadPoolExecutor(8) as clients:
+        asked = [clients.submit(infer, server, "letters_embed", text=texts[: 1 + i % 3]) for i in range(24)]
+        for index, found in enumerate(asked):
+            assert np.abs(found.result()["embedding"] - want[: 1 + index % 3]).max() < 1e-5
+    prompted = infer(server, "letters_embed", text=texts, prompt_name=["query"] * 3)["embedding"]
+    assert np.abs(prompted - query).max() < 1e-5
+    assert "expected one of query, found x" in infer(server, "letters_embed", text=["a"], prompt_name=["x"])["error"]
+    with Classifier(classes) as labeller:
+        labels = labeller.classify(texts)
+    answer = infer(server, "moods_classify", text=texts)
+    assert [list(row) for row in answer["label"]] == [list(each) for each in labels]
+    assert np.abs(answer["score"] - [list(each.values()) for each in labels]).max() < 1e-5
+
+
 def test_what_cannot_be_served_is_said(repository: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"no such model\n.*tiny-qwen2, tiny-qwen2_generate"),
         serving(repository, ("nix",)),
     ):
         pass
-    with pytest.raises(UserError, match="no generate model"), serving(tmp_path):
+    with pytest.raises(UserError, match="no model that takes text"), serving(tmp_path):
         pass
     with pytest.raises(UserError, match="no tritonserver"), serving(repository, environment=tmp_path):
         pass

@@ -25,6 +25,8 @@ COMMANDS = {  # name -> (module, what --help says)
     "check": (f"{CLI}check", "Verify an output folder: digests, versions, loading."),
     "targets": (f"{CLI}targets", "Print what can be compiled for."),
     "generate": (f"{CLI}generate", "Generate text with a compiled artifact."),
+    "embed": (f"{CLI}embed", "Make vectors of texts with a compiled artifact."),
+    "classify": (f"{CLI}classify", "Label texts with a compiled artifact."),
     "diff": (f"{CLI}diff", "Say whether an artifact is right, and what quantization cost."),
     "perplexity": (f"{CLI}perplexity", "Print the perplexity of a model on a text."),
     "serve": (f"{CLI}serve", "Serve a Triton model repository until interrupted."),

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from instantrt.compiler.accuracy.budget import Raised
-from instantrt.compiler.accuracy.report import HTML, number
+from instantrt.compiler.accuracy.report import HTML, cards, number
 from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.accuracy.weigh import kind_of
 from instantrt.tools.cli.console import console
@@ -29,7 +29,10 @@ def show_verdict(verdict: Verdict, folder: Path) -> None:
     if verdict.note:
         console.print(verdict.note, soft_wrap=True)
     f = verdict.figures
-    if f:
+    if "cosine_min" in f:
+        each = ", ".join(f"{title} {value}" for title, value in cards(f).items())
+        console.print(f"quantization, {f['rows']:.0f} answers: {each}", soft_wrap=True)
+    elif f:
         console.print(
             f"quantization: perplexity ratio {f['perplexity_ratio']:.5f}, KL {f['kl_mean']:.3g}, "
             f"top-1 {f['top1_agreement']:.2%}, top-5 {f['top5_agreement']:.2%}",

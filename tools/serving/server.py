@@ -107,6 +107,9 @@ class Server:
             time.sleep(0.1)
 
 
+TAKE_TEXT = ("generate", "embed", "classify")  # how such models are called, behind the model's own name
+
+
 @contextmanager
 def serving(
     repository: Path,
@@ -116,12 +119,13 @@ def serving(
     http: int = 0,
     grpc: int = 0,
 ) -> Iterator[Server]:
-    """A server that is ready, with the named models or all that generate; stopped at the end."""
-    names = models or tuple(sorted(p.parent.name for p in repository.glob("*_generate/config.pbtxt")))
+    """A server that is ready, with the named models or all that take text; stopped at the end."""
+    found = (path.parent.name for kind in TAKE_TEXT for path in repository.glob(f"*_{kind}/config.pbtxt"))
+    names = models or tuple(sorted(found))
     missing = [name for name in names if not (repository / name / "config.pbtxt").is_file()]
     if missing or not names:
         raise UserError(
-            "no such model" if missing else "no generate model",
+            "no such model" if missing else "no model that takes text",
             where=str(repository),
             expected=", ".join(sorted(p.parent.name for p in repository.glob("*/config.pbtxt")))
             or "a model repository",

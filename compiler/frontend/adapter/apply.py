@@ -28,8 +28,10 @@ def adapted(
     loras, whole = sorted_out(adapter, facts, report)
     for error in (*wrong_targets(adapter, facts, loras), *unsaved(adapter, facts, whole)):
         report(error)
-    now = {facts.renamed.get(name, name): tensor for name, tensor in stored.items()}
-    of_the_file = set(now)
+    before: dict[str, FileTensor] = {}
+    for name, tensor in stored.items():
+        before.setdefault(facts.renamed.get(name, name), tensor)
+    now = dict(before)
     touched = {*whole, *(f"{path}.weight" for path in loras)}
     for names in facts.groups:  # of one parameter: each has its own from here on
         first = next((now[name] for name in names if name in now), None)
@@ -40,8 +42,11 @@ def adapted(
         now.update(dict.fromkeys([name] if saved(adapter, name) else [name, *tied], tensor))
     for path, parts in loras.items():
         now.update(attempt(report, merged, path, parts, now, adapter, facts) or {})
-    own = {name: now[facts.renamed.get(name, name)] for name in stored}
-    return own | {name: tensor for name, tensor in now.items() if name not in of_the_file}
+    own = {}
+    for name, tensor in stored.items():  # a second one of the same name stays: the account tells of it
+        known = facts.renamed.get(name, name)
+        own[name] = now[known] if tensor is before[known] else tensor
+    return own | {name: tensor for name, tensor in now.items() if name not in before}
 
 
 def sorted_out(adapter: Adapter, facts: ModelFacts, report: Report) -> tuple[dict[str, Parts], dict[str, FileTensor]]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ CONFIG = "adapter_config.json"
 MERGE = "merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 PLAIN = "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
 ALL_LINEAR = "all-linear"
-INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # those that leave the base's weights as they are
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those that leave the base's weights as they are
 
 
 def number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -1e300 < value < 1e300  # as an integer it may be none of float's
 
 
 def rank(value: Any) -> bool:
@@ -36,7 +37,7 @@ def text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def listed(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def one_or_several(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or of(value) or (isinstance(value, list) and all(map(of, value)))
 
 
@@ -44,7 +45,7 @@ def mapped(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(of, value.values())))
 
 
-NAMES = (listed(text), "a name, or a list of names")
+NAMES = (one_or_several(text), "a name, or a list of names")
 # Key -> (its default in peft, what fits, and in words).
 READ: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "peft_type": (None, lambda value: value == "LORA", "LORA"),
@@ -60,8 +61,8 @@ READ: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": (None, *NAMES),
     "exclude_modules": (None, *NAMES),
-    "modules_to_save": (None, lambda value: not text(value) and listed(text)(value), "a list of names"),
-    "layers_to_transform": (None, listed(lambda value: type(value) is int), "an integer, or a list of them"),
+    "modules_to_save": (None, lambda value: not text(value) and one_or_several(text)(value), "a list of names"),
+    "layers_to_transform": (None, one_or_several(lambda value: type(value) is int), "an integer, or a list of them"),
     "layers_pattern": (None, *NAMES),
 }
 HARMLESS: Mapping[str, str] = {
@@ -119,15 +120,15 @@ class AdapterConfig:
     def by_pattern(self, patterns: str, default: str, path: str) -> Any:
         """The value of the first pattern that fits the end of `path`; else its own, or the one for all."""
         chosen: Mapping[str, Any] = self[patterns] or {}
-        key = next((k for k in chosen if self.matches(rf"(.*\.)?({k})$", path, re.match)), path)
+        key = next((k for k in chosen if self.matches(rf"(.*\.)?({k})$", path)), path)
         return chosen.get(key, self[default])
 
     def targets(self, path: str, facts: ModelFacts) -> bool:
         """Would peft put an adapter on the module at `path`? As its `check_target_module_exists` does."""
-        wanted, excluded = self["target_modules"], self["exclude_modules"]
+        wanted, excluded = self["target_modules"] or [], self["exclude_modules"]
         if excluded and self.named(excluded, path):
             return False
-        if any(self.matches(rf"(^|.*\.){name}($|\..*)", path, re.match) for name in self["modules_to_save"] or ()):
+        if any(self.matches(rf"(^|.*\.){name}($|\..*)", path) for name in self["modules_to_save"] or ()):
             return False
         if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
             return path in facts.linears and path != facts.head
@@ -136,7 +137,7 @@ class AdapterConfig:
     def named(self, names: str | list[str], path: str) -> bool:
         """Is `path` what the pattern says, or one of the names, or does it end in one?"""
         if isinstance(names, str):
-            return self.matches(names, path, re.fullmatch) is not None
+            return self.matches(names, path, to_the_end=True) is not None
         return any(path == name or path.endswith(f".{name}") for name in names)
 
     def in_layers(self, path: str) -> bool:
@@ -146,18 +147,20 @@ class AdapterConfig:
             return True
         patterns = [lists] if isinstance(lists, str) else lists
         tries = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        found = next((match for t in tries if (match := self.matches(t, path, re.match))), None)
+        found = next((match for t in tries if (match := self.matches(t, path))), None)
         return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
-    def matches(
-        self, pattern: str, path: str, match: Callable[[str, str], re.Match[str] | None]
-    ) -> re.Match[str] | None:
+    def matches(self, pattern: str, path: str, *, to_the_end: bool = False) -> re.Match[str] | None:
         try:
-            return match(pattern, path)
+            compiled = compile_pattern(pattern)
+            return compiled.fullmatch(path) if to_the_end else compiled.match(path)
         except (re.error, RecursionError, OverflowError) as error:
             raise UserError(
                 "a pattern that is no regular expression", where=str(self.path), found=f"{pattern!r}: {error}"
             ) from None
+
+
+compile_pattern = cache(re.compile)  # `re` itself keeps 512: an adapter may have a pattern for each module
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:

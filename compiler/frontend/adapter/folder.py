@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from instantrt.passes.core.lazy import FileTensor
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+MODULES = "modules.json"  # of sentence-transformers
 ONE = "merge one of them into its base with peft's merge_and_unload, and pass the other over that"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is a tokenizer, whole
 BESIDE = (
@@ -62,17 +64,13 @@ def is_adapter(folder: Path) -> bool:
 def open_adapter(folder: Path) -> Adapter:
     """The adapter in `folder`."""
     if not (folder / CONFIG).is_file():
-        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        below = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))[:12])
         raise UserError(
-            "no adapter here" if not below else "several adapters, or none",
+            "no adapter here",
             where=str(folder),
-            expected=f"{CONFIG} and {WEIGHTS}",
-            found=f"adapters in {', '.join(below[:12])}"
-            if below
-            else "a folder without"
-            if folder.is_dir()
-            else "nothing",
-            fix="name the folder of one of them" if below else "pass what peft's save_pretrained wrote",
+            expected=f"{CONFIG} and {WEIGHTS}, as peft's save_pretrained writes them",
+            found=below or ("a folder without them" if folder.is_dir() else "no folder"),
+            fix="name one of these folders" if below else "",
         )
     config = read_adapter_config(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
@@ -88,21 +86,20 @@ def open_adapter(folder: Path) -> Adapter:
 
 def model_and_adapter(model: Path, adapters: Sequence[Path], base: Path | None) -> tuple[Path, Adapter | None]:
     """(the model whose weights are read, what is merged into them): `model` may be the adapter itself."""
-    found = [*([model] if is_adapter(model) else []), *adapters]
+    itself = is_adapter(model)
+    found = [model, *adapters] if itself else [*adapters]
     if len(found) > 1:
         raise UserError("several adapters", where=str(found[0]), found=", ".join(map(str, found[1:])), fix=ONE)
-    opened = open_adapter(found[0]) if found else None
-    if opened is not None and opened.folder == model:
-        return base_of(opened, base), opened
-    if base is not None:
+    if base is not None and not itself:
         raise UserError("base is for a model that is an adapter itself", where=str(model), fix="leave it out")
-    return model, opened
+    opened = open_adapter(found[0]) if found else None
+    return base_of(opened, base) if itself and opened is not None else model, opened
 
 
 def base_of(adapter: Adapter, asked: Path | None) -> Path:
     """The folder of the model that an adapter is for: `asked`, or what its config names, from its folder."""
     named = adapter.config["base_model_name_or_path"]
-    if asked is None and named and (adapter.folder / named).is_dir():  # an absolute path stays one
+    if asked is None and named and os.path.isdir(adapter.folder / named):  # noqa: PTH112 -- False for what is no path
         asked = adapter.folder / named
     if asked is None:
         raise UserError(
@@ -141,8 +138,15 @@ def names_of(adapter: Adapter, base: Path) -> list[str]:
     return [f"the adapter {adapter.folder.name} is merged into {base.name}{other}{brought}"]
 
 
-def refuse_quantized(reader: Reader | None, base: Path, adapter: Adapter) -> None:
-    """What is stored in codes takes no sum."""
+def check_base(reader: Reader | None, base: Path, adapter: Adapter) -> None:
+    """What is stored in codes takes no sum; and what follows a sentence's model is read beside the model alone."""
+    if (adapter.folder / MODULES).is_file() and not (base / MODULES).is_file():
+        raise UserError(
+            f"the adapter brings {MODULES}, which is read in its base's folder",
+            where=str(adapter.folder),
+            found=f"none in {base}",
+            fix="copy it there, with the folders that it names; or remove it to compile the model alone",
+        )
     if reader is not None:
         raise UserError(
             f"the base of the adapter is quantized ({reader.method}): what LoRA adds has no place among its codes",

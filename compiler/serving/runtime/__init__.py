@@ -1,6 +1,8 @@
 """What the generate model of a Triton repository runs. Copied into it as it is: nothing here imports this project.
 
 model             Triton's entry: requests in, text out
+encoder_model     Triton's entry for an encoder: texts in, vectors or labels out
+texts             texts as an encoder's inputs, and its answers as labels
 scheduler         sequences that join and leave the running batch between steps
 opening           a model file -> what runs it: onnx_engine, or tensorrt_engine with the driver's calls in cuda
 saturation        does this CPU compute what the model was lowered for

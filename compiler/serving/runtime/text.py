@@ -19,6 +19,8 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()  # files say how texts were cut and padded in a training
+        self.tokenizer.no_padding()
         self.config = read(folder / "tokenizer_config.json")
         configs = (read(folder / "generation_config.json"), read(folder / "config.json"))
         ends: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])

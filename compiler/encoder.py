@@ -1,0 +1,134 @@
+"""An encoder's artifact in this process: `Embedder` makes vectors of texts, `Classifier` labels.
+
+with Embedder("build") as model:
+    vectors = model.encode(["How are you?", "Fine."])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from instantrt.compiler.artifact.check import inside
+from instantrt.compiler.artifact.manifest import find_artifact
+from instantrt.compiler.llm import checked
+from instantrt.compiler.serving.runtime.onnx_engine import open_session
+from instantrt.compiler.serving.runtime.texts import TextReader, Texts, best_labels, each_by_itself
+from instantrt.passes.core.errors import UserError, tried
+
+Array = npt.NDArray[np.float32]
+BATCH = 32
+WHERE = {  # task -> who runs it
+    "embed": "Embedder",
+    "classify": "Classifier",
+    "classify_tokens": "load_artifact, which returns its logits",
+    "fill_mask": "load_artifact, which returns its logits",
+    "hidden": "load_artifact: nothing says how its hidden states become one vector; modules.json of "
+    "sentence-transformers would",
+    "": "LLM: it is a causal language model",
+}
+
+
+class OpenEncoder:
+    """An artifact for this CPU that reads texts; its methods may be called from many threads.
+
+    target            which artifact, where `folder` holds several
+    threads, spinning   as in `LLM`
+    """
+
+    TASK: ClassVar[str]
+
+    def __init__(
+        self, folder: Path | str, target: str | None = None, *, threads: int = 0, spinning: bool | None = None
+    ) -> None:
+        out = Path(folder)
+        self.artifact = find_artifact(out, target)
+        path, about = inside(out, self.artifact.path), self.artifact.encoder or {}
+        if about.get("task", "") != self.TASK:
+            other = about.get("task", "" if self.artifact.llm is not None else "hidden")
+            what = f"this is no model for {type(self).__name__}"
+            raise UserError(what, where=str(path), found=other or "a causal language model", fix=f"use {WHERE[other]}")
+        if self.artifact.kind != "onnx":
+            fix = "compile for a CPU target; Triton runs engines"
+            raise UserError("texts are read on a CPU alone", where=str(path), found=self.artifact.kind, fix=fix)
+        if not (path.parent / "tokenizer.json").is_file():
+            raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
+        self.folder, self.output = path.parent, self.artifact.outputs[0].name
+        with tried("reading the tokenizer", where=str(path.parent), fix="copy it again from the model"):
+            self.reader = TextReader(path.parent, about, [spec.name for spec in self.artifact.inputs])
+        with checked(out, self.artifact), tried("loading it into ONNX Runtime", where=str(path)):
+            self.session: Any = open_session(path, threads, spinning)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.session = None
+
+    def answers(self, texts: Texts, batch_size: int, prompt: str = "") -> Iterator[tuple[list[int], Array]]:
+        """(which texts, what the model says of them), a batch at a time, the longest first."""
+        if batch_size < 1:
+            raise UserError("batch_size is no number of texts", expected="1 or more", found=str(batch_size))
+        if self.session is None:
+            raise UserError("the model was released", where=str(self.folder), fix=f"make another {type(self).__name__}")
+        rows = self.reader.rows(texts, prompt)
+        for part, feeds in self.reader.batches(rows, batch_size):
+            yield part, self.session.run([self.output], feeds)[0]
+
+
+class Embedder(OpenEncoder):
+    """Vectors of texts, by a model that was compiled from a sentence-transformers folder."""
+
+    TASK = "embed"
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        assert self.artifact.encoder is not None
+        return int(self.artifact.encoder["width"])
+
+    def encode(self, texts: str | Sequence[str], *, batch_size: int = BATCH, prompt_name: str | None = None) -> Array:
+        """float32 [n, width] in the order of `texts`; of a single text [width].
+
+        prompt_name   of the model's prompts; the one that it uses by itself if not given
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        vectors = np.zeros((len(many), self.width), np.float32)
+        try:
+            prompt = self.reader.prompt(prompt_name)
+        except ValueError as error:
+            raise UserError(str(error), where=str(self.folder)) from None
+        for part, found in self.answers(many, batch_size, prompt):
+            vectors[part] = found
+        return vectors[0] if isinstance(texts, str) else vectors
+
+
+class Classifier(OpenEncoder):
+    """Labels of texts, or of pairs of them, with scores from 0 to 1."""
+
+    TASK = "classify"
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, texts: str, *, batch_size: int = BATCH
+    ) -> dict[str, float]: ...
+    @overload
+    def classify(self, texts: Texts, *, batch_size: int = BATCH) -> list[dict[str, float]]: ...
+    def classify(self, texts: str | Texts, *, batch_size: int = BATCH) -> dict[str, float] | list[dict[str, float]]:
+        """Label -> score of each text, the best first; scores of one label, or of labels that do not exclude one
+        another, are each by themselves."""
+        many = [texts] if isinstance(texts, str) else list(texts)
+        assert self.artifact.encoder is not None
+        names = self.artifact.encoder["labels"]
+        apart, found = each_by_itself(self.folder, names), [dict[str, float]() for _ in many]
+        for part, logits in self.answers(many, batch_size):
+            for index, labels, scores in zip(part, *best_labels(logits, names, apart=apart), strict=True):
+                found[index] = dict(zip(labels, scores.tolist(), strict=True))
+        return found[0] if isinstance(texts, str) else found

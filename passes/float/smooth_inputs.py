@@ -1,0 +1,75 @@
+"""What is loud in the inputs of linears goes into their columns, before inputs and weights become eight bits.
+
+y_i = W_i x = (W_i diag(f)) (x / f): a token's step is set by its largest channel, a weight's by its largest column, and
+f shares the loudness between the two (Xiao et al., 2022, "SmoothQuant"; docs/facts.md, "Loud inputs of an encoder").
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import Array, Source, small, view_of
+from instantrt.passes.core.linear import Linear, linear, weight_constant
+from instantrt.passes.core.rewrite import Reject, Rewrite, add
+from instantrt.passes.core.subgraphs import tensors
+from instantrt.passes.float.fold_norms import NORMS, ScaledColumns
+
+
+@dataclass(frozen=True)
+class SmoothMatch:
+    """The tensor `x` that all of `into` read."""
+
+    x: gs.Tensor
+    factors: Array
+    into: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class SmoothInputs(Rewrite[SmoothMatch]):
+    """x = Norm(...), MatMul(x, W_i [K, N_i]) -> MatMul(Mul(x, 1 / f), diag(f) W_i), for linears of int8 inputs.
+
+    factors     name of x -> f [K] float32, powers of two: every product is the same number
+    quantized   paths of the linears whose inputs will be int8: any other reads x as it is
+    """
+
+    factors: Mapping[str, Array] = field(repr=False, compare=False)
+    quantized: frozenset[str]
+    readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
+
+    def for_graph(self, graph: gs.Graph) -> SmoothInputs:
+        readers = Counter[Source]()
+        for tensor in tensors(graph).values():
+            if (view := view_of(tensor)) is not None:
+                readers[view.source] += len(tensor.outputs)
+        return SmoothInputs(self.factors, self.quantized, readers)
+
+    def match(self, node: gs.Node) -> SmoothMatch | Reject | None:
+        if node.op not in NORMS or node.outputs[0].name not in self.factors:
+            return None
+        read = (linear(user) for user in node.outputs[0].outputs)
+        into = tuple(found for found in read if found is not None and found.path in self.quantized)
+        if not into:
+            return None
+        for found in into:
+            if self.readers[found.rows] > 1:
+                return Reject(f"the weight of {found.path} is read elsewhere, too")
+        return SmoothMatch(node.outputs[0], self.factors[node.outputs[0].name], into)
+
+    def rewrite(self, graph: gs.Graph, match: SmoothMatch) -> None:
+        x = match.x
+        inverse = small(f"{x.name}/smoothing", 1 / match.factors, np.float32)
+        smoothed = gs.Variable(f"{x.name}/smoothed", x.dtype, x.shape)
+        add(graph, "Mul", [x, inverse], smoothed)
+        for found in match.into:
+            rows = ScaledColumns(found.rows, match.factors.tobytes())
+            found.node.inputs[0] = smoothed
+            found.node.inputs[1] = weight_constant(found.path, rows, found.shape)
+
+    def note(self, match: SmoothMatch) -> str:
+        low, high = match.factors.min(), match.factors.max()
+        return f"factors {low:g} to {high:g}, into " + ", ".join(found.path for found in match.into)

@@ -1,0 +1,114 @@
+"""Embedder and Classifier on real artifacts of tiny models: each text is what it is alone, whatever lies beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instantrt import LLM, Classifier, Embedder
+from instantrt.compiler.artifact.digest import sha256
+from instantrt.passes.core.errors import UserError
+from tests.commands import invoke
+from tests.compiler.encoder_models import LONGEST
+
+TEXTS = ["a", "The boat is late again.", "fish", "An old net lies on the quay, and nobody mends it."]
+
+
+def ids_of(text: str) -> list[int]:
+    """As the tokenizer of the tests has it: a token a letter, one before and one behind; "~" is no word of it."""
+    return [0, *(ord(letter) - 20 if letter != "~" else 3 for letter in text), 2]
+
+
+def test_each_vector_is_that_of_its_text_alone(embedding: Path) -> None:
+    """In the order given, in small letters, cut where the folder says, whatever the file had for a training."""
+    with Embedder(embedding) as model:
+        got = model.encode(TEXTS, batch_size=3)
+        assert got.shape == (4, model.width)
+        for text, vector in zip(TEXTS, got, strict=True):
+            alone = model.encode(text)
+            assert alone.shape == (32,)
+            assert np.abs(alone - vector).max() < 1e-5
+            ids = np.array([ids_of(text.lower())])
+            ids = np.concatenate([ids[:, : LONGEST - 1], ids[:, -1:]], axis=1) if ids.shape[1] > LONGEST else ids
+            feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+            (want,) = model.session.run(None, feeds)
+            assert np.abs(vector - want[0]).max() < 1e-5
+        assert model.encode([]).shape == (0, 32)
+
+
+def test_prompts(embedding: Path) -> None:
+    with Embedder(embedding) as model:
+        assert (model.encode("fish", prompt_name="query") == model.encode("find fish")).all()
+        assert (model.encode("fish") != model.encode("find fish")).any()
+        with pytest.raises(UserError, match="prompt_name: expected one of query, found passage"):
+            model.encode("fish", prompt_name="passage")
+
+
+def test_a_classifier_says_its_labels(classes: Path) -> None:
+    with Classifier(classes) as model:
+        found = model.classify([*TEXTS, ("a boat", "a net")])
+        assert [set(each) for each in found] == [{"bad", "fair", "good"}] * 5
+        assert found[0] == pytest.approx(model.classify(TEXTS[0]), abs=1e-6)
+        for each in found:
+            assert list(each.values()) == sorted(each.values(), reverse=True)
+            assert sum(each.values()) == pytest.approx(1, abs=1e-6)
+        assert found[4] != model.classify("a boat")
+
+
+def test_labels_that_do_not_exclude_one_another(classes: Path, tmp_path: Path) -> None:
+    """Each has a score of its own: config.json says so."""
+    shutil.copytree(classes, tmp_path / "out")
+    config = json.loads((tmp_path / "out/x86/config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (tmp_path / "out/x86/config.json").write_text(json.dumps(config))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest["artifacts"][0]["digests"]["x86/config.json"] = sha256(tmp_path / "out/x86/config.json")
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    together, apart = (Classifier(each).classify("fish") for each in (classes, tmp_path / "out"))
+    assert list(together) == list(apart)
+    assert sum(apart.values()) != pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Embedder, Classifier, LLM])
+def test_a_model_for_something_else_is_refused_by_name(
+    kind: Any, embedding: Path, classes: Path, tiny_compiled: Path
+) -> None:
+    ways = {
+        Embedder: {classes: "use Classifier", tiny_compiled: "use LLM"},
+        Classifier: {embedding: "use Embedder", tiny_compiled: "use LLM"},
+        LLM: {embedding: "Embedder", classes: "Classifier"},
+    }
+    for folder, way in ways[kind].items():
+        with pytest.raises(UserError) as caught:
+            kind(folder)
+        assert way in f"{caught.value.fix} {caught.value.found}"
+
+
+def test_a_changed_file_is_refused(embedding: Path, tmp_path: Path) -> None:
+    shutil.copytree(embedding, tmp_path / "out")
+    data = next((tmp_path / "out/x86").glob("model.onnx?*"), tmp_path / "out/x86/model.onnx")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match=r"changed|not what"):
+        Embedder(tmp_path / "out")
+
+
+def test_the_commands(embedding: Path, classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("fish\n\n" + "\n".join(f"boat {index}" for index in range(300)))
+    said = invoke("embed", embedding, "--file", tmp_path / "texts.txt", "--out", tmp_path / "v.npy")
+    assert said.exit_code == 0
+    assert "301 vectors of 32 numbers" in said.output
+    vectors = np.load(tmp_path / "v.npy")
+    with Embedder(embedding) as model:
+        assert np.abs(vectors[[0, 300]] - model.encode(["fish", "boat 299"])).max() < 1e-5
+    table = invoke("embed", embedding, "--text", "fish", "--text", "fish").output
+    assert "1.00 " in table
+    for refused, words in ((("--file", tmp_path / "texts.txt"), "many texts"), ((), "no text")):
+        assert words in str(invoke("embed", embedding, *refused).exception)
+    labels = invoke("classify", classes, "--text", "fish").output
+    assert all(label in labels for label in ("bad", "fair", "good"))
