@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from instantrt.compiler.quant.gguf import KINDS
 from instantrt.compiler.request import Request
 from instantrt.tools.bench.cpu import WINDOW, write_inputs
 from instantrt.tools.bench.cpu_contests import MADE, MODEL, OF_GGUF
-from instantrt.tools.bench.gguf import markdown, rate
+from instantrt.tools.bench.gguf import OUT, markdown, rate
 from tests.commands import invoke
 from tests.conftest import ROOT, TINY
 from tests.gguf_files import llama
@@ -98,3 +99,7 @@ def test_each_window_begins_as_a_text_does(tmp_path: Path, begin: list[int]) -> 
     windows = [ids[at : at + WINDOW].tolist() for at in range(0, len(ids), WINDOW)]
     assert all(window[: len(begin)] == begin for window in windows)
     assert [token for window in windows for token in window[len(begin) :]] == words
+
+
+def test_the_page_that_lies_here_is_its_jsons() -> None:
+    assert OUT.with_suffix(".md").read_text("utf-8") == markdown(json.loads(OUT.read_text("utf-8"))["results"])
