@@ -85,15 +85,17 @@ def rate(weights: Mapping[str, Any], rounds: int) -> list[float]:
     return quartiles(sum(int(np.prod(each.shape)) for each in tensors) / np.array(seconds[1:]))
 
 
-ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says
-what is done with them. `auto` is the default: take `exact` where its KL matters, `fast` where speed is worth its KL.
+ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says what is
+done with them. **What to choose**: `auto`, the default; `exact` for the file's own logits, `fast` for speed at about
+llama.cpp's own KL or less.
 
 float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text,
 in windows of 512 tokens, each begun as the tokenizer begins a text; KL is the mean divergence of the next token's
 distribution from float32's; logits: the largest difference from float32's, over the largest of those. MiB are of
 weights and graph, behind them the ratio to the GGUF file. Speeds are tokens a second of two threads, medians of rounds
-in which all take turns, and behind them their ratio to llama.cpp within a round, with quartiles. Reading is from blocks
-to codes, scales and zero points, on one thread, of a file in the page cache."""
+in which all take turns, and behind them their ratio to llama.cpp within a round, with quartiles. Reading is from
+blocks to codes, scales and zero points, on one thread, of a file in the page cache. A load above the cores is other
+work: it scatters speeds."""
 
 
 def markdown(results: Mapping[str, Result]) -> str:
