@@ -85,9 +85,9 @@ def rate(weights: Mapping[str, Any], rounds: int) -> list[float]:
     return quartiles(sum(int(np.prod(each.shape)) for each in tensors) / np.array(seconds[1:]))
 
 
-ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says what is
-done with them. **What to choose**: `auto`, the default; `exact` for the file's own logits, `fast` for speed at about
-llama.cpp's own KL or less.
+ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md)
+says what is done with them. **What to choose**: `auto`, the default; `exact` for the file's own logits, `fast` for
+speed at about llama.cpp's own KL or less.
 
 float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text,
 in windows of 512 tokens, each begun as the tokenizer begins a text; KL is the mean divergence of the next token's
