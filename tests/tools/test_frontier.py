@@ -60,7 +60,9 @@ def test_losses_and_divergences_of_a_worker(tmp_path: Path) -> None:
         found = DecoderMeasures(Bigram, tmp_path / "table.npy", tmp_path / "inputs.npz").loss(8, str(tmp_path))
         each = [compare_row(tables[0][part], table[part], part) for part in windows]
         expected: list[Array] = [np.stack([t.nll[:-1] for t in each]), np.stack([t.kl[:-1] for t in each])]
-        assert found == pytest.approx([values.mean() for values in expected], abs=1e-6)
+        right, wrong = (of[np.concatenate([part[:-1] for part in windows])] for of in (tables[0], table))
+        apart = np.abs(wrong - right).max() / np.abs(right).max()
+        assert found == pytest.approx([*(values.mean() for values in expected), apart], abs=1e-6)
 
 
 def test_the_page_is_what_its_json_gives() -> None:

@@ -169,13 +169,14 @@ def starts(plan: Contest, worker: Callable[[], Any]) -> Result:
 
 
 def measure_loss(sides: Mapping[str, Result], worker: Callable[[str], Any], scratch: Path) -> None:
-    """Adds the loss of each side, and the mean KL of the first, float32, to it: of a process of its own."""
+    """Adds the loss of each side, and how far it is from the first, float32, of a process of its own: the mean KL, and
+    the largest difference of logits over the largest logit."""
     with tempfile.TemporaryDirectory(dir=scratch) as exact:
         for name, side in sides.items():
             console.print(f"loss of {name}")
             with worker(name) as ask:
-                loss, kl = ask("loss", WINDOW, exact)
-            side |= {"loss": round(loss, 4), "kl": round(kl, 5)}
+                loss, kl, apart = ask("loss", WINDOW, exact)
+            side |= {"loss": round(loss, 4), "kl": round(kl, 5), "apart": float(f"{apart:.3g}")}
 
 
 def measure_vectors(sides: Mapping[str, Result], worker: Callable[[str], Any], vectors: Path) -> None:
@@ -194,11 +195,17 @@ def measure_vectors(sides: Mapping[str, Result], worker: Callable[[str], Any], v
 
 
 def write_inputs(kind: str, model: Path, text: Path, path: Path) -> None:
-    """What workers are fed: token ids [S] of the text; for an encoder a batch of it, and sentences with their masks."""
+    """What workers are fed: token ids [S] of the text; for an encoder a batch of it, and sentences with their masks.
+
+    A causal LM's windows each begin with what its tokenizer puts before a text: Gemma without it says nothing.
+    """
     tokenizer, words = tokenizer_of(model), read_text(text)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ids = np.array(tokenizer.encode(words, add_special_tokens=False).ids, np.int64)
+    if kind != "encoder" and (begin := tokenizer.encode("").ids):
+        step = WINDOW - len(begin)
+        ids = np.concatenate([np.append(begin, ids[at : at + step]) for at in range(0, len(ids), step)])
     needs = (int(request[1]) + STEPS for request in CONTESTS[kind].rounds.values() if len(request) > 1)
     wanted = max([*needs, math.prod(BATCH)])
     if len(ids) < wanted:

@@ -241,11 +241,11 @@ FRONTIER = Contest(
     loss="nats a token",
 )
 LINK = "import os, sys; os.symlink(sys.argv[1], sys.argv[2] + '/model.gguf')"
-LLAMA = "llama.cpp"
+LLAMA, AUTO = "llama.cpp", "auto"
 OF_GGUF = Contest(
     forms={
         FLOAT: ours("--requantize --quant none", 32),
-        **{preset: ours(f"--cpu-preset {preset}", 4) for preset in ("exact", "auto", "fast")},
+        **{preset: ours(f"--cpu-preset {preset}", 4) for preset in ("exact", AUTO, "fast")},
         LLAMA: Form("llama", "llama", ("-c", LINK, MODEL, MADE), "model.gguf", "model.gguf", 4),
     },
     first=(),

@@ -26,6 +26,7 @@ Logits = Callable[[Array], Array]  # ids [S] -> logits [S, vocab]
 THREADS = 2
 STEPS = 32  # decoded in one measurement
 FIRST = 8  # tokens before the first one
+ROWS = 64  # of logits in float64 at once: a vocabulary may have 262,144 tokens
 UBATCH = 512  # llama.cpp's default for the tokens that run at once
 
 
@@ -329,26 +330,34 @@ class DecoderMeasures:
         return rows * len(rest) / (time.perf_counter() - started)
 
     def loss(self, window: int, exact: str) -> list[float]:
-        """Nats a token, but for the first of each whole window, and the KL to what the folder `exact` holds.
+        """Of all tokens but the first of each whole window: nats a token, the mean KL to what the folder `exact` holds,
+        and the largest difference of logits from those, over the largest of those.
 
-        The first to be asked leaves its log p [window - 1, vocab] there.
+        The first to be asked leaves its logits [window - 1, vocab] there.
         """
-        logits_of, losses, kls = self.model.every_position(), [], []
+        logits_of, losses, kls, apart, largest = self.model.every_position(), [], [], 0.0, 0.0
         for start in range(0, len(self.ids) - window + 1, window):
             ids = self.ids[start : start + window]
-            q = logits_of(ids)[:-1].astype(np.float64)
-            q -= q.max(-1, keepdims=True)
-            q -= np.log(np.exp(q).sum(-1, keepdims=True))
-            losses.append(-np.take_along_axis(q, ids[1:, None], -1))
-            kept = Path(exact, f"{start}.npy")
+            logits, kept = logits_of(ids)[:-1], Path(exact, f"{start}.npy")
             if not kept.exists():
-                np.save(kept, q.astype(np.float32))
-            p = np.load(kept)
-            kls.append(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))  # a rounding below zero is zero
-        return [float(np.concatenate(each).mean()) for each in (losses, kls)]
+                np.save(kept, logits.astype(np.float32))
+            known = np.load(kept, mmap_mode="r")
+            for at in range(0, window - 1, ROWS):
+                found, right = (each[at : at + ROWS].astype(np.float64) for each in (logits, known))
+                apart, largest = max(apart, np.abs(found - right).max()), max(largest, np.abs(right).max())
+                q, p = log_softmax(found), log_softmax(right)
+                losses.append(-np.take_along_axis(q, ids[at + 1 : at + 1 + len(q), None], -1))
+                kls.append(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))  # a rounding below zero is zero
+        return [*(float(np.concatenate(each).mean()) for each in (losses, kls)), float(apart / largest)]
 
     def peak(self) -> float:
         return peak_mb()
+
+
+def log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    less: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return less
 
 
 class OurEncoder:

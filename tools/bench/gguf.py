@@ -1,7 +1,7 @@
 """A GGUF file compiled as it is, beside llama.cpp: `instantrt bench gguf FILE...` writes benchmarks/gguf.json and .md.
 
 Bytes, loss, divergence from the float32 model of the same dequantized weights, and speed of each preset, measured as
-`instantrt bench cpu` does; what a compile takes is its wall time, caches as they are.
+`instantrt bench cpu` does; what a compile takes is its wall time with nothing in a cache.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from instantrt.compiler.frontend.gguf.folder import made_folder
-from instantrt.tools.bench.compile_time import measured
+from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor
+from instantrt.tools.bench.compile_time import measured, shown
 from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
-from instantrt.tools.bench.cpu_contests import FLOAT, MADE, MODEL, OF_GGUF
+from instantrt.tools.bench.cpu_contests import AUTO, FLOAT, MADE, MODEL, OF_GGUF
 from instantrt.tools.bench.cpu_page import MIB, speed_cell
 from instantrt.tools.bench.frontier import rows
+from instantrt.tools.bench.running import quartiles
 
 Result = dict[str, Any]
 OUT = ROOT / "benchmarks" / "gguf.json"
@@ -32,7 +36,6 @@ OUT = ROOT / "benchmarks" / "gguf.json"
 def main(
     files: Annotated[list[Path], typer.Argument(help="GGUF files of causal LMs that take 1056 tokens")],
     text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
-    tokenizer: Annotated[Path | None, typer.Option(help="folder of tokenizer.json, for files that have none")] = None,
     llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     scratch: Annotated[Path | None, typer.Option(help="gets the artifacts, and keeps them")] = None,
@@ -44,44 +47,67 @@ def main(
     with ExitStack() as stack:
         base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for file in files:
-            results[file.name] = one(
-                file.absolute(), text, tokenizer, base / re.sub(r"\W+", "-", file.name), pythons, rounds
-            )
+            folder = base / re.sub(r"\W+", "-", file.name)
+            results[file.name] = one(file.absolute(), text, folder, pythons, rounds)
             out.write_text(json.dumps({"results": results}, indent=1) + "\n")
             out.with_suffix(".md").write_text(markdown(results))
 
 
-def one(
-    file: Path, text: Path, tokenizer: Path | None, folder: Path, pythons: Mapping[str, str], rounds: int
-) -> Result:
+def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds: int) -> Result:
     """All that is measured of a file."""
     folder.mkdir(parents=True, exist_ok=True)
     artifact, inputs = folder / "timed", folder / "inputs.npz"
     given = {MODEL: str(file), MADE: str(artifact)}
-    words = [given.get(word, word) for word in OF_GGUF.forms["auto"].words]
-    seconds = measured([sys.executable, *words], folder / "timed.log", {"HF_HUB_OFFLINE": "1"})[0]
+    words = [given.get(word, word) for word in OF_GGUF.forms[AUTO].words]
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        environment = {"HF_HUB_OFFLINE": "1", "INSTANTRT_CACHE": cache}
+        seconds = measured([sys.executable, *words], folder / "timed.log", environment)[0]
     made = made_folder(file)  # held while it is read
-    write_inputs("gguf", tokenizer or made.path, text, inputs)
+    read = rate(made.weights, rounds)
+    write_inputs("gguf", made.path, text, inputs)
     load = os.getloadavg()[0]
     found = contest("gguf", file, inputs, folder, pythons, rounds)
     about = {"machine": machine(load), "text": text.name}
-    return found | about | {"bytes": file.stat().st_size, "compile_s": round(seconds, 2)}
+    return found | about | {"bytes": file.stat().st_size, "compile_s": round(seconds, 1), "weights_per_s": read}
 
 
-ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md) says
-what is done with them. `auto` is the default: take `exact` where its KL matters, `fast` where speed is worth its KL.
+def rate(weights: Mapping[str, Any], rounds: int) -> list[float]:
+    """Quartiles of the weights a second that become codes, scales and zero points on one thread; the first round, in
+    which the file may come from the disk, is not counted."""
+    tensors = {each for each in weights.values() if isinstance(each, GgufTensor) and each.kind in KINDS}
+    seconds = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        for tensor in tensors:
+            for _tile in GgufRows(tensor).tiles():
+                pass
+        seconds.append(time.perf_counter() - started)
+    return quartiles(sum(int(np.prod(each.shape)) for each in tensors) / np.array(seconds[1:]))
+
+
+ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md)
+says what is done with them. **What to choose**: `auto`, the default; `exact` for the file's own logits, `fast` for
+speed at about llama.cpp's own KL or less.
 
 float32 is the model of the same dequantized weights (`--requantize --quant none`). Loss is in nats a token of a text,
-in windows of 512 tokens; KL is the mean divergence of the next token's distribution from float32's. MiB are of weights
-and graph, behind them the ratio to the GGUF file. Speeds are tokens a second of two threads, medians of rounds in which
-all take turns, and behind them their ratio to llama.cpp within a round, with quartiles."""
+in windows of 512 tokens, each begun as the tokenizer begins a text; KL is the mean divergence of the next token's
+distribution from float32's; logits: the largest difference from float32's, over the largest of those. MiB are of
+weights and graph, behind them the ratio to the GGUF file. Speeds are tokens a second of two threads, medians of rounds
+in which all take turns, and behind them their ratio to llama.cpp within a round, with quartiles. Reading is from
+blocks to codes, scales and zero points, on one thread, of a file in the page cache. A load above the cores is other
+work: it scatters speeds."""
 
 
 def markdown(results: Mapping[str, Result]) -> str:
     lines = ["# GGUF files beside llama.cpp", "", ABOUT, ""]
     for name, result in results.items():
-        lines += [f"## {name}", "", *rows(("", "loss", "KL", "MiB", *OF_GGUF.rounds), table(result)), ""]
-        lines += [f"* compiled in {result['compile_s']} s", f"* {result['machine']}", f"* text: {result['text']}"]
+        lines += [f"## {name}", "", *rows(("", "loss", "KL", "logits", "MiB", *OF_GGUF.rounds), table(result)), ""]
+        read = [each / 1e6 for each in result["weights_per_s"]]
+        lines += [
+            f"* compiled in {result['compile_s']} s, with nothing in a cache; reading {shown(read, 'M weights/s')}",
+            f"* {result['machine']}",
+            f"* text: {result['text']}",
+        ]
         lines += [f"* {line}" for line in result["versions"]]
         lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
         lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
@@ -92,6 +118,6 @@ def table(result: Result) -> Iterator[tuple[str, ...]]:
     sides = result["sides"]
     for name, side in sides.items():
         size = f"{side['bytes'] / MIB:.1f} ({side['bytes'] / result['bytes']:.2f}x)"
-        kl = "itself" if name == FLOAT else f"{side['kl']:.5f}"
+        apart = ("itself", "") if name == FLOAT else (f"{side['kl']:.5f}", f"{side['apart']:.1e}")
         speeds = (speed_cell(OF_GGUF, sides, name, measure) for measure in OF_GGUF.rounds)
-        yield name, f"{side['loss']:.4f}", kl, size, *speeds
+        yield name, f"{side['loss']:.4f}", *apart, size, *speeds
