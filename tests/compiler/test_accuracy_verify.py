@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 from onnx import numpy_helper
@@ -119,6 +120,20 @@ def test_perplexities_equal_a_transformers_loop_on_dequantized_weights(
     assert verdict.perplexities["twin"] == pytest.approx(after, rel=1e-3)
     assert verdict.figures["perplexity_ratio"] == pytest.approx(after / before, rel=1e-3)
     assert abs(after / before - 1) > 3e-3  # the two are told apart
+
+
+def test_polygraphy_objects_to_a_wrong_graph(compiled: Compiled, tmp_path: Path) -> None:
+    """As our own sums do: its comparator has a result for each output, of which none is empty."""
+    wrong = compiled.subject.lowered.copy()
+    logits = next(tensor for tensor in wrong.outputs if tensor.name == "logits")
+    maker = logits.inputs[0]
+    maker.outputs[0] = gs.Variable("logits/right", logits.dtype, logits.shape)
+    factor = gs.Constant("logits/wrong", np.float32([1.1]))
+    wrong.nodes.append(gs.Node("Mul", "logits/Mul", {}, [maker.outputs[0], factor], [logits]))
+    subject = replace(compiled.subject, lowered=wrong)
+    data = load_data(compiled.planned.model, TEXT, limit=64)
+    found = verify(subject, data, tmp_path, forms=("twin", "lowered"))
+    assert "Polygraphy: lowered and twin differ" in found.violations
 
 
 def test_a_right_artifact_passes_and_the_two_kinds_stay_apart(verdict: Verdict) -> None:
