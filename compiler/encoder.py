@@ -18,7 +18,7 @@ from instantrt.compiler.artifact.check import inside
 from instantrt.compiler.artifact.manifest import find_artifact
 from instantrt.compiler.llm import checked
 from instantrt.compiler.serving.runtime.onnx_engine import open_session
-from instantrt.compiler.serving.runtime.texts import TextReader, Texts, best_labels, each_by_itself
+from instantrt.compiler.serving.runtime.texts import TextReader, Texts, best_labels, scoring
 from instantrt.passes.core.errors import UserError, tried
 
 Array = npt.NDArray[np.float32]
@@ -111,7 +111,7 @@ class Embedder(OpenEncoder):
 
 
 class Classifier(OpenEncoder):
-    """Labels of texts, or of pairs of them, with scores from 0 to 1."""
+    """Labels of texts, or of pairs of them, with scores."""
 
     TASK = "classify"
 
@@ -122,13 +122,13 @@ class Classifier(OpenEncoder):
     @overload
     def classify(self, texts: Texts, *, batch_size: int = BATCH) -> list[dict[str, float]]: ...
     def classify(self, texts: str | Texts, *, batch_size: int = BATCH) -> dict[str, float] | list[dict[str, float]]:
-        """Label -> score of each text, the best first; scores of one label, or of labels that do not exclude one
-        another, are each by themselves."""
+        """Label -> score of each text, the best first: softmax; sigmoid of one label, or of labels that do not exclude
+        one another; or the logit itself, where the model's config says so."""
         many = [texts] if isinstance(texts, str) else list(texts)
         assert self.artifact.encoder is not None
         names = self.artifact.encoder["labels"]
-        apart, found = each_by_itself(self.folder, names), [dict[str, float]() for _ in many]
+        by, found = scoring(self.folder, names), [dict[str, float]() for _ in many]
         for part, logits in self.answers(many, batch_size):
-            for index, labels, scores in zip(part, *best_labels(logits, names, apart=apart), strict=True):
+            for index, labels, scores in zip(part, *best_labels(logits, names, by), strict=True):
                 found[index] = dict(zip(labels, scores.tolist(), strict=True))
         return found[0] if isinstance(texts, str) else found

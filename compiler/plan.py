@@ -21,7 +21,7 @@ from instantrt.compiler.fit import check_text, choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import TableFormat
-from instantrt.compiler.request import Request, check_lengths
+from instantrt.compiler.request import Request, check_lengths, refuse_of_llm
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.causal import sees_ahead
@@ -104,6 +104,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         base=request.base,
         say=say,
     )
+    if model.llm is None:
+        refuse_of_llm(request)
     if model.llm is None and model.encoder is None:
         check_lengths(request)
     config, reader = resolve(request, model)

@@ -191,6 +191,13 @@ def check_lengths(request: Request) -> None:
         raise UserError(f"max_length does nothing without {GPU} or a causal LM", where=str(request.model))
 
 
+def refuse_of_llm(request: Request) -> None:
+    """Refuses options of a language model for a model that is none."""
+    for f, _ in options_of(LanguageModel):
+        if getattr(request, f.name) != f.default:
+            raise UserError(f"{f.name} does nothing without a causal LM", where=str(request.model), fix="leave it out")
+
+
 def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it out") -> None:
     """Refuses an option that says nothing without what this compilation lacks."""
     for f, option in options_of(request):

@@ -247,7 +247,8 @@ def coarsest(decisions: Decisions, room: Room) -> dict[str, str]:
 
 def check(model: FloatModel, decisions: Decisions, data: Data, budget: Budget) -> None:
     if model.llm is None:
-        raise UserError("a budget counts tokens; this model is no causal LM", where=str(model.folder))
+        what, fix = "a budget is of causal LMs: it weighs next tokens", "--min-cosine with --verify bounds an encoder"
+        raise UserError(what, where=str(model.folder), fix=fix)
     if budget.max_ppl_increase is not None and data.kind == "generated":
         raise UserError("perplexity needs a text", fix="--text FILE")
     for path, q in decisions.items():

@@ -14,6 +14,8 @@ from instantrt.compiler.accuracy.data import read_text, token_feeds, tokenizer_o
 from instantrt.compiler.accuracy.metrics import log_softmax, perplexity
 from instantrt.compiler.accuracy.runners import session, transformers_runner
 from instantrt.compiler.artifact.manifest import find_artifact
+from instantrt.compiler.frontend.architecture import CAUSAL_LM, head_of
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.serving.runtime.onnx_engine import PAST, empty_cache
 from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.passes.core.lazy import Array
@@ -87,5 +89,9 @@ def artifact_logits(folder: Path, target: str | None = None) -> Logits:
 
 def transformers_logits(folder: Path) -> Logits:
     """The logits of the float checkpoint in transformers, float32."""
+    if (folder / "config.json").is_file():
+        head = head_of(read_json(folder / "config.json"), str(folder), pooled=False)
+        if head is not CAUSAL_LM:
+            raise UserError("perplexity is of causal LMs", where=str(folder), found=f"a model to {head.task}")
     run = transformers_runner(folder)
     return lambda ids: run(token_feeds(ids))["logits"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from instantrt.compiler.accuracy.bounds import INT8_BFLOAT16, INT8_FLOAT16
+from instantrt.compiler.accuracy.bounds import INT8_BFLOAT16, INT8_BLOCK, INT8_FLOAT16, INT8_TOKEN
 from instantrt.compiler.accuracy.data import Data
 from instantrt.compiler.accuracy.forms import AGAINST, FORMS, UNLIMITED, Budget, Subject, model_bound
 from instantrt.compiler.accuracy.layer_errors import LayerErrors, measure_layers
@@ -21,7 +21,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
 
-TURNING = (INT8_FLOAT16, INT8_BFLOAT16)  # where a last bit of 16 turns a code
+TURNING = (INT8_TOKEN, INT8_BLOCK, INT8_FLOAT16, INT8_BFLOAT16)  # where a last bit turns a code
 AS_CLOSE = 1.1  # times as far from the float model as the twin
 
 
@@ -150,6 +150,12 @@ class Total:
     def add(self, outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> None:
         for name, value in outputs.items():
             for row, expected in zip(np.atleast_1d(value), np.atleast_1d(reference[name]), strict=True):
+                if row.shape != expected.shape:
+                    what, fix = (
+                        "two forms of a model differ in shape",
+                        "name the model that the artifact was compiled from",
+                    )
+                    raise UserError(what, where=name, found=f"{list(row.shape)} and {list(expected.shape)}", fix=fix)
                 wide = expected.astype(np.float64)
                 delta = row.astype(np.float64) - wide
                 self.squares += float((delta * delta).sum())

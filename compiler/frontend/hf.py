@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
 
+UNLIMITED = 1 << 31  # transformers writes a number far above it where a tokenizer has no limit
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
 
 
@@ -112,7 +113,7 @@ def load_checkpoint(
         notes=(*(p.value for p in exported.metadata_props), *taken.account.notes),
         head=taken.facts.head,
         account=asdict(taken.account),
-        encoder=shape if isinstance(shape, EncoderShape) else None,
+        encoder=limited(shape, opened) if isinstance(shape, EncoderShape) else None,
         text=text_of(opened, shape) if isinstance(shape, EncoderShape) else {},
     )
 
@@ -220,6 +221,17 @@ def check_truncation(width: int | None, pipeline: SentencePipeline | None, head:
         )
 
 
+def limited(shape: EncoderShape, opened: OpenCheckpoint) -> EncoderShape:
+    """With the length at which the tokenizer's config cuts texts, where nothing else says it."""
+    if opened.pipeline is not None and opened.pipeline.max_length:
+        return shape
+    path = opened.folder / "tokenizer_config.json"
+    said = read_json(path).get("model_max_length") if path.is_file() else None
+    if type(said) is not int or not 0 < said < UNLIMITED:
+        return shape
+    return replace(shape, max_length=min(said, shape.max_length or said))
+
+
 def text_of(opened: OpenCheckpoint, shape: EncoderShape) -> dict[str, Any]:
     """How texts are prepared, and what the labels are called."""
     pipeline, labels = opened.pipeline, opened.config.get("id2label") or {}
@@ -228,8 +240,12 @@ def text_of(opened: OpenCheckpoint, shape: EncoderShape) -> dict[str, Any]:
         raise UserError("id2label is no object of labels by number", where=where, found=repr(labels))
     names = {int(key): str(label) for key, label in labels.items()}
     count = shape.width if shape.task.startswith("classify") else 0
+    labels = [names.get(index, f"LABEL_{index}") for index in range(count)]
+    if len(set(labels)) < len(labels):
+        where, fix = str(opened.folder / "config.json"), "give each label a name of its own in id2label"
+        raise UserError("two labels have one name", where=where, found=", ".join(labels), fix=fix)
     return {
-        "labels": [names.get(index, f"LABEL_{index}") for index in range(count)],
+        "labels": labels,
         "lowercase": pipeline is not None and pipeline.lowercase,
         "prompts": dict(pipeline.prompts) if pipeline is not None else {},
         "default_prompt": pipeline.default_prompt if pipeline is not None else "",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
@@ -20,7 +21,7 @@ from instantrt.compiler.frontend.made_once import check_made_once, own_names
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import FOUR_BIT, FileTensor, InMemory, View
+from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View
 from instantrt.passes.core.subgraphs import graphs, tensors
 from instantrt.passes.core.verify import QDQ_OPS
 
@@ -305,6 +306,8 @@ def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
         if tensor.name in weights:
             raise UserError("weights of different branches have one name", where=str(path), found=tensor.name)
         source = external_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
+        if source.dtype in FOUR_BIT and isinstance(source, FileTensor):
+            source = InMemory(unpacked(source))
         weights[tensor.name] = View(source, tuple(tensor.dims), source.dtype)
         tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
     return weights
@@ -326,10 +329,8 @@ def external_tensor(model: Path, tensor: onnx.TensorProto) -> FileTensor:
     if not path.is_file():
         raise UserError("external data is missing", where=where, expected=str(path))
     dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    if dtype in FOUR_BIT:
-        raise UserError("four-bit external data", where=where, fix="compile from the float model")
     shape = tuple(tensor.dims)
-    size = math.prod(shape) * dtype.itemsize
+    size = -(-math.prod(shape) // 2) if dtype in FOUR_BIT else math.prod(shape) * dtype.itemsize
     try:
         offset, length = int(info.get("offset", 0)), int(info.get("length", size))
     except ValueError:
@@ -343,6 +344,21 @@ def external_tensor(model: Path, tensor: onnx.TensorProto) -> FileTensor:
             found=f"{length} bytes at {offset} of {available}",
         )
     return FileTensor(path, offset, shape, dtype, tensor.name)
+
+
+def unpacked(tensor: FileTensor) -> Array:
+    """Four-bit values, of which the file has two in a byte, the first in its low bits."""
+    count = math.prod(tensor.shape)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        packed = np.frombuffer(file.read(-(-count // 2)), np.uint8)
+    values = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count].reshape(tensor.shape)
+    signed = tensor.dtype == np.dtype(ml_dtypes.int4)
+    return (
+        np.where(values > 7, values.astype(np.int8) - 16, values).astype(tensor.dtype)
+        if signed
+        else values.astype(tensor.dtype)
+    )
 
 
 def llm_shape(graph: gs.Graph) -> LlmShape | None:

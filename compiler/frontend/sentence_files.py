@@ -87,7 +87,8 @@ def read_pipeline(folder: Path, truncate_dim: int | None = None) -> SentencePipe
             fix=WITHOUT,
         )
     pipeline = SentencePipeline(at, kept, **texts_of(folder, at))
-    return pipeline if truncate_dim is None else truncated(pipeline, truncate_dim)
+    width = width_of(folder) if truncate_dim is None else truncate_dim
+    return pipeline if width is None else truncated(pipeline, width)
 
 
 def list_of_modules(path: Path) -> list[Mapping[str, Any]] | None:
@@ -100,10 +101,11 @@ def list_of_modules(path: Path) -> list[Mapping[str, Any]] | None:
 
 
 def kind_of(module: Mapping[str, Any], where: str) -> str:
-    kind = str(module["type"]).rpartition(".")[2]
-    if kind not in KEYS and kind != "Transformer":
-        raise refused("has", kind, where)
-    return kind
+    kind = str(module["type"])
+    own, _, name = kind.rpartition(".")
+    if own.partition(".")[0] != "sentence_transformers" or (name not in KEYS and name != "Transformer"):
+        raise refused("has", name if own.startswith("sentence_transformers") else kind, where)
+    return name
 
 
 def refused(how: str, kind: str, where: str) -> UserError:
@@ -176,6 +178,14 @@ def size_of(config: Mapping[str, Any], key: str, at: Path) -> int:
     if type(size) is not int or size < 1:
         raise UserError(f"{key} is no size", where=str(at / "config.json"), found=repr(size))
     return size
+
+
+def width_of(folder: Path) -> int | None:
+    """How many numbers of an embedding the folder itself says to keep."""
+    width = read_json(folder / PROMPTS).get("truncate_dim") if (folder / PROMPTS).is_file() else None
+    if width is not None and (type(width) is not int or width < 1):
+        raise UserError("truncate_dim is no size", where=str(folder / PROMPTS), found=repr(width))
+    return width
 
 
 def texts_of(folder: Path, at: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def sentence(folder: Path, *modules: tuple[str, dict[str, Any], dict[str, torch.
         (folder / path / "config.json").write_text(json.dumps(config))
         if weights:
             save_file(weights, folder / path / "model.safetensors")
-        listed.append({"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"})
+        own = "my.models" if kind == "mine" else "sentence_transformers.models"
+        listed.append({"idx": index, "name": str(index), "path": path, "type": f"{own}.{kind}"})
     (folder / "modules.json").write_text(json.dumps(listed))
     if prompts:
         (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))

@@ -178,7 +178,6 @@ FILES: dict[str, tuple[dict[str, Any], str, str]] = {
     # files beside model.safetensors -> (what is reported, the note of the first of them)
     "adapter": ({"adapter_config.json": {}}, "LoRA", ""),
     "adapter's weights": ({"adapter_model.bin": b""}, "LoRA", ""),
-    "pooling": ({"modules.json": [{"type": "a.Transformer"}, {"type": "a.Pooling"}]}, "", "part of the graph"),
     "diffusers": ({"model_index.json": {}}, "diffusers", ""),
     "quanto": ({"quanto_qmap.json": {}}, "quanto", ""),
     "pickles": (

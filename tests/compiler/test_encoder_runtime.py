@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from instantrt import LLM, Classifier, Embedder
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
 from tests.commands import invoke
 from tests.compiler.encoder_models import LONGEST
 
@@ -60,17 +62,51 @@ def test_a_classifier_says_its_labels(classes: Path) -> None:
         assert found[4] != model.classify("a boat")
 
 
-def test_labels_that_do_not_exclude_one_another(classes: Path, tmp_path: Path) -> None:
-    """Each has a score of its own: config.json says so."""
+IDENTITY = "torch.nn.modules.linear.Identity"
+SCORES: dict[str, tuple[dict[str, Any], Callable[[Array], Array]]] = {
+    "labels that do not exclude one another": (
+        {"problem_type": "multi_label_classification"},
+        lambda logits: 1 / (1 + np.exp(-logits)),
+    ),
+    "numbers": ({"problem_type": "regression"}, lambda logits: logits),
+    "a reranker's logits": ({"sentence_transformers": {"activation_fn": IDENTITY}}, lambda logits: logits),
+    "those of an older one": ({"sbert_ce_default_activation_function": IDENTITY}, lambda logits: logits),
+}
+
+
+@pytest.mark.parametrize("what", SCORES)
+def test_scores_are_what_the_config_says(what: str, classes: Path, tmp_path: Path) -> None:
+    said, scored = SCORES[what]
     shutil.copytree(classes, tmp_path / "out")
-    config = json.loads((tmp_path / "out/x86/config.json").read_text()) | {"problem_type": "multi_label_classification"}
-    (tmp_path / "out/x86/config.json").write_text(json.dumps(config))
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    manifest["artifacts"][0]["digests"]["x86/config.json"] = sha256(tmp_path / "out/x86/config.json")
-    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
-    together, apart = (Classifier(each).classify("fish") for each in (classes, tmp_path / "out"))
-    assert list(together) == list(apart)
-    assert sum(apart.values()) != pytest.approx(1, abs=1e-3)
+    changed(tmp_path / "out", "config.json", said)
+    with Classifier(tmp_path / "out") as model:
+        (feeds,) = (feeds for _, feeds in model.reader.batches(model.reader.rows(["fish"]), 1))
+        want = scored(model.session.run(None, feeds)[0][0])
+        found = model.classify("fish")
+    assert [found[label] for label in ("bad", "fair", "good")] == pytest.approx(want, rel=1e-5)
+
+
+def changed(out: Path, name: str, fields: dict[str, Any]) -> None:
+    """More fields in a side file, whose digest the manifest then has."""
+    path = out / "x86" / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | fields))
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["artifacts"][0]["digests"][f"x86/{name}"] = sha256(path)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_kinds_of_tokens_are_those_that_the_tokenizer_gave_a_training(embedding: Path, tmp_path: Path) -> None:
+    """None, where its config names no token_type_ids: all are of the first kind."""
+    pair = ("a boat", "a net")
+    kinds = []
+    for index, said in enumerate(
+        ({}, {"model_input_names": ["input_ids"]}, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    ):
+        shutil.copytree(embedding, tmp_path / str(index))
+        changed(tmp_path / str(index), "tokenizer_config.json", said)
+        with Embedder(tmp_path / str(index)) as model:
+            kinds.append(model.reader.feeds(model.reader.rows([pair]))["token_type_ids"].max())
+    assert kinds == [1, 0, 0]
 
 
 @pytest.mark.parametrize("kind", [Embedder, Classifier, LLM])
@@ -102,10 +138,10 @@ def test_the_commands(embedding: Path, classes: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("fish\n\n" + "\n".join(f"boat {index}" for index in range(300)))
     said = invoke("embed", embedding, "--file", tmp_path / "texts.txt", "--out", tmp_path / "v.npy")
     assert said.exit_code == 0
-    assert "301 vectors of 32 numbers" in said.output
+    assert "302 vectors of 32 numbers" in said.output
     vectors = np.load(tmp_path / "v.npy")
     with Embedder(embedding) as model:
-        assert np.abs(vectors[[0, 300]] - model.encode(["fish", "boat 299"])).max() < 1e-5
+        assert np.abs(vectors[[0, 301]] - model.encode(["fish", "boat 299"])).max() < 1e-5
     table = invoke("embed", embedding, "--text", "fish", "--text", "fish").output
     assert "1.00 " in table
     for refused, words in ((("--file", tmp_path / "texts.txt"), "many texts"), ((), "no text")):

@@ -201,6 +201,7 @@ def test_a_language_model_in_a_folder_of_its_own(tmp_path: Path) -> None:
 WEIGHTS = {"linear.weight": torch.ones(24, 64), "linear.bias": torch.ones(24)}
 BAD: dict[str, tuple[list[Any], str]] = {
     "no pooling": ([("Normalize", {}, {})], "does not begin with a pooling"),
+    "a module of somebody else": ([pooling(), ("mine", {}, {})], "that has my.models.mine"),
     "another module": ([pooling(), ("WeightedLayerPooling", {}, {})], "that has WeightedLayerPooling"),
     "a prompt without a part in it": ([pooling(include_prompt=False)], "include_prompt of a sentence-transformers"),
     "a key that nobody knows": ([pooling(temperature=2)], "temperature of a sentence-transformers module is not known"),
@@ -237,6 +238,39 @@ def test_a_pipeline_that_is_none_is_refused_by_name(what: str, tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         load(tmp_path, cache=Path("none"))
     assert words in caught.value.what
+
+
+def test_what_a_folder_says_of_texts(tmp_path: Path) -> None:
+    """Where its tokenizer cuts them, if nothing else says so, and how many numbers of an embedding it keeps."""
+    make("bert", "AutoModel", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 12}')
+    sentence(tmp_path, pooling(), truncate_dim=8)
+    model = load(tmp_path, cache=Path("none"))
+    assert model.encoder is not None
+    assert (model.encoder.max_length, model.encoder.width) == (12, 8)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 30}')
+    assert load(tmp_path, cache=Path("none"), truncate_dim=16).encoder == replace(
+        model.encoder, max_length=30, width=16
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"logits": "all"}, "logits does nothing without a causal LM"),
+        ({"bits_per_weight": 6.0, "quant": "a16w8"}, "a budget is of causal LMs"),
+    ],
+)
+def test_options_of_language_models_are_refused(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+    make("bert", "AutoModel", tmp_path / "model")
+    with pytest.raises(UserError, match=words):
+        compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out", **fields))
+
+
+def test_two_labels_of_one_name(tmp_path: Path) -> None:
+    make("bert", "AutoModelForSequenceClassification", tmp_path, id2label={0: "a", 1: "b", 2: "a"})
+    with pytest.raises(UserError, match="two labels have one name"):
+        load(tmp_path, cache=Path("none"))
 
 
 def test_what_only_embeddings_have(tmp_path: Path) -> None:
@@ -291,6 +325,7 @@ def test_verify_says_how_alike_answers_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="min_cosine does nothing without --verify"):
         compile_model(replace(request, min_cosine=0.9))
     compile_model(replace(request, min_cosine=0.9), verify=True)
+    compile_model(replace(request, quant="a16w4", out=tmp_path / "four"), verify=True)  # reads its four bits back
     report = json.loads((tmp_path / "out/report/x86/report.json").read_text())
     assert {"rows": 3, "label_agreement": 1}.items() <= report["quantization"].items()
     assert 0.9 < report["quantization"]["cosine_min"] < 1

@@ -226,7 +226,9 @@ FILES = {
     ),
     "a LoRA adapter beside its base model": (beside(LORA), "a LoRA adapter (PEFT)"),
     "a sentence-transformers pipeline whose module is not known": (
-        beside({"modules.json": [{"type": "a.Transformer"}, {"type": "a.WordWeights"}]}),
+        beside(
+            {"modules.json": [{"type": f"sentence_transformers.models.{n}"} for n in ("Transformer", "WordWeights")]}
+        ),
         "a sentence-transformers pipeline that has WordWeights",
     ),
     "a list of modules that was cut": (

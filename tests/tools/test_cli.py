@@ -113,7 +113,10 @@ def test_completion_knows_commands_options_and_values() -> None:
         (("compil", TINY), "No such command 'compil'. Did you mean 'compile'?"),
         (("build", TINY, "--quant", "a16w8"), "--quant is an option of instantrt compile, not of this command"),
         (("compile", TINY, "--list-targets"), "--list-targets is a command now: instantrt targets"),
-        (("check", "x", "--text", "t"), "--text is an option of instantrt compile and diff and perplexity, not of"),
+        (
+            ("check", "x", "--text", "t"),
+            "--text is an option of instantrt compile and embed and classify and diff and perplexity, not of",
+        ),
         (
             ("compile", TINY, "--quantt", "a16w8"),
             "No such option: --quantt (Possible options: --quant, --quant",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
@@ -33,6 +32,8 @@ def main(
     threads: Threads = 0,
 ) -> None:
     """Writes the vectors, or prints how alike a few texts are: the cosine of each pair."""
+    import numpy as np
+
     from instantrt.compiler.encoder import Embedder
 
     texts = texts_of(text, file)
@@ -51,11 +52,11 @@ def main(
 
 
 def texts_of(given: list[str] | None, file: Path | None) -> list[str]:
-    """What the command line says, then the lines of a file that are not empty."""
+    """What the command line says, then every line of a file, empty ones too: vectors are found by their lines."""
     texts = list(given or ())
     if file is not None:
         try:
-            texts += [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+            texts += file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError("the texts cannot be read", where=str(file), found=str(error)) from None
     if not texts:
@@ -85,6 +86,8 @@ def show_alike(texts: list[str], vectors: Any) -> None:
     if len(texts) == 1:
         print(" ".join(f"{value:.6g}" for value in vectors[0]))
         return
+    import numpy as np
+
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     table = Table("", *(str(index + 1) for index in range(len(texts))), title="cosines")
     for index, (text, row) in enumerate(zip(texts, unit @ unit.T, strict=True), 1):

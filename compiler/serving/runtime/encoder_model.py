@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from .integrity import MODELS, RECORD, check_folder
 from .onnx_engine import open_session
-from .texts import TextReader, best_labels, each_by_itself
+from .texts import TextReader, best_labels, scoring
 
 BATCH = 32  # texts that the model is given at once
 
@@ -27,7 +27,7 @@ class TritonPythonModel:
         about = json.loads((folder / RECORD).read_text("utf-8"))["encoder"]
         self.reader = TextReader(folder, about, [each.name for each in self.session.get_inputs()])
         self.labels: list[str] = about["labels"]
-        self.apart = each_by_itself(folder, self.labels)
+        self.by = scoring(folder, self.labels)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """The texts of all requests together; a request with something wrong in it gets an error of its own."""
@@ -63,6 +63,6 @@ class TritonPythonModel:
     def response(self, rows: list[Any]) -> Any:
         if not self.labels:
             return pb_utils.InferenceResponse([pb_utils.Tensor("embedding", np.stack(rows).astype(np.float32))])
-        labels, scores = best_labels(np.stack(rows), self.labels, apart=self.apart)
+        labels, scores = best_labels(np.stack(rows), self.labels, self.by)
         words = np.array([[label.encode() for label in row] for row in labels], np.object_)
         return pb_utils.InferenceResponse([pb_utils.Tensor("label", words), pb_utils.Tensor("score", scores)])

@@ -14,7 +14,9 @@ from .text import SPECIAL_TOKENS, read, token_text
 
 Array = npt.NDArray[Any]
 Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together, for a reranker say
-MULTI_LABEL = "multi_label_classification"
+GENERIC = "PreTrainedTokenizerFast"  # whose models have no kinds of tokens, unless model_input_names says so
+MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"  # problem_type of config.json
+OLD_ACTIVATION = "sbert_ce_default_activation_function"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -28,7 +30,10 @@ class TextReader:
         if about["max_length"]:
             self.tokenizer.enable_truncation(about["max_length"])
         self.about, self.inputs = about, inputs
-        token = token_text(read(folder / "tokenizer_config.json").get(SPECIAL_TOKENS[3]))
+        config = read(folder / "tokenizer_config.json")
+        named = config.get("model_input_names") or ([] if config.get("tokenizer_class") == GENERIC else INPUTS)
+        self.typed = INPUTS[2] in named  # else all tokens are of one kind for whoever trained it
+        token = token_text(config.get(SPECIAL_TOKENS[3]))
         known = self.tokenizer.token_to_id(token) if token else None
         self.pad: int = read(folder / "config.json").get("pad_token_id") or 0 if known is None else known
 
@@ -61,24 +66,31 @@ class TextReader:
         shape = len(rows), max(1, *(len(row.ids) for row in rows))
         filled = {name: np.full(shape, self.pad if name == INPUTS[0] else 0, np.int64) for name in self.inputs}
         for index, row in enumerate(rows):
-            values = dict(zip(INPUTS, (row.ids, [1] * len(row.ids), row.type_ids), strict=True))
+            types = row.type_ids if self.typed else [0] * len(row.ids)
+            values = dict(zip(INPUTS, (row.ids, [1] * len(row.ids), types), strict=True))
             for name in self.inputs:
                 filled[name][index, : len(row.ids)] = values[name]
         return filled
 
 
-def each_by_itself(folder: Path, labels: Sequence[str]) -> bool:
-    """Are scores those of each label by itself? There is one, or the model's config says that several may be right."""
-    return len(labels) == 1 or read(folder / "config.json").get("problem_type") == MULTI_LABEL
+def scoring(folder: Path, labels: Sequence[str]) -> str:
+    """What makes scores of logits: `softmax`; `sigmoid` of each label by itself, where there is one or several may be
+    right; or `identity`, where the model's config says that they are what they are."""
+    config = read(folder / "config.json")
+    own = (config.get("sentence_transformers") or {}).get("activation_fn") or config.get(OLD_ACTIVATION) or ""
+    if config.get("problem_type") == REGRESSION or str(own).endswith(".Identity"):
+        return "identity"
+    alone = len(labels) == 1 or config.get("problem_type") == MULTI_LABEL or str(own).endswith(".Sigmoid")
+    return "sigmoid" if alone else "softmax"
 
 
-def best_labels(logits: Array, labels: Sequence[str], *, apart: bool) -> tuple[list[list[str]], Array]:
-    """Of logits [B, L] labels and scores [B, L] of each row, the best first: sigmoids where `apart`, else softmax."""
-    wide = logits.astype(np.float64)
-    if apart:
-        scores = 1 / (1 + np.exp(-wide))
-    else:
-        scores = np.exp(wide - wide.max(axis=1, keepdims=True))
+def best_labels(logits: Array, labels: Sequence[str], by: str) -> tuple[list[list[str]], Array]:
+    """Of logits [B, L] labels and scores [B, L] of each row, the best first; `by` as `scoring` says."""
+    scores = logits.astype(np.float64)
+    if by == "sigmoid":
+        scores = 1 / (1 + np.exp(-scores))
+    elif by == "softmax":
+        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
     order = np.argsort(-scores, axis=1, kind="stable")
     return [[labels[at] for at in row] for row in order], np.take_along_axis(scores, order, axis=1).astype(np.float32)
