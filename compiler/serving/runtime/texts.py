@@ -25,12 +25,13 @@ class TextReader:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], inputs: Sequence[str] = INPUTS) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = read(folder / "tokenizer_config.json")
         self.tokenizer.no_padding()  # files say how texts were cut and padded in a training
         self.tokenizer.no_truncation()
         if about["max_length"]:
-            self.tokenizer.enable_truncation(about["max_length"])
+            side = "left" if config.get("truncation_side") == "left" else "right"
+            self.tokenizer.enable_truncation(about["max_length"], direction=side)
         self.about, self.inputs = about, inputs
-        config = read(folder / "tokenizer_config.json")
         named = config.get("model_input_names") or ([] if config.get("tokenizer_class") == GENERIC else INPUTS)
         self.typed = INPUTS[2] in named  # else all tokens are of one kind for whoever trained it
         token = token_text(config.get(SPECIAL_TOKENS[3]))
