@@ -120,8 +120,18 @@ def check_supported(targets: Iterable[Target], config: QuantConfig | None, *, pl
 
 
 def method_of(config: QuantConfig) -> Method:
+    """The row that a config is of; UserError for one that no row has."""
     key = (config.quant_method, config.weight_format, config.activate_quant)
-    return next(m for m in METHODS if (m.quant_method, m.weight_format, m.activate) == key)
+    rows = [m for m in METHODS if m.quant_method == config.quant_method]
+    found = next((m for m in rows if (m.quant_method, m.weight_format, m.activate) == key), None)
+    if found is None:
+        raise UserError(
+            f"{config.quant_method} has no such weights and activations",
+            expected=", ".join(m.name for m in rows),
+            found=f"{config.weight_format} with {'int8' if config.activate_quant else 'float'} activations",
+            fix="leave weight_format and compute_method to the checkpoint",
+        )
+    return found
 
 
 def markdown() -> str:

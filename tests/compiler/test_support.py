@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
-from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.config import COMPUTE, QuantConfig
 from instantrt.compiler.support import METHODS, Shown, cell, check_supported, markdown, method_of
 from instantrt.compiler.target import TARGETS, Backend, find_target
 from instantrt.passes.core.errors import UserError
@@ -64,3 +66,15 @@ def test_the_plugin_runs_what_tensorrt_alone_cannot() -> None:
             assert f"no int8 by int4 product without `--plugin`; with it: {shown}" in markdown()
     with pytest.raises(UserError, match="no int8 tensor cores"):
         check_supported([find_target("sm70")], a8w4, plugin=True)
+
+
+def test_what_has_no_row_is_refused() -> None:
+    """Of a method, weights and activations that a config may say: a row of the table, or an error that names them."""
+    rows = {(m.quant_method, m.weight_format, m.activate) for m in METHODS}
+    for method, weights, compute in product({m.quant_method for m in METHODS}, ("int8", "uint4"), COMPUTE):
+        config = QuantConfig(quant_method=method, weight_format=weights, compute_method=compute)
+        if (method, weights, config.activate_quant) in rows:
+            assert method_of(config) in METHODS
+        else:
+            with pytest.raises(UserError, match=f"{method} has no such weights and activations"):
+                method_of(config)
