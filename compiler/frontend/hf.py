@@ -97,6 +97,7 @@ def load_checkpoint(
     )
     root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
     shape = taken.facts.shape
+    text = text_of(opened, shape) if isinstance(shape, EncoderShape) else {}
     exported = exported_model(opened, folder, say)
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
@@ -114,7 +115,7 @@ def load_checkpoint(
         head=taken.facts.head,
         account=asdict(taken.account),
         encoder=limited(shape, opened) if isinstance(shape, EncoderShape) else None,
-        text=text_of(opened, shape) if isinstance(shape, EncoderShape) else {},
+        text=text,
     )
 
 

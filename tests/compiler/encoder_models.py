@@ -16,7 +16,7 @@ from instantrt import Request, compile_model
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 120,
     "max_position_embeddings": 64,
@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {"type_vocab_size": 2},
     "roberta": {"type_vocab_size": 1},
     "xlm-roberta": {"type_vocab_size": 1},
-    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
     "modernbert": {"global_attn_every_n_layers": 3, "local_attention": 8, "cls_token_id": 0, "sep_token_id": 2},
     "mpnet": {},
     "electra": {"embedding_size": 16, "type_vocab_size": 2},

@@ -356,7 +356,7 @@ def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
 
     with pytest.raises(UserError, match="perplexity needs a text"):
         spend(planned.model, Budget(max_ppl_increase=1.0))
-    with pytest.raises(UserError, match="no causal LM"):
+    with pytest.raises(UserError, match="a budget is of causal LMs"):
         spend(replace(planned.model, llm=None), Budget(max_kl=1.0))
     with pytest.raises(UserError, match="no quantized layer"):
         override(decisions, {"lm_head": "float"})

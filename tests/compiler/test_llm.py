@@ -195,7 +195,7 @@ def test_what_is_no_artifact_is_refused_in_words(tiny_compiled: Path, tmp_path: 
     manifest = json.loads((out / "manifest.json").read_text())
     for changed, words in (
         (manifest | {"format": 1}, "a manifest of another version"),
-        (edited(manifest, llm=None), "another model: see load_artifact"),
+        (edited(manifest, llm=None), "another model: see Embedder, Classifier, load_artifact"),
         (edited(manifest, kind="kit"), "a build kit is not a model yet"),
         (edited(manifest, path="../x86/model.onnx"), "leads out of the folder"),
     ):
