@@ -29,10 +29,8 @@ MARGIN = 2  # over what these reach: what saturates costs more than coarser step
 LEAST = 2.0**-20
 
 
-def check_cache_type(request: Request, model: FloatModel, types: Mapping[str, np.dtype[Any]]) -> None:
-    """Refuses a type that the model or a target has no cache of; `types` is what each engine computes in."""
-    if request.kv_cache_type is not None and model.llm is None:
-        raise UserError("kv_cache_type does nothing without a causal LM's cache", where=str(request.model))
+def check_cache_type(request: Request, types: Mapping[str, np.dtype[Any]]) -> None:
+    """Refuses a type that a target has no cache of; `types` is what each engine computes in."""
     for target in request.resolved_targets():
         check_target(request.kv_cache_type, request.kv_cache, target, types.get(target.name))
 

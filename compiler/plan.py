@@ -114,7 +114,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     graph = pipeline.normalize(model.graph, log)
     gpu_targets = [t for t in request.resolved_targets() if t.backend is Backend.TENSORRT]
     types = {target.name: compute_type(target, model.types) for target in gpu_targets}
-    check_cache_type(request, model, types)
+    check_cache_type(request, types)
     say("deciding how to quantize")
     # A scale is rounded to the type that its own target stores: no artifact depends on what is compiled beside it.
     # What a checkpoint stores, it stores for all.

@@ -126,15 +126,12 @@ def load_data(
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
+    from instantrt.compiler.serving.runtime.text import open_tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         raise UserError("no tokenizer for the text", where=str(folder), expected="tokenizer.json")
     with tried("reading the tokenizer", where=str(folder / "tokenizer.json"), fix="copy it again from the model"):
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_truncation()  # files say how texts were cut and padded in a training
-        tokenizer.no_padding()
-        return tokenizer
+        return open_tokenizer(folder)
 
 
 def read_text(text: Path) -> str:

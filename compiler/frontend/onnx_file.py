@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
@@ -21,7 +20,7 @@ from instantrt.compiler.frontend.made_once import check_made_once, own_names
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View
+from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View, read_exactly
 from instantrt.passes.core.subgraphs import graphs, tensors
 from instantrt.passes.core.verify import QDQ_OPS
 
@@ -307,7 +306,7 @@ def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
             raise UserError("weights of different branches have one name", where=str(path), found=tensor.name)
         source = external_tensor(path, tensor) if tensor.external_data else InMemory(to_array(tensor))
         if source.dtype in FOUR_BIT and isinstance(source, FileTensor):
-            source = InMemory(unpacked(source))
+            source = InMemory(unpacked(source, tensor.data_type))
         weights[tensor.name] = View(source, tuple(tensor.dims), source.dtype)
         tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
     return weights
@@ -346,19 +345,12 @@ def external_tensor(model: Path, tensor: onnx.TensorProto) -> FileTensor:
     return FileTensor(path, offset, shape, dtype, tensor.name)
 
 
-def unpacked(tensor: FileTensor) -> Array:
-    """Four-bit values, of which the file has two in a byte, the first in its low bits."""
-    count = math.prod(tensor.shape)
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        packed = np.frombuffer(file.read(-(-count // 2)), np.uint8)
-    values = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count].reshape(tensor.shape)
-    signed = tensor.dtype == np.dtype(ml_dtypes.int4)
-    return (
-        np.where(values > 7, values.astype(np.int8) - 16, values).astype(tensor.dtype)
-        if signed
-        else values.astype(tensor.dtype)
-    )
+def unpacked(tensor: FileTensor, kind: int) -> Array:
+    """Four-bit values, two of which share a byte of the file, each by itself; `kind` is onnx's word for their type."""
+    with tensor.path.open("rb", buffering=0) as file:
+        packed = read_exactly(file.fileno(), tensor.offset, -(-math.prod(tensor.shape) // 2), tensor)
+    values: Array = to_array(TensorProto(dims=tensor.shape, data_type=kind, raw_data=packed.tobytes()))
+    return values
 
 
 def llm_shape(graph: gs.Graph) -> LlmShape | None:

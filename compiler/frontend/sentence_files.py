@@ -86,8 +86,9 @@ def read_pipeline(folder: Path, truncate_dim: int | None = None) -> SentencePipe
             found=", ".join(["Transformer", *(module.kind for module in kept)]),
             fix=WITHOUT,
         )
-    pipeline = SentencePipeline(at, kept, **texts_of(folder, at))
-    width = width_of(folder) if truncate_dim is None else truncate_dim
+    said = read_json(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
+    pipeline = SentencePipeline(at, kept, **texts_of(folder, at, said))
+    width = width_of(said, folder) if truncate_dim is None else truncate_dim
     return pipeline if width is None else truncated(pipeline, width)
 
 
@@ -180,21 +181,20 @@ def size_of(config: Mapping[str, Any], key: str, at: Path) -> int:
     return size
 
 
-def width_of(folder: Path) -> int | None:
+def width_of(said: Mapping[str, Any], folder: Path) -> int | None:
     """How many numbers of an embedding the folder itself says to keep."""
-    width = read_json(folder / PROMPTS).get("truncate_dim") if (folder / PROMPTS).is_file() else None
+    width: int | None = said.get("truncate_dim")
     if width is not None and (type(width) is not int or width < 1):
         raise UserError("truncate_dim is no size", where=str(folder / PROMPTS), found=repr(width))
     return width
 
 
-def texts_of(folder: Path, at: Path) -> dict[str, Any]:
-    """How texts are prepared: the settings beside the language model, and the prompts of the whole."""
+def texts_of(folder: Path, at: Path, prompts: Mapping[str, Any]) -> dict[str, Any]:
+    """How texts are prepared: the settings beside the language model, and the `prompts` of the whole."""
     settings = next((path for each in (at, folder) for path in sorted(each.glob(SETTINGS))), None)
     said = read_json(settings) if settings is not None else {}
     check_keys(said, TRANSFORMER, settings.name if settings is not None else "", str(folder))
     longest = said.get("max_seq_length")
-    prompts = read_json(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
     texts, default = prompts.get("prompts") or {}, prompts.get("default_prompt_name") or ""
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise UserError("prompts are no texts by name", where=str(folder / PROMPTS), found=repr(texts))

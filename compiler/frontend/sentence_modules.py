@@ -15,8 +15,11 @@ NORM = 1e-12  # likewise
 
 
 def attach(model: Any, modules: Sequence[SentenceModule]) -> None:
-    """Gives the language model its modules, whose weights have the names of their folders."""
-    model.sentence_modules = tuple(modules)  # on a device without storage: their sizes were not checked yet
+    """Gives the language model its modules, whose weights have the names of their folders.
+
+    Weights have no storage: their sizes were not held against the files yet.
+    """
+    model.sentence_modules = tuple(modules)
     for module in modules:
         own = torch.nn.Module()
         if module.kind == "Dense":

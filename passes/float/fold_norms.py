@@ -62,11 +62,7 @@ class FoldNorms(Rewrite[FoldNormMatch]):
     outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def for_graph(self, graph: gs.Graph) -> FoldNorms:
-        readers = Counter[Source]()
-        for tensor in tensors(graph).values():
-            if (view := view_of(tensor)) is not None:
-                readers[view.source] += len(tensor.outputs)
-        return FoldNorms(self.quantized, readers, frozenset(t.name for t in graph.outputs))
+        return FoldNorms(self.quantized, readers_of(graph), frozenset(t.name for t in graph.outputs))
 
     def match(self, node: gs.Node) -> FoldNormMatch | Reject | None:
         if node.op not in NORMS or node.attrs.get("axis", -1) != -1:
@@ -100,6 +96,15 @@ class FoldNorms(Rewrite[FoldNormMatch]):
 
     def note(self, match: FoldNormMatch) -> str:
         return f"{(match.factors != 1).sum()} loud channels, into " + ", ".join(found.path for found in match.into)
+
+
+def readers_of(graph: gs.Graph) -> Counter[Source]:
+    """How many nodes read each weight."""
+    readers = Counter[Source]()
+    for tensor in tensors(graph).values():
+        if (view := view_of(tensor)) is not None:
+            readers[view.source] += len(tensor.outputs)
+    return readers
 
 
 def loud(weight: Array) -> Array:

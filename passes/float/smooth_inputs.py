@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Source, small, view_of
+from instantrt.passes.core.lazy import Array, Source, small
 from instantrt.passes.core.linear import Linear, linear, weight_constant
 from instantrt.passes.core.rewrite import Reject, Rewrite, add
-from instantrt.passes.core.subgraphs import tensors
-from instantrt.passes.float.fold_norms import NORMS, ScaledColumns
+from instantrt.passes.float.fold_norms import NORMS, ScaledColumns, readers_of
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,7 @@ class SmoothInputs(Rewrite[SmoothMatch]):
     readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
 
     def for_graph(self, graph: gs.Graph) -> SmoothInputs:
-        readers = Counter[Source]()
-        for tensor in tensors(graph).values():
-            if (view := view_of(tensor)) is not None:
-                readers[view.source] += len(tensor.outputs)
-        return SmoothInputs(self.factors, self.quantized, readers)
+        return SmoothInputs(self.factors, self.quantized, readers_of(graph))
 
     def match(self, node: gs.Node) -> SmoothMatch | Reject | None:
         if node.op not in NORMS or node.outputs[0].name not in self.factors:

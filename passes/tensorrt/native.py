@@ -81,18 +81,18 @@ def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
 def centring(weight: QuantTensor, dtype: np.dtype[Any]) -> tuple[gs.Constant, gs.Constant]:
     """What x' by group meets, `[G, N]` or `[N]` for one group, and what m does, S `[N]`."""
 
-    def total(tile: Tile) -> Array:
-        return np.asarray(dequantize(raised(Codes(*tile.parts), weight, dtype), weight.group_size).sum(axis=1))
+    def total(block: Codes) -> Array:
+        return np.asarray(dequantize(block, weight.group_size).sum(axis=1))
 
     def by_group(tile: Tile) -> Array:
         block = raised(Codes(*tile.parts), weight, dtype)
         values = offsets(block, weight.central) * np.float32(weight.group_size)
-        values -= total(tile)[:, None] / np.float32(g)
+        values -= total(block)[:, None] / np.float32(g)
         narrow = finite(values, dtype, weight, tile.start, "zero point correction")
         return narrow[:, 0] if g == 1 else narrow.T
 
     def whole(tile: Tile) -> Array:
-        return finite(total(tile), dtype, weight, tile.start, "sum of weights")
+        return finite(total(raised(Codes(*tile.parts), weight, dtype)), dtype, weight, tile.start, "sum of weights")
 
     n, g = weight.shape[0], weight.groups
     shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from instantrt.compiler.cache_type import bound, check_cache_type, check_target, scale_of, with_cache
+from instantrt.compiler.cache_type import bound, check_target, scale_of, with_cache
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.request import Request
+from instantrt.compiler.request import Request, refuse_of_llm
 from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, Array
 from instantrt.compiler.smoke.compare import distance
 from instantrt.compiler.smoke.lockstep import lockstep
@@ -189,7 +188,7 @@ def test_what_is_taken_and_what_has_no_cache() -> None:
         check_target(kind, "concat", find_target("sm89"), np.dtype(np.float16))
     request = Request(Path("m"), ("x86",), Path("o"), kv_cache_type="int8")
     with pytest.raises(UserError, match="does nothing without a causal LM"):
-        check_cache_type(request, SimpleNamespace(llm=None), {})  # type: ignore[arg-type]
+        refuse_of_llm(request)
 
 
 def test_a_cache_that_something_else_reads_is_refused(tiny_float: FloatModel) -> None:

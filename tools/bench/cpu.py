@@ -200,8 +200,6 @@ def write_inputs(kind: str, model: Path, text: Path, path: Path) -> None:
     A causal LM's windows each begin with what its tokenizer puts before a text: Gemma without it says nothing.
     """
     tokenizer, words = tokenizer_of(model), read_text(text)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     ids = np.array(tokenizer.encode(words, add_special_tokens=False).ids, np.int64)
     if kind != "encoder" and (begin := tokenizer.encode("").ids):
         step = WINDOW - len(begin)

@@ -18,9 +18,7 @@ class Text:
     """The tokenizer and chat template that lie in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.no_truncation()  # files say how texts were cut and padded in a training
-        self.tokenizer.no_padding()
+        self.tokenizer = open_tokenizer(folder)
         self.config = read(folder / "tokenizer_config.json")
         configs = (read(folder / "generation_config.json"), read(folder / "config.json"))
         ends: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])
@@ -85,6 +83,14 @@ class Detokenizer:
 def overlap(text: str, word: str) -> int:
     """How many characters at the end of `text` begin `word`."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`, which neither cuts nor pads: its file says how a training did."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def token_text(token: Any) -> str | None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
-from .text import SPECIAL_TOKENS, read, token_text
+from .text import SPECIAL_TOKENS, open_tokenizer, read, token_text
 
 Array = npt.NDArray[Any]
 Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together, for a reranker say
@@ -24,10 +23,8 @@ class TextReader:
     """The tokenizer in `folder`, for a model whose manifest says `about` texts what `encoder` there has."""
 
     def __init__(self, folder: Path, about: Mapping[str, Any], inputs: Sequence[str] = INPUTS) -> None:
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = open_tokenizer(folder)
         config = read(folder / "tokenizer_config.json")
-        self.tokenizer.no_padding()  # files say how texts were cut and padded in a training
-        self.tokenizer.no_truncation()
         if about["max_length"]:
             side = "left" if config.get("truncation_side") == "left" else "right"
             self.tokenizer.enable_truncation(about["max_length"], direction=side)
