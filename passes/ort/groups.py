@@ -51,7 +51,7 @@ class LowerGroups(Lowering[Quantized]):
         def const(name: str, values: Any) -> gs.Constant:
             return small(f"{path}.{name}", values, np.int64)
 
-        x = limbs_of(graph, match.x, limbs)
+        x = limbs_of(graph, match, limbs)
         weight = View(q, (groups, size, n), kind, axis=2, project=codes_by_group)
         zero = View(q, (groups, n), kind, axis=1, project=lambda tile: limbs.weight(tile.parts[2]).T)
         scale = View(q, (groups, n), np.float32, axis=1, project=lambda tile: tile.parts[1].T)
