@@ -94,7 +94,7 @@ def test_each_window_begins_as_a_text_does(tmp_path: Path, begin: list[int]) -> 
         name = tokenizer.id_to_token(*begin)
         tokenizer.post_processor = TemplateProcessing(single=f"{name} $A", special_tokens=[(name, *begin)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write_inputs("gguf", tmp_path, TEXT, tmp_path / "inputs.npz")
+    write_inputs("gguf", tmp_path, [TEXT], tmp_path / "inputs.npz")
     ids = np.load(tmp_path / "inputs.npz")["ids"]
     windows = [ids[at : at + WINDOW].tolist() for at in range(0, len(ids), WINDOW)]
     assert all(window[: len(begin)] == begin for window in windows)

@@ -1,8 +1,9 @@
 """The CPU road beside its peers: `instantrt bench cpu [MODEL]` writes benchmarks/cpu.json, cpu.md and cpu.png.
 
-MODEL is the folder of a causal LM, or of an encoder (model_type bert, say), which torch exports to ONNX first. With
---shape it is random weights in a known model's shape: speed alone. Peers run where they are installed, each in a Python
-that is named; what a peer's own tool made of the model is kept in --scratch, ours is compiled anew.
+MODEL is the folder of a causal LM, or of an encoder (model_type bert, say), which torch exports to ONNX for its peers;
+--onnx FILE is one more of them, called by its folder. With --shape it is random weights in a known model's shape: speed
+alone. Peers run where they are installed, each in a Python that is named; what a peer's own tool made of the model is
+kept in --scratch, ours is compiled anew.
 
 Every configuration is a process that holds its model and is told to do one measurement at a time (cpu_worker.py), so
 that the others wait, and whatever else the machine does meets all of them: ratios are of one round.
@@ -11,7 +12,6 @@ that the others wait, and whatever else the machine does meets all of them: rati
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,19 +29,21 @@ import numpy as np
 import typer
 
 from instantrt.compiler.accuracy.data import read_text, tokenizer_of
+from instantrt.compiler.accuracy.texts import sentences
 from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.bench.compile_time import TOKENIZER, measured, versions
 from instantrt.tools.bench.cpu_contests import (
-    BATCH,
     CALIBRATION,
     CONTESTS,
     EXPORT,
+    EXPORTED,
     MADE,
     MODEL,
     PACKAGES,
     Contest,
     Form,
+    as_it_comes,
 )
 from instantrt.tools.bench.cpu_page import markdown, plot
 from instantrt.tools.bench.cpu_worker import STEPS
@@ -52,11 +54,12 @@ from instantrt.tools.cli.console import console
 Result = dict[str, Any]
 Ask = Callable[..., Any]  # a worker's measurement and its arguments -> the value
 ROOT = Path(__file__).resolve().parents[2]
+TEXT = ROOT / "examples" / "text" / "bench.txt"
 OUT = ROOT / "benchmarks" / "cpu.json"
 WORKER = str(Path(__file__).with_name("cpu_worker.py"))
 STARTS = 3  # processes that are started to see how long loading takes
 WINDOW = 512  # tokens that see one another, for the loss
-SENTENCES = 100
+LONGEST = 256  # tokens of a sentence whose vectors are compared
 SHAPES = {"0.5b": QWEN2_05B, "1.5b": QWEN2_15B}
 
 
@@ -112,10 +115,12 @@ def contest(
     pythons: Mapping[str, str],
     rounds: int,
     calibration: Path | None = None,
+    others: Iterable[Path] = (),
 ) -> Result:
-    """All that is measured of a model; `folder` gets what is made of it."""
+    """All that is measured of a model; `folder` gets what is made of it. `others`: ONNX files of the same encoder."""
     plan = CONTESTS[kind]
     forms = {name: form for name, form in plan.forms.items() if form.python in pythons}
+    forms |= {path.parent.name: as_it_comes(str(path)) for path in others}
     made = {name: folder / re.sub(r"\W+", "-", name) for name in forms}
     for name, form in forms.items():
         console.print(f"making {name}")
@@ -194,26 +199,24 @@ def measure_vectors(sides: Mapping[str, Result], worker: Callable[[str], Any], v
         side |= {"loss": round(1 - cosine.mean(), 6), "least_cosine": round(cosine.min(), 5)}
 
 
-def write_inputs(kind: str, model: Path, text: Path, path: Path) -> None:
-    """What workers are fed: token ids [S] of the text; for an encoder a batch of it, and sentences with their masks.
+def write_inputs(kind: str, model: Path, texts: Iterable[Path], path: Path) -> None:
+    """What workers are fed: token ids [S] of the text; for an encoder also its sentences with their masks.
 
     A causal LM's windows each begin with what its tokenizer puts before a text: Gemma without it says nothing.
     """
-    tokenizer, words = tokenizer_of(model), read_text(text)
+    tokenizer, words = tokenizer_of(model), "\n\n".join(read_text(each) for each in texts)
     ids = np.array(tokenizer.encode(words, add_special_tokens=False).ids, np.int64)
     if kind != "encoder" and (begin := tokenizer.encode("").ids):
         step = WINDOW - len(begin)
         ids = np.concatenate([np.append(begin, ids[at : at + step]) for at in range(0, len(ids), step)])
-    needs = (int(request[1]) + STEPS for request in CONTESTS[kind].rounds.values() if len(request) > 1)
-    wanted = max([*needs, math.prod(BATCH)])
-    if len(ids) < wanted:
-        raise UserError("the text is too short", where=str(text), expected=f"{wanted} tokens", found=str(len(ids)))
     arrays: dict[str, Any] = {"ids": ids}
     if kind == "encoder":
-        sentences = [tokenizer.encode(s).ids[: BATCH[1]] for s in re.split(r"(?<=[.?!])\s+", words)[:SENTENCES]]
-        arrays["batch"] = ids[: math.prod(BATCH)].reshape(BATCH)
-        arrays["sentences"] = np.array([each + [0] * (BATCH[1] - len(each)) for each in sentences], np.int64)
-        arrays["mask"] = np.array([[1] * len(each) + [0] * (BATCH[1] - len(each)) for each in sentences], np.int64)
+        rows = [tokenizer.encode(each).ids[:LONGEST] for each in sentences(words)]
+        arrays["sentences"] = np.array([each + [0] * (LONGEST - len(each)) for each in rows], np.int64)
+        arrays["mask"] = np.array([[1] * len(each) + [0] * (LONGEST - len(each)) for each in rows], np.int64)
+    elif len(ids) < (wanted := max(int(request[1]) + STEPS for request in CONTESTS[kind].rounds.values())):
+        where = ", ".join(map(str, texts))
+        raise UserError("the text is too short", where=where, expected=f"{wanted} tokens", found=str(len(ids)))
     np.savez(path, **arrays)
 
 
@@ -246,17 +249,21 @@ def prepared(model: Path | None, shape: str | None, folder: Path) -> tuple[str, 
     names = read_json(model / "config.json").get("architectures") or [""]
     if names[0].endswith("ForCausalLM"):
         return "decoder", model
-    make(Form("", "", ("-c", EXPORT, MODEL, MADE), "", "", 32), sys.executable, model, folder / "exported")
-    return "encoder", folder / "exported" / "model.onnx"
+    encoder = folder / "encoder"  # without what sentence-transformers puts behind it, which peers do not have
+    shutil.rmtree(encoder, ignore_errors=True)
+    shutil.copytree(model, encoder, ignore=shutil.ignore_patterns("modules.json"))
+    make(Form("", "", ("-c", EXPORT, MODEL, MADE), "", "", 32), sys.executable, encoder, encoder / EXPORTED)
+    return "encoder", encoder
 
 
 def main(
     model: Annotated[Path | None, typer.Argument(help="folder of a causal LM or of an encoder")] = None,
     shape: Annotated[Literal["0.5b", "1.5b"] | None, typer.Option(help="random weights in Qwen2's shape")] = None,
-    text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    text: Annotated[list[Path] | None, typer.Option(help="English in UTF-8; examples/text/bench.txt")] = None,
     llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python and gguf")] = None,
     genai: Annotated[Path | None, typer.Option(help="a python that has onnxruntime-genai")] = None,
     openvino: Annotated[Path | None, typer.Option(help="a python that has openvino, optimum-intel and nncf")] = None,
+    onnx: Annotated[list[Path] | None, typer.Option(help="the same encoder as somebody else made it")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     scratch: Annotated[Path | None, typer.Option(help="keeps what peers made, for the next run")] = None,
     out: Annotated[Path, typer.Option(help="the JSON; .md and .png go beside it")] = OUT,
@@ -272,7 +279,8 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         kind, compiled = prepared(model, shape, folder)
         inputs = folder / "inputs.npz"
-        write_inputs(kind, model or compiled, text, inputs)
+        write_inputs(kind, model or compiled, text or [TEXT], inputs)
         load = os.getloadavg()[0]
-        results[name] = contest(kind, compiled, inputs, folder, pythons, rounds) | {"machine": machine(load)}
+        found = contest(kind, compiled, inputs, folder, pythons, rounds, others=onnx or ())
+        results[name] = found | {"machine": machine(load)}
     keep(results, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from instantrt.tools.bench.compile_time import shown
-from instantrt.tools.bench.cpu_contests import BATCH, CONTESTS, EIGHT, ENCODE, FLOAT, Contest
+from instantrt.tools.bench.cpu_contests import CONTESTS, EIGHT, FLOAT, Contest
 from instantrt.tools.bench.running import quartiles
 
 Result = dict[str, Any]
@@ -44,8 +43,12 @@ no tokens behind its prompt: it goes on with those that it chooses). The first t
 imports to the logits behind a prompt of 8 tokens and one more. Peak memory: of a process after a prompt, mapped files
 included. On disk: weights and graph.
 
-The loss of a causal LM is of `examples/text/bench.txt`, or of `--text`, in windows of 512 tokens. An encoder's is one
-minus the cosine to float32's vector, means of its states, averaged over 100 sentences of the text.
+The loss of a causal LM is of `examples/text/bench.txt`, or of `--text`, in windows of 512 tokens.
+
+An encoder is as torch exports it, without what sentence-transformers puts behind it, and reads so many texts of so many
+tokens at once. Its loss is one minus the cosine to float32's vector, means of its states, averaged over the sentences
+of the texts. OpenVINO int8 is NNCF's int8 weights, whose tokens become int8 when it runs; calibrated, NNCF's
+post-training quantization.
 
 8 and 4 bits are ours as they come: `--quant a16w8` and `a16w4`. Of the peers: llama.cpp quantizes a GGUF file of the
 checkpoint's bfloat16 weights; onnxruntime-genai's and optimum-intel's exporters run with their defaults, 4 bits in
@@ -68,8 +71,6 @@ def table(result: Result) -> list[str]:
 
 def speed_cell(plan: Contest, sides: Mapping[str, Result], name: str, measure: str) -> str:
     cell = f"{np.median(sides[name]['rounds'][measure]):.4g}"
-    if measure == ENCODE:
-        cell += f" ({1e3 * math.prod(BATCH) / np.median(sides[name]['rounds'][measure]):.1f} ms)"
     bits = sides[name]["bits"]
     base = plan.bases.get((measure, None)) or plan.bases.get((measure, bits))
     ratio = ratios(sides, (name, measure), (base, measure)) if base not in (None, name) else None
@@ -121,7 +122,7 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
         most = max(side["bytes"] for side in sides.values())
         loss = [side["loss"] - sides[FLOAT]["loss"] for side in sides.values()]
         areas = [1500 * side["bytes"] / most for side in sides.values()]
-        colors = [COLORS.get(plan.forms[each].kind, "C3") for each in sides]
+        colors = [COLORS.get(plan.forms[each].kind if each in plan.forms else "onnx encoder", "C3") for each in sides]
         labels = [f"{each}, {side['bytes'] / MIB:.0f} MiB" for each, side in sides.items()]
         bubbles(axes, (speed, loss), areas, colors, labels, ahead(speed, loss))
         axes.set(title=name, xlabel=f"tokens a second, {plan.speed}", ylabel=f"{plan.loss}, above float32's")

@@ -27,6 +27,7 @@ THREADS = 2
 STEPS = 32  # decoded in one measurement
 FIRST = 8  # tokens before the first one
 ROWS = 64  # of logits in float64 at once: a vocabulary may have 262,144 tokens
+AT_ONCE = 2048  # tokens that an encoder reads in a measurement, in calls of fewer
 UBATCH = 512  # llama.cpp's default for the tokens that run at once
 
 
@@ -428,16 +429,18 @@ class EncoderMeasures:
         """Seconds from nothing but imports until there is what a short text becomes."""
         started = time.perf_counter()
         self.model.load()
-        ids = self.inputs["batch"][:1, :FIRST]
+        ids = self.inputs["ids"][None, :FIRST]
         self.encode(ids, np.ones_like(ids))
         return time.perf_counter() - started
 
-    def batch(self) -> float:
-        """Tokens a second of the batch [B, S]."""
-        ids = self.inputs["batch"]
+    def batch(self, rows: int, tokens: int) -> float:
+        """Tokens a second of calls with so many texts of so many tokens."""
+        ids = np.resize(self.inputs["ids"], (rows, tokens))
+        calls = max(1, AT_ONCE // ids.size)
         started = time.perf_counter()
-        self.encode(ids, np.ones_like(ids))
-        return float(ids.size / (time.perf_counter() - started))
+        for _ in range(calls):
+            self.encode(ids, np.ones_like(ids))
+        return calls * ids.size / (time.perf_counter() - started)
 
     def vectors(self, out: str) -> None:
         """Writes the mean of each sentence's hidden states [sentences, H]."""

@@ -50,7 +50,7 @@ def main(
         folder = base / re.sub(r"\W+", "-", name)
         folder.mkdir(parents=True, exist_ok=True)
         inputs = folder / "inputs.npz"
-        write_inputs("frontier", model, text, inputs)
+        write_inputs("frontier", model, [text], inputs)
         load = os.getloadavg()[0]
         found = contest("frontier", model, inputs, folder, pythons, rounds, calibration)
         about = {"machine": machine(load), "text": text.name, "calibration": calibration and calibration.name}

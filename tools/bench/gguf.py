@@ -64,7 +64,7 @@ def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds
         seconds = measured([sys.executable, *words], folder / "timed.log", environment)[0]
     made = made_folder(file)  # held while it is read
     read = rate(made.weights, rounds)
-    write_inputs("gguf", made.path, text, inputs)
+    write_inputs("gguf", made.path, [text], inputs)
     load = os.getloadavg()[0]
     found = contest("gguf", file, inputs, folder, pythons, rounds)
     about = {"machine": machine(load), "text": text.name}
