@@ -85,7 +85,7 @@ def test_workers_measure_encoders(tmp_path: Path) -> None:
     tables = {name: random.standard_normal((9, 5)).astype(np.float32) for name in "ab"}
     ids, lengths = random.integers(0, 9, (3, 6)), (2, 6, 3)
     mask = np.array([[int(i < length) for i in range(6)] for length in lengths])
-    np.savez(tmp_path / "inputs.npz", batch=random.integers(0, 9, (8, 128)), sentences=ids, mask=mask)
+    np.savez(tmp_path / "inputs.npz", ids=random.integers(0, 9, 20), sentences=ids, mask=mask)
     made = {name: encoder(tmp_path / name, table) for name, table in tables.items()}
     idle: list[float] = []
 
