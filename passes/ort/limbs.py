@@ -166,13 +166,13 @@ def limbs_of(graph: gs.Graph, linear: Quantized, limbs: Limbs) -> LimbTensors:
 
 
 def by_token(nodes: Prefixed, x: gs.Tensor, step: gs.Tensor, k: int, center: int) -> gs.Tensor:
-    """round(x / step) + center, uint8 [..., K], in one pass over x: each token is a block.
+    """round(x / step) + center, uint8 [..., K], in one pass over x: each token is a block, whose zero point is center.
 
     Div and QuantizeLinear take 2.5 times as long (docs/facts.md, "Forms by the number of rows").
     """
-    value = gs.Constant("", np.array([center], np.uint8))
-    zero = nodes("ConstantOfShape", [nodes("Shape", [step], "tokens")], "zeros", value=value)
-    return nodes("QuantizeLinear", [x, step, zero], "codes1", axis=-1, block_size=k)
+    huge, middle = nodes.const("huge", np.finfo(np.float32).max, np.float32), nodes.const("center", center, np.uint8)
+    centers = nodes("QuantizeLinear", [step, huge, middle], "centers")  # step / huge rounds to 0
+    return nodes("QuantizeLinear", [x, step, centers], "codes1", axis=-1, block_size=k)
 
 
 def may_saturate(node: gs.Node) -> bool:
