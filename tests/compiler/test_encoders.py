@@ -32,6 +32,7 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import PassLog
+from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
 
 AUTOS = {
@@ -300,6 +301,30 @@ def test_labels_that_disagree_with_the_head(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"classifier\.(weight|bias) disagrees"):
         load(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_gptq_checkpoint_of_an_encoder(tmp_path: Path) -> None:
+    """Codes, scales, zero points and the order of inputs: what a dequantized model in float32 computes with."""
+    theirs, random = make("bert", "AutoModelForSequenceClassification", tmp_path), np.random.default_rng(0)
+    stored = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    for name in [name for name, tensor in stored.items() if ".layer." in name and tensor.ndim == 2]:
+        (n, k), size = stored.pop(name).shape, 16
+        codes, zero = random.integers(0, 16, (k, n)), random.integers(0, 16, (k // size, n))
+        scale = random.uniform(0.01, 0.04, zero.shape).astype(np.float16)
+        group = random.permutation(np.arange(k) // size)
+        stored |= gptq_tensors(name.removesuffix(".weight"), codes, zero, scale, 4, group)
+        weight = (codes - zero[group]) * scale[group].astype(np.float32)
+        theirs.state_dict()[name].copy_(torch.from_numpy(weight.T))
+    method = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_checkpoint(tmp_path, {**config, "quantization_config": method}, stored)
+    compile_model(Request(tmp_path, ("x86",), tmp_path / "out", smoke=False))
+    feeds = batch(load(tmp_path))
+    with torch.no_grad():
+        want = theirs(**{name: torch.from_numpy(value) for name, value in feeds.items()}).logits
+    session = ort.InferenceSession(tmp_path / "out/x86/model.onnx", providers=["CPUExecutionProvider"])
+    assert close(session.run(None, feeds)[0], want.numpy())
 
 
 @pytest.mark.parametrize(("quant", "least"), [("a16w8", 0.9999), ("a16w4", 0.97), ("a8w8", 0.999)])
