@@ -30,8 +30,10 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import encoder_steps
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import PassLog
+from instantrt.plugins.weight_only_gemm.op import OP
 from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
 
@@ -325,6 +327,18 @@ def test_a_gptq_checkpoint_of_an_encoder(tmp_path: Path) -> None:
         want = theirs(**{name: torch.from_numpy(value) for name, value in feeds.items()}).logits
     session = ort.InferenceSession(tmp_path / "out/x86/model.onnx", providers=["CPUExecutionProvider"])
     assert close(session.run(None, feeds)[0], want.numpy())
+
+
+def test_the_plugin_takes_the_layers_of_an_encoder(tmp_path: Path) -> None:
+    """Queries, keys and values as one, biases and GELU inside; the vectors are the twin's but for float16."""
+    make("bert", "AutoModel", tmp_path)
+    request = Request(tmp_path, ("sm89",), tmp_path, quant="a16w4", plugin=Path(__file__), builder="kit")
+    made, feeds = plan(request), batch(load(tmp_path))
+    lowered, twin = made.lowered["sm89"], made.twins["sm89"].canonical
+    assert [node.op for node in lowered.nodes].count(OP.name) == 2 * 4
+    assert not {"Gelu", "Erf"} & {node.op for node in lowered.nodes}
+    narrow, exact = (Evaluation(graph, feeds).take(graph.outputs[0].name) for graph in (lowered, twin))
+    assert np.linalg.norm(narrow - exact) <= 5e-3 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(("quant", "least"), [("a16w8", 0.9999), ("a16w4", 0.97), ("a8w8", 0.999)])
