@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
+from .cpus import usable_cpus
 from .integrity import MODELS, RECORD, check_folder
 from .onnx_engine import open_session
 from .texts import TextReader, best_labels, scoring
@@ -24,6 +26,7 @@ class TritonPythonModel:
         self.session: Any = open_session(
             folder / MODELS["onnx"], int(parameters["threads"]), parameters["spinning"] == "true"
         )
+        self.pool = ThreadPoolExecutor(int(parameters["threads"]) or usable_cpus())
         about = json.loads((folder / RECORD).read_text("utf-8"))["encoder"]
         self.reader = TextReader(folder, about, [each.name for each in self.session.get_inputs()])
         self.labels: list[str] = about["labels"]
@@ -43,8 +46,9 @@ class TritonPythonModel:
             rows += own
             owners.append((index, len(own)))
         answers: list[Any] = [None] * len(rows)
-        for part, feeds in self.reader.batches(rows, BATCH):
-            for at, row in zip(part, self.session.run(None, feeds)[0], strict=True):
+        batches = list(self.reader.batches(rows, BATCH))
+        for (part, _), found in zip(batches, self.pool.map(self.run, batches), strict=True):
+            for at, row in zip(part, found, strict=True):
                 answers[at] = row
         start = 0
         for index, count in owners:
@@ -52,12 +56,20 @@ class TritonPythonModel:
             start += count
         return responses
 
+    def run(self, batch: tuple[list[int], dict[str, Any]]) -> Any:
+        return self.session.run(None, batch[1])[0]
+
     def read(self, request: Any) -> list[Any]:
-        """The tokens of each of a request's texts."""
-        given = {tensor.name(): tensor.as_numpy().ravel() for tensor in request.inputs()}
-        texts = [bytes(value).decode("utf-8") for value in given["text"]]
-        names = [bytes(value).decode("utf-8") for value in given.get("prompt_name", ())]
-        prompts = [self.reader.prompt(name or None) for name in names] or [self.reader.prompt(None)] * len(texts)
+        """The tokens of each of a request's texts, or pairs of texts."""
+        given = {
+            tensor.name(): [bytes(value).decode("utf-8") for value in tensor.as_numpy().ravel()]
+            for tensor in request.inputs()
+        }
+        texts: list[Any] = given["text"]
+        if "text_pair" in given:
+            texts = list(zip(texts, given["text_pair"], strict=True))
+        names = given.get("prompt_name", [""] * len(texts))
+        prompts = [self.reader.prompt(name or None) for name in names]
         return [self.reader.rows([text], prompt)[0] for text, prompt in zip(texts, prompts, strict=True)]
 
     def response(self, rows: list[Any]) -> Any:

@@ -16,6 +16,7 @@ Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together
 GENERIC = "PreTrainedTokenizerFast"  # whose models have no kinds of tokens, unless model_input_names says so
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"  # problem_type of config.json
 OLD_ACTIVATION = "sbert_ce_default_activation_function"
+PADDING = 16  # tokens of a text at most: another run costs as much (docs/facts.md, "Padding of texts")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -53,10 +54,12 @@ class TextReader:
         return rows
 
     def batches(self, rows: Sequence[Any], size: int) -> Iterator[tuple[list[int], dict[str, Array]]]:
-        """(which rows, their inputs): longest first, `size` together."""
+        """(which rows, their inputs): longest first, at most `size` together, and none with much padding."""
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
+        while order:
+            longest = len(rows[order[0]].ids)
+            part = [index for index in order[:size] if longest - len(rows[index].ids) <= PADDING]
+            order = order[len(part) :]
             yield part, self.feeds([rows[index] for index in part])
 
     def feeds(self, rows: Sequence[Any]) -> dict[str, Array]:
