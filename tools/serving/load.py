@@ -32,7 +32,8 @@ PROMPTS = (
     "Return the",
 )
 TIMEOUT = 120.0
-Given, Reply = TypeVar("Given"), TypeVar("Reply")
+Given = TypeVar("Given")
+Reply = TypeVar("Reply")
 Pair = tuple[float, float]  # p50, p99
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # the server brings it
 
-from .cpus import usable_cpus
 from .integrity import MODELS, RECORD, check_folder
 from .onnx_engine import open_session
-from .texts import TextReader, best_labels, scoring
+from .texts import TextReader, answered, best_labels, scoring
 
 BATCH = 32  # texts that the model is given at once
 
@@ -23,10 +21,8 @@ class TritonPythonModel:
         folder = Path(__file__).parent
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         check_folder(folder, "onnx")
-        self.session: Any = open_session(
-            folder / MODELS["onnx"], int(parameters["threads"]), parameters["spinning"] == "true"
-        )
-        self.pool = ThreadPoolExecutor(int(parameters["threads"]) or usable_cpus())
+        self.threads = int(parameters["threads"])
+        self.session: Any = open_session(folder / MODELS["onnx"], self.threads, parameters["spinning"] == "true")
         about = json.loads((folder / RECORD).read_text("utf-8"))["encoder"]
         self.reader = TextReader(folder, about, [each.name for each in self.session.get_inputs()])
         self.labels: list[str] = about["labels"]
@@ -45,19 +41,15 @@ class TritonPythonModel:
                 continue
             rows += own
             owners.append((index, len(own)))
-        answers: list[Any] = [None] * len(rows)
-        batches = list(self.reader.batches(rows, BATCH))
-        for (part, _), found in zip(batches, self.pool.map(self.run, batches), strict=True):
-            for at, row in zip(part, found, strict=True):
-                answers[at] = row
+        found: list[Any] = [None] * len(rows)
+        for part, values in answered(self.session, self.reader.batches(rows, BATCH), self.threads):
+            for at, row in zip(part, values, strict=True):
+                found[at] = row
         start = 0
         for index, count in owners:
-            responses[index] = self.response(answers[start : start + count])
+            responses[index] = self.response(found[start : start + count])
             start += count
         return responses
-
-    def run(self, batch: tuple[list[int], dict[str, Any]]) -> Any:
-        return self.session.run(None, batch[1])[0]
 
     def read(self, request: Any) -> list[Any]:
         """The tokens of each of a request's texts, or pairs of texts."""
