@@ -18,7 +18,7 @@ from instantrt.compiler.artifact.check import inside
 from instantrt.compiler.artifact.manifest import find_artifact
 from instantrt.compiler.llm import checked
 from instantrt.compiler.serving.runtime.onnx_engine import open_session
-from instantrt.compiler.serving.runtime.texts import TextReader, Texts, best_labels, scoring
+from instantrt.compiler.serving.runtime.texts import TextReader, Texts, answered, best_labels, scoring
 from instantrt.passes.core.errors import UserError, tried
 
 Array = npt.NDArray[np.float32]
@@ -58,7 +58,7 @@ class OpenEncoder:
             raise UserError("texts are read on a CPU alone", where=str(path), found=self.artifact.kind, fix=fix)
         if not (path.parent / "tokenizer.json").is_file():
             raise UserError("no tokenizer for the text", where=str(path.parent), expected="tokenizer.json")
-        self.folder, self.output = path.parent, self.artifact.outputs[0].name
+        self.folder, self.threads = path.parent, threads
         with tried("reading the tokenizer", where=str(path.parent), fix="copy it again from the model"):
             self.reader = TextReader(path.parent, about, [spec.name for spec in self.artifact.inputs])
         with checked(out, self.artifact), tried("loading it into ONNX Runtime", where=str(path)):
@@ -79,8 +79,7 @@ class OpenEncoder:
         if self.session is None:
             raise UserError("the model was released", where=str(self.folder), fix=f"make another {type(self).__name__}")
         rows = self.reader.rows(texts, prompt)
-        for part, feeds in self.reader.batches(rows, batch_size):
-            yield part, self.session.run([self.output], feeds)[0]
+        yield from answered(self.session, self.reader.batches(rows, batch_size), self.threads)
 
 
 class Embedder(OpenEncoder):
@@ -97,6 +96,7 @@ class Embedder(OpenEncoder):
     def encode(self, texts: str | Sequence[str], *, batch_size: int = BATCH, prompt_name: str | None = None) -> Array:
         """float32 [n, width] in the order of `texts`; of a single text [width].
 
+        batch_size    texts that run together, at most
         prompt_name   of the model's prompts; the one that it uses by itself if not given
         """
         many = [texts] if isinstance(texts, str) else list(texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, TensorSpec
@@ -81,6 +82,11 @@ class Served:
         bare = () if self.no_bare else (self.name,)
         return bare if self.no_text else (*bare, self.of_text)
 
+    @property
+    def reasons(self) -> str:
+        """Why models are missing."""
+        return " and ".join(dict.fromkeys(filter(None, (self.no_bare, self.no_text))))
+
 
 def why_no_bare(artifact: Artifact) -> str:
     """Why Triton's own backends cannot serve it, or nothing: docs/facts.md, "Triton and shared caches"."""
@@ -97,12 +103,14 @@ def why_no_bare(artifact: Artifact) -> str:
 
 def why_no_text(artifact: Artifact) -> str:
     """Why there is no model that takes text, or nothing."""
-    encoder = artifact.encoder
+    encoder, tokenizer = artifact.encoder, str(PurePosixPath(artifact.path).with_name("tokenizer.json"))
     reasons = {
         KIT: artifact.kind == "kit",
         "it is no causal language model": artifact.llm is None and encoder is None,
         "it makes neither one vector nor one label of a text": encoder is not None and encoder["task"] not in TEXTS,
         "texts are read on a CPU alone": encoder is not None and artifact.kind == "engine",
+        # A plan knows no files yet.
+        "the model's folder has no tokenizer.json": bool(artifact.digests) and tokenizer not in artifact.digests,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -174,14 +182,15 @@ def encoder_config(name: str, artifact: Artifact) -> str:
     labels = len(artifact.encoder["labels"])
     of_labels = (("label", "TYPE_STRING", labels), ("score", "TYPE_FP32", labels))
     outputs = of_labels if labels else (("embedding", "TYPE_FP32", int(artifact.encoder["width"])),)
-    text = {"name": "text", "data_type": Word("TYPE_STRING"), "dims": [1]}
-    prompt = {"name": "prompt_name", "data_type": Word("TYPE_STRING"), "dims": [1], "optional": Word("true")}
+    optional = (("text_pair", labels > 0), ("prompt_name", bool(artifact.encoder["prompts"])))
+    text = {"data_type": Word("TYPE_STRING"), "dims": [1]}
+    more = [{"name": name, **text, "optional": Word("true")} for name, taken in optional if taken]
     return text_format(
         {
             "name": name,
             "backend": "python",
             "max_batch_size": MAX_TEXTS,
-            "input": [text, *([prompt] if artifact.encoder["prompts"] else [])],
+            "input": [{"name": "text", **text}, *more],
             "output": [{"name": name, "data_type": Word(kind), "dims": [dim]} for name, kind, dim in outputs],
             "instance_group": [{"count": 1, "kind": Word("KIND_CPU")}],
             "dynamic_batching": {},

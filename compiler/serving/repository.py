@@ -83,7 +83,7 @@ def plan_repository(artifacts: Sequence[Artifact]) -> tuple[Served, ...]:
     if not any(each.models for each in served):
         raise UserError(
             "nothing here can be served by Triton",
-            found="; ".join(f"{each.artifact.target}: {each.no_bare}" for each in served),
+            found="; ".join(f"{each.artifact.target}: {each.reasons}" for each in served),
         )
     return served
 

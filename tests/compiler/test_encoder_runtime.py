@@ -13,6 +13,7 @@ import pytest
 
 from instantrt import LLM, Classifier, Embedder
 from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.serving.runtime.texts import PADDING, TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from tests.commands import invoke
@@ -41,6 +42,20 @@ def test_each_vector_is_that_of_its_text_alone(embedding: Path) -> None:
             (want,) = model.session.run(None, feeds)
             assert np.abs(vector - want[0]).max() < 1e-5
         assert model.encode([]).shape == (0, 32)
+
+
+def test_texts_of_similar_length_run_together(embedding: Path) -> None:
+    """All of them once, the longest first; no more than asked for, no padding beyond what another run costs."""
+    texts = ["fish" * (index % 9) for index in range(40)] + ["b" * length for length in (90, 74, 73)]
+    reader = TextReader(embedding / "x86", {"max_length": 0, "lowercase": False})
+    rows = reader.rows(texts)
+    parts = [(part, feeds["attention_mask"].sum(axis=1)) for part, feeds in reader.batches(rows, 7)]
+    assert sorted(index for part, _ in parts for index in part) == list(range(43))
+    lengths = [length for _, counts in parts for length in counts]
+    assert lengths == sorted((len(row.ids) for row in rows), reverse=True)
+    assert max(len(part) for part, _ in parts) == 7
+    assert max(counts[0] - counts[-1] for _, counts in parts) == PADDING
+    assert [len(part) for part, _ in parts[:2]] == [2, 1]
 
 
 def test_prompts(embedding: Path) -> None:

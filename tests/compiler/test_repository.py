@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from instantrt.compiler.artifact.manifest import Artifact, TensorSpec, write_manifest
-from instantrt.compiler.serving.config import bare_config, generate_config
+from instantrt.compiler.serving.config import bare_config, encoder_config, generate_config
 from instantrt.compiler.serving.readme import ONNXRUNTIME, REQUIREMENTS
 from instantrt.compiler.serving.repository import RUNTIME, RUNTIME_FILES, write_repository
 from instantrt.passes.core.errors import UserError
@@ -157,6 +157,34 @@ def test_a_model_that_is_no_language_model_has_no_generate_model(tmp_path: Path)
     text = (tmp_path / "repository" / "README.md").read_text("utf-8")
     assert "| x86 | none: it is no causal language model | python |" in text
     assert "generate_stream" not in text
+
+
+SIZES = {"layers": 1, "vocab": 4096, "width": 8, "max_length": 64, "token_types": False, "lowercase": False}
+PROMPTS = {"prompts": {}, "default_prompt": ""}
+ENCODER = replace(CPU, llm=None, encoder={**SIZES, **PROMPTS, "task": "classify", "labels": ["a"]})
+
+
+@pytest.mark.parametrize("artifact", [CPU, ENCODER], ids=["generates", "classifies"])
+def test_without_a_tokenizer_the_bare_model_is_alone_and_the_reason_is_said(tmp_path: Path, artifact: Artifact) -> None:
+    digests = {name: digest for name, digest in CPU.digests.items() if name != "x86/tokenizer.json"}
+    write_repository(output(tmp_path / "with", artifact), tmp_path / "both")
+    (served,) = write_repository(output(tmp_path / "out", replace(artifact, digests=digests)), tmp_path / "repository")
+    assert (tmp_path / "both" / served.of_text).is_dir()
+    assert served.models == ("tiny",)
+    assert not (tmp_path / "repository" / served.of_text).exists()
+    said = f"| x86 | none: {served.no_text} | python |"
+    assert "no tokenizer.json" in said
+    assert said in (tmp_path / "repository" / "README.md").read_text("utf-8")
+
+
+def test_an_encoder_has_the_inputs_that_say_something_to_it() -> None:
+    """Pairs for labels, prompts where there are some."""
+    embeds = replace(ENCODER, encoder={**SIZES, "task": "embed", "labels": [], "prompts": {"query": "find "}})
+    optional = ("text_pair", "prompt_name")
+    for artifact, taken in ((ENCODER, [True, False]), (embeds, [False, True])):
+        config = encoder_config("tiny", artifact)
+        found = [f'"{name}", data_type: TYPE_STRING, dims: [1], optional: true' in config for name in optional]
+        assert found == taken
 
 
 def test_several_artifacts_are_named_after_their_targets(tmp_path: Path) -> None:

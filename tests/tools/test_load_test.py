@@ -6,17 +6,21 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.load_test import table
-from instantrt.tools.serving import load
+from instantrt.tools.cli.load_test import table, text_table
+from instantrt.tools.serving import load, text_load
 from instantrt.tools.serving.load import StreamedReply, measure, plot, resident
+from instantrt.tools.serving.text_load import ROUNDS, TEXTS, Answer, measure_texts, plot_texts
+from tests.commands import invoke
 
 SERVER: Any = SimpleNamespace(http="", process=SimpleNamespace(pid=os.getpgrp()), tail=lambda: "the end of the log")
 
@@ -59,6 +63,64 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "load", lambda *args, **more: ([("a", None)], 1.0))
     with pytest.raises(UserError, match=r"no request was answered\n(.|\n)*the end of the log"):
         run()
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *, wrong: int = -1, lost: int = -1) -> None:
+    """Each answer takes 10 ms; those with these numbers go astray."""
+    numbers = itertools.count()
+
+    def ask(address: str, model: str, text: str) -> Answer:
+        assert (address, model) == ("", "m")
+        number = next(numbers)
+        if number == lost:
+            raise OSError
+        return Answer(0.0, 0.010, vector(text) + (number == wrong) * np.float32(0.01))
+
+    monkeypatch.setattr(text_load, "ask", ask)
+
+
+def vector(text: str) -> Any:
+    return np.array([len(text), len(text.split())], np.float32) / len(text)
+
+
+@pytest.mark.parametrize(("astray", "count"), [({}, 0), ({"wrong": 40}, 1), ({"lost": 40}, 1)])
+def test_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, astray: dict[str, int], count: int) -> None:
+    answers(monkeypatch, **astray)
+    result = measure_texts(SERVER, "m", clients=2, requests=10, here=vector)
+    assert (result.requests, result.wrong, result.latency) == (len(TEXTS), count, pytest.approx((0.010, 0.010)))
+    assert len(result.rates) == len(result.beside) == ROUNDS
+    shown = replace(result, rates=(8.0, 9.0, 9.5), beside=(10.0, 10.0, 10.0))
+    console = Console(width=120, record=True)
+    console.print(text_table([shown]))
+    row = console.export_text().splitlines()[1].split()
+    assert row[:6] == ["2", "16", "9.0", "10.0", "10.0", str(count)]
+    assert row[7:] == ["10.0", "90%", "85%", "-", "92%"]
+    plot_texts([shown, shown], tmp_path / "plot.svg")
+    assert "in the process" in (tmp_path / "plot.svg").read_text("utf-8")
+
+
+def test_other_answers_in_this_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch)
+    with pytest.raises(UserError, match="other answers than the server"):
+        measure_texts(SERVER, "m", clients=1, requests=1, here=lambda text: vector(text) * 2)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "words"),
+    [
+        (["a_embed"], ["--max-tokens", "3"], "a_embed: --max-tokens says nothing to this model"),
+        (["a_generate"], ["--beside", "out"], "a_generate: --beside says nothing to this model"),
+        (["a_embed", "b_classify"], [], "which model\\?(.|\n)*a_embed, b_classify(.|\n)*--model"),
+        (["a_embed", "b"], ["--model", "b"], "no such model that takes text(.|\n)*a_embed"),
+        (["b"], [], "which model\\?(.|\n)*a model that takes text"),
+    ],
+)
+def test_what_is_to_be_loaded(tmp_path: Path, models: list[str], options: list[str], words: str) -> None:
+    for model in models:
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "config.pbtxt").write_text("")
+    with pytest.raises(UserError, match=words):
+        raise invoke("load-test", tmp_path, *options).exception
 
 
 def test_table_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from instantrt.compiler.serving.repository import write_repository
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.serving.load import ask, measure, resident
 from instantrt.tools.serving.server import ENVIRONMENT, Server, serving, stop
+from instantrt.tools.serving.text_load import in_process, measure_texts
 from tests.conftest import ROOT
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
@@ -318,6 +319,36 @@ def test_vectors_and_labels_of_texts(server: Server, embedding: Path, classes: P
     assert np.abs(answer["score"] - [list(each.values()) for each in labels]).max() < 1e-5
 
 
+def test_pairs_of_texts(server: Server, classes: Path) -> None:
+    """Labels of this process, beside requests of single texts that come at the same time."""
+    texts, pairs = ["fish", "The boat is late again."], ["net", ""]
+    with Classifier(classes) as labeller:
+        want = [labeller.classify(texts), labeller.classify(list(zip(texts, pairs, strict=True)))]
+    assert want[0][1] != want[1][1]  # an empty second text is one
+    with ThreadPoolExecutor(8) as clients:
+        sent = [{"text": texts} | ({"text_pair": pairs} if index % 2 else {}) for index in range(16)]
+        asked = [clients.submit(infer, server, "moods_classify", **given) for given in sent]
+        for index, found in enumerate(asked):
+            for label, score, each in zip(
+                found.result()["label"], found.result()["score"], want[index % 2], strict=True
+            ):
+                assert dict(zip(label, score, strict=True)) == pytest.approx(each, abs=1e-5)
+    assert (
+        "unexpected inference input 'text_pair'" in infer(server, "letters_embed", text=["a"], text_pair=["b"])["error"]
+    )
+
+
+@pytest.mark.parametrize("model", ["letters_embed", "moods_classify"])
+def test_texts_under_load_beside_this_process(server: Server, embedding: Path, classes: Path, model: str) -> None:
+    folders, kind = {"letters_embed": embedding, "moods_classify": classes}, model.rpartition("_")[2]
+    with in_process(folders[model], kind) as here:
+        result = measure_texts(server, model, clients=8, requests=20, here=here)
+        assert (result.requests, result.wrong) == (32, 0)
+        assert all(rate > 0 for rate in (*result.rates, *result.beside))
+        with pytest.raises(UserError, match="gives other answers than the server"):
+            measure_texts(server, model, clients=1, requests=1, here=lambda text: here(text + "?") * 2)
+
+
 def test_what_cannot_be_served_is_said(repository: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"no such model\n.*tiny-qwen2, tiny-qwen2_generate"),
@@ -378,7 +409,7 @@ def test_sigterm_while_generating(repository: Path) -> None:
         command = [ENVIRONMENT / "bin" / "python", CLIENT, "stream", server.grpc, MODEL]
         running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert running.stdin is not None
-        running.stdin.write(json.dumps([exactly("The server", 400)] * 6))
+        running.stdin.write(json.dumps([exactly("The server", 600)] * 6))
         running.stdin.close()
         time.sleep(1.2)
         signalled = time.time()
@@ -388,4 +419,4 @@ def test_sigterm_while_generating(repository: Path) -> None:
         running.wait(30)
     assert code == 0
     assert max(reply["ended"] for reply in replies) > signalled
-    assert all(reply["error"] or len(ids(reply)) == 400 for reply in replies)
+    assert all(reply["error"] or len(ids(reply)) == 600 for reply in replies)

@@ -62,7 +62,9 @@ class ConsoleWatch(Watch):
 
     def served(self, served: Sequence[Served]) -> None:
         for each in served:
-            line = f"{self.triton}  {', '.join(each.models) or 'none: ' + each.no_bare}"
+            line = f"{self.triton}  {', '.join(each.models) or 'none: ' + each.reasons}"
+            if each.models and each.no_text:
+                line += f"; no model that takes text: {each.no_text}"
             self.kept.append(partial(console.print, line, soft_wrap=True))
 
     def ran(self, ran: Ran) -> None:

@@ -10,11 +10,11 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,9 @@ PROMPTS = (
     "Return the",
 )
 TIMEOUT = 120.0
+Given = TypeVar("Given")
+Reply = TypeVar("Reply")
+Pair = tuple[float, float]  # p50, p99
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix(b"data: "))
 
 
-def load(
-    address: str, model: str, *, clients: int, requests: int, body: dict[str, object], prompts: Sequence[str]
-) -> tuple[list[tuple[str, StreamedReply | None]], float]:
-    """`requests` replies by `clients` at a time, each with its prompt; and the seconds it took."""
+def drive(
+    clients: int, requests: int, given: Sequence[Given], ask_one: Callable[[Given], Reply]
+) -> tuple[list[tuple[Given, Reply | None]], float]:
+    """`requests` replies by `clients` at a time, each with what was asked, None where it is lost; and the seconds."""
     lock, todo = threading.Lock(), iter(range(requests))
-    replies: list[tuple[str, StreamedReply | None]] = []
+    replies: list[tuple[Given, Reply | None]] = []
 
     def client() -> None:
         while True:
@@ -112,19 +115,26 @@ def load(
                 number = next(todo, None)
             if number is None:
                 return
-            prompt = prompts[number % len(prompts)]
+            asked = given[number % len(given)]
             try:
-                reply: StreamedReply | None = ask(address, model, {**body, "text_input": prompt})
+                reply: Reply | None = ask_one(asked)
             except (OSError, http.client.HTTPException, UserError):
                 reply = None
             with lock:
-                replies.append((prompt, reply))
+                replies.append((asked, reply))
 
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         for future in [pool.submit(client) for _ in range(clients)]:
             future.result()
     return replies, time.perf_counter() - started
+
+
+def load(
+    address: str, model: str, *, clients: int, requests: int, body: dict[str, object], prompts: Sequence[str]
+) -> tuple[list[tuple[str, StreamedReply | None]], float]:
+    """`requests` streamed replies by `clients` at a time, each with its prompt; and the seconds it took."""
+    return drive(clients, requests, prompts, lambda prompt: ask(address, model, {**body, "text_input": prompt}))
 
 
 def measure(
@@ -180,22 +190,36 @@ def resident(leader: int) -> int:
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """Throughput and latency against the number of clients."""
+    rates = {"": [r.rate for r in results]}
+    times = {"first token": [r.first for r in results], "between tokens": [r.gap for r in results]}
+    draw(path, [r.clients for r in results], "tokens/s", rates, times)
+
+
+def draw(
+    path: Path,
+    clients: Sequence[int],
+    unit: str,
+    rates: Mapping[str, Sequence[float]],
+    times: Mapping[str, Sequence[Pair]],
+) -> None:
+    """Rates, and p50 and p99 of times in seconds, by the names of their lines, against the number of clients."""
     from matplotlib.figure import Figure
 
-    clients = [r.clients for r in results]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rate, times = figure.subplots(1, 2)
-    rate.plot(clients, [r.rate for r in results], "o-", color="tab:blue")
-    rate.set(xlabel="clients", ylabel="tokens/s", title="throughput", ylim=(0, None))
-    for name, color, pairs in (
-        ("first token", "tab:orange", [r.first for r in results]),
-        ("between tokens", "tab:green", [r.gap for r in results]),
-    ):
+    throughput, latency = figure.subplots(1, 2)
+    throughput.set(xlabel="clients", ylabel=unit, title="throughput")
+    latency.set(xlabel="clients", ylabel="milliseconds", title="latency")
+    for name, values in rates.items():
+        throughput.plot(clients, values, "o-", label=name)
+    for (name, pairs), color in zip(times.items(), ("tab:orange", "tab:green"), strict=False):
         for label, style, values in zip(("p50", "p99"), ("o-", "o:"), zip(*pairs, strict=True), strict=True):
-            times.plot(clients, [1e3 * v for v in values], style, color=color, label=f"{name} {label}")
-    times.set(xlabel="clients", ylabel="milliseconds", title="latency", yscale="log")
-    times.legend(fontsize="small")
-    for axes in (rate, times):
+            latency.plot(clients, [1e3 * v for v in values], style, color=color, label=f"{name} {label}".strip())
+    throughput.set_ylim(0, None)
+    latency.set_yscale("log")
+    latency.legend(fontsize="small")
+    if len(rates) > 1:
+        throughput.legend(fontsize="small")
+    for axes in (throughput, latency):
         axes.set_xscale("log", base=2)
         axes.set_xticks(clients, [str(c) for c in clients])
         axes.minorticks_off()

@@ -110,6 +110,11 @@ class Server:
 TAKE_TEXT = ("generate", "embed", "classify")  # how such models are called, behind the model's own name
 
 
+def text_models(repository: Path) -> tuple[str, ...]:
+    """The models there that take text."""
+    return tuple(sorted(p.parent.name for kind in TAKE_TEXT for p in repository.glob(f"*_{kind}/config.pbtxt")))
+
+
 @contextmanager
 def serving(
     repository: Path,
@@ -120,8 +125,7 @@ def serving(
     grpc: int = 0,
 ) -> Iterator[Server]:
     """A server that is ready, with the named models or all that take text; stopped at the end."""
-    found = (path.parent.name for kind in TAKE_TEXT for path in repository.glob(f"*_{kind}/config.pbtxt"))
-    names = models or tuple(sorted(found))
+    names = models or text_models(repository)
     missing = [name for name in names if not (repository / name / "config.pbtxt").is_file()]
     if missing or not names:
         raise UserError(

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from .integrity import MODELS, RECORD, check_folder
 from .onnx_engine import open_session
-from .texts import TextReader, best_labels, scoring
+from .texts import TextReader, answered, best_labels, scoring
 
 BATCH = 32  # texts that the model is given at once
 
@@ -21,9 +21,8 @@ class TritonPythonModel:
         folder = Path(__file__).parent
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         check_folder(folder, "onnx")
-        self.session: Any = open_session(
-            folder / MODELS["onnx"], int(parameters["threads"]), parameters["spinning"] == "true"
-        )
+        self.threads = int(parameters["threads"])
+        self.session: Any = open_session(folder / MODELS["onnx"], self.threads, parameters["spinning"] == "true")
         about = json.loads((folder / RECORD).read_text("utf-8"))["encoder"]
         self.reader = TextReader(folder, about, [each.name for each in self.session.get_inputs()])
         self.labels: list[str] = about["labels"]
@@ -42,22 +41,27 @@ class TritonPythonModel:
                 continue
             rows += own
             owners.append((index, len(own)))
-        answers: list[Any] = [None] * len(rows)
-        for part, feeds in self.reader.batches(rows, BATCH):
-            for at, row in zip(part, self.session.run(None, feeds)[0], strict=True):
-                answers[at] = row
+        found: list[Any] = [None] * len(rows)
+        for part, values in answered(self.session, self.reader.batches(rows, BATCH), self.threads):
+            for at, row in zip(part, values, strict=True):
+                found[at] = row
         start = 0
         for index, count in owners:
-            responses[index] = self.response(answers[start : start + count])
+            responses[index] = self.response(found[start : start + count])
             start += count
         return responses
 
     def read(self, request: Any) -> list[Any]:
-        """The tokens of each of a request's texts."""
-        given = {tensor.name(): tensor.as_numpy().ravel() for tensor in request.inputs()}
-        texts = [bytes(value).decode("utf-8") for value in given["text"]]
-        names = [bytes(value).decode("utf-8") for value in given.get("prompt_name", ())]
-        prompts = [self.reader.prompt(name or None) for name in names] or [self.reader.prompt(None)] * len(texts)
+        """The tokens of each of a request's texts, or pairs of texts."""
+        given = {
+            tensor.name(): [bytes(value).decode("utf-8") for value in tensor.as_numpy().ravel()]
+            for tensor in request.inputs()
+        }
+        texts: list[Any] = given["text"]
+        if "text_pair" in given:
+            texts = list(zip(texts, given["text_pair"], strict=True))
+        names = given.get("prompt_name", [""] * len(texts))
+        prompts = [self.reader.prompt(name or None) for name in names]
         return [self.reader.rows([text], prompt)[0] for text, prompt in zip(texts, prompts, strict=True)]
 
     def response(self, rows: list[Any]) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .cpus import usable_cpus
 from .text import SPECIAL_TOKENS, open_tokenizer, read, token_text
 
 Array = npt.NDArray[Any]
@@ -16,6 +18,8 @@ Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together
 GENERIC = "PreTrainedTokenizerFast"  # whose models have no kinds of tokens, unless model_input_names says so
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"  # problem_type of config.json
 OLD_ACTIVATION = "sbert_ce_default_activation_function"
+# Of a batch, at most, and of padding behind one of its texts (docs/facts.md, "Texts that run together").
+TOKENS, PADDING = 256, 16
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -53,10 +57,13 @@ class TextReader:
         return rows
 
     def batches(self, rows: Sequence[Any], size: int) -> Iterator[tuple[list[int], dict[str, Array]]]:
-        """(which rows, their inputs): longest first, `size` together."""
+        """(which rows, their inputs): longest first, at most `size` together; fewer where they are long or differ."""
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
+        while order:
+            longest = max(1, len(rows[order[0]].ids))
+            few = order[: min(size, max(1, TOKENS // longest))]
+            part = [index for index in few if longest - len(rows[index].ids) <= PADDING]
+            order = order[len(part) :]
             yield part, self.feeds([rows[index] for index in part])
 
     def feeds(self, rows: Sequence[Any]) -> dict[str, Array]:
@@ -69,6 +76,19 @@ class TextReader:
             for name in self.inputs:
                 filled[name][index, : len(row.ids)] = values[name]
         return filled
+
+
+def answered(
+    session: Any, batches: Iterable[tuple[list[int], dict[str, Array]]], threads: int
+) -> Iterator[tuple[list[int], Array]]:
+    """(which rows, what the model says of them) of each batch. Several run at once: a run leaves CPUs idle.
+
+    threads   as the session was opened with
+    """
+    batches = list(batches)
+    with ThreadPoolExecutor(threads or usable_cpus()) as pool:
+        found = pool.map(lambda batch: session.run(None, batch[1])[0], batches)
+        yield from zip((part for part, _ in batches), found, strict=True)
 
 
 def scoring(folder: Path, labels: Sequence[str]) -> str:
