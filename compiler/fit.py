@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.budget import Raised, override, room_for, within_budget
-from instantrt.compiler.accuracy.calibrate import calibrate, tokens_of
+from instantrt.compiler.accuracy.calibrate import calibrate, feeds_of_text, feeds_of_words, tokens_of
 from instantrt.compiler.accuracy.data import generated
 from instantrt.compiler.accuracy.importance import input_energy, search_scales, smoothing
 from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.adapter.folder import is_adapter
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
+from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
@@ -59,8 +61,16 @@ def fit_codes(
     say: Say,
 ) -> Decisions:
     """The same formats with codes by the calibration text, or with scales by a search, for the inputs in `graph`."""
+    config, feeds = formats.config, list[Mapping[str, Array]]()
     if request.calibration is not None:
-        return calibrate(graph, model, decisions, formats.heads, request.calibration, say)
+        feeds = feeds_of_text(model, request.calibration)
+    elif config is not None and config.search != "none" and not config.activate_quant:
+        feeds = feeds_of_words(model)
+    if feeds:
+        fitted = calibrate(graph, model, decisions, formats.heads, feeds, say)
+        if fitted is decisions and request.calibration is not None:
+            raise UserError("calibration says nothing without weight-only layers", fix="leave --calibration out")
+        return fitted
     return search(graph, model, decisions, formats, say)
 
 

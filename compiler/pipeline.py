@@ -39,6 +39,7 @@ from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.ort.scales import KeepScalesInHalf
 from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
 from instantrt.passes.ort.whole_attention import LowerToAttention, SumIntoNorm
+from instantrt.passes.qdq.correct_biases import CorrectBiases
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
@@ -131,6 +132,7 @@ def quantize(graph: gs.Graph, decisions: Decisions, log: PassLog, *, tables: Tab
     """
     passes: tuple[Pass, ...] = (
         SortInputs(decisions),
+        CorrectBiases(decisions),
         InsertDequantize(decisions),
         FoldOrder(frozenset(t.name for t in graph.outputs)),
         # Behind the weights, which say what is quantized, and in the order they want, which the layers before may give.

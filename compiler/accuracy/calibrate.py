@@ -5,6 +5,9 @@ y = x W^T, with H = x^T x over the text and H^-1 = U^T U (U upper triangular), c
 behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Scales and zero points of a group are
 searched when it begins, each column's error weighted by H's diagonal.
 
+Of an encoder, whose linears have biases, what the weights change on average goes into those (passes/qdq/correct_biases),
+so that x counts about its mean: H = (x - m)^T (x - m).
+
 Layers come in the graph's order, each on what the quantized layers before it make of the text; a weight is in memory
 while it is quantized, its codes then wait in a file without a name until they are written.
 """
@@ -15,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO
@@ -23,14 +26,15 @@ from typing import IO
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.data import feeds_of, read_text, tokenizer_of, windows
+from instantrt.compiler.accuracy.data import llm_feeds, read_text, sentences_of, tokenizer_of, windows, words
 from instantrt.compiler.accuracy.importance import searched
+from instantrt.compiler.accuracy.texts import text_batches
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import evaluate_each, parts_of
 from instantrt.passes.core.lazy import FLOAT32, TILE_BYTES, Array, InMemory, Tile, convert
-from instantrt.passes.core.linear import linear
+from instantrt.passes.core.linear import bias_behind, linear
 from instantrt.passes.core.quant import UINT8, Codes, Quantizer, QuantTensor, dequantize
 from instantrt.passes.qdq.insert_qdq import Decisions
 
@@ -39,6 +43,7 @@ LEAST, MOST = 512, 1 << 13  # tokens of a text: fewer say nothing of a layer's i
 # Added to H's diagonal: this much of itself, as a few channels may be a thousand times the others, whose columns would
 # else be fitted to the noise of the text; and of its mean, for channels that are never on.
 DAMPING, FLOOR = 0.1, 1e-4
+GENERATED, SHORTEST = 2048, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
 BLOCK = 64  # columns whose errors reach the rest of the weight together
 SMALL = 32  # rows that are inverted at once
 EVERY = 5.0  # seconds from one line of progress to the next
@@ -65,49 +70,90 @@ def tokens_of(folder: Path, text: Path) -> list[int]:
     return ids
 
 
-def calibrate(
-    graph: gs.Graph, model: FloatModel, decisions: Decisions, heads: Set[str], text: Path, say: Callable[[str], None]
-) -> Decisions:
-    """The decisions with calibrated codes for the linears of `graph` that multiply floats, but for `heads`."""
-    if (interface := model.llm or model.encoder) is None:
+def feeds_of_text(model: FloatModel, text: Path) -> list[Mapping[str, Array]]:
+    """The beginning of `text` as `model` reads it: a causal LM in windows, an encoder sentence by sentence, with its
+    special tokens. UserError for a model that reads none."""
+    if model.llm is not None:
+        window = min(WINDOW, model.llm.max_length or WINDOW)
+        return [llm_feeds(each, model.llm) for each in windows(tokens_of(model.folder, text), window, batch=1)]
+    if model.encoder is None:
         raise UserError("calibration reads a text; this model reads none", where=str(model.folder))
-    ids = windows(tokens_of(model.folder, text), min(WINDOW, interface.max_length or WINDOW), batch=1)
+    return list(text_batches(sentences_of(text), model, model.longest, MOST))
+
+
+def feeds_of_words(model: FloatModel) -> list[Mapping[str, Array]]:
+    """Words at random as an encoder reads them; none where it has no tokenizer, or that few words."""
+    if model.encoder is None or not (model.folder / "tokenizer.json").is_file():
+        return []
+    texts = words(model.folder, GENERATED // SHORTEST)
+    return list(text_batches(texts, model, model.longest, GENERATED)) if texts else []
+
+
+def calibrate(
+    graph: gs.Graph,
+    model: FloatModel,
+    decisions: Decisions,
+    heads: Set[str],
+    feeds: Sequence[Mapping[str, Array]],
+    say: Callable[[str], None],
+) -> Decisions:
+    """The decisions with codes calibrated on `feeds` for the linears of `graph` that multiply floats, but for `heads`;
+    of an encoder with corrections of the biases, too. Where no linear does, the decisions themselves."""
     chosen: dict[str, QuantTensor] = {}  # name of a node -> its weight
+    correctable: dict[str, bool] = {}  # name of a weight -> has each of its products a bias behind it?
     for node in graph.nodes:
         found = linear(node)
         quant = decisions.get(found.path) if found is not None and found.path not in heads else None
         if isinstance(quant, QuantTensor) and isinstance(quant.source, Quantizer) and quant.activations == "float":
             chosen[node.name] = quant
+            has_bias = model.encoder is not None and bias_behind(node, quant.shape[0]) is not None
+            correctable[quant.name] = correctable.get(quant.name, True) and has_bias
     if not chosen:
-        raise UserError("calibration says nothing without weight-only layers", fix="leave --calibration out")
-    say(f"calibrating {len(chosen)} layers on {sum(each.size for each in ids):,} tokens")
+        return decisions
+    kept = np.concatenate([each["attention_mask"].astype(bool).ravel() for each in feeds])  # what is no padding
+    say(f"calibrating {len(chosen)} layers on {kept.sum():,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
-    runs = [Evaluation(graph, feeds_of(each, interface), wiring=wiring) for each in ids]
-    before, said, told, weights = "", (np.empty(0), np.empty(0)), began, 0  # the last input, and what is known of it
+    runs = [Evaluation(graph, each, wiring=wiring) for each in feeds]
+    before, said, told, weights = ("", False), (np.empty(0), np.empty(0)), began, 0  # the last input, and what is known
+    mean = np.empty(0)  # of that input
     with tempfile.TemporaryFile() as file:
         for node in runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):
             if (quant := chosen.get(node.name)) is None:
                 for run, outputs in zip(runs, evaluate_each(node, [run.values for run in runs], graph), strict=True):
                     run.store(node, outputs)
                 continue
-            x = node.inputs[0].name
+            x, centred = node.inputs[0].name, correctable[quant.name]
             rows = np.concatenate([run.values[x].reshape(-1, quant.shape[1]) for run in runs])
             if quant.name not in made:  # a module may be used several times
-                if x != before:
-                    before, said = x, factor_of(rows, quant.name)
+                if (x, centred) != before:
+                    real = rows[kept] if len(rows) == len(kept) else rows  # else it has no row for each token
+                    mean = real.mean(axis=0) if centred else np.zeros(0, FLOAT32)
+                    before, said = (x, centred), factor_of(real - mean if centred else real, quant.name)
                 codes = Codes(*(spilled(part, file) for part in feed_back(quant, *said)))
                 of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
-                made[quant.name] = replace(quant, source=Calibrated(**of, codes=codes))
+                fitted = replace(quant, source=Calibrated(**of, codes=codes))
+                correction = through(quant, mean) - through(fitted, mean) if centred else np.empty(0, FLOAT32)
+                made[quant.name] = replace(fitted, correction=correction.tobytes())
                 weights += math.prod(quant.shape)
-            product = np.concatenate(
-                [rows @ dequantize(Codes(*tile.parts), quant.group_size).T for tile in made[quant.name].tiles()], axis=1
-            )
+            product = through(made[quant.name], rows)
+            if correctable[quant.name]:  # the bias behind it is still the float model's
+                product += np.frombuffer(made[quant.name].correction, FLOAT32)
             for run, y in zip(runs, parts_of(product, [run.values[x].shape[:-1] for run in runs]), strict=True):
                 run.store(node, [y])
             if time.monotonic() - told > EVERY:
                 told = time.monotonic()
                 say(f"calibrated {len(made)} of {len(chosen)} layers, {weights / (told - began) / 1e6:.1f} M weights/s")
     return {**decisions, **made}
+
+
+def through(quant: QuantTensor, rows: Array) -> Array:
+    """rows [M, K] or [K] times the weight that is in codes, or will be."""
+    if isinstance(quant.source, Calibrated):
+        parts = (dequantize(Codes(*tile.parts), quant.group_size) for tile in quant.tiles())
+    else:
+        assert isinstance(quant.source, Quantizer)
+        parts = (convert(tile.parts[0], FLOAT32) for tile in quant.source.weight.tiles())
+    return np.concatenate([rows @ part.T for part in parts], axis=-1)
 
 
 def spilled(part: Array, file: IO[bytes]) -> Array:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 WINDOW = 128  # tokens that see one another
 BATCH = 4  # windows that run together: 512 tokens, so that logits of a large vocabulary stay below a gigabyte
 GENERATED = 4 * WINDOW
+STARTS = "#▁Ġ"  # what marks tokens as the beginning of a word, or as no beginning
+WORDS = 4, 40  # of a text at random: as many as the first at least, fewer than the second
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,7 @@ def load_data(
         raise UserError("a text says nothing to a model that reads none", fix="leave --text and --prompt out")
     tokenizer = tokenizer_of(model.folder)
     if model.encoder is not None:
-        texts = list(prompts) or sentences(read_text(text) if text is not None else "")
-        if not texts:
-            raise UserError("the text has no sentences", where=str(text), expected="sentences of three words or more")
+        texts = list(prompts) or sentences_of(text)
         feeds = tuple(text_batches(texts, model, longest or model.longest))
         file = text.name if text is not None else ""
         return Data("prompts" if prompts else "text", feeds=feeds, file=file, texts=len(texts))
@@ -132,6 +132,30 @@ def tokenizer_of(folder: Path) -> Tokenizer:
         raise UserError("no tokenizer for the text", where=str(folder), expected="tokenizer.json")
     with tried("reading the tokenizer", where=str(folder / "tokenizer.json"), fix="copy it again from the model"):
         return open_tokenizer(folder)
+
+
+def sentences_of(text: Path | None) -> list[str]:
+    """The first sentences of a file; UserError where it has none."""
+    found = sentences(read_text(text) if text is not None else "")
+    if not found:
+        raise UserError("the text has no sentences", where=str(text), expected="sentences of three words or more")
+    return found
+
+
+def words(folder: Path, count: int) -> list[str]:
+    """`count` texts of a few words, at random and always the same; none where the tokenizer in `folder` has few words.
+
+    Vocabularies are about in the order of how often a token occurs: the one of rank r is drawn in proportion to
+    1 / (r + 10) (Zipf; Mandelbrot), so that what is in every text is in these, too.
+    """
+    tokenizer = tokenizer_of(folder)
+    tokens = {token_id: token.lstrip(STARTS) for token, token_id in tokenizer.get_vocab().items()}
+    known = [token_id for token_id, token in sorted(tokens.items()) if len(token) > 1 and token.isalpha()]
+    if 2 * len(known) < len(tokens):
+        return []
+    random, often = np.random.default_rng(0), 1 / (np.arange(len(known)) + 10)
+    drawn = [random.choice(known, random.integers(*WORDS), p=often / often.sum()) for _ in range(count)]
+    return list(map(str, tokenizer.decode_batch([each.tolist() for each in drawn])))
 
 
 def read_text(text: Path) -> str:

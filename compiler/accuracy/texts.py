@@ -23,11 +23,16 @@ def sentences(text: str) -> list[str]:
     return [each for each in found if each.count(" ") + 1 >= SHORTEST][:TEXTS]
 
 
-def text_batches(texts: Sequence[str], model: FloatModel, longest: int) -> Iterator[dict[str, Array]]:
-    """The inputs of an encoder for `texts`; `longest` tokens of each, 0: all."""
+def text_batches(
+    texts: Sequence[str], model: FloatModel, longest: int, most: int | None = None
+) -> Iterator[dict[str, Array]]:
+    """The inputs of an encoder for `texts`; `longest` tokens of each, 0: all; those that begin within `most` tokens."""
     assert model.encoder is not None
     reader = TextReader(model.folder, {**model.text, "max_length": longest}, model.encoder.input_names())
     rows = reader.rows(texts, reader.prompt(None))
+    if most is not None:
+        ends = np.cumsum([len(row.ids) for row in rows])
+        rows = rows[: int(np.searchsorted(ends, most)) + 1]
     yield from (feeds for _, feeds in reader.batches(rows, BATCH))
 
 

@@ -48,6 +48,15 @@ def linear(node: gs.Node) -> Linear | None:
     return Linear(node, node.inputs[0], weight.source, (n, k), node.inputs[1].name.removesuffix(SUFFIX))
 
 
+def bias_behind(product: gs.Node, outputs: int) -> tuple[gs.Node, int] | None:
+    """(the Add of a constant [N], which of its inputs that is) where nothing else reads a linear's product."""
+    users = product.outputs[0].outputs
+    if len(users) != 1 or users[0].op != "Add":
+        return None
+    found = (i for i, t in enumerate(users[0].inputs) if isinstance(t, gs.Constant) and tuple(t.shape) == (outputs,))
+    return next(((users[0], index) for index in found), None)
+
+
 def weight_dequantize(weight: gs.Tensor) -> gs.Node | None:
     """The DequantizeLinear that makes a linear's weight; minima are an Add behind it, and a Reshape."""
     shaped = producer(weight, "Reshape")

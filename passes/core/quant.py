@@ -71,6 +71,7 @@ class QuantTensor:
     `zero_dtype` is uint8 where zero points are codes, else the float type that holds the minima exactly.
     `code_bits` are those that codes with minima are in, where fewer than `bits`: products take them about their middle.
     `activations` says what the linear multiplies it with: float, or int8 quantized per token.
+    `correction` is what the bias behind it gains, [N] float32 as bytes, which hash once; none where empty.
     `order` is the order its inputs have to be brought into, None for the model's own (GPTQ's desc_act sorts them).
     """
 
@@ -85,6 +86,7 @@ class QuantTensor:
     order: Order | None = None
     zero_dtype: np.dtype[Any] = UINT8
     code_bits: int = 0
+    correction: bytes = b""
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Tile, small
+from instantrt.passes.core.linear import bias_behind
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
@@ -55,7 +56,8 @@ class JoinMatch:
         weights = tuple(found.quant for found in self.linears)
         rows = sum(weight.shape[0] for weight in weights)
         name = join_paths([weight.name for weight in weights])
-        return replace(weights[0], name=name, source=Joined(weights), shape=(rows, weights[0].shape[1]))
+        shape = rows, weights[0].shape[1]
+        return replace(weights[0], name=name, source=Joined(weights), shape=shape, correction=b"")
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,8 @@ def format_of(quant: QuantTensor) -> tuple[object, ...]:
 
 def end_of(found: Quantized) -> gs.Node:
     """The Add of the linear's bias where nothing else reads its product, else its MatMul."""
-    users = found.node.outputs[0].outputs
-    bias = bias_of(users[0]) if len(users) == 1 and users[0].op == "Add" else None
-    return users[0] if bias is not None and tuple(bias.shape) == (found.quant.shape[0],) else found.node
+    behind = bias_behind(found.node, found.quant.shape[0])
+    return found.node if behind is None else behind[0]
 
 
 def bias_of(add: gs.Node) -> gs.Constant | None:
