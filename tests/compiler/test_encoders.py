@@ -269,12 +269,22 @@ def of_folder(folder: Path, **fields: Any) -> tuple[int, int]:
     [
         ({"logits": "all"}, "logits does nothing without a causal LM"),
         ({"bits_per_weight": 6.0, "quant": "a16w8"}, "a budget is of causal LMs"),
+        *(({"lm_head": form, "quant": "a16w8"}, f"lm_head {form} does nothing") for form in ("int8", "float")),
     ],
 )
 def test_options_of_language_models_are_refused(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
     make("bert", "AutoModel", tmp_path / "model")
     with pytest.raises(UserError, match=words):
         compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out", **fields))
+
+
+def test_the_head_of_a_masked_lm_is_one(tmp_path: Path) -> None:
+    make("bert", "AutoModelForMaskedLM", tmp_path)
+    request, head = Request(tmp_path, ("x86",), tmp_path / "out", quant="a16w8"), "cls.predictions.decoder"
+    for form in ("int8", "float"):
+        assert (head in plan(replace(request, lm_head=form)).twins["x86"].quantized) == (form == "int8")
+    with pytest.raises(UserError, match=r"(?s)lm_head int8 does nothing.*ignored by"):
+        plan(replace(request, lm_head="int8", ignore=(head,)))
 
 
 def test_what_only_embeddings_have(tmp_path: Path) -> None:

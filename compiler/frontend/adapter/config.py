@@ -168,7 +168,7 @@ class AdapterConfig:
 
 @cache
 def compile_pattern(pattern: str) -> Any:
-    """Of a package whose matching can be stopped: one of `re` may go on for ever. What it alone understands is refused."""
+    """Of a package whose matching can be stopped; what it alone understands is refused."""
     import regex
 
     re.compile(pattern)
