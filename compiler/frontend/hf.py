@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import onnx
@@ -62,23 +62,27 @@ class OpenCheckpoint:
     labels: Sequence[str] = ()
 
 
+class Reading(TypedDict, total=False):
+    """How a folder is read.
+
+    max_length   tokens that no sequence will exceed
+    weights      the tensors, where the folder has none of its own
+    adapter      is merged into them
+    cache        folder of earlier exports
+    """
+
+    trust_remote_code: bool
+    max_length: int | None
+    truncate_dim: int | None
+    cache: Path | None
+    say: Callable[[str], None]
+    weights: Mapping[str, FileTensor] | None
+    adapter: Adapter | None
+
+
 @uncollected()  # torch makes millions of objects, and drops hardly any
-def load_checkpoint(
-    folder: Path,
-    *,
-    trust_remote_code: bool = False,
-    max_length: int | None = None,
-    truncate_dim: int | None = None,
-    cache: Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    weights: Mapping[str, FileTensor] | None = None,
-    adapter: Adapter | None = None,
-) -> FloatModel:
-    """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
-
-    `weights` are the tensors, where the folder has none of its own; `adapter` is merged into them.
-
-    The graph may be of an earlier export, in the folder `cache`.
+def load_checkpoint(folder: Path, **reading: Unpack[Reading]) -> FloatModel:
+    """Reads `folder` (config.json, safetensors) and exports its graph, or takes that of an earlier export.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
@@ -88,19 +92,10 @@ def load_checkpoint(
     [batch, sequence], and one output: sentence_embedding [batch, width], last_hidden_state [batch, sequence, width], or
     logits, of a classifier [batch, labels], of tokens [batch, sequence, labels or vocab].
     """
-    opened = open_checkpoint(
-        folder,
-        trust_remote_code=trust_remote_code,
-        max_length=max_length,
-        truncate_dim=truncate_dim,
-        cache=cache,
-        say=say,
-        weights=weights,
-        adapter=adapter,
-    )
+    opened = open_checkpoint(folder, **reading)
     root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
     shape = taken.facts.shape
-    exported = exported_model(opened, folder, say)
+    exported = exported_model(opened, folder, reading.get("say", lambda text: None))
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
     modules = files_of(opened.pipeline, root) if opened.pipeline is not None else []
