@@ -251,7 +251,7 @@ def quantized_bytes(
     quant: Quant,
 ) -> dict[str, int]:
     """By runtime, likewise, of a float checkpoint that is compiled with `--quant` alone."""
-    heads, of_texts = {facts.head} & set(facts.linears), isinstance(facts.shape, EncoderShape)
+    heads, of_texts = {path for path in facts.linears if path == facts.head}, isinstance(facts.shape, EncoderShape)
     sized, found = cast(Iterable[Linear], layers), dict[str, int]()  # paths and shapes are all that is asked of them
     for target in (next(t for t in TARGETS if t.backend is backend) for backend in Backend):
         request = Request(folder, (target.name,), folder, quant=quant)
@@ -267,7 +267,7 @@ def quantized_bytes(
                 size, bits = of_group[0].group_size, of_group[0].bits
                 total += coded_bytes(n, k, bits, k if size == -1 else size)
             elif table:
-                total += coded_bytes(*shape, 8, BLOCKS[0])
+                total += coded_bytes(shape[0], shape[1], 8, BLOCKS[0])
             if not table and len(of_group) < len(names):
                 total += float_bytes(facts, names, tensors, target.backend)
         found[target.backend.value] = total

@@ -172,7 +172,7 @@ def buffer_values(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: 
         if tensor is None:
             continue
         if tensor.shape != shape:
-            report(other_shape(tensor, shape))
+            report(other_shape(tensor, shape, facts))
             continue
         values = whole(tensor)
         yield name, convert(values, FLOAT32) if tensor.dtype in FLOATS else values

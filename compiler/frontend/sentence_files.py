@@ -139,7 +139,7 @@ def path_of(module: Mapping[str, Any], folder: Path) -> Path:
         raise UserError("a module without a path to its folder", where=str(folder / MODULES), found=found)
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise UserError("a module outside of the folder", where=str(folder / MODULES), found=repr(path))
-    return folder / path
+    return folder / str(path)
 
 
 def read_module(kind: str, at: Path, folder: Path, where: str) -> SentenceModule:
