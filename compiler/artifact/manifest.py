@@ -17,14 +17,7 @@ KINDS = ("onnx", "engine", "kit")
 CACHES = ("shared", "concat")
 MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
-# What a model without a cache is for -> the output that it has.
-OUTPUTS = {
-    "embed": "sentence_embedding",
-    "hidden": "last_hidden_state",
-    "classify": "logits",
-    "classify_tokens": "logits",
-    "fill_mask": "logits",
-}
+TASKS = ("embed", "hidden", "classify", "classify_tokens", "fill_mask")  # of a model without a cache
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def is_count(value: Any) -> bool:
 
 
 ENCODER: dict[str, Callable[[Any], bool]] = {
-    "task": lambda value: value in [*OUTPUTS],
+    "task": lambda value: value in TASKS,
     **dict.fromkeys(("layers", "vocab", "width", "max_length"), is_count),
     **dict.fromkeys(("token_types", "lowercase"), lambda value: isinstance(value, bool)),
     "labels": names,

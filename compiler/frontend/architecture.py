@@ -28,7 +28,7 @@ ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attent
 class Head:
     """What a model's class ends in, which decides what it is for.
 
-    task     of the manifest's `OUTPUTS`, or `generate` for a causal LM
+    task     of `model.OUTPUTS`, or `generate` for a causal LM
     auto     transformers' class that builds it; `mapping` the table there of which class that is for a model_type
     """
 

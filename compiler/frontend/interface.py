@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from instantrt.compiler.artifact.manifest import OUTPUTS
-from instantrt.compiler.frontend.model import EncoderShape, Interface, LlmShape
+from instantrt.compiler.frontend.model import OUTPUTS, EncoderShape, Interface, LlmShape
 from instantrt.compiler.frontend.sentence_modules import pooled
 
 Tensor: TypeAlias = torch.Tensor

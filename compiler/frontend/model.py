@@ -12,7 +12,6 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.artifact.manifest import OUTPUTS
 from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.passes.core.lazy import FileTensor, InMemory, view_of
 
@@ -50,6 +49,14 @@ class LlmShape:
         return [f"{prefix}.{i}.{part}" for i in range(self.layers) for part in ("key", "value")]
 
 
+# What a model without a cache is for -> the output that it has.
+OUTPUTS = {
+    "embed": "sentence_embedding",
+    "hidden": "last_hidden_state",
+    "classify": "logits",
+    "classify_tokens": "logits",
+    "fill_mask": "logits",
+}
 CLASSIFIERS = ("classify", "classify_tokens")  # tasks whose outputs have labels
 
 
@@ -57,7 +64,7 @@ CLASSIFIERS = ("classify", "classify_tokens")  # tasks whose outputs have labels
 class EncoderShape:
     """The sizes that the interface of a model without a cache is made of: an encoder, or a decoder that only reads.
 
-    task          of the manifest's `OUTPUTS`
+    task          of `OUTPUTS`
     width         numbers in the last axis of its output
     max_length    tokens that a text may have; 0 where it does not say
     token_types   does it take token_type_ids?
