@@ -30,6 +30,7 @@ from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.ort.nbits import BLOCKS
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.qdq.last_logits import head_linears
+from instantrt.passes.qdq.tables import stored_table
 
 CONFIG = "config.json"
 FIXES = {"gguf": "leave it out, or --requantize, which takes a GGUF file's weights as floats"}  # by method
@@ -139,6 +140,33 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
     return replace(own, compute_method=compute, ignore=request.ignore if asked is None else asked.ignore)
 
 
+def check_head(request: Request, config: QuantConfig | None, heads: Iterable[str]) -> None:
+    """Refuses a format for a head where there is none to get it."""
+    if request.lm_head is None:
+        return
+    what, where = f"lm_head {request.lm_head} does nothing", str(request.model)
+    if not heads:
+        found = "none: what a classifier or an embedding model ends in is quantized like the other layers"
+        raise UserError(what, where=where, expected="the head of a language model", found=found, fix="leave it out")
+    ignored = {path: config.ignored(path) for path in heads} if config is not None else {}
+    if request.lm_head == "int8" and all(ignored.values()):
+        found = ", ".join(f"{path}, ignored by {pattern!r}" for path, pattern in ignored.items())
+        raise UserError(what, where=where, found=found, fix="leave one of them out")
+
+
+def check_tables(request: Request, graph: gs.Graph) -> None:
+    """Refuses int8 for a table that the checkpoint has in codes of another width, which a CPU reads as they are."""
+    for node in graph.nodes if request.embeddings == "int8" else ():
+        found = stored_table(node, ())
+        if found is not None and found.quant.bits != 8:
+            raise UserError(
+                "embeddings int8: the checkpoint has the table in codes of its own, which are kept",
+                where=found.quant.name,
+                found=f"{found.quant.bits} bits in groups of {found.quant.group_size}",
+                fix="leave it out",
+            )
+
+
 def decide(
     graph: gs.Graph,
     model: FloatModel,
@@ -163,8 +191,6 @@ def decide(
     if reader is not None:
         decisions = stored.decide(found, model.tensors, reader, config)
     else:
-        if formats.head is not None and not formats.heads:
-            raise UserError("lm_head int8 says nothing to a model without a head", where=str(model.folder))
         decisions = instant.decide(found, config, scale_dtype, formats.heads, formats.head, step)
     if not any(isinstance(d, QuantTensor) for d in decisions.values()):
         reasons = dict.fromkeys(d.reason for d in decisions.values() if isinstance(d, Reject))

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from instantrt.compiler.decide import own_config
+from instantrt.compiler.decide import asked_config, own_config
+from instantrt.compiler.defaults import settle
 from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import Account, attempt
 from instantrt.compiler.frontend.adapter.folder import model_and_adapter, names_of
@@ -23,17 +24,21 @@ from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.frontend.merged import MergedTensor
-from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.frontend.model import EncoderShape, LlmShape
 from instantrt.compiler.frontend.side_files import Report
-from instantrt.compiler.quant.config import QuantConfig
+from instantrt.compiler.quant.config import Quant, QuantConfig
 from instantrt.compiler.quant.gguf import FLOAT_KINDS, GgufTensor
 from instantrt.compiler.quant.stored import Reader, StoredRows
+from instantrt.compiler.request import Request
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
 from instantrt.passes.core.errors import MissingExtra, UserError, tried
 from instantrt.passes.core.lazy import FileTensor
+from instantrt.passes.core.linear import Linear
 from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.qdq.tables import BLOCKS
 
+QUANTS: tuple[Quant, ...] = ("a16w8", "a8w8", "a16w4")
 CACHE: Mapping[Backend, np.dtype[Any]] = {  # of TensorRT: float16 or bfloat16
     Backend.ONNXRUNTIME: np.dtype(np.float32),
     Backend.TENSORRT: np.dtype(np.float16),
@@ -70,8 +75,9 @@ class Inspection:
     """What a checkpoint is. `targets` says what each would do with it.
 
     `account` is what became of every tensor and file, as in the manifest. `bytes_on` is what the weights of an artifact
-    take for each runtime, `cache_bytes_per_token` its keys and values, 0 where it has no cache. Of a checkpoint that
-    could not be opened, only the problems are known.
+    take for each runtime, `bytes_as` likewise by what a float checkpoint is quantized to, with all defaults, and
+    `cache_bytes_per_token` its keys and values, 0 where it has no cache. Of a checkpoint that could not be opened, only
+    the problems are known.
     """
 
     model: str
@@ -86,6 +92,7 @@ class Inspection:
     notes: tuple[str, ...] = ()
     targets: Mapping[str, str] = field(default_factory=dict)
     bytes_on: Mapping[str, int] = field(default_factory=dict)
+    bytes_as: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     cache_bytes_per_token: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -146,7 +153,8 @@ def inspect(
             *(() if made is None else (types(made.weights), *made.notes)),
         ),
         targets={t.name: outlook(t, asked) for t in TARGETS},
-        bytes_on={kind.value: artifact_bytes(facts, layers, kind, asked) for kind in Backend},
+        bytes_on={kind.value: artifact_bytes(facts, layers, kind, asked, tensors) for kind in Backend},
+        bytes_as={quant: quantized_bytes(facts, layers, tensors, folder, quant) for quant in QUANTS if reader is None},
         cache_bytes_per_token={kind.value: numbers * cache.itemsize for kind, cache in CACHE.items()},
     )
 
@@ -217,17 +225,63 @@ def outlook(target: Target, asked: QuantConfig | None) -> str:
 
 
 def artifact_bytes(
-    facts: ModelFacts, layers: tuple[LayerReport, ...], backend: Backend, asked: QuantConfig | None
+    facts: ModelFacts,
+    layers: tuple[LayerReport, ...],
+    backend: Backend,
+    asked: QuantConfig | None,
+    tensors: Mapping[str, FileTensor],
 ) -> int:
-    """Weights of an artifact, about: codes, scales and the rest in 16 bits."""
+    """Weights of an artifact, about: codes, scales and the rest in 16 bits, or in 32 where a CPU has them stored so."""
     widened = backend is Backend.ONNXRUNTIME and asked is not None and asked.activate_quant
+    if asked is None:
+        return sum(float_bytes(facts, names, tensors, backend) for names in facts.groups)
     total = 2 * facts.size
     for layer in layers:
         n, k = layer.shape
         if layer.group_size:
-            bits = 8 if widened else layer.bits
-            total += int(n * k * (bits / 8 - 2)) + n * k // layer.group_size * (2 + 1)
+            total += coded_bytes(n, k, 8 if widened else layer.bits, layer.group_size) - 2 * n * k
     return total
+
+
+def quantized_bytes(
+    facts: ModelFacts,
+    layers: tuple[LayerReport, ...],
+    tensors: Mapping[str, FileTensor],
+    folder: Path,
+    quant: Quant,
+) -> dict[str, int]:
+    """By runtime, likewise, of a float checkpoint that is compiled with `--quant` alone."""
+    heads, of_texts = {path for path in facts.linears if path == facts.head}, isinstance(facts.shape, EncoderShape)
+    sized, found = cast(Iterable[Linear], layers), dict[str, int]()  # paths and shapes are all that is asked of them
+    for target in (next(t for t in TARGETS if t.backend is backend) for backend in Backend):
+        request = Request(folder, (target.name,), folder, quant=quant)
+        config = asked_config(request, "instant_quant")
+        formats = settle(request, target, config, sized, heads, of_floats=True, of_texts=of_texts)
+        forms = {f"{path}.weight": formats.head if path in heads else formats.config for path in facts.linears}
+        total = 0
+        for names in facts.groups:
+            shape, of_group = facts.parameters[names[0]], [form for n in names if (form := forms.get(n)) is not None]
+            table = formats.embeddings == "int8" and len(shape) == 2 and shape[0] == facts.shape.vocab
+            if of_group:
+                n, k = next(facts.linears[n.removesuffix(".weight")] for n in names if n in forms)
+                size, bits = of_group[0].group_size, of_group[0].bits
+                total += coded_bytes(n, k, bits, k if size == -1 else size)
+            elif table:
+                total += coded_bytes(shape[0], shape[1], 8, BLOCKS[0])
+            if not table and len(of_group) < len(names):
+                total += float_bytes(facts, names, tensors, target.backend)
+        found[target.backend.value] = total
+    return found
+
+
+def float_bytes(facts: ModelFacts, names: list[str], tensors: Mapping[str, FileTensor], backend: Backend) -> int:
+    stored = next((tensors[name].dtype.itemsize for name in names if name in tensors), 4)
+    return math.prod(facts.parameters[names[0]]) * (min(stored, 4) if backend is Backend.ONNXRUNTIME else 2)
+
+
+def coded_bytes(n: int, k: int, bits: float, group_size: int) -> int:
+    """Codes, and for each group a scale in 16 bits and a zero point."""
+    return int(n * k * bits / 8) + n * k // group_size * (2 + 1)
 
 
 def size(tensor: FileTensor) -> int:

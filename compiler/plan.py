@@ -15,7 +15,7 @@ from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
-from instantrt.compiler.decide import check_early, decide, heads_of, resolve, step_of
+from instantrt.compiler.decide import check_early, check_head, check_tables, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
 from instantrt.compiler.fit import check_text, choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
@@ -122,6 +122,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     twins: dict[str, Twin] = {}
     heads, notes = heads_of(graph, model), list(model.notes)
     limits = request.engine_limits(model.longest)
+    check_head(request, config, heads)
     for target in request.resolved_targets():
         dtype = types.get(target.name, SCALE_TYPE)
         of_texts = model.encoder is not None
@@ -129,6 +130,8 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
             request, target, config, pipeline.linears(graph), heads, of_floats=reader is None, of_texts=of_texts
         )
         tables = formats.embeddings if target.backend is Backend.ONNXRUNTIME else None
+        if tables is not None:
+            check_tables(request, graph)
         own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
         key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact
         if key not in made:

@@ -37,7 +37,11 @@ class Bound:
 
 INT8_LEVEL = 4  # MatMulNBits' accuracy_level that quantizes activations; the others name float types
 # Native TensorRT rounds signed codes and their zero point correction to 16 bits each before they cancel: no element can
-# be better there than the largest of its channel.
+# be better there than the largest of its channel, L. For an input with a single 1, with u what a type rounds by, w the
+# weight, S the mean of the channel, c what a signed code stands for, |c| <= 1.07 L, these round: c, to u |c|; the
+# product and its sum with the correction, both w - S, to u (|w| + |S|) each; what the mean leaves of the 1, to u |w|
+# / 2; the sum with the mean's part, to u |w|; that part and its factor, to u |S| each. Over |w| + L that is at most
+# u (2.3 + 3 |S| / L), at |w| = L: less than the probe's 3 u where |S| < L / 4.
 #               layer, probe, floor, model
 FLOAT32 = Bound("float32", 2e-5, 1e-5, 1e-3, 1e-4)
 TWO_LIMBS = Bound("two limbs", 2e-3, 1e-3, 1e-3, 5e-3)

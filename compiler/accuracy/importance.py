@@ -71,9 +71,9 @@ def shared(peaks: Array, columns: Array) -> Array:
 
 def each_input(graph: gs.Graph, names: Iterable[str], llm: LlmShape | None, data: Data) -> Iterator[tuple[str, Array]]:
     """(name, its rows [M, K]) of each tensor, for each batch of the data: the graph runs once, a node at a time."""
-    wiring, once = Wiring(graph), dict.fromkeys(names)  # in the order of the graph: what was seen is dropped
+    wiring, once = Wiring(graph), dict.fromkeys(names)  # what was seen is dropped
     for feeds, _ in data.each(llm):
-        run = Evaluation(graph, feeds, wiring=wiring)
+        run = Evaluation(graph, feeds, once, wiring)
         for name in once:
             x = run.take(name)
             yield name, x.reshape(-1, x.shape[-1])

@@ -276,7 +276,14 @@ def check_lowering(
     got = run.take(point)[..., columns]
     hot = {layer.x: probes(layer)}
     found, wanted = Evaluation(lowered, hot).take(point)[..., columns], Evaluation(canonical, hot).take(there)
-    return Check(bound, difference(got, expected).channel, element_error(found, wanted, bound.floor))
+    largest = largest_weights(layer.quant) if layer.quant is not None and there == layer.y else 0.0
+    return Check(bound, difference(got, expected).channel, element_error(found, wanted, bound.floor, largest))
+
+
+def largest_weights(quant: QuantTensor) -> Array:
+    """The largest |weight| of each channel, float32 [N]: what is lost there is lost of that, met by a probe or not."""
+    each = (np.abs(dequantize(Codes(*tile.parts), quant.group_size)).max(axis=1) for tile in quant.source.tiles())
+    return np.concatenate(list(each))
 
 
 def meeting_point(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> str | None:

@@ -40,14 +40,16 @@ def difference(a: Array, b: Array) -> Difference:
     return Difference(float(np.linalg.norm(off)) / whole, maximum, float((off / np.maximum(size, quiet)).max()))
 
 
-def element_error(a: Array, b: Array, floor: float) -> float:
+def element_error(a: Array, b: Array, floor: float, channels: Array | float = 0.0) -> float:
     """The largest |a - b| / (|b| + floor * the largest |b| of the channel), of `a, b [..., N]`.
 
     A channel of nothing but tiny values counts as a thousandth of the loudest one.
+
+    channels   [N]: the largest of each channel at least, where `b` has not all of it
     """
     wide = b.reshape(-1, b.shape[-1]).astype(np.float64)
     off = np.abs(a.reshape(wide.shape).astype(np.float64) - wide)
-    loudest = np.abs(wide).max(axis=0, initial=np.finfo(np.float32).tiny)
+    loudest = np.maximum(np.abs(wide).max(axis=0, initial=np.finfo(np.float32).tiny), channels)
     with np.errstate(invalid="ignore"):  # a NaN stays one, and is no error below any bound
         return float((off / (np.abs(wide) + floor * np.maximum(loudest, loudest.max() / 1000))).max())
 

@@ -72,7 +72,7 @@ def load(
                 say=say,
                 adapter=lora,
             )
-            return with_adapter(loaded, lora, model)
+            return with_tokenizer(with_adapter(loaded, lora, model))
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 
@@ -85,6 +85,15 @@ def load(
         found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
         fix="models are read from disk; download the checkpoint first",
     )
+
+
+def with_tokenizer(loaded: FloatModel) -> FloatModel:
+    """A model whose folder has a tokenizer.json that says all of its tokenizer."""
+    from instantrt.compiler.frontend.tokenizer_file import made_tokenizer
+
+    folder, held, note = made_tokenizer(loaded.folder)
+    notes = (*loaded.notes, *filter(None, [note]))
+    return replace(loaded, folder=folder, held=(loaded.held, held), notes=notes)
 
 
 def with_adapter(loaded: FloatModel, adapter: Adapter | None, base: Path) -> FloatModel:

@@ -13,6 +13,7 @@ from typing import Any
 from instantrt.compiler.checkpoint import DTYPES, same_bytes
 from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.known_tensors import UNUSED_PARTS, harmless_names, listed, no_place
+from instantrt.compiler.frontend.model import CLASSIFIERS, EncoderShape
 from instantrt.compiler.frontend.side_files import MERGED, READ, WEIGHTS, Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
@@ -171,7 +172,7 @@ def buffer_values(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: 
         if tensor is None:
             continue
         if tensor.shape != shape:
-            report(other_shape(tensor, shape))
+            report(other_shape(tensor, shape, facts))
             continue
         values = whole(tensor)
         yield name, convert(values, FLOAT32) if tensor.dtype in FLOATS else values
@@ -231,17 +232,31 @@ def wrong_parameters(
                 fix="its scales are missing, or the checkpoint's config does not say how it is quantized",
             )
         elif tensor.shape != shape:
-            yield other_shape(tensor, shape)
+            yield other_shape(tensor, shape, facts)
 
 
-def other_shape(tensor: FileTensor, shape: tuple[int, ...]) -> UserError:
+def other_shape(tensor: FileTensor, shape: tuple[int, ...], facts: ModelFacts) -> UserError:
+    fix = "config.json belongs to another model, or the file was cut"
+    model = facts.shape
+    if (
+        isinstance(model, EncoderShape)
+        and model.task in CLASSIFIERS
+        and is_of_classes(tensor.shape, shape, model.width)
+    ):
+        labels = f"{tensor.shape[0]} labels, not {model.width}"
+        fix = f"id2label in config.json, or num_labels where it names none, has to say {labels}"
     return UserError(
         f"tensor {tensor.name} disagrees with the model's config",
         where=str(tensor.path),
         expected=f"shape {list(shape)}",
         found=f"shape {list(tensor.shape)} {tensor.dtype}",
-        fix="config.json belongs to another model, or the file was cut",
+        fix=fix,
     )
+
+
+def is_of_classes(found: tuple[int, ...], expected: tuple[int, ...], classes: int) -> bool:
+    """Does a tensor differ only in how many classes it is of?"""
+    return len(found) == len(expected) and found[1:] == expected[1:] and expected[0] == classes
 
 
 def missing(groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str]) -> list[str]:

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
-from instantrt.compiler.frontend.account import FLOATS, Taken, take_account
+from instantrt.compiler.frontend.account import FLOATS, Taken, attempt, take_account
 from instantrt.compiler.frontend.adapter.apply import adapted
 from instantrt.compiler.frontend.adapter.folder import Adapter, check_base
 from instantrt.compiler.frontend.architecture import Head, head_of
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
-from instantrt.compiler.frontend.model import EncoderShape, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.labels import label_names, labels_of
+from instantrt.compiler.frontend.model import CLASSIFIERS, EncoderShape, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.sentence import SentencePipeline
 from instantrt.compiler.frontend.sentence_files import files_of, read_pipeline, tensors_of
@@ -47,7 +48,8 @@ ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another to
 class OpenCheckpoint:
     """A folder that was opened: its config, and what each tensor is for.
 
-    `skeleton` builds the model without storage, once; `kept` is where its export may be; `pipeline` is what follows it.
+    `skeleton` builds the model without storage, once; `kept` is where its export may be; `pipeline` is what follows it;
+    `labels` are those of a classifier.
     """
 
     folder: Path
@@ -57,25 +59,30 @@ class OpenCheckpoint:
     skeleton: Callable[[], Any]
     kept: Path | None
     pipeline: SentencePipeline | None = None
+    labels: Sequence[str] = ()
+
+
+class Reading(TypedDict, total=False):
+    """How a folder is read.
+
+    max_length   tokens that no sequence will exceed
+    weights      the tensors, where the folder has none of its own
+    adapter      is merged into them
+    cache        folder of earlier exports
+    """
+
+    trust_remote_code: bool
+    max_length: int | None
+    truncate_dim: int | None
+    cache: Path | None
+    say: Callable[[str], None]
+    weights: Mapping[str, FileTensor] | None
+    adapter: Adapter | None
 
 
 @uncollected()  # torch makes millions of objects, and drops hardly any
-def load_checkpoint(
-    folder: Path,
-    *,
-    trust_remote_code: bool = False,
-    max_length: int | None = None,
-    truncate_dim: int | None = None,
-    cache: Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    weights: Mapping[str, FileTensor] | None = None,
-    adapter: Adapter | None = None,
-) -> FloatModel:
-    """Reads `folder` (config.json, safetensors) and exports its graph, for sequences of at most `max_length` tokens.
-
-    `weights` are the tensors, where the folder has none of its own; `adapter` is merged into them.
-
-    The graph may be of an earlier export, in the folder `cache`.
+def load_checkpoint(folder: Path, **reading: Unpack[Reading]) -> FloatModel:
+    """Reads `folder` (config.json, safetensors) and exports its graph, or takes that of an earlier export.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
@@ -85,20 +92,10 @@ def load_checkpoint(
     [batch, sequence], and one output: sentence_embedding [batch, width], last_hidden_state [batch, sequence, width], or
     logits, of a classifier [batch, labels], of tokens [batch, sequence, labels or vocab].
     """
-    opened = open_checkpoint(
-        folder,
-        trust_remote_code=trust_remote_code,
-        max_length=max_length,
-        truncate_dim=truncate_dim,
-        cache=cache,
-        say=say,
-        weights=weights,
-        adapter=adapter,
-    )
+    opened = open_checkpoint(folder, **reading)
     root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
     shape = taken.facts.shape
-    text = text_of(opened, shape) if isinstance(shape, EncoderShape) else {}
-    exported = exported_model(opened, folder, say)
+    exported = exported_model(opened, folder, reading.get("say", lambda text: None))
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
     modules = files_of(opened.pipeline, root) if opened.pipeline is not None else []
@@ -115,7 +112,7 @@ def load_checkpoint(
         head=taken.facts.head,
         account=asdict(taken.account),
         encoder=limited(shape, opened) if isinstance(shape, EncoderShape) else None,
-        text=text,
+        text=text_of(opened) if isinstance(shape, EncoderShape) else {},
     )
 
 
@@ -178,6 +175,8 @@ def open_checkpoint(
     reader = announced_reader(folder, config)
     head = head_of(config, str(folder / "config.json"), pooled=pipeline is not None)
     check_truncation(truncate_dim, pipeline, head, root)
+    if head.task in CLASSIFIERS:
+        label_names(config, str(folder / "config.json"))
     skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code, head, pipeline))
     try:
         stored = dict(weights if weights is not None else read_checkpoint(folder))
@@ -207,8 +206,11 @@ def open_checkpoint(
     if adapter is not None:
         check_base(reader, root, adapter)
         stored, files = adapted(stored, facts, adapter, report), (*files, *adapter.account(report))
+    labels: Sequence[str] = ()
+    if isinstance(facts.shape, EncoderShape) and head.task in CLASSIFIERS:
+        labels = attempt(report, labels_of, config, facts.shape.width, str(folder / "config.json")) or ()
     taken = take_account(facts, stored, reader, files, report)
-    return OpenCheckpoint(folder, config, reader, taken, skeleton, kept, pipeline)
+    return OpenCheckpoint(folder, config, reader, taken, skeleton, kept, pipeline, labels)
 
 
 def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:
@@ -233,20 +235,11 @@ def limited(shape: EncoderShape, opened: OpenCheckpoint) -> EncoderShape:
     return replace(shape, max_length=min(said, shape.max_length or said))
 
 
-def text_of(opened: OpenCheckpoint, shape: EncoderShape) -> dict[str, Any]:
+def text_of(opened: OpenCheckpoint) -> dict[str, Any]:
     """How texts are prepared, and what the labels are called."""
-    pipeline, labels = opened.pipeline, opened.config.get("id2label") or {}
-    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
-        where = str(opened.folder / "config.json")
-        raise UserError("id2label is no object of labels by number", where=where, found=repr(labels))
-    names = {int(key): str(label) for key, label in labels.items()}
-    count = shape.width if shape.task.startswith("classify") else 0
-    labels = [names.get(index, f"LABEL_{index}") for index in range(count)]
-    if len(set(labels)) < len(labels):
-        where, fix = str(opened.folder / "config.json"), "give each label a name of its own in id2label"
-        raise UserError("two labels have one name", where=where, found=", ".join(labels), fix=fix)
+    pipeline = opened.pipeline
     return {
-        "labels": labels,
+        "labels": list(opened.labels),
         "lowercase": pipeline is not None and pipeline.lowercase,
         "prompts": dict(pipeline.prompts) if pipeline is not None else {},
         "default_prompt": pipeline.default_prompt if pipeline is not None else "",

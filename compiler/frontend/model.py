@@ -57,6 +57,7 @@ OUTPUTS = {
     "classify_tokens": "logits",
     "fill_mask": "logits",
 }
+CLASSIFIERS = ("classify", "classify_tokens")  # tasks whose outputs have labels
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,19 @@ class SentenceModule:
     bias: bool = True
     activation: str = "Identity"
 
+    @property
+    def name(self) -> str:
+        """Its path as torch names it, where a dot is between a module and one in it."""
+        return self.path.replace(".", "//")
+
     def width(self, given: int) -> int:
-        """Numbers that it makes of `given`; UserError where it takes another count, or keeps more than there are."""
+        """Numbers that it makes of `given`; UserError where it takes another count, or keeps none or too many."""
         takes, gives = self.sizes
-        if takes not in (0, given) or (self.kind == "Truncate" and gives > given):
+        if takes not in (0, given) or (self.kind == "Truncate" and not 0 < gives <= given):
             raise UserError(
                 f"{self.kind} of a sentence-transformers pipeline does not fit the module before it",
                 where=self.path or f"truncate_dim {gives}",
-                expected=f"{takes} numbers" if takes else f"at most {given}",
+                expected=f"{takes} numbers" if takes else f"1 to {given}",
                 found=f"{given} numbers" if takes else str(gives),
             )
         return given * len(self.modes) if self.kind == "Pooling" else self.sizes[1] or given

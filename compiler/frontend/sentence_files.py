@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+from instantrt.compiler.artifact.manifest import path as is_path
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.frontend.sentence import SentenceModule, SentencePipeline
 from instantrt.compiler.json_file import read_json
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import FOUND, UserError
 from instantrt.passes.core.lazy import FileTensor
 
+COPY = "copy the model again, with the folders that modules.json names"
+LONGEST_PATH = 200  # characters: the system takes 255 of a name
 MODULES = "modules.json"
 SETTINGS = "sentence_*_config.json"  # among the files that every folder has
 PROMPTS = "config_sentence_transformers.json"
+MOST_MODULES = 100  # each is exported; pipelines have three or four
 WITHOUT = "remove modules.json to compile the language model alone, whose output is last_hidden_state"
 # In the order in which several of them are joined: the keys of older files, whose values are true or false.
 POOLINGS = {
@@ -73,10 +78,17 @@ def read_pipeline(folder: Path, truncate_dim: int | None = None) -> SentencePipe
     if listed is None:
         return None
     where = str(folder / MODULES)
+    if len(listed) > MOST_MODULES:
+        most, found = f"at most {MOST_MODULES} modules", str(len(listed))
+        raise UserError("a pipeline of more modules than any has", where=where, expected=most, found=found, fix=WITHOUT)
     (first, at), *others = [(kind_of(each, where), path_of(each, folder)) for each in listed] or [("nothing", folder)]
     if first != "Transformer":
         raise refused("begins with", first, where)
-    modules = [read_module(kind, at, where) for kind, at in others]
+    if not at.is_dir():
+        raise UserError("the folder of the language model is not there", where=where, found=at.name, fix=COPY)
+    if any(kind == "Transformer" for kind, _ in others):
+        raise refused("has several of", first, where)
+    modules = [read_module(kind, at, folder, where) for kind, at in others]
     kept = tuple(module for module in modules if module.kind != "Dropout")  # which does nothing outside of a training
     if [module.kind for module in kept].count("Pooling") != 1 or kept[0].kind != "Pooling":
         raise UserError(
@@ -121,25 +133,29 @@ def refused(how: str, kind: str, where: str) -> UserError:
 
 def path_of(module: Mapping[str, Any], folder: Path) -> Path:
     """The folder of a module, which lies in the model's own or is it."""
-    path = str(module.get("path", ""))
+    path = module.get("path", "")
+    if not is_path(path) or len(path) > LONGEST_PATH:
+        found = shorten(repr(path), FOUND)
+        raise UserError("a module without a path to its folder", where=str(folder / MODULES), found=found)
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise UserError("a module outside of the folder", where=str(folder / MODULES), found=repr(path))
-    return folder / path
+    return folder / str(path)
 
 
-def read_module(kind: str, at: Path, where: str) -> SentenceModule:
+def read_module(kind: str, at: Path, folder: Path, where: str) -> SentenceModule:
+    name = at.relative_to(folder).as_posix()
     path = at / "config.json"
     config = read_json(path) if path.is_file() or kind not in NO_CONFIG else {}
-    check_keys(config, KEYS[kind], f"{at.name}/config.json", where)
+    check_keys(config, KEYS[kind], f"{name}/config.json", where)
     if kind == "Pooling":
-        return SentenceModule(kind, at.name, modes=poolings(config, path))
+        return SentenceModule(kind, name, modes=poolings(config, path))
     if kind == "Dense":
         sizes = size_of(config, "in_features", at), size_of(config, "out_features", at)
         activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
-        return SentenceModule(kind, at.name, sizes=sizes, bias=config.get("bias", True), activation=activation)
+        return SentenceModule(kind, name, sizes=sizes, bias=config.get("bias", True), activation=activation)
     if kind == "LayerNorm":
-        return SentenceModule(kind, at.name, sizes=(size_of(config, "dimension", at),) * 2)
-    return SentenceModule(kind, at.name)
+        return SentenceModule(kind, name, sizes=(size_of(config, "dimension", at),) * 2)
+    return SentenceModule(kind, name)
 
 
 def check_keys(config: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...] | None], name: str, where: str) -> None:
@@ -198,7 +214,7 @@ def texts_of(folder: Path, at: Path, prompts: Mapping[str, Any]) -> dict[str, An
     texts, default = prompts.get("prompts") or {}, prompts.get("default_prompt_name") or ""
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise UserError("prompts are no texts by name", where=str(folder / PROMPTS), found=repr(texts))
-    if default and default not in texts:
+    if not isinstance(default, str) or (default and default not in texts):
         raise UserError(
             "the default prompt is none of the prompts",
             where=str(folder / PROMPTS),
@@ -227,7 +243,7 @@ def files_of(pipeline: SentencePipeline, root: Path) -> list[Path]:
 def tensors_of(pipeline: SentencePipeline, root: Path) -> dict[str, FileTensor]:
     """The weights of the modules, named after their folders: `2_Dense.linear.weight`."""
     return {
-        f"{module.path}.{name}": replace(tensor, name=f"{module.path}.{name}")
+        f"{module.name}.{name}": replace(tensor, name=f"{module.name}.{name}")
         for module in pipeline.modules
         if module.kind in ("Dense", "LayerNorm")
         for name, tensor in read_checkpoint(root / module.path).items()

@@ -28,7 +28,7 @@ def attach(model: Any, modules: Sequence[SentenceModule]) -> None:
             own.norm = torch.nn.LayerNorm(module.sizes[1], device="meta")
         else:
             continue
-        model.add_module(module.path, own)
+        model.add_module(module.name, own)
 
 
 def pooled(model: Any, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ def pool(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor
 
 
 def dense(model: Any, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    y: Tensor = getattr(torch.nn, module.activation)()(model.get_submodule(f"{module.path}.linear")(x))
+    y: Tensor = getattr(torch.nn, module.activation)()(model.get_submodule(f"{module.name}.linear")(x))
     return y
 
 
 def layer_norm(model: Any, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    y: Tensor = model.get_submodule(f"{module.path}.norm")(x)
+    y: Tensor = model.get_submodule(f"{module.name}.norm")(x)
     return y
 
 

@@ -96,6 +96,7 @@ def build_skeleton(
             fix=f"the model may need a newer transformers than {version('transformers')}, or a value is not right",
         ) from error
     check_modules(model, head, where)
+    check_positions(model, where)
     keep_first_table(model)
     return model.eval()
 
@@ -193,11 +194,29 @@ def other_heads(model: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def positions(model: Any) -> int:
-    """Tokens that have a position: RoBERTa's tables begin behind the position of padding."""
+    """Tokens that have a position."""
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
-    tables = (m for path, m in model.named_modules() if path.endswith("position_embeddings"))
-    padding = next((index for table in tables if (index := getattr(table, "padding_idx", None)) is not None), None)
-    return longest if padding is None else longest - padding - 1
+    pad = padding(model)
+    return longest - pad - 1 if longest and pad is not None else 0
+
+
+def padding(model: Any) -> int | None:
+    """The number of the token that pads, behind which the positions of RoBERTa and its kin begin; -1 for others."""
+    counted = (m for m in model.modules() if hasattr(m, "padding_idx") and hasattr(m, "position_embeddings"))
+    return next((module.padding_idx for module in counted), -1)
+
+
+def check_positions(model: Any, where: str) -> None:
+    """Refuses a model whose padding leaves no position for a token, or nobody knows which."""
+    longest, pad = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0, padding(model)
+    if pad is None or (longest and longest <= pad + 1):
+        raise UserError(
+            f"the positions of {type(model).__name__} begin behind pad_token_id, which leaves none",
+            where=where,
+            expected=f"a token's number below {longest - 1}; that of RoBERTa is 1",
+            found="null" if pad is None else str(pad),
+            fix="give the number that the model was trained with as pad_token_id",
+        )
 
 
 def llm_shape(config: Any) -> LlmShape:

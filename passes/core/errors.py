@@ -60,7 +60,7 @@ def first_line(said: object) -> str:
 
 
 EXTRAS = {  # of this package -> the modules that tell whether it is installed
-    "hf": ("torch", "transformers", "onnxscript", "gguf"),
+    "hf": ("torch", "transformers", "onnxscript", "gguf", "regex"),
     "accuracy": ("polygraphy", "matplotlib"),
     "report": ("matplotlib",),
 }

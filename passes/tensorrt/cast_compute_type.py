@@ -101,8 +101,8 @@ class CastComputeType(Rewrite[CastMatch]):
             node.inputs[index] = cast(graph, node.inputs[index], dtype)
         if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT:
             node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        for output in node.outputs:
-            if output.dtype == FLOAT32 or output.dtype is None:
+        for index, output in enumerate(node.outputs):
+            if output.dtype == FLOAT32 or (output.dtype is None and gives_floats(node.op, index)):
                 output.dtype = dtype
 
     def note(self, match: CastMatch) -> str:
@@ -132,6 +132,15 @@ def takes(op: str, dtype: np.dtype[Any]) -> bool:
         return True
     kinds = [formal.types for formal in onnx.defs.get_schema(op).inputs]
     return all(f"tensor({dtype.name})" in kind for kind in kinds if "tensor(float)" in kind)
+
+
+@cache
+def gives_floats(op: str, index: int) -> bool:
+    """May an output of the operator be of floats? Sizes and comparisons are not, whatever type a pass left open."""
+    if not onnx.defs.has(op):
+        return True
+    outputs = onnx.defs.get_schema(op).outputs
+    return "tensor(float)" in outputs[min(index, len(outputs) - 1)].types
 
 
 def is_weight_reader(node: gs.Node) -> bool:

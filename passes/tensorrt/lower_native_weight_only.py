@@ -67,6 +67,7 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
     def dequantized(self, graph: gs.Graph, quant: QuantTensor, name: str) -> gs.Tensor:
         """The symmetric DequantizeLinear `[K, N]`; the fusion gate finds it by its name, `<linear>/weight`."""
         codes = signed_codes(quant, self.dtype)
+        codes.name = f"{name}/codes"  # one of its own for each product: docs/facts.md, "Codes that two products read"
         if quant.bits == 8 and quant.per_channel:
             inputs = [codes, channel_scales(quant, self.dtype)]
             return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=1)

@@ -16,17 +16,21 @@ from instantrt.compiler.accuracy.layer_errors import (
     Graphs,
     TwinLinear,
     aligned,
+    check_lowering,
     layers_of,
+    probes,
     weight_errors,
     weight_findings,
 )
 from instantrt.passes.core.lazy import InMemory, Tile
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.qdq.insert_qdq import Decisions
+from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
 from tests.compiler.accuracy_models import FEEDS, WEIGHTS, K, constant, decisions, float_graph, graphs, measured
+from tests.graphs import linear_graph
 
 MODES = {
     "a16w8 per channel": (8, K, "float", "exact"),
@@ -124,6 +128,26 @@ def test_a_broken_artifact_is_found_and_its_layer_named(mutate: Callable[[gs.Gra
     findings = measured(form).findings
     assert findings
     assert all(finding.startswith("first: ") for finding in findings), findings
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_weights_are_held_against_the_largest_of_their_channel(wrong: bool) -> None:
+    """One that no probe meets, and that all the others of its channel are rounded by; a wrong scale shows."""
+    w = np.random.default_rng(0).standard_normal((8, 1536)).astype(np.float32) / 50
+    unmet = int(np.flatnonzero(probes(TwinLinear("q", "x", "y.q", w.shape, None, None)).sum((0, 1)) == 0)[0])
+    w[:4, unmet] = 5 * np.arange(1, 5)
+    source = InstantQuant("q", InMemory(w), 4, 1536, False, np.dtype(np.float16))
+    quant = QuantTensor("q", source, w.shape, 4, 1536, False, np.dtype(np.float16))
+    canonical = run(linear_graph({"q": w}), [InsertDequantize({"q": quant})], PassLog())
+    lowered = run(canonical.copy(), cast_compute_type(np.dtype(np.float16)), PassLog())
+    run(lowered, [LowerNativeWeightOnly(np.dtype(np.float16))], PassLog())
+    if wrong:
+        name = next(t for t in lowered.tensors() if t.endswith("/scale"))
+        lowered.tensors()[name].values = lowered.tensors()[name].values * np.float16(1.01)
+    (layer,) = layers_of(None, canonical)
+    x = np.random.default_rng(1).standard_normal((1, 4, 1536)).astype(np.float32)
+    check = check_lowering(layer, canonical, lowered, np.dtype(np.float16), x, x @ w.T)
+    assert (check.probe > check.bound.probe) == wrong
 
 
 def test_a_weight_that_no_token_meets_is_checked_all_the_same() -> None:

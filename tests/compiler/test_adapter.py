@@ -277,6 +277,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "r beyond all": (said(r=10**400), "r of the adapter"),
     "targets of numbers": (said(target_modules=[1]), "target_modules"),
     "no regular expression": (said(target_modules="(q_proj"), "no regular expression"),
+    "another library's": (said(target_modules="(?e)(q_proj){e<=1}"), "no regular expression"),
+    "a pattern that re never ends": (said(target_modules="(.+)+[A-C]"), "targets no module"),
+    "one without end": (said(rank_pattern={"(.*)" * 12 + r"\12\11[A-C]": 2}), "takes for ever"),
     "a target without tensors": (said(target_modules=["q_proj", "k_proj"]), "has no tensors of model.layers.0.*k_proj"),
     "tensors without a target": (
         said(target_modules="model.layers.0.self_attn.q_proj"),

@@ -169,6 +169,9 @@ def test_a_pipeline_of_every_module(tmp_path: Path) -> None:
         prompts={"query": "find: "},
         default_prompt_name="query",
     )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "3_Dense").rename(tmp_path / "a/3.1")  # a dot is no part of a module's name in torch
+    (tmp_path / "modules.json").write_text((tmp_path / "modules.json").read_text().replace("3_Dense", "a/3.1"))
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
     model = load(tmp_path, truncate_dim=10)
     assert model.encoder is not None
@@ -223,6 +226,8 @@ BAD: dict[str, tuple[list[Any], str]] = {
         [pooling(), ("Dense", {**DENSE, "in_features": 32, "out_features": 1 << 40}, WEIGHTS)],
         "disagrees with the model's config",
     ),
+    "two language models": ([pooling(), ("Transformer", {}, {})], "that has several of Transformer"),
+    "too many": ([pooling()] + [("Normalize", {}, {})] * 200, "a pipeline of more modules than any has"),
     "no weights": ([pooling(), ("Dense", {**DENSE, "in_features": 32}, {})], "no safetensors weights"),
     "a weight that it has not": (
         [
@@ -267,6 +272,7 @@ def of_folder(folder: Path, **fields: Any) -> tuple[int, int]:
     [
         ({"logits": "all"}, "logits does nothing without a causal LM"),
         ({"bits_per_weight": 6.0, "quant": "a16w8"}, "a budget is of causal LMs"),
+        *(({"lm_head": form, "quant": "a16w8"}, f"lm_head {form} does nothing") for form in ("int8", "float")),
     ],
 )
 def test_options_of_language_models_are_refused(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -275,10 +281,13 @@ def test_options_of_language_models_are_refused(fields: dict[str, Any], words: s
         compile_model(Request(tmp_path / "model", ("x86",), tmp_path / "out", **fields))
 
 
-def test_two_labels_of_one_name(tmp_path: Path) -> None:
-    make("bert", "AutoModelForSequenceClassification", tmp_path, id2label={0: "a", 1: "b", 2: "a"})
-    with pytest.raises(UserError, match="two labels have one name"):
-        load(tmp_path)
+def test_the_head_of_a_masked_lm_is_one(tmp_path: Path) -> None:
+    make("bert", "AutoModelForMaskedLM", tmp_path)
+    request, head = Request(tmp_path, ("x86",), tmp_path / "out", quant="a16w8"), "cls.predictions.decoder"
+    for form in ("int8", "float"):
+        assert (head in plan(replace(request, lm_head=form)).twins["x86"].quantized) == (form == "int8")
+    with pytest.raises(UserError, match=r"(?s)lm_head int8 does nothing.*ignored by"):
+        plan(replace(request, lm_head="int8", ignore=(head,)))
 
 
 def test_what_only_embeddings_have(tmp_path: Path) -> None:
@@ -286,23 +295,68 @@ def test_what_only_embeddings_have(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="truncate_dim is for a model of sentence embeddings"):
         load(tmp_path, truncate_dim=8)
     sentence(tmp_path, pooling())
-    with pytest.raises(UserError, match=r"Truncate .* does not fit"):
-        load(tmp_path, truncate_dim=33)
+    for width in (33, 0, -1):
+        with pytest.raises(UserError, match=r"Truncate .* does not fit"):
+            hf.open_checkpoint(tmp_path, truncate_dim=width)
+
+
+@pytest.mark.parametrize(
+    ("index", "path", "words"),
+    [
+        (1, "../elsewhere", "a module outside of the folder"),
+        (1, "/etc", "a module outside of the folder"),
+        *((1, path, "a module without a path") for path in (5, None, "a\0", "\ud800", "a" * 300)),
+        (0, "elsewhere", "the folder of the language model is not there"),
+        (0, "config.json", "the folder of the language model is not there"),
+    ],
+)
+def test_modules_lie_in_the_folder(index: int, path: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    sentence(tmp_path, pooling())
     listed = json.loads((tmp_path / "modules.json").read_text())
-    listed[1]["path"] = "../elsewhere"
+    listed[index]["path"] = path
     (tmp_path / "modules.json").write_text(json.dumps(listed))
-    with pytest.raises(UserError, match="a module outside of the folder"):
+    with pytest.raises(UserError, match=words):
         load(tmp_path)
 
 
-def test_labels_that_disagree_with_the_head(tmp_path: Path) -> None:
+MOODS = {"0": "bad", "1": "fair", "2": "good"}
+LABELS: dict[str, tuple[dict[str, Any], str]] = {
+    "two of three": ({"id2label": {"0": "bad", "1": "good"}}, r"classifier\.(weight|bias) disagrees"),
+    "none": ({"id2label": None}, "has to say 3 labels, not 2"),
+    "two of three, and a count": ({"id2label": {"0": "bad", "1": "good"}, "num_labels": 3}, "names other labels than"),
+    "a gap": ({"id2label": {"0": "bad", "1": "fair", "3": "good"}}, "expected: labels 0 to 2"),
+    "one name twice": ({"id2label": MOODS | {"2": "bad"}}, "two labels have one name"),
+    "a list": ({"id2label": ["bad", "fair", "good"]}, "no object of labels by number"),
+    "names for numbers": ({"id2label": {name: number for number, name in MOODS.items()}}, "no object of labels"),
+    "nothing for a name": ({"id2label": MOODS | {"2": None}}, "no object of labels by number"),
+    "a long number": ({"id2label": MOODS | {"9" * 5000: "x"}}, "no object of labels by number"),
+}
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_that_disagree_with_the_head(what: str, tmp_path: Path) -> None:
     make("bert", "AutoModelForSequenceClassification", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["id2label"] = {"0": "bad", "1": "good"}
-    config["label2id"] = {"bad": 0, "good": 1}
+    said, words = LABELS[what]
+    config = {**json.loads((tmp_path / "config.json").read_text()), "label2id": None, **said}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(UserError, match=words):
+        hf.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mpnet", "bert"])
+@pytest.mark.parametrize("pad", [None, -1, 1, 63])
+def test_positions_that_begin_behind_padding(family: str, pad: int | None, tmp_path: Path) -> None:
+    """As transformers counts them; MPNet has a number of its own, and the one of its class for all."""
+    make(family, "AutoModel", tmp_path)
+    config = {**json.loads((tmp_path / "config.json").read_text()), "pad_token_id": pad}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"classifier\.(weight|bias) disagrees"):
-        load(tmp_path)
+    left = {"bert": 64, "mpnet": 62}.get(family, 0 if pad is None else 63 - pad)
+    if left > 0:
+        assert of_folder(tmp_path)[0] == left
+    else:
+        with pytest.raises(UserError, match="begin behind pad_token_id, which leaves none"):
+            of_folder(tmp_path)
 
 
 @pytest.mark.slow

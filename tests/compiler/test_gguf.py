@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from instantrt.compiler.accuracy.perplexity import artifact_logits
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.decide import resolve
+from instantrt.compiler.decide import check_tables, resolve
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.gguf import gguf_at, refuse_gguf
 from instantrt.compiler.frontend.gguf.file import open_gguf
@@ -57,15 +58,26 @@ def test_codes_are_the_weights_bit_for_bit(tmp_path: Path, kind: str) -> None:
 
 def rows_of_table(tensor: GgufTensor, folder: Path) -> Array:
     """Every row of the table in ONNX Runtime, in two dimensions of ids."""
-    ids, out = gs.Variable("input_ids", np.int64, ("b", "s")), gs.Variable("y", np.float32, ("b", "s", SHAPE[1]))
-    table = gs.Constant("t", View(tensor, SHAPE, np.float32))
-    graph = gs.Graph([gs.Node("Gather", "g", {"axis": 0}, [table, ids], [out])], inputs=[ids], outputs=[out], opset=23)
-    log = PassLog()
+    graph, log = graph_of_table(tensor), PassLog()
     run(graph, (QuantizeTables(floats=False), KeepScalesInHalf()), log)
     assert any(node.op == "GatherBlockQuantized" for node in graph.nodes)
     write_model(graph, folder / "table.onnx")
     rows = ort.InferenceSession(folder / "table.onnx").run(None, {"input_ids": np.arange(SHAPE[0]).reshape(2, -1)})[0]
     return np.asarray(rows).reshape(SHAPE)
+
+
+def graph_of_table(tensor: GgufTensor) -> gs.Graph:
+    ids, out = gs.Variable("input_ids", np.int64, ("b", "s")), gs.Variable("y", np.float32, ("b", "s", SHAPE[1]))
+    table = gs.Constant("t", View(tensor, SHAPE, np.float32))
+    return gs.Graph([gs.Node("Gather", "g", {"axis": 0}, [table, ids], [out])], inputs=[ids], outputs=[out], opset=23)
+
+
+def test_a_table_of_four_bits_is_not_asked_to_have_eight(tmp_path: Path) -> None:
+    request = Request(tmp_path / "m.gguf", ("x86",), tmp_path, embeddings="int8")
+    for kind in ("Q8_0", "Q4_0"):
+        graph = graph_of_table(stored(tmp_path / kind, kind, blocks(kind, SHAPE, np.random.default_rng(1))))
+        with nullcontext() if kind == "Q8_0" else pytest.raises(UserError, match=r"(?s)in codes of its own.*4 bits"):
+            check_tables(request, graph)
 
 
 @pytest.mark.parametrize(

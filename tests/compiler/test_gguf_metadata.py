@@ -115,6 +115,7 @@ def written(path: Path, name: str) -> Any:
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
     names = get_tensor_name_map(arch, LAYERS)
     writer = GGUFWriter(path, architecture)
+    writer.add_float32("maker.scale", 1.5)
     for key, value in {**KEYS, **keys}.items():
         add: Callable[..., None] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
             type(value)
@@ -160,6 +161,7 @@ def test_inspect_tells_the_types_and_the_bytes(tmp_path: Path) -> None:
     tensors = open_gguf(tmp_path / "m.gguf").tensors
     assert found.bytes == sum(4 * int(np.prod(tensor.shape)) for tensor in tensors.values())
     assert found.notes[0] == f"types of tensors: {len(tensors)} F32"
+    assert found.notes[1] == "metadata beside those of the format, not read: maker.scale"
     assert not found.problems
 
 

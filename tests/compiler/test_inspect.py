@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import plan
+from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from tests.checkpoints import DOWN_PROJ, NAMES, Q_PROJ, TINY, whole_checkpoint
@@ -44,6 +46,10 @@ def test_a_sound_checkpoint_has_no_problems(name: str, tmp_path: Path) -> None:
 
 def test_a_float_checkpoint() -> None:
     found = inspect(TINY)
+    for quant in ("a16w8", "a8w8"):
+        size = plan(Request(TINY, ("x86",), Path("out"), quant=quant)).size("x86")
+        assert abs(found.bytes_as[quant]["onnxruntime"] / size - 1) < 0.02
+    assert found.bytes_as["a16w4"]["tensorrt"] < found.bytes_as["a16w8"]["tensorrt"] < found.bytes_on["tensorrt"]
     assert (found.format, found.problems) == ("float", ())
     assert "IQ-INT8 (A16W8): run" in found.targets["x86"]
     numbers = 2 * 4 * 2 * 64  # keys and values, layers, heads, sizes

@@ -310,7 +310,7 @@ ROWS = (
         ".onnx: int8 for the head of a graph that has none",
         "identity",
         graph("y = MatMul(x, w)"),
-        refused="lm_head int8 says nothing to a model without a head",
+        refused="lm_head int8 does nothing",
         fields={"quant": "a16w8", "lm_head": "int8"},
     ),
     Row(

@@ -32,7 +32,7 @@ from tests.once import made_once
 pytestmark = pytest.mark.slow
 ROOMS = ("compiler", "passes", "plugins", "tools")
 LIBRARIES = ("libinstantrt_plugins.so", "libinstantrt_register_trt10.so")
-HF = "needs torch, transformers, onnxscript, gguf: pip install 'instantrt[hf]'"
+HF = "needs torch, transformers, onnxscript, gguf, regex: pip install 'instantrt[hf]'"
 SDIST = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
 
 

@@ -43,6 +43,25 @@ def test_what_derives_from_integers_stays_float32_until_it_meets_hidden_states()
     assert cast.outputs[0].dtype == FLOAT32
 
 
+def test_sizes_and_comparisons_keep_their_type() -> None:
+    """Where a pass before left it open: a size stays an integer that others are joined to."""
+    ids, hidden, size, greater = (
+        variable("ids", INT64, ("b",)),
+        variable("hidden"),
+        gs.Variable("size"),
+        gs.Variable("more"),
+    )
+    embedding = gs.Constant("embedding", View(InMemory(np.ones((8, 4), np.float32)), (8, 4), FLOAT32))
+    nodes = [
+        gs.Node("Gather", "embed", {}, [embedding, ids], [hidden]),
+        gs.Node("Shape", "size", {}, [hidden], [size]),
+        gs.Node("Greater", "more", {}, [hidden, gs.Constant("one", np.array(1, np.float32))], [greater]),
+    ]
+    cast = run(graph(nodes, [ids], [hidden]), cast_compute_type(FLOAT16), PassLog())
+    assert size.dtype is greater.dtype is None
+    assert cast.nodes[-1].op == "Cast"
+
+
 def test_squares_of_large_values_do_not_overflow() -> None:
     """The mean square of 1000 is 1e6, beyond float16; its root is not."""
     past, square, mean, root, present = (variable(n) for n in ("past_key_values.x", "s", "m", "r", "present.x"))

@@ -68,6 +68,22 @@ def lower(graph: gs.Graph, dtype: np.dtype, log: PassLog | None = None) -> gs.Gr
     return graph
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_two_products_of_one_weight_have_codes_of_their_own(bits: int) -> None:
+    """As a module that is called twice has them."""
+    w = {"q": weights()["q"]}
+    graph = linear_graph(w)
+    again = graph.nodes[0].inputs[1]
+    graph.outputs.append(gs.Variable("y.again", FLOAT32, graph.outputs[0].shape))
+    graph.nodes.append(gs.Node("MatMul", "q#2", {}, [graph.inputs[0], again], graph.outputs[1:]))
+    quant = table(w, bits, -1, symmetric=False)
+    lowered = lower(run(graph, (InsertDequantize(quant), QuantizeActivations()), PassLog()), FLOAT16)
+    codes = [node.inputs[0].name for node in lowered.nodes if node.op == "DequantizeLinear"]
+    assert sorted(codes) == ["q#2/codes", "q/codes"]
+    first, second = outputs(lowered, tokens())
+    np.testing.assert_array_equal(first, second)
+
+
 def outputs(graph: gs.Graph, x: np.ndarray) -> list[np.ndarray]:
     run_of = Evaluation(graph, {"x": x}, [t.name for t in graph.outputs])
     return [run_of.peek(t.name).astype(np.float32) for t in graph.outputs]

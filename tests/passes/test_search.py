@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from instantrt.compiler.accuracy.data import Data
+from instantrt.compiler.accuracy.importance import each_input
 from instantrt.compiler.quant.config import parse_quant_config
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, InMemory
@@ -104,3 +109,13 @@ def test_a_search_is_what_a_config_asks_for() -> None:
         parse_quant_config(asked | {"search": "mse"}, "test")
     with pytest.raises(UserError, match="quantized already"):
         parse_quant_config({"quant_method": "gptq", "search": "activations"}, "test")
+
+
+def test_inputs_are_there_in_any_order() -> None:
+    """A module that a model calls twice, on its tokens and on its relative positions, is listed where it came first."""
+    names = ["input", "first", "second", "third"]
+    tensors = [gs.Variable(name, np.dtype(np.float32), ["b", 2]) for name in names]
+    nodes = [gs.Node("Neg", b.name, {}, [a], [b]) for a, b in pairwise(tensors)]
+    graph, x = gs.Graph(nodes, tensors[:1], tensors[-1:], opset=23), np.ones((1, 2), np.float32)
+    seen = list(each_input(graph, ["third", "second"], None, Data("generated", feeds=({"input": x},))))
+    assert [(name, float(rows[0, 0])) for name, rows in seen] == [("third", -1), ("second", 1)]

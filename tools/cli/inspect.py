@@ -83,6 +83,9 @@ def show_targets(found: Inspection) -> None:
             + (f", {cache:,.1f} kB of cache a token ({bits} bits)" if cache else ""),
             soft_wrap=True,
         )
+    for quant, sizes in found.bytes_as.items():
+        words = ", ".join(f"{count / 1e6:,.1f} MB for {kind}" for kind, count in sizes.items())
+        console.print(f"--quant {quant}: about {words}", soft_wrap=True)
 
 
 def show_account(account: Account) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.json_file import read_json
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import FOUND, UserError
 
 CONFIG = "adapter_config.json"
 MERGE = "merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
 PLAIN = "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
 ALL_LINEAR = "all-linear"
+LONGEST = 0.1  # seconds of this process for one name, which takes microseconds
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those that leave the base's weights as they are
 
 
@@ -150,17 +152,30 @@ class AdapterConfig:
         found = next((match for t in tries if (match := self.matches(t, path))), None)
         return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
-    def matches(self, pattern: str, path: str, *, to_the_end: bool = False) -> re.Match[str] | None:
+    def matches(self, pattern: str, path: str, *, to_the_end: bool = False) -> Any:
+        """What `re` would find, or nothing."""
         try:
             compiled = compile_pattern(pattern)
-            return compiled.fullmatch(path) if to_the_end else compiled.match(path)
+            return (compiled.fullmatch if to_the_end else compiled.match)(path, timeout=LONGEST)
+        except TimeoutError:
+            what, fix = "a pattern that takes for ever to compare with a name", "write it without repeats in repeats"
+            found = shorten(f"{pattern!r}, and {path}", FOUND)
+            raise UserError(what, where=str(self.path), found=found, fix=fix) from None
         except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(
-                "a pattern that is no regular expression", where=str(self.path), found=f"{pattern!r}: {error}"
-            ) from None
+            found = f"{shorten(repr(pattern), FOUND)}: {error}"
+            raise UserError("a pattern that is no regular expression", where=str(self.path), found=found) from None
 
 
-compile_pattern = cache(re.compile)  # `re` itself keeps 512: an adapter may have a pattern for each module
+@cache
+def compile_pattern(pattern: str) -> Any:
+    """Of a package whose matching can be stopped; what it alone understands is refused."""
+    import regex
+
+    re.compile(pattern)
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise re.error(str(error)) from None
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:

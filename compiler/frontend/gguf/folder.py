@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.gguf.architectures import Place, config_of, places_of
 from instantrt.compiler.frontend.gguf.file import GgufFile, open_gguf
 from instantrt.compiler.frontend.gguf.tokenizer import tokenizer_files
+from instantrt.compiler.frontend.known_tensors import listed
 from instantrt.compiler.quant.gguf import FLOAT_KINDS, GgufTensor
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 
+# What the file is called, its tokenizer, how it was quantized, and its parts.
+KNOWN = ("general.", "tokenizer.", "quantize.", "split.")
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -58,9 +62,17 @@ def made_folder(
     made = TemporaryDirectory(prefix=f"{path.stem}.")
     for name, text in {"config.json": json.dumps(config, indent=2), **beside}.items():
         (Path(made.name) / name).write_text(text, "utf-8")
+    if others := listed(others_of(file.metadata), "metadata beside those of the format, not read"):
+        notes = [others, *notes]
     if (path.parent / "config.json").is_file():
         notes = [f"config.json beside {path.name} is not read: its metadata are", *notes]
     return MadeFolder(made, dict(placed(file, places, floats=requantize)), tuple(notes))
+
+
+def others_of(metadata: Mapping[str, Any]) -> list[str]:
+    """The keys that are neither the architecture's, of which each is read or refused, nor of another known kind."""
+    known = (*KNOWN, f"{metadata['general.architecture']}.")
+    return sorted(key for key in metadata if not key.startswith(known))
 
 
 def placed(file: GgufFile, places: Mapping[str, Place], *, floats: bool) -> Iterator[tuple[str, FileTensor]]:
