@@ -103,7 +103,7 @@ def settle(
     on_cpu = target.backend is Backend.ONNXRUNTIME
     chosen = SPEC
     if on_cpu and request.quant_config is None:
-        chosen = CAUSAL[request.cpu_preset] if heads else ENCODER if of_texts else OTHERS
+        chosen = ENCODER if of_texts else CAUSAL[request.cpu_preset] if heads else OTHERS
     groups = OF_CPUS if on_cpu else FUSED if request.plugin is None else EVERY_GROUP
     notes: tuple[str, ...] = ()
     if request.group_size is None and request.quant_config is None and not config.activate_quant:

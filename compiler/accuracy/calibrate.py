@@ -5,8 +5,8 @@ y = x W^T, with H = x^T x over the text and H^-1 = U^T U (U upper triangular), c
 behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Scales and zero points of a group are
 searched when it begins, each column's error weighted by H's diagonal.
 
-Of an encoder, whose linears have biases, what the weights change on average goes into those (passes/qdq/correct_biases),
-so that x counts about its mean: H = (x - m)^T (x - m).
+Of an encoder, whose linears have biases, what the weights change on average goes into those
+(passes/qdq/correct_biases), so that x counts about its mean: H = (x - m)^T (x - m).
 
 Layers come in the graph's order, each on what the quantized layers before it make of the text; a weight is in memory
 while it is quantized, its codes then wait in a file without a name until they are written.
@@ -43,6 +43,7 @@ LEAST, MOST = 512, 1 << 13  # tokens of a text: fewer say nothing of a layer's i
 # Added to H's diagonal: this much of itself, as a few channels may be a thousand times the others, whose columns would
 # else be fitted to the noise of the text; and of its mean, for channels that are never on.
 DAMPING, FLOOR = 0.1, 1e-4
+OF_ENCODERS = 0.3  # their texts have few tokens (docs/facts.md, "Formats of an encoder")
 GENERATED, SHORTEST = 2048, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
 BLOCK = 64  # columns whose errors reach the rest of the weight together
 SMALL = 32  # rows that are inverted at once
@@ -110,6 +111,7 @@ def calibrate(
             correctable[quant.name] = correctable.get(quant.name, True) and has_bias
     if not chosen:
         return decisions
+    damping = DAMPING if model.encoder is None else OF_ENCODERS
     kept = np.concatenate([each["attention_mask"].astype(bool).ravel() for each in feeds])  # what is no padding
     say(f"calibrating {len(chosen)} layers on {kept.sum():,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
@@ -128,7 +130,7 @@ def calibrate(
                 if (x, centred) != before:
                     real = rows[kept] if len(rows) == len(kept) else rows  # else it has no row for each token
                     mean = real.mean(axis=0) if centred else np.zeros(0, FLOAT32)
-                    before, said = (x, centred), factor_of(real - mean if centred else real, quant.name)
+                    before, said = (x, centred), factor_of(real - mean if centred else real, quant.name, damping)
                 codes = Codes(*(spilled(part, file) for part in feed_back(quant, *said)))
                 of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
                 fitted = replace(quant, source=Calibrated(**of, codes=codes))
@@ -164,7 +166,7 @@ def spilled(part: Array, file: IO[bytes]) -> Array:
     return np.memmap(file, part.dtype, "r", at, part.shape)
 
 
-def factor_of(x: Array, layer: str) -> tuple[Array, Array]:
+def factor_of(x: Array, layer: str, damping: float = DAMPING) -> tuple[Array, Array]:
     """U [K, K], upper triangular, U^T U = H^-1, H damped, and H's diagonal [K], of the inputs x [T, K] of `layer`.
 
     With J the order of channels reversed, J H J = L L^T gives H = R R^T for the upper triangular R = J L J: U = R^-1.
@@ -173,7 +175,7 @@ def factor_of(x: Array, layer: str) -> tuple[Array, Array]:
     if not np.isfinite(h).all():
         raise UserError("what reaches this layer is not finite", where=layer, fix="leave --calibration out")
     size = h.diagonal().copy()
-    h[np.diag_indices_from(h)] += DAMPING * size + (FLOOR * size.mean() or 1)  # 1: nothing is ever on
+    h[np.diag_indices_from(h)] += damping * size + (FLOOR * size.mean() or 1)  # 1: nothing is ever on
     return inverse(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]), size
 
 

@@ -22,7 +22,7 @@ WINDOW = 128  # tokens that see one another
 BATCH = 4  # windows that run together: 512 tokens, so that logits of a large vocabulary stay below a gigabyte
 GENERATED = 4 * WINDOW
 STARTS = "#▁Ġ"  # what marks tokens as the beginning of a word, or as no beginning
-WORDS = 4, 40  # of a text at random: as many as the first at least, fewer than the second
+WORDS = 2, 20  # of a text at random: as many as the first at least, fewer than the second
 
 
 @dataclass(frozen=True)

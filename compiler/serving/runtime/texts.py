@@ -86,9 +86,17 @@ def answered(
     threads   as the session was opened with
     """
     batches = list(batches)
+    parts, feeds = [part for part, _ in batches], [each for _, each in batches]
+
+    def run(each: dict[str, Array]) -> Array:
+        found: Array = session.run(None, each)[0]
+        return found
+
+    if len(parts) < 2:  # a thread costs as much as a short text
+        yield from zip(parts, map(run, feeds), strict=True)
+        return
     with ThreadPoolExecutor(threads or usable_cpus()) as pool:
-        found = pool.map(lambda batch: session.run(None, batch[1])[0], batches)
-        yield from zip((part for part, _ in batches), found, strict=True)
+        yield from zip(parts, pool.map(run, feeds), strict=True)
 
 
 def scoring(folder: Path, labels: Sequence[str]) -> str:
