@@ -65,21 +65,27 @@ class Calibrated(Quantizer):
 def tokens_of(folder: Path, text: Path) -> list[int]:
     """The beginning of `text` by the tokenizer of the model in `folder`; UserError where there is too little of it."""
     ids = tokenizer_of(folder).encode(read_text(text)).ids[:MOST]
-    if len(ids) < LEAST:
-        expected = f"at least {LEAST} tokens, better {MOST:,}"
-        raise UserError("the calibration text is too short", where=str(text), expected=expected, found=str(len(ids)))
+    refuse_short(text, len(ids))
     return ids
+
+
+def refuse_short(text: Path, tokens: int) -> None:
+    if tokens < LEAST:
+        expected = f"at least {LEAST} tokens, better {MOST:,}"
+        raise UserError("the calibration text is too short", where=str(text), expected=expected, found=str(tokens))
 
 
 def feeds_of_text(model: FloatModel, text: Path) -> list[Mapping[str, Array]]:
     """The beginning of `text` as `model` reads it: a causal LM in windows, an encoder sentence by sentence, with its
-    special tokens. UserError for a model that reads none."""
+    special tokens. UserError for a model that reads none, and where there is too little of it."""
     if model.llm is not None:
         window = min(WINDOW, model.llm.max_length or WINDOW)
         return [llm_feeds(each, model.llm) for each in windows(tokens_of(model.folder, text), window, batch=1)]
     if model.encoder is None:
         raise UserError("calibration reads a text; this model reads none", where=str(model.folder))
-    return list(text_batches(sentences_of(text), model, model.longest, MOST))
+    feeds: list[Mapping[str, Array]] = list(text_batches(sentences_of(text), model, model.longest, MOST))
+    refuse_short(text, sum(int(each["attention_mask"].sum()) for each in feeds))
+    return feeds
 
 
 def feeds_of_words(model: FloatModel) -> list[Mapping[str, Array]]:

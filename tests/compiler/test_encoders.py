@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.calibrate import feeds_of_text
 from instantrt.compiler.accuracy.data import load_data
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.texts import ranked_alike
@@ -32,10 +33,12 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.linear import bias_behind
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.plugins.weight_only_gemm.op import OP
 from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
+from tests.conftest import TEXT
 
 AUTOS = {
     "hidden": "AutoModel",
@@ -393,6 +396,30 @@ def test_the_plugin_takes_the_layers_of_an_encoder(tmp_path: Path) -> None:
     assert not {"Gelu", "Erf"} & {node.op for node in lowered.nodes}
     narrow, exact = (Evaluation(graph, feeds).take(graph.outputs[0].name) for graph in (lowered, twin))
     assert np.linalg.norm(narrow - exact) <= 5e-3 * np.linalg.norm(exact)
+
+
+def test_four_bits_keep_the_mean_of_what_a_text_makes(tmp_path: Path) -> None:
+    """What codes change on average is in the biases; what is padding does not count."""
+    make("bert", "AutoModel", tmp_path)
+    tokenizer(tmp_path)
+    request = Request(tmp_path, ("x86",), tmp_path / "out", quant="a16w4", calibration=TEXT)
+    made = plan(request)
+    twin, feeds = made.twins["x86"], feeds_of_text(made.model, TEXT)
+    assert min(int(each["attention_mask"].min()) for each in feeds) == 0  # some are padded
+    (first,) = (node for node in twin.floating.nodes if node.name.endswith("layer.0.attention.self.query"))
+    behind = bias_behind(first, SIZES["hidden_size"])
+    assert behind is not None
+    name = behind[0].outputs[0].name
+    found = []
+    for graph in (twin.floating, twin.canonical):
+        rows = [Evaluation(graph, each).take(name)[each["attention_mask"] == 1] for each in feeds]
+        found.append(np.concatenate(rows))
+    wrong = found[1] - found[0]
+    assert np.abs(wrong.mean(axis=0)).max() <= 1e-5 * np.abs(found[0]).max() < 1e-3 * np.abs(wrong).max()
+    short = tmp_path / "short"
+    short.write_text("These are a few words. They are not enough.")
+    with pytest.raises(UserError, match="the calibration text is too short"):
+        plan(replace(request, calibration=short))
 
 
 @pytest.mark.parametrize(("quant", "least"), [("a16w8", 0.9999), ("a16w4", 0.97), ("a8w8", 0.999)])
