@@ -114,8 +114,10 @@ def settle(
             why = f"{wanted}, the default, does not divide {unfit}"
             notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
     if request.search is None and request.quant_config is None:
-        smoothed: Search = "activations" if of_texts and config.activate_quant else "none"
-        config = replace(config, search=chosen.search if config.bits == 4 else smoothed)
+        if of_texts and config.activate_quant:
+            config = replace(config, search="activations")
+        elif of_texts or config.bits == 4:
+            config = replace(config, search=chosen.search)
     lm_head = request.lm_head or (chosen.lm_head if own_heads else "float")
     if lm_head == "float":
         return Formats(target.name, heads, config, None, request.embeddings or "stored", notes, groups)

@@ -45,7 +45,7 @@ LEAST, MOST = 512, 1 << 13  # tokens of a text: fewer say nothing of a layer's i
 DAMPING, FLOOR = 0.1, 1e-4
 OF_ENCODERS = 0.3  # their texts have few tokens (docs/facts.md, "Formats of an encoder")
 GENERATED, SHORTEST = 2048, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
-BLOCK = 64  # columns whose errors reach the rest of the weight together
+BLOCK = 32  # columns whose errors reach the rest of the weight together
 SMALL = 32  # rows that are inverted at once
 EVERY = 5.0  # seconds from one line of progress to the next
 
@@ -76,8 +76,9 @@ def refuse_short(text: Path, tokens: int) -> None:
 
 
 def feeds_of_text(model: FloatModel, text: Path) -> list[Mapping[str, Array]]:
-    """The beginning of `text` as `model` reads it: a causal LM in windows, an encoder sentence by sentence, with its
-    special tokens. UserError for a model that reads none, and where there is too little of it."""
+    """The beginning of `text` as `model` reads it: a causal LM in windows; an encoder sentence by sentence, with its
+    special tokens, and words at random, as few sentences are fitted too well. UserError for a model that reads none, and
+    where there is too little of the text."""
     if model.llm is not None:
         window = min(WINDOW, model.llm.max_length or WINDOW)
         return [llm_feeds(each, model.llm) for each in windows(tokens_of(model.folder, text), window, batch=1)]
@@ -85,7 +86,7 @@ def feeds_of_text(model: FloatModel, text: Path) -> list[Mapping[str, Array]]:
         raise UserError("calibration reads a text; this model reads none", where=str(model.folder))
     feeds: list[Mapping[str, Array]] = list(text_batches(sentences_of(text), model, model.longest, MOST))
     refuse_short(text, sum(int(each["attention_mask"].sum()) for each in feeds))
-    return feeds
+    return feeds + feeds_of_words(model)
 
 
 def feeds_of_words(model: FloatModel) -> list[Mapping[str, Array]]:

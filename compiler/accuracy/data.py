@@ -154,8 +154,10 @@ def words(folder: Path, count: int) -> list[str]:
     if 2 * len(known) < len(tokens):
         return []
     random, often = np.random.default_rng(0), 1 / (np.arange(len(known)) + 10)
-    drawn = [random.choice(known, random.integers(*WORDS), p=often / often.sum()) for _ in range(count)]
-    return list(map(str, tokenizer.decode_batch([each.tolist() for each in drawn])))
+    sizes = random.integers(*WORDS, count)
+    drawn = random.choice(known, sizes.sum(), p=often / often.sum())
+    parts = np.split(drawn, np.cumsum(sizes)[:-1])
+    return list(map(str, tokenizer.decode_batch([part.tolist() for part in parts])))
 
 
 def read_text(text: Path) -> str:
