@@ -77,8 +77,8 @@ def refuse_short(text: Path, tokens: int) -> None:
 
 def feeds_of_text(model: FloatModel, text: Path) -> list[Mapping[str, Array]]:
     """The beginning of `text` as `model` reads it: a causal LM in windows; an encoder sentence by sentence, with its
-    special tokens, and words at random, as few sentences are fitted too well. UserError for a model that reads none, and
-    where there is too little of the text."""
+    special tokens, and words at random, as few sentences are fitted too well. UserError for a model that reads none,
+    and where there is too little of the text."""
     if model.llm is not None:
         window = min(WINDOW, model.llm.max_length or WINDOW)
         return [llm_feeds(each, model.llm) for each in windows(tokens_of(model.folder, text), window, batch=1)]
