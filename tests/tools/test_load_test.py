@@ -94,7 +94,7 @@ def test_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, astray: dict[str
     console.print(text_table([shown]))
     row = console.export_text().splitlines()[1].split()
     assert row[:6] == ["2", "16", "9.0", "10.0", "10.0", str(count)]
-    assert row[7:] == ["10.0", "90%", "85%", "-", "92%"]
+    assert row[7:] == ["10.0", "90%", "(85-92)"]
     plot_texts([shown, shown], tmp_path / "plot.svg")
     assert "in the process" in (tmp_path / "plot.svg").read_text("utf-8")
 

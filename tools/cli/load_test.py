@@ -118,11 +118,11 @@ def table(results: Sequence[Result]) -> Table:
 def text_table(results: Sequence[TextResult]) -> Table:
     compared = any(r.beside for r in results)
     names = ("clients", "requests", "texts/s", "p50", "p99 ms", "wrong", "memory")
-    out = headed((*names, "in process", "share", "quartiles") if compared else names)
+    out = headed((*names, "here", "share") if compared else names)
     for r in results:
         cells = [str(r.clients), str(r.requests), f"{r.rate:.1f}", *(f"{1e3 * t:.1f}" for t in r.latency), str(r.wrong)]
         low, middle, high = r.share if compared else (0.0, 0.0, 0.0)
-        more = (f"{r.beside_rate:.1f}", f"{middle:.0%}", f"{low:.0%} - {high:.0%}") if compared else ()
+        more = (f"{r.beside_rate:.1f}", f"{middle:.0%} ({100 * low:.0f}-{100 * high:.0f})") if compared else ()
         out.add_row(*cells, grown(r.growth), *more)
     return out
 
