@@ -13,7 +13,7 @@ from instantrt.tools.serving.server import ENVIRONMENT, serving
 
 def main(
     repository: Repository,
-    model: Annotated[list[str] | None, typer.Option(help="what to load; may be repeated; all that generate")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="what to load; may be repeated; all that take text")] = None,
     environment: Environment = ENVIRONMENT,
     http_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
