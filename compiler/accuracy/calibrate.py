@@ -151,7 +151,8 @@ def calibrate(
                 run.store(node, [y])
             if time.monotonic() - told > EVERY:
                 told = time.monotonic()
-                say(f"calibrated {len(made)} of {len(chosen)} layers, {weights / (told - began) / 1e6:.1f} M weights/s")
+                rate = weights / (told - began) / 1e6
+                say(f"calibrating what follows {len(made)} of {len(chosen)} layers, {rate:.1f} M weights/s")
     return {**decisions, **made}
 
 

@@ -134,6 +134,7 @@ def serving(
             expected=", ".join(sorted(p.parent.name for p in repository.glob("*/config.pbtxt")))
             or "a model repository",
             found=", ".join(missing),
+            fix="name the folder that `instantrt compile --triton` wrote",
         )
     free = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="serve.") as scratch:
