@@ -26,10 +26,11 @@ from typing import IO
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.data import llm_feeds, read_text, sentences_of, tokenizer_of, windows, words
+from instantrt.compiler.accuracy.data import llm_feeds, read_text, reader_of, sentences_of, tokenizer_of, windows, words
 from instantrt.compiler.accuracy.importance import searched
 from instantrt.compiler.accuracy.texts import text_batches
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import evaluate_each, parts_of
@@ -84,17 +85,22 @@ def feeds_of_text(model: FloatModel, text: Path) -> list[Mapping[str, Array]]:
         return [llm_feeds(each, model.llm) for each in windows(tokens_of(model.folder, text), window, batch=1)]
     if model.encoder is None:
         raise UserError("calibration reads a text; this model reads none", where=str(model.folder))
-    feeds: list[Mapping[str, Array]] = list(text_batches(sentences_of(text), model, model.longest, MOST))
+    reader = reader_of(model, model.longest)
+    feeds: list[Mapping[str, Array]] = list(text_batches(sentences_of(text), reader, MOST))
     refuse_short(text, sum(int(each["attention_mask"].sum()) for each in feeds))
-    return feeds + feeds_of_words(model)
+    return feeds + of_words(reader)
 
 
 def feeds_of_words(model: FloatModel) -> list[Mapping[str, Array]]:
     """Words at random as an encoder reads them; none where it has no tokenizer, or that few words."""
     if model.encoder is None or not (model.folder / "tokenizer.json").is_file():
         return []
-    texts = words(model.folder, GENERATED // SHORTEST)
-    return list(text_batches(texts, model, model.longest, GENERATED)) if texts else []
+    return of_words(reader_of(model, model.longest))
+
+
+def of_words(reader: TextReader) -> list[Mapping[str, Array]]:
+    texts = words(reader.tokenizer, GENERATED // SHORTEST)
+    return list(text_batches(texts, reader, GENERATED)) if texts else []
 
 
 def calibrate(
@@ -181,7 +187,9 @@ def factor_of(x: Array, layer: str, damping: float = DAMPING) -> tuple[Array, Ar
     """
     h = x.T @ x
     if not np.isfinite(h).all():
-        raise UserError("what reaches this layer is not finite", where=layer, fix="leave --calibration out")
+        raise UserError(
+            "what reaches this layer is not finite", where=layer, fix="leave --calibration out, or --search none"
+        )
     size = h.diagonal().copy()
     h[np.diag_indices_from(h)] += damping * size + (FLOOR * size.mean() or 1)  # 1: nothing is ever on
     return inverse(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]), size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.texts import sentences, text_batches
-from instantrt.compiler.frontend.model import FloatModel, Interface, LlmShape
+from instantrt.compiler.frontend.model import EncoderShape, FloatModel, LlmShape
+from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import Array
 
@@ -73,12 +75,10 @@ def llm_feeds(ids: Array, llm: LlmShape) -> dict[str, Array]:
     return token_feeds(ids) | dict.fromkeys(llm.cache_names("past_key_values"), nothing)
 
 
-def feeds_of(ids: Array, interface: Interface) -> dict[str, Array]:
-    """The inputs of a model for whole texts `ids [B, S]`, with nothing before them."""
-    if isinstance(interface, LlmShape):
-        return llm_feeds(ids, interface)
+def encoder_feeds(ids: Array, encoder: EncoderShape) -> dict[str, Array]:
+    """The inputs of an encoder for whole texts `ids [B, S]`."""
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    return {name: feeds[name] for name in interface.input_names()}
+    return {name: feeds[name] for name in encoder.input_names()}
 
 
 def windows(ids: Iterable[int], window: int = WINDOW, batch: int = BATCH) -> tuple[Array, ...]:
@@ -106,12 +106,13 @@ def load_data(
         return generated(model, window)
     if model.llm is None and model.encoder is None:
         raise UserError("a text says nothing to a model that reads none", fix="leave --text and --prompt out")
-    tokenizer = tokenizer_of(model.folder)
     if model.encoder is not None:
+        reader = reader_of(model, longest or model.longest)
         texts = list(prompts) or sentences_of(text)
-        feeds = tuple(text_batches(texts, model, longest or model.longest))
+        feeds = tuple(text_batches(texts, reader))
         file = text.name if text is not None else ""
         return Data("prompts" if prompts else "text", feeds=feeds, file=file, texts=len(texts))
+    tokenizer = tokenizer_of(model.folder)
     if prompts:
         rows = [np.array([tokenizer.encode(p).ids[:window]], np.int64) for p in prompts]
         short = [p for p, row in zip(prompts, rows, strict=True) if row.shape[1] < 2]
@@ -128,10 +129,24 @@ def load_data(
 def tokenizer_of(folder: Path) -> Tokenizer:
     from instantrt.compiler.serving.runtime.text import open_tokenizer
 
+    with opening(folder):
+        return open_tokenizer(folder)
+
+
+def reader_of(model: FloatModel, longest: int) -> TextReader:
+    """What reads texts for an encoder; `longest` tokens of each, 0: all."""
+    assert model.encoder is not None
+    with opening(model.folder):
+        return TextReader(model.folder, {**model.text, "max_length": longest}, model.encoder.input_names())
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """A UserError where the tokenizer in `folder` is not there, or cannot be read."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError("no tokenizer for the text", where=str(folder), expected="tokenizer.json")
     with tried("reading the tokenizer", where=str(folder / "tokenizer.json"), fix="copy it again from the model"):
-        return open_tokenizer(folder)
+        yield
 
 
 def sentences_of(text: Path | None) -> list[str]:
@@ -142,13 +157,12 @@ def sentences_of(text: Path | None) -> list[str]:
     return found
 
 
-def words(folder: Path, count: int) -> list[str]:
-    """`count` texts of a few words, at random and always the same; none where the tokenizer in `folder` has few words.
+def words(tokenizer: Tokenizer, count: int) -> list[str]:
+    """`count` texts of a few words, at random and always the same; none where the tokenizer has few words.
 
     Vocabularies are about in the order of how often a token occurs: the one of rank r is drawn in proportion to
     1 / (r + 10) (Zipf; Mandelbrot), so that what is in every text is in these, too.
     """
-    tokenizer = tokenizer_of(folder)
     tokens = {token_id: token.lstrip(STARTS) for token, token_id in tokenizer.get_vocab().items()}
     known = [token_id for token_id, token in sorted(tokens.items()) if len(token) > 1 and token.isalpha()]
     if 2 * len(known) < len(tokens):
@@ -176,7 +190,7 @@ def generated(model: FloatModel, window: int = WINDOW, tokens: int = GENERATED) 
     if model.encoder is not None:
         ids = random.integers(0, model.encoder.vocab, tokens)
         window = min(window, model.encoder.max_length or window)
-        return Data("generated", feeds=tuple(feeds_of(each, model.encoder) for each in windows(ids, window)))
+        return Data("generated", feeds=tuple(encoder_feeds(each, model.encoder) for each in windows(ids, window)))
     return Data("generated", feeds=({t.name: random_input(t, random) for t in model.graph.inputs},))
 
 

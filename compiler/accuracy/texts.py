@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from instantrt.compiler.frontend.model import EncoderShape, FloatModel
+from instantrt.compiler.frontend.model import EncoderShape
 from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.lazy import Array
 
@@ -23,12 +23,8 @@ def sentences(text: str) -> list[str]:
     return [each for each in found if each.count(" ") + 1 >= SHORTEST][:TEXTS]
 
 
-def text_batches(
-    texts: Sequence[str], model: FloatModel, longest: int, most: int | None = None
-) -> Iterator[dict[str, Array]]:
-    """The inputs of an encoder for `texts`; `longest` tokens of each, 0: all; those that begin within `most` tokens."""
-    assert model.encoder is not None
-    reader = TextReader(model.folder, {**model.text, "max_length": longest}, model.encoder.input_names())
+def text_batches(texts: Sequence[str], reader: TextReader, most: int | None = None) -> Iterator[dict[str, Array]]:
+    """The inputs of an encoder for `texts`, or for those that begin within `most` tokens."""
     rows = reader.rows(texts, reader.prompt(None))
     if most is not None:
         ends = np.cumsum([len(row.ids) for row in rows])

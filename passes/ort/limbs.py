@@ -51,8 +51,6 @@ class Limbs:
         return (codes ^ np.uint8(0x80)).view(np.int8) if self.signed_weights else codes
 
 
-BLOCKED = 21  # the opset whose QuantizeLinear has blocks
-
 TWO_LIMBS = Limbs(count=2, top=63, center=64)
 # Eight bits against int8 saturate without VNNI; against uint8 they are exact everywhere, and slower.
 ONE_LIMB = Limbs(count=1, top=127, center=128)
@@ -154,7 +152,7 @@ def limbs_of(graph: gs.Graph, linear: Quantized, limbs: Limbs) -> LimbTensors:
     step = peak if limbs.count == 2 else nodes("Mul", [peak, nodes.const("per_top", 1 / limbs.top, np.float32)], "step")
     unit = nodes.const("unit", 1 / limbs.top if limbs.count == 2 else 1, np.float32)
     center = nodes.const("center", limbs.center, np.uint8)
-    if limbs.count == 1 and has_rows(x) and graph.opset >= BLOCKED:
+    if limbs.count == 1 and has_rows(x):
         return LimbTensors([by_token(nodes, x, step, k, limbs.center)], [unit], step)
     units = nodes("Div", [x, step], "in_steps")
     code = nodes("QuantizeLinear", [units, unit, center], "codes1")

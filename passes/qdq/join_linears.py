@@ -76,10 +76,9 @@ class JoinLinears(Rewrite[JoinMatch]):
         linears = tuple(found for found in readers if found is not None and self.joins(found, first))
         if len(linears) < 2 or linears[0].node is not node:
             return None
-        ends = tuple(end_of(found) for found in linears)
-        if all(end.op == "Add" for end in ends):
-            biases = tuple(bias for end in ends if (bias := bias_of(end)) is not None)
-            return JoinMatch(linears, ends, biases)
+        behind = [at for found in linears if (at := bias_behind(found.node, found.quant.shape[0])) is not None]
+        if len(behind) == len(linears):
+            return JoinMatch(linears, tuple(end for end, _ in behind), tuple(end.inputs[i] for end, i in behind))
         return JoinMatch(linears, tuple(found.node for found in linears), ())
 
     def joins(self, found: Quantized, first: Quantized) -> bool:
@@ -118,10 +117,6 @@ def end_of(found: Quantized) -> gs.Node:
     """The Add of the linear's bias where nothing else reads its product, else its MatMul."""
     behind = bias_behind(found.node, found.quant.shape[0])
     return found.node if behind is None else behind[0]
-
-
-def bias_of(add: gs.Node) -> gs.Constant | None:
-    return next((t for t in add.inputs if isinstance(t, gs.Constant)), None)
 
 
 def join_paths(paths: list[str]) -> str:

@@ -49,10 +49,8 @@ def main(
         else:
             wrong = reading(server, name, loads, beside, plot_to)
     if wrong:
-        raise UserError(f"{wrong} replies are lost, or differ from the same {TEXT[kind == GENERATE]}'s alone")
-
-
-TEXT = ("text", "prompt")
+        noun = "prompt" if kind == GENERATE else "text"
+        raise UserError(f"{wrong} replies are lost, or differ from the same {noun}'s alone")
 
 
 def which(repository: Path, model: str | None) -> str:

@@ -71,9 +71,9 @@ class TextResult:
 
 def ask(address: str, model: str, text: str) -> Answer:
     """The answer to one text over HTTP; a vector as bytes, as Triton's own clients have it."""
-    vectors = [{"name": "embedding", "parameters": {"binary_data": True}}] if model.endswith("_embed") else None
-    inputs = [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [text]}]
-    body = {"inputs": inputs} if vectors is None else {"inputs": inputs, "outputs": vectors}
+    body: dict[str, Any] = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [text]}]}
+    if model.endswith("_embed"):
+        body["outputs"] = [{"name": "embedding", "parameters": {"binary_data": True}}]
     with closing(http.client.HTTPConnection(address, timeout=TIMEOUT)) as connection:
         started = time.perf_counter()
         connection.request("POST", f"/v2/models/{model}/infer", json.dumps(body))
