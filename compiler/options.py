@@ -185,6 +185,9 @@ class Plugins:
     plugin_rounding: bool = option(
         False, "with a plugin: many rows may use weights rounded to 16 bits, for cuBLASLt; takes memory", GPU
     )
+    plugin_batch_invariant: bool = option(
+        False, "with a plugin: a row's product has the same bits however many rows come with it; slower", GPU
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,8 @@ def lower_tensorrt(
     # Types first: the lowerings then build each constant once, in the type it has in the engine.
     passes += cast_compute_type(dtype)
     if request.plugin is not None:
-        passes += [LowerWeightOnlyGemm(dtype, request.plugin_rounding), *FUSE_WEIGHT_ONLY_GEMM]
+        lower = LowerWeightOnlyGemm(dtype, request.plugin_rounding, request.plugin_batch_invariant)
+        passes += [lower, *FUSE_WEIGHT_ONLY_GEMM]
     run(graph, passes, log)
     if request.embeddings == "int8":
         refuse_no_table(log, LowerNativeTables)

@@ -86,8 +86,14 @@ class Request(
                 raise UserError("a layer's format", where=path, expected="float, or as a16w4:32", found=repr(form))
         if self.max_size is not None and self.bits_per_weight is not None:
             raise UserError("max_size and bits_per_weight both bound the size", fix="give one of them")
-        if self.plugin_rounding and self.plugin is None:
-            raise UserError("plugin_rounding without a plugin", fix="--plugin FILE")
+        for name in ("plugin_rounding", "plugin_batch_invariant"):
+            if getattr(self, name) and self.plugin is None:
+                raise UserError(f"{name} without a plugin", fix="--plugin FILE")
+        if self.plugin_rounding and self.plugin_batch_invariant:
+            raise UserError(
+                "plugin_rounding and plugin_batch_invariant: cuBLASLt takes over by the number of rows",
+                fix="give one of them",
+            )
         for target in self.resolved_targets():
             self.check_old_tensorrt(target)
             self.check_plugin(target)

@@ -114,13 +114,15 @@ def attributes(node: gs.Node) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class LowerWeightOnlyGemm(Lowering[Quantized]):
-    """`dtype` is the compute type; `rounded`: many rows may use weights rounded to it.
+    """`dtype` is the compute type; `rounded`: many rows may use weights rounded to it; `batch_invariant`: a row of y
+    has the same bits however many rows x has.
 
     A8W8 by channel is left alone: TensorRT's own int8 product is exact there.
     """
 
     dtype: np.dtype[Any]
     rounded: bool = False
+    batch_invariant: bool = False
 
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
@@ -135,6 +137,7 @@ class LowerWeightOnlyGemm(Lowering[Quantized]):
         quant, name = match.quant, match.node.name
         attrs = {"bits": quant.bits, "group": quant.group_size, "activation_bits": activation_bits(quant)}
         attrs |= {"rounded_weights": int(self.rounded and quant.activations == "float")}
+        attrs |= {"batch_invariant": int(self.batch_invariant)}
         inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
         gemm(graph, inputs, take_over(match.node), name, attrs)
 

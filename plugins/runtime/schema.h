@@ -21,14 +21,15 @@ struct WeightOnlyGemm {
     enum Port : int32_t { kX, kCodes, kAffine, kBias, kY };
     static constexpr int32_t kInputs = 4;
     static constexpr int32_t kRequiredInputs = 3;
-    enum Attr : int32_t { kBits, kGroup, kActivation, kGated, kActivationBits, kRoundedWeights, kLayoutTag, kLayoutVersion };
-    static constexpr Field kFields[8] = {
+    enum Attr : int32_t { kBits, kGroup, kActivation, kGated, kActivationBits, kRoundedWeights, kBatchInvariant, kLayoutTag, kLayoutVersion };
+    static constexpr Field kFields[9] = {
         {"bits", 4, 2, {4, 8}},
         {"group", 128, 0, {}},
         {"activation", 0, 4, {0, 1, 2, 3}},
         {"gated", 0, 2, {0, 1}},
         {"activation_bits", 16, 2, {16, 8}},
         {"rounded_weights", 0, 2, {0, 1}},
+        {"batch_invariant", 0, 2, {0, 1}},
         {"layout_tag", 16, 1, {16}},
         {"layout_version", 1, 1, {1}},
     };

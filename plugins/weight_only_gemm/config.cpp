@@ -140,8 +140,16 @@ HopperPlan hopper_plan(wog_problem const& p, int tiles, int stages) {
     return best;
 }
 
+// Of a format and an sm there is one such row. Where a row of x lies in a tile, and what lies beside it, changes nothing
+// in its sums.
+constexpr bool same_for_any_m(Row const& row) {
+    bool const tiles = row.kernel == Kernel::kGemm || row.kernel == Kernel::kVolta;
+    return row.kernel == Kernel::kPlain || (tiles && row.max_m == kAny);
+}
+
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
+    if (p.batch_invariant && !same_for_any_m(row)) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
     if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
     if (row.kernel == Kernel::kTile && p.group % 64 && !tile_takes_fine(row)) return false;
@@ -167,6 +175,7 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     int const places = in_cluster(row, p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({places / std::max(blocks, 1), by_depth, 8});
     int splits = std::max(1, most);
+    if (p.batch_invariant && !in_cluster(row, p)) splits = std::min(splits, kMostSumsOfAnyM);
     while (in_cluster(row, p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
     return splits;
 }
@@ -215,6 +224,7 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
         {p.gated == 0 || p.gated == 1, "gated", "0 or 1", p.gated},
         {p.activation_bits == 16 || p.activation_bits == 8, "activation_bits", "16 or 8", p.activation_bits},
         {p.rounded_weights == 0 || p.rounded_weights == 1, "rounded_weights", "0 or 1", p.rounded_weights},
+        {p.batch_invariant == 0 || p.batch_invariant == 1, "batch_invariant", "0 or 1", p.batch_invariant},
         {p.activation_bits == 16 || p.k <= 65536, "K with activation_bits 8", "at most 65536 (int32 sums)", p.k},
         {known_sm(p.sm), "sm of the device", kExpectedSm, p.sm},
         {p.type == WOG_F16 || p.sm >= 80, "sm of the device with bf16", "80 or more (use fp16)", p.sm},
@@ -241,7 +251,7 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
     int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
                             : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
-    int const splits = choose_splits(p, row, grid_m * tiles);
+    int const splits = choose_splits(p, row, p.batch_invariant ? tiles : grid_m * tiles);
     // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
     // others have one each
     bool const clusters = splits > 1 && in_cluster(row, p), stream = row.kernel == Kernel::kStream;
@@ -276,6 +286,7 @@ int64_t wog_workspace(wog_problem const* problem) {
         p.sm = row.min_sm;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         most = std::max(most, plan.workspace);
+        if (p.batch_invariant) continue;  // one row serves every m, and most of all the largest
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
             int64_t const parts = other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);

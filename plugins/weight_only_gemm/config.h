@@ -15,6 +15,7 @@ namespace wog {
 // Where a library's product after dequantizing should pass the fused tiles: Marlin, which has tiles like ours, runs at
 // 0.73 of cuBLAS on A100, and dequantizing (2.5 bytes a weight) costs as much at about this M. To be measured.
 constexpr int64_t kManyRows = 512;
+constexpr int kMostSumsOfAnyM = 4;         // with batch_invariant: bounds a workspace that grows with m
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
 #ifndef WOG_VOLTA

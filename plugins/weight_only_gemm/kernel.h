@@ -30,6 +30,7 @@ typedef struct {
     int32_t library;          // 1: the device has that library (wog_library)
     int32_t row;              // for measurements: index + 1 of the table's row to use; 0: choose
     int32_t splits;           // likewise: parts of K for different blocks; 0: choose
+    int32_t batch_invariant;  // 1: the bits of a row of y are the same with any m; rounded_weights then changes nothing
 } wog_problem;
 
 typedef struct {

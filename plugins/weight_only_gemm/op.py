@@ -48,6 +48,7 @@ OP = Op(
         Attr("gated", 0, (0, 1)),
         Attr("activation_bits", 16, (16, 8)),
         Attr("rounded_weights", 0, (0, 1)),  # 1: many rows may use weights rounded to x's type
+        Attr("batch_invariant", 0, (0, 1)),  # 1: a row of y has the same bits however many rows x has
         Attr("layout_tag", layout.TAG, (layout.TAG,)),
         Attr("layout_version", layout.VERSION, (layout.VERSION,)),
     ),

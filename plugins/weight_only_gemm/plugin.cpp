@@ -81,7 +81,8 @@ private:
                 a[kRoundedWeights],
                 /*library=*/0,
                 /*row=*/0,
-                /*splits=*/0};
+                /*splits=*/0,
+                a[kBatchInvariant]};
     }
 
     static int64_t constant(DimsExprs const& shape, int32_t axis) {

@@ -18,7 +18,7 @@ RECORDED = [
     "embeddings", "cpu_preset", "portable", "trust_remote_code", "truncate_dim", "requantize", "builder",
     "max_batch", "max_length", "opt_length", "logits", "kv_cache", "kv_cache_type", "memory_limit",
     "optimization_level", "weight_streaming", "version_compatible", "hardware_compatible", "plugin_rounding",
-    "max_kl", "max_ppl_increase", "max_size", "bits_per_weight", "layers",
+    "plugin_batch_invariant", "max_kl", "max_ppl_increase", "max_size", "bits_per_weight", "layers",
 ]  # fmt: skip
 
 

@@ -89,6 +89,8 @@ def test_a_custom_config_with_quantization_disabled_is_an_error() -> None:
         {"embeddings": "fp8"},
         {"cpu_preset": "turbo"},
         {"plugin_rounding": True},
+        {"plugin_batch_invariant": True},
+        {"plugin_rounding": True, "plugin_batch_invariant": True, "plugin": Path(__file__)},
     ],
 )
 def test_impossible_requests_are_refused(fields: dict[str, Any]) -> None:

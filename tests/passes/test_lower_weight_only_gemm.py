@@ -241,6 +241,16 @@ def test_weights_are_rounded_only_where_asked(activations: Activations, expected
         assert node.attrs["rounded_weights"] == attribute
 
 
+def test_batch_invariance_reaches_the_node() -> None:
+    net = Network()
+    net.graph.outputs = [net.linear("layer")]
+    run(net.graph, [InsertDequantize(net.decisions), QuantizeActivations()], PassLog())
+    for asked in (False, True):
+        lowered = run(net.graph.copy(), [LowerWeightOnlyGemm(F16, batch_invariant=asked)], PassLog())
+        (node,) = (n for n in lowered.nodes if n.op == OP.name)
+        assert node.attrs["batch_invariant"] == asked
+
+
 def test_refuses_what_the_plugin_does_not_take() -> None:
     net = Network(8, 16)
     _, lowered, log = net.compile(net.linear("layer"))

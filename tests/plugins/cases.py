@@ -47,12 +47,13 @@ class Case:
     gated: int = 0
     activation_bits: int = 16
     rounded_weights: int = 0
+    batch_invariant: int = 0
     zeros: str = "float"  # float | integer | low | high
     data: str = "normal"  # normal | outliers | shifted | zero_rows
 
     @property
     def attrs(self) -> dict[str, int]:
-        names = ("bits", "group", "activation", "gated", "activation_bits", "rounded_weights")
+        names = ("bits", "group", "activation", "gated", "activation_bits", "rounded_weights", "batch_invariant")
         return {name: getattr(self, name) for name in names}
 
     def make(self) -> Problem:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,13 @@ def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options:
     y = kernels.run(p, wide=tolerance is WIDE, **options)
     assert_within(y, *exact(p.x, p.codes, p.affine, p.bias, p.attributes()), tolerance)
     return y
+
+
+def other_in_batches(kernels: Emulated, p: Problem, sm_count: int = 132) -> list[int]:
+    """The numbers of rows with which the last rows of y have other bits than with all rows of `p`."""
+    every = check(kernels, p, sm_count=sm_count)
+    batches = {m: kernels.run(replace(p, x=p.x[-m:]), wide=True, sm_count=sm_count) for m in (1, 7, 16, 33, 100)}
+    return [m for m, y in batches.items() if not np.array_equal(y, every[-m:])]
 
 
 def build_cublaslt(folder: Path) -> Path:

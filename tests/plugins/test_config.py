@@ -44,7 +44,12 @@ Kernels = dict[int, Emulated]
         ({"m": 2048, "activation_bits": 8}, "int8_hopper128x128"),
         ({"m": 2048, "activation_bits": 8, "group": 4096}, "int8_hopper128x256"),
         ({"m": 512, "activation_bits": 8, "group": 4096}, "int8_hopper128x128"),
-        ({"plain": 1}, "plain"),
+        ({"plain": 1}, "plain"), ({"plain": 1, "batch_invariant": 1}, "plain"),
+        *(({"m": m, "sm": sm, "batch_invariant": 1}, "tile64") for m in (1, 513) for sm in (80, 90, 120)),
+        *(({"m": m, "activation_bits": 8, "batch_invariant": 1}, "int8_tile64") for m in (1, 513)),
+        ({"m": 1, "sm": 75, "batch_invariant": 1}, "tile32_turing"),
+        ({"m": 1, "sm": 75, "activation_bits": 8, "batch_invariant": 1}, "int8_tile32_turing"),
+        ({"m": 513, "sm": 80, "batch_invariant": 1, "rounded_weights": 1, "library": 1}, "tile64"),
     ],
 )  # fmt: skip
 def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
@@ -96,6 +101,20 @@ def test_shared_memory_fits_every_device(emulated: Kernels, sm: int, bits: int) 
             assert plan.threads <= 512
 
 
+@pytest.mark.parametrize("sm", [75, 80, 90])
+def test_k_is_split_alike_for_any_m_where_asked(emulated: Kernels, sm: int) -> None:
+    library, base = emulated[80].library, problem(n=1024, k=8192, bits=8, sm=sm, batch_invariant=1)
+    plans = [library.choose(**{**base, "m": m}) for m in (1, 65, 300, 4096)]
+    (splits,) = {plan.splits for plan in plans}
+    assert splits == (8 if sm == 90 else 4), "in the workspace fewer, as it grows with m"
+    for m, plan in zip((1, 65, 300, 4096), plans, strict=True):
+        assert plan.workspace == (0 if sm == 90 else 4 * m * 1024 * 4)
+        assert library.workspace(**{**base, "m": m}) == 4 * m * 1024 * 4, "an engine may run on another GPU"
+    pinned = library.rows().index("ring8_ampere") + 1
+    with pytest.raises(LaunchRefusedError, match=r"row \(pinned\)"):
+        library.choose(**base, row=pinned)
+
+
 @pytest.mark.parametrize("sm", SMS)
 @pytest.mark.parametrize("activation_bits", [16, 8])
 def test_workspace_covers_every_smaller_m(emulated: Kernels, sm: int, activation_bits: int) -> None:
@@ -118,6 +137,7 @@ REFUSED = [
     ({"activation": 9}, "activation is 9"),
     ({"gated": 2}, "gated is 2"),
     ({"activation_bits": 4}, "activation_bits is 4, expected 16 or 8"),
+    ({"batch_invariant": 2}, "batch_invariant is 2, expected 0 or 1"),
     (
         {"sm": 70},
         "sm of the device is 70, expected 75, 80, 86, 89, 90, 100, 103, 120 or 121 (70: libinstantrt_plugins_sm70.so)",

@@ -15,7 +15,7 @@ from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, 
 from instantrt.tools.gpu.gemm import FORMATS
 from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.cases import BF16, F16, SIZES, Case, Problem
-from tests.plugins.kernels import Emulated, c_problem, check
+from tests.plugins.kernels import Emulated, c_problem, check, other_in_batches
 from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
@@ -235,6 +235,27 @@ def test_clusters_add_up_as_the_workspace_does(
 
     assert workspace(90, splits) == workspace(90, 1)
     assert workspace(80, splits) > workspace(80, 1)
+
+
+INVARIANT = [  # activation bits, bits, N, K, group, multiprocessors: many, for parts of K; few, to go from tile to tile
+    (16, 4, 80, 640, 32, 132), (16, 8, 80, 640, 128, 132), (16, 4, 80, 608, 608, 132), (16, 8, 272, 160, 32, 2),
+    (8, 4, 80, 640, 128, 132), (8, 8, 80, 608, 608, 132), (8, 4, 272, 160, 32, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INVARIANT)
+@pytest.mark.parametrize("sm", [75, 80, 90])
+def test_a_row_has_the_same_bits_in_any_batch(emulated: Kernels, sm: int, case: tuple[int, ...]) -> None:
+    activation_bits, bits, n, k, group, sm_count = case
+    p = Case(130, n, k, bits, group, bias=True, gated=1, activation_bits=activation_bits, batch_invariant=1).make()
+    plan = emulated[sm].library.choose(**c_problem(p, sm, sm_count))
+    assert (plan.splits > 1) == (activation_bits == 16 and sm_count > 2), "whole sums of int8 are read as they are"
+    assert other_in_batches(emulated[sm], p, sm_count) == []
+
+
+@pytest.mark.parametrize("sm", [75, 80, 90])
+def test_a_row_has_other_bits_in_another_batch_where_nobody_asked(emulated: Kernels, sm: int) -> None:
+    assert 1 in other_in_batches(emulated[sm], Case(130, 80, 640, 4, 128).make())
 
 
 @pytest.mark.parametrize(("sm", "activation_bits"), [(75, 16), (80, 16), (80, 8), (90, 16), (90, 8)])

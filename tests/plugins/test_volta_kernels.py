@@ -14,7 +14,7 @@ from instantrt.plugins.weight_only_gemm.op import check as check_sizes
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact
 from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.cases import SIZES, Case
-from tests.plugins.kernels import Emulated, c_problem, check, problem
+from tests.plugins.kernels import Emulated, c_problem, check, other_in_batches, problem
 from tests.plugins.within import assert_within
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,14 @@ NEARLY_EXACT = Tolerance(2e-6, 1e-6)
 def test_sizes(volta: Emulated, bits: int, size: tuple[int, int, int, int]) -> None:
     m, n, k, group = size
     check(volta, Case(m, n, k, bits, group, bias=m % 2 == 0).make())
+
+
+@pytest.mark.parametrize(("bits", "group", "k"), [(4, 32, 640), (8, 128, 640), (4, 608, 608)])
+def test_a_row_has_the_same_bits_in_any_batch(volta: Emulated, bits: int, group: int, k: int) -> None:
+    p = Case(130, 80, k, bits, group, bias=True, batch_invariant=1).make()
+    assert volta.library.choose(**c_problem(p, 70)).splits == 2
+    assert other_in_batches(volta, p) == []
+    assert 1 in other_in_batches(volta, replace(p, attrs={**p.attrs, "batch_invariant": 0}))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -18,6 +18,7 @@ I32, I64, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 CProblem = structure(
     "CProblem", m=I64, n=I32, k=I32, group=I32, bits=I32, type=I32, activation=I32, gated=I32, activation_bits=I32,
     sm=I32, sm_count=I32, wide=I32, plain=I32, rounded_weights=I32, library=I32, row=I32, splits=I32,
+    batch_invariant=I32,
 )  # fmt: skip
 CTensors = structure("CTensors", x=PTR, codes=PTR, affine=PTR, bias=PTR, y=PTR, workspace=PTR)
 CPlan = structure(
