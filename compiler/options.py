@@ -186,7 +186,7 @@ class Plugins:
         False, "with a plugin: many rows may use weights rounded to 16 bits, for cuBLASLt; takes memory", GPU
     )
     plugin_batch_invariant: bool = option(
-        False, "with a plugin: a row's product has the same bits however many rows come with it; slower", GPU
+        False, "with a plugin: a row's products have the same bits however many rows come with it; slower", GPU
     )
 
 

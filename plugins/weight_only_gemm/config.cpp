@@ -175,7 +175,6 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     int const places = in_cluster(row, p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({places / std::max(blocks, 1), by_depth, 8});
     int splits = std::max(1, most);
-    if (p.batch_invariant && !in_cluster(row, p)) splits = std::min(splits, kMostSumsOfAnyM);
     while (in_cluster(row, p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
     return splits;
 }
@@ -203,6 +202,16 @@ Row const* find_row(wog_problem const& p) {
     for (Row const* row = best; timed && row->kernel == best->kernel; row++)
         if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
     return best;
+}
+
+int launch_in_turns(wog_problem p, wog_tensors t, int64_t rows, void* stream, char* error, size_t size) {
+    int64_t const all = p.m, x_row = int64_t(p.k) * 2, y_row = int64_t(p.n) / (1 + p.gated) * (p.wide ? 4 : 2);
+    for (int64_t done = 0; done < all; done += p.m) {
+        p.m = std::min(rows, all - done);
+        if (wog_launch(&p, &t, stream, error, size)) return 1;
+        t.x = static_cast<char const*>(t.x) + p.m * x_row, t.y = static_cast<char*>(t.y) + p.m * y_row;
+    }
+    return 0;
 }
 
 }  // namespace
@@ -258,7 +267,8 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
     int const resident = stream ? stream_resident(row, p, splits) : row.resident;
     int const fit = std::max(1, usable(p, clusters ? splits : 1) * resident / (grid_m * splits));
-    int64_t const partials = splits > 1 && !clusters ? splits * p.m * p.n * 4 : 0;
+    int64_t const partials =
+        sums_meet_in_memory(row, p, splits) ? splits * rows_of_a_turn(row, p, splits) * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
@@ -286,7 +296,7 @@ int64_t wog_workspace(wog_problem const* problem) {
         p.sm = row.min_sm;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         most = std::max(most, plan.workspace);
-        if (p.batch_invariant) continue;  // one row serves every m, and most of all the largest
+        if (p.batch_invariant) continue;  // one row serves every m, with as many parts of K
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
             int64_t const parts = other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);
@@ -332,6 +342,8 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
                                                 launch_stream, launch_tile, launch_hopper};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
+    int64_t const at_once = rows_of_a_turn(kRows[plan.row], *problem, plan.splits);
+    if (at_once < problem->m) return launch_in_turns(*problem, t, at_once, stream, error, size);
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);
         return 1;

@@ -15,7 +15,6 @@ namespace wog {
 // Where a library's product after dequantizing should pass the fused tiles: Marlin, which has tiles like ours, runs at
 // 0.73 of cuBLAS on A100, and dequantizing (2.5 bytes a weight) costs as much at about this M. To be measured.
 constexpr int64_t kManyRows = 512;
-constexpr int kMostSumsOfAnyM = 4;         // with batch_invariant: bounds a workspace that grows with m
 constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices just split less
 
 #ifndef WOG_VOLTA
@@ -242,9 +241,18 @@ constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
 inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
     return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));
 }
+constexpr bool sums_meet_in_memory(Row const& row, wog_problem const& p, int splits) {
+    return splits > 1 && !in_cluster(row, p);
+}
 // null where there are none: K is whole, or its parts are a cluster
 inline float* sums_apart(Row const& row, wog_problem const& p, wog_plan const& plan, void* workspace) {
-    return plan.splits > 1 && !in_cluster(row, p) ? partials(row, p, workspace) : nullptr;
+    return sums_meet_in_memory(row, p, plan.splits) ? partials(row, p, workspace) : nullptr;
+}
+// With batch_invariant K is divided for many rows of x as for few. They take turns, or their sums would need memory.
+constexpr int64_t kRowsOfATurn = 256;
+constexpr int64_t rows_of_a_turn(Row const& row, wog_problem const& p, int splits) {
+    bool const turns = p.batch_invariant && sums_meet_in_memory(row, p, splits);
+    return turns ? std::min(p.m, kRowsOfATurn) : p.m;
 }
 
 constexpr int64_t kLibraryWorkspace = 4 << 20;  // what cuBLASLt recommends before Hopper

@@ -237,20 +237,28 @@ def test_clusters_add_up_as_the_workspace_does(
     assert workspace(80, splits) > workspace(80, 1)
 
 
-INVARIANT = [  # activation bits, bits, N, K, group, multiprocessors: many, for parts of K; few, to go from tile to tile
-    (16, 4, 80, 640, 32, 132), (16, 8, 80, 640, 128, 132), (16, 4, 80, 608, 608, 132), (16, 8, 272, 160, 32, 2),
-    (8, 4, 80, 640, 128, 132), (8, 8, 80, 608, 608, 132), (8, 4, 272, 160, 32, 2),
+# Activation bits, bits, M, N, K, group, multiprocessors: many, so that blocks have parts of K and rows take turns; few,
+# so that blocks go from tile to tile
+INVARIANT = [
+    (16, 4, 300, 48, 640, 32, 132), (16, 8, 130, 80, 640, 128, 132), (16, 4, 130, 80, 608, 608, 132),
+    (16, 8, 130, 272, 160, 32, 2), (8, 4, 130, 80, 640, 128, 132), (8, 8, 130, 80, 608, 608, 132),
+    (8, 4, 130, 272, 160, 32, 2),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", INVARIANT)
 @pytest.mark.parametrize("sm", [75, 80, 90])
 def test_a_row_has_the_same_bits_in_any_batch(emulated: Kernels, sm: int, case: tuple[int, ...]) -> None:
-    activation_bits, bits, n, k, group, sm_count = case
-    p = Case(130, n, k, bits, group, bias=True, gated=1, activation_bits=activation_bits, batch_invariant=1).make()
+    activation_bits, bits, m, n, k, group, sm_count = case
+    p = Case(m, n, k, bits, group, bias=True, gated=1, activation_bits=activation_bits, batch_invariant=1).make()
     plan = emulated[sm].library.choose(**c_problem(p, sm, sm_count))
     assert (plan.splits > 1) == (activation_bits == 16 and sm_count > 2), "whole sums of int8 are read as they are"
     assert other_in_batches(emulated[sm], p, sm_count) == []
+
+
+def test_turns_of_rows_leave_each_row_of_16_bits_where_it_belongs(emulated: Kernels) -> None:
+    p = Case(257, 48, 640, 8, 128, gated=1, batch_invariant=1).make()
+    assert np.array_equal(emulated[80].run(p), emulated[80].run(p, wide=True).astype(F16))
 
 
 @pytest.mark.parametrize("sm", [75, 80, 90])
