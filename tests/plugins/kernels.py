@@ -156,7 +156,7 @@ def check(kernels: Emulated, p: Problem, tolerance: Tolerance = WIDE, **options:
     return y
 
 
-def other_in_batches(kernels: Emulated, p: Problem, sm_count: int = 132) -> list[int]:
+def other_in_batches(kernels: Emulated, p: Problem, sm_count: int) -> list[int]:
     """The numbers of rows with which the last rows of y have other bits than with all rows of `p`."""
     every = check(kernels, p, sm_count=sm_count)
     batches = {m: kernels.run(replace(p, x=p.x[-m:]), wide=True, sm_count=sm_count) for m in (1, 7, 16, 33, 100)}
