@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STANDARD = ("algorithm", "cstddef", "cstdint", "stddef.h", "stdint.h", "type_traits")  # std.h stands for each of them
-OPTIONS = ("-arch=sm_70", "-std=c++17", "-default-device", "-DWOG_VOLTA", "-diag-suppress=1097", "--ptxas-options=-v")
+OPTIONS = ("-arch=sm_70", "-std=c++20", "-default-device", "-DWOG_VOLTA", "-diag-suppress=1097", "--ptxas-options=-v")
 MISSING = (
     "libnvrtc.so.12 was not found. NVRTC 12 is the last that compiles for Volta: pip install nvidia-cuda-nvrtc-cu12, "
     "or set NVRTC to the libnvrtc.so.12 of a CUDA 12 toolkit"

@@ -46,8 +46,8 @@ Pace const& pace_of(int sm) {
 }
 
 // Where sums of parts of K go through memory only idle multiprocessors are worth that.
-bool may_divide(wog_problem const& p, Row const& row, int64_t tiles, int splits) {
-    return splits == 1 || in_cluster(row, p) || tiles * splits <= std::min(p.sm_count, kMostMultiprocessors);
+bool may_divide(wog_problem const& p, int64_t tiles, int splits) {
+    return splits == 1 || in_cluster(p) || tiles * splits <= std::min(p.sm_count, kMostMultiprocessors);
 }
 
 // Cycles, of rows for all since Ampere: what their weights take to come, or what the blocks take to issue their
@@ -80,8 +80,7 @@ int stream_splits(wog_problem const& p, Row const& row) {
     for (int splits = 1; splits <= 8; splits++) {
         if (p.splits ? splits != p.splits : splits & (splits - 1)) continue;  // others leave multiprocessors idle
         if (!stream_resident(row, p, splits)) continue;
-        if (!p.splits && !may_divide(p, row, ceil_div(p.n, row.block_n()) * ceil_div(p.m, row.block_m()), splits))
-            continue;
+        if (!p.splits && !may_divide(p, ceil_div(p.n, row.block_n()) * ceil_div(p.m, row.block_m()), splits)) continue;
         if (!best || stream_duration(p, row, splits) < stream_duration(p, row, best)) best = splits;
     }
     return best;
@@ -107,8 +106,8 @@ Tiling choose_tiling(wog_problem const& p, Row const& row) {
             if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
             int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
-            if (!p.splits && !may_divide(p, row, tiles, splits)) continue;
-            int const places = std::max(1, (in_cluster(row, p) ? usable(p, splits) : p.sm_count) / splits);
+            if (!p.splits && !may_divide(p, tiles, splits)) continue;
+            int const places = std::max(1, (in_cluster(p) ? usable(p, splits) : p.sm_count) / splits);
             int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
             int const arrive = hopper ? bytes * 10 / pace.bytes : kLatency / (row.stages[p.bits == 8] - 1);
@@ -150,18 +149,18 @@ constexpr bool same_for_any_m(Row const& row) {
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
     if (p.batch_invariant && !same_for_any_m(row)) return false;
-    if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library)) return false;
+    if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library && p.sm != 90)) return false;
     if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
-    if (row.kernel == Kernel::kTile && p.group % 64 && !tile_takes_fine(row)) return false;
     if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
-    if (row.kernel == Kernel::kHopper && p.group % stage_k(row) && p.group != p.k) return false;
+    bool const fine = row.kernel == Kernel::kHopper ? hopper_fine(row, p) : p.group % 64 != 0;
+    if (fine && !row.fine) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     // what was measured on Hopper is chosen there
     bool const ring = row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
     if (ring && p.sm == 90 && !p.row && !for_hopper(row)) return false;
     bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
-    return bits && rows && row.min_sm <= p.sm && p.sm <= row.max_sm;
+    return bits && rows && row.sms.first <= p.sm && p.sm <= row.sms.last;
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
@@ -172,10 +171,10 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (row.kernel == Kernel::kTile) return choose_tiling(p, row).splits;
     if (row.kernel == Kernel::kHopper) return hopper_plan(p, blocks, steps).splits;
     if (p.splits) return std::min(p.splits, steps);
-    int const places = in_cluster(row, p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
+    int const places = in_cluster(p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
     int const by_depth = steps / (4 * row.warps_k), most = std::min({places / std::max(blocks, 1), by_depth, 8});
     int splits = std::max(1, most);
-    while (in_cluster(row, p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
+    while (in_cluster(p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
     return splits;
 }
 
@@ -183,15 +182,12 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
 int64_t duration(Row const& row, wog_problem const& p) {
     if (row.kernel == Kernel::kStream) return stream_duration(p, row, stream_splits(p, row));
     if (row.kernel == Kernel::kTile) return choose_tiling(p, row).cycles;
-    int const across = ceil_div(p.n, row.block_n() * row.cluster) * row.cluster, down = ceil_div(p.m, row.block_m());
-    int const pace = row.pace[p.bits == 8], steps = ceil_div(p.k, stage_k(row));
-    if (row.kernel == Kernel::kHopper && row.cluster == 1) return hopper_plan(p, across * down, steps).stages * pace;
-    // waves of tiles, and where K is split the partial sums, out and in again
-    int const splits = choose_splits(p, row, across * down);
-    int const places = std::max(1, p.sm_count / row.cluster * row.cluster);
-    int64_t const waves = ceil_div(int64_t(across) * down * splits, places);
-    return waves * ceil_div(steps, splits) * pace +
-           (splits > 1 ? 3000 + splits * p.m * p.n * 8 / (28 * p.sm_count) : 0);
+    int const tiles = ceil_div(p.n, row.block_n() * row.cluster) * ceil_div(p.m, row.block_m());
+    int const stages = ceil_div(p.k, stage_k(row));
+    // scaling sums after each 32 k: counted in instructions, not measured
+    int const pace = row.pace[p.bits == 8] + (hopper_fine(row, p) ? hopper_units(row, true) * row.columns * 20 : 0);
+    if (row.cluster == 1) return hopper_plan(p, tiles, stages).stages * pace;
+    return ceil_div(tiles, hopper_clusters(p, row.cluster)) * int64_t(stages) * pace;
 }
 
 // The table ends with rows for any m on any known sm, so that null is an answer to a pinned row alone.
@@ -263,12 +259,12 @@ int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t s
     int const splits = choose_splits(p, row, p.batch_invariant ? tiles : grid_m * tiles);
     // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
     // others have one each
-    bool const clusters = splits > 1 && in_cluster(row, p), stream = row.kernel == Kernel::kStream;
+    bool const clusters = splits > 1 && in_cluster(p), stream = row.kernel == Kernel::kStream;
     bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
     int const resident = stream ? stream_resident(row, p, splits) : row.resident;
     int const fit = std::max(1, usable(p, clusters ? splits : 1) * resident / (grid_m * splits));
     int64_t const partials =
-        sums_meet_in_memory(row, p, splits) ? splits * rows_of_a_turn(row, p, splits) * p.n * 4 : 0;
+        sums_meet_in_memory(p, splits) ? splits * rows_of_a_turn(p, splits) * p.n * 4 : 0;
     *plan = {row.name,
              int32_t(&row - kRows),
              splits,
@@ -293,7 +289,7 @@ int64_t wog_workspace(wog_problem const* problem) {
     p.sm_count = kMostMultiprocessors, p.library = 1;
     for (Row const& row : kRows) {
         p.m = std::min(problem->m, row.max_m);
-        p.sm = row.min_sm;  // every kind of device has a row that starts with it
+        p.sm = row.sms.first;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
         most = std::max(most, plan.workspace);
         if (p.batch_invariant) continue;  // one row serves every m, with as many parts of K
@@ -338,11 +334,11 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
 #ifdef WOG_VOLTA
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
-    decltype(&launch_gemm) const launchers[] = {launch_plain,  launch_gemm, launch_dense, launch_warpgroup,
+    decltype(&launch_gemm) const launchers[] = {launch_plain,  launch_gemm, launch_dense,
                                                 launch_stream, launch_tile, launch_hopper};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
-    int64_t const at_once = rows_of_a_turn(kRows[plan.row], *problem, plan.splits);
+    int64_t const at_once = rows_of_a_turn(*problem, plan.splits);
     if (at_once < problem->m) return launch_in_turns(*problem, t, at_once, stream, error, size);
     if (char const* failed = run(*problem, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);

@@ -20,51 +20,78 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 #ifndef WOG_VOLTA
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
-// Of the rows of kStream, kTile, kHopper and kWarpgroup the one that should end first is taken. The pace of Hopper's
-// was measured on an H200; that of the rows for all since Ampere is half the instructions of their loops, as two a
-// cycle are issued. kWarpgroup, whose pace is arithmetic (the most of what the tensor cores, the L2 and the consumers'
-// instructions need), has what kHopper does not: groups that end inside its stages.
+// Of the rows of kStream, kTile and kHopper the one that should end first is taken. The pace of Hopper's was measured on
+// an H200; that of the rows for all since Ampere is half the instructions of their loops, as two a cycle are issued.
+// clang-format off
 constexpr Row kRows[] = {
-    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 75, 89, kManyRows},
-    {"dense", Kernel::kDense, 16, 8, 1, 1, 1, {1, 1}, 1, kAny, 100, kNewest, kManyRows},
-    {"ring8", Kernel::kStream, 16, 1, 16, 4, 1, {3, 2}, 1, 8, 90, 90, 0, 1, {9100, 8500}},
-    {"ring8_narrow", Kernel::kStream, 16, 1, 8, 2, 1, {6, 4}, 2, 8, 90, 90, 0, 1, {10400, 7100}},
-    {"ring8_deep", Kernel::kStream, 16, 1, 16, 2, 1, {7, 4}, 1, 8, 90, 90, 0, 1, {13200, 9500}},
-    {"ring16", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 90, 90, 0, 1, {13800, 12800}},
-    {"ring8_ampere", Kernel::kStream, 16, 1, 8, 2, 1, {3, 3}, 2, 8, 80, kNewest, 0, 1, {52, 55}},
-    {"ring8_ampere_wide", Kernel::kStream, 16, 1, 8, 4, 1, {3, 2}, 2, 8, 80, kNewest, 0, 1, {38, 41}},
-    {"ring16_ampere", Kernel::kStream, 16, 1, 8, 2, 2, {3, 2}, 1, 16, 80, kNewest, 0, 1, {61, 65}},
-    {"ring16_ampere_wide", Kernel::kStream, 16, 1, 8, 4, 2, {3, 2}, 1, 16, 80, kNewest, 0, 1, {44, 47}},
-    {"ring32", Kernel::kTile, 16, 6, 2, 3, 4, {7, 4}, 1, 32, 90, 90},
-    {"ring32_narrow", Kernel::kTile, 16, 8, 2, 2, 4, {7, 4}, 1, 32, 90, 90},
-    {"ring64", Kernel::kTile, 16, 6, 1, 3, 4, {10, 7}, 1, 64, 90, 90, 0, 1, {}, false, 2},
-    {"ring64_narrow", Kernel::kTile, 16, 8, 1, 2, 4, {11, 8}, 1, 64, 90, 90, 0, 1, {}, false, 2},
-    {"ring32_ampere", Kernel::kTile, 16, 4, 2, 3, 4, {3, 2}, 1, 32, 80, kNewest},
-    {"ring64_ampere", Kernel::kTile, 16, 4, 1, 3, 4, {5, 3}, 1, 64, 80, kNewest, 0, 1, {}, false, 2},
-    {"hopper128x64", Kernel::kHopper, 16, 8, 1, 1, 8, {16, 12}, 1, kAny, 90, 90, 0, 1, {910, 800}},
-    {"hopper192x64", Kernel::kHopper, 16, 12, 1, 1, 8, {13, 9}, 1, kAny, 90, 90, 0, 1, {1230, 1080}},
-    {"hopper128x128", Kernel::kHopper, 16, 8, 1, 1, 16, {9, 8}, 1, kAny, 90, 90, 0, 1, {920, 790}},
-    {"int8_hopper128x64", Kernel::kHopper, 8, 8, 1, 1, 8, {12, 8}, 1, kAny, 90, 90, 32, 1, {690, 690}},
-    {"int8_hopper192x64", Kernel::kHopper, 8, 12, 1, 1, 8, {9, 5}, 1, kAny, 90, 90, 32, 1, {950, 950}},
-    {"int8_hopper128x128", Kernel::kHopper, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 32, 1, {990, 990}},
-    {"int8_hopper192x128", Kernel::kHopper, 8, 12, 1, 1, 16, {6, 4}, 1, kAny, 90, 90, 32, 1, {1320, 1320}, true},
-    {"int8_hopper128x256", Kernel::kHopper, 8, 8, 1, 1, 32, {4, 4}, 1, kAny, 90, 90, 32, 2, {1700, 1700}, true},
-    {"warpgroup128", Kernel::kWarpgroup, 16, 8, 1, 1, 16, {10, 8}, 1, kAny, 90, 90, 32, 1, {730, 730}},
-    {"warpgroup64", Kernel::kWarpgroup, 16, 8, 1, 1, 8, {16, 13}, 1, kAny, 90, 90, 32, 1, {440, 440}},
-    {"int8_warpgroup128", Kernel::kWarpgroup, 8, 8, 1, 1, 16, {8, 6}, 1, kAny, 90, 90, 64, 1, {585, 585}},
-    {"int8_warpgroup64", Kernel::kWarpgroup, 8, 8, 1, 1, 8, {13, 8}, 1, 64, 90, 90, 32, 1, {440, 440}},
-    {"tile64", Kernel::kGemm, 16, 8, 1, 1, 8, {4, 2}, 1, kAny, 80, kNewest},
-    {"stream8_turing", Kernel::kGemm, 16, 1, 8, 2, 1, {4, 2}, 1, 8, 75, 79},
-    {"stream16_turing", Kernel::kGemm, 16, 1, 4, 2, 2, {4, 2}, 1, 16, 75, 79},
-    {"tile32_turing", Kernel::kGemm, 16, 4, 1, 2, 4, {2, 2}, 2, kAny, 75, 79},
-    {"int8_stream8", Kernel::kGemm, 8, 1, 8, 2, 1, {4, 2}, 1, 8, 80, kNewest},
-    {"int8_stream16", Kernel::kGemm, 8, 1, 8, 2, 2, {4, 2}, 1, 16, 80, kNewest},
-    {"int8_tile32", Kernel::kGemm, 8, 4, 2, 2, 4, {2, 1}, 1, 32, 80, kNewest},
-    {"int8_tile64", Kernel::kGemm, 8, 4, 1, 2, 8, {1, 1}, 2, kAny, 80, kNewest},
-    {"int8_stream8_turing", Kernel::kGemm, 8, 1, 8, 2, 1, {2, 1}, 1, 8, 75, 79},
-    {"int8_tile32_turing", Kernel::kGemm, 8, 4, 1, 2, 4, {2, 1}, 2, kAny, 75, 79},
-    {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 75, kNewest},
+    {.name = "dense", .kernel = Kernel::kDense, .sms = kFrom75, .min_m = kManyRows,
+     .warps_n = 8},
+    {.name = "ring8", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 8,
+     .warps_k = 16, .strips = 4, .stages = {3, 2}, .pace = {9100, 8500}},
+    {.name = "ring8_narrow", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 8,
+     .warps_k = 8, .strips = 2, .stages = {6, 4}, .resident = 2, .pace = {10400, 7100}},
+    {.name = "ring8_deep", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 8,
+     .warps_k = 16, .strips = 2, .stages = {7, 4}, .pace = {13200, 9500}},
+    {.name = "ring16", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 16,
+     .warps_k = 8, .strips = 4, .columns = 2, .stages = {3, 2}, .pace = {13800, 12800}},
+    {.name = "ring8_ampere", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 8,
+     .warps_k = 8, .strips = 2, .stages = {3, 3}, .resident = 2, .pace = {52, 55}},
+    {.name = "ring8_ampere_wide", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 8,
+     .warps_k = 8, .strips = 4, .stages = {3, 2}, .resident = 2, .pace = {38, 41}},
+    {.name = "ring16_ampere", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 16,
+     .warps_k = 8, .strips = 2, .columns = 2, .stages = {3, 2}, .pace = {61, 65}},
+    {.name = "ring16_ampere_wide", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 16,
+     .warps_k = 8, .strips = 4, .columns = 2, .stages = {3, 2}, .pace = {44, 47}},
+    {.name = "ring32", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32,
+     .warps_n = 6, .warps_k = 2, .strips = 3, .columns = 4, .stages = {7, 4}},
+    {.name = "ring32_narrow", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32,
+     .warps_n = 8, .warps_k = 2, .strips = 2, .columns = 4, .stages = {7, 4}, .fine = false},
+    {.name = "ring64", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 64,
+     .warps_n = 6, .warps_m = 2, .strips = 3, .columns = 4, .stages = {10, 7}},
+    {.name = "ring64_narrow", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 64,
+     .warps_n = 8, .warps_m = 2, .strips = 2, .columns = 4, .stages = {11, 8}, .fine = false},
+    {.name = "ring32_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .max_m = 32,
+     .warps_n = 4, .warps_k = 2, .strips = 3, .columns = 4, .stages = {3, 2}},
+    {.name = "ring64_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .max_m = 64,
+     .warps_n = 4, .warps_m = 2, .strips = 3, .columns = 4, .stages = {5, 3}},
+    {.name = "hopper128x64", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .columns = 8, .pace = {910, 800}},
+    {.name = "hopper128x128", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .columns = 16, .pace = {920, 790}},
+    {.name = "int8_hopper128x64", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
+     .warps_n = 8, .columns = 8, .pace = {690, 690}},
+    {.name = "int8_hopper192x64", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
+     .warps_n = 12, .columns = 8, .fine = false, .pace = {950, 950}},
+    {.name = "int8_hopper128x128", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
+     .warps_n = 8, .columns = 16, .pace = {990, 990}},
+    {.name = "int8_hopper192x128", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
+     .warps_n = 12, .columns = 16, .whole_k = true, .fine = false, .pace = {1320, 1320}},
+    {.name = "int8_hopper128x256", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
+     .warps_n = 8, .columns = 32, .cluster = 2, .whole_k = true, .fine = false, .pace = {1700, 1700}},
+    {.name = "tile64", .kernel = Kernel::kGemm, .sms = kFrom80,
+     .warps_n = 8, .columns = 8, .stages = {4, 2}},
+    {.name = "stream8_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 8,
+     .warps_k = 8, .strips = 2, .stages = {4, 2}},
+    {.name = "stream16_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 16,
+     .warps_k = 4, .strips = 2, .columns = 2, .stages = {4, 2}},
+    {.name = "tile32_turing", .kernel = Kernel::kGemm, .sms = kSm75,
+     .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 2}, .resident = 2},
+    {.name = "int8_stream8", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 8, .activation_bits = 8,
+     .warps_k = 8, .strips = 2, .stages = {4, 2}},
+    {.name = "int8_stream16", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 16, .activation_bits = 8,
+     .warps_k = 8, .strips = 2, .columns = 2, .stages = {4, 2}},
+    {.name = "int8_tile32", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 32, .activation_bits = 8,
+     .warps_n = 4, .warps_k = 2, .strips = 2, .columns = 4, .stages = {2, 1}},
+    {.name = "int8_tile64", .kernel = Kernel::kGemm, .sms = kFrom80, .activation_bits = 8,
+     .warps_n = 4, .strips = 2, .columns = 8, .resident = 2},
+    {.name = "int8_stream8_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 8, .activation_bits = 8,
+     .warps_k = 8, .strips = 2, .stages = {2, 1}},
+    {.name = "int8_tile32_turing", .kernel = Kernel::kGemm, .sms = kSm75, .activation_bits = 8,
+     .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 1}, .resident = 2},
+    {.name = "plain", .kernel = Kernel::kPlain, .sms = kFrom75, .activation_bits = 0,
+     .strips = 2, .resident = 4},
 };
+// clang-format on
 #endif
 
 constexpr int kRowCount = sizeof kRows / sizeof kRows[0];
@@ -88,12 +115,10 @@ constexpr bool splits_k(Row const& row) {
 }
 
 // Rows of kStream and kTile that take all that a multiprocessor of Hopper has; the others fit every one since Ampere.
-constexpr bool for_hopper(Row const& row) { return row.min_sm == 90; }
+constexpr bool for_hopper(Row const& row) { return row.sms.first == 90; }
 
 // Where the blocks that divide K are a cluster: no workspace, no second kernel
-constexpr bool in_cluster(Row const& row, wog_problem const& p) {
-    return p.sm == 90 && row.kernel != Kernel::kWarpgroup;
-}
+constexpr bool in_cluster(wog_problem const& p) { return p.sm == 90; }
 // Multiprocessors that clusters of so many blocks fill: on an H200 (132) 66 of two, 30 of four and 15 of eight blocks.
 constexpr int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.sm_count * 10 / 11 : p.sm_count; }
 
@@ -103,16 +128,6 @@ constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 // A step is 128 bytes of a row of x; a chunk, the steps that x comes in
 constexpr int stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
 constexpr int gemm_chunk(Row const& row, int bits) { return row.stages[bits == 8] % 2 ? 1 : 2; }
-
-// kWarpgroup: a ring of stages of x and of weights; floats on their way to the output, of 64 n and so many m for each
-// of two groups of warps; sums of x in slots, one for each group under way; barriers, two for each stage and slot.
-constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kSumSlots = 4;
-constexpr int x_stage_bytes(int columns) { return columns * 8 * 128; }
-constexpr int warpgroup_bytes(Row const& row, int bits) {
-    int const stage = x_stage_bytes(row.columns) + row.block_n() * stage_k(row) * bits / 8;
-    int const staged = 2 * kStagedRows * kStagedPitch * 4, sums = kSumSlots * row.block_m() * 4;
-    return row.stages[bits == 8] * stage + staged + sums + 2 * (row.stages[bits == 8] + kSumSlots) * 8;
-}
 
 // Shared memory of kGemm: rows of x (few where it streams: they may all fit), and how many steps have a place
 constexpr int gemm_x_rows(Row const& row, int64_t m) {
@@ -164,8 +179,6 @@ constexpr int stream_resident(Row const& row, wog_problem const& p, int splits) 
 // sums of x, of 64 k of each part of K), and sums on their way out: a column of each warp's, or all of them, instead
 // of the ring, for a cluster to add up
 constexpr int kTileStages = 32;
-// Groups that end inside steps would spill registers of sixteen warps.
-constexpr bool tile_takes_fine(Row const& row) { return row.warps_n < 8; }
 constexpr int tile_units(wog_problem const& p) { return p.group % 64 ? 2 : 1; }  // groups of 64 k
 constexpr int tile_stage(Row const& row, int bits, int units, int warps_n) {
     int const sums = units * row.block_m() * 4;
@@ -179,21 +192,32 @@ constexpr int tile_shared(Row const& row, wog_problem const& p, int splits, int 
     return 1024 + (splits == 1 ? ring + staged : std::max(ring, sums));
 }
 
-// kHopper: a stage is x, codes, and at a cut scales, zeros and sums of x, which small tiles make themselves
-constexpr int kHopperSums = 2;
-constexpr bool hopper_ones(Row const& row) { return row.activation_bits == 16 && row.columns <= 8; }
-constexpr int hopper_stage(Row const& row, int bits) {
-    int const weights = row.block_n() * (stage_k(row) * bits / 8 + 4), sums = hopper_ones(row) ? 0 : row.block_m() * 4;
-    return (x_stage_bytes(row.columns) + weights + sums + 1023) / 1024 * 1024;
+// kHopper: a ring of stages, as many as fit; floats on their way to the output, of 64 n and so many m for each group of
+// warps; sums of x in slots; barriers, two for each stage and slot. A stage is x, codes, scales, zeros and sums of x,
+// which small tiles make themselves: of a cut that ends with it, or, `fine`, of each 32 k, in which groups end.
+constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kHopperSums = 2;
+constexpr bool hopper_fine(Row const& row, wog_problem const& p) { return p.group % stage_k(row) && p.group != p.k; }
+constexpr bool hopper_ones(Row const& row, bool fine) { return row.activation_bits == 16 && row.columns <= 8 && !fine; }
+constexpr int hopper_units(Row const& row, bool fine) { return fine ? stage_k(row) / 32 : 1; }
+constexpr int hopper_stage(Row const& row, int bits, bool fine) {
+    int const sums = hopper_ones(row, fine) ? 0 : row.block_m() * 4, affine = row.block_n() * 4;
+    int const x = row.block_m() * 128, codes = row.block_n() * stage_k(row) * bits / 8;
+    return (x + codes + hopper_units(row, fine) * (affine + sums) + 1023) / 1024 * 1024;
 }
-constexpr int hopper_bytes(Row const& row, int bits) {
-    int const stages = row.stages[bits == 8], staged = row.warps_n / 4 * kStagedRows * kStagedPitch * 4;
-    return stages * hopper_stage(row, bits) + staged + kHopperSums * row.block_m() * 4 + 2 * (stages + kHopperSums) * 8;
+constexpr int hopper_apart(Row const& row) {  // beside the ring
+    return row.warps_n / 4 * kStagedRows * kStagedPitch * 4 + kHopperSums * (row.block_m() * 4 + 16);
+}
+constexpr int hopper_stages(Row const& row, int bits, bool fine) {
+    return (227 * 1024 - hopper_apart(row)) / (hopper_stage(row, bits, fine) + 16);
+}
+constexpr int hopper_bytes(Row const& row, int bits, bool fine) {
+    return hopper_stages(row, bits, fine) * (hopper_stage(row, bits, fine) + 16) + hopper_apart(row);
 }
 
 // Weights that a multiprocessor has on their way while it works on a stage of each ring
 constexpr int bytes_in_flight(Row const& row, wog_problem const& p, int splits, int warps_n) {
-    int const ahead = row.stages[p.bits == 8] - 1, codes = stage_k(row) * p.bits / 8;
+    int const hopper = row.kernel == Kernel::kHopper ? hopper_stages(row, p.bits, hopper_fine(row, p)) : 0;
+    int const ahead = (hopper ? hopper : row.stages[p.bits == 8]) - 1, codes = stage_k(row) * p.bits / 8;
     if (row.kernel == Kernel::kStream)
         return stream_resident(row, p, splits) * row.warps_k * ahead * stream_stage(row, p.bits, p.group % 64 != 0);
     if (row.kernel == Kernel::kTile)
@@ -213,11 +237,10 @@ constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
 #ifdef WOG_VOLTA
     return row.kernel == Kernel::kVolta ? volta_shared_bytes(row) : 0;
 #else
-    return row.kernel == Kernel::kGemm        ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
-           : row.kernel == Kernel::kWarpgroup ? warpgroup_bytes(row, p.bits)
-           : row.kernel == Kernel::kStream    ? int(stream_shared(row, p, splits))
-           : row.kernel == Kernel::kHopper    ? hopper_bytes(row, p.bits)
-                                              : 0;
+    return row.kernel == Kernel::kGemm     ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
+           : row.kernel == Kernel::kStream ? int(stream_shared(row, p, splits))
+           : row.kernel == Kernel::kHopper ? hopper_bytes(row, p.bits, hopper_fine(row, p))
+                                           : 0;
 #endif
 }
 
@@ -235,23 +258,21 @@ constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
 // Where partial sums start in the workspace: after what rows.cu leaves there
 constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
     if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
-    bool const sums = row.kernel == Kernel::kWarpgroup || (row.kernel == Kernel::kHopper && !hopper_ones(row));
+    bool const sums = row.kernel == Kernel::kHopper && !hopper_ones(row, hopper_fine(row, p));
     return sums ? row_sums_bytes(p.m, p.k, p.group) : 0;
 }
 inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
     return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));
 }
-constexpr bool sums_meet_in_memory(Row const& row, wog_problem const& p, int splits) {
-    return splits > 1 && !in_cluster(row, p);
-}
+constexpr bool sums_meet_in_memory(wog_problem const& p, int splits) { return splits > 1 && !in_cluster(p); }
 // null where there are none: K is whole, or its parts are a cluster
 inline float* sums_apart(Row const& row, wog_problem const& p, wog_plan const& plan, void* workspace) {
-    return sums_meet_in_memory(row, p, plan.splits) ? partials(row, p, workspace) : nullptr;
+    return sums_meet_in_memory(p, plan.splits) ? partials(row, p, workspace) : nullptr;
 }
 // With batch_invariant K is divided for many rows of x as for few. They take turns, or their sums would need memory.
 constexpr int64_t kRowsOfATurn = 256;
-constexpr int64_t rows_of_a_turn(Row const& row, wog_problem const& p, int splits) {
-    bool const turns = p.batch_invariant && sums_meet_in_memory(row, p, splits);
+constexpr int64_t rows_of_a_turn(wog_problem const& p, int splits) {
+    bool const turns = p.batch_invariant && sums_meet_in_memory(p, splits);
     return turns ? std::min(p.m, kRowsOfATurn) : p.m;
 }
 
@@ -279,6 +300,5 @@ char const* launch_dense(wog_problem const& p, wog_tensors const& t, wog_plan co
 // Sums of the parts of K, [splits][M][N], in their order; then bias, activation and gate.
 char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream);
 char const* launch_volta(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
-char const* launch_warpgroup(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 
 }  // namespace wog

@@ -18,7 +18,8 @@
 // int8, sums are whole numbers, X is rows.cu's, cuts are those of groups and parts, and s_x follows: y = s_x * acc.
 // With one group, its sums turn into the result where they are.
 //
-// Groups are multiples of a stage's k, 64 or 128, or all of K: cuts stand at ends of stages.
+// Where groups are multiples of a stage's k, 64 or 128, or all of K, cuts stand at ends of stages. Else (Fine) after any 32
+// k, with scales, zeros and X (rows.cu's) of each in its stage.
 #include <array>
 #include <type_traits>
 #include <utility>
@@ -41,7 +42,8 @@ struct HopperArgs {
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
     Output out;
-    int32_t stages, group_stages, splits;       // in K, in a group
+    int32_t stages, splits, groups;             // in K
+    int32_t units, group_units;                 // of K and of a group: of 32 k, or of a stage's
     int32_t blocks;                             // of codes, of a strip
     int32_t tiles_m, tiles_n, items, clusters;  // items: tiles, of n by pairs
     int32_t turns, whole;                       // of a block, and how many of them are whole tiles
@@ -49,18 +51,19 @@ struct HopperArgs {
 
 constexpr int kBand = 8;      // tiles of m that blocks at work together share weights over
 constexpr int kLongest = 16;  // stages of 16-bit x from one cut to the next
+constexpr int kNever = 1 << 20;
 
 struct Item {
     int m0, n0, first, last;  // rows of x and of codes; stages
 };
 
-// The cuts of an item, for every role
-template <int Longest>
+// The cuts of an item that end with stages, for every role; where they end inside, there is one
+template <int Longest, bool Fine>
 struct Cuts {
     int stage, last, group, group_end, per_group;
 
     __device__ __forceinline__ Cuts(HopperArgs const& p, Item const& item) {
-        stage = item.first, last = item.last, per_group = p.group_stages;
+        stage = item.first, last = item.last, per_group = Fine ? kNever : p.group_units;
         group = stage / per_group, group_end = (group + 1) * per_group;
     }
     __device__ __forceinline__ bool left() const { return stage < last; }
@@ -75,24 +78,39 @@ struct Cuts {
     }
 };
 
-template <class T, int Bits, int I>
+// The groups of the units of an item, one after the other
+struct Units {
+    int group, left, per_group, last;
+
+    __device__ __forceinline__ Units(HopperArgs const& p, int unit) {
+        per_group = p.group_units, last = p.groups - 1;
+        group = unit / per_group, left = per_group - unit % per_group;
+    }
+    __device__ __forceinline__ int next() {
+        int const here = group < last ? group : last;  // beyond K
+        if (--left == 0) group++, left = per_group;
+        return here;
+    }
+};
+
+template <class T, int Bits, int I, bool Fine>
 struct Shape {
     static constexpr Row kRow = kRows[I];
     static constexpr int C = kRow.columns, W = kRow.warps_n / 4, kCluster = kRow.cluster;
     static constexpr int kBlockM = kRow.block_m(), kBlockN = kRow.block_n(), kStrips = kBlockN / 16;
-    static constexpr int kStages = kRow.stages[Bits == 8], kBlocks = stage_k(kRow) * Bits / 256,
+    static constexpr int kStages = hopper_stages(kRow, Bits, Fine), kBlocks = stage_k(kRow) * Bits / 256,
                          kThreads = kRow.threads();
-    static constexpr bool kOnes = hopper_ones(kRow), kInt8 = kRow.activation_bits == 8;
-    static constexpr int kLongest = kInt8 ? 1 << 20 : wog::kLongest;
-    using Cuts = wog::Cuts<kLongest>;
-    static constexpr int kCodes = x_stage_bytes(C), kAffine = kCodes + kBlocks * kStrips * 512;
-    static constexpr int kX = kAffine + kBlockN * 4, kStage = hopper_stage(kRow, Bits);
+    static constexpr bool kOnes = hopper_ones(kRow, Fine), kInt8 = kRow.activation_bits == 8, kFine = Fine;
+    static constexpr int kUnits = hopper_units(kRow, Fine);
+    static constexpr int kLongest = kInt8 ? kNever : wog::kLongest * kUnits;  // units from one cut to the next
+    using Cuts = wog::Cuts<Fine ? kNever : kLongest, Fine>;
+    static constexpr int kCodes = kBlockM * 128, kAffine = kCodes + kBlocks * kStrips * 512;
+    static constexpr int kX = kAffine + kUnits * kBlockN * 4, kStage = hopper_stage(kRow, Bits, Fine);
     static constexpr int kTile = kStages * kStage, kSums = kTile + W * kStagedRows * kStagedPitch * 4;
     static constexpr int kBarriers = kSums + kHopperSums * kBlockM * 4;
     static constexpr int kReaders = W * 4 + (kOnes ? 2 : 0);  // warps that read a stage
     static constexpr int kPitch = kBlockN + 4;                // of a tile on its way through a cluster
-    static_assert(kBarriers + 2 * (kStages + kHopperSums) * 8 == hopper_bytes(kRow, Bits), "as the table says");
-    static_assert(hopper_bytes(kRow, Bits) <= 227 * 1024, "what a block of sm_90 may use");
+    static_assert(kBarriers + 2 * (kStages + kHopperSums) * 8 == hopper_bytes(kRow, Bits, Fine), "as planned");
     static_assert(kStages >= 3 && kStage % 1024 == 0 && kCodes / kCluster % 1024 == 0, "the swizzle repeats");
     static_assert(kBlockM * kPitch * 4 <= kTile, "a tile takes the place of the stages");
     static constexpr int kConsumerRegisters = W == 2 ? 216 : W == 4 ? 104 : C == 8 || kRow.whole_k ? 152 : 160;
@@ -184,25 +202,32 @@ struct Loader {
             Piece low(p, item.n0, end, item.first * S::kBlocks);
             Piece high(p, item.n0 + low.bytes / 32, S::W > 2 ? end : 0, item.first * S::kBlocks);
             int const whole = low.bytes + high.bytes, offset = low.bytes;
+            Units units(p, item.first * S::kUnits);
             for (typename S::Cuts cut(p, item); cut.left(); cut.next()) {
                 int const last = cut.end() - 1;
 #pragma unroll 1
                 for (int stage = cut.stage; stage <= last; stage++) {
                     int const blocks = S::kBlocks == 1 ? 1 : p.blocks - stage * S::kBlocks;  // the last stage has fewer
                     int const count = blocks < S::kBlocks ? blocks : S::kBlocks;
+                    bool const ends = S::kFine || stage == last;
+                    int groups[S::kUnits];
+#pragma unroll
+                    for (int& group : groups) group = S::kFine ? units.next() : cut.group;
                     unsigned char* const to = S::stage(at.slot);
                     Barrier* const full = S::full(at.slot);
                     wait(S::empty(at.slot), at.parity ^ 1);
                     if (elected()) {
-                        arrive_expecting(full, count * whole + (stage == last ? width * 4 : 0));
+                        arrive_expecting(full, count * whole + (ends ? S::kUnits * width * 4 : 0));
 #pragma unroll
                         for (int i = 0; i < S::kBlocks; i++) {
                             if (i < count && low.bytes) low.copy(to + S::kCodes, i, full);
                             if (S::W > 2 && i < count && high.bytes) high.copy(to + S::kCodes + offset, i, full);
                         }
-                        if (stage == last && width)
-                            copy_bulk(to + S::kAffine, p.affine + int64_t(cut.group) * p.out.n + item.n0, width * 4,
-                                      full);
+#pragma unroll
+                        for (int u = 0; u < S::kUnits; u++)
+                            if (ends && width)
+                                copy_bulk(to + S::kAffine + u * (S::kBlockN * 4),
+                                          p.affine + int64_t(groups[u]) * p.out.n + item.n0, width * 4, full);
                     }
                     low.from += S::kBlocks * low.pitch, high.from += S::kBlocks * high.pitch;
                     at.next();
@@ -212,25 +237,33 @@ struct Loader {
     }
 
     __device__ __forceinline__ void send_x() {
-        constexpr int kSumBytes = S::kOnes ? 0 : S::kBlockM * 4, kRows = S::kBlockM / S::kCluster;
+        constexpr int kSumBytes = S::kBlockM * 4, kRows = S::kBlockM / S::kCluster;
         int const rank = S::kCluster > 1 ? int(blockIdx.x) % S::kCluster : 0;
         if (elected()) prefetch_map(p.x);
         wait_for_inputs();
         for (int turn = 0; S::left(p, turn); turn++) {
             Item const item = S::item(p, turn);
+            Units units(p, item.first * S::kUnits);
             for (typename S::Cuts cut(p, item); cut.left(); cut.next()) {
                 int const last = cut.end() - 1;
-                float const* const sums = p.sums + cut.group * p.pitch + item.m0;
 #pragma unroll 1
                 for (int stage = cut.stage; stage <= last; stage++, at.next()) {
+                    bool const ends = !S::kOnes && (S::kFine || stage == last);
+                    int groups[S::kUnits];
+#pragma unroll
+                    for (int& group : groups) group = S::kFine ? units.next() : cut.group;
                     unsigned char* const to = S::stage(at.slot);
                     Barrier* const full = S::full(at.slot);
                     wait(S::empty(at.slot), at.parity ^ 1);
                     if (!elected()) continue;
-                    arrive_expecting(full, S::kCodes + (stage == last ? kSumBytes : 0));
+                    arrive_expecting(full, S::kCodes + (ends ? S::kUnits * kSumBytes : 0));
                     copy_box<S::kCluster>(to + rank * (S::kCodes / S::kCluster), p.x, stage * 128,
                                           item.m0 + rank * kRows, full);
-                    if (!S::kOnes && stage == last) copy_bulk(to + S::kX, sums, kSumBytes, full);
+#pragma unroll
+                    for (int u = 0; u < S::kUnits; u++)
+                        if (ends)
+                            copy_bulk(to + S::kX + u * kSumBytes, p.sums + groups[u] * p.pitch + item.m0, kSumBytes,
+                                      full);
                 }
             }
         }
@@ -289,15 +322,18 @@ struct Ones {
 
 // ---- consumers: 128 threads and 64 n each ----
 
-template <class T, int Bits, int I>
+template <class T, int Bits, int I, bool Fine>
 struct Consumer {
-    using S = Shape<T, Bits, I>;
+    using S = Shape<T, Bits, I, Fine>;
     using Sum = std::conditional_t<S::kInt8, int32_t, float>;
     static constexpr int C = S::C, W = S::W;
     static constexpr bool kInt8 = S::kInt8, kWhole = S::kRow.whole_k;
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
     static constexpr bool kAhead = W == 2 || (W == 3 && C == 8);
-    static constexpr int kParts = kAhead ? 2 : 4, kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
+    static constexpr int kParts = Fine     ? S::kUnits
+                                  : kAhead ? 2
+                                           : 4,
+                         kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
 
     HopperArgs const& p;
     int const thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
@@ -340,19 +376,20 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kPartSteps; i++) {
             int const step = Part * kPartSteps + i;
+            bool const adds = (Fine ? i : step) > 0 || add;
             if constexpr (kInt8)
-                warpgroup_multiply_add(sum, a[step % kFragments], S::stage(slot), step, step > 0 || add);
+                warpgroup_multiply_add(sum, a[step % kFragments], S::stage(slot), step, adds);
             else
-                warpgroup_multiply_add<T>(sum, a[step % kFragments], S::stage(slot), step, step > 0 || add);
+                warpgroup_multiply_add<T>(sum, a[step % kFragments], S::stage(slot), step, adds);
         }
         warpgroup_commit();
         warpgroup_wait<1>();
     }
 
-    // acc += s * (P - (z - c) * X), of the cut whose last stage is in `slot`. `end`: whether rows.cu's X counts.
-    __device__ __forceinline__ void promote(int slot, bool end) {
-        auto const* const pairs =
-            reinterpret_cast<uint32_t const*>(S::stage(slot) + S::kAffine) + who * 64 + warp * 16 + g;
+    // acc += s * (P - (z - c) * X), of the cut that ends with a unit of `slot`. `end`: whether rows.cu's X counts.
+    __device__ __forceinline__ void promote(int slot, int unit, bool end) {
+        auto const* const pairs = reinterpret_cast<uint32_t const*>(S::stage(slot) + S::kAffine) + unit * S::kBlockN +
+                                  who * 64 + warp * 16 + g;
         float scale[2], zero[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -362,7 +399,8 @@ struct Consumer {
             if (!S::kOnes && !end) zero[h] = 0.0f;
         }
         if (S::kOnes) wait(S::sum_full(sum_at.slot), sum_at.parity);
-        auto const* const x = S::kOnes ? S::sums(sum_at.slot) : reinterpret_cast<float const*>(S::stage(slot) + S::kX);
+        auto const* const x = S::kOnes ? S::sums(sum_at.slot)
+                                       : reinterpret_cast<float const*>(S::stage(slot) + S::kX) + unit * S::kBlockM;
 #pragma unroll
         for (int j = 0; j < C; j++) {
             float const x_sum[2] = {x[j * 8 + 2 * t], x[j * 8 + 2 * t + 1]};
@@ -394,12 +432,12 @@ struct Consumer {
     // a product's start and the wait for it, or the compiler serializes. kAhead: over the end of a cut too.
     __device__ __forceinline__ void accumulate(Item const& item) {
         if (kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
-        int left = item.last - item.first, group_left = p.group_stages - item.first % p.group_stages;
+        int left = item.last - item.first, group_left = p.group_units - item.first % p.group_units;
         while (left) {  // as Cuts, in fewer registers
             int const least = left < group_left ? left : group_left, stages = least < S::kLongest ? least : S::kLongest;
             left -= stages, group_left -= stages;
             bool const end = group_left == 0;
-            if (end) group_left = p.group_stages;
+            if (end) group_left = p.group_units;
             if (!kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
             int slot = at.slot, before = slot;
 #pragma unroll 1
@@ -418,9 +456,39 @@ struct Consumer {
             }
             warpgroup_wait<0>();
             settle(sum);
-            promote(slot, end);
+            promote(slot, 0, end);
             S::release(slot, lane);
         }
+    }
+
+    // Groups end inside stages: a part is 32 k, and each may end a cut. While one group of warps scales its sums another
+    // multiplies.
+    __device__ __forceinline__ void accumulate_fine(Item const& item) {
+        int const unit = item.first * kParts, end = item.last * kParts;
+        Span span{(end < p.units ? end : p.units) - unit, p.group_units - unit % p.group_units, 0};
+#pragma unroll 1
+        for (int stage = item.first; stage < item.last; stage++, at.next()) {
+            wait(S::full(at.slot), at.parity);
+            decode_part<0>(at.slot);
+            multiply_parts<0>(span);
+            S::release(at.slot, lane);
+        }
+    }
+    struct Span {
+        int left, group_left, since;  // units to the end of the item and of the group; since the last cut
+    };
+    template <int Part>
+    __device__ __forceinline__ void multiply_parts(Span& span) {
+        if (span.left == 0) return;  // of a last stage that K does not fill
+        multiply<Part>(at.slot, span.since > 0);
+        if constexpr (Part + 1 < kParts) decode_part<Part + 1>(at.slot);
+        warpgroup_wait<0>();
+        settle(sum);
+        span.left--, span.group_left--, span.since++;
+        bool const end = span.group_left == 0;
+        if (end || span.left == 0 || span.since == S::kLongest) promote(at.slot, Part, end), span.since = 0;
+        if (end) span.group_left = p.group_units;
+        if constexpr (Part + 1 < kParts) multiply_parts<Part + 1>(span);
     }
 
     __device__ __forceinline__ float result(int j, int i) const {
@@ -519,7 +587,10 @@ struct Consumer {
         for (int turn = 0; S::left(p, turn); turn++) {
 #pragma unroll
             for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
-            accumulate(S::item(p, turn));
+            if constexpr (Fine)
+                accumulate_fine(S::item(p, turn));
+            else
+                accumulate(S::item(p, turn));
             settle(turn);  // what follows from it is found again, and not held in registers in between
             Item const item = S::item(p, turn);
             if (S::kCluster > 1 || turn < p.whole) {
@@ -534,11 +605,11 @@ struct Consumer {
     }
 };
 
-template <class T, int Bits, int I>
+template <class T, int Bits, bool Fine, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant__ HopperArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) {
-        using S = Shape<T, Bits, I>;
+    if constexpr (kGenerated<T, I> && (!Fine || kRows[I].fine)) {
+        using S = Shape<T, Bits, I, Fine>;
         release_next();
         if (threadIdx.x == 0) S::start_barriers();
         if constexpr (S::kCluster > 1)
@@ -559,7 +630,7 @@ __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant_
             }
         } else {
             take_registers<S::kConsumerRegisters>();
-            Consumer<T, Bits, I>{p}.run();
+            Consumer<T, Bits, I, Fine>{p}.run();
         }
     }
 #endif
@@ -567,25 +638,29 @@ __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant_
 
 constexpr int kFirst = first_row(Kernel::kHopper);
 
-template <class T, int Bits, int... I>
+template <class T, int Bits, bool Fine, int... I>
 constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(HopperArgs), sizeof...(I)>{hopper<T, Bits, kFirst + I>...};
+    return std::array<void (*)(HopperArgs), sizeof...(I)>{hopper<T, Bits, Fine, kFirst + I>...};
 }
 
 template <class T>
-char const* launch_rows(int bits, HopperArgs const& args, wog_plan const& plan, Stream stream) {
+char const* launch_rows(wog_problem const& p, HopperArgs const& args, wog_plan const& plan, void* stream) {
     constexpr std::make_integer_sequence<int, count_rows(Kernel::kHopper)> kAll;
-    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
+    constexpr auto kFour = instances<T, 4, false>(kAll), kEight = instances<T, 8, false>(kAll);
+    constexpr auto kFourFine = instances<T, 4, true>(kAll), kEightFine = instances<T, 8, true>(kAll);
+    bool const fine = hopper_fine(kRows[plan.row], p);
+    auto const& kernels = p.bits == 4 ? (fine ? kFourFine : kFour) : fine ? kEightFine : kEight;
     dim3 const cluster(std::max(kRows[plan.row].cluster, plan.splits)), blocks(args.clusters * cluster.x);
     Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
-    return launch((bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, stream, args);
+    return launch(kernels[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
 }
 
 }  // namespace
 
 char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
-    bool const int8 = p.activation_bits == 8;
+    bool const int8 = p.activation_bits == 8, fine = hopper_fine(row, p);
+    int const stages = ceil_div(p.k, stage_k(row));
     Int8Rows const rows = int8_rows(p, t.workspace);
     float* const sums = int8 ? rows.sums : static_cast<float*>(t.workspace);
     int const items = plan.grid_m * ceil_div(plan.grid_n, row.cluster);
@@ -598,9 +673,11 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
                     static_cast<unsigned char const*>(t.codes),
                     static_cast<uint32_t const*>(t.affine),
                     output(p, t),
-                    ceil_div(p.k, stage_k(row)),
-                    ceil_div(p.group, stage_k(row)),
+                    stages,
                     plan.splits,
+                    p.k / p.group,
+                    fine ? p.k / 32 : stages,
+                    fine ? p.group / 32 : ceil_div(p.group, stage_k(row)),
                     ceil_div(p.k, 256 / p.bits),
                     plan.grid_m,
                     plan.grid_n,
@@ -610,10 +687,10 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
                     whole};
     void const* const x = int8 ? rows.values : t.x;
     char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
-    if (!failed && !hopper_ones(row)) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
+    if (!failed && !hopper_ones(row, fine))
+        failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
-    auto const s = static_cast<Stream>(stream);
-    return p.type == WOG_F16 ? launch_rows<Half>(p.bits, args, plan, s) : launch_rows<Bfloat>(p.bits, args, plan, s);
+    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
 }
 
 }  // namespace wog

@@ -11,8 +11,8 @@ namespace wog {
 
 // Is this row's code generated for the SM being compiled? Where the table can choose it, and bf16 starts at sm_80.
 template <class T, int I>
-constexpr bool kGenerated =
-    kRows[I].min_sm <= DEVICE_SM && DEVICE_SM <= kRows[I].max_sm && (DEVICE_SM >= 80 || std::is_same<T, Half>::value);
+constexpr bool kGenerated = kRows[I].sms.first <= DEVICE_SM && DEVICE_SM <= kRows[I].sms.last &&
+                            (DEVICE_SM >= 80 || std::is_same<T, Half>::value);
 
 // One warp's sums into a tile of `pitch` floats a row: strips from column n, columns of 8 m from row m
 template <int S, int C>

@@ -486,7 +486,7 @@ struct Tiler {
 };
 
 template <class T, bool Fine, int I>
-constexpr bool kServed = kGenerated<T, I> && (!Fine || tile_takes_fine(kRows[I]));
+constexpr bool kServed = kGenerated<T, I> && (!Fine || kRows[I].fine);
 
 template <class T, int Bits, bool Fine, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(__grid_constant__ TileArgs const p) {

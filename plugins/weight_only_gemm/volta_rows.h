@@ -10,13 +10,20 @@
 
 namespace wog {
 
+// clang-format off
 constexpr Row kRows[] = {
-    {"stream8", Kernel::kVolta, 16, 1, 4, 2, 1, {2, 2}, 3, 8, 70, 70},
-    {"stream16", Kernel::kVolta, 16, 4, 2, 1, 2, {2, 1}, 2, 16, 70, 70},
-    {"tile32", Kernel::kVolta, 16, 4, 1, 1, 4, {2, 2}, 2, 128, 70, 70},
-    {"wide32", Kernel::kVolta, 16, 4, 1, 4, 4, {2, 1}, 2, kAny, 70, 70},
-    {"plain", Kernel::kPlain, 0, 1, 1, 2, 1, {1, 1}, 4, kAny, 70, 70},
+    {.name = "stream8", .kernel = Kernel::kVolta, .sms = kSm70, .max_m = 8,
+     .warps_k = 4, .strips = 2, .stages = {2, 2}, .resident = 3},
+    {.name = "stream16", .kernel = Kernel::kVolta, .sms = kSm70, .max_m = 16,
+     .warps_n = 4, .warps_k = 2, .columns = 2, .stages = {2, 1}, .resident = 2},
+    {.name = "tile32", .kernel = Kernel::kVolta, .sms = kSm70, .max_m = 128,
+     .warps_n = 4, .columns = 4, .stages = {2, 2}, .resident = 2},
+    {.name = "wide32", .kernel = Kernel::kVolta, .sms = kSm70,
+     .warps_n = 4, .strips = 4, .columns = 4, .stages = {2, 1}, .resident = 2},
+    {.name = "plain", .kernel = Kernel::kPlain, .sms = kSm70, .activation_bits = 0,
+     .strips = 2, .resident = 4},
 };
+// clang-format on
 
 constexpr int kXSlots = 2, kQuadPairs = 4;
 constexpr bool strip_for_each_quad_pair(Row const& row) { return row.strips == kQuadPairs; }  // volta.cu says why

@@ -55,7 +55,7 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
-KERNELS = ("gemm.cu", "dense.cu", "hopper.cu", "plain.cu", "rows.cu", "stream.cu", "tiles.cu", "warpgroup.cu")
+KERNELS = ("gemm.cu", "dense.cu", "hopper.cu", "plain.cu", "rows.cu", "stream.cu", "tiles.cu")
 VOLTA = ("volta.cu", "volta.cpp")
 
 
@@ -166,14 +166,14 @@ def other_in_batches(kernels: Emulated, p: Problem, sm_count: int) -> list[int]:
 def build_cublaslt(folder: Path) -> Path:
     """A stand-in for cuBLASLt whose memory is this CPU's."""
     out = folder / "libcublasLt.so.13"
-    command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", f"-Wl,-soname,{out.name}"]
+    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", f"-Wl,-soname,{out.name}"]
     subprocess.run([*command, str(EMULATOR / "cublaslt.cpp"), "-o", str(out)], check=True)
     return out
 
 
 def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
     """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
     command += ["-I", str(EMULATOR), "-x", "c++"]
 
     def options(sm: int) -> list[str]:

@@ -32,16 +32,9 @@ SMS = ALL if ASKED == "all" else tuple(ASKED.split(","))
 REPORT = "ptxas.txt"
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 
-ROWS = (
-    "dense", "dense", "ring8", "ring8_narrow", "ring8_deep", "ring16", "ring8_ampere", "ring8_ampere_wide",
-    "ring16_ampere", "ring16_ampere_wide", "ring32", "ring32_narrow", "ring64", "ring64_narrow", "ring32_ampere",
-    "ring64_ampere", "hopper128x64", "hopper192x64", "hopper128x128", "int8_hopper128x64", "int8_hopper192x64",
-    "int8_hopper128x128", "int8_hopper192x128", "int8_hopper128x256",
-    "warpgroup128", "warpgroup64", "int8_warpgroup128", "int8_warpgroup64",
-    "tile64", "stream8_turing", "stream16_turing", "tile32_turing",
-    "int8_stream8", "int8_stream16", "int8_tile32", "int8_tile64", "int8_stream8_turing", "int8_tile32_turing",
-)  # fmt: skip
-FOR_HOPPER = [r for r in ROWS if "warpgroup" in r or "hopper" in r or (r.startswith("ring") and "ampere" not in r)]
+SMS_OF = dict(re.findall(r'\.name = "(\w+)", .*?\.sms = (\w+)', (SOURCE / "config.h").read_text()))
+ROWS = tuple(SMS_OF)
+FOR_HOPPER = [row for row, sms in SMS_OF.items() if sms == "kSm90"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def name(kernel: str, arguments: str) -> tuple[str, str, int]:
     kind, *numbers = (a.strip() for a in arguments.split(","))
     if kernel == "rows":
         return "quantize" if numbers[0] == "true" else "sums", kind, 0
-    if kernel in ("gemm", "stream", "tiles", "hopper", "warpgroup"):
+    if kernel in ("gemm", "stream", "tiles", "hopper"):
         bits, row = (int(n) for n in numbers if n.isdigit())
         return ROWS[row], kind, bits
     return kernel, kind, int(numbers[0]) if numbers else 0
@@ -114,7 +107,7 @@ EMPTY = 8  # registers of an instance whose body is left out because the table n
 def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compiled], sm: str) -> None:
     built = {(c.kernel, c.type, c.bits) for c in compiled if c.sm == sm and c.registers > EMPTY}
     turing, hopper = sm == "75", sm == "90a"
-    rows = [r for r in ROWS[2:] if r.endswith("_turing") == turing]
+    rows = [r for r in ROWS if r not in ("dense", "plain") and r.endswith("_turing") == turing]
     rows = [r for r in rows if hopper or r not in FOR_HOPPER]
     types = ("Half",) if turing else ("Half", "Bfloat")
     chosen = {(r, t, b) for r in rows for t in types for b in (4, 8)}

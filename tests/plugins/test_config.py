@@ -26,20 +26,20 @@ Kernels = dict[int, Emulated]
         ({"m": 9, "sm": 86}, "ring16_ampere"), ({"m": 1, "n": 37888, "sm": 80}, "ring8_ampere_wide"),
         ({"m": 17}, "ring32"), ({"m": 17, "n": 3584}, "ring32_narrow"), ({"m": 17, "n": 3584, "group": 32}, "ring32"),
         ({"m": 33}, "ring64"), ({"m": 65}, "hopper128x64"), ({"m": 4097}, "hopper128x128"),
-        ({"m": 65, "group": 32}, "warpgroup128"), ({"m": 4097, "group": 32}, "warpgroup128"),
+        ({"m": 65, "group": 32}, "hopper128x64"), ({"m": 4097, "group": 32}, "hopper128x128"),
         ({"m": 17, "sm": 80}, "ring32_ampere"), ({"m": 33, "sm": 80}, "ring64_ampere"), ({"m": 65, "sm": 80}, "tile64"),
         ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
         ({"activation_bits": 8}, "int8_stream8"), ({"m": 9, "activation_bits": 8}, "int8_stream16"),
         ({"m": 17, "activation_bits": 8}, "int8_tile32"), ({"m": 65, "activation_bits": 8, "sm": 100}, "int8_tile64"),
         ({"m": 33, "activation_bits": 8}, "int8_hopper192x64"),
-        ({"m": 33, "activation_bits": 8, "group": 64}, "int8_warpgroup64"),
+        ({"m": 33, "activation_bits": 8, "group": 64}, "int8_hopper128x64"),
         ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_stream8_turing"),
         ({"m": 9, "bits": 8, "activation_bits": 8, "sm": 75}, "int8_tile32_turing"),
         ({"m": 65, "bits": 8, "activation_bits": 8}, "int8_hopper128x64"),
-        ({"m": 192, "group": 32}, "warpgroup64"), ({"m": 384, "group": 32}, "warpgroup128"),  # to fill it
-        ({"m": 32768, "n": 128, "group": 32}, "warpgroup128"),
-        ({"m": 32768, "n": 128, "activation_bits": 8, "group": 32}, "int8_warpgroup128"),
+        ({"m": 192, "group": 32}, "hopper128x128"), ({"m": 192, "n": 1024, "group": 32}, "hopper128x64"),  # to fill it
+        ({"m": 32768, "n": 128, "group": 32}, "hopper128x128"),
+        ({"m": 32768, "n": 128, "activation_bits": 8, "group": 32}, "int8_hopper128x128"),
         # by channel: tiles of 256 rows, unless those of 128 fill the device in much less time
         ({"m": 2048, "activation_bits": 8}, "int8_hopper128x128"),
         ({"m": 2048, "activation_bits": 8, "group": 4096}, "int8_hopper128x256"),
@@ -56,14 +56,27 @@ def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
     assert emulated[80].library.choose(**problem(**changes)).kernel == kernel
 
 
+def test_every_row_is_chosen_for_some_layer(emulated: Kernels) -> None:
+    library, chosen = emulated[80].library, set()
+    for sm, count in ((75, 40), (80, 108), (90, 132)):
+        for m, n, bits, activation_bits in itertools.product(
+            (1, 9, 17, 33, 65, 192, 600, 2048), (512, 3584, 37888), (4, 8), (16, 8)
+        ):
+            for group in (128, 4096):
+                sizes = problem(m=m, n=n, bits=bits, group=group, activation_bits=activation_bits)
+                chosen.add(library.choose(**{**sizes, "sm": sm, "sm_count": count}).kernel)
+    chosen.add(library.choose(**problem(m=600, sm=80, rounded_weights=1, library=1)).kernel)
+    assert set(library.rows()) - chosen == {"plain"}, "what nothing chooses goes"
+
+
 def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> None:
     library = emulated[80].library
     rows = library.rows()
     for name in ("tile64", "ring8_ampere", "ring8"):
         plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
         assert (plan.kernel, plan.splits) == (name, 4)
-    early = library.choose(**problem(m=17, row=rows.index("warpgroup64") + 1))
-    assert early.kernel == "warpgroup64", "tune asks whether it should be chosen from there"
+    early = library.choose(**problem(m=17, activation_bits=8, row=rows.index("int8_hopper128x64") + 1))
+    assert early.kernel == "int8_hopper128x64", "tune asks whether it should be chosen from there"
     refused = {"m": 9}, {"activation_bits": 8}, {"sm": 75}
     for changes in refused:
         with pytest.raises(LaunchRefusedError, match=r"row \(pinned\) is \d+, expected one that serves"):

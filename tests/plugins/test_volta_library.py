@@ -117,7 +117,7 @@ def test_nvcc_compiles_it_too(tmp_path: Path) -> None:
         pytest.skip("needs nvcc on PATH")
     command = [
         "nvcc",
-        "-std=c++17",
+        "-std=c++20",
         "-DWOG_VOLTA",
         "-I",
         str(ROOT / "plugins/runtime/gpu"),
@@ -156,7 +156,7 @@ def build_driver(folder: Path, *options: str) -> Path:
     """A libcuda.so.1 in a folder for LD_LIBRARY_PATH."""
     emulator = Path(__file__).parent / "emulator"
     folder.mkdir()
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-x", "c++"]
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-x", "c++"]
     command += ["-I", str(emulator), "-DDEVICE_SM=70", "-DWOG_VOLTA", *options, "-Wl,-soname,libcuda.so.1"]
     sources = [str(emulator / "libcuda.cpp"), str(SOURCE / "volta.cu")]
     subprocess.run([*command, *sources, "-o", str(folder / "libcuda.so.1")], check=True)
