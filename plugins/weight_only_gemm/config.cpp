@@ -1,8 +1,10 @@
-// Choosing a configuration: pure functions of the problem, no CUDA. Tested without a GPU.
+// Choosing a configuration: functions of the problem, and of what was measured; no CUDA. Tested without a GPU.
 #include "config.h"
 
 #include <cstdio>
 #include <iterator>
+
+#include "choices.h"
 
 namespace wog {
 namespace {
@@ -200,6 +202,59 @@ Row const* find_row(wog_problem const& p) {
     return best;
 }
 
+// By the model of the time, or what `p` pins
+int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
+    if (wog_check(&p, error, size)) return 1;
+    Row const* const found = find_row(p);
+    if (!found)
+        return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
+    Row const& row = *found;
+    bool const tile = row.kernel == Kernel::kTile;
+    int const warps_n = tile ? choose_tiling(p, row).warps_n : row.warps_n;
+    bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
+    int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
+    int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
+                            : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
+    int const splits = choose_splits(p, row, p.batch_invariant ? tiles : grid_m * tiles);
+    // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
+    // others have one each
+    bool const clusters = splits > 1 && in_cluster(p), stream = row.kernel == Kernel::kStream;
+    bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
+    int const resident = stream ? stream_resident(row, p, splits) : row.resident;
+    int const fit = std::max(1, usable(p, clusters ? splits : 1) * resident / (grid_m * splits));
+    int64_t const partials = sums_meet_in_memory(p, splits) ? splits * rows_of_a_turn(p, splits) * p.n * 4 : 0;
+    plan = {row.name,
+            int32_t(&row - kRows),
+            splits,
+            grid_m,
+            walks ? std::min(tiles, fit) : tiles,
+            row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
+            tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
+            dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials,
+            row.block_m(),
+            row.block_n() / row.warps_n * warps_n,
+            resident,
+            bytes_in_flight(row, p, splits, warps_n)};
+    return 0;
+}
+
+// `p` with the row and the parts of K that were measured as the fastest for it, if the library's file says so. Not where
+// they do not serve it, or would take more of the workspace than an engine has; nor where cuBLASLt may be asked, which
+// was not measured beside them.
+wog_problem settled(wog_problem const& p) {
+    auto const dense = [&](Row const& row) { return row.kernel == Kernel::kDense && fits(row, p); };
+    if (p.row || p.splits || p.plain || p.batch_invariant || std::any_of(kRows, kRows + kRowCount, dense)) return p;
+    Choice const measured = measured_choice(p);
+    if (measured.row < 0 || kRows[measured.row].kernel == Kernel::kDense) return p;
+    wog_problem pinned = p;
+    pinned.row = measured.row + 1, pinned.splits = measured.splits;
+    wog_plan plan{};
+    char error[256];
+    if (choose(pinned, plan, error, sizeof error)) return p;
+    int64_t const tiles = int64_t(ceil_div(p.m, plan.tile_m)) * ceil_div(p.n, plan.tile_n);
+    return may_divide(p, tiles, plan.splits) ? pinned : p;
+}
+
 int launch_in_turns(wog_problem p, wog_tensors t, int64_t rows, void* stream, char* error, size_t size) {
     int64_t const all = p.m, x_row = int64_t(p.k) * 2, y_row = int64_t(p.n) / (1 + p.gated) * (p.wide ? 4 : 2);
     for (int64_t done = 0; done < all; done += p.m) {
@@ -244,40 +299,7 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
 }
 
 int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size) {
-    if (wog_check(problem, error, size)) return 1;
-    wog_problem const& p = *problem;
-    Row const* const found = find_row(p);
-    if (!found)
-        return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
-    Row const& row = *found;
-    bool const tile = row.kernel == Kernel::kTile;
-    int const warps_n = tile ? choose_tiling(p, row).warps_n : row.warps_n;
-    bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
-    int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
-    int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
-                            : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
-    int const splits = choose_splits(p, row, p.batch_invariant ? tiles : grid_m * tiles);
-    // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
-    // others have one each
-    bool const clusters = splits > 1 && in_cluster(p), stream = row.kernel == Kernel::kStream;
-    bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
-    int const resident = stream ? stream_resident(row, p, splits) : row.resident;
-    int const fit = std::max(1, usable(p, clusters ? splits : 1) * resident / (grid_m * splits));
-    int64_t const partials =
-        sums_meet_in_memory(p, splits) ? splits * rows_of_a_turn(p, splits) * p.n * 4 : 0;
-    *plan = {row.name,
-             int32_t(&row - kRows),
-             splits,
-             grid_m,
-             walks ? std::min(tiles, fit) : tiles,
-             row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
-             tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
-             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials,
-             row.block_m(),
-             row.block_n() / row.warps_n * warps_n,
-             resident,
-             bytes_in_flight(row, p, splits, warps_n)};
-    return 0;
+    return wog_check(problem, error, size) || choose(settled(*problem), *plan, error, size);
 }
 
 int64_t wog_workspace(wog_problem const* problem) {
@@ -290,9 +312,9 @@ int64_t wog_workspace(wog_problem const* problem) {
     for (Row const& row : kRows) {
         p.m = std::min(problem->m, row.max_m);
         p.sm = row.sms.first;  // every kind of device has a row that starts with it
-        if (row.kernel == Kernel::kPlain || wog_choose(&p, &plan, error, sizeof error)) continue;
+        if (row.kernel == Kernel::kPlain || choose(p, plan, error, sizeof error)) continue;
         most = std::max(most, plan.workspace);
-        if (p.batch_invariant) continue;  // one row serves every m, with as many parts of K
+        if (p.batch_invariant) continue;                   // one row serves every m, with as many parts of K
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
             int64_t const parts = other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);
@@ -316,8 +338,10 @@ int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
 int32_t wog_library() { return find_library(); }
 
 int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size) {
+    if (wog_check(problem, error, size)) return 1;
+    wog_problem const p = settled(*problem);
     wog_plan plan{};
-    if (wog_choose(problem, &plan, error, size)) return 1;
+    if (choose(p, plan, error, size)) return 1;
     wog_tensors const& t = *tensors;
     struct {
         char const* name;
@@ -327,10 +351,10 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
         {"address of x", t.x, true},           {"address of codes", t.codes, true},
         {"address of affine", t.affine, true}, {"address of bias", t.bias, false},
         {"address of y", t.y, true},           {"address of workspace", t.workspace, plan.workspace > 0}};
-    for (auto const& p : pointers)
-        if ((p.needed && !p.pointer) || reinterpret_cast<uintptr_t>(p.pointer) % 16)
-            return refuse(error, size, p.name, "a multiple of 16, not null",
-                          int64_t(reinterpret_cast<uintptr_t>(p.pointer)));
+    for (auto const& each : pointers)
+        if ((each.needed && !each.pointer) || reinterpret_cast<uintptr_t>(each.pointer) % 16)
+            return refuse(error, size, each.name, "a multiple of 16, not null",
+                          int64_t(reinterpret_cast<uintptr_t>(each.pointer)));
 #ifdef WOG_VOLTA
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
@@ -338,9 +362,9 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
                                                 launch_stream, launch_tile, launch_hopper};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
-    int64_t const at_once = rows_of_a_turn(*problem, plan.splits);
-    if (at_once < problem->m) return launch_in_turns(*problem, t, at_once, stream, error, size);
-    if (char const* failed = run(*problem, t, plan, stream)) {
+    int64_t const at_once = rows_of_a_turn(p, plan.splits);
+    if (at_once < p.m) return launch_in_turns(p, t, at_once, stream, error, size);
+    if (char const* failed = run(p, t, plan, stream)) {
         std::snprintf(error, size, "WeightOnlyGemm: launch of %s failed: %s", plan.kernel, failed);
         return 1;
     }

@@ -51,7 +51,8 @@ typedef struct {
 
 #define WOG_EXPORT __attribute__((visibility("default")))
 
-// These return 0, or 1 with a message in `error`. The first two are pure functions of the problem and need no GPU.
+// These return 0, or 1 with a message in `error`. The first two are functions of the problem, the second of measured
+// choices, too (choices.h), a file that its first call reads; they need no GPU.
 WOG_EXPORT int wog_check(wog_problem const* problem, char* error, size_t size);
 WOG_EXPORT int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size);
 WOG_EXPORT int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error,

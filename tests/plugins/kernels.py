@@ -178,7 +178,7 @@ def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
 
     def options(sm: int) -> list[str]:
         names, library = (VOLTA, ["-DWOG_VOLTA"]) if sm == 70 else (KERNELS, [])
-        return [f"-DDEVICE_SM={sm}", *library, *(str(SOURCE / name) for name in (*names, "config.cpp"))]
+        return [f"-DDEVICE_SM={sm}", *library, *(str(SOURCE / name) for name in (*names, "choices.cpp", "config.cpp"))]
 
     built = {sm: folder / f"emulated_{sm}.so" for sm in sms}
     running = [subprocess.Popen([*command, *options(sm), "-o", str(out)]) for sm, out in built.items()]

@@ -162,7 +162,7 @@ def reader(sm: int) -> str:
 
 def volta(sm: int) -> str:
     """Volta's kernels, whose m8n8k4 products newer GPUs compute, too: slowly, and right."""
-    sources = [f"plugins/weight_only_gemm/{name}" for name in ("volta.cu", "volta.cpp", "config.cpp")]
+    sources = [f"plugins/weight_only_gemm/{name}" for name in ("volta.cu", "volta.cpp", "choices.cpp", "config.cpp")]
     options = ["-std=c++20", "-DWOG_VOLTA", "-x", "cu", *target(75, sm), "-Iplugins/runtime/gpu"]
     return nvcc(VOLTA, *options, *sources)
 
