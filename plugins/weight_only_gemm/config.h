@@ -39,7 +39,7 @@ constexpr Row kRows[] = {
     {.name = "ring8_ampere_wide", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 8,
      .warps_k = 8, .strips = 4, .stages = {3, 2}, .resident = 2, .pace = {38, 41}},
     {.name = "ring16_ampere", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 16,
-     .warps_k = 8, .strips = 2, .columns = 2, .stages = {3, 2}, .pace = {61, 65}},
+     .warps_k = 8, .strips = 2, .columns = 2, .stages = {3, 2}, .resident = 2, .pace = {61, 65}},
     {.name = "ring16_ampere_wide", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 16,
      .warps_k = 8, .strips = 4, .columns = 2, .stages = {3, 2}, .pace = {44, 47}},
     {.name = "ring32", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32,

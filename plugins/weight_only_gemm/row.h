@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if __cplusplus < 202002L
+#error "C++20 (-std=c++20): without it nvcc 13.0 takes the rows below and leaves out their members' defaults"
+#endif
+
 namespace wog {
 
 enum class Kernel : int32_t { kPlain, kGemm, kDense, kStream, kTile, kHopper, kVolta };

@@ -43,7 +43,7 @@ def registry(major: str) -> Path:
 
 
 def compile_cpp(source: Path, out: Path, include: Path, *options: str) -> None:
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     system = ["-isystem", str(include), "-isystem", str(cuda_headers())]
     subprocess.run([*command, *system, str(source), "-o", str(out), *options, "-ldl"], check=True)
 
