@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.artifact.digest import digests_of, sha256
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, TensorSpec, write_manifest
-from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
+from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder, with_choices
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.backend.tensorrt.choose import EngineSettings, build_engine, quantized_linears, timing_cache
 from instantrt.compiler.backend.tensorrt.kit import write_kit
@@ -75,13 +75,14 @@ class Writer:
         if artifact.kind == "onnx":
             return self.complete(artifact, folder, self.write_graph(target, folder))
         library = self.request.library(target)
-        libraries = () if library is None else (Path(shutil.copy(library, folder)),)
+        for file in with_choices(library) if library is not None else ():
+            shutil.copy(file, folder)
         settings = EngineSettings(
             target=target,
             precision=self.planned.types[target.name].name,
             profiles=profiles(graph.inputs, self.planned.limits, llm=self.planned.model.llm is not None),
             options=self.request.engine_options(),
-            plugins=libraries,
+            plugins=(folder / library.name,) if library is not None else (),
             linears=quantized_linears(graph),
         )
         files, known = self.lowered_files(target)

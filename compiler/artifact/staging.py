@@ -101,6 +101,12 @@ def new_folder(parent: Path, target: Target, source: Path) -> Path:
     return folder
 
 
+def with_choices(library: Path) -> tuple[Path, ...]:
+    """A plugin library and, where it lies beside it, the file of choices measured for it: plugins read it there."""
+    choices = library.with_name(library.name.removesuffix(".so") + ".choices")
+    return (library, choices) if choices.is_file() else (library,)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file; where the file system can, both share their blocks until one is edited, as links would not."""
     with source.open("rb") as old, target.open("wb") as new:

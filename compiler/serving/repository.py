@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest
-from instantrt.compiler.artifact.staging import Staging, copy_file
+from instantrt.compiler.artifact.staging import Staging, copy_file, with_choices
 from instantrt.compiler.serving.config import (
     Served,
     bare_config,
@@ -63,13 +63,18 @@ def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
             write_bare(source, folder / each.name, each.artifact)
         if not each.no_text:
             write_text_model(source, folder / each.of_text, each.artifact)
-            place([out / plugin for plugin in each.artifact.plugins], folder / each.of_text / "1")
+            place(libraries(out, each.artifact.plugins), folder / each.of_text / "1")
     plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
     if plugins:
         (folder / "plugins").mkdir()
-        place([out / plugin for plugin in plugins], folder / "plugins")
+        place(libraries(out, plugins), folder / "plugins")
     (folder / "requirements.txt").write_text("\n".join(requirements(served)) + "\n", "utf-8")
     (folder / "README.md").write_text(readme(served), "utf-8")
+
+
+def libraries(out: Path, plugins: Iterable[str]) -> list[Path]:
+    """The files of plugin libraries in the compile output `out`."""
+    return [file for plugin in plugins for file in with_choices(out / plugin)]
 
 
 def plan_repository(artifacts: Sequence[Artifact]) -> tuple[Served, ...]:

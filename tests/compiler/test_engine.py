@@ -283,6 +283,7 @@ def test_a_kit_is_finished_elsewhere_into_the_same_engine(copy: Path, tmp_path: 
 
 def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "sm90" / "libwoq.so").write_bytes(b"a library")
+    (copy / "sm90" / "libwoq.choices").write_bytes(b"# measured on the machine that finishes the kit")
     path = kit_for(copy, "sm89") / "kit.json"
     body = json.loads(path.read_text())
     body["plugins"], body["artifact"]["plugins"] = ["libwoq.so"], ["sm89/libwoq.so"]
@@ -295,7 +296,7 @@ def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, mo
     artifact = build_kit(read_kit(copy / "sm90"), tmp_path / "built", "tensorrt-rtx", lambda text: None)
     (library,) = artifact.plugins
     assert (tmp_path / "built" / library).read_bytes() == b"a library"
-    assert library in artifact.digests
+    assert {library, "sm89/libwoq.choices"} <= set(artifact.digests)
 
 
 def test_a_kit_finished_where_it_lies_leaves_the_other_artifacts(copy: Path) -> None:

@@ -55,6 +55,7 @@ def output(folder: Path, *artifacts: Artifact, model: str = "tiny") -> Path:
         for plugin in artifact.plugins:
             (folder / plugin).parent.mkdir(exist_ok=True)
             (folder / plugin).write_text("library")
+            (folder / plugin).with_suffix(".choices").write_text("# measured")
     write_manifest(folder, [replace(a, source={"model": model}) for a in artifacts])
     return folder
 
@@ -192,8 +193,11 @@ def test_several_artifacts_are_named_after_their_targets(tmp_path: Path) -> None
     out = output(tmp_path / "out", CPU, engine, model="tiny.onnx")
     served = write_repository(out, tmp_path / "repository")
     assert [each.models for each in served] == [("tiny_x86", "tiny_x86_generate"), ("tiny_sm89", "tiny_sm89_generate")]
-    generate = {f"tiny_sm89_generate/1/{name}" for name in ("model.engine", "libwoq.so", "tokenizer.json", "model.py")}
-    assert {"tiny_sm89/1/model.plan", "plugins/libwoq.so", *generate} <= files(tmp_path / "repository")
+    own = ("model.engine", "libwoq.so", "libwoq.choices", "tokenizer.json", "model.py")
+    generate = {f"tiny_sm89_generate/1/{name}" for name in own}
+    assert {"tiny_sm89/1/model.plan", "plugins/libwoq.so", "plugins/libwoq.choices", *generate} <= files(
+        tmp_path / "repository"
+    )
     needed = (tmp_path / "repository" / "requirements.txt").read_text("utf-8").splitlines()
     assert {"onnxruntime==1.32.0", "tensorrt==10.13.0"} <= set(needed)
     text = (tmp_path / "repository" / "README.md").read_text("utf-8")

@@ -45,6 +45,7 @@ METHODS = {
 
 
 NEWER, VOLTAS = "libinstantrt_plugins.so", "libinstantrt_plugins_sm70.so"
+CHOICES = "libinstantrt_plugins_sm70.choices"
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def libraries(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in (NEWER, VOLTAS):
         (folder / name).write_bytes(b"\x7fELF...InstantRT serves by " + name.encode() + b"\0...")
+    (folder / CHOICES).write_text("# measured")
     return folder
 
 
@@ -175,6 +177,8 @@ def test_a_kit_with_the_plugin(
     (artifact,) = read_manifest(tmp_path)
     assert artifact.plugins == (f"sm70/{VOLTAS}",)
     assert (tmp_path / artifact.plugins[0]).read_bytes() == (libraries / VOLTAS).read_bytes()
+    assert (tmp_path / "sm70" / CHOICES).read_text() == "# measured"
+    assert f"sm70/{CHOICES}" in artifact.digests
     kit = read_kit(tmp_path / "sm70")
     assert [path.name for path in kit.settings.plugins] == [VOLTAS]
     assert f"--dynamicPlugins={VOLTAS}" in json.loads((kit.folder / "kit.json").read_text())["trtexec"]

@@ -327,6 +327,28 @@ def test_timings_outlive_the_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "70b o             int4 g128               10.00" in stages.text("bench", part).splitlines()
 
 
+def test_tune_leaves_the_file_for_beside_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = {
+        "format": "int8",
+        "layer": "70b o",
+        "m": 8,
+        "plan": "ring8/2",
+        "us": 9.0,
+        "chosen": True,
+        "device": [90, 132],
+    }
+    done = [Outcome("70b o m=8", "passed", data=[row]), Outcome("70b o m=16", "hung")]
+    monkeypatch.setattr(stages, "measure", lambda *_: done)
+    ring = stages.Ring(90, True, {"gpu": "H200", "commit": "abc"}, out=tmp_path / "h200.json")
+    part = stages.perform("tune", ring)
+    assert "  measured choices: h200.choices" in stages.text("tune", part).splitlines()
+    said = (tmp_path / "h200.choices").read_text().splitlines()
+    assert said[0] == "# measured on H200, commit abc"
+    assert said[2:] == ["90 132 8 8192 16 8192 8192 8 ring8 2"]
+    done[:] = done[1:]
+    assert "choices" not in stages.perform("tune", ring), "of nothing there is none"
+
+
 def test_a_stage_with_a_mistake_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "measure", lambda *_: 1 / 0)
     part = stages.perform("tune", stages.Ring(90, True, {}))

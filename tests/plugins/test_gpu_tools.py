@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from instantrt.plugins.weight_only_gemm import layout, semantics
 from instantrt.plugins.weight_only_gemm.op import OP
-from instantrt.tools.gpu import bench, gemm, ncu, profile, race, small, tables, tune
+from instantrt.tools.gpu import bench, choices, gemm, ncu, profile, race, small, tables, tune
 from instantrt.tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
 from instantrt.tools.gpu.library import LaunchRefusedError, Library
 from tests.compiler.tensorrt_stand_in import HostDevice
@@ -263,7 +264,9 @@ def test_each_profiled_case_is_numbered_and_launched_once(
 
 
 @pytest.mark.usefixtures("timed_here")
-def test_tuning_tries_every_row_and_none_that_is_wrong(emulated: dict[int, Emulated]) -> None:
+def test_tuning_tries_every_row_and_a_library_takes_the_fastest(
+    emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     library = emulated[90].library
     rows = tune.case(library, "qwen2-7b o", 4)
     tried = {row["format"]: {r["plan"] for r in rows if r["format"] == row["format"]} for row in rows}
@@ -278,6 +281,20 @@ def test_tuning_tries_every_row_and_none_that_is_wrong(emulated: dict[int, Emula
     assert all(sum(r.get("chosen", False) for r in rows if r["format"] == name) == 1 for name in tried)
     assert not any("wrong" in row for row in rows)
     assert {r["format"] for r in tables.losses(rows)} == set(tune.FORMATS)
+
+    monkeypatch.setattr(choices, "LAYERS", tune.LAYERS)
+    own = Library(Path(shutil.copy(library.path, tmp_path / "own.so")))
+    mine = [row for row in rows if row["format"] == "int4 g128"]
+    slow = next(row for row in mine[::-1] if "/" in row["plan"] and "by memory" not in row["plan"])
+    slow["us"], mine[-1]["us"] = 0.2, 0.3
+    mine += [{**slow, "plan": f"{slow['plan']} by memory", "us": 0.1}, {**slow, "plan": "broken", "wrong": "by 1"}]
+    (tmp_path / "own.choices").write_text(choices.choices_file(rows + mine, "H200", "abc"))
+    problem = {"n": 32, "k": 128, "group": 128, "bits": 4, "activation_bits": 16, **gemm.device_numbers()}
+    assert [bench.label(own.choose(**problem, m=m)) for m in (1, 4)] == [slow["plan"]] * 2
+    assert bench.label(library.choose(**problem, m=4)) != slow["plan"]
+    lines = (tmp_path / "own.choices").read_text().splitlines()
+    assert lines[:2] == ["# measured on H200, commit abc", f"# {choices.COLUMNS}"]
+    assert len(lines) == 2 + 3, "int8 by channel is int8 in groups of 128 here"
 
 
 @pytest.mark.usefixtures("timed_here")

@@ -69,7 +69,7 @@ class Library:
         return LaunchPlan(plan.kernel.decode(), *(getattr(plan, f) for f in list(LaunchPlan.__annotations__)[1:]))
 
     def rows(self) -> list[str]:
-        """Names of the table's rows; a problem's `row` is an index into them plus 1. Several rows may share a name."""
+        """Names of the table's rows; a problem's `row` is an index into them plus 1."""
         return [self._c.wog_row_name(i).decode() for i in range(self._c.wog_rows())]
 
     def plans(self, splits: tuple[int, ...] = (0,), **problem: int) -> list[LaunchPlan]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.tools.gpu import goals, layers, ncu, predictions, small, tables
+from instantrt.tools.gpu.choices import choices_file
 from instantrt.tools.gpu.library import HUNG_ROWS, Library
 from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, parse, run_all
 
@@ -283,7 +284,12 @@ def tune(ring: Ring) -> Part:
     outcomes = measure(ring, "instantrt.tools.gpu.tune", layers.cases(ring.quick), 470)
     rows = [row for o in outcomes for row in o.data or []]
     part = summary(outcomes)
-    return part | {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}
+    part |= {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}
+    if ring.out is None or not rows:
+        return part
+    path = ring.out.with_suffix(".choices")
+    path.write_text(choices_file(rows, ring.report["gpu"], ring.report["commit"]))
+    return part | {"choices": path.name}
 
 
 def measure(
@@ -397,6 +403,7 @@ def text(name: str, part: Part, most: int = 10**6) -> str:
         lines += predictions.comparison_table(part["predictions"])[:most]
     if "rows" in part:
         lines += tables.tune_table(part["rows"])[:most]
+        lines += [f"  measured choices: {part['choices']}"] if "choices" in part else []
     return "\n".join(lines)
 
 

@@ -17,15 +17,13 @@ import torch
 
 from instantrt.tools.gpu import gemm
 from instantrt.tools.gpu.bench import label, ours
+from instantrt.tools.gpu.choices import BY_MEMORY
 from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
-from instantrt.tools.gpu.layers import LAYERS, parse_case
+from instantrt.tools.gpu.layers import FORMATS, LAYERS, parse_case
 from instantrt.tools.gpu.library import LaunchPlan, Library
 from instantrt.tools.gpu.race import copies, race, ready
 from instantrt.tools.gpu.watch import emit
 
-FORMATS = {  # name: bits of codes, group (0: a whole row), bits of activations
-    "int4 g128": (4, 128, 16), "int8": (8, 0, 16), "int8 g128": (8, 128, 16), "a8w8": (8, 0, 8),
-}  # fmt: skip
 SPLITS = (0, 1, 2, 4, 8)
 MOST_WAVES = 4  # blocks for each multiprocessor beyond which K is not worth splitting
 NO_CLUSTERS, OLDER = {"sm": 100}, ("_ampere", "stream", "tile")  # and rows that both have, by parts of their names
@@ -47,7 +45,7 @@ def variants(plan: LaunchPlan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
     pinned = {"row": plan.row + 1, "splits": plan.splits}
     yield label(plan), pinned
     if sm == 90 and plan.splits > 1 and any(part in plan.kernel for part in OLDER):
-        yield f"{label(plan)} by memory", {**pinned, **NO_CLUSTERS}
+        yield f"{label(plan)}{BY_MEMORY}", {**pinned, **NO_CLUSTERS}
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +85,15 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
         ran = race(layer, m, racers, REPLAYS, HOPELESS)
         chosen = label(library.choose(**problem))
         found += [
-            {"format": name, "layer": layer, "m": m, "plan": t.kernel, "us": t.median, "chosen": t.kernel == chosen}
+            {
+                "format": name,
+                "layer": layer,
+                "m": m,
+                "plan": t.kernel,
+                "us": t.median,
+                "chosen": t.kernel == chosen,
+                "device": [problem["sm"], problem["sm_count"]],
+            }
             for t in ran
         ]
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from typing import Any
 from instantrt.compiler.artifact.check import check_record
 from instantrt.compiler.artifact.digest import digests_of
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, artifact_from_json, write_manifest
-from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder
+from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder, with_choices
 from instantrt.compiler.backend.tensorrt.build import Profile
 from instantrt.compiler.backend.tensorrt.choose import (
     EngineSettings,
@@ -137,7 +137,8 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say = lambda text: Non
     with Staging() as staging:
         folder = new_folder(staging.staged(out), target, kit.folder)
         for library in settings.plugins:
-            shutil.copy(library, folder)
+            for file in with_choices(library):
+                shutil.copy(file, folder)
         engine = build_engine(choice.flavour, settings, kit.onnx, folder, timing_cache(out, target), say)
         path, digests = f"{target.name}/{ENGINE}", digests_of(folder)
         artifact = replace(kit.artifact, kind="engine", path=path, engine=engine, digests=digests)
