@@ -477,7 +477,7 @@ struct Gemm {
 template <class T, int Bits, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(GemmArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) {
+    if constexpr (kGenerated<T, false, I>) {
         Gemm<T, Bits, I> block{p};
         if (p.group % Gemm<T, Bits, I>::kStepK)
             block.template run<true>();

@@ -20,9 +20,7 @@
 //
 // Where groups are multiples of a stage's k, 64 or 128, or all of K, cuts stand at ends of stages. Else (Fine) after any 32
 // k, with scales, zeros and X (rows.cu's) of each in its stage.
-#include <array>
 #include <type_traits>
-#include <utility>
 
 #include <async.h>
 
@@ -608,7 +606,7 @@ struct Consumer {
 template <class T, int Bits, bool Fine, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant__ HopperArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I> && (!Fine || kRows[I].fine)) {
+    if constexpr (kGenerated<T, Fine, I>) {
         using S = Shape<T, Bits, I, Fine>;
         release_next();
         if (threadIdx.x == 0) S::start_barriers();
@@ -636,24 +634,10 @@ __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant_
 #endif
 }
 
-constexpr int kFirst = first_row(Kernel::kHopper);
-
-template <class T, int Bits, bool Fine, int... I>
-constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(HopperArgs), sizeof...(I)>{hopper<T, Bits, Fine, kFirst + I>...};
-}
-
-template <class T>
-char const* launch_rows(wog_problem const& p, HopperArgs const& args, wog_plan const& plan, void* stream) {
-    constexpr std::make_integer_sequence<int, count_rows(Kernel::kHopper)> kAll;
-    constexpr auto kFour = instances<T, 4, false>(kAll), kEight = instances<T, 8, false>(kAll);
-    constexpr auto kFourFine = instances<T, 4, true>(kAll), kEightFine = instances<T, 8, true>(kAll);
-    bool const fine = hopper_fine(kRows[plan.row], p);
-    auto const& kernels = p.bits == 4 ? (fine ? kFourFine : kFour) : fine ? kEightFine : kEight;
-    dim3 const cluster(std::max(kRows[plan.row].cluster, plan.splits)), blocks(args.clusters * cluster.x);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
-    return launch(kernels[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
-}
+template <class T, int Bits, bool Fine, int I>
+struct Hopper {
+    static constexpr auto kernel = hopper<T, Bits, Fine, I>;
+};
 
 }  // namespace
 
@@ -690,7 +674,9 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
     if (!failed && !hopper_ones(row, fine))
         failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
-    return p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    dim3 const cluster(std::max(row.cluster, plan.splits));
+    Grid const grid{dim3(clusters * cluster.x), plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
+    return launch(instance<Kernel::kHopper, Hopper>(p, plan, fine), grid, static_cast<Stream>(stream), args);
 }
 
 }  // namespace wog

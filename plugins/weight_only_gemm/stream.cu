@@ -343,7 +343,7 @@ struct Streamer {
 template <class T, int Bits, int I, bool Fine>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) stream(StreamArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, I>) Streamer<T, Bits, I, Fine>{p}.run();
+    if constexpr (kGenerated<T, Fine, I>) Streamer<T, Bits, I, Fine>{p}.run();
 #endif
 }
 

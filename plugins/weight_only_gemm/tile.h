@@ -4,15 +4,31 @@
 #include <device.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "config.h"
 
 namespace wog {
 
 // Is this row's code generated for the SM being compiled? Where the table can choose it, and bf16 starts at sm_80.
-template <class T, int I>
+template <class T, bool Fine, int I>
 constexpr bool kGenerated = kRows[I].sms.first <= DEVICE_SM && DEVICE_SM <= kRows[I].sms.last &&
-                            (DEVICE_SM >= 80 || std::is_same<T, Half>::value);
+                            (DEVICE_SM >= 80 || std::is_same<T, Half>::value) && (!Fine || kRows[I].fine);
+
+// Of<T, Bits, Fine, I>::kernel is the kernel of row I: the one that a plan asks for
+template <Kernel Kind, template <class, int, bool, int> class Of>
+auto instance(wog_problem const& p, wog_plan const& plan, bool fine) {
+    constexpr int kFirst = first_row(Kind);
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+        using Pointer = decltype(+Of<Half, 4, false, kFirst>::kernel);
+        static constexpr Pointer kAll[][2][2][2] = {
+            {{{Of<Half, 4, false, kFirst + I>::kernel, Of<Half, 4, true, kFirst + I>::kernel},
+              {Of<Half, 8, false, kFirst + I>::kernel, Of<Half, 8, true, kFirst + I>::kernel}},
+             {{Of<Bfloat, 4, false, kFirst + I>::kernel, Of<Bfloat, 4, true, kFirst + I>::kernel},
+              {Of<Bfloat, 8, false, kFirst + I>::kernel, Of<Bfloat, 8, true, kFirst + I>::kernel}}}...};
+        return kAll[plan.row - kFirst][p.type != WOG_F16][p.bits == 8][fine];
+    }(std::make_integer_sequence<int, count_rows(Kind)>());
+}
 
 // One warp's sums into a tile of `pitch` floats a row: strips from column n, columns of 8 m from row m
 template <int S, int C>

@@ -17,7 +17,6 @@
 // Arithmetic: as stream.cu's, acc += s * (P - (z - c) * X), with codes as exact integers q - c.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
-#include <array>
 #include <utility>
 
 #include <async.h>
@@ -485,35 +484,17 @@ struct Tiler {
     }
 };
 
-template <class T, bool Fine, int I>
-constexpr bool kServed = kGenerated<T, I> && (!Fine || kRows[I].fine);
-
 template <class T, int Bits, bool Fine, int I>
 __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(__grid_constant__ TileArgs const p) {
 #if DEVICE_SM
-    if constexpr (kServed<T, Fine, I>) Tiler<T, Bits, I, Fine>{p}.run();
+    if constexpr (kGenerated<T, Fine, I>) Tiler<T, Bits, I, Fine>{p}.run();
 #endif
 }
 
-constexpr int kFirst = first_row(Kernel::kTile);
-
-template <class T, int Bits, bool Fine, int... I>
-constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(TileArgs), sizeof...(I)>{tiles<T, Bits, Fine, kFirst + I>...};
-}
-
-template <class T>
-char const* launch_rows(wog_problem const& p, TileArgs const& args, wog_plan const& plan, void* stream) {
-    constexpr std::make_integer_sequence<int, count_rows(Kernel::kTile)> kAll;
-    constexpr auto kFour = instances<T, 4, false>(kAll), kEight = instances<T, 8, false>(kAll);
-    constexpr auto kFourFine = instances<T, 4, true>(kAll), kEightFine = instances<T, 8, true>(kAll);
-    bool const fine = p.group % 64;
-    dim3 const blocks(1, plan.grid_n, plan.splits);
-    dim3 const cluster(1, 1, args.partials ? 1 : plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
-    auto const& kernels = p.bits == 4 ? (fine ? kFourFine : kFour) : fine ? kEightFine : kEight;
-    return launch(kernels[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
-}
+template <class T, int Bits, bool Fine, int I>
+struct Tile {
+    static constexpr auto kernel = tiles<T, Bits, Fine, I>;
+};
 
 }  // namespace
 
@@ -539,9 +520,10 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
                   affine_at + row.warps_k * units * strips * 64,
                   tile_stage(row, p.bits, units, warps_n)};
     char const* failed = for_hopper(row) ? describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m()) : nullptr;
-    if (!failed)
-        failed =
-            p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    dim3 const blocks(1, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
+    auto* const kernel = instance<Kernel::kTile, Tile>(p, plan, units > 1);
+    if (!failed) failed = launch(kernel, grid, static_cast<Stream>(stream), args);
     return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
