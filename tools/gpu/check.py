@@ -24,7 +24,7 @@ Where a machine is there for a short time and a command may take ten minutes, th
     sanitize   compute-sanitizer's four tools over a few cases of each row, side by side
     bench      kernels and peers; --quick: eight layers with M = 1, 8, 16, 64, 512 and few formats
     profile    Nsight Compute: counters of a few kernels, ours and cuBLAS's, launched once and cold
-    tune       every row of the table that serves a layer; --quick: as bench
+    tune       every row of the table that serves a layer; --quick: as bench; OUT.choices is for beside the library
 
 A row of the table that hangs or crashes in `smoke` is left out of later stages by name. What had no time is named, too.
 The exit status is 0 only when everything that ran passed; goals that are missed fail nothing.
