@@ -7,7 +7,8 @@
 //                           void* output, void* workspace, cudaStream_t)
 //
 // One source for TensorRT 10, 11 and RTX: only interfaces that did not change between them, nothing of TensorRT linked.
-// Everything is noexcept and reports failure by its result; nothing is allocated while an engine runs.
+// Everything is noexcept and reports failure by its result; nothing is allocated while an engine runs, but by an op's
+// first launch.
 #pragma once
 
 #include <new>

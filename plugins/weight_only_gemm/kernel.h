@@ -1,8 +1,9 @@
 // WeightOnlyGemm: y[M, N] = act(x[M, K] @ dequant(W[N, K])^T + bias[N])         op.py has the contract, layout.py the
 // bytes
 //
-// One plain C function launches it: a problem, pointers, a stream. No TensorRT, no PyTorch, no allocation, no
-// synchronisation; the same problem always gives the same bits; everything can be captured in a CUDA graph.
+// One plain C function launches it: a problem, pointers, a stream. No TensorRT, no PyTorch, no synchronisation, no
+// allocation but the first call's for measured choices; the same problem always gives the same bits; everything can be
+// captured in a CUDA graph.
 #pragma once
 
 #include <stddef.h>

@@ -63,7 +63,7 @@ def test_each_line_is_for_the_rows_of_x_from_the_line_before(beside: Beside, emu
         (LINE.format(1024, "tile64", 2), {"m": 1000}),
         (LINE.format(1024, "dense", 1), {"m": 8, "rounded_weights": 1, "library": 1}),  # whose weights have no place
         (LINE.format(1024, "tile64", 1), {"m": 1000, "rounded_weights": 1, "library": 1}),  # which takes dense
-        *((LINE.format(64, "ring8_ampere", 1), {name: 1}) for name in ("plain", "batch_invariant", "splits")),
+        *((LINE.format(64, "tile64", 1), {name: 1}) for name in ("plain", "batch_invariant", "splits")),
     ],
 )
 def test_what_cannot_be_or_is_asked_for_otherwise_stays(
