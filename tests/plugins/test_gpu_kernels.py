@@ -203,6 +203,20 @@ def test_code_of_older_gpus(format_: tuple[int, int], sm: int, m: int) -> None:
     check(prepared(rows(m, 1120, F16), weight, options, f"_{sm}"), 2e-5, 1e-5)
 
 
+@pytest.mark.parametrize("sm", ["", "_75", "_80"])
+@every_format
+def test_a_row_has_the_same_bits_in_any_batch(format_: tuple[int, int], sm: str) -> None:
+    options = {"activation_bits": format_[1], "wide": 1, "batch_invariant": 1}
+    options |= {"sm": int(sm[1:])} if sm else {}
+    weight = weight_of(272, 3584, format_[0], 128, F16, bias=True)
+    every = prepared(rows(600, 3584, F16), weight, options, sm)
+    every()
+    for m in (1, 7, 16, 33, 257):
+        some = prepared(every.x[-m:], weight, options, sm)
+        some()
+        assert torch.equal(some.output(), every.output()[-m:])
+
+
 @pytest.mark.parametrize("sm", [75, 80])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_many_rows_by_cublaslt(sm: int, bits: int) -> None:
