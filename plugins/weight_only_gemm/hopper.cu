@@ -20,6 +20,9 @@
 //
 // Where groups are multiples of a stage's k, 64 or 128, or all of K, cuts stand at ends of stages. Else (Fine) after any 32
 // k, with scales, zeros and X (rows.cu's) of each in its stage.
+//
+// Room for experts, products of one shape whose numbers of rows only the device knows: item() alone says where a tile
+// lies, so that an expert adds where its rows of x, its codes and its scales begin, and the rest stays.
 #include <type_traits>
 
 #include <async.h>
