@@ -32,6 +32,7 @@ from tests.once import made_once
 pytestmark = pytest.mark.slow
 ROOMS = ("compiler", "passes", "plugins", "tools")
 LIBRARIES = ("libinstantrt_plugins.so", "libinstantrt_register_trt10.so")
+CHOICES = "libinstantrt_plugins.choices"  # measured, and put there by a person
 HF = "needs torch, transformers, onnxscript, gguf, regex: pip install 'instantrt[hf]'"
 SDIST = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
 
@@ -154,7 +155,7 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_carries_the_plugin_library_that_was_installed_into_it(source: Path, tmp_path: Path) -> None:
     library = source / "plugins" / "lib"
     library.mkdir()
-    for name in LIBRARIES:
+    for name in (CHOICES, *LIBRARIES):
         (library / name).write_bytes(b"\x7fELF")
     try:
         file = build_wheel(source, tmp_path)
@@ -162,7 +163,7 @@ def test_carries_the_plugin_library_that_was_installed_into_it(source: Path, tmp
         shutil.rmtree(library)
     with zipfile.ZipFile(file) as archive:
         carried = sorted(name for name in archive.namelist() if name.startswith("instantrt/plugins/lib/"))
-    assert carried == [f"instantrt/plugins/lib/{name}" for name in LIBRARIES]
+    assert carried == [f"instantrt/plugins/lib/{name}" for name in (CHOICES, *LIBRARIES)]
     assert "-py3-none-" in file.name
     assert "-any" not in file.name
 
