@@ -25,9 +25,7 @@
 // is again z - c and small; the row's scale comes last.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
-#include <array>
 #include <type_traits>
-#include <utility>
 
 #include "decode.h"
 #include "epilogue.h"
@@ -509,21 +507,10 @@ __global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
     finish<T>(p.out, v, m, n);
 }
 
-constexpr int kFirst = first_row(Kernel::kGemm);
-
-template <class T, int Bits, int... I>
-constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(GemmArgs), sizeof...(I)>{gemm<T, Bits, kFirst + I>...};
-}
-
-template <class T>
-char const* launch_rows(wog_problem const& p, GemmArgs const& args, wog_plan const& plan, void* stream) {
-    constexpr std::make_integer_sequence<int, count_rows(Kernel::kGemm)> kAll;
-    constexpr auto kFour = instances<T, 4>(kAll), kEight = instances<T, 8>(kAll);
-    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
-    return launch((p.bits == 4 ? kFour : kEight)[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
-}
+template <class T, int Bits, bool, int I>  // one kernel for all groups
+struct Tiles {
+    static constexpr auto kernel = gemm<T, Bits, I>;
+};
 
 }  // namespace
 
@@ -554,8 +541,10 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
         steps % parts,
         gemm_x_rows(row, p.m),
         gemm_x_steps(row, p, plan.splits)};
-    char const* const failed =
-        p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
+    auto* const kernel = instance<Kernel::kGemm, Tiles>(p, plan, false);
+    char const* const failed = launch(kernel, grid, static_cast<Stream>(stream), args);
     return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 

@@ -65,24 +65,12 @@ struct WeightOnlyGemm : schema::WeightOnlyGemm {
 
 private:
     static wog_problem problem(Attributes const& a, int64_t m, int32_t n, int32_t k, int32_t type) {
-        return {m,
-                n,
-                k,
-                a[kGroup],
-                a[kBits],
-                type,
-                a[kActivation],
-                a[kGated],
-                a[kActivationBits],
-                wog_oldest_sm(),
-                1,
-                /*wide=*/0,
-                /*plain=*/0,
-                a[kRoundedWeights],
-                /*library=*/0,
-                /*row=*/0,
-                /*splits=*/0,
-                a[kBatchInvariant]};
+        wog_problem p{};
+        p.m = m, p.n = n, p.k = k, p.group = a[kGroup], p.bits = a[kBits], p.type = type;
+        p.activation = a[kActivation], p.gated = a[kGated], p.activation_bits = a[kActivationBits];
+        p.rounded_weights = a[kRoundedWeights], p.batch_invariant = a[kBatchInvariant];
+        p.sm = wog_oldest_sm(), p.sm_count = 1;
+        return p;
     }
 
     static int64_t constant(DimsExprs const& shape, int32_t axis) {

@@ -17,7 +17,6 @@
 // Arithmetic: as stream.cu's, acc += s * (P - (z - c) * X), with codes as exact integers q - c.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
-#include <utility>
 
 #include <async.h>
 
