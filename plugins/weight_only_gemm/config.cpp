@@ -156,6 +156,7 @@ bool fits(Row const& row, wog_problem const& p) {
     if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
     bool const fine = row.kernel == Kernel::kHopper ? hopper_fine(row, p) : p.group % 64 != 0;
     if (fine && !row.fine) return false;
+    if (row.candidate && !p.row) return false;
     bool const bits = row.activation_bits == 0 || row.activation_bits == p.activation_bits;
     if (row.whole_k && p.group != p.k) return false;
     // what was measured on Hopper is chosen there

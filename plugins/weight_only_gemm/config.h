@@ -22,6 +22,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
 // Of the rows of kStream, kTile and kHopper the one that should end first is taken. The pace of Hopper's was measured on
 // an H200; that of the rows for all since Ampere is half the instructions of their loops, as two a cycle are issued.
+// Expected of turns: of two stages at g128, 128x128 of 16 bits, tensor cores need 1,024 cycles and 1,840 were measured;
+// scaling the sums, which takes a group of consumers about 500, would be beside the other's products.
 // clang-format off
 constexpr Row kRows[] = {
     {.name = "dense", .kernel = Kernel::kDense, .sms = kFrom75, .min_m = kManyRows,
@@ -68,6 +70,12 @@ constexpr Row kRows[] = {
      .warps_n = 12, .columns = 16, .whole_k = true, .fine = false, .pace = {1320, 1320}},
     {.name = "int8_hopper128x256", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
      .warps_n = 8, .columns = 32, .cluster = 2, .whole_k = true, .fine = false, .pace = {1700, 1700}},
+    {.name = "hopper128x64_ordered", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .columns = 8, .fine = false, .ordered = true, .candidate = true},
+    {.name = "hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .columns = 16, .fine = false, .ordered = true, .candidate = true},
+    {.name = "int8_hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90, .activation_bits = 8,
+     .warps_n = 8, .columns = 16, .fine = false, .ordered = true, .candidate = true},
     {.name = "tile64", .kernel = Kernel::kGemm, .sms = kFrom80,
      .warps_n = 8, .columns = 8, .stages = {4, 2}},
     {.name = "stream8_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 8,
@@ -223,6 +231,11 @@ constexpr int bytes_in_flight(Row const& row, wog_problem const& p, int splits, 
     if (row.kernel == Kernel::kTile)
         return ahead * row.warps_k * warps_n * row.strips * (16 * codes + tile_units(p) * 64);
     return row.resident * row.warps_k * ahead * row.block_n() * codes;
+}
+
+// kHopper: a group of consumers whose turn it is has no need of what the ring has no room for.
+constexpr bool hopper_takes_turns(Row const& row, wog_problem const& p) {
+    return row.ordered && 2 * p.group <= hopper_stages(row, p.bits, false) * stage_k(row);
 }
 
 // kHopper: clusters of so many blocks that the device holds at once. K of the tiles left over is divided if each

@@ -9,6 +9,8 @@
 //     sums (warps 2, 3)      C = 8: X, in the tensor cores, by a matrix of ones             sum_full[slot] -> consumers
 //     consumers              64 n each: codes to registers, multiply, scale, store        empty[stage], sum_empty[slot]
 //
+// `ordered`: the groups of consumers take turns, so that one scales its sums and decodes while another multiplies. Else
+// they come to the ends of groups together, and the tensor cores wait for all of them.
 // Three or four groups of consumers, or a second set of sums, keep the tensor cores at work while codes are decoded and
 // sums scaled: what one group does in between takes longer than its products.
 //
@@ -48,6 +50,7 @@ struct HopperArgs {
     int32_t blocks;                             // of codes, of a strip
     int32_t tiles_m, tiles_n, items, clusters;  // items: tiles, of n by pairs
     int32_t turns, whole;                       // of a block, and how many of them are whole tiles
+    int32_t ordered;
 };
 
 constexpr int kBand = 8;      // tiles of m that blocks at work together share weights over
@@ -429,6 +432,15 @@ struct Consumer {
         if constexpr (Part + 1 < kParts) decode_part<Part + 1>(slot), multiply_stage<Part + 1>(slot, before, first);
     }
 
+    // Among the groups of consumers, by a named barrier for each: from one to the next, and from the last to the first
+    static constexpr int kTurns = 2 + W;
+    __device__ __forceinline__ void take_turn() const {
+        if (S::kRow.ordered && p.ordered) named_barrier(kTurns + who, 256);
+    }
+    __device__ __forceinline__ void give_turn() const {
+        if (S::kRow.ordered && p.ordered) named_arrive(kTurns + (who + 1) % W, 256);
+    }
+
     // A part of a stage is decoded while the part before it is multiplied; nothing that depends on data stands between
     // a product's start and the wait for it, or the compiler serializes. kAhead: over the end of a cut too.
     __device__ __forceinline__ void accumulate(Item const& item) {
@@ -441,6 +453,7 @@ struct Consumer {
             if (end) group_left = p.group_units;
             if (!kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
             int slot = at.slot, before = slot;
+            take_turn();
 #pragma unroll 1
             for (int i = 0; i + 1 < stages; i++) {
                 multiply_stage(slot, before, i == 0);
@@ -450,6 +463,7 @@ struct Consumer {
                 decode_part<0>(slot);
             }
             multiply_stage(slot, before, stages == 1);
+            give_turn();
             at.next();
             if constexpr (kAhead) {
                 if (left) wait(S::full(at.slot), at.parity);
@@ -585,6 +599,7 @@ struct Consumer {
 
     __device__ __forceinline__ void run() {
         wait_for_inputs();
+        if (who == W - 1) give_turn();
         for (int turn = 0; S::left(p, turn); turn++) {
 #pragma unroll
             for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
@@ -603,6 +618,7 @@ struct Consumer {
                 relaxed_cluster_barrier();  // a block that has ended has no memory
             }
         }
+        if (who == 0) take_turn();  // the last one's
     }
 };
 
@@ -671,7 +687,8 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
                     items,
                     clusters,
                     whole + (plan.splits > 1),
-                    whole};
+                    whole,
+                    hopper_takes_turns(row, p)};
     void const* const x = int8 ? rows.values : t.x;
     char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
     if (!failed && !hopper_ones(row, fine))

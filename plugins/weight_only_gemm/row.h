@@ -33,6 +33,8 @@ struct Row {
     int cluster = 1;         // blocks side by side in n that share what they load of x
     bool whole_k = false;    // takes only groups that are all of K
     bool fine = true;        // takes groups that end inside its steps
+    bool ordered = false;    // kHopper: groups of consumers take turns to multiply
+    bool candidate = false;  // not measured yet: taken where it is pinned, or by a measured choice
     // For codes of 4 and 8 bits, beside rows of one kernel: kStream's picoseconds (Hopper's rows) or cycles for 64 k of
     // a strip, cycles of the others for a stage
     int pace[2] = {};

@@ -146,6 +146,21 @@ def test_warpgroup_products_of_int8(
     turns(Case(m, n, k, bits, group, dtype, bias=True, activation_bits=8).make(), emulated[90], row)
 
 
+@pytest.mark.parametrize("size", [(140, 144, 640, 128), (70, 400, 448, 64), (40, 80, 1024, 1024)])
+@pytest.mark.parametrize(("row", "kind"), [("hopper128x64", (F16, 4)), ("hopper128x128", (BF16, 8))])
+def test_consumers_that_take_turns_make_the_same_bits(
+    emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]
+) -> None:
+    """Several tiles of a block, and parts of K; a group of 1024 is longer than the ring: then nobody waits."""
+    (dtype, bits), (m, n, k, group) = kind, size
+    rows = [(row, 16)] if row == "hopper128x64" or group == 64 else [(row, 16), (f"int8_{row}", 8)]
+    for kernel, activation_bits in rows:
+        p = Case(m, n, k, bits, group, dtype, bias=True, activation_bits=activation_bits).make()
+        for options in ({"sm_count": 2, "splits": 1}, {"sm_count": 8, "splits": 2}):
+            same = (check(emulated[90], p, row=each, **options) for each in (kernel, f"{kernel}_ordered"))
+            assert np.array_equal(*same)
+
+
 @pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
 def test_warpgroup_products_of_symmetric_codes(emulated: Kernels, bits: int, activation_bits: int) -> None:
     """A zero in the middle of the codes leaves the sums of rows out; one other zero in a strip brings them back."""

@@ -168,6 +168,10 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Is counted there, and does not wait.
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 __device__ __forceinline__ bool any_lane(bool holds) { return __any_sync(0xffffffff, holds); }  // in a lane of the warp
 __device__ __forceinline__ uint32_t exchange(uint32_t value, int lane_mask) {
     return __shfl_xor_sync(0xffffffff, value, lane_mask);

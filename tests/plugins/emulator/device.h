@@ -108,13 +108,17 @@ inline struct State {
 
 inline void yield() { swapcontext(&state.now->context, &state.scheduler); }
 
-inline uint64_t meet(Meeting& meeting, int threads) {
+inline uint64_t arrive(Meeting& meeting, int threads) {
     uint64_t const mine = meeting.generation;
     if (++meeting.arrived == threads) {
         meeting.arrived = 0;
         meeting.generation++;
         state.progress++;
     }
+    return mine;
+}
+inline uint64_t meet(Meeting& meeting, int threads) {
+    uint64_t const mine = arrive(meeting, threads);
     while (meeting.generation == mine) yield();
     return mine;
 }
@@ -374,6 +378,9 @@ inline void load_matrices(uint32_t (&r)[4], Shared row) {
 inline void warp_barrier() { emulator::share(0); }
 inline void named_barrier(int id, int threads) {
     emulator::meet(emulator::state.barriers[emulator::state.now->rank].at(id), threads);
+}
+inline void named_arrive(int id, int threads) {
+    emulator::arrive(emulator::state.barriers[emulator::state.now->rank].at(id), threads);
 }
 inline void block_barrier() { named_barrier(0, int(emulator::state.threads)); }
 inline bool any_lane(bool holds) {
