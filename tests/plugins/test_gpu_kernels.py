@@ -187,6 +187,20 @@ def test_every_row_for_hopper(bits: int, row: str) -> None:
             check(prepared(rows(m, k, BF16), weight, options), 2e-5, 1e-5)
 
 
+@pytest.mark.parametrize("row", ["hopper128x128", "hopper128x64", "int8_hopper128x128"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_consumers_that_take_turns_make_the_same_bits(bits: int, row: str) -> None:
+    if device_numbers()["sm"] != 90:
+        pytest.skip("needs sm_90")
+    options = {"activation_bits": 8 if "int8" in row else 16, "wide": 1}
+    for n, k, group in ((400, 1152, 128), (3584, 3584, 128), (3584, 3584, 256), (4608, 4096, 4096)):
+        weight = random_weight(n, k, bits, group, F16, bias=True)
+        for m, splits in product((40, 300, 1000), (1, 4)):
+            pinned = ({"row": library().rows().index(name) + 1, "splits": splits} for name in (row, f"{row}_ordered"))
+            pair = [prepared(rows(m, k, F16), weight, {**options, **each}) for each in pinned]
+            assert torch.equal(*(check(each, 2e-5, 1e-5) for each in pair))
+
+
 @every_format
 def test_the_plain_kernel_agrees(format_: tuple[int, int]) -> None:
     weight = random_weight(144, 512, format_[0], 64, BF16, bias=True)
