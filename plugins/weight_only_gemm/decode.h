@@ -7,45 +7,55 @@
 
 namespace wog {
 
-template <class T>
-__device__ __forceinline__ void decode4(uint32_t (&a)[4], uint32_t w);
-template <>
-__device__ __forceinline__ void decode4<Half>(uint32_t (&a)[4], uint32_t w) {
-    // 0x6400 = 1024 has its units in bit 0, 0x5400 = 64 in bit 4: OR puts a nibble there, one add removes bias and c
-    a[0] = add2<Half>(mask_or(w, 0x000f000f, 0x64006400), 0xe408e408);  // - (1024 + 8)
-    a[1] = add2<Half>(mask_or(w, 0x00f000f0, 0x54005400), 0xd480d480);  // - (64 + 8)
-    a[2] = add2<Half>(mask_or(w >> 8, 0x000f000f, 0x64006400), 0xe408e408);
-    a[3] = add2<Half>(mask_or(w >> 8, 0x00f000f0, 0x54005400), 0xd480d480);
-}
-template <>
-__device__ __forceinline__ void decode4<Bfloat>(uint32_t (&a)[4], uint32_t w) {
-    for (int r = 0; r < 4; r++)  // 0x4300 = 128 has its units in bit 0
-        a[r] = add2<Bfloat>(mask_or(w >> 4 * r, 0x000f000f, 0x43004300), 0xc308c308);  // - (128 + 8)
+// Numbers that OR puts codes into: low has its units in bit 0, high, of 4-bit Half, in bit 4. That of 8-bit Bfloat is
+// what is subtracted. They are in registers, where a loop that has some to spare may hold them.
+struct Carriers {
+    uint32_t low, high;
+};
+template <class T, int Bits>
+__device__ constexpr Carriers carriers() {
+    if (std::is_same<T, Bfloat>::value) return {0x43004300, Bits == 8 ? 0xc300c300 : 0};  // 128, -128
+    return Bits == 4 ? Carriers{0x64006400, 0x54005400} : Carriers{0x64646464, 0};        // 1024, 64; bytes of 1024
 }
 
 template <class T>
-__device__ __forceinline__ void decode8(uint32_t& low, uint32_t& high, uint32_t w);
+__device__ __forceinline__ void decode4(uint32_t (&a)[4], uint32_t w, Carriers const& c);
 template <>
-__device__ __forceinline__ void decode8<Half>(uint32_t& low, uint32_t& high, uint32_t w) {
-    low = add2<Half>(pick_bytes(w, 0x64646464, 0x4240), 0xe480e480);  // - (1024 + 128)
-    high = add2<Half>(pick_bytes(w, 0x64646464, 0x4341), 0xe480e480);
+__device__ __forceinline__ void decode4<Half>(uint32_t (&a)[4], uint32_t w, Carriers const& c) {
+    a[0] = add2<Half>(mask_or(w, 0x000f000f, c.low), 0xe408e408);   // - (1024 + 8)
+    a[1] = add2<Half>(mask_or(w, 0x00f000f0, c.high), 0xd480d480);  // - (64 + 8)
+    a[2] = add2<Half>(mask_or(w >> 8, 0x000f000f, c.low), 0xe408e408);
+    a[3] = add2<Half>(mask_or(w >> 8, 0x00f000f0, c.high), 0xd480d480);
 }
 template <>
-__device__ __forceinline__ void decode8<Bfloat>(uint32_t& low, uint32_t& high, uint32_t w) {
+__device__ __forceinline__ void decode4<Bfloat>(uint32_t (&a)[4], uint32_t w, Carriers const& c) {
+    for (int r = 0; r < 4; r++) a[r] = add2<Bfloat>(mask_or(w >> 4 * r, 0x000f000f, c.low), 0xc308c308);  // - (128 + 8)
+}
+
+template <class T>
+__device__ __forceinline__ void decode8(uint32_t& low, uint32_t& high, uint32_t w, Carriers const& c);
+template <>
+__device__ __forceinline__ void decode8<Half>(uint32_t& low, uint32_t& high, uint32_t w, Carriers const& c) {
+    low = add2<Half>(pick_bytes(w, c.low, 0x4240), 0xe480e480);  // - (1024 + 128)
+    high = add2<Half>(pick_bytes(w, c.low, 0x4341), 0xe480e480);
+}
+template <>
+__device__ __forceinline__ void decode8<Bfloat>(uint32_t& low, uint32_t& high, uint32_t w, Carriers const& c) {
     // bf16 has 8 bits: 128 + (q & 127), minus 128 if q >= 128, else minus 256 (0xc300 and 0xc380 differ in bit 7 only)
-    low = add2<Bfloat>(mask_or(w, 0x007f007f, 0x43004300), mask_or(~w, 0x00800080, 0xc300c300));
+    low = add2<Bfloat>(mask_or(w, 0x007f007f, c.low), mask_not_or(w, 0x00800080, c.high));
     w >>= 8;
-    high = add2<Bfloat>(mask_or(w, 0x007f007f, 0x43004300), mask_or(~w, 0x00800080, 0xc300c300));
+    high = add2<Bfloat>(mask_or(w, 0x007f007f, c.low), mask_not_or(w, 0x00800080, c.high));
 }
 
 // The A fragment of 16-bit x: k16 step `step` of the block, counted from any multiple of its steps
 template <class T, int Bits>
-__device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const& w, int step) {
+__device__ __forceinline__ void decode(uint32_t (&a)[4], uint4 const& w, int step,
+                                       Carriers const& c = carriers<T, Bits>()) {
     if constexpr (Bits == 4) {
-        decode4<T>(a, step % 4 < 2 ? (step % 2 ? w.y : w.x) : (step % 2 ? w.w : w.z));
+        decode4<T>(a, step % 4 < 2 ? (step % 2 ? w.y : w.x) : (step % 2 ? w.w : w.z), c);
     } else {
-        decode8<T>(a[0], a[2], step % 2 ? w.z : w.x);  // row g
-        decode8<T>(a[1], a[3], step % 2 ? w.w : w.y);  // row g + 8
+        decode8<T>(a[0], a[2], step % 2 ? w.z : w.x, c);  // row g
+        decode8<T>(a[1], a[3], step % 2 ? w.w : w.y, c);  // row g + 8
     }
 }
 

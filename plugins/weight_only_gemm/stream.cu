@@ -52,16 +52,25 @@ struct Streamer {
     static constexpr int kAffine = S * kBlocks * 512;  // where a stage's scales and zeros start
     static constexpr int kStage = stream_stage(kRow, Bits, Fine), kRing = D * kStage;  // bytes
     static constexpr int kPitch = kBlockN + 4;
-    static constexpr int kGroupUnit = Fine ? 32 : 64;  // k that groups are counted in
-    static constexpr bool kHopper = for_hopper(kRow);  // there all of x finds a place
-    static_assert(kRow.warps_n == 1 && 8 % S == 0, "strips of a warp are neighbours in the packed layout");
+    static constexpr int kGroupUnit = Fine ? 32 : 64, kUnits = 64 / kGroupUnit;  // k that groups are counted in
+    static constexpr bool kHopper = for_hopper(kRow);                            // there all of x finds a place
+    static_assert(kRow.warps_n == 1 && (S == 2 || S == 4), "strips of a warp are neighbours in the packed layout");
+
+    // What each step would else compute again, in rows that have registers for it
+    template <int Copy = 0, class V>
+    static __device__ __forceinline__ V keep(V value) {
+        return kHopper || C == 1 ? held<Copy>(value) : value;
+    }
 
     StreamArgs const& p;
-    int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int const lane = keep(threadIdx.x % 32), g = lane / 4, t = lane % 4;
     int const wk = uniform(threadIdx.x / 32);
     int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
     int const tiles = (p.out.n + kBlockN - 1) / kBlockN, per_group = p.group / kGroupUnit;
-    int first, count;  // this warp's part of K, in steps
+    int const n = keep(p.out.n);
+    int first, count;             // this warp's part of K, in steps
+    int first_group, first_left;  // where that begins, and the units of it that are in this part
+    int missing;                  // units of the last step that are past the end of K
 
     // Shared memory: [zeros: a row that x does not have][ring of each wk][x of each wk][sums of each wk]
     int const x_step = p.x_rows * 128;
@@ -72,34 +81,43 @@ struct Streamer {
         return reinterpret_cast<float*>(dynamic_shared() + 128 + WK * (kRing + p.x_steps * x_step));
     }
     Shared const ring = shared_address(dynamic_shared() + 128 + wk * kRing) + lane * 16;  // this lane's first piece
-    Shared stage = ring;                                                                  // of the step under way
-    Shared before = ring + (D - 1) * kStage;  // the one that all have left, to be filled next
+    Shared const ring_affine = ring + (kAffine - lane * 16 + lane * S * 2);               // of its scales and zeros
+    Shared const ring_wrap = keep(wrap_of<kStage, D>(ring));
+    Shared stage = ring + (D - 1) * kStage;  // of the step under way
+    // From there to the first piece of this quad, and to the scales and zeros that this lane converts
+    int const to_quad = keep(-t * 16), to_pairs = keep(kAffine - lane * 16 + t * S * 16 + g * 4);
 
-    // What is sent for next: a step of a tile
-    int feed_tile, feed_left, feed_strips, feed_stride;
-    int feed_x = 0, feed_step = 0;  // where x goes next, and, where it comes again, the step that it is of
-    int feed_units, feed_group;     // of 32 k, to the end of K; to the end of the group
+    // What is sent for next: a step of a tile. The stride is of words, from a block of codes to the next.
+    int feed_tile = int(blockIdx.y) - int(gridDim.y), feed_strips, feed_stride;
+    int feed_run = 0, feed_later = 0;  // plain steps, see send: to the group's end; from there to the tile's
+    int feed_units = 0, feed_group;    // where steps are not plain, in group units: to the tile's end; to the group's
+    int feed_x = 0, feed_step = 0;     // where x goes next, and, where it comes again, the step that it is of
     unsigned char const *feed_codes, *feed_affine;
 
-    int left = 0, group_left = 0;  // steps to the next handing over of P; from there to the group's end
-    int units_left = 0;            // of 32 k, from the step under way to the end of K
-    Shared row_at[C];  // this lane's row of the step under way, or the zeros, which do not move from step to step
+    int units_left = 0;  // of 32 k, from the step under way to the end of K
+    Shared row_at[C];    // this lane's row of the step under way, or the zeros, which do not move from step to step
     int row_moves[C];
     float acc[S][C][4] = {};
-    float sum[S][C][4] = {};
-    float x_sum[C][4] = {};
+    float sum[S][C][4], x_sum[C][4];
+    static constexpr uint32_t kOne = std::is_same<T, Half>::value ? 0x3c003c00 : 0x3f803f80;
+    uint32_t const ones[4] = {keep<0>(kOne), keep<1>(kOne), keep<2>(kOne), keep<3>(kOne)};
+    Carriers const carrier{keep(carriers<T, Bits>().low), keep(carriers<T, Bits>().high)};
 
     __device__ __forceinline__ explicit Streamer(StreamArgs const& args) : p(args) {
         int const part = blockIdx.z * WK + wk;
         count = p.share + (part < p.longer);
         first = part * p.share + (part < p.longer ? part : p.longer);
+        first_group = first * kUnits / per_group;
+        first_left = per_group - first * kUnits % per_group;
+        missing = Fine && (first + count) * 64 > p.k;
         if (threadIdx.x < 8) reinterpret_cast<uint4*>(dynamic_shared())[threadIdx.x] = {0, 0, 0, 0};
 #pragma unroll
         for (int j = 0; j < C; j++) {
             int const row = j * 8 + lane % 8;
             bool const real = row < p.x_rows;
-            row_at[j] = shared_address(real ? x_place() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16;
-            row_moves[j] = real ? x_step : 0;
+            row_moves[j] = keep(real ? x_step : 0);
+            row_at[j] = shared_address(real ? x_place() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16 +
+                        (kHopper ? -1 : D - 1) * row_moves[j];  // a step before the first
         }
     }
 
@@ -108,53 +126,81 @@ struct Streamer {
     __device__ __forceinline__ void seek(int tile) {
         int const all = p.out.n / 16, strip = tile * S, tile8 = strip / 8 * 8,
                   width = all - tile8 < 8 ? all - tile8 : 8;
-        int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits), at = first * (64 / kGroupUnit);
+        int const blocks = (p.k + 256 / Bits - 1) / (256 / Bits);
         feed_tile = tile;
-        feed_left = count;
         feed_strips = tile < tiles ? all - strip : 0;
-        feed_units = p.k / 32 - first * 2;
-        feed_stride = width * 512;
+        feed_stride = keep(width * 128);
         feed_codes =
-            p.codes + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512 + lane * 16;
-        feed_group = per_group - at % per_group;
+            p.codes + lane * 16 + (int64_t(tile8) * blocks + int64_t(first) * kBlocks * width + (strip - tile8)) * 512;
         feed_affine =
-            reinterpret_cast<unsigned char const*>(p.affine + int64_t(at / per_group) * p.out.n + tile * kBlockN) +
-            lane * 16;
+            reinterpret_cast<unsigned char const*>(p.affine + int64_t(first_group) * p.out.n + tile * kBlockN) +
+            lane * S * 2;
+        feed_units = count * kUnits;
+        feed_group = first_left;
     }
 
-    // All: every strip is there, and all of the step's K
-    template <bool All>
-    __device__ __forceinline__ void send_pieces(Shared to) const {
+    // Sends a step's weights, and before them, with X, the x that is not there yet. Most steps are plain: all of their
+    // strips, K and x are there, and their group is that of the step before, so that they only count down.
+    template <bool X>
+    __device__ __forceinline__ void send(Shared to) {
+        if (Fine || feed_run == 0) {
+            if (!Fine && feed_later != 0) {
+                feed_affine = advance<4>(feed_affine, n);
+                start_run(feed_later, per_group);
+            } else {
+                if (feed_units == 0) seek(feed_tile + int(gridDim.y));
+                if (X) send_x(), warp_barrier();
+                if (!Fine && feed_strips >= S) {
+                    if (feed_group == 0) next_group();
+                    int const steps = kHopper && feed_x < count ? 1 : feed_units;
+                    start_run(steps, feed_group);
+                    feed_units -= steps, feed_group--;
+                } else {
+                    return send_parts(to);
+                }
+            }
+        }
+        feed_run--;
+        unsigned char const* from = feed_codes;
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+            if (b) from = advance<4>(from, feed_stride);
+#pragma unroll
+            for (int s = 0; s < S; s++) copy_async(to + (b * S + s) * 512, from + s * 512);
+        }
+        copy_async<S * 2>(ring_affine + (to - ring), feed_affine);
+    }
+    __device__ __forceinline__ void start_run(int steps, int most) {
+        feed_run = steps < most ? steps : most;
+        feed_later = steps - feed_run;
+    }
+    __device__ __forceinline__ void next_group() {
+        feed_group = per_group;
+        feed_affine = advance<4>(feed_affine, n);
+    }
+
+    // The same of a step that may lack strips or half of its K, or whose halves may be of two groups
+    __device__ __forceinline__ void send_parts(Shared to) {
 #pragma unroll
         for (int b = 0; b < kBlocks; b++)
 #pragma unroll
             for (int s = 0; s < S; s++) {
-                bool const there = All || (s < feed_strips && b < feed_units);
-                copy_async(to + (b * S + s) * 512, there ? feed_codes + b * feed_stride + s * 512 : p.codes, there);
+                bool const there = s < feed_strips && (!Fine || b < feed_units - missing);
+                unsigned char const* const from = advance<4>(feed_codes, feed_stride * b) + s * 512;
+                copy_async(to + (b * S + s) * 512, there ? from : p.codes, there);
             }
 #pragma unroll
-        for (int unit = 0; unit < 64 / kGroupUnit; unit++) {
-            bool const there = All || (lane / 4 < feed_strips && unit < feed_units);
-            unsigned char const* const from = feed_affine + (unit < feed_group ? 0 : p.out.n * 4ll);
-            if (lane < S * 4) copy_async(to + kAffine + unit * (S * 64), there ? from : p.codes, there);
+        for (int unit = 0; unit < kUnits; unit++) {
+            if (feed_group == 0) next_group();
+            bool const there = lane * S / 32 < feed_strips && feed_units > missing;
+            copy_async<S * 2>(ring_affine + (to - ring) + unit * (S * 64), there ? feed_affine : p.codes, there);
+            feed_units--, feed_group--;
         }
-    }
-
-    __device__ __forceinline__ void send(Shared to) {
-        if (feed_strips >= S && feed_units >= 2)
-            send_pieces<true>(to);
-        else
-            send_pieces<false>(to);
-        feed_group -= 64 / kGroupUnit;
-        while (feed_group <= 0) feed_group += per_group, feed_affine += p.out.n * 4ll;
-        feed_codes += kBlocks * feed_stride;
-        feed_units -= 2;
-        if (--feed_left == 0) seek(feed_tile + int(gridDim.y));
     }
 
     // x of the next step of this warp, if it is not there
     __device__ __forceinline__ void send_x() {
-        if (kHopper && feed_x == count) return;
+        if (kHopper && feed_x >= count) return;
         Shared const to = shared_address(x_place() + feed_x * x_step);
         int const pitch = p.k * 2, at = (first + (kHopper ? feed_x : feed_step)) * 128;
 #pragma unroll 1
@@ -170,7 +216,8 @@ struct Streamer {
 
     // ---- sums ----
 
-    __device__ __forceinline__ void multiply_step(bool last) {
+    template <bool First>  // of its sums
+    __device__ __forceinline__ void multiply_step() {
         uint4 words[S][kBlocks];
 #pragma unroll
         for (int b = 0; b < kBlocks; b++)
@@ -178,6 +225,7 @@ struct Streamer {
             for (int s = 0; s < S; s++) words[s][b] = load_piece(stage + (b * S + s) * 512);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            if (First && (Fine || half == 0)) clear();
             uint32_t x[C][4];
 #pragma unroll
             for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j], half * 64));
@@ -186,59 +234,80 @@ struct Streamer {
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     uint32_t a[4];
-                    decode<T, Bits>(a, words[s][half * kBlocks / 2], half * 2 + quarter);
+                    decode<T, Bits>(a, words[s][half * kBlocks / 2], half * 2 + quarter, carrier);
 #pragma unroll
                     for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][quarter * 2], x[j][quarter * 2 + 1]);
                 }
-                uint32_t const one = from_float<T>(1.0f) * 0x10001u, ones[4] = {one, one, one, one};
 #pragma unroll
                 for (int j = 0; j < C; j++) multiply_add<T>(x_sum[j], ones, x[j][quarter * 2], x[j][quarter * 2 + 1]);
             }
             if (Fine && half < units_left) finish_group(half);
         }
-        bool const back = !kHopper && stage == ring + (D - 1) * kStage;
+    }
+
+    __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int j = 0; j < C; j++) row_at[j] += back ? (1 - D) * row_moves[j] : row_moves[j];
-        if (!Fine && (--left == 0 || last)) finish_group(0), start_span();
+        for (int j = 0; j < C; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                x_sum[j][i] = 0.0f;
+#pragma unroll
+                for (int s = 0; s < S; s++) sum[s][j][i] = 0.0f;
+            }
     }
 
-    // How many steps until P is handed over
-    __device__ __forceinline__ void start_span() {
-        constexpr int kMost = kPromote / 64;
-        if (group_left == 0) group_left = p.group / 64;
-        left = group_left < kMost ? group_left : kMost;
-        group_left -= left;
-    }
-
-    // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
+    // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column. The
+    // lanes of a quad own the same rows of n: each converts a quarter of their scales and zeros, and leaves them where
+    // its codes were.
     __device__ __forceinline__ void finish_group(int unit) {
-        Shared const pairs = stage + (kAffine + unit * (S * 64) + g * 4 - lane * 16);
+        constexpr int kPairs = S / 2;  // of a lane
+        Shared const mine = stage + to_pairs + unit * (S * 64);
+        uint32_t values[4] = {};
 #pragma unroll
-        for (int s = 0; s < S; s++)
+        for (int i = 0; i < kPairs; i++) {
+            uint32_t const pair = load_word(mine + i * 32);
+            values[i * 2] = float_bits(to_float<T>(uint16_t(pair)));
+            values[i * 2 + 1] = float_bits(float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16)));
+        }
+        store_piece(stage + unit * 512, {values[0], values[1], values[2], values[3]});
+        warp_barrier();
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t const pair = load_word(pairs + (s * 16 + h * 8) * 4);
-                float const scale = to_float<T>(uint16_t(pair));
-                float const zero = float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16));
+        for (int q = 0; q < 4; q++) {
+            uint4 const piece = load_piece(stage + to_quad + unit * 512 + q * 16);
+#pragma unroll
+            for (int i = 0; i < kPairs; i++) {
+                int const s = (q * kPairs + i) / 2, h = (q * kPairs + i) % 2;
+                float const scale = bits_float(i ? piece.z : piece.x), zero = bits_float(i ? piece.w : piece.y);
 #pragma unroll
                 for (int j = 0; j < C; j++)
 #pragma unroll
-                    for (int e = h * 2; e < h * 2 + 2; e++) {
-                        acc[s][j][e] += scale * (sum[s][j][e] + zero * x_sum[j][e]);
-                        sum[s][j][e] = 0;
-                    }
+                    for (int e = h * 2; e < h * 2 + 2; e++) acc[s][j][e] += scale * (sum[s][j][e] + zero * x_sum[j][e]);
             }
+        }
+    }
+
+    // A step, when the place of the one before has been filled again
+    template <bool First>
+    __device__ __forceinline__ void step() {
+        copy_wait<D - 2>();
+        warp_barrier();  // other lanes' scales, zeros and x are there, and all have left the stage before
+        send<kHopper>(stage);
+        if (!kHopper) send_x();
+        copy_commit();
+        feed_codes = advance<4 * kBlocks>(feed_codes, feed_stride);  // in send it would take copies of it
+        bool const back = stage == ring + (D - 1) * kStage;
+        stage = kHopper ? next_place<kStage, D>(stage, ring_wrap) : back ? ring : stage + kStage;
 #pragma unroll
-        for (int j = 0; j < C; j++) x_sum[j][0] = x_sum[j][1] = x_sum[j][2] = x_sum[j][3] = 0;
+        for (int j = 0; j < C; j++) row_at[j] += !kHopper && back ? (1 - D) * row_moves[j] : row_moves[j];
+        multiply_step<First>();
     }
 
     // ---- tiles ----
 
     __device__ __forceinline__ void run() {
-        seek(blockIdx.y);
 #pragma unroll 1
         for (int d = 0; d < D - 1; d++) {
-            if (count) send(ring + d * kStage);
+            if (count) send<false>(ring + d * kStage), feed_codes = advance<4 * kBlocks>(feed_codes, feed_stride);
             if (d == 0) wait_for_inputs(), release_next();  // x must not wait behind a flood of weights
             send_x();
             copy_commit();
@@ -248,18 +317,24 @@ struct Streamer {
         int const step_y = int(gridDim.y);
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles; tile += step_y) {
-            if (!Fine) group_left = per_group - first % per_group, start_span();
+            int group_left = first_left;
 #pragma unroll 1
-            for (int step = 0; step < count; step++) {
-                if (Fine) units_left = p.k / 32 - (first + step) * 2;
-                copy_wait<D - 2>();
-                warp_barrier();  // other lanes' scales, zeros and x are there, and all have left the stage before
-                send(before);
-                send_x();
-                copy_commit();
-                multiply_step(step == count - 1);
-                before = stage;
-                stage = stage == ring + (D - 1) * kStage ? ring : stage + kStage;
+            for (int left = count; left > 0;) {
+                if (Fine) {
+                    units_left = p.k / 32 - (first + count - left) * 2;
+                    step<true>();
+                    left--;
+                } else {
+                    // P is of steps of one group, of this tile, and of kPromote k at most
+                    int span = group_left < left ? group_left : left;
+                    span = span < kPromote / 64 ? span : kPromote / 64;
+                    left -= span;
+                    group_left = group_left > kPromote / 64 ? group_left - kPromote / 64 : per_group;
+                    step<true>();
+#pragma unroll 1
+                    while (--span > 0) step<false>();
+                    finish_group(0);
+                }
             }
 #pragma unroll
             for (int j = 0; j < C; j++) row_at[j] -= kHopper ? count * row_moves[j] : 0;
@@ -340,8 +415,13 @@ struct Streamer {
     }
 };
 
+// Blocks whose registers a multiprocessor has: two where few warps have few sums each
+constexpr int fitting(Row const& row) {
+    return row.threads() <= 256 && row.strips * row.columns <= 4 ? 2 : row.resident;
+}
+
 template <class T, int Bits, int I, bool Fine>
-__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) stream(StreamArgs const p) {
+__global__ void __launch_bounds__(kRows[I].threads(), fitting(kRows[I])) stream(StreamArgs const p) {
 #if DEVICE_SM
     if constexpr (kGenerated<T, Fine, I>) Streamer<T, Bits, I, Fine>{p}.run();
 #endif

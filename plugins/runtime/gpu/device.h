@@ -69,7 +69,9 @@ __device__ __forceinline__ uint32_t add2<Half>(uint32_t a, uint32_t b) {
 template <>
 __device__ __forceinline__ uint32_t add2<Bfloat>(uint32_t a, uint32_t b) {
     uint32_t d = 0;
-#if DEVICE_SM >= 80  // add.bf16x2 starts at sm_90, fma at sm_80
+#if DEVICE_SM >= 90  // fma starts at sm_80, and wants its 1 in a register
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#elif DEVICE_SM >= 80
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(b));
 #endif
     return d;
@@ -82,8 +84,31 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t 
     return d;
 }
 
-// The same value in all lanes, and the compiler may know it
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
+// ~a & mask | bits, the same way
+__device__ __forceinline__ uint32_t mask_not_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
+
+// The same value in all lanes, and the compiler may know it: branches on it need no reconvergence
+__device__ __forceinline__ int uniform(int value) {
+#if DEVICE_SM >= 80  // redux writes a uniform register
+    return __reduce_max_sync(0xffffffff, value);
+#else
+    return __shfl_sync(0xffffffff, value, 0);
+#endif
+}
+
+// The same value, of which the compiler knows nothing: it is held in a register, not computed again where it is used.
+// Different Copies of a value have registers of their own.
+template <int Copy = 0, class V>
+__device__ __forceinline__ V held(V value) {
+    V const lane = V(threadIdx.x % 32), disguise = lane + Copy;
+    V same;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(same) : "r"(value ^ disguise), "r"(lane));
+    return same ^ disguise;
+}
 
 // The larger of each of two unsigned halves
 __device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
@@ -104,6 +129,26 @@ __device__ __forceinline__ Shared shared_address(void const* p) { return uint32_
 
 __device__ __forceinline__ Shared flip(Shared address, int bits) { return address ^ bits; }
 
+// `count` elements of so many bytes further, in one instruction: what a compiler has hoisted is added in two
+template <int Bytes>
+__device__ __forceinline__ unsigned char const* advance(unsigned char const* p, int count) {
+    int64_t bytes;
+    asm volatile("mul.wide.s32 %0, %1, %2;" : "=l"(bytes) : "r"(count), "n"(Bytes));
+    return p + bytes;
+}
+
+// A ring of Count places of Size bytes. What follows a place is the lower of `place + Size` and `wrap - Count * place`,
+// two instructions: for the last place the latter is the first, for every other it is Count * Size or more above that.
+template <int Size, int Count>
+__device__ __forceinline__ Shared wrap_of(Shared first) {
+    return first + Count * (first + (Count - 1) * Size);
+}
+template <int Size, int Count>
+__device__ __forceinline__ Shared next_place(Shared place, Shared wrap) {
+    Shared const next = place + Size, first = wrap - Count * place;
+    return next < first ? next : first;
+}
+
 // 16 bytes that one lane reads once and nobody changes, straight to registers: weights
 __device__ __forceinline__ uint4 load_once(void const* global) {
     uint4 v;
@@ -113,12 +158,19 @@ __device__ __forceinline__ uint4 load_once(void const* global) {
     return v;
 }
 
-// 16 bytes, global to shared, zeros where !valid. Past L1: x is shared through L2.
-__device__ __forceinline__ void copy_async(Shared shared, void const* global, bool valid) {
+// 16, 8 or 4 bytes, global to shared, zeros where !valid. 16 go past L1: x is shared through L2.
+template <int Bytes = 16>
+__device__ __forceinline__ void copy_async(Shared shared, void const* global, bool valid = true) {
 #if DEVICE_SM >= 80
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
+    if constexpr (Bytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(Bytes),
+                     "r"(valid ? Bytes : 0)
+                     : "memory");
 #else
+    static_assert(Bytes == 16, "what other sizes are for starts at sm_80");
     uint4 const v = valid ? __ldg(reinterpret_cast<uint4 const*>(global)) : uint4{0, 0, 0, 0};
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -146,6 +198,10 @@ __device__ __forceinline__ uint4 load_piece(Shared shared) {
                  : "r"(shared)
                  : "memory");
     return v;
+}
+__device__ __forceinline__ void store_piece(Shared shared, uint4 const& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 __device__ __forceinline__ uint32_t load_word(Shared shared) {
     uint32_t v;

@@ -56,6 +56,7 @@ namespace emulator {
 struct Copy {
     void* to;
     unsigned char bytes[16];
+    size_t size;
 };
 
 struct Running {  // products of a warpgroup that have not been waited for; they all add to the same sums
@@ -294,7 +295,12 @@ inline uint32_t add2(uint32_t a, uint32_t b) {
 }
 
 inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline uint32_t mask_not_or(uint32_t a, uint32_t mask, uint32_t bits) { return (~a & mask) | bits; }
 inline int uniform(int value);
+template <int Copy = 0, class V>
+inline V held(V value) {
+    return value;
+}
 
 inline uint32_t max_halves(uint32_t a, uint32_t b) {
     return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
@@ -324,6 +330,20 @@ inline Shared flip(Shared address, int bits) {
     return reinterpret_cast<Shared>(reinterpret_cast<uintptr_t>(address) ^ uintptr_t(bits));
 }
 
+template <int Bytes>
+inline unsigned char const* advance(unsigned char const* p, int count) {
+    return p + int64_t(count) * Bytes;
+}
+
+template <int Size, int Count>
+inline Shared wrap_of(Shared first) {
+    return first;
+}
+template <int Size, int Count>
+inline Shared next_place(Shared place, Shared wrap) {
+    return place == wrap + (Count - 1) * Size ? wrap : place + Size;
+}
+
 inline uint4 load_once(void const* global) {
     if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();
     uint4 v;
@@ -331,21 +351,22 @@ inline uint4 load_once(void const* global) {
     return v;
 }
 
-inline void copy_async(Shared shared, void const* global, bool valid) {
-    if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) std::abort();
-    emulator::Copy copy{shared, {}};
-    if (valid) std::memcpy(copy.bytes, global, 16);
+template <int Bytes = 16>
+inline void copy_async(Shared shared, void const* global, bool valid = true) {
+    if (reinterpret_cast<uintptr_t>(shared) % Bytes || reinterpret_cast<uintptr_t>(global) % Bytes) std::abort();
+    emulator::Copy copy{shared, {}, Bytes};
+    if (valid) std::memcpy(copy.bytes, global, Bytes);
     if (DEVICE_SM >= 80)
         emulator::state.now->groups.back().push_back(copy);
     else
-        std::memcpy(shared, copy.bytes, 16);
+        std::memcpy(shared, copy.bytes, Bytes);
 }
 inline void copy_commit() { emulator::state.now->groups.emplace_back(); }
 template <int Pending>
 inline void copy_wait() {
     auto& groups = emulator::state.now->groups;
     while (groups.size() > Pending + 1) {  // the last is open
-        for (auto const& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
+        for (auto const& copy : groups.front()) std::memcpy(copy.to, copy.bytes, copy.size);
         groups.erase(groups.begin());
     }
 }
@@ -355,6 +376,10 @@ inline uint4 load_piece(Shared shared) {
     uint4 v;
     std::memcpy(&v, shared, 16);
     return v;
+}
+inline void store_piece(Shared shared, uint4 const& v) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16) std::abort();
+    std::memcpy(shared, &v, 16);
 }
 inline uint32_t load_word(Shared shared) {
     uint32_t v;
