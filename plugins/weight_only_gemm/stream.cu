@@ -19,9 +19,7 @@
 // P is also handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
-#include <array>
 #include <type_traits>
-#include <utility>
 
 #include "decode.h"
 #include "epilogue.h"
@@ -43,7 +41,7 @@ struct StreamArgs {
 
 constexpr int kPromote = 1024;
 
-template <class T, int Bits, int I, bool Fine>  // Fine: groups end inside steps
+template <class T, int Bits, bool Fine, int I>  // Fine: groups end inside steps
 struct Streamer {
     static constexpr Row kRow = kRows[I];
     static constexpr int WK = kRow.warps_k, S = kRow.strips, C = kRow.columns, D = kRow.stages[Bits == 8];
@@ -415,37 +413,17 @@ struct Streamer {
     }
 };
 
-// Blocks whose registers a multiprocessor has: two where few warps have few sums each
-constexpr int fitting(Row const& row) {
-    return row.threads() <= 256 && row.strips * row.columns <= 4 ? 2 : row.resident;
-}
-
-template <class T, int Bits, int I, bool Fine>
-__global__ void __launch_bounds__(kRows[I].threads(), fitting(kRows[I])) stream(StreamArgs const p) {
+template <class T, int Bits, bool Fine, int I>
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) stream(StreamArgs const p) {
 #if DEVICE_SM
-    if constexpr (kGenerated<T, Fine, I>) Streamer<T, Bits, I, Fine>{p}.run();
+    if constexpr (kGenerated<T, Fine, I>) Streamer<T, Bits, Fine, I>{p}.run();
 #endif
 }
 
-constexpr int kFirst = first_row(Kernel::kStream);
-
-template <class T, int Bits, bool Fine, int... I>
-constexpr auto instances(std::integer_sequence<int, I...>) {
-    return std::array<void (*)(StreamArgs), sizeof...(I)>{stream<T, Bits, kFirst + I, Fine>...};
-}
-
-template <class T>
-char const* launch_rows(wog_problem const& p, StreamArgs const& args, wog_plan const& plan, void* stream) {
-    constexpr std::make_integer_sequence<int, count_rows(Kernel::kStream)> kAll;
-    constexpr auto kFour = instances<T, 4, false>(kAll), kFourFine = instances<T, 4, true>(kAll);
-    constexpr auto kEight = instances<T, 8, false>(kAll), kEightFine = instances<T, 8, true>(kAll);
-    bool const fine = p.group % 64;
-    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits);
-    dim3 const cluster(1, 1, args.partials ? 1 : plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
-    auto const& some = p.bits == 4 ? fine ? kFourFine : kFour : fine ? kEightFine : kEight;
-    return launch(some[plan.row - kFirst], grid, static_cast<Stream>(stream), args);
-}
+template <class T, int Bits, bool Fine, int I>
+struct Streams {
+    static constexpr auto kernel = stream<T, Bits, Fine, I>;
+};
 
 }  // namespace
 
@@ -464,8 +442,10 @@ char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan c
                           steps % parts,
                           stream_x_rows(row, p.m),
                           stream_x_places(row, p, plan.splits)};
-    char const* const failed =
-        p.type == WOG_F16 ? launch_rows<Half>(p, args, plan, stream) : launch_rows<Bfloat>(p, args, plan, stream);
+    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
+    auto* const kernel = instance<Kernel::kStream, Streams>(p, plan, p.group % 64 != 0);
+    char const* const failed = launch(kernel, grid, static_cast<Stream>(stream), args);
     return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 

@@ -177,7 +177,7 @@ def streaming_code(library: Path, row: str, bits: int, kind: str = "Half") -> Co
     (code,) = (
         text
         for text in machine_code(library, sm).split("Function : ")[1:]
-        if re.search(rf"{kernel}I\d{kind}Li{bits}ELi{index}E(Lb0E)?E", text.split("\n")[0])
+        if re.search(rf"{kernel}I\d{kind}Li{bits}E(Lb0E)?Li{index}EE", text.split("\n")[0])
     )
     return Code.parse(code)
 
