@@ -183,6 +183,14 @@ def test_the_op_definition_refuses_the_same_sizes(emulated: Kernels) -> None:
             assert (says_op is None) == (says_kernel is None), (says_op, says_kernel)
 
 
+def test_a_cluster_finds_room_on_few_multiprocessors(emulated: Kernels) -> None:
+    """As MPS leaves them to a process: a cluster of more blocks than those could not be launched."""
+    sizes = itertools.product((1, 16, 32, 64, 65, 300), (16, 256, 4096), (4096, 14336), (32, 128), (16, 8))
+    for (m, n, k, group, activation_bits), few in itertools.product(sizes, (1, 2, 3, 4, 7, 8, 9)):
+        asked = problem(m=m, n=n, k=k, group=group, activation_bits=activation_bits, sm_count=few)
+        assert emulated[90].library.choose(**asked).splits <= few, asked
+
+
 @pytest.mark.parametrize(("standard", "refused"), [(201703, True), (201709, False), (202002, False)])
 def test_a_compiler_without_the_tables_initializers_is_refused(standard: int, refused: bool) -> None:
     """GCC 10, whose C++20 says 201709, is one that has them."""

@@ -19,7 +19,7 @@ def is_taken(plan: LaunchPlan, problem: Mapping[str, int]) -> bool:
     """Whether a library does what a line with this plan says: may_divide of config.cpp, which bounds the workspace."""
     tiles = -(-problem["m"] // plan.tile_m) * -(-problem["n"] // plan.tile_n)
     idle = tiles * plan.splits <= min(problem["sm_count"], MOST_MULTIPROCESSORS)
-    return plan.splits == 1 or problem["sm"] == 90 or idle
+    return plan.splits == 1 or problem["sm"] == 90 or idle  # whose clusters find room: those that ran
 
 
 def choices_file(tuned: Iterable[Mapping[str, Any]], gpu: str, commit: str) -> str:
