@@ -117,7 +117,7 @@ class Request(
         return PACKAGED_PLUGINS / target.plugin if target.plugin else None
 
     def check_plugin(self, target: Target) -> None:
-        """Is there a library for `target`, and is it not one for other GPUs?"""
+        """Is there a library for `target`, and is it not one for other GPUs, or older than what is asked of it?"""
         library = self.library(target)
         if library is None:
             return
@@ -128,7 +128,8 @@ class Request(
                 where=str(library),
                 fix=f"`make {goal} TENSORRT=DIR` in a checkout, with {compiler} and DIR/include of TensorRT, makes one",
             )
-        serves = SERVES.search(library.read_bytes())
+        code = library.read_bytes()
+        serves = SERVES.search(code)
         if serves and target.plugin not in ("", serves[1].decode()):
             raise UserError(
                 f"a plugin library for other GPUs than {target.name} ({target.family})",
@@ -136,6 +137,12 @@ class Request(
                 expected=target.plugin,
                 found=serves[1].decode(),
                 fix=f"--plugin auto takes each from this installation; or compile for {target.name} apart",
+            )
+        if serves and self.plugin_batch_invariant and b"batch_invariant" not in code:  # the name of its attribute
+            raise UserError(
+                "a plugin library that is older than plugin_batch_invariant: TensorRT would ignore that in silence",
+                where=str(library),
+                fix="build the library anew, or leave plugin_batch_invariant out",
             )
 
     @property

@@ -128,8 +128,11 @@ def artifacts_kept(out: Path, written: Iterable[Target]) -> list[Artifact]:
     return [a for a in artifacts_in(out) if a.target not in names and (out / a.target).is_dir()]
 
 
-def check_out(out: Path, targets: Iterable[Target], keep: Iterable[Path] = ()) -> None:
-    """Can `out` be written, and is nothing lost that compile did not write? `keep` are paths that must survive."""
+def check_out(out: Path, targets: Iterable[Target], keep: Iterable[Path] = (), carried: Iterable[Path] = ()) -> None:
+    """Can `out` be written, and is nothing lost that compile did not write?
+
+    `keep` are paths that must survive; `carried` files have their copies among what is written.
+    """
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
@@ -139,6 +142,8 @@ def check_out(out: Path, targets: Iterable[Target], keep: Iterable[Path] = ()) -
             fix="name another with -o",
         )
     ours = {name for artifact in artifacts_in(out) for name in artifact.digests}
+    here, copied = out.resolve(), [file.resolve() for file in carried]
+    ours |= {str(file.relative_to(here)) for file in copied if file.is_relative_to(here)}
     for target in targets:
         folder = out / target.name
         for path in keep:

@@ -3,9 +3,11 @@
 
 #include <dlfcn.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <array>
 #include <charconv>
+#include <climits>
 #include <cstdio>
 #include <string>
 #include <string_view>
@@ -41,8 +43,13 @@ std::string path_of_file() {
     if (!dladdr(reinterpret_cast<void*>(&path_of_file), &found) || !found.dli_fname) return {};
     std::string path = found.dli_fname;
     if (path.size() > 3 && path.compare(path.size() - 3, 3, ".so") == 0) path.resize(path.size() - 3);
+    char here[PATH_MAX];
+    if (path[0] != '/' && getcwd(here, sizeof here)) path = std::string(here) + '/' + path;
     return path + ".choices";
 }
+
+// Found as the library is loaded: what dladdr says may be relative, and by the first launch the process may be elsewhere.
+std::string const kPath = path_of_file();
 
 void say(std::string const& path, int line, std::string const& expected, std::string_view found) {
     std::string shown(found.substr(0, kMostShown));
@@ -131,7 +138,7 @@ std::vector<Line> read(std::string const& path) {
 }  // namespace
 
 Choice measured_choice(wog_problem const& p) {
-    static std::vector<Line> const lines = read(path_of_file());
+    static std::vector<Line> const lines = read(kPath);
     Key const wanted{p.sm, p.sm_count, p.bits, p.group, p.activation_bits, p.n, p.k, p.m};
     auto const at = std::lower_bound(lines.begin(), lines.end(), wanted,
                                      [](Line const& line, Key const& key) { return line.when < key; });

@@ -47,9 +47,12 @@ Pace const& pace_of(int sm) {
     return *last;
 }
 
-// Where sums of parts of K go through memory only idle multiprocessors are worth that.
+// A cluster must find room: of a device's multiprocessors a process may have few, by MPS. Where sums of parts of K go
+// through memory only idle multiprocessors are worth that.
 bool may_divide(wog_problem const& p, int64_t tiles, int splits) {
-    return splits == 1 || in_cluster(p) || tiles * splits <= std::min(p.sm_count, kMostMultiprocessors);
+    if (splits == 1) return true;
+    if (in_cluster(p)) return splits <= usable(p, splits);
+    return tiles * splits <= std::min(p.sm_count, kMostMultiprocessors);
 }
 
 // Cycles, of rows for all since Ampere: what their weights take to come, or what the blocks take to issue their
@@ -131,7 +134,7 @@ struct HopperPlan {
 HopperPlan hopper_plan(wog_problem const& p, int tiles, int stages) {
     HopperPlan best{1, ceil_div(tiles, hopper_clusters(p, 1)) * int64_t(stages)};
     for (int splits : {2, 4, 8}) {
-        if (p.splits ? splits > p.splits : stages / splits < 4) continue;
+        if (p.splits ? splits > p.splits : stages / splits < 4 || !may_divide(p, tiles, splits)) continue;
         if (splits > stages || !hopper_divides(p, tiles, splits)) continue;
         int const blocks = hopper_clusters(p, splits) * splits,
                   rest = tiles % blocks ? ceil_div(stages, splits) + 6 : 0;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#if __cplusplus < 202002L
+#if __cplusplus <= 201703L  // GCC 10 calls its C++20 201709
 #error "C++20 (-std=c++20): without it nvcc 13.0 takes the rows below and leaves out their members' defaults"
 #endif
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
+from instantrt.compiler.artifact.staging import check_out
 from instantrt.compiler.backend.tensorrt.build import read_header
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type
 from instantrt.compiler.backend.tensorrt.gpu import Gpu, gpus
@@ -297,6 +298,22 @@ def test_the_plugin_of_a_kit_goes_with_the_engine(copy: Path, tmp_path: Path, mo
     (library,) = artifact.plugins
     assert (tmp_path / "built" / library).read_bytes() == b"a library"
     assert {library, "sm89/libwoq.choices"} <= set(artifact.digests)
+
+    choices = copy / "sm90" / "libwoq.choices"
+    os.link(choices, tmp_path / "elsewhere")
+    choices.unlink()
+    choices.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        build_kit(read_kit(copy / "sm90"), tmp_path / "other", "tensorrt-rtx", lambda text: None)
+    assert not (tmp_path / "other").exists()
+
+    (tmp_path / "elsewhere").rename(choices)
+    path.write_text(path.read_text().replace("sm89", "sm86"))
+    in_place = (copy / "sm90").rename(copy / "sm86")
+    with pytest.raises(UserError, match="would be lost"):
+        check_out(copy, [find_target("sm86")])
+    build_kit(read_kit(in_place), copy, "tensorrt-rtx", lambda text: None)
+    assert (in_place / "libwoq.choices").read_bytes().startswith(b"# measured")
 
 
 def test_a_kit_finished_where_it_lies_leaves_the_other_artifacts(copy: Path) -> None:

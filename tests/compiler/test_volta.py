@@ -167,6 +167,15 @@ def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, mon
         request(tmp_path, "sm70", "sm80", plugin=Path("auto"))
 
 
+def test_a_library_that_would_not_see_what_is_asked_of_it_is_refused(libraries: Path, tmp_path: Path) -> None:
+    newer = libraries / NEWER
+    with pytest.raises(UserError, match=f"{NEWER}: a plugin library that is older than plugin_batch_invariant"):
+        request(tmp_path, "sm80", plugin=newer, plugin_batch_invariant=True)
+    request(tmp_path, "sm80", plugin=newer)
+    newer.write_bytes(newer.read_bytes() + b"batch_invariant\0")
+    request(tmp_path, "sm80", plugin=newer, plugin_batch_invariant=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("quant", "group"), [("a16w8", None), ("a16w8", 64), ("a16w4", 32), ("a16w4", None)])
 def test_a_kit_with_the_plugin(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from instantrt.tools.gpu.choices import is_taken
 from instantrt.tools.gpu.library import Library
 from tests.plugins.cases import Case
 from tests.plugins.kernels import Emulated, check, problem
@@ -96,6 +97,20 @@ def test_no_choice_takes_more_workspace_than_an_engine_has(beside: Beside, emula
     assert len([name for name, divided in took if divided]) > len(named) // 2
 
 
+def test_tune_says_which_plans_a_line_gets(beside: Beside, emulated: dict[int, Emulated]) -> None:
+    """Else the file would hold lines that are ignored, in place of the fastest that are not."""
+    model, plans = emulated[80].library, []
+    for m, sm_count in itertools.product((4, 64, 300), (20, 108, 400)):
+        for i, plan in enumerate(model.plans((1, 2, 4, 8), **{**BASE, "m": m, "sm_count": sm_count})):
+            asked = {**BASE, "m": m, "sm_count": sm_count, "n": 1024 + 16 * i + 4096 * (m % 5)}
+            plans.append((asked, model.choose(**asked, row=plan.row + 1, splits=plan.splits)))
+    lines = [f"80 {p['sm_count']} 4 128 16 {p['n']} 8192 {p['m']} {plan.kernel} {plan.splits}" for p, plan in plans]
+    library = beside("\n".join(lines))
+    taken = [is_taken(plan, p) for p, plan in plans]
+    assert taken == [library.choose(**p) == plan for p, plan in plans]
+    assert 0.2 < sum(taken) / len(taken) < 0.8
+
+
 def test_a_measured_choice_is_what_runs(beside: Beside, emulated: dict[int, Emulated]) -> None:
     p = Case(5, 144, 640, group=64, bias=True).make()
     measured = check(Emulated(beside("80 132 4 64 16 144 640 8 tile64 4\n"), 80), p)
@@ -163,6 +178,18 @@ def test_what_is_no_file_is_left_alone(
     library = Library(Path(shutil.copy(emulated[80].library.path, tmp_path / "kernels.so")))
     assert library.choose(**BASE) == emulated[80].library.choose(**BASE)
     assert "expected a file of at most 1 MiB, found 'what cannot be read'" in capfd.readouterr().err
+
+
+def test_the_file_is_beside_the_library_wherever_the_process_goes(
+    emulated: dict[int, Emulated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "kernels.choices").write_text(GOOD)
+    shutil.copy(emulated[80].library.path, tmp_path / "lib" / "kernels.so")
+    monkeypatch.chdir(tmp_path)
+    library = Library(Path("lib/kernels.so"))
+    monkeypatch.chdir("/")
+    assert chosen(library) == ("tile64", 1)
 
 
 def test_names_of_rows_are_of_one_row_each(emulated: dict[int, Emulated], volta: Emulated) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 
 import pytest
 
 from instantrt.plugins.weight_only_gemm.op import check
 from instantrt.tools.gpu.library import LaunchRefusedError
-from tests.plugins.kernels import Emulated, problem
+from tests.plugins.kernels import SOURCE, Emulated, problem
 
 pytestmark = pytest.mark.slow
 
@@ -181,3 +182,19 @@ def test_the_op_definition_refuses_the_same_sizes(emulated: Kernels) -> None:
             except LaunchRefusedError as refused:
                 says_kernel = refused
             assert (says_op is None) == (says_kernel is None), (says_op, says_kernel)
+
+
+def test_a_cluster_finds_room_on_few_multiprocessors(emulated: Kernels) -> None:
+    """As MPS leaves them to a process: a cluster of more blocks than those could not be launched."""
+    sizes = itertools.product((1, 16, 32, 64, 65, 300), (16, 256, 4096), (4096, 14336), (32, 128), (16, 8))
+    for (m, n, k, group, activation_bits), few in itertools.product(sizes, (1, 2, 3, 4, 7, 8, 9)):
+        asked = problem(m=m, n=n, k=k, group=group, activation_bits=activation_bits, sm_count=few)
+        assert emulated[90].library.choose(**asked).splits <= few, asked
+
+
+@pytest.mark.parametrize(("standard", "refused"), [(201703, True), (201709, False), (202002, False)])
+def test_a_compiler_without_the_tables_initializers_is_refused(standard: int, refused: bool) -> None:
+    """GCC 10, whose C++20 says 201709, is one that has them."""
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-U__cplusplus", f"-D__cplusplus={standard}", "-x", "c++"]
+    done = subprocess.run([*command, str(SOURCE / "row.h")], capture_output=True, text=True, check=False)
+    assert (done.returncode != 0, "#error" in done.stderr) == (refused, refused)

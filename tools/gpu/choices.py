@@ -6,9 +6,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from instantrt.tools.gpu.layers import FORMATS, LAYERS
+from instantrt.tools.gpu.library import LaunchPlan
 
 COLUMNS = "sm multiprocessors bits group activation_bits n k max_m row splits"
-BY_MEMORY = " by memory"  # behind a plan that no problem gets: sums of parts of K that could be a cluster's
+# Behind a plan that no problem gets: sums of parts of K that could be a cluster's, or of more blocks than a device has
+# multiprocessors
+BY_MEMORY = " by memory"
+MOST_MULTIPROCESSORS = 256  # kMostMultiprocessors of config.h
+
+
+def is_taken(plan: LaunchPlan, problem: Mapping[str, int]) -> bool:
+    """Whether a library does what a line with this plan says: may_divide of config.cpp, which bounds the workspace."""
+    tiles = -(-problem["m"] // plan.tile_m) * -(-problem["n"] // plan.tile_n)
+    idle = tiles * plan.splits <= min(problem["sm_count"], MOST_MULTIPROCESSORS)
+    return plan.splits == 1 or problem["sm"] == 90 or idle  # whose clusters find room: those that ran
 
 
 def choices_file(tuned: Iterable[Mapping[str, Any]], gpu: str, commit: str) -> str:

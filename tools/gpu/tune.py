@@ -17,7 +17,7 @@ import torch
 
 from instantrt.tools.gpu import gemm
 from instantrt.tools.gpu.bench import label, ours
-from instantrt.tools.gpu.choices import BY_MEMORY
+from instantrt.tools.gpu.choices import BY_MEMORY, is_taken
 from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
 from instantrt.tools.gpu.layers import FORMATS, LAYERS, parse_case
 from instantrt.tools.gpu.library import LaunchPlan, Library
@@ -40,11 +40,11 @@ def candidates(library: Library, problem: dict[str, int]) -> list[LaunchPlan]:
     return [p for p in dict.fromkeys([*worth, library.choose(**problem)]) if not is_hung(p, problem["sm"])]
 
 
-def variants(plan: LaunchPlan, sm: int) -> Iterator[tuple[str, dict[str, int]]]:
+def variants(plan: LaunchPlan, problem: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
     """Labels and options that pin a plan; where its blocks are a cluster, also one that adds up in the workspace."""
     pinned = {"row": plan.row + 1, "splits": plan.splits}
-    yield label(plan), pinned
-    if sm == 90 and plan.splits > 1 and any(part in plan.kernel for part in OLDER):
+    yield label(plan) + ("" if is_taken(plan, problem) else BY_MEMORY), pinned
+    if problem["sm"] == 90 and plan.splits > 1 and any(part in plan.kernel for part in OLDER):
         yield f"{label(plan)}{BY_MEMORY}", {**pinned, **NO_CLUSTERS}
 
 
@@ -72,7 +72,7 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
         problem = Gemm.problem_of(x, weights[0], options)
         racers = []
         plans = candidates(library, problem)
-        for called, pinned in (each for plan in plans for each in variants(plan, problem["sm"])):
+        for called, pinned in (each for plan in plans for each in variants(plan, problem)):
             asked = {**options, **pinned}
             try:
                 if not (wrong := what_is_wrong(Gemm(library, x, weights[0], asked), truth)):

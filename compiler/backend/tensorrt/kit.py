@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instantrt.compiler.artifact.check import check_record
+from instantrt.compiler.artifact.check import check_record, inside
 from instantrt.compiler.artifact.digest import digests_of
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, artifact_from_json, write_manifest
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder, with_choices
@@ -129,16 +129,18 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say = lambda text: Non
     OUT may be the folder that the kit lies in; what else is there stays.
     """
     settings, target = kit.settings, kit.settings.target
-    check_out(out, [target])
+    plugins = [file for library in settings.plugins for file in with_choices(library)]
+    for file in plugins:
+        inside(kit.folder, file.name)
+    check_out(out, [target], carried=plugins)
     choice = choose_builder(target, builder, options=settings.options)
     if choice.flavour is None:
         what = f"this machine cannot build for {target.name} either"
         raise UserError(what, found=choice.reason, fix=by_tensorrt(target))
     with Staging() as staging:
         folder = new_folder(staging.staged(out), target, kit.folder)
-        for library in settings.plugins:
-            for file in with_choices(library):
-                shutil.copy(file, folder)
+        for file in plugins:
+            shutil.copy(file, folder)
         engine = build_engine(choice.flavour, settings, kit.onnx, folder, timing_cache(out, target), say)
         path, digests = f"{target.name}/{ENGINE}", digests_of(folder)
         artifact = replace(kit.artifact, kind="engine", path=path, engine=engine, digests=digests)
