@@ -115,6 +115,16 @@ constexpr int count_rows(Kernel kernel) {
     return count;
 }
 
+// Of two rows that are compared by it, one without a pace would always end first.
+constexpr bool paces_are_there() {
+    for (Row const& row : kRows) {
+        bool const compared = row.kernel == Kernel::kStream || row.kernel == Kernel::kHopper;
+        if (compared && !row.candidate && !(row.pace[0] > 0 && row.pace[1] > 0)) return false;
+    }
+    return true;
+}
+static_assert(paces_are_there(), "a row of kStream or kHopper has a pace, or is a candidate");
+
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
     if (row.kernel == Kernel::kHopper) return row.cluster == 1;
