@@ -64,10 +64,9 @@ wheel: setup
 # include/, one for each major that is to load it, separated by semicolons.
 plugins:
 	cmake -S plugins -B build/plugins -G Ninja -DTensorRT_ROOT="$(TENSORRT)"
-	cmake --build build/plugins
+	cmake --build build/plugins --target instantrt_plugins all
 	rm -rf plugins/lib
 	cmake --install build/plugins --prefix plugins/lib
-	test -e plugins/lib/libinstantrt_plugins.so
 
 # The same for Volta, whose last compiler is NVRTC 12: pip install .[kernels-sm70]
 plugins-sm70:

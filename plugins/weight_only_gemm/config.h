@@ -21,7 +21,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
 // Of the rows of kStream, kTile and kHopper the one that should end first is taken. The pace of Hopper's was measured on
-// an H200; that of the rows for all since Ampere is half the instructions of their loops, as two a cycle are issued.
+// an H200; that of the rows for all since Ampere is half of what their loops execute, copies of x with it
+// (docs/facts.md, "What an H200 does", has how it is counted), as the H200 issues two instructions a cycle.
 // Expected of turns: of two stages at g128, 128x128 of 16 bits, tensor cores need 1,024 cycles and 1,840 were measured;
 // scaling the sums, which takes a group of consumers about 500, would be beside the other's products.
 // clang-format off
@@ -114,6 +115,16 @@ constexpr int count_rows(Kernel kernel) {
     for (Row const& row : kRows) count += row.kernel == kernel;
     return count;
 }
+
+// Of two rows that are compared by it, one without a pace would always end first.
+constexpr bool paces_are_there() {
+    for (Row const& row : kRows) {
+        bool const compared = row.kernel == Kernel::kStream || row.kernel == Kernel::kHopper;
+        if (compared && !row.candidate && !(row.pace[0] > 0 && row.pace[1] > 0)) return false;
+    }
+    return true;
+}
+static_assert(paces_are_there(), "a row of kStream or kHopper has a pace, or is a candidate");
 
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {

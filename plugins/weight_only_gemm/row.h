@@ -1,4 +1,4 @@
-// A kernel configuration: one row of a library's table.
+// A kernel configuration: one row of a library's table. docs/extending/kernel.md says what limits each field, by kernel.
 #pragma once
 
 #include <cstdint>

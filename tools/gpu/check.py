@@ -124,7 +124,9 @@ def said(name: str, part: dict[str, Any], most: int = 10**6) -> str:
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.png")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.md; else build/gpu_check"
+    )
     parser.add_argument("--part", choices=PARTS, help="the stages of one command, and a limit for all of it")
     parser.add_argument("--stages", type=parse_stages, help=",".join(STAGES))
     parser.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
