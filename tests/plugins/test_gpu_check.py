@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import argparse
 import json
 import shutil
 import subprocess
@@ -273,6 +274,9 @@ def test_cases_name_layer_and_rows() -> None:
     ]  # fmt: skip
     assert len(layers.cases(False)) == len(layers.LAYERS) * len(layers.ROWS)
     assert set(layers.cases(True)) < set(layers.cases(False))
+    assert layers.cases(True, ("16x128",))[0] == "16x128 m=1"
+    assert layers.size("16x128") == (16, 128)
+    assert layers.size("70b o") == (8192, 8192)
     assert set(layers.QUICK) == {f"{model} {part}" for model in ("qwen2-7b", "llama3-8b") for part in PARTS}
     for case in ncu.CASES:
         layer, m = layers.parse_case(case.partition(", ")[2])
@@ -399,6 +403,10 @@ def test_sources_are_told_apart(tmp_path: Path) -> None:
 
 def test_stages_run_in_their_order_and_build_first() -> None:
     assert gpu_check.parse_stages("tests,smoke") == ["build", "smoke", "tests"]
+    assert gpu_check.parse_layers("4096x14336,16x128") == ("4096x14336", "16x128")
+    for wrong in ("", "4096", "4096x", "8x128", "16x64", "0x128", "16x128,", "70b o", "-16x128"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected NxK, as 4096x14336"):
+            gpu_check.parse_layers(wrong)
     with pytest.raises(Exception, match="unknown test; expected build,smoke,tests,sanitize,bench,profile,tune"):
         gpu_check.parse_stages("test")
 

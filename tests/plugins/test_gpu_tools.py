@@ -171,8 +171,8 @@ def timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         return float(next(ticks))
 
+    monkeypatch.setattr(bench, "LAYERS", {"qwen2-7b o": (32, 128)})
     for module in (bench, tune):
-        monkeypatch.setattr(module, "LAYERS", {"qwen2-7b o": (32, 128)})
         monkeypatch.setattr(module, "copies", lambda size: 2)
     monkeypatch.setattr(race, "FEWEST_CALLS", 2)
     monkeypatch.setattr(race, "WARM", 0)
@@ -264,11 +264,9 @@ def test_each_profiled_case_is_numbered_and_launched_once(
 
 
 @pytest.mark.usefixtures("timed_here")
-def test_tuning_tries_every_row_and_a_library_takes_the_fastest(
-    emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tuning_tries_every_row_and_a_library_takes_the_fastest(emulated: dict[int, Emulated], tmp_path: Path) -> None:
     library = emulated[90].library
-    rows = tune.case(library, "qwen2-7b o", 4)
+    rows = tune.case(library, "32x128", 4)
     tried = {row["format"]: {r["plan"] for r in rows if r["format"] == row["format"]} for row in rows}
     for name, (bits, _, activation_bits) in tune.FORMATS.items():
         fields = {"m": 4, "n": 32, "k": 128, "group": 128, "bits": bits, "activation_bits": activation_bits}
@@ -282,7 +280,6 @@ def test_tuning_tries_every_row_and_a_library_takes_the_fastest(
     assert not any("wrong" in row for row in rows)
     assert {r["format"] for r in tables.losses(rows)} == set(tune.FORMATS)
 
-    monkeypatch.setattr(choices, "LAYERS", tune.LAYERS)
     own = Library(Path(shutil.copy(library.path, tmp_path / "own.so")))
     mine = [row for row in rows if row["format"] == "int4 g128"]
     slow = next(row for row in mine[::-1] if "/" in row["plan"] and "by memory" not in row["plan"])
@@ -309,7 +306,7 @@ def test_a_row_that_computes_something_else_cannot_win(
 
     monkeypatch.setattr(Library, "launch", launch)
     monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
-    rows = tune.case(emulated[90].library, "qwen2-7b o", 4)
+    rows = tune.case(emulated[90].library, "32x128", 4)
     assert {row["plan"].split("/")[0] for row in rows if "wrong" in row} == {broken}
     assert not any(row["plan"].startswith(broken) for row in rows if "us" in row)
 
@@ -327,7 +324,7 @@ def test_a_row_that_cannot_be_launched_costs_itself(
 
     monkeypatch.setattr(Library, "launch", launch)
     monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
-    rows = tune.case(emulated[90].library, "qwen2-7b o", 4)
+    rows = tune.case(emulated[90].library, "32x128", 4)
     assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
         "LaunchRefusedError: too many resources requested for launch"
     }

@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -114,6 +115,18 @@ def parse_stages(names: str) -> list[str]:
     return [name for name in STAGES if name in asked or name == "build"]
 
 
+def parse_layers(names: str) -> tuple[str, ...]:
+    """N x K of weights, as tune's formats take them: tiles of 16 rows, groups of 128."""
+    layers = tuple(names.split(","))
+    for layer in layers:
+        sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", layer)
+        if not sizes or int(sizes[1]) % 16 or int(sizes[2]) % 128:
+            raise argparse.ArgumentTypeError(
+                f"{layer!r}; expected NxK, as 4096x14336: N a multiple of 16, K a multiple of 128"
+            )
+    return layers
+
+
 def said(name: str, part: dict[str, Any], most: int = 10**6) -> str:
     """A stage's tables; a mistake in them costs them alone."""
     try:
@@ -130,6 +143,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser.add_argument("--part", choices=PARTS, help="the stages of one command, and a limit for all of it")
     parser.add_argument("--stages", type=parse_stages, help=",".join(STAGES))
     parser.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
+    parser.add_argument("--layers", type=parse_layers, default=(), metavar="NxK,...", help="tune: these instead")
     args = parser.parse_args(words)
     began = time.monotonic()
     plan = PARTS.get(args.part, ShortRun(tuple(STAGES), args.quick, False, float("inf")))
@@ -141,7 +155,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
     report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
     sm, quick = int(query("compute_cap")["compute_cap"].replace(".", "")), plan.quick or args.quick
-    ring = Ring(sm, quick, report, plan.native, out=out)
+    ring = Ring(sm, quick, report, plan.native, out=out, layers=args.layers)
     expected = {name: STAGES[name].expected[quick] for name in stages}
     print(f"{before['name']}: expected {', '.join(f'{n} {s} s' for n, s in expected.items())};", end=" ")
     print(f"together {sum(expected.values())} s, at most {plan.seconds:g} s", flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 LAYERS = {  # name: (n, k); those of a quick run first, the ones that take longest last
     "qwen2-7b gate_up": (37888, 3584), "qwen2-7b o": (3584, 3584), "llama3-8b o": (4096, 4096),
     "qwen2-7b down": (3584, 18944), "llama3-8b gate_up": (28672, 4096), "qwen2-7b qkv": (4608, 3584),
@@ -17,8 +19,18 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 QUICK_ROWS = (1, 8, 16, 64, 512)
 
 
-def cases(quick: bool) -> list[str]:
-    return [f"{layer} m={m}" for layer in (QUICK if quick else LAYERS) for m in (QUICK_ROWS if quick else ROWS)]
+def cases(quick: bool, own: Sequence[str] = ()) -> list[str]:
+    """Names of cases, of `own` layers if there are any."""
+    names = own or (QUICK if quick else tuple(LAYERS))
+    return [f"{layer} m={m}" for layer in names for m in (QUICK_ROWS if quick else ROWS)]
+
+
+def size(layer: str) -> tuple[int, int]:
+    """n and k of one of LAYERS, or of a layer called by them: "4096x14336"."""
+    if layer in LAYERS:
+        return LAYERS[layer]
+    n, _, k = layer.partition("x")
+    return int(n), int(k)
 
 
 def parse_case(name: str) -> tuple[str, int]:

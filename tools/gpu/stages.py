@@ -70,6 +70,7 @@ class Ring:
     native: bool = False  # leave out what older GPUs run
     deadline: float = float("inf")  # of the stage that runs, a time.monotonic(), so that later ones get their time
     out: Path | None = None  # beside which raw data are written: OUT.json
+    layers: tuple[str, ...] = ()  # that tune times instead of those it knows: "4096x14336", n x k
 
     def seconds(self, most: float) -> float:
         """What a stage that may take `most` has left."""
@@ -281,7 +282,7 @@ def humming_absent() -> str:
 
 
 def tune(ring: Ring) -> Part:
-    outcomes = measure(ring, "instantrt.tools.gpu.tune", layers.cases(ring.quick), 470)
+    outcomes = measure(ring, "instantrt.tools.gpu.tune", layers.cases(ring.quick, ring.layers), 470)
     rows = [row for o in outcomes for row in o.data or []]
     part = summary(outcomes)
     part |= {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}
