@@ -208,7 +208,7 @@ constexpr int tile_shared(Row const& row, wog_problem const& p, int splits, int 
     int const ring = row.stages[p.bits == 8] * tile_stage(row, p.bits, tile_units(p), warps_n);
     int const staged = warps_n * row.warps_k * row.warps_m * 8 * (row.strips * 16 + 4) * 4;
     int const sums = row.warps_k * row.block_m() * (warps_n * row.strips * 16 + 4) * 4;
-    return 1024 + (splits == 1 ? ring + staged : std::max(ring, sums));
+    return 1024 + (splits == 1 || !in_cluster(p) ? ring + staged : std::max(ring, sums));
 }
 
 // kHopper: a ring of stages, as many as fit; floats on their way to the output, of 64 n and so many m for each group of

@@ -166,6 +166,11 @@ inline bool happen(bool all_wait, std::mt19937& random) {
     return count > 0;
 }
 
+inline unsigned char* shared_of(unsigned rank) {
+    auto const at = reinterpret_cast<uintptr_t>(state.shared[rank].data());
+    return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
+}
+
 inline void run_cluster(dim3 first, dim3 cluster, int threads, size_t shared, std::mt19937& random) {
     unsigned const warps = unsigned(threads + 31) / 32, blocks = cluster.x * cluster.z;
     state.fibers = std::vector<Fiber>(threads * blocks);
@@ -201,6 +206,12 @@ inline void run_cluster(dim3 first, dim3 cluster, int threads, size_t shared, st
                 break;
             }
         fail(what);
+    }
+    for (unsigned rank = 0; rank < blocks; rank++) {
+        auto const& memory = state.shared[rank];
+        size_t const end = size_t(shared_of(rank) - memory.data()) + shared;
+        bool const intact = std::all_of(memory.begin() + long(end), memory.end(), [](auto b) { return b == 0xff; });
+        if (!intact) fail("block " + std::to_string(rank) + " wrote past the end of its shared memory");
     }
     if (!state.later.empty()) fail("a block ended before its copies had landed");
     if (state.audit) state.audit();
@@ -315,12 +326,6 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 // ---- memory ----
 
-namespace emulator {
-inline unsigned char* shared_of(unsigned rank) {
-    auto const at = reinterpret_cast<uintptr_t>(state.shared[rank].data());
-    return reinterpret_cast<unsigned char*>((at + 1023) / 1024 * 1024);
-}
-}  // namespace emulator
 inline unsigned char* dynamic_shared() { return emulator::shared_of(emulator::state.now->rank); }
 
 using Shared = unsigned char*;
