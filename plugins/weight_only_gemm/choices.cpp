@@ -9,6 +9,9 @@
 #include <charconv>
 #include <climits>
 #include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -30,7 +33,6 @@ constexpr Column kColumns[] = {
     {"splits", 1, 8}};
 constexpr char kEvery[] = "sm multiprocessors bits group activation_bits n k max_m row splits";
 constexpr size_t kColumnCount = std::size(kColumns), kRowColumn = 8;
-constexpr char kSpaces[] = " \t\r\v\f";
 
 using Key = std::array<int64_t, kRowColumn>;  // what stands before the row; max_m is the last of it
 struct Line {
@@ -59,28 +61,6 @@ void say(std::string const& path, int line, std::string const& expected, std::st
                  expected.c_str(), shown.c_str());
 }
 
-// Whether all of it could be read; one byte more than the most is enough to know that it is too large.
-bool load(std::string const& path, std::string& text) {
-    FILE* const file = std::fopen(path.c_str(), "rb");
-    if (!file) return false;
-    text.resize(kMostBytes + 1);
-    text.resize(std::fread(text.data(), 1, text.size(), file));
-    bool const good = !std::ferror(file);
-    std::fclose(file);
-    return good;
-}
-
-std::vector<std::string_view> words_of(std::string_view line) {
-    std::vector<std::string_view> words;
-    line = line.substr(0, line.find('#'));
-    for (size_t at; (at = line.find_first_not_of(kSpaces)) != line.npos;) {
-        line.remove_prefix(at);
-        words.push_back(line.substr(0, line.find_first_of(kSpaces)));
-        line.remove_prefix(words.back().size());
-    }
-    return words;
-}
-
 int64_t value_of(std::string_view word, size_t column) {
     int64_t value = -1;
     if (column == kRowColumn) {
@@ -96,17 +76,20 @@ std::vector<Line> read(std::string const& path) {
     std::vector<Line> lines;
     struct stat about{};
     if (path.empty() || stat(path.c_str(), &about)) return lines;  // there is none
-    std::string text;
-    bool const loaded = S_ISREG(about.st_mode) && load(path, text);  // of a pipe it would wait
+    std::ifstream file;
+    if (S_ISREG(about.st_mode)) file.open(path, std::ios::binary);  // of a pipe it would wait
+    std::string text(kMostBytes + 1, 0);                            // one byte more: to know that it is too large
+    text.resize(size_t(file.read(text.data(), std::streamsize(text.size())).gcount()));
+    bool const loaded = file.is_open() && !file.bad();
     if (!loaded || text.size() > kMostBytes) {
         say(path, 0, "a file of at most 1 MiB", loaded ? "more" : "what cannot be read");
         return lines;
     }
     int number = 0, wrong = 0;
-    for (std::string_view rest = text; !rest.empty();
-         rest.remove_prefix(std::min(rest.find('\n'), rest.size() - 1) + 1)) {
-        std::string_view const line = rest.substr(0, rest.find('\n'));
-        auto const words = words_of(line);
+    std::istringstream rest(text);
+    for (std::string line; std::getline(rest, line);) {
+        std::istringstream stream(line.substr(0, line.find('#')));
+        std::vector<std::string> const words{std::istream_iterator<std::string>(stream), {}};
         number++;
         if (words.empty()) continue;
         Line found{};

@@ -242,21 +242,19 @@ int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
     return 0;
 }
 
-// `p` with the row and the parts of K that were measured as the fastest for it, if the library's file says so. Not where
-// they do not serve it, or would take more of the workspace than an engine has; nor where cuBLASLt may be asked, which
-// was not measured beside them.
-wog_problem settled(wog_problem const& p) {
+// By what was measured as the fastest, if the library's file says so. Not where that does not serve the problem, or would
+// take more of the workspace than an engine has; nor where cuBLASLt may be asked, which was not measured beside it.
+bool choose_measured(wog_problem const& p, wog_plan& plan) {
     auto const dense = [&](Row const& row) { return row.kernel == Kernel::kDense && fits(row, p); };
-    if (p.row || p.splits || p.plain || p.batch_invariant || std::any_of(kRows, kRows + kRowCount, dense)) return p;
+    if (p.row || p.splits || p.plain || p.batch_invariant || std::any_of(kRows, kRows + kRowCount, dense)) return false;
     Choice const measured = measured_choice(p);
-    if (measured.row < 0 || kRows[measured.row].kernel == Kernel::kDense) return p;
+    if (measured.row < 0 || kRows[measured.row].kernel == Kernel::kDense) return false;
     wog_problem pinned = p;
     pinned.row = measured.row + 1, pinned.splits = measured.splits;
-    wog_plan plan{};
     char error[256];
-    if (choose(pinned, plan, error, sizeof error)) return p;
+    if (choose(pinned, plan, error, sizeof error)) return false;
     int64_t const tiles = int64_t(ceil_div(p.m, plan.tile_m)) * ceil_div(p.n, plan.tile_n);
-    return may_divide(p, tiles, plan.splits) ? pinned : p;
+    return may_divide(p, tiles, plan.splits);
 }
 
 int launch_in_turns(wog_problem p, wog_tensors t, int64_t rows, void* stream, char* error, size_t size) {
@@ -303,7 +301,7 @@ int wog_check(wog_problem const* problem, char* error, size_t size) {
 }
 
 int wog_choose(wog_problem const* problem, wog_plan* plan, char* error, size_t size) {
-    return wog_check(problem, error, size) || choose(settled(*problem), *plan, error, size);
+    return choose_measured(*problem, *plan) ? 0 : choose(*problem, *plan, error, size);
 }
 
 int64_t wog_workspace(wog_problem const* problem) {
@@ -342,10 +340,9 @@ int wog_device(int32_t* sm, int32_t* sm_count, char* error, size_t size) {
 int32_t wog_library() { return find_library(); }
 
 int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* stream, char* error, size_t size) {
-    if (wog_check(problem, error, size)) return 1;
-    wog_problem const p = settled(*problem);
+    wog_problem const& p = *problem;
     wog_plan plan{};
-    if (choose(p, plan, error, size)) return 1;
+    if (wog_choose(problem, &plan, error, size)) return 1;
     wog_tensors const& t = *tensors;
     struct {
         char const* name;

@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
 }
 
 template <class T, int Bits, bool, int I>  // one kernel for all groups
-struct Tiles {
+struct GemmOf {
     static constexpr auto kernel = gemm<T, Bits, I>;
 };
 
@@ -541,11 +541,7 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
         steps % parts,
         gemm_x_rows(row, p.m),
         gemm_x_steps(row, p, plan.splits)};
-    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
-    auto* const kernel = instance<Kernel::kGemm, Tiles>(p, plan, false);
-    char const* const failed = launch(kernel, grid, static_cast<Stream>(stream), args);
-    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
+    return launch_parts(instance<Kernel::kGemm, GemmOf>(p, plan, false), args, p, t, plan, stream);
 }
 
 }  // namespace wog

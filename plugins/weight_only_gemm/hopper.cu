@@ -334,10 +334,8 @@ struct Consumer {
     static constexpr bool kInt8 = S::kInt8, kWhole = S::kRow.whole_k;
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
     static constexpr bool kAhead = W == 2 || (W == 3 && C == 8);
-    static constexpr int kParts = Fine     ? S::kUnits
-                                  : kAhead ? 2
-                                           : 4,
-                         kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
+    static constexpr int kParts = Fine ? S::kUnits : kAhead ? 2 : 4;
+    static constexpr int kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
 
     HopperArgs const& p;
     int const thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
@@ -654,7 +652,7 @@ __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant_
 }
 
 template <class T, int Bits, bool Fine, int I>
-struct Hopper {
+struct HopperOf {
     static constexpr auto kernel = hopper<T, Bits, Fine, I>;
 };
 
@@ -696,7 +694,7 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
     if (failed) return failed;
     dim3 const cluster(std::max(row.cluster, plan.splits));
     Grid const grid{dim3(clusters * cluster.x), plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};
-    return launch(instance<Kernel::kHopper, Hopper>(p, plan, fine), grid, static_cast<Stream>(stream), args);
+    return launch(instance<Kernel::kHopper, HopperOf>(p, plan, fine), grid, static_cast<Stream>(stream), args);
 }
 
 }  // namespace wog

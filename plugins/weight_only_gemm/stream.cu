@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) stream(
 }
 
 template <class T, int Bits, bool Fine, int I>
-struct Streams {
+struct StreamOf {
     static constexpr auto kernel = stream<T, Bits, Fine, I>;
 };
 
@@ -442,11 +442,7 @@ char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan c
                           steps % parts,
                           stream_x_rows(row, p.m),
                           stream_x_places(row, p, plan.splits)};
-    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
-    auto* const kernel = instance<Kernel::kStream, Streams>(p, plan, p.group % 64 != 0);
-    char const* const failed = launch(kernel, grid, static_cast<Stream>(stream), args);
-    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
+    return launch_parts(instance<Kernel::kStream, StreamOf>(p, plan, p.group % 64 != 0), args, p, t, plan, stream);
 }
 
 }  // namespace wog

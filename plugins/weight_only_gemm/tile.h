@@ -30,6 +30,16 @@ auto instance(wog_problem const& p, wog_plan const& plan, bool fine) {
     }(std::make_integer_sequence<int, count_rows(Kind)>());
 }
 
+// Blocks with tiles of m and n and parts of K; then what adds up the sums that they leave in the workspace, if they do
+template <class Args>
+char const* launch_parts(void (*kernel)(Args), Args const& args, wog_problem const& p, wog_tensors const& t,
+                         wog_plan const& plan, void* stream) {
+    dim3 const blocks(plan.grid_m, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
+    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
+    char const* const failed = launch(kernel, grid, static_cast<Stream>(stream), args);
+    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
+}
+
 // One warp's sums into a tile of `pitch` floats a row: strips from column n, columns of 8 m from row m
 template <int S, int C>
 __device__ __forceinline__ void store_sums(float* tile, int pitch, float const (&acc)[S][C][4], int m, int n, int g,

@@ -491,7 +491,7 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) tiles(_
 }
 
 template <class T, int Bits, bool Fine, int I>
-struct Tile {
+struct TileOf {
     static constexpr auto kernel = tiles<T, Bits, Fine, I>;
 };
 
@@ -518,12 +518,9 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
                   affine_at,
                   affine_at + row.warps_k * units * strips * 64,
                   tile_stage(row, p.bits, units, warps_n)};
-    char const* failed = for_hopper(row) ? describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m()) : nullptr;
-    dim3 const blocks(1, plan.grid_n, plan.splits), cluster(1, 1, args.partials ? 1 : plan.splits);
-    Grid const grid{blocks, plan.threads, size_t(plan.shared), cluster, p.sm >= 90};
-    auto* const kernel = instance<Kernel::kTile, Tile>(p, plan, units > 1);
-    if (!failed) failed = launch(kernel, grid, static_cast<Stream>(stream), args);
-    return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
+    if (for_hopper(row))
+        if (char const* failed = describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m())) return failed;
+    return launch_parts(instance<Kernel::kTile, TileOf>(p, plan, units > 1), args, p, t, plan, stream);
 }
 
 }  // namespace wog
