@@ -173,8 +173,8 @@ def build_cublaslt(folder: Path) -> Path:
 
 def build_emulators(folder: Path, sms: tuple[int, ...]) -> dict[int, Path]:
     """Side by side: a build of the kernels for the CPU, as each of these SMs sees them."""
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    command += ["-I", str(EMULATOR), "-x", "c++"]
+    command = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-Wno-psabi", "-I", str(EMULATOR), "-x", "c++"]
 
     def options(sm: int) -> list[str]:
         names, library = (VOLTA, ["-DWOG_VOLTA"]) if sm == 70 else (KERNELS, [])

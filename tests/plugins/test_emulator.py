@@ -31,7 +31,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("the kernel emulator needs g++ on PATH")
     out = tmp_path_factory.mktemp("faults") / "faults"
-    command = ["g++", "-std=c++20", "-O1", "-DDEVICE_SM=90", f"-I{EMULATOR}", "-x", "c++", "-Wall", "-Werror"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-DDEVICE_SM=90",
+        f"-I{EMULATOR}",
+        "-x",
+        "c++",
+        "-Wall",
+        "-Werror",
+    ]
     subprocess.run([*command, str(EMULATOR / "faults.cu"), "-o", str(out)], check=True)
     return out
 

@@ -94,8 +94,9 @@ inline void arrive_when_copied(Barrier* barrier) {
 }
 inline void wait(Barrier* barrier, int parity) {
     emulator::Fiber* const me = emulator::state.now;
+    emulator::Phases const& phases = emulator::phases_of(barrier);
     me->waiting = barrier;
-    while (int(emulator::phases_of(barrier).ended % 2) == parity) emulator::yield();
+    while (int(phases.ended % 2) == parity) emulator::await(phases.ended, phases.ended);
     me->waiting = nullptr;
 }
 

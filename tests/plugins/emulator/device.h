@@ -7,6 +7,7 @@
 // not.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -65,12 +66,13 @@ struct Running {  // products of a warpgroup that have not been waited for; they
 };
 
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    jmp_buf place;  // where it goes on
     dim3 block;
     unsigned rank = 0, thread = 0, warp = 0;  // block of the cluster, thread of the block, warp of the cluster
     void const* waiting = nullptr;            // for what, for the message when that never comes
-    bool done = false;
+    uint64_t const* awaited = nullptr;        // what counts up when it may go on,
+    uint64_t seen = 0;                        // from this
+    bool started = false, done = false;
     std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
     std::vector<std::vector<std::function<void()>>> products{1};
     Running running;
@@ -92,7 +94,8 @@ inline struct State {
     std::vector<Meeting> warps;
     Meeting cluster;
     std::vector<std::array<std::array<Payload, 32>, 2>> mail;  // two generations of each warp's exchange
-    ucontext_t scheduler;
+    jmp_buf scheduler;
+    std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, one cluster's after the other's
     Fiber* now = nullptr;
     uint64_t progress = 0;
     std::vector<std::vector<unsigned char>> shared;  // of each block
@@ -107,7 +110,17 @@ inline struct State {
     std::abort();
 }
 
-inline void yield() { swapcontext(&state.now->context, &state.scheduler); }
+// swapcontext asks the system for the signal mask each time, which was half of all that the emulator did; jumps do not
+// (glibc's checked ones refuse another stack, so it is compiled without _FORTIFY_SOURCE).
+inline void yield() {
+    if (!_setjmp(state.now->place)) _longjmp(state.scheduler, 1);
+}
+// Gives way until `count` is no longer `seen`.
+inline void await(uint64_t const& count, uint64_t seen) {
+    state.now->awaited = &count, state.now->seen = seen;
+    while (count == seen) yield();
+    state.now->awaited = nullptr;
+}
 
 inline uint64_t arrive(Meeting& meeting, int threads) {
     uint64_t const mine = meeting.generation;
@@ -120,7 +133,7 @@ inline uint64_t arrive(Meeting& meeting, int threads) {
 }
 inline uint64_t meet(Meeting& meeting, int threads) {
     uint64_t const mine = arrive(meeting, threads);
-    while (meeting.generation == mine) yield();
+    await(meeting.generation, mine);
     return mine;
 }
 
@@ -144,14 +157,20 @@ inline void enter() {
     yield();
 }
 
-inline void prepare(Fiber& f, dim3 block, unsigned rank, unsigned thread, unsigned warps) {
-    f.block = block, f.rank = rank, f.thread = thread, f.warp = rank * warps + thread / 32;
+// Runs `f` until it gives way.
+inline void resume(Fiber& f) {
+    state.now = &f;
+    if (_setjmp(state.scheduler)) return;
+    if (f.started) _longjmp(f.place, 1);
+    f.started = true;
     constexpr size_t kStack = 64 * 1024;
-    f.stack = std::make_unique<char[]>(kStack);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    makecontext(&f.context, reinterpret_cast<void (*)()>(enter), 0);
+    auto& stack = state.stacks[size_t(&f - state.fibers.data())];
+    if (!stack) stack.reset(new char[kStack]);
+    ucontext_t fresh;
+    getcontext(&fresh);
+    fresh.uc_stack.ss_sp = stack.get(), fresh.uc_stack.ss_size = kStack, fresh.uc_link = nullptr;
+    makecontext(&fresh, enter, 0);
+    setcontext(&fresh);
 }
 
 // Some of what may happen now; when all threads wait, at least one thing. Returns whether anything did.
@@ -175,6 +194,7 @@ inline void run_cluster(dim3 first, dim3 cluster, int threads, size_t shared, st
     unsigned const warps = unsigned(threads + 31) / 32, blocks = cluster.x * cluster.z;
     state.fibers = std::vector<Fiber>(threads * blocks);
     state.threads = size_t(threads);
+    state.stacks.resize(std::max(state.stacks.size(), state.fibers.size()));
     state.barriers.assign(blocks, {});
     state.warps.assign(warps * blocks, {});
     state.cluster = {};
@@ -184,7 +204,8 @@ inline void run_cluster(dim3 first, dim3 cluster, int threads, size_t shared, st
     for (unsigned rank = 0; rank < blocks; rank++)
         for (unsigned i = 0; i < unsigned(threads); i++) {
             Fiber& f = state.fibers[rank * unsigned(threads) + i];
-            prepare(f, {first.x + rank % cluster.x, first.y, first.z + rank / cluster.x}, rank, i, warps);
+            f.block = {first.x + rank % cluster.x, first.y, first.z + rank / cluster.x};
+            f.rank = rank, f.thread = i, f.warp = rank * warps + i / 32;
             order.push_back(&f);
         }
     while (!order.empty()) {
@@ -192,9 +213,8 @@ inline void run_cluster(dim3 first, dim3 cluster, int threads, size_t shared, st
         uint64_t const before = state.progress;
         unsigned const resting = random() % 2 ? random() % blocks : blocks;  // one block of a cluster may fall behind
         for (Fiber* f : order) {
-            if (blocks > 1 && f->rank == resting) continue;
-            state.now = f;
-            swapcontext(&state.scheduler, &f->context);
+            bool const waits = f->awaited && *f->awaited == f->seen;
+            if (!waits && (blocks == 1 || f->rank != resting)) resume(*f);
         }
         order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
         bool const stuck = state.progress == before && (blocks == 1 || resting == blocks);
@@ -528,8 +548,9 @@ inline float sum_as_volta(double const (&terms)[5]) {
     for (double const t : terms)
         if (!std::isfinite(t)) return float(terms[0] + terms[1] + terms[2] + terms[3] + terms[4]);
     if (most == 0) return 0.0f;
-    double const unit = std::ldexp(1.0, std::max(std::ilogb(most), -126) - 23);
-    for (double const t : terms) sum += std::trunc(t / unit) * unit;
+    int const last = std::max(std::ilogb(most), -126) - 23;
+    double const unit = power_of_two(last), per_unit = power_of_two(-last);
+    for (double const t : terms) sum += std::trunc(t * per_unit) * unit;
     float const nearest = float(sum);
     return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
 }
