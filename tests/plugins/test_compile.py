@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from instantrt.tools.gpu.library import Library
-from tests.once import kept
+from tests.once import kept, made_in
 from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels, version
 from tests.plugins.machine_code import Code
 
@@ -142,8 +142,14 @@ def disassembler() -> dict[str, str]:
 
 @cache
 def machine_code(library: Path, sm: str) -> str:
-    command = ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(library)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=disassembler()).stdout
+    """As `cuobjdump -sass` lists it, which takes as long as some kernels do; kept beside the library."""
+
+    def list_into(folder: Path) -> None:
+        with (folder / "sass").open("w") as file:
+            command = ["cuobjdump", "-sass", "-arch", f"sm_{sm}", str(library)]
+            subprocess.run(command, stdout=file, check=True, env=disassembler())
+
+    return (made_in(library.parent, f"sass_{sm}", list_into) / "sass").read_text()
 
 
 @pytest.mark.parametrize("sm", SMS)
