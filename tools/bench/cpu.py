@@ -5,8 +5,8 @@ MODEL is the folder of a causal LM, or of an encoder (model_type bert, say), whi
 alone. Peers run where they are installed, each in a Python that is named; what a peer's own tool made of the model is
 kept in --scratch, ours is compiled anew.
 
-Every configuration is a process that holds its model and is told to do one measurement at a time (cpu_worker.py), so
-that the others wait, and whatever else the machine does meets all of them: ratios are of one round.
+Every configuration is a process that holds its model and is told to do one measurement at a time (cpu_worker.py in
+peers), so that the others wait, and whatever else the machine does meets all of them: ratios are of one round.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from instantrt.tools.bench.cpu_contests import (
     as_it_comes,
 )
 from instantrt.tools.bench.cpu_page import markdown, plot
-from instantrt.tools.bench.cpu_worker import STEPS
+from instantrt.tools.bench.peers.cpu_worker import STEPS
 from instantrt.tools.bench.running import quartiles
 from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_15B, write_checkpoint
 from instantrt.tools.cli.console import console
@@ -56,7 +56,7 @@ Ask = Callable[..., Any]  # a worker's measurement and its arguments -> the valu
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "examples" / "text" / "bench.txt"
 OUT = ROOT / "benchmarks" / "cpu.json"
-WORKER = str(Path(__file__).with_name("cpu_worker.py"))
+WORKER = str(Path(__file__).parent / "peers" / "cpu_worker.py")
 STARTS = 3  # processes that are started to see how long loading takes
 WINDOW = 512  # tokens that see one another, for the loss
 LONGEST = 256  # tokens of a sentence whose vectors are compared

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-GGUF = str(Path(__file__).with_name("cpu_gguf.py"))
+GGUF = str(Path(__file__).parent / "peers" / "cpu_gguf.py")
 PACKAGES = {"llama": "llama-cpp-python", "genai": "onnxruntime-genai", "openvino": "openvino"}
 # In the words of a command: what is compiled; the folder that it fills; a text.
 MODEL, MADE, CALIBRATION = "MODEL", "MADE", "CALIBRATION"
