@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -191,6 +192,15 @@ def test_a_contest_on_the_stand_in(tiny_float: FloatModel, tmp_path: Path, monke
     for name, tokens in {"prefill engine": 16, "step 1 engine": 1, "decode 4 engine": 4}.items():
         assert len(times[name]["ms_of_all"]) == 2
         assert times[name]["tokens_per_second"] == pytest.approx(1e3 * tokens / times[name]["ms"], rel=0.01)
+
+
+def test_what_loading_an_engine_needs() -> None:
+    """docs/gpu.md names every package that has to be on the GPU machine."""
+    (said,) = re.findall(r"`load` needs ([\w, ]+), the driver", (ROOT / "docs" / "gpu.md").read_text())
+    code = "import sys; before = {*sys.modules}; import instantrt.tools.gpu.rtx; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages = {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    assert {*said.split(", "), "instantrt"} == packages
 
 
 def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:

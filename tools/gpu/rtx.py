@@ -15,8 +15,8 @@ each in a process with a time limit:
     make    builds a model of Qwen2-1.5B's sizes, whose weights are made there (rtx_speed.py)
     speed   times that beside float16 in PyTorch, in turn: steps of 1 and 8 sequences, and a prompt of 512 tokens
 
-The first two need numpy, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB); what builds needs
-packaging and onnx as well, and the last torch and transformers.
+The first needs numpy, packaging, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB); what builds
+needs onnx as well, and the last torch and transformers.
 
 Where the GPU machine reaches no package registry and takes less than all that at once, the runtime travels in
 pieces, in two ignored folders, the second with the engines. Here, with the minor version of Python that runs there:
