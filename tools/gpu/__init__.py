@@ -8,7 +8,8 @@
     triton_gemm                  a peer, and alone in needing Triton: the benchmark imports it where it is to run
     predictions                  what was expected of the kernels before they ran
     goals, tables, plot          what is to be reached; what a person reads of the measurements; the roofline plot
-    rtx                          engines that a CPU built: prepared there, loaded and compared here
+    rtx, rtx_prepare             engines that a CPU built: loaded and compared here; prepared there
+    rtx_speed                    and how fast a model of theirs is beside PyTorch
 
 Such a machine may have torch, numpy, ml_dtypes and pytest alone: no other module here needs more to be imported, and
 each program runs as `python -m instantrt.tools.gpu.NAME` from a checkout.
