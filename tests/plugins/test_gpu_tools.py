@@ -1,4 +1,4 @@
-"""The GPU ring's kernels' side, run here: packing, runner, oracle, small launches and timing, all on the emulator."""
+"""The kernels' side of gpu-check, run here: packing, runner, oracle, small launches and timing, all on the emulator."""
 
 from __future__ import annotations
 

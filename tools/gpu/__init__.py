@@ -1,6 +1,7 @@
 """The kernels on a machine with a GPU: built, tried, tested, timed; and engines of TensorRT-RTX.
 
     check, stages                one command for all of it, and its stages
+    libraries                    what is built for them
     watch, progress              cases in child processes that may hang or crash; the events of pytest for it
     library, gemm, small         the kernels' C interface; WeightOnlyGemm on torch's memory; a small launch of every row
     bench, tune, race, layers    kernels and peers timed, every row of the table timed; how, and on which layers

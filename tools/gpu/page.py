@@ -20,8 +20,8 @@ from typing import Any
 from instantrt.tools.gpu import goals, ncu, tables
 from instantrt.tools.gpu.plot import plot, speedup_plot
 from instantrt.tools.gpu.predictions import FAR
+from instantrt.tools.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 Report = Mapping[str, Any]
 CU, CUBLAS, OURS = "cublas", "cublas fp16", ("int4 g128", "int8", "a8w8")
 LOST, MOST_LOST = 0.05, 30  # of a choice, from which it is shown, and how many

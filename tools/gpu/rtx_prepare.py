@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from instantrt.compiler.quant.config import Quant
 from instantrt.tools.gpu import rtx_speed
+from instantrt.tools.places import EXAMPLE
 
 Array = npt.NDArray[Any]
-MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2"
 ARCHIVE = "engines.tar.xz"  # of <variant>.engine and <mode>.npz: what engines share is in it once
 TOKENS = 24  # of the prompt
 
@@ -84,7 +84,7 @@ def prepare(
         variants = tuple(v for v in variants if (plugin or not v.plugin) and (one_layer or not v.model))
         for mode in dict.fromkeys(v.mode for v in variants):
             each = [v for v in variants if v.mode == mode]
-            compile_mode(Path(scratch), each, one_layer if one_layer and each[0].model else MODEL)
+            compile_mode(Path(scratch), each, one_layer if one_layer and each[0].model else EXAMPLE)
         for variant in SPEEDS if big is not None else ():
             assert big is not None
             outline_mode(Path(scratch), big, variant)
@@ -126,7 +126,7 @@ def repeated(checkpoint: Path, folder: Path) -> Path:
     return model
 
 
-def compile_mode(folder: Path, variants: list[Variant], checkpoint: Path = MODEL) -> None:
+def compile_mode(folder: Path, variants: list[Variant], checkpoint: Path = EXAMPLE) -> None:
     """One lowered graph and its twin, an engine for each variant, and what the artifact for CPUs generates."""
     from instantrt.compiler.backend.onnx_writer import write_model
     from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
