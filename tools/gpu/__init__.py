@@ -5,6 +5,7 @@
     watch, progress              cases in child processes that may hang or crash; the events of pytest for it
     library, gemm, small         the kernels' C interface; WeightOnlyGemm on torch's memory; a small launch of every row
     bench, tune, race, layers    kernels and peers timed, every row of the table timed; how, and on which layers
+    roofs                        what the GPU reaches, and whether it is as the kernels assume
     profile, ncu                 a few launches under Nsight Compute, and what it says of them
     triton_gemm                  a peer, and alone in needing Triton: the benchmark imports it where it is to run
     predictions                  what was expected of the kernels before they ran
