@@ -7,4 +7,5 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "tiny-qwen2"
 TEXT = ROOT / "examples" / "text" / "bench.txt"
+EVALUATION = TEXT.with_name("evaluation.txt")
 BENCHMARKS = ROOT / "benchmarks"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from instantrt.compiler.checkpoint import DTYPES
 from instantrt.passes.core.lazy import Array
+from instantrt.tools.places import EXAMPLE
 
 QWEN2: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -76,8 +78,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 23  # weights made at a time
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
-    """config.json and model.safetensors, bfloat16; returns the bytes of weights.
+def write_checkpoint(folder: Path, config: Mapping[str, Any], *, tokenizer: bool = False) -> int:
+    """config.json and model.safetensors, bfloat16; returns the bytes of weights. `tokenizer`: with the example's, as
+    peers convert no model without one.
 
     Norms are 1; everything else lies between 2^-7 and 2^-5, with both signs, and no two tensors are equal.
     """
@@ -85,6 +88,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copyfile(EXAMPLE / name, folder / name)
     shapes = {name: tuple(p.shape) for name, p in build_skeleton(config, folder, False).named_parameters()}
     header, offset = {}, 0
     for name, shape in shapes.items():
