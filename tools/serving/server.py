@@ -174,7 +174,7 @@ def start(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **installed.environment},
-            preexec_fn=os.setpgrp,  # noqa: PLW1509  # process_group=0 from Python 3.11 on
+            process_group=0,
         )
     return Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
 
