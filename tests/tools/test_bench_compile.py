@@ -10,7 +10,7 @@ import pytest
 
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.bench.compile import markdown
-from instantrt.tools.bench.compile_time import Side, commands_in_turns, measured, ours, plot, row, speed
+from instantrt.tools.bench.compile_time import Side, commands_in_turns, measured, our_side, plot, row, speed
 from instantrt.tools.cli.app import COMMANDS, Subcommand
 
 WORK = "import time\nheld = b'x' * (40 << 20)\nwhile time.process_time() < 0.2: pass"
@@ -58,7 +58,7 @@ stages.summary()
 def test_the_command_line_that_is_timed_is_one(tmp_path: Path) -> None:
     """As far as it can be read without compiling; the sides of a round write to different places."""
     sides = [
-        ours(tmp_path, f"{target} --quant {quant}", "c") for target in ("x86", "sm89") for quant in ("none", "a8w8")
+        our_side(tmp_path, f"{target} --quant {quant}", "c") for target in ("x86", "sm89") for quant in ("none", "a8w8")
     ]
     command = Subcommand("compile", *COMMANDS["compile"])
     read = [command.make_context("compile", list(side.words[4:])).params for side in sides]

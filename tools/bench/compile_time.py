@@ -123,7 +123,7 @@ def commands_in_turns(sides: Mapping[str, Side], rounds: int, folder: Path) -> t
     return arrays, rows
 
 
-def ours(model: Path, options: str, cache: str) -> Side:
+def our_side(model: Path, options: str, cache: str) -> Side:
     """`instantrt compile`; sides of one `cache` share it."""
     out = f"{SCRATCH}/{cache} {model.name} {options}"
     command = (sys.executable, "-m", "instantrt", "compile", str(model), "--target", *options.split(), "-o", out)
@@ -162,7 +162,7 @@ def speed(folder: Path, rounds: int, peers: Mapping[str, Path | None]) -> Result
     model = folder / "model"
     write_checkpoint(model, SMOLLM2_135M, tokenizer=True)
     cold, warm = "x86 a16w8, cold", "x86 a16w4, warm"
-    sides = {cold: ours(model, "x86 --quant a16w8", "cache"), warm: ours(model, "x86 --quant a16w4", "cache")}
+    sides = {cold: our_side(model, "x86 --quant a16w8", "cache"), warm: our_side(model, "x86 --quant a16w4", "cache")}
     for peer, python in given:
         for step, text in peer.steps.items():
             words = (word.replace(MODEL, str(model)) for word in text.split())
@@ -182,7 +182,7 @@ def depth(folder: Path, rounds: int) -> Result:
     for count in layers:
         write_checkpoint(folder / str(count), {**NARROW, "num_hidden_layers": count})
     sides = {
-        f"{start}, {count} layers": ours(folder / str(count), f"x86 --quant {quant}", "cache")
+        f"{start}, {count} layers": our_side(folder / str(count), f"x86 --quant {quant}", "cache")
         for start, quant in (("cold", "a16w8"), ("warm", "a16w4"))
         for count in layers
     }
@@ -197,8 +197,8 @@ def engine(folder: Path, rounds: int) -> Result:
     model = folder / "model"
     write_checkpoint(model, SMOLLM2_135M)
     sides = {
-        "sm89 a16w8, a build kit": ours(model, "sm89 --quant a16w8 --builder kit", "kit"),
-        "sm89 a16w8, an engine": ours(model, "sm89 --quant a16w8 --builder tensorrt-rtx", "engine"),
+        "sm89 a16w8, a build kit": our_side(model, "sm89 --quant a16w8 --builder kit", "kit"),
+        "sm89 a16w8, an engine": our_side(model, "sm89 --quant a16w8 --builder tensorrt-rtx", "engine"),
     }
     return {"rows": commands_in_turns(sides, rounds, folder)[1]}
 
@@ -210,7 +210,9 @@ def large(folder: Path) -> Result:
     rows: Result = {}
     # Not of one round: the disk has one artifact at a time.
     for name in ("x86 a16w8", "x86 a16w8 --group-size 128", "x86 a16w8 --no-smoke"):
-        rows |= commands_in_turns({name: ours(model, name.replace("a16w8", "--quant a16w8"), "cache")}, 1, folder)[1]
+        rows |= commands_in_turns({name: our_side(model, name.replace("a16w8", "--quant a16w8"), "cache")}, 1, folder)[
+            1
+        ]
     return {"rows": rows}
 
 

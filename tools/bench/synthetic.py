@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from instantrt.compiler.checkpoint import DTYPES
 from instantrt.passes.core.lazy import Array
 from instantrt.tools.places import EXAMPLE
 
@@ -74,7 +74,6 @@ SMOLLM2_135M = {
     "num_key_value_heads": 3,
     "vocab_size": 49152,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 23  # weights made at a time
 
 
@@ -109,15 +108,5 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], *, tokenizer: bool
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
-    """The format itself: header size, JSON header, bytes. NumPy has no bfloat16, so the library cannot write these."""
-    header, offset = {}, 0
-    for name, array in tensors.items():
-        where = [offset, offset + array.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": where}
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            file.write(np.ascontiguousarray(array).tobytes())
+    """Arrays of any strides: the library writes the memory of those that it takes for contiguous."""
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)

@@ -47,7 +47,7 @@ def contestant(name: str, calls: Iterable[Call], size: int, flops: int, plan: st
     return Contestant(name, list(calls), size, flops, plan, max(size / READ_US, flops / rate))
 
 
-def ours(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **options: int) -> Contestant:
+def our_product(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **options: int) -> Contestant:
     one, w = Gemm(library, x, weights[0], options), weights[0]
     size = w.codes.nbytes + w.affine.nbytes + len(x) * (w.n + w.k) * 2
     return contestant(name, map(one.on, weights), size, 2 * len(x) * w.n * w.k, label(one.plan))
@@ -244,11 +244,11 @@ def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Con
     if plan(rounded).kernel == "dense":  # else as without
         mine["int4 g128 rounded"] = (x, "int4", rounded)
     every: dict[str, Callable[[], Contestant]] = {
-        name: lambda name=name, t=t, w=w, o=o: ours(library, name, t, weights_of(layer, w), **o)  # type: ignore[misc]
+        name: lambda name=name, t=t, w=w, o=o: our_product(library, name, t, weights_of(layer, w), **o)  # type: ignore[misc]
         for name, (t, w, o) in mine.items()
     }
     if m <= FEW_ROWS and int4.codes.nbytes <= CACHED:  # do instructions hold it up, or memory?
-        every["int4 g128 cached"] = lambda: ours(library, "int4 g128 cached", x, [int4])
+        every["int4 g128 cached"] = lambda: our_product(library, "int4 g128 cached", x, [int4])
     every["cublas fp16"] = lambda: cublas(x, float_weights(layer, HALF))
     every["cublas bf16"] = lambda: cublas(x.to(BRAIN), float_weights(layer, BRAIN))
     every["torch int4pack bf16"] = lambda: tinygemm(x.to(BRAIN), weights_of(layer, "int4 bf16")[0])
@@ -266,7 +266,7 @@ def compiled(library: Library, layer: str, m: int, quick: bool) -> dict[str, Cal
     """humming-kernels, and ours once more beside them."""
     x = torch.randn((m, LAYERS[layer][1]), device=gemm.DEVICE).to(HALF)
     every: dict[str, Callable[[], Contestant]] = {
-        "int4 g128 again": lambda: ours(library, "int4 g128 again", x, weights_of(layer, "int4")),
+        "int4 g128 again": lambda: our_product(library, "int4 g128 again", x, weights_of(layer, "int4")),
         "humming int4": lambda: humming(x, weights_of(layer, "int4")[0]),
     }
     if not quick:

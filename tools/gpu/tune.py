@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from instantrt.tools.gpu import gemm
-from instantrt.tools.gpu.bench import label, ours
+from instantrt.tools.gpu.bench import label, our_product
 from instantrt.tools.gpu.choices import BY_MEMORY, is_taken
 from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
 from instantrt.tools.gpu.layers import TUNED, parse_case, size
@@ -76,7 +76,7 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
             asked = {**options, **pinned}
             try:
                 if not (wrong := what_is_wrong(Gemm(library, x, weights[0], asked), truth)):
-                    racers.append(ready(ours(library, called, x, weights, **asked)))
+                    racers.append(ready(our_product(library, called, x, weights, **asked)))
             except Exception as error:  # one that cannot be launched; the others go on
                 wrong = f"{type(error).__name__}: {error}"
                 torch.cuda.synchronize()  # but an error inside a kernel ends this process
