@@ -210,9 +210,8 @@ def large(folder: Path) -> Result:
     rows: Result = {}
     # Not of one round: the disk has one artifact at a time.
     for name in ("x86 a16w8", "x86 a16w8 --group-size 128", "x86 a16w8 --no-smoke"):
-        rows |= commands_in_turns({name: our_side(model, name.replace("a16w8", "--quant a16w8"), "cache")}, 1, folder)[
-            1
-        ]
+        side = our_side(model, name.replace("a16w8", "--quant a16w8"), "cache")
+        rows |= commands_in_turns({name: side}, 1, folder)[1]
     return {"rows": rows}
 
 
