@@ -117,6 +117,10 @@ def contest(
 ) -> Result:
     """All that is measured of a model; `folder` gets what is made of it. `others`: ONNX files of the same encoder."""
     plan = CONTESTS[kind]
+    known_versions = [
+        versions(pythons["ours"], "instantrt", "onnxruntime"),
+        *(versions(python, PACKAGES[name]) for name, python in pythons.items() if name in PACKAGES),
+    ]
     forms = {name: form for name, form in plan.forms.items() if form.python in pythons}
     forms |= {path.parent.name: as_it_comes(str(path)) for path in others}
     made = {name: folder / re.sub(r"\W+", "-", name) for name in forms}
@@ -152,12 +156,10 @@ def contest(
     return {
         "kind": kind,
         "sides": sides,
-        "versions": [versions(pythons["ours"], "instantrt", "onnxruntime"), *(
-            versions(python, PACKAGES[name]) for name, python in pythons.items() if name in PACKAGES
-        )],
+        "versions": known_versions,
         "not_given": sorted({form.python for form in plan.forms.values()} - set(pythons)),
         "idle_cpu_s": round(max(idle), 3),
-    }  # fmt: skip
+    }
 
 
 def starts(plan: Contest, worker: Callable[[], Any]) -> Result:
