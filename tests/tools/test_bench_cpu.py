@@ -155,6 +155,13 @@ def test_nothing_to_measure() -> None:
         assert error.expected == "a MODEL, or --shape"
 
 
+def test_a_peer_that_is_not_there_is_missed_before_anything_is_made(tmp_path: Path) -> None:
+    error = invoke("bench", "cpu", TINY, "--llama", sys.executable, "--scratch", tmp_path).exception
+    assert isinstance(error, UserError)
+    assert error.what == "llama-cpp-python is not there"
+    assert [path.name for path in (tmp_path / TINY.name).iterdir()] == ["inputs.npz"]
+
+
 def test_what_is_shown_of_it() -> None:
     rounds = {measure: [2.0, 4.0, 3.0] for measure in DECODER.rounds}
     half = {measure: [1.0, 4.0, 1.0] for measure in DECODER.rounds}
