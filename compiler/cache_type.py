@@ -6,7 +6,7 @@ reaches farther; what exceeds it saturates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import PAST, Evaluation
@@ -62,9 +63,7 @@ def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[
         )
 
 
-def with_cache(
-    graph: gs.Graph, kind: str, model: FloatModel, log: PassLog, say: Callable[[str], None] = lambda text: None
-) -> gs.Graph:
+def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog, say: Say = lambda text: None) -> gs.Graph:
     """The canonical graph `graph` with a cache of integers; UserError names the first that stays float."""
     assert model.llm is not None
     each: Pass = QuantizeCacheByToken()

@@ -7,21 +7,23 @@ from collections.abc import Callable, Mapping
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.budget import Raised, override, room_for, within_budget
+from instantrt.compiler.accuracy import budget
 from instantrt.compiler.accuracy.calibrate import calibrate, feeds_of_text, feeds_of_words, tokens_of
-from instantrt.compiler.accuracy.data import generated
+from instantrt.compiler.accuracy.data import generated, load_data
+from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.importance import input_energy, search_scales, smoothing
+from instantrt.compiler.accuracy.ladder import override
 from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.adapter.folder import is_adapter
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.qdq.insert_qdq import Decisions
 
-Say = Callable[[str], None]
 TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, "Scales by inputs of random tokens")
 
 
@@ -39,7 +41,7 @@ def choose_formats(
     request: Request,
     say: Say,
     size_of: Callable[[Decisions], int],
-) -> tuple[Decisions, Raised | None]:
+) -> tuple[Decisions, budget.Raised | None]:
     """A format for each layer of the float `graph`: as it was recorded, or as the request's bounds have it.
 
     size_of   decisions -> bytes of the artifact's weights
@@ -47,9 +49,12 @@ def choose_formats(
     if not request.has_budget:
         return override(decisions, request.layers), None
     folded, decisions = pipeline.fold_norms(graph, decisions, PassLog())
-    room = room_for(request, decisions, formats, size_of)
+    room = budget.room_for(request, decisions, formats, size_of)
     decisions = search(folded, model, override(decisions, request.layers), formats, say)
-    return within_budget(folded, model, decisions, request, say, room)
+    bounds = Budget(request.max_kl, request.max_ppl_increase)
+    data = load_data(model, request.text, longest=request.max_length)
+    raised = budget.search(folded, model, decisions, data, bounds, say, room)
+    return raised.decisions, raised
 
 
 def fit_codes(

@@ -22,6 +22,7 @@ from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import TableFormat
 from instantrt.compiler.request import Request, check_lengths, refuse_of_llm
+from instantrt.compiler.say import Say
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.causal import sees_ahead
@@ -37,8 +38,6 @@ from instantrt.passes.tensorrt.explicit_scales import documented
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.budget import Raised
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ the layers. Nothing here prints. Only reports need Polygraphy and matplotlib, on
     data, metrics            the tokens that are run; how far two outputs are apart
     verify, bounds           the comparison and its verdicts; how far a lowered layer may be off
     layer_errors, bisect     errors by layer; the first pass and node where a lowering goes wrong
-    budget                   worst layers get finer formats until a bound holds
+    budget, ladder           worst layers get finer formats until a bound holds; which there are for a layer
     perplexity               of an artifact or of transformers, on a text
     report, charts           HTML, JSON and pictures; polygraphy_files has what Polygraphy needs to repeat it
 """

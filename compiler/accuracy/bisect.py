@@ -18,8 +18,9 @@ from instantrt.compiler.accuracy.data import Data, llm_feeds
 from instantrt.compiler.accuracy.metrics import difference
 from instantrt.compiler.accuracy.subjects import all_positions, subjects
 from instantrt.compiler.artifact.manifest import Artifact
-from instantrt.compiler.plan import Plan, Say
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import HALVES, numpy_type

@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO
@@ -30,6 +30,7 @@ from instantrt.compiler.accuracy.data import llm_feeds, read_text, reader_of, se
 from instantrt.compiler.accuracy.importance import searched
 from instantrt.compiler.accuracy.texts import text_batches
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.say import Say
 from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
@@ -109,7 +110,7 @@ def calibrate(
     decisions: Decisions,
     heads: Set[str],
     feeds: Sequence[Mapping[str, Array]],
-    say: Callable[[str], None],
+    say: Say,
 ) -> Decisions:
     """The decisions with codes calibrated on `feeds` for the linears of `graph` that multiply floats, but for `heads`;
     of an encoder with corrections of the biases, too. Where no linear does, the decisions themselves."""

@@ -48,9 +48,7 @@ def kl_histogram(kl: Array) -> KlHistogram:
 def draw(rows: Sequence[LayerError], histogram: KlHistogram | None, png: Path, what: str) -> dict[str, str]:
     """Title -> SVG of every picture; all of them together go to `png`, under the name of `what` they show."""
     import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     pictures: dict[str, Callable[[Axes], None]] = {
         "Error of each layer": lambda axes: errors(axes, rows),
@@ -61,19 +59,17 @@ def draw(rows: Sequence[LayerError], histogram: KlHistogram | None, png: Path, w
     svg = {}
     with matplotlib.rc_context(STYLE):
         for title, plot in pictures.items():
-            figure, axes = pyplot.subplots(figsize=(11, 4.2), layout="constrained")
-            plot(axes)
+            figure = Figure(figsize=(11, 4.2), layout="constrained")
+            plot(figure.subplots())
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None})
-            pyplot.close(figure)
             svg[title] = text.getvalue()[text.getvalue().index("<svg") :]
-        figure, grid = pyplot.subplots(len(pictures), 1, figsize=(11, 4.2 * len(pictures)), layout="constrained")
-        for axes, (title, plot) in zip(grid, pictures.items(), strict=True):
+        figure = Figure(figsize=(11, 4.2 * len(pictures)), layout="constrained")
+        for axes, (title, plot) in zip(figure.subplots(len(pictures), 1), pictures.items(), strict=True):
             plot(axes)
             axes.set_title(title, loc="left", fontweight="bold")
         figure.suptitle(what, fontsize=12, fontweight="bold")
         figure.savefig(png, dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
     return svg
 
 

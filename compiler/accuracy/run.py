@@ -13,8 +13,9 @@ from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import Verdict, verify
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging
-from instantrt.compiler.plan import Plan, Say
+from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError, require
 

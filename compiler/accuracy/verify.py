@@ -17,6 +17,7 @@ from instantrt.compiler.accuracy.layer_errors import LayerErrors, measure_layers
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
 from instantrt.compiler.accuracy.runners import GraphRunner, Runner, cut, opened
 from instantrt.compiler.accuracy.texts import answers, likeness
+from instantrt.compiler.say import Say
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array
@@ -76,7 +77,7 @@ def verify(
     forms: Sequence[str] = (),
     budget: Budget = UNLIMITED,
     final: Callable[[Path], Path] = lambda path: path,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> Verdict:
     """Compares; leaves Polygraphy's files in `folder`, which exists. `final` says where a path will be."""
     from instantrt.compiler.accuracy.polygraphy_files import polygraphy_files

@@ -12,7 +12,7 @@ import math
 import os
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +55,8 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
     """
     load_inline(graph)
     placed, total = layout(graph)
-    if graph.import_domains is not None:  # copies of a graph share the list, and the exporter adds to it
-        graph.import_domains = list(graph.import_domains)
-    model = gs.export_onnx(graph)
-    offsets = {p.name: p for p in placed}
-    for tensor in (t for each in graphs(model.graph) for t in each.initializer):
-        if tensor.name in offsets:
-            p = offsets[tensor.name]
-            fields = (("location", path.name + DATA_SUFFIX), ("offset", p.offset), ("length", p.view.nbytes))
-            tensor.ClearField("external_data")
-            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in fields)
     data = path.with_name(path.name + DATA_SUFFIX)
+    model = exported(graph, placed, data.name)
     try:
         digests = {data.name: write_data(placed, total, data, progress)}
         path.write_bytes(model.SerializeToString(deterministic=True))
@@ -78,6 +69,21 @@ def write_model(graph: gs.Graph, path: Path, progress: Progress = lambda name, s
         ) from None
     check_graph(path)
     return {path.name: sha256(path), **digests}
+
+
+def exported(graph: gs.Graph, placed: Iterable[Placed], data: str) -> onnx.ModelProto:
+    """The graph with what is `placed` in the file `data` beside it."""
+    if graph.import_domains is not None:  # copies of a graph share the list, and the exporter adds to it
+        graph.import_domains = list(graph.import_domains)
+    model: onnx.ModelProto = gs.export_onnx(graph)
+    offsets = {p.name: p for p in placed}
+    for tensor in (t for each in graphs(model.graph) for t in each.initializer):
+        if tensor.name in offsets:
+            p = offsets[tensor.name]
+            fields = (("location", data), ("offset", p.offset), ("length", p.view.nbytes))
+            tensor.ClearField("external_data")
+            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in fields)
+    return model
 
 
 def check_graph(path: Path) -> None:

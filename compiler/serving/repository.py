@@ -37,14 +37,8 @@ OWN_FILES = ("plugins", "README.md", "requirements.txt")
 BARE_FILES = {"onnx": "model.onnx", "engine": "model.plan"}
 
 
-def write_repository(out: Path, folder: Path) -> tuple[Served, ...]:
-    """Writes the artifacts that `out` holds as models below `folder`; all of them appear at once."""
-    with Staging() as staging:
-        return stage_repository(out, folder, staging)
-
-
 def stage_repository(out: Path, folder: Path, staging: Staging) -> tuple[Served, ...]:
-    """As `write_repository`, for whoever has more that is to appear with the models."""
+    """Stages the artifacts that `out` holds as models below `folder`; all of them appear at once."""
     served = plan_repository(read_manifest(out))
     check_folder(folder)
     try:

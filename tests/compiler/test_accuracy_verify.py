@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.accuracy.budget import Raised, Room, override, search
+from instantrt.compiler.accuracy.budget import Raised, Room, search
 from instantrt.compiler.accuracy.data import load_data
 from instantrt.compiler.accuracy.forms import Budget, Subject
 from instantrt.compiler.accuracy.importance import input_energy, search_scales
+from instantrt.compiler.accuracy.ladder import override
 from instantrt.compiler.accuracy.layer_errors import layers_of, quantized_bytes
 from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
 from instantrt.compiler.accuracy.subjects import subjects

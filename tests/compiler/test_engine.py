@@ -34,7 +34,6 @@ from instantrt.compiler.compile import compile_model
 from instantrt.compiler.options import EngineOptions
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.serving.runtime.integrity import check_folder
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
@@ -43,6 +42,7 @@ from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.tools.cli.show import show_explanation
 from tests.checkpoints import whole_checkpoint
 from tests.conftest import ROOT, TINY
+from tests.repositories import write_repository
 
 pytestmark = pytest.mark.slow
 

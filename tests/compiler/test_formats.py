@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows
+from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import Plan
@@ -20,7 +20,7 @@ from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import QuantTensor, quantize_asymmetric
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.qdq.join_linears import parts_of
-from instantrt.tools.bench.formats import reference_logits
+from instantrt.tools.bench.formats import logits_of, reference_model
 from tests.checkpoints import DOWN_PROJ, HERE, NAMES, Q_PROJ, TINY, gptq_tensors, whole_checkpoint
 from tests.commands import invoke
 from tests.conftest import planned_and_written
@@ -51,11 +51,22 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Compiled(request.param, planned_and_written(asked), folder / "out")
 
 
+def reference_logits(planned: Plan) -> Logits:
+    """Of the dequantized weights; where tokens become int8, they are rounded as they are when they run."""
+    from tests.corpus.reference import int8_tokens
+
+    model = reference_model(planned)
+    for path, quant in planned.twins["x86"].quantized.items():
+        if quant.activations == "int8":
+            model.get_submodule(path).register_forward_pre_hook(int8_tokens)
+    return logits_of(model)
+
+
 @pytest.mark.slow
 def test_perplexity_is_that_of_the_dequantized_weights(compiled: Compiled, parts: list[Array]) -> None:
     modes = {q.mode for q in compiled.planned.twins["x86"].quantized.values()}
     assert modes == {MODES.get(compiled.name, "A16W4")}
-    expected = perplexity_of(reference_logits(compiled.planned, int8_tokens=True), parts)
+    expected = perplexity_of(reference_logits(compiled.planned), parts)
     found = perplexity_of(artifact_logits(compiled.out), parts)
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
 
@@ -164,7 +175,7 @@ def test_groups_of_eight_bits_meet_int8_tokens_exactly(tmp_path: Path, parts: li
     kinds = {str(q) for q in planned.twins["x86"].quantized.values()}
     assert kinds == {"A8W8 group 128 asymmetric"}
     assert sum(node.op == "Scan" for node in planned.lowered["x86"].nodes) == 4  # q, k, v and gate, up joined
-    expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
+    expected = perplexity_of(reference_logits(planned), parts[:2])
     found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
 
@@ -191,7 +202,7 @@ def test_the_other_activations_on_request(
     asked = Request(model, ("x86",), tmp_path / "o", quant=quant, cpu_preset="exact")
     planned = planned_and_written(asked)
     assert {q.mode for q in planned.twins["x86"].quantized.values()} == modes
-    expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
+    expected = perplexity_of(reference_logits(planned), parts[:2])
     found = perplexity_of(artifact_logits(tmp_path / "o"), parts[:2])
     assert abs(found / expected - 1) < 2e-4, f"{found} is not {expected}"
 
@@ -213,5 +224,5 @@ def test_schemes_with_and_without_quantized_activations(first: str, tmp_path: Pa
     planned = planned_and_written(Request(model, ("x86",), tmp_path / "o"))
     modes = {(p.split(".")[3], q.mode) for p, q in planned.twins["x86"].quantized.items()}
     assert modes == {("self_attn", "A8W8"), ("mlp", "A16W8")}
-    expected = perplexity_of(reference_logits(planned, int8_tokens=True), parts[:2])
+    expected = perplexity_of(reference_logits(planned), parts[:2])
     assert abs(perplexity_of(artifact_logits(tmp_path / "o"), parts[:2]) / expected - 1) < 2e-4

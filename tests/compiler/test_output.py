@@ -20,12 +20,12 @@ from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Twin
 from instantrt.compiler.request import Request
-from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.target import find_target
 from instantrt.compiler.write import source
 from instantrt.passes.core.errors import UserError
 from tests.conftest import TINY, contents
 from tests.graphs import model_file
+from tests.repositories import write_repository
 
 X86, ARM, SM90 = map(find_target, ("x86", "armv9", "sm90"))
 

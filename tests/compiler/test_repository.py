@@ -14,9 +14,10 @@ import pytest
 from instantrt.compiler.artifact.manifest import Artifact, TensorSpec, write_manifest
 from instantrt.compiler.serving.config import bare_config, encoder_config, generate_config
 from instantrt.compiler.serving.readme import ONNXRUNTIME, REQUIREMENTS
-from instantrt.compiler.serving.repository import RUNTIME, RUNTIME_FILES, write_repository
+from instantrt.compiler.serving.repository import RUNTIME, RUNTIME_FILES
 from instantrt.passes.core.errors import UserError
 from tests.conftest import ROOT
+from tests.repositories import write_repository
 
 CPU = Artifact(
     target="x86",

@@ -16,11 +16,11 @@ import pytest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.serving.config import parameters
-from instantrt.compiler.serving.repository import write_repository
 from instantrt.compiler.serving.runtime.cpus import quota, usable_cpus
 from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, ConcatEngine, SharedEngine, open_session, zeros
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
+from tests.repositories import write_repository
 
 Engines = tuple[SharedEngine | ConcatEngine, ...]
 

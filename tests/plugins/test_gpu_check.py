@@ -1,4 +1,4 @@
-"""The GPU ring's runner, run here: watched children, stages, merging, goals, tables and plot on made-up results."""
+"""The runner of gpu-check, run here: watched children, stages, merging, goals, tables and plot on made-up results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from instantrt.tools.gpu import check as gpu_check
-from instantrt.tools.gpu import goals, layers, ncu, predictions, small, stages, tables
+from instantrt.tools.gpu import goals, layers, libraries, ncu, predictions, small, stages, tables
 from instantrt.tools.gpu.plot import plot, speedup_plot
 from instantrt.tools.gpu.race import Timing
 from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, run_all
@@ -103,7 +103,7 @@ def test_pytest_cases_are_watched(tmp_path: Path) -> None:
         "def test_no():\n    pytest.skip('why')\ndef test_dies():\n    os._exit(1)\n"
     )
     command = [*stages.PYTEST, "-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}"]
-    status, text = stages.run([*command, "--collect-only", str(tmp_path / "test_four.py")])
+    status, text = libraries.run([*command, "--collect-only", str(tmp_path / "test_four.py")])
     assert status == 0
     names = stages.collected(text)
     assert [name.partition("::")[2] for name in names] == [
@@ -160,21 +160,21 @@ def test_smoke_names_rows_that_take_the_gpu_with_them(
     names = ("plain ", "ring8_ampere ")
     few = [case for case in cases if " m=3 " in case and " group=96 " in case and case.startswith(names)]
     assert len(few) == 4 + 2 * len(small.SPLITS)
-    monkeypatch.setattr(stages, "smoke_cases", lambda ring: [(path, few)])
+    monkeypatch.setattr(stages, "smoke_cases", lambda gpu: [(path, few)])
     monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "sound", 0))
-    ring = stages.Ring(90, True, {})
-    ring.report["smoke"] = stages.perform("smoke", ring)
-    assert ring.report["smoke"]["counts"] == {"passed": len(few)}, ring.report["smoke"]["failures"]
-    assert ring.report["smoke"]["passed"]
-    assert not ring.hung_rows
-    assert sorted(ring.report["smoke"]["errors"]) == ["plain sm=90", "ring8_ampere sm=90"]
-    assert all(0 < worst < small.EXACT for worst in ring.report["smoke"]["errors"].values())
+    gpu = stages.GpuRun(90, True, {})
+    gpu.report["smoke"] = stages.perform("smoke", gpu)
+    assert gpu.report["smoke"]["counts"] == {"passed": len(few)}, gpu.report["smoke"]["failures"]
+    assert gpu.report["smoke"]["passed"]
+    assert not gpu.hung_rows
+    assert sorted(gpu.report["smoke"]["errors"]) == ["plain sm=90", "ring8_ampere sm=90"]
+    assert all(0 < worst < small.EXACT for worst in gpu.report["smoke"]["errors"].values())
     monkeypatch.setattr(stages, "FEW_THREADS", driver(tmp_path / "broken", 700))
-    ring.report["smoke"] = stages.perform("smoke", ring)
-    assert ring.report["smoke"]["counts"] == {"crashed": 2 * 3, "not run": len(few) - 2 * 3}
-    assert ring.hung_rows == ["plain sm=90", "ring8_ampere sm=90"]
-    assert ring.environment["INSTANTRT_HUNG_ROWS"] == "plain sm=90,ring8_ampere sm=90"
-    assert "cuStreamSynchronize failed with CUDA error 700" in stages.text("smoke", ring.report["smoke"])
+    gpu.report["smoke"] = stages.perform("smoke", gpu)
+    assert gpu.report["smoke"]["counts"] == {"crashed": 2 * 3, "not run": len(few) - 2 * 3}
+    assert gpu.hung_rows == ["plain sm=90", "ring8_ampere sm=90"]
+    assert gpu.environment["INSTANTRT_HUNG_ROWS"] == "plain sm=90,ring8_ampere sm=90"
+    assert "cuStreamSynchronize failed with CUDA error 700" in tables.text("smoke", gpu.report["smoke"])
 
 
 def timing(kernel: str, layer: str, m: int, median: float, size: int = 36_000_000, flops: int = 1) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def test_failures_of_one_reason_are_one_line() -> None:
     outcomes = [Outcome(f"m={m}", "not run", "the time was up") for m in (1, 2, 3)]
     outcomes += [Outcome("m=8", "crashed", "status 1\nTraceback\n  File\nRuntimeError: illegal address")]
     part = {**stages.summary(outcomes), "seconds": 1}
-    assert stages.text("tune", part).splitlines()[1:] == [
+    assert tables.text("tune", part).splitlines()[1:] == [
         "  m=8: crashed: status 1 ... RuntimeError: illegal address",
         "  m=1 and 2 more: not run: the time was up",
     ]
@@ -305,7 +305,7 @@ def report() -> dict[str, Any]:
 
 def test_what_is_printed_is_short_and_what_is_written_whole() -> None:
     part = report()["bench"]
-    long, short = stages.text("bench", part), stages.text("bench", part, 45)
+    long, short = tables.text("bench", part), tables.text("bench", part, 45)
     assert sum(line.startswith("70b gate_up") for line in long.splitlines()) == 4
     assert len(long.splitlines()) > len(layers.LAYERS) * 4
     assert len(short.splitlines()) < 40
@@ -318,17 +318,17 @@ def test_timings_outlive_the_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [asdict(Timing("70b o", 1, kernel, 10.0, 9.0, 11.0, 36_000_000, 1)) for kernel in ("int4 g128", "a8w8")]
     done = [Outcome("70b o m=1", "passed", data={"timings": timings, "failures": {"humming int4": "none"}})]
     roofs = Outcome("roofs", "passed", data={**ROOF, "read_bytes_per_us_by_mb": {}, "empty_node_us": 1.0})
-    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix: Path(f"libraries/{suffix}"))  # minutes of nvcc
+    monkeypatch.setattr(stages.GpuRun, "library", lambda gpu, suffix: Path(f"libraries/{suffix}"))  # minutes of nvcc
     monkeypatch.setattr(stages, "measure", lambda *_: [*done, roofs, Outcome("facts", "passed", data={"biased": 1})])
-    part = stages.perform("bench", stages.Ring(90, True, {}))
+    part = stages.perform("bench", stages.GpuRun(90, True, {}))
     assert part["passed"]
     assert [t["floor_us"] for t in part["timings"]] == [9.0, 9.0]
-    assert "  biased: 1" in stages.text("bench", part).splitlines()
+    assert "  biased: 1" in tables.text("bench", part).splitlines()
     monkeypatch.setattr(stages, "measure", lambda *_: [*done, Outcome("roofs", "hung")])
-    part = stages.perform("bench", stages.Ring(90, True, {}))
+    part = stages.perform("bench", stages.GpuRun(90, True, {}))
     assert not part["passed"]
     assert part["timings"] == timings
-    assert "70b o             int4 g128               10.00" in stages.text("bench", part).splitlines()
+    assert "70b o             int4 g128               10.00" in tables.text("bench", part).splitlines()
 
 
 def test_tune_leaves_the_file_for_beside_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -343,24 +343,24 @@ def test_tune_leaves_the_file_for_beside_the_library(monkeypatch: pytest.MonkeyP
     }
     done = [Outcome("70b o m=8", "passed", data=[row]), Outcome("70b o m=16", "hung")]
     monkeypatch.setattr(stages, "measure", lambda *_: done)
-    ring = stages.Ring(90, True, {"gpu": "H200", "commit": "abc"}, out=tmp_path / "h200.json")
-    part = stages.perform("tune", ring)
-    assert "  measured choices: h200.choices" in stages.text("tune", part).splitlines()
+    gpu = stages.GpuRun(90, True, {"gpu": "H200", "commit": "abc"}, out=tmp_path / "h200.json")
+    part = stages.perform("tune", gpu)
+    assert "  measured choices: h200.choices" in tables.text("tune", part).splitlines()
     said = (tmp_path / "h200.choices").read_text().splitlines()
     assert said[0] == "# measured on H200, commit abc"
     assert said[2:] == ["90 132 8 8192 16 8192 8192 8 ring8 2"]
     done[:] = done[1:]
-    assert "choices" not in stages.perform("tune", ring), "of nothing there is none"
+    assert "choices" not in stages.perform("tune", gpu), "of nothing there is none"
 
 
 def test_a_stage_with_a_mistake_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "measure", lambda *_: 1 / 0)
-    part = stages.perform("tune", stages.Ring(90, True, {}))
-    assert stages.text("tune", part).endswith("ZeroDivisionError: division by zero")
+    part = stages.perform("tune", stages.GpuRun(90, True, {}))
+    assert tables.text("tune", part).endswith("ZeroDivisionError: division by zero")
 
 
 def test_a_program_that_is_absent_has_failed() -> None:
-    status, said = stages.run(["no-such-program"])
+    status, said = libraries.run(["no-such-program"])
     assert status
     assert "no-such-program" in said
 
@@ -417,22 +417,22 @@ def test_short_runs_fit_their_commands() -> None:
         assert plan.seconds < 600
         assert sum(stages.STAGES[stage].expected[plan.quick] for stage in plan.stages) <= plan.seconds, name
     assert gpu_check.PARTS["first"].seconds < 360
-    ring = stages.Ring(90, True, {}, native=True, deadline=time.monotonic() + 100)
-    assert ring.seconds(30) == 30
-    assert 90 < ring.seconds(1000) <= 100
-    assert stages.Ring(90, True, {}, deadline=time.monotonic() - 1).seconds(30) == 0
+    gpu = stages.GpuRun(90, True, {}, native=True, deadline=time.monotonic() + 100)
+    assert gpu.seconds(30) == 30
+    assert 90 < gpu.seconds(1000) <= 100
+    assert stages.GpuRun(90, True, {}, deadline=time.monotonic() - 1).seconds(30) == 0
 
 
 def test_of_one_gpu_alone_only_its_library_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(stages, "cmake", lambda folder, *_: made.append(folder.name) or "")
-    monkeypatch.setattr(stages, "reader", lambda _: made.append("reader") or "no nvcc")
-    ring = stages.Ring(90, True, {}, native=True)
-    assert stages.perform("build", ring)["failures"] == {"reader": "no nvcc"}
+    monkeypatch.setattr(libraries, "cmake", lambda out, *_: made.append(out.parent.name) or "")
+    monkeypatch.setattr(libraries, "nvcc", lambda out, *_: made.append(out.parent.name) or "no nvcc")
+    gpu = stages.GpuRun(90, True, {}, native=True)
+    assert stages.perform("build", gpu)["failures"] == {"reader": "no nvcc"}
     assert sorted(made) == ["native", "reader"]
-    assert ring.library() == stages.FOLDER / "native" / "libinstantrt_kernels.so"
-    assert ring.library("_80") is None
-    assert ring.library("reader") is None
+    assert gpu.library() == stages.FOLDER / "native" / "libinstantrt_kernels.so"
+    assert gpu.library("_80") is None
+    assert gpu.library("reader") is None
 
 
 def test_counters_of_nsight_compute() -> None:
@@ -474,13 +474,13 @@ def test_a_profile_loses_only_the_case_that_dies(
     monkeypatch.setattr(ncu, "executable", lambda: str(tool))
     monkeypatch.setattr(stages, "FOLDER", tmp_path)
     monkeypatch.setattr(stages, "PROFILE_STALL", 12 if mode == "hangs" else 50)
-    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
-    part = stages.perform("profile", stages.Ring(90, True, {}, out=tmp_path / "h100.json"))
+    monkeypatch.setattr(stages.GpuRun, "library", lambda gpu, suffix="": Path(f"libraries/{suffix}"))
+    part = stages.perform("profile", stages.GpuRun(90, True, {}, out=tmp_path / "h100.json"))
     cases = [row["case"] for row in part["profiled"]]
     assert cases == [case for case in ncu.CASES if not (lost and case == ncu.CASES[3])], part["failures"]
     assert sorted(part["failures"]) == ncu.CASES[3 : 3 + lost]
     assert part["passed"] == (not lost)
-    text = stages.text("profile", part)
+    text = tables.text("profile", part)
     assert text.count("long_scoreboard 6.0") == len(cases)
     assert "every counter: h100.ncu.csv.gz" in text
     assert b"gpu__time_duration.sum" in gzip.decompress((tmp_path / "h100.ncu.csv.gz").read_bytes())
@@ -488,9 +488,9 @@ def test_a_profile_loses_only_the_case_that_dies(
 
 def test_a_profile_without_nsight_compute_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ncu, "executable", lambda: None)
-    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
-    part = stages.perform("profile", stages.Ring(90, True, {}))
-    assert "ncu, Nsight Compute, is not on PATH" in stages.text("profile", part)
+    monkeypatch.setattr(stages.GpuRun, "library", lambda gpu, suffix="": Path(f"libraries/{suffix}"))
+    part = stages.perform("profile", stages.GpuRun(90, True, {}))
+    assert "ncu, Nsight Compute, is not on PATH" in tables.text("profile", part)
     assert not part["passed"]
 
 
@@ -523,32 +523,32 @@ def test_a_prediction_is_compared_on_its_gpu() -> None:
 def test_a_peer_that_is_absent_is_named_loudly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stages.Ring, "library", lambda ring, suffix="": Path(f"libraries/{suffix}"))
+    monkeypatch.setattr(stages.GpuRun, "library", lambda gpu, suffix="": Path(f"libraries/{suffix}"))
     asked: list[str] = []
-    monkeypatch.setattr(stages, "measure", lambda ring, module, cases, *_: asked.extend(cases) or [])
+    monkeypatch.setattr(stages, "measure", lambda gpu, module, cases, *_: asked.extend(cases) or [])
     monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
-    part = stages.perform("bench", stages.Ring(90, True, {}))
+    part = stages.perform("bench", stages.GpuRun(90, True, {}))
     assert "!! humming-kernels, a peer, cannot be imported" in capsys.readouterr().out
-    assert "humming: humming-kernels, a peer, cannot be imported" in stages.text("bench", part)
+    assert "humming: humming-kernels, a peer, cannot be imported" in tables.text("bench", part)
     assert not [case for case in asked if "humming" in case]
     monkeypatch.setattr(stages, "humming_absent", lambda: "")
-    stages.perform("bench", stages.Ring(90, True, {}))
+    stages.perform("bench", stages.GpuRun(90, True, {}))
     assert [case for case in asked if "humming" in case] == stages.COMPILED[True]
 
 
 def test_what_is_done_is_written_when_the_command_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def killed(ring: stages.Ring) -> dict[str, Any]:
-        assert (ring.quick, ring.native, ring.sm) == (True, True, 90)
-        assert 345 - 45 - 5 < ring.deadline - time.monotonic() <= 345 - 45  # the next stage's own time is kept
+    def killed(gpu: stages.GpuRun) -> dict[str, Any]:
+        assert (gpu.quick, gpu.native, gpu.sm) == (True, True, 90)
+        assert 345 - 45 - 5 < gpu.deadline - time.monotonic() <= 345 - 45  # the next stage's own time is kept
         raise KeyboardInterrupt
 
     answers = {gpu_check.QUERY: {"name": "NVIDIA H100"}, "compute_cap": {"compute_cap": "9.0"}}
     monkeypatch.setattr(gpu_check, "query", answers.__getitem__)
-    bad = stages.RingStage(lambda ring: {"passed": True, "profiled": "no rows"}, (60, 60))
-    good = stages.RingStage(lambda ring: stages.summary([Outcome("x", "passed")]), (60, 60))
-    for name, stage in {"build": good, "smoke": bad, "bench": stages.RingStage(killed, (280, 110))}.items():
+    bad = stages.GpuStage(lambda gpu: {"passed": True, "profiled": "no rows"}, (60, 60))
+    good = stages.GpuStage(lambda gpu: stages.summary([Outcome("x", "passed")]), (60, 60))
+    for name, stage in {"build": good, "smoke": bad, "bench": stages.GpuStage(killed, (280, 110))}.items():
         monkeypatch.setitem(stages.STAGES, name, stage)
     with pytest.raises(KeyboardInterrupt):
         gpu_check.main(["--part", "first", "--out", str(tmp_path / "h100")])

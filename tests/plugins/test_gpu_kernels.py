@@ -19,8 +19,9 @@ import torch
 
 from instantrt.plugins.schema import DType
 from instantrt.plugins.weight_only_gemm.op import OP
-from instantrt.tools.gpu.gemm import FORMATS, Gemm, HungRowError, Weight, check, device_numbers, random_weight
+from instantrt.tools.gpu.gemm import Gemm, HungRowError, Weight, check, device_numbers, random_weight
 from instantrt.tools.gpu.library import Library
+from instantrt.tools.gpu.small import WIDTHS
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -40,7 +41,7 @@ SIZES = [(*shape, m) for shape in SHAPES for m in (M if shape[0] * shape[1] < 40
 
 SHORT = [(16, 32, 32), (272, 160, 32), (144, 192, 64), (80, 2080, 2080), (400, 1120, 160)]
 
-every_format = pytest.mark.parametrize("format_", FORMATS, ids=[f"a{a}w{w}" for w, a in FORMATS])
+every_format = pytest.mark.parametrize("format_", WIDTHS, ids=[f"a{a}w{w}" for w, a in WIDTHS])
 
 
 def library(sm: str = "") -> Library:

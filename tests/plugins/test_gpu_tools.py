@@ -1,4 +1,4 @@
-"""The GPU ring's kernels' side, run here: packing, runner, oracle, small launches and timing, all on the emulator."""
+"""The kernels' side of gpu-check, run here: packing, runner, oracle, small launches and timing, all on the emulator."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 from instantrt.plugins.weight_only_gemm import layout, semantics
 from instantrt.plugins.weight_only_gemm.op import OP
-from instantrt.tools.gpu import bench, choices, gemm, ncu, profile, race, small, tables, tune
-from instantrt.tools.gpu.gemm import FORMATS, GUARD, Gemm, HungRowError, check, exact, pack, random_weight
+from instantrt.tools.gpu import bench, choices, gemm, ncu, profile, race, roofs, small, tables, tune
+from instantrt.tools.gpu.gemm import GUARD, Gemm, HungRowError, check, exact, pack, random_weight
 from instantrt.tools.gpu.library import LaunchRefusedError, Library
+from instantrt.tools.gpu.small import WIDTHS
 from tests.compiler.tensorrt_stand_in import HostDevice
 from tests.plugins.kernels import Emulated
 
@@ -26,7 +27,7 @@ def on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "device_numbers", lambda: {"sm": 90, "sm_count": 4})
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+@pytest.mark.parametrize(("bits", "activation_bits"), WIDTHS)
 @pytest.mark.parametrize("gated", [0, 1])
 def test_runner_and_oracle(emulated: dict[int, Emulated], gated: int, bits: int, activation_bits: int) -> None:
     weight = random_weight(48, 192, bits, 64, torch.bfloat16, bias=True)
@@ -268,7 +269,7 @@ def test_tuning_tries_every_row_and_a_library_takes_the_fastest(emulated: dict[i
     library = emulated[90].library
     rows = tune.case(library, "32x128", 4)
     tried = {row["format"]: {r["plan"] for r in rows if r["format"] == row["format"]} for row in rows}
-    for name, (bits, _, activation_bits) in tune.FORMATS.items():
+    for name, (bits, _, activation_bits) in tune.TUNED.items():
         fields = {"m": 4, "n": 32, "k": 128, "group": 128, "bits": bits, "activation_bits": activation_bits}
         plans = library.plans((0, 2), **fields, **gemm.device_numbers())
         older = [plan for plan in plans if any(part in plan.kernel for part in tune.OLDER)]
@@ -278,7 +279,7 @@ def test_tuning_tries_every_row_and_a_library_takes_the_fastest(emulated: dict[i
         assert len(plans) > 1
     assert all(sum(r.get("chosen", False) for r in rows if r["format"] == name) == 1 for name in tried)
     assert not any("wrong" in row for row in rows)
-    assert {r["format"] for r in tables.losses(rows)} == set(tune.FORMATS)
+    assert {r["format"] for r in tables.losses(rows)} == set(tune.TUNED)
 
     own = Library(Path(shutil.copy(library.path, tmp_path / "own.so")))
     mine = [row for row in rows if row["format"] == "int4 g128"]
@@ -305,7 +306,7 @@ def test_a_row_that_computes_something_else_cannot_win(
             right(self, problem, tensors, stream)
 
     monkeypatch.setattr(Library, "launch", launch)
-    monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
+    monkeypatch.setattr(tune, "TUNED", {"int4 g128": tune.TUNED["int4 g128"]})
     rows = tune.case(emulated[90].library, "32x128", 4)
     assert {row["plan"].split("/")[0] for row in rows if "wrong" in row} == {broken}
     assert not any(row["plan"].startswith(broken) for row in rows if "us" in row)
@@ -323,7 +324,7 @@ def test_a_row_that_cannot_be_launched_costs_itself(
         right(self, problem, tensors, stream)
 
     monkeypatch.setattr(Library, "launch", launch)
-    monkeypatch.setattr(tune, "FORMATS", {"int4 g128": tune.FORMATS["int4 g128"]})
+    monkeypatch.setattr(tune, "TUNED", {"int4 g128": tune.TUNED["int4 g128"]})
     rows = tune.case(emulated[90].library, "32x128", 4)
     assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
         "LaunchRefusedError: too many resources requested for launch"
@@ -342,8 +343,8 @@ def test_few_rows_are_also_timed_from_the_cache(emulated: dict[int, Emulated]) -
 
 def test_facts_that_cannot_be_had_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench, "biased_errors", lambda: {"0": 1e-7})
-    found = bench.facts(Path("no such library"))
+    monkeypatch.setattr(roofs, "biased_errors", lambda: {"0": 1e-7})
+    found = roofs.facts(Path("no such library"))
     assert found["biased codes, error"] == {"0": 1e-7}
     assert found["sums of split K, us"].startswith("OSError: no such library")
 

@@ -12,8 +12,8 @@ from instantrt.plugins.schema import DType
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, SILU, exact, quantize_rows
-from instantrt.tools.gpu.gemm import FORMATS
 from instantrt.tools.gpu.library import LaunchRefusedError
+from instantrt.tools.gpu.small import WIDTHS
 from tests.plugins.cases import BF16, F16, SIZES, Case, Problem
 from tests.plugins.kernels import Emulated, c_problem, check, other_in_batches
 from tests.plugins.within import assert_within
@@ -160,7 +160,7 @@ def test_consumers_that_take_turns_make_the_same_bits(
             assert np.array_equal(*same)
 
 
-@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+@pytest.mark.parametrize(("bits", "activation_bits"), WIDTHS)
 def test_warpgroup_products_of_symmetric_codes(emulated: Kernels, bits: int, activation_bits: int) -> None:
     """A zero in the middle of the codes leaves the sums of rows out; one other zero in a strip brings them back."""
     p = Case(40, 144, 320, bits, 64, bias=True, activation_bits=activation_bits, data="shifted").make()
@@ -190,7 +190,7 @@ def test_blocks_walk_over_many_tiles(emulated: Kernels, bits: int, m: int, k: in
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
-@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+@pytest.mark.parametrize(("bits", "activation_bits"), WIDTHS)
 @pytest.mark.parametrize(
     ("zeros", "data"),
     [("integer", "outliers"), ("low", "shifted"), ("high", "shifted"), ("float", "shifted"), ("float", "zero_rows")],
@@ -231,7 +231,7 @@ def test_split_k_over_blocks(emulated: Kernels) -> None:
 
 
 @pytest.mark.parametrize("gated", [0, 1])
-@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+@pytest.mark.parametrize(("bits", "activation_bits"), WIDTHS)
 @pytest.mark.parametrize(("m", "splits"), [(1, 8), (5, 2), (11, 3), (20, 4), (32, 2)])
 def test_clusters_add_up_as_the_workspace_does(
     emulated: Kernels, m: int, splits: int, bits: int, activation_bits: int, gated: int
@@ -305,7 +305,7 @@ def test_a_bad_row_spoils_no_other(emulated: Kernels, sm: int, m: int, activatio
 
 
 def test_the_plain_kernel_agrees(emulated: Kernels) -> None:
-    for bits, activation_bits in FORMATS:
+    for bits, activation_bits in WIDTHS:
         check(emulated[80], Case(3, 144, 96, bits, 96, bias=True, activation_bits=activation_bits).make(), plain=True)
 
 
@@ -349,7 +349,7 @@ def float32_formula(p: Problem) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sm", [75, 80])
-@pytest.mark.parametrize(("bits", "activation_bits"), FORMATS)
+@pytest.mark.parametrize(("bits", "activation_bits"), WIDTHS)
 @pytest.mark.parametrize("m", [2, 40])
 def test_tolerance_bites(emulated: Kernels, sm: int, bits: int, activation_bits: int, m: int) -> None:
     p = Case(m, 144, 256, bits, 64, activation_bits=activation_bits).make()

@@ -10,7 +10,7 @@ import pytest
 
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.bench.compile import markdown
-from instantrt.tools.bench.compile_time import Side, in_turns, measured, ours, plot, row, speed
+from instantrt.tools.bench.compile_time import Side, commands_in_turns, measured, our_side, plot, row, speed
 from instantrt.tools.cli.app import COMMANDS, Subcommand
 
 WORK = "import time\nheld = b'x' * (40 << 20)\nwhile time.process_time() < 0.2: pass"
@@ -35,7 +35,7 @@ def test_sides_take_turns_and_a_round_begins_without_a_cache(tmp_path: Path) -> 
     """`cold` fails on a cache that is there, `warm` on one that is not."""
     cold = Side(("sh", "-c", f"mkdir $INSTANTRT_CACHE && echo cold >> {tmp_path}/order"), "SCRATCH/cache")
     warm = Side(("sh", "-c", f"test -d SCRATCH/cache && echo warm >> {tmp_path}/order"))
-    used, rows = in_turns({"cold": cold, "warm": warm}, 2, tmp_path)
+    used, rows = commands_in_turns({"cold": cold, "warm": warm}, 2, tmp_path)
     assert (tmp_path / "order").read_text().split() == ["cold", "warm"] * 2
     assert {name: each.shape for name, each in used.items()} == {"cold": (2, 3), "warm": (2, 3)}
     assert list(rows) == ["cold", "warm"]
@@ -51,14 +51,14 @@ stages.begin("writing 1.5 MB", 3, 1)
 stages.progress("weight", 3)
 stages.summary()
 """
-    _, rows = in_turns({"it": Side((sys.executable, "-c", code))}, 1, tmp_path)
+    _, rows = commands_in_turns({"it": Side((sys.executable, "-c", code))}, 1, tmp_path)
     assert rows["it"]["stages"] == {"reading": 0.0, "writing": 0.0}
 
 
 def test_the_command_line_that_is_timed_is_one(tmp_path: Path) -> None:
     """As far as it can be read without compiling; the sides of a round write to different places."""
     sides = [
-        ours(tmp_path, f"{target} --quant {quant}", "c") for target in ("x86", "sm89") for quant in ("none", "a8w8")
+        our_side(tmp_path, f"{target} --quant {quant}", "c") for target in ("x86", "sm89") for quant in ("none", "a8w8")
     ]
     command = Subcommand("compile", *COMMANDS["compile"])
     read = [command.make_context("compile", list(side.words[4:])).params for side in sides]
@@ -90,7 +90,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         "| x86 a16w8, cold | 12 s, CPU 15 s | 2 s (1.5 to 2.5) | 3 s (2.5 to 3.5) | 500 MB |",
         "| theirs : ours |  | 1 x (0.75 to 1.25) | 1.5 x (1.25 to 1.75) |  |",
         "| once |  | 1 s | 2 s | 300 MB |",
-        "| optimum-onnx | | not measured: --optimum was not given | | |",
+        "| optimum-onnx |  | not measured: --optimum was not given |  |  |",
         "* instantrt 1",
         "* x86 a16w8, cold: reading 0.3 s",
         "![wall time of each](compile_time.png)",

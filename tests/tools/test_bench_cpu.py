@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,8 +19,9 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from instantrt.compiler.accuracy.data import read_text, tokenizer_of, windows
 from instantrt.compiler.accuracy.perplexity import perplexity_of, transformers_logits
+from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.lazy import Array, whole
 from instantrt.tools.bench import cpu
 from instantrt.tools.bench.cpu_contests import (
     CONTESTS,
@@ -27,6 +30,7 @@ from instantrt.tools.bench.cpu_contests import (
     DECODER,
     EIGHT,
     FLOAT,
+    GGUF,
     PREFILL,
     Form,
     Wanted,
@@ -37,6 +41,12 @@ from tests.conftest import ROOT, TINY
 
 ENCODER = Form("ours", "onnx encoder", (), "model.onnx", "model.onnx", 32)
 TEXT = ROOT / "examples" / "text" / "bench.txt"
+LLAMA_CPP = """
+import shutil
+LLAMA_FTYPE_MOSTLY_Q8_0 = 7
+llama_model_quantize_default_params = type("Params", (), {})
+llama_model_quantize = lambda whole, out, params: params.ftype - 7 if shutil.copyfile(whole, out) else 1
+"""
 
 
 @pytest.mark.slow
@@ -121,11 +131,35 @@ def test_what_could_not_be_made_is_not_there(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / "made").iterdir()] == ["a" if name == "b" else name]
 
 
+def test_a_script_for_a_peer_imports_what_is_installed(tmp_path: Path) -> None:
+    """Run by its file name it has its folder first on the path, and no module there is called as a library is."""
+    from gguf import GGUFReader
+
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)  # does not quantize
+    words = [sys.executable, GGUF, TINY, tmp_path / "model.gguf", "Q8_0"]
+    given = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.gguf"]
+    stored = read_checkpoint(TINY)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert len(tensors) == len(stored)
+    found = tensors["blk.3.ffn_down.weight"].data.view(np.uint16)
+    np.testing.assert_array_equal(found, whole(stored["model.layers.3.mlp.down_proj.weight"]).view(np.uint16))
+
+
 def test_nothing_to_measure() -> None:
     for words in (("bench", "cpu"), ("bench", "cpu", TINY, "--shape", "0.5b")):
         error = invoke(*words).exception
         assert isinstance(error, UserError)
         assert error.expected == "a MODEL, or --shape"
+
+
+def test_a_peer_that_is_not_there_is_missed_before_anything_is_made(tmp_path: Path) -> None:
+    error = invoke("bench", "cpu", TINY, "--llama", sys.executable, "--scratch", tmp_path).exception
+    assert isinstance(error, UserError)
+    assert error.what == "llama-cpp-python is not there"
+    assert [path.name for path in (tmp_path / TINY.name).iterdir()] == ["inputs.npz"]
 
 
 def test_what_is_shown_of_it() -> None:

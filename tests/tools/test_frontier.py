@@ -16,7 +16,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array
 from instantrt.tools.bench import frontier
 from instantrt.tools.bench.cpu_contests import ASKED, CALIBRATION, FITTED, FRONTIER, MADE, MODEL
-from instantrt.tools.bench.cpu_worker import DecoderMeasures
+from instantrt.tools.bench.peers.cpu_worker import DecoderMeasures
 from tests.commands import invoke
 from tests.conftest import TEXT, TINY
 

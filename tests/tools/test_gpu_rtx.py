@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -25,9 +26,10 @@ from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from instantrt.tools.bench.synthetic import QWEN2, write_checkpoint
 from instantrt.tools.gpu import rtx as gpu_rtx
-from instantrt.tools.gpu import rtx_speed
-from instantrt.tools.gpu.rtx import ROOT, Variant
+from instantrt.tools.gpu import rtx_prepare, rtx_speed
+from instantrt.tools.gpu.rtx_prepare import Variant
 from tests.compiler.tensorrt_stand_in import LENGTH, HostDevice, Plan
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One engine, unpacked."""
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("rtx")
-    gpu_rtx.prepare(folder, (Variant("a16w4", 128, (89,)),))
-    with tarfile.open(folder / gpu_rtx.ARCHIVE) as archive:
+    rtx_prepare.prepare(folder, (Variant("a16w4", 128, (89,)),))
+    with tarfile.open(folder / rtx_prepare.ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     return folder
 
 
 def test_names_tell_variants_apart() -> None:
-    names = [variant.name for variant in gpu_rtx.VARIANTS]
+    names = [variant.name for variant in rtx_prepare.VARIANTS]
     assert len(set(names)) == len(names)
     assert {"a16w4-g128-default", "a8w8-default", "a16w4-g128-sm120"} <= set(names)
 
@@ -55,12 +57,12 @@ def test_engines_and_what_they_should_compute(prepared: Path) -> None:
     arrays = dict(np.load(prepared / "a16w4-g128.npz"))
     given, wanted = (gpu_rtx.part(arrays, f"decode/{side}/") for side in ("in", "out"))
     assert given["input_ids"].shape == (1, 1)
-    assert given["past_key_values.0.key"].shape[2] == gpu_rtx.TOKENS
-    assert wanted["present.0.key"].shape[2] == gpu_rtx.TOKENS + 1
+    assert given["past_key_values.0.key"].shape[2] == rtx_prepare.TOKENS
+    assert wanted["present.0.key"].shape[2] == rtx_prepare.TOKENS + 1
     assert wanted["logits"].shape[:2] == (1, 1)
     past = gpu_rtx.part(arrays, "prefill/out/")["present.3.value"]
     np.testing.assert_array_equal(wanted["present.3.value"][:, :, :-1], past)
-    assert (prepared / gpu_rtx.ARCHIVE).stat().st_size < 9e6
+    assert (prepared / rtx_prepare.ARCHIVE).stat().st_size < 9e6
 
 
 @pytest.mark.slow
@@ -110,7 +112,7 @@ def test_a_model_that_travelled_is_built_again(prepared: Path) -> None:
 def test_tokens_beside_the_cpu_artifact(prepared: Path) -> None:
     """An engine that says the same, and one that leaves the way at the third token."""
     arrays = dict(np.load(prepared / "a16w4-g128.npz"))
-    assert [len(arrays[f"tokens/{n}"]) for n in range(3)] == 3 * [gpu_rtx.GREEDY]
+    assert [len(arrays[f"tokens/{n}"]) for n in range(3)] == 3 * [rtx_prepare.GREEDY]
 
     class Reader:
         """Says what it is to say after each prompt."""
@@ -130,12 +132,12 @@ def test_tokens_beside_the_cpu_artifact(prepared: Path) -> None:
             return self.logits(self.wanted[0])
 
         def decode(self, ids: np.ndarray, done: np.ndarray) -> np.ndarray:
-            return self.logits(self.wanted[min(int(done[0]) - self.start + 1, gpu_rtx.GREEDY - 1)])[None]
+            return self.logits(self.wanted[min(int(done[0]) - self.start + 1, rtx_prepare.GREEDY - 1)])[None]
 
         def close(self) -> None:
             pass
 
-    assert [r["equal"] for r in gpu_rtx.generated(Reader(-1), arrays)] == 3 * [gpu_rtx.GREEDY]
+    assert [r["equal"] for r in gpu_rtx.generated(Reader(-1), arrays)] == 3 * [rtx_prepare.GREEDY]
     assert [r["equal"] for r in gpu_rtx.generated(Reader(2), arrays)] == 3 * [2]
 
 
@@ -148,7 +150,7 @@ def test_an_outline_is_filled(tmp_path: Path) -> None:
         "num_key_value_heads": 2, "vocab_size": 500,
     }  # fmt: skip
     write_checkpoint(tmp_path / "model", config)
-    gpu_rtx.outline_mode(tmp_path, tmp_path / "model", Variant("a16w4", 128))
+    rtx_prepare.outline_mode(tmp_path, tmp_path / "model", Variant("a16w4", 128))
     name = "qwen2-1.5b-a16w4-g128"
     assert gpu_rtx.steps(tmp_path, "speed") == gpu_rtx.steps(tmp_path, "make") == [name]
     assert not list(tmp_path.glob("*.data"))
@@ -191,6 +193,15 @@ def test_a_contest_on_the_stand_in(tiny_float: FloatModel, tmp_path: Path, monke
     for name, tokens in {"prefill engine": 16, "step 1 engine": 1, "decode 4 engine": 4}.items():
         assert len(times[name]["ms_of_all"]) == 2
         assert times[name]["tokens_per_second"] == pytest.approx(1e3 * tokens / times[name]["ms"], rel=0.01)
+
+
+def test_what_loading_an_engine_needs() -> None:
+    """docs/gpu.md names every package that has to be on the GPU machine."""
+    (said,) = re.findall(r"`load` needs ([\w, ]+), the\s+driver", (ROOT / "docs" / "gpu.md").read_text())
+    code = "import sys; before = {*sys.modules}; import instantrt.tools.gpu.rtx; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages = {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    assert {*said.split(", "), "instantrt"} == packages
 
 
 def test_run_says_that_there_is_no_gpu(tmp_path: Path) -> None:

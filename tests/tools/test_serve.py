@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 from instantrt import Classifier, Embedder
 from instantrt.compiler.llm import load_artifact
 from instantrt.compiler.serving.config import GENERATE_INPUTS, GENERATE_OUTPUTS
-from instantrt.compiler.serving.repository import write_repository
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.serving.load import ask, measure, resident
 from instantrt.tools.serving.server import ENVIRONMENT, Server, serving, stop
 from instantrt.tools.serving.text_load import in_process, measure_texts
 from tests.conftest import ROOT
+from tests.repositories import write_repository
 
 CLIENT = Path(__file__).parent.parent / "serving" / "grpc_client.py"
 MODEL = "tiny-qwen2_generate"

@@ -8,7 +8,6 @@
     memory      peak memory of the quantize-and-write stage
     smoke       what running each artifact once adds to a compilation of 30 layers, in seconds and memory
     decode      one token through layers of 2048 x 8192, beside float32, and the error of the per-channel forms
-    prefill     a prompt of 512 tokens: logits of all its tokens against the last
     perplexity  of every mode on the evaluation text, beside float
 
 Machines are shared and noisy: every comparison is a ratio within one run, the two sides taking turns.
@@ -25,9 +24,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -41,15 +41,16 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.ran import Ran
 from instantrt.compiler.watch import Watch
 from instantrt.passes.core.lazy import Array, FileTensor, whole
-from instantrt.tools.bench.compile_time import check_room, depth, engine, large, plot, speed, table
+from instantrt.tools.bench.compile_time import check_room, depth, engine, large, part_table, plot, speed
 from instantrt.tools.bench.layers import MODES, layer_chain, lowered, write_weights
-from instantrt.tools.bench.running import decode, perplexities, prefill, quartiles
+from instantrt.tools.bench.results import Result, in_turns, known, quartiles
+from instantrt.tools.bench.running import decode, perplexities
 from instantrt.tools.bench.synthetic import SMOLLM2_135M, write_checkpoint
 from instantrt.tools.cli.console import console
+from instantrt.tools.markdown import table
+from instantrt.tools.places import BENCHMARKS
 
-Result = dict[str, Any]
-T = TypeVar("T")
-OUT = Path(__file__).resolve().parents[2] / "benchmarks" / "compile.json"
+OUT = BENCHMARKS / "compile.json"
 SPEED = OUT.with_name("compile_time.png")
 
 
@@ -69,21 +70,20 @@ def rate(folder: Path) -> Result:
         "written to the disk": lambda: write_alone(out / "zeros", 2 * count, sync=True),
     }
     graphs = {mode: lowered(tensors, mode) for mode in MODES}
-    seconds: dict[str, list[float]] = {name: [] for name in (*limits, *MODES)}
     written: dict[str, int] = {}
-    for _ in range(9):
-        for name, work in limits.items():
-            seconds[name].append(timed(work)[0])
-        for mode, graph in graphs.items():
-            seconds[mode].append(timed(write_model, graph, out / "out.onnx")[0])
-            written[mode] = (out / "out.onnx.data").stat().st_size
+
+    def write(mode: str) -> None:
+        write_model(graphs[mode], out / "out.onnx")
+        written[mode] = (out / "out.onnx.data").stat().st_size
+
+    seconds = in_turns(limits | {mode: partial(write, mode) for mode in MODES}, 9)
     result: Result = {"weights": count}
     for name in limits:
-        result[name] = {"gb_per_s": quartiles(2 * count / 1e9 / np.array(seconds[name]))}
+        result[name] = {"gb_per_s": quartiles(2 * count / 1e9 / seconds[name])}
     for mode in MODES:
         typical, disk = float(np.median(seconds[mode])), 2 * count / float(np.median(seconds["written to the disk"]))
         result[mode] = {
-            "million_weights_per_s": [round(v) for v in quartiles(count / 1e6 / np.array(seconds[mode]))],
+            "million_weights_per_s": [round(v) for v in quartiles(count / 1e6 / seconds[mode])],
             "gb_read_per_s": round(2 * count / typical / 1e9, 2),
             "gb_written_per_s": round(written[mode] / typical / 1e9, 2),
             "the_disk_allows_million": round(disk * count / written[mode] / 1e6),
@@ -239,12 +239,6 @@ class SmokeSeen(Watch):
         self.all.append(ran)
 
 
-def timed(function: Callable[..., T], *arguments: Any) -> tuple[float, T]:
-    started = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - started, result
-
-
 PARTS: dict[str, Callable[..., Result]] = {
     "speed": speed,
     "depth": depth,
@@ -254,7 +248,6 @@ PARTS: dict[str, Callable[..., Result]] = {
     "memory": memory,
     "smoke": smoke,
     "decode": decode,
-    "prefill": prefill,
     "perplexity": perplexities,
 }
 
@@ -267,18 +260,18 @@ def markdown(results: Mapping[str, Result]) -> str:
     lines = ["# What the CPU road reaches", "", "Written by `instantrt bench compile`.", "", TABLES, ""]
     for part, result in results.items():
         lines += [f"## {part}", "", getdoc(PARTS[part]) or "", ""]
-        lines += [*table(result), ""] if "rows" in result else [*named_values(result), ""]
+        lines += [*part_table(result), ""] if "rows" in result else [*named_values(result), ""]
         if part == "speed":
             lines += [f"![wall time of each]({SPEED.name})", ""]
     return "\n".join(lines)
 
 
 def named_values(result: Result) -> list[str]:
-    lines = ["| what | measured |", "|---|---|"]
-    for name, value in result.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        lines.append(f"| {name} | {shown.replace('_', ' ')} |")
-    return lines
+    def shown(value: Any) -> str:
+        said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        return said.replace("_", " ")
+
+    return table(("what", "measured"), ((name, shown(value)) for name, value in result.items()))
 
 
 def keep(results: Mapping[str, Result]) -> None:
@@ -297,7 +290,7 @@ def main(
     optimum: Annotated[Path | None, typer.Option(help="for speed: a python that has optimum-onnx")] = None,
 ) -> None:
     """Run the parts and write benchmarks/compile.json and compile.md; parts not run keep their last results."""
-    results: dict[str, Result] = json.loads(OUT.read_text())["results"] if OUT.is_file() else {}
+    results = known(OUT)
     settings: dict[str, dict[str, Any]] = {
         "speed": {"rounds": rounds, "peers": {"genai": genai, "optimum": optimum}},
         "depth": {"rounds": rounds},

@@ -16,17 +16,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
+from instantrt.tools.bench.results import Result
 from instantrt.tools.bench.synthetic import QWEN2_7B, SMOLLM2_135M, write_checkpoint
 from instantrt.tools.cli.console import console
+from instantrt.tools.markdown import table
 
-Result = dict[str, Any]
-TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen2"  # peers convert no model without one
 NARROW = {
     **SMOLLM2_135M,
     "hidden_size": 64,
@@ -104,7 +103,7 @@ def measured(words: Sequence[str], log: Path, environment: Mapping[str, str]) ->
     return np.array([wall, cpu, peak / 1024])
 
 
-def in_turns(sides: Mapping[str, Side], rounds: int, folder: Path) -> tuple[dict[str, Array], Result]:
+def commands_in_turns(sides: Mapping[str, Side], rounds: int, folder: Path) -> tuple[dict[str, Array], Result]:
     """What is `measured` of each side [rounds, 3], and a row for each."""
     used: dict[str, list[Array]] = {name: [] for name in sides}
     stages: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
@@ -124,7 +123,7 @@ def in_turns(sides: Mapping[str, Side], rounds: int, folder: Path) -> tuple[dict
     return arrays, rows
 
 
-def ours(model: Path, options: str, cache: str) -> Side:
+def our_side(model: Path, options: str, cache: str) -> Side:
     """`instantrt compile`; sides of one `cache` share it."""
     out = f"{SCRATCH}/{cache} {model.name} {options}"
     command = (sys.executable, "-m", "instantrt", "compile", str(model), "--target", *options.split(), "-o", out)
@@ -161,16 +160,14 @@ def speed(folder: Path, rounds: int, peers: Mapping[str, Path | None]) -> Result
     pythons = [(sys.executable, "instantrt"), *((python, peer.package) for peer, python in given)]
     found = [versions(*each, "torch", "transformers", "onnxruntime") for each in pythons]
     model = folder / "model"
-    write_checkpoint(model, SMOLLM2_135M)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, model / name)
+    write_checkpoint(model, SMOLLM2_135M, tokenizer=True)
     cold, warm = "x86 a16w8, cold", "x86 a16w4, warm"
-    sides = {cold: ours(model, "x86 --quant a16w8", "cache"), warm: ours(model, "x86 --quant a16w4", "cache")}
+    sides = {cold: our_side(model, "x86 --quant a16w8", "cache"), warm: our_side(model, "x86 --quant a16w4", "cache")}
     for peer, python in given:
         for step, text in peer.steps.items():
             words = (word.replace(MODEL, str(model)) for word in text.split())
             sides[f"{peer.package}, {step}"] = Side((python, *words))
-    used, rows = in_turns(sides, rounds, folder)
+    used, rows = commands_in_turns(sides, rounds, folder)
     for peer, _ in given:
         every = np.sum([used[f"{peer.package}, {step}"] for step in peer.steps], axis=0)
         rows |= ratio(f"{peer.package}, all : ours, cold", every, used[cold])
@@ -185,11 +182,11 @@ def depth(folder: Path, rounds: int) -> Result:
     for count in layers:
         write_checkpoint(folder / str(count), {**NARROW, "num_hidden_layers": count})
     sides = {
-        f"{start}, {count} layers": ours(folder / str(count), f"x86 --quant {quant}", "cache")
+        f"{start}, {count} layers": our_side(folder / str(count), f"x86 --quant {quant}", "cache")
         for start, quant in (("cold", "a16w8"), ("warm", "a16w4"))
         for count in layers
     }
-    used, rows = in_turns(sides, rounds, folder)
+    used, rows = commands_in_turns(sides, rounds, folder)
     for start in ("cold", "warm"):
         rows |= ratio(f"{start}, 80 layers : 30", used[f"{start}, 80 layers"], used[f"{start}, 30 layers"])
     return {"rows": rows}
@@ -200,10 +197,10 @@ def engine(folder: Path, rounds: int) -> Result:
     model = folder / "model"
     write_checkpoint(model, SMOLLM2_135M)
     sides = {
-        "sm89 a16w8, a build kit": ours(model, "sm89 --quant a16w8 --builder kit", "kit"),
-        "sm89 a16w8, an engine": ours(model, "sm89 --quant a16w8 --builder tensorrt-rtx", "engine"),
+        "sm89 a16w8, a build kit": our_side(model, "sm89 --quant a16w8 --builder kit", "kit"),
+        "sm89 a16w8, an engine": our_side(model, "sm89 --quant a16w8 --builder tensorrt-rtx", "engine"),
     }
-    return {"rows": in_turns(sides, rounds, folder)[1]}
+    return {"rows": commands_in_turns(sides, rounds, folder)[1]}
 
 
 def large(folder: Path) -> Result:
@@ -213,7 +210,8 @@ def large(folder: Path) -> Result:
     rows: Result = {}
     # Not of one round: the disk has one artifact at a time.
     for name in ("x86 a16w8", "x86 a16w8 --group-size 128", "x86 a16w8 --no-smoke"):
-        rows |= in_turns({name: ours(model, name.replace("a16w8", "--quant a16w8"), "cache")}, 1, folder)[1]
+        side = our_side(model, name.replace("a16w8", "--quant a16w8"), "cache")
+        rows |= commands_in_turns({name: side}, 1, folder)[1]
     return {"rows": rows}
 
 
@@ -224,20 +222,20 @@ def check_room(folder: Path) -> None:
         raise UserError("no room for `large`", found=found, expected=f"{ROOM / 1e9:.0f} GB", fix="--scratch FOLDER")
 
 
-def table(result: Result) -> list[str]:
+def part_table(result: Result) -> list[str]:
     """Markdown of one part: the rows, then what is known of them."""
-    lines = ["| what | goal | wall | CPU | peak memory |", "|---|---|---|---|---|"]
+    lines: list[tuple[str, ...]] = []
     known = [f"* {line}" for line in result.get("versions", ())]
     for name, each in result["rows"].items():
         if "not_measured" in each:
-            lines.append(f"| {name} | | not measured: {each['not_measured']} | | |")
+            lines.append((name, "", f"not measured: {each['not_measured']}", "", ""))
             continue
         wall, cpu = (shown(each[key], each["unit"]) for key in ("wall", "cpu"))
-        peak = f"{each['peak_mb']} MB" if "peak_mb" in each else ""
-        lines.append(f"| {name} | {each['goal']} | {wall} | {cpu} | {peak} |")
+        lines.append((name, each["goal"], wall, cpu, f"{each['peak_mb']} MB" if "peak_mb" in each else ""))
         stages = [f"{stage} {seconds:.1f} s" for stage, seconds in each.get("stages", {}).items() if seconds >= 0.05]
         known += [f"* {name}: {', '.join(stages)}"] if stages else []
-    return [*lines, "", *known] if known else lines
+    rows = table(("what", "goal", "wall", "CPU", "peak memory"), lines)
+    return [*rows, "", *known] if known else rows
 
 
 def shown(quartiles: Sequence[float], unit: str) -> str:

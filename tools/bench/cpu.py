@@ -5,8 +5,8 @@ MODEL is the folder of a causal LM, or of an encoder (model_type bert, say), whi
 alone. Peers run where they are installed, each in a Python that is named; what a peer's own tool made of the model is
 kept in --scratch, ours is compiled anew.
 
-Every configuration is a process that holds its model and is told to do one measurement at a time (cpu_worker.py), so
-that the others wait, and whatever else the machine does meets all of them: ratios are of one round.
+Every configuration is a process that holds its model and is told to do one measurement at a time (cpu_worker.py in
+peers), so that the others wait, and whatever else the machine does meets all of them: ratios are of one round.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from instantrt.compiler.accuracy.data import read_text, tokenizer_of
 from instantrt.compiler.accuracy.texts import sentences
 from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.bench.compile_time import TOKENIZER, measured, versions
+from instantrt.tools.bench.compile_time import measured, versions
 from instantrt.tools.bench.cpu_contests import (
     CALIBRATION,
     CONTESTS,
@@ -46,17 +46,15 @@ from instantrt.tools.bench.cpu_contests import (
     as_it_comes,
 )
 from instantrt.tools.bench.cpu_page import markdown, plot
-from instantrt.tools.bench.cpu_worker import STEPS
-from instantrt.tools.bench.running import quartiles
+from instantrt.tools.bench.peers.cpu_worker import STEPS
+from instantrt.tools.bench.results import Result, keep, known, quartiles
 from instantrt.tools.bench.synthetic import QWEN2_05B, QWEN2_15B, write_checkpoint
 from instantrt.tools.cli.console import console
+from instantrt.tools.places import BENCHMARKS, TEXT
 
-Result = dict[str, Any]
 Ask = Callable[..., Any]  # a worker's measurement and its arguments -> the value
-ROOT = Path(__file__).resolve().parents[2]
-TEXT = ROOT / "examples" / "text" / "bench.txt"
-OUT = ROOT / "benchmarks" / "cpu.json"
-WORKER = str(Path(__file__).with_name("cpu_worker.py"))
+OUT = BENCHMARKS / "cpu.json"
+WORKER = str(Path(__file__).parent / "peers" / "cpu_worker.py")
 STARTS = 3  # processes that are started to see how long loading takes
 WINDOW = 512  # tokens that see one another, for the loss
 LONGEST = 256  # tokens of a sentence whose vectors are compared
@@ -119,6 +117,10 @@ def contest(
 ) -> Result:
     """All that is measured of a model; `folder` gets what is made of it. `others`: ONNX files of the same encoder."""
     plan = CONTESTS[kind]
+    known_versions = [
+        versions(pythons["ours"], "instantrt", "onnxruntime"),
+        *(versions(python, PACKAGES[name]) for name, python in pythons.items() if name in PACKAGES),
+    ]
     forms = {name: form for name, form in plan.forms.items() if form.python in pythons}
     forms |= {path.parent.name: as_it_comes(str(path)) for path in others}
     made = {name: folder / re.sub(r"\W+", "-", name) for name in forms}
@@ -154,12 +156,10 @@ def contest(
     return {
         "kind": kind,
         "sides": sides,
-        "versions": [versions(pythons["ours"], "instantrt", "onnxruntime"), *(
-            versions(python, PACKAGES[name]) for name, python in pythons.items() if name in PACKAGES
-        )],
+        "versions": known_versions,
         "not_given": sorted({form.python for form in plan.forms.values()} - set(pythons)),
         "idle_cpu_s": round(max(idle), 3),
-    }  # fmt: skip
+    }
 
 
 def starts(plan: Contest, worker: Callable[[], Any]) -> Result:
@@ -220,18 +220,43 @@ def write_inputs(kind: str, model: Path, texts: Iterable[Path], path: Path) -> N
     np.savez(path, **arrays)
 
 
-def keep(results: Mapping[str, Result], out: Path) -> None:
-    """Writes all that is known."""
-    out.write_text(json.dumps({"results": results}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(results))
-    plot(results, out.with_suffix(".png"))
-
-
 def machine(before: float) -> str:
     """This machine, and its load `before` and after: what is above the cores is other work, which scatters rounds."""
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     name = found[1] if found else platform.machine()
     return f"{name}, {os.cpu_count()} cores, load {before:.1f} before and {os.getloadavg()[0]:.1f} after"
+
+
+def pythons_of(**peers: Path | None) -> dict[str, str]:
+    """Whose Python runs what: ours, and those that were given."""
+    return {"ours": sys.executable} | {name: str(python) for name, python in peers.items() if python is not None}
+
+
+@contextmanager
+def folder_for(name: str, scratch: Path | None) -> Iterator[Path]:
+    """Where all that is made of a model lies: in `scratch` it stays, with what was there."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = (scratch or Path(made)) / re.sub(r"\W+", "-", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def measured_model(
+    kind: str,
+    model: Path,
+    tokenized: Path,
+    texts: Iterable[Path],
+    folder: Path,
+    pythons: Mapping[str, str],
+    rounds: int,
+    **more: Any,
+) -> Result:
+    """What `contest` finds, and of which machine; `tokenized` is the folder that has the model's tokenizer."""
+    inputs = folder / "inputs.npz"
+    write_inputs(kind, tokenized, texts, inputs)
+    load = os.getloadavg()[0]
+    found = contest(kind, model, inputs, folder, pythons, rounds, **more)
+    return found | {"machine": machine(load)}
 
 
 def prepared(model: Path | None, shape: str | None, folder: Path) -> tuple[str, Path]:
@@ -242,9 +267,7 @@ def prepared(model: Path | None, shape: str | None, folder: Path) -> tuple[str, 
         assert shape is not None
         model = folder / "checkpoint"
         if not model.is_dir():
-            write_checkpoint(model, SHAPES[shape])
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copyfile(TOKENIZER / name, model / name)
+            write_checkpoint(model, SHAPES[shape], tokenizer=True)
         return "shape", model
     names = read_json(model / "config.json").get("architectures") or [""]
     if names[0].endswith("ForCausalLM"):
@@ -269,18 +292,13 @@ def main(
     out: Annotated[Path, typer.Option(help="the JSON; .md and .png go beside it")] = OUT,
 ) -> None:
     """Measure a model in every configuration; the files keep the last results of other models."""
-    given = {"llama": llama, "genai": genai, "openvino": openvino}
-    pythons = {"ours": sys.executable} | {name: str(python) for name, python in given.items() if python is not None}
-    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
-    with ExitStack() as stack:
-        base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        name = model.absolute().name if model is not None else f"Qwen2's shape of {shape}, random weights"
-        folder = base / re.sub(r"\W+", "-", name)
-        folder.mkdir(parents=True, exist_ok=True)
+    pythons, results = pythons_of(llama=llama, genai=genai, openvino=openvino), known(out)
+    name = model.absolute().name if model is not None else f"Qwen2's shape of {shape}, random weights"
+    with folder_for(name, scratch) as folder:
         kind, compiled = prepared(model, shape, folder)
-        inputs = folder / "inputs.npz"
-        write_inputs(kind, model or compiled, text or [TEXT], inputs)
-        load = os.getloadavg()[0]
-        found = contest(kind, compiled, inputs, folder, pythons, rounds, others=onnx or ())
-        results[name] = found | {"machine": machine(load)}
-    keep(results, out)
+        texts = text or [TEXT]
+        results[name] = measured_model(
+            kind, compiled, model or compiled, texts, folder, pythons, rounds, others=onnx or ()
+        )
+    keep(out, results, markdown(results))
+    plot(results, out.with_suffix(".png"))

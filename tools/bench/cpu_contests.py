@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-GGUF = str(Path(__file__).with_name("cpu_gguf.py"))
+from instantrt.tools.places import EXAMPLE
+
+GGUF = str(Path(__file__).parent / "peers" / "cpu_gguf.py")
 PACKAGES = {"llama": "llama-cpp-python", "genai": "onnxruntime-genai", "openvino": "openvino"}
 # In the words of a command: what is compiled; the folder that it fills; a text.
 MODEL, MADE, CALIBRATION = "MODEL", "MADE", "CALIBRATION"
@@ -81,6 +83,8 @@ program.save(sys.argv[2] + "/model.onnx", external_data=True)
 COPY = """
 import shutil, sys
 from pathlib import Path
+
+from instantrt.tools.places import EXAMPLE
 for path in Path(sys.argv[1], "exported").glob("model.onnx*"):
     shutil.copyfile(path, Path(sys.argv[2], path.name))
 """
@@ -101,6 +105,8 @@ openvino.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode.I
 NNCF_STATIC = """
 import sys
 from pathlib import Path
+
+from instantrt.tools.places import EXAMPLE
 import nncf, numpy as np, openvino
 model = openvino.Core().read_model(sys.argv[1] + "/exported/model.onnx")
 ids = np.load(Path(sys.argv[1]).parent / "inputs.npz")["ids"]
@@ -137,7 +143,6 @@ class Contest:
     limits   on our 8 bits: (what, at most)
     speed    the measurement that the plot shows
     loss     what it is, where it is measured
-    linear   below it the plot's axis of losses is linear, above logarithmic
     """
 
     forms: Mapping[str, Form]
@@ -148,7 +153,6 @@ class Contest:
     goals: tuple[Wanted, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
     loss: str = ""
-    linear: float = 0.01
 
 
 Q8, Q4, OV8 = "llama.cpp Q8_0", "llama.cpp Q4_0", "OpenVINO int8"
@@ -233,7 +237,7 @@ ENCODER = Contest(
     ),
     loss="1 - cosine of mean-pooled vectors",
 )
-FLOAT_ZEROS = Path(__file__).resolve().parents[2] / "examples" / "float_zero_points.json"
+FLOAT_ZEROS = EXAMPLE.with_name("float_zero_points.json")
 ASKED = {
     FLOAT: "--quant none",
     EIGHT: "--quant a16w8",

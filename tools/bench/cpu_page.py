@@ -10,10 +10,11 @@ import numpy as np
 
 from instantrt.tools.bench.compile_time import shown
 from instantrt.tools.bench.cpu_contests import CONTESTS, EIGHT, FLOAT, Contest
-from instantrt.tools.bench.running import quartiles
+from instantrt.tools.bench.results import Result, quartiles
+from instantrt.tools.markdown import table
 
-Result = dict[str, Any]
 MIB = 1 << 20
+LINEAR = 0.01  # below it the plot's axis of losses is linear, above logarithmic
 
 
 def ratios(sides: Mapping[str, Result], over: tuple[str, str], under: tuple[str, str]) -> list[float] | None:
@@ -29,11 +30,19 @@ def markdown(results: Mapping[str, Result]) -> str:
     if any(CONTESTS[result["kind"]].loss for result in results.values()):
         lines += ["![loss against speed](cpu.png)", ""]
     for name, result in results.items():
-        lines += [f"## {name}", "", *table(result), "", *wanted_table(result)]
-        lines += [f"* {line}" for line in (result["machine"], *result["versions"])]
-        lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
-        lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
+        lines += [f"## {name}", "", *sides_table(result), "", *wanted_table(result), *notes(result), ""]
     return "\n".join(lines)
+
+
+def notes(result: Result) -> list[str]:
+    """What is known of a result beside its numbers."""
+    lines = [result["machine"], *result["versions"]]
+    if "text" in result:
+        by = result.get("calibration")
+        lines.append(f"text: {result['text']}" + (f"; calibrated by {by}" if by else ""))
+    lines += [f"not measured: `--{flag}` was not given" for flag in result["not_given"]]
+    lines.append(f"a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements")
+    return [f"* {line}" for line in lines]
 
 
 ABOUT = """Two threads each. Speeds are tokens a second, medians of the rounds; behind them, as ratios within a round
@@ -55,18 +64,18 @@ checkpoint's bfloat16 weights; onnxruntime-genai's and optimum-intel's exporters
 groups of 32; OpenVINO computes in the precision that it chooses, and gives the last token's logits, as ours do."""
 
 
-def table(result: Result) -> list[str]:
+def sides_table(result: Result) -> list[str]:
     """A row for each configuration."""
     plan, sides = CONTESTS[result["kind"]], result["sides"]
     names = ["", *plan.rounds, "first token", "peak memory", "on disk", *([plan.loss] if plan.loss else [])]
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines: list[list[str]] = []
     for name, side in sides.items():
         cells = [name, *(speed_cell(plan, sides, name, measure) for measure in plan.rounds)]
         cells += [f"{side['first_s'][1]:.2f} s", f"{side['peak_mb']} MB", f"{side['bytes'] / MIB:.0f} MiB"]
         least = f" (worst cosine {side['least_cosine']})" if "least_cosine" in side else ""
         cells += [f"{side['loss']:.4g}{least}" if least else f"{side['loss']:.4f}"] if plan.loss else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return table(names, lines)
 
 
 def speed_cell(plan: Contest, sides: Mapping[str, Result], name: str, measure: str) -> str:
@@ -80,14 +89,14 @@ def speed_cell(plan: Contest, sides: Mapping[str, Result], name: str, measure: s
 def wanted_table(result: Result) -> list[str]:
     """What is wanted, and what was measured."""
     plan, sides = CONTESTS[result["kind"]], result["sides"]
-    lines = []
+    lines: list[tuple[str, str, str]] = []
     for goal in plan.goals:
         if ratio := ratios(sides, goal.over, goal.under):
             over, under = (", ".join(each) for each in (goal.over, goal.under))
-            lines.append(f"| {over} : {under} | at least {goal.least:.3g} | {shown(ratio, 'x')} |")
+            lines.append((f"{over} : {under}", f"at least {goal.least:.3g}", shown(ratio, "x")))
     for what, most in plan.limits.items():
-        lines.append(f"| {EIGHT}: {what} | at most {most:g} | {LIMITED[what](sides):.4g} |")
-    return ["| what | goal | measured |", "|---|---|---|", *lines, ""] if lines else []
+        lines.append((f"{EIGHT}: {what}", f"at most {most:g}", f"{LIMITED[what](sides):.4g}"))
+    return [*table(("what", "goal", "measured"), lines), ""] if lines else []
 
 
 LIMITED: Mapping[str, Callable[[Mapping[str, Result]], float]] = {
@@ -126,7 +135,7 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
         labels = [f"{each}, {side['bytes'] / MIB:.0f} MiB" for each, side in sides.items()]
         bubbles(axes, (speed, loss), areas, colors, labels, ahead(speed, loss))
         axes.set(title=name, xlabel=f"tokens a second, {plan.speed}", ylabel=f"{plan.loss}, above float32's")
-        axes.set_yscale("symlog", linthresh=plan.linear)
+        axes.set_yscale("symlog", linthresh=LINEAR)
     figure.savefig(path, dpi=120)
 
 

@@ -53,18 +53,10 @@ def dequantized(quant: QuantTensor) -> Array:
     return w if quant.order is None else w[:, np.argsort(quant.order.indices)]
 
 
-def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
-    """Transformers, in float32, on the dequantized weights of what was planned.
-
-    `int8_tokens` also rounds the inputs of A8 layers as they run: per token, symmetric, max|x| / 127.
-    """
+def reference_model(planned: Plan) -> Any:
+    """A model of transformers, in float32, with the dequantized weights of what was planned."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:  # noqa: ARG001
-        (x,) = inputs
-        step = x.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 127
-        return torch.round(x / step) * step
 
     config = {k: v for k, v in planned.model.config.items() if k not in ("quantization_config", "model_type", "dtype")}
     hf_config = AutoConfig.for_model(planned.model.config["model_type"], **config)
@@ -78,12 +70,7 @@ def reference_logits(planned: Plan, *, int8_tokens: bool = False) -> Logits:
         found = dequantized(decision) if isinstance(decision, QuantTensor) else whole(planned.model.tensors[name])
         state[name] = torch.from_numpy(found.astype(np.float32)).reshape(parameter.shape)
     model.load_state_dict(state, strict=False)
-    for name, module in model.named_modules():
-        decision = planned.twins["x86"].decisions.get(name)
-        if int8_tokens and isinstance(decision, QuantTensor) and decision.activations == "int8":
-            module.register_forward_pre_hook(rounded)
-
-    return logits_of(model)
+    return model
 
 
 def logits_of(model: Any) -> Logits:
@@ -113,7 +100,7 @@ def compare(
             planned = plan(request)
             write_planned(request, planned)
             parts = text_windows(folder, text)
-            expected = perplexity_of(reference_logits(planned), parts)
+            expected = perplexity_of(logits_of(reference_model(planned)), parts)
             found = perplexity_of(artifact_logits(Path(out)), parts)
         kinds = Counter(str(q) for q in planned.twins["x86"].quantized.values())
         rows[folder.name] = {

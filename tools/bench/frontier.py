@@ -6,31 +6,28 @@ Every choice of format, group size, search, budget and cache type (the table FRO
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
-from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
+from instantrt.tools.bench.cpu import folder_for, measured_model, pythons_of
 from instantrt.tools.bench.cpu_contests import ASKED, CALIBRATION, EIGHT, FITTED, FLOAT, FLOAT_ZEROS, FOUR, FRONTIER
-from instantrt.tools.bench.cpu_page import MIB, ahead, bubbles, speed_cell
+from instantrt.tools.bench.cpu_page import MIB, ahead, bubbles, notes, speed_cell
+from instantrt.tools.bench.results import Result, keep, known
+from instantrt.tools.markdown import table
+from instantrt.tools.places import BENCHMARKS, TEXT
 
-Result = dict[str, Any]
-OUT = ROOT / "benchmarks" / "frontier.json"
+OUT = BENCHMARKS / "frontier.json"
 OPTIONS = {name: f"`{words.replace(CALIBRATION, 'FILE')}`" for name, words in (ASKED | FITTED).items()}
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="folder of a float causal LM that takes 1056 tokens")],
-    text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    text: Annotated[Path, typer.Option(help="English in UTF-8")] = TEXT,
     calibration: Annotated[Path | None, typer.Option(help="another text, for calibrated formats")] = None,
     llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python and gguf")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -38,25 +35,12 @@ def main(
     out: Annotated[Path, typer.Option(help="the JSON; .md and .png go beside it")] = OUT,
 ) -> None:
     """Write loss, bytes and decode speed of every format; the files keep the last results of other models."""
-    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
-    pythons = {"ours": sys.executable}
-    if llama is not None:
-        pythons["llama"] = str(llama)
-    if calibration is not None:
-        pythons["calibration"] = sys.executable
-    with ExitStack() as stack:
-        base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        name = model.absolute().name
-        folder = base / re.sub(r"\W+", "-", name)
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs = folder / "inputs.npz"
-        write_inputs("frontier", model, [text], inputs)
-        load = os.getloadavg()[0]
-        found = contest("frontier", model, inputs, folder, pythons, rounds, calibration)
-        about = {"machine": machine(load), "text": text.name, "calibration": calibration and calibration.name}
-        results[name] = found | about
-    out.write_text(json.dumps({"results": results}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(results))
+    results, pythons = known(out), pythons_of(llama=llama, calibration=calibration and Path(sys.executable))
+    name = model.absolute().name
+    with folder_for(name, scratch) as folder:
+        found = measured_model("frontier", model, model, [text], folder, pythons, rounds, calibration=calibration)
+        results[name] = found | {"text": text.name, "calibration": calibration and calibration.name}
+    keep(out, results, markdown(results))
     plot(results, out.with_suffix(".png"))
 
 
@@ -91,14 +75,10 @@ No other file is both smaller and better than one on the line."""
 def markdown(results: Mapping[str, Result]) -> str:
     lines = ["# Choosing a format", "", ABOUT, "", "![KL to float32 against size](frontier.png)", ""]
     for name, result in results.items():
-        lines += [f"## {name}", "", *rows(TITLES, choices(result))]
+        lines += [f"## {name}", "", *table(TITLES, choices(result))]
         titles = ("", "asked for", "loss over float32's", "KL", "MiB", *FRONTIER.rounds)
-        lines += ["", *rows(titles, measured(result)), "", *(f"* {line}" for line in notes(result)), ""]
+        lines += ["", *table(titles, sides_by_kl(result)), "", *notes(result), ""]
     return "\n".join(lines)
-
-
-def rows(titles: tuple[str, ...], cells: Iterator[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (titles, ("---",) * len(titles), *cells)]
 
 
 def choices(result: Result) -> Iterator[tuple[str, ...]]:
@@ -110,7 +90,7 @@ def choices(result: Result) -> Iterator[tuple[str, ...]]:
             yield want, OPTIONS[name], loss(sides, name), f"{side['kl']:.4f}", size, speeds
 
 
-def measured(result: Result) -> Iterator[tuple[str, ...]]:
+def sides_by_kl(result: Result) -> Iterator[tuple[str, ...]]:
     """Of every side, the best first."""
     sides = result["sides"]
     for name in sorted(sides, key=lambda name: sides[name]["kl"]):
@@ -122,14 +102,6 @@ def measured(result: Result) -> Iterator[tuple[str, ...]]:
 def loss(sides: Mapping[str, Result], name: str) -> str:
     base = sides[FLOAT]["loss"]
     return f"{base:.4f} itself" if name == FLOAT else f"{sides[name]['loss'] - base:+.4f}"
-
-
-def notes(result: Result) -> Iterator[str]:
-    yield result["machine"]
-    yield from result["versions"]
-    yield f"text: {result['text']}" + (f"; calibrated by {result['calibration']}" if result["calibration"] else "")
-    yield from (f"not measured: `--{flag}` was not given" for flag in result["not_given"])
-    yield f"a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements"
 
 
 def plot(results: Mapping[str, Result], path: Path) -> None:

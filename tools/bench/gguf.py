@@ -6,14 +6,9 @@ Bytes, loss, divergence from the float32 model of the same dequantized weights, 
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,66 +18,59 @@ import typer
 from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor
 from instantrt.tools.bench.compile_time import measured, shown
-from instantrt.tools.bench.cpu import ROOT, contest, machine, write_inputs
+from instantrt.tools.bench.cpu import folder_for, measured_model, pythons_of
 from instantrt.tools.bench.cpu_contests import AUTO, FLOAT, MADE, MODEL, OF_GGUF
-from instantrt.tools.bench.cpu_page import MIB, speed_cell
-from instantrt.tools.bench.frontier import rows
-from instantrt.tools.bench.running import quartiles
+from instantrt.tools.bench.cpu_page import MIB, notes, speed_cell
+from instantrt.tools.bench.results import Result, in_turns, keep, known, quartiles
+from instantrt.tools.markdown import table
+from instantrt.tools.places import BENCHMARKS, TEXT
 
-Result = dict[str, Any]
-OUT = ROOT / "benchmarks" / "gguf.json"
+TITLES = ("", "loss", "KL", "logits", "MiB", *OF_GGUF.rounds)
+OUT = BENCHMARKS / "gguf.json"
 
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="GGUF files of causal LMs that take 1056 tokens")],
-    text: Annotated[Path, typer.Option(help="English in UTF-8")] = ROOT / "examples" / "text" / "bench.txt",
+    text: Annotated[Path, typer.Option(help="English in UTF-8")] = TEXT,
     llama: Annotated[Path | None, typer.Option(help="a python that has llama-cpp-python")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     scratch: Annotated[Path | None, typer.Option(help="gets the artifacts, and keeps them")] = None,
     out: Annotated[Path, typer.Option(help="the JSON; .md goes beside it")] = OUT,
 ) -> None:
     """Measure GGUF files in every preset; the JSON and the page keep the last results of other files."""
-    results: dict[str, Result] = json.loads(out.read_text())["results"] if out.is_file() else {}
-    pythons = {"ours": sys.executable} | ({"llama": str(llama)} if llama is not None else {})
-    with ExitStack() as stack:
-        base = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for file in files:
-            folder = base / re.sub(r"\W+", "-", file.name)
+    results, pythons = known(out), pythons_of(llama=llama)
+    for file in files:
+        with folder_for(file.name, scratch) as folder:
             results[file.name] = one(file.absolute(), text, folder, pythons, rounds)
-            out.write_text(json.dumps({"results": results}, indent=1) + "\n")
-            out.with_suffix(".md").write_text(markdown(results))
+        keep(out, results, markdown(results))
 
 
 def one(file: Path, text: Path, folder: Path, pythons: Mapping[str, str], rounds: int) -> Result:
     """All that is measured of a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    artifact, inputs = folder / "timed", folder / "inputs.npz"
-    given = {MODEL: str(file), MADE: str(artifact)}
+    given = {MODEL: str(file), MADE: str(folder / "timed")}
     words = [given.get(word, word) for word in OF_GGUF.forms[AUTO].words]
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         environment = {"HF_HUB_OFFLINE": "1", "INSTANTRT_CACHE": cache}
         seconds = measured([sys.executable, *words], folder / "timed.log", environment)[0]
     made = made_folder(file)  # held while it is read
     read = rate(made.weights, rounds)
-    write_inputs("gguf", made.path, [text], inputs)
-    load = os.getloadavg()[0]
-    found = contest("gguf", file, inputs, folder, pythons, rounds)
-    about = {"machine": machine(load), "text": text.name}
-    return found | about | {"bytes": file.stat().st_size, "compile_s": round(seconds, 1), "weights_per_s": read}
+    found = measured_model("gguf", file, made.path, [text], folder, pythons, rounds)
+    about = {"bytes": file.stat().st_size, "compile_s": round(seconds, 1), "weights_per_s": read}
+    return found | {"text": text.name} | about
 
 
 def rate(weights: Mapping[str, Any], rounds: int) -> list[float]:
     """Quartiles of the weights a second that become codes, scales and zero points on one thread; the first round, in
     which the file may come from the disk, is not counted."""
     tensors = {each for each in weights.values() if isinstance(each, GgufTensor) and each.kind in KINDS}
-    seconds = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
+
+    def read() -> None:
         for tensor in tensors:
             for _tile in GgufRows(tensor).tiles():
                 pass
-        seconds.append(time.perf_counter() - started)
-    return quartiles(sum(int(np.prod(each.shape)) for each in tensors) / np.array(seconds[1:]))
+
+    seconds = in_turns({"read": read}, rounds, warm=1)["read"]
+    return quartiles(sum(int(np.prod(each.shape)) for each in tensors) / seconds)
 
 
 ABOUT = """GGUF files as they come, compiled for a CPU. Written by `instantrt bench gguf`; [GGUF files](../gguf.md)
@@ -101,20 +89,17 @@ work: it scatters speeds."""
 def markdown(results: Mapping[str, Result]) -> str:
     lines = ["# GGUF files beside llama.cpp", "", ABOUT, ""]
     for name, result in results.items():
-        lines += [f"## {name}", "", *rows(("", "loss", "KL", "logits", "MiB", *OF_GGUF.rounds), table(result)), ""]
+        lines += [f"## {name}", "", *table(TITLES, sides_table(result)), ""]
         read = [each / 1e6 for each in result["weights_per_s"]]
         lines += [
             f"* compiled in {result['compile_s']} s, with nothing in a cache; reading {shown(read, 'M weights/s')}",
-            f"* {result['machine']}",
-            f"* text: {result['text']}",
+            *notes(result),
+            "",
         ]
-        lines += [f"* {line}" for line in result["versions"]]
-        lines += [f"* not measured: `--{flag}` was not given" for flag in result["not_given"]]
-        lines += [f"* a waiting process used at most {result['idle_cpu_s']} s of CPU between two measurements", ""]
     return "\n".join(lines)
 
 
-def table(result: Result) -> Iterator[tuple[str, ...]]:
+def sides_table(result: Result) -> Iterator[tuple[str, ...]]:
     sides = result["sides"]
     for name, side in sides.items():
         size = f"{side['bytes'] / MIB:.1f} ({side['bytes'] / result['bytes']:.2f}x)"

@@ -1,26 +1,20 @@
-"""How fast and how exact CPU artifacts run: the parts decode, prefill and perplexity of `instantrt bench compile`."""
+"""How fast and how exact CPU artifacts run: the parts decode and perplexity of `instantrt bench compile`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.compile import compile_model
-from instantrt.compiler.llm import load_artifact
-from instantrt.compiler.request import Request
-from instantrt.passes.core.lazy import Array, whole
+from instantrt.passes.core.lazy import whole
 from instantrt.passes.core.quant import InstantQuant
 from instantrt.tools.bench.layers import FLOAT32, MODES, layer_chain, lowered, write_weights
-from instantrt.tools.bench.synthetic import QWEN2_05B, write_checkpoint
-
-Result = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
+from instantrt.tools.bench.results import Result, in_turns
+from instantrt.tools.places import EVALUATION, EXAMPLE
 
 
 def decode(folder: Path) -> Result:
@@ -38,16 +32,10 @@ def decode(folder: Path) -> Result:
         write_model(graph, path)
         sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((1, 1, 2048), np.float32)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(30):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.run(None, {"x": x})
-            times[name].append(time.perf_counter() - started)
-    base = np.array(times["float32"])
+    seconds = in_turns({name: partial(session.run, None, {"x": x}) for name, session in sessions.items()}, 30)
     result: Result = {
-        name: {"times_as_fast_as_float32": round(float(np.median(base / np.array(taken))), 2)}
-        for name, taken in times.items()
+        name: {"times_as_fast_as_float32": round(float(np.median(seconds["float32"] / each)), 2)}
+        for name, each in seconds.items()
     }
     result["error"] = per_channel_error(folder)
     return result
@@ -72,35 +60,6 @@ def per_channel_error(folder: Path) -> Result:
     return {"weight_only_floor": float(f"{floor:.4g}"), "two_limbs": float(f"{ours:.4g}")}
 
 
-def quartiles(values: Array) -> list[float]:
-    return [round(float(v), 2) for v in np.percentile(values, (25, 50, 75))]
-
-
-def prefill(folder: Path) -> Result:
-    """A prompt of 512 tokens on a model of Qwen2-0.5B's shape, 152,064 words: logits of all tokens and of the last.
-
-    The two take turns; quartiles of the milliseconds of ten rounds, and of the ratios within a round.
-    """
-    write_checkpoint(folder / "model", QWEN2_05B)
-    models = {}
-    for logits in ("all", "last"):
-        request = Request(folder / "model", ("x86",), folder / logits, quant="a16w8", group_size=128, logits=logits)
-        compile_model(request)
-        models[logits] = load_artifact(folder / logits)
-    ids = np.random.default_rng(0).integers(0, 1000, (1, 512))
-    empty = np.zeros((1, QWEN2_05B["num_key_value_heads"], 0, 64), np.float32)
-    past = {s.name: empty for s in models["all"].artifact.inputs if s.name.startswith("past_key_values.")}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(11):
-        for name, model in models.items():
-            started = time.perf_counter()
-            model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(512)[None], **past)
-            times[name].append((time.perf_counter() - started) * 1e3)
-    base, last = (np.array(times[name][1:]) for name in models)  # the first round warms up
-
-    return {name: {"quartiles": quartiles(v)} for name, v in (("all", base), ("last", last), ("ratio", base / last))}
-
-
 PERPLEXITY = (
     "none",
     "a16w8",
@@ -122,12 +81,12 @@ def perplexities(folder: Path) -> Result:
     """Of each mode on the evaluation text, and the increase over float in percent."""
     from instantrt.compiler.accuracy.perplexity import artifact_logits, perplexity_of, text_windows, transformers_logits
 
-    model = ROOT / "examples" / "tiny-qwen2"
-    parts = text_windows(model, ROOT / "examples" / "text" / "evaluation.txt")
-    base = perplexity_of(transformers_logits(model), parts)
+    parts = text_windows(EXAMPLE, EVALUATION)
+    base = perplexity_of(transformers_logits(EXAMPLE), parts)
     result: Result = {"transformers float32": {"perplexity": round(base, 3)}}
     for mode in PERPLEXITY:
-        command = [sys.executable, "-m", "instantrt", "compile", str(model), "--target=x86", f"--out={folder / 'out'}"]
+        words = ("compile", str(EXAMPLE), "--target=x86", f"--out={folder / 'out'}")
+        command = [sys.executable, "-m", "instantrt", *words]
         subprocess.run([*command, "--quant", *mode.split()], check=True, stdout=subprocess.DEVNULL)
         value = perplexity_of(artifact_logits(folder / "out"), parts)
         result[mode] = {"perplexity": round(value, 3), "increase_percent": round((value / base - 1) * 100, 3)}

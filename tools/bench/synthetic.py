@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from instantrt.compiler.checkpoint import DTYPES
 from instantrt.passes.core.lazy import Array
+from instantrt.tools.places import EXAMPLE
 
 QWEN2: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -72,12 +74,12 @@ SMOLLM2_135M = {
     "num_key_value_heads": 3,
     "vocab_size": 49152,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 23  # weights made at a time
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
-    """config.json and model.safetensors, bfloat16; returns the bytes of weights.
+def write_checkpoint(folder: Path, config: Mapping[str, Any], *, tokenizer: bool = False) -> int:
+    """config.json and model.safetensors, bfloat16; returns the bytes of weights. `tokenizer`: with the example's, as
+    peers convert no model without one.
 
     Norms are 1; everything else lies between 2^-7 and 2^-5, with both signs, and no two tensors are equal.
     """
@@ -85,6 +87,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copyfile(EXAMPLE / name, folder / name)
     shapes = {name: tuple(p.shape) for name, p in build_skeleton(config, folder, False).named_parameters()}
     header, offset = {}, 0
     for name, shape in shapes.items():
@@ -104,15 +108,5 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
-    """The format itself: header size, JSON header, bytes. NumPy has no bfloat16, so the library cannot write these."""
-    header, offset = {}, 0
-    for name, array in tensors.items():
-        where = [offset, offset + array.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": where}
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            file.write(np.ascontiguousarray(array).tobytes())
+    """Arrays of any strides: the library writes the memory of those that it takes for contiguous."""
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)

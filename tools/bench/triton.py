@@ -27,11 +27,11 @@ from instantrt.compiler.compile import compile_model
 from instantrt.compiler.llm import LLM
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
+from instantrt.tools.markdown import table
+from instantrt.tools.places import BENCHMARKS, EXAMPLE
 from instantrt.tools.serving.load import PROMPTS, Result, load, measure, plot
 from instantrt.tools.serving.server import Server, serving
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "tiny-qwen2"
 SCALED = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 4}
 LAYERS = 8
 ROUNDS = 7
@@ -142,13 +142,13 @@ def markdown(record: dict[str, Any]) -> str:
         f" {record['load'][1]:.1f} after: what is above the number of cores is other work on the",
         "machine, which scatters the rounds; triton.json has them all.",
         "",
-        "| weights | one step in the process (`LLM`) | one client : in the process | eight clients : one |",
-        "|---|---|---|---|",
     ]
+    titles = ("weights", "one step in the process (`LLM`)", "one client : in the process", "eight clients : one")
+    rows = []
     for quant, row in record["models"].items():
         one, eight = row["one_client_of_generate"], row["eight_clients_of_one"]
-        lines.append(f"| {quant} | {row['generate_step_ms']} ms | {one:.1%} | {eight:.2f} x |")
-    lines += ["", "![clients against throughput and latency](triton.png)", ""]
+        rows.append((quant, f"{row['generate_step_ms']} ms", f"{one:.1%}", f"{eight:.2f} x"))
+    lines += [*table(titles, rows), "", "![clients against throughput and latency](triton.png)", ""]
     s = record["soak"]
     lines += [
         f"Soak on the example model: {s['requests']} requests of {s['clients']} clients, {s['wrong']} lost or different"
@@ -159,7 +159,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where triton.json, .md and .png go")] = ROOT / "benchmarks",
+    out: Annotated[Path, typer.Option(help="where triton.json, .md and .png go")] = BENCHMARKS,
     requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""

@@ -13,7 +13,7 @@ main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def hand_on(ctx: typer.Context) -> None:
     """`rtx prepare` and `rtx run` try TensorRT-RTX's engines, all else the kernels."""
     from instantrt.tools.gpu import check, rtx
-    from instantrt.tools.gpu.stages import ROOT
+    from instantrt.tools.places import ROOT
 
     if not (ROOT / "tests").is_dir():
         raise UserError("gpu-check runs from a checkout: what it builds and tests is not all in the installed package")

@@ -10,7 +10,6 @@ operations over the measured rate, whichever is more; fractions are of that.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from collections.abc import Callable, Hashable, Iterable
@@ -25,11 +24,11 @@ from instantrt.tools.gpu import gemm
 from instantrt.tools.gpu.gemm import Gemm, Weight, random_weight
 from instantrt.tools.gpu.layers import HUMMING, LAYERS, parse_case
 from instantrt.tools.gpu.library import LaunchPlan, Library
-from instantrt.tools.gpu.race import Call, Contestant, Racer, capture, copies, once, race, ready
+from instantrt.tools.gpu.race import Call, Contestant, Racer, copies, once, race, ready
+from instantrt.tools.gpu.roofs import facts, roofs
 from instantrt.tools.gpu.tables import is_eight_bits
 from instantrt.tools.gpu.watch import emit
 
-READ_MB = (6, 17, 34, 68)  # of one launch: the weights of the smaller layers
 QUICK_KERNELS = (
     "int4 g128", "int8", "a8w8", "cublas fp16", "cublas bf16", "torch int_mm",
     "torch scaled_mm fp8", "triton int4",
@@ -48,7 +47,7 @@ def contestant(name: str, calls: Iterable[Call], size: int, flops: int, plan: st
     return Contestant(name, list(calls), size, flops, plan, max(size / READ_US, flops / rate))
 
 
-def ours(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **options: int) -> Contestant:
+def our_product(library: Library, name: str, x: torch.Tensor, weights: list[Weight], **options: int) -> Contestant:
     one, w = Gemm(library, x, weights[0], options), weights[0]
     size = w.codes.nbytes + w.affine.nbytes + len(x) * (w.n + w.k) * 2
     return contestant(name, map(one.on, weights), size, 2 * len(x) * w.n * w.k, label(one.plan))
@@ -183,103 +182,7 @@ def int8pack(x: torch.Tensor, weight: Weight) -> Contestant:
     return contestant("torch int8pack bf16", calls, packed.nbytes + m * (n + k) * 2, 2 * m * n * k)
 
 
-def roofs(reader: Path) -> dict[str, Any]:
-    """What this GPU reaches: reading and copying in bytes/us, GEMMs in operations/us, an empty graph node in us."""
-    data = torch.empty(4 << 30, dtype=torch.uint8, device=gemm.DEVICE).random_()
-    other, sink = torch.empty_like(data), torch.zeros(1, dtype=torch.int32, device=gemm.DEVICE)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-
-    def read(blocks: int, size: int = data.nbytes, start: int = 0) -> Call:
-        return kernel(reader, "read_bytes", data.data_ptr() + start, size, sink.data_ptr(), blocks)
-
-    def rate(size: int) -> float:
-        """Bytes/us of launches that read `size` bytes each, the next of them each time, in a graph."""
-        count = max(64, copies(size))
-        graphs = [
-            capture([read(sms * per_sm, size, i * size) for i in range(copies(size))], count) for per_sm in (1, 2, 4, 8)
-        ]
-        return max(size * count / once(graph.replay) for graph in graphs)
-
-    a = torch.randn((8192, 8192), device=gemm.DEVICE, dtype=BRAIN)
-    i = torch.randint(-127, 128, (8192, 8192), device=gemm.DEVICE, dtype=torch.int8)
-    return {
-        "read_bytes_per_us": max(data.nbytes / once(read(sms * per_sm)) for per_sm in (2, 4, 8, 16)),
-        "read_bytes_per_us_by_mb": {str(mb): rate(mb << 20) for mb in READ_MB},
-        "empty_node_us": once(capture([kernel(reader, "empty", sms)], 256).replay) / 256,
-        "copy_bytes_per_us": 2 * data.nbytes / once(lambda: other.copy_(data)),
-        "bf16_ops_per_us": 2 * 8192**3 / once(lambda: a @ a),
-        "int8_ops_per_us": 2 * 8192**3 / once(lambda: torch._int_mm(i, i.T)),
-        "gpu": torch.cuda.get_device_name(0),
-        "cuda": torch.version.cuda,
-    }
-
-
-def kernel(reader: Path, name: str, *arguments: int) -> Call:
-    """A launch of one of the benchmark's own kernels; what it returns is a CUDA error."""
-    function = getattr(ctypes.CDLL(str(reader)), name)
-    given = [ctypes.c_int64(a) for a in arguments]
-
-    def launch() -> None:
-        if status := function(*given, ctypes.c_void_p(gemm.current_stream())):
-            raise RuntimeError(f"{name} failed with CUDA error {status}")
-
-    return launch
-
-
-def facts(reader: Path) -> dict[str, Any]:
-    """What the design assumes of the hardware; of what cannot be found out, why."""
-    found: dict[str, Any] = {}
-    questions: dict[str, Callable[[], Any]] = {
-        "sums of split K, us": lambda: split_sums(reader), "biased codes, error": biased_errors,
-        "clusters of blocks of 200 KiB": lambda: most_clusters(reader),
-    }  # fmt: skip
-    for name, ask in questions.items():
-        try:
-            found[name] = ask()
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"[:300]
-            torch.cuda.synchronize()
-    return found
-
-
-def most_clusters(reader: Path) -> dict[str, int]:
-    """How many clusters of so many blocks run at one time where a multiprocessor has room for one block."""
-    library = ctypes.CDLL(str(reader))
-    return {
-        str(blocks): library.most_clusters(ctypes.c_int64(blocks), ctypes.c_int64(200 << 10)) for blocks in (2, 4, 8)
-    }
-
-
-def split_sums(reader: Path) -> dict[str, float]:
-    """Reading 6.4 MB, the codes of 3584 x 3584, in four parts of K whose sums meet in memory or in a cluster."""
-    size, tiles, sums = 3584 * 3584 // 2, 112, {}
-    data = torch.randint(0, 256, (copies(size), size), dtype=torch.uint8, device=gemm.DEVICE)
-    parts, one, other = (torch.zeros((rows, tiles * 256), device=gemm.DEVICE) for rows in (4, 1, 1))
-    for name, out in (("memory", one), ("cluster", other)):
-        calls = [
-            kernel(reader, f"sum_by_{name}", d.data_ptr(), size, parts.data_ptr(), out.data_ptr(), tiles) for d in data
-        ]
-        sums[name] = once(capture(calls, len(calls)).replay) / len(calls)
-    if not torch.equal(one, other):
-        raise AssertionError("a cluster's sums are not those of memory")
-    return sums
-
-
-def biased_errors() -> dict[str, float]:
-    """Relative error of x (codes + bias) - bias X with fp32 sums: what tensor cores lose beside a large sum."""
-    x = (torch.randn((16, 4096), device=gemm.DEVICE) + 0.5).half()
-    codes = torch.randint(0, 16, (4096, 1024), device=gemm.DEVICE).half()
-    truth, sums = x.double() @ codes.double(), x.double().sum(1, keepdim=True)
-
-    def error(bias: int) -> float:
-        off = torch.mm(x, codes + bias, out_dtype=torch.float32).double() - bias * sums - truth
-        return float(off.norm() / truth.norm())
-
-    tiny = torch.mm(x, codes * 2.0**-24, out_dtype=torch.float32).double() * 2.0**24 - truth  # below the normal range
-    return {**{str(bias): error(bias) for bias in (0, 64, 1024)}, "0, times 2^-24": float(tiny.norm() / truth.norm())}
-
-
-FORMATS: dict[str, tuple[int, int, torch.dtype, str]] = {  # bits, group (0: a whole row), type, kind of zeros
+STORED: dict[str, tuple[int, int, torch.dtype, str]] = {  # bits, group (0: a whole row), type, kind of zeros
     "int4": (4, 128, HALF, "float"), "int4 central": (4, 128, HALF, "central"), "int4 bf16": (4, 128, BRAIN, "float"),
     "int4 g64": (4, 64, HALF, "float"), "int4 g32": (4, 32, HALF, "float"),
     "int8": (8, 0, HALF, "float"), "int8 g128": (8, 128, HALF, "float"),
@@ -304,7 +207,7 @@ def weights_of(layer: str, name: str) -> list[Weight]:
     """One format of one layer, in as many copies as it takes."""
 
     def make() -> list[Weight]:
-        (n, k), (bits, group, dtype, zeros) = LAYERS[layer], FORMATS[name]
+        (n, k), (bits, group, dtype, zeros) = LAYERS[layer], STORED[name]
         w = random_weight(n, k, bits, group or k, dtype, zeros)
         return [w, *(w.copy() for _ in range(copies(w.codes.nbytes) - 1))]
 
@@ -341,11 +244,11 @@ def entrants(library: Library, layer: str, m: int) -> dict[str, Callable[[], Con
     if plan(rounded).kernel == "dense":  # else as without
         mine["int4 g128 rounded"] = (x, "int4", rounded)
     every: dict[str, Callable[[], Contestant]] = {
-        name: lambda name=name, t=t, w=w, o=o: ours(library, name, t, weights_of(layer, w), **o)  # type: ignore[misc]
+        name: lambda name=name, t=t, w=w, o=o: our_product(library, name, t, weights_of(layer, w), **o)  # type: ignore[misc]
         for name, (t, w, o) in mine.items()
     }
     if m <= FEW_ROWS and int4.codes.nbytes <= CACHED:  # do instructions hold it up, or memory?
-        every["int4 g128 cached"] = lambda: ours(library, "int4 g128 cached", x, [int4])
+        every["int4 g128 cached"] = lambda: our_product(library, "int4 g128 cached", x, [int4])
     every["cublas fp16"] = lambda: cublas(x, float_weights(layer, HALF))
     every["cublas bf16"] = lambda: cublas(x.to(BRAIN), float_weights(layer, BRAIN))
     every["torch int4pack bf16"] = lambda: tinygemm(x.to(BRAIN), weights_of(layer, "int4 bf16")[0])
@@ -363,7 +266,7 @@ def compiled(library: Library, layer: str, m: int, quick: bool) -> dict[str, Cal
     """humming-kernels, and ours once more beside them."""
     x = torch.randn((m, LAYERS[layer][1]), device=gemm.DEVICE).to(HALF)
     every: dict[str, Callable[[], Contestant]] = {
-        "int4 g128 again": lambda: ours(library, "int4 g128 again", x, weights_of(layer, "int4")),
+        "int4 g128 again": lambda: our_product(library, "int4 g128 again", x, weights_of(layer, "int4")),
         "humming int4": lambda: humming(x, weights_of(layer, "int4")[0]),
     }
     if not quick:

@@ -46,7 +46,10 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.tools.gpu import page
-from instantrt.tools.gpu.stages import ROOT, STAGES, Ring, perform, run, text
+from instantrt.tools.gpu.libraries import run
+from instantrt.tools.gpu.stages import STAGES, GpuRun, perform
+from instantrt.tools.gpu.tables import text
+from instantrt.tools.places import ROOT
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
 SOURCES = ("plugins/**/*.cu", "plugins/**/*.h", "plugins/**/*.cpp", "plugins/**/*.py", "tools/gpu/*")
@@ -155,14 +158,14 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
     report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
     sm, quick = int(query("compute_cap")["compute_cap"].replace(".", "")), plan.quick or args.quick
-    ring = Ring(sm, quick, report, plan.native, out=out, layers=args.layers)
+    gpu = GpuRun(sm, quick, report, plan.native, out=out, layers=args.layers)
     expected = {name: STAGES[name].expected[quick] for name in stages}
     print(f"{before['name']}: expected {', '.join(f'{n} {s} s' for n, s in expected.items())};", end=" ")
     print(f"together {sum(expected.values())} s, at most {plan.seconds:g} s", flush=True)
     for i, name in enumerate(stages):
-        ring.deadline = began + plan.seconds - sum(expected[later] for later in stages[i + 1 :])
+        gpu.deadline = began + plan.seconds - sum(expected[later] for later in stages[i + 1 :])
         print(f"-- {name} begins at {time.monotonic() - began:.0f} s, expected {expected[name]} s", flush=True)
-        report[name] = perform(name, ring)
+        report[name] = perform(name, gpu)
         write(out, json.dumps(report, indent=1) + "\n")
         done = [said(stage, report[stage]) for stage in STAGES if stage in report]
         write(out.with_suffix(".txt"), "\n".join(done) + "\n")

@@ -12,13 +12,11 @@ import torch
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS
-from instantrt.tools.gpu import small
 from instantrt.tools.gpu.library import HUNG_ROWS, LaunchPlan, Library
 
 GUARD = 4096  # bytes on either side of every output that must stay as they were
 POISON = 0xA5
 HUNG = frozenset(filter(None, os.environ.get(HUNG_ROWS, "").split(",")))
-FORMATS = small.FORMATS
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
 DEVICE = "cuda"  # tests of this module put the emulator's memory here
 

@@ -10,7 +10,7 @@ LAYERS = {  # name: (n, k); those of a quick run first, the ones that take longe
     "llama3-8b down": (4096, 14336), "llama3-8b qkv": (6144, 4096), "qwen2-7b kv": (1024, 3584), "70b o": (8192, 8192),
     "70b gate_up": (57344, 8192), "qwen2-7b lm_head": (152064, 3584),
 }  # fmt: skip
-FORMATS = {  # of tune; name: bits of codes, group (0: a whole row), bits of activations
+TUNED = {  # of tune; name: bits of codes, group (0: a whole row), bits of activations
     "int4 g128": (4, 128, 16), "int8": (8, 0, 16), "int8 g128": (8, 128, 16), "a8w8": (8, 0, 8),
 }  # fmt: skip
 HUMMING = " humming"  # behind a layer's name: a race with a peer that compiles for every shape

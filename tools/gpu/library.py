@@ -43,10 +43,10 @@ class LaunchPlan:
     threads: int
     shared: int
     workspace: int
-    tile_m: int = 0
-    tile_n: int = 0
-    resident: int = 1
-    in_flight: int = 0
+    tile_m: int
+    tile_n: int
+    resident: int
+    in_flight: int
 
 
 class Library:
@@ -82,12 +82,6 @@ class Library:
                 continue
             found.setdefault((plan.row, plan.splits), plan)
         return list(found.values())
-
-    def device(self) -> dict[str, int]:
-        """sm and sm_count of this machine's GPU."""
-        sm, sm_count = I32(), I32()
-        self._call("wog_device", ctypes.byref(sm), ctypes.byref(sm_count))
-        return {"sm": sm.value, "sm_count": sm_count.value}
 
     def has_cublaslt(self) -> bool:
         return bool(self._c.wog_library())

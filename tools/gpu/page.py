@@ -15,13 +15,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from instantrt.tools.gpu import goals, ncu, tables
 from instantrt.tools.gpu.plot import plot, speedup_plot
 from instantrt.tools.gpu.predictions import FAR
+from instantrt.tools.markdown import head, row
+from instantrt.tools.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 Report = Mapping[str, Any]
 CU, CUBLAS, OURS = "cublas", "cublas fp16", ("int4 g128", "int8", "a8w8")
 LOST, MOST_LOST = 0.05, 30  # of a choice, from which it is shown, and how many
@@ -78,14 +80,6 @@ int8 peers get activations that are quantized already, while a8w8 has that in it
 
 COUNTERS = """Nsight Compute, one launch each, caches flushed, clocks as they are: a launch takes longer here than in
 the tables above. Stalls: cycles between two instructions of a warp, and their share."""
-
-
-def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def head(*cells: str) -> list[str]:
-    return [row(*cells), "|" + "---|" * len(cells)]
 
 
 def mean_rows(timings: Sequence[tables.Row]) -> list[str]:
@@ -269,17 +263,7 @@ def headline(report: Report, name: str) -> str:
         f"geometric mean of {layers} layers of known models, times as fast: {said}. Qwen2-7B's gate and up at M = 1: "
         f"{one[OURS[0]]:.1f} us{others} ([measured](benchmarks/gpu/{name}.md), with what was missed and why)."
     )
-    return wrapped(text)
-
-
-def wrapped(text: str, width: int = 120) -> str:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = " "
-        line = f"{line} {word}" if line else word
-    return "\n".join([*lines, line]) + "\n"
+    return fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def write(path: Path) -> None:

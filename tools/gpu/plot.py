@@ -27,16 +27,13 @@ def name_of(report: Mapping[str, Any]) -> str:
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Microseconds; dotted is the floor of a format, what its bytes or operations take at the measured rates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     timings = report["timings"]
     layers, ms = list(dict.fromkeys(t["layer"] for t in timings)), sorted({t["m"] for t in timings})
     columns, lines = min(COLUMNS, len(layers)), -(-len(layers) // COLUMNS)
-    size = (4.4 * columns + 0.4, 4.1 * lines + 1.6)
-    figure, panels = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.4 * columns + 0.4, 4.1 * lines + 1.6), layout="constrained")
+    panels: Any = figure.subplots(lines, columns, squeeze=False)
     legend: dict[str, Any] = {}
     for panel, layer in zip(panels.flat, layers, strict=False):
         here = [t for t in timings if t["layer"] == layer]
@@ -72,15 +69,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     )
     figure.suptitle(f"{name_of(report)}: weight-only GEMM, medians of graph replays; lower is better")
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 def speedup_plot(report: Mapping[str, Any], path: Path) -> None:
     """Bars of int4 g128 over cuBLAS fp16 for each M: all layers together, and each layer that humming was timed on."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     timings: Sequence[Row] = report["timings"]
     ms = common_rows(timings)
@@ -96,7 +89,8 @@ def speedup_plot(report: Mapping[str, Any], path: Path) -> None:
             found = {m: r[0] for m in ms if (r := speedups([t for t in timings if t["layer"] == layer], kernel, m))}
             sides.append((f"{who}, {layer}", f"{colour}{hatch}", found))
     width = 0.84 / len(sides)
-    figure, axes = pyplot.subplots(figsize=(max(7.5, 1.9 * len(ms)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 1.9 * len(ms)), 4.2), layout="constrained")
+    axes = figure.subplots()
     for number, (label, colour, ratios) in enumerate(sides):
         face = colour.rstrip("/.")
         x = [i + (number - (len(sides) - 1) / 2) * width for i, m in enumerate(ms) if m in ratios]
@@ -113,4 +107,3 @@ def speedup_plot(report: Mapping[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from instantrt.tools.gpu import gemm
-from instantrt.tools.gpu.bench import FORMATS, kernel
+from instantrt.tools.gpu.bench import STORED
 from instantrt.tools.gpu.gemm import Gemm, random_weight
 from instantrt.tools.gpu.layers import LAYERS, parse_case
 from instantrt.tools.gpu.library import Library
 from instantrt.tools.gpu.ncu import CASES
+from instantrt.tools.gpu.roofs import kernel
 from instantrt.tools.gpu.watch import emit
 
 OURS = {"int4 g128": ("int4", 16), "int8": ("int8", 16), "a8w8": ("int8", 8)}  # weights, bits of activations
@@ -37,7 +38,7 @@ def prepare(library: Library, name: str) -> Callable[[], object]:
         y = torch.empty((m, n), device=gemm.DEVICE, dtype=x.dtype)
         return lambda: torch.matmul(x, weight.T, out=y)
     made, activation_bits = OURS[who]
-    bits, group, dtype, zeros = FORMATS[made]
+    bits, group, dtype, zeros = STORED[made]
     w = random_weight(n, k, bits, group or k, dtype, zeros)
     w = replace(w, natural=torch.empty((1, 1), dtype=torch.uint8, device=gemm.DEVICE).expand(n, k))
     return Gemm(library, x, w, {"activation_bits": activation_bits})

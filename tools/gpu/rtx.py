@@ -3,44 +3,18 @@
     instantrt gpu-check rtx prepare DIR             on a machine without a GPU: engines, inputs, expected outputs
     instantrt gpu-check rtx run DIR --out OUT.json  on the GPU machine: loads, runs and compares each
 
-`prepare` compiles examples/tiny-qwen2 with the compiler itself, in each mode for any GPU (the builder's own default)
-and in one mode for single and several SMs, with and without nodes of the plugin, and one layer of the sizes of a 7 B
-model. Outputs to compare with are ONNX Runtime's of the Q/DQ twin, for a prompt and for the token after it; tokens are
-those that the artifact for CPUs generates. On a GPU whose SM TensorRT-RTX does not serve, `run` says so, and records
-the runtime's own words of one engine (docs/facts.md, "SMs of TensorRT-RTX"). On others it takes four kinds of steps,
-each in a process with a time limit:
+What is prepared: rtx_prepare.py. On a GPU whose SM TensorRT-RTX does not serve, `run` says so, and records the
+runtime's own words of one engine (docs/facts.md, "SMs of TensorRT-RTX"). On others it takes four kinds of steps, each
+in a process with a time limit:
 
     load    an engine from here: does it load, are its outputs and its tokens those
     build   the same after the engine was built on the GPU machine, for any GPU and for its own
     make    builds a model of Qwen2-1.5B's sizes, whose weights are made there (rtx_speed.py)
     speed   times that beside float16 in PyTorch, in turn: steps of 1 and 8 sequences, and a prompt of 512 tokens
 
-The first two need numpy, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB); what builds needs
-packaging and onnx as well, and the last torch and transformers.
-
-Where the GPU machine reaches no package registry and takes less than all that at once, the runtime travels in
-pieces, in two ignored folders, the second with the engines. Here, with the minor version of Python that runs there:
-
-    rtx='tensorrt_rtx_cu13_libs==1.7.1.116 tensorrt_rtx_cu13_bindings==1.7.1.116'
-    options='--no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64'
-    pip download $options -d build/wheels $rtx
-    pip install $options --no-index --find-links build/wheels --no-compile --target build/site $rtx
-    mkdir build/rtx1 build/rtx2
-    tar c -C build/site . | xz -6 | split -b 42M - build/rtx1/piece. && mv build/rtx1/piece.ab build/rtx2
-    cmake -S plugins -B build/plugins -DTensorRT_ROOT=DIR -DCMAKE_CUDA_ARCHITECTURES=89-real     of the GPU there
-    cmake --build build/plugins --target instantrt_plugins
-    from='from instantrt.tools.bench.synthetic import *;'
-    python -c "$from write_checkpoint(Path('build/big'), QWEN2_15B)"
-    python -c "$from write_checkpoint(Path('build/wide'), {**QWEN2_7B, 'num_hidden_layers': 1, 'vocab_size': 128})"
-    instantrt gpu-check rtx prepare build/rtx2 --plugin build/plugins/libinstantrt_plugins.so --big build/big \\
-        --wide build/wide
-
-That is 69 MB in two pieces, and 20 MB of engines. `--plugin`, `--big` and `--wide` may be left out.
-
-There: bring build/rtx1, then build/rtx2, and
-
-    mkdir -p /tmp/site && cat build/rtx1/piece.aa build/rtx2/piece.ab | tar xJ -C /tmp/site
-    PYTHONPATH=/tmp/site:. python -m instantrt.tools.gpu.rtx run build/rtx2 --out rtx.json
+The first needs numpy, packaging, the driver and TensorRT-RTX's two wheels (libraries and bindings, 97 MB); what builds
+needs onnx as well, and the last torch and transformers. docs/gpu.md says how they travel to a machine without a
+package registry.
 """
 
 from __future__ import annotations
@@ -48,13 +22,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import shutil
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,236 +33,31 @@ import numpy as np
 import numpy.typing as npt
 
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
-from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.serving.runtime.cuda import Device
 from instantrt.compiler.serving.runtime.tensorrt_engine import BFLOAT16, TYPES, open_engine, widened
 from instantrt.tools.gpu import rtx_speed
+from instantrt.tools.gpu.rtx_prepare import (
+    ARCHIVE,
+    BUILDS,
+    GREEDY,
+    LENGTH,
+    LIBRARY,
+    PROMPTS,
+    SPEEDS,
+    VARIANTS,
+    greedy,
+    linked,
+    prepare,
+)
 from instantrt.tools.gpu.watch import ChildJob, emit, run_all
 
 Array = npt.NDArray[Any]
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "examples" / "tiny-qwen2"
-ARCHIVE = "engines.tar.xz"  # of <variant>.engine and <mode>.npz: what engines share is in it once
-TOKENS = 24  # of the prompt
 ALLOWED = 0.05  # relative error of an output: 16-bit arithmetic against float32
 LIMIT = 120  # seconds without a word from an engine's process: the runtime compiles its kernels when it loads one
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One engine; no SMs: the builder's default, which is to run on whatever comes later, too."""
-
-    quant: Quant
-    group: int = -1
-    sms: tuple[int, ...] = ()
-    model: str = ""  # wide: what --wide names; else the example
-    plugin: bool = False  # its weight-only linears are nodes of our own
-
-    @property
-    def mode(self) -> str:
-        """What engines share that differ in their SMs alone."""
-        parts = (self.model, self.quant, f"g{self.group}" if self.group > 0 else "", "plugin" if self.plugin else "")
-        return "-".join(filter(None, parts))
-
-    @property
-    def name(self) -> str:
-        return "-".join([self.mode, *(f"sm{sm}" for sm in self.sms)]) + ("" if self.sms else "-default")
-
-
-VARIANTS = (
-    Variant("a16w4", 128), Variant("a16w8"), Variant("a8w8"), Variant("a16w4", 128, (80,)),
-    Variant("a16w4", 128, (86,)), Variant("a16w4", 128, (89,)), Variant("a16w4", 128, (120,)),
-    Variant("a16w4", 128, (80, 86, 89, 120)), Variant("a16w4", 128, model="wide"), Variant("a16w4", 128, plugin=True),
-)  # fmt: skip
-BUILDS = ("a16w4-g128", "a16w4-g128-plugin")  # modes whose lowered model travels, to be built there
 CAPABILITIES = ("default", "current")  # what an engine is built for there
-SPEEDS = (Variant("a8w8"), Variant("a16w4", 128), Variant("a16w8"))  # of the model in rtx_speed.py
-LIBRARY = "libinstantrt_plugins.so"
-PROMPTS, GREEDY, LENGTH = (5, 24, 60), 24, 256  # tokens of the prompts, tokens after each, and what engines take
 SECONDS = {"make": 220, "load": LIMIT, "build": LIMIT, "speed": 100}  # without a word from a step's process
 ONE = ((("load",), 30, 1),)  # where no engine loads
 STAGES = ((("make", "load", "build"), 240, 6), (("speed",), 200, 1))  # kinds, seconds of all, processes at a time
-
-
-def prepare(
-    folder: Path,
-    variants: tuple[Variant, ...] = VARIANTS,
-    plugin: Path | None = None,
-    big: Path | None = None,
-    one_layer: Path | None = None,
-) -> None:
-    """FOLDER/engines.tar.xz; the arrays of a mode are called step/in/name and step/out/name, prompt/N and tokens/N.
-
-    plugin   the library of the plugin; without it nothing with a plugin is prepared
-    big      a checkpoint of the sizes of which the speed is to be measured
-    one_layer   a checkpoint of one wide layer
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        if plugin is not None:
-            shutil.copy(plugin, Path(scratch, LIBRARY))
-            os.environ.update(linked(Path(scratch)))
-        variants = tuple(v for v in variants if (plugin or not v.plugin) and (one_layer or not v.model))
-        for mode in dict.fromkeys(v.mode for v in variants):
-            each = [v for v in variants if v.mode == mode]
-            compile_mode(Path(scratch), each, one_layer if one_layer and each[0].model else MODEL)
-        for variant in SPEEDS if big is not None else ():
-            assert big is not None
-            outline_mode(Path(scratch), big, variant)
-        with tarfile.open(folder / ARCHIVE, "w:xz", preset=9) as archive:
-            for path in sorted(Path(scratch).iterdir()):
-                print(f"{path.name:40} {path.stat().st_size / 1e6:6.1f} MB", flush=True)
-                if path.is_file() and not path.is_symlink():
-                    archive.add(path, path.name)
-
-
-def linked(folder: Path) -> dict[str, str]:
-    """The environment in which TensorRT-RTX takes plugins: docs/facts.md, "Plugins in TensorRT-RTX"."""
-    found = importlib.util.find_spec("tensorrt_rtx_libs")
-    if found is None or found.origin is None:
-        return {}
-    link = folder / "libtensorrt_rtx.so"
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(found.origin).with_name("libtensorrt_rtx.so.1"))
-    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]))}
-
-
-def repeated(checkpoint: Path, folder: Path) -> Path:
-    """A copy whose rows of weights repeat: its engine travels compressed."""
-    model = folder / "checkpoint"
-    shutil.copytree(checkpoint, model)
-    path = model / "model.safetensors"
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            row = 2 * entry["shape"][-1]
-            if "proj.weight" in name:
-                file.seek(8 + size + start)
-                rows = file.read(16 * row)
-                for at in range(start, end, len(rows)):
-                    file.seek(8 + size + at)
-                    file.write(rows[: end - at])
-    return model
-
-
-TARGET = "sm89"  # any that TensorRT-RTX builds for: one lowering serves them all
-
-
-def compile_mode(folder: Path, variants: list[Variant], checkpoint: Path = MODEL) -> None:
-    """One lowered graph and its twin, an engine for each variant, and what the artifact for CPUs generates."""
-    from instantrt.compiler.backend.onnx_writer import write_model
-    from instantrt.compiler.backend.tensorrt.build import EngineSpec, build
-    from instantrt.compiler.backend.tensorrt.profiles import profiles
-    from instantrt.compiler.plan import plan
-    from instantrt.compiler.request import Request
-
-    first = variants[0]
-    library = folder / LIBRARY if first.plugin else None
-    with tempfile.TemporaryDirectory() as scratch:
-        model = repeated(checkpoint, Path(scratch)) if first.model else checkpoint
-        request = Request(
-            model=model, targets=(TARGET,), out=Path(scratch), quant=first.quant, group_size=first.group,
-            max_length=LENGTH, opt_length=64, plugin=library,
-        )  # fmt: skip
-        planned = plan(request)
-        assert planned.model.llm is not None
-        graph, onnx = planned.lowered[TARGET], Path(scratch, f"{first.mode}.onnx")
-        write_model(graph, onnx)
-        ranges = profiles(graph.inputs, request.engine_limits(planned.model.llm.max_length), llm=True)
-        plugins = (library,) if library else ()
-        for variant in variants:
-            engine = folder / f"{variant.name}.engine"
-            build(EngineSpec("tensorrt_rtx", onnx, engine, Path(scratch, "layers"), ranges, variant.sms, plugins))
-        if first.mode in BUILDS:
-            (folder / f"{first.mode}.json").write_text(json.dumps({"config": {}, "profiles": ranges}))
-            for path in Path(scratch).glob(f"{first.mode}.onnx*"):
-                shutil.copy(path, folder)
-        twin = Path(scratch, "twin.onnx")
-        write_model(planned.twins[TARGET].canonical.copy(), twin)
-        vocabulary = int(graph.outputs[0].shape[-1])
-        arrays = expected(twin, vocabulary) | on_cpu(first, model, Path(scratch), vocabulary)
-        np.savez(folder / f"{first.mode}.npz", **arrays)  # type: ignore[arg-type]
-
-
-def on_cpu(variant: Variant, model: Path, scratch: Path, vocabulary: int) -> dict[str, Array]:
-    """What the artifact for x86 CPUs generates greedily from prompts, and how far its choice is ahead each time."""
-    from instantrt.compiler.compile import compile_model
-    from instantrt.compiler.request import Request
-    from instantrt.compiler.serving.runtime.opening import open_engine
-    from instantrt.compiler.serving.runtime.scheduler import SequenceLimits
-
-    out = scratch / "cpu"
-    request = Request(
-        model=model, targets=("x86",), out=out, quant=variant.quant, group_size=variant.group, smoke=False
-    )
-    (artifact,) = compile_model(request)
-    engine = open_engine(
-        out / "x86" / "model.onnx", (), SequenceLimits(1, LENGTH, 1), runtime="onnxruntime",
-        cache=str(artifact.limits["cache"]),
-    )  # fmt: skip
-    random, arrays = np.random.default_rng(1), dict[str, Array]()
-    for number, size in enumerate(PROMPTS):
-        prompt = random.integers(1, min(500, vocabulary), size)
-        tokens, margins = greedy(engine, prompt)
-        arrays |= {f"prompt/{number}": prompt, f"tokens/{number}": tokens, f"margins/{number}": margins}
-    engine.close()
-    return arrays
-
-
-def greedy(engine: Any, prompt: Array) -> tuple[Array, Array]:
-    """GREEDY tokens after a prompt, and by how much the logit of each was above all others."""
-    logits, tokens, margins = engine.prefill(0, prompt, 0), list[int](), list[float]()
-    for done in range(len(prompt), len(prompt) + GREEDY):
-        tokens.append(int(logits.argmax()))
-        second, first = np.partition(logits, -2)[-2:]
-        margins.append(float(first - second))
-        (logits,) = engine.decode(np.array(tokens[-1:]), np.array([done]))
-    return np.array(tokens), np.array(margins, np.float32)
-
-
-def outline_mode(folder: Path, checkpoint: Path, variant: Variant) -> None:
-    """The lowered model of a large checkpoint without its weights, and its profiles."""
-    from instantrt.compiler.backend.tensorrt.profiles import profiles
-    from instantrt.compiler.plan import plan
-    from instantrt.compiler.request import Request
-
-    request = Request(
-        model=checkpoint, targets=(TARGET,), out=folder, quant=variant.quant, group_size=variant.group,
-        max_length=rtx_speed.LENGTH, opt_length=rtx_speed.PAST, max_batch=max(rtx_speed.ROWS), kv_cache="in-place",
-    )  # fmt: skip
-    planned = plan(request)
-    assert planned.model.llm is not None
-    graph = planned.lowered[TARGET]
-    ranges = profiles(graph.inputs, request.engine_limits(planned.model.llm.max_length), llm=True)
-    config = json.loads((checkpoint / "config.json").read_text())
-    name = f"{rtx_speed.MODEL}-{variant.mode}"
-    (folder / f"{name}.json").write_text(json.dumps({"config": config, "profiles": ranges}))
-    rtx_speed.outline(graph, folder / f"{name}.onnx")
-
-
-def expected(twin: Path, vocabulary: int) -> dict[str, Array]:
-    """A prompt on an empty cache, then a token on what it left there."""
-    from instantrt.compiler.accuracy.runners import session
-
-    run = session(twin, as_written=True)
-    names = [output.name for output in run.get_outputs()]
-    shapes = {i.name: i.shape for i in run.get_inputs() if i.name.startswith("past_key_values.")}
-    ids = np.random.default_rng(0).integers(1, min(4000, vocabulary), (1, TOKENS + 1))
-    past = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
-    found: dict[str, Array] = {}
-    for step, (start, end) in {"prefill": (0, TOKENS), "decode": (TOKENS, TOKENS + 1)}.items():
-        feeds = {
-            "input_ids": ids[:, start:end], "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(start, end)[None], **past,
-        }  # fmt: skip
-        outputs = dict(zip(names, run.run(None, feeds), strict=True))
-        outputs["logits"] = outputs["logits"][:, -1:]  # what the engines give
-        past = {name: outputs[name.replace("past_key_values.", "present.")] for name in shapes}
-        found |= {f"{step}/in/{name}": value for name, value in feeds.items()}
-        found |= {f"{step}/out/{name}": value for name, value in outputs.items()}
-    return found
 
 
 def run(folder: Path, out: Path) -> bool:

@@ -40,26 +40,16 @@ class Shape:
 
 def outline(graph: Any, path: Path) -> None:
     """`path` as write_model would, without `path.data`: constants up to INLINE bytes are in it."""
-    import onnx
-    import onnx_graphsurgeon as gs
-
-    from instantrt.compiler.backend.onnx_writer import DATA_SUFFIX, layout, load_inline
+    from instantrt.compiler.backend.onnx_writer import DATA_SUFFIX, exported, layout, load_inline
     from instantrt.passes.core.lazy import FOUR_BIT, view_of
-    from instantrt.passes.core.subgraphs import graphs, tensors
+    from instantrt.passes.core.subgraphs import tensors
 
     load_inline(graph)
     for tensor in tensors(graph).values():
         view = view_of(tensor)
         if view is not None and view.nbytes <= INLINE and view.dtype not in FOUR_BIT:
             tensor.values = view.load()
-    placed = {p.name: p for p in layout(graph)[0]}
-    model = gs.export_onnx(graph)
-    for tensor in (t for each in graphs(model.graph) for t in each.initializer):
-        if tensor.name in placed:
-            p = placed[tensor.name]
-            fields = (("location", path.name + DATA_SUFFIX), ("offset", p.offset), ("length", p.view.nbytes))
-            tensor.ClearField("external_data")
-            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in fields)
+    model = exported(graph, layout(graph)[0], path.name + DATA_SUFFIX)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -32,7 +32,7 @@ ROWS = (3, 12, 20, 40, 70, 130, 600)  # of x: the fewest and the most that each 
 SPLITS = (1, 2, 4)
 COMMON = {"n": N, "k": K, "wide": 1}
 DENSE = {"rounded_weights": 1, "library": 1}
-FORMATS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
+WIDTHS = ((4, 16), (8, 16), (4, 8), (8, 8))  # bits of codes and of activations: every pair
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 EXACT, ROUNDED = 2e-5, 1e-3  # relative error before the output's rounding; with weights rounded to 16 bits
 POISON = 0xFF  # of every byte: NaN in all types
@@ -42,7 +42,7 @@ LOST_GPU = 3
 def every_case(library: Library, device: dict[str, int], types: tuple[int, ...] = (0, 1)) -> list[str]:
     """Each row of the table that this device can run, in each format, type, kind of group and way to split."""
     found: dict[str, None] = {}
-    for (bits, activation_bits), type_, group, m, plain in product(FORMATS, types, GROUPS, ROWS, (0, 1)):
+    for (bits, activation_bits), type_, group, m, plain in product(WIDTHS, types, GROUPS, ROWS, (0, 1)):
         fields = {**device, "m": m, "bits": bits, "activation_bits": activation_bits, "type": type_, "group": group}
         for plan in library.plans(SPLITS, **COMMON, **fields, plain=plain, **DENSE):
             more = {"plain": plain, "row": plan.row + 1, "splits": plan.splits}

@@ -1,32 +1,28 @@
-"""The stages of instantrt.tools.gpu.check. Each takes the ring and returns its part of the report, with `passed`."""
+"""The stages of instantrt.tools.gpu.check. Each takes the run and returns its part of the report, with `passed`."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from instantrt.tools.gpu import goals, layers, ncu, predictions, small, tables
+from instantrt.tools.gpu import layers, ncu, predictions, small, tables
 from instantrt.tools.gpu.choices import choices_file
+from instantrt.tools.gpu.libraries import FOLDER, LIBRARIES, make_all, run
 from instantrt.tools.gpu.library import HUNG_ROWS, Library
+from instantrt.tools.gpu.tables import Part
 from instantrt.tools.gpu.watch import ChildJob, Outcome, failures, parse, run_all
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "build" / "gpu_check_libraries"
-READER, VOLTA = FOLDER / "reader" / "libread.so", FOLDER / "volta" / "libinstantrt_kernels_volta.so"
 TESTS = ("tests/plugins/test_gpu_kernels.py", "tests/plugins/test_gpu_volta.py")
 SANITIZERS = {  # and their options; errors of API calls are the launcher's to report
     "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
@@ -42,14 +38,12 @@ PYTEST = [
     "no:cacheprovider",
 ]
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
-LONG = 100  # lines
 BENCH_SECONDS = {True: 150, False: 470}  # at most, by whether it is quick
 PROFILE_SECONDS, PROFILE_STALL = 110, 45
 COMPILED = {  # cases with a peer that compiles for every shape, by whether the run is quick; last, as they may wait
     True: [f"qwen2-7b gate_up{layers.HUMMING} m={m}" for m in (1, 16, 64)],
     False: [f"{layer}{layers.HUMMING} m={m}" for layer in ("qwen2-7b gate_up", "70b o") for m in (1, 16, 64, 256)],
 }
-PATIENCE = 300  # seconds
 FIRST_PORT = 49152
 SILENCE = 10  # seconds after which a stage that goes on says where it is
 LARGEST_CSV = 8 << 20  # bytes, compressed, that are kept of Nsight Compute's own words
@@ -57,11 +51,10 @@ HUMMING = (
     "humming-kernels, a peer, cannot be imported ({}): no time of it will be taken. Its wheel can be carried: "
     "python -m pip install --no-index --no-deps --target FOLDER humming_kernels-*.whl, and FOLDER on PYTHONPATH"
 )
-Part = dict[str, Any]
 
 
 @dataclass
-class Ring:
+class GpuRun:
     """A run on one GPU: `sm` is its compute capability times ten, `report` what earlier stages found."""
 
     sm: int
@@ -79,26 +72,13 @@ class Ring:
     @cached_property
     def built(self) -> Part:
         """All libraries that are asked for, side by side; what is already built costs a look."""
-        native = f"{self.sm}a-real" if self.sm == 90 else f"{self.sm}-real"
-        builds: dict[str, Callable[[], str]] = {
-            "": lambda: cmake(FOLDER / "native", f"-DCMAKE_CUDA_ARCHITECTURES={native}"),
-            "_75": lambda: cmake(FOLDER / "75", *older(75, self.sm)),
-            "_80": lambda: cmake(FOLDER / "80", *older(80, self.sm)),
-            "_VOLTA": lambda: volta(self.sm),
-            "reader": lambda: reader(self.sm),
-        }
-        builds = {name: make for name, make in builds.items() if not self.native or name in ("", "reader")}
-        with ThreadPoolExecutor() as pool:
-            errors = dict(zip(builds, pool.map(lambda make: make(), builds.values()), strict=True))
-        return {"passed": not any(errors.values()), "failures": {name: text for name, text in errors.items() if text}}
+        failures = {name: said for name, said in make_all(self.sm, self.native).items() if said}
+        return {"passed": not failures, "failures": failures}
 
-    def library(self, suffix: str = "") -> Path | None:
+    def library(self, name: str = "") -> Path | None:
         """A library that was built, else None: its failure is in the report."""
-        if suffix in self.built["failures"] or (self.native and suffix not in ("", "reader")):
-            return None
-        if alone := {"reader": READER, "_VOLTA": VOLTA}.get(suffix):
-            return alone
-        return FOLDER / {"": "native", "_75": "75", "_80": "80"}[suffix] / "libinstantrt_kernels.so"
+        library = LIBRARIES[name]
+        return None if name in self.built["failures"] or (self.native and library.older) else library.path
 
     @property
     def hung_rows(self) -> list[str]:
@@ -110,75 +90,16 @@ class Ring:
         return {HUNG_ROWS: ",".join(self.hung_rows), **FEW_THREADS}
 
 
-def run(command: list[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Exit status and output. A program that is absent, or silent for minutes beside a lost GPU, has failed, too."""
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=PATIENCE,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return 127, str(error)
-    return done.returncode, done.stdout
+def build(gpu: GpuRun) -> Part:
+    return gpu.built
 
 
-def older(sm: int, here: int) -> list[str]:
-    """Options for what an older SM gets, compiled for this one: of PTX each process would compile all, for minutes."""
-    return ["-DCMAKE_CUDA_ARCHITECTURES=OFF", f"-DCMAKE_CUDA_FLAGS={' '.join(target(sm, here))}"]
-
-
-def target(sm: int, here: int) -> list[str]:
-    return ["-gencode", f"arch=compute_{sm},code=sm_{here}"]
-
-
-def cmake(folder: Path, *options: str) -> str:
-    """libinstantrt_kernels.so; what went wrong, or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    where = ["-S", "plugins", "-B", str(folder), "-G", "Ninja"]
-    configure = ["cmake", *where, *options]
-    target = ["cmake", "--build", str(folder), "--target", "instantrt_kernels"]
-    for command in (configure, target):
-        status, text = run(command)
-        if status:
-            return f"{' '.join(command)} failed:\n{text[-4000:]}"
-    return ""
-
-
-def nvcc(out: Path, *arguments: str) -> str:
-    """A library without CMake; what went wrong, or nothing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    status, text = run(["nvcc", "-O3", "-shared", "-Xcompiler", "-fPIC", *arguments, "-o", str(out)])
-    return text[-4000:] if status else ""
-
-
-def reader(sm: int) -> str:
-    """The benchmark's own kernels."""
-    return nvcc(READER, *target(sm, sm), "tools/gpu/read.cu")
-
-
-def volta(sm: int) -> str:
-    """Volta's kernels, whose m8n8k4 products newer GPUs compute, too: slowly, and right."""
-    sources = [f"plugins/weight_only_gemm/{name}" for name in ("volta.cu", "volta.cpp", "choices.cpp", "config.cpp")]
-    options = ["-std=c++20", "-DWOG_VOLTA", "-x", "cu", *target(75, sm), "-Iplugins/runtime/gpu"]
-    return nvcc(VOLTA, *options, *sources)
-
-
-def build(ring: Ring) -> Part:
-    return ring.built
-
-
-def smoke(ring: Ring) -> Part:
+def smoke(gpu: GpuRun) -> Part:
     """Every row of the table in every format, each row in a process of its own; a silent one is killed."""
     jobs = [
-        small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(ring) for cases in by_row(every).values()
+        small_job(path, "poisoned", cases, 25) for path, every in smoke_cases(gpu) for cases in by_row(every).values()
     ]
-    outcomes = run_all(jobs, ring.seconds(150), 8)
+    outcomes = run_all(jobs, gpu.seconds(150), 8)
     lost = sorted({row_of(o.name) for o in outcomes if o.outcome in ("hung", "crashed")})
     errors: dict[str, float] = {}
     for o in outcomes:
@@ -191,11 +112,11 @@ def row_of(case: str) -> str:
     return " ".join(case.split()[:2])
 
 
-def smoke_cases(ring: Ring) -> list[tuple[Path, list[str]]]:
+def smoke_cases(gpu: GpuRun) -> list[tuple[Path, list[str]]]:
     """Cases of the native library, and of those with the code and the tables of older GPUs."""
     found = []
-    for suffix, sm, types in (("", ring.sm, (0, 1)), ("_75", 75, (0,)), ("_80", 80, (0, 1))):
-        if path := ring.library(suffix):
+    for suffix, sm, types in (("", gpu.sm, (0, 1)), ("_75", 75, (0,)), ("_80", 80, (0, 1))):
+        if path := gpu.library(suffix):
             # multiprocessors do not change which rows serve: what the emulator and every GPU can run
             found.append((path, small.every_case(Library(path), {"sm": sm, "sm_count": 132}, types)))
     return found
@@ -213,51 +134,51 @@ def small_job(library: Path, memory: str, cases: list[str], stall: float, under:
     return ChildJob(lambda left: [*command, *left], cases, stall, FEW_THREADS)
 
 
-def tests(ring: Ring) -> Part:
+def tests(gpu: GpuRun) -> Part:
     """The pytest modules in six processes; a case that hangs or loses the GPU costs itself."""
-    names = {f"INSTANTRT_KERNELS{s}": str(path) for s in ("", "_75", "_80", "_VOLTA") if (path := ring.library(s))}
+    names = {f"INSTANTRT_KERNELS{s}": str(path) for s in ("", "_75", "_80", "_VOLTA") if (path := gpu.library(s))}
     status, text = run([*PYTEST, "--collect-only", *TESTS], names)
     cases = collected(text)
     if not cases:
         return {"passed": False, "failures": {" ".join(TESTS): f"collected nothing, status {status}\n{text[-2000:]}"}}
     size = -(-len(cases) // 6)
     shards = [cases[i : i + size] for i in range(0, len(cases), size)]
-    environment = {**ring.environment, **names}
+    environment = {**gpu.environment, **names}
     jobs = [ChildJob(lambda left: [*PYTEST, *left], shard, 60, environment) for shard in shards]
-    return summary(run_all(jobs, ring.seconds(240), len(jobs)))
+    return summary(run_all(jobs, gpu.seconds(240), len(jobs)))
 
 
 def collected(text: str) -> list[str]:
     return [case for line in text.splitlines() for case in (parse(line) or {}).get("collected", [])]
 
 
-def sanitize(ring: Ring) -> Part:
+def sanitize(gpu: GpuRun) -> Part:
     """compute-sanitizer's four tools over a few cases of every row, side by side, without torch."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    path = ring.library()
+    path = gpu.library()
     if tool is None or path is None:
         return {"passed": False, "failures": {"compute-sanitizer": "not on PATH" if path else "nothing was built"}}
-    every = small.every_case(Library(path), {"sm": ring.sm, "sm_count": 132})
-    cases = [case for case in small.few_cases(every) if row_of(case) not in ring.hung_rows]
+    every = small.every_case(Library(path), {"sm": gpu.sm, "sm_count": 132})
+    cases = [case for case in small.few_cases(every) if row_of(case) not in gpu.hung_rows]
     jobs: dict[str, ChildJob] = {}
     for (name, options), half in product(SANITIZERS.items(), (0, 1)):
         port = str(FIRST_PORT + 32 * len(jobs))  # each looks for a free one from here
         under = (tool, "--tool", name, "--port", port, "--error-exitcode", "9", *options)
         jobs[f"{name} {half + 1}/2"] = small_job(path, "fresh", cases[half::2], 90, under)
-    run_all(jobs.values(), ring.seconds(280), len(jobs))
+    run_all(jobs.values(), gpu.seconds(280), len(jobs))
     named = [replace(o, name=f"{name}: {o.name}") for name, job in jobs.items() for o in job.outcomes.values()]
     part = summary(named)
     found = {name: job.said[:60] for name, job in jobs.items() if job.status}
     return part | {"passed": part["passed"] and not found, "found": found}
 
 
-def bench(ring: Ring) -> Part:
+def bench(gpu: GpuRun) -> Part:
     if why := humming_absent():
         print(f"  !! {why}", flush=True)
-    slow = [] if why else COMPILED[ring.quick]
-    cases = ["roofs", *layers.cases(ring.quick), *slow, "facts"]
-    arguments = ["quick" if ring.quick else "full"], [str(ring.library("reader"))]
-    outcomes = measure(ring, "instantrt.tools.gpu.bench", cases, BENCH_SECONDS[ring.quick], *arguments)
+    slow = [] if why else COMPILED[gpu.quick]
+    cases = ["roofs", *layers.cases(gpu.quick), *slow, "facts"]
+    arguments = ["quick" if gpu.quick else "full"], [str(gpu.library("reader"))]
+    outcomes = measure(gpu, "instantrt.tools.gpu.bench", cases, BENCH_SECONDS[gpu.quick], *arguments)
     data = {o.name: o.data for o in outcomes if o.data}
     roof = data.pop("roofs", None)
     part = summary(outcomes) | {"facts": data.pop("facts", {})}
@@ -281,27 +202,27 @@ def humming_absent() -> str:
     return HUMMING.format((text.strip().splitlines() or ["?"])[-1]) if status else ""
 
 
-def tune(ring: Ring) -> Part:
-    outcomes = measure(ring, "instantrt.tools.gpu.tune", layers.cases(ring.quick, ring.layers), 470)
+def tune(gpu: GpuRun) -> Part:
+    outcomes = measure(gpu, "instantrt.tools.gpu.tune", layers.cases(gpu.quick, gpu.layers), 470)
     rows = [row for o in outcomes for row in o.data or []]
     part = summary(outcomes)
     part |= {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}
-    if ring.out is None or not rows:
+    if gpu.out is None or not rows:
         return part
-    path = ring.out.with_suffix(".choices")
-    path.write_text(choices_file(rows, ring.report["gpu"], ring.report["commit"]))
+    path = gpu.out.with_suffix(".choices")
+    path.write_text(choices_file(rows, gpu.report["gpu"], gpu.report["commit"]))
     return part | {"choices": path.name}
 
 
 def measure(
-    ring: Ring, module: str, cases: list[str], seconds: float, before: Iterable[str] = (), more: Iterable[str] = ()
+    gpu: GpuRun, module: str, cases: list[str], seconds: float, before: Iterable[str] = (), more: Iterable[str] = ()
 ) -> list[Outcome]:
     """One child alone on the GPU, for so many seconds at most."""
-    if (path := ring.library()) is None:
+    if (path := gpu.library()) is None:
         return [Outcome(module, "not run", "nothing was built")]
     command = [sys.executable, "-m", module, *before, str(path), *more]
-    job = ChildJob(lambda left: [*command, *left], cases, 90, ring.environment, tell=Teller(len(cases)))
-    return run_all([job], ring.seconds(seconds), 1)
+    job = ChildJob(lambda left: [*command, *left], cases, 90, gpu.environment, tell=Teller(len(cases)))
+    return run_all([job], gpu.seconds(seconds), 1)
 
 
 @dataclass
@@ -319,18 +240,18 @@ class Teller:
             print(f"  {self.done} of {self.cases}: {outcome.name} {outcome.outcome}", flush=True)
 
 
-def profile(ring: Ring) -> Part:
+def profile(gpu: GpuRun) -> Part:
     """Nsight Compute over a few cases. Cases whose counters were lost with a child get a second try, without metrics
     asked for by name: ncu refuses to run at all where this GPU has not one of them.
     """
-    tool, path, marks = ncu.executable(), ring.library(), ring.library("reader")
+    tool, path, marks = ncu.executable(), gpu.library(), gpu.library("reader")
     if tool is None or path is None or marks is None:
         why = "ncu, Nsight Compute, is not on PATH" if path and marks else "nothing was built"
         return {"passed": False, "failures": {"profile": why}}
     folder = FOLDER / "profile"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    deadline = time.monotonic() + ring.seconds(PROFILE_SECONDS)
+    deadline = time.monotonic() + gpu.seconds(PROFILE_SECONDS)
     left, texts = list(ncu.CASES), list[str]()
     found, outcomes = dict[str, list[Mapping[str, Any]]](), dict[str, Outcome]()
     for metrics in (True, False):
@@ -342,7 +263,7 @@ def profile(ring: Ring) -> Part:
             child = [sys.executable, "-m", "instantrt.tools.gpu.profile", str(path), str(marks)]
             return [*ncu.command(tool, log, metrics), *child, *cases]
 
-        job = ChildJob(command, left, PROFILE_STALL, ring.environment, tell=Teller(len(left)))
+        job = ChildJob(command, left, PROFILE_STALL, gpu.environment, tell=Teller(len(left)))
         outcomes |= {o.name: o for o in run_all([job], deadline - time.monotonic(), 1)}
         texts = [log.read_text(errors="replace") for log in sorted(folder.glob("*.csv"))]
         for text in texts:
@@ -356,15 +277,15 @@ def profile(ring: Ring) -> Part:
             outcomes[case] = replace(outcome, outcome="failed", message="ncu gave no counters: " + " ".join(said[:3]))
     rows = [ncu.summarize(case, kernel) for case in ncu.CASES for kernel in found.get(case, [])]
     part = summary(list(outcomes.values()))
-    return part | {"profiled": rows, "raw": keep_raw(ring, texts)}
+    return part | {"profiled": rows, "raw": keep_raw(gpu, texts)}
 
 
-def keep_raw(ring: Ring, texts: Sequence[str]) -> str:
+def keep_raw(gpu: GpuRun, texts: Sequence[str]) -> str:
     """All counters, as Nsight Compute wrote them, beside the report; where they are, or why not."""
     packed = gzip.compress("\n".join(texts).encode())
-    if ring.out is None or len(packed) > LARGEST_CSV:
+    if gpu.out is None or len(packed) > LARGEST_CSV:
         return f"not kept: {len(packed)} bytes"
-    path = ring.out.with_name(f"{ring.out.stem}.ncu.csv.gz")
+    path = gpu.out.with_name(f"{gpu.out.stem}.ncu.csv.gz")
     path.write_bytes(packed)
     return path.name
 
@@ -382,64 +303,26 @@ def summary(outcomes: list[Outcome]) -> Part:
     }
 
 
-def text(name: str, part: Part, most: int = 10**6) -> str:
-    """What a person reads of one stage: no long table, and no more lines of the others, than `most`."""
-    lines = [f"== {name}: {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s {part.get('counts', '')}"]
-    lines += grouped(part.get("failures", {}))[:most]
-    lines += [f"  {who}: {line}" for who, said in part.get("found", {}).items() for line in said[:12]]
-    if part.get("errors"):
-        row = max(part["errors"], key=part["errors"].__getitem__)
-        lines.append(f"  largest relative error before the output's rounding: {part['errors'][row]:.2g}, {row}")
-    if part.get("hung_rows"):
-        lines.append(f"  later stages leave out: {', '.join(part['hung_rows'])}")
-    if "timings" in part:
-        lines += sorted({f"  {case.split(', ')[1]}: {why}" for case, why in part["absent"].items()})[:most]
-        lines += tables.time_table(part["timings"])[:most] if most > LONG else []
-    lines += [f"  {name}: {answer}" for name, answer in part.get("facts", {}).items()]
-    if "roofs" in part:
-        lines += [*tables.roof_table(part["roofs"]), *goals.goal_table(goals.judge(part["timings"]))]
-    if "profiled" in part:
-        lines += [*ncu.table(part["profiled"])[:most], f"  every counter: {part['raw']}"]
-    if "predictions" in part:
-        lines += predictions.comparison_table(part["predictions"])[:most]
-    if "rows" in part:
-        lines += tables.tune_table(part["rows"])[:most]
-        lines += [f"  measured choices: {part['choices']}"] if "choices" in part else []
-    return "\n".join(lines)
-
-
-def grouped(failures: Mapping[str, str]) -> list[str]:
-    """A line for each reason, with the cases that have it: how many, and the first."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for case, why in failures.items():
-        first, *_, last = [line.strip() for line in why.splitlines() if line.strip()] * 2
-        reasons[first if last == first else f"{first} ... {last}"].append(case)
-    return [
-        f"  {cases[0]}{f' and {len(cases) - 1} more' if len(cases) > 1 else ''}: {reason}"
-        for reason, cases in reasons.items()
-    ]
-
-
 @dataclass(frozen=True)
-class RingStage:
+class GpuStage:
     """`expected` seconds on an H100 or H200 with 16 cores, whole and quick."""
 
-    run: Callable[[Ring], Part]
+    run: Callable[[GpuRun], Part]
     expected: tuple[int, int]
 
 
 STAGES = {
-    "build": RingStage(build, (60, 60)), "smoke": RingStage(smoke, (20, 20)), "tests": RingStage(tests, (70, 70)),
-    "sanitize": RingStage(sanitize, (120, 120)), "bench": RingStage(bench, (280, 65)),
-    "profile": RingStage(profile, (45, 45)), "tune": RingStage(tune, (240, 120)),
+    "build": GpuStage(build, (60, 60)), "smoke": GpuStage(smoke, (20, 20)), "tests": GpuStage(tests, (70, 70)),
+    "sanitize": GpuStage(sanitize, (120, 120)), "bench": GpuStage(bench, (280, 65)),
+    "profile": GpuStage(profile, (45, 45)), "tune": GpuStage(tune, (240, 120)),
 }  # fmt: skip
 
 
-def perform(name: str, ring: Ring) -> Part:
+def perform(name: str, gpu: GpuRun) -> Part:
     """Runs one stage and says how long it took. A mistake in it costs the stage, and not those that follow."""
     start = time.monotonic()
     try:
-        part = STAGES[name].run(ring)
+        part = STAGES[name].run(gpu)
     except Exception:
         part = {"passed": False, "failures": {name: traceback.format_exc()}}
     return {**part, "seconds": round(time.monotonic() - start)}

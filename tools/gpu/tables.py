@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from instantrt.tools.gpu import goals, ncu, predictions
 from instantrt.tools.gpu.layers import QUICK_ROWS
 
 Row = Mapping[str, Any]
+Part = dict[str, Any]  # of the report, by one stage
+LONG = 100  # lines
 
 
 def is_eight_bits(kernel: str) -> bool:
@@ -90,3 +94,41 @@ def roof_table(roof: Row) -> list[str]:
         f"read {mb:>3} MB a node    {value / 1e6:10.3f} TB/s" for mb, value in roof["read_bytes_per_us_by_mb"].items()
     ]
     return [*lines, f"empty node         {roof['empty_node_us']:10.3f} us"]
+
+
+def text(name: str, part: Part, most: int = 10**6) -> str:
+    """What a person reads of one stage: no long table, and no more lines of the others, than `most`."""
+    lines = [f"== {name}: {'passed' if part['passed'] else 'FAILED'} in {part['seconds']} s {part.get('counts', '')}"]
+    lines += grouped(part.get("failures", {}))[:most]
+    lines += [f"  {who}: {line}" for who, said in part.get("found", {}).items() for line in said[:12]]
+    if part.get("errors"):
+        row = max(part["errors"], key=part["errors"].__getitem__)
+        lines.append(f"  largest relative error before the output's rounding: {part['errors'][row]:.2g}, {row}")
+    if part.get("hung_rows"):
+        lines.append(f"  later stages leave out: {', '.join(part['hung_rows'])}")
+    if "timings" in part:
+        lines += sorted({f"  {case.split(', ')[1]}: {why}" for case, why in part["absent"].items()})[:most]
+        lines += time_table(part["timings"])[:most] if most > LONG else []
+    lines += [f"  {name}: {answer}" for name, answer in part.get("facts", {}).items()]
+    if "roofs" in part:
+        lines += [*roof_table(part["roofs"]), *goals.goal_table(goals.judge(part["timings"]))]
+    if "profiled" in part:
+        lines += [*ncu.table(part["profiled"])[:most], f"  every counter: {part['raw']}"]
+    if "predictions" in part:
+        lines += predictions.comparison_table(part["predictions"])[:most]
+    if "rows" in part:
+        lines += tune_table(part["rows"])[:most]
+        lines += [f"  measured choices: {part['choices']}"] if "choices" in part else []
+    return "\n".join(lines)
+
+
+def grouped(failures: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the cases that have it: how many, and the first."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for case, why in failures.items():
+        first, *_, last = [line.strip() for line in why.splitlines() if line.strip()] * 2
+        reasons[first if last == first else f"{first} ... {last}"].append(case)
+    return [
+        f"  {cases[0]}{f' and {len(cases) - 1} more' if len(cases) > 1 else ''}: {reason}"
+        for reason, cases in reasons.items()
+    ]

@@ -50,7 +50,7 @@ def launch(
     """`scales` and `zeros` are [K / 128, N]; N must be a multiple of a block's columns."""
     (m, k), n = x.shape, len(codes)
     columns, stages = config
-    rows = max(16, min(128, triton.next_power_of_2(m)))
+    rows = max(LEAST_ROWS, min(128, triton.next_power_of_2(m)))
     grid = (triton.cdiv(m, rows), n // columns)
     warps = 8 if rows == 128 else 4
     int4_gemm[grid](x, codes, scales, zeros, y, m, n, k, M=rows, N=columns, STAGES=stages, num_warps=warps)

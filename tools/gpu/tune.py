@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from instantrt.tools.gpu import gemm
-from instantrt.tools.gpu.bench import label, ours
+from instantrt.tools.gpu.bench import label, our_product
 from instantrt.tools.gpu.choices import BY_MEMORY, is_taken
 from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
-from instantrt.tools.gpu.layers import FORMATS, parse_case, size
+from instantrt.tools.gpu.layers import TUNED, parse_case, size
 from instantrt.tools.gpu.library import LaunchPlan, Library
 from instantrt.tools.gpu.race import copies, race, ready
 from instantrt.tools.gpu.watch import emit
@@ -51,7 +51,7 @@ def variants(plan: LaunchPlan, problem: dict[str, int]) -> Iterator[tuple[str, d
 @lru_cache(maxsize=1)
 def layer_weights(layer: str) -> dict[tuple[int, int], list[Weight]]:
     n, k = size(layer)
-    formats = {(bits, group or k) for bits, group, _ in FORMATS.values()}
+    formats = {(bits, group or k) for bits, group, _ in TUNED.values()}
     made = {key: random_weight(n, k, *key, torch.float16) for key in sorted(formats)}
     return {key: [w, *(w.copy() for _ in range(copies(w.codes.nbytes) - 1))] for key, w in made.items()}
 
@@ -65,7 +65,7 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
     """For each format and candidate its time and whether it is the table's choice, or what is wrong."""
     found: list[dict[str, Any]] = []
     x = torch.randn((m, size(layer)[1]), device=gemm.DEVICE).half()
-    for name, (bits, group, activation_bits) in FORMATS.items():
+    for name, (bits, group, activation_bits) in TUNED.items():
         key = (bits, group or x.shape[1])
         weights, options = layer_weights(layer)[key], {"activation_bits": activation_bits}
         truth = (x @ dense(layer, key).T).float()
@@ -76,7 +76,7 @@ def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
             asked = {**options, **pinned}
             try:
                 if not (wrong := what_is_wrong(Gemm(library, x, weights[0], asked), truth)):
-                    racers.append(ready(ours(library, called, x, weights, **asked)))
+                    racers.append(ready(our_product(library, called, x, weights, **asked)))
             except Exception as error:  # one that cannot be launched; the others go on
                 wrong = f"{type(error).__name__}: {error}"
                 torch.cuda.synchronize()  # but an error inside a kernel ends this process

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from instantrt.tools.places import ROOT
+
 LAST_LINES = 25  # of a child that died
 BAD = ("hung", "crashed", "failed", "not run")
 

@@ -10,8 +10,9 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,8 +73,7 @@ class Result:
 
 def ask(address: str, model: str, body: dict[str, object]) -> StreamedReply:
     """One streamed generation over HTTP."""
-    connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
-    try:
+    with closing(http.client.HTTPConnection(address, timeout=TIMEOUT)) as connection:
         started = time.perf_counter()
         connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps({"stream": True, **body}))
         response = connection.getresponse()
@@ -91,8 +91,6 @@ def ask(address: str, model: str, body: dict[str, object]) -> StreamedReply:
             text.append(str(event["text_output"]))
             finish = str(event["finish_reason"])
         return StreamedReply(started, tuple(arrivals), tuple(tokens), "".join(text), finish)
-    finally:
-        connection.close()
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -152,10 +150,7 @@ def measure(
     load(server.http, model, clients=clients, requests=warm_up or 2 * clients, body=body, prompts=prompts)
     before = resident(server.process.pid)
     replies, seconds = load(server.http, model, clients=clients, requests=requests, body=body, prompts=prompts)
-    after = resident(server.process.pid)
-    good = [reply for _, reply in replies if reply is not None]
-    if not good:
-        raise UserError("no request was answered", where=server.http, found=server.tail())
+    good, growth = under_load(server, before, replies)
     gaps = [np.diff(reply.arrivals) for reply in good]
     return Result(
         clients=clients,
@@ -165,8 +160,19 @@ def measure(
         first=percentiles([reply.first for reply in good]),
         gap=percentiles(list(itertools.chain(*gaps)) or [0.0]),
         wrong=sum(reply is None or reply.tokens != alone[prompt] for prompt, reply in replies),
-        growth=after / before - 1 if before else None,
+        growth=growth,
     )
+
+
+def under_load(
+    server: Server, before: int, replies: Iterable[tuple[object, Reply | None]]
+) -> tuple[list[Reply], float | None]:
+    """The replies that came, and the share that the server's memory has grown by since it was `before`."""
+    after = resident(server.process.pid)
+    good = [reply for _, reply in replies if reply is not None]
+    if not good:
+        raise UserError("no request was answered", where=server.http, found=server.tail())
+    return good, after / before - 1 if before else None
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float]:

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from instantrt.passes.core.errors import UserError
+from instantrt.tools.places import ROOT
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0  # for requests in progress, then for the rest
 LAST_LINES = 15  # of its log, where it failed
 STUB = "triton_python_backend_stub"
-ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-serve"
+ENVIRONMENT = ROOT / ".venv-serve"
 WHEEL = """import json, sys, sysconfig
 from importlib.util import find_spec
 print(json.dumps([find_spec("pytriton").origin, "%d.%d" % sys.version_info[:2], sysconfig.get_config_var("LIBDIR")]))"""
@@ -173,7 +174,7 @@ def start(
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **installed.environment},
-            preexec_fn=os.setpgrp,  # noqa: PLW1509  # process_group=0 from Python 3.11 on
+            process_group=0,
         )
     return Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
 

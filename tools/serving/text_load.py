@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from instantrt.compiler.encoder import Classifier, Embedder
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.serving.load import PROMPTS, TIMEOUT, Pair, draw, drive, percentiles, resident
+from instantrt.tools.serving.load import PROMPTS, TIMEOUT, Pair, draw, drive, percentiles, resident, under_load
 from instantrt.tools.serving.server import Server
 
 Array = npt.NDArray[np.float32]
@@ -139,10 +139,7 @@ def measure_texts(
         rates.append(asked / seconds)
         if here is not None:
             beside.append(asked / drive(clients, asked, TEXTS, here)[1])
-    after = resident(server.process.pid)
-    good = [reply for _, reply in replies if reply is not None]
-    if not good:
-        raise UserError("no request was answered", where=server.http, found=server.tail())
+    good, growth = under_load(server, before, replies)
     return TextResult(
         clients=clients,
         requests=asked,
@@ -150,7 +147,7 @@ def measure_texts(
         beside=tuple(beside),
         latency=percentiles([reply.ended - reply.started for reply in good]),
         wrong=sum(reply is None or differs(reply.values, alone[text]) for text, reply in replies),
-        growth=after / before - 1 if before else None,
+        growth=growth,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +18,12 @@ from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, weight_read
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.backend.tensorrt.header import Flavour
 from instantrt.compiler.options import Builder, EngineOptions
+from instantrt.compiler.say import Say
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
 LAYERS, TIMINGS = "model.layers.txt", "timing.cache"
 FLOAT16, BFLOAT16, INT4 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.int4)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

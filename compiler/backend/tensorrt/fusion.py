@@ -33,13 +33,12 @@ class Read(Enum):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One line of the table: types of what it reads and writes, and the ONNX nodes it computes."""
+    """One line of the table: types of what it reads, and the ONNX nodes it computes."""
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     constants: tuple[str, ...]
-    outputs: tuple[str, ...]
     nodes: tuple[str, ...]
 
 
@@ -66,7 +65,6 @@ def kernels(table: str) -> tuple[Kernel, ...]:
             m["kind"],
             tuple(TYPES.findall(m["inputs"])),
             tuple(TYPES.findall(m["constants"])),
-            tuple(TYPES.findall(m["outputs"])),
             tuple(NODES.findall(m["metadata"])),
         )
         for m in found

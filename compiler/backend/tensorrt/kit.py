@@ -21,7 +21,6 @@ from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_o
 from instantrt.compiler.backend.tensorrt.build import Profile
 from instantrt.compiler.backend.tensorrt.choose import (
     EngineSettings,
-    Say,
     build_engine,
     by_tensorrt,
     choose_builder,
@@ -30,6 +29,7 @@ from instantrt.compiler.backend.tensorrt.choose import (
 from instantrt.compiler.backend.tensorrt.profiles import trtexec_shapes
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import Builder, EngineOptions
+from instantrt.compiler.say import Say
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 

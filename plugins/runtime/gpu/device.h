@@ -1,6 +1,5 @@
 // The GPU as our kernels see it: every PTX instruction and launch that they use, behind a C++ function.
-// tests/plugins/emulator/device.h offers the same functions on the CPU, lane by lane, so kernels also run without a
-// GPU.
+// tests/plugins/emulator/device.h has the same functions on the CPU, lane by lane, so that kernels run without a GPU.
 #pragma once
 
 #ifndef __CUDACC_RTC__  // NVRTC has device code alone, see sm70/

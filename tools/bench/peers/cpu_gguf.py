@@ -1,8 +1,8 @@
 """python cpu_gguf.py CHECKPOINT OUT.gguf TYPE: a Llama or Qwen2 in bfloat16 as a GGUF file that llama.cpp quantized.
 
-It runs where llama-cpp-python and gguf are installed, so it imports nothing of ours. The file has no vocabulary: it is
-for token ids. A tensor is what llama.cpp's own converter makes of it: names from the gguf package, vectors in float32,
-and the rows of a Llama's q and k in the order of its rotary embedding.
+It runs where llama-cpp-python and gguf are installed. The file has no vocabulary: it is for token ids. A tensor is
+what llama.cpp's own converter makes of it: names from the gguf package, vectors in float32, and the rows of a Llama's q
+and k in the order of its rotary embedding.
 """
 
 from __future__ import annotations

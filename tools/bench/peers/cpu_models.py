@@ -1,18 +1,14 @@
-"""A process of `instantrt bench cpu`, or `bench formats frontier`, that holds one model and does one measurement at a
-time, as its pipe says.
+"""What a worker runs: causal LMs and encoders, ours and those of peers, by one interface each.
 
-python cpu_worker.py KIND PATH INPUTS.npz: each line that it reads is [measurement, arguments ...] in JSON, each that it
-writes [value, CPU seconds used while it waited]. It runs where a peer is installed, so it imports nothing of ours but
-for our own artifacts. Every token is given, none is sampled, but in a batch of
-onnxruntime-genai, which takes tokens once; the rows of a batch are alike.
+Of a causal LM: `load`; `context`, rows of tokens that are filled, stepped on and rewound; and `every_position`, the
+logits of all of a text. Every token is given, none is sampled, but in a batch of onnxruntime-genai, which takes tokens
+once; the rows of a batch are alike. An encoder has `load`, `names` of what it takes, and `run`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -24,17 +20,14 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Logits = Callable[[Array], Array]  # ids [S] -> logits [S, vocab]
 THREADS = 2
-STEPS = 32  # decoded in one measurement
-FIRST = 8  # tokens before the first one
-ROWS = 64  # of logits in float64 at once: a vocabulary may have 262,144 tokens
-AT_ONCE = 2048  # tokens that an encoder reads in a measurement, in calls of fewer
 UBATCH = 512  # llama.cpp's default for the tokens that run at once
+OPENVINO = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
 
 
 class OurModel:
     """An artifact of `instantrt compile` on what `LLM` runs; all contexts share the rows of its one cache."""
 
-    rows, length = 8, 1024 + 2 * STEPS
+    rows, length = 8, 1088  # of the longest that a worker asks for: 1,024 tokens and those after them
 
     def __init__(self, path: Path) -> None:
         from instantrt.compiler.artifact.manifest import find_artifact
@@ -245,9 +238,6 @@ class OpenVinoModel:
         return logits_of
 
 
-OPENVINO = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
-
-
 def keep_last_position(model: Any) -> None:
     """The head runs for the last token alone, as openvino-genai has it."""
     (logits,) = (output for output in model.outputs if "logits" in output.get_names())
@@ -286,79 +276,6 @@ class OpenVinoContext:
 
     def close(self) -> None:
         del self.request
-
-
-class DecoderMeasures:
-    """What a causal LM is asked for."""
-
-    def __init__(self, kind: type[Any], path: Path, inputs: Path) -> None:
-        self.model, self.ids = kind(path), np.load(inputs)["ids"]
-        self.contexts: dict[tuple[int, int], Any] = {}
-
-    def load(self) -> float:
-        """Seconds from nothing but imports until there are a prompt's logits, and those of a token after it."""
-        started = time.perf_counter()
-        self.model.load()
-        context = self.model.context(1, FIRST + STEPS)
-        context.fill(self.ids[:FIRST])
-        context.step(self.ids[FIRST])
-        seconds = time.perf_counter() - started
-        context.close()
-        return seconds
-
-    def prefill(self, length: int) -> float:
-        """Tokens a second of a prompt."""
-        context = self.model.context(1, length + STEPS)
-        started = time.perf_counter()
-        context.fill(self.ids[:length])
-        seconds = time.perf_counter() - started
-        context.close()
-        return length / seconds
-
-    def decode(self, length: int, rows: int = 1) -> float:
-        """Tokens a second of all rows, after `length` tokens in each."""
-        if (rows, length) in self.contexts:
-            context = self.contexts[rows, length]
-            context.rewind(length)
-        else:
-            context = self.contexts[rows, length] = self.model.context(rows, length + STEPS)
-            context.fill(self.ids[:length])
-        first, *rest = self.ids[length : length + STEPS]
-        context.step(first)  # not timed: it may wake threads, or make anew what was rewound
-        started = time.perf_counter()
-        for token in rest:
-            context.step(token)
-        return rows * len(rest) / (time.perf_counter() - started)
-
-    def loss(self, window: int, exact: str) -> list[float]:
-        """Of all tokens but the first of each whole window: nats a token, the mean KL to what the folder `exact` holds,
-        and the largest difference of logits from those, over the largest of those.
-
-        The first to be asked leaves its logits [window - 1, vocab] there.
-        """
-        logits_of, losses, kls, apart, largest = self.model.every_position(), [], [], 0.0, 0.0
-        for start in range(0, len(self.ids) - window + 1, window):
-            ids = self.ids[start : start + window]
-            logits, kept = logits_of(ids)[:-1], Path(exact, f"{start}.npy")
-            if not kept.exists():
-                np.save(kept, logits.astype(np.float32))
-            known = np.load(kept, mmap_mode="r")
-            for at in range(0, window - 1, ROWS):
-                found, right = (each[at : at + ROWS].astype(np.float64) for each in (logits, known))
-                apart, largest = max(apart, np.abs(found - right).max()), max(largest, np.abs(right).max())
-                q, p = log_softmax(found), log_softmax(right)
-                losses.append(-np.take_along_axis(q, ids[at + 1 : at + 1 + len(q), None], -1))
-                kls.append(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))  # a rounding below zero is zero
-        return [*(float(np.concatenate(each).mean()) for each in (losses, kls)), float(apart / largest)]
-
-    def peak(self) -> float:
-        return peak_mb()
-
-
-def log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(-1, keepdims=True)
-    less: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return less
 
 
 class OurEncoder:
@@ -411,78 +328,3 @@ class OpenVinoEncoder:
     def run(self, feeds: dict[str, Array]) -> Array:
         first: Array = self.model(feeds)[0]
         return first
-
-
-class EncoderMeasures:
-    """What an encoder is asked for."""
-
-    def __init__(self, kind: type[Any], path: Path, inputs: Path) -> None:
-        self.model, self.inputs = kind(path), np.load(inputs)
-
-    def encode(self, ids: Array, mask: Array) -> Array:
-        """Hidden states [B, S, H] of `ids [B, S]`."""
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        hidden: Array = self.model.run({name: value for name, value in feeds.items() if name in self.model.names})
-        return hidden
-
-    def load(self) -> float:
-        """Seconds from nothing but imports until there is what a short text becomes."""
-        started = time.perf_counter()
-        self.model.load()
-        ids = self.inputs["ids"][None, :FIRST]
-        self.encode(ids, np.ones_like(ids))
-        return time.perf_counter() - started
-
-    def batch(self, rows: int, tokens: int) -> float:
-        """Tokens a second of calls with so many texts of so many tokens."""
-        ids = np.resize(self.inputs["ids"], (rows, tokens))
-        calls = max(1, AT_ONCE // ids.size)
-        started = time.perf_counter()
-        for _ in range(calls):
-            self.encode(ids, np.ones_like(ids))
-        return calls * ids.size / (time.perf_counter() - started)
-
-    def vectors(self, out: str) -> None:
-        """Writes the mean of each sentence's hidden states [sentences, H]."""
-        means = []
-        for ids, mask in zip(self.inputs["sentences"], self.inputs["mask"], strict=True):
-            held = int(mask.sum())
-            means.append(self.encode(ids[None, :held], mask[None, :held])[0].mean(0))
-        np.save(out, np.array(means))
-
-    def peak(self) -> float:
-        return peak_mb()
-
-
-def peak_mb() -> float:
-    """This program's peak resident memory (Linux); getrusage would also count the process that started it."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
-KINDS: dict[str, tuple[type[Any], type[Any]]] = {
-    "ours": (DecoderMeasures, OurModel),
-    "llama": (DecoderMeasures, LlamaModel),
-    "genai": (DecoderMeasures, GenAiModel),
-    "openvino": (DecoderMeasures, OpenVinoModel),
-    "our encoder": (EncoderMeasures, OurEncoder),
-    "onnx encoder": (EncoderMeasures, OnnxEncoder),
-    "openvino encoder": (EncoderMeasures, OpenVinoEncoder),
-}
-
-
-def main(kind: str, path: str, inputs: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    measures, model = KINDS[kind]
-    held = measures(model, Path(path), Path(inputs))
-    used = time.process_time()
-    for line in sys.stdin:
-        idle = time.process_time() - used
-        name, *arguments = json.loads(line)
-        value = getattr(held, name)(*arguments)
-        print(json.dumps([value, idle]), file=answers, flush=True)
-        used = time.process_time()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
