@@ -83,8 +83,6 @@ program.save(sys.argv[2] + "/model.onnx", external_data=True)
 COPY = """
 import shutil, sys
 from pathlib import Path
-
-from instantrt.tools.places import EXAMPLE
 for path in Path(sys.argv[1], "exported").glob("model.onnx*"):
     shutil.copyfile(path, Path(sys.argv[2], path.name))
 """
@@ -105,8 +103,6 @@ openvino.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode.I
 NNCF_STATIC = """
 import sys
 from pathlib import Path
-
-from instantrt.tools.places import EXAMPLE
 import nncf, numpy as np, openvino
 model = openvino.Core().read_model(sys.argv[1] + "/exported/model.onnx")
 ids = np.load(Path(sys.argv[1]).parent / "inputs.npz")["ids"]
