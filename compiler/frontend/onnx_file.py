@@ -19,7 +19,7 @@ from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.made_once import check_made_once, own_names
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, first_line
 from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View, read_exactly
 from instantrt.passes.core.subgraphs import graphs, tensors
 from instantrt.passes.core.verify import QDQ_OPS
@@ -106,7 +106,7 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
             raise UserError(
                 "a node that its operator does not allow",
                 where=f"{path}, {node.op_type} {node.name or node.output[:1]}",
-                found=str(error).splitlines()[0],
+                found=first_line(error),
                 fix="export the model again",
             ) from None
 
@@ -278,7 +278,7 @@ def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         raise UserError(
             f"the model cannot be brought to opset {OPSET}",
             where=str(path),
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             fix="export the model without local functions",
         ) from None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.errors import first_line
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, view_of
 from instantrt.passes.core.rewrite import producer
@@ -121,7 +122,7 @@ def values_of(graph: gs.Graph, mask: gs.Tensor, feeds: Mapping[str, Array]) -> A
     try:
         return evaluation.peek(mask.name)
     except Exception as error:  # ONNX Runtime's errors have no common class
-        return f"the mask cannot be computed apart: {str(error).splitlines()[0]}"
+        return f"the mask cannot be computed apart: {first_line(error)}"
 
 
 def unlike(probe: Probe, mask: Array) -> str:
