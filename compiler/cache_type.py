@@ -20,7 +20,8 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import PAST, Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.rewrite import Pass, PassLog, producer, run
-from instantrt.passes.qdq.quantize_cache import PRESENT, QuantizeCache, QuantizeCacheByToken
+from instantrt.passes.qdq.quantize_cache import PRESENT, QuantizeCache
+from instantrt.passes.qdq.quantize_cache_by_token import QuantizeCacheByToken
 
 INTEGERS = ("int8", "uint4")
 ROWS, TOKENS = 4, 128  # of what the range is measured on

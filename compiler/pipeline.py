@@ -28,22 +28,25 @@ from instantrt.passes.float.fold_norms import FoldNorms
 from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
-from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
+from instantrt.passes.float.normalize_gemm import NormalizeGemm
+from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
 from instantrt.passes.ort.partial_rotary import RotateWholeHeads
 from instantrt.passes.ort.rotary import RotateInAttention
-from instantrt.passes.ort.scales import KeepScalesInHalf
-from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
-from instantrt.passes.ort.whole_attention import LowerToAttention, SumIntoNorm
+from instantrt.passes.ort.sum_into_norm import SumIntoNorm
+from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.ort.whole_attention import LowerToAttention
 from instantrt.passes.qdq.correct_biases import CorrectBiases
 from instantrt.passes.qdq.fold_order import FoldOrder
-from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
+from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
 from instantrt.passes.qdq.last_logits import MASK, LastLogits
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.decompose_attention import DecomposeAttention

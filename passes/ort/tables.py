@@ -1,4 +1,4 @@
-"""What stays float in an artifact for ONNX Runtime keeps the 16 bits it is stored in; embeddings may be in codes."""
+"""Tables of embeddings in codes, as ONNX Runtime gathers them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import BFLOAT16, FileTensor, Source, View, first_part, view_of
-from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.lazy import BFLOAT16, Source, View, first_part, view_of
 from instantrt.passes.core.quant import Quantizer, QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, take_over
 from instantrt.passes.core.subgraphs import tensors
@@ -19,76 +17,7 @@ from instantrt.passes.ort.nbits import Blocks
 from instantrt.passes.ort.zeros import Filled, minima
 from instantrt.passes.qdq.tables import BLOCKS, Table, stored_table, table
 
-HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, BFLOAT16: onnx.TensorProto.BFLOAT16}
 SCALE_TYPE = BFLOAT16  # of weights that are quantized here: float16 ends where the weights of some models begin
-
-
-@dataclass(frozen=True)
-class TableMatch:
-    node: gs.Node
-    table: gs.Constant
-    stored: FileTensor
-
-
-class KeepTablesInHalf(Rewrite[TableMatch]):
-    """Gather(table float32) -> Cast(Gather(table as stored)): a 16-bit embedding keeps its bytes."""
-
-    def match(self, node: gs.Node) -> TableMatch | Reject | None:
-        view = view_of(node.inputs[0]) if node.op == "Gather" else None
-        if view is None or view.dtype != np.float32 or not isinstance(view.source, FileTensor):
-            return None
-        if view.source.dtype not in HALF_TYPES or view.source.shape != view.shape:
-            return Reject("the table is not stored in 16 bits")
-        return TableMatch(node, node.inputs[0], view.source)
-
-    def rewrite(self, graph: gs.Graph, match: TableMatch) -> None:
-        match.table.values = View(match.stored, match.stored.shape, match.stored.dtype)
-        out = take_over(match.node)
-        taken = gs.Variable(f"{out.name}/half", HALF_TYPES[match.stored.dtype], out.shape)
-        match.node.outputs.append(taken)
-        add(graph, "Cast", [taken], out, to=onnx.TensorProto.FLOAT)
-
-
-@dataclass(frozen=True)
-class FloatLinearMatch:
-    linear: Linear
-    stored: FileTensor
-
-
-@dataclass(frozen=True)
-class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
-    """MatMul(x, W float32) -> MatMul(x, Cast(W as stored)) for linears left float; a tied head shares the embedding.
-
-    ONNX Runtime folds the Cast once when it loads; the file stays half as large.
-    """
-
-    tables: Mapping[Source, gs.Tensor] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
-
-    def for_graph(self, graph: gs.Graph) -> KeepFloatLinearsInHalf:
-        tables: dict[Source, gs.Tensor] = {}
-        for tensor in graph.tensors().values():
-            view = view_of(tensor)
-            if view is not None and view.as_stored:  # as an embedding is, and no linear's [K, N] view
-                tables.setdefault(view.source, tensor)
-        return KeepFloatLinearsInHalf(tables)
-
-    def match(self, node: gs.Node) -> FloatLinearMatch | Reject | None:
-        found = linear(node)
-        if found is None:
-            return None
-        if not isinstance(found.rows, FileTensor) or found.rows.dtype not in HALF_TYPES:
-            return Reject("the matrix is not stored in 16 bits, row by row")
-        return FloatLinearMatch(found, found.rows)
-
-    def rewrite(self, graph: gs.Graph, match: FloatLinearMatch) -> None:
-        stored, node = match.stored, match.linear.node
-        tied = self.tables.get(stored)
-        if tied is not None:
-            half = add(graph, "Transpose", [tied], f"{match.linear.path}/tied", perm=[1, 0])
-        else:
-            k_n = View(stored, stored.shape[::-1], stored.dtype, axis=1, project=lambda t: t.parts[0].T)
-            half = gs.Constant(f"{match.linear.path}.weight_half", k_n)
-        node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
 
 
 @dataclass(frozen=True)

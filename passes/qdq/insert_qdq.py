@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, Tile, View, first_part, small, view_of
 from instantrt.passes.core.linear import Linear, linear, weight_dequantize
 from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
-from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, once, producer
-from instantrt.passes.core.verify import activation_q_is_followed_by_dq, activations_are_float, weight_dq_feeds_matmul
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+from instantrt.passes.core.verify import activations_are_float, weight_dq_feeds_matmul
 
 CODE_TYPES = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
 Decisions = Mapping[str, QuantTensor | Reject]  # module path -> how to quantize it, or why not
@@ -132,30 +132,3 @@ def float_input(x: gs.Tensor) -> gs.Tensor:
     dq = producer(x, "DequantizeLinear")
     q = producer(dq.inputs[0], "QuantizeLinear") if dq is not None else None
     return q.inputs[0] if q is not None else x
-
-
-class QuantizeActivations(Rewrite[Quantized]):
-    """x -> DequantizeLinear(QuantizeLinear(x, s)) in front of every A8 linear; s = max|x_row| / 127, 1 for a zero row.
-
-    One Q/DQ pair for each distinct x. The scale of a token is a block as wide as the token.
-    """
-
-    requires = (weight_dq_feeds_matmul,)
-    ensures = (activation_q_is_followed_by_dq,)
-
-    def match(self, node: gs.Node) -> Quantized | Reject | None:
-        found = quantized(node)
-        if found is None or found.quant.activations == "float" or found.x is not node.inputs[0]:
-            return None
-        return found
-
-    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        nodes, x = Prefixed(graph, f"{match.x.name}/per_token"), match.x
-        peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), nodes.const("axes", [-1], np.int64)], "max", keepdims=1)
-        scale = nodes("Mul", [peak, nodes.const("127th", 1 / 127, np.float32)], "step")
-        zero_row = nodes("Equal", [scale, nodes.const("0", 0, np.float32)], "zero_row")
-        scale = nodes("Where", [zero_row, nodes.const("1", 1, np.float32), scale], "scale")
-        block: dict[str, Any] = {"axis": -1, "block_size": match.quant.shape[1]}
-        codes = gs.Variable(f"{nodes.prefix}/codes", np.int8, x.shape)
-        codes = once(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
-        match.node.inputs[0] = nodes("DequantizeLinear", [codes, scale], "dequantized", **block)

@@ -30,7 +30,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, View, whole
 from instantrt.passes.core.quant import Codes, dequantize
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.scales import KeepScalesInHalf
+from instantrt.passes.ort.in_half import KeepScalesInHalf
 from instantrt.passes.ort.tables import QuantizeTables
 from tests.checkpoints import HERE
 from tests.gguf_files import KINDS_OF_LAYERS, SIZES, blocks, llama

@@ -13,8 +13,8 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.qdq.insert_qdq import QuantizeActivations
 from instantrt.passes.qdq.last_logits import LastLogits
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.graphs import FLOAT32, evaluate, relative
 
