@@ -25,14 +25,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from instantrt.compiler.quant.stored import LEFT_FLOAT, StoredLayer
+from instantrt.compiler.quant.stored import LEFT_FLOAT, Reader, StoredLayer
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import BFLOAT16, FLOAT32, TILE_BYTES, Array, FileTensor, Tile, convert, read_exactly
-from instantrt.passes.core.quant import UINT8, Activations, Codes, QuantTensor, dequantize
+from instantrt.passes.core.quant import UINT8, Codes, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import Reject
 
 FLOAT16 = np.dtype(np.float16)
@@ -311,7 +311,7 @@ class GgufRows:
 
 
 @dataclass(frozen=True)
-class GgufReader:
+class GgufReader(Reader):
     """The quantization of a file whose matrices are of several types; `bits` and `group_size` are of most weights."""
 
     bits: int
@@ -320,7 +320,7 @@ class GgufReader:
 
     method = "gguf"
     mark = "weight"
-    activations: ClassVar[Activations] = "float"
+    activations = "float"
 
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         tensor = layer.find("weight")

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class StoredRows(ABC):
             yield Tile(start, Codes(codes, scale[rows], zero[rows]))
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """A checkpoint's own quantization.
 
     method       its name in the config
@@ -103,22 +103,16 @@ class Reader(Protocol):
     notes        what a user should know of how it is read
     """
 
-    @property
-    def method(self) -> str: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def group_size(self) -> int: ...
-    @property
-    def activations(self) -> Activations: ...
-    @property
-    def mark(self) -> str: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
+    method: str
+    bits: int
+    group_size: int
+    activations: Activations
+    mark: str
+    notes: tuple[str, ...] = ()
 
+    @abstractmethod
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         """The layer as it is stored and with the activations it was made for, or why it is float."""
-        ...
 
 
 def decide(
@@ -215,7 +209,7 @@ def check_central(zero: Array, bits: int, said: str, tensor: FileTensor, fix: st
     return zero
 
 
-def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, Array]:
+def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, tuple[int, ...]]:
     """(the order that puts each group's inputs together, the stored group in each place).
 
     Groups are placed by their first member, so that groups which are contiguous already need no order: None.
@@ -236,7 +230,7 @@ def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, Array]:
     rank[places] = np.arange(count)
     indices = np.argsort(rank[groups], kind="stable")
     trivial = (indices == np.arange(len(indices))).all()
-    return None if trivial else Order.of(indices), places
+    return None if trivial else Order.of(indices), tuple(places.tolist())
 
 
 def safe_pattern(text: str, where: str) -> re.Pattern[str]:
