@@ -21,7 +21,7 @@ from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, store
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError, first_line
 from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View, read_exactly
-from instantrt.passes.core.subgraphs import graphs, tensors
+from instantrt.passes.core.subgraphs import graphs, tensors, within
 from instantrt.passes.core.verify import QDQ_OPS
 
 SMALL = 1 << 10  # elements: the values of axes, shapes and scalars are looked at, weights are references
@@ -94,7 +94,7 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
     context.ir_version, version = model.ir_version, standard_opset(model, path)
     context.opset_imports = {o.domain: o.version for o in model.opset_import}
     for node in (n for graph in graphs(model.graph) for n in graph.node):
-        if any(a.HasField("g") or a.graphs or a.t.external_data for a in node.attribute):
+        if within(node) or any(a.graphs or a.t.external_data for a in node.attribute):
             continue
         try:
             onnx.checker.check_node(node, context)
@@ -286,8 +286,8 @@ def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 def spell_defaults(model: onnx.ModelProto) -> None:
     """What a call leaves to its function's defaults: onnx's inliner forgets those."""
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
-    within = (a.g for f in model.functions for node in f.node for a in node.attribute if a.HasField("g"))
-    bodies = (*model.functions, *(each for graph in (model.graph, *within) for each in graphs(graph)))
+    inner = (graph for function in model.functions for node in function.node for graph in within(node))
+    bodies = (*model.functions, *(each for graph in (model.graph, *inner) for each in graphs(graph)))
     for node in (node for body in bodies for node in body.node):
         called = functions.get((node.domain, node.op_type, node.overload))
         said = {attribute.name for attribute in node.attribute}

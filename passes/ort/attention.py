@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.causal import unlike_causal
@@ -90,7 +89,7 @@ def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.
     last = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
     length = nodes("Add", [last, nodes.const("one", 1, np.int64)], "length")
     found = {"total": total, "last": last, "new": nodes("Min", [length, sequence], "inside")}
-    total, last, new = (nodes("Cast", [t], name, to=onnx.TensorProto.INT32) for name, t in found.items())
+    total, last, new = (nodes.cast(t, np.int32, name) for name, t in found.items())
     return total, last, new
 
 

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Source, Tile, View, view_of
 from instantrt.passes.core.linear import Linear, linear
 from instantrt.passes.core.quant import QuantTensor, zeros_of
-from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, add, take_over
+from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, add, cast, take_over
 
 HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, BFLOAT16: onnx.TensorProto.BFLOAT16}
 
@@ -41,7 +41,7 @@ class KeepTablesInHalf(Rewrite[TableMatch]):
         out = take_over(match.node)
         taken = gs.Variable(f"{out.name}/half", HALF_TYPES[match.stored.dtype], out.shape)
         match.node.outputs.append(taken)
-        add(graph, "Cast", [taken], out, to=onnx.TensorProto.FLOAT)
+        cast(graph, taken, np.float32, out)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
         else:
             k_n = View(stored, stored.shape[::-1], stored.dtype, axis=1, project=lambda t: t.parts[0].T)
             half = gs.Constant(f"{match.linear.path}.weight_half", k_n)
-        node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
+        node.inputs[1] = cast(graph, half, np.float32, f"{match.linear.path}/weight")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class KeepScalesInHalf(Pass):
                 if key not in wide:
                     half = View(view.source, view.shape, stored, axis=view.axis, project=Exactly(view.project, stored))
                     constant = gs.Constant(tensor.name, half)
-                    wide[key] = add(graph, "Cast", [constant], f"{tensor.name}/wide", to=onnx.TensorProto.FLOAT)
+                    wide[key] = cast(graph, constant, np.float32, f"{tensor.name}/wide")
                     yield tensor.name, stored.name
                 node.inputs[index] = wide[key]
 

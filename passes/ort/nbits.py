@@ -47,11 +47,7 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
 
     def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
         found = quantized(node)
-        if found is None:
-            return None
-        block = nbits_block(found.quant)
-        wrong = no_block(found.quant) if block is None else missing_form(found)
-        return Reject(wrong) if block is None or wrong else BlockwiseMatch(found, block)
+        return blockwise(found) if found is not None else None
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
         out = before_zeros(graph, match.linear, take_over(match.linear.node), match.block)
@@ -61,8 +57,13 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
         return f"MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
 
 
-def no_block(q: QuantTensor) -> str:
-    return f"group_size {q.group_size} is no multiple of {BLOCKS[-1]}, which MatMulNBits needs"
+def blockwise(found: Quantized) -> BlockwiseMatch | Reject:
+    """A linear in the operator's blocks, or why it has none."""
+    block = nbits_block(found.quant)
+    if block is None:
+        return Reject(f"group_size {found.quant.group_size} is no multiple of {BLOCKS[-1]}, which MatMulNBits needs")
+    wrong = missing_form(found)
+    return Reject(wrong) if wrong else BlockwiseMatch(found, block)
 
 
 def matmul_nbits(

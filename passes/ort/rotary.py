@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import Evaluation
@@ -119,7 +118,7 @@ class RotateInAttention(Rewrite[RotatedMatch]):
             return inside
         count = nodes("Neg", [nodes("Shape", [given], "count", start=1, end=2)], "from_end")
         to_end, columns = nodes.const("to_end", [TO_THE_END], np.int64), nodes.const("columns", [1], np.int64)
-        new = nodes("Cast", [nodes("Slice", [mask, count, to_end, columns], "new")], "real", to=onnx.TensorProto.BOOL)
+        new = nodes.cast(nodes("Slice", [mask, count, to_end, columns], "new"), np.bool_, "real")
         return nodes("Where", [new, given, inside], "checked")
 
     def table(self, graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import view_of
-from instantrt.passes.core.linear import linear, weight_dequantize
+from instantrt.passes.core.linear import NORMS, linear, weight_dequantize
 from instantrt.passes.core.quant import Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.core.verify import activations_are_float
@@ -26,7 +26,6 @@ from instantrt.passes.qdq.permuted import Permuted
 
 UNARY = "Abs Cast Clip Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Neg Relu Sigmoid Softplus Sqrt Swish Tanh"
 ELEMENTWISE = frozenset((*UNARY.split(), "Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"))
-NORMS = frozenset(("LayerNormalization", "RMSNormalization"))
 
 
 @dataclass(frozen=True)

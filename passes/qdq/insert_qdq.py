@@ -86,21 +86,23 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
 
 def shifted(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """The same with minima: code * scale + minimum."""
-    (n, k), shape, per_group = q.shape, (q.groups, q.group_size, q.shape[0]), (q.groups, 1, q.shape[0])
-
-    def view(shape: tuple[int, ...], dtype: npt.DTypeLike, values: Callable[[Tile], Array]) -> View:
-        def project(tile: Tile) -> Array:
-            return values(tile).T.reshape(*shape[:2], -1)
-
-        return View(q, shape, dtype, axis=2, project=project)
-
-    codes = gs.Constant(f"{path}.codes", view(shape, CODE_TYPES[q.bits], first_part))
-    scale = gs.Constant(f"{path}.scale", view(per_group, np.float32, scales_of))
-    minimum = gs.Constant(f"{path}.minimum", view(per_group, np.float32, zeros_of))
+    n, k = q.shape
+    codes = gs.Constant(f"{path}.codes", by_group(q, q.group_size, CODE_TYPES[q.bits], first_part))
+    scale = gs.Constant(f"{path}.scale", by_group(q, 1, np.float32, scales_of))
+    minimum = gs.Constant(f"{path}.minimum", by_group(q, 1, np.float32, zeros_of))
     blocks: dict[str, Any] = {"axis": 1, "block_size": q.group_size}
     steps = add(graph, "DequantizeLinear", [codes, scale], f"{path}.steps", **blocks)
     weight = add(graph, "Add", [steps, minimum], f"{path}.shifted")
     return add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}.dequantized")
+
+
+def by_group(q: QuantTensor, rows: int, dtype: npt.DTypeLike, values: Callable[[Tile], Array]) -> View:
+    """`values` [n, G * rows] of each tile as a constant [G, rows, N]."""
+
+    def project(tile: Tile) -> Array:
+        return values(tile).T.reshape(q.groups, rows, -1)
+
+    return View(q, (q.groups, rows, q.shape[0]), dtype, axis=2, project=project)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.linear import Linear, linear
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, cast, producer
 from instantrt.passes.qdq.insert_qdq import float_input
 
 LOGITS = "logits"
@@ -95,7 +94,7 @@ def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
         return add(graph, "Shape", [tensor], gs.Variable(f"{LAST}/{name}", np.dtype(np.int64), [1]), start=1, end=2)
 
     one, sequence, total = number(1, "one"), count(x, "sequence"), count(mask, "total")
-    allowed = add(graph, "Cast", [mask], f"{LAST}/allowed", to=onnx.TensorProto.BOOL)
+    allowed = cast(graph, mask, np.bool_, f"{LAST}/allowed")
     limit = add(graph, "Squeeze", [add(graph, "Add", [total, one], f"{LAST}/limit")], f"{LAST}/scalar")
     ends = add(graph, "Range", [one, limit, one], f"{LAST}/ends")
     seen = add(graph, "Where", [allowed, ends, number(0, "zero")], f"{LAST}/seen")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import PAST
@@ -53,8 +52,8 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
         low = nodes("Min", [nodes("ReduceMin", [x, axis], "lowest"), none], "low")
         high = nodes("Max", [nodes("ReduceMax", [x, axis], "highest"), none], "high")
         step = nodes("Div", [nodes("Sub", [high, low], "range"), top], "step")
-        half = nodes("Cast", [step], "step/half", to=onnx.TensorProto.FLOAT16)
-        wide = nodes("Cast", [half], "step/wide", to=onnx.TensorProto.FLOAT)
+        half = nodes.cast(step, np.float16, "step/half")
+        wide = nodes.cast(half, np.float32, "step/wide")
         scale = nodes("Where", [nodes("Equal", [wide, none], "zeros"), one, wide], "scale")
         below = nodes("Round", [nodes("Div", [nodes("Neg", [low], "below"), scale], "unrounded")], "rounded_zero")
         zero = nodes("Clip", [below, none, top], "zero")
@@ -65,11 +64,9 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
         beside = {}
         for what, value, kind in (("scale", scale, np.float16), ("zero", zero, np.uint8)):
             flat = nodes("Squeeze", [value, axis], f"{what}/flat")
-            cast = nodes("Cast", [flat], f"{what}/small", to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
-            kept = aside(graph, match, cast, what, np.dtype(kind), size // group)
-            beside[what] = nodes(
-                "Unsqueeze", [nodes("Cast", [kept], f"{what}/float", to=onnx.TensorProto.FLOAT), axis], f"{what}/each"
-            )
+            small = nodes.cast(flat, kind, f"{what}/small")
+            kept = aside(graph, match, small, what, np.dtype(kind), size // group)
+            beside[what] = nodes("Unsqueeze", [nodes.cast(kept, np.float32, f"{what}/float"), axis], f"{what}/each")
         present = grow(match, packed)
         for reader in [node for node in present.outputs if node.op == "Attention"]:
             turned(graph, reader, is_key=reader.inputs[1] is present, by=turn)
@@ -120,7 +117,7 @@ def pack(nodes: Prefixed, codes: gs.Tensor, size: int) -> gs.Tensor:
     pairs = nodes("Reshape", [codes, nodes.const("in_pairs", [0, 0, 0, size // 2, 2], np.int64)], "pairs")
     places = nodes("Mul", [pairs, nodes.const("places", [1, 16], FLOAT32)], "placed")
     sums = nodes("ReduceSum", [places, nodes.const("last", [4], np.int64)], "sums", keepdims=0)
-    return nodes("Cast", [sums], "bytes", to=onnx.TensorProto.UINT8)
+    return nodes.cast(sums, np.uint8, "bytes")
 
 
 def unpack(nodes: Prefixed, present: gs.Tensor, size: int) -> gs.Tensor:
@@ -131,4 +128,4 @@ def unpack(nodes: Prefixed, present: gs.Tensor, size: int) -> gs.Tensor:
     pairs = [nodes("Unsqueeze", [part, last], f"{which}/apart") for part, which in ((low, "even"), (high, "odd"))]
     joined = nodes("Concat", pairs, "beside", axis=4)
     every = nodes("Reshape", [joined, nodes.const("in_heads", [0, 0, -1, size], np.int64)], "unpacked")
-    return nodes("Cast", [every], "float", to=onnx.TensorProto.FLOAT)
+    return nodes.cast(every, np.float32, "float")

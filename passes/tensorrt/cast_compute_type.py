@@ -17,9 +17,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32
-from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, add
+from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, cast
 from instantrt.passes.tensorrt.clamp_mask import ClampMask
-from instantrt.passes.tensorrt.narrow import cast
+from instantrt.passes.tensorrt.narrow import cast_once
 
 WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"}
 CACHES = ("past_key_values.", "present.")
@@ -46,7 +46,7 @@ class NarrowInputs(Pass):
                 tensor.dtype = self.dtype
             else:
                 consumers = list(tensor.outputs)
-                narrow = cast(graph, tensor, self.dtype)
+                narrow = cast_once(graph, tensor, self.dtype)
                 for node in consumers:
                     node.inputs = [narrow if t is tensor else t for t in node.inputs]
             yield tensor.name, self.dtype.name
@@ -61,8 +61,8 @@ class WidenOutputs(Pass):
                 continue
             name, tensor.name = tensor.name, f"{tensor.name}/{tensor.dtype.name}"
             graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
-            # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
-            add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
+            # Named neither after its output, as the node that made the output may be, nor as `cast_once` names its own.
+            cast(graph, tensor, np.float32, graph.outputs[index], name=f"{name}/interface")
             yield name, FLOAT32.name
 
 
@@ -97,7 +97,7 @@ class CastComputeType(Rewrite[CastMatch]):
     def rewrite(self, graph: gs.Graph, match: CastMatch) -> None:
         node, dtype = match.node, match.dtype
         for index in match.indices:
-            node.inputs[index] = cast(graph, node.inputs[index], dtype)
+            node.inputs[index] = cast_once(graph, node.inputs[index], dtype)
         if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT:
             node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         for index, output in enumerate(node.outputs):
@@ -121,7 +121,7 @@ class WidenForBranches(Rewrite[list[gs.Node]]):
 
     def rewrite(self, graph: gs.Graph, match: list[gs.Node]) -> None:
         for node in match:
-            node.inputs = [cast(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
+            node.inputs = [cast_once(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
 
 
 @cache

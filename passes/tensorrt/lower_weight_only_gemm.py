@@ -40,7 +40,7 @@ def gemm(graph: gs.Graph, inputs: list[gs.Tensor], out: gs.Tensor, name: str, at
     """Adds the node. Version and namespace as attributes make TensorRT's ONNX parser look for the plugin."""
     labels = {"plugin_version": str(OP.version), "plugin_namespace": DOMAIN}
     graph.nodes.append(gs.Node(OP.name, name, OP.attributes(attrs) | labels, inputs, [out], domain=DOMAIN))
-    domains = list(graph.import_domains or [])
+    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
     if all(known.domain != DOMAIN for known in domains):
         graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, OP.version)]
 

@@ -16,7 +16,7 @@ from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, convert, smal
 from instantrt.passes.core.rewrite import once
 
 
-def cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype[Any]) -> gs.Tensor:
+def cast_once(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype[Any]) -> gs.Tensor:
     """`tensor` as `dtype`: a constant of that type, or one Cast for all who ask."""
     if tensor.dtype == dtype:
         return tensor
