@@ -38,7 +38,7 @@ from instantrt.compiler.quant.readers import announced_reader, unannounced_reade
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
-from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
+from instantrt.passes.core.lazy import FileTensor, Missing, Source, View, view_of
 
 UNLIMITED = 1 << 31  # transformers writes a number far above it where a tokenizer has no limit
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
@@ -269,9 +269,5 @@ def bind_weights(
         tensor.name = stored.name if stored is not None else names[0]
         tensor.to_constant(View(source, shape, np.float32))
     for tensor in graph.tensors().values():
-        if (
-            isinstance(tensor, gs.Constant)
-            and tensor.name.startswith("model.")
-            and not isinstance(tensor._values, View)
-        ):
+        if isinstance(tensor, gs.Constant) and tensor.name.startswith("model.") and view_of(tensor) is None:
             tensor.name = tensor.name.removeprefix("model.")

@@ -16,13 +16,13 @@ import numpy as np
 
 from instantrt.compiler.quant.config import QuantConfig, expect
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
+from instantrt.passes.core.lazy import BFLOAT16, FLOAT32, Array, FileTensor, Tile, convert, whole
 from instantrt.passes.core.linear import Linear
 from instantrt.passes.core.quant import Activations, Codes, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 
-FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32))
+FLOATS = (np.dtype(np.float16), BFLOAT16, FLOAT32)
 INT32 = np.dtype(np.int32)
 WEIGHTS = ("weight", "weight_packed", "qweight")
 TILE_CODES = 1 << 22
@@ -176,7 +176,7 @@ def words_for(count: int, bits: int) -> int:
 
 def checked_scales(tensor: FileTensor) -> Array:
     """A layer's scales in float32; zero, negative and non-finite ones are errors."""
-    scale = convert(whole(tensor), np.dtype(np.float32))
+    scale = convert(whole(tensor), FLOAT32)
     bad = np.argwhere(~(np.isfinite(scale) & (scale > 0)))
     if len(bad):
         raise UserError(

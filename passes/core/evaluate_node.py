@@ -16,12 +16,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
-from instantrt.passes.core.lazy import Array, View, convert, view_of
+from instantrt.passes.core.lazy import FLOAT32, Array, View, convert, view_of
 from instantrt.passes.core.linear import weight_dequantize
 from instantrt.passes.core.rewrite import producer, scalar
 from instantrt.plugins.ops import DOMAIN, OPS
 
-FLOAT32 = np.dtype(np.float32)
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 WIDE: dict[np.dtype[Any], type[np.generic]] = {
     **dict.fromkeys(HALVES, np.float32),
@@ -333,11 +332,17 @@ def plain(attribute: Any) -> bool:
 def new_session(lone: Lone, large: Mapping[str, Array]) -> ort.InferenceSession:
     model = lone.model()
     externalize(model, large)
+    return plain_session(model, large)
+
+
+def plain_session(model: onnx.ModelProto, large: Mapping[str, Array] | None = None) -> ort.InferenceSession:
+    """A session for a small model, which it runs as it is; `large` are the values of its external initializers."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is said by the error
     options.intra_op_num_threads = 1  # a thread pool for each node costs more than it brings
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_external_initializers(list(large), [ort.OrtValue.ortvalue_from_numpy(v) for v in large.values()])
+    values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in (large or {}).items()}
+    options.add_external_initializers(list(values), list(values.values()))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.causal import unlike_causal
-from instantrt.passes.core.lazy import small
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer, take_over
 from instantrt.passes.ort.cached_attention import CachedAttentionMatch, cached, costs, unfit
 from instantrt.passes.ort.heads import SPLIT, rows
@@ -60,7 +60,7 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
             rows(graph, t, f"{node.name}/{part}")
             for t, part in zip((match.query, match.key, match.value), "qkv", strict=True)
         )
-        y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
+        y = gs.Variable(f"{node.name}/y", FLOAT32, ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
         cache = [match.past_key, match.past_value, last, total]
         scales = [part.scale for part in match.quantized] if match.quantized else [nothing, nothing]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, take_over
 from instantrt.passes.ort.attention_parts import AttentionParts, apart, unguarded, whole
 from instantrt.passes.ort.heads import SPLIT, in_rows, joins
@@ -39,7 +39,7 @@ class LowerToAttention(Rewrite[AttentionParts]):
         joined, out = joins(node.outputs[0]), take_over(node)
         parts = (query, SPLIT, "q"), (match.key, match.order, "k"), (match.value, SPLIT, "v")
         q, k, v = (in_rows(graph, heads, order, f"{name}/{part}") for heads, order, part in parts)
-        y = gs.Variable(f"{name}/y", np.dtype(np.float32), [query.shape[0], query.shape[2], width])
+        y = gs.Variable(f"{name}/y", FLOAT32, [query.shape[0], query.shape[2], width])
         mask = [] if match.mask is None else [whole_mask(graph, match, match.mask)]
         heads = {"q_num_heads": query.shape[1], "kv_num_heads": match.value.shape[1]}
         add(graph, "Attention", [q, k, v, *mask], y, name=name, **match.attrs, **heads)

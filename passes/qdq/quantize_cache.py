@@ -14,11 +14,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import PAST
-from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, producer
 
 PRESENT = "present."
-INT8, UINT8, FLOAT32 = (np.dtype(each) for each in (np.int8, np.uint8, np.float32))
+INT8 = np.dtype(np.int8)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import PAST
-from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.lazy import FLOAT32, Array
+from instantrt.passes.core.quant import UINT8
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add
-from instantrt.passes.qdq.quantize_cache import FLOAT32, UINT8, attend, grow, unlike_cache
+from instantrt.passes.qdq.quantize_cache import attend, grow, unlike_cache
 
 GROUP = 32  # channels of a token that share four-bit codes' scale
 
