@@ -20,6 +20,7 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.names import MASK, PAST
 from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
 from instantrt.passes.core.subgraphs import every_node
@@ -45,7 +46,7 @@ from instantrt.passes.qdq.correct_biases import CorrectBiases
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
-from instantrt.passes.qdq.last_logits import MASK, LastLogits
+from instantrt.passes.qdq.last_logits import LastLogits
 from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
@@ -179,7 +180,7 @@ def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pas
 
 def is_causal_lm(graph: gs.Graph) -> bool:
     """Has the graph a cache to decode with? Any other model meets many rows at every call."""
-    return any(t.name.startswith("past_key_values.") for t in graph.inputs)
+    return any(t.name.startswith(PAST) for t in graph.inputs)
 
 
 def lower_tensorrt(

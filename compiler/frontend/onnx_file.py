@@ -21,6 +21,7 @@ from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, store
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
 from instantrt.passes.core.errors import UserError, first_line
 from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View, read_exactly
+from instantrt.passes.core.names import LOGITS, PAST
 from instantrt.passes.core.subgraphs import graphs, tensors, within
 from instantrt.passes.core.verify import QDQ_OPS
 
@@ -356,11 +357,11 @@ def unpacked(tensor: FileTensor, kind: int) -> Array:
 def llm_shape(graph: gs.Graph) -> LlmShape | None:
     """The sizes of a causal LM whose inputs and outputs have the interface's names; None for any other graph."""
     inputs, outputs = ({t.name: t for t in side} for side in (graph.inputs, graph.outputs))
-    layers = sum(name.startswith("past_key_values.") and name.endswith(".key") for name in inputs)
-    if not layers or "logits" not in outputs:
+    layers = sum(name.startswith(PAST) and name.endswith(".key") for name in inputs)
+    if not layers or LOGITS not in outputs:
         return None
-    _, kv_heads, _, head_dim = inputs["past_key_values.0.key"].shape
-    vocab = outputs["logits"].shape[-1]
+    _, kv_heads, _, head_dim = inputs[f"{PAST}0.key"].shape
+    vocab = outputs[LOGITS].shape[-1]
     if not all(isinstance(d, int) for d in (kv_heads, head_dim, vocab)):
         return None
     return LlmShape(layers=layers, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab)

@@ -14,10 +14,11 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.errors import first_line
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, view_of
+from instantrt.passes.core.names import IDS, MASK, PAST, POSITIONS
 from instantrt.passes.core.rewrite import producer
 
 HIDDEN = -1000.0  # what adds this to a score leaves nothing of it; position biases of short rows are far smaller
-LENGTHS = ("attention_mask", "position_ids")  # the inputs whose values may decide; of others only shapes may
+LENGTHS = (MASK, POSITIONS)  # the inputs whose values may decide; of others only shapes may
 MOST = 1 << 26  # bytes of a constant that a mask may be made of
 PRODUCTS = ("MatMul", "Gemm", "Attention")  # what makes hidden states; a mask that depends on them is not looked at
 
@@ -39,11 +40,11 @@ class Probe:
     def feeds(self, inputs: list[gs.Variable]) -> Iterator[tuple[str, Array]]:
         """What the interface's inputs are for it; caches and ids are zeros, of which only the shape is asked."""
         positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, self.past :]
-        values = {"attention_mask": self.mask, "position_ids": positions, "input_ids": np.zeros_like(positions)}
+        values = {MASK: self.mask, POSITIONS: positions, IDS: np.zeros_like(positions)}
         for tensor in inputs:
             if tensor.name in values:
                 yield tensor.name, values[tensor.name].astype(tensor.dtype)
-            elif tensor.name.startswith("past_key_values."):
+            elif tensor.name.startswith(PAST):
                 _, heads, _, width = tensor.shape
                 yield tensor.name, np.zeros((len(self.padding), heads, self.past, width), tensor.dtype)
 

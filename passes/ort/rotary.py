@@ -9,12 +9,12 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small, view_of
+from instantrt.passes.core.names import MASK, POSITIONS
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 from instantrt.passes.core.tidy import bodies
-from instantrt.passes.qdq.last_logits import MASK, TO_THE_END
+from instantrt.passes.qdq.last_logits import TO_THE_END
 
 ATTENTION = "GroupQueryAttention"
-POSITIONS = "position_ids"
 WIDTHS = 8  # what the width of a table is a multiple of; a head has at least twice as many channels
 SMALL, SHARE = 16 << 20, 1 / 32  # tables of so many bytes, or of this share of the weights', are worth a node a layer
 FORWARD, MIXED = np.arange(8)[None], np.array([[3, 1, 0], [2, 2, 5]])  # positions by which a table is known as one

@@ -21,12 +21,11 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.names import LOGITS, MASK, PRESENT
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, cast, producer
 from instantrt.passes.qdq.insert_qdq import float_input
 
-LOGITS = "logits"
-LAST = "logits/last"  # the node that picks the token: without it the graph has the logits of all again
-MASK = "attention_mask"
+LAST = f"{LOGITS}/last"  # the node that picks the token: without it the graph has the logits of all again
 POINTWISE = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Clip"})
 # What may also lie between a head, or its parts, and the logits.
 SHAPING = "Concat Gather Identity LogSoftmax Pad Reshape Slice Softmax Squeeze Sub Transpose Unsqueeze Where"
@@ -99,7 +98,7 @@ def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
     ends = add(graph, "Range", [one, limit, one], f"{LAST}/ends")
     seen = add(graph, "Where", [allowed, ends, number(0, "zero")], f"{LAST}/seen")
     end = add(graph, "ReduceMax", [seen, number([1], "axis")], f"{LAST}/end", keepdims=0)
-    if any(t.name.startswith("present.") and producer(t, "Concat") for t in graph.outputs):
+    if any(t.name.startswith(PRESENT) and producer(t, "Concat") for t in graph.outputs):
         end = add(graph, "Sub", [end, add(graph, "Sub", [total, sequence], f"{LAST}/past")], f"{LAST}/new")
     inside = add(graph, "Max", [add(graph, "Min", [end, sequence], f"{LAST}/most"), one], f"{LAST}/inside")
     place = add(graph, "Sub", [inside, one], f"{LAST}/place")

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.evaluate import PAST
 from instantrt.passes.core.lazy import FLOAT32, Array
+from instantrt.passes.core.names import PAST
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, producer
 
-PRESENT = "present."
 INT8 = np.dtype(np.int8)
 
 

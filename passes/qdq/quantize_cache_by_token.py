@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.evaluate import PAST
 from instantrt.passes.core.lazy import FLOAT32, Array
+from instantrt.passes.core.names import PAST
 from instantrt.passes.core.quant import UINT8
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add
 from instantrt.passes.qdq.quantize_cache import attend, grow, unlike_cache

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Source, View, view_of
+from instantrt.passes.core.names import MASK, POSITIONS
 from instantrt.passes.core.quant import InstantQuant, QuantTensor, StoredInCodes
 from instantrt.passes.core.rewrite import Reject
 
@@ -18,7 +19,7 @@ BLOCKS = (128, 64, 32, 16)
 # What tokens go through on their way to their table; and the inputs that pick rows of other tables.
 MOVING = "Cast Clip Concat Flatten Identity Max Min Reshape Slice Squeeze Transpose Unsqueeze Where"
 ROUTE = frozenset(MOVING.split())
-OTHERS = ("position_ids", "token_type_ids", "attention_mask")
+OTHERS = (POSITIONS, "token_type_ids", MASK)
 
 
 @dataclass(frozen=True)

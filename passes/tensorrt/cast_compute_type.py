@@ -17,12 +17,13 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32
+from instantrt.passes.core.names import PAST, PRESENT
 from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, cast
 from instantrt.passes.tensorrt.clamp_mask import ClampMask
 from instantrt.passes.tensorrt.narrow import cast_once
 
 WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"}
-CACHES = ("past_key_values.", "present.")
+CACHES = (PAST, PRESENT)
 
 
 def cast_compute_type(dtype: np.dtype[Any]) -> tuple[Pass, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.evaluate import PAST
+from instantrt.passes.core.names import IDS, MASK, PAST
 from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, set_opset, take_over
 from instantrt.passes.core.verify import attention_is_explicit
 from instantrt.passes.qdq.quantize_cache import unlike_cache
@@ -64,7 +64,7 @@ class PadMask(Rewrite[gs.Node]):
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         mask, nodes = match.inputs[3], Prefixed(graph, "cache")
-        used = nodes("Neg", [length(graph, "attention_mask")], "used")
+        used = nodes("Neg", [length(graph, MASK)], "used")
         room = nodes("Add", [used, nodes.const("max_length", [self.max_length], np.int64)], "room")
         pads = nodes("Pad", [room, nodes.const("seven", [7, 0], np.int64)], "pads")
         padded = once(graph, "Pad", [mask, pads, nodes.const("hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
@@ -93,11 +93,11 @@ def write_position(graph: gs.Graph) -> gs.Tensor:
     """Where each row's new entries go, int64 `[B]`; made once."""
     nodes = Prefixed(graph, "cache/position")
     axis, zero, one = (nodes.const(n, v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
-    allowed = nodes.cast(graph_input(graph, "attention_mask"), np.bool_, "allowed")
-    total = nodes("Squeeze", [length(graph, "attention_mask")], "total")
+    allowed = nodes.cast(graph_input(graph, MASK), np.bool_, "allowed")
+    total = nodes("Squeeze", [length(graph, MASK)], "total")
     ends = nodes("Range", [one, nodes("Add", [total, one], "limit"), one], "ends")
     end = nodes("ReduceMax", [nodes("Where", [allowed, ends, zero], "seen"), axis], "end", keepdims=0)
-    start = nodes("Sub", [end, length(graph, "input_ids")], "start")
+    start = nodes("Sub", [end, length(graph, IDS)], "start")
     return once(graph, "Max", [start, zero], nodes.prefix)
 
 
