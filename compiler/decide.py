@@ -27,7 +27,7 @@ from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
-from instantrt.passes.ort.nbits import BLOCKS
+from instantrt.passes.ort.nbits import NBITS_BLOCKS
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.qdq.last_logits import head_linears
 from instantrt.passes.qdq.tables import stored_table
@@ -104,7 +104,7 @@ def check_early(request: Request) -> None:
 
 def step_of(targets: Iterable[Target]) -> int:
     """What the size of a group has to be a multiple of."""
-    return BLOCKS[-1] if any(t.backend is Backend.ONNXRUNTIME for t in targets) else 1
+    return NBITS_BLOCKS[-1] if any(t.backend is Backend.ONNXRUNTIME for t in targets) else 1
 
 
 def own_config(reader: Reader, *, weight_only: bool = False) -> QuantConfig:

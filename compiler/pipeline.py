@@ -61,7 +61,7 @@ from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
-from instantrt.passes.tensorrt.old_parser import OPSET, unsupported
+from instantrt.passes.tensorrt.old_parser import OLD_OPSET, unsupported
 from instantrt.plugins.ops import DOMAIN
 
 # Whole operators, then linears as MatMul(x, constant [K, N]) named after their modules.
@@ -266,7 +266,8 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:
             found="".join(f"\n    {line}" for line in lines),
             fix="another target, or another --quant or --group-size where a weight is named",
         )
-    graph.opset = OPSET
+    graph.opset = OLD_OPSET
     own = [domain for domain in graph.import_domains or () if domain.domain == DOMAIN]
-    graph.import_domains = [onnx.helper.make_opsetid("", OPSET), *own]  # else the exporter would write the old opset
+    # Else the exporter would write the opset of before.
+    graph.import_domains = [onnx.helper.make_opsetid("", OLD_OPSET), *own]
     return graph

@@ -21,7 +21,7 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 MOST_LAYERS = 1000  # a module is made for each; the deepest model there is has 126, merges of several some hundred
 ENCODER = "is an encoder, which attends to both sides"
 SAY = "say in architectures which head it has: BertModel, BertForMaskedLM, ..."
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def check_family(config: Any, head: Head, where: str) -> None:
     pair = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     wrapper = type(text) not in known or "vision_config" in config.sub_configs
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION))
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
         (encoder and head is CAUSAL_LM, ENCODER, SAY),

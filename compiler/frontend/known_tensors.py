@@ -60,10 +60,10 @@ class Hint:
 
 
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-MERGE = "merge the adapter into its base model, and save that; an adapter as peft saves it is for --adapter"
+MERGE_FIRST = "merge the adapter into its base model, and save that; an adapter as peft saves it is for --adapter"
 WRAPPER = "load it as it was saved, and save the language model alone"
 HINTS = (
-    Hint(r"lora_|\.base_layer\.|modules_to_save|\.adapter", "an adapter (LoRA) that is not merged", MERGE),
+    Hint(r"lora_|\.base_layer\.|modules_to_save|\.adapter", "an adapter (LoRA) that is not merged", MERGE_FIRST),
     Hint(r"\bact\.scales$", "AWQ's scales of an activation, by which its output would be divided", FLOAT_MODEL),
     Hint(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|quant_state", "bitsandbytes", FLOAT_MODEL),
     Hint(r"weight_scale_inv$", "fp8 weights in blocks", FLOAT_MODEL),

@@ -84,16 +84,16 @@ class AwqRows(StoredRows):
         scale = np.ascontiguousarray(checked_scales(self.scales).T)
         if self.qzeros is None:
             return scale, np.full(scale.shape, CENTRAL, np.uint8)
-        zero = unpack(whole(self.qzeros))
+        zero = unpack_nibbles(whole(self.qzeros))
         return scale, check_central(zero, 4, "zero_point=false", self.qzeros) if self.symmetric else zero
 
     def strips(self) -> Iterator[tuple[int, Array]]:
         k, words = self.qweight.shape
         for start, stop in ranges(words * 8, k, multiple=8):
-            yield start, unpack(self.qweight.columns(start // 8, stop // 8))
+            yield start, unpack_nibbles(self.qweight.columns(start // 8, stop // 8))
 
 
-def unpack(words: Array) -> Array:
+def unpack_nibbles(words: Array) -> Array:
     """int32 [R, C] -> uint8 [C * 8, R]."""
     w = np.ascontiguousarray(words.T).view(np.uint32)
     out = np.empty((w.shape[0], 8, w.shape[1]), np.uint8)

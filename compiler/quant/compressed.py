@@ -142,7 +142,7 @@ class CompressedRows(StoredRows):
             yield start, self.codes(stored)[:, : self.shape[1]]
 
     def codes(self, stored: Array) -> Array:
-        return unpack(stored, self.bits) if stored.dtype == INT32 else shifted(stored, self.bits)
+        return unpack(stored, self.bits) if stored.dtype == INT32 else unsigned(stored, self.bits)
 
     def zero_points(self, n: int, groups: int) -> Array:
         """uint8 [N, G]."""
@@ -151,10 +151,10 @@ class CompressedRows(StoredRows):
         stored = whole(self.zeros)
         if stored.dtype == INT32:
             return unpack(np.ascontiguousarray(stored.T), self.bits)[:, :n].T
-        return np.broadcast_to(shifted(stored, self.bits).reshape(-1, stored.shape[-1]), (n, groups))
+        return np.broadcast_to(unsigned(stored, self.bits).reshape(-1, stored.shape[-1]), (n, groups))
 
 
-def shifted(signed: Array, bits: int) -> Array:
+def unsigned(signed: Array, bits: int) -> Array:
     """int8 -2^(bits-1) .. 2^(bits-1) - 1 -> uint8 0 .. 2^bits - 1."""
     return (signed.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1)
 

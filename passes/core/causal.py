@@ -17,7 +17,7 @@ from instantrt.passes.core.lazy import Array, view_of
 from instantrt.passes.core.names import IDS, MASK, PAST, POSITIONS
 from instantrt.passes.core.rewrite import producer
 
-HIDDEN = -1000.0  # what adds this to a score leaves nothing of it; position biases of short rows are far smaller
+VISIBLE = -1000.0  # what adds less to a score leaves nothing of it; position biases of short rows are far smaller
 LENGTHS = (MASK, POSITIONS)  # the inputs whose values may decide; of others only shapes may
 MOST = 1 << 26  # bytes of a constant that a mask may be made of
 PRODUCTS = ("MatMul", "Gemm", "Attention")  # what makes hidden states; a mask that depends on them is not looked at
@@ -68,7 +68,7 @@ def sees_ahead(graph: gs.Graph) -> bool:
         found = values_of(graph, mask, dict(PROMPT.feeds(graph.inputs)))
         if isinstance(found, str) or found.ndim < 2:
             continue
-        seen = found if found.dtype == np.bool_ else found > HIDDEN
+        seen = found if found.dtype == np.bool_ else found > VISIBLE
         seen = np.broadcast_to(seen, (*seen.shape[:-2], PROMPT.new, PROMPT.new))
         if np.triu(seen, 1).any():
             return True
@@ -135,7 +135,7 @@ def unlike(probe: Probe, mask: Array) -> str:
     if mask.shape != (rows, 1, new, total):
         found = ", ".join(str(size) for size in mask.shape)
         return f"the mask is [{found}] for {rows} rows of {new} tokens in {total}, not [{rows}, 1, {new}, {total}]"
-    seen, keys = mask[:, 0] > HIDDEN, np.arange(total)
+    seen, keys = mask[:, 0] > VISIBLE, np.arange(total)
     end = np.where(allowed, keys, -1).max(axis=1)
     first = np.where(probe.past, end + 1 - new, 0)  # a prompt starts at 0, wherever it ends
     if (seen & (keys > (first[:, None] + np.arange(new))[..., None])).any():

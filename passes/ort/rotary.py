@@ -14,7 +14,7 @@ from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, produc
 from instantrt.passes.core.tidy import bodies
 from instantrt.passes.qdq.last_logits import TO_THE_END
 
-ATTENTION = "GroupQueryAttention"
+GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 WIDTHS = 8  # what the width of a table is a multiple of; a head has at least twice as many channels
 SMALL, SHARE = 16 << 20, 1 / 32  # tables of so many bytes, or of this share of the weights', are worth a node a layer
 FORWARD, MIXED = np.arange(8)[None], np.array([[3, 1, 0], [2, 2, 5]])  # positions by which a table is known as one
@@ -46,7 +46,7 @@ class RotateInAttention(Rewrite[RotatedMatch]):
         return RotateInAttention(self.longest, graph)
 
     def match(self, node: gs.Node) -> RotatedMatch | Reject | None:
-        if node.op != ATTENTION or node.attrs.get("do_rotary"):
+        if node.op != GROUP_QUERY_ATTENTION or node.attrs.get("do_rotary"):
             return None
         query, key = (producer(t, "RotaryEmbedding") for t in node.inputs[:2])
         if query is None and key is None:

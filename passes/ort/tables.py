@@ -15,7 +15,7 @@ from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.core.verify import tables_are_float32
 from instantrt.passes.ort.nbits import Blocks
 from instantrt.passes.ort.zeros import Filled, minima
-from instantrt.passes.qdq.tables import BLOCKS, Table, stored_table, table
+from instantrt.passes.qdq.tables import TABLE_BLOCKS, Table, stored_table, table
 
 SCALE_TYPE = BFLOAT16  # of weights that are quantized here: float16 ends where the weights of some models begin
 
@@ -38,7 +38,7 @@ class QuantizeTables(Rewrite[Table]):
     def for_graph(self, graph: gs.Graph) -> QuantizeTables:
         views = [view for t in tensors(graph).values() if (view := view_of(t)) is not None]
         linears = tuple(dict.fromkeys(v.source for v in views if isinstance(v.source, QuantTensor)))
-        tied = {q.source.weight: q for q in linears if isinstance(q.source, Quantizer) and fits(q)}
+        tied = {q.source.weight: q for q in linears if isinstance(q.source, Quantizer) and may_be_table(q)}
         return replace(self, linears=linears, tied=tied)
 
     def match(self, node: gs.Node) -> Table | Reject | None:
@@ -70,14 +70,14 @@ class QuantizeTables(Rewrite[Table]):
         steps = f"{name}/steps" if q.has_minima else out
         rows = add(graph, "GatherBlockQuantized", inputs, steps, domain="com.microsoft", name=node.name, **attrs)
         if q.has_minima:
-            shifted(graph, q, rows, ids, out, name)
+            add_minima(graph, q, rows, ids, out, name)
 
     def note(self, match: Table) -> str:
         shared = f", one table with {match.quant.name}" if match.quant in self.linears else ""
         return f"GatherBlockQuantized, {match.quant.bits} bits{shared}"
 
 
-def shifted(graph: gs.Graph, q: QuantTensor, rows: gs.Tensor, ids: gs.Tensor, out: gs.Tensor, name: str) -> None:
+def add_minima(graph: gs.Graph, q: QuantTensor, rows: gs.Tensor, ids: gs.Tensor, out: gs.Tensor, name: str) -> None:
     """Adds its minimum to each group of the rows [..., H] of a table."""
     nodes, rank = Prefixed(graph, name), len(ids.shape)
     minimum = nodes("Gather", [minima(q, name), ids], "minima", axis=0)
@@ -88,6 +88,6 @@ def shifted(graph: gs.Graph, q: QuantTensor, rows: gs.Tensor, ids: gs.Tensor, ou
     add(graph, "Reshape", [nodes("Add", [grouped, minimum], "shifted"), whole], out)
 
 
-def fits(q: QuantTensor) -> bool:
+def may_be_table(q: QuantTensor) -> bool:
     """May a table of embeddings be in the form of this linear?"""
-    return q.bits == 8 and q.group_size in BLOCKS and not q.has_minima  # GatherBlockQuantized has none
+    return q.bits == 8 and q.group_size in TABLE_BLOCKS and not q.has_minima  # GatherBlockQuantized has none

@@ -15,7 +15,7 @@ from instantrt.passes.ort.heads import SPLIT, in_rows, joins
 
 # ONNX Runtime's Attention gives 0 where float32's lowest number, or less, hides all keys, and Softmax their mean. This
 # is low enough to swallow any score, too, and is no such number.
-HIDDEN = -1e30
+LOWEST = -1e30
 
 
 class LowerToAttention(Rewrite[AttentionParts]):
@@ -55,7 +55,7 @@ def whole_mask(graph: gs.Graph, match: AttentionParts, mask: gs.Tensor) -> gs.Te
     whole = mask.shape is not None and len(mask.shape) == 4 and mask.shape[2] == match.query.shape[2]
     if match.clamp:
         nodes = Prefixed(graph, f"{mask.name}/clamped")
-        mask = nodes("Max", [mask, nodes.const("low", HIDDEN, np.float32)], "y")
+        mask = nodes("Max", [mask, nodes.const("low", LOWEST, np.float32)], "y")
     if whole or match.node.op == "Attention":
         return mask
     nodes = Prefixed(graph, f"{match.node.name}/mask")

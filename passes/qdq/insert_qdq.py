@@ -70,7 +70,7 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
     (n, k), code_type = q.shape, CODE_TYPES[q.bits]
     if q.has_minima:
-        return shifted(graph, q, path)
+        return dequantized_with_minima(graph, q, path)
     per_group = (q.groups, n)
     codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=lambda tile: tile.parts[0].T))
     scale = View(q, per_group, np.float32, axis=1, project=lambda tile: tile.parts[1].T)
@@ -84,7 +84,7 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     return add(graph, "DequantizeLinear", inputs, f"{path}.dequantized", **attrs)
 
 
-def shifted(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
+def dequantized_with_minima(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """The same with minima: code * scale + minimum."""
     n, k = q.shape
     codes = gs.Constant(f"{path}.codes", by_group(q, q.group_size, CODE_TYPES[q.bits], first_part))

@@ -15,7 +15,7 @@ from instantrt.passes.core.names import MASK, POSITIONS
 from instantrt.passes.core.quant import InstantQuant, QuantTensor, StoredInCodes
 from instantrt.passes.core.rewrite import Reject
 
-BLOCKS = (128, 64, 32, 16)
+TABLE_BLOCKS = (128, 64, 32, 16)
 # What tokens go through on their way to their table; and the inputs that pick rows of other tables.
 MOVING = "Cast Clip Concat Flatten Identity Max Min Reshape Slice Squeeze Transpose Unsqueeze Where"
 ROUTE = frozenset(MOVING.split())
@@ -62,7 +62,7 @@ def table(
     if view.source in tied:
         return Table(node, tied[view.source])
     v, h = view.shape
-    block = next((b for b in BLOCKS if h % b == 0), None)
+    block = next((b for b in TABLE_BLOCKS if h % b == 0), None)
     if block is None:
         return Reject(f"width {h} is no multiple of 16")
     name = node.inputs[0].name

@@ -24,7 +24,7 @@ from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, 
 from instantrt.passes.core.verify import attention_is_explicit
 from instantrt.passes.qdq.quantize_cache import unlike_cache
 
-OPSET = 24  # the first with TensorScatter
+SCATTER_OPSET = 24  # the first with TensorScatter
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 
@@ -85,7 +85,7 @@ class RequireInPlace(Pass):
                     found=", ".join(node.op for node in tensor.outputs),
                     fix="use --kv-cache concat",
                 )
-        set_opset(graph, max(graph.opset, OPSET))
+        set_opset(graph, max(graph.opset, SCATTER_OPSET))
         yield graph.name, f"opset {graph.opset}"
 
 
