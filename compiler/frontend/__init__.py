@@ -37,7 +37,8 @@ def load(
     requantize   a GGUF file's weights are floats, dequantized
     adapter      folder of a LoRA that is merged into the weights: one
     base         of the model, where `model` is the folder of an adapter
-    cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
+    cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says. As
+                 `trust_remote_code`, it may be given where nothing has use for it
     say          is told whether the graph is exported, or of an earlier export
     """
     model, lora = model_and_adapter(model, adapter, base)
@@ -62,9 +63,9 @@ def load(
                 adapter=lora,
             )
             loaded = hf.load_checkpoint(opened, say)
-            if made is None:
-                return with_tokenizer(with_adapter(loaded, lora, model))
-            return with_adapter(replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held), lora, model)
+            if made is not None:
+                loaded = replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held)
+            return with_tokenizer(with_adapter(loaded, lora, model))
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
 

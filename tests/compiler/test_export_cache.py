@@ -19,9 +19,9 @@ import pytest
 
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.compile import Watch, compile_model
-from instantrt.compiler.frontend import export_cache, load
+from instantrt.compiler.frontend import export_cache
 from instantrt.compiler.frontend.export_cache import MOST, NONE, VARIABLE, cache_folder, digest_of, keep, prune, recall
-from instantrt.compiler.frontend.hf import open_checkpoint
+from instantrt.compiler.frontend.hf import load_checkpoint, open_checkpoint
 from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, whole
 from tests.checkpoints import TINY, config_of, whole_checkpoint, write_checkpoint
@@ -85,7 +85,7 @@ def exporting(folder: Path, cache: Path) -> bool:
             raise InterruptedError
 
     try:
-        load(folder, cache=cache, say=stop)
+        load_checkpoint(open_checkpoint(folder, cache=cache), stop)
     except InterruptedError:
         return True
     return False
