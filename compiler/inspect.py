@@ -17,7 +17,7 @@ import numpy as np
 
 from instantrt.compiler.decide import asked_config, own_config
 from instantrt.compiler.defaults import settle
-from instantrt.compiler.frontend import check_kind, hf
+from instantrt.compiler.frontend import check_model_options, hf
 from instantrt.compiler.frontend.account import Account, attempt
 from instantrt.compiler.frontend.adapter.folder import model_and_adapter, names_of
 from instantrt.compiler.frontend.facts import ModelFacts
@@ -116,7 +116,7 @@ def inspect(
     try:
         folder, lora = model_and_adapter(folder, adapter, base)
         named = gguf_at(folder)
-        check_kind(folder, named, truncate_dim=truncate_dim, requantize=requantize)
+        check_model_options(folder, named, truncate_dim=truncate_dim, requantize=requantize)
         with tried("reading the checkpoint", where=str(folder)):
             made = made_folder(named, requantize=requantize, cache=cache) if named is not None else None
             opened = hf.open_checkpoint(

@@ -45,7 +45,7 @@ def load(
     gguf = gguf_at(model)
     if lora is not None and model.suffix == ".onnx":
         raise UserError("an adapter goes over a checkpoint's folder, or a GGUF file", where=str(model))
-    check_kind(model, gguf, truncate_dim=truncate_dim, requantize=requantize)
+    check_model_options(model, gguf, truncate_dim=truncate_dim, requantize=requantize)
     if gguf is not None or model.is_dir():
         from instantrt.compiler.frontend import hf
 
@@ -80,7 +80,7 @@ def load(
     )
 
 
-def check_kind(model: Path, gguf: Path | None, *, truncate_dim: int | None, requantize: bool) -> None:
+def check_model_options(model: Path, gguf: Path | None, *, truncate_dim: int | None, requantize: bool) -> None:
     """Refuses what is for models of another kind; `gguf` is the file that `model` is, or has its weights in."""
     if truncate_dim is not None and (gguf is not None or not model.is_dir()):
         raise UserError("truncate_dim is for a sentence-transformers folder", where=str(model), fix="leave it out")
