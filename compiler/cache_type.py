@@ -18,10 +18,12 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.say import Say
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.evaluate import PAST, Evaluation
+from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array
+from instantrt.passes.core.names import IDS, MASK, PAST, POSITIONS, PRESENT
 from instantrt.passes.core.rewrite import Pass, PassLog, producer, run
-from instantrt.passes.qdq.quantize_cache import PRESENT, QuantizeCache, QuantizeCacheByToken
+from instantrt.passes.qdq.quantize_cache import QuantizeCache
+from instantrt.passes.qdq.quantize_cache_by_token import QuantizeCacheByToken
 
 INTEGERS = ("int8", "uint4")
 ROWS, TOKENS = 4, 128  # of what the range is measured on
@@ -95,7 +97,7 @@ def bounds(graph: gs.Graph, model: FloatModel) -> dict[str, Array]:
     assert model.llm is not None
     ids = np.random.default_rng(0).integers(0, model.llm.vocab, (ROWS, min(TOKENS, model.llm.max_length or TOKENS)))
     ones = np.ones_like(ids)
-    feeds = {"input_ids": ids, "attention_mask": ones, "position_ids": np.cumsum(ones, axis=1) - 1}
+    feeds = {IDS: ids, MASK: ones, POSITIONS: np.cumsum(ones, axis=1) - 1}
     pasts = (t for t in graph.inputs if t.name.startswith(PAST))
     empty = {t.name: np.zeros((ROWS, t.shape[1], 0, t.shape[3]), FLOAT32) for t in pasts}
     presents = {t.name: t for t in graph.outputs if t.name.startswith(PRESENT)}

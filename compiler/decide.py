@@ -15,19 +15,19 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler import pipeline
 from instantrt.compiler.backend.tensorrt.choose import choose_builder
 from instantrt.compiler.defaults import Formats
+from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
 from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config
-from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.quant.stored import Reader
 from instantrt.compiler.request import Request, refuse_idle
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
-from instantrt.passes.ort.nbits import BLOCKS
+from instantrt.passes.ort.nbits import NBITS_BLOCKS
 from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.qdq.last_logits import head_linears
 from instantrt.passes.qdq.tables import stored_table
@@ -36,10 +36,9 @@ CONFIG = "config.json"
 FIXES = {"gguf": "leave it out, or --requantize, which takes a GGUF file's weights as floats"}  # by method
 
 
-def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Reader | None]:
-    """(how to quantize, the reader of a quantized checkpoint). (None, None) leaves the model float."""
-    folder = request.model
-    reader = find_reader(model.folder, model.config, model.tensors)
+def resolve(request: Request, model: FloatModel) -> QuantConfig | None:
+    """How to quantize, or how a quantized checkpoint is; None leaves the model float."""
+    folder, reader = request.model, model.reader
     asked = asked_config(request, reader.method if reader is not None else "instant_quant")
     if reader is None:
         if asked is None and request.enable_quant:
@@ -56,9 +55,9 @@ def resolve(request: Request, model: FloatModel) -> tuple[QuantConfig | None, Re
             )
         if asked is None:
             refuse_idle(request, QUANTIZED, str(folder), fix="--quant a16w8, or leave it out")
-        return asked, None
+        return asked
     refuse_idle(request, FLOAT, str(folder), fix=FIXES.get(reader.method, "leave it out"))
-    return checkpoint_config(request, asked, reader, str(folder)), reader
+    return checkpoint_config(request, asked, reader, str(folder))
 
 
 def asked_config(request: Request, method: str) -> QuantConfig | None:
@@ -91,7 +90,7 @@ def check_early(request: Request) -> None:
     size = request.group_size if request.group_size is not None else said.get("group_size")
     if type(size) is not int or size < 1 or request.ignore or said.get("ignore"):
         return
-    if not (request.model / CONFIG).is_file():
+    if not (request.model / CONFIG).is_file() or gguf_at(request.model) is not None:
         return
     config = read_json(request.model / CONFIG)
     sizes = config.get("text_config", config)
@@ -105,7 +104,7 @@ def check_early(request: Request) -> None:
 
 def step_of(targets: Iterable[Target]) -> int:
     """What the size of a group has to be a multiple of."""
-    return BLOCKS[-1] if any(t.backend is Backend.ONNXRUNTIME for t in targets) else 1
+    return NBITS_BLOCKS[-1] if any(t.backend is Backend.ONNXRUNTIME for t in targets) else 1
 
 
 def own_config(reader: Reader, *, weight_only: bool = False) -> QuantConfig:
@@ -171,7 +170,6 @@ def decide(
     graph: gs.Graph,
     model: FloatModel,
     formats: Formats,
-    reader: stored.Reader | None,
     scale_dtype: np.dtype[Any],
     step: int,
 ) -> Decisions:
@@ -188,8 +186,8 @@ def decide(
     for pattern in config.ignore:
         if not any(QuantConfig(ignore=(pattern,)).ignored(each.path) for each in found):
             raise UserError("an ignore pattern matches no layer", found=repr(pattern), expected=found[0].path + ", say")
-    if reader is not None:
-        decisions = stored.decide(found, model.tensors, reader, config)
+    if model.reader is not None:
+        decisions = stored.decide(found, model.tensors, model.reader, config)
     else:
         decisions = instant.decide(found, config, scale_dtype, formats.heads, formats.head, step)
     if not any(isinstance(d, QuantTensor) for d in decisions.values()):

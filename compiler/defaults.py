@@ -13,7 +13,7 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.linear import Linear
 from instantrt.passes.ort import Preset
-from instantrt.passes.qdq.tables import BLOCKS
+from instantrt.passes.qdq.tables import TABLE_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def settle(
         return Formats(target.name, heads, config, None, request.embeddings or "stored", notes, groups)
     head = replace(config, weight_format="int8", zero_point="integer")  # as a table of embeddings has them
     if on_cpu:  # in groups that a table may have, too
-        size = largest(own_heads.values(), config.group_size if config.group_size in BLOCKS else SMALLER[0])
+        size = largest(own_heads.values(), config.group_size if config.group_size in TABLE_BLOCKS else SMALLER[0])
         head = replace(head, compute_method="weight_only", group_size=size)
     return Formats(target.name, heads, config, head, request.embeddings or chosen.embeddings, notes, groups)
 

@@ -9,12 +9,13 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy import budget
 from instantrt.compiler.accuracy.calibrate import calibrate, feeds_of_text, feeds_of_words, tokens_of
-from instantrt.compiler.accuracy.data import generated, load_data
+from instantrt.compiler.accuracy.data import generated, load_data, read_text
 from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.importance import input_energy, search_scales, smoothing
 from instantrt.compiler.accuracy.ladder import override
 from instantrt.compiler.defaults import Formats
 from instantrt.compiler.frontend.adapter.folder import is_adapter
+from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.say import Say
@@ -29,8 +30,13 @@ TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, 
 
 def check_text(request: Request) -> None:
     """Refuses a calibration text that is none, before the model is built and exported."""
-    if request.calibration is not None and not is_adapter(request.model):  # its tokenizer may be its base's
-        tokens_of(request.model, request.calibration)
+    model, text = request.model, request.calibration
+    if text is None:
+        return
+    if is_adapter(model) or gguf_at(model) is not None:  # whose tokenizer may be its base's, or is made
+        read_text(text)
+    else:
+        tokens_of(model if model.is_dir() else model.parent, text)
 
 
 def choose_formats(

@@ -17,7 +17,7 @@ import numpy as np
 
 from instantrt.compiler.decide import asked_config, own_config
 from instantrt.compiler.defaults import settle
-from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend import check_model_options, hf
 from instantrt.compiler.frontend.account import Account, attempt
 from instantrt.compiler.frontend.adapter.folder import model_and_adapter, names_of
 from instantrt.compiler.frontend.facts import ModelFacts
@@ -36,7 +36,7 @@ from instantrt.passes.core.errors import MissingExtra, UserError, tried
 from instantrt.passes.core.lazy import FileTensor
 from instantrt.passes.core.linear import Linear
 from instantrt.passes.core.quant import QuantTensor
-from instantrt.passes.qdq.tables import BLOCKS
+from instantrt.passes.qdq.tables import TABLE_BLOCKS
 
 QUANTS: tuple[Quant, ...] = ("a16w8", "a8w8", "a16w4")
 CACHE: Mapping[Backend, np.dtype[Any]] = {  # of TensorRT: float16 or bfloat16
@@ -116,6 +116,7 @@ def inspect(
     try:
         folder, lora = model_and_adapter(folder, adapter, base)
         named = gguf_at(folder)
+        check_model_options(folder, named, truncate_dim=truncate_dim, requantize=requantize)
         with tried("reading the checkpoint", where=str(folder)):
             made = made_folder(named, requantize=requantize, cache=cache) if named is not None else None
             opened = hf.open_checkpoint(
@@ -267,7 +268,7 @@ def quantized_bytes(
                 size, bits = of_group[0].group_size, of_group[0].bits
                 total += coded_bytes(n, k, bits, k if size == -1 else size)
             elif table:
-                total += coded_bytes(shape[0], shape[1], 8, BLOCKS[0])
+                total += coded_bytes(shape[0], shape[1], 8, TABLE_BLOCKS[0])
             if not table and len(of_group) < len(names):
                 total += float_bytes(facts, names, tensors, target.backend)
         found[target.backend.value] = total

@@ -20,6 +20,7 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array
 from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.names import MASK, PAST
 from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
 from instantrt.passes.core.subgraphs import every_node
@@ -28,22 +29,25 @@ from instantrt.passes.float.fold_norms import FoldNorms
 from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
 from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryAngles
-from instantrt.passes.float.normalize_linears import NormalizeGemm, NormalizeMatMul
+from instantrt.passes.float.normalize_gemm import NormalizeGemm
+from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.ort.packed import PackQueryKeyValue
 from instantrt.passes.ort.partial_rotary import RotateWholeHeads
 from instantrt.passes.ort.rotary import RotateInAttention
-from instantrt.passes.ort.scales import KeepScalesInHalf
-from instantrt.passes.ort.tables import KeepFloatLinearsInHalf, KeepTablesInHalf, QuantizeTables
-from instantrt.passes.ort.whole_attention import LowerToAttention, SumIntoNorm
+from instantrt.passes.ort.sum_into_norm import SumIntoNorm
+from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.ort.whole_attention import LowerToAttention
 from instantrt.passes.qdq.correct_biases import CorrectBiases
 from instantrt.passes.qdq.fold_order import FoldOrder
-from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations, quantized
+from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears, parts_of
-from instantrt.passes.qdq.last_logits import MASK, LastLogits
+from instantrt.passes.qdq.last_logits import LastLogits
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.decompose_attention import DecomposeAttention
@@ -57,7 +61,7 @@ from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
-from instantrt.passes.tensorrt.old_parser import OPSET, unsupported
+from instantrt.passes.tensorrt.old_parser import OLD_OPSET, unsupported
 from instantrt.plugins.ops import DOMAIN
 
 # Whole operators, then linears as MatMul(x, constant [K, N]) named after their modules.
@@ -176,7 +180,7 @@ def last_logits(graph: gs.Graph, request: Request, *, by_mask: bool) -> list[Pas
 
 def is_causal_lm(graph: gs.Graph) -> bool:
     """Has the graph a cache to decode with? Any other model meets many rows at every call."""
-    return any(t.name.startswith("past_key_values.") for t in graph.inputs)
+    return any(t.name.startswith(PAST) for t in graph.inputs)
 
 
 def lower_tensorrt(
@@ -262,7 +266,8 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:
             found="".join(f"\n    {line}" for line in lines),
             fix="another target, or another --quant or --group-size where a weight is named",
         )
-    graph.opset = OPSET
+    graph.opset = OLD_OPSET
     own = [domain for domain in graph.import_domains or () if domain.domain == DOMAIN]
-    graph.import_domains = [onnx.helper.make_opsetid("", OPSET), *own]  # else the exporter would write the old opset
+    # Else the exporter would write the opset of before.
+    graph.import_domains = [onnx.helper.make_opsetid("", OLD_OPSET), *own]
     return graph

@@ -107,7 +107,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         refuse_of_llm(request)
     if model.llm is None and model.encoder is None:
         check_lengths(request)
-    config, reader = resolve(request, model)
+    config = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     say("normalizing the graph")
     graph = pipeline.normalize(model.graph, log)
@@ -126,15 +126,15 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         dtype = types.get(target.name, SCALE_TYPE)
         of_texts = model.encoder is not None
         formats = settle(
-            request, target, config, pipeline.linears(graph), heads, of_floats=reader is None, of_texts=of_texts
+            request, target, config, pipeline.linears(graph), heads, of_floats=model.reader is None, of_texts=of_texts
         )
         tables = formats.embeddings if target.backend is Backend.ONNXRUNTIME else None
         if tables is not None:
             check_tables(request, graph)
-        own = (dtype, formats.config, formats.head) if reader is None and config is not None else None
+        own = (dtype, formats.config, formats.head) if model.reader is None and config is not None else None
         key = (own, tables, target.name if request.max_size is not None else "")  # a size is of one artifact
         if key not in made:
-            decisions = decide(graph, model, formats, reader, dtype, step_of([target]))
+            decisions = decide(graph, model, formats, dtype, step_of([target]))
             lower_one = partial(lower, target, types.get(target.name), request, limits, longest(request, model))
             made[key] = make_twin(graph, model, decisions, formats, request, log, say, lower_one, tables=tables)
             notes += formats.notes
@@ -148,7 +148,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     }
     whole = model.llm is not None and sees_ahead(graph)
     notes += [note for name in lowered if name not in types for note in tied_notes(name, lowered[name])]
-    notes += [*engine_notes(model, builders, types), *(reader.notes if reader else ())]
+    notes += [*engine_notes(model, builders, types), *(model.reader.notes if model.reader else ())]
     return Plan(model, twins, lowered, log, builders, types, limits, tuple(notes), whole)
 
 

@@ -27,6 +27,7 @@ from instantrt.compiler.request import BOUNDS, UNRECORDED, Request
 from instantrt.compiler.target import Target
 from instantrt.compiler.watch import SILENT, Watch
 from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.names import LOGITS, PRESENT
 
 
 def write_planned(request: Request, planned: Plan) -> list[Artifact]:
@@ -175,14 +176,14 @@ def hashed_meanwhile(files: Iterable[Path]) -> Callable[[], Mapping[str, str]]:
 
 def cache_kind(graph: gs.Graph) -> str:
     """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy."""
-    present = [t for t in graph.outputs if t.name.startswith("present.")]
+    present = [t for t in graph.outputs if t.name.startswith(PRESENT)]
     in_place = all(t.inputs and t.inputs[0].op in ("GroupQueryAttention", "TensorScatter") for t in present)
     return "shared" if in_place else "concat"
 
 
 def logits_kind(graph: gs.Graph) -> str:
     """`last`: of each sequence's last new token; `all`: of every new token."""
-    (logits,) = (t for t in graph.outputs if t.name == "logits")
+    (logits,) = (t for t in graph.outputs if t.name == LOGITS)
     return "last" if logits.shape[1] == 1 else "all"
 
 

@@ -20,7 +20,8 @@ from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.qdq.insert_qdq import InsertDequantize
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -34,7 +34,7 @@ from instantrt.compiler.say import Say
 from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
-from instantrt.passes.core.evaluate_node import evaluate_each, parts_of
+from instantrt.passes.core.evaluate_node import evaluate_each, split_rows
 from instantrt.passes.core.lazy import FLOAT32, TILE_BYTES, Array, InMemory, Tile, convert
 from instantrt.passes.core.linear import bias_behind, linear
 from instantrt.passes.core.quant import UINT8, Codes, Quantizer, QuantTensor, dequantize
@@ -154,7 +154,7 @@ def calibrate(
             product = through(made[quant.name], rows)
             if correctable[quant.name]:  # the bias behind it is still the float model's
                 product += np.frombuffer(made[quant.name].correction, FLOAT32)
-            for run, y in zip(runs, parts_of(product, [run.values[x].shape[:-1] for run in runs]), strict=True):
+            for run, y in zip(runs, split_rows(product, [run.values[x].shape[:-1] for run in runs]), strict=True):
                 run.store(node, [y])
             if time.monotonic() - told > EVERY:
                 told = time.monotonic()

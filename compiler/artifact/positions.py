@@ -10,7 +10,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnx
 import onnxruntime as ort
 
-from instantrt.passes.qdq.last_logits import LAST, LOGITS
+from instantrt.passes.core.names import IDS, LOGITS
+from instantrt.passes.qdq.last_logits import LAST
 
 WEIGHTS = "session.model_external_initializers_file_folder_path"
 
@@ -29,7 +30,7 @@ def every_position(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.value_info[:]
     model.graph.value_info.extend(known)
     (logits,) = (output for output in model.graph.output if output.name == LOGITS)
-    (ids,) = (value for value in model.graph.input if value.name == "input_ids")
+    (ids,) = (value for value in model.graph.input if value.name == IDS)
     logits.type.tensor_type.shape.dim[1].CopyFrom(ids.type.tensor_type.shape.dim[1])
     model.graph.node.remove(picked)
     return model

@@ -24,6 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import view_of
+from instantrt.passes.core.rewrite import set_opset
 
 SAME = 21  # from here to OPSET, versions of an operator take more types and attributes, and mean the same
 OPEN = 2**31 - 1  # the last version of a kernel that is registered for the newest
@@ -71,8 +72,7 @@ def with_kernels(graph: gs.Graph) -> gs.Graph | None:
     if opset is None:
         return None
     if opset != graph.opset:
-        others = [domain for domain in graph.import_domains or () if domain.domain not in ("", "ai.onnx")]
-        graph.opset, graph.import_domains = opset, [onnx.helper.make_opsetid("", opset), *others]
+        set_opset(graph, opset)
     return graph
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from instantrt.compiler.frontend.adapter.folder import Adapter, model_and_adapter, names_of, overlaid
 from instantrt.compiler.frontend.gguf import gguf_at
+from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError, tried
 
@@ -36,42 +37,34 @@ def load(
     requantize   a GGUF file's weights are floats, dequantized
     adapter      folder of a LoRA that is merged into the weights: one
     base         of the model, where `model` is the folder of an adapter
-    cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says
+    cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says. As
+                 `trust_remote_code`, it may be given where nothing has use for it
     say          is told whether the graph is exported, or of an earlier export
     """
     model, lora = model_and_adapter(model, adapter, base)
+    gguf = gguf_at(model)
     if lora is not None and model.suffix == ".onnx":
         raise UserError("an adapter goes over a checkpoint's folder, or a GGUF file", where=str(model))
-    gguf = gguf_at(model)
-    if truncate_dim is not None and not model.is_dir():
-        raise UserError("truncate_dim is for a sentence-transformers folder", where=str(model), fix="leave it out")
-    if requantize and gguf is None:
-        raise UserError("requantize is for a GGUF file", where=str(model), fix="leave it out")
-    if gguf is not None:
-        from instantrt.compiler.frontend import hf
-        from instantrt.compiler.frontend.gguf.folder import made_folder
-
-        with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
-            made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
-            loaded = hf.load_checkpoint(
-                made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
-            )
-            return with_adapter(replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held), lora, model)
-    if model.is_dir():
+    check_model_options(model, gguf, truncate_dim=truncate_dim, requantize=requantize)
+    if gguf is not None or model.is_dir():
         from instantrt.compiler.frontend import hf
 
-        with tried(
-            "reading the checkpoint", where=str(model), fix="a newer transformers may know it; --debug says more"
-        ):
-            loaded = hf.load_checkpoint(
-                model,
+        what, newer = "checkpoint" if gguf is None else "GGUF file", "a newer transformers may know it"
+        with tried(f"reading the {what}", where=str(gguf or model), fix=f"{newer}; --debug says more"):
+            made = made_folder(gguf, requantize=requantize, cache=cache, say=say) if gguf is not None else None
+            opened = hf.open_checkpoint(
+                model if made is None else made.path,
                 trust_remote_code=trust_remote_code,
                 max_length=max_length,
                 truncate_dim=truncate_dim,
                 cache=cache,
                 say=say,
+                weights=None if made is None else made.weights,
                 adapter=lora,
             )
+            loaded = hf.load_checkpoint(opened, say)
+            if made is not None:
+                loaded = replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held)
             return with_tokenizer(with_adapter(loaded, lora, model))
     if model.is_file() and model.suffix == ".onnx":
         from instantrt.compiler.frontend import onnx_file
@@ -85,6 +78,14 @@ def load(
         found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
         fix="models are read from disk; download the checkpoint first",
     )
+
+
+def check_model_options(model: Path, gguf: Path | None, *, truncate_dim: int | None, requantize: bool) -> None:
+    """Refuses what is for models of another kind; `gguf` is the file that `model` is, or has its weights in."""
+    if truncate_dim is not None and (gguf is not None or not model.is_dir()):
+        raise UserError("truncate_dim is for a sentence-transformers folder", where=str(model), fix="leave it out")
+    if requantize and gguf is None:
+        raise UserError("requantize is for a GGUF file", where=str(model), fix="leave it out")
 
 
 def with_tokenizer(loaded: FloatModel) -> FloatModel:

@@ -21,7 +21,7 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 MOST_LAYERS = 1000  # a module is made for each; the deepest model there is has 126, merges of several some hundred
 ENCODER = "is an encoder, which attends to both sides"
 SAY = "say in architectures which head it has: BertModel, BertForMaskedLM, ..."
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Head:
     """
 
     task: str
-    pattern: re.Pattern[str]
+    pattern: str
     auto: str
     mapping: str
 
@@ -45,26 +45,23 @@ class Head:
         return found
 
 
-CAUSAL_LM = Head("generate", re.compile(""), "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING")
-EMBED = Head("embed", re.compile(""), "AutoModel", "MODEL_MAPPING")
-HEADS = tuple(
-    Head(task, re.compile(pattern), auto, mapping)
-    for task, pattern, auto, mapping in (
-        (
-            "classify",
-            r"ForSequenceClassification$",
-            "AutoModelForSequenceClassification",
-            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-        ),
-        (
-            "classify_tokens",
-            r"ForTokenClassification$",
-            "AutoModelForTokenClassification",
-            "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-        ),
-        ("fill_mask", r"ForMaskedLM$", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
-        ("hidden", r"(?<!LMHead)Model$", "AutoModel", "MODEL_MAPPING"),
-    )
+CAUSAL_LM = Head("generate", "", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING")
+EMBED = Head("embed", "", "AutoModel", "MODEL_MAPPING")
+HEADS = (
+    Head(
+        "classify",
+        r"ForSequenceClassification$",
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    ),
+    Head(
+        "classify_tokens",
+        r"ForTokenClassification$",
+        "AutoModelForTokenClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    ),
+    Head("fill_mask", r"ForMaskedLM$", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
+    Head("hidden", r"(?<!LMHead)Model$", "AutoModel", "MODEL_MAPPING"),
 )
 
 
@@ -77,28 +74,26 @@ def auto_class(task: str) -> str:
 class NoRoad:
     """Classes whose names match, what they are, and what can be done with one."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     what: str
     fix: str
 
 
-NO_ROAD = tuple(
-    NoRoad(re.compile(pattern), what, fix)
-    for pattern, what, fix in (
-        (r"For(Image|Audio)Classification$", "a classifier of pictures or sound", ONNX),
-        (r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$", "a model with a head of its own", ONNX),
-        (r"(RewardModel|ForRewardModel|ProcessRewardModel|ValueHead|ForScore)$", "a reward model", ONNX),
-        (r"For(PreTraining|Pretraining)$", "a model with the heads of its training", "name one head in architectures"),
-        (
-            r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|Seq2SeqLM)$",
-            "a model of pictures or sound, or of an encoder and a decoder",
-            "save its language model alone, where it has one: `.language_model` of the loaded model, as a causal LM",
-        ),
-        (r"(Eagle|Medusa|Mtp|MTP|NextN)", "a draft model of speculative decoding", "compile the model it drafts for"),
-        (r"Encoder(Model)?$", "one half of an encoder and a decoder", ONNX),
-    )
+NO_ROAD = (
+    NoRoad(r"For(Image|Audio)Classification$", "a classifier of pictures or sound", ONNX),
+    NoRoad(r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$", "a model with a head of its own", ONNX),
+    NoRoad(r"(RewardModel|ForRewardModel|ProcessRewardModel|ValueHead|ForScore)$", "a reward model", ONNX),
+    NoRoad(
+        r"For(PreTraining|Pretraining)$", "a model with the heads of its training", "name one head in architectures"
+    ),
+    NoRoad(
+        r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|Seq2SeqLM)$",
+        "a model of pictures or sound, or of an encoder and a decoder",
+        "save its language model alone, where it has one: `.language_model` of the loaded model, as a causal LM",
+    ),
+    NoRoad(r"(Eagle|Medusa|Mtp|MTP|NextN)", "a draft model of speculative decoding", "compile the model it drafts for"),
+    NoRoad(r"Encoder(Model)?$", "one half of an encoder and a decoder", ONNX),
 )
-OTHER = NoRoad(re.compile(""), "another model than the one that model_type names", "correct the one that is wrong")
 
 
 def head_of(config: Mapping[str, Any], where: str, *, pooled: bool) -> Head:
@@ -112,7 +107,7 @@ def head_of(config: Mapping[str, Any], where: str, *, pooled: bool) -> Head:
     if pooled:
         return EMBED
     refuse_known(named, config, where)
-    found = {head.task: head for name in named for head in HEADS if head.pattern.search(name)}
+    found = {head.task: head for name in named for head in HEADS if re.search(head.pattern, name)}
     if len(found) > 1:
         raise refusal(f"{' and '.join(named)} are models of several heads", config, where, "name one in architectures")
     return next(iter(found.values()), CAUSAL_LM)
@@ -144,7 +139,8 @@ def check_architectures(config: Mapping[str, Any], head: Head, where: str) -> No
     stems = {stem(built), stem(str(config.get("model_type")))}
     for name in config.get("architectures") or []:
         if not (name == built or (SUFFIX.search(name.lower()) and stem(name) in stems)):
-            raise refusal(f"{name} is {OTHER.what}", config, where, f"{OTHER.fix}: transformers builds {built}")
+            what, fix = "another model than the one that model_type names", "correct the one that is wrong"
+            raise refusal(f"{name} is {what}", config, where, f"{fix}: transformers builds {built}")
 
 
 def check_layers(config: Mapping[str, Any], where: str) -> None:
@@ -165,7 +161,7 @@ def check_layers(config: Mapping[str, Any], where: str) -> None:
 def refuse_known(names: list[str], config: Mapping[str, Any], where: str) -> None:
     for name in names:
         for rule in NO_ROAD:
-            if rule.pattern.search(name):
+            if re.search(rule.pattern, name):
                 raise refusal(f"{name} is {rule.what}", config, where, rule.fix)
 
 
@@ -194,7 +190,7 @@ def check_family(config: Any, head: Head, where: str) -> None:
     pair = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     wrapper = type(text) not in known or "vision_config" in config.sub_configs
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION))
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
         (encoder and head is CAUSAL_LM, ENCODER, SAY),

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
 from instantrt.passes.core.errors import first_line
+from instantrt.passes.core.evaluate_node import plain_session
 
 Array = npt.NDArray[Any]
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of a value; of the largest one: two kernels of one operator may add in another order
@@ -74,11 +74,7 @@ def outputs(model: onnx.ModelProto, names: list[str], feeds: Mapping[str, Array]
     for value in bare.graph.input:
         array = feeds[value.name]
         value.type.CopyFrom(onnx.helper.make_tensor_type_proto(element_type(array), array.shape))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(bare.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(bare)
     return [session.run(names, dict(feeds)) for _ in range(times)]
 
 

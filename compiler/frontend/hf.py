@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,7 +38,7 @@ from instantrt.compiler.quant.readers import announced_reader, unannounced_reade
 from instantrt.compiler.quant.stored import Reader
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
-from instantrt.passes.core.lazy import FileTensor, Missing, Source, View
+from instantrt.passes.core.lazy import FileTensor, Missing, Source, View, view_of
 
 UNLIMITED = 1 << 31  # transformers writes a number far above it where a tokenizer has no limit
 ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
@@ -48,10 +48,12 @@ ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another to
 class OpenCheckpoint:
     """A folder that was opened: its config, and what each tensor is for.
 
+    `root` is that folder, `folder` the language model's, which lies within where sentence-transformers wrote it.
     `skeleton` builds the model without storage, once; `kept` is where its export may be; `pipeline` is what follows it;
     `labels` are those of a classifier.
     """
 
+    root: Path
     folder: Path
     config: Mapping[str, Any]
     reader: Reader | None
@@ -62,27 +64,9 @@ class OpenCheckpoint:
     labels: Sequence[str] = ()
 
 
-class Reading(TypedDict, total=False):
-    """How a folder is read.
-
-    max_length   tokens that no sequence will exceed
-    weights      the tensors, where the folder has none of its own
-    adapter      is merged into them
-    cache        folder of earlier exports
-    """
-
-    trust_remote_code: bool
-    max_length: int | None
-    truncate_dim: int | None
-    cache: Path | None
-    say: Callable[[str], None]
-    weights: Mapping[str, FileTensor] | None
-    adapter: Adapter | None
-
-
 @uncollected()  # torch makes millions of objects, and drops hardly any
-def load_checkpoint(folder: Path, **reading: Unpack[Reading]) -> FloatModel:
-    """Reads `folder` (config.json, safetensors) and exports its graph, or takes that of an earlier export.
+def load_checkpoint(opened: OpenCheckpoint, say: Callable[[str], None] = lambda text: None) -> FloatModel:
+    """Exports the graph of a folder that was opened, or takes that of an earlier export.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total], position_ids [batch, sequence] (int64),
     past_key_values.{i}.key|value [batch, kv_heads, past, head_dim] (float32), total = past + sequence.
@@ -92,13 +76,11 @@ def load_checkpoint(folder: Path, **reading: Unpack[Reading]) -> FloatModel:
     [batch, sequence], and one output: sentence_embedding [batch, width], last_hidden_state [batch, sequence, width], or
     logits, of a classifier [batch, labels], of tokens [batch, sequence, labels or vocab].
     """
-    opened = open_checkpoint(folder, **reading)
-    root, folder, taken, tensors = folder, opened.folder, opened.taken, opened.taken.tensors
-    shape = taken.facts.shape
-    exported = exported_model(opened, folder, reading.get("say", lambda text: None))
+    folder, taken, tensors, shape = opened.folder, opened.taken, opened.taken.tensors, opened.taken.facts.shape
+    exported = exported_model(opened, say)
     graph = gs.import_onnx(exported)
     bind_weights(graph, {name: names for names in taken.facts.groups for name in names}, tensors, folder)
-    modules = files_of(opened.pipeline, root) if opened.pipeline is not None else []
+    modules = files_of(opened.pipeline, opened.root) if opened.pipeline is not None else []
     files = (*sorted(folder.glob("*config.json")), *modules, *dict.fromkeys(t.path for t in tensors.values()))
     return FloatModel(
         graph=graph,
@@ -113,10 +95,11 @@ def load_checkpoint(folder: Path, **reading: Unpack[Reading]) -> FloatModel:
         account=asdict(taken.account),
         encoder=limited(shape, opened) if isinstance(shape, EncoderShape) else None,
         text=text_of(opened) if isinstance(shape, EncoderShape) else {},
+        reader=opened.reader,
     )
 
 
-def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], None]) -> onnx.ModelProto:
+def exported_model(opened: OpenCheckpoint, say: Callable[[str], None]) -> onnx.ModelProto:
     """The graph of a new export or of an earlier one; its metadata are what a user should know of how."""
     taken = opened.taken
 
@@ -125,7 +108,7 @@ def exported_model(opened: OpenCheckpoint, folder: Path, say: Callable[[str], No
         from instantrt.compiler.frontend.export import export_graph
 
         model = opened.skeleton()
-        with tried(f"exporting {family(opened.config)} to ONNX", where=str(folder), fix=ANOTHER_ROAD):
+        with tried(f"exporting {family(opened.config)} to ONNX", where=str(opened.folder), fix=ANOTHER_ROAD):
             adapt(model, taken.untied, taken.buffers)
             made = export_graph(model, taken.facts.shape)
             onnx.helper.set_model_props(made.model, {f"note {i}": note for i, note in enumerate(made.notes)})
@@ -150,6 +133,7 @@ def refuse(error: UserError) -> None:
     raise error
 
 
+@uncollected()
 def open_checkpoint(
     folder: Path,
     *,
@@ -164,8 +148,13 @@ def open_checkpoint(
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
-    Files, the method of a quantization, the model's class, then headers and the account of their tensors. `report` is
-    told what is wrong where more can be said afterwards.
+    Files, the method of a quantization, the model's class, then headers and the account of their tensors.
+
+    max_length   tokens that no sequence will exceed
+    report       is told what is wrong where more can be said afterwards
+    cache        folder of earlier exports
+    weights      the tensors, where the folder has none of its own
+    adapter      is merged into them
     """
     pipeline = read_pipeline(folder, truncate_dim)
     root, folder = folder, pipeline.folder if pipeline is not None else folder
@@ -210,7 +199,7 @@ def open_checkpoint(
     if isinstance(facts.shape, EncoderShape) and head.task in CLASSIFIERS:
         labels = attempt(report, labels_of, config, facts.shape.width, str(folder / "config.json")) or ()
     taken = take_account(facts, stored, reader, files, report)
-    return OpenCheckpoint(folder, config, reader, taken, skeleton, kept, pipeline, labels)
+    return OpenCheckpoint(root, folder, config, reader, taken, skeleton, kept, pipeline, labels)
 
 
 def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:
@@ -280,9 +269,5 @@ def bind_weights(
         tensor.name = stored.name if stored is not None else names[0]
         tensor.to_constant(View(source, shape, np.float32))
     for tensor in graph.tensors().values():
-        if (
-            isinstance(tensor, gs.Constant)
-            and tensor.name.startswith("model.")
-            and not isinstance(tensor._values, View)
-        ):
+        if isinstance(tensor, gs.Constant) and tensor.name.startswith("model.") and view_of(tensor) is None:
             tensor.name = tensor.name.removeprefix("model.")

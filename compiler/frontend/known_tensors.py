@@ -20,29 +20,28 @@ LOOKED_AT = 1000  # names that are asked what they tell of the checkpoint
 class Known:
     """Tensors that files have and models have no place for, by name, and by rank where the name says too little."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     why: str
     ranks: tuple[int, ...] = ()
 
     def takes(self, name: str, tensor: FileTensor) -> bool:
-        return self.pattern.search(name) is not None and (not self.ranks or len(tensor.shape) in self.ranks)
+        return re.search(self.pattern, name) is not None and (not self.ranks or len(tensor.shape) in self.ranks)
 
 
-HARMLESS = tuple(
-    Known(re.compile(pattern), why, ranks)
-    for pattern, why, ranks in (
-        (r"(^|\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$", "computed from config.json", ()),
-        (r"(^|\.)(attn|attention|self_attention|self_attn)\.bias$", "the causal mask of older versions", (4,)),
-        (r"(^|\.)(attn|attention|self_attention|self_attn)\.masked_bias$", "the causal mask of older versions", (0, 1)),
-        (r"(^|\.)position_ids$", "the numbers 0, 1, 2, ...", (1, 2)),
-        (r"(^|\.)pooler\.dense\.(weight|bias)$", "makes of the first token what no output here is made of", (1, 2)),
-        (
-            r"^cls\.seq_relationship\.(weight|bias)$",
-            "the head of another training task: which sentence follows",
-            (1, 2),
-        ),
-        (r"(^|\.)num_batches_tracked$", "counts the steps of the training", (0, 1)),
-    )
+HARMLESS = (
+    Known(r"(^|\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$", "computed from config.json"),
+    Known(r"(^|\.)(attn|attention|self_attention|self_attn)\.bias$", "the causal mask of older versions", (4,)),
+    Known(
+        r"(^|\.)(attn|attention|self_attention|self_attn)\.masked_bias$", "the causal mask of older versions", (0, 1)
+    ),
+    Known(r"(^|\.)position_ids$", "the numbers 0, 1, 2, ...", (1, 2)),
+    Known(r"(^|\.)pooler\.dense\.(weight|bias)$", "makes of the first token what no output here is made of", (1, 2)),
+    Known(
+        r"^cls\.seq_relationship\.(weight|bias)$",
+        "the head of another training task: which sentence follows",
+        (1, 2),
+    ),
+    Known(r"(^|\.)num_batches_tracked$", "counts the steps of the training", (0, 1)),
 )
 # Of a quantized layer, by the reader's method.
 UNUSED_PARTS = {
@@ -55,39 +54,31 @@ UNUSED_PARTS = {
 class Hint:
     """What a tensor without a place tells of the checkpoint, and what to do."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     found: str
     fix: str
 
 
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-MERGE = "merge the adapter into its base model, and save that; an adapter as peft saves it is for --adapter"
-LAYER_UNREAD = "a quantized layer that no config explains"
+MERGE_FIRST = "merge the adapter into its base model, and save that; an adapter as peft saves it is for --adapter"
 WRAPPER = "load it as it was saved, and save the language model alone"
-HINTS = tuple(
-    Hint(re.compile(pattern), found, fix)
-    for pattern, found, fix in (
-        (r"lora_|\.base_layer\.|modules_to_save|\.adapter", "an adapter (LoRA) that is not merged", MERGE),
-        (r"\bact\.scales$", "AWQ's scales of an activation, by which its output would be divided", FLOAT_MODEL),
-        (r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|quant_state", "bitsandbytes", FLOAT_MODEL),
-        (r"weight_scale_inv$", "fp8 weights in blocks", FLOAT_MODEL),
-        (r"_(blocks|scales)$", "mxfp4 weights", FLOAT_MODEL),
-        (
-            r"weight_(scale_2|global_scale|packed)$|input_(scale|global_scale)$",
-            LAYER_UNREAD,
-            FLOAT_MODEL,
-        ),
-        (
-            r"\.(qweight|qzeros|scales|g_idx|weight_scale|zeros|biases)$",
-            LAYER_UNREAD,
-            FLOAT_MODEL,
-        ),
-        (r"(^|\.)(k|v|q|kv)_scale$", "scales of a quantized cache", "compile a checkpoint without them"),
-        (r"(^|\.)(score|classifier|v_head|reward_head|qa_outputs)\.", "a head that is no language model's", ""),
-        (r"(vision|visual|image|audio|multi_modal|mm_)", "a part for pictures or sound", WRAPPER),
-        (r"(^|\.)(mtp|medusa|eagle)", "heads of speculative decoding", "remove these tensors"),
-        (r"\.bias$", "a bias that config.json does not announce", "correct config.json"),
-    )
+HINTS = (
+    Hint(r"lora_|\.base_layer\.|modules_to_save|\.adapter", "an adapter (LoRA) that is not merged", MERGE_FIRST),
+    Hint(r"\bact\.scales$", "AWQ's scales of an activation, by which its output would be divided", FLOAT_MODEL),
+    Hint(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|quant_state", "bitsandbytes", FLOAT_MODEL),
+    Hint(r"weight_scale_inv$", "fp8 weights in blocks", FLOAT_MODEL),
+    Hint(r"_(blocks|scales)$", "mxfp4 weights", FLOAT_MODEL),
+    Hint(
+        r"weight_(scale_2|global_scale|packed)$|input_(scale|global_scale)$"
+        r"|\.(qweight|qzeros|scales|g_idx|weight_scale|zeros|biases)$",
+        "a quantized layer that no config explains",
+        FLOAT_MODEL,
+    ),
+    Hint(r"(^|\.)(k|v|q|kv)_scale$", "scales of a quantized cache", "compile a checkpoint without them"),
+    Hint(r"(^|\.)(score|classifier|v_head|reward_head|qa_outputs)\.", "a head that is no language model's", ""),
+    Hint(r"(vision|visual|image|audio|multi_modal|mm_)", "a part for pictures or sound", WRAPPER),
+    Hint(r"(^|\.)(mtp|medusa|eagle)", "heads of speculative decoding", "remove these tensors"),
+    Hint(r"\.bias$", "a bias that config.json does not announce", "correct config.json"),
 )
 
 
@@ -110,7 +101,7 @@ def no_place(
     unknown: list[str], tensors: Mapping[str, FileTensor], facts: ModelFacts, reader: Reader | None
 ) -> tuple[UserError, bool]:
     """The error for tensors that nobody takes, led by the one that tells most; and does it tell anything?"""
-    hints = ((hint, name) for hint in HINTS for name in unknown[:LOOKED_AT] if hint.pattern.search(name))
+    hints = ((hint, name) for hint in HINTS for name in unknown[:LOOKED_AT] if re.search(hint.pattern, name))
     hint, name = next(hints, (None, unknown[0]))
     found, fix = (hint.found, hint.fix) if hint is not None else ("", "")
     layer, count = LAYER.search(name), facts.shape.layers

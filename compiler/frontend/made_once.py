@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Set
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
 
 import onnx
 
 from instantrt.compiler.frontend.opset import names_within
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.subgraphs import graphs
+from instantrt.passes.core.subgraphs import graphs, within
 
 FIX = "export the model again; from torch, with output_names that no tensor inside the model has"
 
@@ -22,7 +23,7 @@ FIX = "export the model again; from torch, with output_names that no tensor insi
 def own_names(graph: onnx.GraphProto) -> None:
     """Weights of branches and bodies that have the name of something else get another: ONNX Runtime takes the model."""
     taken = Counter(name for each in graphs(graph) for name in made_by(each))
-    for inner in (a.g for node in graph.node for a in node.attribute if a.HasField("g")):
+    for inner in chain.from_iterable(map(within, graph.node)):
         for each in graphs(inner):
             for tensor in each.initializer:
                 if taken[tensor.name] > 1:
@@ -40,7 +41,7 @@ def rename(graph: onnx.GraphProto, old: str, new: str) -> None:
         value.name = new if value.name == old else value.name
     for node in graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
-        for inner in (a.g for a in node.attribute if a.HasField("g")):
+        for inner in within(node):
             if old not in set(made_by(inner)):
                 rename(inner, old, new)
 
@@ -74,5 +75,5 @@ def check_made_once(graph: onnx.GraphProto, path: Path, around: Set[str] = froze
         nodes = [graph.node[index] for index in reversed(error.args[1])]
         found = " -> ".join(f"{node.op_type} {node.name or node.output[0]}" for node in nodes[:8])
         raise UserError("tensors are made of themselves", where=str(path), found=found, fix=FIX) from None
-    for inner in (a.g for node in graph.node for a in node.attribute if a.HasField("g")):
+    for inner in chain.from_iterable(map(within, graph.node)):
         check_made_once(inner, path, known)

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.passes.core.lazy import FileTensor, InMemory, view_of
+
+if TYPE_CHECKING:  # whose code is not in the key of earlier exports, as this module is
+    from instantrt.compiler.quant.stored import Reader
 
 OPSET = 23  # with the operators that passes fuse
 
@@ -101,9 +104,9 @@ Interface: TypeAlias = LlmShape | EncoderShape
 class FloatModel:
     """A FLOAT graph with lazy weights, and where it came from.
 
-    `tensors` is the whole checkpoint (a reader of quantized weights looks there). `llm` is the interface of a causal
-    LM, `encoder` that of a model without a cache; a plain ONNX file has neither. `text` is how texts are prepared for
-    an encoder, and what its labels are called.
+    `tensors` is the whole checkpoint, of which `reader` reads what is quantized; None: nothing is. `llm` is the
+    interface of a causal LM, `encoder` that of a model without a cache; a plain ONNX file has neither. `text` is how
+    texts are prepared for an encoder, and what its labels are called.
     `files` are those that decide what the artifacts hold; `types` are the bytes of its weights by the type they have
     there, as far as they are not quantized; `notes` are what a user should know of how it was read. `head` is the path
     of the module that makes the logits, where the model itself names one; `account` says what became of each tensor
@@ -125,6 +128,7 @@ class FloatModel:
     adapter: Path | None = None
     encoder: EncoderShape | None = None
     text: Mapping[str, Any] = field(default_factory=dict)
+    reader: Reader | None = None
 
     @property
     def longest(self) -> int:

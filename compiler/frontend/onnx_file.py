@@ -19,9 +19,10 @@ from instantrt.compiler.artifact.positions import every_position
 from instantrt.compiler.frontend.made_once import check_made_once, own_names
 from instantrt.compiler.frontend.model import OPSET, FloatModel, LlmShape, stored_types
 from instantrt.compiler.frontend.opset import STANDARD, at_opset, has_rule, names_within, standard_opset, with_types
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, first_line
 from instantrt.passes.core.lazy import FOUR_BIT, Array, FileTensor, InMemory, View, read_exactly
-from instantrt.passes.core.subgraphs import graphs, tensors
+from instantrt.passes.core.names import LOGITS, PAST
+from instantrt.passes.core.subgraphs import graphs, tensors, within
 from instantrt.passes.core.verify import QDQ_OPS
 
 SMALL = 1 << 10  # elements: the values of axes, shapes and scalars are looked at, weights are references
@@ -94,7 +95,7 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
     context.ir_version, version = model.ir_version, standard_opset(model, path)
     context.opset_imports = {o.domain: o.version for o in model.opset_import}
     for node in (n for graph in graphs(model.graph) for n in graph.node):
-        if any(a.HasField("g") or a.graphs or a.t.external_data for a in node.attribute):
+        if within(node) or any(a.graphs or a.t.external_data for a in node.attribute):
             continue
         try:
             onnx.checker.check_node(node, context)
@@ -106,7 +107,7 @@ def check_nodes(model: onnx.ModelProto, path: Path) -> None:
             raise UserError(
                 "a node that its operator does not allow",
                 where=f"{path}, {node.op_type} {node.name or node.output[:1]}",
-                found=str(error).splitlines()[0],
+                found=first_line(error),
                 fix="export the model again",
             ) from None
 
@@ -278,7 +279,7 @@ def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         raise UserError(
             f"the model cannot be brought to opset {OPSET}",
             where=str(path),
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             fix="export the model without local functions",
         ) from None
 
@@ -286,8 +287,8 @@ def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 def spell_defaults(model: onnx.ModelProto) -> None:
     """What a call leaves to its function's defaults: onnx's inliner forgets those."""
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
-    within = (a.g for f in model.functions for node in f.node for a in node.attribute if a.HasField("g"))
-    bodies = (*model.functions, *(each for graph in (model.graph, *within) for each in graphs(graph)))
+    inner = (graph for function in model.functions for node in function.node for graph in within(node))
+    bodies = (*model.functions, *(each for graph in (model.graph, *inner) for each in graphs(graph)))
     for node in (node for body in bodies for node in body.node):
         called = functions.get((node.domain, node.op_type, node.overload))
         said = {attribute.name for attribute in node.attribute}
@@ -356,11 +357,11 @@ def unpacked(tensor: FileTensor, kind: int) -> Array:
 def llm_shape(graph: gs.Graph) -> LlmShape | None:
     """The sizes of a causal LM whose inputs and outputs have the interface's names; None for any other graph."""
     inputs, outputs = ({t.name: t for t in side} for side in (graph.inputs, graph.outputs))
-    layers = sum(name.startswith("past_key_values.") and name.endswith(".key") for name in inputs)
-    if not layers or "logits" not in outputs:
+    layers = sum(name.startswith(PAST) and name.endswith(".key") for name in inputs)
+    if not layers or LOGITS not in outputs:
         return None
-    _, kv_heads, _, head_dim = inputs["past_key_values.0.key"].shape
-    vocab = outputs["logits"].shape[-1]
+    _, kv_heads, _, head_dim = inputs[f"{PAST}0.key"].shape
+    vocab = outputs[LOGITS].shape[-1]
     if not all(isinstance(d, int) for d in (kv_heads, head_dim, vocab)):
         return None
     return LlmShape(layers=layers, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab)

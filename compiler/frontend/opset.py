@@ -19,6 +19,7 @@ from onnx.helper import get_attribute_value, make_empty_tensor_value_info, make_
 from instantrt.compiler.frontend.compare import Finding, compared
 from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError, first_line
+from instantrt.passes.core.subgraphs import within
 
 OLDEST = 7  # of ONNX Runtime: nothing could tell whether a conversion from an older one is right
 RUNS = 27  # the last at which ONNX Runtime has all that passes write
@@ -192,9 +193,8 @@ class Conversion:
         nodes = list(graph.node)
         del graph.node[:]
         for node in nodes:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    self.convert(attribute.g, types, values)
+            for inner in within(node):
+                self.convert(inner, types, values)
             graph.node.extend(self.replaced(node, types, values, read) if self.changed(node) else [node])
 
     def changed(self, node: onnx.NodeProto) -> bool:
@@ -210,7 +210,7 @@ class Conversion:
         if node.op_type == "Scan" and old.since_version == 8:
             raise self.error(node, "an operator that cannot be converted")
         other = old.since_version != new.since_version or (has_rule(node, self.version) and self.version < self.target)
-        return other and not any(a.HasField("g") for a in node.attribute)
+        return other and not within(node)
 
     def replaced(self, node: onnx.NodeProto, types: Types, values: Values, read: set[str]) -> list[onnx.NodeProto]:
         """What `node` becomes, compared with it."""
@@ -249,7 +249,7 @@ def last_line(error: Exception) -> str:
 
 def names_within(node: onnx.NodeProto) -> Iterator[str]:
     """All that the graphs within a node read and give."""
-    for graph in (a.g for a in node.attribute if a.HasField("g")):
+    for graph in within(node):
         yield from (output.name for output in graph.output)
         for inner in graph.node:
             yield from (*inner.input, *names_within(inner))

@@ -100,8 +100,9 @@ def read_pipeline(folder: Path, truncate_dim: int | None = None) -> SentencePipe
         )
     said = read_json(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
     pipeline = SentencePipeline(at, kept, **texts_of(folder, at, said))
-    width = width_of(said, folder) if truncate_dim is None else truncate_dim
-    return pipeline if width is None else truncated(pipeline, width)
+    if truncate_dim is None and said.get("truncate_dim") is not None:
+        truncate_dim = size_of(said, "truncate_dim", folder / PROMPTS)
+    return pipeline if truncate_dim is None else truncated(pipeline, truncate_dim)
 
 
 def list_of_modules(path: Path) -> list[Mapping[str, Any]] | None:
@@ -150,11 +151,11 @@ def read_module(kind: str, at: Path, folder: Path, where: str) -> SentenceModule
     if kind == "Pooling":
         return SentenceModule(kind, name, modes=poolings(config, path))
     if kind == "Dense":
-        sizes = size_of(config, "in_features", at), size_of(config, "out_features", at)
+        sizes = size_of(config, "in_features", path), size_of(config, "out_features", path)
         activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
         return SentenceModule(kind, name, sizes=sizes, bias=config.get("bias", True), activation=activation)
     if kind == "LayerNorm":
-        return SentenceModule(kind, name, sizes=(size_of(config, "dimension", at),) * 2)
+        return SentenceModule(kind, name, sizes=(size_of(config, "dimension", path),) * 2)
     return SentenceModule(kind, name)
 
 
@@ -190,19 +191,11 @@ def poolings(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return modes
 
 
-def size_of(config: Mapping[str, Any], key: str, at: Path) -> int:
-    size = config.get(key)
+def size_of(said: Mapping[str, Any], key: str, where: Path) -> int:
+    size = said.get(key)
     if type(size) is not int or size < 1:
-        raise UserError(f"{key} is no size", where=str(at / "config.json"), found=repr(size))
+        raise UserError(f"{key} is no size", where=str(where), found=repr(size))
     return size
-
-
-def width_of(said: Mapping[str, Any], folder: Path) -> int | None:
-    """How many numbers of an embedding the folder itself says to keep."""
-    width: int | None = said.get("truncate_dim")
-    if width is not None and (type(width) is not int or width < 1):
-        raise UserError("truncate_dim is no size", where=str(folder / PROMPTS), found=repr(width))
-    return width
 
 
 def texts_of(folder: Path, at: Path, prompts: Mapping[str, Any]) -> dict[str, Any]:

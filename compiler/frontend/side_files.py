@@ -35,14 +35,12 @@ class Rule:
     """What is known of files with a name like `pattern`. They are refused where `fix` says a way out.
 
     alone   they are refused only where no safetensors weights lie beside them
-    refused   `(file) -> words` looks inside; the file is harmless where it has none to say
     """
 
     pattern: str
     why: str
     fix: str = ""
     alone: bool = False
-    refused: Callable[[Path], str] | None = None
 
 
 FLOAT_MODEL = "compile the model that it was quantized from, with --quant"
@@ -121,12 +119,10 @@ def account_of_files(folder: Path, report: Report, known: Mapping[str, str] | No
         rule = None if name in read else next((rule for rule in RULES if fnmatch(name, rule.pattern)), None)
         if name in read:
             found.append((name, read[name]))
+        elif rule is not None and rule.fix and not (rule.alone and read):
+            report(UserError(f"{name}: {rule.why}", where=str(folder), fix=rule.fix))
         elif rule is not None:
-            words = judged(rule, folder / name, bool(read))
-            if words is None:
-                found.append((name, rule.why))
-            else:
-                report(UserError(f"{name}: {rule.why}", where=str(folder), found=words, fix=rule.fix))
+            found.append((name, rule.why))
     found += [(name, "weights of another folder, which are not read") for name in weights_below(folder)]
     return entries(found)
 
@@ -136,15 +132,6 @@ def matters(name: str) -> bool:
     return name in ("config.json", INDEX, *BESIDE) or any(
         r.fix and not r.alone and fnmatch(name, r.pattern) for r in RULES
     )
-
-
-def judged(rule: Rule, path: Path, beside_weights: bool) -> str | None:
-    """What is found in a file that is refused; None where it is harmless."""
-    if not rule.fix or (rule.alone and beside_weights):
-        return None
-    if rule.refused is None:
-        return ""
-    return rule.refused(path) or None
 
 
 def weight_files(folder: Path, names: list[str]) -> set[str]:

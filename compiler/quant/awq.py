@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
     LEFT_FLOAT,
+    Reader,
     StoredLayer,
     StoredRows,
     check_central,
@@ -25,7 +26,7 @@ from instantrt.compiler.quant.stored import (
     ranges,
 )
 from instantrt.passes.core.lazy import Array, FileTensor, whole
-from instantrt.passes.core.quant import Activations, QuantTensor
+from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
 
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # channel n of a word lies in this nibble, counted from the lowest
@@ -33,7 +34,7 @@ CENTRAL = 8
 
 
 @dataclass(frozen=True)
-class AwqConfig:
+class AwqConfig(Reader):
     """What an AWQ checkpoint says of itself."""
 
     group_size: int
@@ -41,9 +42,8 @@ class AwqConfig:
 
     method = "awq"
     mark = "qweight"
-    notes: ClassVar[tuple[str, ...]] = ()
     bits = 4
-    activations: Activations = "float"
+    activations = "float"
 
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         if layer.find("qweight") is None:
@@ -84,16 +84,16 @@ class AwqRows(StoredRows):
         scale = np.ascontiguousarray(checked_scales(self.scales).T)
         if self.qzeros is None:
             return scale, np.full(scale.shape, CENTRAL, np.uint8)
-        zero = unpack(whole(self.qzeros))
+        zero = unpack_nibbles(whole(self.qzeros))
         return scale, check_central(zero, 4, "zero_point=false", self.qzeros) if self.symmetric else zero
 
     def strips(self) -> Iterator[tuple[int, Array]]:
         k, words = self.qweight.shape
         for start, stop in ranges(words * 8, k, multiple=8):
-            yield start, unpack(self.qweight.columns(start // 8, stop // 8))
+            yield start, unpack_nibbles(self.qweight.columns(start // 8, stop // 8))
 
 
-def unpack(words: Array) -> Array:
+def unpack_nibbles(words: Array) -> Array:
     """int32 [R, C] -> uint8 [C * 8, R]."""
     w = np.ascontiguousarray(words.T).view(np.uint32)
     out = np.empty((w.shape[0], 8, w.shape[1]), np.uint8)

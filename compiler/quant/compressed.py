@@ -24,6 +24,7 @@ from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
     LEFT_FLOAT,
+    Reader,
     StoredLayer,
     StoredRows,
     checked_scales,
@@ -58,7 +59,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class CompressedConfig:
+class CompressedConfig(Reader):
     """What a compressed-tensors checkpoint says of itself; its sizes are those of its main scheme.
 
     schemes   what each target has; of those that name a layer the first counts, and before those that name its class
@@ -70,7 +71,7 @@ class CompressedConfig:
     group_size: int
     activations: Activations
     mark: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     method = "compressed-tensors"
 
@@ -112,10 +113,10 @@ def read_layer(layer: StoredLayer, scheme: Scheme) -> QuantTensor:
         zeros = layer.part("weight_zero_point", *(packed if scheme.packed and not scheme.per_tensor else plain))
     elif (stored := layer.find("weight_zero_point")) is not None and whole(stored).any():
         raise UserError("a symmetric weight has zero points that are not 0", where=stored.name)
-    order, places = None, np.arange(groups)
+    order, places = None, tuple(range(groups))
     if layer.find("weight_g_idx") is not None:
         order, places = input_order(layer.part("weight_g_idx", (k,), INT32), group)
-    rows = CompressedRows((n, k), bits, weight, scales, zeros, order, tuple(int(p) for p in places))
+    rows = CompressedRows((n, k), bits, weight, scales, zeros, order, places)
     return QuantTensor(layer.path, rows, (n, k), bits, group, scheme.symmetric, scales.dtype, scheme.activations, order)
 
 
@@ -141,7 +142,7 @@ class CompressedRows(StoredRows):
             yield start, self.codes(stored)[:, : self.shape[1]]
 
     def codes(self, stored: Array) -> Array:
-        return unpack(stored, self.bits) if stored.dtype == INT32 else shifted(stored, self.bits)
+        return unpack(stored, self.bits) if stored.dtype == INT32 else unsigned(stored, self.bits)
 
     def zero_points(self, n: int, groups: int) -> Array:
         """uint8 [N, G]."""
@@ -150,10 +151,10 @@ class CompressedRows(StoredRows):
         stored = whole(self.zeros)
         if stored.dtype == INT32:
             return unpack(np.ascontiguousarray(stored.T), self.bits)[:, :n].T
-        return np.broadcast_to(shifted(stored, self.bits).reshape(-1, stored.shape[-1]), (n, groups))
+        return np.broadcast_to(unsigned(stored, self.bits).reshape(-1, stored.shape[-1]), (n, groups))
 
 
-def shifted(signed: Array, bits: int) -> Array:
+def unsigned(signed: Array, bits: int) -> Array:
     """int8 -2^(bits-1) .. 2^(bits-1) - 1 -> uint8 0 .. 2^bits - 1."""
     return (signed.view(np.uint8) + np.uint8(1 << (bits - 1))) & np.uint8((1 << bits) - 1)
 

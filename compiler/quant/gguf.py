@@ -25,14 +25,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from instantrt.compiler.quant.stored import LEFT_FLOAT, StoredLayer
+from instantrt.compiler.quant.stored import LEFT_FLOAT, Reader, StoredLayer
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import BFLOAT16, FLOAT32, TILE_BYTES, Array, FileTensor, Tile, convert, read_exactly
-from instantrt.passes.core.quant import UINT8, Activations, Codes, QuantTensor, dequantize
+from instantrt.passes.core.quant import UINT8, Codes, QuantTensor, dequantize
 from instantrt.passes.core.rewrite import Reject
 
 FLOAT16 = np.dtype(np.float16)
@@ -64,7 +64,7 @@ class Kind:
         return self.zero is not None and not self.full
 
 
-def halves(blocks: Array, start: int, count: int = 1) -> Array:
+def float16s(blocks: Array, start: int, count: int = 1) -> Array:
     """float16 numbers from byte `start` of each block: float32 [n, b, count]."""
     return np.ascontiguousarray(blocks[..., start : start + 2 * count]).view("<f2").astype(np.float32)
 
@@ -81,15 +81,15 @@ def fields(packed: Array, bits: int, width: int) -> Array:
 
 
 def q8_0(blocks: Array) -> Parts:
-    return blocks[..., 2:] ^ np.uint8(0x80), halves(blocks, 0), None
+    return blocks[..., 2:] ^ np.uint8(0x80), float16s(blocks, 0), None
 
 
 def q4_0(blocks: Array) -> Parts:
-    return fields(blocks[..., 2:], 4, 16), halves(blocks, 0), None
+    return fields(blocks[..., 2:], 4, 16), float16s(blocks, 0), None
 
 
 def q4_1(blocks: Array) -> Parts:
-    affine = halves(blocks, 0, 2)
+    affine = float16s(blocks, 0, 2)
     return fields(blocks[..., 4:], 4, 16), affine[..., :1], affine[..., 1:]
 
 
@@ -101,11 +101,11 @@ def five(low: Array, high: Array) -> Array:
 
 
 def q5_0(blocks: Array) -> Parts:
-    return five(blocks[..., 6:], blocks[..., 2:6]) + np.uint8(128 - 16), halves(blocks, 0), None
+    return five(blocks[..., 6:], blocks[..., 2:6]) + np.uint8(128 - 16), float16s(blocks, 0), None
 
 
 def q5_1(blocks: Array) -> Parts:
-    affine = halves(blocks, 0, 2)
+    affine = float16s(blocks, 0, 2)
     return five(blocks[..., 8:], blocks[..., 4:8]), affine[..., :1], affine[..., 1:]
 
 
@@ -117,13 +117,13 @@ def levels(indices: Array) -> Array:
 
 
 def iq4_nl(blocks: Array) -> Parts:
-    return levels(fields(blocks[..., 2:], 4, 16)), halves(blocks, 0), None
+    return levels(fields(blocks[..., 2:], 4, 16)), float16s(blocks, 0), None
 
 
 def iq4_xs(blocks: Array) -> Parts:
     low = fields(blocks[..., 4:8], 4, 1).reshape(*blocks.shape[:-1], 8)
     high = fields(blocks[..., 2:4], 2, 1).reshape(*blocks.shape[:-1], 8)
-    scale = halves(blocks, 0) * ((low | high << 4).astype(np.float32) - 32)
+    scale = float16s(blocks, 0) * ((low | high << 4).astype(np.float32) - 32)
     return levels(fields(blocks[..., 8:], 4, 16)), scale, None
 
 
@@ -132,7 +132,7 @@ def scales_and_minima(blocks: Array) -> tuple[Array, Array]:
     from gguf.quants import Q4_K
 
     n, b, _ = blocks.shape
-    affine = halves(blocks, 0, 2)
+    affine = float16s(blocks, 0, 2)
     factors = Q4_K.get_scale_min(np.ascontiguousarray(blocks[..., 4:16]).reshape(n * b, 12))
     scale, minimum = (f.reshape(n, b, 8).astype(np.float32) for f in factors)
     return affine[..., :1] * scale, affine[..., 1:] * -minimum
@@ -151,12 +151,12 @@ def q5_k(blocks: Array) -> Parts:
 def q6_k(blocks: Array) -> Parts:
     low = fields(blocks[..., :128], 4, 64).reshape(*blocks.shape[:-1], 256)
     high = fields(blocks[..., 128:192], 2, 32).reshape(*blocks.shape[:-1], 256)
-    scale = halves(blocks, 208) * blocks[..., 192:208].view(np.int8).astype(np.float32)
+    scale = float16s(blocks, 208) * blocks[..., 192:208].view(np.int8).astype(np.float32)
     return (low | high << 4) + np.uint8(128 - 32), scale, None
 
 
 def q2_k(blocks: Array) -> Parts:
-    affine = halves(blocks, 80, 2)
+    affine = float16s(blocks, 80, 2)
     scale, minimum = (blocks[..., :16] & 15).astype(np.float32), (blocks[..., :16] >> 4).astype(np.float32)
     return fields(blocks[..., 16:80], 2, 32), affine[..., :1] * scale, affine[..., 1:] * -minimum
 
@@ -166,7 +166,7 @@ def q3_k(blocks: Array) -> Parts:
     low, high = fields(blocks[..., 32:96], 2, 32).reshape(shape), fields(blocks[..., :32], 1, 32).reshape(shape)
     scales = fields(blocks[..., 96:104], 4, 8).reshape(*shape[:-1], 16)
     scales |= fields(blocks[..., 104:108], 2, 4).reshape(*shape[:-1], 16) << 4
-    return (low | high << 2) + np.uint8(8 - 4), halves(blocks, 108) * (scales.astype(np.float32) - 32), None
+    return (low | high << 2) + np.uint8(8 - 4), float16s(blocks, 108) * (scales.astype(np.float32) - 32), None
 
 
 KINDS: Mapping[str, Kind] = {
@@ -236,9 +236,10 @@ class GgufTensor(FileTensor):
     def numbers(self, rows: Array) -> Array:
         if self.kind in FLOAT_KINDS:
             return convert(np.ascontiguousarray(rows).view(FLOAT_KINDS[self.kind]), FLOAT32)
-        from gguf import GGMLQuantizationType, dequantize
+        from gguf import GGMLQuantizationType
+        from gguf import dequantize as floats_of
 
-        found: Array = dequantize(rows, GGMLQuantizationType[self.kind])
+        found: Array = floats_of(rows, GGMLQuantizationType[self.kind])
         return found
 
     def quantized(self, name: str) -> QuantTensor | None:
@@ -311,7 +312,7 @@ class GgufRows:
 
 
 @dataclass(frozen=True)
-class GgufReader:
+class GgufReader(Reader):
     """The quantization of a file whose matrices are of several types; `bits` and `group_size` are of most weights."""
 
     bits: int
@@ -320,7 +321,7 @@ class GgufReader:
 
     method = "gguf"
     mark = "weight"
-    activations: ClassVar[Activations] = "float"
+    activations = "float"
 
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         tensor = layer.find("weight")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
     LEFT_FLOAT,
+    Reader,
     StoredLayer,
     StoredRows,
     check_central,
@@ -42,7 +43,7 @@ OTHER = ("adapter", "format", "checkpoint_format", "method", "quant_method", "pa
 
 
 @dataclass(frozen=True)
-class GptqConfig:
+class GptqConfig(Reader):
     """What a checkpoint says of itself. `dynamic` holds (pattern, overrides); None for a module that is left float."""
 
     bits: int
@@ -52,15 +53,10 @@ class GptqConfig:
     reordered: bool = False
     dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...] = ()
     where: str = ""
+    activations: Activations = "float"
 
     method = "gptq"
     mark = "qweight"
-    notes: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def activations(self) -> Activations:
-        """Eight-bit checkpoints run as A8W8 unless asked otherwise, as in DashInfer."""
-        return "int8" if self.bits == 8 else "float"
 
     def module(self, names: Collection[str]) -> GptqConfig | None:
         """The config of the module with these names: the first pattern of `dynamic` that matches changes it, or leaves
@@ -91,20 +87,21 @@ class GptqConfig:
 
     def order(self, layer: StoredLayer, group: int) -> tuple[Order | None, tuple[int, ...]]:
         k = layer.shape[1]
+        stored = tuple(range(k // group))
         if layer.find("g_idx") is None:
             if self.reordered and group != k:
                 raise UserError("desc_act=true, but the checkpoint has no g_idx for this layer", where=layer.path)
-            return None, tuple(range(k // group))
+            return None, stored
         g_idx = layer.part("g_idx", (k,), INT32)
         order, places = input_order(g_idx, group)
-        if not self.reordered and (order is not None or (places != np.arange(len(places))).any()):
+        if not self.reordered and (order is not None or places != stored):
             raise UserError(
                 "g_idx puts the inputs in another order than the config says (desc_act=false)",
                 where=g_idx.name,
                 expected="k // group_size",
                 fix="desc_act must be true in the config, or the checkpoint is damaged: libraries disagree here",
             )
-        return order, tuple(int(p) for p in places)
+        return order, places
 
 
 def parse_gptq(raw: Mapping[str, Any], where: str) -> GptqConfig:
@@ -131,7 +128,9 @@ def parse_layer(raw: Mapping[str, Any], base: GptqConfig, where: str) -> GptqCon
     expect(type(bits) is int and bits in (4, 8), bits, "GPTQ bits", "4 or 8", where, fix)
     expect_group_size(group_size, where)
     symmetric, reordered = (flag(raw, *each, where) for each in (("sym", base.symmetric), ("desc_act", base.reordered)))
-    return replace(base, bits=bits, group_size=group_size, symmetric=symmetric, reordered=reordered)
+    activations: Activations = "int8" if bits == 8 else "float"  # as in DashInfer, unless asked otherwise
+    said = {"group_size": group_size, "symmetric": symmetric, "reordered": reordered}
+    return replace(base, bits=bits, activations=activations, **said)
 
 
 def override(pattern: str, changes: Any, where: str) -> tuple[re.Pattern[str], Mapping[str, Any] | None]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from instantrt.compiler.quant.compressed import INT8, CompressedRows
-from instantrt.compiler.quant.stored import FLOATS, LEFT_FLOAT, StoredLayer
+from instantrt.compiler.quant.stored import FLOATS, LEFT_FLOAT, Reader, StoredLayer
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
 from instantrt.passes.core.quant import Activations, QuantTensor
@@ -20,14 +20,13 @@ SCALES = ("weight_scale", "scale", "scales")
 
 
 @dataclass(frozen=True)
-class PlainConfig:
+class PlainConfig(Reader):
     """`activations`: int8 where the config says w8a8, float where nothing is said."""
 
     activations: Activations = "float"
 
     method = "int8"
     mark = "weight"
-    notes: ClassVar[tuple[str, ...]] = ()
     bits = 8
     group_size = -1
 

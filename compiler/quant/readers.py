@@ -39,11 +39,6 @@ METHOD_OF = {
 }
 
 
-def find_reader(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Reader | None:
-    """The reader for a checkpoint, or None for a float one."""
-    return announced_reader(folder, config) or unannounced_reader(tensors)
-
-
 def unannounced_reader(tensors: Mapping[str, FileTensor]) -> Reader | None:
     """The reader for tensors that no config says anything of: the tensors tell."""
     return gguf.detect(tensors) or plain.detect(tensors)

@@ -10,19 +10,19 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from instantrt.compiler.quant.config import QuantConfig, expect
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import BFLOAT16, Array, FileTensor, Tile, convert, whole
+from instantrt.passes.core.lazy import BFLOAT16, FLOAT32, Array, FileTensor, Tile, convert, whole
 from instantrt.passes.core.linear import Linear
 from instantrt.passes.core.quant import Activations, Codes, Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 
-FLOATS = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32))
+FLOATS = (np.dtype(np.float16), BFLOAT16, FLOAT32)
 INT32 = np.dtype(np.int32)
 WEIGHTS = ("weight", "weight_packed", "qweight")
 TILE_CODES = 1 << 22
@@ -92,7 +92,7 @@ class StoredRows(ABC):
             yield Tile(start, Codes(codes, scale[rows], zero[rows]))
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """A checkpoint's own quantization.
 
     method       its name in the config
@@ -103,22 +103,16 @@ class Reader(Protocol):
     notes        what a user should know of how it is read
     """
 
-    @property
-    def method(self) -> str: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def group_size(self) -> int: ...
-    @property
-    def activations(self) -> Activations: ...
-    @property
-    def mark(self) -> str: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
+    method: str
+    bits: int
+    group_size: int
+    activations: Activations
+    mark: str
+    notes: tuple[str, ...] = ()
 
+    @abstractmethod
     def read(self, layer: StoredLayer) -> QuantTensor | Reject:
         """The layer as it is stored and with the activations it was made for, or why it is float."""
-        ...
 
 
 def decide(
@@ -182,7 +176,7 @@ def words_for(count: int, bits: int) -> int:
 
 def checked_scales(tensor: FileTensor) -> Array:
     """A layer's scales in float32; zero, negative and non-finite ones are errors."""
-    scale = convert(whole(tensor), np.dtype(np.float32))
+    scale = convert(whole(tensor), FLOAT32)
     bad = np.argwhere(~(np.isfinite(scale) & (scale > 0)))
     if len(bad):
         raise UserError(
@@ -215,7 +209,7 @@ def check_central(zero: Array, bits: int, said: str, tensor: FileTensor, fix: st
     return zero
 
 
-def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, Array]:
+def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, tuple[int, ...]]:
     """(the order that puts each group's inputs together, the stored group in each place).
 
     Groups are placed by their first member, so that groups which are contiguous already need no order: None.
@@ -236,7 +230,7 @@ def input_order(g_idx: FileTensor, group: int) -> tuple[Order | None, Array]:
     rank[places] = np.arange(count)
     indices = np.argsort(rank[groups], kind="stable")
     trivial = (indices == np.arange(len(indices))).all()
-    return None if trivial else Order.of(indices), places
+    return None if trivial else Order.of(indices), tuple(places.tolist())
 
 
 def safe_pattern(text: str, where: str) -> re.Pattern[str]:

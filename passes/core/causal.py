@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.errors import first_line
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, view_of
+from instantrt.passes.core.names import IDS, MASK, PAST, POSITIONS
 from instantrt.passes.core.rewrite import producer
 
-HIDDEN = -1000.0  # what adds this to a score leaves nothing of it; position biases of short rows are far smaller
-LENGTHS = ("attention_mask", "position_ids")  # the inputs whose values may decide; of others only shapes may
+VISIBLE = -1000.0  # what adds less to a score leaves nothing of it; position biases of short rows are far smaller
+LENGTHS = (MASK, POSITIONS)  # the inputs whose values may decide; of others only shapes may
 MOST = 1 << 26  # bytes of a constant that a mask may be made of
 PRODUCTS = ("MatMul", "Gemm", "Attention")  # what makes hidden states; a mask that depends on them is not looked at
 
@@ -38,11 +40,11 @@ class Probe:
     def feeds(self, inputs: list[gs.Variable]) -> Iterator[tuple[str, Array]]:
         """What the interface's inputs are for it; caches and ids are zeros, of which only the shape is asked."""
         positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, self.past :]
-        values = {"attention_mask": self.mask, "position_ids": positions, "input_ids": np.zeros_like(positions)}
+        values = {MASK: self.mask, POSITIONS: positions, IDS: np.zeros_like(positions)}
         for tensor in inputs:
             if tensor.name in values:
                 yield tensor.name, values[tensor.name].astype(tensor.dtype)
-            elif tensor.name.startswith("past_key_values."):
+            elif tensor.name.startswith(PAST):
                 _, heads, _, width = tensor.shape
                 yield tensor.name, np.zeros((len(self.padding), heads, self.past, width), tensor.dtype)
 
@@ -66,7 +68,7 @@ def sees_ahead(graph: gs.Graph) -> bool:
         found = values_of(graph, mask, dict(PROMPT.feeds(graph.inputs)))
         if isinstance(found, str) or found.ndim < 2:
             continue
-        seen = found if found.dtype == np.bool_ else found > HIDDEN
+        seen = found if found.dtype == np.bool_ else found > VISIBLE
         seen = np.broadcast_to(seen, (*seen.shape[:-2], PROMPT.new, PROMPT.new))
         if np.triu(seen, 1).any():
             return True
@@ -121,7 +123,7 @@ def values_of(graph: gs.Graph, mask: gs.Tensor, feeds: Mapping[str, Array]) -> A
     try:
         return evaluation.peek(mask.name)
     except Exception as error:  # ONNX Runtime's errors have no common class
-        return f"the mask cannot be computed apart: {str(error).splitlines()[0]}"
+        return f"the mask cannot be computed apart: {first_line(error)}"
 
 
 def unlike(probe: Probe, mask: Array) -> str:
@@ -133,7 +135,7 @@ def unlike(probe: Probe, mask: Array) -> str:
     if mask.shape != (rows, 1, new, total):
         found = ", ".join(str(size) for size in mask.shape)
         return f"the mask is [{found}] for {rows} rows of {new} tokens in {total}, not [{rows}, 1, {new}, {total}]"
-    seen, keys = mask[:, 0] > HIDDEN, np.arange(total)
+    seen, keys = mask[:, 0] > VISIBLE, np.arange(total)
     end = np.where(allowed, keys, -1).max(axis=1)
     first = np.where(probe.past, end + 1 - new, 0)  # a prompt starts at 0, wherever it ends
     if (seen & (keys > (first[:, None] + np.arange(new))[..., None])).any():

@@ -15,8 +15,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate_node import HALVES, dependencies, evaluate_node, numpy_type
 from instantrt.passes.core.lazy import Array, view_of
-
-PAST = "past_key_values."
+from instantrt.passes.core.names import PAST
 
 
 class Wiring:

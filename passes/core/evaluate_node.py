@@ -16,12 +16,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
-from instantrt.passes.core.lazy import Array, View, convert, view_of
+from instantrt.passes.core.lazy import FLOAT32, Array, View, convert, view_of
 from instantrt.passes.core.linear import weight_dequantize
 from instantrt.passes.core.rewrite import producer, scalar
 from instantrt.plugins.ops import DOMAIN, OPS
 
-FLOAT32 = np.dtype(np.float32)
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 WIDE: dict[np.dtype[Any], type[np.generic]] = {
     **dict.fromkeys(HALVES, np.float32),
@@ -38,7 +37,7 @@ def dependencies(node: gs.Node) -> list[gs.Tensor]:
     read = node.inputs
     if node.op == "MatMul" and column_blocks(node.inputs[1]) is not None:
         read = node.inputs[:1]
-    elif node.op == "Gather" and stored_table(node) is not None:
+    elif node.op == "Gather" and streamed_table(node) is not None:
         read = node.inputs[1:]
     return [t for t in read if isinstance(t, gs.Variable) and t.name]
 
@@ -98,7 +97,7 @@ def matmul(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | 
     rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in given])
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
         product = np.concatenate([rows @ convert(block, FLOAT32) for block in ahead(blocks())], axis=1)
-    return parts_of(product, [x.shape[:-1] for x in given])
+    return split_rows(product, [x.shape[:-1] for x in given])
 
 
 def ahead(blocks: Iterator[Array]) -> Iterator[Array]:
@@ -114,14 +113,14 @@ def ahead(blocks: Iterator[Array]) -> Iterator[Array]:
             block = coming.result()
 
 
-def parts_of(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+def split_rows(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     """Rows [R, ...] of several runs, each in the shape of its own."""
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     parts = np.split(joined, ends)
     return [part.reshape(*shape, *joined.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def column_blocks(weight: gs.Tensor) -> Blocks | None:
+def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
     """Blocks of columns [K, n] of a constant matrix, or of what Cast, Transpose or DequantizeLinear make of one."""
     view = view_of(weight)
     if view is not None:
@@ -131,14 +130,14 @@ def column_blocks(weight: gs.Tensor) -> Blocks | None:
     return make(node) if make is not None else None
 
 
-def transposed_blocks(node: gs.Node) -> Blocks | None:
+def transposed_blocks(node: gs.Node) -> ColumnBlocks | None:
     view = view_of(node.inputs[0])
     if view is None or view.axis != 0 or len(view.shape) != 2:
         return None
     return lambda: (view.block(t).T for t in view.source.tiles())
 
 
-def dequantized(node: gs.Node) -> Blocks | None:
+def dequantized(node: gs.Node) -> ColumnBlocks | None:
     """Codes, scale and zero come tile by tile from one source."""
     codes, *others = (view_of(t) for t in node.inputs)
     if codes is None or any(v is None or v.source != codes.source for v in others):
@@ -146,7 +145,7 @@ def dequantized(node: gs.Node) -> Blocks | None:
     return lambda: dequantized_blocks(codes, [v for v in others if v is not None], node.attrs)
 
 
-def shifted(node: gs.Node) -> Blocks | None:
+def shifted(node: gs.Node) -> ColumnBlocks | None:
     """Reshape(DequantizeLinear(codes [G, g, N], scale) + minimum [G, 1, N]) as [K, N], by columns."""
     dq, plus = weight_dequantize(node.outputs[0]), producer(node.inputs[0], "Add")
     given = [*dq.inputs, plus.inputs[1]] if dq is not None and plus is not None else []
@@ -164,8 +163,8 @@ def shifted(node: gs.Node) -> Blocks | None:
     return blocks
 
 
-Blocks = Callable[[], Iterator[Array]]
-COLUMNS: dict[str, Callable[[gs.Node], Blocks | None]] = {
+ColumnBlocks = Callable[[], Iterator[Array]]
+COLUMNS: dict[str, Callable[[gs.Node], ColumnBlocks | None]] = {
     "Cast": lambda node: column_blocks(node.inputs[0]),
     "Transpose": transposed_blocks,
     "DequantizeLinear": dequantized,
@@ -188,7 +187,7 @@ def dequantized_blocks(codes: View, others: list[View], attrs: Mapping[str, Any]
         yield q
 
 
-def stored_table(node: gs.Node) -> tuple[View, float | None] | None:
+def streamed_table(node: gs.Node) -> tuple[View, float | None] | None:
     """The table [V, ...] whose rows a Gather picks, and the one scale it is dequantized by, None where it is not."""
     codes, scale = node.inputs[0], None
     dq = producer(codes, "DequantizeLinear")
@@ -202,7 +201,7 @@ def stored_table(node: gs.Node) -> tuple[View, float | None] | None:
 
 def gather(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | None:
     """Rows of a stored table, picked as its tiles go by; IndexError for one that it does not have."""
-    found = stored_table(node)
+    found = streamed_table(node)
     if found is None:
         return None
     view, scale = found
@@ -217,7 +216,7 @@ def gather(node: gs.Node, runs: Sequence[Mapping[str, Array]]) -> list[Array] | 
         if here.any():
             out[here] = view.block(tile)[ids[here] - tile.start]
     rows = out if scale is None else out.astype(FLOAT32) * np.float32(scale)
-    return parts_of(rows, [each.shape for each in given])
+    return split_rows(rows, [each.shape for each in given])
 
 
 def cast(node: gs.Node, values: Mapping[str, Array]) -> Array:
@@ -333,11 +332,17 @@ def plain(attribute: Any) -> bool:
 def new_session(lone: Lone, large: Mapping[str, Array]) -> ort.InferenceSession:
     model = lone.model()
     externalize(model, large)
+    return plain_session(model, large)
+
+
+def plain_session(model: onnx.ModelProto, large: Mapping[str, Array] | None = None) -> ort.InferenceSession:
+    """A session for a small model, which it runs as it is; `large` are the values of its external initializers."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is said by the error
     options.intra_op_num_threads = 1  # a thread pool for each node costs more than it brings
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_external_initializers(list(large), [ort.OrtValue.ortvalue_from_numpy(v) for v in large.values()])
+    values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in (large or {}).items()}
+    options.add_external_initializers(list(values), list(values.values()))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Source, View, view_of
 from instantrt.passes.core.rewrite import producer
 
+NORMS = frozenset(("LayerNormalization", "RMSNormalization"))
 SUFFIX = ".weight_kn"  # the checkpoint's own name belongs to its own [N, K]
 
 

@@ -9,7 +9,7 @@ Signed int8 is the same codes less 128. Zero points are codes. One that is none 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -288,12 +288,7 @@ class InstantQuant(Quantizer):
     """By the formula alone."""
 
     def tiles(self) -> Iterator[Tile]:
-        for start, (rows,) in self.weight.tiles():
-            with np.errstate(invalid="ignore", over="ignore"):
-                block = self.quantize(rows.reshape(len(rows), -1, self.group_size))
-            if not np.isfinite(block.scale).all():
-                raise not_finite(self.name, start, convert(rows, FLOAT32))
-            yield Tile(start, block)
+        return checked_tiles(self, ((start, rows) for start, (rows,) in self.weight.tiles()), self.quantize)
 
     def quantize(self, w: Array) -> Codes:
         """w `[n, G, g]`."""
@@ -302,6 +297,21 @@ class InstantQuant(Quantizer):
         if self.zero_dtype != UINT8:
             return quantize_unrounded(w, self.bits, self.scale_dtype, self.zero_dtype)
         return quantize_asymmetric(w, self.bits, self.scale_dtype)
+
+
+def checked_tiles(
+    quantizer: Quantizer, chunks: Iterable[tuple[int, Array]], quantize: Callable[[Array], Codes]
+) -> Iterator[Tile]:
+    """The codes that `quantize` makes of rows `[n, G, g]`; UserError where a scale is not finite.
+
+    chunks   (the first row, rows [n, K] of any float type), some at a time
+    """
+    for start, rows in chunks:
+        with np.errstate(invalid="ignore", over="ignore"):
+            block = quantize(rows.reshape(len(rows), -1, quantizer.group_size))
+        if not np.isfinite(block.scale).all():
+            raise not_finite(quantizer.name, start, convert(rows, FLOAT32))
+        yield Tile(start, block)
 
 
 def not_finite(name: str, start: int, flat: Array) -> UserError:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.collector import uncollected
@@ -180,6 +182,11 @@ def once(
     return known.outputs[0] if known is not None else add(graph, op, inputs, out, name=name, **attrs)
 
 
+def cast(graph: gs.Graph, x: gs.Tensor, dtype: npt.DTypeLike, out: gs.Tensor | str, *, name: str = "") -> gs.Tensor:
+    """Adds a Cast of `x`."""
+    return add(graph, "Cast", [x], out, name=name, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
 @dataclass(frozen=True)
 class Prefixed:
     """Adds nodes and constants whose names share a prefix, each once."""
@@ -189,6 +196,9 @@ class Prefixed:
 
     def __call__(self, op: str, inputs: Sequence[gs.Tensor], name: str, **attrs: Any) -> gs.Tensor:
         return once(self.graph, op, inputs, f"{self.prefix}/{name}", **attrs)
+
+    def cast(self, x: gs.Tensor, dtype: npt.DTypeLike, name: str) -> gs.Tensor:
+        return self("Cast", [x], name, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def const(self, name: str, values: Any, dtype: npt.DTypeLike) -> gs.Constant:
         return small(f"{self.prefix}/{name}", values, dtype)
@@ -216,3 +226,9 @@ def scalar(tensor: gs.Tensor) -> float | None:
 def ints(tensor: gs.Tensor) -> list[int] | None:
     """The values of a small integer constant."""
     return [int(v) for v in tensor.values.reshape(-1)] if isinstance(tensor, gs.Constant) else None
+
+
+def set_opset(graph: gs.Graph, opset: int) -> None:
+    """Says that the standard operators of a graph are those of `opset`; other domains keep their versions."""
+    others = [domain for domain in graph.import_domains or () if domain.domain not in ("", "ai.onnx")]
+    graph.opset, graph.import_domains = opset, [onnx.helper.make_opsetid("", opset), *others]

@@ -12,9 +12,13 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph and all within it."""
     yield graph
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from graphs(attribute.g)
+        for inner in within(node):
+            yield from graphs(inner)
+
+
+def within(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The branches of a node, or its body."""
+    return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
 
 
 def every_node(graph: gs.Graph) -> Iterator[gs.Node]:

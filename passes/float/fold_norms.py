@@ -17,11 +17,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, convert, small, view_of
-from instantrt.passes.core.linear import Linear, linear, weight_constant
+from instantrt.passes.core.linear import NORMS, Linear, linear, weight_constant
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.core.subgraphs import tensors
 
-NORMS = frozenset(("LayerNormalization", "RMSNormalization"))
 LOUD, MOST = 4, 1024  # times the median; and what a factor may come to, so that no scale of 16 bits overflows
 
 
@@ -36,6 +35,11 @@ class ScaledColumns:
         factors = np.frombuffer(self.factors, FLOAT32)
         for start, (rows,) in self.rows.tiles():
             yield Tile(start, (convert(rows, FLOAT32) * factors,))
+
+
+def scaled(found: Linear, factors: Array) -> gs.Constant:
+    """The weight of a linear with its columns times `factors` [K]."""
+    return weight_constant(found.path, ScaledColumns(found.rows, factors.tobytes()), found.shape)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,7 @@ class FoldNorms(Rewrite[FoldNormMatch]):
         for index, values in enumerate(match.rest, 1):
             match.norm.inputs[index] = small(f"{match.norm.inputs[index].name}/folded", values, np.float32)
         for found in match.into:
-            rows = ScaledColumns(found.rows, match.factors.tobytes())
-            found.node.inputs[1] = weight_constant(found.path, rows, found.shape)
+            found.node.inputs[1] = scaled(found, match.factors)
 
     def note(self, match: FoldNormMatch) -> str:
         return f"{(match.factors != 1).sum()} loud channels, into " + ", ".join(found.path for found in match.into)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import small
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, ints, producer, scalar, take_over
 
 
@@ -38,7 +38,7 @@ class HalveRotaryAngles(Rewrite[HalveMatch]):
     def rewrite(self, graph: gs.Graph, match: HalveMatch) -> None:
         out = take_over(match.node)
         half = add(graph, match.node.op, [match.half, *match.others], f"{out.name}_half", name=match.node.name)
-        half.dtype, half.shape = np.dtype(np.float32), match.half.shape
+        half.dtype, half.shape = FLOAT32, match.half.shape
         add(graph, "Concat", [half, half], out, axis=-1)
 
 
@@ -95,7 +95,7 @@ def for_rows(graph: gs.Graph, half: gs.Tensor, x: gs.Tensor) -> gs.Tensor:
     rows = add(graph, "Shape", [x], f"{name}/count", start=0, end=1)
     one = small(f"{name}/1", [1, 1], np.int64)
     sizes = add(graph, "Concat", [rows, one], f"{name}/sizes", axis=0)
-    return add(graph, "Expand", [half, sizes], gs.Variable(name, np.dtype(np.float32), [x.shape[0], *half.shape[1:]]))
+    return add(graph, "Expand", [half, sizes], gs.Variable(name, FLOAT32, [x.shape[0], *half.shape[1:]]))
 
 
 def is_last(concat: gs.Node, tensor: gs.Tensor) -> bool:

@@ -14,9 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Source, small
-from instantrt.passes.core.linear import Linear, linear, weight_constant
+from instantrt.passes.core.linear import NORMS, Linear, linear
 from instantrt.passes.core.rewrite import Reject, Rewrite, add
-from instantrt.passes.float.fold_norms import NORMS, ScaledColumns, readers_of
+from instantrt.passes.float.fold_norms import readers_of, scaled
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ class SmoothInputs(Rewrite[SmoothMatch]):
         smoothed = gs.Variable(f"{x.name}/smoothed", x.dtype, x.shape)
         add(graph, "Mul", [x, inverse], smoothed)
         for found in match.into:
-            rows = ScaledColumns(found.rows, match.factors.tobytes())
-            found.node.inputs[0] = smoothed
-            found.node.inputs[1] = weight_constant(found.path, rows, found.shape)
+            found.node.inputs = [smoothed, scaled(found, match.factors)]
 
     def note(self, match: SmoothMatch) -> str:
         low, high = match.factors.min(), match.factors.max()

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.causal import unlike_causal
-from instantrt.passes.core.lazy import small
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer, take_over
 from instantrt.passes.ort.cached_attention import CachedAttentionMatch, cached, costs, unfit
+from instantrt.passes.ort.heads import SPLIT, rows
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
             rows(graph, t, f"{node.name}/{part}")
             for t, part in zip((match.query, match.key, match.value), "qkv", strict=True)
         )
-        y = gs.Variable(f"{node.name}/y", np.dtype(np.float32), ["batch", "sequence", match.heads * match.head_dim])
+        y = gs.Variable(f"{node.name}/y", FLOAT32, ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
         cache = [match.past_key, match.past_value, last, total]
         scales = [part.scale for part in match.quantized] if match.quantized else [nothing, nothing]
@@ -73,7 +73,7 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
         shape = small(f"{node.name}/heads", [0, 0, match.heads, match.head_dim], np.int64)
         split = add(graph, "Reshape", [y, shape], f"{node.name}/y_heads")
-        add(graph, "Transpose", [split], out, perm=[0, 2, 1, 3])
+        add(graph, "Transpose", [split], out, perm=SPLIT)
 
 
 def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor]:
@@ -89,29 +89,8 @@ def lengths(graph: gs.Graph, mask: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor, gs.
     last = nodes("Reshape", [key, nodes.const("row", [-1], np.int64)], "rows")
     length = nodes("Add", [last, nodes.const("one", 1, np.int64)], "length")
     found = {"total": total, "last": last, "new": nodes("Min", [length, sequence], "inside")}
-    total, last, new = (nodes("Cast", [t], name, to=onnx.TensorProto.INT32) for name, t in found.items())
+    total, last, new = (nodes.cast(t, np.int32, name) for name, t in found.items())
     return total, last, new
-
-
-def rows(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
-    """[B, H, S, D] -> [B, S, H*D]; undoes a head split where that is all that happened, rotary embedding included."""
-    rotary = producer(heads, "RotaryEmbedding")
-    split = producer(rotary.inputs[0] if rotary else heads, "Transpose")
-    if split is None or split.attrs.get("perm") != [0, 2, 1, 3]:
-        turned = add(graph, "Transpose", [heads], f"{name}/turned", perm=[0, 2, 1, 3])
-        return joined(graph, turned, name)
-    reshape = producer(split.inputs[0], "Reshape")
-    whole = reshape is not None and reshape.inputs[0].shape is not None and len(reshape.inputs[0].shape) == 3
-    x = reshape.inputs[0] if reshape is not None and whole else joined(graph, split.inputs[0], name)
-    if rotary is None:
-        return x
-    attrs = {**rotary.attrs, "num_heads": heads.shape[1]}
-    return add(graph, "RotaryEmbedding", [x, *rotary.inputs[1:]], f"{name}/rotated", **attrs)
-
-
-def joined(graph: gs.Graph, heads: gs.Tensor, name: str) -> gs.Tensor:
-    """[B, S, H, D] -> [B, S, H*D]."""
-    return add(graph, "Reshape", [heads, small(f"{name}/shape", [0, 0, -1], np.int64)], f"{name}/rows")
 
 
 class MergeHeads(Rewrite[gs.Node]):
@@ -124,7 +103,7 @@ class MergeHeads(Rewrite[gs.Node]):
         same = split is not None and split.inputs[0].shape is not None and node.outputs[0].shape is not None
         if turned is None or back is None or split is None or not same:
             return None
-        undone = turned.attrs.get("perm") == back.attrs.get("perm") == [0, 2, 1, 3]
+        undone = turned.attrs.get("perm") == back.attrs.get("perm") == SPLIT
         last = (split.inputs[0].shape[-1], node.outputs[0].shape[-1])
         return node if undone and len(node.outputs[0].shape) == 3 and last[0] == last[1] else None
 

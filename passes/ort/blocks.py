@@ -17,8 +17,8 @@ from instantrt.passes.core.lazy import Array
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.limbs import halves, has_rows
-from instantrt.passes.ort.nbits import BlockwiseMatch, matmul_nbits, nbits_block, no_block
-from instantrt.passes.ort.zeros import before_zeros, missing_form
+from instantrt.passes.ort.nbits import BlockwiseMatch, blockwise, matmul_nbits
+from instantrt.passes.ort.zeros import before_zeros
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
 
@@ -41,9 +41,7 @@ class LowerToExactBlocks(Lowering[BlockwiseMatch]):
             return None
         if not has_rows(found.x):
             return Reject("its input has no axis besides the one that is summed over")
-        block = nbits_block(found.quant)
-        wrong = no_block(found.quant) if block is None else missing_form(found)
-        return Reject(wrong) if block is None or wrong else BlockwiseMatch(found, block)
+        return blockwise(found)
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
         path, limbs = match.linear.path, block_limbs(graph, match.linear, match.block)

@@ -7,17 +7,16 @@ rows"): the file stays small, and memory and speed are those of float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, View, small
-from instantrt.passes.core.rewrite import Lowering, Reject, add
+from instantrt.passes.core.lazy import View, first_part, small
+from instantrt.passes.core.quant import scales_of, zeros_of
+from instantrt.passes.core.rewrite import Lowering, Reject, add, cast
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.zeros import minima
-from instantrt.passes.qdq.insert_qdq import CODE_TYPES, Quantized, quantized
+from instantrt.passes.qdq.insert_qdq import CODE_TYPES, Quantized, by_group, quantized
 
 
 @dataclass(frozen=True)
@@ -38,30 +37,22 @@ class ExpandOnLoad(Lowering[Quantized]):
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         q, path = match.quant, match.path
-        (n, k), shape = q.shape, (q.groups, q.group_size, q.shape[0])
-        per_group = (q.groups, 1, n)
-
-        def codes(tile: Tile) -> Array:
-            return tile.parts[0].T.reshape(*shape[:2], -1)
-
-        def of_group(part: int) -> Any:
-            return lambda tile: tile.parts[part].T[:, None]
+        (n, k), kind = q.shape, CODE_TYPES[q.bits]
 
         def floats(name: str, view: View) -> gs.Tensor:
             constant = gs.Constant(f"{path}.{name}", view)
-            return add(graph, "Cast", [constant], f"{path}/{name}", to=onnx.TensorProto.FLOAT)
+            return cast(graph, constant, np.float32, f"{path}/{name}")
 
-        kind = CODE_TYPES[q.bits]
-        steps = floats("codes_by_group", View(q, shape, kind, axis=2, project=codes))
-        scale = gs.Constant(f"{path}.scale_by_group", View(q, per_group, np.float32, axis=2, project=of_group(1)))
+        steps = floats("codes_by_group", by_group(q, q.group_size, kind, first_part))
+        scale = gs.Constant(f"{path}.scale_by_group", by_group(q, 1, np.float32, scales_of))
         if not q.has_minima:
-            zero = floats("zero_by_group", View(q, per_group, kind, axis=2, project=of_group(2)))
+            zero = floats("zero_by_group", by_group(q, 1, kind, zeros_of))
             steps = add(graph, "Sub", [steps, zero], f"{path}/steps")
         weight = add(graph, "Mul", [steps, scale], f"{path}/groups")
         if q.has_minima:
-            by_group = add(graph, "Transpose", [minima(q, path)], f"{path}/minima", perm=[1, 0])
+            turned = add(graph, "Transpose", [minima(q, path)], f"{path}/minima", perm=[1, 0])
             axis = small(f"{path}.axis", [1], np.int64)
-            minimum = add(graph, "Unsqueeze", [by_group, axis], f"{path}/minimum_by_group")
+            minimum = add(graph, "Unsqueeze", [turned, axis], f"{path}/minimum_by_group")
             weight = add(graph, "Add", [weight, minimum], f"{path}/shifted")
         match.node.inputs[1] = add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}/weight")
 

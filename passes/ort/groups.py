@@ -9,7 +9,7 @@ time: a batched product would hold all of them, which is gigabytes for a long pr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -32,11 +32,10 @@ class LowerGroups(Lowering[Quantized]):
     requires = (weight_dq_feeds_matmul,)
 
     limbs: Limbs
-    activations: Literal["int8"] = "int8"
 
     def match(self, node: gs.Node) -> Quantized | Reject | None:
         found = quantized(node)
-        if found is None or found.quant.activations != self.activations:
+        if found is None or found.quant.activations != "int8":
             return None
         wrong = "one group: by channel" if found.quant.per_channel else missing_form(found)
         return Reject(wrong) if wrong else found

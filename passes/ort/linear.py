@@ -14,8 +14,9 @@ from instantrt.passes.ort import Preset
 from instantrt.passes.ort.blocks import LowerToExactBlocks
 from instantrt.passes.ort.expand import ExpandOnLoad
 from instantrt.passes.ort.groups import LowerGroups
-from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS, LowerPerChannel
+from instantrt.passes.ort.limbs import ONE_LIMB, ONE_LIMB_UNSIGNED, TWO_LIMBS
 from instantrt.passes.ort.nbits import LowerToMatMulNBits
+from instantrt.passes.ort.per_channel import LowerPerChannel
 
 
 def linear_passes(preset: Preset, *, steps: bool = True, signed: bool = True) -> tuple[Lowering[Any], ...]:

@@ -14,7 +14,7 @@ from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.zeros import before_zeros, central_zeros, missing_form
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 
-BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
+NBITS_BLOCKS = (256, 128, 64, 32, 16)  # largest first: docs/facts.md, "MatMulNBits block sizes"
 CHANNEL_BLOCK = 128  # a channel's one scale is repeated for blocks of at most this size: 4 % more bytes, and fast
 
 
@@ -24,8 +24,8 @@ def nbits_block(q: QuantTensor) -> int | None:
     A channel's blocks divide K where any of 32 does; else K is padded to whole ones.
     """
     if not q.per_channel:
-        return next((b for b in BLOCKS if q.group_size % b == 0), None)
-    return next((b for b in BLOCKS if CHANNEL_BLOCK >= b >= 32 and q.group_size % b == 0), CHANNEL_BLOCK)
+        return next((b for b in NBITS_BLOCKS if q.group_size % b == 0), None)
+    return next((b for b in NBITS_BLOCKS if CHANNEL_BLOCK >= b >= 32 and q.group_size % b == 0), CHANNEL_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
 
     def match(self, node: gs.Node) -> BlockwiseMatch | Reject | None:
         found = quantized(node)
-        if found is None:
-            return None
-        block = nbits_block(found.quant)
-        wrong = no_block(found.quant) if block is None else missing_form(found)
-        return Reject(wrong) if block is None or wrong else BlockwiseMatch(found, block)
+        return blockwise(found) if found is not None else None
 
     def rewrite(self, graph: gs.Graph, match: BlockwiseMatch) -> None:
         out = before_zeros(graph, match.linear, take_over(match.linear.node), match.block)
@@ -61,8 +57,15 @@ class LowerToMatMulNBits(Lowering[BlockwiseMatch]):
         return f"MatMulNBits, {match.linear.quant.bits} bits, blocks of {match.block}"
 
 
-def no_block(q: QuantTensor) -> str:
-    return f"group_size {q.group_size} is no multiple of {BLOCKS[-1]}, which MatMulNBits needs"
+def blockwise(found: Quantized) -> BlockwiseMatch | Reject:
+    """A linear in the operator's blocks, or why it has none."""
+    block = nbits_block(found.quant)
+    if block is None:
+        return Reject(
+            f"group_size {found.quant.group_size} is no multiple of {NBITS_BLOCKS[-1]}, which MatMulNBits needs"
+        )
+    wrong = missing_form(found)
+    return Reject(wrong) if wrong else BlockwiseMatch(found, block)
 
 
 def matmul_nbits(

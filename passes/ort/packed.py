@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, ints
 from instantrt.passes.float.fuse_rotary import last_slice
-from instantrt.passes.ort.rotary import ATTENTION
+from instantrt.passes.ort.rotary import GROUP_QUERY_ATTENTION
 
 
 class PackQueryKeyValue(Rewrite[gs.Node]):
@@ -16,7 +16,7 @@ class PackQueryKeyValue(Rewrite[gs.Node]):
     """
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
-        if node.op != ATTENTION or not node.inputs[1].name:
+        if node.op != GROUP_QUERY_ATTENTION or not node.inputs[1].name:
             return None
         query, key, value = (columns(t) for t in node.inputs[:3])
         if query is None or key is None or value is None or any(t is not query[0] for t, *_ in (key, value)):

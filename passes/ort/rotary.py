@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import small, view_of
+from instantrt.passes.core.names import MASK, POSITIONS
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 from instantrt.passes.core.tidy import bodies
-from instantrt.passes.qdq.last_logits import MASK, TO_THE_END
+from instantrt.passes.qdq.last_logits import TO_THE_END
 
-ATTENTION = "GroupQueryAttention"
-POSITIONS = "position_ids"
+GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 WIDTHS = 8  # what the width of a table is a multiple of; a head has at least twice as many channels
 SMALL, SHARE = 16 << 20, 1 / 32  # tables of so many bytes, or of this share of the weights', are worth a node a layer
 FORWARD, MIXED = np.arange(8)[None], np.array([[3, 1, 0], [2, 2, 5]])  # positions by which a table is known as one
@@ -47,7 +46,7 @@ class RotateInAttention(Rewrite[RotatedMatch]):
         return RotateInAttention(self.longest, graph)
 
     def match(self, node: gs.Node) -> RotatedMatch | Reject | None:
-        if node.op != ATTENTION or node.attrs.get("do_rotary"):
+        if node.op != GROUP_QUERY_ATTENTION or node.attrs.get("do_rotary"):
             return None
         query, key = (producer(t, "RotaryEmbedding") for t in node.inputs[:2])
         if query is None and key is None:
@@ -119,7 +118,7 @@ class RotateInAttention(Rewrite[RotatedMatch]):
             return inside
         count = nodes("Neg", [nodes("Shape", [given], "count", start=1, end=2)], "from_end")
         to_end, columns = nodes.const("to_end", [TO_THE_END], np.int64), nodes.const("columns", [1], np.int64)
-        new = nodes("Cast", [nodes("Slice", [mask, count, to_end, columns], "new")], "real", to=onnx.TensorProto.BOOL)
+        new = nodes.cast(nodes("Slice", [mask, count, to_end, columns], "new"), np.bool_, "real")
         return nodes("Where", [new, given, inside], "checked")
 
     def table(self, graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor:

@@ -1,4 +1,4 @@
-"""What stays float in an artifact for ONNX Runtime keeps the 16 bits it is stored in; embeddings may be in codes."""
+"""Tables of embeddings in codes, as ONNX Runtime gathers them."""
 
 from __future__ import annotations
 
@@ -6,89 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import BFLOAT16, FileTensor, Source, View, first_part, view_of
-from instantrt.passes.core.linear import Linear, linear
+from instantrt.passes.core.lazy import BFLOAT16, Source, View, first_part, view_of
 from instantrt.passes.core.quant import Quantizer, QuantTensor, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, take_over
 from instantrt.passes.core.subgraphs import tensors
 from instantrt.passes.core.verify import tables_are_float32
 from instantrt.passes.ort.nbits import Blocks
 from instantrt.passes.ort.zeros import Filled, minima
-from instantrt.passes.qdq.tables import BLOCKS, Table, stored_table, table
+from instantrt.passes.qdq.tables import TABLE_BLOCKS, Table, stored_table, table
 
-HALF_TYPES = {np.dtype(np.float16): onnx.TensorProto.FLOAT16, BFLOAT16: onnx.TensorProto.BFLOAT16}
 SCALE_TYPE = BFLOAT16  # of weights that are quantized here: float16 ends where the weights of some models begin
-
-
-@dataclass(frozen=True)
-class TableMatch:
-    node: gs.Node
-    table: gs.Constant
-    stored: FileTensor
-
-
-class KeepTablesInHalf(Rewrite[TableMatch]):
-    """Gather(table float32) -> Cast(Gather(table as stored)): a 16-bit embedding keeps its bytes."""
-
-    def match(self, node: gs.Node) -> TableMatch | Reject | None:
-        view = view_of(node.inputs[0]) if node.op == "Gather" else None
-        if view is None or view.dtype != np.float32 or not isinstance(view.source, FileTensor):
-            return None
-        if view.source.dtype not in HALF_TYPES or view.source.shape != view.shape:
-            return Reject("the table is not stored in 16 bits")
-        return TableMatch(node, node.inputs[0], view.source)
-
-    def rewrite(self, graph: gs.Graph, match: TableMatch) -> None:
-        match.table.values = View(match.stored, match.stored.shape, match.stored.dtype)
-        out = take_over(match.node)
-        taken = gs.Variable(f"{out.name}/half", HALF_TYPES[match.stored.dtype], out.shape)
-        match.node.outputs.append(taken)
-        add(graph, "Cast", [taken], out, to=onnx.TensorProto.FLOAT)
-
-
-@dataclass(frozen=True)
-class FloatLinearMatch:
-    linear: Linear
-    stored: FileTensor
-
-
-@dataclass(frozen=True)
-class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
-    """MatMul(x, W float32) -> MatMul(x, Cast(W as stored)) for linears left float; a tied head shares the embedding.
-
-    ONNX Runtime folds the Cast once when it loads; the file stays half as large.
-    """
-
-    tables: Mapping[Source, gs.Tensor] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
-
-    def for_graph(self, graph: gs.Graph) -> KeepFloatLinearsInHalf:
-        tables: dict[Source, gs.Tensor] = {}
-        for tensor in graph.tensors().values():
-            view = view_of(tensor)
-            if view is not None and view.as_stored:  # as an embedding is, and no linear's [K, N] view
-                tables.setdefault(view.source, tensor)
-        return KeepFloatLinearsInHalf(tables)
-
-    def match(self, node: gs.Node) -> FloatLinearMatch | Reject | None:
-        found = linear(node)
-        if found is None:
-            return None
-        if not isinstance(found.rows, FileTensor) or found.rows.dtype not in HALF_TYPES:
-            return Reject("the matrix is not stored in 16 bits, row by row")
-        return FloatLinearMatch(found, found.rows)
-
-    def rewrite(self, graph: gs.Graph, match: FloatLinearMatch) -> None:
-        stored, node = match.stored, match.linear.node
-        tied = self.tables.get(stored)
-        if tied is not None:
-            half = add(graph, "Transpose", [tied], f"{match.linear.path}/tied", perm=[1, 0])
-        else:
-            k_n = View(stored, stored.shape[::-1], stored.dtype, axis=1, project=lambda t: t.parts[0].T)
-            half = gs.Constant(f"{match.linear.path}.weight_half", k_n)
-        node.inputs[1] = add(graph, "Cast", [half], f"{match.linear.path}/weight", to=onnx.TensorProto.FLOAT)
 
 
 @dataclass(frozen=True)
@@ -109,7 +38,7 @@ class QuantizeTables(Rewrite[Table]):
     def for_graph(self, graph: gs.Graph) -> QuantizeTables:
         views = [view for t in tensors(graph).values() if (view := view_of(t)) is not None]
         linears = tuple(dict.fromkeys(v.source for v in views if isinstance(v.source, QuantTensor)))
-        tied = {q.source.weight: q for q in linears if isinstance(q.source, Quantizer) and fits(q)}
+        tied = {q.source.weight: q for q in linears if isinstance(q.source, Quantizer) and may_be_table(q)}
         return replace(self, linears=linears, tied=tied)
 
     def match(self, node: gs.Node) -> Table | Reject | None:
@@ -141,14 +70,14 @@ class QuantizeTables(Rewrite[Table]):
         steps = f"{name}/steps" if q.has_minima else out
         rows = add(graph, "GatherBlockQuantized", inputs, steps, domain="com.microsoft", name=node.name, **attrs)
         if q.has_minima:
-            shifted(graph, q, rows, ids, out, name)
+            add_minima(graph, q, rows, ids, out, name)
 
     def note(self, match: Table) -> str:
         shared = f", one table with {match.quant.name}" if match.quant in self.linears else ""
         return f"GatherBlockQuantized, {match.quant.bits} bits{shared}"
 
 
-def shifted(graph: gs.Graph, q: QuantTensor, rows: gs.Tensor, ids: gs.Tensor, out: gs.Tensor, name: str) -> None:
+def add_minima(graph: gs.Graph, q: QuantTensor, rows: gs.Tensor, ids: gs.Tensor, out: gs.Tensor, name: str) -> None:
     """Adds its minimum to each group of the rows [..., H] of a table."""
     nodes, rank = Prefixed(graph, name), len(ids.shape)
     minimum = nodes("Gather", [minima(q, name), ids], "minima", axis=0)
@@ -159,6 +88,6 @@ def shifted(graph: gs.Graph, q: QuantTensor, rows: gs.Tensor, ids: gs.Tensor, ou
     add(graph, "Reshape", [nodes("Add", [grouped, minimum], "shifted"), whole], out)
 
 
-def fits(q: QuantTensor) -> bool:
+def may_be_table(q: QuantTensor) -> bool:
     """May a table of embeddings be in the form of this linear?"""
-    return q.bits == 8 and q.group_size in BLOCKS and not q.has_minima  # GatherBlockQuantized has none
+    return q.bits == 8 and q.group_size in TABLE_BLOCKS and not q.has_minima  # GatherBlockQuantized has none

@@ -11,41 +11,21 @@ Every channel is still computed from the same numbers, so this is exact. Where a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import TILE_BYTES, Source, Tile, view_of
-from instantrt.passes.core.linear import linear, weight_dequantize
-from instantrt.passes.core.quant import Codes, Order, QuantTensor
+from instantrt.passes.core.lazy import view_of
+from instantrt.passes.core.linear import NORMS, linear, weight_dequantize
+from instantrt.passes.core.quant import Order, QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.core.verify import activations_are_float
 from instantrt.passes.qdq.insert_qdq import quantized
+from instantrt.passes.qdq.permuted import Permuted
 
 UNARY = "Abs Cast Clip Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Neg Relu Sigmoid Softplus Sqrt Swish Tanh"
 ELEMENTWISE = frozenset((*UNARY.split(), "Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"))
-NORMS = frozenset(("LayerNormalization", "RMSNormalization"))
-
-
-@dataclass(frozen=True)
-class Permuted:
-    """The rows of a source in another order; holds one weight in memory while it is written."""
-
-    source: Source
-    order: Order
-
-    def tiles(self) -> Iterator[Tile]:
-        tiles = [tile.parts for tile in self.source.tiles()]
-        coded = isinstance(tiles[0], Codes)
-        parts = [np.concatenate(part) for part in zip(*tiles, strict=True)]
-        del tiles
-        step = max(1, TILE_BYTES // max(1, parts[0][:1].nbytes))
-        for start in range(0, len(self.order), step):
-            rows = self.order.indices[start : start + step]
-            taken = tuple(part[rows] for part in parts)
-            yield Tile(start, Codes(*taken) if coded else taken)
 
 
 @dataclass(frozen=True)

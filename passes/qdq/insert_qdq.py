@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, Tile, View, first_part, small, view_of
 from instantrt.passes.core.linear import Linear, linear, weight_dequantize
 from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
-from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, once, producer
-from instantrt.passes.core.verify import activation_q_is_followed_by_dq, activations_are_float, weight_dq_feeds_matmul
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+from instantrt.passes.core.verify import activations_are_float, weight_dq_feeds_matmul
 
 CODE_TYPES = {8: np.dtype(np.uint8), 4: np.dtype(ml_dtypes.uint4)}
 Decisions = Mapping[str, QuantTensor | Reject]  # module path -> how to quantize it, or why not
@@ -70,7 +70,7 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """Adds the DequantizeLinear of a weight, in canonical form; its output is `[K, N]`."""
     (n, k), code_type = q.shape, CODE_TYPES[q.bits]
     if q.has_minima:
-        return shifted(graph, q, path)
+        return dequantized_with_minima(graph, q, path)
     per_group = (q.groups, n)
     codes = gs.Constant(f"{path}.codes", View(q, (k, n), code_type, axis=1, project=lambda tile: tile.parts[0].T))
     scale = View(q, per_group, np.float32, axis=1, project=lambda tile: tile.parts[1].T)
@@ -84,23 +84,25 @@ def dequantized(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     return add(graph, "DequantizeLinear", inputs, f"{path}.dequantized", **attrs)
 
 
-def shifted(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
+def dequantized_with_minima(graph: gs.Graph, q: QuantTensor, path: str) -> gs.Tensor:
     """The same with minima: code * scale + minimum."""
-    (n, k), shape, per_group = q.shape, (q.groups, q.group_size, q.shape[0]), (q.groups, 1, q.shape[0])
-
-    def view(shape: tuple[int, ...], dtype: npt.DTypeLike, values: Callable[[Tile], Array]) -> View:
-        def project(tile: Tile) -> Array:
-            return values(tile).T.reshape(*shape[:2], -1)
-
-        return View(q, shape, dtype, axis=2, project=project)
-
-    codes = gs.Constant(f"{path}.codes", view(shape, CODE_TYPES[q.bits], first_part))
-    scale = gs.Constant(f"{path}.scale", view(per_group, np.float32, scales_of))
-    minimum = gs.Constant(f"{path}.minimum", view(per_group, np.float32, zeros_of))
+    n, k = q.shape
+    codes = gs.Constant(f"{path}.codes", by_group(q, q.group_size, CODE_TYPES[q.bits], first_part))
+    scale = gs.Constant(f"{path}.scale", by_group(q, 1, np.float32, scales_of))
+    minimum = gs.Constant(f"{path}.minimum", by_group(q, 1, np.float32, zeros_of))
     blocks: dict[str, Any] = {"axis": 1, "block_size": q.group_size}
     steps = add(graph, "DequantizeLinear", [codes, scale], f"{path}.steps", **blocks)
     weight = add(graph, "Add", [steps, minimum], f"{path}.shifted")
     return add(graph, "Reshape", [weight, small(f"{path}.kn", [k, n], np.int64)], f"{path}.dequantized")
+
+
+def by_group(q: QuantTensor, rows: int, dtype: npt.DTypeLike, values: Callable[[Tile], Array]) -> View:
+    """`values` [n, G * rows] of each tile as a constant [G, rows, N]."""
+
+    def project(tile: Tile) -> Array:
+        return values(tile).T.reshape(q.groups, rows, -1)
+
+    return View(q, (q.groups, rows, q.shape[0]), dtype, axis=2, project=project)
 
 
 @dataclass(frozen=True)
@@ -132,30 +134,3 @@ def float_input(x: gs.Tensor) -> gs.Tensor:
     dq = producer(x, "DequantizeLinear")
     q = producer(dq.inputs[0], "QuantizeLinear") if dq is not None else None
     return q.inputs[0] if q is not None else x
-
-
-class QuantizeActivations(Rewrite[Quantized]):
-    """x -> DequantizeLinear(QuantizeLinear(x, s)) in front of every A8 linear; s = max|x_row| / 127, 1 for a zero row.
-
-    One Q/DQ pair for each distinct x. The scale of a token is a block as wide as the token.
-    """
-
-    requires = (weight_dq_feeds_matmul,)
-    ensures = (activation_q_is_followed_by_dq,)
-
-    def match(self, node: gs.Node) -> Quantized | Reject | None:
-        found = quantized(node)
-        if found is None or found.quant.activations == "float" or found.x is not node.inputs[0]:
-            return None
-        return found
-
-    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        nodes, x = Prefixed(graph, f"{match.x.name}/per_token"), match.x
-        peak = nodes("ReduceMax", [nodes("Abs", [x], "abs"), nodes.const("axes", [-1], np.int64)], "max", keepdims=1)
-        scale = nodes("Mul", [peak, nodes.const("127th", 1 / 127, np.float32)], "step")
-        zero_row = nodes("Equal", [scale, nodes.const("0", 0, np.float32)], "zero_row")
-        scale = nodes("Where", [zero_row, nodes.const("1", 1, np.float32), scale], "scale")
-        block: dict[str, Any] = {"axis": -1, "block_size": match.quant.shape[1]}
-        codes = gs.Variable(f"{nodes.prefix}/codes", np.int8, x.shape)
-        codes = once(graph, "QuantizeLinear", [x, scale], codes, name=f"{x.name}/quantize", output_dtype=3, **block)
-        match.node.inputs[0] = nodes("DequantizeLinear", [codes, scale], "dequantized", **block)

@@ -17,17 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import small
 from instantrt.passes.core.linear import Linear, linear
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer
+from instantrt.passes.core.names import LOGITS, MASK, PRESENT
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, cast, producer
 from instantrt.passes.qdq.insert_qdq import float_input
 
-LOGITS = "logits"
-LAST = "logits/last"  # the node that picks the token: without it the graph has the logits of all again
-MASK = "attention_mask"
+LAST = f"{LOGITS}/last"  # the node that picks the token: without it the graph has the logits of all again
 POINTWISE = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Clip"})
 # What may also lie between a head, or its parts, and the logits.
 SHAPING = "Concat Gather Identity LogSoftmax Pad Reshape Slice Softmax Squeeze Sub Transpose Unsqueeze Where"
@@ -95,12 +93,12 @@ def last_tokens(graph: gs.Graph, x: gs.Tensor) -> gs.Tensor:
         return add(graph, "Shape", [tensor], gs.Variable(f"{LAST}/{name}", np.dtype(np.int64), [1]), start=1, end=2)
 
     one, sequence, total = number(1, "one"), count(x, "sequence"), count(mask, "total")
-    allowed = add(graph, "Cast", [mask], f"{LAST}/allowed", to=onnx.TensorProto.BOOL)
+    allowed = cast(graph, mask, np.bool_, f"{LAST}/allowed")
     limit = add(graph, "Squeeze", [add(graph, "Add", [total, one], f"{LAST}/limit")], f"{LAST}/scalar")
     ends = add(graph, "Range", [one, limit, one], f"{LAST}/ends")
     seen = add(graph, "Where", [allowed, ends, number(0, "zero")], f"{LAST}/seen")
     end = add(graph, "ReduceMax", [seen, number([1], "axis")], f"{LAST}/end", keepdims=0)
-    if any(t.name.startswith("present.") and producer(t, "Concat") for t in graph.outputs):
+    if any(t.name.startswith(PRESENT) and producer(t, "Concat") for t in graph.outputs):
         end = add(graph, "Sub", [end, add(graph, "Sub", [total, sequence], f"{LAST}/past")], f"{LAST}/new")
     inside = add(graph, "Max", [add(graph, "Min", [end, sequence], f"{LAST}/most"), one], f"{LAST}/inside")
     place = add(graph, "Sub", [inside, one], f"{LAST}/place")

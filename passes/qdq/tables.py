@@ -11,14 +11,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Source, View, view_of
+from instantrt.passes.core.names import MASK, POSITIONS
 from instantrt.passes.core.quant import InstantQuant, QuantTensor, StoredInCodes
 from instantrt.passes.core.rewrite import Reject
 
-BLOCKS = (128, 64, 32, 16)
+TABLE_BLOCKS = (128, 64, 32, 16)
 # What tokens go through on their way to their table; and the inputs that pick rows of other tables.
 MOVING = "Cast Clip Concat Flatten Identity Max Min Reshape Slice Squeeze Transpose Unsqueeze Where"
 ROUTE = frozenset(MOVING.split())
-OTHERS = ("position_ids", "token_type_ids", "attention_mask")
+OTHERS = (POSITIONS, "token_type_ids", MASK)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def table(
     if view.source in tied:
         return Table(node, tied[view.source])
     v, h = view.shape
-    block = next((b for b in BLOCKS if h % b == 0), None)
+    block = next((b for b in TABLE_BLOCKS if h % b == 0), None)
     if block is None:
         return Reject(f"width {h} is no multiple of 16")
     name = node.inputs[0].name

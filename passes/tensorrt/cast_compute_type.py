@@ -7,23 +7,23 @@ output keeps float32, so that the interface is the same on all targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, convert, small, view_of
-from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, add, once
+from instantrt.passes.core.lazy import FLOAT32
+from instantrt.passes.core.names import PAST, PRESENT
+from instantrt.passes.core.rewrite import Pass, Reject, Rewrite, cast
 from instantrt.passes.tensorrt.clamp_mask import ClampMask
+from instantrt.passes.tensorrt.narrow import cast_once
 
 WIDE = {"Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"}
-CACHES = ("past_key_values.", "present.")
+CACHES = (PAST, PRESENT)
 
 
 def cast_compute_type(dtype: np.dtype[Any]) -> tuple[Pass, ...]:
@@ -47,7 +47,7 @@ class NarrowInputs(Pass):
                 tensor.dtype = self.dtype
             else:
                 consumers = list(tensor.outputs)
-                narrow = cast(graph, tensor, self.dtype)
+                narrow = cast_once(graph, tensor, self.dtype)
                 for node in consumers:
                     node.inputs = [narrow if t is tensor else t for t in node.inputs]
             yield tensor.name, self.dtype.name
@@ -62,8 +62,8 @@ class WidenOutputs(Pass):
                 continue
             name, tensor.name = tensor.name, f"{tensor.name}/{tensor.dtype.name}"
             graph.outputs[index] = gs.Variable(name, FLOAT32, tensor.shape)
-            # Named neither after its output, as the node that made the output may be, nor as `cast` names its own.
-            add(graph, "Cast", [tensor], graph.outputs[index], name=f"{name}/interface", to=onnx.TensorProto.FLOAT)
+            # Named neither after its output, as the node that made the output may be, nor as `cast_once` names its own.
+            cast(graph, tensor, np.float32, graph.outputs[index], name=f"{name}/interface")
             yield name, FLOAT32.name
 
 
@@ -98,7 +98,7 @@ class CastComputeType(Rewrite[CastMatch]):
     def rewrite(self, graph: gs.Graph, match: CastMatch) -> None:
         node, dtype = match.node, match.dtype
         for index in match.indices:
-            node.inputs[index] = cast(graph, node.inputs[index], dtype)
+            node.inputs[index] = cast_once(graph, node.inputs[index], dtype)
         if node.op == "Cast" and node.attrs["to"] == onnx.TensorProto.FLOAT:
             node.attrs["to"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         for index, output in enumerate(node.outputs):
@@ -122,7 +122,7 @@ class WidenForBranches(Rewrite[list[gs.Node]]):
 
     def rewrite(self, graph: gs.Graph, match: list[gs.Node]) -> None:
         for node in match:
-            node.inputs = [cast(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
+            node.inputs = [cast_once(graph, t, FLOAT32) if t.dtype == self.dtype else t for t in node.inputs]
 
 
 @cache
@@ -147,47 +147,3 @@ def is_weight_reader(node: gs.Node) -> bool:
     """Hidden states begin here: an embedding table, or a dequantized weight or cache."""
     table = node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and len(node.inputs[0].shape) > 1
     return table or node.op == "DequantizeLinear"
-
-
-def cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype[Any]) -> gs.Tensor:
-    """`tensor` as `dtype`: a constant of that type, or one Cast for all who ask."""
-    if tensor.dtype == dtype:
-        return tensor
-    name = f"{tensor.name}/{dtype.name}"
-    view = view_of(tensor)
-    if view is not None:
-        project = Narrow(view.project, dtype, tensor.name)
-        return gs.Constant(name, View(view.source, view.shape, dtype, axis=view.axis, project=project))
-    if isinstance(tensor, gs.Constant):
-        return small(name, narrowed(tensor.values, dtype, tensor.name), dtype)
-    output = gs.Variable(name, dtype, tensor.shape)
-    return once(graph, "Cast", [tensor], output, to=onnx.helper.np_dtype_to_tensor_dtype(dtype))
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """A projection whose result is cast to `dtype`, and refused where that would make infinities."""
-
-    project: Callable[[Tile], Array]
-    dtype: np.dtype[Any]
-    name: str
-
-    def __call__(self, tile: Tile) -> Array:
-        return narrowed(self.project(tile), self.dtype, self.name)
-
-
-def narrowed(values: Array, dtype: np.dtype[Any], name: str) -> Array:
-    if values.dtype == dtype:
-        return values
-    wide = convert(values, FLOAT32)
-    limit = float(ml_dtypes.finfo(dtype).max)
-    largest = float(np.abs(wide).max(initial=0.0))
-    if largest > limit:
-        raise UserError(
-            f"a weight does not fit {dtype.name}",
-            where=name,
-            expected=f"at most {limit:.5g}",
-            found=f"{largest:.5g}",
-            fix="build for a target with bfloat16 (sm80 and newer) from a bfloat16 checkpoint",
-        )
-    return convert(wide, dtype)

@@ -7,11 +7,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, cast, producer, take_over
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,12 @@ class DecomposeAttention(Rewrite[AttentionMatch]):
         key = add(graph, "Transpose", [match.key], f"{name}/key", perm=[0, 1, 3, 2])
         scores = regroup(add(graph, "MatMul", [query, key], f"{name}/product"), apart, "scores")
         if self.dtype != FLOAT32:
-            scores = add(graph, "Cast", [scores], f"{name}/wide", to=onnx.TensorProto.FLOAT)
+            scores = cast(graph, scores, np.float32, f"{name}/wide")
         if match.mask is not None:
             scores = self.masked(graph, scores, match.mask, name)
         weights = add(graph, "Softmax", [scores], f"{name}/softmax", axis=-1)
         if self.dtype != FLOAT32:
-            to = onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
-            weights = add(graph, "Cast", [weights], f"{name}/narrow", to=to)
+            weights = cast(graph, weights, self.dtype, f"{name}/narrow")
         weights = regroup(weights, grouped, "weights")
         if not shared:
             add(graph, "MatMul", [weights, match.value], out, name=name)
@@ -94,9 +92,9 @@ class DecomposeAttention(Rewrite[AttentionMatch]):
         if mask.dtype == np.bool_:
             hidden = small(f"{name}/hidden", float(ml_dtypes.finfo(self.dtype).min) / 2, FLOAT32)
             return add(graph, "Where", [mask, scores, hidden], f"{name}/masked")
-        cast = producer(mask, "Cast")
-        if cast is not None and cast.inputs[0].dtype == FLOAT32:
-            mask = cast.inputs[0]
+        narrow = producer(mask, "Cast")
+        if narrow is not None and narrow.inputs[0].dtype == FLOAT32:
+            mask = narrow.inputs[0]
         elif mask.dtype != FLOAT32:
-            mask = add(graph, "Cast", [mask], f"{name}/mask", to=onnx.TensorProto.FLOAT)
+            mask = cast(graph, mask, np.float32, f"{name}/mask")
         return add(graph, "Add", [scores, mask], f"{name}/masked")

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, small
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, take_over
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, cast, take_over
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DecomposeRmsNorm(Rewrite[gs.Node]):
         x, scale = match.inputs
         narrow = self.dtype != FLOAT32
         if narrow:
-            x = add(graph, "Cast", [x], f"{name}/wide", to=onnx.TensorProto.FLOAT)
+            x = cast(graph, x, np.float32, f"{name}/wide")
         square = add(graph, "Mul", [x, x], f"{name}/square")
         axes = small(f"{name}/axes", [-1], np.int64)
         epsilon = small(f"{name}/epsilon", match.attrs.get("epsilon", 1e-5), FLOAT32)
@@ -47,6 +47,5 @@ class DecomposeRmsNorm(Rewrite[gs.Node]):
         rms = add(graph, "Sqrt", [raised], f"{name}/rms")
         unit = add(graph, "Div", [x, rms], f"{name}/unit")
         if narrow:
-            to = onnx.helper.np_dtype_to_tensor_dtype(self.dtype)
-            unit = add(graph, "Cast", [unit], f"{name}/narrow", to=to)
+            unit = cast(graph, unit, self.dtype, f"{name}/narrow")
         add(graph, "Mul", [unit, scale], out, name=name)

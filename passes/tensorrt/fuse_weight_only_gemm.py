@@ -8,7 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, producer, take_over
-from instantrt.passes.tensorrt.lower_weight_only_gemm import Packed, attributes, gemm, interleave, packed_of, weights
+from instantrt.passes.tensorrt.lower_weight_only_gemm import attributes, gemm, weights
+from instantrt.passes.tensorrt.packed import Packed, interleave, packed_of
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 

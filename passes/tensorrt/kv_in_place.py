@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.evaluate import PAST
-from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, take_over
+from instantrt.passes.core.names import IDS, MASK, PAST
+from instantrt.passes.core.rewrite import Pass, Prefixed, Reject, Rewrite, add, once, producer, set_opset, take_over
 from instantrt.passes.core.verify import attention_is_explicit
+from instantrt.passes.qdq.quantize_cache import unlike_cache
 
-OPSET = 24  # the first with TensorScatter
+SCATTER_OPSET = 24  # the first with TensorScatter
 HIDDEN = -32752.0  # what float16 can add twice; see ClampMask
 
 
@@ -40,13 +40,9 @@ class ScatterCache(Rewrite[gs.Node]):
     max_length: int
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
-        if node.op != "Concat" or len(node.inputs) != 2 or not node.inputs[0].name.startswith(PAST):
+        if (reason := unlike_cache(node)) is None:
             return None
-        if node.attrs["axis"] not in (2, -2):
-            return Reject("the cache does not grow along its second last axis")
-        if any(reader.op != "Attention" for reader in node.outputs[0].outputs):
-            return Reject("something other than Attention reads the cache")
-        return node
+        return Reject(reason) if reason else node
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         (past, new), present = match.inputs, take_over(match)
@@ -68,7 +64,7 @@ class PadMask(Rewrite[gs.Node]):
 
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         mask, nodes = match.inputs[3], Prefixed(graph, "cache")
-        used = nodes("Neg", [length(graph, "attention_mask")], "used")
+        used = nodes("Neg", [length(graph, MASK)], "used")
         room = nodes("Add", [used, nodes.const("max_length", [self.max_length], np.int64)], "room")
         pads = nodes("Pad", [room, nodes.const("seven", [7, 0], np.int64)], "pads")
         padded = once(graph, "Pad", [mask, pads, nodes.const("hidden", HIDDEN, mask.dtype)], f"{mask.name}/padded")
@@ -89,8 +85,7 @@ class RequireInPlace(Pass):
                     found=", ".join(node.op for node in tensor.outputs),
                     fix="use --kv-cache concat",
                 )
-        graph.opset = max(graph.opset, OPSET)
-        graph.import_domains = None  # else the exporter would write the old opset
+        set_opset(graph, max(graph.opset, SCATTER_OPSET))
         yield graph.name, f"opset {graph.opset}"
 
 
@@ -98,11 +93,11 @@ def write_position(graph: gs.Graph) -> gs.Tensor:
     """Where each row's new entries go, int64 `[B]`; made once."""
     nodes = Prefixed(graph, "cache/position")
     axis, zero, one = (nodes.const(n, v, np.int64) for n, v in (("axis", [1]), ("zero", 0), ("one", 1)))
-    allowed = nodes("Cast", [graph_input(graph, "attention_mask")], "allowed", to=onnx.TensorProto.BOOL)
-    total = nodes("Squeeze", [length(graph, "attention_mask")], "total")
+    allowed = nodes.cast(graph_input(graph, MASK), np.bool_, "allowed")
+    total = nodes("Squeeze", [length(graph, MASK)], "total")
     ends = nodes("Range", [one, nodes("Add", [total, one], "limit"), one], "ends")
     end = nodes("ReduceMax", [nodes("Where", [allowed, ends, zero], "seen"), axis], "end", keepdims=0)
-    start = nodes("Sub", [end, length(graph, "input_ids")], "start")
+    start = nodes("Sub", [end, length(graph, IDS)], "start")
     return once(graph, "Max", [start, zero], nodes.prefix)
 
 

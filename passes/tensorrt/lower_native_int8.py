@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, small
-from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
+from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, cast, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.tensorrt.native import channel_scales, corrections, signed_codes
 
@@ -58,14 +57,14 @@ class LowerNativeInt8(Lowering[Quantized]):
         inputs = [signed_codes(match.quant, FLOAT32), small(f"{name}/weight/step", STEP, dtype)]
         weight = add(graph, "DequantizeLinear", inputs, f"{name}/weight")
         y = add(graph, "MatMul", [token, weight], f"{name}/int8", name=name)
-        y = y if wide else add(graph, "Cast", [y], f"{name}/wide", to=onnx.TensorProto.FLOAT)
+        y = y if wide else cast(graph, y, np.float32, f"{name}/wide")
         y = add(graph, "Mul", [y, channel_scales(match.quant, FLOAT32, 1 / STEP)], f"{name}/by_channel")
         if not match.quant.symmetric:
             mean = code_mean(graph, match.x, codes)
             term = add(graph, "Mul", [mean, corrections(match.quant, FLOAT32)], f"{name}/correction")
             y = add(graph, "Add", [y, term], f"{name}/corrected")
         y = add(graph, "Mul", [y, span], f"{name}/by_token")
-        add(graph, "Cast", [y], out, name=f"{name}/narrow", to=onnx.helper.np_dtype_to_tensor_dtype(self.dtype))
+        cast(graph, y, self.dtype, out, name=f"{name}/narrow")
 
     def note(self, match: Quantized) -> str:  # noqa: ARG002
         return "int8 GEMM, scales by token and channel"
@@ -74,7 +73,7 @@ class LowerNativeInt8(Lowering[Quantized]):
 def quantized_tokens(graph: gs.Graph, x: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     """int8 codes of x / span, and span `[..., 1]` float32; computed once for all linears that share x."""
     nodes = Prefixed(graph, f"{x.name}/token")
-    wide = nodes("Cast", [x], "wide", to=onnx.TensorProto.FLOAT)
+    wide = nodes.cast(x, np.float32, "wide")
     axes = nodes.const("axes", [-1], np.int64)
     peak = nodes("ReduceMax", [nodes("Abs", [wide], "abs"), axes], "peak", keepdims=1)
     peak = nodes("Max", [peak, nodes.const("tiny", TINY, FLOAT32)], "floor")

@@ -18,7 +18,7 @@ from instantrt.passes.core.subgraphs import every_node
 from instantrt.passes.tensorrt.explicit_scales import INT4_BLOCKS
 from instantrt.plugins.ops import DOMAIN
 
-OPSET = 21
+OLD_OPSET = 21
 
 FLOATS = frozenset({"float32", "float16"})  # and bfloat16, which no GPU has that these releases are for
 NUMBERS = FLOATS | {"int32", "int64"}

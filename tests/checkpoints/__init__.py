@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from instantrt.compiler.checkpoint import read_checkpoint
-from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.passes.core.lazy import Array, whole
 from instantrt.passes.core.quant import Codes, QuantTensor, dequantize
@@ -31,7 +31,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def read_layer(folder: Path, path: str, shape: tuple[int, int]) -> QuantTensor:
     """One layer of a quantized checkpoint, as its reader has it."""
     tensors = read_checkpoint(folder)
-    reader = find_reader(folder, config_of(folder), tensors)
+    reader = announced_reader(folder, config_of(folder))
     assert reader is not None
     quant = reader.read(StoredLayer(path, shape, tensors))
     assert isinstance(quant, QuantTensor), quant

@@ -354,6 +354,11 @@ def test_over_what_is_quantized(pair: tuple[Path, Path], tmp_path: Path) -> None
         path = f"base_model.model.{name.removesuffix('.weight')}"
         more = 1.5 * lora[f"{path}.lora_B.weight"] @ lora[f"{path}.lora_A.weight"] if "q_proj" in name else 0
         np.testing.assert_allclose(whole(found[name]), array + more, rtol=0, atol=CLOSE * np.abs(array).max())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_bytes((TINY / name).read_bytes())
+    (adapter / "added_tokens.json").write_text('{"<new>": 4096}')
+    loaded = load(tmp_path / "m.gguf", requantize=True, adapter=[adapter])
+    assert 'tokenizer.json lacks tokens that other files name: "<new>"' in loaded.notes[-1]
 
 
 def of_shapes(weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:

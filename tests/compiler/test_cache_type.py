@@ -19,7 +19,7 @@ from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.steps import Call
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
-from instantrt.passes.core.evaluate import PAST
+from instantrt.passes.core.names import PAST
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.rotary import RotateInAttention

@@ -112,7 +112,12 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
     short.write_text("A few words.")
     binary.write_bytes(b"\xff\xfe" * 4000)
     long.write_text(TEXT.read_text())
-    onnx = model_file(folder / "m.onnx", "y = MatMul(x, w)", {"w": np.ones((64, 64), np.float32)})
+    (folder / "own").mkdir()
+    onnx, beside = (
+        model_file(at / "m.onnx", "y = MatMul(x, w)", {"w": np.ones((64, 64), np.float32)})
+        for at in (folder, folder / "own")
+    )
+    (beside.parent / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
     return {
         "short": ({"calibration": short}, f"is too short\n  expected: at least {LEAST} tokens.*\n  found:    4"),
         "binary": ({"calibration": binary}, "the text cannot be read"),
@@ -121,10 +126,11 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "tokens": ({"calibration": long, "quant": "a8w8", "lm_head": "float"}, "says nothing without weight-only"),
         "search": ({"calibration": long, "search": "none"}, "both say how codes are fitted"),
         "onnx": ({"calibration": long, "model": onnx}, "no tokenizer for the text"),
+        "beside": ({"calibration": long, "model": beside}, "this model reads none"),
     }
 
 
-@pytest.mark.parametrize("case", ["short", "binary", "missing", "float", "tokens", "search", "onnx"])
+@pytest.mark.parametrize("case", ["short", "binary", "missing", "float", "tokens", "search", "onnx", "beside"])
 def test_what_it_cannot_be_had_for(case: str, tmp_path: Path) -> None:
     given, says = refusals(tmp_path)[case]
     with pytest.raises(UserError, match=says):

@@ -44,7 +44,7 @@ def scheme(bits: int, strategy: str, form: str, *, symmetric: bool = True, **cha
 
 
 def reader_of(raw: dict[str, Any]) -> Any:
-    return readers.find_reader(Path("nowhere"), {"quantization_config": raw}, {})
+    return readers.announced_reader(Path("nowhere"), {"quantization_config": raw})
 
 
 def read(folder: Path, parts: dict[str, Array], reader: Any) -> QuantTensor | Reject:
@@ -166,7 +166,7 @@ def test_plain_int8(name: str, flat: bool, tmp_path: Path) -> None:
     parts = {"weight": q, name: scale[:, 0] if flat else scale}
     write_safetensors(tmp_path / "model.safetensors", {f"{PATH}.{part}": array for part, array in parts.items()})
     tensors = read_checkpoint(tmp_path)
-    reader = readers.find_reader(tmp_path, {}, tensors)
+    reader = readers.unannounced_reader(tensors)
     assert isinstance(reader, plain.PlainConfig)
     assert reader.activations == "float"
     quant = reader.read(stored.StoredLayer(PATH, (N, K), tensors))

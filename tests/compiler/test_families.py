@@ -20,7 +20,7 @@ import torch
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import write_model
-from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.frontend.skeleton import build_skeleton
 from instantrt.compiler.request import Request
@@ -100,7 +100,7 @@ def alone(length: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make(family, tmp_path)
-    exported = hf.load_checkpoint(tmp_path)
+    exported = load(tmp_path)
     assert exported.llm is not None
     graph = pipeline.normalize(exported.graph, PassLog())
     ops = {n.op for n in graph.nodes}
@@ -137,13 +137,13 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 128', '"intermediate_size": 256'))
     with pytest.raises(UserError, match=r"disagrees with the model's config\n  expected: shape \[.*256.*\]"):
-        hf.load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "m.M"}}')
     with pytest.raises(UserError, match="--trust-remote-code"):
-        hf.load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("config", ['{"model_type": "vit"}', '{"model_type": "nosuch"}', "{}"])
@@ -153,7 +153,7 @@ def test_what_is_no_causal_lm_is_refused(tmp_path: Path, config: str) -> None:
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError):
-        hf.load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize, QuantizeActivations
+from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from tests.conftest import TINY
 from tests.graphs import linear_graph

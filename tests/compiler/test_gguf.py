@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +18,21 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from instantrt.compiler.accuracy.perplexity import artifact_logits
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.decide import check_tables, resolve
+from instantrt.compiler.decide import check_early, check_tables, resolve
+from instantrt.compiler.fit import check_text
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.gguf import gguf_at, refuse_gguf
 from instantrt.compiler.frontend.gguf.file import open_gguf
+from instantrt.compiler.inspect import inspect
 from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor, detect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, View, whole
 from instantrt.passes.core.quant import Codes, dequantize
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.scales import KeepScalesInHalf
+from instantrt.passes.ort.in_half import KeepScalesInHalf
 from instantrt.passes.ort.tables import QuantizeTables
+from tests.checkpoints import HERE
 from tests.gguf_files import KINDS_OF_LAYERS, SIZES, blocks, llama
 
 SHAPE = (96, 512)
@@ -191,7 +195,8 @@ def test_what_a_file_in_codes_cannot_be(model: tuple[Path, dict[str, Array]], gi
     loaded = load(model[0])
     with pytest.raises(UserError, match=r"(?s)tiny\.gguf: .*--requantize"):
         resolve(Request(model[0], ("x86",), Path("o"), **given), loaded)
-    assert resolve(Request(model[0], ("x86",), Path("o")), loaded)[1] == detect(loaded.tensors)
+    assert loaded.reader == detect(loaded.tensors)
+    assert resolve(Request(model[0], ("x86",), Path("o")), loaded) is not None
 
 
 def test_a_folder_of_one_file_and_what_lies_beside_it(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
@@ -202,6 +207,18 @@ def test_a_folder_of_one_file_and_what_lies_beside_it(model: tuple[Path, dict[st
     assert loaded.notes[0].startswith("config.json beside Tiny.GGUF is not read")
     with pytest.raises(UserError, match="a GGUF file, where a checkpoint's folder is due"):
         refuse_gguf(tmp_path)
+    what = "truncate_dim is for a sentence-transformers folder"
+    for path in (tmp_path, model[0]):
+        with pytest.raises(UserError, match=rf"^{path}: {what}"):
+            load(path, truncate_dim=8)
+    assert [problem.what for problem in inspect(tmp_path, truncate_dim=8).problems] == [what]
+    assert inspect(HERE / "ct-w8a16", requantize=True).problems[0].what == "requantize is for a GGUF file"
+    text = tmp_path / "text"
+    text.write_text("")
+    check_text(Request(tmp_path, ("x86",), Path("o"), quant="a16w4", calibration=text))  # its tokenizer is made
+    sizes = {"hidden_size": 48, "intermediate_size": 48}  # of another model: those of the file are its metadata's
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    check_early(Request(tmp_path, ("x86",), Path("o"), requantize=True, quant="a16w4", group_size=32))
 
 
 def test_another_byte_order_is_named(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def read(folder: Path, tensors: dict[str, Array], shape: tuple[int, int], raw: dict[str, Any]) -> QuantTensor | Reject:
     write_safetensors(folder / "model.safetensors", tensors)
-    reader = readers.find_reader(folder, {"quantization_config": raw}, read_checkpoint(folder))
+    reader = readers.announced_reader(folder, {"quantization_config": raw})
     assert reader is not None
     return reader.read(stored.StoredLayer(PATH, shape, read_checkpoint(folder)))
 
@@ -192,11 +192,11 @@ def test_an_ignored_layer_is_stored_only_quantized(tmp_path: Path) -> None:
 
 def test_both_places_of_the_config(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text(json.dumps(config(bits=8)))
-    reader = readers.find_reader(tmp_path, {}, {})
+    reader = readers.announced_reader(tmp_path, {})
     assert reader is not None
     assert (reader.method, reader.bits) == ("gptq", 8)
     with pytest.raises(UserError, match="bits differs between two configs"):
-        readers.find_reader(tmp_path, {"quantization_config": config(bits=4)}, {})
+        readers.announced_reader(tmp_path, {"quantization_config": config(bits=4)})
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bitsandbytes"):
-        readers.find_reader(tmp_path, {"quantization_config": {"quant_method": "bitsandbytes"}}, {})
+        readers.announced_reader(tmp_path, {"quantization_config": {"quant_method": "bitsandbytes"}})
 
 
 LAYERS = st.tuples(st.sampled_from((4, 8)), st.integers(1, 4), st.sampled_from((8, 16, 24)), st.integers(1, 20))
@@ -253,7 +253,7 @@ KEYS = (
 def test_any_config_is_read_or_refused(method: str, raw: dict[str, Any]) -> None:
     base = config(bits=4, version="gemm") | raw | {"quant_method": method}
     with contextlib.suppress(UserError):
-        readers.find_reader(Path("nowhere"), {"quantization_config": base}, {})
+        readers.announced_reader(Path("nowhere"), {"quantization_config": base})
 
 
 DTYPES = st.sampled_from([np.int32, np.float16, np.int8, np.float32, ml_dtypes.bfloat16, np.int64])

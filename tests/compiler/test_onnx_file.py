@@ -392,6 +392,18 @@ def test_a_quantization_of_nothing_is_refused(body: str, ignore: tuple[str, ...]
         plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8", ignore=ignore))
 
 
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+def test_a_checkpoint_that_lies_beside_says_nothing(method: str, tmp_path: Path) -> None:
+    """Neither that the layers are quantized, nor that nothing can read them."""
+    path = model_file(tmp_path / "m.onnx", "y = MatMul(x, a)", {"a": A})
+    config = {"quant_method": method, "bits": 8, "group_size": 64}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    assert plan(Request(path, ("x86",), tmp_path / "out", quant="a16w8")).twins["x86"].quantized
+    with pytest.raises(UserError, match="ignore does nothing without quantization"):
+        plan(Request(path, ("x86",), tmp_path / "out", ignore=("a",)))
+
+
 def test_a_length_without_sequences_is_refused(tmp_path: Path) -> None:
     path = model_file(tmp_path / "m.onnx", "y = Relu(x)", {})
     with pytest.raises(UserError, match="max_length does nothing without a GPU target or a causal LM"):

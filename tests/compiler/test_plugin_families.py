@@ -10,7 +10,7 @@ import pytest
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
-from instantrt.compiler.frontend import hf
+from instantrt.compiler.frontend import load
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation
@@ -44,7 +44,7 @@ MLP = {
 @pytest.mark.parametrize("family", OURS)
 def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
     make(family, tmp_path, num_hidden_layers=1, **OURS[family])
-    model, decisions = hf.load_checkpoint(tmp_path), {}
+    model, decisions = load(tmp_path), {}
     graph = pipeline.normalize(model.graph, PassLog())
     for layer in pipeline.linears(graph):
         source = InstantQuant(layer.path, layer.rows, 4, 32, False, F16)

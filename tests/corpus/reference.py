@@ -25,7 +25,7 @@ import transformers
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant.config import FORMATS, SHORT
-from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.readers import announced_reader, unannounced_reader
 from instantrt.compiler.quant.stored import Reader, StoredLayer
 from instantrt.passes.core.lazy import Array, FileTensor, InMemory, whole
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
@@ -45,7 +45,7 @@ def reference(row: Row, model: Path) -> Reference:
         return of_onnx(written / model.name if written.exists() else model)
     if written.exists():
         return of_transformers(loaded(written))
-    reader = find_reader(model, read_json(model / "config.json"), read_checkpoint(model))
+    reader = announced_reader(model, read_json(model / "config.json")) or unannounced_reader(read_checkpoint(model))
     if reader is not None:
         return of_transformers(loaded(dequantized(model, reader, written, row.fields)))
     found = loaded(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.frontend import load
-from instantrt.passes.core.causal import PROBES, masks, sees_ahead, unlike, unlike_causal
+from instantrt.passes.core.causal import PROBES, masks, sees_ahead, unlike, unlike_causal, values_of
+from instantrt.passes.core.lazy import Tile, View
 from instantrt.passes.core.rewrite import PassLog
 from tests.models import make
 
@@ -49,6 +51,20 @@ def test_a_causal_mask_is_taken(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_is_not(name: str) -> None:
     assert any(unlike(probe, mask_of(probe, OTHERS[name])) for probe in PROBES)
+
+
+def test_why_a_mask_cannot_be_computed() -> None:
+    """Also where the error has no text."""
+
+    class Broken:
+        def tiles(self) -> Iterator[Tile]:
+            raise ValueError
+
+    given, weight = gs.Variable("attention_mask", np.float32), gs.Constant("w", View(Broken(), (1,), np.float32))
+    mask = gs.Variable("mask", np.float32)
+    graph = gs.Graph([gs.Node("Add", "add", inputs=[given, weight], outputs=[mask])], [given], [mask])
+    found = values_of(graph, mask, {"attention_mask": np.ones((1, 1, 2, 2), np.float32)})
+    assert found == "the mask cannot be computed apart: ValueError"
 
 
 @pytest.mark.parametrize("change", ["rows", "rank", "heads", "type"])

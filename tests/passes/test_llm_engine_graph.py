@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
@@ -13,8 +14,8 @@ from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.qdq.insert_qdq import QuantizeActivations
 from instantrt.passes.qdq.last_logits import LastLogits
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.graphs import FLOAT32, evaluate, relative
 
@@ -72,7 +73,10 @@ def test_the_last_token_alone_is_quantized_for_the_head(
 def test_a_cache_in_place_gives_the_same_logits_and_entries(
     tiny_float: FloatModel, feeds: dict, want: list, tmp_path: Path
 ) -> None:
-    graph = run(tiny_float.graph.copy(), kv_in_place(M), PassLog())
+    graph = tiny_float.graph.copy()
+    graph.import_domains = [onnx.helper.make_opsetid("", graph.opset), onnx.helper.make_opsetid("own", 1)]
+    run(graph, kv_in_place(M), PassLog())
+    assert {each.domain: each.version for each in graph.import_domains} == {"": graph.opset, "own": 1}
     rng = np.random.default_rng(1)
 
     def allocated(past: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ from instantrt.passes.core.lazy import InMemory, Tile, view_of
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.qdq.insert_qdq import InsertDequantize
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly

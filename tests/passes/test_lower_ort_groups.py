@@ -13,7 +13,8 @@ from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.qdq.insert_qdq import InsertDequantize
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from tests.graphs import evaluate, linear_graph, per_row, tokens, weights
 
 F32 = np.dtype(np.float32)

@@ -16,10 +16,13 @@ from instantrt.passes.core.lazy import Array, InMemory, Tile, view_of
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, add, run
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.qdq.insert_qdq import InsertDequantize
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
-from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm, Packed
+from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
+from instantrt.passes.tensorrt.packed import Packed
+from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
@@ -98,6 +101,7 @@ def test_equals_the_twin(bits: int, group: int, symmetric: bool, dtype: np.dtype
     net = Network(bits, group, dtype, symmetric)
     twin, lowered, log = net.compile(net.linear("layer"))
     assert ops(lowered) == ["WeightOnlyGemm"]
+    assert {each.domain: each.version for each in lowered.import_domains} == {"": lowered.opset, DOMAIN: OP.version}
     assert log.entries[0].done == "WeightOnlyGemm"
     net.check(twin, lowered)
 

@@ -14,8 +14,9 @@ from instantrt.passes.core.lazy import Array, InMemory, View
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import Codes, InstantQuant, Order, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, add, run
-from instantrt.passes.qdq.fold_order import FoldOrder, Permuted
+from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.insert_qdq import InsertDequantize, quantized
+from instantrt.passes.qdq.permuted import Permuted
 from instantrt.passes.qdq.sort_inputs import SortInputs
 
 K, N = 32, 64

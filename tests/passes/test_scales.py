@@ -16,8 +16,8 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import InMemory, View
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, add, run
+from instantrt.passes.ort.in_half import KeepScalesInHalf
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.scales import KeepScalesInHalf
 from instantrt.passes.ort.tables import QuantizeTables
 from instantrt.passes.qdq.insert_qdq import InsertDequantize
 from tests.graphs import evaluate, linear_graph, relative

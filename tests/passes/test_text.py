@@ -28,7 +28,7 @@ from instantrt.passes.core.linear import SUFFIX, weight_constant
 from instantrt.passes.core.quant import InstantQuant, Order, QuantTensor
 from instantrt.passes.core.rewrite import Pass, PassLog, Reject, run
 from instantrt.passes.ort.limbs import ONE_LIMB_UNSIGNED, TWO_LIMBS
-from instantrt.passes.tensorrt.lower_weight_only_gemm import Packed
+from instantrt.passes.tensorrt.packed import Packed
 from instantrt.plugins.weight_only_gemm.op import OP
 
 TEXT = Path(__file__).parent / "text"

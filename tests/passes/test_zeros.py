@@ -19,15 +19,17 @@ from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.expand import ExpandOnLoad
 from instantrt.passes.ort.groups import LowerGroups
-from instantrt.passes.ort.limbs import ONE_LIMB, LowerPerChannel
+from instantrt.passes.ort.in_half import KeepScalesInHalf
+from instantrt.passes.ort.limbs import ONE_LIMB
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.ort.scales import KeepScalesInHalf
+from instantrt.passes.ort.per_channel import LowerPerChannel
 from instantrt.passes.qdq.fold_order import FoldOrder
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations, quantized
+from instantrt.passes.qdq.insert_qdq import InsertDequantize, quantized
 from instantrt.passes.qdq.join_linears import JoinLinears
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
-from instantrt.passes.tensorrt.native import raised
+from instantrt.passes.tensorrt.ranges import raised
 from tests.graphs import evaluate, linear_graph, per_row, tokens, weights
 
 BFLOAT16, FLOAT16, FLOAT32 = (np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32))

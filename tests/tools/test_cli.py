@@ -26,6 +26,7 @@ from instantrt.compiler.decide import resolve
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
 from instantrt.compiler.quant.config import Quant
+from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, compile_main, main
@@ -277,7 +278,8 @@ def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: s
 
 def model_of(folder: Path) -> FloatModel:
     """A checkpoint without its graph: enough to resolve a request."""
-    return FloatModel(gs.Graph(), folder, config_of(folder), read_checkpoint(folder), None)
+    config, tensors = config_of(folder), read_checkpoint(folder)
+    return FloatModel(gs.Graph(), folder, config, tensors, None, reader=announced_reader(folder, config))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_a_quantized_checkpoint_has_decided_about_its_head() -> None:
 def test_a_config_may_ignore_modules_of_a_quantized_checkpoint() -> None:
     model = model_of(HERE / "gptq-int4-g128-sym")
     custom = {"quant_method": "gptq", "ignore": ["lm_head"]}
-    config, _ = resolve(Request(model.folder, ("x86",), Path("o"), ignore=("b",), quant_config=custom), model)
+    config = resolve(Request(model.folder, ("x86",), Path("o"), ignore=("b",), quant_config=custom), model)
     assert config is not None
     assert config.ignore == ("lm_head", "b")
 

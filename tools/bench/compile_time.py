@@ -146,7 +146,7 @@ def versions(python: str, package: str, *others: str) -> str:
     names = (package, *others)
     done = subprocess.run([python, "-c", VERSIONS, *names], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{package} is not there", where=python, found=done.stderr.strip().splitlines()[-1])
+        raise UserError(f"{package} is not there", where=python, found="".join(done.stderr.strip().splitlines()[-1:]))
     return ", ".join(map(" ".join, zip(names, done.stdout.split(), strict=True)))
 
 

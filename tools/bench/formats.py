@@ -25,7 +25,7 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant, Search
-from instantrt.compiler.quant.readers import find_reader
+from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.quant.stored import StoredLayer
 from instantrt.compiler.request import Request
 from instantrt.compiler.write import write_planned
@@ -223,7 +223,7 @@ def stream_once(folder: Path, bits: int, k: int, n: int, layers: int, *, order: 
     )
     del tensors
     raw = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": False, "desc_act": order}
-    reader = find_reader(folder, {"quantization_config": raw}, {})
+    reader = announced_reader(folder, {"quantization_config": raw})
     assert reader is not None
     stored = read_checkpoint(folder)
     x = gs.Variable("x", np.float32, ["rows", k])

@@ -16,7 +16,8 @@ from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.linear import linear_passes
-from instantrt.passes.qdq.insert_qdq import InsertDequantize, QuantizeActivations
+from instantrt.passes.qdq.insert_qdq import InsertDequantize
+from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -11,28 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from instantrt.compiler.frontend.architecture import MOST_LAYERS
-from instantrt.compiler.frontend.gguf.values import Keys
+from instantrt.compiler.frontend.gguf.rope import FREQS, LONG, SAME, SHORT, rotary
+from instantrt.compiler.frontend.gguf.values import Keys, Shapes, Sizes, Vectors
 from instantrt.passes.core.errors import UserError
 
-Shapes = Mapping[str, tuple[int, ...]]
-Vectors = Callable[[str], NDArray[np.float32]]  # name -> the numbers of a small float tensor
-Sizes = Mapping[str, int]
-
-FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 HARMLESS_TENSORS = dict.fromkeys((FREQS, LONG, SHORT), "of the rotary table, which the config describes")
 HARMLESS_KEYS = {
     "rope.scaling.finetuned": "whether it was trained with the scaling, which changes no number",
     "rope.scaling.original_context_length": "used by the kinds of scaling that have it",
     "tensor_data_layout": "of the weights before the conversion",
 }
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27 B, whose scores are scaled by hidden size / heads
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # llama.cpp's, of a file that has none
-SAME = 1e-5  # two ways to compute a factor in float32
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,15 @@ def config_of(metadata: Mapping[str, Any], tensors: Shapes, vectors: Vectors, wh
     architecture, keys = opened(metadata, where)
     sizes = sizes_of(architecture, keys, tensors)
     own = architecture.own(keys, sizes)
-    rope = rotary(architecture, keys, sizes, tensors, vectors)
+    rope = rotary(
+        keys,
+        sizes,
+        tensors,
+        vectors,
+        model_type=architecture.model_type,
+        scalings=architecture.scalings,
+        partial=architecture.partial,
+    )
     config = {
         "model_type": architecture.model_type,
         "architectures": [architecture.model],
@@ -179,8 +178,7 @@ def opened(metadata: Mapping[str, Any], where: str) -> tuple[Architecture, Keys]
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError("there is no road for this architecture", where=where, expected=known, found=repr(name[:60]))
-    if general.text("type", "model") != "model":
-        raise general.refusal("type", "'model'", metadata["general.type"])
+    general.expect(general.text("type", "model") == "model", "type", "'model'")
     return ARCHITECTURES[name], Keys(metadata, name, where)
 
 
@@ -197,15 +195,15 @@ def sizes_of(architecture: Architecture, keys: Keys, tensors: Shapes) -> Sizes:
     layers = keys.integer("block_count", most=MOST_LAYERS)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     kv_heads = keys.integer("attention.head_count_kv", heads, most=heads)
-    if heads % kv_heads:
-        raise keys.refusal("attention.head_count_kv", f"a divisor of {heads}, the attention.head_count", kv_heads)
-    if hidden % heads and (architecture.divides or "attention.key_length" not in keys):
-        raise keys.refusal("attention.head_count", f"a divisor of {hidden}, the embedding_length", heads)
+    right = heads % kv_heads == 0
+    keys.expect(right, "attention.head_count_kv", f"a divisor of {heads}, the attention.head_count")
+    right = hidden % heads == 0 or ("attention.key_length" in keys and not architecture.divides)
+    keys.expect(right, "attention.head_count", f"a divisor of {hidden}, the embedding_length")
     head = keys.integer("attention.key_length", hidden // heads)
-    if not architecture.free_head and head != hidden // heads:
-        raise keys.refusal("attention.key_length", f"{hidden // heads}: transformers' model has no other", head)
-    if keys.integer("attention.value_length", head) != head:
-        raise keys.refusal("attention.value_length", f"{head}, the key_length", keys.value("attention.value_length"))
+    right = architecture.free_head or head == hidden // heads
+    keys.expect(right, "attention.key_length", f"{hidden // heads}: transformers' model has no other")
+    right = keys.integer("attention.value_length", head) == head
+    keys.expect(right, "attention.value_length", f"{head}, the key_length")
     ffn = keys.integer("feed_forward_length")
     vocabulary = rows_of_embedding(keys, tensors)
     return {
@@ -237,13 +235,13 @@ def rows_of_embedding(keys: Keys, tensors: Shapes) -> int:
 
 def refuse_others(keys: Keys, sizes: Sizes) -> None:
     """Refuses what a key may say that transformers' models cannot do."""
-    if not keys.flag("attention.causal", True):
-        raise keys.refusal("attention.causal", "true: a model that attends to both sides has no road", False)
-    if keys.integer("pooling_type", 0, least=0):
-        raise keys.refusal("pooling_type", "0: a model of embeddings has no road", keys.value("pooling_type"))
+    causal = keys.flag("attention.causal", True)
+    keys.expect(causal, "attention.causal", "true: a model that attends to both sides has no road")
+    pooled = keys.integer("pooling_type", 0, least=0)
+    keys.expect(not pooled, "pooling_type", "0: a model of embeddings has no road")
     plain = sizes["D"] ** -0.5
-    if not math.isclose(keys.number("attention.scale", plain), plain, rel_tol=SAME):
-        raise keys.refusal("attention.scale", f"{plain}, 1 / sqrt({sizes['D']})", keys.value("attention.scale"))
+    right = math.isclose(keys.number("attention.scale", plain), plain, rel_tol=SAME)
+    keys.expect(right, "attention.scale", f"{plain}, 1 / sqrt({sizes['D']})")
 
 
 def expected_tensors(
@@ -284,110 +282,9 @@ def special_ids(metadata: Mapping[str, Any], tokens: int, where: str) -> dict[st
     return found
 
 
-def rotary(architecture: Architecture, keys: Keys, sizes: Sizes, tensors: Shapes, vectors: Vectors) -> dict[str, Any]:
-    """transformers' rope_parameters."""
-    base, width = keys.number("rope.freq_base", 10000.0), keys.integer("rope.dimension_count", sizes["D"])
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
-    if width != sizes["D"]:
-        part = width / sizes["D"]
-        if not architecture.partial or width % 2 or int(sizes["D"] * part) != width or width > sizes["D"]:
-            raise keys.refusal("rope.dimension_count", f"{sizes['D']}, the size of a head", width)
-        found["partial_rotary_factor"] = part
-    found |= scaling(architecture, keys, sizes, tensors, vectors, base, width)
-    if architecture.model_type != "gemma3_text":
-        return found
-    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
-    return {"full_attention": found, "sliding_attention": local}
-
-
-def scaling(
-    architecture: Architecture, keys: Keys, sizes: Sizes, tensors: Shapes, vectors: Vectors, base: float, width: int
-) -> dict[str, Any]:
-    """The keys of rope_parameters that change the rotary table."""
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    attention = keys.number("rope.scaling.attn_factor", 1.0)
-    factors = {
-        name: factors_of(name, vectors, tensors, width, keys.where) for name in (FREQS, LONG, SHORT) if name in tensors
-    }
-    implied = "longrope" if LONG in factors or SHORT in factors else "linear" if factor != 1 else "none"
-    kind = keys.text("rope.scaling.type", implied)
-    if kind not in architecture.scalings:
-        raise keys.refusal("rope.scaling.type", ", ".join(architecture.scalings), kind)
-    due = {"longrope": {LONG, SHORT}, "none": {FREQS} & set(factors)}.get(kind, set())
-    if set(factors) != due:
-        raise UserError(
-            f"the tensors of rotary factors do not go with the scaling {kind!r}",
-            where=keys.where,
-            expected=", ".join(sorted(due)) or "none",
-            found=", ".join(sorted(factors)) or "none",
-        )
-    if kind in ("none", "linear") and attention != 1:
-        raise keys.refusal("rope.scaling.attn_factor", f"1, with the scaling {kind!r}", attention)
-    if kind == "none" and factor != 1:
-        raise keys.refusal("rope.scaling.factor", "1, without a scaling", factor)
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor} if factor != 1 else {}
-    if kind == "yarn":
-        return yarn(keys, sizes, factor, attention)
-    if kind == "longrope":
-        original = keys.integer("rope.scaling.original_context_length", sizes["context"])
-        return longrope(factors[LONG], factors[SHORT], attention, original)
-    return llama3(factors[FREQS], base, width, sizes) if FREQS in factors else {}
-
-
-def factors_of(name: str, vectors: Vectors, tensors: Shapes, width: int, where: str) -> NDArray[np.float32]:
-    """One positive number for each pair of rotated features."""
-    if tuple(tensors[name]) != (width // 2,):
-        raise UserError(f"the shape of {name}", where=where, expected=str([width // 2]), found=str(list(tensors[name])))
-    found = np.asarray(vectors(name), np.float32)
-    if not (np.isfinite(found) & (found > 0)).all():
-        raise UserError(f"{name}: rotary factors", where=where, expected="positive numbers", found=str(found.min()))
-    return found
-
-
-def yarn(keys: Keys, sizes: Sizes, factor: float, attention: float) -> dict[str, Any]:
-    """YaRN. llama.cpp's attn_factor multiplies what the paper has by default."""
-    found: dict[str, Any] = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length", sizes["context"]),
-        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
-    }
-    for key, only in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0)):
-        if keys.number(f"rope.scaling.{key}", only) != only:
-            raise keys.refusal(f"rope.scaling.{key}", str(only), keys.value(f"rope.scaling.{key}"))
-    usual = 0.1 * math.log(max(factor, 1.0)) + 1
-    return found | ({"attention_factor": attention * usual} if attention != 1 else {})
-
-
-def longrope(long: NDArray[np.float32], short: NDArray[np.float32], attention: float, original: int) -> dict[str, Any]:
-    """One list of factors up to `original` tokens, another behind."""
-    return {
-        "rope_type": "longrope",
-        "factor": 1.0,  # of no use beside attention_factor, but transformers warns where it is missing
-        "long_factor": long.tolist(),
-        "short_factor": short.tolist(),
-        "attention_factor": attention,
-        "original_max_position_embeddings": original,
-    }
-
-
-def llama3(factors: NDArray[np.float32], base: float, width: int, sizes: Sizes) -> dict[str, Any]:
-    """Llama 3's scaling where it has just these factors; else a longrope whose two lists are one."""
-    factor = float(factors.max())
-    waves = 2 * math.pi * base ** (np.arange(0, width, 2, dtype=np.float32) / width)
-    low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
-    smooth = np.clip((LLAMA3["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
-    if np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=SAME, atol=0):
-        return {"rope_type": "llama3", "factor": factor, **LLAMA3} if factor != 1 else {}
-    return longrope(factors, factors, 1.0, sizes["context"])
-
-
 def no_window(keys: Keys, _: Sizes) -> dict[str, Any]:
-    if keys.integer("attention.sliding_window", 0, least=0):
-        found = keys.value("attention.sliding_window")
-        raise keys.refusal("attention.sliding_window", "0: which layers have the window is not said", found)
+    window = keys.integer("attention.sliding_window", 0, least=0)
+    keys.expect(not window, "attention.sliding_window", "0: which layers have the window is not said")
     return {}
 
 
@@ -424,8 +321,7 @@ def gemma(keys: Keys, sizes: Sizes, *, period: int, window: int) -> dict[str, An
     layers, key = sizes["layers"], "attention.sliding_window_pattern"
     if isinstance(keys.metadata.get(f"{keys.prefix}.{key}"), list):
         slides = keys.list(key, bool)
-        if len(slides) != layers:
-            raise keys.refusal(key, f"one entry for each of {layers} layers", slides)
+        keys.expect(len(slides) == layers, key, f"one entry for each of {layers} layers")
     else:
         period = keys.integer(key, period)
         slides = [(i + 1) % period != 0 for i in range(layers)]

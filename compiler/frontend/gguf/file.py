@@ -39,7 +39,7 @@ class GgufFile:
 def open_gguf(path: Path) -> GgufFile:
     """The file at `path`, with the other parts where it is one of several."""
     require("hf", "reading a GGUF file")
-    parts = parts_of(path)
+    parts = parts_beside(path)
     opened = [open_part(each, each.stat().st_mtime_ns, each.stat().st_size) for each in parts]
     tensors: dict[str, GgufTensor] = {}
     for number, part in enumerate(opened):
@@ -55,7 +55,7 @@ def open_gguf(path: Path) -> GgufFile:
     return GgufFile(path, opened[0].metadata, tensors, opened[0].digest)
 
 
-def parts_of(path: Path) -> list[Path]:
+def parts_beside(path: Path) -> list[Path]:
     """The files of a split one, whichever of them is named; else the file itself."""
     named = SPLIT.match(path.name)
     if named is None:

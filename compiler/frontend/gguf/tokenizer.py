@@ -39,8 +39,7 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, 
     last = len(tokens) - 1
     ids = {name: keys.integer(key, least=0, most=last) for name, key in SPECIAL.items() if key in keys}
     types = keys.list("token_type", int, [])
-    if types and len(types) != len(tokens):
-        raise keys.refusal("token_type", f"a list of {len(tokens)}", types)
+    keys.expect(len(types) in (0, len(tokens)), "token_type", f"a list of {len(tokens)}")
     pre = keys.text("pre", "default")
     made = built(keys, tokens, types, pre)
     if pre in DIGITS_APART:
@@ -92,12 +91,10 @@ def built(keys: Keys, tokens: list[str], types: list[int], pre: str) -> dict[str
     if "merges" in keys:
         given["merges"] = keys.list("merges", str)
         wrong = next((merge for merge in given["merges"] if merge.count(" ") != 1), None)
-        if wrong is not None:
-            raise keys.refusal("merges", "pairs of tokens with a space between them", wrong)
+        keys.expect(wrong is None, "merges", "pairs of tokens with a space between them", wrong)
     if "scores" in keys:
         given["scores"] = keys.list("scores", (int, float))
-        if len(given["scores"]) != len(tokens):
-            raise keys.refusal("scores", f"a list of {len(tokens)}", given["scores"])
+        keys.expect(len(given["scores"]) == len(tokens), "scores", f"a list of {len(tokens)}")
     if given["tokenizer_type"] == "llama" and "scores" not in given:
         raise UserError("a vocabulary of SentencePiece without scores", where=keys.where, expected=f"{PREFIX}.scores")
     pairs = sum(len(token) ** 2 for token in tokens)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from instantrt.passes.core.errors import UserError
 
+Shapes = Mapping[str, tuple[int, ...]]
+Vectors = Callable[[str], NDArray[np.float32]]  # name -> the numbers of a small float tensor
+Sizes = Mapping[str, int]
 MOST = 2**31 - 1  # of any size: more than any model has
 
 
@@ -26,38 +30,34 @@ class Keys:
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = MOST) -> int:
         value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.refusal(key, f"an integer of {least} to {most}", value)
-        return value
+        right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        self.expect(right, key, f"an integer of {least} to {most}", value)
+        return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive one. What float32 cannot tell from a shorter decimal is that decimal: 1e-05."""
         value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.refusal(key, "a positive number", value)
+        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        self.expect(right, key, "a positive number", value)
         short = np.float32(value)
         return float(str(short)) if short == value else float(value)
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.value(key, default)
-        if not isinstance(value, str):
-            raise self.refusal(key, "a text", value)
-        return value
+        self.expect(isinstance(value, str), key, "a text", value)
+        return str(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         value = self.value(key, default)
-        if not isinstance(value, bool):
-            raise self.refusal(key, "true or false", value)
-        return value
+        self.expect(isinstance(value, bool), key, "true or false", value)
+        return bool(value)
 
     def list(self, key: str, kind: type | tuple[type, ...], default: list[Any] | None = None) -> list[Any]:
         """One whose entries are all of `kind`."""
-        value = self.value(key, default)
-        if not isinstance(value, list):
-            raise self.refusal(key, "a list", value)
+        value: list[Any] = self.value(key, default)
+        self.expect(isinstance(value, list), key, "a list", value)
         wrong = next((each for each in value if not isinstance(each, kind)), None)
-        if wrong is not None:
-            raise self.refusal(key, "a list of one type", wrong)
+        self.expect(wrong is None, key, "a list of one type", wrong)
         return value
 
     def value(self, key: str, default: Any = None) -> Any:
@@ -71,8 +71,11 @@ class Keys:
         self.asked.add(key)
         return f"{self.prefix}.{key}" in self.metadata
 
-    def refusal(self, key: str, expected: str, found: object) -> UserError:
-        return UserError(f"{self.prefix}.{key}", where=self.where, expected=expected, found=shown(found))
+    def expect(self, right: bool, key: str, expected: str, found: object = None) -> None:
+        """Refuses a value that is not right: what the file has for the key, or `found`, which was made of it."""
+        if not right:
+            found = self.value(key) if found is None else found
+            raise UserError(f"{self.prefix}.{key}", where=self.where, expected=expected, found=shown(found))
 
     def refuse_rest(self, harmless: Mapping[str, str]) -> None:
         """Refuses the first key of the prefix that was not asked for and is not `harmless`."""
