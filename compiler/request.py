@@ -79,8 +79,9 @@ class Request(
                 found=f"enable_quant = false and {'customized_quant_config' if self.quant_config else self.quant}",
                 fix="set enable_quant to true, or leave the config out",
             )
-        if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
-            raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
+        for name in ("group_size", "weight_only", "enable_quant"):
+            if self.quant == "none" and getattr(self, name):
+                raise UserError(f"quant none leaves nothing for {name} to say", fix="give one of them")
         for path, form in self.layers.items():
             if not LAYER_FORMAT.fullmatch(form):
                 raise UserError("a layer's format", where=path, expected="float, or as a16w4:32", found=repr(form))

@@ -30,7 +30,7 @@ from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, compile_main, main
 from instantrt.tools.cli.console import Stages
-from instantrt.tools.cli.ending import exit_on_error
+from instantrt.tools.cli.ending import exit_on_error, say_as_typed
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
@@ -91,6 +91,8 @@ def test_help_names_every_command_and_each_has_its_own() -> None:
             if name != "gpu-check":  # its help is that of a program which may run without this one
                 own = invoke(*prefix, name, "--help", COLUMNS="80", TERM="dumb")
                 assert (own.exit_code, line in words_of(own.output)) == (0, True), own.output
+                assert not re.search(r"<(bool|list|\w*_)", own.output.partition("Options")[2])  # a flag takes no value
+                assert max(map(len, own.output.splitlines())) <= 80
 
 
 def test_completion_knows_commands_options_and_values() -> None:
@@ -254,6 +256,38 @@ def test_a_value_that_does_not_exist_is_refused_by_the_list_of_those_that_do() -
     done = invoke("compile", TINY, "--target", "x86", "--quant", "a16w9")
     assert done.exit_code == 2
     assert "'a16w9' is not one of 'a16w8'" in words_of(done.output)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--quant none --group-size 32", "--quant none leaves nothing for --group-size to say"),
+        ("--quant a16w8 --quant-config CONFIG", "--quant and --quant-config both say how to quantize"),
+        ("--max-length 64", "--max-length does nothing without a GPU target or a causal LM"),
+        ("--optimization-level 6", "--optimization-level is out of range"),
+        ("--portable --target sm89", "--portable does nothing without a CPU target"),
+    ],
+)
+def test_an_error_calls_options_as_they_were_typed(words: str, says: str, small: Path) -> None:
+    config = small.parent / "q.json"
+    config.write_text('{"weight_format": "int8"}')
+    typed = words.replace("CONFIG", str(config)).split()
+    typed += [] if "--target" in typed else ["--target", "x86"]
+    assert refused("compile", small, *typed, "-o", small.parent / "o").what.startswith(says)
+
+
+def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
+    error = UserError("group_size does not divide it", where="a/group_size/b", expected="quant, group_size", fix="bits")
+    say_as_typed(error, ["quant", "max-length"])
+    assert (error.what, error.expected) == ("group_size does not divide it", "quant, group_size")
+    say_as_typed(error, ["group-size"])
+    assert str(error) == "\n".join(
+        [
+            "a/group_size/b: --group-size does not divide it",
+            "  expected: quant, --group-size",
+            "  fix:      bits",
+        ]
+    )
 
 
 def test_a_text_alone_is_refused() -> None:

@@ -12,10 +12,11 @@ from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from instantrt.passes.core.errors import MissingExtra
-from instantrt.tools.cli.ending import debug, exit_on_error
+from instantrt.passes.core.errors import MissingExtra, UserError
+from instantrt.tools.cli.ending import debug, exit_on_error, say_as_typed
+from instantrt.tools.cli.options import PlainCommand, PlainGroup
 
 CLI, BENCH = "instantrt.tools.cli.", "instantrt.tools.bench."
 COMMANDS = {  # name -> (module, what --help says)
@@ -69,8 +70,8 @@ class Subcommand(TyperCommand):
         return self.load().make_context(*args, **extra)
 
 
-class Loaded(TyperCommand):
-    """A subcommand that says whose an option is that it does not have."""
+class Loaded(PlainCommand):
+    """A subcommand that says whose an option is that it does not have, and calls its own as they were typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -83,6 +84,15 @@ class Loaded(TyperCommand):
                 owners = [name for name in COMMANDS if flag in flags_of(name)]
                 if owners:
                     ctx.fail(f"{flag} is an option of instantrt {' and '.join(owners)}, not of this command")
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            source = ctx.get_parameter_source
+            given = [p for p in self.params if (found := source(p.name)) is not None and found.name == "COMMANDLINE"]
+            say_as_typed(error, [flag.removeprefix("--") for p in given for flag in p.opts if flag.startswith("--")])
             raise
 
 
@@ -110,12 +120,12 @@ def debug_option() -> Any:
     return next(p for p in typer.main.get_command(app).params if "--debug" in p.opts)
 
 
-class Commands(TyperGroup):
+class Commands(PlainGroup):
     """All subcommands."""
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**about)
-        bench = TyperGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
+        bench = PlainGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
         for group, table in ((self, COMMANDS), (bench, BENCHES)):
             for name, each in table.items():
                 group.add_command(Subcommand(name, *each))

@@ -15,7 +15,7 @@ Finisher = Literal["auto", "tensorrt-rtx", "tensorrt"]
 def main(
     kit: Annotated[Path, typer.Argument(help="a build kit that compile left")],
     out: Out = Path("build"),
-    builder: Annotated[Finisher, typer.Option(help="who builds")] = "auto",
+    builder: Annotated[Finisher, typer.Option(metavar="<builder>", help="who builds: auto, tensorrt-rtx or tensorrt")] = "auto",
 ) -> None:
     """Builds, and prints how the engine reads its weights."""
     from instantrt.compiler.backend.tensorrt.build import PRODUCT

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,6 +14,7 @@ from instantrt.passes.core.errors import UserError, in_a_line
 
 WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives them
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
+FIELDS = ("what", "where", "expected", "found", "fix")
 BUG = "this is a bug of InstantRT: run again with --debug, and report what that shows"
 
 debug: ContextVar[bool] = ContextVar("debug", default=False)  # show the traceback of whatever ends the command
@@ -48,3 +50,16 @@ def said(error: Exception) -> Exception:
             return UserError("there is not enough memory", found=str(error))
         case _:
             return UserError(f"internal error: {in_a_line(error)}", fix=BUG)
+
+
+def say_as_typed(error: UserError, options: Iterable[str]) -> None:
+    """`--max-length` in an error for who typed that, where Python says `max_length`.
+
+    Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English is the
+    option where a field begins with it, or with another and it.
+    """
+    for option in options:
+        name = option.replace("-", "_")
+        pattern = rf"(?<![\w./-])()({name})(?![\w./-])" if "_" in name else rf"^((?:\S+ and )?)({name})(?= )"
+        for field in FIELDS:
+            setattr(error, field, re.sub(pattern, rf"\1--{option}", getattr(error, field)))
