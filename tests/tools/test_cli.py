@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, optio
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
-from instantrt.tools.cli.app import BENCHES, COMMANDS, compile_main, main
+from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand, compile_main, main
 from instantrt.tools.cli.console import Stages
 from instantrt.tools.cli.ending import exit_on_error, say_as_typed
 from tests.checkpoints import HERE, config_of
@@ -93,6 +94,14 @@ def test_help_names_every_command_and_each_has_its_own() -> None:
                 assert (own.exit_code, line in words_of(own.output)) == (0, True), own.output
                 assert not re.search(r"<(bool|list|\w*_)", own.output.partition("Options")[2])  # a flag takes no value
                 assert max(map(len, own.output.splitlines())) <= 80
+
+
+def test_the_example_of_each_command_is_one_that_it_takes() -> None:
+    for name, line in EXAMPLES.items():
+        called, command, *words = shlex.split(line)
+        assert (called, command) == ("instantrt", name)
+        Subcommand(name, *COMMANDS[name]).make_context(name, words)  # a UsageError for what it does not have
+        assert f"Example: {line}" in words_of(invoke(name, "--help", COLUMNS="80", TERM="dumb").output)
 
 
 def test_completion_knows_commands_options_and_values() -> None:

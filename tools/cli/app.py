@@ -34,6 +34,20 @@ COMMANDS = {  # name -> (module, what --help says)
     "load-test": (f"{CLI}load_test", "Serve a model repository, load it, print what the clients saw."),
     "gpu-check": (f"{CLI}gpu_check", "Build, test and time the kernels on a machine with a GPU."),
 }
+EXAMPLES = {  # what --help ends with
+    "compile": "instantrt compile Qwen2.5-0.5B --target x86 --quant a16w8 -o build",
+    "build": "instantrt build build/sm90 -o engine",
+    "inspect": "instantrt inspect Qwen2.5-0.5B",
+    "check": "instantrt check build",
+    "targets": "instantrt targets",
+    "generate": 'instantrt generate build --prompt "The capital of France is" --max-tokens 16',
+    "embed": "instantrt embed build --file sentences.txt --out vectors.npy",
+    "classify": 'instantrt classify build --text "I liked it" --top 1',
+    "diff": "instantrt diff build --model Qwen2.5-0.5B --text text.txt",
+    "perplexity": "instantrt perplexity build --text text.txt",
+    "serve": "instantrt serve repository --http-port 8000",
+    "load-test": "instantrt load-test repository --clients 1 --clients 8 --plot load.png",
+}
 BENCHES = {
     "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
     "cpu": (f"{BENCH}cpu", "CPU artifacts beside llama.cpp, onnxruntime-genai and OpenVINO: loss, speed, memory."),
@@ -63,6 +77,7 @@ class Subcommand(TyperCommand):
             app.command(self.name, cls=Loaded)(main)
         command = typer.main.get_command(app)
         command.name, command.help = self.name, self.help
+        command.epilog = f"Example: {EXAMPLES[self.name]}" if self.module.startswith(CLI) and self.name in EXAMPLES else None
         command.params.append(debug_option())
         return command
 
