@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
+from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request, check_options
 from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
@@ -18,7 +20,7 @@ from instantrt.compiler.target import Backend
 from instantrt.compiler.watch import SILENT, Watch
 from instantrt.compiler.write import outline, stage_artifacts
 from instantrt.passes.core.collector import settled
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, reworded
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.data import Data
@@ -52,8 +54,9 @@ def compile_model(
     triton = Path(triton) if triton is not None else None
     check_places(request, verify=verify, triton=triton)
     on_cpu = any(target.backend is Backend.ONNXRUNTIME for target in request.resolved_targets())
-    with Staging() as staging, standby(needed=request.smoke and on_cpu) as take:
+    with Staging() as staging, standby(needed=request.smoke and on_cpu) as take, ExitStack() as stack:
         planned = plan(request, watch.say)
+        stack.enter_context(reworded(own_names(planned.model.held, request.model)))
         watch.planned(planned)
         data = None
         if verify:

@@ -28,8 +28,12 @@ TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, 
 
 
 def check_text(request: Request) -> None:
-    """Refuses a calibration text that is none, before the model is built and exported."""
-    if request.calibration is not None and not is_adapter(request.model):  # its tokenizer may be its base's
+    """Refuses a calibration text that is none, before the model is built and exported: where its tokenizer is a file.
+
+    That of an adapter may be its base's; some are made of other files, and a GGUF file's of its metadata.
+    """
+    there = (request.model / "tokenizer.json").is_file() and not is_adapter(request.model)
+    if request.calibration is not None and there:
         tokens_of(request.model, request.calibration)
 
 

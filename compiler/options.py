@@ -195,10 +195,10 @@ class Accuracy:
     """What quantization may cost: worst layers get finer formats until it does not cost more."""
 
     max_kl: float | None = option(
-        None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, rule=ABOVE_ZERO
+        None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, FLOAT, rule=ABOVE_ZERO
     )
     max_ppl_increase: float | None = option(
-        None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
+        None, "bound on the increase of perplexity, in percent", QUANTIZED, FLOAT, rule=ABOVE_ZERO
     )
     min_cosine: float | None = option(
         None,
@@ -214,10 +214,18 @@ class Size:
     """What quantized weights may take: the finer formats go to the layers where they count."""
 
     max_size: float | None = option(
-        None, "bound on the artifact's weights, in MiB: worst layers get the finer formats", QUANTIZED, rule=ABOVE_ZERO
+        None,
+        "bound on the artifact's weights, in MiB: worst layers get the finer formats",
+        QUANTIZED,
+        FLOAT,
+        rule=ABOVE_ZERO,
     )
     bits_per_weight: float | None = option(
-        None, "bound on the mean of quantized weights, scales and zero points included", QUANTIZED, rule=ABOVE_ZERO
+        None,
+        "bound on the mean of quantized weights, scales and zero points included",
+        QUANTIZED,
+        FLOAT,
+        rule=ABOVE_ZERO,
     )
 
 

@@ -206,7 +206,10 @@ def check_lengths(request: Request) -> None:
 
 
 def refuse_of_llm(request: Request) -> None:
-    """Refuses options of a language model for a model that is none."""
+    """Refuses options of a language model for a model that is none, a budget among them."""
+    if request.has_budget:
+        what, fix = "a budget is of causal LMs: it weighs next tokens", "--min-cosine with --verify bounds an encoder"
+        raise UserError(what, where=str(request.model), fix=fix)
     for f, _ in options_of(LanguageModel):
         if getattr(request, f.name) != f.default:
             raise UserError(f"{f.name} does nothing without a causal LM", where=str(request.model), fix="leave it out")

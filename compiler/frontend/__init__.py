@@ -14,7 +14,8 @@ from pathlib import Path
 from instantrt.compiler.frontend.adapter.folder import Adapter, model_and_adapter, names_of, overlaid
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.passes.core.errors import UserError, tried
+from instantrt.compiler.frontend.own_names import own_names
+from instantrt.passes.core.errors import UserError, reworded, tried
 
 
 def load(
@@ -53,9 +54,10 @@ def load(
 
         with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
-            loaded = hf.load_checkpoint(
-                made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
-            )
+            with reworded(own_names(made.held, gguf)):
+                loaded = hf.load_checkpoint(
+                    made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
+                )
             return with_adapter(replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held), lora, model)
     if model.is_dir():
         from instantrt.compiler.frontend import hf

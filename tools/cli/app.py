@@ -77,7 +77,8 @@ class Subcommand(TyperCommand):
             app.command(self.name, cls=Loaded)(main)
         command = typer.main.get_command(app)
         command.name, command.help = self.name, self.help
-        command.epilog = f"Example: {EXAMPLES[self.name]}" if self.module.startswith(CLI) and self.name in EXAMPLES else None
+        if self.module.startswith(CLI) and self.name in EXAMPLES:
+            command.epilog = f"Example: {EXAMPLES[self.name]}"
         command.params.append(debug_option())
         return command
 

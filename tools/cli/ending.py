@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 from instantrt.passes.core.errors import UserError, in_a_line
 
 WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives them
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
-FIELDS = ("what", "where", "expected", "found", "fix")
 BUG = "this is a bug of InstantRT: run again with --debug, and report what that shows"
 
 debug: ContextVar[bool] = ContextVar("debug", default=False)  # show the traceback of whatever ends the command
@@ -61,5 +61,4 @@ def say_as_typed(error: UserError, options: Iterable[str]) -> None:
     for option in options:
         name = option.replace("-", "_")
         pattern = rf"(?<![\w./-])()({name})(?![\w./-])" if "_" in name else rf"^((?:\S+ and )?)({name})(?= )"
-        for field in FIELDS:
-            setattr(error, field, re.sub(pattern, rf"\1--{option}", getattr(error, field)))
+        error.reword(partial(re.sub, pattern, rf"\1--{option}"))
