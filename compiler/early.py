@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.data import read_text
+from instantrt.compiler.accuracy.data import read_text, tokenizer_of
 from instantrt.compiler.backend.tensorrt.choose import choose_builder
 from instantrt.compiler.cache_type import check_cache_type
 from instantrt.compiler.checkpoint import read_checkpoint
@@ -40,6 +42,7 @@ def check_early(request: Request) -> None:
     head, model = announced
     if head is not CAUSAL_LM:
         refuse_of_llm(request)
+        check_room(request, model.folder)
     config, _ = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     if head.task in HEADLESS:
@@ -47,6 +50,20 @@ def check_early(request: Request) -> None:
     longest = model.config.get("text_config", model.config).get("max_position_embeddings")
     if head is CAUSAL_LM and type(longest) is int:
         request.engine_limits(longest)
+
+
+def check_room(request: Request, folder: Path) -> None:
+    """Refuses a length that what a tokenizer puts around each text fills: all texts would be one."""
+    if request.max_length is None or not (folder / "tokenizer.json").is_file():
+        return
+    around = tokenizer_of(folder).num_special_tokens_to_add(is_pair=False)
+    if request.max_length <= around:
+        raise UserError(
+            "max_length leaves no token of a text",
+            where=str(request.model),
+            expected=f"at least {around + 1}: the tokenizer puts {around} around each",
+            found=str(request.max_length),
+        )
 
 
 def announced_model(request: Request) -> tuple[Head, FloatModel] | None:

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
 from instantrt.compiler.artifact.staging import Staging
 from instantrt.compiler.frontend.own_names import own_names
@@ -37,6 +39,7 @@ GPTQ = HERE / "gptq-int4-g128-sym"
         (GPTQ, "x86", {"quant": "a16w8"}, "the checkpoint has weights of another width"),
         (GPTQ, "x86", {"quant": "none"}, "the checkpoint holds its weights only quantized"),
         (GPTQ, "x86", {"max_kl": 1.0}, "max_kl does nothing without a float checkpoint"),
+        ("BertModel", "x86", {"max_length": 2}, "max_length leaves no token of a text"),
         ("BertModel", "x86", {"logits": "all"}, "logits does nothing without a causal LM"),
         ("BertModel", "x86", {"quant": "a16w8", "max_kl": 1.0}, "a budget is of causal LMs"),
         ("BertModel", "x86", {"quant": "a16w8", "lm_head": "int8"}, "lm_head int8 does nothing"),
@@ -49,6 +52,10 @@ def test_nothing_is_exported_before_it_is_refused(
     if isinstance(model, str):  # a checkpoint of another class: no weight is read before
         (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [model]}))
+        around = TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 0), ("[SEP]", 1)])
+        tokenizer = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1}, "[CLS]"))
+        tokenizer.post_processor = around
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
         model = tmp_path
     with pytest.raises(UserError, match=says):
         plan(Request(model, (target,), tmp_path / "o", **given), said.append)
