@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
 from instantrt.compiler.frontend.own_names import own_names
+from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request, check_options
 from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
@@ -51,6 +52,9 @@ def compile_model(
 
     Everything appears at once, and only when all of it is complete and has run (`request.smoke`).
     """
+    if not isinstance(request, Request):
+        raise TypeError(f"compile_model takes a Request, not {type(request).__name__}")
+    check_kind("triton", triton, Path, type(None))
     triton = Path(triton) if triton is not None else None
     check_places(request, verify=verify, triton=triton)
     on_cpu = any(target.backend is Backend.ONNXRUNTIME for target in request.resolved_targets())
@@ -86,6 +90,13 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
     read = (request.model, *request.adapter, *([request.base] if request.base is not None else []))
     check_out(request.out, targets, [*read, *([triton] if triton is not None else [])])
     if triton is not None:
+        if request.out.resolve().is_relative_to(triton.resolve()):  # a second run would find what is no model of it
+            raise UserError(
+                "the artifacts would lie in the Triton repository",
+                where=str(request.out),
+                found=f"triton {triton}",
+                fix="name another folder for --triton, one in the output folder say",
+            )
         check_folder(triton)
     if request.min_cosine is not None and not verify:
         raise UserError("min_cosine does nothing without --verify", fix="--verify --text FILE")

@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
-from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.quant.config import Quant, Search
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.ort import Preset
@@ -247,7 +247,7 @@ def settle(options: Any) -> None:
     """Makes paths and tuples of strings, and refuses values that do not exist: the `__post_init__` of a group."""
     for name, types in types_of(options.__class__).items():
         value = getattr(options, name)
-        check_kind(name, value, types)
+        check_kind(name, value, *types)
         if Path in types and isinstance(value, str | os.PathLike):
             object.__setattr__(options, name, Path(value))
         if tuple[str, ...] in types:
@@ -263,25 +263,6 @@ def settle(options: Any) -> None:
         value = getattr(options, f.name)
         if about.rule is not None and value is not None and not about.rule[0](value):
             raise UserError(f"{f.name} is out of range", expected=about.rule[1], found=str(value))
-
-
-def check_kind(name: str, value: Any, types: tuple[Any, ...]) -> None:
-    """Refuses, in Python, what a command line or JSON cannot say: a word for a number, nothing for a path."""
-    held = [kind for kind in types if kind in KINDS]
-    number = isinstance(value, bool) and bool not in held  # True is an int in Python
-    if len(held) == len(types) and (number or not isinstance(value, tuple(t for k in held for t in KINDS[k]))):
-        expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in held)
-        raise UserError(f"{name} has a value of another kind", expected=expected, found=repr(value))
-
-
-# Of these alone is the kind checked; a number may be NumPy's.
-KINDS: Mapping[Any, tuple[type, ...]] = {
-    bool: (bool,),
-    int: (Integral,),
-    float: (Real,),
-    Path: (str, os.PathLike),
-    type(None): (type(None),),
-}
 
 
 @cache

@@ -83,8 +83,8 @@ class Request(
             if self.quant == "none" and getattr(self, name):
                 raise UserError(f"quant none leaves nothing for {name} to say", fix="give one of them")
         for path, form in self.layers.items():
-            if not LAYER_FORMAT.fullmatch(form):
-                raise UserError("a layer's format", where=path, expected="float, or as a16w4:32", found=repr(form))
+            if not isinstance(form, str) or not LAYER_FORMAT.fullmatch(form):
+                raise UserError("a layer's format", where=str(path), expected="float, or as a16w4:32", found=repr(form))
         if self.max_size is not None and self.bits_per_weight is not None:
             raise UserError("max_size and bits_per_weight both bound the size", fix="give one of them")
         for name in ("plugin_rounding", "plugin_batch_invariant"):

@@ -83,6 +83,8 @@ def test_a_custom_config_with_quantization_disabled_is_an_error() -> None:
         {"targets": ()},
         {"targets": ("sm999",)},
         {"quant": "w4"},
+        {"quant": 7},
+        {"layers": {"a": 5}},
         {"quant": "none", "group_size": 32},
         {"quant": "a16w8", "quant_config": {"weight_format": "int8"}},
         {"lm_head": "int4"},
@@ -150,6 +152,12 @@ def test_the_public_names_are_reached_from_the_package() -> None:
         ("portable", "yes"),
         ("smoke", None),
         ("plugin", 3),
+        *(("targets", value) for value in (5, None, [5], b"x86", {"x86": 1})),
+        *(("layers", value) for value in ([1], "a", None)),
+        ("ignore", [5]),
+        ("adapter", [5]),
+        ("quant_config", "q.json"),
+        ("hardware_compatible", 5),
     ],
 )
 def test_a_value_of_another_kind_is_refused(field: str, value: object) -> None:
