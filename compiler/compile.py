@@ -88,7 +88,8 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
     check_options(request)
     targets = request.resolved_targets()
     read = (request.model, *request.adapter, *([request.base] if request.base is not None else []))
-    check_out(request.out, targets, [*read, *([triton] if triton is not None else [])])
+    written = (each for each in (triton, request.dump_passes, request.cache) if each is not None)
+    check_out(request.out, targets, [*read, *written])
     if triton is not None:
         if request.out.resolve().is_relative_to(triton.resolve()):  # a second run would find what is no model of it
             raise UserError(

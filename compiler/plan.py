@@ -91,9 +91,9 @@ class Plan:
 
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
-    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     check_early(request)
     check_text(request)
+    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
     model = load(
         request.model,

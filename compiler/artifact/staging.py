@@ -71,11 +71,18 @@ class Staging:
                 with reworded(self.final_names):
                     self.publish()
         finally:
-            for staged in self.folders.values():
-                shutil.rmtree(staged, ignore_errors=True)
-            for folder in self.made:
-                with suppress(OSError):  # it holds something now
-                    folder.rmdir()
+            try:
+                self.clear()
+            except KeyboardInterrupt:
+                self.clear()
+                raise
+
+    def clear(self) -> None:
+        for staged in self.folders.values():
+            shutil.rmtree(staged, ignore_errors=True)
+        for folder in self.made:
+            with suppress(OSError):  # it holds something now
+                folder.rmdir()
 
     def publish(self) -> None:
         moves = sorted(self.moves(), key=lambda move: move[1].name == MANIFEST)

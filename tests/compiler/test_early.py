@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
-from instantrt.compiler.artifact.staging import Staging
 from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
@@ -75,16 +73,3 @@ def test_errors_name_the_users_files_not_those_made_for_a_model(tmp_path: Path) 
         said = f"in {second}/tokenizer.json: {first}, and '{second}/config.json'"
         assert change(said) == f"in {tmp_path}/adapter/tokenizer.json: {file}, and '{file}'"
         assert own_names(held[0], tmp_path)(f"{first}/config.json, x") == f"{tmp_path}/config.json, x"
-
-
-@pytest.mark.parametrize("of_system", [False, True])
-def test_errors_name_the_place_of_a_file_not_where_it_is_staged(of_system: bool, tmp_path: Path) -> None:
-    def fail(out: Path) -> None:
-        with Staging() as staging:
-            path = str(staging.staged(out) / ".lowered.a1_b" / "model.onnx")
-            raise OSError(28, "No space left", path) if of_system else UserError("no", where=path, found=f"'{path}'")
-
-    with pytest.raises(OSError if of_system else UserError) as caught:
-        fail(tmp_path / "out")
-    assert os.fspath(tmp_path / "out" / "model.onnx") in str(caught.value)
-    assert "/." not in str(caught.value)

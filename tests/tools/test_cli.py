@@ -29,9 +29,10 @@ from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, optio
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
-from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand, compile_main, main
+from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
 from instantrt.tools.cli.console import Stages
 from instantrt.tools.cli.ending import exit_on_error, say_as_typed
+from instantrt.tools.cli.start import compile_main, main
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
@@ -74,7 +75,7 @@ for words in {calls}:
 def test_a_command_ends_without_looking_for_garbage(name: str) -> None:
     code = f"""
 import atexit, gc, sys
-from instantrt.tools.cli.app import {name}
+from instantrt.tools.cli.start import {name}
 atexit.register(lambda: print(gc.get_freeze_count(), file=sys.stderr))
 sys.argv[1:] = ["--help"]
 {name}()
@@ -145,6 +146,21 @@ def test_what_the_system_refuses_has_no_traceback(capsys: pytest.CaptureFixture[
         raise OSError(30, "Read-only file system", "/there/x86")
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_interruption_waits_for_an_import_unless_it_comes_again(again: bool, tmp_path: Path) -> None:
+    """C code that is imported prints a traceback of its own, or makes another error of it."""
+    ask = "os.kill(os.getpid(), signal.SIGINT)\n"
+    module = f"import os, signal, time\n{ask}{ask if again else ''}time.sleep(0.1)\nprint('imported', flush=True)\n"
+    (tmp_path / "slow.py").write_text(module)
+    code = (
+        "from instantrt.tools.cli.ending import exit_on_error\nwith exit_on_error():\n import slow, time; time.sleep(9)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (130, "" if again else "imported\n")
+    assert done.stderr == "interrupted; nothing half-written was left\nFAILED\n"
 
 
 def test_a_bug_of_ours_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,13 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from instantrt.passes.core.errors import MissingExtra, UserError
-from instantrt.tools.cli.ending import debug, exit_on_error, say_as_typed
+from instantrt.tools.cli.ending import debug, say_as_typed
 from instantrt.tools.cli.options import PlainCommand, PlainGroup
 
 CLI, BENCH = "instantrt.tools.cli.", "instantrt.tools.bench."
@@ -163,16 +163,12 @@ def root(
     """Compile language models ahead of time: TensorRT engines and ONNX Runtime artifacts with quantized weights."""
 
 
-def main() -> NoReturn:
+def main() -> None:
+    """What start.py calls; without words, --help."""
     atexit.register(gc.freeze)  # else the interpreter looks for garbage in all that torch is, before it ends
-    with exit_on_error():
-        app(sys.argv[1:] or ["--help"], prog_name="instantrt")
-    sys.exit(0)
+    app(sys.argv[1:] or ["--help"], prog_name="instantrt")
 
 
-def compile_main() -> NoReturn:
-    """The script `compile`, another name of `instantrt compile`."""
+def compile_main() -> None:
     atexit.register(gc.freeze)
-    with exit_on_error():
-        Subcommand("compile", *COMMANDS["compile"]).load()(prog_name="compile")
-    sys.exit(0)
+    Subcommand("compile", *COMMANDS["compile"]).load()(prog_name="compile")
