@@ -167,7 +167,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         raise UserError(
             "not a readable safetensors file",
             where=str(path),
-            found=error.strerror if isinstance(error, PermissionError) else str(error),
+            found=str(error),
             fix="" if isinstance(error, PermissionError) else COPY,
         ) from None
     header.pop("__metadata__", None)

@@ -17,7 +17,7 @@ from instantrt.compiler.frontend.sentence_files import read_pipeline
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.readers import find_reader
-from instantrt.compiler.request import Request, refuse_of_llm
+from instantrt.compiler.request import Request, refuse_cosine, refuse_of_llm
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
@@ -43,6 +43,8 @@ def check_early(request: Request) -> None:
     if head is not CAUSAL_LM:
         refuse_of_llm(request)
         check_room(request, model.folder)
+    else:
+        refuse_cosine(request.min_cosine, str(request.model))
     config, _ = resolve(request, model)
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     if head.task in HEADLESS:

@@ -25,13 +25,13 @@ from instantrt.passes.core.errors import FOUND, UserError, tried
 Array = npt.NDArray[np.float32]
 BATCH = 32
 WHERE = {  # task -> who runs it
-    "embed": "Embedder",
-    "classify": "Classifier",
+    "embed": "Embedder, or instantrt embed",
+    "classify": "Classifier, or instantrt classify",
     "classify_tokens": "load_artifact, which returns its logits",
     "fill_mask": "load_artifact, which returns its logits",
     "hidden": "load_artifact: nothing says how its hidden states become one vector; modules.json of "
     "sentence-transformers would",
-    "": "LLM: it is a causal language model",
+    "": "LLM, or instantrt generate: it is a causal language model",
 }
 
 

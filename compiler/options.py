@@ -36,6 +36,8 @@ Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what 
 ABOVE_ZERO: Rule = (lambda value: 0 < value < math.inf, "a number above 0")
 PART: Rule = (lambda value: 0 < value <= 1, "a number above 0, at most 1")
 LEVELS: Rule = (lambda value: 0 <= value <= 5, "0 to 5")
+GPUS = ("none", "ampere_plus", "same_compute_capability")  # TensorRT's HardwareCompatibilityLevel
+LEVEL: Rule = (lambda value: value.lower() in ("", *GPUS), " or ".join(GPUS))
 MIB: Rule = (lambda value: 1 <= value < 1 << 20, "MiB, 1 to 1048575")  # not bytes
 
 
@@ -162,7 +164,11 @@ class EngineOptions:
         False, "for newer TensorRT too", GPU, trtexec="--versionCompatible", flag="VERSION_COMPATIBLE"
     )
     hardware_compatible: str = option(
-        "", "for other GPUs too: ampere_plus, say", GPU, trtexec="--hardwareCompatibilityLevel={}"
+        "",
+        "for other GPUs too: ampere_plus or same_compute_capability",
+        GPU,
+        rule=LEVEL,
+        trtexec="--hardwareCompatibilityLevel={}",
     )
     timing_cache: Path | None = option(None, "file of timings that builds share", GPU)
 

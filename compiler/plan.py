@@ -23,7 +23,7 @@ from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.options import TableFormat
-from instantrt.compiler.request import Request, check_lengths, refuse_of_llm
+from instantrt.compiler.request import Request, check_lengths, refuse_cosine, refuse_of_llm
 from instantrt.compiler.say import Say
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
@@ -114,6 +114,8 @@ def plan_for(model: FloatModel, request: Request, log: PassLog, say: Say) -> Pla
     """Everything behind the export."""
     if model.llm is None:
         refuse_of_llm(request)
+    if model.encoder is None:
+        refuse_cosine(request.min_cosine, str(request.model))
     if model.llm is None and model.encoder is None:
         check_lengths(request)
     config, reader = resolve(request, model)

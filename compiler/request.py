@@ -215,6 +215,13 @@ def refuse_of_llm(request: Request) -> None:
             raise UserError(f"{f.name} does nothing without a causal LM", where=str(request.model), fix="leave it out")
 
 
+def refuse_cosine(minimum: float | None, where: str) -> None:
+    """Refuses a bound on an encoder's answers for a model that is none."""
+    if minimum is not None:
+        what, fix = "min_cosine is of encoders: it compares whole answers", "--max-kl bounds a causal LM"
+        raise UserError(what, where=where, fix=fix)
+
+
 def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it out") -> None:
     """Refuses an option that says nothing without what this compilation lacks."""
     for f, option in options_of(request):

@@ -61,7 +61,7 @@ class Staging:
     def final_names(self, text: str) -> str:
         """What is said of files here, of their places: an error outlives the hidden folders."""
         for folder, staged in self.folders.items():
-            text = re.sub(rf"{re.escape(str(staged))}(/\.\w+\.\w+)?", lambda _, name=str(folder): name, text)
+            text = str(folder).join(re.split(rf"{re.escape(str(staged))}(?:/\.\w+\.\w+)?", text))
         return text
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:

@@ -85,7 +85,9 @@ def load(
         where=str(model),
         expected="a folder with config.json and *.safetensors, a .gguf file, or an .onnx file",
         found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
-        fix="models are read from disk; download the checkpoint first",
+        fix=f"name its folder, {model.parent}"
+        if model.is_file() and (model.parent / "config.json").is_file()
+        else "models are read from disk; download the checkpoint first",
     )
 
 

@@ -129,6 +129,12 @@ def test_targets_are_found_by_any_name() -> None:
     assert request(targets=("x86", "cpu", "armv9")).resolved_targets() == (find_target("x86"), find_target("armv9"))
 
 
+def test_several_targets_in_one_word_are_said_apart() -> None:
+    with pytest.raises(UserError) as caught:
+        find_target("x86, sm89,other")
+    assert caught.value.fix == "--target x86 --target sm89"
+
+
 def test_the_public_names_are_reached_from_the_package() -> None:
     import instantrt
     from instantrt.compiler.compile import compile_model

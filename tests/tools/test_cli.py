@@ -239,6 +239,16 @@ def test_a_manifest_of_another_version_is_one_clear_line(tmp_path: Path) -> None
         assert refused(*words).what == "a manifest of another version"
 
 
+def test_a_folder_within_the_output_names_the_output(tiny_compiled: Path) -> None:
+    for inner in ("x86", "x86/model.onnx"):
+        error = refused("check", tiny_compiled / inner)
+        assert (error.what, error.fix) == ("nothing that compile wrote is here", f"name {tiny_compiled}")
+
+
+def test_another_model_than_the_artifacts_is_refused(tiny_compiled: Path, small: Path) -> None:
+    assert refused("diff", tiny_compiled, "--model", small).what == "the artifact is of another model"
+
+
 def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> None:
     shown = invoke("compile", "--help", COLUMNS="80", TERM="dumb").output
     assert max(map(len, shown.splitlines())) <= 80
@@ -305,6 +315,12 @@ def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
     error = UserError("group_size does not divide it", where="a/group_size/b", expected="quant, group_size", fix="bits")
     say_as_typed(error, ["quant", "max-length"])
     assert (error.what, error.expected) == ("group_size does not divide it", "quant, group_size")
+    head = UserError("lm_head int8 does nothing", where="lm_head, and 3 more", found="lm_head, ignored by 'lm_head'")
+    say_as_typed(head, ["lm-head"])
+    assert str(head).splitlines() == [
+        "lm_head, and 3 more: --lm-head int8 does nothing",
+        "  found:    lm_head, ignored by 'lm_head'",
+    ]
     say_as_typed(error, ["group-size"])
     assert str(error) == "\n".join(
         [

@@ -42,12 +42,15 @@ def main(
     from instantrt.compiler.accuracy.forms import Budget
     from instantrt.compiler.accuracy.run import check_artifacts, check_reports
     from instantrt.compiler.accuracy.subjects import request_of
+    from instantrt.compiler.accuracy.verify import check_names
     from instantrt.compiler.artifact.staging import Staging
     from instantrt.compiler.frontend.own_names import own_names
     from instantrt.compiler.plan import plan
     from instantrt.tools.cli.show_accuracy import show_verdict
 
     text = bounds.pop("text")
+    chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
+    check_names(chosen)
     request, artifacts = request_of(out, model, target, calibration, adapter=adapter or (), base=base)
     folder = report or out / "report"
     if not find:
@@ -60,7 +63,6 @@ def main(
             culprits = find_culprits(planned, request, artifacts, data, stages.begin)
             verdicts = []
         else:
-            chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
             budget, culprits = Budget(**bounds), {}
             with Staging() as staging:
                 verdicts = check_artifacts(

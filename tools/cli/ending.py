@@ -18,6 +18,7 @@ WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives t
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
 BUG = "this is a bug of InstantRT: run again with --debug, and report what that shows"
 
+MODULE = "lm_head"
 IMPORT = "<frozen importlib._bootstrap>"
 LATER = 0.02  # seconds, until it is looked again whether the import is over
 
@@ -58,6 +59,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     if len(interrupted) == 1 and importing(frame):
         signal.setitimer(signal.ITIMER_REAL, LATER)
     else:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # else it rings when nobody listens any more
         raise KeyboardInterrupt
 
 
@@ -82,10 +84,11 @@ def said(error: Exception) -> Exception:
 def say_as_typed(error: UserError, options: Iterable[str]) -> None:
     """`--max-length` in an error for who typed that, where Python says `max_length`.
 
-    Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English is the
-    option where a field begins with it, or with another and it.
+    Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English, or of a
+    module, is the option where a field begins with it, or with another and it.
     """
     for option in options:
         name = option.replace("-", "_")
-        pattern = rf"(?<![\w./-])()({name})(?![\w./-])" if "_" in name else rf"^((?:\S+ and )?)({name})(?= )"
+        plain = "_" in name and name != MODULE
+        pattern = rf"(?<![\w./'-])()({name})(?![\w./'-])" if plain else rf"^((?:\S+ and )?)({name})(?=[ :])"
         error.reword(partial(re.sub, pattern, rf"\1--{option}"))
