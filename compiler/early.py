@@ -6,11 +6,11 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.accuracy.data import read_text, tokenizer_of
 from instantrt.compiler.backend.tensorrt.choose import choose_builder
 from instantrt.compiler.cache_type import check_cache_type
 from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.decide import check_head, resolve, step_of
+from instantrt.compiler.fit import check_text
 from instantrt.compiler.frontend.architecture import CAUSAL_LM, Head, head_of
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.frontend.sentence_files import read_pipeline
@@ -18,9 +18,10 @@ from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.readers import find_reader
 from instantrt.compiler.request import Request, refuse_cosine, refuse_of_llm
+from instantrt.compiler.serving.runtime.text import open_tokenizer
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, tried
 
 CONFIG = "config.json"
 HEADLESS = ("embed", "hidden", "classify", "classify_tokens")  # tasks of models without the head of a language model
@@ -32,8 +33,7 @@ def check_early(request: Request) -> None:
         if target.backend is Backend.TENSORRT:
             choose_builder(target, request.builder, options=request.engine_options())
     check_cache_type(request)
-    if request.text is not None:
-        read_text(request.text)
+    check_text(request)
     if request.max_ppl_increase is not None and request.text is None:
         raise UserError("perplexity needs a text", fix="--text FILE")
     check_widths(request)
@@ -58,7 +58,8 @@ def check_room(request: Request, folder: Path) -> None:
     """Refuses a length that what a tokenizer puts around each text fills: all texts would be one."""
     if request.max_length is None or not (folder / "tokenizer.json").is_file():
         return
-    around = tokenizer_of(folder).num_special_tokens_to_add(is_pair=False)
+    with tried("reading the tokenizer", where=str(folder / "tokenizer.json"), fix="copy it again from the model"):
+        around = open_tokenizer(folder).num_special_tokens_to_add(is_pair=False)
     if request.max_length <= around:
         raise UserError(
             "max_length leaves no token of a text",

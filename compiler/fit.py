@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy import budget
 from instantrt.compiler.accuracy.calibrate import calibrate, feeds_of_text, feeds_of_words, tokens_of
-from instantrt.compiler.accuracy.data import generated, load_data
+from instantrt.compiler.accuracy.data import generated, load_data, read_text
 from instantrt.compiler.accuracy.forms import Budget
 from instantrt.compiler.accuracy.importance import input_energy, search_scales, smoothing
 from instantrt.compiler.accuracy.ladder import override
@@ -28,10 +28,12 @@ TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, 
 
 
 def check_text(request: Request) -> None:
-    """Refuses a calibration text that is none, before the model is built and exported: where its tokenizer is a file.
+    """Refuses texts that are none before the model is exported; what calibrates is too short by a tokenizer that is a file.
 
     That of an adapter may be its base's; some are made of other files, and a GGUF file's of its metadata.
     """
+    if request.text is not None:
+        read_text(request.text)
     there = (request.model / "tokenizer.json").is_file() and not is_adapter(request.model)
     if request.calibration is not None and there:
         tokens_of(request.model, request.calibration)

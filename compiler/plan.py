@@ -18,7 +18,7 @@ from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
 from instantrt.compiler.decide import check_head, check_tables, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
 from instantrt.compiler.early import check_early
-from instantrt.compiler.fit import check_text, choose_formats, fit_codes, smooth
+from instantrt.compiler.fit import choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.frontend.own_names import own_names
@@ -92,7 +92,6 @@ class Plan:
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
     check_early(request)
-    check_text(request)
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
     model = load(

@@ -84,8 +84,8 @@ def said(error: Exception) -> Exception:
 def say_as_typed(error: UserError, options: Iterable[str]) -> None:
     """`--max-length` in an error for who typed that, where Python says `max_length`.
 
-    Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English, or of a
-    module, is the option where a field begins with it, or with another and it.
+    Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English, or
+    of a module, is the option where a field begins with it, or with another and it.
     """
     for option in options:
         name = option.replace("-", "_")
