@@ -28,9 +28,10 @@ TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, 
 
 
 def check_text(request: Request) -> None:
-    """Refuses texts that are none before the model is exported; what calibrates is too short by a tokenizer that is a file.
+    """Refuses a text that is none, or too short to calibrate by, before the model is exported.
 
-    That of an adapter may be its base's; some are made of other files, and a GGUF file's of its metadata.
+    How long one is, is known where the tokenizer is a file: that of an adapter may be its base's, some are made of
+    other files, and a GGUF file's of its metadata.
     """
     if request.text is not None:
         read_text(request.text)
