@@ -14,6 +14,7 @@ from instantrt.compiler.accuracy.data import llm_feeds, windows
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.fit import check_text
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
