@@ -125,6 +125,8 @@ def test_completion_knows_commands_options_and_values() -> None:
         (("compil", TINY), "No such command 'compil'. Did you mean 'compile'?"),
         (("build", TINY, "--quant", "a16w8"), "--quant is an option of instantrt compile, not of this command"),
         (("compile", TINY, "--list-targets"), "--list-targets is a command now: instantrt targets"),
+        (("compile", TINY, "--target", "x86", "-o", ""), "an empty path for -o; the current folder is ."),
+        (("check", ""), "an empty path for folder"),
         (
             ("check", "x", "--text", "t"),
             "--text is an option of instantrt compile and embed and classify and diff and perplexity, not of",

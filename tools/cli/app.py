@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -90,8 +91,9 @@ class Loaded(PlainCommand):
     """A subcommand that says whose an option is that it does not have, and calls its own as they were typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [*args]  # parsing takes them away
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except Exception as error:  # typer's class for it is not public
             flag: Any = getattr(error, "option_name", None)
             if flag in FORMER:
@@ -101,6 +103,10 @@ class Loaded(PlainCommand):
                 if owners:
                     ctx.fail(f"{flag} is an option of instantrt {' and '.join(owners)}, not of this command")
             raise
+        for p in self.params:
+            if ctx.params.get(p.name) == Path() and "" in words and "." not in words:  # of a variable that is not set
+                ctx.fail(f"an empty path for {p.opts[0]}; the current folder is .")
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
