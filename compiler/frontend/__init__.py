@@ -8,6 +8,7 @@ beside `hf` and `onnx_file`, told apart in `load`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,12 +53,13 @@ def load(
         from instantrt.compiler.frontend import hf
         from instantrt.compiler.frontend.gguf.folder import made_folder
 
-        with tried("reading the GGUF file", where=str(gguf), fix="a newer transformers may know it; --debug says more"):
+        fix = "a newer transformers may know it; --debug says more"
+        with ExitStack() as outside, tried("reading the GGUF file", where=str(gguf), fix=fix):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say)
-            with reworded(own_names(made.held, gguf)):
-                loaded = hf.load_checkpoint(
-                    made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
-                )
+            outside.enter_context(reworded(own_names(made.held, gguf)))  # what `tried` makes of errors, too
+            loaded = hf.load_checkpoint(
+                made.path, max_length=max_length, cache=cache, say=say, weights=made.weights, adapter=lora
+            )
             return with_adapter(replace(loaded, notes=(*made.notes, *loaded.notes), held=made.held), lora, model)
     if model.is_dir():
         from instantrt.compiler.frontend import hf
