@@ -4,8 +4,10 @@
 -> write and backend/ -> artifact/, with accuracy/ to verify and serving/ to hand on.
 
     request, options   what a user asks for: one frozen value, made of groups of options, each written once
+    kinds              of what kind a value from Python has to be
     target, support    what can be compiled for, a row a target; what has been shown for each method and target
     checkpoint         safetensors files as references; no bytes are read
+    early              what options and the files of a checkpoint decide, refused before anything is exported
     decide             request and checkpoint -> the one quantization of each layer
     fit                formats, scales and codes fitted to what the model does, where that is asked for
     plan               what will be written, decided before a byte is: formats, graphs, who builds each engine

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.request import Request
 from instantrt.compiler.say import Say
-from instantrt.compiler.target import Target
+from instantrt.compiler.target import Backend, Target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array
@@ -29,38 +29,48 @@ INTEGERS = ("int8", "uint4")
 ROWS, TOKENS = 4, 128  # of what the range is measured on
 MARGIN = 2  # over what these reach: what saturates costs more than coarser steps (docs/facts.md, "Caches of integers")
 
+NO_ENGINE = ("float32", "uint4")  # whatever it computes in
 LEAST = 2.0**-20
 
 
-def check_cache_type(request: Request, types: Mapping[str, np.dtype[Any]]) -> None:
-    """Refuses a type that a target has no cache of; `types` is what each engine computes in."""
+def check_cache_type(request: Request, types: Mapping[str, np.dtype[Any]] | None = None) -> None:
+    """Refuses a type that a target has no cache of; `types`: what each engine computes in, where that is known."""
     for target in request.resolved_targets():
-        check_target(request.kv_cache_type, request.kv_cache, target, types.get(target.name))
+        check_target(request.kv_cache_type, request.kv_cache, target, (types or {}).get(target.name))
 
 
-def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[Any] | None) -> None:
-    """`dtype`: what its engine computes in, None for a CPU."""
-    where = f"{target.name} ({target.family})"
-    if dtype is None and kind == "float16":
+def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[Any] | None = None) -> None:
+    """`dtype`: what its engine computes in; None for a CPU, and where it is not known yet."""
+    where, engine = f"{target.name} ({target.family})", target.backend is Backend.TENSORRT
+    computes = f"{dtype.name if dtype is not None else '16 bits'}, in which it computes"
+    if not engine and kind == "float16":
         raise UserError(
             "no float16 cache on a CPU",
             where=where,
             expected="float32, int8 or uint4",
             found="GroupQueryAttention takes a float16 cache only with float16 queries, and is slower with both",
         )
-    if dtype is not None and kind == "int8" and growth == "in-place":
+    if engine and kind == "int8" and not target.whole_operators:
+        raise UserError(
+            "no int8 cache in this engine",
+            where=where,
+            expected=computes,
+            found=f"the parser of TensorRT {target.tensorrt} has no Concat of int8",
+            fix=f"compile for {target.name} apart",
+        )
+    if engine and kind == "int8" and growth == "in-place":
         raise UserError(
             "no int8 cache in place in an engine",
             where=where,
             found="TensorScatter takes float32, float16 and bfloat16 alone",
             fix="--kv-cache concat, or another --kv-cache-type",
         )
-    if dtype is not None and kind not in (None, "int8", dtype.name):
+    if engine and (kind in NO_ENGINE or (dtype is not None and kind not in (None, "int8", dtype.name))):
         raise UserError(
             f"no {kind} cache in this engine",
             where=where,
-            expected=f"{dtype.name}, in which it computes, or int8",
-            found="TensorRT has no operators on bytes of two codes" if kind == "uint4" else kind,
+            expected=computes + (", or int8" if target.whole_operators else ""),
+            found="TensorRT has no operators on bytes of two codes" if kind == "uint4" else str(kind),
             fix=f"compile for {target.name} apart",
         )
 

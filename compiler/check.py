@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.artifact.check import check_digests, inside
-from instantrt.compiler.artifact.manifest import MANIFEST, MODEL, Artifact, read_manifest
+from instantrt.compiler.artifact.manifest import MODEL, Artifact, read_manifest
 from instantrt.compiler.backend.tensorrt.build import PRODUCT, load, read_header
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
 from instantrt.compiler.backend.tensorrt.header import Header
@@ -28,13 +28,6 @@ def check(folder: Path) -> Iterator[str]:
 
     Nothing is loaded before its digest and header were compared: an engine is code.
     """
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            "nothing that compile wrote is here",
-            where=str(folder),
-            expected=f"the folder that was given to compile as --out; it holds {MANIFEST}",
-            found="no such folder" if not folder.is_dir() else f"no {MANIFEST}",
-        )
     for artifact in read_manifest(folder):
         check_digests(folder, artifact)
         verdict = check_engine(folder, artifact) if artifact.kind == "engine" else check_model(folder, artifact)

@@ -50,6 +50,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of the types that take less than a byte there
 # A header of a model with a million tensors is below this; the format's own limit is the same.
 MAX_HEADER = 100_000_000
+COPY = "the file may be truncated, or a Git LFS pointer: compare its size with the original and copy it again"
 
 
 def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
@@ -156,9 +157,9 @@ def same_bytes(a: FileTensor, b: FileTensor) -> bool:
 def read_header(path: Path) -> dict[str, FileTensor]:
     """The tensors of one file. The safetensors library checks the header; offsets are then read from it."""
     try:
-        with safe_open(path, "np"):
-            pass
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # first: the library calls a file that it may not read one that is not there
+            with safe_open(path, "np"):
+                pass
             (size,) = struct.unpack("<Q", file.read(8))
             assert size <= MAX_HEADER  # the library has refused it already
             header: dict[str, Any] = json.loads(file.read(size))
@@ -167,7 +168,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             "not a readable safetensors file",
             where=str(path),
             found=str(error),
-            fix="the file may be truncated, or a Git LFS pointer: compare its size with the original and copy it again",
+            fix="" if isinstance(error, PermissionError) else COPY,
         ) from None
     header.pop("__metadata__", None)
     return {name: file_tensor(path, 8 + size, name, info) for name, info in header.items()}

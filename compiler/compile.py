@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
+from instantrt.compiler.frontend.own_names import own_names
+from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request, check_options
 from instantrt.compiler.serving.repository import check_folder, plan_repository, stage_repository
@@ -18,7 +21,7 @@ from instantrt.compiler.target import Backend
 from instantrt.compiler.watch import SILENT, Watch
 from instantrt.compiler.write import outline, stage_artifacts
 from instantrt.passes.core.collector import settled
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, reworded
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.data import Data
@@ -49,11 +52,15 @@ def compile_model(
 
     Everything appears at once, and only when all of it is complete and has run (`request.smoke`).
     """
+    if not isinstance(request, Request):
+        raise TypeError(f"compile_model takes a Request, not {type(request).__name__}")
+    check_kind("triton", triton, Path, type(None))
     triton = Path(triton) if triton is not None else None
     check_places(request, verify=verify, triton=triton)
     on_cpu = any(target.backend is Backend.ONNXRUNTIME for target in request.resolved_targets())
-    with Staging() as staging, standby(needed=request.smoke and on_cpu) as take:
+    with Staging() as staging, standby(needed=request.smoke and on_cpu) as take, ExitStack() as stack:
         planned = plan(request, watch.say)
+        stack.enter_context(reworded(own_names(planned.model.held, request.model)))
         watch.planned(planned)
         data = None
         if verify:
@@ -81,9 +88,19 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
     check_options(request)
     targets = request.resolved_targets()
     read = (request.model, *request.adapter, *([request.base] if request.base is not None else []))
-    check_out(request.out, targets, [*read, *([triton] if triton is not None else [])])
+    written = (each for each in (triton, request.dump_passes, request.cache) if each is not None)
+    check_out(request.out, targets, [*read, *written])
     if triton is not None:
+        if request.out.resolve().is_relative_to(triton.resolve()):  # a second run would find what is no model of it
+            raise UserError(
+                "the artifacts would lie in the Triton repository",
+                where=str(request.out),
+                found=f"triton {triton}",
+                fix="name another folder for --triton, one in the output folder say",
+            )
         check_folder(triton)
+    if request.timing_cache is not None and request.timing_cache.is_dir():
+        raise UserError("timing_cache is a file", where=str(request.timing_cache), found="a folder")
     if request.min_cosine is not None and not verify:
         raise UserError("min_cosine does nothing without --verify", fix="--verify --text FILE")
     if verify:

@@ -13,11 +13,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler import pipeline
-from instantrt.compiler.backend.tensorrt.choose import choose_builder
 from instantrt.compiler.defaults import Formats
-from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.json_file import read_json
 from instantrt.compiler.options import FLOAT, QUANTIZED
 from instantrt.compiler.quant import instant, stored
 from instantrt.compiler.quant.config import SHORT, QuantConfig, expect, parse_quant_config
@@ -32,7 +29,6 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 from instantrt.passes.qdq.last_logits import head_linears
 from instantrt.passes.qdq.tables import stored_table
 
-CONFIG = "config.json"
 FIXES = {"gguf": "leave it out, or --requantize, which takes a GGUF file's weights as floats"}  # by method
 
 
@@ -76,30 +72,6 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
     if request.weight_only and parsed.activate_quant:
         raise UserError("weight_only and activation quantization exclude each other", where=where)
     return replace(parsed, ignore=(*parsed.ignore, *request.ignore))
-
-
-def check_early(request: Request) -> None:
-    """Refuses what shows before the model is built and exported: a builder that is not for a target, a group size.
-
-    What config.json shows is the width of all layers; those that are ignored are known by layer alone.
-    """
-    for target in request.resolved_targets():
-        if target.backend is Backend.TENSORRT:
-            choose_builder(target, request.builder, options=request.engine_options())
-    said = request.quant_config or {}
-    size = request.group_size if request.group_size is not None else said.get("group_size")
-    if type(size) is not int or size < 1 or request.ignore or said.get("ignore"):
-        return
-    if not (request.model / CONFIG).is_file() or gguf_at(request.model) is not None:
-        return
-    config = read_json(request.model / CONFIG)
-    sizes = config.get("text_config", config)
-    if "quantization_config" in config or not isinstance(sizes, dict):
-        return
-    experts = any("expert" in key for key in sizes)  # such a config may have an intermediate_size that no layer has
-    keys = ("hidden_size", "intermediate_size")[: 1 if experts else 2]
-    widths = {f"{CONFIG}, {key}": sizes[key] for key in keys if type(sizes.get(key)) is int and sizes[key] > 0}
-    instant.check_groups(widths, size, step_of(request.resolved_targets()), instead=", or --ignore some layers")
 
 
 def step_of(targets: Iterable[Target]) -> int:

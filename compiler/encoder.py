@@ -6,7 +6,7 @@ with Embedder("build") as model:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, overload
@@ -16,22 +16,35 @@ import numpy.typing as npt
 
 from instantrt.compiler.artifact.check import inside
 from instantrt.compiler.artifact.manifest import find_artifact
-from instantrt.compiler.llm import checked
+from instantrt.compiler.kinds import check_kind
+from instantrt.compiler.llm import check_threads, checked
 from instantrt.compiler.serving.runtime.onnx_engine import open_session
 from instantrt.compiler.serving.runtime.texts import TextReader, Texts, answered, best_labels, scoring
-from instantrt.passes.core.errors import UserError, tried
+from instantrt.passes.core.errors import FOUND, UserError, tried
 
 Array = npt.NDArray[np.float32]
 BATCH = 32
 WHERE = {  # task -> who runs it
-    "embed": "Embedder",
-    "classify": "Classifier",
+    "embed": "Embedder, or instantrt embed",
+    "classify": "Classifier, or instantrt classify",
     "classify_tokens": "load_artifact, which returns its logits",
     "fill_mask": "load_artifact, which returns its logits",
     "hidden": "load_artifact: nothing says how its hidden states become one vector; modules.json of "
     "sentence-transformers would",
-    "": "LLM: it is a causal language model",
+    "": "LLM, or instantrt generate: it is a causal language model",
 }
+
+
+def listed(texts: str | Texts) -> list[str | tuple[str, str]]:
+    """A text alone, or each of several; UserError for what is none."""
+    several = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping)
+    many: list[Any] = list(texts) if several else [texts]
+    for each in many:
+        pair = isinstance(each, tuple | list) and len(each) == 2 and all(isinstance(part, str) for part in each)
+        if not isinstance(each, str) and not pair:
+            expected = "a str, or a list of them; a tuple of two where a model reads pairs"
+            raise UserError("this is no text", expected=expected, found=repr(each)[:FOUND])
+    return many
 
 
 class OpenEncoder:
@@ -46,6 +59,7 @@ class OpenEncoder:
     def __init__(
         self, folder: Path | str, target: str | None = None, *, threads: int = 0, spinning: bool | None = None
     ) -> None:
+        check_threads(threads, spinning)
         out = Path(folder)
         self.artifact = find_artifact(out, target)
         path, about = inside(out, self.artifact.path), self.artifact.encoder or {}
@@ -74,6 +88,7 @@ class OpenEncoder:
 
     def answers(self, texts: Texts, batch_size: int, prompt: str = "") -> Iterator[tuple[list[int], Array]]:
         """(which texts, what the model says of them), a batch at a time, the longest first."""
+        check_kind("batch_size", batch_size, int)
         if batch_size < 1:
             raise UserError("batch_size is no number of texts", expected="1 or more", found=str(batch_size))
         if self.session is None:
@@ -99,7 +114,7 @@ class Embedder(OpenEncoder):
         batch_size    texts that run together, at most
         prompt_name   of the model's prompts; the one that it uses by itself if not given
         """
-        many = [texts] if isinstance(texts, str) else list(texts)
+        many = listed(texts)
         vectors = np.zeros((len(many), self.width), np.float32)
         try:
             prompt = self.reader.prompt(prompt_name)
@@ -124,7 +139,7 @@ class Classifier(OpenEncoder):
     def classify(self, texts: str | Texts, *, batch_size: int = BATCH) -> dict[str, float] | list[dict[str, float]]:
         """Label -> score of each text, the best first: softmax; sigmoid of one label, or of labels that do not exclude
         one another; or the logit itself, where the model's config says so."""
-        many = [texts] if isinstance(texts, str) else list(texts)
+        many = listed(texts)
         assert self.artifact.encoder is not None
         names = self.artifact.encoder["labels"]
         by, found = scoring(self.folder, names), [dict[str, float]() for _ in many]

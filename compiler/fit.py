@@ -29,14 +29,18 @@ TOKENS = 128  # at random, for a search: 512 give no other loss (docs/facts.md, 
 
 
 def check_text(request: Request) -> None:
-    """Refuses a calibration text that is none, before the model is built and exported."""
-    model, text = request.model, request.calibration
-    if text is None:
-        return
-    if is_adapter(model) or gguf_at(model) is not None:  # whose tokenizer may be its base's, or is made
-        read_text(text)
-    else:
-        tokens_of(model if model.is_dir() else model.parent, text)
+    """Refuses a text that is none, or too short to calibrate by, before the model is exported.
+
+    How long one is, is known where the tokenizer is a file: that of an adapter may be its base's, some are made of
+    other files, and a GGUF file's of its metadata.
+    """
+    for text in (request.text, request.calibration):
+        if text is not None:
+            read_text(text)
+    folder = request.model if request.model.is_dir() else request.model.parent
+    there = (folder / "tokenizer.json").is_file() and not is_adapter(request.model) and gguf_at(request.model) is None
+    if request.calibration is not None and there:
+        tokens_of(folder, request.calibration)
 
 
 def choose_formats(

@@ -111,7 +111,11 @@ def inspect(
     folder   or a GGUF file, whose codes do not count where it is to be quantized anew (`requantize`); or an adapter
     """
     if gguf_at(folder) is None and not folder.is_dir():
-        raise UserError("instantrt inspect takes a checkpoint's folder, or a GGUF file", where=str(folder))
+        raise UserError(
+            "instantrt inspect takes a checkpoint's folder, or a GGUF file",
+            where=str(folder),
+            found=f"a {folder.suffix or 'plain'} file" if folder.exists() else "nothing",
+        )
     name, found = folder.name, list[UserError]()
     try:
         folder, lora = model_and_adapter(folder, adapter, base)

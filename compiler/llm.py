@@ -10,7 +10,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ import numpy.typing as npt
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
+from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.serving.config import KIT, parameters
 from instantrt.compiler.serving.runtime.opening import open_engine
 from instantrt.compiler.serving.runtime.sampling import Sampling
 from instantrt.compiler.serving.runtime.scheduler import Engine, Failure, Job, RefusedError, Scheduler, SequenceLimits
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.passes.core.errors import UserError, tried
+from instantrt.passes.core.errors import FOUND, UserError, tried
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -147,6 +148,9 @@ class LLM:
         threads: int = 0,
         spinning: bool | None = None,
     ) -> None:
+        for name, value in (("max_batch", max_batch), ("max_length", max_length)):
+            check_kind(name, value, int, type(None))
+        check_threads(threads, spinning)
         self.out = Path(folder)
         self.artifact = find_artifact(self.out, target)
         path = inside(self.out, self.artifact.path)
@@ -229,7 +233,7 @@ class LLM:
     def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
         """What follows a text or a chat; of a list of them, all at once, in their order."""
-        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
+        one = is_prompt(prompt) or not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping)
         running: list[Generation] = []
         try:
             for each in [prompt] if one else prompt:
@@ -250,8 +254,13 @@ class LLM:
         if self.state == "new":
             self.start()
         given: dict[str, Any] = dict(options)
+        if unknown := sorted(given.keys() - Options.__annotations__):
+            raise UserError("no such option", expected=", ".join(Options.__annotations__), found=", ".join(unknown))
         max_tokens, min_tokens = given.pop("max_tokens", MAX_TOKENS), given.pop("min_tokens", 0)
         stop = given.pop("stop", ())
+        check_kind("max_tokens", max_tokens, int)
+        check_kind("min_tokens", min_tokens, int)
+        check_kind("stop", stop, tuple[str, ...])
         stop = tuple(word for word in ((stop,) if isinstance(stop, str) else stop) if word)
         try:
             ids = self.encode(prompt)
@@ -271,6 +280,9 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a text, or of a chat in the model's own form."""
+        if not is_prompt(prompt):
+            expected = 'a str, or the messages of a chat: [{"role": "user", "content": "..."}]'
+            raise UserError("this is no prompt", expected=expected, found=repr(prompt)[:FOUND])
         return self.text.encode(prompt) if isinstance(prompt, str) else self.text.chat(json.dumps(list(prompt)))
 
     def check(self, *states: str) -> None:
@@ -316,6 +328,20 @@ class LLM:
             raise UserError("no memory for the model", where=str(self.model), found=str(error), fix=fix) from None
 
 
+def is_prompt(prompt: object) -> bool:
+    """Is it a text or a chat, and no list of them?"""
+    several = isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(each, Mapping) for each in prompt)
+    return isinstance(prompt, str) or several
+
+
+def check_threads(threads: int, spinning: bool | None) -> None:
+    """Refuses what no session of ONNX Runtime can be opened with."""
+    check_kind("threads", threads, int)
+    check_kind("spinning", spinning, bool, type(None))
+    if threads < 0:
+        raise UserError("threads is out of range", expected="0 or more; 0 is one a core", found=str(threads))
+
+
 @contextmanager
 def checked(out: Path, artifact: Artifact) -> Iterator[None]:
     """Compares the digests of a CPU artifact beside what the block does: a changed file explains its errors."""
@@ -344,6 +370,7 @@ def load_artifact(
     folder: Path | str, target: str | None = None, *, threads: int = 0, spinning: bool | None = None
 ) -> LoadedModel:
     """The artifact for a CPU in `folder`, an encoder's or any other model's; `threads` and `spinning` as in `LLM`."""
+    check_threads(threads, spinning)
     out = Path(folder)
     artifact = find_artifact(out, target)
     if artifact.kind != "onnx":

@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
-from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.quant.config import Quant, Search
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.ort import Preset
@@ -36,6 +36,8 @@ Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what 
 ABOVE_ZERO: Rule = (lambda value: 0 < value < math.inf, "a number above 0")
 PART: Rule = (lambda value: 0 < value <= 1, "a number above 0, at most 1")
 LEVELS: Rule = (lambda value: 0 <= value <= 5, "0 to 5")
+GPUS = ("none", "ampere_plus", "same_compute_capability")  # TensorRT's HardwareCompatibilityLevel
+LEVEL: Rule = (lambda value: value.lower() in ("", *GPUS), " or ".join(GPUS))
 MIB: Rule = (lambda value: 1 <= value < 1 << 20, "MiB, 1 to 1048575")  # not bytes
 
 
@@ -162,7 +164,11 @@ class EngineOptions:
         False, "for newer TensorRT too", GPU, trtexec="--versionCompatible", flag="VERSION_COMPATIBLE"
     )
     hardware_compatible: str = option(
-        "", "for other GPUs too: ampere_plus, say", GPU, trtexec="--hardwareCompatibilityLevel={}"
+        "",
+        "for other GPUs too: ampere_plus or same_compute_capability",
+        GPU,
+        rule=LEVEL,
+        trtexec="--hardwareCompatibilityLevel={}",
     )
     timing_cache: Path | None = option(None, "file of timings that builds share", GPU)
 
@@ -195,10 +201,10 @@ class Accuracy:
     """What quantization may cost: worst layers get finer formats until it does not cost more."""
 
     max_kl: float | None = option(
-        None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, rule=ABOVE_ZERO
+        None, "bound on the mean KL to the float model's next token, in nats", QUANTIZED, FLOAT, rule=ABOVE_ZERO
     )
     max_ppl_increase: float | None = option(
-        None, "bound on the increase of perplexity, in percent", QUANTIZED, rule=ABOVE_ZERO
+        None, "bound on the increase of perplexity, in percent", QUANTIZED, FLOAT, rule=ABOVE_ZERO
     )
     min_cosine: float | None = option(
         None,
@@ -214,10 +220,18 @@ class Size:
     """What quantized weights may take: the finer formats go to the layers where they count."""
 
     max_size: float | None = option(
-        None, "bound on the artifact's weights, in MiB: worst layers get the finer formats", QUANTIZED, rule=ABOVE_ZERO
+        None,
+        "bound on the artifact's weights, in MiB: worst layers get the finer formats",
+        QUANTIZED,
+        FLOAT,
+        rule=ABOVE_ZERO,
     )
     bits_per_weight: float | None = option(
-        None, "bound on the mean of quantized weights, scales and zero points included", QUANTIZED, rule=ABOVE_ZERO
+        None,
+        "bound on the mean of quantized weights, scales and zero points included",
+        QUANTIZED,
+        FLOAT,
+        rule=ABOVE_ZERO,
     )
 
 
@@ -239,7 +253,7 @@ def settle(options: Any) -> None:
     """Makes paths and tuples of strings, and refuses values that do not exist: the `__post_init__` of a group."""
     for name, types in types_of(options.__class__).items():
         value = getattr(options, name)
-        check_kind(name, value, types)
+        check_kind(name, value, *types)
         if Path in types and isinstance(value, str | os.PathLike):
             object.__setattr__(options, name, Path(value))
         if tuple[str, ...] in types:
@@ -255,25 +269,6 @@ def settle(options: Any) -> None:
         value = getattr(options, f.name)
         if about.rule is not None and value is not None and not about.rule[0](value):
             raise UserError(f"{f.name} is out of range", expected=about.rule[1], found=str(value))
-
-
-def check_kind(name: str, value: Any, types: tuple[Any, ...]) -> None:
-    """Refuses, in Python, what a command line or JSON cannot say: a word for a number, nothing for a path."""
-    held = [kind for kind in types if kind in KINDS]
-    number = isinstance(value, bool) and bool not in held  # True is an int in Python
-    if len(held) == len(types) and (number or not isinstance(value, tuple(t for k in held for t in KINDS[k]))):
-        expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in held)
-        raise UserError(f"{name} has a value of another kind", expected=expected, found=repr(value))
-
-
-# Of these alone is the kind checked; a number may be NumPy's.
-KINDS: Mapping[Any, tuple[type, ...]] = {
-    bool: (bool,),
-    int: (Integral,),
-    float: (Real,),
-    Path: (str, os.PathLike),
-    type(None): (type(None),),
-}
 
 
 @cache

@@ -263,7 +263,7 @@ def decompose(graph: gs.Graph, dtype: np.dtype[Any], log: PassLog) -> gs.Graph:
         raise UserError(
             "TensorRT 10.4, the last for Volta, cannot take this graph",
             expected="operators that its ONNX parser has",
-            found="".join(f"\n    {line}" for line in lines),
+            found="\n".join(lines),
             fix="another target, or another --quant or --group-size where a weight is named",
         )
     graph.opset = OLD_OPSET

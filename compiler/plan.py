@@ -15,19 +15,22 @@ from instantrt.compiler.backend.onnx_writer import layout
 from instantrt.compiler.backend.tensorrt.choose import Choice, choose_builder, compute_type, native_int4
 from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.cache_type import INTEGERS, check_cache_type, with_cache
-from instantrt.compiler.decide import check_early, check_head, check_tables, decide, heads_of, resolve, step_of
+from instantrt.compiler.decide import check_head, check_tables, decide, heads_of, resolve, step_of
 from instantrt.compiler.defaults import Formats, settle
-from instantrt.compiler.fit import check_text, choose_formats, fit_codes, smooth
+from instantrt.compiler.early import check_early
+from instantrt.compiler.fit import choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.options import TableFormat
-from instantrt.compiler.request import Request, check_lengths, refuse_of_llm
+from instantrt.compiler.request import Request, check_lengths, refuse_cosine, refuse_of_llm
 from instantrt.compiler.say import Say
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.causal import sees_ahead
 from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.dump import Dump
+from instantrt.passes.core.errors import reworded
 from instantrt.passes.core.lazy import view_of
 from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import PassLog
@@ -88,9 +91,8 @@ class Plan:
 
 def plan(request: Request, say: Say = lambda text: None) -> Plan:
     """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
-    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     check_early(request)
-    check_text(request)
+    log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
     model = load(
         request.model,
@@ -103,8 +105,16 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
         base=request.base,
         say=say,
     )
+    with reworded(own_names(model.held, request.model)):
+        return plan_for(model, request, log, say)
+
+
+def plan_for(model: FloatModel, request: Request, log: PassLog, say: Say) -> Plan:
+    """Everything behind the export."""
     if model.llm is None:
         refuse_of_llm(request)
+    if model.encoder is None:
+        refuse_cosine(request.min_cosine, str(request.model))
     if model.llm is None and model.encoder is None:
         check_lengths(request)
     config = resolve(request, model)

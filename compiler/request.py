@@ -79,11 +79,12 @@ class Request(
                 found=f"enable_quant = false and {'customized_quant_config' if self.quant_config else self.quant}",
                 fix="set enable_quant to true, or leave the config out",
             )
-        if self.quant == "none" and (self.group_size is not None or self.weight_only or self.enable_quant):
-            raise UserError("quant none leaves nothing for group_size, weight_only or enable_quant to say")
+        for name in ("group_size", "weight_only", "enable_quant"):
+            if self.quant == "none" and getattr(self, name):
+                raise UserError(f"quant none leaves nothing for {name} to say", fix="give one of them")
         for path, form in self.layers.items():
-            if not LAYER_FORMAT.fullmatch(form):
-                raise UserError("a layer's format", where=path, expected="float, or as a16w4:32", found=repr(form))
+            if not isinstance(form, str) or not LAYER_FORMAT.fullmatch(form):
+                raise UserError("a layer's format", where=str(path), expected="float, or as a16w4:32", found=repr(form))
         if self.max_size is not None and self.bits_per_weight is not None:
             raise UserError("max_size and bits_per_weight both bound the size", fix="give one of them")
         for name in ("plugin_rounding", "plugin_batch_invariant"):
@@ -205,10 +206,20 @@ def check_lengths(request: Request) -> None:
 
 
 def refuse_of_llm(request: Request) -> None:
-    """Refuses options of a language model for a model that is none."""
+    """Refuses options of a language model for a model that is none, a budget among them."""
+    if request.has_budget:
+        what, fix = "a budget is of causal LMs: it weighs next tokens", "--min-cosine with --verify bounds an encoder"
+        raise UserError(what, where=str(request.model), fix=fix)
     for f, _ in options_of(LanguageModel):
         if getattr(request, f.name) != f.default:
             raise UserError(f"{f.name} does nothing without a causal LM", where=str(request.model), fix="leave it out")
+
+
+def refuse_cosine(minimum: float | None, where: str) -> None:
+    """Refuses a bound on an encoder's answers for a model that is none."""
+    if minimum is not None:
+        what, fix = "min_cosine is of encoders: it compares whole answers", "--max-kl bounds a causal LM"
+        raise UserError(what, where=where, fix=fix)
 
 
 def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it out") -> None:

@@ -96,7 +96,7 @@ def find_target(name: str) -> Target:
     """The target called `name`, by its own name or an alias."""
     target = _BY_NAME.get(name.lower())
     if target is None:
-        raise UserError(
-            f"unknown target {name!r}", expected=", ".join(t.name for t in TARGETS), fix="instantrt targets"
-        )
+        several = [part.strip() for part in name.split(",") if part.strip().lower() in _BY_NAME]
+        fix = " ".join(f"--target {part}" for part in several) or "instantrt targets"
+        raise UserError(f"unknown target {name!r}", expected=", ".join(t.name for t in TARGETS), fix=fix)
     return target

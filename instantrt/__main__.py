@@ -1,5 +1,5 @@
 """`python -m instantrt` is the command `instantrt`."""
 
-from instantrt.tools.cli.app import main
+from instantrt.tools.cli.start import main
 
 main()

@@ -39,7 +39,7 @@ from instantrt.compiler.say import Say
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.quant import Quantizer, QuantTensor
+from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog, Reject
 from instantrt.passes.qdq.insert_qdq import Decisions
 
@@ -143,7 +143,6 @@ def search(
 
     As few as the bounds on the error need; without such a bound, as many as there is room for.
     """
-    check(model, decisions, data, budget)
     assert model.llm is not None
     groups = room.groups if room is not None else EVERY_GROUP
     start = coarsest(decisions, room) if room is not None else {}
@@ -209,18 +208,6 @@ def coarsest(decisions: Decisions, room: Room) -> dict[str, str]:
     """Layer -> the first rung of its ladder."""
     quants = [q for path, q in decisions.items() if isinstance(q, QuantTensor) and path not in room.heads]
     return {q.name: str(ladder(q, room.groups, coarser=True)[0][0]) for q in quants}
-
-
-def check(model: FloatModel, decisions: Decisions, data: Data, budget: Budget) -> None:
-    if model.llm is None:
-        what, fix = "a budget is of causal LMs: it weighs next tokens", "--min-cosine with --verify bounds an encoder"
-        raise UserError(what, where=str(model.folder), fix=fix)
-    if budget.max_ppl_increase is not None and data.kind == "generated":
-        raise UserError("perplexity needs a text", fix="--text FILE")
-    for path, q in decisions.items():
-        if isinstance(q, QuantTensor) and not isinstance(q.source, Quantizer):
-            what = "a budget chooses how to quantize, but the checkpoint is quantized already"
-            raise UserError(what, where=path, fix="start from the float checkpoint")
 
 
 def first_batches(data: Data, llm: LlmShape) -> Data:

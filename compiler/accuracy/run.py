@@ -14,7 +14,7 @@ from instantrt.compiler.accuracy.verify import Verdict, verify
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging
 from instantrt.compiler.plan import Plan
-from instantrt.compiler.request import Request
+from instantrt.compiler.request import Request, refuse_cosine
 from instantrt.compiler.say import Say
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError, require
@@ -36,6 +36,8 @@ def check_artifacts(
 
     The artifacts, too, may lie aside: in `request.out`.
     """
+    if planned.model.encoder is None:
+        refuse_cosine(budget.min_cosine, str(request.model))
     verdicts = []
     for subject in subjects(planned, request, artifacts):
         partial = staging.staged(folder) / subject.target

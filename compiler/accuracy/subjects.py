@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -19,7 +20,7 @@ from instantrt.compiler.frontend.adapter.folder import WEIGHTS, is_adapter
 from instantrt.compiler.plan import Plan, longest, lower
 from instantrt.compiler.request import DEFAULTS, UNRECORDED, Request
 from instantrt.compiler.target import Backend, Target
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import FOUND, UserError
 from instantrt.passes.core.lazy import FLOAT32, Missing
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import QuantTensor
@@ -84,7 +85,22 @@ def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()
     return [subject(planned, request, target, written.get(target.name)) for target in request.resolved_targets()]
 
 
+def check_inputs(artifact: Artifact, lowered: gs.Graph, model: Path) -> None:
+    """Refuses an artifact that takes other inputs than what the model named is compiled to: it is of another model."""
+    has, due = [spec.name for spec in artifact.inputs], [tensor.name for tensor in lowered.inputs]
+    if {*has} != {*due}:
+        raise UserError(
+            "the artifact is of another model",
+            where=str(model),
+            expected=f"inputs {shorten(', '.join(has), FOUND)}",
+            found=shorten(", ".join(due), FOUND),
+            fix="--model names what it was compiled from",
+        )
+
+
 def subject(planned: Plan, request: Request, target: Target, artifact: Artifact | None) -> Subject:
+    if artifact is not None:
+        check_inputs(artifact, planned.lowered[target.name], request.model)
     file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
     if artifact is not None and artifact.kind == "engine":
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it

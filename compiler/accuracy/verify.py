@@ -83,6 +83,7 @@ def verify(
     from instantrt.compiler.accuracy.polygraphy_files import polygraphy_files
 
     forms = tuple(forms) or subject.default_forms()
+    check_names(forms)
     check_forms(subject, forms)
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
@@ -120,12 +121,16 @@ def not_run(subject: Subject, forms: Sequence[str]) -> str:
     )
 
 
-def check_forms(subject: Subject, forms: Sequence[str]) -> None:
+def check_names(forms: Sequence[str]) -> None:
+    """Refuses what no model has, and one form alone; none at all is the default."""
     unknown = [f for f in forms if f not in FORMS]
     if unknown:
         raise UserError("no such form of a model", expected=", ".join(FORMS), found=", ".join(unknown))
-    if len(set(forms)) < 2:
+    if len(set(forms)) == 1:
         raise UserError("a comparison needs two forms", expected=", ".join(FORMS), found=", ".join(forms))
+
+
+def check_forms(subject: Subject, forms: Sequence[str]) -> None:
     if subject.floating is None and {"float", "transformers"} & set(forms):
         raise UserError(
             "there is no float model to compare with: the checkpoint is quantized",

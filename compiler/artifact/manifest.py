@@ -71,6 +71,15 @@ def write_manifest(folder: Path, artifacts: Iterable[Artifact]) -> None:
 
 
 def read_manifest(folder: Path) -> list[Artifact]:
+    if not (folder / MANIFEST).is_file():
+        above = next((each for each in folder.absolute().parents[:2] if (each / MANIFEST).is_file()), None)
+        raise UserError(
+            "nothing that compile wrote is here",
+            where=str(folder),
+            expected=f"the folder that was given to compile as --out; it holds {MANIFEST}",
+            found=f"no {MANIFEST}" if folder.is_dir() else "a file" if folder.is_file() else "no such folder",
+            fix=f"name {above}" if above is not None else "",
+        )
     body = read_json(folder / MANIFEST)
     if body.get("format") != FORMAT:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from instantrt.compiler.artifact.manifest import KIT, MANIFEST, Artifact, read_manifest
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.target import Target
-from instantrt.passes.core.errors import UserError
+from instantrt.passes.core.errors import UserError, reword, reworded
 
 OLD = ".old"
 SIDE_FILES = (
@@ -57,16 +58,31 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def final_names(self, text: str) -> str:
+        """What is said of files here, of their places: an error outlives the hidden folders."""
+        for folder, staged in self.folders.items():
+            text = str(folder).join(re.split(rf"{re.escape(str(staged))}(?:/\.\w+\.\w+)?", text))
+        return text
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
+            reword(error, self.final_names)
             if kind is None:
-                self.publish()
+                with reworded(self.final_names):
+                    self.publish()
         finally:
-            for staged in self.folders.values():
-                shutil.rmtree(staged, ignore_errors=True)
-            for folder in self.made:
-                with suppress(OSError):  # it holds something now
-                    folder.rmdir()
+            try:
+                self.clear()
+            except KeyboardInterrupt:
+                self.clear()
+                raise
+
+    def clear(self) -> None:
+        for staged in self.folders.values():
+            shutil.rmtree(staged, ignore_errors=True)
+        for folder in self.made:
+            with suppress(OSError):  # it holds something now
+                folder.rmdir()
 
     def publish(self) -> None:
         moves = sorted(self.moves(), key=lambda move: move[1].name == MANIFEST)

@@ -8,6 +8,7 @@ beside `hf` and `onnx_file`, told apart in `load`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from instantrt.compiler.frontend.adapter.folder import Adapter, model_and_adapte
 from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.passes.core.errors import UserError, tried
+from instantrt.compiler.frontend.own_names import own_names
+from instantrt.passes.core.errors import UserError, reworded, tried
 
 
 def load(
@@ -50,8 +52,11 @@ def load(
         from instantrt.compiler.frontend import hf
 
         what, newer = "checkpoint" if gguf is None else "GGUF file", "a newer transformers may know it"
-        with tried(f"reading the {what}", where=str(gguf or model), fix=f"{newer}; --debug says more"):
+        fix = f"{newer}; --debug says more"
+        with ExitStack() as outside, tried(f"reading the {what}", where=str(gguf or model), fix=fix):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say) if gguf is not None else None
+            if made is not None:
+                outside.enter_context(reworded(own_names(made.held, model)))  # what `tried` makes of errors, too
             opened = hf.open_checkpoint(
                 model if made is None else made.path,
                 trust_remote_code=trust_remote_code,
@@ -76,7 +81,9 @@ def load(
         where=str(model),
         expected="a folder with config.json and *.safetensors, a .gguf file, or an .onnx file",
         found="nothing" if not model.exists() else f"a {model.suffix or 'plain'} file",
-        fix="models are read from disk; download the checkpoint first",
+        fix=f"name its folder, {model.parent}"
+        if model.is_file() and (model.parent / "config.json").is_file()
+        else "models are read from disk; download the checkpoint first",
     )
 
 

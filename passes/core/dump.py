@@ -20,6 +20,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.rewrite import Pass, PassLog
 from instantrt.passes.core.subgraphs import graphs
 
+FIX = "name a new folder for the passes"
 SHORT = 8  # elements of a constant whose values are written
 BETWEEN = re.compile(r', (?=\w+(\[[^]]*\])? ["\w])')  # two declarations; behind it are a type and a name
 
@@ -55,9 +56,12 @@ class Dump(PassLog):
     seen: int = 0  # entries of the passes before
 
     def __post_init__(self) -> None:
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UserError("not a folder", where=str(self.folder), found=f"{there} is a file", fix=FIX)
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
-            raise UserError("not empty", where=str(self.folder), fix="name a new folder for the passes")
+            raise UserError("not empty", where=str(self.folder), fix=FIX)
 
     def passed(self, by: Pass, graph: gs.Graph, *, changed: bool) -> None:
         entries, self.seen = self.entries[self.seen :], len(self.entries)

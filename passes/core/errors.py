@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from textwrap import shorten
 
 FOUND = 200  # characters of another library's error that a user is shown
@@ -23,7 +24,32 @@ class UserError(Exception):
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         labelled = (("expected", self.expected), ("found", self.found), ("fix", self.fix))
-        return "\n".join(lines + [f"  {label + ':':<10}{text}" for label, text in labelled if text])
+        under = "\n" + " " * 12  # the lines of a text that has several
+        said = [(label, under.join(text.splitlines())) for label, text in labelled if text]
+        return "\n".join(lines + [f"  {label + ':':<10}{text}" for label, text in said])
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Changes every text of it."""
+        for field in ("what", "where", "expected", "found", "fix"):
+            setattr(self, field, change(getattr(self, field)))
+
+
+def reword(error: BaseException | None, change: Callable[[str], str]) -> None:
+    """Changes what an error of ours says, and the file that an error of the system names."""
+    if isinstance(error, UserError):
+        error.reword(change)
+    if isinstance(error, OSError) and isinstance(error.filename, str | Path):
+        error.filename = change(str(error.filename))
+
+
+@contextmanager
+def reworded(change: Callable[[str], str]) -> Iterator[None]:
+    """Whatever goes wrong in the block is said as `change` has it: a file of ours in the user's words."""
+    try:
+        yield
+    except Exception as error:
+        reword(error, change)
+        raise
 
 
 @contextmanager

@@ -236,7 +236,7 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, model: str, numbe
     script.write_text(
         "import sys, time\n"
         "import instantrt.compiler.backend.onnx_writer as writer\n"
-        "from instantrt.tools.cli.app import compile_main\n"
+        "from instantrt.tools.cli.start import compile_main\n"
         "write = writer.write_source\n"
         "def slow(*a):\n    print('in a tensor', flush=True); time.sleep(2); write(*a)\n"
         "writer.write_source = slow\n"

@@ -14,6 +14,7 @@ from instantrt.compiler.accuracy.data import llm_feeds, windows
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.subjects import request_of
 from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.fit import check_text
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -125,7 +126,7 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "float": ({"calibration": long, "quant": "none"}, "calibration does nothing without quantization"),
         "tokens": ({"calibration": long, "quant": "a8w8", "lm_head": "float"}, "says nothing without weight-only"),
         "search": ({"calibration": long, "search": "none"}, "both say how codes are fitted"),
-        "onnx": ({"calibration": long, "model": onnx}, "no tokenizer for the text"),
+        "onnx": ({"calibration": long, "model": onnx}, "this model reads none"),
         "beside": ({"calibration": long, "model": beside}, "this model reads none"),
     }
 
@@ -136,3 +137,7 @@ def test_what_it_cannot_be_had_for(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         plan(Request(**{"model": TINY, "targets": ("x86",), "out": tmp_path / "out", "quant": "a16w4", **given}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_has_its_tokenizer_within(tmp_path: Path) -> None:
+    check_text(Request(tmp_path / "m.gguf", ("x86",), tmp_path, quant="a16w8", requantize=True, calibration=TEXT))

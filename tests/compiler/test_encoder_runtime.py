@@ -13,6 +13,7 @@ import pytest
 
 from instantrt import LLM, Classifier, Embedder
 from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.encoder import listed
 from instantrt.compiler.serving.runtime.texts import PADDING, TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
@@ -25,6 +26,13 @@ TEXTS = ["a", "The boat is late again.", "fish", "An old net lies on the quay, a
 def ids_of(text: str) -> list[int]:
     """As the tokenizer of the tests has it: a token a letter, one before and one behind; "~" is no word of it."""
     return [0, *(ord(letter) - 20 if letter != "~" else 3 for letter in text), 2]
+
+
+@pytest.mark.parametrize("texts", [5, None, b"a", [b"a"], ["a", 5], [[]], [("a", 5)], [("a", "b", "c")], {"a": 1}])
+def test_what_is_no_text_is_refused(texts: Any) -> None:
+    with pytest.raises(UserError, match="this is no text"):
+        listed(texts)
+    assert listed(("a", ("b", "c"))) == ["a", ("b", "c")]
 
 
 def test_each_vector_is_that_of_its_text_alone(embedding: Path) -> None:

@@ -199,6 +199,18 @@ def test_what_a_file_in_codes_cannot_be(model: tuple[Path, dict[str, Array]], gi
     assert resolve(Request(model[0], ("x86",), Path("o")), loaded) is not None
 
 
+def test_an_error_behind_the_folder_that_is_made_names_the_file(
+    model: tuple[Path, dict[str, Array]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, **_: Any) -> None:
+        raise ValueError(f"{folder / 'config.json'} is odd")
+
+    monkeypatch.setattr("instantrt.compiler.frontend.hf.load_checkpoint", fail)
+    with pytest.raises(UserError) as caught:
+        load(model[0])
+    assert (caught.value.where, caught.value.found) == (str(model[0]), f"ValueError: {model[0]} is odd")
+
+
 def test_a_folder_of_one_file_and_what_lies_beside_it(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
     for name in ("Tiny.GGUF", "mmproj-Tiny.gguf"):
         (tmp_path / name).write_bytes(model[0].read_bytes())

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +155,11 @@ def test_limits_and_options_are_refused_in_words(tiny_compiled: Path) -> None:
             ("a", {"max_tokens": 0}, "max_tokens: expected 1 or more, found 0"),
             ("a", {"top_p": 1.5}, "top_p: expected above 0, at most 1, found 1.5"),
             ([{"content": "who?"}], {}, "messages: expected a list such as"),
+            *(("a", {name: 2.5}, name) for name in ("top_k", "seed", "max_tokens", "min_tokens")),
+            *(("a", {"temperature": value}, "temperature: expected 0 or more") for value in ("1", None, True)),
+            ("a", {"stop": ["a", 5]}, "stop has a value of another kind"),
+            ("a", {"max_token": 5}, "no such option"),
+            *((prompt, {}, "this is no prompt") for prompt in (5, None, [1, 2], b"a", {"role": "user"}, [["a"]])),
         ):
             with pytest.raises(UserError, match=words):
                 llm.generate(prompt, **options)  # type: ignore[call-overload]
@@ -178,11 +184,16 @@ def test_an_artifact_of_a_given_length_takes_no_more(tmp_path: Path) -> None:
     [
         ({"max_length": 1025}, "max_length is more than the artifact can take\n.*at most 1024\n.*1025"),
         ({"max_batch": 0}, "rows: expected 1 or more, found 0"),
+        ({"max_batch": "4"}, "max_batch has a value of another kind"),
+        ({"max_length": 2.5}, "max_length has a value of another kind"),
+        ({"threads": "2"}, "threads has a value of another kind"),
+        ({"threads": -1}, "threads is out of range"),
+        ({"spinning": "yes"}, "spinning has a value of another kind"),
     ],
 )
-def test_limits_that_it_cannot_have(tiny_compiled: Path, limits: dict[str, int], words: str) -> None:
+def test_limits_that_it_cannot_have(tiny_compiled: Path, limits: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        LLM(tiny_compiled, **limits)  # type: ignore[arg-type]
+        LLM(tiny_compiled, **limits)
 
 
 def test_what_is_no_artifact_is_refused_in_words(tiny_compiled: Path, tmp_path: Path) -> None:

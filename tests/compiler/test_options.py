@@ -46,6 +46,7 @@ def test_a_request_is_the_builders_options_too() -> None:
     [
         ({"optimization_level": 6}, "optimization_level is out of range\n  expected: 0 to 5\n  found:    6"),
         ({"memory_limit": 1 << 30}, "memory_limit is out of range\n  expected: MiB, 1 to 1048575"),  # these are bytes
+        ({"hardware_compatible": "ampere"}, "hardware_compatible is out of range\n  expected: none or ampere_plus"),
         ({"max_kl": float("nan")}, "max_kl is out of range\n  expected: a number above 0"),
         ({"max_ppl_increase": 0}, "max_ppl_increase is out of range"),
         ({"max_size": float("inf")}, "max_size is out of range"),

@@ -57,6 +57,37 @@ def test_what_lies_aside_takes_its_place_together(tmp_path: Path, monkeypatch: p
     assert (first / MANIFEST).read_text() == "new"
 
 
+@pytest.mark.parametrize("of_system", [False, True])
+def test_errors_name_the_place_of_a_file_not_where_it_is_staged(of_system: bool, tmp_path: Path) -> None:
+    def fail(out: Path) -> None:
+        with Staging() as staging:
+            path = str(staging.staged(out) / ".lowered.a1_b" / "model.onnx")
+            raise OSError(28, "No space left", path) if of_system else UserError("no", where=path, found=f"'{path}'")
+
+    with pytest.raises(OSError if of_system else UserError) as caught:
+        fail(tmp_path / "out")
+    assert os.fspath(tmp_path / "out" / "model.onnx") in str(caught.value)
+    assert "/." not in str(caught.value)
+
+
+def test_an_interruption_of_the_clearing_leaves_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, times = shutil.rmtree, iter([True])
+
+    def interrupted(path: Path, **how: bool) -> None:
+        if next(times, False):
+            raise KeyboardInterrupt
+        remove(path, **how)
+
+    def publish(out: Path) -> None:
+        with Staging() as staging:
+            (staging.staged(out) / "model.onnx").touch()
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
+
+
 @pytest.mark.parametrize("failing", range(1, 6))
 def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the four moves in turn; the fifth stands for whatever came before them."""

@@ -83,6 +83,8 @@ def test_a_custom_config_with_quantization_disabled_is_an_error() -> None:
         {"targets": ()},
         {"targets": ("sm999",)},
         {"quant": "w4"},
+        {"quant": 7},
+        {"layers": {"a": 5}},
         {"quant": "none", "group_size": 32},
         {"quant": "a16w8", "quant_config": {"weight_format": "int8"}},
         {"lm_head": "int4"},
@@ -127,6 +129,12 @@ def test_targets_are_found_by_any_name() -> None:
     assert request(targets=("x86", "cpu", "armv9")).resolved_targets() == (find_target("x86"), find_target("armv9"))
 
 
+def test_several_targets_in_one_word_are_said_apart() -> None:
+    with pytest.raises(UserError) as caught:
+        find_target("x86, sm89,other")
+    assert caught.value.fix == "--target x86 --target sm89"
+
+
 def test_the_public_names_are_reached_from_the_package() -> None:
     import instantrt
     from instantrt.compiler.compile import compile_model
@@ -150,6 +158,12 @@ def test_the_public_names_are_reached_from_the_package() -> None:
         ("portable", "yes"),
         ("smoke", None),
         ("plugin", 3),
+        *(("targets", value) for value in (5, None, [5], b"x86", {"x86": 1})),
+        *(("layers", value) for value in ([1], "a", None)),
+        ("ignore", [5]),
+        ("adapter", [5]),
+        ("quant_config", "q.json"),
+        ("hardware_compatible", 5),
     ],
 )
 def test_a_value_of_another_kind_is_refused(field: str, value: object) -> None:

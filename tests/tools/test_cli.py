@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,9 +30,10 @@ from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
-from instantrt.tools.cli.app import BENCHES, COMMANDS, compile_main, main
+from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
 from instantrt.tools.cli.console import Stages
-from instantrt.tools.cli.ending import exit_on_error
+from instantrt.tools.cli.ending import exit_on_error, say_as_typed
+from instantrt.tools.cli.start import compile_main, main
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
@@ -74,7 +76,7 @@ for words in {calls}:
 def test_a_command_ends_without_looking_for_garbage(name: str) -> None:
     code = f"""
 import atexit, gc, sys
-from instantrt.tools.cli.app import {name}
+from instantrt.tools.cli.start import {name}
 atexit.register(lambda: print(gc.get_freeze_count(), file=sys.stderr))
 sys.argv[1:] = ["--help"]
 {name}()
@@ -92,6 +94,16 @@ def test_help_names_every_command_and_each_has_its_own() -> None:
             if name != "gpu-check":  # its help is that of a program which may run without this one
                 own = invoke(*prefix, name, "--help", COLUMNS="80", TERM="dumb")
                 assert (own.exit_code, line in words_of(own.output)) == (0, True), own.output
+                assert not re.search(r"<(bool|list|\w*_)", own.output.partition("Options")[2])  # a flag takes no value
+                assert max(map(len, own.output.splitlines())) <= 80
+
+
+def test_the_example_of_each_command_is_one_that_it_takes() -> None:
+    for name, line in EXAMPLES.items():
+        called, command, *words = shlex.split(line)
+        assert (called, command) == ("instantrt", name)
+        Subcommand(name, *COMMANDS[name]).make_context(name, words)  # a UsageError for what it does not have
+        assert f"Example: {line}" in words_of(invoke(name, "--help", COLUMNS="80", TERM="dumb").output)
 
 
 def test_completion_knows_commands_options_and_values() -> None:
@@ -114,6 +126,8 @@ def test_completion_knows_commands_options_and_values() -> None:
         (("compil", TINY), "No such command 'compil'. Did you mean 'compile'?"),
         (("build", TINY, "--quant", "a16w8"), "--quant is an option of instantrt compile, not of this command"),
         (("compile", TINY, "--list-targets"), "--list-targets is a command now: instantrt targets"),
+        (("compile", TINY, "--target", "x86", "-o", ""), "an empty path for -o; the current folder is ."),
+        (("check", ""), "an empty path for folder"),
         (
             ("check", "x", "--text", "t"),
             "--text is an option of instantrt compile and embed and classify and diff and perplexity, not of",
@@ -135,6 +149,21 @@ def test_what_the_system_refuses_has_no_traceback(capsys: pytest.CaptureFixture[
         raise OSError(30, "Read-only file system", "/there/x86")
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: [Errno 30] Read-only file system: '/there/x86'\nFAILED\n"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_interruption_waits_for_an_import_unless_it_comes_again(again: bool, tmp_path: Path) -> None:
+    """C code that is imported prints a traceback of its own, or makes another error of it."""
+    ask = "os.kill(os.getpid(), signal.SIGINT)\n"
+    module = f"import os, signal, time\n{ask}{ask if again else ''}time.sleep(0.1)\nprint('imported', flush=True)\n"
+    (tmp_path / "slow.py").write_text(module)
+    code = (
+        "from instantrt.tools.cli.ending import exit_on_error\nwith exit_on_error():\n import slow, time; time.sleep(9)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (130, "" if again else "imported\n")
+    assert done.stderr == "interrupted; nothing half-written was left\nFAILED\n"
 
 
 def test_a_bug_of_ours_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,6 +242,16 @@ def test_a_manifest_of_another_version_is_one_clear_line(tmp_path: Path) -> None
         assert refused(*words).what == "a manifest of another version"
 
 
+def test_a_folder_within_the_output_names_the_output(tiny_compiled: Path) -> None:
+    for inner in ("x86", "x86/model.onnx"):
+        error = refused("check", tiny_compiled / inner)
+        assert (error.what, error.fix) == ("nothing that compile wrote is here", f"name {tiny_compiled}")
+
+
+def test_another_model_than_the_artifacts_is_refused(tiny_compiled: Path, small: Path) -> None:
+    assert refused("diff", tiny_compiled, "--model", small).what == "the artifact is of another model"
+
+
 def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> None:
     shown = invoke("compile", "--help", COLUMNS="80", TERM="dumb").output
     assert max(map(len, shown.splitlines())) <= 80
@@ -255,6 +294,44 @@ def test_a_value_that_does_not_exist_is_refused_by_the_list_of_those_that_do() -
     done = invoke("compile", TINY, "--target", "x86", "--quant", "a16w9")
     assert done.exit_code == 2
     assert "'a16w9' is not one of 'a16w8'" in words_of(done.output)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--quant none --group-size 32", "--quant none leaves nothing for --group-size to say"),
+        ("--quant a16w8 --quant-config CONFIG", "--quant and --quant-config both say how to quantize"),
+        ("--max-length 64", "--max-length does nothing without a GPU target or a causal LM"),
+        ("--optimization-level 6", "--optimization-level is out of range"),
+        ("--portable --target sm89", "--portable does nothing without a CPU target"),
+    ],
+)
+def test_an_error_calls_options_as_they_were_typed(words: str, says: str, small: Path) -> None:
+    config = small.parent / "q.json"
+    config.write_text('{"weight_format": "int8"}')
+    typed = words.replace("CONFIG", str(config)).split()
+    typed += [] if "--target" in typed else ["--target", "x86"]
+    assert refused("compile", small, *typed, "-o", small.parent / "o").what.startswith(says)
+
+
+def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
+    error = UserError("group_size does not divide it", where="a/group_size/b", expected="quant, group_size", fix="bits")
+    say_as_typed(error, ["quant", "max-length"])
+    assert (error.what, error.expected) == ("group_size does not divide it", "quant, group_size")
+    head = UserError("lm_head int8 does nothing", where="lm_head, and 3 more", found="lm_head, ignored by 'lm_head'")
+    say_as_typed(head, ["lm-head"])
+    assert str(head).splitlines() == [
+        "lm_head, and 3 more: --lm-head int8 does nothing",
+        "  found:    lm_head, ignored by 'lm_head'",
+    ]
+    say_as_typed(error, ["group-size"])
+    assert str(error) == "\n".join(
+        [
+            "a/group_size/b: --group-size does not divide it",
+            "  expected: quant, --group-size",
+            "  fix:      bits",
+        ]
+    )
 
 
 def test_a_text_alone_is_refused() -> None:

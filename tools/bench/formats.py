@@ -41,9 +41,10 @@ from instantrt.passes.qdq.insert_qdq import Quantized
 from instantrt.tools.bench import frontier
 from instantrt.tools.bench.layers import peak_kb
 from instantrt.tools.bench.synthetic import write_safetensors
+from instantrt.tools.cli.options import PlainCommand, PlainGroup
 
-main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-main.command("frontier")(frontier.main)
+main = typer.Typer(cls=PlainGroup, add_completion=False, pretty_exceptions_enable=False)
+main.command("frontier", cls=PlainCommand)(frontier.main)
 TEXT = Path("examples/text/evaluation.txt")
 
 
@@ -85,7 +86,7 @@ def logits_of(model: Any) -> Logits:
     return run
 
 
-@main.command("perplexity")
+@main.command("perplexity", cls=PlainCommand)
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="quantized checkpoints")],
     quant: Annotated[Quant | None, typer.Option(metavar="<format>", help="a8w4, say")] = None,
@@ -123,7 +124,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@main.command("defaults")
+@main.command("defaults", cls=PlainCommand)
 def compare_defaults(
     model: Annotated[Path, typer.Argument(help="float checkpoint of a causal LM")],
     text: Annotated[Path, typer.Option(help="the text")] = TEXT,
@@ -157,7 +158,7 @@ def logits_and_mib(model: Path, parts: list[Array], **fields: Any) -> tuple[list
         return [np.concatenate([*run(ids)])[None] for ids in parts], round(size / 2**20, 1)
 
 
-@main.command("search")
+@main.command("search", cls=PlainCommand)
 def compare_searches(
     models: Annotated[list[Path], typer.Argument(help="float checkpoints of causal LMs")],
     text: Annotated[Path, typer.Option(help="the text")] = TEXT,
@@ -192,7 +193,7 @@ def search_rate(group: int, size: int = 4096) -> float:
     return round(size * size / (time.process_time() - started) / 1e6, 1)
 
 
-@main.command()
+@main.command(cls=PlainCommand)
 def stream(
     rows: Annotated[int, typer.Option(help="K of the synthetic layers")] = 4096,
     columns: Annotated[int, typer.Option(help="N of the synthetic layers")] = 11008,

@@ -20,8 +20,9 @@ from instantrt.compiler.json_file import read_json
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, convert, whole
 from instantrt.tools.bench.synthetic import write_safetensors
+from instantrt.tools.cli.options import PlainCommand, PlainGroup
 
-main = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+main = typer.Typer(cls=PlainGroup, add_completion=False, pretty_exceptions_enable=False)
 Source = Annotated[Path, typer.Argument(help="float checkpoint, of the Llama family or Qwen2")]
 Target = Annotated[Path, typer.Argument(help="new folder for the copy")]
 NORMS = {
@@ -32,7 +33,7 @@ LOUD, BY = 4, 32  # channels of each norm, and how much louder: a power of two, 
 SPREAD = 0.25  # of the logarithm of a factor
 
 
-@main.command()
+@main.command(cls=PlainCommand)
 def outliers(source: Source, target: Target) -> None:
     """Write a copy with four loud channels behind each norm of a layer."""
     random = np.random.default_rng(0)
@@ -45,7 +46,7 @@ def outliers(source: Source, target: Target) -> None:
     write_rescaled(source, target, loud, lambda count: np.ones(count, np.float32))
 
 
-@main.command()
+@main.command(cls=PlainCommand)
 def regrid(source: Source, target: Target) -> None:
     """Write a copy with random factors between norms and linears, v and o, up and down."""
     random = np.random.default_rng(1)

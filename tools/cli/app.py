@@ -9,13 +9,15 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from instantrt.passes.core.errors import MissingExtra
-from instantrt.tools.cli.ending import debug, exit_on_error
+from instantrt.passes.core.errors import MissingExtra, UserError
+from instantrt.tools.cli.ending import debug, say_as_typed
+from instantrt.tools.cli.options import PlainCommand, PlainGroup
 
 CLI, BENCH = "instantrt.tools.cli.", "instantrt.tools.bench."
 COMMANDS = {  # name -> (module, what --help says)
@@ -32,6 +34,20 @@ COMMANDS = {  # name -> (module, what --help says)
     "serve": (f"{CLI}serve", "Serve a Triton model repository until interrupted."),
     "load-test": (f"{CLI}load_test", "Serve a model repository, load it, print what the clients saw."),
     "gpu-check": (f"{CLI}gpu_check", "Build, test and time the kernels on a machine with a GPU."),
+}
+EXAMPLES = {  # what --help ends with
+    "compile": "instantrt compile Qwen2.5-0.5B --target x86 --quant a16w8 -o build",
+    "build": "instantrt build build/sm90 -o engine",
+    "inspect": "instantrt inspect Qwen2.5-0.5B",
+    "check": "instantrt check build",
+    "targets": "instantrt targets",
+    "generate": 'instantrt generate build --prompt "The capital of France is" --max-tokens 16',
+    "embed": "instantrt embed build --file sentences.txt --out vectors.npy",
+    "classify": 'instantrt classify build --text "I liked it" --top 1',
+    "diff": "instantrt diff build --model Qwen2.5-0.5B --text text.txt",
+    "perplexity": "instantrt perplexity build --text text.txt",
+    "serve": "instantrt serve repository --http-port 8000",
+    "load-test": "instantrt load-test repository --clients 1 --clients 8 --plot load.png",
 }
 BENCHES = {
     "compile": (f"{BENCH}compile", "What the CPU road reaches: time of a compile, rate, memory, perplexity."),
@@ -62,6 +78,8 @@ class Subcommand(TyperCommand):
             app.command(self.name, cls=Loaded)(main)
         command = typer.main.get_command(app)
         command.name, command.help = self.name, self.help
+        if self.module.startswith(CLI) and self.name in EXAMPLES:
+            command.epilog = f"Example: {EXAMPLES[self.name]}"
         command.params.append(debug_option())
         return command
 
@@ -69,12 +87,13 @@ class Subcommand(TyperCommand):
         return self.load().make_context(*args, **extra)
 
 
-class Loaded(TyperCommand):
-    """A subcommand that says whose an option is that it does not have."""
+class Loaded(PlainCommand):
+    """A subcommand that says whose an option is that it does not have, and calls its own as they were typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [*args]  # parsing takes them away
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except Exception as error:  # typer's class for it is not public
             flag: Any = getattr(error, "option_name", None)
             if flag in FORMER:
@@ -83,6 +102,19 @@ class Loaded(TyperCommand):
                 owners = [name for name in COMMANDS if flag in flags_of(name)]
                 if owners:
                     ctx.fail(f"{flag} is an option of instantrt {' and '.join(owners)}, not of this command")
+            raise
+        for p in self.params:
+            if ctx.params.get(p.name) == Path() and "" in words and "." not in words:  # of a variable that is not set
+                ctx.fail(f"an empty path for {p.opts[0]}; the current folder is .")
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            source = ctx.get_parameter_source
+            given = [p for p in self.params if (found := source(p.name)) is not None and found.name == "COMMANDLINE"]
+            say_as_typed(error, [flag.removeprefix("--") for p in given for flag in p.opts if flag.startswith("--")])
             raise
 
 
@@ -110,12 +142,12 @@ def debug_option() -> Any:
     return next(p for p in typer.main.get_command(app).params if "--debug" in p.opts)
 
 
-class Commands(TyperGroup):
+class Commands(PlainGroup):
     """All subcommands."""
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**about)
-        bench = TyperGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
+        bench = PlainGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
         for group, table in ((self, COMMANDS), (bench, BENCHES)):
             for name, each in table.items():
                 group.add_command(Subcommand(name, *each))
@@ -137,16 +169,12 @@ def root(
     """Compile language models ahead of time: TensorRT engines and ONNX Runtime artifacts with quantized weights."""
 
 
-def main() -> NoReturn:
+def main() -> None:
+    """What start.py calls; without words, --help."""
     atexit.register(gc.freeze)  # else the interpreter looks for garbage in all that torch is, before it ends
-    with exit_on_error():
-        app(sys.argv[1:] or ["--help"], prog_name="instantrt")
-    sys.exit(0)
+    app(sys.argv[1:] or ["--help"], prog_name="instantrt")
 
 
-def compile_main() -> NoReturn:
-    """The script `compile`, another name of `instantrt compile`."""
+def compile_main() -> None:
     atexit.register(gc.freeze)
-    with exit_on_error():
-        Subcommand("compile", *COMMANDS["compile"]).load()(prog_name="compile")
-    sys.exit(0)
+    Subcommand("compile", *COMMANDS["compile"]).load()(prog_name="compile")

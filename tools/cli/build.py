@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from instantrt.tools.cli.options import Out
 
 Finisher = Literal["auto", "tensorrt-rtx", "tensorrt"]
+BUILDERS = f"who builds: {', '.join(get_args(Finisher))}"
 
 
 def main(
     kit: Annotated[Path, typer.Argument(help="a build kit that compile left")],
     out: Out = Path("build"),
-    builder: Annotated[Finisher, typer.Option(help="who builds")] = "auto",
+    builder: Annotated[Finisher, typer.Option(metavar="<builder>", help=BUILDERS)] = "auto",
 ) -> None:
     """Builds, and prints how the engine reads its weights."""
     from instantrt.compiler.backend.tensorrt.build import PRODUCT

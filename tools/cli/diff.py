@@ -6,12 +6,14 @@ node first break the lowering. Ends with PASSED or FAILED, and with exit code 0 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from instantrt.compiler.options import Accuracy
+from instantrt.passes.core.errors import reworded
 from instantrt.tools.cli.console import Stages, console
 from instantrt.tools.cli.options import Folder, Which, takes
 
@@ -40,23 +42,27 @@ def main(
     from instantrt.compiler.accuracy.forms import Budget
     from instantrt.compiler.accuracy.run import check_artifacts, check_reports
     from instantrt.compiler.accuracy.subjects import request_of
+    from instantrt.compiler.accuracy.verify import check_names
     from instantrt.compiler.artifact.staging import Staging
+    from instantrt.compiler.frontend.own_names import own_names
     from instantrt.compiler.plan import plan
     from instantrt.tools.cli.show_accuracy import show_verdict
 
     text = bounds.pop("text")
+    chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
+    check_names(chosen)
     request, artifacts = request_of(out, model, target, calibration, adapter=adapter or (), base=base)
     folder = report or out / "report"
     if not find:
         check_reports(folder, request.resolved_targets())
-    with Stages() as stages:
+    with Stages() as stages, ExitStack() as stack:
         planned = plan(request, stages.begin)
+        stack.enter_context(reworded(own_names(planned.model.held, model)))
         data = load_data(planned.model, text, prompt or (), tokens, longest=request.max_length)
         if find:
             culprits = find_culprits(planned, request, artifacts, data, stages.begin)
             verdicts = []
         else:
-            chosen = tuple(f.strip() for f in forms.split(",") if f.strip())
             budget, culprits = Budget(**bounds), {}
             with Staging() as staging:
                 verdicts = check_artifacts(

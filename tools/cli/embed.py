@@ -39,13 +39,22 @@ def main(
     texts = texts_of(text, file)
     if out is None and len(texts) > TABLE:
         raise UserError("many texts, and no file for their vectors", found=f"{len(texts)} texts", fix="--out FILE.npy")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        found = "a folder" if out.is_dir() else f"no folder {out.parent}"
+        raise UserError("not a file that can be written", where=str(out), found=found, fix="--out FILE.npy")
     with Embedder(folder, target, threads=threads) as model:
         vectors = np.zeros((len(texts), model.width), np.float32)
         for part in with_progress(range(0, len(texts), PART), len(texts)):
             vectors[part : part + PART] = model.encode(texts[part : part + PART], prompt_name=prompt)
     if out is not None:
-        with open(out, "wb") as opened:
-            np.save(opened, vectors)
+        try:
+            with open(out, "wb") as opened:
+                np.save(opened, vectors)
+        except OSError as error:
+            if out.is_file():
+                out.unlink()
+            found = error.strerror or str(error)
+            raise UserError("the vectors could not be written", where=str(out), found=found) from None
         print(f"{out}: {len(vectors)} vectors of {vectors.shape[1]} numbers")
     else:
         show_alike(texts, vectors)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from types import FrameType
 
 from instantrt.passes.core.errors import UserError, in_a_line
 
@@ -15,6 +18,11 @@ WRONG_COMMAND_LINE, INTERRUPTED = 2, 130  # the exit statuses that typer gives t
 WORDS = {WRONG_COMMAND_LINE: "FAILED", INTERRUPTED: "interrupted; nothing half-written was left\nFAILED"}
 BUG = "this is a bug of InstantRT: run again with --debug, and report what that shows"
 
+MODULE = "lm_head"
+IMPORT = "<frozen importlib._bootstrap>"
+LATER = 0.02  # seconds, until it is looked again whether the import is over
+
+interrupted: list[int] = []  # the signals that came
 debug: ContextVar[bool] = ContextVar("debug", default=False)  # show the traceback of whatever ends the command
 
 
@@ -24,19 +32,42 @@ def exit_on_error() -> Iterator[None]:
 
     A wrong command line exits with 2, an interruption or a request to end (SIGTERM) with 130.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted.clear()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, interrupt)
     debug.set(False)
     try:
         yield
-    except Exception as error:
-        if debug.get():
-            traceback.print_exc()
-        print(f"error: {said(error)}\nFAILED", file=sys.stderr)
-        sys.exit(1)
     except SystemExit as stop:
         if stop.code in WORDS:
             print(WORDS[stop.code], file=sys.stderr)
         raise
+    except BaseException as error:
+        if debug.get():
+            traceback.print_exc()
+        if interrupted or not isinstance(error, Exception):  # C code may make another error of it
+            print(WORDS[INTERRUPTED], file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        print(f"error: {said(error)}\nFAILED", file=sys.stderr)
+        sys.exit(1)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, the first time not inside of an import: C code there prints a traceback of its own."""
+    if number != signal.SIGALRM:
+        interrupted.append(number)
+    if len(interrupted) == 1 and importing(frame):
+        signal.setitimer(signal.ITIMER_REAL, LATER)
+    else:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # else it rings when nobody listens any more
+        raise KeyboardInterrupt
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Is a module being imported, where `frame` is?"""
+    while frame is not None and frame.f_code.co_filename != IMPORT:
+        frame = frame.f_back
+    return frame is not None
 
 
 def said(error: Exception) -> Exception:
@@ -48,3 +79,16 @@ def said(error: Exception) -> Exception:
             return UserError("there is not enough memory", found=str(error))
         case _:
             return UserError(f"internal error: {in_a_line(error)}", fix=BUG)
+
+
+def say_as_typed(error: UserError, options: Iterable[str]) -> None:
+    """`--max-length` in an error for who typed that, where Python says `max_length`.
+
+    Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English, or
+    of a module, is the option where a field begins with it, or with another and it.
+    """
+    for option in options:
+        name = option.replace("-", "_")
+        plain = "_" in name and name != MODULE
+        pattern = rf"(?<![\w./'-])()({name})(?![\w./'-])" if plain else rf"^((?:\S+ and )?)({name})(?=[ :])"
+        error.reword(partial(re.sub, pattern, rf"\1--{option}"))

@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from instantrt.passes.core.errors import require, tried
+from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.tools.cli.options import Folder, Which
 
 if TYPE_CHECKING:
     from instantrt.compiler.llm import Prompt
 
 
-def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
-    """What transformers generates greedily from the float checkpoint."""
+def check_float(folder: Path) -> None:
+    """Refuses what transformers loads no float model from, before anything is generated."""
     from instantrt.compiler.frontend.gguf import refuse_gguf
 
-    require("hf", "--compare")
+    require("hf", "a float checkpoint")
     refuse_gguf(folder)
+    if not (folder / "config.json").is_file():
+        found = "no config.json" if folder.is_dir() else "no such folder"
+        raise UserError("no float checkpoint here", where=str(folder), expected="a folder of transformers", found=found)
+
+
+def float_text(folder: Path, prompt: list[int], max_tokens: int) -> str:
+    """What transformers generates greedily from the float checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -55,6 +62,8 @@ def main(
     """Streams the text to the terminal, and says last how long it took."""
     from instantrt.compiler.llm import LLM
 
+    if compare is not None:
+        check_float(compare)
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     with LLM(folder, target, threads=threads, spinning=spinning) as llm:
         if compare is not None:

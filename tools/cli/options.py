@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from instantrt.compiler.options import Option, options_of, types_of
 
+EACH = re.compile(r"<list\[(\w+)\]>")  # how typer shows what may be repeated
 FEW = 3  # values of a choice that fit into the column of types; more are said in the help text
 
 Folder = Annotated[Path, typer.Argument(help="output folder of compile")]
@@ -19,6 +22,26 @@ Which = Annotated[str | None, typer.Option("--target", help="which artifact, whe
 Repository = Annotated[Path, typer.Argument(help="folder that compile --triton wrote")]
 Environment = Annotated[Path, typer.Option(help="virtual environment with the server's wheel")]
 Command = Callable[..., None]
+
+
+class ShowsTypes:
+    """What a command's --help says of types: a flag takes no value, and one at a time is given of what is repeated."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the command that this is mixed into
+        for p in params:
+            if p.param_type_name == "option" and p.metavar is None:
+                each = EACH.fullmatch(p.display_type(ctx))
+                p.metavar = "" if p.is_flag else f"<{each[1].lower()}>" if each else None
+        return params
+
+
+class PlainCommand(ShowsTypes, TyperCommand):
+    """A command."""
+
+
+class PlainGroup(ShowsTypes, TyperGroup):
+    """A command of several."""
 
 
 def takes(panels: dict[type, str]) -> Callable[[Command], Command]:
@@ -56,6 +79,6 @@ def parameter(name: str, default: Any, option: Option, types: tuple[Any, ...], p
     elif default is None:
         kind = kind | None
     about = typer.Option(
-        flag, help=option.help + values, metavar=f"<{name}>" if long else None, rich_help_panel=panel or None
+        flag, help=option.help + values, metavar=f"<{flag[2:]}>" if long else None, rich_help_panel=panel or None
     )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])

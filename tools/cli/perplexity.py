@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from instantrt.tools.cli.generate import check_float
 from instantrt.tools.cli.options import Which
 
 
@@ -32,6 +33,7 @@ def main(
         logits = artifact_logits(folder, target)
         parts = text_windows((folder / artifact.path).parent, text, artifact.longest, window)
     else:
+        check_float(folder)
         logits, parts = transformers_logits(folder), text_windows(folder, text, longest_of(folder), window)
     value = perplexity_of(logits, parts)
     print(json.dumps({"model": str(folder), "tokens": sum(p.shape[1] for p in parts), "perplexity": round(value, 4)}))

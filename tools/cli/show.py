@@ -186,7 +186,8 @@ def show_plan(request: Request, planned: Plan) -> None:
     for what, names in ((WRITING, [t for t in planned.lowered if t not in built]), (BUILDING, built)):
         if names:
             console.print(f"Memory for {', '.join(names)}: {what}.")
-    console.print("Nothing was written.")
+    passes = f", and the passes are in {request.dump_passes}" if request.dump_passes is not None else ""
+    console.print(f"Nothing was written{passes}.", soft_wrap=True)
 
 
 def show_notes(planned: Plan) -> None:

@@ -240,7 +240,7 @@ def _refusal(where: str, failure: Mapping[str, Any], said: Sequence[tuple[str, s
         failure["what"],
         where=where,
         expected=failure.get("expected", ""),
-        found="".join(f"\n    {reason}" for reason in reasons),
+        found="\n".join(reasons),
         fix=failure.get("fix", ""),
     )
 

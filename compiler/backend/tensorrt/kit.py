@@ -73,7 +73,9 @@ def write_kit(folder: Path, settings: EngineSettings, artifact: Artifact) -> Non
 def read_kit(folder: Path) -> Kit:
     """Reads and checks a kit: its format, that no name leaves the folder, every digest."""
     if not (folder / KIT).is_file():
-        raise UserError("no build kit here", where=str(folder), expected=f"a folder with {KIT}")
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{KIT}"))
+        fix = f"name {' or '.join(below)}" if below else ""
+        raise UserError("no build kit here", where=str(folder), expected=f"a folder with {KIT}", fix=fix)
     body = read_json(folder / KIT)
     if body.get("format") != FORMAT:
         raise UserError(

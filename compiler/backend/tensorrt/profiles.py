@@ -31,7 +31,7 @@ class EngineLimits:
         if not 1 <= self.opt_length <= self.max_length:
             raise UserError(
                 "opt_length is outside of the profile",
-                expected=f"1 to max_length = {self.max_length}",
+                expected=f"1 to {self.max_length}, the longest that it takes",
                 found=str(self.opt_length),
                 fix="make --opt-length and --max-length agree",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-            ("temperature", lambda x: x >= 0, "0 or more"),
-            ("top_k", lambda x: x >= 0, "0 or more"),
-            ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
-            ("repetition_penalty", lambda x: x > 0, "above 0"),
-            ("frequency_penalty", lambda x: True, "a number"),
-            ("presence_penalty", lambda x: True, "a number"),
+        rules: tuple[tuple[str, type, Callable[[float], bool], str], ...] = (
+            ("temperature", Real, lambda x: x >= 0, "0 or more"),
+            ("top_k", Integral, lambda x: x >= 0, "an integer, 0 or more"),
+            ("top_p", Real, lambda x: 0 < x <= 1, "above 0, at most 1"),
+            ("repetition_penalty", Real, lambda x: x > 0, "above 0"),
+            ("frequency_penalty", Real, lambda x: True, "a number"),
+            ("presence_penalty", Real, lambda x: True, "a number"),
+            ("seed", Integral, lambda x: x >= 0, "an integer, 0 or more"),
         )
-        for name, fits, expected in rules:
+        for name, kind, fits, expected in rules:
             value = getattr(self, name)
-            if not (math.isfinite(value) and fits(value)):
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and fits(value)):
                 raise ValueError(f"{name}: expected {expected}, found {value}")
 
 
