@@ -56,7 +56,8 @@ def load(
         with ExitStack() as outside, tried(f"reading the {what}", where=str(gguf or model), fix=fix):
             made = made_folder(gguf, requantize=requantize, cache=cache, say=say) if gguf is not None else None
             if made is not None:
-                outside.enter_context(reworded(own_names(made.held, model)))  # what `tried` makes of errors, too
+                # what `tried` makes of errors, too
+                outside.enter_context(reworded(own_names(made.held, gguf or model)))
             opened = hf.open_checkpoint(
                 model if made is None else made.path,
                 trust_remote_code=trust_remote_code,

@@ -18,7 +18,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from instantrt.compiler.accuracy.perplexity import artifact_logits
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import compile_model
-from instantrt.compiler.decide import check_early, check_tables, resolve
+from instantrt.compiler.decide import check_tables, resolve
+from instantrt.compiler.early import check_early
 from instantrt.compiler.fit import check_text
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.gguf import gguf_at, refuse_gguf
