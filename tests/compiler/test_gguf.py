@@ -206,7 +206,7 @@ def test_an_error_behind_the_folder_that_is_made_names_the_file(
     def fail(folder: Path, **_: Any) -> None:
         raise ValueError(f"{folder / 'config.json'} is odd")
 
-    monkeypatch.setattr("instantrt.compiler.frontend.hf.load_checkpoint", fail)
+    monkeypatch.setattr("instantrt.compiler.frontend.hf.open_checkpoint", fail)
     with pytest.raises(UserError) as caught:
         load(model[0])
     assert (caught.value.where, caught.value.found) == (str(model[0]), f"ValueError: {model[0]} is odd")
