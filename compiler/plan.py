@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from instantrt.compiler.say import Say
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.causal import sees_ahead
-from instantrt.passes.core.collector import uncollected
+from instantrt.passes.core.collector import settled, uncollected
 from instantrt.passes.core.dump import Dump
 from instantrt.passes.core.errors import reworded
 from instantrt.passes.core.lazy import view_of
@@ -94,23 +95,26 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
     check_early(request)
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
-    model = load(
-        request.model,
-        trust_remote_code=request.trust_remote_code,
-        max_length=request.longest_sequence(),
-        truncate_dim=request.truncate_dim,
-        cache=request.cache,
-        requantize=request.requantize,
-        adapter=request.adapter,
-        base=request.base,
-        say=say,
-    )
-    with reworded(own_names(model.held, request.model)):
-        return plan_for(model, request, log, say)
+    with ExitStack() as stack:
+        with uncollected():
+            model = load(
+                request.model,
+                trust_remote_code=request.trust_remote_code,
+                max_length=request.longest_sequence(),
+                truncate_dim=request.truncate_dim,
+                cache=request.cache,
+                requantize=request.requantize,
+                adapter=request.adapter,
+                base=request.base,
+                say=say,
+            )
+            stack.enter_context(settled())  # before the collector is back, which would look through torch at once
+        stack.enter_context(reworded(own_names(model.held, request.model)))
+        return decided(request, model, log, say)
 
 
-def plan_for(model: FloatModel, request: Request, log: PassLog, say: Say) -> Plan:
-    """Everything behind the export."""
+def decided(request: Request, model: FloatModel, log: PassLog, say: Say) -> Plan:
+    """The plan for a model that was read, whose graph is used up."""
     if model.llm is None:
         refuse_of_llm(request)
     if model.encoder is None:

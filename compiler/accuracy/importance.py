@@ -20,6 +20,7 @@ from instantrt.passes.qdq.insert_qdq import Decisions
 
 SHARE = 0.75  # of a channel's loudness that goes into its column
 SILENT = 1e-5  # of a largest value: what is below it counts as that much
+REMEMBERED = 1 << 26  # bytes of scales that a search may leave in memory: those of 700 M weights in groups of 32
 
 
 def input_energy(graph: gs.Graph, llm: LlmShape | None, data: Data) -> dict[str, Array]:
@@ -80,15 +81,20 @@ def each_input(graph: gs.Graph, names: Iterable[str], llm: LlmShape | None, data
 
 
 def search_scales(decisions: Decisions, energy: Mapping[str, Array]) -> Decisions:
-    """Every weight that we quantize with its scales searched for inputs of that energy."""
-    return {
-        path: replace(q, source=searched(q.source, energy[path]))
-        if isinstance(q, QuantTensor) and isinstance(q.source, Quantizer)
-        else q
+    """Every weight that we quantize with its scales searched for inputs of that energy.
+
+    They are read twice, by the writer and by the twin of the smoke run: what is found stays where it takes little.
+    """
+    ours = {
+        path: (q, q.source)
         for path, q in decisions.items()
+        if isinstance(q, QuantTensor) and isinstance(q.source, Quantizer)
     }
+    remember = sum(q.shape[0] * q.groups * (q.scale_dtype.itemsize + 1) for q, _ in ours.values()) <= REMEMBERED
+    found = {p: replace(q, source=searched(source, energy[p], remember=remember)) for p, (q, source) in ours.items()}
+    return {**decisions, **found}
 
 
-def searched(source: Quantizer, energy: Array) -> SearchedQuant:
+def searched(source: Quantizer, energy: Array, *, remember: bool = False) -> SearchedQuant:
     about = {f.name: getattr(source, f.name) for f in fields(InstantQuant)}
-    return SearchedQuant(**about, importance=energy.tobytes())
+    return SearchedQuant(**about, importance=energy.tobytes(), remember=remember)

@@ -8,7 +8,7 @@ it and does what one of the first does. Whatever cannot be seen here is a reason
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -148,6 +148,17 @@ class Constants(TorchFunctionMode):
         return result
 
 
+def form_of(value: Any) -> Hashable:
+    """What the sizes of a result depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(form_of, value))
+    if isinstance(value, dict):
+        return tuple((key, form_of(each)) for key, each in value.items())
+    return repr(value)
+
+
 def plain(value: Any) -> bool:
     """Numbers, or lists of them: what is written down whole, where long arrays are shortened."""
     if isinstance(value, list | tuple):
@@ -170,6 +181,7 @@ class Recorder(TorchDispatchMode):
         self.hidden: Tensor | None = None  # what goes from layer to layer
         self.names: dict[int, tuple[str, int, Hashable]] = {}  # of each tensor by its id: kind, layer, what
         self.alive: list[Any] = []  # ids are of use as long as their owners live
+        self.known: dict[Hashable, Callable[[], Tensor]] = {}  # operation, on what it looks at -> its like
 
     def know(self, named: Mapping[str, Tensor], meta: Mapping[str, Tensor], inputs: Any) -> None:
         """What there is before anything runs: weights and buffers, and the inputs with the cache."""
@@ -233,10 +245,22 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = self.seen(args), self.seen(kwargs or {})
-        result = func(*args, **(kwargs or {}))
+        result = self.made(func, args, kwargs or {})
+        self.wrote(str(func), given, result)
+        return result
+
+    def made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation makes. One that makes a tensor is asked for its sizes once, whichever layer it is in."""
+        form = func, form_of(args), form_of(kwargs)
+        if (known := self.known.get(form)) is not None:
+            return known()
+        result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.device.type != "meta":  # ONNX operators make theirs where they like
             result = torch.empty_like(result, device="meta")
-        self.wrote(str(func), given, result)
+        if isinstance(result, Tensor) and not (func.is_view or func._schema.is_mutable):
+            self.known[form] = partial(
+                torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device="meta"
+            )
         return result
 
     def enter(self, index: int, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002

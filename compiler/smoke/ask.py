@@ -132,11 +132,11 @@ def answered(
     """What a graph answers that is evaluated here: to every step, or to the first that it takes if it is no LLM."""
     given = [typed(step, graph) for step in steps]
     if subject.llm is not None:
-        return Ending(lockstep(graph, given, blocks, tapped)[0])
+        return Ending(lockstep(graph, given, blocks, tapped))
     last = ""
     for step in given:
         try:
-            return Ending(lockstep(graph, [step], blocks, tapped)[0])
+            return Ending(lockstep(graph, [step], blocks, tapped))
         except Exception as error:  # of NumPy, or of ONNX Runtime
             last = first_line(error)
     return Ending(failed=last)

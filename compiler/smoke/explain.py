@@ -15,7 +15,7 @@ from instantrt.compiler.accuracy.subjects import all_positions
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.smoke.ask import Heard
 from instantrt.compiler.smoke.compare import Distance, distances
-from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.lockstep import first_not_finite, lockstep
 from instantrt.compiler.smoke.names import PRESENT, past
 from instantrt.compiler.smoke.process import Answers
 from instantrt.compiler.smoke.steps import CHANGED, Call, alone, typed
@@ -35,7 +35,7 @@ def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, hea
     try:
         culprit, excused = culprit_of(subject, graph, {**step.feeds, **past(expected.get(step.after, {}))})
         if math.isnan(first.relative) and (culprit is not None or not excused):
-            bad = lockstep(graph, [typed(step, graph) for step in steps])[1]
+            bad = first_not_finite(graph, [typed(step, graph) for step in steps])
             return f"the first tensor that is not finite is {bad}"
         if culprit is not None:
             return f"{layer or layer_of(subject.twin.graph, culprit)}: {culprit}"
@@ -91,7 +91,7 @@ def roughness(
     graph: gs.Graph, expected: Answers, steps: Sequence[Call], given: Answers | None = None
 ) -> dict[tuple[str, str], float]:
     """(step, output) -> how far it is from what is expected where the nodes of `graph` are run one by one."""
-    found, _ = lockstep(graph, [typed(step, graph) for step in steps], given=given)
+    found = lockstep(graph, [typed(step, graph) for step in steps], given=given)
     known = {name: outputs for name, outputs in found.items() if name in expected}
     return {(d.step, d.output): d.relative for d in distances(known, expected, steps)}
 

@@ -11,7 +11,7 @@ from instantrt.compiler.accuracy.bounds import BETWEEN
 from instantrt.compiler.smoke.ask import Heard
 from instantrt.compiler.smoke.compare import Distance, distances, not_finite
 from instantrt.compiler.smoke.explain import causality, too_coarse, why_wrong
-from instantrt.compiler.smoke.lockstep import lockstep
+from instantrt.compiler.smoke.lockstep import first_not_finite
 from instantrt.compiler.smoke.names import CACHED, LOGITS
 from instantrt.compiler.smoke.process import Answers
 from instantrt.compiler.smoke.ran import Ran, SmokeError
@@ -38,7 +38,7 @@ def check_finite(subject: Staged, expected: Answers, steps: Sequence[Call]) -> N
         return
     first = ""
     with suppress(Exception):  # not every graph can be asked here
-        first = lockstep(subject.twin.graph, steps)[1]
+        first = first_not_finite(subject.twin.graph, steps)
     raise SmokeError(
         "the model itself gives values that are not finite",
         where=f"{bad[1]}, {bad[0]}",

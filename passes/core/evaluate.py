@@ -31,14 +31,12 @@ class Wiring:
         self.order = {id(node): i for i, node in enumerate(graph.nodes)}
         self.made_by = {t.name: node for node in graph.nodes for t in node.outputs}
         self.readers = {t.name: len(t.outputs) for t in graph.tensors().values()}
-        self.known: dict[int, tuple[frozenset[str], bool]] = {}
+        self.known: dict[int, frozenset[str]] = {}
 
-    def reads(self, node: gs.Node) -> tuple[frozenset[str], bool]:
-        """The tensors that `node` waits for, and whether its constants are not finite."""
+    def reads(self, node: gs.Node) -> frozenset[str]:
+        """The tensors that `node` waits for."""
         if id(node) not in self.known:
-            constants = (t for t in node.inputs if isinstance(t, gs.Constant) and view_of(t) is None)
-            bad = any(not_finite(t.values) for t in constants)
-            self.known[id(node)] = frozenset(t.name for t in dependencies(node)), bad
+            self.known[id(node)] = frozenset(t.name for t in dependencies(node))
         return self.known[id(node)]
 
 
@@ -83,7 +81,7 @@ class Evaluation:
             if id(node) in found:
                 continue
             found[id(node)] = node
-            stack += [name for name in self.wiring.reads(node)[0] if name not in self.values]
+            stack += [name for name in self.wiring.reads(node) if name not in self.values]
         return sorted(found.values(), key=lambda n: self.wiring.order[id(n)])
 
     def run(self, node: gs.Node) -> None:
@@ -91,18 +89,23 @@ class Evaluation:
 
     def store(self, node: gs.Node, outputs: Sequence[Array]) -> None:
         """Takes what `node` made, and drops what nobody else reads."""
-        inputs, bad = self.wiring.reads(node)
-        tainted = bad or not inputs.isdisjoint(self.bad)
         for tensor, value in zip(node.outputs, outputs, strict=True):
             self.values[tensor.name] = value
-            if not_finite(value):
-                self.bad.add(tensor.name)
-                if not tainted:
-                    self.first_bad = self.first_bad or tensor.name
-        for name in [*inputs, *(t.name for t in node.outputs)]:
-            self.waiting[name] -= name in inputs
+        self.look(node)
+        inputs = self.wiring.reads(node)
+        for name in inputs:
+            self.waiting[name] -= 1
+        for name in (*inputs, *(t.name for t in node.outputs)):
             if self.waiting[name] <= 0 and name not in self.keep:
                 self.values.pop(name, None)
+
+    def look(self, node: gs.Node) -> None:
+        """Is what `node` made finite, or at least no worse than what it was made of?"""
+        bad = [t.name for t in node.outputs if not_finite(self.values[t.name])]
+        if bad and not self.first_bad and self.wiring.reads(node).isdisjoint(self.bad):
+            constants = (t for t in node.inputs if isinstance(t, gs.Constant) and view_of(t) is None)
+            self.first_bad = None if any(not_finite(t.values) for t in constants) else bad[0]
+        self.bad.update(bad)
 
 
 def own_caches(graph: gs.Graph, feeds: Mapping[str, Array]) -> dict[str, Array]:

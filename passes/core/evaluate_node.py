@@ -54,6 +54,7 @@ def evaluate_each(node: gs.Node, runs: Sequence[Mapping[str, Array]], graph: gs.
     """
     streamed = STREAMED[node.op](node, runs) if node.op in STREAMED else None
     session: NodeSession | None = None
+    types = [declared(node, tensor) for tensor in node.outputs]
     for index, values in enumerate(runs):
         if streamed is not None:
             outputs = [streamed[index]]
@@ -68,7 +69,7 @@ def evaluate_each(node: gs.Node, runs: Sequence[Mapping[str, Array]], graph: gs.
         else:
             session = session or NodeSession(node, values, graph)
             outputs = session(values)
-        yield [narrow(value, tensor, node, values) for value, tensor in zip(outputs, node.outputs, strict=True)]
+        yield [narrow(value, dtype, node, values) for value, dtype in zip(outputs, types, strict=True)]
 
 
 def value_of(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
@@ -78,13 +79,18 @@ def value_of(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
     return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else values[tensor.name]
 
 
-def narrow(value: Array, tensor: gs.Tensor, node: gs.Node, values: Mapping[str, Array]) -> Array:
-    """Rounds to the 16-bit type that the tensor has: the declared one, or that of the node's inputs or scale."""
+def declared(node: gs.Node, tensor: gs.Tensor) -> np.dtype[Any] | None:
+    """The type of an output, where the node's scale or the graph says it."""
+    scale = node.inputs[1].dtype if node.op == "DequantizeLinear" else None
+    return next((numpy_type(known) for known in (scale, tensor.dtype) if known is not None), None)
+
+
+def narrow(value: Array, dtype: np.dtype[Any] | None, node: gs.Node, values: Mapping[str, Array]) -> Array:
+    """Rounds to the 16-bit type that an output has: the declared one, or that of the node's inputs."""
     if value.dtype != FLOAT32 or node.op == "Cast":
         return value
-    scale = node.inputs[1].dtype if node.op == "DequantizeLinear" else None
-    first = next((values[t.name].dtype for t in node.inputs if t.name in values), FLOAT32)
-    dtype = next((numpy_type(known) for known in (scale, tensor.dtype) if known is not None), first)
+    if dtype is None:
+        dtype = next((values[t.name].dtype for t in node.inputs if t.name in values), FLOAT32)
     return value.astype(dtype) if dtype in HALVES else value
 
 
@@ -284,14 +290,14 @@ class NodeSession:
     def __init__(self, node: gs.Node, values: Mapping[str, Array], graph: gs.Graph) -> None:
         inputs: list[Given | None] = []
         large: dict[str, Array] = {}
-        self.fed: dict[str, gs.Tensor] = {}
+        self.fed: dict[str, str] = {}
         for index, tensor in enumerate(node.inputs):
             if not tensor.name:
                 inputs.append(None)
                 continue
-            value = widened(tensor, values)
+            value = widened(value_of(tensor, values))
             if not folded(tensor):
-                self.fed[f"x{index}"] = tensor
+                self.fed[f"x{index}"] = tensor.name
                 inputs.append(Given(value.dtype, (None,) * value.ndim))
             elif value.nbytes < EXTERNAL_BYTES:
                 inputs.append(Given(value.dtype, value.shape, value.tobytes()))
@@ -299,6 +305,7 @@ class NodeSession:
                 large[f"x{index}"] = np.asarray(value, order="C")
                 inputs.append(Given(value.dtype, value.shape))
         self.named = tuple(bool(t.name) for t in node.outputs)
+        self.outputs = [f"y{index}" for index, named in enumerate(self.named) if named]
         attrs = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in sorted(node.attrs.items()))
         domains = tuple((each.domain, each.version) for each in graph.import_domains or ())
         lone = Lone(node.op, node.domain, attrs, tuple(inputs), self.named, graph.opset, domains)
@@ -307,8 +314,8 @@ class NodeSession:
         self.session = shared_session(lone) if share else new_session(lone, large)
 
     def __call__(self, values: Mapping[str, Array]) -> list[Array]:
-        feeds = {name: np.asarray(widened(tensor, values), order="C") for name, tensor in self.fed.items()}
-        results = iter(self.session.run(None, feeds))
+        feeds = {x: np.asarray(widened(values[name]), order="C") for x, name in self.fed.items()}
+        results = iter(self.session.run(self.outputs, feeds))
         return [next(results) if named else np.empty(0) for named in self.named]
 
 
@@ -318,9 +325,8 @@ def folded(tensor: gs.Tensor) -> bool:
     return isinstance(tensor if cast is None else cast.inputs[0], gs.Constant)
 
 
-def widened(tensor: gs.Tensor, values: Mapping[str, Array]) -> Array:
+def widened(value: Array) -> Array:
     """A 16-bit float as the 32 bits that a node computes in, a four-bit integer as one of eight."""
-    value = value_of(tensor, values)
     return value.astype(WIDE[value.dtype]) if value.dtype in WIDE else value
 
 

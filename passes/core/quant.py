@@ -288,7 +288,8 @@ class InstantQuant(Quantizer):
     """By the formula alone."""
 
     def tiles(self) -> Iterator[Tile]:
-        return checked_tiles(self, ((start, rows) for start, (rows,) in self.weight.tiles()), self.quantize)
+        tiles = ((start, rows) for start, (rows,) in self.weight.tiles())
+        return checked_tiles(self, tiles, lambda start, w: self.quantize(w))
 
     def quantize(self, w: Array) -> Codes:
         """w `[n, G, g]`."""
@@ -300,15 +301,15 @@ class InstantQuant(Quantizer):
 
 
 def checked_tiles(
-    quantizer: Quantizer, chunks: Iterable[tuple[int, Array]], quantize: Callable[[Array], Codes]
+    quantizer: Quantizer, chunks: Iterable[tuple[int, Array]], quantize: Callable[[int, Array], Codes]
 ) -> Iterator[Tile]:
-    """The codes that `quantize` makes of rows `[n, G, g]`; UserError where a scale is not finite.
+    """The codes that `quantize` makes of (the first row, rows `[n, G, g]`); UserError where a scale is not finite.
 
     chunks   (the first row, rows [n, K] of any float type), some at a time
     """
     for start, rows in chunks:
         with np.errstate(invalid="ignore", over="ignore"):
-            block = quantize(rows.reshape(len(rows), -1, quantizer.group_size))
+            block = quantize(start, rows.reshape(len(rows), -1, quantizer.group_size))
         if not np.isfinite(block.scale).all():
             raise not_finite(quantizer.name, start, convert(rows, FLOAT32))
         yield Tile(start, block)

@@ -8,7 +8,7 @@ of each group are chosen to lower that sum: ratios of the whole range, each with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,16 @@ class SearchedQuant(Quantizer):
     """As InstantQuant, with range and scale of each group searched.
 
     importance   E[x_k^2] of the inputs, [K] float32 as bytes, which hash once
+    remember     what was found stays in memory, for whoever reads the codes again: the search is most of the time
+    found        row -> scales in their own type and zero points, both [n, G], of a block of rows
     """
 
     importance: bytes
+    remember: bool = field(default=False, kw_only=True)
+    found: dict[int, tuple[Array, Array]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def tiles(self) -> Iterator[Tile]:
-        importance = np.frombuffer(self.importance, np.float32).reshape(-1, self.group_size)
-        return checked_tiles(
-            self, self.blocks(), lambda w: search(w, importance, self.bits, self.symmetric, self.scale_dtype)
-        )
+        return checked_tiles(self, self.blocks(), self.codes_of)
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """(the first row, rows float32) that are searched together."""
@@ -42,6 +43,17 @@ class SearchedQuant(Quantizer):
             step = max(1, BLOCK // rows.shape[1])
             for first in range(0, len(rows), step):
                 yield start + first, convert(rows[first : first + step], FLOAT32)
+
+    def codes_of(self, start: int, w: Array) -> Codes:
+        """Those of the rows from `start` on, w [n, G, g] float32."""
+        if start in self.found:
+            scale, zero = self.found[start]
+            return codes_by(w, scale.astype(FLOAT32), zero, self.bits, self.symmetric)
+        importance = np.frombuffer(self.importance, np.float32).reshape(-1, self.group_size)
+        codes = search(w, importance, self.bits, self.symmetric, self.scale_dtype)
+        if self.remember:
+            self.found[start] = codes.scale.astype(self.scale_dtype), codes.zero
+        return codes
 
 
 def search(w: Array, importance: Array, bits: int, symmetric: bool, scale_dtype: np.dtype[Any]) -> Codes:
@@ -72,8 +84,13 @@ def search(w: Array, importance: Array, bits: int, symmetric: bool, scale_dtype:
             better = ~(gain <= best_gain)  # NaN is better: it must reach the caller
             best_gain = np.where(better, gain, best_gain)
             best_scale, best_zero = np.where(better, found, best_scale), np.where(better, zero, best_zero)
-    np.divide(w, best_scale[..., None], out=v)
+    return codes_by(w, best_scale, best_zero.astype(np.uint8), bits, symmetric)
+
+
+def codes_by(w: Array, scale: Array, zero: Array, bits: int, symmetric: bool) -> Codes:
+    """The codes of w `[n, G, g]` float32 by scales, float32, and zero points, uint8, both `[n, G]`."""
+    v = w / scale[..., None]
     np.rint(v, out=v)
-    v += best_zero[..., None]
-    np.clip(v, first, top, out=v)
-    return Codes(v.astype(np.uint8).reshape(len(w), -1), best_scale, best_zero.astype(np.uint8))
+    v += zero[..., None]
+    np.clip(v, np.float32(symmetric), np.float32(2**bits - 1), out=v)
+    return Codes(v.astype(np.uint8).reshape(len(w), -1), scale, zero)

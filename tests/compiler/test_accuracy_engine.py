@@ -160,7 +160,7 @@ def test_an_engine_runs_every_step_of_the_smoke_run(
     """With a cache from step to step, rows padded on the left, and the logits of the last token alone."""
     assert tiny_float.llm is not None
     steps = llm_steps(tiny_float.graph, tiny_float.llm, right=False)
-    expected, _ = lockstep(tiny_float.graph, steps)
+    expected = lockstep(tiny_float.graph, steps)
     engine = runner(last=True)
     engine.every_position, engine.outputs = False, [t.name for t in tiny_float.graph.outputs]
     found = engine_answers(engine, steps)

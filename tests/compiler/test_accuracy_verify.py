@@ -268,7 +268,7 @@ def test_a_budget_keeps_the_search_of_scales(compiled: Compiled) -> None:
     quants = [q for q in found.decisions.values() if isinstance(q, QuantTensor)]
     assert found.steps
     assert quants
-    assert {type(q.source) for q in quants} == {SearchedQuant}
+    assert {(type(q.source), q.source.remember) for q in quants} == {(SearchedQuant, True)}
 
 
 def test_a_bound_on_size_is_filled_with_what_counts(compiled: Compiled) -> None:

@@ -109,8 +109,8 @@ def test_group_query_attention_has_the_same_cache_and_answers(
 def test_the_twin_goes_on_with_the_codes_of_another_form(twin: Any, feeds: dict[str, Array]) -> None:
     """A last bit that turns one is held against its own; what reads it must make of it what the twin makes of it."""
     step, key = Call("prefill", feeds | empty(twin, 2)), "present.0.key"
-    own = lockstep(twin, [step])[0]["prefill"]
-    other = lockstep(twin, [step], given={"prefill": {key: own[key] ^ 1}})[0]["prefill"]
+    own = lockstep(twin, [step])["prefill"]
+    other = lockstep(twin, [step], given={"prefill": {key: own[key] ^ 1}})["prefill"]
     np.testing.assert_array_equal(other[key], own[key])
     assert relative(other["logits"], own["logits"]) > 1e-4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,3 +151,16 @@ def test_the_size_of_a_plan_is_what_is_written_and_asking_changes_nothing(tmp_pa
     write_planned(request, planned)
     assert sizes == {target: (tmp_path / target / "model.onnx.data").stat().st_size for target in planned.lowered}
     assert {target: values(graph) for target, graph in planned.lowered.items()} != before, "small ones are loaded now"
+
+
+def test_no_garbage_is_looked_for_in_what_was_loaded(tmp_path: Path) -> None:
+    """After an export that is all of torch: half a second, each time."""
+    seen: dict[str, tuple[int, bool]] = {}
+
+    def say(text: str) -> None:
+        gc.collect() if text.startswith("reading") else None
+        seen[text.split(maxsplit=1)[0]] = sum(each["collections"] for each in gc.get_stats()), gc.get_freeze_count() > 0
+
+    plan(Request(TINY, "x86", tmp_path), say)
+    assert (seen["reading"][1], seen["normalizing"]) == (False, (seen["reading"][0], True))
+    assert not gc.get_freeze_count()

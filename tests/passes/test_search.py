@@ -83,14 +83,19 @@ def test_what_is_clipped_is_what_meets_little() -> None:
         assert (abs(found[0, 7] - 8.0) > 0.5) == clipped
 
 
-def test_rows_stream_in_blocks_that_do_not_change_the_result() -> None:
+@pytest.mark.parametrize("remember", [False, True])
+def test_rows_stream_in_blocks_that_do_not_change_the_result(remember: bool) -> None:
+    """Nor does it when they are read again, by the scales that were found before."""
     w = np.random.default_rng(4).standard_normal((3 * BLOCK // 256, 256)).astype(np.float32)
     importance = np.random.default_rng(5).random(256, np.float32)
-    tiles = list(SearchedQuant("w", InMemory(w), 4, 64, False, F16, importance.tobytes()).tiles())
-    assert [tile.start for tile in tiles] == [0, 256, 512]
+    quant = SearchedQuant("w", InMemory(w), 4, 64, False, F16, importance.tobytes(), remember=remember)
     whole = search(w.reshape(len(w), 4, 64), importance.reshape(4, 64), 4, False, F16)
-    for i, part in enumerate(whole):
-        np.testing.assert_array_equal(np.concatenate([tile.parts[i] for tile in tiles]), part)
+    for _ in range(2):
+        tiles = list(quant.tiles())
+        assert [tile.start for tile in tiles] == [0, 256, 512]
+        for i, part in enumerate(whole):
+            np.testing.assert_array_equal(np.concatenate([tile.parts[i] for tile in tiles]), part)
+        assert list(quant.found) == ([0, 256, 512] if remember else [])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
