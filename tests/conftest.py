@@ -58,6 +58,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[VARIABLE] = str(config.cache.mkdir("exports"))
 
 
+def pytest_sessionfinish() -> None:
+    """pytest looks for garbage five times when it ends: so long, in all that is left, that workers are interrupted."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_float() -> FloatModel:
     """The example model, exported and normalized. Copy the graph (`graph.copy()`) before a pass changes it."""

@@ -207,7 +207,7 @@ def test_base_says_what_finishes_a_build_kit(base: Path, compiled: Path, tmp_pat
     [
         ("compile {model} --target x86 --quant a16w8 -o new", f"reading a Hugging Face checkpoint {HF}"),
         ("inspect {model}", f"reading a Hugging Face checkpoint {HF}"),
-        ("generate {out} --target x86 --prompt Once --compare {model}", f"--compare {HF}"),
+        ("generate {out} --target x86 --prompt Once --compare {model}", f"running a float checkpoint {HF}"),
         ("perplexity {model} --text {text}", f"running a float checkpoint {HF}"),
         (
             "compile {file} --target x86 --quant a16w8 --verify -o new",

@@ -21,7 +21,7 @@ def check_float(folder: Path) -> None:
     """Refuses what transformers loads no float model from, before anything is generated."""
     from instantrt.compiler.frontend.gguf import refuse_gguf
 
-    require("hf", "a float checkpoint")
+    require("hf", "running a float checkpoint")
     refuse_gguf(folder)
     if not (folder / "config.json").is_file():
         found = "no config.json" if folder.is_dir() else "no such folder"
