@@ -88,12 +88,14 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
             found=", ".join(path.name for path in shards[:12]),
             fix="download the index, too; remove files of other models",
         )
+    graphs = sorted(path for path in folder.glob("*.onnx") if path.is_file())
+    pickles = "convert pickled weights (.bin, .pt) with transformers' save_pretrained; pickles are never loaded"
     raise UserError(
         "no safetensors weights",
         where=str(folder),
         expected=f"{SINGLE}, or {INDEX} with its shards",
         found=", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder",
-        fix="convert pickled weights (.bin, .pt) with transformers' save_pretrained; pickles are never loaded",
+        fix=f"name the graph itself to compile that: {graphs[0]}" if graphs else pickles,
     )
 
 

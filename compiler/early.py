@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -33,16 +35,18 @@ def check_early(request: Request) -> None:
     for target in request.resolved_targets():
         if target.backend is Backend.TENSORRT:
             choose_builder(target, request.builder, options=request.engine_options())
-    check_cache_type(request)
     check_text(request)
     if request.max_ppl_increase is not None and request.text is None:
         raise UserError("perplexity needs a text", fix="--text FILE")
     check_widths(request)
-    if (announced := announced_model(request)) is None:
+    announced = announced_model(request)
+    if announced is not None and announced[0] is not CAUSAL_LM:
+        refuse_of_llm(request)
+    check_cache_type(request)
+    if announced is None:
         return
     head, model = announced
     if head is not CAUSAL_LM:
-        refuse_of_llm(request)
         check_room(request, model.folder)
     else:
         refuse_cosine(request.min_cosine, str(request.model))
@@ -50,8 +54,8 @@ def check_early(request: Request) -> None:
     check_supported(request.resolved_targets(), config, plugin=request.plugin is not None)
     if head.task in HEADLESS:
         check_head(request, config, ())
-    longest = model.config.get("text_config", model.config).get("max_position_embeddings")
-    if head is CAUSAL_LM and type(longest) is int:
+    longest = sizes_of(model.config).get("max_position_embeddings")
+    if head is CAUSAL_LM and type(longest) is int and longest > 0:
         request.engine_limits(longest)
 
 
@@ -90,6 +94,12 @@ def announced_model(request: Request) -> tuple[Head, FloatModel] | None:
     return head, FloatModel(gs.Graph(), folder, config, tensors, None, reader=reader)
 
 
+def sizes_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that is about text; none where that is no object, which the frontend refuses."""
+    sizes = config.get("text_config", config)
+    return sizes if isinstance(sizes, dict) else {}
+
+
 def check_widths(request: Request) -> None:
     """Refuses the size of a group that does not fit the width of all layers, which config.json says.
 
@@ -102,9 +112,9 @@ def check_widths(request: Request) -> None:
     if not (request.model / CONFIG).is_file() or gguf_at(request.model) is not None:
         return
     config = read_json(request.model / CONFIG)
-    sizes = config.get("text_config", config)
-    if "quantization_config" in config or not isinstance(sizes, dict):
+    if "quantization_config" in config:
         return
+    sizes = sizes_of(config)
     experts = any("expert" in key for key in sizes)  # such a config may have an intermediate_size that no layer has
     keys = ("hidden_size", "intermediate_size")[: 1 if experts else 2]
     widths = {f"{CONFIG}, {key}": sizes[key] for key in keys if type(sizes.get(key)) is int and sizes[key] > 0}

@@ -17,6 +17,7 @@ from instantrt.compiler.frontend.gguf import gguf_at
 from instantrt.compiler.frontend.gguf.folder import made_folder
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.frontend.own_names import own_names
+from instantrt.compiler.frontend.sentence_files import MODULES, list_of_modules
 from instantrt.passes.core.errors import UserError, reworded, tried
 
 
@@ -90,6 +91,14 @@ def load(
 
 def check_model_options(model: Path, gguf: Path | None, *, truncate_dim: int | None, requantize: bool) -> None:
     """Refuses what is for models of another kind; `gguf` is the file that `model` is, or has its weights in."""
+    if gguf is not None and model.is_dir() and list_of_modules(model / MODULES) is not None:
+        raise UserError(
+            "a GGUF file is a language model, and a pipeline around one is not read",
+            where=str(model / MODULES),
+            expected=f"the safetensors that {MODULES} is about",
+            found=gguf.name,
+            fix=f"name the file itself to compile the language model alone: {gguf}",
+        )
     if truncate_dim is not None and (gguf is not None or not model.is_dir()):
         raise UserError("truncate_dim is for a sentence-transformers folder", where=str(model), fix="leave it out")
     if requantize and gguf is None:

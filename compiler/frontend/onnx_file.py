@@ -39,7 +39,7 @@ def load_onnx(path: Path) -> FloatModel:
     Whatever float16 or bfloat16 the file has is float32 in the graph, inputs and outputs included; its weights are
     widened as they are read.
     """
-    model = inlined(read(path), path)
+    model = inlined(every_position(read(path)), path)  # an artifact's are the last token's, unless all are asked for
     refuse_quantized(model, path)
     tidy(model, path)
     check_nodes(model, path)

@@ -132,6 +132,9 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match="pickles are never loaded"):
         read_checkpoint(tmp_path)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UserError, match=rf"name the graph itself to compile that: {tmp_path}/model.onnx"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "[" * 100_000])

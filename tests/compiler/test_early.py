@@ -11,11 +11,12 @@ import pytest
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
+from instantrt.compiler.early import check_early
 from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
-from tests.checkpoints import HERE
+from tests.checkpoints import HERE, config_of
 from tests.conftest import TINY
 
 GPTQ = HERE / "gptq-int4-g128-sym"
@@ -32,6 +33,7 @@ GPTQ = HERE / "gptq-int4-g128-sym"
         (TINY, "x86", {"max_length": 1 << 20}, "max_length is more than the model was made for"),
         (TINY, "x86", {"group_size": 32}, "group_size does nothing without quantization"),
         (TINY, "sm70", {"quant": "a8w8"}, "IQ-INT8 .A8W8. is not supported on sm70"),
+        (TINY, "x86", {"cpu_preset": "exact"}, "cpu_preset does nothing without quantization"),
         (TINY, "x86", {"quant": "a16w8", "max_ppl_increase": 1}, "perplexity needs a text"),
         (TINY, "x86", {"quant": "a16w8", "min_cosine": 0.9}, "min_cosine is of encoders"),
         (TINY, "x86", {"text": Path("none.txt")}, "the text cannot be read"),
@@ -39,6 +41,7 @@ GPTQ = HERE / "gptq-int4-g128-sym"
         (GPTQ, "x86", {"quant": "none"}, "the checkpoint holds its weights only quantized"),
         (GPTQ, "x86", {"max_kl": 1.0}, "max_kl does nothing without a float checkpoint"),
         ("BertModel", "x86", {"max_length": 2}, "max_length leaves no token of a text"),
+        ("BertModel", "x86", {"kv_cache_type": "float16"}, "kv_cache_type does nothing without a causal LM"),
         ("BertModel", "x86", {"logits": "all"}, "logits does nothing without a causal LM"),
         ("BertModel", "x86", {"quant": "a16w8", "max_kl": 1.0}, "a budget is of causal LMs"),
         ("BertModel", "x86", {"quant": "a16w8", "lm_head": "int8"}, "lm_head int8 does nothing"),
@@ -59,6 +62,13 @@ def test_nothing_is_exported_before_it_is_refused(
     with pytest.raises(UserError, match=says):
         plan(Request(model, (target,), tmp_path / "o", **given), said.append)
     assert said == []
+
+
+@pytest.mark.parametrize("said", [{"text_config": []}, {"text_config": None}, {"max_position_embeddings": -1}])
+def test_what_is_wrong_with_a_config_is_left_to_the_frontend(said: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config_of(TINY), **said}))
+    check_early(Request(tmp_path, ("x86",), tmp_path / "o", quant="a16w8", group_size=32))
 
 
 def test_errors_name_the_users_files_not_those_made_for_a_model(tmp_path: Path) -> None:

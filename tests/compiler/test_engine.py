@@ -330,6 +330,9 @@ def test_a_kit_that_this_machine_cannot_finish_says_why(out: Path, tmp_path: Pat
     with pytest.raises(UserError, match="cannot build for sm90 either") as caught:
         build_kit(read_kit(out / "sm90"), tmp_path / "built", "auto", lambda text: None)
     assert "full TensorRT builds beside an sm90 GPU: pip install 'tensorrt>=10.15'" in caught.value.fix
+    with pytest.raises(UserError, match="cannot build for sm90 here") as caught:
+        build_kit(read_kit(out / "sm90"), tmp_path / "built", "tensorrt", lambda text: None)
+    assert "build kit" not in caught.value.fix  # it is one
     assert not (tmp_path / "built").exists()
 
 

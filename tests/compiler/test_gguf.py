@@ -232,6 +232,10 @@ def test_a_folder_of_one_file_and_what_lies_beside_it(model: tuple[Path, dict[st
     sizes = {"hidden_size": 48, "intermediate_size": 48}  # of another model: those of the file are its metadata's
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     check_early(Request(tmp_path, ("x86",), Path("o"), requantize=True, quant="a16w4", group_size=32))
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
+    with pytest.raises(UserError, match="a pipeline around one is not read") as caught:
+        load(tmp_path)
+    assert caught.value.fix.endswith(str(tmp_path / "Tiny.GGUF"))
 
 
 def test_another_byte_order_is_named(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_our_own_float_export_compiles_again(tmp_path: Path) -> None:
     exported = load(tmp_path / "float/x86/model.onnx")
     assert exported.llm is not None
     assert (exported.llm.layers, exported.llm.kv_heads, exported.llm.vocab) == (4, 2, 4096)
+    (logits,) = (t for t in exported.graph.outputs if t.name == "logits")
+    assert logits.shape[1] != 1  # of every token: a budget, --verify and --logits all need them
     twice = Request(tmp_path / "float/x86/model.onnx", ("x86",), tmp_path / "twice", quant="a16w8")
     planned = planned_and_written(twice)
     direct = planned_and_written(Request(TINY, ("x86",), tmp_path / "direct", quant="a16w8"))

@@ -59,9 +59,17 @@ def compute_type(target: Target, stored: Mapping[np.dtype[Any], int]) -> np.dtyp
 
 
 def choose_builder(
-    target: Target, wanted: Builder, *, int4: bool = False, options: EngineOptions | None = None
+    target: Target,
+    wanted: Builder,
+    *,
+    int4: bool = False,
+    options: EngineOptions | None = None,
+    from_kit: bool = False,
 ) -> Choice:
-    """The builder for `target` with these options; `int4`: it is to multiply 4-bit weights itself, no plugin of ours.
+    """The builder for `target` with these options.
+
+    int4       it is to multiply 4-bit weights itself, no plugin of ours
+    from_kit   a build kit is there already: an error advises none
 
     auto: full TensorRT beside the GPU itself, else TensorRT-RTX, which needs no GPU, else a build kit.
     """
@@ -75,7 +83,7 @@ def choose_builder(
             return Choice(cast(Flavour, flavour))
     reasons = "; ".join(f"{PRODUCT[flavour]}: {why_not[flavour]}" for flavour in order)
     if wanted != "auto":
-        fix = f"compile with --builder auto leaves a build kit; {by_tensorrt(target)}"
+        fix = ("" if from_kit else "compile with --builder auto leaves a build kit; ") + by_tensorrt(target)
         raise UserError(f"cannot build for {target.name} here", found=reasons, fix=fix)
     return Choice(None, reasons)
 

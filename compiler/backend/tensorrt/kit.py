@@ -135,7 +135,7 @@ def build_kit(kit: Kit, out: Path, builder: Builder, say: Say = lambda text: Non
     for file in plugins:
         inside(kit.folder, file.name)
     check_out(out, [target], carried=plugins)
-    choice = choose_builder(target, builder, options=settings.options)
+    choice = choose_builder(target, builder, options=settings.options, from_kit=True)
     if choice.flavour is None:
         what = f"this machine cannot build for {target.name} either"
         raise UserError(what, found=choice.reason, fix=by_tensorrt(target))
