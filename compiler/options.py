@@ -88,7 +88,10 @@ class Quantization:
     quant_config: Mapping[str, Any] | None = option(None, "JSON file with the spec's keys", line=Path)
     ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
     calibration: Path | None = option(
-        None, "text in UTF-8 that weight-only codes are fitted to; else no data is used", QUANTIZED, FLOAT
+        None,
+        "text in UTF-8 that weight-only codes are fitted to; else none, for encoders words at random",
+        QUANTIZED,
+        FLOAT,
     )
     lm_head: HeadFormat | None = option(
         None, "the head of a float checkpoint; else int8 for a causal LM on a CPU", QUANTIZED, FLOAT
@@ -211,7 +214,7 @@ class Accuracy:
     )
     min_cosine: float | None = option(
         None,
-        "bound on the smallest cosine of an encoder's answers to the float model's, with --verify",
+        "bound on the smallest cosine of an encoder's answers to the float model's",
         QUANTIZED,
         rule=PART,
     )

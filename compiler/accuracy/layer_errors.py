@@ -21,6 +21,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, Missing, Source, convert
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
+from instantrt.passes.float.fold_norms import ScaledColumns
 from instantrt.passes.qdq.insert_qdq import quantized
 from instantrt.passes.qdq.join_linears import joined_of, outputs_of, parts_of
 
@@ -159,7 +160,7 @@ def measure(layer: TwinLinear, graphs: Graphs, twin: Run, reference: Run | None)
     check = None
     if graphs.lowered is not None:
         check = check_lowering(layer, graphs.canonical, graphs.lowered, graphs.dtype, x, y)
-    stored = math.prod(layer.shape) * getattr(layer.rows, "dtype", np.dtype(np.float16)).itemsize
+    stored = bytes_stored(layer)
     return LayerError(
         layer=layer.path,
         quant=str(layer.quant) if layer.quant is not None else "float",
@@ -180,6 +181,12 @@ def measure(layer: TwinLinear, graphs: Graphs, twin: Run, reference: Run | None)
 def between(graph: gs.Graph, layer: TwinLinear, x: Array) -> Array:
     """What `graph` makes of `x` between the layer's input and its output."""
     return Evaluation(graph, {layer.x: x}).take(layer.y)
+
+
+def bytes_stored(layer: TwinLinear) -> int:
+    """Of the weight in the checkpoint; in 16 bits where nothing says how it is stored."""
+    rows = layer.rows.rows if isinstance(layer.rows, ScaledColumns) else layer.rows
+    return math.prod(layer.shape) * int(getattr(rows, "dtype", np.dtype(np.float16)).itemsize)
 
 
 def quantized_bytes(quant: QuantTensor) -> int:

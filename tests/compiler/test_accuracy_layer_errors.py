@@ -16,6 +16,7 @@ from instantrt.compiler.accuracy.layer_errors import (
     Graphs,
     TwinLinear,
     aligned,
+    bytes_stored,
     check_lowering,
     layers_of,
     probes,
@@ -25,6 +26,7 @@ from instantrt.compiler.accuracy.layer_errors import (
 from instantrt.passes.core.lazy import InMemory, Tile
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
+from instantrt.passes.float.fold_norms import ScaledColumns
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
@@ -279,3 +281,9 @@ def test_piled_up_error_includes_what_came_before() -> None:
     twin = pipeline.quantize(graph.copy(), only, PassLog())
     second = measured(Graphs(canonical=twin, floating=graph)).rows[1]
     assert second.added == pytest.approx(second.piled_up)
+
+
+def test_what_a_weight_takes_in_the_checkpoint_does_not_depend_on_what_is_folded_into_it() -> None:
+    stored = InMemory(np.ones((4, 8), np.float32))
+    layers = [TwinLinear("a", "x", "y", (4, 8), None, rows) for rows in (stored, ScaledColumns(stored, b""))]
+    assert [bytes_stored(layer) for layer in layers] == [128, 128]
