@@ -89,7 +89,7 @@ class Quantization:
     ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
     calibration: Path | None = option(
         None,
-        "text in UTF-8 that weight-only codes are fitted to; else none, for encoders words at random",
+        "text that weight-only codes are fitted to; else none, for encoders words at random",
         QUANTIZED,
         FLOAT,
     )

@@ -227,13 +227,14 @@ def lower_all(
     longest: int,
     log: PassLog,
 ) -> dict[str, gs.Graph]:
-    """A lowered graph for each target; targets that compute in one type, with the same operators, share one."""
+    """A lowered graph for each target; targets of one twin that compute in one type, with the same operators, share."""
     lowered: dict[str, gs.Graph] = {}
     shared: dict[Hashable, gs.Graph] = {}
     for target in request.resolved_targets():
         dtype, twin, log.target = types.get(target.name), twins[target.name], target.name
         any_builder = request.plugin is not None or all(documented(q) for q in twin.quantized.values())
-        key = (dtype, target.whole_operators, target.rtx or any_builder) if dtype is not None else target.name
+        form = (dtype, target.whole_operators, target.rtx or any_builder)
+        key = (id(twin), *form) if dtype is not None else target.name
         if key not in shared:
             shared[key] = lower(target, dtype, request, limits, longest, twin.canonical.copy(), log)
         lowered[target.name] = shared[key]

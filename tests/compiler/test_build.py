@@ -22,12 +22,13 @@ from instantrt.compiler.artifact.digest import sha256
 from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.plan import plan
+from instantrt.compiler.plan import longest, lower_all, plan
 from instantrt.compiler.quant import instant
 from instantrt.compiler.quant.config import parse_quant_config
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.quant import QuantTensor
+from instantrt.passes.core.rewrite import PassLog
 from instantrt.passes.ort import Preset
 from instantrt.tools.bench.compile import STAGE
 from tests.commands import invoke
@@ -312,3 +313,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     stage = [sys.executable, "-c", STAGE, tmp_path, "A16W8 per-channel"]
     before, after = map(int, subprocess.run(stage, cwd=ROOT, check=True, capture_output=True).stdout.split())
     assert 0 < (after - before) // 1024 < 150
+
+
+def test_targets_share_a_lowered_graph_where_they_share_a_twin() -> None:
+    """Where each has formats of its own, as with a bound on size, the second's are not the first's."""
+    request = Request(TINY, ("sm80", "sm90"), Path("out"), quant="a16w8", builder="kit")
+    planned = plan(request)
+    assert planned.lowered["sm80"] is planned.lowered["sm90"]
+    twins = {**planned.twins, "sm90": replace(planned.twins["sm90"])}
+    longest_sequence = longest(request, planned.model)
+    lowered = lower_all(twins, planned.types, request, planned.limits, longest_sequence, PassLog())
+    assert lowered["sm80"] is not lowered["sm90"]
