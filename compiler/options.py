@@ -106,10 +106,7 @@ class CpuArtifacts:
     """What ONNX Runtime is to run."""
 
     cpu_preset: Preset = option(
-        "auto",
-        "16-bit activations: exact keeps 14 bits of each token or block, fast 8, auto 8 in groups alone",
-        CPU,
-        QUANTIZED,
+        "auto", "16-bit activations: exact keeps 14 bits of each token or block, fast 8, auto 8 in groups alone", CPU
     )
     portable: bool = option(False, "standard ONNX attention instead of ONNX Runtime's GroupQueryAttention", CPU)
 

@@ -33,7 +33,6 @@ GPTQ = HERE / "gptq-int4-g128-sym"
         (TINY, "x86", {"max_length": 1 << 20}, "max_length is more than the model was made for"),
         (TINY, "x86", {"group_size": 32}, "group_size does nothing without quantization"),
         (TINY, "sm70", {"quant": "a8w8"}, "IQ-INT8 .A8W8. is not supported on sm70"),
-        (TINY, "x86", {"cpu_preset": "exact"}, "cpu_preset does nothing without quantization"),
         (TINY, "x86", {"quant": "a16w8", "max_ppl_increase": 1}, "perplexity needs a text"),
         (TINY, "x86", {"quant": "a16w8", "min_cosine": 0.9}, "min_cosine is of encoders"),
         (TINY, "x86", {"text": Path("none.txt")}, "the text cannot be read"),
