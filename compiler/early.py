@@ -15,7 +15,7 @@ from instantrt.compiler.decide import check_head, resolve, step_of
 from instantrt.compiler.fit import check_text
 from instantrt.compiler.frontend.architecture import CAUSAL_LM, Head, head_of
 from instantrt.compiler.frontend.gguf import gguf_at
-from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.frontend.model import CLASSIFIERS, FloatModel
 from instantrt.compiler.frontend.sentence_files import read_pipeline
 from instantrt.compiler.json_file import read_json
 from instantrt.compiler.quant import instant
@@ -27,7 +27,7 @@ from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError, tried
 
 CONFIG = "config.json"
-HEADLESS = ("embed", "hidden", "classify", "classify_tokens")  # tasks of models without the head of a language model
+HEADLESS = ("embed", "hidden", *CLASSIFIERS)  # tasks of models without the head of a language model
 
 
 def check_early(request: Request) -> None:

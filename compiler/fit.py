@@ -34,13 +34,16 @@ def check_text(request: Request) -> None:
     How long one is, is known where the tokenizer is a file: that of an adapter may be its base's, some are made of
     other files, and a GGUF file's of its metadata.
     """
-    for text in (request.text, request.calibration):
-        if text is not None:
-            read_text(text)
+    if request.text is not None:
+        read_text(request.text)
+    if request.calibration is None:
+        return
     folder = request.model if request.model.is_dir() else request.model.parent
     there = (folder / "tokenizer.json").is_file() and not is_adapter(request.model) and gguf_at(request.model) is None
-    if request.calibration is not None and there:
+    if there:
         tokens_of(folder, request.calibration)
+    else:
+        read_text(request.calibration)
 
 
 def choose_formats(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from instantrt.compiler.accuracy.layer_errors import TwinLinear, aligned, quantized_bytes
+from instantrt.compiler.accuracy.layer_errors import TwinLinear, aligned, bytes_stored, quantized_bytes
 from instantrt.compiler.defaults import Groups
 from instantrt.compiler.quant.config import expect
 from instantrt.passes.core.errors import UserError
@@ -57,8 +56,7 @@ class Rung:
 
 def float_bytes(quant: QuantTensor) -> int:
     """Of the weight as the checkpoint has it."""
-    stored = getattr(getattr(quant.source, "weight", None), "dtype", np.dtype(np.float16))
-    return math.prod(quant.shape) * int(stored.itemsize)
+    return bytes_stored(quant.shape, getattr(quant.source, "weight", None))
 
 
 def rungs(layer: TwinLinear, decisions: Decisions, x: Array, groups: Groups) -> list[Rung]:

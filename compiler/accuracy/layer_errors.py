@@ -160,7 +160,7 @@ def measure(layer: TwinLinear, graphs: Graphs, twin: Run, reference: Run | None)
     check = None
     if graphs.lowered is not None:
         check = check_lowering(layer, graphs.canonical, graphs.lowered, graphs.dtype, x, y)
-    stored = bytes_stored(layer)
+    stored = bytes_stored(layer.shape, layer.rows)
     return LayerError(
         layer=layer.path,
         quant=str(layer.quant) if layer.quant is not None else "float",
@@ -183,10 +183,11 @@ def between(graph: gs.Graph, layer: TwinLinear, x: Array) -> Array:
     return Evaluation(graph, {layer.x: x}).take(layer.y)
 
 
-def bytes_stored(layer: TwinLinear) -> int:
-    """Of the weight in the checkpoint; in 16 bits where nothing says how it is stored."""
-    rows = layer.rows.rows if isinstance(layer.rows, ScaledColumns) else layer.rows
-    return math.prod(layer.shape) * int(getattr(rows, "dtype", np.dtype(np.float16)).itemsize)
+def bytes_stored(shape: tuple[int, ...], weight: Source | None) -> int:
+    """Of a weight in the checkpoint, whatever is folded into it; in 16 bits where nothing says how it is stored."""
+    while isinstance(weight, ScaledColumns):
+        weight = weight.rows
+    return math.prod(shape) * int(getattr(weight, "dtype", np.dtype(np.float16)).itemsize)
 
 
 def quantized_bytes(quant: QuantTensor) -> int:

@@ -148,15 +148,20 @@ class Constants(TorchFunctionMode):
         return result
 
 
-def form_of(value: Any) -> Hashable:
-    """What the sizes of a result depend on."""
+def written(value: Any, tensor: Callable[[Tensor], Hashable]) -> Hashable:
+    """An argument of an operation; `tensor` says what each tensor in it is."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
+        return tensor(value)
     if isinstance(value, list | tuple):
-        return tuple(map(form_of, value))
+        return tuple(written(each, tensor) for each in value)
     if isinstance(value, dict):
-        return tuple((key, form_of(each)) for key, each in value.items())
-    return repr(value)
+        return tuple((key, written(each, tensor)) for key, each in value.items())
+    return repr(value)  # 0.0 and -0.0 are equal, and so are 1 and 1.0
+
+
+def form_of(tensor: Tensor) -> Hashable:
+    """What the sizes of a result depend on."""
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def plain(value: Any) -> bool:
@@ -206,13 +211,7 @@ class Recorder(TorchDispatchMode):
 
     def seen(self, value: Any) -> Hashable:
         """An argument as the layer that runs now sees it."""
-        if isinstance(value, Tensor):
-            return self.seen_tensor(value)
-        if isinstance(value, list | tuple):
-            return tuple(self.seen(each) for each in value)
-        if isinstance(value, dict):
-            return tuple((key, self.seen(each)) for key, each in value.items())
-        return repr(value)  # 0.0 and -0.0 are equal, and so are 1 and 1.0
+        return written(value, self.seen_tensor)
 
     def seen_tensor(self, tensor: Tensor) -> Hashable:
         if tensor is self.hidden:
@@ -251,7 +250,7 @@ class Recorder(TorchDispatchMode):
 
     def made(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation makes. One that makes a tensor is asked for its sizes once, whichever layer it is in."""
-        form = func, form_of(args), form_of(kwargs)
+        form = func, written(args, form_of), written(kwargs, form_of)
         if (known := self.known.get(form)) is not None:
             return known()
         result = func(*args, **kwargs)

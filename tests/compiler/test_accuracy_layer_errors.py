@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ import pytest
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.importance import searched
+from instantrt.compiler.accuracy.ladder import float_bytes
 from instantrt.compiler.accuracy.layer_errors import (
     Graphs,
     TwinLinear,
@@ -24,7 +26,7 @@ from instantrt.compiler.accuracy.layer_errors import (
     weight_findings,
 )
 from instantrt.passes.core.lazy import InMemory, Tile
-from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
+from instantrt.passes.core.quant import Codes, InstantQuant, Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.float.fold_norms import ScaledColumns
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize
@@ -285,5 +287,12 @@ def test_piled_up_error_includes_what_came_before() -> None:
 
 def test_what_a_weight_takes_in_the_checkpoint_does_not_depend_on_what_is_folded_into_it() -> None:
     stored = InMemory(np.ones((4, 8), np.float32))
-    layers = [TwinLinear("a", "x", "y", (4, 8), None, rows) for rows in (stored, ScaledColumns(stored, b""))]
-    assert [bytes_stored(layer) for layer in layers] == [128, 128]
+    folded = ScaledColumns(stored, b"")
+    weights = (stored, folded, ScaledColumns(folded, b""))
+    assert [bytes_stored((4, 8), weight) for weight in weights] == [128, 128, 128]
+    for quant in decisions(float_graph(), 8, -1).values():  # a budget counts a layer that stays float in the same way
+        assert isinstance(quant, QuantTensor)
+        assert isinstance(quant.source, Quantizer)
+        folded = ScaledColumns(quant.source.weight, b"")
+        other = replace(quant, source=replace(quant.source, weight=folded))
+        assert float_bytes(other) == float_bytes(quant) == 4 * math.prod(quant.shape)
