@@ -23,8 +23,9 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.say import Say
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.evaluate import Evaluation, Wiring
-from instantrt.passes.core.evaluate_node import HALVES, numpy_type
+from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
+from instantrt.passes.core.node_session import HALVES
 from instantrt.passes.core.rewrite import Pass, PassLog
 
 TOKENS = 32  # every tensor of the twin is kept

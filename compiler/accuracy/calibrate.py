@@ -34,10 +34,11 @@ from instantrt.compiler.say import Say
 from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
-from instantrt.passes.core.evaluate_node import evaluate_each, split_rows
+from instantrt.passes.core.evaluate_node import evaluate_each
 from instantrt.passes.core.lazy import FLOAT32, TILE_BYTES, Array, InMemory, Tile, convert
 from instantrt.passes.core.linear import bias_behind, linear
 from instantrt.passes.core.quant import UINT8, Codes, Quantizer, QuantTensor, dequantize
+from instantrt.passes.core.streaming import split_rows
 from instantrt.passes.qdq.insert_qdq import Decisions
 
 WINDOW = 256  # tokens that see one another

@@ -32,7 +32,6 @@ ALIGNMENT = 4096  # so that a runtime can map the pages as they are
 STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
 STRIP_MEMORY = 1 << 24  # and as wide as this allows
 PIECE, TURNED = 128, 1 << 13  # columns of a strip that are turned together, and how many rows of them at a time
-KEPT = 31 << 20  # bytes: nearly the most that raises malloc's bound, as blocks above 32 MiB do not
 THREADS = 2
 
 Progress = Callable[[str, int], None]  # (tensor, bytes just written)
@@ -137,7 +136,6 @@ def write_data(placed: list[Placed], total: int, path: Path, progress: Progress)
     by_source: dict[Source, list[Placed]] = defaultdict(list)
     for p in placed:
         by_source[p.view.source].append(p)
-    np.empty(KEPT, np.uint8)  # and freed: so that malloc keeps what tiles free (docs/facts.md, "NumPy in two threads")
     with path.open("wb+", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
         if total:
             os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from instantrt.passes.core.errors import first_line
-from instantrt.passes.core.evaluate_node import plain_session
+from instantrt.passes.core.node_session import plain_session
 
 Array = npt.NDArray[Any]
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of a value; of the largest one: two kernels of one operator may add in another order

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.evaluate_node import HALVES, dependencies, evaluate_node, numpy_type
+from instantrt.passes.core.evaluate_node import dependencies, evaluate_node, numpy_type
 from instantrt.passes.core.lazy import Array, view_of
 from instantrt.passes.core.names import PAST
+from instantrt.passes.core.node_session import HALVES
 
 
 class Wiring:
     """What every run of `graph` has to know of it, which does not change meanwhile.
 
-    order     of the nodes, by id
+    order     of the nodes in the graph, by id
     made_by   tensor -> its node
     readers   tensor -> how many read it
     """
@@ -31,12 +32,12 @@ class Wiring:
         self.order = {id(node): i for i, node in enumerate(graph.nodes)}
         self.made_by = {t.name: node for node in graph.nodes for t in node.outputs}
         self.readers = {t.name: len(t.outputs) for t in graph.tensors().values()}
-        self.known: dict[int, frozenset[str]] = {}
+        self.known: dict[int, tuple[str, ...]] = {}
 
-    def reads(self, node: gs.Node) -> frozenset[str]:
+    def reads(self, node: gs.Node) -> tuple[str, ...]:
         """The tensors that `node` waits for."""
         if id(node) not in self.known:
-            self.known[id(node)] = frozenset(t.name for t in dependencies(node))
+            self.known[id(node)] = tuple(dict.fromkeys(t.name for t in dependencies(node)))
         return self.known[id(node)]
 
 
@@ -73,16 +74,22 @@ class Evaluation:
         return self.values[name]
 
     def needed(self, *names: str) -> list[gs.Node]:
-        """The nodes that have to run before all are there, in order; KeyError for a tensor nobody makes or feeds."""
+        """The nodes that have to run before all are there; KeyError for a tensor nobody makes or feeds.
+
+        Each runs shortly before it is read, what makes its first input first: so little is alive at a time, and a
+        product runs before what corrects it.
+        """
         found: dict[int, gs.Node] = {}
-        stack = [name for name in names if name not in self.values]
+        stack = [(name, False) for name in reversed(names)]
         while stack:
-            node = self.wiring.made_by[stack.pop()]
-            if id(node) in found:
+            name, ready = stack.pop()
+            if name in self.values or id(node := self.wiring.made_by[name]) in found:
                 continue
-            found[id(node)] = node
-            stack += [name for name in self.wiring.reads(node) if name not in self.values]
-        return sorted(found.values(), key=lambda n: self.wiring.order[id(n)])
+            if ready:
+                found[id(node)] = node
+            else:
+                stack += [(name, True), *((read, False) for read in reversed(self.wiring.reads(node)))]
+        return list(found.values())
 
     def run(self, node: gs.Node) -> None:
         self.store(node, evaluate_node(node, self.values, self.graph))
@@ -102,7 +109,7 @@ class Evaluation:
     def look(self, node: gs.Node) -> None:
         """Is what `node` made finite, or at least no worse than what it was made of?"""
         bad = [t.name for t in node.outputs if not_finite(self.values[t.name])]
-        if bad and not self.first_bad and self.wiring.reads(node).isdisjoint(self.bad):
+        if bad and not self.first_bad and self.bad.isdisjoint(self.wiring.reads(node)):
             constants = (t for t in node.inputs if isinstance(t, gs.Constant) and view_of(t) is None)
             self.first_bad = None if any(not_finite(t.values) for t in constants) else bad[0]
         self.bad.update(bad)

@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, cast, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import channel_scales, corrections, signed_codes
+from instantrt.passes.tensorrt.native import Native
 
 STEP = 2.0**-7
 LARGEST_K = 65504
@@ -54,14 +54,15 @@ class LowerNativeInt8(Lowering[Quantized]):
         wide = self.wide and not match.quant.symmetric
         dtype, unit = (FLOAT32, "token/wide_unit") if wide else (self.dtype, "unit")
         token = once(graph, "DequantizeLinear", [codes, step(match.x, dtype)], f"{match.x.name}/{unit}")
-        inputs = [signed_codes(match.quant, FLOAT32), small(f"{name}/weight/step", STEP, dtype)]
+        native = Native(match.quant, FLOAT32)
+        inputs = [native.codes(), small(f"{name}/weight/step", STEP, dtype)]
         weight = add(graph, "DequantizeLinear", inputs, f"{name}/weight")
         y = add(graph, "MatMul", [token, weight], f"{name}/int8", name=name)
         y = y if wide else cast(graph, y, np.float32, f"{name}/wide")
-        y = add(graph, "Mul", [y, channel_scales(match.quant, FLOAT32, 1 / STEP)], f"{name}/by_channel")
+        y = add(graph, "Mul", [y, native.channel_scales(1 / STEP)], f"{name}/by_channel")
         if not match.quant.symmetric:
             mean = code_mean(graph, match.x, codes)
-            term = add(graph, "Mul", [mean, corrections(match.quant, FLOAT32)], f"{name}/correction")
+            term = add(graph, "Mul", [mean, native.corrections()], f"{name}/correction")
             y = add(graph, "Add", [y, term], f"{name}/corrected")
         y = add(graph, "Mul", [y, span], f"{name}/by_token")
         cast(graph, y, self.dtype, out, name=f"{name}/narrow")

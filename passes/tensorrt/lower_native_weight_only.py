@@ -20,7 +20,7 @@ from instantrt.passes.core.lazy import small
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Prefixed, Reject, add, once, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.native import block_scales, block_size, centring, channel_scales, signed_codes
+from instantrt.passes.tensorrt.native import Native, block_size
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
 
     def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
         out, name = take_over(match.node), match.node.name
-        weight = self.dequantized(graph, match.quant, name)
+        native = Native(match.quant, self.dtype, centred=not match.quant.symmetric)
+        weight = dequantized(graph, native, name)
         if match.quant.symmetric:
             add(graph, "MatMul", [match.x, weight], out, name=name)
             return
@@ -50,7 +51,7 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         mean = token("ReduceMean", [match.x, token.const("axes", [-1], np.int64)], "mean", keepdims=1)
         rest = token("Sub", [match.x, mean], "rest")
         rest.dtype, rest.shape = match.x.dtype, match.x.shape
-        of_group, of_token = centring(match.quant, self.dtype)
+        of_group, of_token = native.centring()
         op = "Mul" if match.quant.per_channel else "MatMul"
         y = add(graph, "MatMul", [rest, weight], f"{name}/centred", name=name)
         term = add(graph, op, [group_means(graph, rest, match.quant), of_group], f"{name}/correction")
@@ -64,16 +65,16 @@ class LowerNativeWeightOnly(Lowering[Quantized]):
         term = f"minima in {self.dtype.name}" if match.quant.has_minima else "zero point correction"
         return f"{layout(match.quant)} + {term}"
 
-    def dequantized(self, graph: gs.Graph, quant: QuantTensor, name: str) -> gs.Tensor:
-        """The symmetric DequantizeLinear `[K, N]`; the fusion gate finds it by its name, `<linear>/weight`."""
-        codes = signed_codes(quant, self.dtype)
-        codes.name = f"{name}/codes"  # one of its own for each product: docs/facts.md, "Codes that two products read"
-        if quant.bits == 8 and quant.per_channel:
-            inputs = [codes, channel_scales(quant, self.dtype)]
-            return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=1)
-        block = block_size(quant)
-        inputs = [codes, block_scales(quant, block, self.dtype)]
-        return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=0, block_size=block)
+
+def dequantized(graph: gs.Graph, native: Native, name: str) -> gs.Tensor:
+    """The symmetric DequantizeLinear `[K, N]`; the fusion gate finds it by its name, `<linear>/weight`."""
+    quant, codes = native.weight, native.codes()
+    codes.name = f"{name}/codes"  # one of its own for each product: docs/facts.md, "Codes that two products read"
+    if quant.bits == 8 and quant.per_channel:
+        return add(graph, "DequantizeLinear", [codes, native.channel_scales()], f"{name}/weight", axis=1)
+    block = block_size(quant)
+    inputs = [codes, native.block_scales(block)]
+    return add(graph, "DequantizeLinear", inputs, f"{name}/weight", axis=0, block_size=block)
 
 
 def layout(quant: QuantTensor) -> str:

@@ -19,6 +19,8 @@ where mean(x') is what rounding left: nothing large cancels any more.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -32,74 +34,94 @@ from instantrt.passes.tensorrt.ranges import finite, in_range, raised
 INT4_BLOCK = 128  # see `block_size`
 
 
-def signed_codes(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """code - c as int8 or int4 `[K, N]`, of a weight whose scales are stored as `dtype`."""
-    n, k = weight.shape
-    code_type = np.dtype(np.int8 if weight.bits == 8 else ml_dtypes.int4)
+@dataclass(frozen=True)
+class Native:
+    """A weight as an engine whose scales are `dtype` holds it: its `raised` codes, and S where `centred` asks for it.
 
-    def project(tile: Tile) -> Array:
-        codes = raised(Codes(*tile.parts), weight, dtype).codes
-        return np.subtract(codes, np.uint8(weight.central)).view(code_type).T
+    beside   the views of it that are loaded, not streamed: one evaluation of the product makes them, too
+    """
 
-    return gs.Constant(f"{weight.name}/codes", View(weight, (k, n), code_type, axis=1, project=project))
+    weight: QuantTensor
+    dtype: np.dtype[Any]
+    centred: bool = False
+    beside: list[View] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    def tiles(self) -> Iterator[Tile]:
+        """Codes, scales and zero points, and S float32 [n]."""
+        for start, parts in self.weight.tiles():
+            block = raised(Codes(*parts), self.weight, self.dtype)
+            sums = (dequantize(block, self.weight.group_size).sum(axis=1),) if self.centred else ()
+            yield Tile(start, (*block, *sums))
 
-def block_scales(weight: QuantTensor, block: int, dtype: np.dtype[Any]) -> gs.Constant:
-    """Scales for blocks of `block` along K: `[K / block, N]`; a scale that covers several blocks is repeated."""
-    n, k = weight.shape
-    repeat = weight.group_size // block
+    def codes(self) -> gs.Constant:
+        """code - c as int8 or int4 `[K, N]`."""
+        n, k = self.weight.shape
+        code_type = np.dtype(np.int8 if self.weight.bits == 8 else ml_dtypes.int4)
+        central = np.uint8(self.weight.central)
 
-    def project(tile: Tile) -> Array:
-        scale = raised(Codes(*tile.parts), weight, dtype).scale
-        return np.repeat(in_range(scale, dtype, weight, tile.start), repeat, axis=1).T
+        def project(tile: Tile) -> Array:
+            return np.subtract(tile.parts[0], central).view(code_type).T
 
-    return gs.Constant(f"{weight.name}/scale", View(weight, (k // block, n), dtype, axis=1, project=project))
+        return gs.Constant(f"{self.weight.name}/codes", View(self, (k, n), code_type, axis=1, project=project))
 
+    def block_scales(self, block: int) -> gs.Constant:
+        """Scales for blocks of `block` along K: `[K / block, N]`; a scale that covers several blocks is repeated."""
+        n, k = self.weight.shape
+        repeat = self.weight.group_size // block
 
-def channel_scales(weight: QuantTensor, dtype: np.dtype[Any], factor: float = 1.0) -> gs.Constant:
-    """One scale a channel, times `factor`: `[N]`."""
-    assert weight.per_channel
+        def project(tile: Tile) -> Array:
+            return np.repeat(in_range(tile.parts[1], self.dtype, self.weight, tile.start), repeat, axis=1).T
 
-    def project(tile: Tile) -> Array:
-        scale = raised(Codes(*tile.parts), weight, dtype).scale[:, 0]
-        return in_range(scale * np.float32(factor), dtype, weight, tile.start)
+        return gs.Constant(
+            f"{self.weight.name}/scale", View(self, (k // block, n), self.dtype, axis=1, project=project)
+        )
 
-    return gs.Constant(f"{weight.name}/scale", View(weight, weight.shape[:1], dtype, project=project))
+    def channel_scales(self, factor: float = 1.0) -> gs.Constant:
+        """One scale a channel, times `factor`: `[N]`."""
+        assert self.weight.per_channel
 
+        def project(tile: Tile) -> Array:
+            return in_range(tile.parts[1][:, 0] * np.float32(factor), self.dtype, self.weight, tile.start)
 
-def corrections(weight: QuantTensor, dtype: np.dtype[Any]) -> gs.Constant:
-    """K times what is constant within a channel: `[N]`."""
-    assert weight.per_channel
+        return gs.Constant(f"{self.weight.name}/scale", View(self, self.weight.shape[:1], self.dtype, project=project))
 
-    def project(tile: Tile) -> Array:
-        values = offsets(raised(Codes(*tile.parts), weight, dtype), weight.central)[:, 0] * np.float32(weight.shape[1])
-        return finite(values, dtype, weight, tile.start, "zero point correction")
+    def corrections(self) -> gs.Constant:
+        """K times what is constant within a channel: `[N]`."""
+        assert self.weight.per_channel
 
-    return gs.Constant(f"{weight.name}/corrections", View(weight, weight.shape[:1], dtype, project=project))
+        def project(tile: Tile) -> Array:
+            values = self.terms(tile)[:, 0] * np.float32(self.weight.shape[1])
+            return finite(values, self.dtype, self.weight, tile.start, "zero point correction")
 
+        return self.loaded("corrections", View(self, self.weight.shape[:1], self.dtype, project=project))
 
-def centring(weight: QuantTensor, dtype: np.dtype[Any]) -> tuple[gs.Constant, gs.Constant]:
-    """What x' by group meets, `[G, N]` or `[N]` for one group, and what m does, S `[N]`."""
+    def centring(self) -> tuple[gs.Constant, gs.Constant]:
+        """What x' by group meets, `[G, N]` or `[N]` for one group, and what m does, S `[N]`."""
+        assert self.centred
 
-    def total(block: Codes) -> Array:
-        return np.asarray(dequantize(block, weight.group_size).sum(axis=1))
+        def by_group(tile: Tile) -> Array:
+            values = self.terms(tile) * np.float32(self.weight.group_size)
+            values -= tile.parts[3][:, None] / np.float32(g)
+            narrow = finite(values, self.dtype, self.weight, tile.start, "zero point correction")
+            return narrow[:, 0] if g == 1 else narrow.T
 
-    def by_group(tile: Tile) -> Array:
-        block = raised(Codes(*tile.parts), weight, dtype)
-        values = offsets(block, weight.central) * np.float32(weight.group_size)
-        values -= total(block)[:, None] / np.float32(g)
-        narrow = finite(values, dtype, weight, tile.start, "zero point correction")
-        return narrow[:, 0] if g == 1 else narrow.T
+        def whole(tile: Tile) -> Array:
+            return finite(tile.parts[3], self.dtype, self.weight, tile.start, "sum of weights")
 
-    def whole(tile: Tile) -> Array:
-        return finite(total(raised(Codes(*tile.parts), weight, dtype)), dtype, weight, tile.start, "sum of weights")
+        n, g = self.weight.shape[0], self.weight.groups
+        shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
+        return (
+            self.loaded("corrections", View(self, shape, self.dtype, axis=axis, project=by_group)),
+            self.loaded("sums", View(self, (n,), self.dtype, project=whole)),
+        )
 
-    n, g = weight.shape[0], weight.groups
-    shape, axis = ((n,), 0) if g == 1 else ((g, n), 1)
-    return (
-        gs.Constant(f"{weight.name}/corrections", View(weight, shape, dtype, axis=axis, project=by_group)),
-        gs.Constant(f"{weight.name}/sums", View(weight, (n,), dtype, project=whole)),
-    )
+    def loaded(self, what: str, view: View) -> gs.Constant:
+        self.beside.append(view)
+        return gs.Constant(f"{self.weight.name}/{what}", view)
+
+    def terms(self, tile: Tile) -> Array:
+        """What is constant within a group: float32 [n, G]."""
+        return offsets(Codes(*tile.parts[:3]), self.weight.central)
 
 
 def block_size(weight: QuantTensor) -> int:

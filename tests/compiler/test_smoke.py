@@ -407,8 +407,8 @@ def test_lockstep_is_one_run_after_another(tiny_float: FloatModel, monkeypatch: 
     """Every step, those with a cache too, as an evaluation of its own gives it; and a weight streams once for all."""
     streamed: list[str] = []
 
-    def counted(node: gs.Node, runs: Any) -> Any:
-        found = matmul(node, runs)
+    def counted(node: gs.Node, runs: Any, graph: gs.Graph) -> Any:
+        found = matmul(node, runs, graph)
         streamed.extend([node.name] if found is not None else [])
         return found
 

@@ -14,8 +14,9 @@ import pytest
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
-from instantrt.passes.core.evaluate_node import EXTERNAL_BYTES, ahead
 from instantrt.passes.core.lazy import Array, InMemory, View, small
+from instantrt.passes.core.node_session import EXTERNAL_BYTES
+from instantrt.passes.core.streaming import ahead
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
 RANDOM = np.random.default_rng(3)

@@ -1,0 +1,194 @@
+"""Operators whose large constants stream: a product reads its matrix by columns, a table gives rows that are picked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, View, convert, view_of
+from instantrt.passes.core.linear import weight_dequantize
+from instantrt.passes.core.node_session import EXTERNAL_BYTES, NodeSession, value_of
+from instantrt.passes.core.rewrite import producer, scalar
+
+Runs = Sequence[Mapping[str, Array]]
+
+
+def matmul(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
+    """x [..., K] @ W [K, N], W by blocks of columns; float32 sums."""
+    blocks = column_blocks(node.inputs[1])
+    if blocks is None:
+        return None
+    given = [convert(values[node.inputs[0].name], FLOAT32) for values in runs]
+    rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in given])
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
+        product = np.concatenate([rows @ convert(block, FLOAT32) for block in ahead(blocks())], axis=1)
+    return split_rows(product, [x.shape[:-1] for x in given])
+
+
+def ahead(blocks: Iterator[Array]) -> Iterator[Array]:
+    """The same; of a large matrix, each block is made by a thread while the one before it is in use."""
+    block = next(blocks, None)
+    if block is None or block.nbytes < EXTERNAL_BYTES:
+        yield from () if block is None else (block, *blocks)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        while block is not None:
+            coming = pool.submit(copy_context().run, lambda: next(blocks, None))  # NumPy's errstate is of a context
+            yield block
+            block = coming.result()
+
+
+def split_rows(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Rows [R, ...] of several runs, each in the shape of its own."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    parts = np.split(joined, ends)
+    return [part.reshape(*shape, *joined.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
+    """Blocks of columns [K, n] of a constant matrix, or of what Cast, Transpose or DequantizeLinear make of one."""
+    view = view_of(weight)
+    if view is not None:
+        return (lambda: (view.block(t) for t in view.source.tiles())) if view.axis == 1 else None
+    node = weight.inputs[0] if weight.inputs else None
+    make = COLUMNS.get(node.op) if node is not None else None
+    return make(node) if make is not None else None
+
+
+def transposed_blocks(node: gs.Node) -> ColumnBlocks | None:
+    view = view_of(node.inputs[0])
+    if view is None or view.axis != 0 or len(view.shape) != 2:
+        return None
+    return lambda: (view.block(t).T for t in view.source.tiles())
+
+
+def dequantized(node: gs.Node) -> ColumnBlocks | None:
+    """Codes, scale and zero come tile by tile from one source."""
+    codes, *others = (view_of(t) for t in node.inputs)
+    if codes is None or any(v is None or v.source != codes.source for v in others):
+        return None
+    return lambda: dequantized_blocks(codes, [v for v in others if v is not None], node.attrs)
+
+
+def shifted(node: gs.Node) -> ColumnBlocks | None:
+    """Reshape(DequantizeLinear(codes [G, g, N], scale) + minimum [G, 1, N]) as [K, N], by columns."""
+    dq, plus = weight_dequantize(node.outputs[0]), producer(node.inputs[0], "Add")
+    given = [*dq.inputs, plus.inputs[1]] if dq is not None and plus is not None else []
+    views = [view for t in given if (view := view_of(t)) is not None]
+    if not given or len(views) < len(given) or any(v.source != views[0].source for v in views):
+        return None
+
+    def blocks() -> Iterator[Array]:
+        for tile in views[0].source.tiles():
+            q, scale, minimum = (v.block(tile).astype(FLOAT32) for v in views)
+            q *= scale
+            q += minimum
+            yield q.reshape(-1, q.shape[-1])
+
+    return blocks
+
+
+ColumnBlocks = Callable[[], Iterator[Array]]
+COLUMNS: dict[str, Callable[[gs.Node], ColumnBlocks | None]] = {
+    "Cast": lambda node: column_blocks(node.inputs[0]),
+    "Transpose": transposed_blocks,
+    "DequantizeLinear": dequantized,
+    "Reshape": shifted,
+}
+
+
+def dequantized_blocks(codes: View, others: list[View], attrs: Mapping[str, Any]) -> Iterator[Array]:
+    """DequantizeLinear(codes [K, N], scale, zero) by columns; scale and zero are [N], or [K / block_size, N].
+
+    A source's rows are columns here, so that the groups of one lie side by side in memory: scale and zero are spread
+    over them as they are multiplied, and nothing is turned.
+    """
+    size = attrs.get("block_size", 0) or codes.shape[0]
+    for tile in keeping(codes.source):
+        q = codes.block(tile).T
+        grouped = q.astype(FLOAT32, order="C").reshape(len(q), -1, size)
+        scale, *zero = (v.block(tile).T.astype(FLOAT32).reshape(*grouped.shape[:2], 1) for v in others)
+        if zero:
+            grouped -= zero[0]
+        grouped *= scale
+        yield grouped.reshape(q.shape).T
+
+
+def keeping(source: Source) -> Iterator[Tile]:
+    """Its tiles; what views beside the one that streams make of them is kept for whoever loads those."""
+    views: Sequence[View] = getattr(source, "beside", ())
+    parts: list[list[Array]] = [[] for _ in views]
+    for tile in source.tiles():
+        for view, own in zip(views, parts, strict=True):
+            own.append(view.block(tile))
+        yield tile
+    for view, own in zip(views, parts, strict=True):
+        view.kept = np.concatenate(own, axis=view.axis)
+
+
+def streamed_table(node: gs.Node) -> tuple[View, float | None] | None:
+    """The table [V, ...] whose rows a Gather picks, and the one scale it is dequantized by, None where it is not."""
+    codes, scale = node.inputs[0], None
+    dq = producer(codes, "DequantizeLinear")
+    if dq is not None and len(dq.inputs) == 2:
+        codes, scale = dq.inputs[0], scalar(dq.inputs[1])
+    view = view_of(codes)
+    if view is None or view.axis != 0 or node.attrs.get("axis", 0) != 0 or (dq is not None and scale is None):
+        return None
+    return view, scale
+
+
+def gather(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
+    """Rows of a stored table."""
+    found = streamed_table(node)
+    if found is None:
+        return None
+    view, scale = found
+    ids, shapes = rows_of(node, runs, view.shape[0])
+    (rows,) = picked([view], ids)
+    return split_rows(rows if scale is None else rows.astype(FLOAT32) * np.float32(scale), shapes)
+
+
+def gather_in_codes(node: gs.Node, runs: Runs, graph: gs.Graph) -> list[Array] | None:
+    """GatherBlockQuantized of a table of those rows alone that are picked: codes, scales and zero points."""
+    views = [view_of(t) for index, t in enumerate(node.inputs) if index != 1]
+    tables = [view for view in views if view is not None and view.axis == 0]
+    if len(tables) < len(views) or node.attrs.get("gather_axis", 0) != 0:
+        return None
+    ids, shapes = rows_of(node, runs, tables[0].shape[0])
+    table, *others = (gs.Constant(f"rows {index}", rows) for index, rows in enumerate(picked(tables, ids)))
+    inputs = [table, gs.Variable("ids", np.dtype(np.int64)), *others]
+    lone = gs.Node(node.op, node.name, dict(node.attrs), inputs, [gs.Variable("y")], domain=node.domain)
+    feeds = {"ids": np.arange(len(ids))}
+    return split_rows(NodeSession(lone, feeds, graph)(feeds)[0], shapes)
+
+
+def rows_of(node: gs.Node, runs: Runs, count: int) -> tuple[Array, list[tuple[int, ...]]]:
+    """What a node of several runs picks of a table of `count` rows, [R], and the sizes of the ids in each run.
+
+    IndexError for a row that is not there.
+    """
+    given = [value_of(node.inputs[1], values) for values in runs]
+    ids = np.concatenate([each.reshape(-1) for each in given])
+    ids = np.where(ids < 0, ids + count, ids)
+    if ids.size and not 0 <= ids.min() <= ids.max() < count:
+        raise IndexError(f"{node.name or node.op} picks rows {ids.min()} to {ids.max()} of {count}")
+    return ids, [each.shape for each in given]
+
+
+def picked(views: Sequence[View], ids: Array) -> list[Array]:
+    """The rows `ids` of each, as their tiles go by; what is of one source is read together."""
+    out = [np.empty((len(ids), *view.shape[1:]), view.dtype) for view in views]
+    for source in dict.fromkeys(view.source for view in views):
+        for tile in source.tiles():
+            here = (ids >= tile.start) & (ids < tile.start + len(tile.parts[0]))
+            for view, rows in zip(views, out, strict=True):
+                if here.any() and view.source == source:
+                    rows[here] = view.block(tile)[ids[here] - tile.start]
+    return out
