@@ -24,13 +24,14 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler.artifact.digest import CHUNK, sha256
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FOUR_BIT, Array, Source, View, view_of
+from instantrt.passes.core.quant import in_pairs
 from instantrt.passes.core.subgraphs import graphs, tensors
 
 DATA_SUFFIX = ".data"
 INLINE_LIMIT = 1 << 10  # shape inference wants to see axes and shapes; weights are always larger
 ALIGNMENT = 4096  # so that a runtime can map the pages as they are
 STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes cost more than the data
-STRIP_MEMORY = 1 << 24  # and as wide as this allows
+STRIP_MEMORY = 30 << 20  # and as wide as this allows, which malloc keeps: below `KEPT`
 PIECE, TURNED = 128, 1 << 13  # columns of a strip that are turned together, and how many rows of them at a time
 THREADS = 2
 
@@ -273,7 +274,7 @@ def pack(values: Array) -> Array:
     codes = np.ascontiguousarray(values).view(np.uint8).reshape(-1) & 0xF
     if len(codes) % 2:
         codes = np.append(codes, np.uint8(0))
-    return codes[0::2] | (codes[1::2] << 4)
+    return in_pairs(codes)
 
 
 def pwrite(fd: int, data: Array, offset: int) -> None:

@@ -248,6 +248,13 @@ def stored(scale: Array, dtype: np.dtype[Any]) -> Array:
     return np.where(scale == 0, np.float32(1), rounded)
 
 
+def in_pairs(codes: Array) -> Array:
+    """Four-bit codes `[..., 2 * n]`, contiguous, two a byte, the first in the low nibble: `[..., n]`."""
+    pairs = codes.view("<u2")  # odd code << 8 | even code
+    packed: Array = (pairs | pairs >> 4).astype(np.uint8)
+    return packed
+
+
 def dequantize(block: Codes, group_size: int) -> Array:
     """`(code - zero) * scale`, or `code * scale + minimum`, in float32: `[n, K]`."""
     n, k = block.codes.shape

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array, Tile, View, first_part
-from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
+from instantrt.passes.core.quant import QuantTensor, in_pairs, scales_of, zeros_of
 from instantrt.passes.core.rewrite import Lowering, Reject, add, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
 from instantrt.passes.ort.zeros import before_zeros, central_zeros, missing_form
@@ -134,6 +134,4 @@ class Blocks:
             return values
         if values.shape[1] % 2:
             values = np.pad(values, ((0, 0), (0, 1)))
-        pairs = np.ascontiguousarray(values).view("<u2")  # odd code << 8 | even code
-        packed: Array = (pairs | pairs >> 4).astype(np.uint8)
-        return packed
+        return in_pairs(np.ascontiguousarray(values))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -81,7 +82,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], *, tokenizer: bool
     """config.json and model.safetensors, bfloat16; returns the bytes of weights. `tokenizer`: with the example's, as
     peers convert no model without one.
 
-    Norms are 1; everything else lies between 2^-7 and 2^-5, with both signs, and no two tensors are equal.
+    Norms are 1; everything else is normal with a deviation of 0.02, of 65,536 values. No two tensors are equal.
     """
     from instantrt.compiler.frontend.skeleton import build_skeleton
 
@@ -97,13 +98,14 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], *, tokenizer: bool
         offset += size
     text = json.dumps(header).encode()
     random = np.random.default_rng(0)
+    normal = (random.standard_normal(1 << 16, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             for start in range(0, math.prod(shape), CHUNK):
                 count = min(CHUNK, math.prod(shape) - start)
-                bits = np.frombuffer(random.bytes(2 * count), np.uint16)
-                file.write((np.full_like(bits, 0x3F80) if "norm" in name else (bits & 0x80FF) | 0x3C00).tobytes())
+                drawn = normal[np.frombuffer(random.bytes(2 * count), np.uint16)]
+                file.write((np.ones_like(drawn) if "norm" in name else drawn).tobytes())
     return offset
 
 
