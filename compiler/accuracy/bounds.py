@@ -86,12 +86,13 @@ def keeps_integers(node: gs.Node) -> bool:
 def int8_blocks(x: Array, block: int) -> Array:
     """x [..., K] as int8 sees it in blocks of `block` along K: round(x * 127 / m) * m / 127, m = max|x_block|."""
     k = x.shape[-1]
-    padded = np.pad(x.reshape(-1, k), ((0, 0), (0, -k % block))).reshape(-1, -(-k // block), block)
+    rows = x.reshape(-1, k)
+    padded = (np.pad(rows, ((0, 0), (0, -k % block))) if k % block else rows).reshape(len(rows), -1, block)
     largest = np.abs(padded).max(axis=-1, keepdims=True)
     largest[largest == 0] = 1
     steps = np.rint(padded * (np.float32(127) / largest))  # as the operator has it: a tie goes the same way
     seen = steps * (largest / np.float32(127))
-    return np.asarray(seen.reshape(len(padded), -1)[:, :k].reshape(x.shape), np.float32)
+    return np.asarray(seen.reshape(len(rows), -1)[:, :k].reshape(x.shape), np.float32)
 
 
 def seen_by(nodes: Sequence[gs.Node], x: Array) -> Array:

@@ -58,6 +58,7 @@ class StepRun(Evaluation):
         self.values = Values(step.feeds)
         self.values.before, self.blocks, self.step = before, blocks, step
         self.done: set[int] = set()
+        self.rounded: tuple[tuple[str, int], Array] | None = None  # the last, which the next product may share
         self.caches: dict[str, Array] = {}
         if before is not None and before.step.keys is not None:
             self.caches = caches(wiring.graph, *before.step.keys.shape)
@@ -89,7 +90,9 @@ class StepRun(Evaluation):
         if block is None:
             return self.values
         x = node.inputs[0].name
-        return {**self.values, x: int8_blocks(self.values[x], block)}
+        if self.rounded is None or self.rounded[0] != (x, block):
+            self.rounded = (x, block), int8_blocks(self.values[x], block)
+        return {x: self.rounded[1]} | {t.name: self.values[t.name] for t in node.inputs[1:] if t.name in self.values}
 
 
 class WatchedRun(StepRun):

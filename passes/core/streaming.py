@@ -55,10 +55,17 @@ def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
     """Blocks of columns [K, n] of a constant matrix, or of what Cast, Transpose or DequantizeLinear make of one."""
     view = view_of(weight)
     if view is not None:
-        return (lambda: (view.block(t) for t in view.source.tiles())) if view.axis == 1 else None
+        return (lambda: stored_blocks(view)) if view.axis == 1 else None
     node = weight.inputs[0] if weight.inputs else None
     make = COLUMNS.get(node.op) if node is not None else None
     return make(node) if make is not None else None
+
+
+def stored_blocks(view: View) -> Iterator[Array]:
+    if view.kept is not None:
+        yield view.load()
+        return
+    yield from (view.block(tile) for tile in view.source.tiles())
 
 
 def transposed_blocks(node: gs.Node) -> ColumnBlocks | None:

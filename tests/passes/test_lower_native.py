@@ -69,6 +69,26 @@ def lower(graph: gs.Graph, dtype: np.dtype, log: PassLog | None = None) -> gs.Gr
     return graph
 
 
+@pytest.mark.parametrize("group", [-1, 64])
+def test_a_product_and_what_corrects_it_are_evaluated_of_one_reading(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[str]()
+
+    def counted(self: InMemory) -> Iterator[Tile]:
+        read.append("tile")
+        yield Tile(0, (self.array,))
+
+    w = {"q": weights()["q"]}
+    graph = lower(canonical(w, table(w, 8, group, symmetric=False)), BFLOAT16)
+    monkeypatch.setattr(InMemory, "tiles", counted)
+    y = Evaluation(graph, {"x": tokens()}).take(graph.outputs[0].name)
+    assert len(read) == 1
+    again = Evaluation(graph, {"x": tokens()}).take(graph.outputs[0].name)  # nothing of the first run is left
+    assert len(read) == 2
+    np.testing.assert_array_equal(y, again)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_two_products_of_one_weight_have_codes_of_their_own(bits: int) -> None:
     """As a module that is called twice has them."""

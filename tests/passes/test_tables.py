@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import dependencies
-from instantrt.passes.core.lazy import InMemory, View
-from instantrt.passes.core.quant import dequantize, quantize_asymmetric
+from instantrt.passes.core.lazy import Array, InMemory, Tile, View
+from instantrt.passes.core.quant import InstantQuant, QuantTensor, dequantize, quantize_asymmetric
 from instantrt.passes.core.rewrite import PassLog, add, run
-from instantrt.passes.qdq.tables import picks_tokens
+from instantrt.passes.ort.tables import QuantizeTables
+from instantrt.passes.qdq.tables import Table, picks_tokens
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
 from tests.graphs import evaluate
 
@@ -35,6 +38,16 @@ def reader(table: np.ndarray, readers: int = 1) -> gs.Graph:
     return graph
 
 
+@dataclass(frozen=True, eq=False)
+class Tiled:
+    """A matrix by few rows at a time."""
+
+    array: Array
+
+    def tiles(self) -> Iterator[Tile]:
+        yield from (Tile(start, (self.array[start : start + 7],)) for start in range(0, len(self.array), 7))
+
+
 @pytest.fixture
 def table() -> np.ndarray:
     """Rows of different sizes, none of which has its zero in the middle."""
@@ -50,6 +63,24 @@ def test_rows_are_the_dequantized_ones_exactly(table: np.ndarray, tmp_path: Path
     for got in evaluate(graph.copy(), {"ids": IDS}, tmp_path):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(Evaluation(graph, {"ids": IDS}).take("y0"), want)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_of_a_table_in_codes_only_rows_that_are_picked_are_held(
+    bits: int, table: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes, scales and zero points of one reading, in tiles; -1 is the last row, and there is none behind it."""
+    source = InstantQuant("t", Tiled(table), bits, BLOCK, False, FLOAT16)
+    stored = QuantTensor("t", source, (V, H), bits, BLOCK, False, FLOAT16)
+    graph = reader(table)
+    QuantizeTables().rewrite(graph, Table(graph.nodes[0], stored))
+    graph.cleanup()
+    ids = np.where(IDS == 39, -1, IDS)
+    want = evaluate(graph.copy(), {"ids": IDS}, tmp_path)[0]
+    monkeypatch.setattr(View, "load", lambda self: pytest.fail(f"{self.shape} is loaded"))
+    np.testing.assert_array_equal(Evaluation(graph, {"ids": ids}).take("y0"), want)
+    with pytest.raises(IndexError, match=f"of {V}"):
+        Evaluation(graph, {"ids": IDS + 1}).take("y0")
 
 
 def test_the_table_streams_when_the_graph_is_evaluated(table: np.ndarray) -> None:
