@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.columns import column_blocks
 from instantrt.passes.core.lazy import FLOAT32, Array, convert
 from instantrt.passes.core.node_session import HALVES, NodeSession, value_of
-from instantrt.passes.core.streaming import Runs, column_blocks, gather, gather_in_codes, matmul, streamed_table
+from instantrt.passes.core.streaming import Runs, gather, gather_in_codes, matmul, streamed_table
 from instantrt.plugins.ops import DOMAIN, OPS
 
 OURS = {op.name: op for op in OPS}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, View, convert, view_of
-from instantrt.passes.core.linear import weight_dequantize
+from instantrt.passes.core.columns import column_blocks
+from instantrt.passes.core.lazy import FLOAT32, Array, View, convert, view_of
 from instantrt.passes.core.node_session import EXTERNAL_BYTES, NodeSession, value_of
 from instantrt.passes.core.rewrite import producer, scalar
 
@@ -49,94 +48,6 @@ def split_rows(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     parts = np.split(joined, ends)
     return [part.reshape(*shape, *joined.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
-    """Blocks of columns [K, n] of a constant matrix, or of what Cast, Transpose or DequantizeLinear make of one."""
-    view = view_of(weight)
-    if view is not None:
-        return (lambda: stored_blocks(view)) if view.axis == 1 else None
-    node = weight.inputs[0] if weight.inputs else None
-    make = COLUMNS.get(node.op) if node is not None else None
-    return make(node) if make is not None else None
-
-
-def stored_blocks(view: View) -> Iterator[Array]:
-    if view.kept is not None:
-        yield view.load()
-        return
-    yield from (view.block(tile) for tile in view.source.tiles())
-
-
-def transposed_blocks(node: gs.Node) -> ColumnBlocks | None:
-    view = view_of(node.inputs[0])
-    if view is None or view.axis != 0 or len(view.shape) != 2:
-        return None
-    return lambda: (view.block(t).T for t in view.source.tiles())
-
-
-def dequantized(node: gs.Node) -> ColumnBlocks | None:
-    """Codes, scale and zero come tile by tile from one source."""
-    codes, *others = (view_of(t) for t in node.inputs)
-    if codes is None or any(v is None or v.source != codes.source for v in others):
-        return None
-    return lambda: dequantized_blocks(codes, [v for v in others if v is not None], node.attrs)
-
-
-def shifted(node: gs.Node) -> ColumnBlocks | None:
-    """Reshape(DequantizeLinear(codes [G, g, N], scale) + minimum [G, 1, N]) as [K, N], by columns."""
-    dq, plus = weight_dequantize(node.outputs[0]), producer(node.inputs[0], "Add")
-    given = [*dq.inputs, plus.inputs[1]] if dq is not None and plus is not None else []
-    views = [view for t in given if (view := view_of(t)) is not None]
-    if not given or len(views) < len(given) or any(v.source != views[0].source for v in views):
-        return None
-
-    def blocks() -> Iterator[Array]:
-        for tile in views[0].source.tiles():
-            q, scale, minimum = (v.block(tile).astype(FLOAT32) for v in views)
-            q *= scale
-            q += minimum
-            yield q.reshape(-1, q.shape[-1])
-
-    return blocks
-
-
-ColumnBlocks = Callable[[], Iterator[Array]]
-COLUMNS: dict[str, Callable[[gs.Node], ColumnBlocks | None]] = {
-    "Cast": lambda node: column_blocks(node.inputs[0]),
-    "Transpose": transposed_blocks,
-    "DequantizeLinear": dequantized,
-    "Reshape": shifted,
-}
-
-
-def dequantized_blocks(codes: View, others: list[View], attrs: Mapping[str, Any]) -> Iterator[Array]:
-    """DequantizeLinear(codes [K, N], scale, zero) by columns; scale and zero are [N], or [K / block_size, N].
-
-    A source's rows are columns here, so that the groups of one lie side by side in memory: scale and zero are spread
-    over them as they are multiplied, and nothing is turned.
-    """
-    size = attrs.get("block_size", 0) or codes.shape[0]
-    for tile in keeping(codes.source):
-        q = codes.block(tile).T
-        grouped = q.astype(FLOAT32, order="C").reshape(len(q), -1, size)
-        scale, *zero = (v.block(tile).T.astype(FLOAT32).reshape(*grouped.shape[:2], 1) for v in others)
-        if zero:
-            grouped -= zero[0]
-        grouped *= scale
-        yield grouped.reshape(q.shape).T
-
-
-def keeping(source: Source) -> Iterator[Tile]:
-    """Its tiles; what views beside the one that streams make of them is kept for whoever loads those."""
-    views: Sequence[View] = getattr(source, "beside", ())
-    parts: list[list[Array]] = [[] for _ in views]
-    for tile in source.tiles():
-        for view, own in zip(views, parts, strict=True):
-            own.append(view.block(tile))
-        yield tile
-    for view, own in zip(views, parts, strict=True):
-        view.kept = np.concatenate(own, axis=view.axis)
 
 
 def streamed_table(node: gs.Node) -> tuple[View, float | None] | None:
