@@ -194,8 +194,12 @@ def test_a_type_without_equal_steps_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [{"quant": "a8w8"}, {"quant": "a16w4"}, {"group_size": 64}, {"quant": "none"}])
 def test_what_a_file_in_codes_cannot_be(model: tuple[Path, dict[str, Array]], given: dict[str, Any]) -> None:
     loaded = load(model[0])
-    with pytest.raises(UserError, match=r"(?s)tiny\.gguf: .*--requantize"):
-        resolve(Request(model[0], ("x86",), Path("o"), **given), loaded)
+    request = Request(model[0], ("x86",), Path("o"), **given)
+    for refuse in (check_early, lambda asked: resolve(asked, loaded)):
+        with pytest.raises(UserError, match=r"(?s)tiny\.gguf: .*--requantize"):
+            refuse(request)
+    with pytest.raises(UserError, match="max_length is more than the model was made for"):
+        check_early(Request(model[0], ("x86",), Path("o"), max_length=1000))
     assert loaded.reader == detect(loaded.tensors)
     assert resolve(Request(model[0], ("x86",), Path("o")), loaded) is not None
 
