@@ -85,8 +85,8 @@ def announced_model(request: Request) -> tuple[Head, FloatModel] | None:
     try:
         if file is not None:
             with tried("reading the GGUF file", where=str(file)):
-                config, tensors = checkpoint_of(open_gguf(file), str(file), requantize=request.requantize)
-            return CAUSAL_LM, FloatModel(gs.Graph(), file.parent, config, tensors, None, reader=gguf.detect(tensors))
+                config, codes = checkpoint_of(open_gguf(file), str(file), requantize=request.requantize)
+            return CAUSAL_LM, FloatModel(gs.Graph(), file.parent, config, codes, None, reader=gguf.detect(codes))
         pipeline = read_pipeline(request.model)
         folder = pipeline.folder if pipeline is not None else request.model
         if not (folder / CONFIG).is_file():

@@ -25,6 +25,7 @@ from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.gguf import gguf_at, refuse_gguf
 from instantrt.compiler.frontend.gguf.file import open_gguf
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import plan
 from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor, detect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -150,6 +151,12 @@ def test_floats_of_the_same_file(model: tuple[Path, dict[str, Array]], tmp_path:
     assert (loaded.folder / "config.json").is_file()
     with pytest.raises(UserError, match="requantize is for a GGUF file"):
         load(tmp_path, requantize=True)
+
+
+def test_an_engine_has_the_table_beside_the_heads_codes(model: tuple[Path, dict[str, Array]]) -> None:
+    said, planned = inspect(model[0]).bytes_on, plan(Request(model[0], ("x86", "sm89"), Path("o")))
+    for kind, target in (("onnxruntime", "x86"), ("tensorrt", "sm89")):
+        assert abs(said[kind] / planned.size(target) - 1) < 0.07, kind
 
 
 def test_a_split_file_is_one(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
