@@ -23,7 +23,7 @@ from instantrt.compiler.fit import choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.frontend.own_names import own_names
-from instantrt.compiler.options import A8W8, LLM, WEIGHT_ONLY, TableFormat
+from instantrt.compiler.options import A8W8, INEXACT, LLM, TableFormat
 from instantrt.compiler.request import Request, check_lengths, idle_notes, refuse_cosine, refuse_of_llm
 from instantrt.compiler.say import Say
 from instantrt.compiler.support import check_supported
@@ -169,10 +169,11 @@ def decided(request: Request, model: FloatModel, log: PassLog, say: Say) -> Plan
 
 def lacking(request: Request, model: FloatModel, twins: Iterable[Twin]) -> list[str]:
     """What this model has not, and options may want."""
-    weight_only = any(q.activations == "float" for twin in twins for q in twin.quantized.values())
+    quantized = (q for twin in twins for q in twin.quantized.values())
+    inexact = any(q.activations == "float" or not q.per_channel for q in quantized)
     # A config that names the activations may say it, too: the spec has a key for each.
     a8w8 = request.quant_config is not None or (model.reader is not None and model.reader.activations == "int8")
-    has = {WEIGHT_ONLY: weight_only, LLM: model.llm is not None, A8W8: a8w8}
+    has = {INEXACT: inexact, LLM: model.llm is not None, A8W8: a8w8}
     return [what for what, there in has.items() if not there]
 
 

@@ -98,6 +98,7 @@ VALUES: dict[str, tuple[Any, ...]] = {  # one of them is no default
         (TINY, {"quant": "a16w8"}, {"weight_only"}),
         (HERE / "gptq-int8-perchannel", {}, {"cpu_preset"}),
         (HERE / "gptq-int4-g128-sym", {}, {"weight_only"}),
+        (HERE / "gptq-int4-g128-sym", {"quant": "a8w4"}, set()),
         ("embedding", {}, {"cpu_preset", "portable"}),
         ("embedding", {"quant": "a8w8", "search": "none"}, {"cpu_preset", "portable"}),
     ],
