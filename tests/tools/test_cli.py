@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import onnx_graphsurgeon as gs
 import pytest
+from rich.console import Console
 
 from instantrt.compiler.accuracy.data import tokenizer_of
 from instantrt.compiler.accuracy.verify import Verdict
@@ -454,6 +456,18 @@ def test_a_long_stage_says_where_it_is(capsys: pytest.CaptureFixture[str], monke
     rate = r"[\d,]+ M weights/s, [\d,]+ MB/s"
     said = rf"writing\n  40%, {rate}, 0 s left\n  \d\.\d s, {rate}\nbuilding\n  54% tactics\n"
     assert re.match(said, capsys.readouterr().out)
+
+
+def test_a_terminal_sums_only_what_ran_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, sums in ((True, ["searching"]), (False, ["reading", "searching"])):
+        file = StringIO()
+        screen = Console(file=file, force_terminal=terminal, force_interactive=terminal)
+        monkeypatch.setattr("instantrt.tools.cli.console.console", screen)
+        with Stages() as stages:
+            for name in ("reading", "searching", "searching"):
+                stages.begin(name)
+            stages.summary()
+        assert re.findall(r"\d\.\d\d s +\d+%  (\w+)", file.getvalue()) == sums
 
 
 def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:
