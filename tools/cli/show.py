@@ -112,7 +112,9 @@ def show_explanation(planned: Plan) -> None:
     console.print(table)
     show_orders(planned)
     linears = set(became).union(path for _, path in forms)
-    rejected = (e for e in planned.log.rejected() if e.node not in linears and not isinstance(e.by, FoldOrder))
+    # Of a linear, joined with others or not, the table above says all: that one form did not fit is no news.
+    rejected = (e for e in planned.log.rejected() if not linears.intersection(parts_of(e.node)))
+    rejected = (e for e in rejected if not isinstance(e.by, FoldOrder))
     others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason, e.costs) for e in rejected)
     if others:
         rest = Table("pass", "for", "nodes", "why it left them; what that costs", title="other passes")
