@@ -92,19 +92,21 @@ VALUES: dict[str, tuple[Any, ...]] = {  # one of them is no default
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "idle"),
+    ("model", "target", "given", "idle"),
     [
-        (TINY, {}, {"cpu_preset"}),
-        (TINY, {"quant": "a16w8"}, {"weight_only"}),
-        (HERE / "gptq-int8-perchannel", {}, {"cpu_preset"}),
-        (HERE / "gptq-int4-g128-sym", {}, {"weight_only"}),
-        (HERE / "gptq-int4-g128-sym", {"quant": "a8w4"}, set()),
-        ("embedding", {}, {"cpu_preset", "portable"}),
-        ("embedding", {"quant": "a8w8", "search": "none"}, {"cpu_preset", "portable"}),
+        (TINY, "x86", {}, {"cpu_preset"}),
+        (TINY, "x86", {"quant": "a16w8"}, {"weight_only"}),
+        (TINY, "sm89", {}, set()),
+        (TINY, "sm89", {"quant": "a16w4"}, {"weight_only"}),
+        (HERE / "gptq-int8-perchannel", "x86", {}, {"cpu_preset"}),
+        (HERE / "gptq-int4-g128-sym", "x86", {}, {"weight_only"}),
+        (HERE / "gptq-int4-g128-sym", "x86", {"quant": "a8w4"}, set()),
+        ("embedding", "x86", {}, {"cpu_preset", "portable"}),
+        ("embedding", "x86", {"quant": "a8w8", "search": "none"}, {"cpu_preset", "portable"}),
     ],
 )
 def test_no_option_does_nothing_in_silence(
-    model: Path | str, given: dict[str, Any], idle: set[str], embedding: Path, tmp_path: Path
+    model: Path | str, target: str, given: dict[str, Any], idle: set[str], embedding: Path, tmp_path: Path
 ) -> None:
     """It changes the graph, is refused, or a note names it: `idle` is where it is a note."""
     folder, noted = embedding.parent / "letters" if isinstance(model, str) else model, set[str]()
@@ -113,11 +115,11 @@ def test_no_option_does_nothing_in_silence(
 
     def made_with(**more: Any) -> tuple[str, bool]:
         said: list[str] = []
-        request = Request(folder, ("x86",), tmp_path / "o", **{**given, **more})
+        request = Request(folder, (target,), tmp_path / "o", **{**given, **more})
         check_places(request)
         planned = plan(request, said.append)
         noted.update(name for note in planned.notes for name in more if note.startswith(f"{name} does nothing"))
-        return text_of(planned.lowered["x86"]), "measuring the inputs of each layer" in said
+        return text_of(planned.lowered[target]), "measuring the inputs of each layer" in said
 
     before = made_with()
     for f, _ in (each for group in (Quantization, CpuArtifacts, LanguageModel) for each in options_of(group)):
