@@ -318,6 +318,11 @@ def test_an_error_calls_options_as_they_were_typed(words: str, says: str, small:
     assert refused("compile", small, *typed, "-o", small.parent / "o").what.startswith(says)
 
 
+def test_a_note_calls_options_as_they_were_typed(tmp_path: Path) -> None:
+    words = ("--target", "x86", "--cpu-preset", "exact", "--dry-run", "-o", tmp_path)
+    assert "note: --cpu-preset does nothing without layers" in invoke("compile", TINY, *words).output
+
+
 def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
     error = UserError("group_size does not divide it", where="a/group_size/b", expected="quant, group_size", fix="bits")
     say_as_typed(error, ["quant", "max-length"])

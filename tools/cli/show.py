@@ -26,6 +26,7 @@ from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.tools.cli.console import Stages, console
+from instantrt.tools.cli.ending import as_typed, typed
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.verify import Verdict
@@ -195,7 +196,7 @@ def show_plan(request: Request, planned: Plan) -> None:
 def show_notes(planned: Plan) -> None:
     """What the user should know before anything is written: notes, and the layers that an accuracy budget raised."""
     for note in planned.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {as_typed(note, typed.get())}", soft_wrap=True)
     for twin in planned.each_twin:
         if twin.raised is not None:
             from instantrt.tools.cli.show_accuracy import show_raised
