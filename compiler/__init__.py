@@ -15,7 +15,8 @@
     write              what was planned -> the folders of the targets, and the manifest
     compile            `compile_model`: all of it, with verification and publishing
     check, inspect     is an artifact what was written, and does it load; what a checkpoint is and would become
-    llm                an artifact in this process: `LLM`, `load_artifact`
+    llm, encoder       an artifact in this process: `LLM`, `load_artifact`; `Embedder`, `Classifier`
+    here               which of several artifacts this machine can run
 
 It prints nothing and reads no command line. It may import the passes and the plugins' definitions, and nothing of the
 tools; torch, TensorRT and what makes reports only inside the functions that need them.

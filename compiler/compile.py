@@ -103,6 +103,8 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
         raise UserError("timing_cache is a file", where=str(request.timing_cache), found="a folder")
     if request.min_cosine is not None and not verify:
         raise UserError("min_cosine does nothing without --verify", fix="--verify --text FILE")
+    if request.text is not None and not verify and not request.has_budget:
+        raise UserError("text does nothing by itself", expected="with --verify, --max-kl or --max-ppl-increase")
     if verify:
         from instantrt.compiler.accuracy.run import check_reports
 

@@ -15,10 +15,12 @@ from instantrt.compiler.decide import check_head, resolve, step_of
 from instantrt.compiler.fit import check_text
 from instantrt.compiler.frontend.architecture import CAUSAL_LM, Head, head_of
 from instantrt.compiler.frontend.gguf import gguf_at
+from instantrt.compiler.frontend.gguf.file import open_gguf
+from instantrt.compiler.frontend.gguf.folder import checkpoint_of
 from instantrt.compiler.frontend.model import CLASSIFIERS, FloatModel
 from instantrt.compiler.frontend.sentence_files import read_pipeline
 from instantrt.compiler.json_file import read_json
-from instantrt.compiler.quant import instant
+from instantrt.compiler.quant import gguf, instant
 from instantrt.compiler.quant.readers import announced_reader, unannounced_reader
 from instantrt.compiler.request import Request, refuse_cosine, refuse_of_llm
 from instantrt.compiler.serving.runtime.text import open_tokenizer
@@ -75,13 +77,16 @@ def check_room(request: Request, folder: Path) -> None:
 
 
 def announced_model(request: Request) -> tuple[Head, FloatModel] | None:
-    """What a model is for, and its files without its graph; None where `request.model` is no folder of a checkpoint.
+    """What a model is for, and its files without its graph; None for an .onnx file, or the folder of an adapter.
 
     None, too, where something is wrong with them: the frontend says that, with all else that is.
     """
-    if gguf_at(request.model) is not None:
-        return None
+    file = gguf_at(request.model)
     try:
+        if file is not None:
+            with tried("reading the GGUF file", where=str(file)):
+                config, codes = checkpoint_of(open_gguf(file), str(file), requantize=request.requantize)
+            return CAUSAL_LM, FloatModel(gs.Graph(), file.parent, config, codes, None, reader=gguf.detect(codes))
         pipeline = read_pipeline(request.model)
         folder = pipeline.folder if pipeline is not None else request.model
         if not (folder / CONFIG).is_file():

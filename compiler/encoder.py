@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from instantrt.compiler.artifact.check import inside
 from instantrt.compiler.artifact.manifest import find_artifact
+from instantrt.compiler.here import runs_on_cpu
 from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.llm import check_threads, checked
 from instantrt.compiler.serving.runtime.onnx_engine import open_session
@@ -50,7 +51,7 @@ def listed(texts: str | Texts) -> list[str | tuple[str, str]]:
 class OpenEncoder:
     """An artifact for this CPU that reads texts; its methods may be called from many threads.
 
-    target            which artifact, where `folder` holds several
+    target            which artifact; else the only one that this machine can run, `artifact` then
     threads, spinning   as in `LLM`
     """
 
@@ -61,7 +62,7 @@ class OpenEncoder:
     ) -> None:
         check_threads(threads, spinning)
         out = Path(folder)
-        self.artifact = find_artifact(out, target)
+        self.artifact = find_artifact(out, target, runs_on_cpu)
         path, about = inside(out, self.artifact.path), self.artifact.encoder or {}
         if about.get("task", "") != self.TASK:
             other = about.get("task", "" if self.artifact.llm is not None else "hidden")

@@ -27,7 +27,7 @@ from instantrt.compiler.frontend.merged import MergedTensor
 from instantrt.compiler.frontend.model import EncoderShape, LlmShape
 from instantrt.compiler.frontend.side_files import Report
 from instantrt.compiler.quant.config import Quant, QuantConfig
-from instantrt.compiler.quant.gguf import FLOAT_KINDS, GgufTensor
+from instantrt.compiler.quant.gguf import FLOAT_KINDS, KINDS, GgufTensor
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.request import Request
 from instantrt.compiler.support import METHODS, cell, method_of
@@ -237,14 +237,22 @@ def artifact_bytes(
     tensors: Mapping[str, FileTensor],
 ) -> int:
     """Weights of an artifact, about: codes, scales and the rest in 16 bits, or in 32 where a CPU has them stored so."""
-    widened = backend is Backend.ONNXRUNTIME and asked is not None and asked.activate_quant
     if asked is None:
         return sum(float_bytes(facts, names, tensors, backend) for names in facts.groups)
-    total = 2 * facts.size
-    for layer in layers:
-        n, k = layer.shape
-        if layer.group_size:
-            total += coded_bytes(n, k, 8 if widened else layer.bits, layer.group_size) - 2 * n * k
+    on_cpu, total = backend is Backend.ONNXRUNTIME, 0
+    forms = {f"{layer.path}.weight": layer for layer in layers if layer.group_size}
+    for names in facts.groups:
+        coded, shape = [forms[name] for name in names if name in forms], facts.parameters[names[0]]
+        stored = next((tensors[name] for name in names if name in tensors), None)
+        kind = KINDS.get(stored.kind) if isinstance(stored, GgufTensor) and stored.is_quantized else None
+        scale = np.dtype(kind.exact).itemsize if on_cpu and kind is not None else 2
+        if coded:
+            bits = 8 if on_cpu and asked.activate_quant else coded[0].bits
+            total += coded_bytes(*coded[0].shape, bits, coded[0].group_size, scale)
+        if on_cpu and kind is not None and len(shape) == 2:  # a table stays in codes, which a tied head shares
+            total += 0 if coded else coded_bytes(shape[0], shape[1], kind.bits, kind.group_size, scale)
+        elif len(coded) < len(names):
+            total += 2 * math.prod(shape)
     return total
 
 
@@ -284,9 +292,9 @@ def float_bytes(facts: ModelFacts, names: list[str], tensors: Mapping[str, FileT
     return math.prod(facts.parameters[names[0]]) * (min(stored, 4) if backend is Backend.ONNXRUNTIME else 2)
 
 
-def coded_bytes(n: int, k: int, bits: float, group_size: int) -> int:
-    """Codes, and for each group a scale in 16 bits and a zero point."""
-    return int(n * k * bits / 8) + n * k // group_size * (2 + 1)
+def coded_bytes(n: int, k: int, bits: float, group_size: int, scale: int = 2) -> int:
+    """Codes, and for each group a scale of so many bytes and a zero point."""
+    return int(n * k * bits / 8) + n * k // group_size * (scale + 1)
 
 
 def size(tensor: FileTensor) -> int:

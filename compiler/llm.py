@@ -26,6 +26,7 @@ import numpy.typing as npt
 from instantrt.compiler.artifact.check import check_digests, inside
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
+from instantrt.compiler.here import runs_here, runs_on_cpu
 from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.serving.config import KIT, parameters
 from instantrt.compiler.serving.runtime.opening import open_engine
@@ -130,7 +131,7 @@ class LLM:
     `stop` lets all requests finish and keeps the model for the next `start`; `release` frees its memory, for good.
     A `with` block starts and releases.
 
-    target       which artifact, where `folder` holds several
+    target       which artifact; else the only one that this machine can run, `artifact` then
     max_batch    sequences that run together; if not given, as many as in Triton
     max_length   tokens of one, prompt included; if not given, as many as the artifact can take
     threads      CPU: 0 is one a core
@@ -152,7 +153,7 @@ class LLM:
             check_kind(name, value, int, type(None))
         check_threads(threads, spinning)
         self.out = Path(folder)
-        self.artifact = find_artifact(self.out, target)
+        self.artifact = find_artifact(self.out, target, runs_here)
         path = inside(self.out, self.artifact.path)
         if self.artifact.llm is None or self.artifact.kind == "kit":
             raise UserError(
@@ -372,7 +373,7 @@ def load_artifact(
     """The artifact for a CPU in `folder`, an encoder's or any other model's; `threads` and `spinning` as in `LLM`."""
     check_threads(threads, spinning)
     out = Path(folder)
-    artifact = find_artifact(out, target)
+    artifact = find_artifact(out, target, runs_on_cpu)
     if artifact.kind != "onnx":
         raise UserError(
             "not a model for ONNX Runtime",

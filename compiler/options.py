@@ -30,6 +30,8 @@ CacheType = Literal["float32", "float16", "int8", "uint4"]
 
 # What a compilation may lack. An option that needs it says nothing without: that is an error.
 CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
+# What one model may lack where options are for many, which a script compiles with the same ones: that is a note.
+INEXACT, LLM, A8W8 = "layers that are weight-only or in groups", "a causal LM", "a checkpoint that runs as A8W8"
 
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what does
@@ -46,6 +48,7 @@ class Option:
     """What there is to know of a field besides its name, type and default.
 
     needs     all that a compilation must have
+    wants     what it says nothing without either, which not every model has
     rule      what a value that is not None has to fulfil
     trtexec   the word for TensorRT's own tool, with {} for the value; "" where it has none
     flag      the member of TensorRT's BuilderFlag that it sets
@@ -54,6 +57,7 @@ class Option:
 
     help: str
     needs: tuple[str, ...] = ()
+    wants: str = ""
     rule: Rule | None = None
     trtexec: str = ""
     flag: str = ""
@@ -61,10 +65,17 @@ class Option:
 
 
 def option(
-    default: T, help: str, *needs: str, rule: Rule | None = None, trtexec: str = "", flag: str = "", line: Any = None
+    default: T,
+    help: str,
+    *needs: str,
+    wants: str = "",
+    rule: Rule | None = None,
+    trtexec: str = "",
+    flag: str = "",
+    line: Any = None,
 ) -> T:
     """A field of a group."""
-    return field(default=default, metadata={"option": Option(help, needs, rule, trtexec, flag, line)})
+    return field(default=default, metadata={"option": Option(help, needs, wants, rule, trtexec, flag, line)})
 
 
 def options_of(group: Any) -> Iterator[tuple[Field[Any], Option]]:
@@ -81,11 +92,16 @@ class Quantization:
         None, "consecutive inputs that share a scale; -1 per channel; else by target and model", QUANTIZED
     )
     search: Search | None = option(
-        None, "scales fitted to the inputs that weights meet, or by the formula alone; else by target", QUANTIZED, FLOAT
+        None,
+        "how scales are chosen: for the least error on inputs of random tokens, or by weights alone; else by target",
+        QUANTIZED,
+        FLOAT,
     )
-    weight_only: bool = option(False, "8-bit GPTQ checkpoints run as A16W8 instead of A8W8", QUANTIZED)
+    weight_only: bool = option(False, "8-bit GPTQ checkpoints run as A16W8 instead of A8W8", QUANTIZED, wants=A8W8)
     enable_quant: bool | None = None  # the spec's switch; None: as the other fields say
-    quant_config: Mapping[str, Any] | None = option(None, "JSON file with the spec's keys", line=Path)
+    quant_config: Mapping[str, Any] | None = option(
+        None, "JSON file that says how to quantize, by the keys in docs/quantization.md", line=Path
+    )
     ignore: tuple[str, ...] = option((), "module pattern that stays float; may be repeated", QUANTIZED)
     calibration: Path | None = option(
         None,
@@ -106,9 +122,14 @@ class CpuArtifacts:
     """What ONNX Runtime is to run."""
 
     cpu_preset: Preset = option(
-        "auto", "16-bit activations: exact keeps 14 bits of each token or block, fast 8, auto 8 in groups alone", CPU
+        "auto",
+        "bits of 16-bit activations that products keep: exact 14, fast 8, auto 8 where weights are in groups, else 14",
+        CPU,
+        wants=INEXACT,
     )
-    portable: bool = option(False, "standard ONNX attention instead of ONNX Runtime's GroupQueryAttention", CPU)
+    portable: bool = option(
+        False, "standard ONNX attention instead of ONNX Runtime's GroupQueryAttention", CPU, wants=LLM
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,8 @@ from instantrt.compiler.fit import choose_formats, fit_codes, smooth
 from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.frontend.own_names import own_names
-from instantrt.compiler.options import TableFormat
-from instantrt.compiler.request import Request, check_lengths, refuse_cosine, refuse_of_llm
+from instantrt.compiler.options import A8W8, INEXACT, LLM, TableFormat
+from instantrt.compiler.request import Request, check_lengths, idle_notes, refuse_cosine, refuse_of_llm
 from instantrt.compiler.say import Say
 from instantrt.compiler.support import check_supported
 from instantrt.compiler.target import Backend, Target, find_target
@@ -163,7 +163,18 @@ def decided(request: Request, model: FloatModel, log: PassLog, say: Say) -> Plan
     whole = model.llm is not None and sees_ahead(graph)
     notes += [note for name in lowered if name not in types for note in tied_notes(name, lowered[name])]
     notes += [*engine_notes(model, builders, types), *(model.reader.notes if model.reader else ())]
+    notes += idle_notes(request, lacking(request, model, twins.values()))
     return Plan(model, twins, lowered, log, builders, types, limits, tuple(notes), whole)
+
+
+def lacking(request: Request, model: FloatModel, twins: Iterable[Twin]) -> list[str]:
+    """What this model has not, and options may want."""
+    quantized = (q for twin in twins for q in twin.quantized.values())
+    inexact = any(q.activations == "float" or not q.per_channel for q in quantized)
+    # A config that names the activations may say it, too: the spec has a key for each.
+    a8w8 = request.quant_config is not None or (model.reader is not None and model.reader.activations == "int8")
+    has = {INEXACT: inexact, LLM: model.llm is not None, A8W8: a8w8}
+    return [what for what, there in has.items() if not there]
 
 
 def make_twin(

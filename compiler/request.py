@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,12 @@ def refuse_idle(request: Request, lacking: str, where: str, fix: str = "leave it
     for f, option in options_of(request):
         if lacking in option.needs and getattr(request, f.name) != f.default:
             raise UserError(f"{f.name} does nothing without {lacking}", where=where, fix=fix)
+
+
+def idle_notes(request: Request, lacking: Collection[str]) -> list[str]:
+    """What to say of options that say nothing to this model, and may to others."""
+    given = ((f.name, o.wants) for f, o in options_of(request) if getattr(request, f.name) != f.default)
+    return [f"{name} does nothing without {wants}" for name, wants in given if wants in lacking]
 
 
 JSON_KEYS: dict[str, tuple[str, type]] = {

@@ -200,15 +200,19 @@ def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
     )
 
 
-def find_artifact(folder: Path, target: str | None = None) -> Artifact:
-    """The artifact for `target`, or the only one there is."""
+def find_artifact(
+    folder: Path, target: str | None = None, runs: Callable[[Artifact], bool] = lambda artifact: True
+) -> Artifact:
+    """The artifact for `target`; else the only one there is, or the only one of several that `runs` here."""
     artifacts = read_manifest(folder)
     found = [a for a in artifacts if target in (None, a.target)]
-    if len(found) != 1:
-        raise UserError(
-            "which artifact?" if target is None else f"no artifact for target {target}",
-            where=str(folder),
-            expected="one of " + ", ".join(a.target for a in artifacts),
-            fix="name one with --target",
-        )
-    return found[0]
+    fitting = found if len(found) == 1 else [a for a in found if runs(a)]
+    if len(fitting) == 1:
+        return fitting[0]
+    none = "no artifact of several runs here" if target is None else f"no artifact for target {target}"
+    raise UserError(
+        "which artifact?" if fitting else none,
+        where=str(folder),
+        expected="one of " + ", ".join(a.target for a in fitting or artifacts),
+        fix="name one with --target" + ("" if fitting or target is not None else ", and hear why it does not"),
+    )

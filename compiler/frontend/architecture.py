@@ -1,4 +1,4 @@
-"""Which model a checkpoint is, told from config.json; what has no road yet is refused by its name.
+"""Which model a checkpoint is, told from config.json; what has no road yet is refused by what it is.
 
 `architectures` decides. Nothing of the weights is read here, and nothing is exported.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from instantrt.passes.core.errors import UserError
 
+COMPILES = "a model of text: a causal language model, an encoder, or a classifier"
 ONNX = "export it to ONNX and compile the .onnx file"
 SUFFIX = re.compile(
     r"(for(causallm|maskedlm|sequenceclassification|tokenclassification|pretraining)|"
@@ -72,27 +73,46 @@ def auto_class(task: str) -> str:
 
 @dataclass(frozen=True)
 class NoRoad:
-    """Classes whose names match, what they are, and what can be done with one."""
+    """Classes whose names match, what they are, and what can be done with one.
+
+    keys      of which the config has one, if any are given, that is neither 0 nor false
+    without   a key that it then has not
+    """
 
     pattern: str
     what: str
-    fix: str
+    fix: str = ONNX
+    keys: tuple[str, ...] = ()
+    without: str = ""
+
+    def fits(self, name: str, config: Mapping[str, Any]) -> bool:
+        keyed = not self.keys or any(config.get(key) for key in self.keys)
+        return re.search(self.pattern, name) is not None and keyed and self.without not in config
 
 
+PICTURES, SOUND = "a model of pictures", "a model of sound"
+OF_PICTURES = ("image_size", "patch_size", "num_channels")
+OF_SOUND = ("sampling_rate", "num_mel_bins", "feat_extract_norm")
+OF_TWO = ("is_encoder_decoder", "decoder_layers", "num_decoder_layers")
+GENERATES = r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|Seq2SeqLM)$"
+ALONE = "save its language model alone, where it has one: `.language_model` of the loaded model, as a causal LM"
 NO_ROAD = (
-    NoRoad(r"For(Image|Audio)Classification$", "a classifier of pictures or sound", ONNX),
-    NoRoad(r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$", "a model with a head of its own", ONNX),
-    NoRoad(r"(RewardModel|ForRewardModel|ProcessRewardModel|ValueHead|ForScore)$", "a reward model", ONNX),
+    NoRoad("", "a part of a diffusers pipeline, which makes pictures or sound", keys=("_diffusers_version",)),
+    NoRoad(r"For\w*(Image|Object|Video|Depth|Segmentation|Keypoint)\w*(?<!TextToText)$", PICTURES),
+    NoRoad(r"For(Audio\w+|CTC|XVector|SpeechSeq2Seq)$", SOUND),
+    NoRoad(r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$", "a model with a head of its own"),
+    NoRoad(r"(RewardModel|ForRewardModel|ProcessRewardModel|ValueHead|ForScore)$", "a reward model"),
     NoRoad(
         r"For(PreTraining|Pretraining)$", "a model with the heads of its training", "name one head in architectures"
     ),
-    NoRoad(
-        r"For(ConditionalGeneration|ImageTextToText|Vision2Seq|SpeechSeq2Seq|Seq2SeqLM)$",
-        "a model of pictures or sound, or of an encoder and a decoder",
-        "save its language model alone, where it has one: `.language_model` of the loaded model, as a causal LM",
-    ),
+    NoRoad(GENERATES, "a model of pictures or sound beside text", ALONE, ("vision_config", "audio_config")),
+    NoRoad(GENERATES, SOUND, keys=OF_SOUND),
+    NoRoad(GENERATES, "a model of an encoder and a decoder, as those that translate", keys=OF_TWO),
+    NoRoad(GENERATES, "a model of pictures or sound, or of an encoder and a decoder", ALONE),
     NoRoad(r"(Eagle|Medusa|Mtp|MTP|NextN)", "a draft model of speculative decoding", "compile the model it drafts for"),
-    NoRoad(r"Encoder(Model)?$", "one half of an encoder and a decoder", ONNX),
+    NoRoad(r"Encoder(Model)?$", "one half of an encoder and a decoder"),
+    NoRoad(r"Model$", SOUND, keys=OF_SOUND),
+    NoRoad(r"Model$", PICTURES, keys=OF_PICTURES, without="vocab_size"),
 )
 
 
@@ -109,7 +129,7 @@ def head_of(config: Mapping[str, Any], where: str, *, pooled: bool) -> Head:
     refuse_known(named, config, where)
     found = {head.task: head for name in named for head in HEADS if re.search(head.pattern, name)}
     if len(found) > 1:
-        raise refusal(f"{' and '.join(named)} are models of several heads", config, where, "name one in architectures")
+        raise refusal("architectures names models of several heads", config, where, "name one of them")
     return next(iter(found.values()), CAUSAL_LM)
 
 
@@ -122,12 +142,15 @@ def class_of(config: Mapping[str, Any], head: Head, where: str) -> str:
     model_type = config.get("model_type", "")
     name = head.classes().get(model_type) if isinstance(model_type, str) else None
     if name is None:
+        from transformers import __version__
+
+        what = f"InstantRT compiles no checkpoint of type {model_type!r}"
         raise UserError(
-            f"there is no road for a model of type {model_type!r} yet",
+            what if model_type else "nothing here says which model this is",
             where=where,
-            expected=f"a model that {head.auto} of the installed transformers knows",
-            found=f'"architectures": {config["architectures"]!r}' if config.get("architectures") else "",
-            fix=f"a newer transformers may know it; else {ONNX}",
+            expected=f"{COMPILES}, of a model_type that transformers {__version__} knows",
+            found=as_named(config),
+            fix=f"a newer transformers may know it; else {ONNX}" if model_type else ONNX,
         )
     return str(name)
 
@@ -139,8 +162,8 @@ def check_architectures(config: Mapping[str, Any], head: Head, where: str) -> No
     stems = {stem(built), stem(str(config.get("model_type")))}
     for name in config.get("architectures") or []:
         if not (name == built or (SUFFIX.search(name.lower()) and stem(name) in stems)):
-            what, fix = "another model than the one that model_type names", "correct the one that is wrong"
-            raise refusal(f"{name} is {what}", config, where, f"{fix}: transformers builds {built}")
+            what = f"architectures names another model than the one that model_type stands for, {built}"
+            raise refusal(what, config, where, "correct the one that is wrong")
 
 
 def check_layers(config: Mapping[str, Any], where: str) -> None:
@@ -159,10 +182,10 @@ def check_layers(config: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_known(names: list[str], config: Mapping[str, Any], where: str) -> None:
-    for name in names:
+    for name in names or [""]:
         for rule in NO_ROAD:
-            if re.search(rule.pattern, name):
-                raise refusal(f"{name} is {rule.what}", config, where, rule.fix)
+            if rule.fits(name, config):
+                raise refusal(f"this is {rule.what}", config, where, rule.fix)
 
 
 def stem(name: str) -> str:
@@ -171,14 +194,14 @@ def stem(name: str) -> str:
 
 
 def refusal(what: str, config: Mapping[str, Any], where: str, fix: str) -> UserError:
+    what = f"{what}: InstantRT compiles no such checkpoint"
+    return UserError(what, where=where, expected=COMPILES, found=as_named(config), fix=fix)
+
+
+def as_named(config: Mapping[str, Any]) -> str:
+    """What a config says that the model is."""
     named, model_type = config.get("architectures"), config.get("model_type")
-    return UserError(
-        f"{what}: there is no road for it yet",
-        where=where,
-        expected="a causal language model, an encoder, or a classifier of text",
-        found=f"model_type {model_type!r}" + (f', "architectures": {named!r}' if named else ""),
-        fix=fix,
-    )
+    return f"model_type {model_type!r}" + (f', "architectures": {named!r}' if named else "")
 
 
 def check_family(config: Any, head: Head, where: str) -> None:
@@ -194,12 +217,12 @@ def check_family(config: Any, head: Head, where: str) -> None:
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
         (encoder and head is CAUSAL_LM, ENCODER, SAY),
-        (wrapper, "is a model of more than text", "save its language model alone"),
+        (wrapper, "reads more than text", "save its language model alone"),
         (getattr(built, "_is_stateful", False), "keeps a state besides keys and values", ONNX),
         (others, f"has layers that are no attention: {', '.join(others)}", ONNX),
     ):
         if wrong:
-            raise refusal(f"{built.__name__} {what}", config.to_dict(), where, fix)
+            raise refusal(f"this model {what}", config.to_dict(), where, fix)
 
 
 def check_modules(model: Any, head: Head, where: str) -> None:
@@ -214,4 +237,4 @@ def check_modules(model: Any, head: Head, where: str) -> None:
         ):
             if wrong:
                 fix = SAY if what is ENCODER else ONNX
-                raise refusal(f"{type(model).__name__} {what} ({path})", model.config.to_dict(), where, fix)
+                raise refusal(f"this model {what} ({path})", model.config.to_dict(), where, fix)

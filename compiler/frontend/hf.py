@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -40,8 +41,9 @@ from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View, view_of
 
+FEW = 8  # names of files in an error
 UNLIMITED = 1 << 31  # transformers writes a number far above it where a tokenizer has no limit
-ANOTHER_ROAD = "this model family has no road yet; an .onnx file that another tool exports of it may be compiled"
+ANOTHER_ROAD = "InstantRT cannot export this model; an .onnx file that another tool exports of it may be compiled"
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,14 @@ def text_of(opened: OpenCheckpoint) -> dict[str, Any]:
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    if folder.is_dir() and not os.path.lexists(folder / "config.json"):
+        raise UserError(
+            "no model of Hugging Face is here",
+            where=str(folder),
+            expected="config.json and *.safetensors",
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:FEW]) or "nothing",
+            fix="name the folder that has them, a .gguf file, or an .onnx file",
+        )
     config: dict[str, Any] = read_json(folder / "config.json")
     if config.get("auto_map") and not trust_remote_code:
         raise UserError(

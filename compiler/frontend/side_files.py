@@ -57,7 +57,7 @@ RULES = (
     Rule("adapter_config.json", "a LoRA adapter (PEFT), which changes the weights of its base model", APART),
     Rule("adapter_model.*", "the weights of a LoRA adapter (PEFT)", APART),
     Rule("modules.json", READ),
-    Rule("model_index.json", "a diffusers pipeline of several models", "compile each model from an .onnx file"),
+    Rule("model_index.json", "a diffusers pipeline of pictures or sound", "export a model of it to ONNX; compile that"),
     Rule("quant_model_description*.json", "weights quantized by msModelSlim", FLOAT_MODEL),
     Rule("quanto_qmap.json", "weights quantized by quanto", FLOAT_MODEL),
     Rule("quantization_map.json", "weights quantized by quanto", FLOAT_MODEL),

@@ -285,12 +285,42 @@ def test_architectures_that_are_no_names_are_refused(names: Any) -> None:
         head_of({"model_type": "llama", "architectures": names}, "config.json", pooled=False)
 
 
+@pytest.mark.parametrize(
+    ("says", "named", "more"),
+    [
+        ("a model of pictures", "ViTForImageClassification", {}),
+        ("a model of pictures", "DetrForObjectDetection", {}),
+        ("a model of pictures", "ViTModel", {"image_size": 224}),
+        ("a model of sound", "Wav2Vec2ForCTC", {"vocab_size": 32}),
+        ("a model of sound", "WhisperForConditionalGeneration", {"num_mel_bins": 80, "is_encoder_decoder": True}),
+        ("a model of pictures or sound beside text", "LlavaForConditionalGeneration", {"vision_config": {"a": 1}}),
+        ("a model of an encoder and a decoder", "T5ForConditionalGeneration", {"is_encoder_decoder": True}),
+        ("a part of a diffusers pipeline", "", {"_diffusers_version": "0.30"}),
+    ],
+)
+def test_what_is_no_model_of_text_is_called_what_it_is(says: str, named: str, more: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"this is {says}.*: InstantRT compiles no such checkpoint") as caught:
+        head_of({"architectures": [named] if named else [], **more}, "config.json", pooled=False)
+    assert "a causal language model, an encoder, or a classifier" in caught.value.expected
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", "BertModel", "GPT2LMHeadModel", "BertForMaskedLM"])
+def test_a_model_of_text_may_have_patches(named: str) -> None:
+    head_of({"architectures": [named], "patch_size": 4, "vocab_size": 9}, "config.json", pooled=False)
+
+
+def test_a_folder_without_a_model_says_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "yolo.pt").touch()
+    with pytest.raises(UserError, match=r"no model of Hugging Face is here\n.*\n  found:    yolo\.pt\n"):
+        opened(tmp_path)
+
+
 def test_the_own_code_of_a_model_names_its_class() -> None:
     own = {"model_type": "nosuch", "auto_map": {"AutoModelForCausalLM": "modeling.StrangeLM"}}
     check_architectures({**own, "architectures": ["StrangeLM"]}, CAUSAL_LM, "config.json")
     head = head_of({**own, "architectures": ["StrangeForSequenceClassification"]}, "config.json", pooled=False)
     assert head.task == "classify"
-    with pytest.raises(UserError, match="no road for a model of type 'nosuch'"):  # it has no code for that
+    with pytest.raises(UserError, match="compiles no checkpoint of type 'nosuch'"):  # it has no code for that
         check_architectures({**own, "architectures": ["StrangeForSequenceClassification"]}, head, "config.json")
 
 

@@ -25,6 +25,7 @@ from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.gguf import gguf_at, refuse_gguf
 from instantrt.compiler.frontend.gguf.file import open_gguf
 from instantrt.compiler.inspect import inspect
+from instantrt.compiler.plan import plan
 from instantrt.compiler.quant.gguf import KINDS, GgufRows, GgufTensor, detect
 from instantrt.compiler.request import Request
 from instantrt.passes.core.errors import UserError
@@ -152,6 +153,12 @@ def test_floats_of_the_same_file(model: tuple[Path, dict[str, Array]], tmp_path:
         load(tmp_path, requantize=True)
 
 
+def test_an_engine_has_the_table_beside_the_heads_codes(model: tuple[Path, dict[str, Array]]) -> None:
+    said, planned = inspect(model[0]).bytes_on, plan(Request(model[0], ("x86", "sm89"), Path("o")))
+    for kind, target in (("onnxruntime", "x86"), ("tensorrt", "sm89")):
+        assert abs(said[kind] / planned.size(target) - 1) < 0.07, kind
+
+
 def test_a_split_file_is_one(model: tuple[Path, dict[str, Array]], tmp_path: Path) -> None:
     whole_file = open_gguf(model[0])
     reader = gguf.GGUFReader(model[0])
@@ -194,8 +201,12 @@ def test_a_type_without_equal_steps_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [{"quant": "a8w8"}, {"quant": "a16w4"}, {"group_size": 64}, {"quant": "none"}])
 def test_what_a_file_in_codes_cannot_be(model: tuple[Path, dict[str, Array]], given: dict[str, Any]) -> None:
     loaded = load(model[0])
-    with pytest.raises(UserError, match=r"(?s)tiny\.gguf: .*--requantize"):
-        resolve(Request(model[0], ("x86",), Path("o"), **given), loaded)
+    request = Request(model[0], ("x86",), Path("o"), **given)
+    for refuse in (check_early, lambda asked: resolve(asked, loaded)):
+        with pytest.raises(UserError, match=r"(?s)tiny\.gguf: .*--requantize"):
+            refuse(request)
+    with pytest.raises(UserError, match="max_length is more than the model was made for"):
+        check_early(Request(model[0], ("x86",), Path("o"), max_length=1000))
     assert loaded.reader == detect(loaded.tensors)
     assert resolve(Request(model[0], ("x86",), Path("o")), loaded) is not None
 

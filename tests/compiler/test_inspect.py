@@ -126,6 +126,16 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "differ from the centre" in broken.output
 
 
+def test_layers_alike_and_targets_alike_share_a_row() -> None:
+    shown = invoke("inspect", TINY).output
+    assert len(shown.splitlines()) < 70
+    assert "model.layers.{0-3}.mlp.down_proj" in shown
+    assert "model.layers.3.mlp.down_proj" not in shown
+    assert "sm80, sm86, sm89, sm120," in shown
+    assert max(map(len, shown.partition("onnxruntime: ")[0].splitlines())) <= 80
+    assert "model.layers.3.mlp.down_proj" in invoke("inspect", TINY, "--every-layer").output
+
+
 def test_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes a checkpoint's folder"):
         inspect(tmp_path / "nothing")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from instantrt import LLM, load_artifact
+from instantrt.compiler.artifact.manifest import read_manifest, write_manifest
+from instantrt.compiler.backend.tensorrt.gpu import Gpu
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.llm import Completion, Generation
 from instantrt.compiler.request import Request
@@ -24,6 +27,7 @@ from instantrt.compiler.serving.config import parameters
 from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
 from instantrt.compiler.serving.runtime.text import Text
 from instantrt.passes.core.errors import UserError
+from tests.commands import invoke
 from tests.conftest import TINY
 
 PROMPTS = ("Once upon a time", "The list of", "In the history of", "def main(", "The server é", "When 水 the water")
@@ -217,6 +221,33 @@ def test_what_is_no_artifact_is_refused_in_words(tiny_compiled: Path, tmp_path: 
     (out / "x86" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer"):
         LLM(out)
+
+
+def test_the_only_artifact_of_several_that_runs_here_is_taken(
+    tiny_compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_compiled, tmp_path, dirs_exist_ok=True)
+    (cpu,) = read_manifest(tmp_path)
+    record = {"builder": "tensorrt", "version": "10.15.1", "sm": 90, "options": {}}
+    arm, kit = replace(cpu, target="armv9"), replace(cpu, target="sm89", kind="kit")
+    engine = replace(cpu, target="sm90", kind="engine", engine=record, limits={"max_batch": 1, "cache": "concat"})
+    write_manifest(tmp_path, [kit, cpu, engine, arm])
+    assert LLM(tmp_path, "sm90").artifact == engine
+    for machine, gpus, taken in (("aarch64", (), arm), ("x86_64", (), cpu), ("x86_64", (Gpu("H100", 90),), None)):
+        monkeypatch.setattr("instantrt.compiler.here.gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        if taken is not None:
+            assert LLM(tmp_path).artifact == load_artifact(tmp_path).artifact == taken
+        else:
+            assert load_artifact(tmp_path).artifact == cpu
+            with pytest.raises(UserError, match=r"which artifact\?\n  expected: one of x86, sm90\n"):
+                LLM(tmp_path)
+    monkeypatch.setattr("instantrt.compiler.here.gpus", tuple)
+    said = invoke("generate", tmp_path, "--prompt", "a", "--max-tokens", "1")
+    assert "taking x86, of sm89, x86, sm90, armv9 the only one that this machine can run\n" in said.stderr
+    write_manifest(tmp_path, [kit, engine])
+    with pytest.raises(UserError, match=r"no artifact of several runs here\n  expected: one of sm89, sm90\n"):
+        load_artifact(tmp_path)
 
 
 def edited(manifest: dict, **fields: object) -> dict:

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
-from instantrt.compiler.options import EngineOptions, options_of
+from instantrt.compiler.compile import check_places
+from instantrt.compiler.options import CpuArtifacts, EngineOptions, LanguageModel, Quantization, options_of
+from instantrt.compiler.plan import plan
 from instantrt.compiler.request import DEFAULTS, UNRECORDED, Request
+from instantrt.passes.core.dump import text_of
 from instantrt.passes.core.errors import UserError
+from tests.checkpoints import HERE, whole_checkpoint
+from tests.conftest import TINY
 
 # The order in which manifests record a request: it is part of their bytes.
 RECORDED = [
@@ -70,3 +75,61 @@ def test_every_option_says_what_it_is() -> None:
     for f, about in options_of(Request):
         assert about.help
         assert about.help[-1] not in ".:", f.name
+
+
+VALUES: dict[str, tuple[Any, ...]] = {  # one of them is no default
+    "quant": ("a16w4", "a8w8"),
+    "group_size": (16,),
+    "search": ("activations", "none"),
+    "ignore": (("*down_proj", "*output*"),),
+    "lm_head": ("float", "int8"),
+    "embeddings": ("stored", "int8"),
+    "cpu_preset": ("exact",),
+    "logits": ("all",),
+    "kv_cache": ("in-place",),
+    "kv_cache_type": ("int8",),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "given", "idle"),
+    [
+        (TINY, "x86", {}, {"cpu_preset"}),
+        (TINY, "x86", {"quant": "a16w8"}, {"weight_only"}),
+        (TINY, "sm89", {}, set()),
+        (TINY, "sm89", {"quant": "a16w4"}, {"weight_only"}),
+        (HERE / "gptq-int8-perchannel", "x86", {}, {"cpu_preset"}),
+        (HERE / "gptq-int4-g128-sym", "x86", {}, {"weight_only"}),
+        (HERE / "gptq-int4-g128-sym", "x86", {"quant": "a8w4"}, set()),
+        ("embedding", "x86", {}, {"cpu_preset", "portable"}),
+        ("embedding", "x86", {"quant": "a8w8", "search": "none"}, {"cpu_preset", "portable"}),
+    ],
+)
+def test_no_option_does_nothing_in_silence(
+    model: Path | str, target: str, given: dict[str, Any], idle: set[str], embedding: Path, tmp_path: Path
+) -> None:
+    """It changes the graph, is refused, or a note names it: `idle` is where it is a note."""
+    folder, noted = embedding.parent / "letters" if isinstance(model, str) else model, set[str]()
+    if folder.parent == HERE:
+        folder = whole_checkpoint(folder.name, tmp_path / "model")
+
+    def made_with(**more: Any) -> tuple[str, bool]:
+        said: list[str] = []
+        request = Request(folder, (target,), tmp_path / "o", **{**given, **more})
+        check_places(request)
+        planned = plan(request, said.append)
+        noted.update(name for note in planned.notes for name in more if note.startswith(f"{name} does nothing"))
+        return text_of(planned.lowered[target]), "measuring the inputs of each layer" in said
+
+    before = made_with()
+    for f, _ in (each for group in (Quantization, CpuArtifacts, LanguageModel) for each in options_of(group)):
+        if f.name in given or f.name in ("quant_config", "calibration"):
+            continue
+        does = False
+        for value in VALUES.get(f.name, (True,)):
+            try:
+                does |= made_with(**{f.name: value}) != before
+            except UserError:
+                does = True
+        assert does == (f.name not in noted), f.name
+    assert noted == idle

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import onnx_graphsurgeon as gs
 import pytest
+from rich.console import Console
 
-from instantrt.compiler.accuracy.data import tokenizer_of
+from instantrt.compiler.accuracy.data import Data, tokenizer_of
+from instantrt.compiler.accuracy.layer_errors import LayerErrors
 from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.backend.onnx_writer import write_model
@@ -33,6 +36,7 @@ from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
 from instantrt.tools.cli.console import Stages
 from instantrt.tools.cli.ending import exit_on_error, say_as_typed
+from instantrt.tools.cli.show_accuracy import show_verdict
 from instantrt.tools.cli.start import compile_main, main
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
@@ -314,6 +318,11 @@ def test_an_error_calls_options_as_they_were_typed(words: str, says: str, small:
     assert refused("compile", small, *typed, "-o", small.parent / "o").what.startswith(says)
 
 
+def test_a_note_calls_options_as_they_were_typed(tmp_path: Path) -> None:
+    words = ("--target", "x86", "--cpu-preset", "exact", "--dry-run", "-o", tmp_path)
+    assert "note: --cpu-preset does nothing without layers" in invoke("compile", TINY, *words).output
+
+
 def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
     error = UserError("group_size does not divide it", where="a/group_size/b", expected="quant, group_size", fix="bits")
     say_as_typed(error, ["quant", "max-length"])
@@ -456,11 +465,39 @@ def test_a_long_stage_says_where_it_is(capsys: pytest.CaptureFixture[str], monke
     assert re.match(said, capsys.readouterr().out)
 
 
+def test_a_terminal_sums_only_what_ran_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, sums in ((True, ["searching"]), (False, ["reading", "searching"])):
+        file = StringIO()
+        screen = Console(file=file, force_terminal=terminal, force_interactive=terminal)
+        monkeypatch.setattr("instantrt.tools.cli.console.console", screen)
+        with Stages() as stages:
+            for name in ("reading", "searching", "searching"):
+                stages.begin(name)
+            stages.summary()
+        assert re.findall(r"\d\.\d\d s +\d+%  (\w+)", file.getvalue()) == sums
+
+
 def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:
     targets = ("--target", "x86", "--target", "sm89", "--target", "sm90")
     done = invoke("compile", TINY, *targets, "--quant", "a16w8", "--dry-run", "-o", tmp_path / "o")
     assert "Memory for x86, sm90: below 1.5 GB" in done.output
     assert "Memory for sm89: 2 to 3 times the engine's weights" in done.output
+
+
+def test_explain_says_nothing_more_of_a_linear_that_was_joined(tmp_path: Path) -> None:
+    shown = invoke("compile", TINY, "--target", "x86", "--quant", "a16w4", "--explain", "--dry-run", "-o", tmp_path)
+    assert "with k_proj and" in shown.output
+    assert "LowerPerChannel" not in shown.output
+
+
+def test_no_ratio_of_perplexities_is_shown_of_tokens_at_random(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"perplexity_ratio": 1.25, "kl_mean": 0.5, "top1_agreement": 0.9, "top5_agreement": 0.8}
+    for kind, begins in (("generated", "quantization: KL 0.5, "), ("text", "quantization: perplexity ratio 1.25")):
+        verdict = Verdict("x86", {}, Data(kind), (), None, figures, {"float": 123.45678}, LayerErrors((), {}), (), "")
+        show_verdict(verdict, Path("o"))
+        said = capsys.readouterr().out
+        assert begins in said
+        assert "float 123.46\n" in said
 
 
 @pytest.mark.slow

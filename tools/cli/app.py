@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from instantrt.passes.core.errors import MissingExtra, UserError
-from instantrt.tools.cli.ending import debug, say_as_typed
+from instantrt.tools.cli.ending import debug, say_as_typed, typed
 from instantrt.tools.cli.options import PlainCommand, PlainGroup
 
 CLI, BENCH = "instantrt.tools.cli.", "instantrt.tools.bench."
@@ -109,12 +109,13 @@ class Loaded(PlainCommand):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
+        source = ctx.get_parameter_source
+        given = [p for p in self.params if (found := source(p.name)) is not None and found.name == "COMMANDLINE"]
+        typed.set([flag.removeprefix("--") for p in given for flag in p.opts if flag.startswith("--")])
         try:
             return super().invoke(ctx)
         except UserError as error:
-            source = ctx.get_parameter_source
-            given = [p for p in self.params if (found := source(p.name)) is not None and found.name == "COMMANDLINE"]
-            say_as_typed(error, [flag.removeprefix("--") for p in given for flag in p.opts if flag.startswith("--")])
+            say_as_typed(error, typed.get())
             raise
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from instantrt.tools.cli.console import console
 from instantrt.tools.cli.embed import SHOWN, Given, Lines, Threads, texts_of
-from instantrt.tools.cli.options import Folder, Which
+from instantrt.tools.cli.options import Folder, Which, say_which
 
 
 def main(
@@ -25,6 +25,7 @@ def main(
 
     texts = texts_of(text, file)
     with Classifier(folder, target, threads=threads) as model:
+        say_which(folder, target, model.artifact)
         found = model.classify(texts)
     table = Table("text", "labels")
     for each, labels in zip(texts, found, strict=True):

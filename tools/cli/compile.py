@@ -58,8 +58,6 @@ def main(
 
         config = quant_fields(options.pop("quant_config"), weight_only=options.pop("weight_only"))
         request = Request(model, tuple(targets or ()), out, **options, **config)
-        if request.text is not None and not verify and not request.has_budget:
-            raise UserError("--text does nothing by itself", expected="with --verify, --max-kl or --max-ppl-increase")
         watch = ConsoleWatch(request, triton, stages, explain=explain)
         if dry_run:
             check_places(request, verify=verify, triton=triton)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import ExitStack
 from threading import Lock
 
@@ -25,11 +26,12 @@ class Stages:
     A terminal shows the running one with a spinner, or with a bar and a rate, and leaves a line with its time. A pipe
     or a file has a line when a stage begins, one now and then while it works, and its time when it ends.
 
-    seconds   of each stage that has ended; those of one name together
+    seconds   of each stage that has ended; those of one name together, of which there were so many `runs`
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.runs = Counter[str]()
         self.started = self.ended = time.monotonic()
         self.name: str | None = None  # of the running one
         self.live = ExitStack()  # its spinner or bar
@@ -87,17 +89,22 @@ class Stages:
         self.ended = time.monotonic()
         took = self.ended - self.began
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + took
+        self.runs[self.name] += 1
         self.live.close()
         told = ", ".join(filter(None, (f"{took:.1f} s", self.rate())))
         say(f"{self.name}  {told}" if console.is_interactive else f"  {told}")
         self.name = None
 
     def summary(self) -> str:
-        """Prints each stage with its time and share of all; returns how long all took, in words."""
+        """Prints stages with their time and share of all; returns how long all took, in words.
+
+        A terminal, which has a line of each with its time, shows only those that ran several times.
+        """
         self.end()
         whole = self.ended - self.started
         for name, took in self.seconds.items():
-            say(f"{took:8.2f} s {took / whole:4.0%}  {name}")
+            if self.runs[name] > 1 or not console.is_interactive:
+                say(f"{took:8.2f} s {took / whole:4.0%}  {name}")
         return f"{whole:.1f} s"
 
 

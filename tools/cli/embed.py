@@ -12,7 +12,7 @@ from rich.table import Table
 
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.console import console
-from instantrt.tools.cli.options import Folder, Which
+from instantrt.tools.cli.options import Folder, Which, say_which
 
 Given = Annotated[list[str] | None, typer.Option(help="a text; may be repeated")]
 Lines = Annotated[Path | None, typer.Option(help="a file in UTF-8 with a text in each line")]
@@ -43,6 +43,7 @@ def main(
         found = "a folder" if out.is_dir() else f"no folder {out.parent}"
         raise UserError("not a file that can be written", where=str(out), found=found, fix="--out FILE.npy")
     with Embedder(folder, target, threads=threads) as model:
+        say_which(folder, target, model.artifact)
         vectors = np.zeros((len(texts), model.width), np.float32)
         for part in with_progress(range(0, len(texts), PART), len(texts)):
             vectors[part : part + PART] = model.encode(texts[part : part + PART], prompt_name=prompt)

@@ -6,10 +6,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from types import FrameType
 
 from instantrt.passes.core.errors import UserError, in_a_line
@@ -23,6 +22,7 @@ IMPORT = "<frozen importlib._bootstrap>"
 LATER = 0.02  # seconds, until it is looked again whether the import is over
 
 interrupted: list[int] = []  # the signals that came
+typed: ContextVar[Sequence[str]] = ContextVar("typed", default=())  # the options of this command, without dashes
 debug: ContextVar[bool] = ContextVar("debug", default=False)  # show the traceback of whatever ends the command
 
 
@@ -82,7 +82,12 @@ def said(error: Exception) -> Exception:
 
 
 def say_as_typed(error: UserError, options: Iterable[str]) -> None:
-    """`--max-length` in an error for who typed that, where Python says `max_length`.
+    """Rewords all that an error says."""
+    error.reword(lambda text: as_typed(text, options))
+
+
+def as_typed(text: str, options: Iterable[str]) -> str:
+    """`--max-length` in an error or a note for who typed that, where Python says `max_length`.
 
     Those that were not typed stay: a checkpoint's config has a group_size, too. A name that is a word of English, or
     of a module, is the option where a field begins with it, or with another and it.
@@ -91,4 +96,5 @@ def say_as_typed(error: UserError, options: Iterable[str]) -> None:
         name = option.replace("-", "_")
         plain = "_" in name and name != MODULE
         pattern = rf"(?<![\w./'-])()({name})(?![\w./'-])" if plain else rf"^((?:\S+ and )?)({name})(?=[ :])"
-        error.reword(partial(re.sub, pattern, rf"\1--{option}"))
+        text = re.sub(pattern, rf"\1--{option}", text)
+    return text

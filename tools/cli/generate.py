@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from instantrt.passes.core.errors import UserError, require, tried
-from instantrt.tools.cli.options import Folder, Which
+from instantrt.tools.cli.options import Folder, Which, say_which
 
 if TYPE_CHECKING:
     from instantrt.compiler.llm import Prompt
@@ -66,6 +66,7 @@ def main(
         check_float(compare)
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     with LLM(folder, target, threads=threads, spinning=spinning) as llm:
+        say_which(folder, target, llm.artifact)
         if compare is not None:
             greedy = llm.generate(given, max_tokens=max_tokens)
             print(f"float     {json.dumps(float_text(compare, llm.encode(given), max_tokens), ensure_ascii=False)}")

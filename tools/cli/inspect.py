@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
@@ -18,13 +19,19 @@ from instantrt.tools.cli.options import takes
 
 if TYPE_CHECKING:
     from instantrt.compiler.frontend.account import Account
-    from instantrt.compiler.inspect import Inspection
+    from instantrt.compiler.inspect import Inspection, LayerReport
+
+SHOWN = (
+    "run: artifacts ran, and were checked. built: an engine was built, not run. compiled: written, not run. A build "
+    "kit is what compile writes where no engine can be built; `instantrt build` finishes it where the GPU is."
+)
 
 
 @takes({Checkpoint: ""})
 def main(
     model: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a GGUF file")],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="a row for each layer, alike or not")] = False,
     **options: Any,
 ) -> None:
     """Prints what is found; a checkpoint with problems ends with exit status 1."""
@@ -37,25 +44,18 @@ def main(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        show(found)
+        show(found, every_layer=every_layer)
     if found.problems:
         raise typer.Exit(1)
 
 
-def show(found: Inspection) -> None:
+def show(found: Inspection, *, every_layer: bool) -> None:
     """Prints an inspection: the summary, the layers, the targets, and the problems last."""
-    console.print(f"{found.model}: {found.format}; runs as {found.runs_as}")
+    console.print(f"{found.model}: {found.format}; runs as {found.runs_as}", soft_wrap=True)
     console.print(
         f"{found.tensors} tensors, {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB in files"
     )
-    width = max((len(layer.path) for layer in found.layers), default=0)
-    for layer in found.layers:
-        zeros = "" if layer.zeros is None else f", zeros {layer.zeros[0]} .. {layer.zeros[1]}"
-        scales = "" if layer.scales is None else f", scales {layer.scales[0]:.2e} .. {layer.scales[1]:.2e}"
-        order = ", inputs sorted" if layer.sorted_inputs else ""
-        shape = f"[{layer.shape[0]}, {layer.shape[1]}]"
-        line = f"  {layer.path:<{width}} {shape:<14} {layer.stored}{zeros}{scales}{order}"
-        console.print(line, highlight=False, soft_wrap=True)
+    show_layers(found.layers, every_layer=every_layer)
     if found.targets:
         show_targets(found)
     show_account(found.account)
@@ -67,14 +67,43 @@ def show(found: Inspection) -> None:
     console.print(f"{len(found.problems)} problems")
 
 
-def show_targets(found: Inspection) -> None:
-    """Prints what each target would do, and what an artifact takes."""
-    from instantrt.compiler.inspect import CACHE
+def show_layers(layers: Sequence[LayerReport], *, every_layer: bool) -> None:
+    """A row for all layers that differ in their number, and in the range of their parameters, alone."""
+    from instantrt.compiler.quant.config import pattern_of
+    from instantrt.tools.cli.show import numbers
 
-    targets = Table("target", "would", title="targets")
-    for name, would in found.targets.items():
-        targets.add_row(name, would)
-    console.print(targets)
+    alike: dict[tuple[Any, ...], list[LayerReport]] = {}
+    for layer in layers:
+        name = layer.path if every_layer else pattern_of(layer.path)
+        alike.setdefault((name, layer.shape, layer.stored, layer.sorted_inputs), []).append(layer)
+    table = Table(*(Column(name, no_wrap=True) for name in ("layers", "shape")), "stored as")
+    for (name, shape, stored, ordered), same in alike.items():
+        zeros, scales = ([v for each in same if (v := getattr(each, part))] for part in ("zeros", "scales"))
+        words = [stored]
+        words += [f"zeros {min(low for low, _ in zeros)} .. {max(high for _, high in zeros)}"] if zeros else []
+        words += [f"scales {min(low for low, _ in scales):.2e} .. {max(h for _, h in scales):.2e}"] if scales else []
+        words += ["inputs sorted"] if ordered else []
+        which = name.replace("*", numbers([each.path for each in same]))
+        table.add_row(which, f"[{shape[0]}, {shape[1]}]", ", ".join(words))
+    if table.row_count:
+        console.print(table, highlight=False)
+
+
+def show_targets(found: Inspection) -> None:
+    """Prints how far each target has been shown to work, and what an artifact takes."""
+    from instantrt.compiler.inspect import CACHE
+    from instantrt.compiler.support import METHODS, cell
+    from instantrt.compiler.target import TARGETS
+
+    own = [m for m in METHODS if m.name == found.runs_as]
+    table = Table("method", "targets", "shown so far", title="what compile can make of it", caption=SHOWN)
+    for method in own or [m for m in METHODS if m.quant_method == "instant_quant"]:
+        shown: dict[str, list[str]] = {}
+        for target in TARGETS:
+            shown.setdefault(str(cell(method, target)), []).append(target.name)
+        for index, (what, names) in enumerate(shown.items()):
+            table.add_row("" if index else method.name, ", ".join(names), what)
+    console.print(table)
     for kind, count in found.bytes_on.items():
         cache = found.cache_bytes_per_token[kind] / 1e3
         bits = 8 * CACHE[Backend(kind)].itemsize

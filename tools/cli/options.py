@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from instantrt.compiler.options import Option, options_of, types_of
 
+if TYPE_CHECKING:
+    from instantrt.compiler.artifact.manifest import Artifact
+
 EACH = re.compile(r"<list\[(\w+)\]>")  # how typer shows what may be repeated
 FEW = 3  # values of a choice that fit into the column of types; more are said in the help text
 
 Folder = Annotated[Path, typer.Argument(help="output folder of compile")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="output folder")]
-Which = Annotated[str | None, typer.Option("--target", help="which artifact, where there are several")]
+Which = Annotated[str | None, typer.Option("--target", help="which artifact; else the only one that runs here")]
 Repository = Annotated[Path, typer.Argument(help="folder that compile --triton wrote")]
 Environment = Annotated[Path, typer.Option(help="virtual environment with the server's wheel")]
 Command = Callable[..., None]
+
+
+def say_which(folder: Path, target: str | None, artifact: Artifact) -> None:
+    """A line about an artifact that was taken of several though no `target` names it, beside what a command prints."""
+    from instantrt.compiler.artifact.manifest import read_manifest
+
+    if target is None and len(found := read_manifest(folder)) > 1:
+        names = ", ".join(each.target for each in found)
+        print(f"taking {artifact.target}, of {names} the only one that this machine can run", file=sys.stderr)
 
 
 class ShowsTypes:

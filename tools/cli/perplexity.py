@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from instantrt.tools.cli.generate import check_float
-from instantrt.tools.cli.options import Which
+from instantrt.tools.cli.options import Which, say_which
 
 
 def main(
@@ -27,10 +27,12 @@ def main(
         transformers_logits,
     )
     from instantrt.compiler.artifact.manifest import MANIFEST, find_artifact
+    from instantrt.compiler.here import runs_on_cpu
 
     if (folder / MANIFEST).is_file():
-        artifact = find_artifact(folder, target)
-        logits = artifact_logits(folder, target)
+        artifact = find_artifact(folder, target, runs_on_cpu)
+        say_which(folder, target, artifact)
+        logits = artifact_logits(folder, artifact.target)
         parts = text_windows((folder / artifact.path).parent, text, artifact.longest, window)
     else:
         check_float(folder)

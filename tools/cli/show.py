@@ -26,6 +26,7 @@ from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.qdq.sort_inputs import SortInputs
 from instantrt.tools.cli.console import Stages, console
+from instantrt.tools.cli.ending import as_typed, typed
 
 if TYPE_CHECKING:
     from instantrt.compiler.accuracy.verify import Verdict
@@ -112,7 +113,9 @@ def show_explanation(planned: Plan) -> None:
     console.print(table)
     show_orders(planned)
     linears = set(became).union(path for _, path in forms)
-    rejected = (e for e in planned.log.rejected() if e.node not in linears and not isinstance(e.by, FoldOrder))
+    # Of a linear, joined with others or not, the table above says all: that one form did not fit is no news.
+    rejected = (e for e in planned.log.rejected() if not linears.intersection(parts_of(e.node)))
+    rejected = (e for e in rejected if not isinstance(e.by, FoldOrder))
     others = Counter((type(e.by).__name__, ", ".join(sharing.get(e.target, ())), e.reason, e.costs) for e in rejected)
     if others:
         rest = Table("pass", "for", "nodes", "why it left them; what that costs", title="other passes")
@@ -193,7 +196,7 @@ def show_plan(request: Request, planned: Plan) -> None:
 def show_notes(planned: Plan) -> None:
     """What the user should know before anything is written: notes, and the layers that an accuracy budget raised."""
     for note in planned.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {as_typed(note, typed.get())}", soft_wrap=True)
     for twin in planned.each_twin:
         if twin.raised is not None:
             from instantrt.tools.cli.show_accuracy import show_raised

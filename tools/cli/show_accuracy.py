@@ -13,6 +13,7 @@ from instantrt.compiler.accuracy.verify import Verdict
 from instantrt.compiler.accuracy.weigh import kind_of
 from instantrt.tools.cli.console import console
 
+GENERATED = "generated"  # data: perplexity says nothing of tokens at random
 SHOWN = 12  # violations that a terminal shows; the report has all
 
 
@@ -33,13 +34,14 @@ def show_verdict(verdict: Verdict, folder: Path) -> None:
         each = ", ".join(f"{title} {value}" for title, value in cards(f).items())
         console.print(f"quantization, {f['rows']:.0f} answers: {each}", soft_wrap=True)
     elif f:
+        ratio = f"perplexity ratio {f['perplexity_ratio']:.5f}, " if verdict.data.kind != GENERATED else ""
         console.print(
-            f"quantization: perplexity ratio {f['perplexity_ratio']:.5f}, KL {f['kl_mean']:.3g}, "
-            f"top-1 {f['top1_agreement']:.2%}, top-5 {f['top5_agreement']:.2%}",
+            f"quantization: {ratio}KL {f['kl_mean']:.3g}, top-1 {f['top1_agreement']:.2%}, "
+            f"top-5 {f['top5_agreement']:.2%}",
             soft_wrap=True,
         )
     if verdict.perplexities:
-        each = ", ".join(f"{form} {value:.4f}" for form, value in verdict.perplexities.items())
+        each = ", ".join(f"{form} {value:.5g}" for form, value in verdict.perplexities.items())
         console.print(f"perplexity of each form: {each}", soft_wrap=True)
     for violation in verdict.violations[:SHOWN]:
         console.print(violation, style="red", soft_wrap=True)
@@ -59,10 +61,11 @@ def show_raised(raised: Raised, targets: str) -> None:
     if raised.layers:
         console.print(table)
     share = raised.bytes / max(1, raised.bytes_before)
+    before, after = raised.before["perplexity_ratio"], raised.after["perplexity_ratio"]
+    ratios = f"perplexity ratio {before:.5f} -> {after:.5f}, " if raised.data != GENERATED else ""
     console.print(
         f"{raised.raised} layers in a finer format: +{raised.bytes / 1e6:,.2f} MB ({share:+.1%}); "
         f"KL {raised.before['kl_mean']:.4g} -> {raised.after['kl_mean']:.4g}, "
-        f"perplexity ratio {raised.before['perplexity_ratio']:.5f} -> {raised.after['perplexity_ratio']:.5f}, "
-        f"{raised.trials} trials on {raised.after['tokens']:.0f} tokens ({raised.data})",
+        f"{ratios}{raised.trials} trials on {raised.after['tokens']:.0f} tokens ({raised.data})",
         soft_wrap=True,
     )

@@ -177,7 +177,8 @@ def opened(metadata: Mapping[str, Any], where: str) -> tuple[Architecture, Keys]
     name = general.text("architecture")
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError("there is no road for this architecture", where=where, expected=known, found=repr(name[:60]))
+        what = "InstantRT compiles no GGUF file of this architecture"
+        raise UserError(what, where=where, expected=known, found=repr(name[:60]))
     general.expect(general.text("type", "model") == "model", "type", "'model'")
     return ARCHITECTURES[name], Keys(metadata, name, where)
 
@@ -190,7 +191,7 @@ def sizes_of(architecture: Architecture, keys: Keys, tensors: Shapes) -> Sizes:
     """
     experts = keys.integer("expert_count", 0, least=0), keys.integer("expert_used_count", 0, least=0)
     if any(experts):
-        what = "a mixture of experts: there is no road for it yet"
+        what = "this is a mixture of experts: InstantRT compiles no such file"
         raise UserError(what, where=keys.where, found=f"{keys.prefix}.expert_count {experts[0]}")
     layers = keys.integer("block_count", most=MOST_LAYERS)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
@@ -236,9 +237,9 @@ def rows_of_embedding(keys: Keys, tensors: Shapes) -> int:
 def refuse_others(keys: Keys, sizes: Sizes) -> None:
     """Refuses what a key may say that transformers' models cannot do."""
     causal = keys.flag("attention.causal", True)
-    keys.expect(causal, "attention.causal", "true: a model that attends to both sides has no road")
+    keys.expect(causal, "attention.causal", "true: no model of a GGUF file that attends to both sides is compiled")
     pooled = keys.integer("pooling_type", 0, least=0)
-    keys.expect(not pooled, "pooling_type", "0: a model of embeddings has no road")
+    keys.expect(not pooled, "pooling_type", "0: no model of embeddings is compiled of a GGUF file")
     plain = sizes["D"] ** -0.5
     right = math.isclose(keys.number("attention.scale", plain), plain, rel_tol=SAME)
     keys.expect(right, "attention.scale", f"{plain}, 1 / sqrt({sizes['D']})")

@@ -46,13 +46,7 @@ def made_folder(
     requantize   its weights are floats
     """
     file = open_gguf(path)
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-
-    def vector(name: str) -> Array:
-        return whole(file.tensors[name])
-
-    config = config_of(file.metadata, shapes, vector, str(path))
-    places = places_of(file.metadata, shapes, str(path))
+    config, weights = checkpoint_of(file, str(path), requantize=requantize)
 
     def tokenizer() -> bytes:
         say("making the tokenizer of the file's vocabulary")
@@ -66,7 +60,20 @@ def made_folder(
         notes = [others, *notes]
     if (path.parent / "config.json").is_file():
         notes = [f"config.json beside {path.name} is not read: its metadata are", *notes]
-    return MadeFolder(made, dict(placed(file, places, floats=requantize)), tuple(notes))
+    return MadeFolder(made, weights, tuple(notes))
+
+
+def checkpoint_of(
+    file: GgufFile, where: str, *, requantize: bool = False
+) -> tuple[dict[str, Any], dict[str, FileTensor]]:
+    """What config.json and the weights of a file's folder are."""
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+
+    def vector(name: str) -> Array:
+        return whole(file.tensors[name])
+
+    config = config_of(file.metadata, shapes, vector, where)
+    return config, dict(placed(file, places_of(file.metadata, shapes, where), floats=requantize))
 
 
 def others_of(metadata: Mapping[str, Any]) -> list[str]:
