@@ -34,6 +34,7 @@ STRIP_BYTES = 1024  # columns are written this wide at least: narrower writes co
 STRIP_MEMORY = 30 << 20  # and as wide as this allows, which malloc keeps: below `KEPT`
 PIECE, TURNED = 128, 1 << 13  # columns of a strip that are turned together, and how many rows of them at a time
 THREADS = 2
+LARGE = 16  # the part of a file that a source has that is written before the others
 
 Progress = Callable[[str, int], None]  # (tensor, bytes just written)
 
@@ -131,7 +132,10 @@ def load_inline(graph: gs.Graph) -> None:
 
 
 def write_data(placed: list[Placed], total: int, path: Path, progress: Progress) -> str:
-    """Two threads write source by source, in the order of the file; this one follows them, and returns its sha256."""
+    """Two threads write the large sources, then the others in the order of the file; this one returns its sha256.
+
+    It is taken of what they have written, meanwhile.
+    """
     placed = list({p.offset: p for p in placed}.values())
     digest, ends = hashlib.sha256(), [*(p.offset for p in placed[1:]), total]
     by_source: dict[Source, list[Placed]] = defaultdict(list)
@@ -142,7 +146,9 @@ def write_data(placed: list[Placed], total: int, path: Path, progress: Progress)
             os.posix_fallocate(file.fileno(), 0, total)  # a full disk is known now, not after an hour
         try:
             fd = file.fileno()
-            jobs = {s: pool.submit(write_source, s, views, fd, progress) for s, views in by_source.items()}
+            # A table of tokens that comes last would keep one thread at work alone.
+            first = sorted(by_source.items(), key=lambda each: sum(p.view.nbytes for p in each[1]) < total / LARGE)
+            jobs = {s: pool.submit(write_source, s, views, fd, progress) for s, views in first}
             for p, end in zip(placed, ends, strict=False):
                 jobs[p.view.source].result()
                 take_in(digest, fd, p.offset, end)
