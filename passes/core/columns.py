@@ -62,13 +62,14 @@ def keeps_columns(node: gs.Node, n: int) -> bool:
     view = view_of(node.inputs[0])
     if node.op == "DequantizeLinear" and view is not None:
         rank = len(view.shape)
-        return node.attrs.get("axis", 1) in ((rank - 2,) if node.attrs.get("block_size", 0) else (rank - 1, -1))
+        axis: int = node.attrs.get("axis", 1)
+        return axis in ((rank - 2,) if node.attrs.get("block_size", 0) else (rank - 1, -1))
     if node.op not in SHAPING:
         return node.op != "DequantizeLinear"
     sizes = np.asarray(node.inputs[1].values).tolist() if isinstance(node.inputs[1], gs.Constant) else []
     if node.op == "Unsqueeze":
         return view is not None and all(0 <= axis < len(view.shape) for axis in sizes)
-    return bool(sizes) and min(sizes) > 0 and sizes[-1] == n
+    return bool(sizes and min(sizes) > 0 and sizes[-1] == n)
 
 
 def cast(node: gs.Node, given: Sequence[Array]) -> Array:
