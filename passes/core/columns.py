@@ -65,7 +65,7 @@ def keeps_columns(node: gs.Node, n: int) -> bool:
         axis: int = node.attrs.get("axis", 1)
         return axis in ((rank - 2,) if node.attrs.get("block_size", 0) else (rank - 1, -1))
     if node.op not in SHAPING:
-        return node.op != "DequantizeLinear"
+        return bool(node.op != "DequantizeLinear")
     sizes = np.asarray(node.inputs[1].values).tolist() if isinstance(node.inputs[1], gs.Constant) else []
     if node.op == "Unsqueeze":
         return view is not None and all(0 <= axis < len(view.shape) for axis in sizes)
