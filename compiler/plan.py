@@ -49,12 +49,14 @@ class Twin:
     """How each linear is quantized, and the canonical graph that says so, which every lowering is held against.
 
     `floating` is the same before quantization: the normalized float graph, norms folded where they are in the twin.
+    `fitted`: the inputs of layers decide codes, and another processor, or other threads, may round those otherwise.
     """
 
     decisions: Decisions
     floating: gs.Graph
     canonical: gs.Graph
     raised: Raised | None = None
+    fitted: bool = False
 
     @property
     def quantized(self) -> Mapping[str, QuantTensor]:
@@ -196,14 +198,14 @@ def make_twin(
         return layout(lower_one(pipeline.quantize(folded.copy(), chosen, PassLog(), tables=tables), PassLog()))[1]
 
     decisions, raised = choose_formats(graph, model, decisions, formats, request, say, size_of)
-    floating, decisions = pipeline.fold_norms(graph, decisions, log)
-    floating, decisions = smooth(floating, model, decisions, formats, say, log)
+    folded, plain = pipeline.fold_norms(graph, decisions, log)
+    floating, decisions = smooth(folded, model, plain, formats, say, log)
     decisions = fit_codes(floating, model, decisions, formats, request, say)
     with uncollected():
         canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
         if request.kv_cache_type in INTEGERS:
             canonical = with_cache(canonical, request.kv_cache_type, model, log, say)
-        twin = Twin(decisions, floating, canonical, raised)
+        twin = Twin(decisions, floating, canonical, raised, fitted=floating is not folded or decisions is not plain)
     if tables == request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)
     return twin

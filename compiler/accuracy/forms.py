@@ -29,7 +29,8 @@ EXPORT = replace(FLOAT32, name="float32 export", model=1e-3)
 class Subject(Graphs):
     """One model for one target; `file` is the artifact, `about` says for a reader what was asked for.
 
-    `logits` says which the file delivers, the last or all; the graphs have all.
+    `logits` says which the file delivers, the last or all; the graphs have all. `refitted`: the file has other codes
+    than those that its inputs decide here, which the twin has, so that it is held against the float model.
     """
 
     model: FloatModel
@@ -39,6 +40,7 @@ class Subject(Graphs):
     file: Path | None = None
     logits: str = "all"
     plugins: tuple[Path, ...] = ()
+    refitted: bool = False
 
     @property
     def outputs(self) -> list[str]:

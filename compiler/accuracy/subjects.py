@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
@@ -25,6 +26,7 @@ from instantrt.passes.core.lazy import FLOAT32, Missing
 from instantrt.passes.core.linear import linear
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.core.subgraphs import tensors
 
 
 def request_of(
@@ -104,8 +106,10 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
     file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
     if artifact is not None and artifact.kind == "engine":
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
+    refitted = False
     if target.backend is Backend.ONNXRUNTIME and file is not None:
         lowered = onnx_file.artifact_graph(file)
+        refitted = planned.twins[target.name].fitted and not same_constants(planned.lowered[target.name], lowered)
     else:
         lowered = all_positions(planned, request, target, PassLog())
     return Subject(
@@ -119,6 +123,18 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         file=file,
         logits=artifact.limits.get("logits", "all") if artifact is not None else "all",
         plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),
+        refitted=refitted,
+    )
+
+
+def same_constants(a: gs.Graph, b: gs.Graph) -> bool:
+    """Do constants that are called alike have the same values in both? They are loaded one after the other."""
+    theirs = tensors(b)
+    pairs = ((t, theirs.get(name)) for name, t in tensors(a).items() if isinstance(t, gs.Constant))
+    return all(
+        np.array_equal(np.asarray(t.values), np.asarray(other.values))
+        for t, other in pairs
+        if isinstance(other, gs.Constant) and t.shape == other.shape
     )
 
 
