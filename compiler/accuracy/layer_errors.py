@@ -49,7 +49,8 @@ class TwinLinear:
 class LayerError:
     """One layer. Errors are relative L2 unless said otherwise; None where there is nothing to measure against.
 
-    weight     of the weights                       steps    the largest error of a weight, in steps of its scale
+    weight     of the weights                       steps    the largest error of a weight, in steps of its scale; None
+                                                             where inputs decide the codes: they may be far from it
     gain       size kept: <quantized, w> / <w, w>   added    output error with the float model's own input
     piled_up   output error with the twin's input: what all layers so far have caused together
     lowering   worst output channel of the lowered layer against the twin's on the same input
@@ -167,7 +168,7 @@ def measure(layer: TwinLinear, graphs: Graphs, twin: Run, reference: Run | None)
         bytes_before=stored,
         bytes_after=quantized_bytes(layer.quant) if layer.quant is not None else stored,
         weight=weight,
-        steps=steps,
+        steps=steps if layer.quant is not None and isinstance(layer.quant.source, InstantQuant) else None,
         gain=gain,
         added=added,
         piled_up=piled_up,

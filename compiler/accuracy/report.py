@@ -32,7 +32,7 @@ COMPARED = {
 LAYERS = {
     "MB before, after": "of the layer's weights: as stored, and with codes, scales and zero points",
     "weights": "relative L2 error of the quantized weights",
-    "steps": "largest error of a weight, in steps of its scale; rounding explains 1, a search for clips more",
+    "steps": "largest error of a weight, in steps of its scale; rounding explains 1. None where inputs decide the codes",
     "added": "relative L2 error of the layer's output on the float model's own input",
     "piled up": "the same on the quantized model's input: what all layers so far have caused together",
     "lowering": "relative L2 error of the lowered layer's worst output channel against the twin on the same input",
@@ -41,8 +41,8 @@ LAYERS = {
 }
 # Figures of twin against float -> what a card calls them, and how it writes them.
 CARDS = {
-    "perplexity_reference": ("perplexity, float", "{:.4f}"),
-    "perplexity": ("perplexity, quantized", "{:.4f}"),
+    "perplexity_reference": ("perplexity, float", "{:.5g}"),
+    "perplexity": ("perplexity, quantized", "{:.5g}"),
     "perplexity_ratio": ("ratio", "{:.5f}"),
     "kl_mean": ("mean KL, nats", "{:.3g}"),
     "kl_p99": ("99 % of tokens below", "{:.3g}"),
