@@ -32,7 +32,7 @@ COMPARED = {
 LAYERS = {
     "MB before, after": "of the layer's weights: as stored, and with codes, scales and zero points",
     "weights": "relative L2 error of the quantized weights",
-    "steps": "largest error of a weight, in steps of its scale; rounding explains 1. None where inputs decide the codes",
+    "steps": "largest error of a weight, in steps of its scale; rounding explains 1. None where inputs decide codes",
     "added": "relative L2 error of the layer's output on the float model's own input",
     "piled up": "the same on the quantized model's input: what all layers so far have caused together",
     "lowering": "relative L2 error of the lowered layer's worst output channel against the twin on the same input",

@@ -26,7 +26,8 @@ def matmul(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
     given = [convert(values[node.inputs[0].name], FLOAT32) for values in runs]
     rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in given])
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
-        product = np.concatenate([rows @ convert(block, FLOAT32) for block in ahead(blocks())], axis=1)
+        # As it lies in memory: the other way round BLAS takes up to twice the time of few rows.
+        product = np.concatenate([convert(block, FLOAT32).T @ rows.T for block in ahead(blocks())]).T
     return split_rows(product, [x.shape[:-1] for x in given])
 
 
