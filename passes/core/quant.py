@@ -21,6 +21,10 @@ from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, convert
 Activations = Literal["float", "int8"]
 UINT8 = np.dtype(np.uint8)
 
+# The last bit of a float of this size is 1: adding it rounds what is below 2^22 to an integer, half to even, which the
+# low bits then are.
+ROUND = np.float32(3 << 22)
+
 
 class Codes(NamedTuple):
     """One block of a quantized weight.
@@ -154,13 +158,16 @@ def quantize_asymmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Code
     scale = stored((high - low) / top, scale_dtype)
     below = np.rint(-low / scale)
     zero = np.minimum(below, top)
-    codes = rounded(w, scale)
-    codes += zero.astype(np.uint8)[..., None]
-    # Few groups have codes to clamp: both ends lie at a tie, or the scale was rounded down.
-    clamped = (below > top) | (np.rint(high / scale) + zero > top)
-    if clamped.any():
-        steps = np.rint(convert(w[clamped], FLOAT32) / scale[clamped][:, None])
-        codes[clamped] = np.clip(steps + zero[clamped][:, None], 0, top)
+    steps = in_steps(w, scale)
+    steps += ROUND
+    # Codes have to be clamped where both ends of a group lie at a tie, or where the scale was rounded down.
+    if ((below > top) | (np.rint(high / scale) + zero > top)).any():
+        steps += zero[..., None]
+        np.clip(steps, ROUND, ROUND + top, out=steps)
+        codes = low_bytes(steps)
+    else:
+        codes = low_bytes(steps)
+        codes += zero.astype(np.uint8)[..., None]
     return Codes(codes.reshape(len(w), -1), scale, zero.astype(np.uint8))
 
 
@@ -178,7 +185,8 @@ def quantize_unrounded(w: Array, bits: int, scale_dtype: np.dtype[Any], zero_dty
     steps = np.subtract(wide, minimum[..., None], out=None if wide is w else wide)
     steps /= scale[..., None]
     np.clip(steps, 0, top, out=steps)
-    return Codes(nearest(steps).reshape(len(w), -1), scale, minimum)
+    steps += ROUND
+    return Codes(low_bytes(steps).reshape(len(w), -1), scale, minimum)
 
 
 def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes:
@@ -189,7 +197,9 @@ def quantize_symmetric(w: Array, bits: int, scale_dtype: np.dtype[Any]) -> Codes
     top = 2 ** (bits - 1) - 1
     low, high = extremes(w)
     scale = stored(np.maximum(high, -low) / np.float32(top), scale_dtype)
-    codes = rounded(w, scale)
+    steps = in_steps(w, scale)
+    steps += ROUND
+    codes = low_bytes(steps)
     codes += np.uint8(top + 1)
     return Codes(codes.reshape(len(w), -1), scale, np.full(scale.shape, top + 1, np.uint8))
 
@@ -206,15 +216,14 @@ def extremes(w: Array) -> tuple[Array, Array]:
     return convert(low.view(w.dtype), FLOAT32), convert(high.view(w.dtype), FLOAT32)
 
 
-def rounded(w: Array, scale: Array) -> Array:
-    """round(w / scale) of each group, half to even, modulo 256: uint8 `[n, G, g]`. |w / scale| is below 2^22."""
+def in_steps(w: Array, scale: Array) -> Array:
+    """w / scale of each group, in float32 that nobody else has: `[n, G, g]`."""
     wide = convert(w, FLOAT32)
-    return nearest(np.divide(wide, scale[..., None], out=None if wide is w else wide))
+    return np.asarray(np.divide(wide, scale[..., None], out=None if wide is w else wide))
 
 
-def nearest(steps: Array) -> Array:
-    """round(steps), half to even, modulo 256, as uint8; `steps` is overwritten."""
-    steps += np.float32(3 << 22)  # where a float's last bit is 1: this rounds, and the low byte is the result's
+def low_bytes(steps: Array) -> Array:
+    """What integers to which ROUND was added are modulo 256, as uint8."""
     return steps.view(np.uint32).astype(np.uint8)
 
 

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from instantrt.passes.core.lazy import FLOAT32, Array, Tile, convert
-from instantrt.passes.core.quant import Codes, Quantizer, checked_tiles, reduce_groups, stored
+from instantrt.passes.core.quant import (
+    ROUND,
+    Codes,
+    Quantizer,
+    checked_tiles,
+    in_steps,
+    low_bytes,
+    reduce_groups,
+    stored,
+)
 
 RATIOS = (1.0, 0.9, 0.8)  # three more lower the loss by 1 % of itself, and halve the rate
 TINY = np.finfo(np.float32).tiny
@@ -90,8 +99,8 @@ def search(w: Array, importance: Array, bits: int, symmetric: bool, scale_dtype:
 
 def codes_by(w: Array, scale: Array, zero: Array, bits: int, symmetric: bool) -> Codes:
     """The codes of w `[n, G, g]` float32 by scales, float32, and zero points, uint8, both `[n, G]`."""
-    v = w / scale[..., None]
-    np.rint(v, out=v)
-    v += zero[..., None]
-    np.clip(v, np.float32(symmetric), np.float32(2**bits - 1), out=v)
-    return Codes(v.astype(np.uint8).reshape(len(w), -1), scale, zero)
+    v = in_steps(w, scale)
+    v += ROUND
+    v += zero.astype(FLOAT32)[..., None]
+    np.clip(v, ROUND + np.float32(symmetric), ROUND + np.float32(2**bits - 1), out=v)
+    return Codes(low_bytes(v).reshape(len(w), -1), scale, zero)
