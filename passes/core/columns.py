@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, View, convert, view_of
 from instantrt.passes.core.node_session import HALVES
-from instantrt.passes.core.rewrite import producer
 
 ColumnBlocks = Callable[[], Iterator[Array]]
 Columns = Callable[[Tile], Array]  # those of a tensor that a tile of its source makes, [..., n]
@@ -18,18 +17,33 @@ Columns = Callable[[Tile], Array]  # those of a tensor that a tile of its source
 
 def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
     """Blocks [K, n] of a matrix that is a constant, or made of constants of one source; None for any other."""
-    turned = producer(weight, "Transpose")
-    view = view_of(weight if turned is None else turned.inputs[0])
-    if turned is not None:
-        rows = view is not None and view.axis == 0 and len(view.shape) == 2
-        return (lambda: (view.block(tile).T for tile in view.source.tiles())) if view is not None and rows else None
+    made = weight.inputs[0] if weight.inputs else None
+    if made is not None and made.op == "Cast":
+        wide = column_blocks(made.inputs[0])
+        return (lambda: (cast(made, [block]) for block in wide())) if wide is not None else None
+    if made is not None and made.op == "Transpose":
+        rows = view_of(made.inputs[0])
+        if rows is None or rows.axis != 0 or len(rows.shape) != 2 or made.attrs.get("perm", [1, 0]) != [1, 0]:
+            return None
+        return lambda: (rows.block(tile).T for tile in rows.source.tiles())
+    view = view_of(weight)
     if view is not None and view.kept is not None:
         return lambda: iter((view.load(),))
-    codes = first_constant(weight)
+    codes = first_constant(weight) if is_matrix(weight) else None
     columns = columns_of(weight, codes) if codes is not None else None
     if codes is None or columns is None:
         return None
     return lambda: (columns(tile) for tile in keeping(codes.source))
+
+
+def is_matrix(tensor: gs.Tensor) -> bool:
+    view = view_of(tensor)
+    if view is not None or not tensor.inputs:
+        return view is not None and len(view.shape) == 2
+    node = tensor.inputs[0]
+    if node.op == "Reshape":
+        return isinstance(node.inputs[1], gs.Constant) and np.size(node.inputs[1].values) == 2
+    return node.op in COLUMNWISE and node.op != "Unsqueeze" and is_matrix(node.inputs[0])
 
 
 def first_constant(tensor: gs.Tensor) -> View | None:

@@ -13,13 +13,14 @@ import pytest
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
-from instantrt.passes.core.lazy import InMemory, Tile, view_of
+from instantrt.passes.core.lazy import InMemory, Tile, View, view_of
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.core.verify import Stage, verify
 from instantrt.passes.qdq.insert_qdq import InsertDequantize
 from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
+from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
 from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly
 from tests.graphs import FLOAT32, evaluate, linear_graph
@@ -87,6 +88,20 @@ def test_a_product_and_what_corrects_it_are_evaluated_of_one_reading(
     again = Evaluation(graph, {"x": tokens()}).take(graph.outputs[0].name)  # nothing of the first run is left
     assert len(read) == 2
     np.testing.assert_array_equal(y, again)
+
+
+@pytest.mark.parametrize(("bits", "group", "int8"), [(8, 64, False), (4, 32, False), (4, 64, False), (8, -1, True)])
+def test_each_form_of_a_weight_streams(bits: int, group: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with their scales apart, and codes with one scale for all."""
+    w = {"q": weights()["q"]}
+    graph = lower(canonical(w, table(w, bits, group, symmetric=True, int8=int8)), BFLOAT16)
+    feeds = {"x": tokens()}
+    plain = Evaluation(graph, feeds).take(graph.outputs[0].name)
+    run(graph, [ExplicitScales()], PassLog())
+    load = View.load
+    monkeypatch.setattr(View, "load", lambda self: load(self) if len(self.shape) == 1 else pytest.fail("a matrix"))
+    apart = Evaluation(graph, feeds).take(graph.outputs[0].name).astype(np.float32)
+    assert np.linalg.norm(apart - plain.astype(np.float32)) < 0.01 * np.linalg.norm(plain.astype(np.float32))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
