@@ -29,21 +29,11 @@ def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
     view = view_of(weight)
     if view is not None and view.kept is not None:
         return lambda: iter((view.load(),))
-    codes = first_constant(weight) if is_matrix(weight) else None
+    codes = first_constant(weight)
     columns = columns_of(weight, codes) if codes is not None else None
-    if codes is None or columns is None:
+    if codes is None or columns is None or len(shape_of(weight)) != 2:
         return None
     return lambda: (columns(tile) for tile in keeping(codes.source))
-
-
-def is_matrix(tensor: gs.Tensor) -> bool:
-    view = view_of(tensor)
-    if view is not None or not tensor.inputs:
-        return view is not None and len(view.shape) == 2
-    node = tensor.inputs[0]
-    if node.op == "Reshape":
-        return isinstance(node.inputs[1], gs.Constant) and np.size(node.inputs[1].values) == 2
-    return node.op in COLUMNWISE and node.op != "Unsqueeze" and is_matrix(node.inputs[0])
 
 
 def first_constant(tensor: gs.Tensor) -> View | None:
@@ -67,8 +57,10 @@ def columns_of(tensor: gs.Tensor, codes: View) -> Columns | None:
         return None
     given = node.inputs[:1] if node.op in SHAPING else node.inputs
     parts = [part for each in given if (part := columns_of(each, codes)) is not None]
+    if len(parts) < len(given) or (node.op in ("Add", "Mul") and not as_large(node)):
+        return None
     make = COLUMNWISE[node.op]
-    return (lambda tile: make(node, [part(tile) for part in parts])) if len(parts) == len(given) else None
+    return lambda tile: make(node, [part(tile) for part in parts])
 
 
 def keeps_columns(node: gs.Node, n: int) -> bool:
@@ -80,10 +72,33 @@ def keeps_columns(node: gs.Node, n: int) -> bool:
         return axis in ((rank - 2,) if node.attrs.get("block_size", 0) else (rank - 1, -1))
     if node.op not in SHAPING:
         return bool(node.op != "DequantizeLinear")
-    sizes = np.asarray(node.inputs[1].values).tolist() if isinstance(node.inputs[1], gs.Constant) else []
+    sizes = numbers(node) if isinstance(node.inputs[1], gs.Constant) else []
     if node.op == "Unsqueeze":
         return view is not None and all(0 <= axis < len(view.shape) for axis in sizes)
     return bool(sizes and min(sizes) > 0 and sizes[-1] == n)
+
+
+def as_large(node: gs.Node) -> bool:
+    """Has a sum or a product the sizes of its first input? Of a constant that repeats one value there is one left."""
+    first, other = map(shape_of, node.inputs)
+    return np.broadcast_shapes(first, other) == first
+
+
+def shape_of(tensor: gs.Tensor) -> tuple[int, ...]:
+    """The sizes of what `columns_of` makes columns of; graphs need not say them."""
+    if isinstance(tensor, gs.Constant):
+        return tuple(tensor.shape)
+    node = tensor.inputs[0]
+    first = shape_of(node.inputs[0])
+    sizes = numbers(node) if node.op in SHAPING else []
+    if node.op == "Unsqueeze":
+        return np.expand_dims(np.broadcast_to(0, first), tuple(sizes)).shape
+    return tuple(sizes) or first
+
+
+def numbers(node: gs.Node) -> list[int]:
+    """The sizes or axes that a node of SHAPING reads; ONNX Runtime takes a scalar for one axis."""
+    return [int(each) for each in np.asarray(node.inputs[1].values).flat]
 
 
 def cast(node: gs.Node, given: Sequence[Array]) -> Array:
@@ -114,19 +129,19 @@ def dequantized(node: gs.Node, given: Sequence[Array]) -> Array:
 
 
 def combined(node: gs.Node, given: Sequence[Array]) -> Array:
-    """A sum or a product in float32, rounded to the 16-bit type of what it is made of."""
-    a, b = (convert(each, FLOAT32) for each in given)
+    """A sum or a product, of 16 bits in float32 and rounded to the 16-bit type of what it is made of."""
+    a, b = (convert(each, FLOAT32) if each.dtype in HALVES else each for each in given)
     value = a + b if node.op == "Add" else a * b
     half = next((each.dtype for each in given if each.dtype in HALVES), None)
     return value if half is None else value.astype(half)
 
 
 def reshaped(node: gs.Node, given: Sequence[Array]) -> Array:
-    return given[0].reshape(*np.asarray(node.inputs[1].values).tolist()[:-1], -1)
+    return given[0].reshape(*numbers(node)[:-1], -1)
 
 
 def unsqueezed(node: gs.Node, given: Sequence[Array]) -> Array:
-    return np.expand_dims(given[0], tuple(np.asarray(node.inputs[1].values).tolist()))
+    return np.expand_dims(given[0], tuple(numbers(node)))
 
 
 SHAPING = ("Reshape", "Unsqueeze")

@@ -9,13 +9,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, InMemory, View, small
-from instantrt.passes.core.node_session import EXTERNAL_BYTES
+from instantrt.passes.core.node_session import EXTERNAL_BYTES, plain_session
 from instantrt.passes.core.streaming import ahead
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
@@ -101,6 +102,29 @@ def test_a_dequantized_tensor_has_the_type_of_its_scale() -> None:
     assert got.dtype == np.float16
     assert (got == want.astype(np.float16)).all()
     assert (got != want).any()
+
+
+@pytest.mark.parametrize(("nodes", "shape", "axis", "dtype"), [
+    ("y = MatMul(x, w)", (8,), 0, "float32"),
+    ("t = Transpose <perm = [0, 1]> (w) y = MatMul(x, t)", (8, 8), 0, "float32"),
+    ("m = Mul(w, twos) y = MatMul(x, m)", (8, 6), 1, "float32"),
+    ("u = Unsqueeze(w, first) y = MatMul(x, u)", (8, 6), 1, "float32"),
+    ("s = Add(w, hundred) f = Cast <to = 1> (s) y = MatMul(x, f)", (8, 6), 1, "int8"),
+])  # fmt: skip
+def test_what_looks_like_a_matrix_that_streams(nodes: str, shape: tuple[int, ...], axis: int, dtype: str) -> None:
+    """A vector, a transpose that turns nothing, constants that broadcast a matrix, one axis as a scalar, integers."""
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": 23]> g (float[5, 8] x) => (float y) <int64 first = {{0}}, '
+        f"float[2, 1, 1] twos = {{2, 2}}, int8 hundred = {{100}}> {{ {nodes} }}"
+    )
+    values = RANDOM.uniform(-100, 100, shape).astype(dtype)
+    graph = gs.import_onnx(model)
+    view = View(InMemory(np.moveaxis(values, axis, 0)), shape, dtype, axis=axis, project=lambda t: t.parts[0].T)
+    graph.tensors()["w"].to_constant(view if axis else View(InMemory(values), shape, dtype))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+    x = RANDOM.standard_normal((5, 8)).astype(np.float32)
+    (want,) = plain_session(model).run(None, {"x": x})
+    np.testing.assert_allclose(Evaluation(graph, {"x": x}).take("y"), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_first_infinity_is_named_and_a_constant_one_is_not() -> None:
