@@ -42,7 +42,6 @@ GOALS = {
     "cold, 80 layers : 30": "1.3 x",
     "warm, 80 layers : 30": "1.3 x",
     "sm89 a16w8, a build kit": "8 s",
-    "x86 a16w8 --group-size 128": "60 s, 1000 MB",
     "x86 a16w8": "60 s, 1000 MB",
 }
 
@@ -209,7 +208,7 @@ def large(folder: Path) -> Result:
     write_checkpoint(model, QWEN2_7B)
     rows: Result = {}
     # Not of one round: the disk has one artifact at a time.
-    for name in ("x86 a16w8", "x86 a16w8 --group-size 128", "x86 a16w8 --no-smoke"):
+    for name in ("x86 a16w8", "x86 a16w8 --no-smoke"):
         side = our_side(model, name.replace("a16w8", "--quant a16w8"), "cache")
         rows |= commands_in_turns({name: side}, 1, folder)[1]
     return {"rows": rows}
