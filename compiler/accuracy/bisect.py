@@ -201,14 +201,17 @@ def one_position(graph: gs.Graph) -> list[str]:
 def find_culprits(
     planned: Plan, request: Request, artifacts: Sequence[Artifact], data: Data, say: Say
 ) -> dict[str, Culprit]:
-    """Target -> where its lowering first goes wrong; targets that are right are left out."""
+    """Target -> where its lowering first goes wrong; targets that are right are left out.
+
+    The last step, what was written, is not looked at where its codes were fitted elsewhere.
+    """
     llm = planned.model.llm
     feeds = llm_feeds(data.batches[0][:1, :TOKENS], llm) if llm is not None else data.feeds[0]
     found = {}
-    for subject in subjects(planned, request, artifacts):
+    for subject in subjects(planned, request, artifacts, again=True):
         log = BisectingLog(canonical=subject.canonical, feeds=feeds, dtype=subject.dtype, say=say)
         lower = partial(all_positions, planned, request, find_target(subject.target))
-        culprit = bisect(lower, log, subject.lowered if subject.reads_back else None)
+        culprit = bisect(lower, log, subject.lowered if subject.reads_back and not subject.refitted else None)
         if culprit is not None:
             found[subject.target] = culprit
     return found

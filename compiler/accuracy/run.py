@@ -30,16 +30,17 @@ def check_artifacts(
     staging: Staging,
     *,
     forms: Sequence[str] = (),
+    again: bool = False,
     say: Say = lambda text: None,
 ) -> list[Verdict]:
     """Verifies every target and writes, aside, `folder`/<target>/report.html, .json, .png and Polygraphy's files.
 
-    The artifacts, too, may lie aside: in `request.out`.
+    The artifacts, too, may lie aside: in `request.out`. `again`: they were written from another plan.
     """
     if planned.model.encoder is None:
         refuse_cosine(budget.min_cosine, str(request.model))
     verdicts = []
-    for subject in subjects(planned, request, artifacts):
+    for subject in subjects(planned, request, artifacts, again=again):
         partial = staging.staged(folder) / subject.target
         partial.mkdir()
         verdict = verify(subject, data, partial, forms=forms, budget=budget, final=staging.final, say=say)

@@ -81,10 +81,16 @@ def request_of(
         raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
 
 
-def subjects(planned: Plan, request: Request, artifacts: Iterable[Artifact] = ()) -> list[Subject]:
-    """One subject a target. A CPU artifact is read back from its file, so that what was written is what is checked."""
+def subjects(
+    planned: Plan, request: Request, artifacts: Iterable[Artifact] = (), *, again: bool = False
+) -> list[Subject]:
+    """One subject a target. A CPU artifact is read back from its file, so that what was written is what is checked.
+
+    again   the plan is not the one that the artifacts were written from: its codes may have been fitted otherwise
+    """
     written = {a.target: a for a in artifacts}
-    return [subject(planned, request, target, written.get(target.name)) for target in request.resolved_targets()]
+    targets = request.resolved_targets()
+    return [subject(planned, request, target, written.get(target.name), again=again) for target in targets]
 
 
 def check_inputs(artifact: Artifact, lowered: gs.Graph, model: Path) -> None:
@@ -100,16 +106,19 @@ def check_inputs(artifact: Artifact, lowered: gs.Graph, model: Path) -> None:
         )
 
 
-def subject(planned: Plan, request: Request, target: Target, artifact: Artifact | None) -> Subject:
+def subject(planned: Plan, request: Request, target: Target, artifact: Artifact | None, *, again: bool) -> Subject:
     if artifact is not None:
         check_inputs(artifact, planned.lowered[target.name], request.model)
     file = request.out / artifact.path if artifact is not None and artifact.kind != "kit" else None
     if artifact is not None and artifact.kind == "engine":
         check_digests(request.out, artifact)  # an engine is code, and one of its forms runs it
     refitted = False
-    if target.backend is Backend.ONNXRUNTIME and file is not None:
+    if target.backend is Backend.ONNXRUNTIME and file is not None and artifact is not None:
         lowered = onnx_file.artifact_graph(file)
-        refitted = planned.twins[target.name].fitted and not same_constants(planned.lowered[target.name], lowered)
+        fitted = again and planned.twins[target.name].fitted
+        refitted = fitted and not same_constants(planned.lowered[target.name], lowered)
+        if refitted:
+            check_digests(request.out, artifact)  # they are others because they were fitted, not because they changed
     else:
         lowered = all_positions(planned, request, target, PassLog())
     return Subject(

@@ -191,7 +191,9 @@ class Total:
         reference, kind = AGAINST[self.form]
         bound = model_bound(subject, kind)
         limit = bound.model if bound is not None else None
-        close = (bound in TURNING or subject.refitted) and {self.form, "twin"} <= to_float.keys()
+        close = (
+            (bound in TURNING or subject.refitted) and reference == "twin" and {self.form, "twin"} <= to_float.keys()
+        )
         close = close and to_float[self.form].error <= AS_CLOSE * to_float["twin"].error
         limit, said = (None, AS_FLOAT) if close else (limit, bound.name if bound else "")
         return Comparison(kind, self.form, reference, self.error, self.maximum, limit, said, as_close=close)

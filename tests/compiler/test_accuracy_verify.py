@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from instantrt.compiler import pipeline
+from instantrt.compiler.accuracy.bisect import find_culprits
 from instantrt.compiler.accuracy.budget import Raised, Room, search
 from instantrt.compiler.accuracy.data import load_data
 from instantrt.compiler.accuracy.forms import Budget, Subject
@@ -29,7 +30,7 @@ from instantrt.compiler.accuracy.ladder import override
 from instantrt.compiler.accuracy.layer_errors import layers_of, quantized_bytes
 from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
 from instantrt.compiler.accuracy.subjects import subjects
-from instantrt.compiler.accuracy.verify import Verdict, not_looked_at, verify
+from instantrt.compiler.accuracy.verify import AS_CLOSE, AS_FLOAT, REFITTED, Verdict, not_looked_at, verify
 from instantrt.compiler.accuracy.weigh import share, stream_of
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.defaults import EVERY_GROUP
@@ -360,7 +361,39 @@ def test_budgets_that_cannot_be_kept_are_refused(compiled: Compiled) -> None:
     assert (finer.bits, finer.group_size) == (8, 64)
 
 
-def test_the_report_says_that_an_engine_was_not_looked_at(compiled: Compiled) -> None:
+def test_codes_that_were_fitted_elsewhere_are_held_against_the_float_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads round the inputs of layers otherwise; other tokens stand for them here. Damage is still damage."""
+    request = Request(TINY, ("x86",), tmp_path, quant="a16w4", group_size=32)
+    planned = plan(request)
+    artifacts = write_planned(request, planned)
+    assert not subjects(planned, request, artifacts, again=True)[0].refitted
+    monkeypatch.setattr("instantrt.compiler.fit.TOKENS", 96)
+    other = plan(request)
+    assert not subjects(other, request, artifacts)[0].refitted  # as `compile --verify` looks at what it wrote
+    (again,) = subjects(other, request, artifacts, again=True)
+    data = load_data(planned.model, TEXT, limit=300)
+    with pytest.raises(UserError, match="against the float model"):
+        verify(again, data, tmp_path, forms=("twin", "artifact"))
+    for folder, close in ((tmp_path / "right", AS_CLOSE), (tmp_path / "wrong", 0.5)):
+        folder.mkdir()
+        monkeypatch.setattr("instantrt.compiler.accuracy.verify.AS_CLOSE", close)
+        found = verify(again, data, folder)
+        assert found.note == REFITTED
+        assert [c.arithmetic == AS_FLOAT for c in found.comparisons] == [False, close == AS_CLOSE]
+        assert found.passed
+        assert all(row.lowering is None for row in found.layer_errors.rows)
+    assert not find_culprits(other, request, artifacts, data, print)
+    weights = tmp_path / "x86" / "model.onnx.data"
+    body = bytearray(weights.read_bytes())
+    body[len(body) // 2] ^= 0x55
+    weights.write_bytes(body)
+    with pytest.raises(UserError, match=r"digest|changed|sha256"):
+        subjects(other, request, artifacts, again=True)
+
+
+def test_the_report_says_that_an_engine_was_not_run(compiled: Compiled) -> None:
     engine = replace(compiled.subject, file=Path("sm89/model.engine"))
     assert engine.default_forms()[-1] == "lowered"
     assert not_looked_at(engine, engine.default_forms()).startswith("The engine itself was not run")

@@ -66,7 +66,16 @@ def main(
             budget, culprits = Budget(**bounds), {}
             with Staging() as staging:
                 verdicts = check_artifacts(
-                    planned, request, artifacts, data, budget, folder, staging, forms=chosen, say=stages.begin
+                    planned,
+                    request,
+                    artifacts,
+                    data,
+                    budget,
+                    folder,
+                    staging,
+                    forms=chosen,
+                    again=True,
+                    say=stages.begin,
                 )
     for name, culprit in culprits.items():
         console.print(f"{name}: {culprit}", soft_wrap=True)
