@@ -132,7 +132,7 @@ def run_once(
     from instantrt.compiler.smoke.run import smoke
 
     watch.say("running each artifact once")
-    for ran in smoke(planned, replace(request, out=staging.staged(request.out)), artifacts, take):
+    for ran in smoke(planned, replace(request, out=staging.staged(request.out)), artifacts, take, watch.say):
         watch.ran(ran)
 
 

@@ -50,6 +50,27 @@ class Culprit:
         )
 
 
+@dataclass(frozen=True)
+class Made:
+    """What makes a tensor: nodes and their tensors in words, and what they and their constants are, by identity."""
+
+    words: tuple[str, ...]
+    objects: tuple[object, ...]
+
+    @classmethod
+    def by(cls, nodes: Sequence[gs.Node]) -> Made:
+        held = (t._values if isinstance(t, gs.Constant) else t for node in nodes for t in node.inputs)
+        typed = ([(t.name, t.dtype) for t in (*node.inputs, *node.outputs)] for node in nodes)
+        words = (f"{n.domain} {n.op} {n.attrs} {of}" for n, of in zip(nodes, typed, strict=True))
+        return cls(tuple(words), (*nodes, *held))
+
+    def is_same(self, other: Made | None) -> bool:
+        """Has no pass touched it?"""
+        if other is None or self.words != other.words or len(self.objects) != len(other.objects):
+            return False
+        return all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+
+
 class Found(Exception):  # noqa: N818  (an answer, not an error)
     """Ends the lowering: what follows the first culprit proves nothing."""
 
@@ -69,6 +90,7 @@ class BisectingLog(PassLog):
     worst: bool = True  # the worst channel of a tensor decides; with few tokens, which prove little of one, all of them
     truth: dict[str, Array] = field(default_factory=dict)
     excused: list[str] = field(default_factory=list)  # tensors that rounding alone moves as far
+    looked: dict[str, Made] = field(default_factory=dict)  # as it was when it was last looked at
     wiring: Wiring = field(init=False)  # of the twin
 
     def __post_init__(self) -> None:
@@ -89,7 +111,8 @@ class BisectingLog(PassLog):
             raise Found(culprit)
 
     def wrong(self, rewrite: str, graph: gs.Graph) -> Iterator[Culprit]:
-        """Shared tensors that are not what the twin says, in the graph's order."""
+        """Shared tensors that are not what the twin says, in the graph's order; those alone that a pass has touched:
+        a look at all of a large model takes as long as a run of it."""
         fed = {
             t.name: numpy_type(t.dtype)
             for t in graph.tensors().values()
@@ -100,20 +123,24 @@ class BisectingLog(PassLog):
         for node in graph.nodes:
             for tensor in node.outputs:
                 if tensor.name in self.truth:
-                    error, bound = self.error(wiring, tensor.name, given)
+                    before = {key: value for key, value in given.items() if key != tensor.name}
+                    run = Evaluation(graph, before, wiring=wiring)
+                    made = Made.by(run.needed(tensor.name))
+                    if made.is_same(self.looked.get(tensor.name)):
+                        continue
+                    self.looked[tensor.name] = made
+                    error, bound = self.error(run, tensor.name)
                     if not error <= bound.layer and not self.amplified(tensor.name, error):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
-    def error(self, wiring: Wiring, name: str, given: Mapping[str, Array]) -> tuple[float, Bound]:
+    def error(self, run: Evaluation, name: str) -> tuple[float, Bound]:
         """How far `name` is from the twin, made from the twin's values of what comes before."""
-        before = {key: value for key, value in given.items() if key != name}
-        run = Evaluation(wiring.graph, before, wiring=wiring)
         nodes = run.needed(name)
         bound = bound_of(nodes, self.dtype)
         if any("Attention" in node.op for node in nodes):
             bound = replace(bound, layer=BETWEEN.get(bound, bound.layer))
         coarse = int8_block(nodes) is not None or quantizes(nodes)
-        expected = self.as_seen(wiring, name, nodes) if coarse else self.truth[name]
+        expected = self.as_seen(run.wiring, name, nodes) if coarse else self.truth[name]
         return distance(run.take(name), expected, worst=self.worst), bound
 
     def as_seen(self, wiring: Wiring, name: str, nodes: Sequence[gs.Node]) -> Array:

@@ -51,7 +51,8 @@ def why_wrong(subject: Staged, wrong: Sequence[Distance], expected: Answers, hea
 
 def culprit_of(subject: Staged, graph: gs.Graph, feeds: Mapping[str, Array]) -> tuple[Culprit | None, bool]:
     """The first pass and node that is wrong on `feeds`, and whether rounding excuses others; `graph` is the result."""
-    log = BisectingLog(canonical=subject.twin.graph, feeds=feeds, dtype=subject.dtype, worst=False)
+    subject.say(f"{subject.target.name} is beyond its bound; looking for what is wrong")
+    log = BisectingLog(canonical=subject.twin.graph, feeds=feeds, dtype=subject.dtype, say=subject.say, worst=False)
     if subject.request.embeddings == "int8" and not subject.on_cpu:  # what is rounded last is so in the reference
         found = next(log.wrong("writing the artifact", graph), None)
     else:

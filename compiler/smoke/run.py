@@ -10,6 +10,7 @@ from instantrt.compiler.accuracy.engine_runner import EngineRunner
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.plan import Plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.smoke.ask import Heard, ask
 from instantrt.compiler.smoke.compare import Distance
 from instantrt.compiler.smoke.judge import judge
@@ -20,7 +21,9 @@ from instantrt.compiler.smoke.ran import Ran
 from instantrt.compiler.smoke.subject import Reference, Staged, staged
 
 
-def smoke(planned: Plan, request: Request, artifacts: Sequence[Artifact], take: Callable[[], Child]) -> Iterator[Ran]:
+def smoke(
+    planned: Plan, request: Request, artifacts: Sequence[Artifact], take: Callable[[], Child], say: Say
+) -> Iterator[Ran]:
     """What became of each artifact in `request.out`, as it is known; SmokeError for one that is wrong.
 
     take   gives the processes that run them
@@ -28,7 +31,7 @@ def smoke(planned: Plan, request: Request, artifacts: Sequence[Artifact], take: 
     known: dict[Reference, Answers] = {}
     for target, artifact in zip(request.resolved_targets(), artifacts, strict=True):
         started = time.monotonic()
-        subject = staged(planned, request, target, artifact)
+        subject = staged(planned, request, target, artifact, say)
         heard = ask(subject, known, take)
         known |= heard.references
         yield replace(ran(subject, heard), seconds=time.monotonic() - started)

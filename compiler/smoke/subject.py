@@ -14,6 +14,7 @@ from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.plan import Plan, longest
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.smoke.steps import Call, steps_of
 from instantrt.compiler.target import Target
 from instantrt.passes.core.lazy import FLOAT32
@@ -46,6 +47,7 @@ class Staged:
     references   the twin; after it what the .onnx file was read as, where that is another graph
     dtype        what it computes in, and how far that may be from the twin: `bound`
     steps        what all are asked; without an interface of an LLM, inputs of which the first will do that all take
+    say          whom it tells what takes long
     """
 
     planned: Plan
@@ -57,6 +59,7 @@ class Staged:
     dtype: np.dtype[np.generic]
     bound: Bound
     steps: tuple[Call, ...]
+    say: Say
 
     @property
     def llm(self) -> LlmShape | None:
@@ -86,7 +89,7 @@ class Staged:
         return self.request.model if self.request.model.suffix == ".onnx" else None
 
 
-def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) -> Staged:
+def staged(planned: Plan, request: Request, target: Target, artifact: Artifact, say: Say) -> Staged:
     graph, on_cpu = planned.lowered[target.name], artifact.kind == "onnx"
     dtype = planned.types.get(target.name, FLOAT32)
     twin = twin_of(planned, request, target, on_cpu=on_cpu)
@@ -99,7 +102,7 @@ def staged(planned: Plan, request: Request, target: Target, artifact: Artifact) 
     bound = bound_of(graph.nodes, dtype)
     if not on_cpu and artifact.limits.get("cache") == "shared":
         graph = all_positions(planned, request, target, PassLog())
-    return Staged(planned, request, target, artifact, graph, tuple(references), dtype, bound, tuple(steps))
+    return Staged(planned, request, target, artifact, graph, tuple(references), dtype, bound, tuple(steps), say)
 
 
 def llm_of(planned: Plan, request: Request) -> LlmShape | None:
