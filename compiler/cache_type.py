@@ -1,7 +1,7 @@
-"""What the KV cache holds: which types a target has, and the scales of integers, from one run of the model.
+"""What the KV cache holds: which types a target has, and the scales or centers of integers, from one run of the model.
 
-No data is asked for: a channel's range is what it reaches for tokens drawn at random, with a margin for text, which
-reaches farther; what exceeds it saturates.
+No data is asked for: tokens are drawn at random. Of eight bits a channel's range is what it reaches for these, with a
+margin for text, which reaches farther; what exceeds it saturates. Of four bits a key's center is its mean.
 """
 
 from __future__ import annotations
@@ -75,13 +75,20 @@ def check_target(kind: str | None, growth: str, target: Target, dtype: np.dtype[
         )
 
 
-def with_cache(graph: gs.Graph, kind: str, model: FloatModel, log: PassLog, say: Say = lambda text: None) -> gs.Graph:
-    """The canonical graph `graph` with a cache of integers; UserError names the first that stays float."""
+def with_cache(
+    graph: gs.Graph, kind: str, model: FloatModel, length: int, log: PassLog, say: Say = lambda text: None
+) -> gs.Graph:
+    """The canonical graph `graph` with a cache of integers; UserError names the first that stays float.
+
+    length   the tokens that its artifacts take, 0 where nothing says it
+    """
     assert model.llm is not None
-    each: Pass = QuantizeCacheByToken()
+    say("measuring the cache's range")
+    each: Pass
     if kind == "int8":
-        say("measuring the cache's range")
         each = QuantizeCache({name: scale_of(most) for name, most in bounds(graph, model).items()})
+    else:
+        each = QuantizeCacheByToken(centers(graph, model, length))
     run(graph, [each], log)
     left = [t for t in graph.inputs if t.name in model.llm.input_names() and t.dtype == FLOAT32]
     if left:
@@ -104,16 +111,33 @@ def scale_of(most: Array) -> Array:
 
 def bounds(graph: gs.Graph, model: FloatModel) -> dict[str, Array]:
     """`i.key` and `i.value` -> float32 [H, D], the largest magnitude that each channel reaches at any position."""
+    presents = {t.name: t for t in graph.outputs if t.name.startswith(PRESENT)}
+    once = run_on_random_tokens(graph, model, presents)
+    pairs = {name: list(rotated(tensor, once)) for name, tensor in presents.items()}
+    return {name.removeprefix(PRESENT): bound(once.take(name), pairs[name]) for name in presents}
+
+
+def centers(graph: gs.Graph, model: FloatModel, length: int) -> dict[str, Array]:
+    """`i.key` -> float32 [H, D], the mean of each channel over positions that are spread over `length`.
+
+    Slow pairs of a rotary embedding keep a direction for thousands of tokens, quick ones have no mean. In 8 bits, which
+    are the same on machines whose sums differ in their last ones.
+    """
+    keys = [t.name for t in graph.outputs if t.name.startswith(PRESENT) and t.name.endswith(".key")]
+    once = run_on_random_tokens(graph, model, keys, spread_over=length)
+    means = {name: once.take(name).mean(axis=(0, 2)) for name in keys}
+    return {name.removeprefix(PRESENT): mean.astype(ml_dtypes.bfloat16).astype(FLOAT32) for name, mean in means.items()}
+
+
+def run_on_random_tokens(graph: gs.Graph, model: FloatModel, keep: Iterable[str], spread_over: int = 0) -> Evaluation:
+    """Rows of tokens, at positions one after the other, or as far apart as fit into `spread_over`."""
     assert model.llm is not None
     ids = np.random.default_rng(0).integers(0, model.llm.vocab, (ROWS, min(TOKENS, model.llm.max_length or TOKENS)))
     ones = np.ones_like(ids)
-    feeds = {IDS: ids, MASK: ones, POSITIONS: np.cumsum(ones, axis=1) - 1}
+    positions = (np.cumsum(ones, axis=1) - 1) * max(1, spread_over // ids.shape[1])
     pasts = (t for t in graph.inputs if t.name.startswith(PAST))
     empty = {t.name: np.zeros((ROWS, t.shape[1], 0, t.shape[3]), FLOAT32) for t in pasts}
-    presents = {t.name: t for t in graph.outputs if t.name.startswith(PRESENT)}
-    once = Evaluation(graph, feeds | empty, keep=presents)
-    pairs = {name: list(rotated(tensor, once)) for name, tensor in presents.items()}
-    return {name.removeprefix(PRESENT): bound(once.take(name), pairs[name]) for name in presents}
+    return Evaluation(graph, {IDS: ids, MASK: ones, POSITIONS: positions} | empty, keep=keep)
 
 
 def bound(values: Array, pairs: Iterable[tuple[Array, Array]]) -> Array:

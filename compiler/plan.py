@@ -204,7 +204,7 @@ def make_twin(
     with uncollected():
         canonical = pipeline.quantize(floating.copy(), decisions, log, tables=tables)
         if request.kv_cache_type in INTEGERS:
-            canonical = with_cache(canonical, request.kv_cache_type, model, log, say)
+            canonical = with_cache(canonical, request.kv_cache_type, model, longest(request, model), log, say)
         twin = Twin(decisions, floating, canonical, raised, fitted=floating is not folded or decisions is not plain)
     if tables == request.embeddings == "int8":
         pipeline.refuse_no_table(log, QuantizeTables)

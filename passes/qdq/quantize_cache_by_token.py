@@ -1,7 +1,9 @@
-"""The KV cache in four bits: rotated, as few channels hold most, and with scales of each token."""
+"""The KV cache in four bits: centered and rotated, as few channels hold most, and with scales of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,23 +15,37 @@ from instantrt.passes.core.quant import UINT8
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add
 from instantrt.passes.qdq.quantize_cache import attend, grow, unlike_cache
 
-GROUP = 32  # channels of a token that share four-bit codes' scale
+GROUPS = {"key": 16, "value": 64}  # channels of a token that share a scale (docs/facts.md, "Caches of integers")
 
 
-class QuantizeCacheByToken(Rewrite[gs.Node]):
+@dataclass(frozen=True)
+class ByToken:
+    """A cache that `concat` makes longer; `center` [H, D] comes off all that is written, None for nothing."""
+
+    concat: gs.Node
+    center: Array | None
+
+
+@dataclass(frozen=True)
+class QuantizeCacheByToken(Rewrite[ByToken]):
     """present = Concat(past, new) -> codes of four bits, scales and zero points of each token and head.
 
-    What is quantized is x = new @ R, R a Hadamard matrix, or several beside one another: it spreads what a few channels
-    hold over all (QuaRot, Ashkboos et al., 2024). R is orthogonal, so queries that are multiplied by it, too, give the
-    same scores, and outputs of attention are multiplied by its transpose.
+    What is quantized is x = (new - center) @ R. R is a Hadamard matrix, or several beside one another: it spreads what
+    a few channels hold over all (QuaRot, Ashkboos et al., 2024). It is orthogonal, so queries that are multiplied by
+    it, too, give the same scores, and outputs of attention are multiplied by its transpose. The center is of keys
+    alone: what all have in common moves all scores of a query alike, which softmax does not see, and takes no codes.
 
-    By InstantQuant's formula, over groups of GROUP channels: low = min(min(x), 0), high = max(max(x), 0),
+    By InstantQuant's formula, over groups of GROUPS' channels: low = min(min(x), 0), high = max(max(x), 0),
     scale = (high - low) / 15 as float16, 1 where that is 0, zero = clamp(round(-low / scale)),
     code = clamp(round(x / scale) + zero). Two neighbours share a byte, the first one's bits lowest: codes uint8
-    [B, H, T, D / 2]; `i.key_scale` float16 and `i.key_zero` uint8 [B, H, T, D / GROUP] are caches beside them.
+    [B, H, T, D / 2]; `i.key_scale` float16 and `i.key_zero` uint8 [B, H, T, D / group] are caches beside them.
+
+    centers   `i.key` -> float32 [H, D]
     """
 
-    def match(self, node: gs.Node) -> gs.Node | Reject | None:
+    centers: Mapping[str, Array] = field(repr=False)
+
+    def match(self, node: gs.Node) -> ByToken | Reject | None:
         if (reason := unlike_cache(node)) is None:
             return None
         size = node.inputs[0].shape[3]
@@ -39,12 +55,19 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
             reader.inputs[0].shape is None or len(reader.inputs[0].shape) != 4 for reader in node.outputs[0].outputs
         ):
             reason = "queries are not [B, H, S, D]"
-        return Reject(reason) if reason else node
+        if reason:
+            return Reject(reason)
+        keys = node.outputs[0]
+        center = self.centers.get(node.inputs[0].name.removeprefix(PAST))
+        return ByToken(node, center if all(sees_differences(reader, keys) for reader in keys.outputs) else None)
 
-    def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
-        past, new = match.inputs
+    def rewrite(self, graph: gs.Graph, match: ByToken) -> None:
+        concat, (past, new) = match.concat, match.concat.inputs
         size, nodes = past.shape[3], Prefixed(graph, f"cache/{past.name.removeprefix(PAST)}")
-        group = GROUP if size % GROUP == 0 else size
+        if match.center is not None:
+            new = nodes("Sub", [new, nodes.const("center", match.center[None, :, None], FLOAT32)], "centered_keys")
+        group = GROUPS[past.name.rpartition(".")[2]]
+        group = group if size % group == 0 else size
         axis, none = nodes.const("axis", [4], np.int64), nodes.const("none", 0, FLOAT32)
         top, one = nodes.const("top", 15, FLOAT32), nodes.const("one", 1, FLOAT32)
         turn = nodes.const("rotation", rotation(size), FLOAT32)
@@ -61,14 +84,14 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
         steps = nodes("Round", [nodes("Div", [x, scale], "steps")], "rounded")
         codes = nodes("Clip", [nodes("Add", [steps, zero], "shifted"), none, top], "codes")
         packed = pack(nodes, codes, size)
-        packed.dtype, packed.shape = UINT8, [*new.shape[:3], size // 2]
+        packed.dtype, packed.shape = UINT8, [*concat.inputs[1].shape[:3], size // 2]
         beside = {}
         for what, value, kind in (("scale", scale, np.float16), ("zero", zero, np.uint8)):
             flat = nodes("Squeeze", [value, axis], f"{what}/flat")
             small = nodes.cast(flat, kind, f"{what}/small")
-            kept = aside(graph, match, small, what, np.dtype(kind), size // group)
+            kept = aside(graph, concat, small, what, np.dtype(kind), size // group)
             beside[what] = nodes("Unsqueeze", [nodes.cast(kept, np.float32, f"{what}/float"), axis], f"{what}/each")
-        present = grow(match, packed)
+        present = grow(concat, packed)
         for reader in [node for node in present.outputs if node.op == "Attention"]:
             turned(graph, reader, is_key=reader.inputs[1] is present, by=turn)
         every = nodes.const("every_group", [0, 0, -1, size // group, group], np.int64)
@@ -78,6 +101,11 @@ class QuantizeCacheByToken(Rewrite[gs.Node]):
         attend(
             present, nodes("Reshape", [values, nodes.const("whole_heads", [0, 0, -1, size], np.int64)], "values"), size
         )
+
+
+def sees_differences(attention: gs.Node, keys: gs.Tensor) -> bool:
+    """Does it read `keys` as keys, and are their differences all that its output is made of?"""
+    return attention.inputs[1] is keys and not attention.attrs.get("softcap") and len(attention.outputs) == 1
 
 
 def rotation(size: int) -> Array:

@@ -7,6 +7,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
 import pytest
 
 from instantrt.compiler.cache_type import bound, check_target, scale_of, with_cache
@@ -23,6 +26,7 @@ from instantrt.passes.core.names import PAST
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.rotary import RotateInAttention
+from instantrt.passes.qdq.quantize_cache_by_token import QuantizeCacheByToken
 from tests.conftest import TINY
 from tests.graphs import evaluate, relative
 
@@ -67,7 +71,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def twin(kind: str, tiny_float: FloatModel) -> Any:
-    return with_cache(tiny_float.graph.copy(), kind, tiny_float, PassLog())
+    return with_cache(tiny_float.graph.copy(), kind, tiny_float, LENGTH, PassLog())
 
 
 def empty(graph: Any, rows: int) -> dict[str, Array]:
@@ -104,6 +108,42 @@ def test_group_query_attention_has_the_same_cache_and_answers(
     assert relative(got[0][1, 5:], want[0][1, 5:]) < 1e-3
     for output, found, expected in zip(twin.outputs[1:], got[1:], want[1:], strict=True):
         assert distance("", output.name, found[0], expected[0]).within(1e-4)
+
+
+ONE_HEAD = """
+    graph (float[1,1,s,32] q, float[1,1,s,32] k, float[1,1,s,32] v,
+        float[1,1,p,32] "past_key_values.0.key", float[1,1,p,32] "past_key_values.0.value", float[1,1,s,t] mask)
+        => (float[1,1,s,32] y, float[1,1,t,32] "present.0.key", float[1,1,t,32] "present.0.value") {
+        "present.0.key" = Concat <axis: int = 2> ("past_key_values.0.key", k)
+        "present.0.value" = Concat <axis: int = 2> ("past_key_values.0.value", v)
+        y = Attention <scale: float = 0.2, ATTRS> (q, "present.0.key", "present.0.value", mask)
+    }"""
+
+
+def test_what_all_keys_have_in_common_costs_no_codes_and_changes_nothing(tmp_path: Path) -> None:
+    """But where scores are capped one by one: there it is seen."""
+    q, k, v = (RANDOM.standard_normal((1, 1, 24, 32)).astype(np.float32) for _ in "qkv")
+    common = np.float32(30) * RANDOM.standard_normal((1, 32)).astype(np.float32)
+    mask = np.where(np.tri(24, dtype=bool), np.float32(0), np.float32(-1e9))[None, None]
+
+    def attended(name: str, attrs: str, passes: list[Any]) -> Array:
+        opset = [onnx.helper.make_opsetid("", 23)]
+        text = ONE_HEAD.replace("ATTRS", attrs)
+        graph = run(
+            gs.import_onnx(onnx.helper.make_model(onnx.parser.parse_graph(text), opset_imports=opset)),
+            passes,
+            PassLog(),
+        )
+        (tmp_path / name).mkdir()
+        given = {"q": q, "k": k + common, "v": v, "mask": mask}
+        return evaluate(graph, given | empty(graph, 1), tmp_path / name)[0]
+
+    plain, centered = (QuantizeCacheByToken(centers) for centers in ({}, {"0.key": common}))
+    want = attended("float", "is_causal: int = 0", [])
+    assert relative(attended("plain", "is_causal: int = 0", [plain]), want) > 0.3
+    assert relative(attended("centered", "is_causal: int = 0", [centered]), want) < 0.15
+    capped = attended("capped", "softcap: float = 5.0", [plain])
+    np.testing.assert_array_equal(attended("capped, centered", "softcap: float = 5.0", [centered]), capped)
 
 
 def test_the_twin_goes_on_with_the_codes_of_another_form(twin: Any, feeds: dict[str, Array]) -> None:
@@ -194,7 +234,7 @@ def test_what_is_taken_and_what_has_no_cache() -> None:
 def test_a_cache_that_something_else_reads_is_refused(tiny_float: FloatModel) -> None:
     graph = tiny_float.graph.copy()
     present = next(t for t in graph.outputs if t.name == "present.1.value")
-    present.outputs[0].op = "Other"
+    graph.nodes.append(gs.Node("Identity", "other", inputs=[present], outputs=[gs.Variable("other")]))
     with pytest.raises(UserError, match="this cache cannot be uint4") as caught:
-        with_cache(graph, "uint4", tiny_float, PassLog())
-    assert caught.value.where == "past_key_values.1.key"
+        with_cache(graph, "uint4", tiny_float, LENGTH, PassLog())
+    assert caught.value.where == "past_key_values.1.value"

@@ -101,7 +101,7 @@ def test_rows_with_caches_that_grow(concat: Plan, expected: Array) -> None:
 
 
 def test_rows_with_caches_of_int8(tiny_float: FloatModel, tmp_path: Path) -> None:
-    plan = Plan(with_cache(tiny_float.graph.copy(), "int8", tiny_float, PassLog()), tmp_path)
+    plan = Plan(with_cache(tiny_float.graph.copy(), "int8", tiny_float, 0, PassLog()), tmp_path)
     subject = plan.open()
     want = rows_that_come_and_go(ConcatEngine(plan.onnx, ROWS, LENGTH))
     np.testing.assert_array_equal(np.array(rows_that_come_and_go(subject.engine)), np.array(want))
