@@ -25,7 +25,7 @@ from instantrt.passes.core.quant import (
     stored,
 )
 
-RATIOS = (1.0, 0.9, 0.8)  # three more lower the loss by 1 % of itself, and halve the rate
+RATIOS = {4: (1.03, 0.95, 0.87), 8: (1.0, 0.9, 0.8)}  # by bits: docs/facts.md, "Ratios of a range"
 TINY = np.finfo(np.float32).tiny
 BLOCK = 1 << 19  # weights searched together: docs/facts.md, "NumPy in two threads"
 
@@ -80,7 +80,7 @@ def search(w: Array, importance: Array, bits: int, symmetric: bool, scale_dtype:
     best_gain = np.full(low.shape, -np.inf, np.float32)
     best_scale, best_zero = np.ones_like(low), np.full_like(low, central)
     v, weighted = np.empty_like(w), np.empty_like(w)
-    for ratio in np.array(RATIOS, np.float32):
+    for ratio in np.array(RATIOS[bits], np.float32):
         scale = stored((high - low) * ratio / (top - first), scale_dtype)
         zero = np.full_like(low, central) if symmetric else np.clip(np.rint(low * -ratio / scale), 0, top)
         np.multiply(w, (1 / scale)[..., None], out=v)
