@@ -366,7 +366,9 @@ RIGHT = {
     "tied embeddings, and the same head in the file": changed(the_same_head, "llama-tied"),
     "float weights saved from the base model": changed(of_the_base_model(lambda config, tensors: None), "llama-tied"),
     "GPTQ saved from the base model": changed(of_the_base_model(gptq), "llama-tied"),
-    "BERT as a decoder, its norms in gamma and beta": changed(norms_of_old, "bert", is_decoder=True, num_key_value_heads=4),
+    "BERT as a decoder, its norms in gamma and beta": changed(
+        norms_of_old, "bert", is_decoder=True, num_key_value_heads=4
+    ),
     "GPT-2 with the causal masks of older versions": changed(buffers_of_old, "gpt2", num_key_value_heads=4),
     "a buffer whose value is the file's": changed(another_beta, "apertus"),
     "an index that names the single file": beside({INDEX: ONE_SHARD}),
