@@ -22,6 +22,7 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 MOST_LAYERS = 1000  # a module is made for each; the deepest model there is has 126, merges of several some hundred
 ENCODER = "is an encoder, which attends to both sides"
 SAY = "say in architectures which head it has: BertModel, BertForMaskedLM, ..."
+OF_A_CACHE = ("num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")  # which all layers share
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 
@@ -214,12 +215,14 @@ def check_family(config: Any, head: Head, where: str) -> None:
     encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     wrapper = type(text) not in known or "vision_config" in config.sub_configs
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
+    sizes = sorted(set(getattr(text, "per_layer_attributes", None) or ()) & set(OF_A_CACHE))
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
         (encoder and head is CAUSAL_LM, ENCODER, SAY),
         (wrapper, "reads more than text", "save its language model alone"),
         (getattr(built, "_is_stateful", False), "keeps a state besides keys and values", ONNX),
         (others, f"has layers that are no attention: {', '.join(others)}", ONNX),
+        (sizes, f"has layers whose caches differ in shape: {', '.join(sizes)}", ONNX),
     ):
         if wrong:
             raise refusal(f"this model {what}", config.to_dict(), where, fix)

@@ -125,14 +125,19 @@ def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    # Without the oldest rules, of TensorFlow's time: one of them takes `weight_g_idx`, an order, for a weight norm.
-    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+    # The oldest rules, `LayerNorm.gamma` of TensorFlow's time, are for parameters alone: one of them takes
+    # `weight_g_idx`, an order, for a weight norm.
+    rules, old = (
+        [rule for rule in get_model_conversion_mapping(model, add_legacy=oldest) if isinstance(rule, WeightRenaming)]
+        for oldest in (False, True)
+    )
     prefix, state = model.base_model_prefix, model.state_dict()
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for name in stored:
-        new = rename_source_key(name, rules, [], prefix, state)[0]
+        new = rename_source_key(name, old, [], prefix, state)[0]
         if new not in state:
-            new = name if name in state else beside_a_module(new, prefix, modules)
+            renamed = rename_source_key(name, rules, [], prefix, state)[0]
+            new = name if name in state else beside_a_module(renamed, prefix, modules)
         yield name, new
 
 

@@ -13,6 +13,8 @@ from instantrt.compiler.frontend.model import OPSET
 from instantrt.passes.core.errors import UserError
 
 IMPLEMENTATION = "instantrt"
+# Tensors that say of tokens where they are, which the mask does as well; any other one is a part of the arithmetic.
+PLACES = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 Tensor: TypeAlias = torch.Tensor
 
 
@@ -37,8 +39,9 @@ def attention(
     Opset 23 adds the mask before it caps the scores, transformers after; a capped score is therefore computed in plain
     operators, where the order is visible.
     """
-    if others.get("s_aux") is not None:
-        raise UserError("attention sinks are not supported", where=type(module).__name__)
+    if strange := [name for name, value in others.items() if isinstance(value, Tensor) and name not in PLACES]:
+        what = f"attention that reads {', '.join(strange)} is not supported"
+        raise UserError(what, where=type(module).__name__, expected="queries, keys, values and a mask")
     batch, heads, sequence, width = query.shape
     scale = float(scaling if scaling is not None else width**-0.5)
     if softcap:

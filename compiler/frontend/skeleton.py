@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
@@ -29,6 +31,9 @@ from instantrt.compiler.frontend.sentence import SentencePipeline
 from instantrt.passes.core.errors import FOUND, UserError, require
 from instantrt.passes.core.lazy import Array
 
+# Of a config: what it says of its writer, of weights, and of the form in which a call returns.
+NOT_OF_THE_MODEL = ("quantization_config", "transformers_version", "return_dict", "use_return_dict")
+
 
 def family(config: Mapping[str, Any]) -> str:
     """What its users call a model: `LlamaForCausalLM (llama)`."""
@@ -38,7 +43,21 @@ def family(config: Mapping[str, Any]) -> str:
 
 def announced(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a config, what its model is built from."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_version")}
+    return {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
+
+
+def read_by_transformers(config: Mapping[str, Any]) -> Any:
+    """transformers' config of what a config.json announces.
+
+    It is read of a file, as transformers reads it: on the way some types become others, and numbers that JSON does not
+    have are decoded (docs/facts.md, "What transformers makes of a config.json").
+    """
+    from transformers import AutoConfig
+
+    said = {key: value for key, value in announced(config).items() if key != "auto_map"}  # which is there, and empty
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(said), "utf-8")
+        return AutoConfig.from_pretrained(folder)
 
 
 def build_skeleton(
@@ -64,13 +83,11 @@ def build_skeleton(
     check_architectures(config, head, where)
     check_layers(config, where)
     try:
-        kwargs = announced(config)
-        model_type = kwargs.pop("model_type", "")
         if trust_remote_code and config.get("auto_map"):
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
             hf_config.__dict__.pop("quantization_config", None)
         else:
-            hf_config = AutoConfig.for_model(model_type, **kwargs)
+            hf_config = read_by_transformers(config)
             check_family(hf_config, head, where)
         llm_shape(hf_config)  # a model without attention has none
         switches(hf_config, where)  # unknown kinds are refused by name

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from instantrt.compiler.quant.config import expect, expect_group_size, flag
+from instantrt.compiler.quant.config import expect, expect_group_size, flag, one_of
 from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
@@ -61,7 +61,7 @@ class AwqConfig(Reader):
 
 
 def parse_awq(raw: Mapping[str, Any], where: str) -> AwqConfig:
-    version = raw.get("version", "gemm")
+    version = one_of(raw, "version", "checkpoint_format", "format", default="gemm", where=where)
     gemm = isinstance(version, str) and version.lower() == "gemm"
     expect(gemm, version, "AWQ version", "gemm", where, "save it again as gemm")
     bits, group_size = raw.get("bits", raw.get("w_bit")), raw.get("group_size", raw.get("q_group_size"))

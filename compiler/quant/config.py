@@ -138,3 +138,11 @@ def flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
     value = default if raw.get(key) is None else raw[key]
     expect(isinstance(value, bool), value, f"{key} is no boolean", "true or false", where)
     return bool(value)
+
+
+def one_of(raw: Mapping[str, Any], *keys: str, default: Any, where: str) -> Any:
+    """What a config says under one of several names for the same; where it says two things, an error."""
+    said = {key: raw[key] for key in keys if raw.get(key) is not None}
+    values = [value.lower() if isinstance(value, str) else value for value in said.values()]
+    expect(values[1:] == values[:-1], said, f"{' and '.join(said)} differ, which mean the same", "one value", where)
+    return values[0] if values else default

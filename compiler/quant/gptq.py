@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from instantrt.compiler.quant.config import expect, expect_group_size, flag
+from instantrt.compiler.quant.config import expect, expect_group_size, flag, one_of
 from instantrt.compiler.quant.stored import (
     FLOATS,
     INT32,
@@ -106,7 +106,7 @@ class GptqConfig(Reader):
 
 def parse_gptq(raw: Mapping[str, Any], where: str) -> GptqConfig:
     """A reader from `quantization_config` or quantize_config.json."""
-    name = raw.get("checkpoint_format", raw.get("format", "gptq"))
+    name = one_of(raw, "checkpoint_format", "format", default="gptq", where=where)
     fix = "save the checkpoint again in one of these formats; kernel-specific layouts lose what they do not need"
     expect(name in tuple(FORMATS), name, "GPTQ checkpoint_format", " or ".join(FORMATS), where, fix)
     packed = raw.get("pack_dtype", "int32")

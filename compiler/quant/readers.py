@@ -24,7 +24,9 @@ READERS: dict[str, Callable[[Mapping[str, Any], str], Reader]] = {
 }
 INSIDE = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name
 BESIDE = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
-AGREE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "zero_point", "version")
+AGREE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "dynamic", "zero_point", "version")
+# Keys of GPTQModel for what it computes besides products with the weights: docs/facts.md, "What GPTQModel adds".
+BESIDE_WEIGHTS = {"rotation": "rotates inputs as the model runs", "adapter": "adds a LoRA adapter as the model runs"}
 # A key that only one method's config has, where the config does not name its method.
 METHOD_OF = {
     "w_bit": "awq",
@@ -45,7 +47,10 @@ def unannounced_reader(tensors: Mapping[str, FileTensor]) -> Reader | None:
 
 
 def announced_reader(folder: Path, config: Mapping[str, Any]) -> Reader | None:
-    """The reader that the checkpoint's configs ask for; a method that has none is refused by its name."""
+    """The reader that the checkpoint's configs ask for; a method that has none is refused by its name.
+
+    What only one of several configs says counts as well: of those libraries that read them each opens one.
+    """
     stored = find_configs(folder, config)
     for raw, where in stored:
         method = method_of(raw)
@@ -54,7 +59,12 @@ def announced_reader(folder: Path, config: Mapping[str, Any]) -> Reader | None:
         fix = "compile from the float model with --quant, or quantize it to one of these formats"
         found = f"{method} ({kind})" if isinstance(kind, str) else method
         expect(isinstance(method, str) and method in READERS, found, what, ", ".join(READERS), where, fix)
-    return READERS[method_of(stored[0][0])](*stored[0]) if stored else None
+        for key, why in BESIDE_WEIGHTS.items():
+            expect(not raw.get(key), raw.get(key), f"a checkpoint whose {key} {why}", f"no {key}", where, fix)
+    if not stored:
+        return None
+    together = {key: value for raw, _ in reversed(stored) for key, value in raw.items()}
+    return READERS[method_of(together)](together, stored[0][1])
 
 
 def method_of(raw: Mapping[str, Any]) -> Any:
@@ -72,6 +82,7 @@ def find_configs(folder: Path, config: Mapping[str, Any]) -> list[tuple[Mapping[
     for raw, where in found:
         if not isinstance(raw, dict):
             raise UserError("the quantization config is no JSON object", where=where, found=repr(raw))
+    found = [({key: value for key, value in raw.items() if value is not None}, where) for raw, where in found]
     for raw, where in found[1:]:
         first, first_where = found[0]
         for key in AGREE:

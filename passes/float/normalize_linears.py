@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FileTensor, InMemory, Source, Transposed, small, view_of
+from instantrt.passes.core.lazy import FileTensor, InMemory, Missing, Source, Transposed, small, view_of
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
 
@@ -123,6 +123,8 @@ def rows_of(stored: gs.Constant, *, transposed: bool) -> tuple[Source, tuple[int
         return InMemory(values), (b, a) if transposed else (a, b)
     if not transposed:
         return view.source, (a, b)
+    if isinstance(view.source, Missing):  # its codes have the rows already
+        return view.source, (b, a)
     if isinstance(view.source, FileTensor):
         return Transposed(view.source), (b, a)
     if isinstance(view.source, InMemory):

@@ -72,6 +72,8 @@ def test_zero_points_that_were_denied_are_refused(tmp_path: Path) -> None:
     [
         ({"version": "gemv"}, "AWQ version"),
         ({"version": 3}, "AWQ version"),
+        ({"version": None, "format": "gemv"}, "AWQ version"),
+        ({"version": "GEMM", "checkpoint_format": "gemv"}, "mean the same"),
         ({"bits": 8}, "AWQ bits"),
         ({"group_size": 24}, "does not divide"),
         ({"group_size": 0}, "group_size"),

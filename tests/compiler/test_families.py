@@ -21,8 +21,9 @@ import torch
 from instantrt.compiler import pipeline
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend import load
+from instantrt.compiler.frontend.hf_attention import attention
 from instantrt.compiler.frontend.model import LlmShape
-from instantrt.compiler.frontend.skeleton import build_skeleton
+from instantrt.compiler.frontend.skeleton import build_skeleton, read_by_transformers
 from instantrt.compiler.request import Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
@@ -171,6 +172,24 @@ def test_nonsense_in_a_config_is_named_in_a_few_words(nonsense: dict[str, Any], 
     assert caught.value.where == str(tmp_path / "config.json")
     assert found in caught.value.found
     assert len(caught.value.found) <= 200
+
+
+def test_a_config_is_read_as_transformers_reads_its_file() -> None:
+    olmo = read_by_transformers(
+        {**SIZES, "model_type": "olmo", "clip_qkv": {"__float__": "Infinity"}, "auto_map": None}
+    )
+    assert olmo.clip_qkv == float("inf")
+    assert read_by_transformers({**SIZES, "model_type": "llama", "return_dict": False}).return_dict
+    kinds = {"layer_types": ["full_attention", "sliding_attention"]}
+    assert read_by_transformers({**SIZES, "model_type": "mistral", **kinds}).model_type == "ministral"
+
+
+def test_attention_that_reads_more_than_it_says_is_refused() -> None:
+    """A bias or sinks, of code that a model brings, would be lost."""
+    tensor = torch.ones(1, 2, 3, 4)
+    attention(torch.nn.Identity(), tensor, tensor, tensor, tensor, dropout=0.0, position_ids=tensor, is_causal=True)
+    with pytest.raises(UserError, match="attention that reads position_bias"):
+        attention(torch.nn.Identity(), tensor, tensor, tensor, tensor, position_ids=tensor, position_bias=tensor)
 
 
 @pytest.mark.parametrize("model_type", ["nosuch", "mamba", "vit", None, []])

@@ -112,6 +112,9 @@ def traps() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
         "eight bits announced": ({"bits": 8}, {}, "qweight disagrees"),
         "other groups announced": ({"group_size": 32}, {}, "disagrees"),
         "another layout": ({"checkpoint_format": "marlin"}, {}, "checkpoint_format"),
+        "two names of the layout, and two layouts": ({"format": "gptq_v2", "checkpoint_format": "gptq"}, {}, "differ"),
+        "inputs that are rotated": ({"rotation": "hadamard"}, {}, "rotates inputs as the model runs"),
+        "an adapter": ({"adapter": {"name": "lora", "rank": 4}}, {}, "adds a LoRA adapter"),
         "sym as a number": ({"sym": 1}, {}, "true or false"),
         "symmetric announced": ({"sym": True}, {}, "differ from the centre"),
         "a scale of zero": ({}, {"scales": np.zeros((4, 8), np.float16)}, "positive finite"),
@@ -197,6 +200,10 @@ def test_both_places_of_the_config(tmp_path: Path) -> None:
     assert (reader.method, reader.bits) == ("gptq", 8)
     with pytest.raises(UserError, match="bits differs between two configs"):
         readers.announced_reader(tmp_path, {"quantization_config": config(bits=4)})
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config(checkpoint_format="gptq_v2", dynamic={"-:a": {}})))
+    reader = readers.announced_reader(tmp_path, {"quantization_config": config(dynamic=None)})
+    assert isinstance(reader, gptq.GptqConfig)
+    assert (reader.zero_offset, len(reader.dynamic)) == (0, 1)  # what one alone says
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -84,7 +84,11 @@ CHANGES: dict[str, tuple[Change, str, str]] = {
     "scale zero": (replaced(f"{Q_PROJ}.scales", poisoned(0)), "positive finite", f"{Q_PROJ}.scales[0, 3]"),
     "scale NaN": (replaced(f"{Q_PROJ}.scales", poisoned(np.nan)), "positive finite", f"{Q_PROJ}.scales[0, 3]"),
     "scale infinite": (replaced(f"{Q_PROJ}.scales", poisoned(np.inf)), "positive finite", f"{Q_PROJ}.scales[0, 3]"),
-    "zeros off centre": (announce(checkpoint_format="gptq_v2"), "differ from the centre", f"{Q_PROJ}.qzeros"),
+    "zeros off centre": (
+        announce(checkpoint_format="gptq_v2", format="gptq_v2"),
+        "differ from the centre",
+        f"{Q_PROJ}.qzeros",
+    ),
     "bad groups": (replaced(f"{DOWN_PROJ}.g_idx", np.zeros_like), "equal groups", f"{DOWN_PROJ}.g_idx"),
     "order denied": (announce(desc_act=False), "another order", f"{Q_PROJ}.g_idx"),
     "other bits": (announce(bits=8), "disagrees", f"{Q_PROJ}.qweight"),
@@ -119,7 +123,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     sound = invoke("inspect", tmp_path / "sound", "--json")
     assert sound.exit_code == 0
     assert json.loads(sound.output)["format"] == "gptq, 4 bits, groups of 128"
-    whole_checkpoint("gptq-int4-g128-sym", tmp_path / "broken", announce(checkpoint_format="gptq_v2"))
+    whole_checkpoint("gptq-int4-g128-sym", tmp_path / "broken", announce(checkpoint_format="gptq_v2", format="gptq_v2"))
     broken = invoke("inspect", tmp_path / "broken")
     assert broken.exit_code == 1
     assert "7 problems" in broken.output

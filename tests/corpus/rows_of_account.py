@@ -165,6 +165,14 @@ def buffers_of_old(_config: Config, tensors: Tensors) -> None:
     tensors["transformer.h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
 
 
+def norms_of_old(_config: Config, tensors: Tensors) -> None:
+    """As TensorFlow called them, and as BERT's authors published it."""
+    for name in [n for n in tensors if "LayerNorm" in n]:
+        tensors[name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = (
+            tensors.pop(name)
+        )
+
+
 def shards(files: dict[str, tuple[str, ...]], index: dict[str, str] | None = None) -> Maker:
     """The model in shards, each with the tensors whose names contain one of its words."""
 
@@ -358,7 +366,9 @@ RIGHT = {
     "tied embeddings, and the same head in the file": changed(the_same_head, "llama-tied"),
     "float weights saved from the base model": changed(of_the_base_model(lambda config, tensors: None), "llama-tied"),
     "GPTQ saved from the base model": changed(of_the_base_model(gptq), "llama-tied"),
-    "BERT as a decoder": changed(lambda config, tensors: None, "bert", is_decoder=True, num_key_value_heads=4),
+    "BERT as a decoder, its norms in gamma and beta": changed(
+        norms_of_old, "bert", is_decoder=True, num_key_value_heads=4
+    ),
     "GPT-2 with the causal masks of older versions": changed(buffers_of_old, "gpt2", num_key_value_heads=4),
     "a buffer whose value is the file's": changed(another_beta, "apertus"),
     "an index that names the single file": beside({INDEX: ONE_SHARD}),

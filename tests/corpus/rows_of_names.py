@@ -20,7 +20,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.lazy import Array, InMemory, whole
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.ort.tables import SCALE_TYPE
-from tests.checkpoints import gptq_tensors, pack, weight, write_checkpoint
+from tests.checkpoints import decoded, gptq_tensors, pack, weight, write_checkpoint
 from tests.corpus.reference import INT8_INPUTS
 from tests.corpus.row import Row, reference_of
 from tests.models import make
@@ -133,6 +133,35 @@ def gptq(dynamic: Mapping[str, Any], eight: str) -> Make:
         return write_checkpoint(folder, config | {"quantization_config": said}, tensors)
 
     return write
+
+
+def gptq_of_gpt2(folder: Path) -> Path:
+    """GPT-2 in 4 bits, whose layers hold their floats as [K, N]; and what its codes stand for."""
+    config = read_json(family("gpt2", num_key_value_heads=4)(folder) / "config.json")
+    tensors = {name: whole(t) for name, t in read_checkpoint(folder).items()}
+    real, fp16 = dict(tensors), np.dtype(np.float16)
+    for name in [n for n in tensors if n.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))]:
+        path, w = name.removesuffix(".weight"), np.ascontiguousarray(tensors.pop(name).T)
+        rows = InstantQuant(path, InMemory(w), 4, 32, False, fp16)
+        codes, scale, zero = decoded(quant := QuantTensor(path, rows, w.shape, 4, 32, False, fp16))
+        tensors |= gptq_tensors(path, codes.T, zero.T, scale.T, 4)
+        real[name] = np.ascontiguousarray(weight(quant).T)
+    write_checkpoint(reference_of(folder), config, real)
+    for file in folder.iterdir():
+        file.unlink()
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    return write_checkpoint(folder, config | {"quantization_config": said}, tensors)
+
+
+def mistral_of_two_kinds(folder: Path) -> Path:
+    """Mistral whose config names its layers' kinds, and Ministral, as which transformers' AutoModel reads it."""
+    config = read_json(family("mistral", num_hidden_layers=2)(folder) / "config.json")
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    of_ministral = config | {"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
+    tensors = {name: whole(t) for name, t in read_checkpoint(folder).items()}
+    write_checkpoint(reference_of(folder), of_ministral, tensors)
+    return folder
 
 
 def exported(change: Callable[[onnx.ModelProto], object], quantized: bool = False, **fields: Any) -> Make:
@@ -306,6 +335,8 @@ ROWS = (
         fields={"weight_only": True},
         bound=1e-3,
     ),
+    Row("GPTQ of GPT-2, whose layers hold their floats transposed", "identity", gptq_of_gpt2),
+    Row("Mistral whose config names its layers' kinds, as Ministral's does", "identity", mistral_of_two_kinds),
     Row(
         ".onnx: int8 for the head of a graph that has none",
         "identity",
@@ -351,6 +382,12 @@ ROWS = (
         refused="GPTQ bits",
     ),
     Row(
+        "GPTQ of a model that GPTQModel rotated",
+        "refusals",
+        configured(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32, "rotation": "hadamard"}),
+        refused="a checkpoint whose rotation rotates inputs as the model runs",
+    ),
+    Row(
         "GPTQ with an adapter for a layer in `dynamic`",
         "refusals",
         configured(
@@ -380,6 +417,12 @@ ROWS = (
         "refusals",
         configured(hidden_size="many"),
         refused="transformers cannot build LlamaForCausalLM (llama) from this config",
+    ),
+    Row(
+        "Gemma 4, whose layers have heads of two sizes",
+        "refusals",
+        configured(model_type="gemma4_text", architectures=["Gemma4ForCausalLM"]),
+        refused="has layers whose caches differ in shape: head_dim",
     ),
     Row(
         "llama with more layers than there is time for",

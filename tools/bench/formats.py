@@ -23,6 +23,7 @@ from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.perplexity import Logits, artifact_logits, perplexity_of, text_windows
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.checkpoint import read_checkpoint
+from instantrt.compiler.frontend.skeleton import read_by_transformers
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.quant.config import Quant, Search
 from instantrt.compiler.quant.readers import announced_reader
@@ -57,10 +58,9 @@ def dequantized(quant: QuantTensor) -> Array:
 def reference_model(planned: Plan) -> Any:
     """A model of transformers, in float32, with the dequantized weights of what was planned."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = {k: v for k, v in planned.model.config.items() if k not in ("quantization_config", "model_type", "dtype")}
-    hf_config = AutoConfig.for_model(planned.model.config["model_type"], **config)
+    hf_config = read_by_transformers(planned.model.config)
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
