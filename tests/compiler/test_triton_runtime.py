@@ -330,6 +330,19 @@ def test_a_template_has_what_hugging_face_gives_it(tmp_path: Path) -> None:
     assert Text(tmp_path).render(turns) == '{"role": "user", "content": "é <"}4<|endoftext|>'
 
 
+def test_a_template_sees_what_transformers_shows_it(tmp_path: Path) -> None:
+    """Without tools they are none, not undefined; tokens that there are not are undefined, not a text of None."""
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "sep_token": "<|im_end|>"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<|endoftext|>"}}))
+    (tmp_path / "chat_template.jinja").write_text(
+        "[{{ bos_token }}{{ sep_token }}{{ pad_token }}{{ 1 if tools is not none or documents is not none }}]"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    turns = json.dumps([{"role": "user", "content": "hi"}])
+    assert Text(tmp_path).render(turns) == "[<|im_end|><|endoftext|>]hi"
+
+
 def test_a_chat_gets_its_special_tokens_from_the_template_alone(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])

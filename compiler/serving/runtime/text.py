@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
 
 class Text:
@@ -28,6 +28,9 @@ class Text:
         if isinstance(source, list):  # several, by name
             source = next((t["template"] for t in source if t["name"] == "default"), None)
         self.template = source if isinstance(source, str) else None
+        beside = {} if "added_tokens_decoder" in self.config else read(folder / "special_tokens_map.json")
+        named = {key: token_text({**self.config, **beside}.get(key)) for key in SPECIAL_TOKENS}
+        self.tokens = {key: token for key, token in named.items() if token}
         give_back()
 
     def encode(self, text: str) -> list[int]:
@@ -50,7 +53,7 @@ class Text:
             raise ValueError('messages: expected a list such as [{"role": "user", "content": "..."}]')
         from .chat import rendered  # who sends no chat needs no Jinja
 
-        return rendered(self.template, turns, {key: token_text(self.config.get(key)) for key in SPECIAL_TOKENS})
+        return rendered(self.template, turns, self.tokens)
 
 
 class Detokenizer:
