@@ -252,6 +252,18 @@ def test_a_pipeline_that_is_none_is_refused_by_name(what: str, tmp_path: Path) -
     assert words in caught.value.what
 
 
+def test_a_pipeline_that_reads_texts_as_chats_is_refused(tmp_path: Path) -> None:
+    make("bert", "AutoModel", tmp_path)
+    sentence(tmp_path, pooling())
+    modality = {"method": "forward", "method_output_name": "last_hidden_state"}
+    settings = tmp_path / "sentence_bert_config.json"
+    settings.write_text(json.dumps({"modality_config": {"text": modality}}))
+    assert of_folder(tmp_path)[1] == 32
+    settings.write_text(json.dumps({"modality_config": {"text": modality, "message": modality}}))
+    with pytest.raises(UserError, match="modality_config of a sentence-transformers module has a value"):
+        of_folder(tmp_path)
+
+
 def test_what_a_folder_says_of_texts(tmp_path: Path) -> None:
     """Where its tokenizer cuts them, if nothing else says so, and how many numbers of an embedding it keeps."""
     make("bert", "AutoModel", tmp_path)

@@ -316,6 +316,21 @@ MODELS = {
         "is an encoder, which attends to both sides",
     ),
     "Phi4MultimodalForCausalLM": ("phi4_multimodal", "Phi4MultimodalForCausalLM", "reads more than text"),
+    "LayoutLM, whose tokens stand on a page": (
+        "layoutlm",
+        "LayoutLMForTokenClassification",
+        "reads more than tokens: where each token stands on a page",
+    ),
+    "TAPAS, which reads tables": (
+        "tapas",
+        "TapasForSequenceClassification",
+        "reads more than tokens: rows and columns of a table",
+    ),
+    "RoCBert, which reads shapes": (
+        "roc_bert",
+        "RoCBertForSequenceClassification",
+        "reads more than tokens: what each token looks like",
+    ),
     "a BERT that says nothing of itself": ("bert", None, "is an encoder, which attends to both sides"),
     "T5ForConditionalGeneration": ("t5", "T5ForConditionalGeneration", "of an encoder and a decoder"),
     "BartForCausalLM": ("bart", "BartForCausalLM", "one half of an encoder and a decoder"),
