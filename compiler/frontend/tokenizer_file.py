@@ -72,6 +72,10 @@ def missing(folder: Path) -> str:
     ]
     if unknown:
         return listed(list(dict.fromkeys(map(json.dumps, unknown))), "lacks tokens that other files name")
+    before, wanted = space_before(tokenizer), config.get("add_prefix_space")
+    if isinstance(wanted, bool) and before not in (None, wanted):
+        put = "puts a space before a text" if before else "puts no space before a text"
+        return f"{put}, and {CONFIG} says add_prefix_space: {json.dumps(wanted)}"
     if config.get("tokenizer_class", GENERIC[0]) in GENERIC:
         return ""
     tokenizer.no_padding()
@@ -84,6 +88,14 @@ def missing(folder: Path) -> str:
         if around and token is not None and token not in around:
             return f"puts {' '.join(around)} around a text, and the {key} is {token}"
     return ""
+
+
+def space_before(tokenizer: Tokenizer) -> bool | None:
+    """Does a text of bytes get a space before it? None where no step of the tokenizer says so."""
+    step = tokenizer.pre_tokenizer
+    known: Mapping[str, Any] = json.loads(step.__getstate__()) if step is not None else {}
+    steps = (each for each in known.get("pretokenizers", [known]) if each.get("type") == "ByteLevel")
+    return next((each["add_prefix_space"] for each in steps), None)
 
 
 def said(path: Path) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.tokenizer_file import CONFIG, FILE, MAP, made_tokenizer
 from instantrt.passes.core.errors import UserError
 from tests.compiler.encoder_models import make
+from tests.conftest import TINY
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[X]", "a", "b", "##b", "c", "A", "C", "new", "<", ">"]
 TEXT = "Ab <new> c C A"
@@ -38,6 +40,12 @@ def config(**fields: Any) -> Change:
     return change
 
 
+def another_space(folder: Path) -> None:
+    shutil.copy(TINY / FILE, folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    (folder / CONFIG).write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}))
+
+
 # What is changed -> the words of the note; nothing where the file is right as it is.
 FOLDERS: dict[str, tuple[Change, str]] = {
     "as it is": (lambda folder: None, ""),
@@ -52,6 +60,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / MAP).write_text('{"cls_token": "[X]"}'),
         "puts [CLS] [SEP] around",
     ),
+    "a space before a text": (another_space, "puts no space before a text"),
 }
 
 
