@@ -26,6 +26,7 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import EncoderShape, FloatModel
+from instantrt.compiler.frontend.skeleton import untouched_parameters
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import encoder_steps
@@ -110,6 +111,14 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
     (row,) = session.run(None, alone)
     assert close(row, got[1:2] if task == "classify" else got[1:2, :8])
     assert model.text["labels"] == (["bad", "fair", "good"] if task.startswith("classify") else [])
+
+
+def test_a_convolution_is_built_without_storage() -> None:
+    """DeBERTa-v2's larger models have one, and SqueezeBERT is made of them."""
+    with untouched_parameters():
+        without = torch.nn.Conv1d(4, 6, 3)
+    assert without.weight.untyped_storage().nbytes() == without.bias.untyped_storage().nbytes() == 4
+    assert torch.nn.Conv1d(4, 6, 3).weight.std() > 0
 
 
 def test_the_layers_of_an_encoder_are_exported_once(tmp_path: Path) -> None:
