@@ -163,9 +163,7 @@ def check_keys(config: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...] | N
     """Refuses a key that is not known, and a value that would change results and is not."""
     for key, value in config.items():
         values = keys.get(key, ())
-        if values is not None and not any(
-            value is each or (type(value) in (str, dict) and value == each) for each in values
-        ):
+        if values is not None and not any(type(value) is type(each) and value == each for each in values):
             raise UserError(
                 f"{key} of a sentence-transformers module is not known"
                 if key not in keys

@@ -132,7 +132,7 @@ def untouched_parameters() -> Iterator[None]:
         register(self, name, parameter)
 
     torch.nn.Module.register_parameter = register_expanded  # type: ignore[assignment, method-assign]
-    convolution.reset_parameters = lambda self: None  # type: ignore[method-assign]  # noqa: ARG005
+    convolution.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         with no_init_weights():
             yield
