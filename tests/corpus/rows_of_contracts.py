@@ -252,6 +252,16 @@ ROWS = (
         quant="a8w8",
     ),
     row(
+        "matrices behind an Identity, int8 weights",
+        graph(
+            "(float[b, 64] x) => (float[b, 64] y)",
+            "w1 = Identity(w) w2 = Identity(w1) a = MatMul(x, w1) y = Gemm(a, w2)",
+            w=np.eye(64, k=1, dtype=np.float32),
+        ),
+        bound=2e-2,
+        quant="a16w8",
+    ),
+    row(
         "a matrix without elements beside one that is quantized",
         graph(
             "(float[b, 64] x, float[b, 0] none) => (float[b, 64] y)",
