@@ -12,7 +12,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationBlock(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, around what a training learns: what is in between."""
 
     tags = {"generation"}  # noqa: RUF012 -- jinja2 declares it so
@@ -42,7 +42,7 @@ def rendered(template: str, messages: Sequence[Any], tokens: Mapping[str, str]) 
 def compiled(template: str) -> jinja2.Template:
     """With what Hugging Face gives its templates."""
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
     )
     sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     sandbox.globals["raise_exception"] = refuse
