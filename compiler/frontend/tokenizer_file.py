@@ -23,6 +23,8 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "*.model", "tiktoken*")  # what trans
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # which take the file as it is
 NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Of BERT's normalizer: key of the config, the attribute that it is, and what it is where nothing says it.
+NORMAL = (("strip_accents", "strip_accents", None), ("tokenize_chinese_chars", "handle_chinese_chars", True))
 SAVE = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) says more, and writes the file where it can"
 
 
@@ -83,6 +85,10 @@ def missing(folder: Path) -> str:
     lower = config.get("do_lower_case")
     if isinstance(normal, normalizers.BertNormalizer) and isinstance(lower, bool) and lower != normal.lowercase:
         return f"{'keeps' if lower else 'changes'} capitals, and {CONFIG} says do_lower_case: {json.dumps(lower)}"
+    for key, attribute, usual in NORMAL if isinstance(normal, normalizers.BertNormalizer) else ():
+        has, wanted = getattr(normal, attribute), config.get(key, usual)
+        if has is not wanted and wanted in (True, False, None):
+            return f"has {key}: {json.dumps(has)}, and with {CONFIG} it is {json.dumps(wanted)}"
     for key in ("cls_token", "sep_token"):
         token = text_of({**config, **names}.get(key))
         if around and token is not None and token not in around:

@@ -51,6 +51,8 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "as it is": (lambda folder: None, ""),
     "a vocabulary": (lambda folder: (folder / FILE).unlink(), "is not there, but vocab.txt is"),
     "capitals": (config(do_lower_case=False), "changes capitals"),
+    "accents": (config(strip_accents=False), "has strip_accents: null, and with tokenizer_config.json it is false"),
+    "Chinese letters": (config(tokenize_chinese_chars=False), "has tokenize_chinese_chars: true"),
     "a class that takes the file": (config(do_lower_case=False, tokenizer_class="PreTrainedTokenizerFast"), ""),
     "a token in the config": (config(added_tokens_decoder={"15": NEW}), 'lacks tokens that other files name: "<new>"'),
     "a token in a list": (lambda folder: (folder / "added_tokens.json").write_text('{"<new>": 15}'), '"<new>"'),
