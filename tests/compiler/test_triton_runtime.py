@@ -14,7 +14,8 @@ from unittest.mock import Mock
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from instantrt.compiler.serving.runtime.sampling import SHORTLIST, Sampler, Sampling, largest
@@ -295,6 +296,18 @@ def test_text_comes_in_whole_characters(text: Text) -> None:
     assert "".join(pieces) + detokenizer.finish() == "héé 🙂!"
     assert "\ufffd" not in "".join(pieces)
     assert "" in pieces  # a character of several tokens waits for its last
+
+
+def test_bytes_that_make_no_character_do_not_end_a_request() -> None:
+    """Tokenizers of SentencePiece have a token for each byte: a model may choose any of them."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "\u2581the": 257, "\u2581a": 258}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    detokenizer = Detokenizer(tokenizer, ())
+    newline, broken, umlaut = ord("\n") + 1, 0x80 + 1, [byte + 1 for byte in "\u00fc".encode()]
+    tokens = [257, newline, broken, 258, *umlaut, broken, 257, 258]
+    assert "".join(map(detokenizer.add, tokens)) + detokenizer.finish() == "the\n a\u00fc the a"
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,25 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """New text that is certain after `token`, whole characters only; `stopped` when a stop word is complete."""
-        self.held += self.stream.step(self.tokenizer, token) or ""
+        self.held += self.step(token)
         found = [at for word in self.stop_words if (at := self.held.find(word)) >= 0]
         if found:
             self.stopped = True
             return self.release(min(found), drop=True)
         return self.release(len(self.held) - max((overlap(self.held, w) for w in self.stop_words), default=0))
+
+    def step(self, token: int) -> str:
+        """What `token` adds.
+
+        Bytes that make no character change how those before them read, and tokenizers gives up at the next that does.
+        What was said stays said, and the text goes on with this token.
+        """
+        try:
+            return self.stream.step(self.tokenizer, token) or ""
+        except Exception:  # tokenizers has no type of its own
+            self.stream = DecodeStream([token], skip_special_tokens=True)
+            once, twice = (self.tokenizer.decode([token] * n, skip_special_tokens=True) for n in (1, 2))
+            return twice[len(once) :]
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
