@@ -159,6 +159,12 @@ def another_beta(_config: Config, tensors: Tensors) -> None:
     tensors[f"{LAYER}.mlp.act_fn.beta"] = np.array(0.9, ml_dtypes.bfloat16)
 
 
+def norms_of_old(_config: Config, tensors: Tensors) -> None:
+    """gamma and beta, as TensorFlow calls them."""
+    for name in [name for name in tensors if "LayerNorm." in name]:
+        tensors[name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")] = tensors.pop(name)
+
+
 def buffers_of_old(_config: Config, tensors: Tensors) -> None:
     """What older versions of transformers saved with GPT-2."""
     tensors["transformer.h.0.attn.bias"] = np.tril(np.ones((1, 1, 128, 128), np.uint8))
@@ -373,7 +379,9 @@ RIGHT = {
     "tied embeddings, and the same head in the file": changed(the_same_head, "llama-tied"),
     "float weights saved from the base model": changed(of_the_base_model(lambda config, tensors: None), "llama-tied"),
     "GPTQ saved from the base model": changed(of_the_base_model(gptq), "llama-tied"),
-    "BERT as a decoder": changed(lambda config, tensors: None, "bert", is_decoder=True, num_key_value_heads=4),
+    "BERT as a decoder, its norms named as in the first BERTs": changed(
+        norms_of_old, "bert", is_decoder=True, num_key_value_heads=4
+    ),
     "GPT-2 with the causal masks of older versions": changed(buffers_of_old, "gpt2", num_key_value_heads=4),
     "a buffer whose value is the file's": changed(another_beta, "apertus"),
     "an index that names the single file": beside({INDEX: ONE_SHARD}),
