@@ -81,11 +81,12 @@ class Detokenizer:
         What was said stays said, and the text goes on with this token.
         """
         try:
-            return self.stream.step(self.tokenizer, token) or ""
+            added: str = self.stream.step(self.tokenizer, token) or ""
         except Exception:  # tokenizers has no type of its own
             self.stream = DecodeStream([token], skip_special_tokens=True)
             once, twice = (self.tokenizer.decode([token] * n, skip_special_tokens=True) for n in (1, 2))
-            return twice[len(once) :]
+            added = twice[len(once) :]
+        return added
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
