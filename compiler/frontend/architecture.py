@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ MOST_LAYERS = 1000  # a module is made for each; the deepest model there is has 
 ENCODER = "is an encoder, which attends to both sides"
 SAY = "say in architectures which head it has: BertModel, BertForMaskedLM, ..."
 OF_A_CACHE = ("num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")  # which all layers share
+# What a model may read beside tokens, by the name of the input, or by the key of its config: as if it were all zeros,
+# it would be another model.
+BESIDE_TOKENS = {
+    "bbox": "where each token stands on a page",
+    "xpath_tags_seq": "where each token stands in a page's markup",
+    "input_shape_ids": "what each token looks like",
+}
+OF_TABLES = "type_vocab_sizes"
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 
@@ -216,10 +225,14 @@ def check_family(config: Any, head: Head, where: str) -> None:
     wrapper = type(text) not in known or "vision_config" in config.sub_configs
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
     sizes = sorted(set(getattr(text, "per_layer_attributes", None) or ()) & set(OF_A_CACHE))
+    takes = inspect.signature(getattr(built, "forward", check_family)).parameters
+    beside = [what for name, what in BESIDE_TOKENS.items() if name in takes]
+    beside += ["rows and columns of a table"] * hasattr(config, OF_TABLES)
     for wrong, what, fix in (
         (pair, "is one half of an encoder and a decoder", ONNX),
         (encoder and head is CAUSAL_LM, ENCODER, SAY),
         (wrapper, "reads more than text", "save its language model alone"),
+        (beside, f"reads more than tokens: {', '.join(beside)}", ONNX),
         (getattr(built, "_is_stateful", False), "keeps a state besides keys and values", ONNX),
         (others, f"has layers that are no attention: {', '.join(others)}", ONNX),
         (sizes, f"has layers whose caches differ in shape: {', '.join(sizes)}", ONNX),

@@ -17,6 +17,7 @@ from instantrt.compiler.frontend.model import EncoderShape, Interface, LlmShape
 from instantrt.compiler.frontend.rope import switches
 
 Shape = tuple[int, ...]
+OLD_NORMS = {"gamma": "weight", "beta": "bias"}  # as the first BERTs have them
 
 
 @dataclass(frozen=True)
@@ -125,19 +126,15 @@ def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    # The oldest rules, `LayerNorm.gamma` of TensorFlow's time, are for parameters alone: one of them takes
-    # `weight_g_idx`, an order, for a weight norm.
-    rules, old = (
-        [rule for rule in get_model_conversion_mapping(model, add_legacy=oldest) if isinstance(rule, WeightRenaming)]
-        for oldest in (False, True)
-    )
+    # Of the oldest rules, of TensorFlow's time, the norms' alone: another takes `weight_g_idx`, an order, for a norm.
+    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+    rules += [WeightRenaming(f"LayerNorm.{old}", f"LayerNorm.{new}") for old, new in OLD_NORMS.items()]
     prefix, state = model.base_model_prefix, model.state_dict()
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for name in stored:
-        new = rename_source_key(name, old, [], prefix, state)[0]
+        new = rename_source_key(name, rules, [], prefix, state)[0]
         if new not in state:
-            renamed = rename_source_key(name, rules, [], prefix, state)[0]
-            new = name if name in state else beside_a_module(renamed, prefix, modules)
+            new = name if name in state else beside_a_module(new, prefix, modules)
         yield name, new
 
 

@@ -35,9 +35,9 @@ HARMLESS = (
         r"(^|\.)(attn|attention|self_attention|self_attn)\.masked_bias$", "the causal mask of older versions", (0, 1)
     ),
     Known(r"(^|\.)position_ids$", "the numbers 0, 1, 2, ...", (1, 2)),
-    Known(r"(^|\.)pooler\.dense\.(weight|bias)$", "makes of the first token what no output here is made of", (1, 2)),
+    Known(r"(^|\.)pooler\.(dense\.)?(weight|bias)$", "makes of the first token what no output here is made of", (1, 2)),
     Known(
-        r"^cls\.seq_relationship\.(weight|bias)$",
+        r"^(cls\.seq_relationship|sop_classifier\.classifier)\.(weight|bias)$",
         "the head of another training task: which sentence follows",
         (1, 2),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def load_onnx(path: Path) -> FloatModel:
     weights = take_weights(model, path)
     notes = (*widen(model, weights, path), *at_opset(model, path))
     constant_nodes(model)
-    graph = imported(inferred(model, path), weights)
+    model = inferred(model, path)
+    name_nodes(model)
+    graph = imported(model, weights)
     files = (path, *dict.fromkeys(v.source.path for v in weights.values() if isinstance(v.source, FileTensor)))
     return FloatModel(graph, path.parent, {}, {}, llm_shape(graph), files, stored_types(graph), notes)
 
@@ -251,6 +254,14 @@ def inferred(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             fix="export the model with the shapes of its inputs and outputs",
         )
     return model
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Nodes that have no name get one each: what passes add beside a node is named after it."""
+    nodes = [node for graph in graphs(model.graph) for node in graph.node]
+    taken, numbers = {node.name for node in nodes}, count()
+    for node in (node for node in nodes if not node.name):
+        node.name = next(name for i in numbers if (name := f"{node.op_type}_{i}") not in taken)
 
 
 def unranked(model: onnx.ModelProto) -> list[str]:

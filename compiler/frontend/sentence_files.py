@@ -63,7 +63,7 @@ TRANSFORMER = {
     "max_seq_length": None,
     "do_lower_case": (True, False),
     "transformer_task": ("feature-extraction",),
-    "modality_config": None,  # which method of the model gives its last hidden state
+    "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),  # and no chat
     "module_output_name": ("token_embeddings",),
     "unpad_inputs": None,  # how it is run
     "query_length": (None,),
@@ -163,7 +163,7 @@ def check_keys(config: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...] | N
     """Refuses a key that is not known, and a value that would change results and is not."""
     for key, value in config.items():
         values = keys.get(key, ())
-        if values is not None and not any(value is each or (type(value) is str and value == each) for each in values):
+        if values is not None and not any(type(value) is type(each) and value == each for each in values):
             raise UserError(
                 f"{key} of a sentence-transformers module is not known"
                 if key not in keys

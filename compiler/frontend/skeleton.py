@@ -138,7 +138,8 @@ def untouched_parameters() -> Iterator[None]:
     import torch
     from transformers.initialization import no_init_weights
 
-    register = torch.nn.Module.register_parameter
+    register, convolution = torch.nn.Module.register_parameter, torch.nn.modules.conv._ConvNd
+    reset = convolution.reset_parameters  # copies a weight into place, which one element cannot take
 
     def register_expanded(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         # A tied parameter arrives a second time: it must stay the same object.
@@ -148,11 +149,13 @@ def untouched_parameters() -> Iterator[None]:
         register(self, name, parameter)
 
     torch.nn.Module.register_parameter = register_expanded  # type: ignore[assignment, method-assign]
+    convolution.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         with no_init_weights():
             yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        convolution.reset_parameters = reset  # type: ignore[method-assign]
 
 
 def keywords(config: Any, head: Head) -> dict[str, Any]:

@@ -23,6 +23,8 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "*.model", "tiktoken*")  # what trans
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # which take the file as it is
 NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Of BERT's normalizer: key of the config, the attribute that it is, and what it is where nothing says it.
+NORMAL = (("strip_accents", "strip_accents", None), ("tokenize_chinese_chars", "handle_chinese_chars", True))
 SAVE = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) says more, and writes the file where it can"
 
 
@@ -72,6 +74,10 @@ def missing(folder: Path) -> str:
     ]
     if unknown:
         return listed(list(dict.fromkeys(map(json.dumps, unknown))), "lacks tokens that other files name")
+    before, wanted = space_before(tokenizer), config.get("add_prefix_space")
+    if isinstance(wanted, bool) and before not in (None, wanted):
+        put = "puts a space before a text" if before else "puts no space before a text"
+        return f"{put}, and {CONFIG} says add_prefix_space: {json.dumps(wanted)}"
     if config.get("tokenizer_class", GENERIC[0]) in GENERIC:
         return ""
     tokenizer.no_padding()
@@ -79,11 +85,23 @@ def missing(folder: Path) -> str:
     lower = config.get("do_lower_case")
     if isinstance(normal, normalizers.BertNormalizer) and isinstance(lower, bool) and lower != normal.lowercase:
         return f"{'keeps' if lower else 'changes'} capitals, and {CONFIG} says do_lower_case: {json.dumps(lower)}"
+    for key, attribute, usual in NORMAL if isinstance(normal, normalizers.BertNormalizer) else ():
+        has, wanted = getattr(normal, attribute), config.get(key, usual)
+        if has is not wanted and wanted in (True, False, None):
+            return f"has {key}: {json.dumps(has)}, and with {CONFIG} it is {json.dumps(wanted)}"
     for key in ("cls_token", "sep_token"):
         token = text_of({**config, **names}.get(key))
         if around and token is not None and token not in around:
             return f"puts {' '.join(around)} around a text, and the {key} is {token}"
     return ""
+
+
+def space_before(tokenizer: Tokenizer) -> bool | None:
+    """Does a text of bytes get a space before it? None where no step of the tokenizer says so."""
+    step = tokenizer.pre_tokenizer
+    known: Mapping[str, Any] = json.loads(step.__getstate__()) if step is not None else {}
+    steps = (each for each in known.get("pretokenizers", [known]) if each.get("type") == "ByteLevel")
+    return next((each["add_prefix_space"] for each in steps), None)
 
 
 def said(path: Path) -> Mapping[str, Any]:

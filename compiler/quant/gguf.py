@@ -242,6 +242,19 @@ class GgufTensor(FileTensor):
         found: Array = floats_of(rows, GGMLQuantizationType[self.kind])
         return found
 
+    def check_readable(self) -> None:
+        """Refuses a type that the `gguf` package gives no numbers of."""
+        try:
+            self.numbers(np.zeros((1, self.block[1]), np.uint8))
+        except NotImplementedError:
+            raise UserError(
+                f"nobody here reads tensors of type {self.kind}",
+                where=f"{self.path}, {self.name}",
+                expected=", ".join((*FLOAT_KINDS, *KINDS)),
+                found=self.kind,
+                fix="convert the model again, to one of these types",
+            ) from None
+
     def quantized(self, name: str) -> QuantTensor | None:
         """The matrix with its codes, under the name of a layer; None where its type has none."""
         kind = KINDS.get(self.kind)

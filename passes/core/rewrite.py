@@ -223,6 +223,13 @@ def scalar(tensor: gs.Tensor) -> float | None:
     return None
 
 
+def widened(x: gs.Tensor, y: gs.Tensor) -> bool:
+    """Do the constants between x and y, made of it element by element, give it more axes, or a longer last one?"""
+    if x.shape is None or y.shape is None:
+        return False
+    return len(x.shape) != len(y.shape) or [*x.shape[-1:]] == [1] != [*y.shape[-1:]]
+
+
 def ints(tensor: gs.Tensor) -> list[int] | None:
     """The values of a small integer constant."""
     return [int(v) for v in tensor.values.reshape(-1)] if isinstance(tensor, gs.Constant) else None

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.polynomial import Polynomial
 
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, scalar, take_over
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, scalar, take_over, widened
 
 ROOT = math.sqrt(2 / math.pi)
 # approximate: f, and the polynomial p of f(p(x)) by its coefficients
@@ -69,6 +69,8 @@ class FuseGelu(Rewrite[GeluMatch]):
                     if argument is None:
                         continue
                     if equal(polynomial(argument, x), coefficients):
+                        if widened(x, node.outputs[0]):
+                            return Reject(f"constants give {x.name} another rank")
                         return GeluMatch(node, x, approximate)
                     rejected = Reject(f"{op} is taken of {argument.name}, which is not GELU's polynomial in {x.name}")
         return rejected

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
 from instantrt.passes.core.lazy import Array
-from instantrt.passes.core.rewrite import Reject, Rewrite, add, ints, producer, scalar, take_over
+from instantrt.passes.core.rewrite import Reject, Rewrite, add, ints, producer, scalar, take_over, widened
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class FuseRmsNorm(Rewrite[NormMatch]):
                     return epsilon
                 if scale.shape is None or len(scale.shape) != 1:
                     return Reject(f"the scale {scale.name} has shape {scale.shape}, expected [D]")
+                if widened(x, node.outputs[0]):
+                    return Reject(f"constants give {x.name} another rank, or another last axis")
                 return NormMatch(node, x, scale, epsilon)
         return None
 
@@ -83,8 +85,9 @@ def epsilon_of(radicand: gs.Tensor, x: gs.Tensor) -> float | Reject:
     if mean is None or epsilon is None:
         return Reject(f"the root is taken of {radicand.name}, which is no mean plus a constant")
     axes = ints(mean.inputs[1]) if len(mean.inputs) > 1 else mean.attrs.get("axes")
-    if axes != [-1]:
-        return Reject(f"the mean is taken over axes {axes}, expected [-1]")
+    if axes != [-1] or not mean.attrs.get("keepdims", 1):
+        kept = "" if mean.attrs.get("keepdims", 1) else ", which are dropped"
+        return Reject(f"the mean is taken over axes {axes}{kept}, expected [-1]")
     power = producer(mean.inputs[0], "Pow")
     if power is None or power.inputs[0] is not x or scalar(power.inputs[1]) != 2.0:
         return Reject(f"the mean is not taken of the squares of {x.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.linear import weight_constant
-from instantrt.passes.core.rewrite import Reject, add, take_over
+from instantrt.passes.core.rewrite import Reject, add, producer, take_over
 from instantrt.passes.float.normalize_linears import LinearMatch, NormalizeLinear, module_path, rows_of, unfit
 
 
@@ -13,12 +13,16 @@ class NormalizeGemm(NormalizeLinear):
     """Gemm(x, W, bias) with alpha = beta = 1 -> the normal form and an Add."""
 
     def match(self, node: gs.Node) -> LinearMatch | Reject | None:
-        if node.op != "Gemm" or not isinstance(node.inputs[1], gs.Constant):
+        if node.op != "Gemm":
+            return None
+        weight = node.inputs[1]
+        while (same := producer(weight, "Identity")) is not None:
+            weight = same.inputs[0]
+        if not isinstance(weight, gs.Constant):
             return None
         attrs = node.attrs
         if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0 or attrs.get("transA", 0):
             return Reject("Gemm with alpha, beta or transA is not a linear layer")
-        weight = node.inputs[1]
         if reason := unfit(weight):
             return Reject(reason)
         rows, shape = rows_of(weight, transposed=not attrs.get("transB", 0))

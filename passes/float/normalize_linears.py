@@ -17,6 +17,7 @@ from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
 
 FLOAT = onnx.TensorProto.FLOAT
+BETWEEN = ("Transpose", "Cast", "Identity")  # a matrix and its product; exporters share one by Identity
 
 
 def module_path(node: gs.Node, weight: gs.Constant) -> str:
@@ -71,7 +72,7 @@ class NormalizeLinear(Rewrite[LinearMatch]):
 class NormalizeMatMul(NormalizeLinear):
     """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
 
-    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N])  or one of them behind a Cast to float32
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N]), a Cast to float32 or an Identity maybe between
     After:  MatMul(x, W [K, N]) whose constant is a view of W's rows; x has rows, if only one
     """
 
@@ -80,7 +81,7 @@ class NormalizeMatMul(NormalizeLinear):
             return None
         x, w = node.inputs
         stored, turned = w, True
-        while (step := producer(stored, "Transpose") or producer(stored, "Cast")) is not None:
+        while (step := next(filter(None, (producer(stored, op) for op in BETWEEN)), None)) is not None:
             if step.attrs.get("to", FLOAT) != FLOAT:
                 return None
             turned ^= step.op == "Transpose" and step.attrs.get("perm", [1, 0]) == [1, 0]

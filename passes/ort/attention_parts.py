@@ -98,4 +98,6 @@ def checked(parts: AttentionParts) -> AttentionParts | Reject:
         return Reject("the number or the size of heads is not a constant")
     if query.shape[0] != value.shape[0]:
         return Reject(f"queries of {query.shape[0]} rows, values of {value.shape[0]}")
+    if (mask := parts.mask) is not None and mask.shape is not None and [*mask.shape[-1:]] in ([], [1]):
+        return Reject(f"the mask {mask.name} {list(mask.shape)} is one number for all keys")
     return parts

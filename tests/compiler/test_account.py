@@ -76,6 +76,8 @@ HARMLESS: dict[str, tuple[str, Array]] = {
     "a causal mask": ("model.layers.0.self_attn.bias", np.ones((1, 1, 4, 4), np.bool_)),
     "a masked bias": ("model.layers.0.self_attn.masked_bias", np.float32([-1e4])),
     "positions": ("model.embeddings.position_ids", np.arange(4)[None]),
+    "ALBERT's pooler": ("albert.pooler.weight", np.ones((4, 4), np.float32)),
+    "ALBERT's order of sentences": ("sop_classifier.classifier.bias", np.ones(2, np.float32)),
     "a counter": ("model.norm.num_batches_tracked", np.array([7])),
 }
 

@@ -122,14 +122,26 @@ def test_kinds_of_tokens_are_those_that_the_tokenizer_gave_a_training(embedding:
     """None, where its config names no token_type_ids: all are of the first kind."""
     pair = ("a boat", "a net")
     kinds = []
-    for index, said in enumerate(
-        ({}, {"model_input_names": ["input_ids"]}, {"tokenizer_class": "PreTrainedTokenizerFast"})
-    ):
+    generic = [{"tokenizer_class": name} for name in ("PreTrainedTokenizerFast", "TokenizersBackend")]
+    for index, said in enumerate(({}, {"model_input_names": ["input_ids"]}, *generic)):
         shutil.copytree(embedding, tmp_path / str(index))
         changed(tmp_path / str(index), "tokenizer_config.json", said)
         with Embedder(tmp_path / str(index)) as model:
             kinds.append(model.reader.feeds(model.reader.rows([pair]))["token_type_ids"].max())
-    assert kinds == [1, 0, 0]
+    assert kinds == [1, 0, 0, 0]
+
+
+def test_texts_are_padded_with_what_the_model_knows_as_padding(embedding: Path, tmp_path: Path) -> None:
+    """A classifier that reads to the last token finds it by the config's number, whatever the tokenizer's is."""
+    pads = []
+    for index, fields in enumerate(({"pad_token_id": 1}, {"pad_token_id": None}, {"pad_token_id": -1})):
+        folder = tmp_path / str(index)
+        shutil.copytree(embedding, folder)
+        changed(folder, "config.json", fields)
+        changed(folder, "tokenizer_config.json", {"pad_token": "</s>"})
+        with Embedder(folder) as model:
+            pads.append(model.reader.feeds(model.reader.rows(["ab", "a"]))["input_ids"][1, -1])
+    assert pads == [1, 2, 2]
 
 
 @pytest.mark.parametrize("kind", [Embedder, Classifier, LLM])

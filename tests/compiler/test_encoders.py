@@ -26,6 +26,7 @@ from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import EncoderShape, FloatModel
+from instantrt.compiler.frontend.skeleton import untouched_parameters
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import encoder_steps
@@ -110,6 +111,14 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
     (row,) = session.run(None, alone)
     assert close(row, got[1:2] if task == "classify" else got[1:2, :8])
     assert model.text["labels"] == (["bad", "fair", "good"] if task.startswith("classify") else [])
+
+
+def test_a_convolution_is_built_without_storage() -> None:
+    """DeBERTa-v2's larger models have one, and SqueezeBERT is made of them."""
+    with untouched_parameters():
+        without = torch.nn.Conv1d(4, 6, 3)
+    assert without.weight.untyped_storage().nbytes() == without.bias.untyped_storage().nbytes() == 4
+    assert torch.nn.Conv1d(4, 6, 3).weight.std() > 0
 
 
 def test_the_layers_of_an_encoder_are_exported_once(tmp_path: Path) -> None:
@@ -250,6 +259,18 @@ def test_a_pipeline_that_is_none_is_refused_by_name(what: str, tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         load(tmp_path)
     assert words in caught.value.what
+
+
+def test_a_pipeline_that_reads_texts_as_chats_is_refused(tmp_path: Path) -> None:
+    make("bert", "AutoModel", tmp_path)
+    sentence(tmp_path, pooling())
+    modality = {"method": "forward", "method_output_name": "last_hidden_state"}
+    settings = tmp_path / "sentence_bert_config.json"
+    settings.write_text(json.dumps({"modality_config": {"text": modality}}))
+    assert of_folder(tmp_path)[1] == 32
+    settings.write_text(json.dumps({"modality_config": {"text": modality, "message": modality}}))
+    with pytest.raises(UserError, match="modality_config of a sentence-transformers module has a value"):
+        of_folder(tmp_path)
 
 
 def test_what_a_folder_says_of_texts(tmp_path: Path) -> None:

@@ -196,6 +196,12 @@ def test_a_type_without_equal_steps_is_named(tmp_path: Path) -> None:
     assert "blk.1.ffn_up.weight" in str(refused.value)
     name = "model.layers.1.mlp.up_proj.weight"
     np.testing.assert_array_equal(whole(load(path, requantize=True).tensors[name]), floats[name])
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.1.ffn_gate.weight") + len("blk.1.ffn_gate.weight") + 4 + 2 * 8  # its rank and sizes
+    data[at] = GGMLQuantizationType.I8
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"(?s)blk\.1\.ffn_gate\.weight.*nobody here reads tensors of type I8"):
+        load(path, requantize=True)
 
 
 @pytest.mark.parametrize("given", [{"quant": "a8w8"}, {"quant": "a16w4"}, {"group_size": 64}, {"quant": "none"}])

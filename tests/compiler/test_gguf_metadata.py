@@ -11,12 +11,15 @@ import pytest
 import torch
 from gguf import GGUFWriter, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from instantrt.compiler.frontend.gguf.architectures import config_of, places_of
 from instantrt.compiler.frontend.gguf.file import open_gguf
 from instantrt.compiler.frontend.gguf.folder import made_folder
+from instantrt.compiler.frontend.gguf.tokenizer import CONTROL, DEFINED, tokenizer_files
 from instantrt.compiler.inspect import inspect
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import whole
@@ -258,3 +261,22 @@ def test_llama3s_factors_are_told_from_others(tmp_path: Path) -> None:
             frequencies, scale = ROPE_INIT_FUNCTIONS[kind](again, "cpu")
             np.testing.assert_allclose(frequencies.numpy(), plain / numbers, rtol=2e-6)
             assert scale == 1
+
+
+def test_tokens_that_are_no_letters_of_bytes_are_found_whole() -> None:
+    """DeepSeek's, and spaces: a prompt of a chat would else be another one."""
+    letters = [*sorted(ByteLevel.alphabet()), "aa", "ĠĠ"]
+    whole = {"<\uff5cUser\uff5c>": CONTROL, "  ": DEFINED, "<t>": DEFINED}
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [*letters, *whole],
+        "tokenizer.ggml.token_type": [1] * len(letters) + [*whole.values()],
+        "tokenizer.ggml.merges": ["a a", "Ġ Ġ"],
+    }
+    files, notes = tokenizer_files({"general.architecture": "qwen2", **metadata}, "model.gguf")
+    found = Tokenizer.from_str(files["tokenizer.json"])
+    assert found.get_vocab_size() == len(letters) + len(whole)
+    assert found.encode("<\uff5cUser\uff5c>aa  <t>b").tokens == ["<\uff5cUser\uff5c>", "aa", "  ", "<t>", "b"]
+    assert found.decode(list(range(len(letters) - 1, len(letters) + 3))) == "    <t>"
+    assert notes == []

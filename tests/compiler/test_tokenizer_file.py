@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from instantrt.compiler.frontend import load
 from instantrt.compiler.frontend.tokenizer_file import CONFIG, FILE, MAP, made_tokenizer
 from instantrt.passes.core.errors import UserError
 from tests.compiler.encoder_models import make
+from tests.conftest import TINY
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[X]", "a", "b", "##b", "c", "A", "C", "new", "<", ">"]
 TEXT = "Ab <new> c C A"
@@ -38,11 +40,19 @@ def config(**fields: Any) -> Change:
     return change
 
 
+def another_space(folder: Path) -> None:
+    shutil.copy(TINY / FILE, folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    (folder / CONFIG).write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}))
+
+
 # What is changed -> the words of the note; nothing where the file is right as it is.
 FOLDERS: dict[str, tuple[Change, str]] = {
     "as it is": (lambda folder: None, ""),
     "a vocabulary": (lambda folder: (folder / FILE).unlink(), "is not there, but vocab.txt is"),
     "capitals": (config(do_lower_case=False), "changes capitals"),
+    "accents": (config(strip_accents=False), "has strip_accents: null, and with tokenizer_config.json it is false"),
+    "Chinese letters": (config(tokenize_chinese_chars=False), "has tokenize_chinese_chars: true"),
     "a class that takes the file": (config(do_lower_case=False, tokenizer_class="PreTrainedTokenizerFast"), ""),
     "a token in the config": (config(added_tokens_decoder={"15": NEW}), 'lacks tokens that other files name: "<new>"'),
     "a token in a list": (lambda folder: (folder / "added_tokens.json").write_text('{"<new>": 15}'), '"<new>"'),
@@ -52,6 +62,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / MAP).write_text('{"cls_token": "[X]"}'),
         "puts [CLS] [SEP] around",
     ),
+    "a space before a text": (another_space, "puts no space before a text"),
 }
 
 

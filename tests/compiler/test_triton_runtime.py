@@ -14,7 +14,8 @@ from unittest.mock import Mock
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from instantrt.compiler.serving.runtime.sampling import SHORTLIST, Sampler, Sampling, largest
@@ -297,6 +298,18 @@ def test_text_comes_in_whole_characters(text: Text) -> None:
     assert "" in pieces  # a character of several tokens waits for its last
 
 
+def test_bytes_that_make_no_character_do_not_end_a_request() -> None:
+    """Tokenizers of SentencePiece have a token for each byte: a model may choose any of them."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "\u2581the": 257, "\u2581a": 258}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    detokenizer = Detokenizer(tokenizer, ())
+    newline, broken, umlaut = ord("\n") + 1, 0x80 + 1, [byte + 1 for byte in "\u00fc".encode()]
+    tokens = [257, newline, broken, 258, *umlaut, broken, 257, 258]
+    assert "".join(map(detokenizer.add, tokens)) + detokenizer.finish() == "the\n a\u00fc the a"
+
+
 @pytest.mark.parametrize(
     ("stop_words", "shown", "stopped"),
     [
@@ -328,6 +341,19 @@ def test_a_template_has_what_hugging_face_gives_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     turns = json.dumps([{"role": "user", "content": "é <"}] * 2)
     assert Text(tmp_path).render(turns) == '{"role": "user", "content": "é <"}4<|endoftext|>'
+
+
+def test_a_template_sees_what_transformers_shows_it(tmp_path: Path) -> None:
+    """Without tools they are none, not undefined; tokens that there are not are undefined, not a text of None."""
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "sep_token": "<|im_end|>"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<|endoftext|>"}}))
+    (tmp_path / "chat_template.jinja").write_text(
+        "[{{ bos_token }}{{ sep_token }}{{ pad_token }}{{ 1 if tools is not none or documents is not none }}]"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    turns = json.dumps([{"role": "user", "content": "hi"}])
+    assert Text(tmp_path).render(turns) == "[<|im_end|><|endoftext|>]hi"
 
 
 def test_a_chat_gets_its_special_tokens_from_the_template_alone(tmp_path: Path) -> None:

@@ -324,6 +324,21 @@ MODELS = {
         "is an encoder, which attends to both sides",
     ),
     "Phi4MultimodalForCausalLM": ("phi4_multimodal", "Phi4MultimodalForCausalLM", "reads more than text"),
+    "LayoutLM, whose tokens stand on a page": (
+        "layoutlm",
+        "LayoutLMForTokenClassification",
+        "reads more than tokens: where each token stands on a page",
+    ),
+    "TAPAS, which reads tables": (
+        "tapas",
+        "TapasForSequenceClassification",
+        "reads more than tokens: rows and columns of a table",
+    ),
+    "RoCBert, which reads shapes": (
+        "roc_bert",
+        "RoCBertForSequenceClassification",
+        "reads more than tokens: what each token looks like",
+    ),
     "a BERT that says nothing of itself": ("bert", None, "is an encoder, which attends to both sides"),
     "T5ForConditionalGeneration": ("t5", "T5ForConditionalGeneration", "of an encoder and a decoder"),
     "BartForCausalLM": ("bart", "BartForCausalLM", "one half of an encoder and a decoder"),
@@ -366,7 +381,7 @@ RIGHT = {
     "tied embeddings, and the same head in the file": changed(the_same_head, "llama-tied"),
     "float weights saved from the base model": changed(of_the_base_model(lambda config, tensors: None), "llama-tied"),
     "GPTQ saved from the base model": changed(of_the_base_model(gptq), "llama-tied"),
-    "BERT as a decoder, its norms in gamma and beta": changed(
+    "BERT as a decoder, its norms named as in the first BERTs": changed(
         norms_of_old, "bert", is_decoder=True, num_key_value_heads=4
     ),
     "GPT-2 with the causal masks of older versions": changed(buffers_of_old, "gpt2", num_key_value_heads=4),

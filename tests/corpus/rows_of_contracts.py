@@ -200,6 +200,34 @@ ROWS = (
             scale=np.array([2], np.float32),
         ),
     ),
+    row(
+        "attentions whose nodes have no names, one of them with one bias for all keys",
+        graph(
+            "(float[b, 4, s, 8] q, float[b, 4, t, 8] k, float[b, 4, t, 8] v, float[b, 1, 1, t] m, float[b, 1, s, 1] n) "
+            "=> (float[b, 4, s, 8] y0, float[b, 4, s, 8] y1, float[b, 4, s, 8] y2)",
+            "".join(
+                f"""kt{i} = Transpose<perm = [0, 1, 3, 2]>(k) a{i} = MatMul({query}, kt{i}) b{i} = Add(a{i}, {mask})
+                    p{i} = Softmax(b{i}) y{i} = MatMul(p{i}, v) {follows} """
+                for i, (query, mask, follows) in enumerate((("q", "m", "q1 = Neg(q)"), ("q1", "m", ""), ("q", "n", "")))
+            ),
+        ),
+    ),
+    row(
+        "an RMS norm that drops the axis of its mean, and a GELU whose constants have three axes",
+        graph(
+            "(float[8, 8] x) => (float[1, 8, 8] y)",
+            """a = Pow(x, two) b = ReduceMean<keepdims = 0>(a, last) c = Add(b, tiny) d = Sqrt(c) e = Reciprocal(d)
+               f = Mul(x, e) g = Mul(scale, f)
+               h = Div(g, root) i = Erf(h) j = Add(i, one) k = Mul(g, j) y = Mul(k, half)""",
+            two=np.float32(2),
+            last=np.array([-1]),
+            tiny=np.float32(1e-3),
+            scale=np.linspace(1, 2, 8, dtype=np.float32),
+            root=np.float32(2**0.5),
+            one=np.ones((1, 1, 1), np.float32),
+            half=np.float32(0.5),
+        ),
+    ),
     row("HardSwish, a function of other operators", graph("(float[2, 8] x) => (float[2, 8] y)", "y = HardSwish(x)")),
     row(
         "a convolution in double",
@@ -222,6 +250,16 @@ ROWS = (
         graph("(float[64] x) => (float[64] y)", "y = MatMul(x, w)", w=np.eye(64, k=1, dtype=np.float32)),
         bound=2e-2,
         quant="a8w8",
+    ),
+    row(
+        "matrices behind an Identity, int8 weights",
+        graph(
+            "(float[b, 64] x) => (float[b, 64] y)",
+            "w1 = Identity(w) w2 = Identity(w1) a = MatMul(x, w1) y = Gemm(a, w2)",
+            w=np.eye(64, k=1, dtype=np.float32),
+        ),
+        bound=2e-2,
+        quant="a16w8",
     ),
     row(
         "a matrix without elements beside one that is quantized",

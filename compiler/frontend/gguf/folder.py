@@ -86,6 +86,7 @@ def placed(file: GgufFile, places: Mapping[str, Place], *, floats: bool) -> Iter
     """The tensors by the names that the model has for them, put back as they were before they were converted."""
     names = {place.name for place in places.values()}
     for name, place in places.items():
+        file.tensors[name].check_readable()
         tensor = replace(file.tensors[name], heads=place.heads, less=place.less, floats=floats)
         stored = plain(tensor)
         yield place.name, stored

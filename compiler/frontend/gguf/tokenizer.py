@@ -14,7 +14,7 @@ from instantrt.compiler.frontend.gguf.values import Keys
 from instantrt.passes.core.errors import UserError, tried
 
 PREFIX = "tokenizer.ggml"
-CONTROL = 3  # the type of tokens that are no text
+CONTROL, DEFINED = 3, 4  # types of tokens that are found whole in a text; the first are no text
 # Those that end an answer, whatever else the file says: llama.cpp knows them by their text, too.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -42,6 +42,8 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, 
     keys.expect(len(types) in (0, len(tokens)), "token_type", f"a list of {len(tokens)}")
     pre = keys.text("pre", "default")
     made = built(keys, tokens, types, pre)
+    if keys.text("model") == "gpt2":
+        found_whole(made, tokens, types)
     if pre in DIGITS_APART:
         made["pre_tokenizer"] = digits_apart()
     if pre in WHOLE:
@@ -105,6 +107,22 @@ def built(keys: Keys, tokens: list[str], types: list[int], pre: str) -> dict[str
         tokenizer, _ = convert_gguf_tokenizer(architecture, given)
     made: dict[str, Any] = json.loads(tokenizer.to_str())
     return made
+
+
+def found_whole(made: dict[str, Any], tokens: list[str], types: list[int]) -> None:
+    """Adds to tokenizer.json what transformers leaves out: tokens found whole that are not in the letters of bytes.
+
+    It takes them for a converter's mistake. DeepSeek's <|User|> is one, in letters of its own, and spaces are.
+    """
+    known = {each["id"] for each in made["added_tokens"]}
+    lost = {at: tokens[at] for at, kind in enumerate(types) if kind in (CONTROL, DEFINED) and tokens[at]}
+    lost = {at: text for at, text in lost.items() if at not in known}
+    letters = {at: text for text, at in made["model"]["vocab"].items()}  # two of a spelling are one there
+    vocabulary = dict(enumerate(tokens)) | letters | lost
+    made["model"]["vocab"] = {text: at for at, text in vocabulary.items()}
+    rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": at, "content": text, **rules, "special": types[at] == CONTROL} for at, text in lost.items()]
+    made["added_tokens"] = sorted([*made["added_tokens"], *added], key=lambda each: int(each["id"]))
 
 
 def digits_apart() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
 
 class Text:
@@ -28,6 +28,9 @@ class Text:
         if isinstance(source, list):  # several, by name
             source = next((t["template"] for t in source if t["name"] == "default"), None)
         self.template = source if isinstance(source, str) else None
+        beside = {} if "added_tokens_decoder" in self.config else read(folder / "special_tokens_map.json")
+        named = {key: token_text({**self.config, **beside}.get(key)) for key in SPECIAL_TOKENS}
+        self.tokens = {key: token for key, token in named.items() if token}
         give_back()
 
     def encode(self, text: str) -> list[int]:
@@ -50,7 +53,7 @@ class Text:
             raise ValueError('messages: expected a list such as [{"role": "user", "content": "..."}]')
         from .chat import rendered  # who sends no chat needs no Jinja
 
-        return rendered(self.template, turns, {key: token_text(self.config.get(key)) for key in SPECIAL_TOKENS})
+        return rendered(self.template, turns, self.tokens)
 
 
 class Detokenizer:
@@ -64,12 +67,26 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """New text that is certain after `token`, whole characters only; `stopped` when a stop word is complete."""
-        self.held += self.stream.step(self.tokenizer, token) or ""
+        self.held += self.step(token)
         found = [at for word in self.stop_words if (at := self.held.find(word)) >= 0]
         if found:
             self.stopped = True
             return self.release(min(found), drop=True)
         return self.release(len(self.held) - max((overlap(self.held, w) for w in self.stop_words), default=0))
+
+    def step(self, token: int) -> str:
+        """What `token` adds.
+
+        Bytes that make no character change how those before them read, and tokenizers gives up at the next that does.
+        What was said stays said, and the text goes on with this token.
+        """
+        try:
+            added: str = self.stream.step(self.tokenizer, token) or ""
+        except Exception:  # tokenizers has no type of its own
+            self.stream = DecodeStream([token], skip_special_tokens=True)
+            once, twice = (self.tokenizer.decode([token] * n, skip_special_tokens=True) for n in (1, 2))
+            added = twice[len(once) :]
+        return added
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .cpus import usable_cpus
-from .text import SPECIAL_TOKENS, open_tokenizer, read, token_text
+from .text import open_tokenizer, read, token_text
 
 Array = npt.NDArray[Any]
 Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together, for a reranker say
-GENERIC = "PreTrainedTokenizerFast"  # whose models have no kinds of tokens, unless model_input_names says so
+# Classes whose models have no kinds of tokens, unless model_input_names says so.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"  # problem_type of config.json
 OLD_ACTIVATION = "sbert_ce_default_activation_function"
 # Of a batch, at most, and of padding behind one of its texts (docs/facts.md, "Texts that run together").
@@ -33,11 +34,12 @@ class TextReader:
             side = "left" if config.get("truncation_side") == "left" else "right"
             self.tokenizer.enable_truncation(about["max_length"], direction=side)
         self.about, self.inputs = about, inputs
-        named = config.get("model_input_names") or ([] if config.get("tokenizer_class") == GENERIC else INPUTS)
+        named = config.get("model_input_names") or ([] if config.get("tokenizer_class") in GENERIC else INPUTS)
         self.typed = INPUTS[2] in named  # else all tokens are of one kind for whoever trained it
-        token = token_text(config.get(SPECIAL_TOKENS[3]))
-        known = self.tokenizer.token_to_id(token) if token else None
-        self.pad: int = read(folder / "config.json").get("pad_token_id") or 0 if known is None else known
+        # The model's own number comes first: some find the last token of a text by it.
+        token, said = token_text(config.get("pad_token")), read(folder / "config.json").get("pad_token_id")
+        known = said if type(said) is int and said >= 0 else self.tokenizer.token_to_id(token) if token else None
+        self.pad: int = known or 0
 
     def prompt(self, name: str | None) -> str:
         """What is put in front of texts: the prompt of that name, or the model's own choice; ValueError for no such."""
