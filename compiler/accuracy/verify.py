@@ -123,7 +123,7 @@ def not_looked_at(subject: Subject, forms: Sequence[str]) -> str:
     """What a reader might think was run, or compared, and was not."""
     if subject.refitted:
         return REFITTED
-    if "engine" in forms or "lowered" not in forms:
+    if "engine" in forms or "lowered" not in forms or subject.reads_back:
         return ""
     if subject.file is None:
         return "There is no engine yet: what ran, on this CPU, is the lowered graph that it will be built from."
