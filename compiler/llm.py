@@ -10,6 +10,7 @@ import json
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ class Generation:
         self.text, self.finish = "", ""
         self.tokens: list[int] = []
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None is the end
+        self.times: list[tuple[float, int]] = []  # of each piece: time.monotonic(), tokens
         self.error: UserError | None = None
         self.ended = self.gone = False
 
@@ -111,6 +113,7 @@ class Generation:
     def piece(self, text: str, tokens: list[int], finish: str) -> None:
         """From the scheduler, as what follows."""
         self.text, self.tokens, self.finish = self.text + text, self.tokens + tokens, finish
+        self.times.append((time.monotonic(), len(tokens)))
         if text:
             self.pieces.put(text)
         if finish:

@@ -17,6 +17,7 @@ KINDS = ("onnx", "engine", "kit")
 CACHES = ("shared", "concat")
 MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
+BUILDERS = ("tensorrt", "tensorrt_rtx")
 TASKS = ("embed", "hidden", "classify", "classify_tokens", "fill_mask")  # of a model without a cache
 
 
@@ -158,8 +159,12 @@ def limits(value: Any) -> bool:
 
 
 def engine(value: Any) -> bool:
-    kinds = {"builder": str, "version": str, "sm": int, "options": dict}
-    return value is None or (isinstance(value, dict) and all(isinstance(value.get(k), t) for k, t in kinds.items()))
+    kinds = {"version": str, "sm": int, "options": dict}
+    return value is None or (
+        isinstance(value, dict)
+        and value.get("builder") in BUILDERS
+        and all(isinstance(value.get(k), t) for k, t in kinds.items())
+    )
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -190,6 +195,9 @@ def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
         raise ValueError("an artifact of kind engine without its engine's builder and version")
     if raw["llm"] is not None and "cache" not in raw["limits"]:
         raise ValueError("a causal LM without its kind of cache in limits")
+    bounded = [name for name in ("max_batch", "max_length") if raw["limits"].get(name)]
+    if raw["llm"] is not None and raw["kind"] == "engine" and len(bounded) < 2:
+        raise ValueError("a causal LM's engine without its max_batch and max_length in limits")
     return Artifact(
         **{
             **raw,

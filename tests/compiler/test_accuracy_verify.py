@@ -140,7 +140,7 @@ def test_polygraphy_objects_to_a_wrong_graph(compiled: Compiled, tmp_path: Path)
 
 
 def test_polygraphy_takes_outputs_of_any_layout(compiled: Compiled, tmp_path: Path) -> None:
-    """The product with a head that is stored [vocab, width], as float heads of engines are, comes out column by column."""
+    """The product with a head stored as [vocab, width], an engine's float one, comes out column by column."""
     logits = np.asfortranarray(np.random.default_rng(0).standard_normal((1, 32, 64), np.float32))
     runners: dict[str, Runner] = dict.fromkeys(("twin", "lowered"), lambda feeds: {"logits": logits})
     for delivers in ("last", "all"):

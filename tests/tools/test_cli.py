@@ -34,7 +34,7 @@ from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
-from instantrt.tools.cli.console import Stages
+from instantrt.tools.cli.console import Stages, tell
 from instantrt.tools.cli.ending import exit_on_error, say_as_typed
 from instantrt.tools.cli.show_accuracy import show_verdict
 from instantrt.tools.cli.start import compile_main, main
@@ -475,6 +475,16 @@ def test_a_terminal_sums_only_what_ran_several_times(monkeypatch: pytest.MonkeyP
                 stages.begin(name)
             stages.summary()
         assert re.findall(r"\d\.\d\d s +\d+%  (\w+)", file.getvalue()) == sums
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_has_prose_in_lines_of_whole_words(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, path = StringIO(), "/" + "long-and-" * 10 + "whole"
+    monkeypatch.setattr("instantrt.tools.cli.console.console", Console(file=file, force_terminal=terminal, width=40))
+    text = f"note: one two three four five six seven eight\n  at {path} it is"
+    tell(text, highlight=False)
+    lines = ["note: one two three four five six seven", "  eight", "  at", f"    {path}", "    it is"]
+    assert file.getvalue().splitlines() == (lines if terminal else text.splitlines())
 
 
 def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:
