@@ -41,7 +41,7 @@ from instantrt.tools.cli.start import compile_main, main
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, plugin_library
 from tests.models import make
 
 UNSAID = {"enable_quant", "layers"}  # in JSON alone
@@ -271,10 +271,10 @@ def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> No
 def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[Request] = []
     monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])
-    config = tmp_path / "q.json"
+    config, library = tmp_path / "q.json", plugin_library(tmp_path)
     config.write_text(json.dumps({"weight_only_quant": True, "customized_quant_config": {"weight_format": "int8"}}))
     arguments = ["m", "--target", "x86", "--target", "sm89", "--quant-config", config, "--ignore", "a", "-o", "o"]
-    more = ["--kv-cache", "in-place", "--max-batch", "4", "--portable", "--plugin-rounding", "--plugin", config]
+    more = ["--kv-cache", "in-place", "--max-batch", "4", "--portable", "--plugin-rounding", "--plugin", library]
     done = invoke("compile", *arguments, *more)
     assert done.exit_code == 0, done.output
     assert made == [
@@ -289,7 +289,7 @@ def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             max_batch=4,
             portable=True,
             plugin_rounding=True,
-            plugin=config,
+            plugin=library,
         )
     ]
 
@@ -297,7 +297,21 @@ def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_value_that_does_not_exist_is_refused_by_the_list_of_those_that_do() -> None:
     done = invoke("compile", TINY, "--target", "x86", "--quant", "a16w9")
     assert done.exit_code == 2
-    assert "'a16w9' is not one of 'a16w8'" in words_of(done.output)
+    assert "Invalid value for '--quant': 'a16w9' is not one of 'a16w8'" in words_of(done.output)
+
+
+def test_a_format_is_understood_as_documentation_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Request] = []
+    monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])
+    assert invoke("compile", TINY, "--target", "X86", "--quant", "A16W8").exit_code == 0
+    assert made[0].quant == "a16w8"
+
+
+@pytest.mark.parametrize("words", [(), ("bench",), ("bench", "rescaled")])
+def test_a_group_of_commands_alone_says_which_they_are(words: tuple[str, ...]) -> None:
+    done, asked = invoke(*words), invoke(*words, "--help")
+    assert (done.exit_code, done.output) == (asked.exit_code, asked.output) == (0, done.output)
+    assert "─ Commands " in done.output
 
 
 @pytest.mark.parametrize(
