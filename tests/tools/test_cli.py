@@ -29,6 +29,7 @@ from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.decide import resolve
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
+from instantrt.compiler.plan import plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request, check_options
@@ -335,6 +336,31 @@ def test_an_error_calls_options_as_they_were_typed(words: str, says: str, small:
 def test_a_note_calls_options_as_they_were_typed(tmp_path: Path) -> None:
     words = ("--target", "x86", "--cpu-preset", "exact", "--dry-run", "-o", tmp_path)
     assert "note: --cpu-preset does nothing without layers" in invoke("compile", TINY, *words).output
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        ("--quant a16w8 --cpu-preset fast", True),
+        ("--quant a16w8 --cpu-preset exact", True),
+        ("--quant a16w8 --group-size 16 --cpu-preset exact", True),
+        ("--quant a16w8 --group-size 16 --cpu-preset fast", False),
+        ("--quant a16w8 --group-size 16", False),
+    ],
+)
+def test_a_preset_that_changes_nothing_is_said(words: str, idle: bool, small: Path) -> None:
+    """Of a model without a cache: the note is there if the graph is the one without the option, and only then."""
+
+    def lowered(typed: str) -> tuple[list[str], bool]:
+        given = dict(zip(*[iter(typed.replace("--", "").replace("-", "_").split())] * 2, strict=True))
+        given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
+        made = plan(Request(small, ("x86",), small.parent / "o", **given))
+        return [node.op for node in made.lowered["x86"].nodes], any("cpu_preset does nothing" in n for n in made.notes)
+
+    found, said = lowered(words)
+    plain, _ = lowered(words.partition(" --cpu-preset")[0])
+    assert said == idle
+    assert idle == ("--cpu-preset" in words and found == plain)
 
 
 def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
