@@ -30,6 +30,7 @@ from instantrt.compiler.quant.config import Quant, QuantConfig
 from instantrt.compiler.quant.gguf import FLOAT_KINDS, KINDS, GgufTensor
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
 from instantrt.passes.core.errors import MissingExtra, UserError, tried
@@ -105,6 +106,7 @@ def inspect(
     requantize: bool = False,
     adapter: Sequence[Path] = (),
     base: Path | None = None,
+    say: Say = lambda text: None,
 ) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all.
 
@@ -132,6 +134,7 @@ def inspect(
                 max_length=1,  # which lengths are asked for is no matter of the checkpoint
                 report=found.append,
                 cache=cache,
+                say=say,
             )
     except MissingExtra:
         raise

@@ -88,6 +88,8 @@ def verify(
     forms = tuple(forms) or subject.default_forms()
     check_names(forms)
     check_forms(subject, forms)
+    if "transformers" in forms:
+        say("loading the float model with transformers")
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
         totals, to_float, tokens, nll, figures = compare(subject, data, runners)

@@ -302,6 +302,7 @@ def test_a_bound_on_size_is_filled_with_what_counts(compiled: Compiled) -> None:
     found = spend(limit, Budget())
     assert found.steps
     assert size_of(found.decisions) <= limit
+    assert found.filled == f"{size_of(found.decisions) / 2**20:.4g} of {limit / 2**20:.4g} MiB"
     assert found.after["kl_mean"] < found.before["kl_mean"] / 2
     assert override(decisions, found.layers) == found.decisions
     with pytest.raises(UserError, match=r"that small\n  expected: at least 0\.\d+ MiB"):

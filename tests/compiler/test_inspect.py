@@ -46,6 +46,13 @@ def test_a_sound_checkpoint_has_no_problems(name: str, tmp_path: Path) -> None:
     assert found.parameters > 2_000_000
 
 
+def test_seconds_of_importing_torch_are_not_called_reading(tmp_path: Path) -> None:
+    for expected in (["importing torch and transformers"], []):  # the second time nothing is asked of it
+        said: list[str] = []
+        inspect(TINY, cache=tmp_path, say=said.append)
+        assert said == expected
+
+
 def test_a_float_checkpoint() -> None:
     found = inspect(TINY)
     for quant in ("a16w8", "a8w8"):

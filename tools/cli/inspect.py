@@ -38,9 +38,9 @@ def main(
     from instantrt.compiler.inspect import inspect
 
     with Stages() as stages:
-        if not as_json:
-            stages.begin(f"reading {model}")
-        found = inspect(model, **options)
+        say = (lambda text: None) if as_json else stages.begin
+        say(f"reading {model}")
+        found = inspect(model, say=say, **options)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:

@@ -62,9 +62,10 @@ def show_raised(raised: Raised, targets: str) -> None:
     share = raised.bytes / max(1, raised.bytes_before)
     before, after = raised.before["perplexity_ratio"], raised.after["perplexity_ratio"]
     ratios = f"perplexity ratio {before:.5f} -> {after:.5f}, " if raised.data != GENERATED else ""
+    filled = f", {raised.filled}" if raised.filled else ""
     layers = "1 layer" if raised.raised == 1 else f"{raised.raised} layers"
     tell(
-        f"{layers} in a finer format: +{raised.bytes / 1e6:,.2f} MB ({share:+.1%}); "
+        f"{layers} in a finer format: +{raised.bytes / 1e6:,.2f} MB ({share:+.1%}){filled}; "
         f"KL {raised.before['kl_mean']:.4g} -> {raised.after['kl_mean']:.4g}, "
         f"{ratios}{raised.trials} trials on {raised.after['tokens']:.0f} tokens ({raised.data})"
     )
