@@ -249,11 +249,12 @@ def artifact_bytes(
         stored = next((tensors[name] for name in names if name in tensors), None)
         kind = KINDS.get(stored.kind) if isinstance(stored, GgufTensor) and stored.is_quantized else None
         scale = np.dtype(kind.exact).itemsize if on_cpu and kind is not None else 2
+        zero = scale if kind is not None and kind.zero is None else 1  # a minimum, or a zero point
         if coded:
             bits = 8 if on_cpu and asked.activate_quant else coded[0].bits
-            total += coded_bytes(*coded[0].shape, bits, coded[0].group_size, scale)
+            total += coded_bytes(*coded[0].shape, bits, coded[0].group_size, scale, zero)
         if on_cpu and kind is not None and len(shape) == 2:  # a table stays in codes, which a tied head shares
-            total += 0 if coded else coded_bytes(shape[0], shape[1], kind.bits, kind.group_size, scale)
+            total += 0 if coded else coded_bytes(shape[0], shape[1], kind.bits, kind.group_size, scale, zero)
         elif len(coded) < len(names):
             total += 2 * math.prod(shape)
     return total
@@ -295,9 +296,9 @@ def float_bytes(facts: ModelFacts, names: list[str], tensors: Mapping[str, FileT
     return math.prod(facts.parameters[names[0]]) * (min(stored, 4) if backend is Backend.ONNXRUNTIME else 2)
 
 
-def coded_bytes(n: int, k: int, bits: float, group_size: int, scale: int = 2) -> int:
-    """Codes, and for each group a scale of so many bytes and a zero point."""
-    return int(n * k * bits / 8) + n * k // group_size * (scale + 1)
+def coded_bytes(n: int, k: int, bits: float, group_size: int, scale: int = 2, zero: int = 1) -> int:
+    """Codes, and for each group a scale and a zero point, or a minimum, of so many bytes."""
+    return int(n * k * bits / 8) + n * k // group_size * (scale + zero)
 
 
 def size(tensor: FileTensor) -> int:

@@ -49,16 +49,16 @@ class Artifact:
     target: str
     kind: str
     path: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    quant: Mapping[str, str]
+    inputs: tuple[TensorSpec, ...] = field(repr=False)  # here and below: of a real model several thousand characters
+    outputs: tuple[TensorSpec, ...] = field(repr=False)
+    quant: Mapping[str, str] = field(repr=False)
     llm: Mapping[str, int] | None
-    digests: Mapping[str, str]
-    source: Mapping[str, Any]
+    digests: Mapping[str, str] = field(repr=False)
+    source: Mapping[str, Any] = field(repr=False)
     limits: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
-    engine: Mapping[str, Any] | None = None
-    encoder: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = field(default=None, repr=False)
+    encoder: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def longest(self) -> int:

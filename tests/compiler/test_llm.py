@@ -256,6 +256,13 @@ def edited(manifest: dict, **fields: object) -> dict:
 
 def test_any_model_is_called_by_name(tiny_compiled: Path, tmp_path: Path) -> None:
     model = load_artifact(tiny_compiled)
+    assert len(repr(model)) < 400
+    with pytest.raises(
+        UserError, match=r"inputs are missing\n[^$]*no attention_mask, position_ids, past_key_values.0.key"
+    ):
+        model(input_ids=[[1]])
+    with pytest.raises(UserError, match=r"no such input\n[^$]*found: +ids"):
+        model(**{spec.name: 0 for spec in model.artifact.inputs}, ids=0)
     ids = np.array([[5, 17, 3]])
     past = dict.fromkeys((s.name for s in model.artifact.inputs[3:]), np.zeros((1, 2, 0, 64), np.float32))
     found = model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(3)[None], **past)

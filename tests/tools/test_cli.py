@@ -37,6 +37,7 @@ from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
 from instantrt.tools.cli.console import Stages, tell
 from instantrt.tools.cli.ending import exit_on_error, say_as_typed
+from instantrt.tools.cli.show import show_engine
 from instantrt.tools.cli.show_accuracy import show_verdict
 from instantrt.tools.cli.start import compile_main, main
 from tests.checkpoints import HERE, config_of
@@ -557,3 +558,19 @@ def test_explain_says_what_attention_costs_in_its_plain_form(tmp_path: Path) -> 
     shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
     assert "head size 20 is no multiple of 8" in shown
     assert "every step copies the cache, 0.3 kB for each token in it" in shown
+
+
+def test_an_engines_layers_alike_share_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    fused, written = "Int4 fused", "Int8 expanded"
+    weights = {
+        f"model.layers.{i}.mlp.{part}": fused for i in range(40) for part in ("(gate_proj+up_proj)", "down_proj")
+    }
+    show_engine("sm89", {"weights": {**weights, "model.layers.3.mlp.down_proj": written}}, every_weight=True)
+    shown = capsys.readouterr().out
+    note = (
+        "note: sm89: 1 of 80 quantized weights is written out as float on every run (model.layers.3.mlp.down_proj, say)"
+    )
+    assert note in shown
+    assert len(shown.splitlines()) < 12
+    for row in ("{0-39}.mlp.(gate_proj+up_proj) │ Int4", "{0-2,4-39}.mlp.down_proj", "model.layers.3.mlp.down_proj"):
+        assert row in shown

@@ -170,9 +170,13 @@ def show_engine(target: str, engine: Mapping[str, Any], *, every_weight: bool) -
             f"every run ({slow[0]}, say), which is no faster than float weights"
         )
     if every_weight:
-        table = Table("layer", f"how {target} reads its weight", title="engine")
+        same: dict[tuple[str, str], list[str]] = {}
         for linear, read in engine["weights"].items():
-            table.add_row(linear, read)
+            same.setdefault((pattern_of(linear), read), []).append(linear)
+        layers = Column("layers", no_wrap=True)
+        table = Table(layers, f"how {target} reads their weights", title="engine")
+        for (layer, read), paths in same.items():
+            table.add_row(layer.replace("*", numbers(paths)), read)
         console.print(table)
 
 
