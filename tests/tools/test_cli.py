@@ -302,6 +302,19 @@ def test_a_value_that_does_not_exist_is_refused_by_the_list_of_those_that_do() -
     assert "Invalid value for '--quant': 'a16w9' is not one of 'a16w8'" in words_of(done.output)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"load-test REPOSITORY {option} 0" for option in ("--clients", "--requests", "--total", "--max-tokens")),
+        *(f"serve REPOSITORY {option} {port}" for option in ("--http-port", "--grpc-port") for port in (-1, 65536)),
+        "diff OUT --model MODEL --tokens 1",
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_any_work(words: str) -> None:
+    done = invoke(*words.split())
+    assert (done.exit_code, "Input should be" in done.output) == (2, True), done.output
+
+
 def test_a_format_is_understood_as_documentation_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Request] = []
     monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])

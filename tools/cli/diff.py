@@ -28,7 +28,7 @@ def main(
     adapter: Annotated[list[Path] | None, typer.Option(help="the adapter that was merged into it")] = None,
     base: Annotated[Path | None, typer.Option(help="the adapter's base, where MODEL is the adapter")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to measure on; may be repeated")] = None,
-    tokens: Annotated[int | None, typer.Option(help="at most so many tokens of the text")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="at most so many tokens of the text")] = None,
     forms: Annotated[
         str, typer.Option(help="two or more of float, transformers, twin, artifact, lowered, engine")
     ] = "",
