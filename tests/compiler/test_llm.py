@@ -159,6 +159,7 @@ def test_limits_and_options_are_refused_in_words(tiny_compiled: Path) -> None:
             ("a", {"max_tokens": 0}, "max_tokens: expected 1 or more, found 0"),
             ("a", {"top_p": 1.5}, "top_p: expected above 0, at most 1, found 1.5"),
             ([{"content": "who?"}], {}, "messages: expected a list such as"),
+            ([{"role": "user"}], {}, "messages: expected a list such as"),
             *(("a", {name: 2.5}, name) for name in ("top_k", "seed", "max_tokens", "min_tokens")),
             *(("a", {"temperature": value}, "temperature: expected 0 or more") for value in ("1", None, True)),
             ("a", {"stop": ["a", 5]}, "stop has a value of another kind"),
