@@ -131,7 +131,7 @@ class Request(
                 fix=f"`make {goal} TENSORRT=DIR` in a checkout, with {compiler} and DIR/include of TensorRT, makes one",
             )
         code = library.read_bytes()
-        if not code.startswith(ELF) or not any(name in code for name in CREATORS):
+        if target.plugin and not (code.startswith(ELF) and any(name in code for name in CREATORS)):
             raise UserError(
                 "no plugin library: TensorRT would find no plugin in it",
                 where=str(library),

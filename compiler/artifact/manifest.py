@@ -195,9 +195,9 @@ def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
         raise ValueError("an artifact of kind engine without its engine's builder and version")
     if raw["llm"] is not None and "cache" not in raw["limits"]:
         raise ValueError("a causal LM without its kind of cache in limits")
-    bounded = [name for name in ("max_batch", "max_length") if raw["limits"].get(name)]
-    if raw["llm"] is not None and raw["kind"] == "engine" and len(bounded) < 2:
-        raise ValueError("a causal LM's engine without its max_batch and max_length in limits")
+    in_place = raw["llm"] is not None and raw["kind"] == "engine" and raw["limits"]["cache"] == CACHES[0]
+    if in_place and not raw["limits"].get("max_batch"):
+        raise ValueError("an engine whose cache is one buffer, without its max_batch in limits")
     return Artifact(
         **{
             **raw,

@@ -531,12 +531,12 @@ def test_a_hostile_manifest(field: str, value: object, words: str, tiny_compiled
         list(check(tmp_path))
 
 
-@pytest.mark.parametrize("lost", ["max_batch", "max_length"])
-def test_an_engine_without_its_limits_is_no_manifest_of_ours(lost: str, tiny_compiled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limits", [{"cache": "shared"}, {"cache": "shared", "max_batch": 0}])
+def test_an_engine_without_its_limits_is_no_manifest_of_ours(
+    limits: dict[str, Any], tiny_compiled: Path, tmp_path: Path
+) -> None:
     body = json.loads((tiny_compiled / MANIFEST).read_text())
     engine = {"builder": "tensorrt_rtx", "version": "1", "sm": 89, "options": {}}
-    limits = {"cache": "shared", "max_batch": 4, "max_length": 64}
-    del limits[lost]
     body["artifacts"][0] |= {"kind": "engine", "engine": engine, "limits": limits}
     (tmp_path / MANIFEST).write_text(json.dumps(body))
     with pytest.raises(UserError, match="not a manifest of ours"):

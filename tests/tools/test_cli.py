@@ -402,15 +402,15 @@ def test_a_text_alone_is_refused() -> None:
 
 
 OTHER: dict[str, Any] = {"cpu_preset": "fast", "builder": "kit", "kv_cache": "in-place"}
-OTHER |= {"plugin": Path(__file__), "timing_cache": Path("t"), "hardware_compatible": "ampere_plus"}
+OTHER |= {"timing_cache": Path("t"), "hardware_compatible": "ampere_plus"}
 OTHER |= {"max_batch": 2, "max_length": 600, "opt_length": 4, "memory_limit": 9, "optimization_level": 2}
 
 
 @pytest.mark.parametrize(("lacking", "target"), [(CPU, "sm89"), (GPU, "x86")])
 def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: str, tmp_path: Path) -> None:
     for name in (f.name for f, option in options_of(Request) if lacking in option.needs):
-        needed = {"plugin": Path(__file__)} if name.startswith("plugin_") else {}
-        given = {**needed, name: OTHER.get(name, True)}
+        needed = {"plugin": plugin_library(tmp_path)} if name.startswith("plugin") else {}
+        given = needed if name == "plugin" else {**needed, name: OTHER.get(name, True)}
         with pytest.raises(UserError, match=f"{next(iter(given))} does nothing without {lacking}"):
             compile_model(Request(TINY, (target,), tmp_path, **given))
         check_options(Request(TINY, ("sm89", "x86"), tmp_path, **given))
