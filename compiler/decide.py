@@ -101,8 +101,15 @@ def checkpoint_config(request: Request, asked: QuantConfig | None, reader: Reade
     if asked is not None:
         what = "the checkpoint is quantized already; quantizing its weights again would lose accuracy"
         expect(asked.quant_method == reader.method, asked.quant_method, what, f"quant_method {reader.method}", where)
-        right = asked.weight_format == own.weight_format or not (request.quant or "weight_format" in said)
-        expect(right, asked.weight_format, "the checkpoint has weights of another width", own.weight_format, where)
+        if asked.weight_format != own.weight_format and (request.quant or "weight_format" in said):
+            given = f"quant {request.quant}" if request.quant else f"weight_format {asked.weight_format}"
+            raise UserError(
+                "the checkpoint has weights of another width",
+                where=where,
+                expected=f"{own.bits} bits ({own.weight_format})",
+                found=f"{asked.bits} bits ({given})",
+                fix="leave it out: the codes are taken as they are; or compile the float model",
+            )
     for group_size in (request.group_size, said.get("group_size")):
         right = group_size in (None, reader.group_size)
         expect(right, group_size, "the checkpoint has another group_size", str(reader.group_size), where)

@@ -32,7 +32,15 @@ WHERE = {  # task -> who runs it
     "fill_mask": "load_artifact, which returns its logits",
     "hidden": "load_artifact: nothing says how its hidden states become one vector; modules.json of "
     "sentence-transformers would",
-    "": "LLM, or instantrt generate: it is a causal language model",
+    "": "LLM, or instantrt generate",
+}
+CALLED = {
+    "embed": "a model of sentence embeddings",
+    "classify": "a classifier of texts",
+    "classify_tokens": "a classifier of tokens",
+    "fill_mask": "a masked language model",
+    "hidden": "a model that delivers hidden states",
+    "": "a causal language model",
 }
 
 
@@ -67,7 +75,7 @@ class OpenEncoder:
         if about.get("task", "") != self.TASK:
             other = about.get("task", "" if self.artifact.llm is not None else "hidden")
             what = f"this is no model for {type(self).__name__}"
-            raise UserError(what, where=str(path), found=other or "a causal language model", fix=f"use {WHERE[other]}")
+            raise UserError(what, where=str(path), found=CALLED[other], fix=f"use {WHERE[other]}")
         if self.artifact.kind != "onnx":
             fix = "compile for a CPU target; Triton runs engines"
             raise UserError("texts are read on a CPU alone", where=str(path), found=self.artifact.kind, fix=fix)

@@ -99,7 +99,7 @@ def smooth(
     config = formats.config
     if model.encoder is None or config is None or config.search == "none" or not config.activate_quant:
         return graph, decisions
-    say("measuring the inputs of each layer")
+    say("looking for loud inputs")
     paths = {path for path, q in decisions.items() if isinstance(q, QuantTensor) and q.activations != "float"}
     factors = smoothing(graph, paths, generated(model, tokens=TOKENS))
     return pipeline.smooth_inputs(graph, decisions, factors, paths, log)

@@ -30,6 +30,7 @@ from instantrt.compiler.quant.config import Quant, QuantConfig
 from instantrt.compiler.quant.gguf import FLOAT_KINDS, KINDS, GgufTensor
 from instantrt.compiler.quant.stored import Reader, StoredRows
 from instantrt.compiler.request import Request
+from instantrt.compiler.say import Say
 from instantrt.compiler.support import METHODS, cell, method_of
 from instantrt.compiler.target import TARGETS, Backend, Target
 from instantrt.passes.core.errors import MissingExtra, UserError, tried
@@ -105,6 +106,7 @@ def inspect(
     requantize: bool = False,
     adapter: Sequence[Path] = (),
     base: Path | None = None,
+    say: Say = lambda text: None,
 ) -> Inspection:
     """Reads the checkpoint's headers and quantization parameters; raises only where nothing can be said at all.
 
@@ -132,6 +134,7 @@ def inspect(
                 max_length=1,  # which lengths are asked for is no matter of the checkpoint
                 report=found.append,
                 cache=cache,
+                say=say,
             )
     except MissingExtra:
         raise
@@ -246,11 +249,12 @@ def artifact_bytes(
         stored = next((tensors[name] for name in names if name in tensors), None)
         kind = KINDS.get(stored.kind) if isinstance(stored, GgufTensor) and stored.is_quantized else None
         scale = np.dtype(kind.exact).itemsize if on_cpu and kind is not None else 2
+        zero = scale if kind is not None and kind.zero is None else 1  # a minimum, or a zero point
         if coded:
             bits = 8 if on_cpu and asked.activate_quant else coded[0].bits
-            total += coded_bytes(*coded[0].shape, bits, coded[0].group_size, scale)
+            total += coded_bytes(*coded[0].shape, bits, coded[0].group_size, scale, zero)
         if on_cpu and kind is not None and len(shape) == 2:  # a table stays in codes, which a tied head shares
-            total += 0 if coded else coded_bytes(shape[0], shape[1], kind.bits, kind.group_size, scale)
+            total += 0 if coded else coded_bytes(shape[0], shape[1], kind.bits, kind.group_size, scale, zero)
         elif len(coded) < len(names):
             total += 2 * math.prod(shape)
     return total
@@ -292,9 +296,9 @@ def float_bytes(facts: ModelFacts, names: list[str], tensors: Mapping[str, FileT
     return math.prod(facts.parameters[names[0]]) * (min(stored, 4) if backend is Backend.ONNXRUNTIME else 2)
 
 
-def coded_bytes(n: int, k: int, bits: float, group_size: int, scale: int = 2) -> int:
-    """Codes, and for each group a scale of so many bytes and a zero point."""
-    return int(n * k * bits / 8) + n * k // group_size * (scale + 1)
+def coded_bytes(n: int, k: int, bits: float, group_size: int, scale: int = 2, zero: int = 1) -> int:
+    """Codes, and for each group a scale and a zero point, or a minimum, of so many bytes."""
+    return int(n * k * bits / 8) + n * k // group_size * (scale + zero)
 
 
 def size(tensor: FileTensor) -> int:

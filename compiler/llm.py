@@ -10,10 +10,11 @@ import json
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -82,6 +83,7 @@ class Generation:
         self.text, self.finish = "", ""
         self.tokens: list[int] = []
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None is the end
+        self.times: list[tuple[float, int]] = []  # of each piece: time.monotonic(), tokens
         self.error: UserError | None = None
         self.ended = self.gone = False
 
@@ -111,6 +113,7 @@ class Generation:
     def piece(self, text: str, tokens: list[int], finish: str) -> None:
         """From the scheduler, as what follows."""
         self.text, self.tokens, self.finish = self.text + text, self.tokens + tokens, finish
+        self.times.append((time.monotonic(), len(tokens)))
         if text:
             self.pieces.put(text)
         if finish:
@@ -359,10 +362,14 @@ class LoadedModel:
     """A model for ONNX Runtime that is called with its inputs by name, and returns its outputs by name."""
 
     artifact: Artifact
-    session: ort.InferenceSession
+    session: ort.InferenceSession = field(repr=False)
 
     def __call__(self, **feeds: Array) -> dict[str, Array]:
-        names = [spec.name for spec in self.artifact.outputs]
+        takes, names = ([spec.name for spec in specs] for specs in (self.artifact.inputs, self.artifact.outputs))
+        if missing := [name for name in takes if name not in feeds]:
+            raise UserError("inputs are missing", expected=", ".join(takes), found=f"no {', '.join(missing)}")
+        if unknown := [name for name in feeds if name not in takes]:
+            raise UserError("no such input", expected=", ".join(takes), found=", ".join(unknown))
         given = {name: np.asarray(value) for name, value in feeds.items()}
         return dict(zip(names, self.session.run(names, given), strict=True))
 

@@ -31,7 +31,8 @@ CacheType = Literal["float32", "float16", "int8", "uint4"]
 # What a compilation may lack. An option that needs it says nothing without: that is an error.
 CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
 # What one model may lack where options are for many, which a script compiles with the same ones: that is a note.
-INEXACT, LLM, A8W8 = "layers that are weight-only or in groups", "a causal LM", "a checkpoint that runs as A8W8"
+INEXACT = "layers whose form it decides (docs/targets/x86.md has them)"
+LLM, A8W8 = "a causal LM", "a checkpoint that runs as A8W8"
 
 T = TypeVar("T")
 Rule = tuple[Callable[[Any], bool], str]  # does a value fit, and in words what does

@@ -172,7 +172,10 @@ def decided(request: Request, model: FloatModel, log: PassLog, say: Say) -> Plan
 def lacking(request: Request, model: FloatModel, twins: Iterable[Twin]) -> list[str]:
     """What this model has not, and options may want."""
     quantized = (q for twin in twins for q in twin.quantized.values())
-    inexact = any(q.activations == "float" or not q.per_channel for q in quantized)
+    if model.llm is not None:
+        inexact = any(q.activations == "float" or not q.per_channel for q in quantized)
+    else:  # auto is exact, and channels of 8 bits have one form: passes/ort/linear.py
+        inexact = request.cpu_preset == "fast" and any(not q.per_channel or q.bits != 8 for q in quantized)
     # A config that names the activations may say it, too: the spec has a key for each.
     a8w8 = request.quant_config is not None or (model.reader is not None and model.reader.activations == "int8")
     has = {INEXACT: inexact, LLM: model.llm is not None, A8W8: a8w8}

@@ -34,6 +34,7 @@ from instantrt.passes.core.errors import UserError
 
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")
+ELF, CREATORS = b"\x7fELF", (b"getCreators", b"getPluginCreators")  # what IPluginRegistry::loadLibrary looks for
 SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
 BOUNDS = ("max_kl", "max_ppl_increase", "max_size", "bits_per_weight")  # on the loss and on the size
 LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
@@ -130,6 +131,14 @@ class Request(
                 fix=f"`make {goal} TENSORRT=DIR` in a checkout, with {compiler} and DIR/include of TensorRT, makes one",
             )
         code = library.read_bytes()
+        if target.plugin and not (code.startswith(ELF) and any(name in code for name in CREATORS)):
+            raise UserError(
+                "no plugin library: TensorRT would find no plugin in it",
+                where=str(library),
+                expected="a shared library that exports getCreators",
+                found="one that does not" if code.startswith(ELF) else "no shared library",
+                fix="`make plugins TENSORRT=DIR` makes libinstantrt_plugins.so",
+            )
         serves = SERVES.search(code)
         if serves and target.plugin not in ("", serves[1].decode()):
             raise UserError(

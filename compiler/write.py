@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.artifact.digest import digests_of, sha256
+from instantrt.compiler.artifact.digest import digests_by_name, digests_of, sha256
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, TensorSpec, write_manifest
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder, with_choices
 from instantrt.compiler.backend.onnx_writer import write_model
@@ -160,11 +160,7 @@ def hashed_meanwhile(files: Iterable[Path]) -> Callable[[], Mapping[str, str]]:
 
     def work() -> None:
         try:
-            digests: dict[str, str] = {}
-            for path in files:
-                name = path.name if path.name not in digests else f"{path.parent.name}/{path.name}"
-                digests[name] = sha256(path)
-            found.set_result(digests)
+            found.set_result(digests_by_name(files))
         except OSError as error:
             found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
         except BaseException as error:  # whoever waits must hear of it

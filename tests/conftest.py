@@ -37,12 +37,18 @@ gc.set_threshold(100_000, 20, 20)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-qwen2"
+LIBRARY = b"\x7fELF...getCreators\0..."  # as a plugin's may look, for what does not load it
 TEXT = ROOT / "examples" / "text" / "evaluation.txt"
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Every file, hidden ones too, with its digest."""
     return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def plugin_library(folder: Path) -> Path:
+    (folder / "plugin.so").write_bytes(LIBRARY)
+    return folder / "plugin.so"
 
 
 def planned_and_written(request: Request) -> Plan:

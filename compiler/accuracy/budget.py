@@ -52,6 +52,7 @@ class Raised:
 
     layers   every layer whose format is not the one that was asked for, and its format
     steps    what was taken, from the coarsest formats where the size is bounded, else from those asked for
+    filled   how much of the room, in its own unit, where the size is bounded
     """
 
     decisions: Decisions
@@ -62,6 +63,7 @@ class Raised:
     bytes_before: int
     trials: int
     data: str
+    filled: str = ""
 
     @property
     def bytes(self) -> int:
@@ -108,6 +110,11 @@ class Room:
             fix = "" if fours else "--quant a16w4"
             raise UserError("no choice of formats is that small", where=self.where, expected=least, fix=fix)
         return free
+
+    def filled(self, decisions: Decisions) -> str:
+        """`4.49 of 4.5 MiB`."""
+        size, unit = self.unit
+        return f"{self.size_of(decisions) / size:.4g} of {self.limit / size:.4g} {unit}"
 
     def fill(self, decisions: Decisions, steps: list[Raise], free: int) -> list[Raise]:
         """The best of `steps` for which there is room. A layer that one does not fit for stays where it is."""
@@ -172,7 +179,8 @@ def search(
     layers = start | forms_after(steps)
     size = sum(quantized_bytes(q) for q in decisions.values() if isinstance(q, QuantTensor))
     chosen = override(decisions, forms_after(steps))
-    return Raised(chosen, layers, tuple(steps), before, after, size, measure.trials, data.kind)
+    filled = room.filled(chosen) if room is not None else ""
+    return Raised(chosen, layers, tuple(steps), before, after, size, measure.trials, data.kind, filled)
 
 
 def forms_after(steps: Sequence[Raise]) -> dict[str, str]:

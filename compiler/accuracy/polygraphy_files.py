@@ -46,7 +46,8 @@ def polygraphy_files(
         smallest = {name: value[:, -1:] for name, value in smallest.items()}
     results = RunResults()
     for form, each in outputs.items():
-        results.add([cut(each, smallest)], runtime=seconds[form], runner_name=form)
+        rows = {name: np.ascontiguousarray(value) for name, value in cut(each, smallest).items()}  # it takes no other
+        results.add([rows], runtime=seconds[form], runner_name=form)
     save_json([dict(feeds)], str(folder / "inputs.json"))
     results.save(str(folder / "run_results.json"))
     for form in {"twin"} & set(runners):  # alone: the tool compares everything that it loads with one bound

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
 from instantrt.compiler.artifact.check import check_digests
-from instantrt.compiler.artifact.digest import sha256
+from instantrt.compiler.artifact.digest import digests_by_name, sha256
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.frontend.adapter.folder import WEIGHTS, is_adapter
@@ -79,6 +79,13 @@ def request_of(
         ), artifacts
     except TypeError as error:
         raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
+
+
+def changed_files(artifacts: Iterable[Artifact], files: Iterable[Path]) -> list[str]:
+    """Names of the model's `files` that are not those that artifacts record as what they were made of."""
+    now = digests_by_name(files)
+    then = [artifact.source.get("files", {}) for artifact in artifacts]
+    return sorted({name for each in then for name in each.keys() | now.keys() if each.get(name) != now.get(name)})
 
 
 def subjects(

@@ -88,6 +88,8 @@ def verify(
     forms = tuple(forms) or subject.default_forms()
     check_names(forms)
     check_forms(subject, forms)
+    if "transformers" in forms:
+        say("loading the float model with transformers")
     with opened(subject, forms) as runners:
         say("running " + ", ".join(runners))
         totals, to_float, tokens, nll, figures = compare(subject, data, runners)
@@ -123,7 +125,7 @@ def not_looked_at(subject: Subject, forms: Sequence[str]) -> str:
     """What a reader might think was run, or compared, and was not."""
     if subject.refitted:
         return REFITTED
-    if "engine" in forms or "lowered" not in forms:
+    if "engine" in forms or "lowered" not in forms or subject.reads_back:
         return ""
     if subject.file is None:
         return "There is no engine yet: what ran, on this CPU, is the lowered graph that it will be built from."

@@ -35,6 +35,14 @@ def digests_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[str
     return {f"{folder.name}/{path.name}": known.get(path.name) or sha256(path) for path in sorted(folder.iterdir())}
 
 
+def digests_by_name(files: Iterable[Path]) -> dict[str, str]:
+    """Name -> sha256; of a second file of one name with its folder's."""
+    found: dict[str, str] = {}
+    for path in files:
+        found[path.name if path.name not in found else f"{path.parent.name}/{path.name}"] = sha256(path)
+    return found
+
+
 def check_files(folder: Path, digests: Mapping[str, str], needed: Iterable[str]) -> None:
     """ChangedError unless every file of `digests` lies in `folder` with its digest, and each `needed` one has a digest.
 

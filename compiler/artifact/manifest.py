@@ -17,6 +17,7 @@ KINDS = ("onnx", "engine", "kit")
 CACHES = ("shared", "concat")
 MODEL, ENGINE, KIT = "model.onnx", "model.engine", "kit.json"  # what an artifact of each kind is, in its folder
 FORMAT = 2
+BUILDERS = ("tensorrt", "tensorrt_rtx")
 TASKS = ("embed", "hidden", "classify", "classify_tokens", "fill_mask")  # of a model without a cache
 
 
@@ -48,16 +49,16 @@ class Artifact:
     target: str
     kind: str
     path: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    quant: Mapping[str, str]
+    inputs: tuple[TensorSpec, ...] = field(repr=False)  # here and below: of a real model several thousand characters
+    outputs: tuple[TensorSpec, ...] = field(repr=False)
+    quant: Mapping[str, str] = field(repr=False)
     llm: Mapping[str, int] | None
-    digests: Mapping[str, str]
-    source: Mapping[str, Any]
+    digests: Mapping[str, str] = field(repr=False)
+    source: Mapping[str, Any] = field(repr=False)
     limits: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
-    engine: Mapping[str, Any] | None = None
-    encoder: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = field(default=None, repr=False)
+    encoder: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def longest(self) -> int:
@@ -158,8 +159,12 @@ def limits(value: Any) -> bool:
 
 
 def engine(value: Any) -> bool:
-    kinds = {"builder": str, "version": str, "sm": int, "options": dict}
-    return value is None or (isinstance(value, dict) and all(isinstance(value.get(k), t) for k, t in kinds.items()))
+    kinds = {"version": str, "sm": int, "options": dict}
+    return value is None or (
+        isinstance(value, dict)
+        and value.get("builder") in BUILDERS
+        and all(isinstance(value.get(k), t) for k, t in kinds.items())
+    )
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -190,6 +195,9 @@ def artifact_from_json(raw: Mapping[str, Any]) -> Artifact:
         raise ValueError("an artifact of kind engine without its engine's builder and version")
     if raw["llm"] is not None and "cache" not in raw["limits"]:
         raise ValueError("a causal LM without its kind of cache in limits")
+    in_place = raw["llm"] is not None and raw["kind"] == "engine" and raw["limits"]["cache"] == CACHES[0]
+    if in_place and not raw["limits"].get("max_batch"):
+        raise ValueError("an engine whose cache is one buffer, without its max_batch in limits")
     return Artifact(
         **{
             **raw,

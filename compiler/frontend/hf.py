@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ from instantrt.passes.core.collector import uncollected
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.passes.core.lazy import FileTensor, Missing, Source, View, view_of
 
+IMPORTING = "importing torch and transformers"
 FEW = 8  # names of files in an error
 UNLIMITED = 1 << 31  # transformers writes a number far above it where a tokenizer has no limit
 ANOTHER_ROAD = "InstantRT cannot export this model; an .onnx file that another tool exports of it may be compiled"
@@ -106,6 +108,9 @@ def exported_model(opened: OpenCheckpoint, say: Callable[[str], None]) -> onnx.M
     taken = opened.taken
 
     def export() -> bytes:
+        if "transformers" not in sys.modules:  # what torch is asked was kept, and the graph was not
+            say(IMPORTING)
+            opened.skeleton()
         say(f"exporting {family(opened.config)}")
         from instantrt.compiler.frontend.export import export_graph
 
@@ -169,12 +174,8 @@ def open_checkpoint(
     if head.task in CLASSIFIERS:
         label_names(config, str(folder / "config.json"))
     skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code, head, pipeline))
-    try:
-        stored = dict(weights if weights is not None else read_checkpoint(folder))
-        stored |= tensors_of(pipeline, root) if pipeline is not None else {}
-    except UserError:
-        skeleton()  # what is wrong with the model itself is said first
-        raise
+    stored = dict(weights if weights is not None else read_checkpoint(folder))
+    stored |= tensors_of(pipeline, root) if pipeline is not None else {}
     # Code that a model brings is no part of a key.
     kept = None if config.get("auto_map") else cache_folder(cache)
     # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".
@@ -186,7 +187,7 @@ def open_checkpoint(
     }
 
     def facts_now() -> bytes:
-        say("importing torch and transformers")
+        say(IMPORTING)
         model = skeleton()
         beside = other_heads(model, config) if head.auto == "AutoModel" else []
         return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()

@@ -60,7 +60,7 @@ def check_groups(widths: Mapping[str, int], group_size: int, step: int = 1, *, i
     if not bad:
         return
     divides = all(fits(widths[path], group_size) for path in bad)
-    divisors = " or ".join(f"a divisor of {k}" for k in sorted({widths[path] for path in bad}))
+    divisors = "a divisor of " + " and of ".join(map(str, sorted({widths[path] for path in bad})))
     fitting = [f"{size}, " for size in GROUPS if all(fits(k, size, step) for k in widths.values())]
     raise UserError(
         f"group_size {'is one that no operator has' if divides else 'does not divide the input width of this layer'}",

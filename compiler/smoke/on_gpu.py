@@ -18,13 +18,13 @@ def why_not(artifact: Artifact) -> str:
     if artifact.engine is None:
         return f"no engine is built yet: {describe()}" if not gpus() else "no engine is built yet: this is a kit"
     if all(gpu.sm != artifact.engine["sm"] for gpu in gpus()):
-        return f"the engine was not: it is for sm{artifact.engine['sm']}, and here is {describe()}"
+        return f"the engine did not: it is for sm{artifact.engine['sm']}, and here is {describe()}"
     if importlib.util.find_spec(artifact.engine["builder"]) is None:
-        return f"the engine was not: {artifact.engine['builder']} is not installed"
+        return f"the engine did not: {artifact.engine['builder']} is not installed"
     if artifact.limits.get("cache") == "shared":
-        return "the engine was not: its cache is one buffer, which the runtime alone has"
+        return "the engine did not: its cache is one buffer, which the runtime alone has"
     if artifact.limits["max_length"] < PROMPT + DECODES:
-        return f"the engine was not: it takes at most {artifact.limits['max_length']} tokens"
+        return f"the engine did not: it takes at most {artifact.limits['max_length']} tokens"
     return ""
 
 

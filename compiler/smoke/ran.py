@@ -37,10 +37,7 @@ class Ran:
             return ""
         if not d.relative:
             return "; no difference from the twin"
-        return (
-            f"; largest error {d.largest:.0e} of {d.of:.2g}; relative {d.relative:.0e}, "
-            f"bound {self.limit:.0e} ({self.bound.name})"
-        )
+        return f"; relative error to the twin {d.relative:.0e}, bound {self.limit:.0e} ({self.bound.name})"
 
 
 def ort_version() -> str:

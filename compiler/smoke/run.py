@@ -48,7 +48,7 @@ def ran(subject: Staged, heard: Heard) -> Ran:
     found = judge(subject, heard, heard.answers)
     if not subject.on_cpu:
         if lacking := why_not(subject.artifact):
-            notes = (f"what ran is the lowered graph, on this CPU; {lacking}", *notes)
+            notes = (f"the lowered graph ran, on this CPU; {lacking}", *notes)
         else:
             libraries = [subject.request.out / name for name in subject.artifact.plugins]
             names = [t.name for t in subject.graph.outputs]

@@ -28,7 +28,9 @@ from instantrt.compiler.accuracy.forms import Budget, Subject
 from instantrt.compiler.accuracy.importance import input_energy, search_scales
 from instantrt.compiler.accuracy.ladder import override
 from instantrt.compiler.accuracy.layer_errors import layers_of, quantized_bytes
+from instantrt.compiler.accuracy.polygraphy_files import polygraphy_files
 from instantrt.compiler.accuracy.report import HTML, JSON, PNG, number, write_report
+from instantrt.compiler.accuracy.runners import Runner
 from instantrt.compiler.accuracy.subjects import subjects
 from instantrt.compiler.accuracy.verify import AS_CLOSE, AS_FLOAT, REFITTED, Verdict, not_looked_at, verify
 from instantrt.compiler.accuracy.weigh import share, stream_of
@@ -135,6 +137,17 @@ def test_polygraphy_objects_to_a_wrong_graph(compiled: Compiled, tmp_path: Path)
     data = load_data(compiled.planned.model, TEXT, limit=64)
     found = verify(subject, data, tmp_path, forms=("twin", "lowered"))
     assert "Polygraphy: lowered and twin differ" in found.violations
+
+
+def test_polygraphy_takes_outputs_of_any_layout(compiled: Compiled, tmp_path: Path) -> None:
+    """The product with a head stored as [vocab, width], an engine's float one, comes out column by column."""
+    logits = np.asfortranarray(np.random.default_rng(0).standard_normal((1, 32, 64), np.float32))
+    runners: dict[str, Runner] = dict.fromkeys(("twin", "lowered"), lambda feeds: {"logits": logits})
+    for delivers in ("last", "all"):
+        subject = replace(compiled.subject, logits=delivers)
+        data = load_data(compiled.planned.model, TEXT, limit=64)
+        _, objections = polygraphy_files(subject, data, runners, tmp_path, lambda path: path, ["lowered"])
+        assert objections == []
 
 
 def test_a_right_artifact_passes_and_the_two_kinds_stay_apart(verdict: Verdict) -> None:
@@ -289,6 +302,7 @@ def test_a_bound_on_size_is_filled_with_what_counts(compiled: Compiled) -> None:
     found = spend(limit, Budget())
     assert found.steps
     assert size_of(found.decisions) <= limit
+    assert found.filled == f"{size_of(found.decisions) / 2**20:.4g} of {limit / 2**20:.4g} MiB"
     assert found.after["kl_mean"] < found.before["kl_mean"] / 2
     assert override(decisions, found.layers) == found.decisions
     with pytest.raises(UserError, match=r"that small\n  expected: at least 0\.\d+ MiB"):
@@ -399,4 +413,5 @@ def test_the_report_says_that_an_engine_was_not_run(compiled: Compiled) -> None:
     assert not_looked_at(engine, engine.default_forms()).startswith("The engine itself was not run")
     assert not_looked_at(replace(engine, file=None), engine.default_forms()).startswith("There is no engine yet")
     assert not_looked_at(engine, ("twin", "engine")) == ""
-    assert not_looked_at(compiled.subject, compiled.subject.default_forms()) == ""
+    for forms in (compiled.subject.default_forms(), ("twin", "lowered")):  # no engine is made of a CPU's graph
+        assert not_looked_at(compiled.subject, forms) == ""

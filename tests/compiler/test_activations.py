@@ -19,7 +19,7 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE
-from tests.conftest import planned_and_written
+from tests.conftest import planned_and_written, plugin_library
 from tests.graphs import relative
 
 WIDTH = 64
@@ -92,7 +92,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     x, want = export(NAMES, folder / "m.onnx")
     planned = planned_and_written(Request(folder / "m.onnx", ("x86",), folder / "out", quant="none"))
     got = ort.InferenceSession(folder / "out/x86/model.onnx").run(outputs(NAMES), {"x": x})
-    request = Request(folder / "m.onnx", ("sm89",), folder, quant="a16w8", plugin=Path(__file__), builder="kit")
+    request = Request(folder / "m.onnx", ("sm89",), folder, quant="a16w8", plugin=plugin_library(folder), builder="kit")
     return Compiled(x, want, dict(zip(NAMES, got, strict=True)), planned.model.graph, plan(request).lowered["sm89"])
 
 

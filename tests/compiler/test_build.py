@@ -158,6 +158,7 @@ def test_a_group_that_fits_no_layer_is_refused_by_the_config_alone(tmp_path: Pat
     shutil.copy(TINY / "config.json", tmp_path)
     for size, what, expected, fix in (
         (96, "does not divide the input width", "a divisor of 256", "128, 64, 32, -1 (per channel)"),
+        (7, "does not divide the input width", "a divisor of 256 and of 768", "128, 64, 32, -1 (per channel)"),
         (8, "is one that no operator has", "a multiple of 16", "128, 64, 32, -1 (per channel)"),
     ):
         with pytest.raises(UserError, match=f"group_size {what}") as caught:

@@ -63,6 +63,13 @@ def test_nothing_is_exported_before_it_is_refused(
     assert said == []
 
 
+def test_another_width_is_said_in_the_words_of_the_request(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        check_early(Request(GPTQ, ("x86",), tmp_path / "o", quant="a16w8"))
+    assert (caught.value.expected, caught.value.found) == ("4 bits (uint4)", "8 bits (quant a16w8)")
+    assert caught.value.fix.startswith("leave it out")
+
+
 @pytest.mark.parametrize("said", [{"text_config": []}, {"text_config": None}, {"max_position_embeddings": -1}])
 def test_what_is_wrong_with_a_config_is_left_to_the_frontend(said: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")

@@ -72,6 +72,9 @@ def test_prompts(embedding: Path) -> None:
         assert (model.encode("fish") != model.encode("find fish")).any()
         with pytest.raises(UserError, match="prompt_name: expected one of query, found passage"):
             model.encode("fish", prompt_name="passage")
+        model.reader.about = {**model.reader.about, "prompts": {}, "default_prompt": ""}
+        with pytest.raises(UserError, match="expected none: this model has no prompts, found query"):
+            model.encode("fish", prompt_name="query")
 
 
 def test_a_classifier_says_its_labels(classes: Path) -> None:

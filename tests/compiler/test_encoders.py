@@ -39,7 +39,7 @@ from instantrt.passes.core.rewrite import PassLog
 from instantrt.plugins.weight_only_gemm.op import OP
 from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
-from tests.conftest import TEXT
+from tests.conftest import TEXT, plugin_library
 
 AUTOS = {
     "hidden": "AutoModel",
@@ -410,7 +410,7 @@ def test_a_gptq_checkpoint_of_an_encoder(tmp_path: Path) -> None:
 def test_the_plugin_takes_the_layers_of_an_encoder(tmp_path: Path) -> None:
     """Queries, keys and values as one, biases and GELU inside; the vectors are the twin's but for float16."""
     make("bert", "AutoModel", tmp_path)
-    request = Request(tmp_path, ("sm89",), tmp_path, quant="a16w4", plugin=Path(__file__), builder="kit")
+    request = Request(tmp_path, ("sm89",), tmp_path, quant="a16w4", plugin=plugin_library(tmp_path), builder="kit")
     made, feeds = plan(request), batch(load(tmp_path))
     lowered, twin = made.lowered["sm89"], made.twins["sm89"].canonical
     assert [node.op for node in lowered.nodes].count(OP.name) == 2 * 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,13 @@ def test_a_sound_checkpoint_has_no_problems(name: str, tmp_path: Path) -> None:
     assert found.account.parameters + found.account.quantization + harmless == found.tensors
     assert sum(layer.scales is not None for layer in found.layers) == 7
     assert found.parameters > 2_000_000
+
+
+def test_seconds_of_importing_torch_are_not_called_reading(tmp_path: Path) -> None:
+    for expected in (["importing torch and transformers"], []):  # the second time nothing is asked of it
+        said: list[str] = []
+        inspect(TINY, cache=tmp_path, say=said.append)
+        assert said == expected
 
 
 def test_a_float_checkpoint() -> None:
@@ -128,6 +137,26 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert broken.exit_code == 1
     assert "7 problems" in broken.output
     assert "differ from the centre" in broken.output
+
+
+def test_what_cannot_be_opened_is_said_at_once_and_nothing_else(tmp_path: Path) -> None:
+    """No counts of what was not read; and torch, which takes seconds, has nothing to say of a file that was cut."""
+    whole_checkpoint("gptq-int4-g128-sym", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code = f"""
+import sys
+from instantrt.tools.cli.app import app
+try:
+    app(["inspect", {str(tmp_path)!r}])
+finally:
+    print("torch" in sys.modules)
+"""
+    lines = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    shown = [line for line in lines if not line.startswith(("reading ", " "))]
+    assert [line.partition(":")[0] for line in shown] == [tmp_path.name, "problem", "1 problem", "False"]
 
 
 def test_layers_alike_and_targets_alike_share_a_row() -> None:

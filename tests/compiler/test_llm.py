@@ -159,6 +159,7 @@ def test_limits_and_options_are_refused_in_words(tiny_compiled: Path) -> None:
             ("a", {"max_tokens": 0}, "max_tokens: expected 1 or more, found 0"),
             ("a", {"top_p": 1.5}, "top_p: expected above 0, at most 1, found 1.5"),
             ([{"content": "who?"}], {}, "messages: expected a list such as"),
+            ([{"role": "user"}], {}, "messages: expected a list such as"),
             *(("a", {name: 2.5}, name) for name in ("top_k", "seed", "max_tokens", "min_tokens")),
             *(("a", {"temperature": value}, "temperature: expected 0 or more") for value in ("1", None, True)),
             ("a", {"stop": ["a", 5]}, "stop has a value of another kind"),
@@ -256,6 +257,13 @@ def edited(manifest: dict, **fields: object) -> dict:
 
 def test_any_model_is_called_by_name(tiny_compiled: Path, tmp_path: Path) -> None:
     model = load_artifact(tiny_compiled)
+    assert len(repr(model)) < 400
+    with pytest.raises(
+        UserError, match=r"inputs are missing\n[^$]*no attention_mask, position_ids, past_key_values.0.key"
+    ):
+        model(input_ids=[[1]])
+    with pytest.raises(UserError, match=r"no such input\n[^$]*found: +ids"):
+        model(**{spec.name: 0 for spec in model.artifact.inputs}, ids=0)
     ids = np.array([[5, 17, 3]])
     past = dict.fromkeys((s.name for s in model.artifact.inputs[3:]), np.zeros((1, 2, 0, 64), np.float32))
     found = model(input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.arange(3)[None], **past)

@@ -71,7 +71,8 @@ def test_a_long_window_goes_through_the_cache(tiny_compiled: Path, monkeypatch: 
 @pytest.mark.parametrize(("kind", "fix"), [("kit", ""), ("engine", "instantrt diff --forms twin,engine")])
 def test_what_does_not_run_on_this_cpu_is_refused(kind: str, fix: str, tiny_compiled: Path, tmp_path: Path) -> None:
     record = {"builder": "tensorrt", "version": "10.13.0", "sm": 89, "options": {}} if kind == "engine" else None
-    write_manifest(tmp_path, [replace(find_artifact(tiny_compiled, None), kind=kind, engine=record)])
+    limits = {"cache": "concat", "logits": "last", "max_batch": 1, "max_length": 1024}
+    write_manifest(tmp_path, [replace(find_artifact(tiny_compiled, None), kind=kind, engine=record, limits=limits)])
     with pytest.raises(UserError, match="not a causal LM for ONNX Runtime") as caught:
         artifact_logits(tmp_path)
     assert caught.value.found == kind

@@ -18,6 +18,7 @@ from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
+from tests.conftest import plugin_library
 from tests.models import make
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def test_mlps_are_two_nodes(family: str, tmp_path: Path) -> None:
         source = InstantQuant(layer.path, layer.rows, 4, 32, False, F16)
         decisions[layer.path] = QuantTensor(layer.path, source, layer.shape, 4, 32, False, F16)
     twin = pipeline.quantize(graph, decisions, PassLog())
-    request = Request(tmp_path, ("sm89",), tmp_path, logits="all", plugin=Path(__file__))
+    request = Request(tmp_path, ("sm89",), tmp_path, logits="all", plugin=plugin_library(tmp_path))
     lowered = pipeline.lower_tensorrt(
         twin.copy(), find_target("sm80"), F16, request, EngineLimits(1, 64, 16), PassLog()
     )

@@ -23,6 +23,7 @@ from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.check import check
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.frontend.model import FloatModel
+from instantrt.compiler.llm import LLM
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke import memory, process
 from instantrt.compiler.smoke.lockstep import first_not_finite, lockstep
@@ -478,10 +479,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("compile", model, "--target", "x86", "--target", "sm90", "-o", tmp_path / "out")
     done = invoke(*words)
     assert re.search(
-        r"x86: ran; (no difference from the twin|largest error .* of .*; relative .*, bound 1e-04 \(float32\))",
+        r"x86: ran; (no difference from the twin|relative error to the twin .*, bound 1e-04 \(float32\))",
         done.output,
     )
-    assert re.search(r"sm90: ran; .*\(float16\)\n +what ran is the lowered graph", done.output)
+    assert re.search(r"sm90: ran; .*\(float16\)\n +the lowered graph ran", done.output)
     assert done.output.splitlines()[-1].startswith("PASSED")
     before = contents(tmp_path / "out")
     invoke(*words, "--no-smoke")
@@ -514,6 +515,7 @@ def test_check_runs_what_it_finds(tiny_compiled: Path) -> None:
         ("digests", ["a"], "digests is .*, not files"),
         ("plugins", "x", "plugins is 'x', not names of files"),
         ("engine", {"builder": "tensorrt"}, "engine is .*, not builder, version"),
+        ("engine", {"builder": "x", "version": "1", "sm": 89, "options": {}}, "engine is .*, not builder, version"),
         ("target", None, "target is None, not a name"),
         ("limits", 3, "limits is 3, not an object"),
         ("limits", {"cache": "shared", "max_length": "a"}, "limits is .*, not an object of counts"),
@@ -527,6 +529,18 @@ def test_a_hostile_manifest(field: str, value: object, words: str, tiny_compiled
     (tmp_path / MANIFEST).write_text(json.dumps(body))
     with pytest.raises(UserError, match=words):
         list(check(tmp_path))
+
+
+@pytest.mark.parametrize("limits", [{"cache": "shared"}, {"cache": "shared", "max_batch": 0}])
+def test_an_engine_without_its_limits_is_no_manifest_of_ours(
+    limits: dict[str, Any], tiny_compiled: Path, tmp_path: Path
+) -> None:
+    body = json.loads((tiny_compiled / MANIFEST).read_text())
+    engine = {"builder": "tensorrt_rtx", "version": "1", "sm": 89, "options": {}}
+    body["artifacts"][0] |= {"kind": "engine", "engine": engine, "limits": limits}
+    (tmp_path / MANIFEST).write_text(json.dumps(body))
+    with pytest.raises(UserError, match="not a manifest of ours"):
+        LLM(tmp_path)
 
 
 @pytest.mark.parametrize("artifacts", [[], [3], {}, None, [{}], "x"])

@@ -31,7 +31,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.tensorrt.old_parser import unsupported
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.weight_only_gemm.op import OP
-from tests.conftest import TINY
+from tests.conftest import LIBRARY, TINY
 from tests.graphs import evaluate, relative
 
 WHOLE = {"Attention", "RMSNormalization", "RotaryEmbedding"}
@@ -54,7 +54,7 @@ def libraries(tmp_path: Path) -> Path:
     folder = tmp_path / "lib"
     folder.mkdir()
     for name in (NEWER, VOLTAS):
-        (folder / name).write_bytes(b"\x7fELF...InstantRT serves by " + name.encode() + b"\0...")
+        (folder / name).write_bytes(LIBRARY + b"InstantRT serves by " + name.encode() + b"\0...")
     (folder / CHOICES).write_text("# measured")
     return folder
 
@@ -165,6 +165,14 @@ def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, mon
     request(tmp_path, "sm80", "x86", plugin=Path("auto"))
     with pytest.raises(UserError, match="make plugins-sm70 TENSORRT=DIR"):
         request(tmp_path, "sm70", "sm80", plugin=Path("auto"))
+
+
+@pytest.mark.parametrize(("content", "found"), [(b"", "no shared"), (b"\x7fELF...", "one that"), (b"{}", "no shared")])
+def test_a_file_that_is_no_plugin_library_is_refused(content: bytes, found: str, tmp_path: Path) -> None:
+    """The library of kernels alone, say, which has no plugin."""
+    (tmp_path / "some.so").write_bytes(content)
+    with pytest.raises(UserError, match=f"TensorRT would find no plugin in it[^$]*found: +{found}"):
+        request(tmp_path, "sm80", plugin=tmp_path / "some.so")
 
 
 def test_a_library_that_would_not_see_what_is_asked_of_it_is_refused(libraries: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from instantrt.compiler import request
 from instantrt.compiler.request import PACKAGED_PLUGINS, Request
 from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
-from tests.conftest import ROOT, TINY
+from tests.conftest import LIBRARY, ROOT, TINY
 from tests.once import made_once
 
 pytestmark = pytest.mark.slow
@@ -156,7 +156,7 @@ def test_carries_the_plugin_library_that_was_installed_into_it(source: Path, tmp
     library = source / "plugins" / "lib"
     library.mkdir()
     for name in (CHOICES, *LIBRARIES):
-        (library / name).write_bytes(b"\x7fELF")
+        (library / name).write_bytes(LIBRARY)
     try:
         file = build_wheel(source, tmp_path)
     finally:
@@ -174,7 +174,7 @@ def test_auto_is_the_packaged_library(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="no plugin library here") as refused:
         Request(tmp_path, ("sm89",), tmp_path, plugin=Path("auto"))
     assert "make plugins TENSORRT=DIR" in refused.value.fix
-    (tmp_path / LIBRARIES[0]).write_bytes(b"\x7fELF")
+    (tmp_path / LIBRARIES[0]).write_bytes(LIBRARY)
     asked = Request(tmp_path, ("sm89",), tmp_path, plugin=Path("auto"))
     assert asked.library(find_target("sm89")) == tmp_path / LIBRARIES[0]
 

@@ -12,7 +12,8 @@ import onnx
 import pytest
 import typer
 
-from instantrt.compiler.accuracy.subjects import request_of
+from instantrt.compiler.accuracy.subjects import changed_files, request_of
+from instantrt.compiler.artifact.manifest import read_manifest
 from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli import diff as accuracy_diff
 from tests.conftest import TINY
@@ -66,6 +67,18 @@ def test_an_untouched_artifact_passes(tiny_compiled: Path, tmp_path: Path, capsy
     assert capsys.readouterr().out.strip().splitlines()[-1] == "PASSED"
     assert (tmp_path / "x86" / "report.html").is_file()
     assert not (tiny_compiled / "report").exists()
+
+
+def test_files_that_the_artifact_was_not_made_of_are_named(tiny_compiled: Path, tmp_path: Path) -> None:
+    """A failed comparison with another checkpoint of the same shape says so."""
+    artifacts = read_manifest(tiny_compiled)
+    assert {"config.json", "model.safetensors"} <= set(artifacts[0].source["files"])
+    files = [TINY / name for name in artifacts[0].source["files"]]
+    assert changed_files(artifacts, files) == []
+    other = tmp_path / "model.safetensors"
+    other.write_bytes(b"another")
+    assert changed_files(artifacts, [file for file in files if file.name != other.name]) == [other.name]
+    assert changed_files(artifacts, [other, *(file for file in files if file.name != other.name)]) == [other.name]
 
 
 def test_a_target_that_was_not_compiled_is_refused(tiny_compiled: Path) -> None:

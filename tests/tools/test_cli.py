@@ -29,19 +29,21 @@ from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.decide import resolve
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
+from instantrt.compiler.plan import plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request, check_options
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
-from instantrt.tools.cli.console import Stages
+from instantrt.tools.cli.console import Stages, tell
 from instantrt.tools.cli.ending import exit_on_error, say_as_typed
+from instantrt.tools.cli.show import show_engine
 from instantrt.tools.cli.show_accuracy import show_verdict
 from instantrt.tools.cli.start import compile_main, main
 from tests.checkpoints import HERE, config_of
 from tests.commands import invoke, refused
 from tests.compiler.accuracy_models import float_graph
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, plugin_library
 from tests.models import make
 
 UNSAID = {"enable_quant", "layers"}  # in JSON alone
@@ -271,10 +273,10 @@ def test_every_field_of_a_request_is_an_option_and_help_shows_its_values() -> No
 def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[Request] = []
     monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])
-    config = tmp_path / "q.json"
+    config, library = tmp_path / "q.json", plugin_library(tmp_path)
     config.write_text(json.dumps({"weight_only_quant": True, "customized_quant_config": {"weight_format": "int8"}}))
     arguments = ["m", "--target", "x86", "--target", "sm89", "--quant-config", config, "--ignore", "a", "-o", "o"]
-    more = ["--kv-cache", "in-place", "--max-batch", "4", "--portable", "--plugin-rounding", "--plugin", config]
+    more = ["--kv-cache", "in-place", "--max-batch", "4", "--portable", "--plugin-rounding", "--plugin", library]
     done = invoke("compile", *arguments, *more)
     assert done.exit_code == 0, done.output
     assert made == [
@@ -289,7 +291,7 @@ def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             max_batch=4,
             portable=True,
             plugin_rounding=True,
-            plugin=config,
+            plugin=library,
         )
     ]
 
@@ -297,7 +299,34 @@ def test_options_reach_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_value_that_does_not_exist_is_refused_by_the_list_of_those_that_do() -> None:
     done = invoke("compile", TINY, "--target", "x86", "--quant", "a16w9")
     assert done.exit_code == 2
-    assert "'a16w9' is not one of 'a16w8'" in words_of(done.output)
+    assert "Invalid value for '--quant': 'a16w9' is not one of 'a16w8'" in words_of(done.output)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"load-test REPOSITORY {option} 0" for option in ("--clients", "--requests", "--total", "--max-tokens")),
+        *(f"serve REPOSITORY {option} {port}" for option in ("--http-port", "--grpc-port") for port in (-1, 65536)),
+        "diff OUT --model MODEL --tokens 1",
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_any_work(words: str) -> None:
+    done = invoke(*words.split())
+    assert (done.exit_code, "Input should be" in done.output) == (2, True), done.output
+
+
+def test_a_format_is_understood_as_documentation_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Request] = []
+    monkeypatch.setattr("instantrt.compiler.compile.compile_model", lambda request, **k: made.append(request) or [])
+    assert invoke("compile", TINY, "--target", "X86", "--quant", "A16W8").exit_code == 0
+    assert made[0].quant == "a16w8"
+
+
+@pytest.mark.parametrize("words", [(), ("bench",), ("bench", "rescaled")])
+def test_a_group_of_commands_alone_says_which_they_are(words: tuple[str, ...]) -> None:
+    done, asked = invoke(*words), invoke(*words, "--help")
+    assert (done.exit_code, done.output) == (asked.exit_code, asked.output) == (0, done.output)
+    assert "─ Commands " in done.output
 
 
 @pytest.mark.parametrize(
@@ -321,6 +350,31 @@ def test_an_error_calls_options_as_they_were_typed(words: str, says: str, small:
 def test_a_note_calls_options_as_they_were_typed(tmp_path: Path) -> None:
     words = ("--target", "x86", "--cpu-preset", "exact", "--dry-run", "-o", tmp_path)
     assert "note: --cpu-preset does nothing without layers" in invoke("compile", TINY, *words).output
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        ("--quant a16w8 --cpu-preset fast", True),
+        ("--quant a16w8 --cpu-preset exact", True),
+        ("--quant a16w8 --group-size 16 --cpu-preset exact", True),
+        ("--quant a16w8 --group-size 16 --cpu-preset fast", False),
+        ("--quant a16w8 --group-size 16", False),
+    ],
+)
+def test_a_preset_that_changes_nothing_is_said(words: str, idle: bool, small: Path) -> None:
+    """Of a model without a cache: the note is there if the graph is the one without the option, and only then."""
+
+    def lowered(typed: str) -> tuple[list[str], bool]:
+        given = dict(zip(*[iter(typed.replace("--", "").replace("-", "_").split())] * 2, strict=True))
+        given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
+        made = plan(Request(small, ("x86",), small.parent / "o", **given))
+        return [node.op for node in made.lowered["x86"].nodes], any("cpu_preset does nothing" in n for n in made.notes)
+
+    found, said = lowered(words)
+    plain, _ = lowered(words.partition(" --cpu-preset")[0])
+    assert said == idle
+    assert idle == ("--cpu-preset" in words and found == plain)
 
 
 def test_what_was_not_typed_is_called_as_it_is_in_files() -> None:
@@ -348,15 +402,15 @@ def test_a_text_alone_is_refused() -> None:
 
 
 OTHER: dict[str, Any] = {"cpu_preset": "fast", "builder": "kit", "kv_cache": "in-place"}
-OTHER |= {"plugin": Path(__file__), "timing_cache": Path("t"), "hardware_compatible": "ampere_plus"}
+OTHER |= {"timing_cache": Path("t"), "hardware_compatible": "ampere_plus"}
 OTHER |= {"max_batch": 2, "max_length": 600, "opt_length": 4, "memory_limit": 9, "optimization_level": 2}
 
 
 @pytest.mark.parametrize(("lacking", "target"), [(CPU, "sm89"), (GPU, "x86")])
 def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: str, tmp_path: Path) -> None:
     for name in (f.name for f, option in options_of(Request) if lacking in option.needs):
-        needed = {"plugin": Path(__file__)} if name.startswith("plugin_") else {}
-        given = {**needed, name: OTHER.get(name, True)}
+        needed = {"plugin": plugin_library(tmp_path)} if name.startswith("plugin") else {}
+        given = needed if name == "plugin" else {**needed, name: OTHER.get(name, True)}
         with pytest.raises(UserError, match=f"{next(iter(given))} does nothing without {lacking}"):
             compile_model(Request(TINY, (target,), tmp_path, **given))
         check_options(Request(TINY, ("sm89", "x86"), tmp_path, **given))
@@ -477,6 +531,16 @@ def test_a_terminal_sums_only_what_ran_several_times(monkeypatch: pytest.MonkeyP
         assert re.findall(r"\d\.\d\d s +\d+%  (\w+)", file.getvalue()) == sums
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_has_prose_in_lines_of_whole_words(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, path = StringIO(), "/" + "long-and-" * 10 + "whole"
+    monkeypatch.setattr("instantrt.tools.cli.console.console", Console(file=file, force_terminal=terminal, width=40))
+    text = f"note: one two three four five six seven eight\n  at {path} it is"
+    tell(text, highlight=False)
+    lines = ["note: one two three four five six seven", "  eight", "  at", f"    {path}", "    it is"]
+    assert file.getvalue().splitlines() == (lines if terminal else text.splitlines())
+
+
 def test_the_plan_says_how_much_memory_each_target_takes(tmp_path: Path) -> None:
     targets = ("--target", "x86", "--target", "sm89", "--target", "sm90")
     done = invoke("compile", TINY, *targets, "--quant", "a16w8", "--dry-run", "-o", tmp_path / "o")
@@ -507,3 +571,19 @@ def test_explain_says_what_attention_costs_in_its_plain_form(tmp_path: Path) -> 
     shown = " ".join(invoke(*arguments).output.replace("│", " ").split())
     assert "head size 20 is no multiple of 8" in shown
     assert "every step copies the cache, 0.3 kB for each token in it" in shown
+
+
+def test_an_engines_layers_alike_share_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    fused, written = "Int4 fused", "Int8 expanded"
+    weights = {
+        f"model.layers.{i}.mlp.{part}": fused for i in range(40) for part in ("(gate_proj+up_proj)", "down_proj")
+    }
+    show_engine("sm89", {"weights": {**weights, "model.layers.3.mlp.down_proj": written}}, every_weight=True)
+    shown = capsys.readouterr().out
+    note = (
+        "note: sm89: 1 of 80 quantized weights is written out as float on every run (model.layers.3.mlp.down_proj, say)"
+    )
+    assert note in shown
+    assert len(shown.splitlines()) < 12
+    for row in ("{0-39}.mlp.(gate_proj+up_proj) │ Int4", "{0-2,4-39}.mlp.down_proj", "model.layers.3.mlp.down_proj"):
+        assert row in shown

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instantrt.compiler.llm import LLM
+from instantrt.compiler.llm import LLM, Generation
 from instantrt.compiler.serving.runtime.sampling import Sampler, Sampling
 from instantrt.compiler.serving.runtime.text import Text
-from instantrt.tools.cli.generate import float_text
+from instantrt.tools.cli.generate import float_text, took
 from tests.conftest import ROOT, TINY, compiled
 
 PROMPT = "The server receives a request"
@@ -51,6 +51,20 @@ def test_the_command_counts_tokens(artifacts: Path) -> None:
     done = command(artifacts / "shared", "--max-tokens", "9", "--threads", "1", "--no-spinning")
     assert done.returncode == 0
     assert "[9 tokens in " in done.stderr
+
+
+def test_rates_count_the_tokens_of_the_first_piece_once() -> None:
+    """Text comes in whole characters: the first piece of it may be several tokens, none of which came after it."""
+    generation = Generation(prompt_tokens=10)
+    generation.tokens, generation.times = [1, 2, 3, 4], [(12.0, 3), (12.5, 1)]
+    assert took(generation, 10.0) == "4 tokens in 2.50 s, 5 tokens/s of the prompt, 2 tokens/s after it"
+    generation.tokens, generation.times = [1], [(12.0, 1)]
+    assert took(generation, 10.0) == "1 token in 2.00 s, 5 tokens/s of the prompt"
+    generation = Generation(prompt_tokens=10)
+    for text, tokens, finish in (("ab", [1, 2], ""), ("c", [3], "length")):
+        generation.piece(text, tokens, finish)
+    assert [count for _, count in generation.times] == [2, 1]
+    assert len(generation.tokens) == 3
 
 
 @pytest.mark.parametrize("count", ["0", "-5"])

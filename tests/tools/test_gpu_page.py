@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from instantrt.tools.gpu import page
+from instantrt.tools.gpu import check, page, predictions, rtx
+from instantrt.tools.gpu.words import described
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "benchmarks" / "gpu"
@@ -93,3 +94,18 @@ def test_a_page_is_written_beside_its_report(tmp_path: Path, monkeypatch: pytest
     assert "2.00 at M = 1." in " ".join(readme.split())
     assert max(map(len, page.headline(report(), "card").splitlines())) <= 120
     assert readme.count("GPU kernels, timed on") == 1
+
+
+def test_help_is_as_wide_as_the_terminal() -> None:
+    doc = "One two three four five six.\nSeven.\n\n    name   what it does and more\n    x      y\n"
+    shown = described(doc, 24).splitlines()
+    assert shown == [
+        "One two three four five",
+        "six. Seven.",
+        "",
+        "    name   what it does",
+        "           and more",
+        "    x      y",
+    ]
+    for module in (check, predictions, rtx, page):
+        assert max(map(len, described(module.__doc__, 80).splitlines())) <= 80

@@ -19,6 +19,7 @@ from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.load_test import table, text_table
 from instantrt.tools.serving import load, text_load
 from instantrt.tools.serving.load import StreamedReply, measure, plot, resident
+from instantrt.tools.serving.server import Server
 from instantrt.tools.serving.text_load import ROUNDS, TEXTS, Answer, measure_texts, plot_texts
 from tests.commands import invoke
 
@@ -42,6 +43,15 @@ def replies(monkeypatch: pytest.MonkeyPatch, *, wrong: int = -1, lost: int = -1)
 
 def run() -> load.Result:
     return measure(SERVER, "m", clients=2, requests=10, body={}, prompts=("a", "bb"))
+
+
+def test_the_end_of_a_log_is_sentences(tmp_path: Path) -> None:
+    """Triton's tables of settings take 250 columns, and more lines than are shown."""
+    table = ["+----+", *(f"| setting {i} | value |" for i in range(40)), "+----+", ""]
+    log = tmp_path / "server.log"
+    log.write_text("\n".join(["started", *table, "E1 already in use", *table]))
+    server = Server(SERVER.process, "", "", log)
+    assert server.tail().splitlines() == ["started", "E1 already in use"]
 
 
 def test_good_replies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,9 +195,9 @@ def search_rate(group: int, size: int = 4096) -> float:
 
 @main.command(cls=PlainCommand)
 def stream(
-    rows: Annotated[int, typer.Option(help="K of the synthetic layers")] = 4096,
-    columns: Annotated[int, typer.Option(help="N of the synthetic layers")] = 11008,
-    layers: Annotated[int, typer.Option(help="how many, each in its own file")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="K of the synthetic layers")] = 4096,
+    columns: Annotated[int, typer.Option(min=1, help="N of the synthetic layers")] = 11008,
+    layers: Annotated[int, typer.Option(min=1, help="how many, each in its own file")] = 8,
 ) -> None:
     """Print how fast GPTQ layers are read, decoded and written as MatMulNBits, and the memory that it took."""
     found = {}

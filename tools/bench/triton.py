@@ -160,7 +160,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="where triton.json, .md and .png go")] = BENCHMARKS,
-    requests: Annotated[int, typer.Option(help="of the soak")] = 10_000,
+    requests: Annotated[int, typer.Option(min=1, help="of the soak")] = 10_000,
 ) -> None:
     """Measure serving and write the record."""
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:

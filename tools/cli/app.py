@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import sys
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -95,6 +94,8 @@ class Loaded(PlainCommand):
         try:
             rest = super().parse_args(ctx, args)
         except Exception as error:  # typer's class for it is not public
+            if isinstance(said := getattr(error, "message", None), str):
+                error.message = said.removeprefix("Value error, ")  # type: ignore[attr-defined]  # pydantic's words
             flag: Any = getattr(error, "option_name", None)
             if flag in FORMER:
                 ctx.fail(f"{flag} is a command now: instantrt {FORMER[flag]}")
@@ -148,7 +149,7 @@ class Commands(PlainGroup):
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**about)
-        bench = PlainGroup(name="bench", help="Measure this machine, or this compiler on it.", no_args_is_help=True)
+        bench = PlainGroup(name="bench", help="Measure this machine, or this compiler on it.")
         for group, table in ((self, COMMANDS), (bench, BENCHES)):
             for name, each in table.items():
                 group.add_command(Subcommand(name, *each))
@@ -171,9 +172,9 @@ def root(
 
 
 def main() -> None:
-    """What start.py calls; without words, --help."""
+    """What start.py calls."""
     atexit.register(gc.freeze)  # else the interpreter looks for garbage in all that torch is, before it ends
-    app(sys.argv[1:] or ["--help"], prog_name="instantrt")
+    app(prog_name="instantrt")
 
 
 def compile_main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import ExitStack
+from textwrap import TextWrapper
 from threading import Lock
 
 from rich.console import Console
@@ -110,3 +111,19 @@ class Stages:
 
 def say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
+
+
+def tell(text: str, style: str | None = None, *, highlight: bool = True) -> None:
+    """Prose: a terminal has lines of whole words, the further ones indented; a pipe or a file has it as it is.
+
+    No word is cut, a path say. A line with a command to copy is none for this.
+    """
+    if console.is_terminal:
+        text = "\n".join(map(filled, text.splitlines()))
+    console.print(text, style=style, highlight=highlight, soft_wrap=True)
+
+
+def filled(line: str) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    words = TextWrapper(console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return words.fill(line)

@@ -14,7 +14,7 @@ import typer
 
 from instantrt.compiler.options import Accuracy
 from instantrt.passes.core.errors import reworded
-from instantrt.tools.cli.console import Stages, console
+from instantrt.tools.cli.console import Stages, console, tell
 from instantrt.tools.cli.options import Folder, Which, takes
 
 
@@ -28,7 +28,7 @@ def main(
     adapter: Annotated[list[Path] | None, typer.Option(help="the adapter that was merged into it")] = None,
     base: Annotated[Path | None, typer.Option(help="the adapter's base, where MODEL is the adapter")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt to measure on; may be repeated")] = None,
-    tokens: Annotated[int | None, typer.Option(help="at most so many tokens of the text")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="at most so many tokens of the text")] = None,
     forms: Annotated[
         str, typer.Option(help="two or more of float, transformers, twin, artifact, lowered, engine")
     ] = "",
@@ -41,7 +41,7 @@ def main(
     from instantrt.compiler.accuracy.data import load_data
     from instantrt.compiler.accuracy.forms import Budget
     from instantrt.compiler.accuracy.run import check_artifacts, check_reports
-    from instantrt.compiler.accuracy.subjects import request_of
+    from instantrt.compiler.accuracy.subjects import changed_files, request_of
     from instantrt.compiler.accuracy.verify import check_names
     from instantrt.compiler.artifact.staging import Staging
     from instantrt.compiler.frontend.own_names import own_names
@@ -82,5 +82,7 @@ def main(
     for verdict in verdicts:
         show_verdict(verdict, folder)
     passed = not culprits and all(v.passed for v in verdicts)
+    if not passed and (changed := changed_files(artifacts, planned.model.files)):
+        tell(f"note: not what the artifact was made of, as its manifest has it: {', '.join(changed)} of {model}")
     console.print("PASSED" if passed else "FAILED")
     raise typer.Exit(0 if passed else 1)

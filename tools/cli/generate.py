@@ -14,7 +14,7 @@ from instantrt.passes.core.errors import UserError, require, tried
 from instantrt.tools.cli.options import Folder, Which, say_which
 
 if TYPE_CHECKING:
-    from instantrt.compiler.llm import Prompt
+    from instantrt.compiler.llm import Generation, Prompt
 
 
 def check_float(folder: Path) -> None:
@@ -76,12 +76,16 @@ def main(
         generation = llm.submit(
             given, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
-        first = started
         for piece in generation:
-            first = time.monotonic() if first == started else first
             print(piece, end="", flush=True)
-        ended = time.monotonic()
+    print(f"\n[{took(generation, started)}]", file=sys.stderr)
+
+
+def took(generation: Generation, started: float) -> str:
+    """Tokens and seconds, and the rates before and after the first piece of text, which may have several tokens."""
+    (first, with_it), (last, _) = generation.times[0], generation.times[-1]
     made = len(generation.tokens)
-    rates = f", {generation.prompt_tokens / (first - started):.0f} tokens/s of the prompt" if first > started else ""
-    rates += f", {(made - 1) / (ended - first):.0f} tokens/s after it" if made > 1 else ""
-    print(f"\n[{made} tokens in {ended - started:.2f} s{rates}]", file=sys.stderr)
+    words = [f"{made} token{'' if made == 1 else 's'} in {last - started:.2f} s"]
+    words += [f"{generation.prompt_tokens / (first - started):.0f} tokens/s of the prompt"] if first > started else []
+    words += [f"{(made - with_it) / (last - first):.0f} tokens/s after it"] if made > with_it and last > first else []
+    return ", ".join(words)

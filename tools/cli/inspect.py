@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from instantrt.compiler.options import Checkpoint
 from instantrt.compiler.target import Backend
 from instantrt.passes.core.errors import UserError
-from instantrt.tools.cli.console import Stages, console
+from instantrt.tools.cli.console import Stages, console, tell
 from instantrt.tools.cli.options import takes
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def main(
     from instantrt.compiler.inspect import inspect
 
     with Stages() as stages:
-        if not as_json:
-            stages.begin(f"reading {model}")
-        found = inspect(model, **options)
+        say = (lambda text: None) if as_json else stages.begin
+        say(f"reading {model}")
+        found = inspect(model, say=say, **options)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
@@ -51,20 +51,20 @@ def main(
 
 def show(found: Inspection, *, every_layer: bool) -> None:
     """Prints an inspection: the summary, the layers, the targets, and the problems last."""
-    console.print(f"{found.model}: {found.format}; runs as {found.runs_as}", soft_wrap=True)
-    console.print(
-        f"{found.tensors} tensors, {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB in files"
-    )
-    show_layers(found.layers, every_layer=every_layer)
-    if found.targets:
+    tell(f"{found.model}: {found.format}; runs as {found.runs_as}")
+    if found.targets:  # else it could not be opened
+        console.print(
+            f"{found.tensors} tensors, {found.parameters / 1e6:,.1f} M parameters, {found.bytes / 1e6:,.1f} MB in files"
+        )
+        show_layers(found.layers, every_layer=every_layer)
         show_targets(found)
-    show_account(found.account)
+        show_account(found.account)
     for note in found.notes:
-        console.print(f"note: {note}")
+        tell(f"note: {note}")
     for each in found.problems:
         error = UserError(each.what, where=each.where, expected=each.expected, found=each.found, fix=each.fix)
         console.print(f"problem: {error}", soft_wrap=True)
-    console.print(f"{len(found.problems)} problems")
+    console.print("1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems")
 
 
 def show_layers(layers: Sequence[LayerReport], *, every_layer: bool) -> None:
@@ -107,30 +107,26 @@ def show_targets(found: Inspection) -> None:
     for kind, count in found.bytes_on.items():
         cache = found.cache_bytes_per_token[kind] / 1e3
         bits = 8 * CACHE[Backend(kind)].itemsize
-        console.print(
+        tell(
             f"{kind}: about {count / 1e6:,.1f} MB of weights on disk and in memory"
-            + (f", {cache:,.1f} kB of cache a token ({bits} bits)" if cache else ""),
-            soft_wrap=True,
+            + (f", {cache:,.1f} kB of cache a token ({bits} bits)" if cache else "")
         )
     for quant, sizes in found.bytes_as.items():
         words = ", ".join(f"{count / 1e6:,.1f} MB for {kind}" for kind, count in sizes.items())
-        console.print(f"--quant {quant}: about {words}", soft_wrap=True)
+        tell(f"--quant {quant}: about {words}")
 
 
 def show_account(account: Account) -> None:
     """Prints what the tensors and the files are for."""
     from instantrt.compiler.frontend.side_files import MERGED, READ
 
-    console.print(
+    tell(
         f"tensors: {account.parameters} used by parameters, {account.quantization} by the quantization, "
-        f"{sum(entry.count for entry in account.harmless)} harmless",
-        soft_wrap=True,
+        f"{sum(entry.count for entry in account.harmless)} harmless"
     )
     for entry in account.harmless:
-        console.print(f"  {entry.name} ({entry.count}): {entry.why}", highlight=False, soft_wrap=True)
-    console.print(
-        "files:", ", ".join(e.name for e in account.files if e.why in (READ, MERGED)) or "none read", soft_wrap=True
-    )
+        tell(f"  {entry.name} ({entry.count}): {entry.why}", highlight=False)
+    tell("files: " + (", ".join(e.name for e in account.files if e.why in (READ, MERGED)) or "none read"))
     for entry in account.files:
         if entry.why not in (READ, MERGED):
-            console.print(f"  {entry.name}: not read: {entry.why}", highlight=False, soft_wrap=True)
+            tell(f"  {entry.name}: not read: {entry.why}", highlight=False)

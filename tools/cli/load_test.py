@@ -26,10 +26,12 @@ TOKENS = 64
 def main(
     repository: Repository,
     model: Annotated[str | None, typer.Option(help="which model, where several take text")] = None,
-    clients: Annotated[list[int] | None, typer.Option(help="how many at a time; may be repeated; 1, 8 and 64")] = None,
-    requests: Annotated[int, typer.Option(help="replies for each client")] = 4,
-    total: Annotated[int | None, typer.Option(help="replies in all, instead")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help=f"generated, exactly so many; {TOKENS}")] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option(min=1, help="how many at a time; may be repeated; 1, 8 and 64")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="replies for each client")] = 4,
+    total: Annotated[int | None, typer.Option(min=1, help="replies in all, instead")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help=f"generated, exactly so many; {TOKENS}")] = None,
     beside: Annotated[
         Path | None, typer.Option(help="output folder of compile: an encoder in this process takes turns")
     ] = None,

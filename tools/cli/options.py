@@ -54,7 +54,11 @@ class PlainCommand(ShowsTypes, TyperCommand):
 
 
 class PlainGroup(ShowsTypes, TyperGroup):
-    """A command of several."""
+    """A command of several; alone it says which, as --help does, and nothing has failed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        found: list[str] = super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
+        return found
 
 
 def takes(panels: dict[type, str]) -> Callable[[Command], Command]:
@@ -92,6 +96,10 @@ def parameter(name: str, default: Any, option: Option, types: tuple[Any, ...], p
     elif default is None:
         kind = kind | None
     about = typer.Option(
-        flag, help=option.help + values, metavar=f"<{flag[2:]}>" if long else None, rich_help_panel=panel or None
+        flag,
+        help=option.help + values,
+        metavar=f"<{flag[2:]}>" if long else None,
+        rich_help_panel=panel or None,
+        case_sensitive=False,  # A16W8 is what documentation calls it
     )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])

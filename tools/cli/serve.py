@@ -10,13 +10,15 @@ from instantrt.passes.core.errors import UserError
 from instantrt.tools.cli.options import Environment, Repository
 from instantrt.tools.serving.server import ENVIRONMENT, serving
 
+PORTS = 65535
+
 
 def main(
     repository: Repository,
     model: Annotated[list[str] | None, typer.Option(help="what to load; may be repeated; all that take text")] = None,
     environment: Environment = ENVIRONMENT,
-    http_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
-    grpc_port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
+    http_port: Annotated[int, typer.Option(min=0, max=PORTS, help="0 takes a free one")] = 0,
+    grpc_port: Annotated[int, typer.Option(min=0, max=PORTS, help="0 takes a free one")] = 0,
 ) -> None:
     """Serves, and prints the addresses."""
     try:

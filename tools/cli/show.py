@@ -25,7 +25,7 @@ from instantrt.passes.core.rewrite import Lowering
 from instantrt.passes.qdq.fold_order import FoldOrder
 from instantrt.passes.qdq.join_linears import parts_of
 from instantrt.passes.qdq.sort_inputs import SortInputs
-from instantrt.tools.cli.console import Stages, console
+from instantrt.tools.cli.console import Stages, console, tell
 from instantrt.tools.cli.ending import as_typed, typed
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class ConsoleWatch(Watch):
             self.kept.append(partial(console.print, line, soft_wrap=True))
 
     def ran(self, ran: Ran) -> None:
-        self.kept.append(partial(console.print, str(ran), soft_wrap=True))
+        self.kept.append(partial(tell, str(ran)))
 
     def verdicts(self, verdicts: Sequence[Verdict]) -> None:
         from instantrt.tools.cli.show_accuracy import show_verdict
@@ -164,15 +164,19 @@ def show_engine(target: str, engine: Mapping[str, Any], *, every_weight: bool) -
     """How an engine reads its quantized weights: a warning where it expands some, a table of all where asked for."""
     slow = expanded(engine)
     if slow:
-        console.print(
-            f"note: {target}: {len(slow)} quantized weights are written out as float on every run ({slow[0]}, say): "
-            "this engine is smaller than a float one, and no faster",
-            soft_wrap=True,
+        are = "is" if len(slow) == 1 else "are"
+        tell(
+            f"note: {target}: {len(slow)} of {len(engine['weights'])} quantized weights {are} written out as float on "
+            f"every run ({slow[0]}, say), which is no faster than float weights"
         )
     if every_weight:
-        table = Table("layer", f"how {target} reads its weight", title="engine")
+        same: dict[tuple[str, str], list[str]] = {}
         for linear, read in engine["weights"].items():
-            table.add_row(linear, read)
+            same.setdefault((pattern_of(linear), read), []).append(linear)
+        layers = Column("layers", no_wrap=True)
+        table = Table(layers, f"how {target} reads their weights", title="engine")
+        for (layer, read), paths in same.items():
+            table.add_row(layer.replace("*", numbers(paths)), read)
         console.print(table)
 
 
@@ -196,7 +200,7 @@ def show_plan(request: Request, planned: Plan) -> None:
 def show_notes(planned: Plan) -> None:
     """What the user should know before anything is written: notes, and the layers that an accuracy budget raised."""
     for note in planned.notes:
-        console.print(f"note: {as_typed(note, typed.get())}", soft_wrap=True)
+        tell(f"note: {as_typed(note, typed.get())}")
     for twin in planned.each_twin:
         if twin.raised is not None:
             from instantrt.tools.cli.show_accuracy import show_raised

@@ -49,6 +49,7 @@ from instantrt.tools.gpu import page
 from instantrt.tools.gpu.libraries import run
 from instantrt.tools.gpu.stages import STAGES, GpuRun, perform
 from instantrt.tools.gpu.tables import text
+from instantrt.tools.gpu.words import described
 from instantrt.tools.places import ROOT
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -139,7 +140,9 @@ def said(name: str, part: dict[str, Any], most: int = 10**6) -> str:
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog, description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.md; else build/gpu_check"
     )

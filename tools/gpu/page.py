@@ -21,6 +21,7 @@ from typing import Any
 from instantrt.tools.gpu import goals, ncu, tables
 from instantrt.tools.gpu.plot import plot, speedup_plot
 from instantrt.tools.gpu.predictions import FAR
+from instantrt.tools.gpu.words import described
 from instantrt.tools.markdown import head, row
 from instantrt.tools.places import ROOT
 
@@ -277,7 +278,9 @@ def write(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("report", type=Path)
     parser.add_argument("--readme", action="store_true", help="write README.md's line, too")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ from typing import Any
 
 from instantrt.tools.gpu.layers import LAYERS, QUICK
 from instantrt.tools.gpu.library import LaunchPlan, Library
+from instantrt.tools.gpu.words import described
 
 FAR = 0.2  # off by more than this is named
 READ, CUBLAS, MICROSECONDS = "of the read rate", "x cuBLAS fp16", "us"
@@ -176,7 +177,9 @@ def model_table(library: Library, rows: Sequence[int], bits: int, group: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("library", type=Path)
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4: groups of 128, 8: by channel")
     parser.add_argument("--rows", type=lambda text: [int(m) for m in text.split(",")], default=[1, 8, 16, 64])

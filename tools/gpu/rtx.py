@@ -50,6 +50,7 @@ from instantrt.tools.gpu.rtx_prepare import (
     prepare,
 )
 from instantrt.tools.gpu.watch import ChildJob, emit, run_all
+from instantrt.tools.gpu.words import described
 
 Array = npt.NDArray[Any]
 ALLOWED = 0.05  # relative error of an output: 16-bit arithmetic against float32
@@ -316,7 +317,9 @@ def compared(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog, description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=("prepare", "run", "one"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("kind", nargs="?", help="of `one`: load, build or speed")

@@ -88,7 +88,9 @@ class Server:
     log: Path
 
     def tail(self) -> str:
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:])
+        """The last lines of the log, without those of its tables of settings, which are 250 columns wide."""
+        lines = self.log.read_text("utf-8", "replace").splitlines()
+        return "\n".join([line for line in lines if line and line[0] not in "|+"][-LAST_LINES:])
 
     def ready(self) -> bool:
         try:

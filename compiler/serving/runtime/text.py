@@ -49,7 +49,9 @@ class Text:
             turns = json.loads(messages)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"messages: not JSON: {error}") from None
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) and "role" in t for t in turns):
+        # A role alone says nothing; what else is due, calls of tools say, is the matter of the template.
+        said = isinstance(turns, list) and all(isinstance(t, dict) and "role" in t and len(t) > 1 for t in turns)
+        if not said or not turns:
             raise ValueError('messages: expected a list such as [{"role": "user", "content": "..."}]')
         from .chat import rendered  # who sends no chat needs no Jinja
 

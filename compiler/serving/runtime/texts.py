@@ -45,7 +45,8 @@ class TextReader:
         """What is put in front of texts: the prompt of that name, or the model's own choice; ValueError for no such."""
         prompts, name = self.about["prompts"], self.about["default_prompt"] if name is None else name
         if name and name not in prompts:
-            raise ValueError(f"prompt_name: expected one of {', '.join(sorted(prompts)) or 'none'}, found {name}")
+            expected = f"one of {', '.join(sorted(prompts))}" if prompts else "none: this model has no prompts"
+            raise ValueError(f"prompt_name: expected {expected}, found {name}")
         return str(prompts[name]) if name else ""
 
     def rows(self, texts: Texts, prompt: str = "") -> list[Any]:
