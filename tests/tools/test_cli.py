@@ -172,6 +172,18 @@ def test_an_interruption_waits_for_an_import_unless_it_comes_again(again: bool, 
     assert done.stderr == "interrupted; nothing half-written was left\nFAILED\n"
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_gone_ends_a_command_as_an_interruption_does(ignored: bool) -> None:
+    """Else a server outlives it, and half-written folders stay; `nohup` goes on."""
+    before = f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"  # whoever runs the tests
+    code = (
+        "import os, signal\nfrom instantrt.tools.cli.ending import exit_on_error\n"
+        f"{before}with exit_on_error():\n os.kill(os.getpid(), signal.SIGHUP)\n print('on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == ((0, "on\n") if ignored else (130, ""))
+
+
 def test_a_bug_of_ours_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, exit_on_error():
         raise KeyError("instantrt")

@@ -30,11 +30,14 @@ debug: ContextVar[bool] = ContextVar("debug", default=False)  # show the traceba
 def exit_on_error() -> Iterator[None]:
     """Inside, any error prints and exits with 1: one of the user or the system, or else a bug of ours, which says so.
 
-    A wrong command line exits with 2, an interruption or a request to end (SIGTERM) with 130.
+    A wrong command line exits with 2; with 130 an interruption, a request to end (SIGTERM), and a terminal that is gone
+    (SIGHUP), but for who asked not to hear of that: nohup.
     """
     interrupted.clear()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
     debug.set(False)
     try:
         yield
