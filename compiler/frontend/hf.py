@@ -174,8 +174,12 @@ def open_checkpoint(
     if head.task in CLASSIFIERS:
         label_names(config, str(folder / "config.json"))
     skeleton = functools.cache(partial(build_skeleton, config, folder, trust_remote_code, head, pipeline))
-    stored = dict(weights if weights is not None else read_checkpoint(folder))
-    stored |= tensors_of(pipeline, root) if pipeline is not None else {}
+    try:
+        stored = dict(weights if weights is not None else read_checkpoint(folder))
+        stored |= tensors_of(pipeline, root) if pipeline is not None else {}
+    except UserError:
+        skeleton()  # what is wrong with the model itself is said first
+        raise
     # Code that a model brings is no part of a key.
     kept = None if config.get("auto_map") else cache_folder(cache)
     # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".

@@ -122,7 +122,7 @@ def test_perplexities_equal_a_transformers_loop_on_dequantized_weights(
     assert verdict.perplexities["float"] == pytest.approx(before, rel=1e-3)
     assert verdict.perplexities["twin"] == pytest.approx(after, rel=1e-3)
     assert verdict.figures["perplexity_ratio"] == pytest.approx(after / before, rel=1e-3)
-    assert abs(after / before - 1) > 3e-3  # the two are told apart
+    assert abs(after / before - 1) > 1.5e-3  # the two are told apart
 
 
 def test_polygraphy_objects_to_a_wrong_graph(compiled: Compiled, tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_perplexity_stays_near_float(
 
 @pytest.mark.slow
 def test_the_perplexity_bound_bites(tmp_path: Path, text: list[np.ndarray], float_perplexity: float) -> None:
-    """Per-channel uint4, which is that much worse, breaks the 8-bit bound."""
-    compiled(tmp_path, quant="a16w4", group_size=-1)
+    """Per-channel uint4 by the plain formula, which is that much worse, breaks the 8-bit bound."""
+    compiled(tmp_path, quant="a16w4", group_size=-1, search="none")
     assert perplexity_of(artifact_logits(tmp_path), text) / float_perplexity - 1 > 0.001
 
 

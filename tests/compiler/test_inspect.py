@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,24 +137,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "differ from the centre" in broken.output
 
 
-def test_what_cannot_be_opened_is_said_at_once_and_nothing_else(tmp_path: Path) -> None:
-    """No counts of what was not read; and torch, which takes seconds, has nothing to say of a file that was cut."""
+def test_of_what_cannot_be_opened_nothing_else_is_said(tmp_path: Path) -> None:
+    """No counts of what was not read."""
     whole_checkpoint("gptq-int4-g128-sym", tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    code = f"""
-import sys
-from instantrt.tools.cli.app import app
-try:
-    app(["inspect", {str(tmp_path)!r}])
-finally:
-    print("torch" in sys.modules)
-"""
-    lines = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    ).stdout.splitlines()
+    lines = invoke("inspect", tmp_path).output.splitlines()
     shown = [line for line in lines if not line.startswith(("reading ", " "))]
-    assert [line.partition(":")[0] for line in shown] == [tmp_path.name, "problem", "1 problem", "False"]
+    assert [line.partition(":")[0] for line in shown] == [tmp_path.name, "problem", "1 problem"]
 
 
 def test_layers_alike_and_targets_alike_share_a_row() -> None:
