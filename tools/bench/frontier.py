@@ -69,7 +69,11 @@ behind them their ratio to 8 bits within a round, with quartiles.
 [Quantization](../quantization.md) says what the options are, [CPU beside its peers](cpu.md) has the memory, long
 prompts, batches and encoders. `{FLOAT_ZEROS.name}` lies in `examples`. llama.cpp's files are made of the same
 weights, its cache is float16. In the plot a bubble's area is the speed; ours are blue, or green where a text was given.
-No other file is both smaller and better than one on the line."""
+No other file is both smaller and better than one on the line.
+
+A checkpoint that was in four bits once, as a GGUF file's weights were, has them on a grid. A copy with outliers keeps
+most of it, since they are powers of two, and a form that meets that grid again (float zero points, of Q4_1) loses next to
+nothing there, which says nothing of other models; a regridded copy has none."""
 
 
 def markdown(results: Mapping[str, Result]) -> str:
