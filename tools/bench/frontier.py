@@ -72,8 +72,8 @@ weights, its cache is float16. In the plot a bubble's area is the speed; ours ar
 No other file is both smaller and better than one on the line.
 
 A checkpoint that was in four bits once, as a GGUF file's weights were, has them on a grid. A copy with outliers keeps
-most of it, since they are powers of two, and a form that meets that grid again (float zero points, of Q4_1) loses next to
-nothing there, which says nothing of other models; a regridded copy has none."""
+most of it, since they are powers of two, and a form that meets that grid again (float zero points, of Q4_1) loses next
+to nothing there, which says nothing of other models; a regridded copy has none."""
 
 
 def markdown(results: Mapping[str, Result]) -> str:
