@@ -125,17 +125,17 @@ class BisectingLog(PassLog):
                 if tensor.name in self.truth:
                     before = {key: value for key, value in given.items() if key != tensor.name}
                     run = Evaluation(graph, before, wiring=wiring)
-                    made = Made.by(run.needed(tensor.name))
+                    nodes = run.needed(tensor.name)
+                    made = Made.by(nodes)
                     if made.is_same(self.looked.get(tensor.name)):
                         continue
                     self.looked[tensor.name] = made
-                    error, bound = self.error(run, tensor.name)
+                    error, bound = self.error(run, tensor.name, nodes)
                     if not error <= bound.layer and not self.amplified(tensor.name, error):
                         yield Culprit(rewrite, node.name, tensor.name, error, bound)
 
-    def error(self, run: Evaluation, name: str) -> tuple[float, Bound]:
-        """How far `name` is from the twin, made from the twin's values of what comes before."""
-        nodes = run.needed(name)
+    def error(self, run: Evaluation, name: str, nodes: Sequence[gs.Node]) -> tuple[float, Bound]:
+        """How far `name`, which `nodes` make, is from the twin: from the twin's values of what comes before."""
         bound = bound_of(nodes, self.dtype)
         if any("Attention" in node.op for node in nodes):
             bound = replace(bound, layer=BETWEEN.get(bound, bound.layer))
