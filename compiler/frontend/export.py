@@ -11,7 +11,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +21,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from onnx_ir.traversal import RecursiveGraphIterator
 from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
@@ -99,7 +100,10 @@ def export_repeated(model: Any, shape: Interface) -> ir.Model:
 
 def export_whole(model: Any, shape: Interface) -> ir.Model:
     """As torch exports it, with constants folded and detours removed; the names of nodes are their modules' paths."""
-    with warnings.catch_warnings(), torch.no_grad(), unchanged(model):
+    # Each size of a shape that torch remembers of an operator is worked out anew where it is used again: with symbols
+    # that takes longer than the operator (docs/facts.md, "What an export spends its time on").
+    no_cache = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with warnings.catch_warnings(), torch.no_grad(), unchanged(model), no_cache:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.export.export(
@@ -150,6 +154,7 @@ def finish(model: ir.Model, shape: Interface) -> None:
     A node is called by its module and its place there, a tensor as its maker, a constant by its place in the graph.
     """
     graph = model.graph
+    order_by_use(graph)
     for node in graph:
         read_first(node, graph.inputs)
     common.DeduplicateInitializersPass()(model)
@@ -175,6 +180,37 @@ def finish(model: ir.Model, shape: Interface) -> None:
     made = (value for node in graph for value in node.outputs)
     for each in (model, graph, *graph, *graph.inputs, *made, *constants):
         each.metadata_props.clear()  # the exporter's, which name files of this machine
+
+
+def order_by_use(graph: ir.Graph) -> None:
+    """Each node where what the model gives first needs it, by the order of outputs and of a node's inputs.
+
+    The exporter follows the model, which may go through a set of words: the same checkpoint would become another file
+    in another process (docs/facts.md, "The order of nodes").
+    """
+    ordered: dict[ir.Node, None] = {}
+    waiting = [value.producer() for value in reversed(graph.outputs)]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in ordered or node.graph is not graph:
+            continue
+        before = [maker for value in read_by(node) if value is not None and (maker := value.producer()) is not None]
+        if missing := [m for m in before if m not in ordered and m.graph is graph]:
+            waiting += [node, *reversed(missing)]
+        else:
+            ordered[node] = None
+    graph.remove([node for node in graph if node not in ordered])
+    graph.extend(list(ordered))  # which moves them
+
+
+def read_by(node: ir.Node) -> Iterator[ir.Value | None]:
+    """Its inputs, and what its branches and bodies read and give."""
+    yield from node.inputs
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in RecursiveGraphIterator(attribute.as_graph()):
+                yield from inner.inputs
+            yield from attribute.as_graph().outputs
 
 
 def read_first(node: ir.Node, inputs: Sequence[ir.Value]) -> None:

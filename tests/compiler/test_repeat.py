@@ -15,7 +15,7 @@ import torch
 
 from instantrt.compiler.frontend import export
 from instantrt.compiler.frontend.alike import Layers, UnlikeError, find_layers, first_layers
-from instantrt.compiler.frontend.export import export_graph, export_whole, finish
+from instantrt.compiler.frontend.export import export_graph, export_whole, finish, order_by_use
 from instantrt.compiler.frontend.model import LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
 from instantrt.compiler.frontend.skeleton import build_skeleton, llm_shape
@@ -209,6 +209,19 @@ def test_a_recording_leaves_nothing_in_the_model() -> None:
 
 
 @pytest.mark.slow
+def test_nodes_stand_in_the_order_of_their_use() -> None:
+    """However they were traced: some models go through a set of words, which each process orders in its own way."""
+    cosine, sine = "c = Cos(x)", "s = Sin(x)"
+    for traced in ((cosine, sine), (sine, cosine)):
+        body = "\n".join((*traced, "b = If (t) <then_branch = p () => (float[N] y) { y = Identity(s) },"))
+        graph = ir.from_onnx_text(
+            f"<ir_version: 10, opset_import: ['': 20]> g (float[N] x, bool t) => (float[N] z) {{ {body}"
+            " else_branch = q () => (float[N] w) { w = Identity(x) }> z = Mul(b, c) }".replace("'", '"')
+        ).graph
+        order_by_use(graph)
+        assert [node.op_type for node in graph] == ["Sin", "If", "Cos", "Mul"]
+
+
 def test_a_table_outside_of_the_model_is_made_again() -> None:
     """What code keeps where nobody can look is none of a recording: its tensors have no values."""
     model, shape = skeleton()
