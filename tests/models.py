@@ -34,7 +34,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
 }
 
-LAYERS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+LAYERS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+}
 # As many layers as show that some are exported for all: two of a kind, and another that comes again.
 DEEP: dict[str, dict[str, Any]] = {
     family: {

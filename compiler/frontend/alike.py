@@ -1,14 +1,14 @@
 """Which layers of a model do the same: every operation of each is recorded, on tensors without storage, and compared.
 
-A model that is exported with its first layers alone is the whole model once they are repeated, if all that happens
+A model that is exported with some of its layers alone is the whole model once they are repeated, if all that happens
 outside of its layers is the same with few layers as with all, and if each layer takes one tensor from the layer before
-it and does what one of the first does. Whatever cannot be seen here is a reason to export the whole model.
+it and does what one of those does. Whatever cannot be seen here is a reason to export the whole model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -40,16 +40,19 @@ class Layers:
     alike: tuple[int, ...]
 
     @property
-    def shown(self) -> int:
-        """How many of the first layers show all there is to repeat.
+    def shown(self) -> tuple[int, ...]:
+        """The layers that show all there is to repeat, in the order in which they are exported.
 
-        Each kind that comes again is among them, not as the first layer, which takes its input from elsewhere; and the
-        last has a twin before it, to prove what is repeated. UnlikeError where that takes all of them.
+        The first, which takes its input from elsewhere; one of each other kind; and last a twin of one of these, to
+        prove what is repeated. UnlikeError where that takes all of them.
         """
-        for n in range(2, len(self.alike)):
-            if {*self.alike[n:]} <= {*self.alike[1:n]} and self.alike[n - 1] in self.alike[: n - 1]:
-                return n
-        raise UnlikeError(f"its {len(self.alike)} layers are of {len({*self.alike})} kinds, which too few of them show")
+        again = 0 in self.alike[1:]
+        chosen = [0, *(kind for kind in dict.fromkeys(self.alike) if kind)]
+        twins = (i for i, kind in enumerate(self.alike) if i not in chosen and (kind == 0 or not again))
+        if (twin := next(twins, None)) is None or len(chosen) + 1 == len(self.alike):
+            kinds = len({*self.alike})
+            raise UnlikeError(f"its {len(self.alike)} layers are of {kinds} kinds, which too few of them show")
+        return *chosen, twin
 
 
 def find_layers(model: Any, shape: Interface) -> Layers:
@@ -59,24 +62,33 @@ def find_layers(model: Any, shape: Interface) -> Layers:
         raise UnlikeError(f"{len(lists)} lists of modules are as long as the model is deep")
     whole = record(model, shape, lists[0])
     layers = Layers(lists[0], tuple(whole.layers.index(each) for each in whole.layers))
-    with first_layers(model, layers.path, layers.shown) as few:
+    with some_layers(model, layers.path, layers.shown) as few:
         some = record(model, shape.with_layers(few), layers.path)
-    if some.outside != whole.outside or some.layers != whole.layers[:few]:
+    if some.outside != whole.outside or some.layers != [whole.layers[index] for index in layers.shown]:
         raise UnlikeError("what it does outside of its layers depends on their number")
     return layers
 
 
 @contextmanager
-def first_layers(model: Any, path: str, count: int) -> Iterator[int]:
-    """`model` has `count` layers inside; its config still says how many it has."""
+def some_layers(model: Any, path: str, chosen: Sequence[int]) -> Iterator[int]:
+    """`model` has the layers `chosen` inside, each numbered by its place; its config still says how many it has.
+
+    What else a model's code may read of their numbers is seen when those layers are recorded.
+    """
     parent, _, name = path.rpartition(".")
     modules = model.get_submodule(parent)._modules
     whole = modules[name]
-    modules[name] = whole[:count]
-    try:
-        yield count
-    finally:
-        modules[name] = whole
+    numbered = [(vars(m), "layer_idx", place) for place, i in enumerate(chosen) for m in whole[i].modules()]
+    types = [(vars(m.config), "layer_types") for m in model.modules() if hasattr(m, "config")]
+    of_few = [(config, key, [old[i] for i in chosen] + old[len(chosen) :]) for config, key in types
+              if isinstance(old := config.get(key), list) and len(old) == len(whole)]  # fmt: skip
+    with ExitStack() as stack:
+        for fields, key, value in [*((f, k, v) for f, k, v in numbered if k in f), *of_few]:
+            stack.callback(fields.__setitem__, key, fields[key])
+            fields[key] = value
+        stack.callback(modules.__setitem__, name, whole)
+        modules[name] = torch.nn.ModuleList(whole[i] for i in chosen)
+        yield len(chosen)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
-from instantrt.compiler.frontend.alike import UnlikeError, find_layers, first_layers, unchanged
+from instantrt.compiler.frontend.alike import UnlikeError, find_layers, some_layers, unchanged
 from instantrt.compiler.frontend.apart import apart
 from instantrt.compiler.frontend.interface import dynamic, example, wrapped
 from instantrt.compiler.frontend.model import OPSET, Interface, LlmShape
@@ -89,7 +89,7 @@ def export_repeated(model: Any, shape: Interface) -> ir.Model:
         layers = apart(lambda: find_layers(model, shape), import_exporter)
     except (EOFError, TimeoutError):
         raise UnlikeError("the process that compares its layers did not end as it should") from None
-    with first_layers(model, layers.path, layers.shown) as few:
+    with some_layers(model, layers.path, layers.shown) as few:
         try:
             traced = export_whole(model, shape.with_layers(few))
         except Exception as error:  # of a model that counts on all of its layers
@@ -99,7 +99,7 @@ def export_repeated(model: Any, shape: Interface) -> ir.Model:
 
 
 def export_whole(model: Any, shape: Interface) -> ir.Model:
-    """As torch exports it, with constants folded and detours removed; the names of nodes are their modules' paths."""
+    """As torch exports it, with constants folded, detours removed, sizes read at one place; nodes named by module."""
     # Each size of a shape that torch remembers of an operator is worked out anew where it is used again: with symbols
     # that takes longer than the operator (docs/facts.md, "What an export spends its time on").
     no_cache = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
@@ -134,6 +134,7 @@ def export_whole(model: Any, shape: Interface) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(traced)
     for node in traced.graph:
         node.name = module_path(node)
+        read_first(node, traced.graph.inputs)
     return traced
 
 
@@ -149,14 +150,12 @@ def module_path(node: ir.Node) -> str:
 
 
 def finish(model: ir.Model, shape: Interface) -> None:
-    """Makes the model what it is of any export: sizes are read at one place, equal values made once; names and order.
+    """Makes the model what it is of any export: equal values are made once; names and order.
 
     A node is called by its module and its place there, a tensor as its maker, a constant by its place in the graph.
     """
     graph = model.graph
     order_by_use(graph)
-    for node in graph:
-        read_first(node, graph.inputs)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     name_dimensions(graph, shape)

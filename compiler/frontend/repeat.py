@@ -1,4 +1,4 @@
-"""A graph of a model's first layers -> the graph of all: what is exported once is repeated, after it is compared.
+"""A graph of some of a model's layers -> the graph of all: what is exported once is repeated, after it is compared.
 
 Each node is named by its module's path, by which a layer's nodes are found; `Layers` says which layers are alike. Those
 of them that are exported must be so node for node: operators, attributes, shapes and inputs, where a layer's own
@@ -73,21 +73,22 @@ class ExportedLayer:
 
 def repeat_layers(graph: ir.Graph, layers: Layers, shape: Interface) -> None:
     """Makes the graph of `layers.shown` layers one of all, `shape.layers`; UnlikeError, and no change, if it cannot."""
-    names, kinds = Names.of(layers), layers.alike[: layers.shown]
-    exported = exported_layers(graph, names, layers.shown)
+    names, kinds = Names.of(layers), [layers.alike[index] for index in layers.shown]
+    exported = exported_layers(graph, names, len(kinds))
     for layer, kind in zip(exported, kinds, strict=True):
-        if layer.index != kind:
-            compare(exported[kind], layer)
+        if (first := exported[kinds.index(kind)]) is not layer:
+            compare(first, layer)
     takes = [layer.takes for layer in exported]
     places = [layer.places[taken] for layer, taken in zip(exported, takes[1:], strict=False) if taken is not None]
-    places.append(places[kinds[-1]])  # what the last gives is read outside, so its twin tells which it is
+    places.append(places[kinds.index(kinds[-1])])  # what the last gives is read outside, so its twin tells which it is
     given = [layer.value(place) for layer, place in zip(exported, places, strict=True)]
     check_uses(exported, given)
     latest = {kind: exported[index] for index, kind in enumerate(kinds)}
-    hidden, end = given[-1], exported[-1].nodes[-1]
-    readers = tuple(hidden.uses())
-    named = {value.name: value for value in (*graph.inputs, *graph.initializers.values(), *graph.outputs)}
-    for index in range(layers.shown, shape.layers):
+    hidden, end = given[0], exported[-1].nodes[-1]
+    readers = tuple(given[-1].uses())
+    known = (*graph.inputs, *graph.initializers.values(), *graph.outputs)
+    named = {value.name: value for value in known if names.layer(value.name) in (None, 0)}
+    for index in range(1, shape.layers):
         template = latest[layers.alike[index]]
         copies = {takes[template.index]: hidden}
         nodes = [copy_node(node, template, index, copies, named) for node in template.nodes]
@@ -96,10 +97,12 @@ def repeat_layers(graph: ir.Graph, layers: Layers, shape: Interface) -> None:
     for reader in readers:
         reader.node.replace_input_with(reader.idx, hidden)
     graph.inputs[:] = [value for value in named.values() if value.producer() is None and value.const_value is None]
+    graph.outputs[:] = [named[name] for name in shape.output_names()]
+    graph.remove([node for layer in exported[1:] for node in layer.nodes], safe=True)
+    graph.initializers.clear()
     for value in named.values():
         if value.const_value is not None:
             graph.initializers.add(value)
-    graph.outputs[:] = [named[name] for name in shape.output_names()]
 
 
 def exported_layers(graph: ir.Graph, names: Names, count: int) -> list[ExportedLayer]:
