@@ -78,12 +78,13 @@ def some_layers(model: Any, path: str, chosen: Sequence[int]) -> Iterator[int]:
     parent, _, name = path.rpartition(".")
     modules = model.get_submodule(parent)._modules
     whole = modules[name]
-    numbered = [(vars(m), "layer_idx", place) for place, i in enumerate(chosen) for m in whole[i].modules()]
-    types = [(vars(m.config), "layer_types") for m in model.modules() if hasattr(m, "config")]
-    of_few = [(config, key, [old[i] for i in chosen] + old[len(chosen) :]) for config, key in types
-              if isinstance(old := config.get(key), list) and len(old) == len(whole)]  # fmt: skip
+    own = [(vars(m), place, i) for place, i in enumerate(chosen) for m in whole[i].modules()]
+    numbered = [(fields, "layer_idx", place) for fields, place, i in own if fields.get("layer_idx") == i]
+    configs = [vars(m.config) for m in model.modules() if hasattr(m, "config")]
+    typed = [(c, old) for c in configs if isinstance(old := c.get("layer_types"), list) and len(old) == len(whole)]
+    of_few = [(config, "layer_types", [old[i] for i in chosen] + old[len(chosen) :]) for config, old in typed]
     with ExitStack() as stack:
-        for fields, key, value in [*((f, k, v) for f, k, v in numbered if k in f), *of_few]:
+        for fields, key, value in (*numbered, *of_few):
             stack.callback(fields.__setitem__, key, fields[key])
             fields[key] = value
         stack.callback(modules.__setitem__, name, whole)
