@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.artifact.digest import sha256
@@ -36,9 +36,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Exports make millions of objects, none of them garbage; looking for some was a seventh of an export's time.
 gc.set_threshold(100_000, 20, 20)
-
-# What torch knows of ONNX's operators is made anew for each export, which takes a third of a second.
-ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign, assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-qwen2"
@@ -67,6 +64,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """A model is exported by the first who reads it, until what exports changes: the folder is in pytest's cache."""
     assert config.cache is not None
     os.environ[VARIABLE] = str(config.cache.mkdir("exports"))
+
+
+def pytest_collection_finish() -> None:
+    """What torch knows of ONNX's operators is made once, not for each export, where it takes a third of a second."""
+    if "torch" in sys.modules:  # tests without it need not import it
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign, assignment]
 
 
 def pytest_sessionfinish() -> None:

@@ -78,17 +78,17 @@ def some_layers(model: Any, path: str, chosen: Sequence[int]) -> Iterator[int]:
     parent, _, name = path.rpartition(".")
     modules = model.get_submodule(parent)._modules
     whole = modules[name]
-    own = [(vars(m), place, i) for place, i in enumerate(chosen) for m in whole[i].modules()]
-    numbered = [(fields, "layer_idx", place) for fields, place, i in own if fields.get("layer_idx") == i]
-    configs = [vars(m.config) for m in model.modules() if hasattr(m, "config")]
-    typed = [(c, old) for c in configs if isinstance(old := c.get("layer_types"), list) and len(old) == len(whole)]
-    of_few = [(config, "layer_types", [old[i] for i in chosen] + old[len(chosen) :]) for config, old in typed]
-    with ExitStack() as stack:
-        for fields, key, value in (*numbered, *of_few):
-            stack.callback(fields.__setitem__, key, fields[key])
-            fields[key] = value
-        stack.callback(modules.__setitem__, name, whole)
-        modules[name] = torch.nn.ModuleList(whole[i] for i in chosen)
+    configs = {id(m.config): vars(m.config) for m in model.modules() if hasattr(m, "config")}
+    with unchanged(model), ExitStack() as stack:
+        for place, index in enumerate(chosen):
+            for module in whole[index].modules():
+                if getattr(module, "layer_idx", None) == index:
+                    module.layer_idx = place
+        for config in configs.values():
+            if isinstance(old := config.get("layer_types"), list) and len(old) == len(whole):
+                stack.callback(config.update, layer_types=old)
+                config["layer_types"] = [old[index] for index in chosen] + old[len(chosen) :]
+        modules[name] = torch.nn.ModuleList(whole[index] for index in chosen)
         yield len(chosen)
 
 

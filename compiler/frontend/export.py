@@ -21,7 +21,6 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from onnx_ir.traversal import RecursiveGraphIterator
 from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
@@ -193,8 +192,8 @@ def order_by_use(graph: ir.Graph) -> None:
         node = waiting.pop()
         if node is None or node in ordered or node.graph is not graph:
             continue
-        before = [maker for value in read_by(node) if value is not None and (maker := value.producer()) is not None]
-        if missing := [m for m in before if m not in ordered and m.graph is graph]:
+        makers = (value.producer() for value in read_by(node) if value is not None)
+        if missing := [m for m in makers if m is not None and m not in ordered and m.graph is graph]:
             waiting += [node, *reversed(missing)]
         else:
             ordered[node] = None
@@ -207,9 +206,10 @@ def read_by(node: ir.Node) -> Iterator[ir.Value | None]:
     yield from node.inputs
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            for inner in RecursiveGraphIterator(attribute.as_graph()):
-                yield from inner.inputs
-            yield from attribute.as_graph().outputs
+            inside = attribute.as_graph()
+            for inner in inside:
+                yield from read_by(inner)
+            yield from inside.outputs
 
 
 def read_first(node: ir.Node, inputs: Sequence[ir.Value]) -> None:

@@ -22,20 +22,19 @@ from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 
 FLOAT32 = np.dtype(np.float32)
 
-FOLDED = ", norms folded"  # a mode whose columns get the factors of a norm before they are quantized
-# name: bits, group size (0 is per channel), activations, CPU preset
-MODES: dict[str, tuple[int, int, str, str]] = {
-    "A16W8 per-channel": (8, 0, "float", "exact"),
-    "A16W8 per-channel, fast": (8, 0, "float", "fast"),
-    f"A16W8 per-channel, fast{FOLDED}": (8, 0, "float", "fast"),
-    "A16W8 g128": (8, 128, "float", "exact"),
-    "A16W8 g128, fast": (8, 128, "float", "fast"),
-    "A16W8 g32, fast": (8, 32, "float", "fast"),
-    "A8W8 per-channel": (8, 0, "int8", "exact"),
-    "A16W4 g32": (4, 32, "float", "exact"),
-    "A16W4 g32, fast": (4, 32, "float", "fast"),
-    f"A16W4 g32, fast{FOLDED}": (4, 32, "float", "fast"),
-    "A16W4 g128, fast": (4, 128, "float", "fast"),
+# name: bits, group size (0 is per channel), activations, CPU preset, have columns the factors of a norm
+MODES: dict[str, tuple[int, int, str, str, bool]] = {
+    "A16W8 per-channel": (8, 0, "float", "exact", False),
+    "A16W8 per-channel, fast": (8, 0, "float", "fast", False),
+    "A16W8 per-channel, fast, norms folded": (8, 0, "float", "fast", True),
+    "A16W8 g128": (8, 128, "float", "exact", False),
+    "A16W8 g128, fast": (8, 128, "float", "fast", False),
+    "A16W8 g32, fast": (8, 32, "float", "fast", False),
+    "A8W8 per-channel": (8, 0, "int8", "exact", False),
+    "A16W4 g32": (4, 32, "float", "exact", False),
+    "A16W4 g32, fast": (4, 32, "float", "fast", False),
+    "A16W4 g32, fast, norms folded": (4, 32, "float", "fast", True),
+    "A16W4 g128, fast": (4, 128, "float", "fast", False),
 }
 
 
@@ -65,14 +64,14 @@ def layer_chain(tensors: Mapping[str, FileTensor]) -> gs.Graph:
 
 
 def lowered(tensors: Mapping[str, FileTensor], mode: str) -> gs.Graph:
-    bits, group, activations, preset = MODES[mode]
+    bits, group, activations, preset, folded = MODES[mode]
     graph, table = layer_chain(tensors), {}
     for node in graph.nodes:
         found = linear(node)
         assert found is not None
         size, symmetric = group or found.shape[1], activations == "int8"
         factors = np.where(np.arange(found.shape[1]) % 64, 1, 8).astype(FLOAT32)
-        rows = ScaledColumns(found.rows, factors.tobytes()) if mode.endswith(FOLDED) else found.rows
+        rows = ScaledColumns(found.rows, factors.tobytes()) if folded else found.rows
         source = InstantQuant(found.path, rows, bits, size, symmetric, FLOAT32)
         table[found.path] = QuantTensor(
             found.path, source, found.shape, bits, size, symmetric, FLOAT32, "int8" if symmetric else "float"
