@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +28,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from instantrt.compiler.frontend.alike import UnlikeError, find_layers, some_layers, unchanged
 from instantrt.compiler.frontend.apart import apart
+from instantrt.compiler.frontend.decomposed import decomposed
 from instantrt.compiler.frontend.interface import dynamic, example, wrapped
 from instantrt.compiler.frontend.model import OPSET, Interface, LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
@@ -108,16 +110,7 @@ def export_whole(model: Any, shape: Interface) -> ir.Model:
         program = torch.export.export(
             wrapped(model, shape), example(shape), dynamic_shapes=dynamic(shape), strict=False
         )
-        exported = torch.onnx.export(
-            program,
-            input_names=shape.input_names(),
-            output_names=shape.output_names(),
-            opset_version=OPSET,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    assert exported is not None
+        exported = to_onnx(program, shape)
     traced = exported.model
     for name in [f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)]:
         if name in traced.graph.initializers:
@@ -135,6 +128,28 @@ def export_whole(model: Any, shape: Interface) -> ir.Model:
         node.name = module_path(node)
         read_first(node, traced.graph.inputs)
     return traced
+
+
+def to_onnx(program: torch.export.ExportedProgram, shape: Interface) -> torch.onnx.ONNXProgram:
+    """The program in ONNX's operators; where one has none as it is, torch decomposes all."""
+    export = partial(
+        torch.onnx.export,
+        program,
+        input_names=shape.input_names(),
+        output_names=shape.output_names(),
+        opset_version=OPSET,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+    )
+    program.run_decompositions = partial(decomposed, program)  # type: ignore[method-assign]
+    try:
+        exported = export()
+    except torch.onnx.OnnxExporterError:
+        del program.run_decompositions
+        exported = export()
+    assert exported is not None
+    return exported
 
 
 def module_path(node: ir.Node) -> str:
