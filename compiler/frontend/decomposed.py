@@ -7,8 +7,8 @@ has an operator for each. Tracing again is 40 % of an export (docs/facts.md, "Wh
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -28,7 +28,8 @@ def decomposed(program: ExportedProgram, table: Mapping[Any, Any]) -> ExportedPr
     """
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     if not all(is_slight(node) or stays(node.target, table) for node in calls):
-        return ExportedProgram.run_decompositions(program, dict(table))
+        traced: ExportedProgram = ExportedProgram.run_decompositions(program, dict(table))
+        return traced
     for node in calls:
         if node.target in OTHER_NAMES:
             node.target = OTHER_NAMES[node.target]
@@ -56,28 +57,28 @@ def stays(target: Any, table: Mapping[Any, Any]) -> bool:
 
 def reshape_a_copy(node: Node) -> None:
     """With a number for the size that is left open, where it is known."""
-    given, sizes = node.args
+    given, sizes = node.all_input_nodes[0], cast("Sequence[Any]", node.args[1])
     known = [
         size if said == -1 and isinstance(size, int) else said
         for said, size in zip(sizes, node.meta["val"].shape, strict=True)
     ]
-    copy = before(node, aten.clone.default, given, memory_format=torch.contiguous_format)
+    copy = before(node, aten.clone.default, memory_format=torch.contiguous_format)
+    copy.meta["val"] = given.meta["val"]
     node.target, node.args = aten._unsafe_view.default, (copy, known)
 
 
 def leave_out(node: Node) -> None:
     """What read it reads its input, or that in another type."""
-    given, *_ = node.args
     if node.target is not aten._assert_tensor_metadata.default:
-        dtype = node.meta["val"].dtype
+        given, dtype = node.all_input_nodes[0], node.meta["val"].dtype
         same = dtype == given.meta["val"].dtype
-        node.replace_all_uses_with(given if same else before(node, aten._to_copy.default, given, dtype=dtype))
+        node.replace_all_uses_with(given if same else before(node, aten._to_copy.default, dtype=dtype))
     node.graph.erase_node(node)
 
 
-def before(node: Node, target: Any, given: Node, **how: Any) -> Node:
+def before(node: Node, target: Any, **how: Any) -> Node:
     """`target` of what `node` is given, in its place and module."""
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, (given,), how)
+        made = node.graph.call_function(target, (node.args[0],), how)
     made.meta = dict(node.meta)
     return made

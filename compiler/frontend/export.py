@@ -142,7 +142,7 @@ def to_onnx(program: torch.export.ExportedProgram, shape: Interface) -> torch.on
         optimize=False,
         verbose=False,
     )
-    program.run_decompositions = partial(decomposed, program)  # type: ignore[method-assign]
+    program.run_decompositions = partial(decomposed, program)
     try:
         exported = export()
     except torch.onnx.OnnxExporterError:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.columns import column_blocks
 from instantrt.passes.core.lazy import FLOAT32, Array, View, convert, view_of
-from instantrt.passes.core.node_session import EXTERNAL_BYTES, NodeSession, value_of
+from instantrt.passes.core.node_session import NodeSession, value_of
 from instantrt.passes.core.rewrite import producer, scalar
 
 Runs = Sequence[Mapping[str, Array]]
@@ -28,7 +26,7 @@ def matmul(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
     columns = np.ascontiguousarray(rows.T)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
         # As it lies in memory: the other way round BLAS takes up to twice the time of few rows.
-        product = np.concatenate([convert(block, FLOAT32).T @ columns for block in ahead(blocks())]).T
+        product = np.concatenate([convert(block, FLOAT32).T @ columns for block in blocks()]).T
     return split_rows(product[places], [x.shape[:-1] for x in given])
 
 
@@ -38,19 +36,6 @@ def distinct(rows: Array) -> tuple[Array, Array]:
     whole = np.dtype((np.void, rows.shape[1] * rows.itemsize))
     _, first, places = np.unique(rows.view(whole), return_index=True, return_inverse=True)
     return rows[first], places.reshape(-1)
-
-
-def ahead(blocks: Iterator[Array]) -> Iterator[Array]:
-    """The same; of a large matrix, each block is made by a thread while the one before it is in use."""
-    block = next(blocks, None)
-    if block is None or block.nbytes < EXTERNAL_BYTES:
-        yield from () if block is None else (block, *blocks)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        while block is not None:
-            coming = pool.submit(copy_context().run, lambda: next(blocks, None))  # NumPy's errstate is of a context
-            yield block
-            block = coming.result()
 
 
 def split_rows(joined: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -173,10 +171,8 @@ def root(
 
 def main() -> None:
     """What start.py calls."""
-    atexit.register(gc.freeze)  # else the interpreter looks for garbage in all that torch is, before it ends
     app(prog_name="instantrt")
 
 
 def compile_main() -> None:
-    atexit.register(gc.freeze)
     Subcommand("compile", *COMMANDS["compile"]).load()(prog_name="compile")

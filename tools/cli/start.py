@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -21,5 +23,11 @@ def compile_main() -> NoReturn:
 
 def begin(name: str) -> NoReturn:
     with exit_on_error():
-        getattr(import_module("instantrt.tools.cli.app"), name)()
-    sys.exit(0)
+        try:
+            getattr(import_module("instantrt.tools.cli.app"), name)()
+        except SystemExit as stop:
+            if stop.code:
+                raise
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    os._exit(0)  # else the interpreter frees all that torch is, object by object: docs/facts.md, "The end of a command"
