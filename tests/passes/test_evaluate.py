@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -13,11 +11,10 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
-from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
-from instantrt.passes.core.lazy import Array, InMemory, View, small
-from instantrt.passes.core.node_session import EXTERNAL_BYTES, plain_session
-from instantrt.passes.core.streaming import ahead
+from instantrt.passes.core.lazy import InMemory, View, small
+from instantrt.passes.core.node_session import plain_session
+from instantrt.passes.core.streaming import distinct
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
 RANDOM = np.random.default_rng(3)
@@ -144,18 +141,10 @@ def test_the_first_infinity_is_named_and_a_constant_one_is_not() -> None:
     assert bad.first_bad == "squared"
 
 
-def test_large_blocks_are_made_ahead() -> None:
-    """In their order, each before it is asked for, and what goes wrong is said to whoever asks."""
-    made: list[int] = []
-
-    def blocks() -> Iterator[Array]:
-        for index in range(3):
-            made.append(threading.get_ident())
-            yield np.full((1, EXTERNAL_BYTES), index, np.float32)
-        raise UserError("the weight is not finite")
-
-    taken = ahead(blocks())
-    assert [next(taken)[0, 0] for _ in range(3)] == [0, 1, 2]
-    assert made[0] == threading.get_ident() != made[1]
-    with pytest.raises(UserError, match="not finite"):
-        next(taken)
+def test_rows_that_are_alike_are_multiplied_once() -> None:
+    """Bit for bit: zeros of two signs are two rows, and what is no number is as it was."""
+    rows = np.array([[1, 2], [0.0, 3], [1, 2], [-0.0, 3], [np.nan, 1], [0.0, 3], [np.nan, 1]], np.float32)
+    few, places = distinct(rows)
+    assert len(few) == 4
+    np.testing.assert_array_equal(few[places].view(np.uint32), rows.view(np.uint32))
+    assert [part.shape for part in distinct(rows[:0])] == [(0, 2), (0,)]
