@@ -19,7 +19,6 @@ package registry.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -50,7 +49,7 @@ from instantrt.tools.gpu.rtx_prepare import (
     prepare,
 )
 from instantrt.tools.gpu.watch import ChildJob, emit, run_all
-from instantrt.tools.gpu.words import described
+from instantrt.tools.gpu.words import parser
 
 Array = npt.NDArray[Any]
 ALLOWED = 0.05  # relative error of an output: 16-bit arithmetic against float32
@@ -144,7 +143,7 @@ def load_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
 def build_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     mode, _, capability = name.rpartition("-")
     said, engine = data.setdefault("build_said", []), folder / f"{name}.built"
-    ranges = json.loads((folder / f"{mode}.json").read_text())["profiles"]
+    ranges = rtx_speed.known(folder, mode)["profiles"]
     libraries = plugins(folder, mode)
     plan = build_here(trt, folder / f"{mode}.onnx", ranges, capability, libraries, said)
     engine.write_bytes(plan)
@@ -317,18 +316,16 @@ def compared(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog, description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("action", choices=("prepare", "run", "one"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("kind", nargs="?", help="of `one`: load, build or speed")
-    parser.add_argument("name", nargs="?", help="of `one`")
-    parser.add_argument("--plugin", type=Path, help="of `prepare`: the plugin library")
-    parser.add_argument("--wide", type=Path, help="of `prepare`: a checkpoint of one wide layer")
-    parser.add_argument("--big", type=Path, help="of `prepare`: the checkpoint whose sizes the speed is measured with")
-    parser.add_argument("--out", type=Path, default=Path("rtx.json"))
-    args = parser.parse_args(words)
+    options = parser(__doc__, prog)
+    options.add_argument("action", choices=("prepare", "run", "one"))
+    options.add_argument("folder", type=Path)
+    options.add_argument("kind", nargs="?", help="of `one`: load, build or speed")
+    options.add_argument("name", nargs="?", help="of `one`")
+    options.add_argument("--plugin", type=Path, help="of `prepare`: the plugin library")
+    options.add_argument("--wide", type=Path, help="of `prepare`: a checkpoint of one wide layer")
+    options.add_argument("--big", type=Path, help="of `prepare`: the checkpoint whose sizes the speed is measured with")
+    options.add_argument("--out", type=Path, default=Path("rtx.json"))
+    args = options.parse_args(words)
     if args.action == "prepare":
         prepare(args.folder, plugin=args.plugin, big=args.big, one_layer=args.wide)
     elif args.action == "one":
