@@ -28,15 +28,8 @@ SANITIZERS = {  # and their options; errors of API calls are the launcher's to r
     "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
 }  # fmt: skip
 PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "--noconftest",
-    "-p",
-    "instantrt.tools.gpu.progress",
-    "-p",
-    "no:cacheprovider",
-]
+    sys.executable, "-m", "pytest", "--noconftest", "-p", "instantrt.tools.gpu.progress", "-p", "no:cacheprovider",
+]  # fmt: skip
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 BENCH_SECONDS = {True: 150, False: 470}  # at most, by whether it is quick
 PROFILE_SECONDS, PROFILE_STALL = 110, 45
