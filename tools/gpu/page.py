@@ -20,12 +20,13 @@ from typing import Any
 from instantrt.tools.gpu import goals, ncu, tables
 from instantrt.tools.gpu.plot import plot, speedup_plot
 from instantrt.tools.gpu.predictions import FAR
+from instantrt.tools.gpu.tables import CUBLAS
 from instantrt.tools.gpu.words import parser
 from instantrt.tools.markdown import head, row
 from instantrt.tools.places import ROOT
 
 Report = Mapping[str, Any]
-CU, CUBLAS, OURS = "cublas", "cublas fp16", ("int4 g128", "int8", "a8w8")
+CU, OURS = "cublas", ("int4 g128", "int8", "a8w8")
 LOST, MOST_LOST = 0.05, 30  # of a choice, from which it is shown, and how many
 LINE = re.compile(r"(?<=<!-- instantrt.tools.gpu.page -->\n).*?(?=<!-- end -->)", re.DOTALL)
 SHOWN = "qwen2-7b gate_up"  # the layer of the README
