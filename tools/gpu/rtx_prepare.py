@@ -108,15 +108,16 @@ def linked(folder: Path) -> dict[str, str]:
 
 def repeated(checkpoint: Path, folder: Path) -> Path:
     """A copy whose rows of weights repeat: its engine travels compressed."""
+    from safetensors.numpy import save_file
+
     from instantrt.compiler.checkpoint import SINGLE, read_checkpoint
     from instantrt.passes.core.lazy import whole
-    from instantrt.tools.bench.synthetic import write_safetensors
 
     stored = {name: whole(tensor) for name, tensor in read_checkpoint(checkpoint).items()}
     same = {name: np.resize(w[:16], w.shape) if "proj.weight" in name else w for name, w in stored.items()}
     model = folder / "checkpoint"
     shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("*.safetensors*"))
-    write_safetensors(model / SINGLE, same)
+    save_file(same, model / SINGLE)
     return model
 
 
