@@ -25,7 +25,7 @@ OPENVINO = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-class Peer:
+class PeerModel:
     """What lies at `path`, in a library of its own; to import that is no part of loading."""
 
     package: str
@@ -91,7 +91,7 @@ class OurContext:
         """The cache stays."""
 
 
-class LlamaModel(Peer):
+class LlamaModel(PeerModel):
     """A GGUF file in llama.cpp."""
 
     package = "llama_cpp"
@@ -161,7 +161,7 @@ class LlamaContext:
         self.lib.llama_free(self.handle)
 
 
-class GenAiModel(Peer):
+class GenAiModel(PeerModel):
     """A folder of onnxruntime-genai's model builder."""
 
     package = "onnxruntime_genai"
@@ -215,7 +215,7 @@ class GenAiContext:
         del self.generator
 
 
-class OpenVinoModel(Peer):
+class OpenVinoModel(PeerModel):
     """A folder that optimum-intel exported, with a cache that is a state."""
 
     package = "openvino"
@@ -300,7 +300,7 @@ class OurEncoder:
         return first
 
 
-class OnnxEncoder(Peer):
+class OnnxEncoder(PeerModel):
     """An ONNX file in ONNX Runtime, as it comes."""
 
     package = "onnxruntime"
@@ -316,7 +316,7 @@ class OnnxEncoder(Peer):
         return first
 
 
-class OpenVinoEncoder(Peer):
+class OpenVinoEncoder(PeerModel):
     """An ONNX file in OpenVINO."""
 
     package = "openvino"
