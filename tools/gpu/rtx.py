@@ -137,7 +137,7 @@ def one(folder: Path, kind: str, name: str) -> None:
 
 def load_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     mode = next(v.mode for v in VARIANTS if v.name == name)
-    data.update(run_engine(trt, folder / f"{name}.engine", folder / f"{mode}.npz", plugins(folder, mode), data))
+    run_engine(trt, folder / f"{name}.engine", folder / f"{mode}.npz", plugins(folder, mode), data)
 
 
 def build_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def build_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     plan = build_here(trt, folder / f"{mode}.onnx", ranges, capability, libraries, said)
     engine.write_bytes(plan)
     data["built_bytes"] = len(plan)
-    data.update(run_engine(trt, engine, folder / f"{mode}.npz", libraries, data))
+    run_engine(trt, engine, folder / f"{mode}.npz", libraries, data)
 
 
 def make_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
@@ -156,14 +156,7 @@ def make_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     rtx_speed.make(folder, name, lambda onnx, ranges: build_here(trt, onnx, ranges, "default", (), said), data)
 
 
-def speed_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
-    def keep() -> None:
-        (folder / f"speed {name}.kept").write_text(json.dumps(data))
-
-    rtx_speed.measure(folder, name, trt, data, keep)
-
-
-KINDS = {"make": make_step, "load": load_step, "build": build_step, "speed": speed_step}
+KINDS = {"make": make_step, "load": load_step, "build": build_step, "speed": rtx_speed.measure}
 
 
 def plugins(folder: Path, mode: str) -> tuple[Path, ...]:
@@ -216,12 +209,9 @@ def logger(trt: Any, said: list[str]) -> Any:
     return Log()
 
 
-def run_engine(
-    trt: Any, path: Path, arrays_of: Path, libraries: Sequence[Path], data: dict[str, Any]
-) -> dict[str, Any]:
-    """What the runtime says of the engine, the relative error of each output, and what it generates."""
-    said: list[str] = []
-    data["said"] = said
+def run_engine(trt: Any, path: Path, arrays_of: Path, libraries: Sequence[Path], data: dict[str, Any]) -> None:
+    """`data` gets what the runtime says of the engine, the relative error of each output, and what it generates."""
+    said = data.setdefault("said", list[str]())
     plan = path.read_bytes()
     log = logger(trt, said)
     runtime = trt.Runtime(log)
@@ -246,7 +236,6 @@ def run_engine(
     data["errors"] = errors
     del engine
     data["greedy"] = generated(open_engine(path, libraries, trt, Device(0), 1, LENGTH), arrays)
-    return data
 
 
 def generated(engine: Any, arrays: Mapping[str, Array]) -> list[dict[str, Any]]:

@@ -233,8 +233,8 @@ def make(folder: Path, mode: str, build: Callable[[Path, Any], bytes], data: dic
     path.with_name(f"{path.name}.data").unlink()
 
 
-def measure(folder: Path, mode: str, trt: Any, data: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Times the model of one mode, by itself and then beside PyTorch's; `keep` is called when `data` has something."""
+def measure(trt: Any, folder: Path, mode: str, data: dict[str, Any]) -> None:
+    """Times the model of one mode, by itself, which is kept if the process is lost, and then beside PyTorch's."""
     plan = folder / f"{mode}.plan"
     if not plan.is_file():
         raise RuntimeError(f"{plan.name} was not built")
@@ -242,7 +242,7 @@ def measure(folder: Path, mode: str, trt: Any, data: dict[str, Any], keep: Calla
     engine = open_engine(plan, (), trt, Device(0), max(ROWS), LENGTH)
     data["loaded"], data["load_seconds"] = True, round(time.monotonic() - started, 1)
     data["alone"] = contest(engine, None)
-    keep()
+    (folder / f"speed {mode}.kept").write_text(json.dumps(data))
     started = time.monotonic()
     try:
         other = Torch(known(folder, mode)["config"])
