@@ -25,6 +25,7 @@ from instantrt.passes.core.quant import Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Pass, PassLog, run
 from instantrt.passes.core.subgraphs import every_node
 from instantrt.passes.core.verify import Stage, verify
+from instantrt.passes.float.drop_identity import DropIdentity
 from instantrt.passes.float.fold_norms import FoldNorms
 from instantrt.passes.float.fuse_gelu import FuseGelu
 from instantrt.passes.float.fuse_rms_norm import FoldSmallConstants, FuseRmsNorm
@@ -66,6 +67,7 @@ from instantrt.plugins.ops import DOMAIN
 
 # Whole operators, then linears as MatMul(x, constant [K, N]) named after their modules.
 FLOAT: tuple[Pass, ...] = (
+    DropIdentity(),
     FoldSmallConstants(),  # Gemma's norms are scaled by `1 + weight`
     FuseRmsNorm(),
     HalveRotaryAngles(),  # the cosine and the sine

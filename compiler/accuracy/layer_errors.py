@@ -19,7 +19,7 @@ from instantrt.compiler.accuracy.bounds import Bound, bound_of, seen_by
 from instantrt.compiler.accuracy.metrics import difference, element_error
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, Missing, Source, convert
-from instantrt.passes.core.linear import linear
+from instantrt.passes.core.linear import bias_behind, linear
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
 from instantrt.passes.float.fold_norms import ScaledColumns
 from instantrt.passes.qdq.insert_qdq import quantized
@@ -111,19 +111,9 @@ def layers_of(floating: gs.Graph | None, canonical: gs.Graph) -> list[TwinLinear
             path, x, shape, quant = plain.path, plain.x.name, plain.shape, None
         else:
             continue
-        y = with_bias(node.outputs[0], shape[0])
-        layers.append(TwinLinear(path, x, y, shape, quant, sources.get(node.name)))
+        last, _ = bias_behind(node, shape[0]) or (node, 0)
+        layers.append(TwinLinear(path, x, last.outputs[0].name, shape, quant, sources.get(node.name)))
     return layers
-
-
-def with_bias(y: gs.Tensor, n: int) -> str:
-    """The name of y, or of y + bias where that is all that y is for."""
-    user = y.outputs[0] if len(y.outputs) == 1 else None
-    if user is not None and user.op == "Add":
-        other = next((t for t in user.inputs if t is not y), None)
-        if isinstance(other, gs.Constant) and tuple(other.shape) == (n,):
-            return str(user.outputs[0].name)
-    return str(y.name)
 
 
 class Run:

@@ -14,7 +14,7 @@ from instantrt.compiler.accuracy.bounds import INT8_BFLOAT16, INT8_BLOCK, INT8_F
 from instantrt.compiler.accuracy.data import Data
 from instantrt.compiler.accuracy.forms import AGAINST, FORMS, UNLIMITED, Budget, Subject, model_bound
 from instantrt.compiler.accuracy.layer_errors import Graphs, LayerErrors, measure_layers
-from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, perplexity, summary
+from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens, log_softmax, next_nll, perplexity, summary
 from instantrt.compiler.accuracy.runners import GraphRunner, Runner, cut, opened
 from instantrt.compiler.accuracy.texts import answers, likeness
 from instantrt.compiler.say import Say
@@ -173,11 +173,12 @@ class Total:
         for name, value in outputs.items():
             for row, expected in zip(np.atleast_1d(value), np.atleast_1d(reference[name]), strict=True):
                 if row.shape != expected.shape:
-                    what, fix = (
+                    raise UserError(
                         "two forms of a model differ in shape",
-                        "name the model that the artifact was compiled from",
+                        where=name,
+                        found=f"{list(row.shape)} and {list(expected.shape)}",
+                        fix="name the model that the artifact was compiled from",
                     )
-                    raise UserError(what, where=name, found=f"{list(row.shape)} and {list(expected.shape)}", fix=fix)
                 wide = expected.astype(np.float64)
                 delta = row.astype(np.float64) - wide
                 self.squares += float((delta * delta).sum())
@@ -192,12 +193,10 @@ class Total:
         """`to_float` are forms against the float model, of an encoder or where codes were fitted again."""
         reference, kind = AGAINST[self.form]
         bound = model_bound(subject, kind)
-        limit = bound.model if bound is not None else None
-        close = (
-            (bound in TURNING or subject.refitted) and reference == "twin" and {self.form, "twin"} <= to_float.keys()
-        )
-        close = close and to_float[self.form].error <= AS_CLOSE * to_float["twin"].error
-        limit, said = (None, AS_FLOAT) if close else (limit, bound.name if bound else "")
+        limit, said = (bound.model, bound.name) if bound is not None else (None, "")
+        turns = reference == "twin" and (bound in TURNING or subject.refitted) and {self.form, "twin"} <= {*to_float}
+        close = turns and to_float[self.form].error <= AS_CLOSE * to_float["twin"].error
+        limit, said = (None, AS_FLOAT) if close else (limit, said)
         return Comparison(kind, self.form, reference, self.error, self.maximum, limit, said, as_close=close)
 
 
@@ -217,10 +216,8 @@ def compare(subject: Subject, data: Data, runners: Mapping[str, Runner]) -> Comp
     tokens: list[Tokens] = []
     nll: dict[str, list[Array]] = {}
     rows: dict[str, list[Array]] = {}  # what an encoder says
-    encoder, held = (
-        subject.model.encoder,
-        "float" in runners and (subject.model.encoder is not None or subject.refitted),
-    )
+    encoder = subject.model.encoder
+    held = "float" in runners and (encoder is not None or subject.refitted)
     to_float = {form: Total(form) for form in runners if held}
     for feeds, ids in data.each(subject.model.llm):
         outputs = {form: run(feeds) for form, run in runners.items()}
@@ -237,7 +234,8 @@ def compare(subject: Subject, data: Data, runners: Mapping[str, Runner]) -> Comp
             tokens.append(compare_tokens(outputs["float"]["logits"], outputs["twin"]["logits"], ids))
         for form, out in outputs.items():
             if out["logits"].shape[1] == ids.shape[1]:
-                nll.setdefault(form, []).append(compare_tokens(out["logits"], out["logits"], ids).nll)
+                each = zip(map(log_softmax, out["logits"]), ids, strict=True)
+                nll.setdefault(form, []).extend(next_nll(log_p, row) for log_p, row in each)
     joined = Tokens.join(tokens) if tokens else None
     if encoder is not None and {"float", "twin"} <= rows.keys():
         figures = likeness(np.concatenate(rows["float"]), np.concatenate(rows["twin"]), encoder)

@@ -16,9 +16,7 @@ from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError, reword, reworded
 
 OLD = ".old"
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -28,6 +26,7 @@ SIDE_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 class Staging:

@@ -233,12 +233,12 @@ def limited(shape: EncoderShape, opened: OpenCheckpoint) -> EncoderShape:
 
 def text_of(opened: OpenCheckpoint) -> dict[str, Any]:
     """How texts are prepared, and what the labels are called."""
-    pipeline = opened.pipeline
+    texts = opened.pipeline or SentencePipeline(opened.folder, ())
     return {
         "labels": list(opened.labels),
-        "lowercase": pipeline is not None and pipeline.lowercase,
-        "prompts": dict(pipeline.prompts) if pipeline is not None else {},
-        "default_prompt": pipeline.default_prompt if pipeline is not None else "",
+        "lowercase": texts.lowercase,
+        "prompts": dict(texts.prompts),
+        "default_prompt": texts.default_prompt,
     }
 
 

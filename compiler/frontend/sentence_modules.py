@@ -39,26 +39,9 @@ def pooled(model: Any, hidden: Tensor, mask: Tensor) -> Tensor:
     return x
 
 
-def pool(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    return torch.cat([POOLED[mode](x, mask) for mode in module.modes], -1)
-
-
-def dense(model: Any, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    y: Tensor = getattr(torch.nn, module.activation)()(model.get_submodule(f"{module.name}.linear")(x))
+def activated(module: SentenceModule, x: Tensor) -> Tensor:
+    y: Tensor = getattr(torch.nn, module.activation)()(x)
     return y
-
-
-def layer_norm(model: Any, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    y: Tensor = model.get_submodule(f"{module.name}.norm")(x)
-    return y
-
-
-def normalize(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    return x / torch.sqrt((x * x).sum(-1, keepdim=True)).clamp(min=NORM)
-
-
-def truncate(model: torch.nn.Module, module: SentenceModule, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
-    return x[:, : module.sizes[1]]
 
 
 def first_of(mask: Tensor) -> Tensor:
@@ -110,9 +93,9 @@ POOLED: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lasttoken": last_token,
 }
 BY_KIND: Mapping[str, Callable[[Any, SentenceModule, Tensor, Tensor], Tensor]] = {
-    "Pooling": pool,
-    "Dense": dense,
-    "LayerNorm": layer_norm,
-    "Normalize": normalize,
-    "Truncate": truncate,
+    "Pooling": lambda model, module, x, mask: torch.cat([POOLED[mode](x, mask) for mode in module.modes], -1),
+    "Dense": lambda model, module, x, mask: activated(module, model.get_submodule(f"{module.name}.linear")(x)),
+    "LayerNorm": lambda model, module, x, mask: model.get_submodule(f"{module.name}.norm")(x),
+    "Normalize": lambda model, module, x, mask: x / torch.sqrt((x * x).sum(-1, keepdim=True)).clamp(min=NORM),
+    "Truncate": lambda model, module, x, mask: x[:, : module.sizes[1]],
 }

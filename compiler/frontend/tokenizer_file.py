@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, normalizers
 
 from instantrt.compiler.frontend.known_tensors import listed
 from instantrt.compiler.json_file import read_json
+from instantrt.compiler.serving.runtime.text import SPECIAL_TOKENS, token_text
+from instantrt.compiler.serving.runtime.texts import GENERIC
 from instantrt.passes.core.errors import UserError, tried
 
 FILE, CONFIG, MAP, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 VOCABULARIES = ("vocab.txt", "vocab.json", "*.model", "tiktoken*")  # what transformers makes a tokenizer of
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # which take the file as it is
-NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Of BERT's normalizer: key of the config, the attribute that it is, and what it is where nothing says it.
 NORMAL = (("strip_accents", "strip_accents", None), ("tokenize_chinese_chars", "handle_chinese_chars", True))
@@ -90,7 +90,7 @@ def missing(folder: Path) -> str:
         if has is not wanted and wanted in (True, False, None):
             return f"has {key}: {json.dumps(has)}, and with {CONFIG} it is {json.dumps(wanted)}"
     for key in ("cls_token", "sep_token"):
-        token = text_of({**config, **names}.get(key))
+        token = token_text({**config, **names}.get(key))
         if around and token is not None and token not in around:
             return f"puts {' '.join(around)} around a text, and the {key} is {token}"
     return ""
@@ -118,19 +118,13 @@ def tokens_of(
     """(text, number where it is said) of every token that a file names."""
     decoder = config.get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
-        if (text := text_of(token)) is not None and str(number).isdecimal() and len(str(number)) < 10:
+        if (text := token_text(token)) is not None and str(number).isdecimal() and len(str(number)) < 10:
             yield text, int(number)
     for text, number in added.items():
         if type(number) is int:
             yield text, number
     for file in (config, names):
         lists = [token for key in LISTS if isinstance(file.get(key), list) for token in file[key]]
-        for token in (*(file.get(key) for key in NAMED), *lists):
-            if (text := text_of(token)) is not None:
+        for token in (*(file.get(key) for key in SPECIAL_TOKENS), *lists):
+            if (text := token_text(token)) is not None:
                 yield text, None
-
-
-def text_of(token: Any) -> str | None:
-    """Of a token that is a text, or an object with its text in `content`; nothing of an empty one."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) and text else None

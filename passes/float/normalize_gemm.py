@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.linear import weight_constant
-from instantrt.passes.core.rewrite import Reject, add, producer, take_over
+from instantrt.passes.core.rewrite import Reject, add, take_over
 from instantrt.passes.float.normalize_linears import LinearMatch, NormalizeLinear, module_path, rows_of, unfit
 
 
@@ -16,8 +16,6 @@ class NormalizeGemm(NormalizeLinear):
         if node.op != "Gemm":
             return None
         weight = node.inputs[1]
-        while (same := producer(weight, "Identity")) is not None:
-            weight = same.inputs[0]
         if not isinstance(weight, gs.Constant):
             return None
         attrs = node.attrs

@@ -17,7 +17,7 @@ from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.rewrite import Reject, Rewrite, add, producer, take_over
 
 FLOAT = onnx.TensorProto.FLOAT
-BETWEEN = ("Transpose", "Cast", "Identity")  # a matrix and its product; exporters share one by Identity
+BETWEEN = ("Transpose", "Cast")  # a matrix and its product
 
 
 def module_path(node: gs.Node, weight: gs.Constant) -> str:
@@ -72,7 +72,7 @@ class NormalizeLinear(Rewrite[LinearMatch]):
 class NormalizeMatMul(NormalizeLinear):
     """MatMul with a constant float32 matrix, given as [K, N] or as Transpose([N, K]) -> the normal form.
 
-    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N]), a Cast to float32 or an Identity maybe between
+    Before: MatMul(x, Transpose(W [N, K]))  or  MatMul(x, W [K, N]), a Cast to float32 maybe between
     After:  MatMul(x, W [K, N]) whose constant is a view of W's rows; x has rows, if only one
     """
 

@@ -17,7 +17,7 @@ from instantrt.passes.core.rewrite import Reject
 
 TABLE_BLOCKS = (128, 64, 32, 16)
 # What tokens go through on their way to their table; and the inputs that pick rows of other tables.
-MOVING = "Cast Clip Concat Flatten Identity Max Min Reshape Slice Squeeze Transpose Unsqueeze Where"
+MOVING = "Cast Clip Concat Flatten Max Min Reshape Slice Squeeze Transpose Unsqueeze Where"
 ROUTE = frozenset(MOVING.split())
 OTHERS = (POSITIONS, "token_type_ids", MASK)
 

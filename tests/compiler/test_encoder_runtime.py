@@ -125,7 +125,7 @@ def test_kinds_of_tokens_are_those_that_the_tokenizer_gave_a_training(embedding:
     """None, where its config names no token_type_ids: all are of the first kind."""
     pair = ("a boat", "a net")
     kinds = []
-    generic = [{"tokenizer_class": name} for name in ("PreTrainedTokenizerFast", "TokenizersBackend")]
+    generic = [{"tokenizer_class": name} for name in ("PreTrainedTokenizerFast", "PreTrainedTokenizer")]
     for index, said in enumerate(({}, {"model_input_names": ["input_ids"]}, *generic)):
         shutil.copytree(embedding, tmp_path / str(index))
         changed(tmp_path / str(index), "tokenizer_config.json", said)

@@ -27,7 +27,7 @@ def block(start: str) -> str:
 @pytest.mark.parametrize("case", [0, 1])
 def test_the_pass_does_what_its_text_says(case: int) -> None:
     names: dict[str, Any] = {}
-    exec(block('"""Identity nodes'), names)
+    exec(block('"""A Transpose'), names)
     head, *parts = block("the_pass = ").split("\n# ")
     exec(head, names)
     assert isinstance(names["the_pass"], Pass)

@@ -91,12 +91,12 @@ def test_the_table_streams_when_the_graph_is_evaluated(table: np.ndarray) -> Non
 
 
 @pytest.mark.parametrize(("nodes", "picks"), [
-    ("i = Identity(ids)", True),
+    ("i = Squeeze(ids)", True),
     ("c = Cast<to=7>(ids) i = Unsqueeze(c, one)", True),
     ("m = Equal(ids, one) i = Where(m, zero, ids)", True),
-    ("i = Identity(position_ids)", False),
+    ("i = Squeeze(position_ids)", False),
     ("n = Not(m) c = Cast<to=7>(n) i = CumSum(c, one)", False),
-    ("i = Identity(one)", False),
+    ("i = Squeeze(one)", False),
 ])  # fmt: skip
 def test_the_table_is_the_one_that_tokens_pick_from(nodes: str, picks: bool) -> None:
     inputs = "int64[b,s] ids, int64[b,s] position_ids, bool[b,s] m0"

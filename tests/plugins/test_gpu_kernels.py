@@ -19,9 +19,10 @@ import torch
 
 from instantrt.plugins.schema import DType
 from instantrt.plugins.weight_only_gemm.op import OP
-from instantrt.tools.gpu.gemm import Gemm, HungRowError, Weight, check, device_numbers, random_weight
+from instantrt.tools.gpu.gemm import Gemm, HungRowError, Weight, device_numbers, random_weight
 from instantrt.tools.gpu.library import Library
 from instantrt.tools.gpu.small import WIDTHS
+from tests.plugins.truth import check
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

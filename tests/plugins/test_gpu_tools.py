@@ -12,11 +12,12 @@ import torch
 from instantrt.plugins.weight_only_gemm import layout, semantics
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.tools.gpu import bench, choices, gemm, ncu, profile, race, roofs, small, tables, tune
-from instantrt.tools.gpu.gemm import GUARD, Gemm, HungRowError, check, exact, pack, random_weight
+from instantrt.tools.gpu.gemm import GUARD, Gemm, HungRowError, pack, random_weight
 from instantrt.tools.gpu.library import LaunchRefusedError, Library
 from instantrt.tools.gpu.small import WIDTHS
 from tests.compiler.tensorrt_stand_in import HostDevice
 from tests.plugins.kernels import Emulated
+from tests.plugins.truth import check, exact
 
 pytestmark = pytest.mark.slow
 

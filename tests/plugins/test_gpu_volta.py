@@ -14,8 +14,9 @@ import torch
 
 from instantrt.plugins.schema import DType
 from instantrt.plugins.weight_only_gemm.op import OP
-from instantrt.tools.gpu.gemm import Gemm, check, random_weight
+from instantrt.tools.gpu.gemm import Gemm, random_weight
 from instantrt.tools.gpu.library import Library
+from tests.plugins.truth import check
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

@@ -6,21 +6,14 @@ largest resident set it prints. Memory-mapped pages would count as well; there a
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from instantrt.tools.bench.layers import peak_kb
 from instantrt.tools.bench.synthetic import QWEN2_7B, write_checkpoint
-
-CHILD = """
-import sys
-from pathlib import Path
-from instantrt.tools.bench.accuracy import child
-child(Path(sys.argv[1]))
-"""
 
 
 def child(folder: Path) -> None:
@@ -49,4 +42,5 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_checkpoint(model, {**QWEN2_7B, "num_hidden_layers": 2})
-        subprocess.run([sys.executable, "-c", CHILD, model], check=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(child, model).result()

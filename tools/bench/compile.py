@@ -15,7 +15,6 @@ Machines are shared and noisy: every comparison is a ratio within one run, the t
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -43,7 +42,7 @@ from instantrt.compiler.watch import Watch
 from instantrt.passes.core.lazy import Array, FileTensor, whole
 from instantrt.tools.bench.compile_time import check_room, depth, engine, large, part_table, plot, speed
 from instantrt.tools.bench.layers import MODES, layer_chain, lowered, write_weights
-from instantrt.tools.bench.results import Result, in_turns, known, quartiles
+from instantrt.tools.bench.results import Result, in_turns, keep, known, quartiles
 from instantrt.tools.bench.running import decode, perplexities
 from instantrt.tools.bench.synthetic import SMOLLM2_135M, write_checkpoint
 from instantrt.tools.cli.console import console
@@ -274,14 +273,6 @@ def named_values(result: Result) -> list[str]:
     return table(("what", "measured"), ((name, shown(value)) for name, value in result.items()))
 
 
-def keep(results: Mapping[str, Result]) -> None:
-    """Writes all that is known, in the order of PARTS."""
-    ordered = {part: results[part] for part in PARTS if part in results}
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    OUT.write_text(json.dumps({"machine": machine, "results": ordered}, indent=2) + "\n")
-    OUT.with_suffix(".md").write_text(markdown(ordered))
-
-
 def main(
     parts: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(PARTS)}; all by default")] = None,
     scratch: Annotated[Path | None, typer.Option(help="a folder with 40 GB of room")] = None,
@@ -296,6 +287,7 @@ def main(
         "depth": {"rounds": rounds},
         "engine": {"rounds": rounds},
     }
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     os.environ["INSTANTRT_CACHE"] = "none"  # no part starts warm but those that say so
     if "large" in (parts or PARTS):
         check_room(scratch or Path(tempfile.gettempdir()))
@@ -303,6 +295,7 @@ def main(
         with tempfile.TemporaryDirectory(dir=scratch) as folder, console.status(part):
             results[part] = PARTS[part](Path(folder), **settings.get(part, {}))
         console.print(part, results[part])
-        keep(results)
+        ordered = {part: results[part] for part in PARTS if part in results}
+        keep(OUT, ordered, markdown(ordered), machine=machine)
         if part == "speed":
             plot(results[part], SPEED)

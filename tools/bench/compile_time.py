@@ -22,18 +22,10 @@ import numpy as np
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array
 from instantrt.tools.bench.results import Result
-from instantrt.tools.bench.synthetic import QWEN2_7B, SMOLLM2_135M, write_checkpoint
+from instantrt.tools.bench.synthetic import QWEN2_7B, SMOLLM2_135M, sized, write_checkpoint
 from instantrt.tools.cli.console import console
 from instantrt.tools.markdown import table
 
-NARROW = {
-    **SMOLLM2_135M,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1000,
-}
 ROOM = 30e9  # bytes: Qwen2-7B's checkpoint, and one artifact of it
 SCRATCH, MODEL = "SCRATCH", "MODEL"  # in the words of a command: a folder that a round begins empty; the checkpoint
 GOALS = {
@@ -179,7 +171,7 @@ def depth(folder: Path, rounds: int) -> Result:
     """80 layers against 30, both 64 wide: what a layer costs beside its weights."""
     layers = (30, 80)
     for count in layers:
-        write_checkpoint(folder / str(count), {**NARROW, "num_hidden_layers": count})
+        write_checkpoint(folder / str(count), sized(SMOLLM2_135M, 64, 128, count, 4, 2, 1000))
     sides = {
         f"{start}, {count} layers": our_side(folder / str(count), f"x86 --quant {quant}", "cache")
         for start, quant in (("cold", "a16w8"), ("warm", "a16w4"))

@@ -105,18 +105,25 @@ def make(form: Form, python: str, model: Path, made: Path, calibration: Path | N
         part.rename(made)
 
 
-def contest(
+def measured_model(
     kind: str,
     model: Path,
-    inputs: Path,
+    tokenized: Path,
+    texts: Iterable[Path],
     folder: Path,
     pythons: Mapping[str, str],
     rounds: int,
     calibration: Path | None = None,
     others: Iterable[Path] = (),
 ) -> Result:
-    """All that is measured of a model; `folder` gets what is made of it. `others`: ONNX files of the same encoder."""
-    plan = CONTESTS[kind]
+    """All that is measured of a model, and on which machine; `folder` gets what is made of it.
+
+    tokenized   the folder that has the model's tokenizer
+    others      ONNX files of the same encoder
+    """
+    plan, inputs = CONTESTS[kind], folder / "inputs.npz"
+    write_inputs(kind, tokenized, texts, inputs)
+    load = os.getloadavg()[0]
     known_versions = [
         versions(pythons["ours"], "instantrt", "onnxruntime"),
         *(versions(python, PACKAGES[name]) for name, python in pythons.items() if name in PACKAGES),
@@ -159,6 +166,7 @@ def contest(
         "versions": known_versions,
         "not_given": sorted({form.python for form in plan.forms.values()} - set(pythons)),
         "idle_cpu_s": round(max(idle), 3),
+        "machine": machine(load),
     }
 
 
@@ -239,24 +247,6 @@ def folder_for(name: str, scratch: Path | None) -> Iterator[Path]:
         folder = (scratch or Path(made)) / re.sub(r"\W+", "-", name)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-
-
-def measured_model(
-    kind: str,
-    model: Path,
-    tokenized: Path,
-    texts: Iterable[Path],
-    folder: Path,
-    pythons: Mapping[str, str],
-    rounds: int,
-    **more: Any,
-) -> Result:
-    """What `contest` finds, and of which machine; `tokenized` is the folder that has the model's tokenizer."""
-    inputs = folder / "inputs.npz"
-    write_inputs(kind, tokenized, texts, inputs)
-    load = os.getloadavg()[0]
-    found = contest(kind, model, inputs, folder, pythons, rounds, **more)
-    return found | {"machine": machine(load)}
 
 
 def prepared(model: Path | None, shape: str | None, folder: Path) -> tuple[str, Path]:

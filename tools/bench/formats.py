@@ -181,9 +181,9 @@ def compare_searches(
     print(json.dumps(found, indent=2))
 
 
-def search_rate(group: int, size: int = 4096) -> float:
+def search_rate(group: int) -> float:
     """Million weights a second of CPU time, of all threads."""
-    random = np.random.default_rng(0)
+    random, size = np.random.default_rng(0), 4096
     w = InMemory(random.standard_normal((size, size), np.float32))
     energy = random.random(size, np.float32).tobytes()
     source = SearchedQuant("w", w, 4, group, False, SCALE_TYPE, importance=energy)

@@ -36,7 +36,7 @@ def known(path: Path) -> dict[str, Result]:
     return results
 
 
-def keep(path: Path, results: Mapping[str, Result], page: str) -> None:
-    """Writes all that is known: the JSON, and the page beside it."""
-    path.write_text(json.dumps({"results": results}, indent=1) + "\n")
+def keep(path: Path, results: Mapping[str, Result], page: str, **about: Any) -> None:
+    """Writes all that is known: the JSON, with what there is to say `about` it, and the page beside it."""
+    path.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     path.with_suffix(".md").write_text(page)

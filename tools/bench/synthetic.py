@@ -26,55 +26,28 @@ QWEN2: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rope_theta": 1e6,
 }
-QWEN2_7B = {
-    **QWEN2,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-}
-QWEN2_05B = {
-    **QWEN2,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 152064,
-}
-QWEN2_15B = {
-    **QWEN2,
-    "tie_word_embeddings": True,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-}
-DECODER_12 = {
-    **QWEN2,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
-SMOLLM2_135M = {
-    **QWEN2,
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "tie_word_embeddings": True,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-}
+TIED = {**QWEN2, "tie_word_embeddings": True}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def sized(config: Mapping[str, Any], *sizes: int) -> dict[str, Any]:
+    """A config with such SIZES."""
+    return {**config, **dict(zip(SIZES, sizes, strict=True))}
+
+
+QWEN2_7B = sized(QWEN2, 3584, 18944, 28, 28, 4, 152064)
+QWEN2_05B = sized(QWEN2, 896, 4864, 24, 14, 2, 152064)
+QWEN2_15B = sized(TIED, 1536, 8960, 28, 12, 2, 151936)
+DECODER_12 = sized(QWEN2, 2048, 8192, 12, 16, 8, 32000)
+SMOLLM2_135M = sized({**TIED, **LLAMA}, 576, 1536, 30, 9, 3, 49152)
 CHUNK = 1 << 23  # weights made at a time
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -22,18 +21,17 @@ from typing import Annotated, Any
 
 import typer
 
-from instantrt.compiler.artifact.staging import SIDE_FILES
 from instantrt.compiler.compile import compile_model
+from instantrt.compiler.json_file import read_json
 from instantrt.compiler.llm import LLM
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.request import Request
+from instantrt.tools.bench.synthetic import sized, write_checkpoint
 from instantrt.tools.markdown import table
 from instantrt.tools.places import BENCHMARKS, EXAMPLE
 from instantrt.tools.serving.load import PROMPTS, Result, load, measure, plot
 from instantrt.tools.serving.server import Server, serving
 
-SCALED = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 4}
-LAYERS = 8
 ROUNDS = 7
 TOKENS = 48
 PROMPT = PROMPTS[0]
@@ -41,17 +39,9 @@ PROMPT = PROMPTS[0]
 
 def scaled_example(folder: Path) -> Path:
     """The example's architecture and tokenizer with 105 M random weights, so that a decode step takes its time."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(EXAMPLE)
-    for name, value in {**SCALED, "num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in set(SIDE_FILES) - {"config.json"}:
-        if (EXAMPLE / name).is_file():
-            shutil.copyfile(EXAMPLE / name, folder / name)
+    layers = 8
+    config = sized(read_json(EXAMPLE / "config.json"), 1024, 3072, layers, 16, 4, 4096)
+    write_checkpoint(folder, {**config, "layer_types": ["full_attention"] * layers}, tokenizer=True)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Times WeightOnlyGemm and its peers on the layers of known models: a child of instantrt.tools.gpu.watch.
 
-    python -m instantrt.tools.gpu.bench quick|full LIBRARY READER CASE...
+    python -m instantrt.tools.gpu.bench LIBRARY READER quick|full CASE...
 
 Cases are "roofs", "facts", "qwen2-7b o m=16"; "qwen2-7b o humming m=16" is with a peer that compiles for each shape.
 
@@ -296,7 +296,7 @@ def case(library: Library, layer: str, m: int, quick: bool = False) -> dict[str,
 
 
 def main() -> None:
-    how, path, reader, *cases = sys.argv[1:]
+    path, reader, how, *cases = sys.argv[1:]
     library, quick = Library(Path(path)), how == "quick"
     for name in cases:
         emit(start=name)

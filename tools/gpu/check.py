@@ -49,7 +49,7 @@ from instantrt.tools.gpu import page
 from instantrt.tools.gpu.libraries import run
 from instantrt.tools.gpu.stages import STAGES, GpuRun, perform
 from instantrt.tools.gpu.tables import text
-from instantrt.tools.gpu.words import described
+from instantrt.tools.gpu.words import parser
 from instantrt.tools.places import ROOT
 
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -140,17 +140,15 @@ def said(name: str, part: dict[str, Any], most: int = 10**6) -> str:
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog, description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    options = parser(__doc__, prog)
+    options.add_argument(
         "--out", type=Path, default=ROOT / "build" / "gpu_check", help="OUT.json, OUT.txt, OUT.md; else build/gpu_check"
     )
-    parser.add_argument("--part", choices=PARTS, help="the stages of one command, and a limit for all of it")
-    parser.add_argument("--stages", type=parse_stages, help=",".join(STAGES))
-    parser.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
-    parser.add_argument("--layers", type=parse_layers, default=(), metavar="NxK,...", help="tune: these instead")
-    args = parser.parse_args(words)
+    options.add_argument("--part", choices=PARTS, help="the stages of one command, and a limit for all of it")
+    options.add_argument("--stages", type=parse_stages, help=",".join(STAGES))
+    options.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
+    options.add_argument("--layers", type=parse_layers, default=(), metavar="NxK,...", help="tune: these instead")
+    args = options.parse_args(words)
     began = time.monotonic()
     plan = PARTS.get(args.part, ShortRun(tuple(STAGES), args.quick, False, float("inf")))
     stages: list[str] = args.stages or list(plan.stages)

@@ -65,9 +65,8 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Judgement:
-    """One goal on one layer at one m, in microseconds."""
+    """A goal on one layer at one m, in microseconds."""
 
-    goal: str
     layer: str
     m: int
     took: float
@@ -78,10 +77,10 @@ class Judgement:
         return self.took <= self.limit
 
 
-def judge(timings: Sequence[Mapping[str, Any]]) -> list[Judgement]:
-    """Every goal wherever its kernel and its reference were timed."""
+def judge(timings: Sequence[Mapping[str, Any]]) -> dict[str, list[Judgement]]:
+    """Each goal by its name, wherever its kernel and its reference were timed; what is furthest from it first."""
     by_place = {(t["kernel"], t["layer"], t["m"]): t for t in timings}
-    return [verdict for goal in GOALS for verdict in verdicts(goal, by_place)]
+    return {goal.name: sorted(verdicts(goal, by_place), key=lambda v: -v.took / v.limit) for goal in GOALS}
 
 
 def verdicts(goal: Goal, by_place: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> Iterator[Judgement]:
@@ -95,19 +94,18 @@ def verdicts(goal: Goal, by_place: Mapping[tuple[str, str, int], Mapping[str, An
         if reference is None and (other := by_place.get((goal.reference, layer, m))):
             reference = other["median"]
         if reference is not None:
-            yield Judgement(goal.name, layer, m, timing["median"], goal.factor * reference + goal.extra)
+            yield Judgement(layer, m, timing["median"], goal.factor * reference + goal.extra)
 
 
-def goal_table(judged: Sequence[Judgement]) -> list[str]:
+def goal_table(judged: Mapping[str, Sequence[Judgement]]) -> list[str]:
     """A line for each goal: met, missed or not measured, how often, and where it is furthest from its limit."""
     lines = []
-    for goal in GOALS:
-        here = [v for v in judged if v.goal == goal.name]
+    for name, here in judged.items():
         if not here:
-            lines.append(f"not measured  {goal.name}")
+            lines.append(f"not measured  {name}")
             continue
-        worst = max(here, key=lambda v: v.took / v.limit)
+        worst = here[0]
         word = "met" if worst.met else "MISSED"
         place = f"{sum(v.met for v in here)} of {len(here)}; {worst.layer} m={worst.m}"
-        lines.append(f"{word:12}  {goal.name}: {place} took {worst.took:.2f} us, limit {worst.limit:.2f}")
+        lines.append(f"{word:12}  {name}: {place} took {worst.took:.2f} us, limit {worst.limit:.2f}")
     return lines

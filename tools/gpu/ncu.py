@@ -145,13 +145,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = "".join(f"{c.name:>{width}}" for c, width in zip(COUNTERS, widths, strict=True))
     lines = [f"{'profiled':33} {'kernel':22}{head}  stalls"]
     for row in rows:
-        cells = "".join(
-            f"{'-' if row[c.name] is None else format(row[c.name], c.form.strip()).strip():>{width}}"
-            for c, width in zip(COUNTERS, widths, strict=True)
-        )
-        stalls = ", ".join(f"{name} {value:.1f} ({share:.0%})" for name, value, share in row["stalls"])
-        lines.append(f"{row['case']:33} {short(row['kernel']):22}{cells}  {stalls}")
+        *counted, stalls = cells(row)
+        counters = "".join(f"{cell or '-':>{width}}" for cell, width in zip(counted, widths, strict=True))
+        lines.append(f"{row['case']:33} {short(row['kernel']):22}{counters}  {stalls}")
     return lines
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The counters of a kernel, nothing for one that is absent, and its stalls."""
+    counters = ["" if row[c.name] is None else format(row[c.name], c.form).strip() for c in COUNTERS]
+    return [*counters, ", ".join(f"{name} {value:.1f} ({share:.0%})" for name, value, share in row["stalls"])]
 
 
 def short(kernel: str) -> str:

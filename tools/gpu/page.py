@@ -10,7 +10,6 @@ of README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,13 @@ from typing import Any
 from instantrt.tools.gpu import goals, ncu, tables
 from instantrt.tools.gpu.plot import plot, speedup_plot
 from instantrt.tools.gpu.predictions import FAR
-from instantrt.tools.gpu.words import described
+from instantrt.tools.gpu.tables import CUBLAS
+from instantrt.tools.gpu.words import parser
 from instantrt.tools.markdown import head, row
 from instantrt.tools.places import ROOT
 
 Report = Mapping[str, Any]
-CU, CUBLAS, OURS = "cublas", "cublas fp16", ("int4 g128", "int8", "a8w8")
+CU, OURS = "cublas", ("int4 g128", "int8", "a8w8")
 LOST, MOST_LOST = 0.05, 30  # of a choice, from which it is shown, and how many
 LINE = re.compile(r"(?<=<!-- instantrt.tools.gpu.page -->\n).*?(?=<!-- end -->)", re.DOTALL)
 SHOWN = "qwen2-7b gate_up"  # the layer of the README
@@ -125,12 +125,11 @@ def against(us: float | None, base: float | None) -> str:
 
 
 def goal_parts(timings: Sequence[tables.Row], causes: Mapping[str, str]) -> list[str]:
-    judged = goals.judge(timings)
-    by_goal = {goal.name: [v for v in judged if v.goal == goal.name] for goal in goals.GOALS}
+    by_goal = goals.judge(timings)
     lines = head("goal", "met", "furthest from it", "took", "limit", "cause")
     for name, here in sorted(by_goal.items(), key=lambda item: all(v.met for v in item[1])):  # missed ones first
         if here:
-            worst, met = max(here, key=lambda v: v.took / v.limit), sum(v.met for v in here)
+            worst, met = here[0], sum(v.met for v in here)
             place = f"{worst.layer}, M = {worst.m}"
             count = f"{met} of {len(here)}" if met < len(here) else f"**all {met}**"
             cause = causes.get(name, "") if met < len(here) else ""
@@ -195,11 +194,7 @@ def tune_parts(rows: Sequence[tables.Row]) -> list[str]:
 
 def counter_rows(profiled: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = head("case", "kernel", *(c.name for c in ncu.COUNTERS), "stalls")
-    for r in profiled:
-        cells = ["" if r[c.name] is None else format(r[c.name], c.form.strip()).strip() for c in ncu.COUNTERS]
-        stalls = ", ".join(f"{name} {value:.1f} ({share:.0%})" for name, value, share in r["stalls"])
-        lines.append(row(r["case"], f"`{ncu.short(r['kernel'])}`", *cells, stalls))
-    return lines
+    return lines + [row(r["case"], f"`{ncu.short(r['kernel'])}`", *ncu.cells(r)) for r in profiled]
 
 
 def roof_rows(roof: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -278,12 +273,10 @@ def write(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--readme", action="store_true", help="write README.md's line, too")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("report", type=Path)
+    options.add_argument("--readme", action="store_true", help="write README.md's line, too")
+    args = options.parse_args()
     write(args.report)
     report = json.loads(args.report.read_text("utf-8"))
     for name in unexplained(report, notes_of(args.report)):

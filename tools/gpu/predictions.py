@@ -12,7 +12,6 @@ predicted to reach with weights in a ring of shared memory, `as they were` witho
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from instantrt.tools.gpu.layers import LAYERS, QUICK
 from instantrt.tools.gpu.library import LaunchPlan, Library
-from instantrt.tools.gpu.words import described
+from instantrt.tools.gpu.words import parser
 
 FAR = 0.2  # off by more than this is named
 READ, CUBLAS, MICROSECONDS = "of the read rate", "x cuBLAS fp16", "us"
@@ -177,13 +176,11 @@ def model_table(library: Library, rows: Sequence[int], bits: int, group: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4: groups of 128, 8: by channel")
-    parser.add_argument("--rows", type=lambda text: [int(m) for m in text.split(",")], default=[1, 8, 16, 64])
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("library", type=Path)
+    options.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4: groups of 128, 8: by channel")
+    options.add_argument("--rows", type=lambda text: [int(m) for m in text.split(",")], default=[1, 8, 16, 64])
+    asked = options.parse_args()
     print("\n".join(model_table(Library(asked.library), asked.rows, asked.bits, 128 if asked.bits == 4 else 0)))
 
 

@@ -19,7 +19,6 @@ package registry.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -50,7 +49,7 @@ from instantrt.tools.gpu.rtx_prepare import (
     prepare,
 )
 from instantrt.tools.gpu.watch import ChildJob, emit, run_all
-from instantrt.tools.gpu.words import described
+from instantrt.tools.gpu.words import parser
 
 Array = npt.NDArray[Any]
 ALLOWED = 0.05  # relative error of an output: 16-bit arithmetic against float32
@@ -138,18 +137,18 @@ def one(folder: Path, kind: str, name: str) -> None:
 
 def load_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     mode = next(v.mode for v in VARIANTS if v.name == name)
-    data.update(run_engine(trt, folder / f"{name}.engine", folder / f"{mode}.npz", plugins(folder, mode), data))
+    run_engine(trt, folder / f"{name}.engine", folder / f"{mode}.npz", plugins(folder, mode), data)
 
 
 def build_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     mode, _, capability = name.rpartition("-")
     said, engine = data.setdefault("build_said", []), folder / f"{name}.built"
-    ranges = json.loads((folder / f"{mode}.json").read_text())["profiles"]
+    ranges = rtx_speed.known(folder, mode)["profiles"]
     libraries = plugins(folder, mode)
     plan = build_here(trt, folder / f"{mode}.onnx", ranges, capability, libraries, said)
     engine.write_bytes(plan)
     data["built_bytes"] = len(plan)
-    data.update(run_engine(trt, engine, folder / f"{mode}.npz", libraries, data))
+    run_engine(trt, engine, folder / f"{mode}.npz", libraries, data)
 
 
 def make_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
@@ -157,14 +156,7 @@ def make_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
     rtx_speed.make(folder, name, lambda onnx, ranges: build_here(trt, onnx, ranges, "default", (), said), data)
 
 
-def speed_step(trt: Any, folder: Path, name: str, data: dict[str, Any]) -> None:
-    def keep() -> None:
-        (folder / f"speed {name}.kept").write_text(json.dumps(data))
-
-    rtx_speed.measure(folder, name, trt, data, keep)
-
-
-KINDS = {"make": make_step, "load": load_step, "build": build_step, "speed": speed_step}
+KINDS = {"make": make_step, "load": load_step, "build": build_step, "speed": rtx_speed.measure}
 
 
 def plugins(folder: Path, mode: str) -> tuple[Path, ...]:
@@ -217,12 +209,9 @@ def logger(trt: Any, said: list[str]) -> Any:
     return Log()
 
 
-def run_engine(
-    trt: Any, path: Path, arrays_of: Path, libraries: Sequence[Path], data: dict[str, Any]
-) -> dict[str, Any]:
-    """What the runtime says of the engine, the relative error of each output, and what it generates."""
-    said: list[str] = []
-    data["said"] = said
+def run_engine(trt: Any, path: Path, arrays_of: Path, libraries: Sequence[Path], data: dict[str, Any]) -> None:
+    """`data` gets what the runtime says of the engine, the relative error of each output, and what it generates."""
+    said = data.setdefault("said", list[str]())
     plan = path.read_bytes()
     log = logger(trt, said)
     runtime = trt.Runtime(log)
@@ -247,7 +236,6 @@ def run_engine(
     data["errors"] = errors
     del engine
     data["greedy"] = generated(open_engine(path, libraries, trt, Device(0), 1, LENGTH), arrays)
-    return data
 
 
 def generated(engine: Any, arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
@@ -317,18 +305,16 @@ def compared(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog, description=described(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("action", choices=("prepare", "run", "one"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("kind", nargs="?", help="of `one`: load, build or speed")
-    parser.add_argument("name", nargs="?", help="of `one`")
-    parser.add_argument("--plugin", type=Path, help="of `prepare`: the plugin library")
-    parser.add_argument("--wide", type=Path, help="of `prepare`: a checkpoint of one wide layer")
-    parser.add_argument("--big", type=Path, help="of `prepare`: the checkpoint whose sizes the speed is measured with")
-    parser.add_argument("--out", type=Path, default=Path("rtx.json"))
-    args = parser.parse_args(words)
+    options = parser(__doc__, prog)
+    options.add_argument("action", choices=("prepare", "run", "one"))
+    options.add_argument("folder", type=Path)
+    options.add_argument("kind", nargs="?", help="of `one`: load, build or speed")
+    options.add_argument("name", nargs="?", help="of `one`")
+    options.add_argument("--plugin", type=Path, help="of `prepare`: the plugin library")
+    options.add_argument("--wide", type=Path, help="of `prepare`: a checkpoint of one wide layer")
+    options.add_argument("--big", type=Path, help="of `prepare`: the checkpoint whose sizes the speed is measured with")
+    options.add_argument("--out", type=Path, default=Path("rtx.json"))
+    args = options.parse_args(words)
     if args.action == "prepare":
         prepare(args.folder, plugin=args.plugin, big=args.big, one_layer=args.wide)
     elif args.action == "one":

@@ -108,21 +108,16 @@ def linked(folder: Path) -> dict[str, str]:
 
 def repeated(checkpoint: Path, folder: Path) -> Path:
     """A copy whose rows of weights repeat: its engine travels compressed."""
+    from safetensors.numpy import save_file
+
+    from instantrt.compiler.checkpoint import SINGLE, read_checkpoint
+    from instantrt.passes.core.lazy import whole
+
+    stored = {name: whole(tensor) for name, tensor in read_checkpoint(checkpoint).items()}
+    same = {name: np.resize(w[:16], w.shape) if "proj.weight" in name else w for name, w in stored.items()}
     model = folder / "checkpoint"
-    shutil.copytree(checkpoint, model)
-    path = model / "model.safetensors"
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            row = 2 * entry["shape"][-1]
-            if "proj.weight" in name:
-                file.seek(8 + size + start)
-                rows = file.read(16 * row)
-                for at in range(start, end, len(rows)):
-                    file.seek(8 + size + at)
-                    file.write(rows[: end - at])
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(same, model / SINGLE)
     return model
 
 

@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,10 @@ SPREAD = 0.02  # of a weight, as transformers initializes them
 MODEL = "qwen2-1.5b"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """config.json of the model, and the profiles of its engine."""
-
-    config: Mapping[str, Any]
-    profiles: Any
+def known(folder: Path, mode: str) -> dict[str, Any]:
+    """What travels with the graph of a mode: `config`, the model's config.json, and `profiles`, its engine's."""
+    found: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
+    return found
 
 
 def outline(graph: Any, path: Path) -> None:
@@ -226,31 +223,29 @@ def contest(engine: Any, other: Torch | None) -> dict[str, Any]:
 
 def make(folder: Path, mode: str, build: Callable[[Path, Any], bytes], data: dict[str, Any]) -> None:
     """Fills and builds the model of one mode."""
-    shape = Shape(**json.loads((folder / f"{mode}.json").read_text()))
     path, started = folder / f"{mode}.onnx", time.monotonic()
     data["weights_bytes"] = fill(path)
     data["fill_seconds"] = round(time.monotonic() - started, 1)
-    engine, started = build(path, shape.profiles), time.monotonic()
+    engine, started = build(path, known(folder, mode)["profiles"]), time.monotonic()
     partial = folder / f"{mode}.plan.partial"
     data["engine_bytes"] = partial.write_bytes(engine)
     partial.rename(folder / f"{mode}.plan")
     path.with_name(f"{path.name}.data").unlink()
 
 
-def measure(folder: Path, mode: str, trt: Any, data: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Times the model of one mode, by itself and then beside PyTorch's; `keep` is called when `data` has something."""
+def measure(trt: Any, folder: Path, mode: str, data: dict[str, Any]) -> None:
+    """Times the model of one mode, by itself, which is kept if the process is lost, and then beside PyTorch's."""
     plan = folder / f"{mode}.plan"
     if not plan.is_file():
         raise RuntimeError(f"{plan.name} was not built")
-    shape = Shape(**json.loads((folder / f"{mode}.json").read_text()))
     started = time.monotonic()
     engine = open_engine(plan, (), trt, Device(0), max(ROWS), LENGTH)
     data["loaded"], data["load_seconds"] = True, round(time.monotonic() - started, 1)
     data["alone"] = contest(engine, None)
-    keep()
+    (folder / f"speed {mode}.kept").write_text(json.dumps(data))
     started = time.monotonic()
     try:
-        other = Torch(shape.config)
+        other = Torch(known(folder, mode)["config"])
         data["times"] = contest(engine, other)
         data["torch"] = other.how
     except Exception as error:

@@ -28,15 +28,8 @@ SANITIZERS = {  # and their options; errors of API calls are the launcher's to r
     "memcheck": ["--padding", "256", "--report-api-errors", "no"], "racecheck": [], "synccheck": [], "initcheck": [],
 }  # fmt: skip
 PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "--noconftest",
-    "-p",
-    "instantrt.tools.gpu.progress",
-    "-p",
-    "no:cacheprovider",
-]
+    sys.executable, "-m", "pytest", "--noconftest", "-p", "instantrt.tools.gpu.progress", "-p", "no:cacheprovider",
+]  # fmt: skip
 FEW_THREADS = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}  # several children share the cores
 BENCH_SECONDS = {True: 150, False: 470}  # at most, by whether it is quick
 PROFILE_SECONDS, PROFILE_STALL = 110, 45
@@ -177,8 +170,8 @@ def bench(gpu: GpuRun) -> Part:
         print(f"  !! {why}", flush=True)
     slow = [] if why else COMPILED[gpu.quick]
     cases = ["roofs", *layers.cases(gpu.quick), *slow, "facts"]
-    arguments = ["quick" if gpu.quick else "full"], [str(gpu.library("reader"))]
-    outcomes = measure(gpu, "instantrt.tools.gpu.bench", cases, BENCH_SECONDS[gpu.quick], *arguments)
+    options = str(gpu.library("reader")), "quick" if gpu.quick else "full"
+    outcomes = measure(gpu, "instantrt.tools.gpu.bench", cases, BENCH_SECONDS[gpu.quick], *options)
     data = {o.name: o.data for o in outcomes if o.data}
     roof = data.pop("roofs", None)
     part = summary(outcomes) | {"facts": data.pop("facts", {})}
@@ -214,13 +207,11 @@ def tune(gpu: GpuRun) -> Part:
     return part | {"choices": path.name}
 
 
-def measure(
-    gpu: GpuRun, module: str, cases: list[str], seconds: float, before: Iterable[str] = (), more: Iterable[str] = ()
-) -> list[Outcome]:
+def measure(gpu: GpuRun, module: str, cases: list[str], seconds: float, *options: str) -> list[Outcome]:
     """One child alone on the GPU, for so many seconds at most."""
     if (path := gpu.library()) is None:
         return [Outcome(module, "not run", "nothing was built")]
-    command = [sys.executable, "-m", module, *before, str(path), *more]
+    command = [sys.executable, "-m", module, str(path), *options]
     job = ChildJob(lambda left: [*command, *left], cases, 90, gpu.environment, tell=Teller(len(cases)))
     return run_all([job], gpu.seconds(seconds), 1)
 

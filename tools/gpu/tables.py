@@ -12,6 +12,7 @@ from instantrt.tools.gpu.layers import QUICK_ROWS
 
 Row = Mapping[str, Any]
 Part = dict[str, Any]  # of the report, by one stage
+CUBLAS = "cublas fp16"  # with which the others are compared
 LONG = 100  # lines
 
 
@@ -24,10 +25,10 @@ def is_ours(kernel: str) -> bool:
     return kernel.startswith(("int4", "int8", "a8"))
 
 
-def speedups(timings: Sequence[Row], kernel: str, m: int, over: str = "cublas fp16") -> list[float]:
-    """How many times as fast as `over` a kernel is, for each layer on which both were timed."""
+def speedups(timings: Sequence[Row], kernel: str, m: int) -> list[float]:
+    """How many times as fast as CUBLAS a kernel is, for each layer on which both were timed."""
     took = {(t["layer"], t["kernel"]): t["median"] for t in timings if t["m"] == m}
-    return [took[layer, over] / us for (layer, name), us in took.items() if name == kernel and (layer, over) in took]
+    return [took[at, CUBLAS] / us for (at, name), us in took.items() if name == kernel and (at, CUBLAS) in took]
 
 
 def mean(ratios: Sequence[float]) -> float:

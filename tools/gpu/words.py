@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import textwrap
+
+
+def parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Of a program that its module's docstring describes."""
+    return argparse.ArgumentParser(
+        prog, description=described(doc), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def described(doc: str | None, width: int | None = None) -> str:

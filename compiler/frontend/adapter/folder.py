@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from instantrt.compiler.artifact.staging import TOKENIZER_FILES
 from instantrt.compiler.checkpoint import read_header
 from instantrt.compiler.frontend.adapter.config import CONFIG, AdapterConfig, read_adapter_config
 from instantrt.compiler.frontend.side_files import MERGED, Accounted, Report, account_of_files
@@ -21,14 +22,6 @@ PICKLE = "adapter_model.bin"
 MODULES = "modules.json"  # of sentence-transformers
 ONE = "merge one of them into its base with peft's merge_and_unload, and pass the other over that"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is a tokenizer, whole
-BESIDE = (
-    *TOKENIZER,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Adapter:
     @property
     def beside(self) -> dict[str, Path]:
         """The files of a tokenizer that it brings."""
-        return {name: self.folder / name for name in BESIDE if (self.folder / name).is_file()}
+        return {name: self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -124,7 +117,7 @@ def overlaid(base: Path, adapter: Adapter) -> tuple[Path, TemporaryDirectory[str
         return base, None
     whole = any(name in beside for name in TOKENIZER)
     held = TemporaryDirectory(prefix="adapted.")
-    own = {p.name: p for p in base.iterdir() if not (whole and p.name in BESIDE)}
+    own = {p.name: p for p in base.iterdir() if not (whole and p.name in TOKENIZER_FILES)}
     for name, path in {**own, **beside}.items():
         (Path(held.name) / name).symlink_to(path.resolve())
     return Path(held.name), held

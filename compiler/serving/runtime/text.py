@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-SPECIAL_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
+SPECIAL_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class Text:
@@ -113,9 +113,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def token_text(token: Any) -> str | None:
-    """Tokenizer configs write a token as text, or as an object with its text in `content`."""
-    text: str | None = token.get("content") if isinstance(token, dict) else token
-    return text
+    """Of a token that a config writes as text, or as an object with its text in `content`; nothing of an empty one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from .text import open_tokenizer, read, token_text
 
 Array = npt.NDArray[Any]
 Texts = Sequence[str | tuple[str, str]]  # a text, or two that are read together, for a reranker say
-# Classes whose models have no kinds of tokens, unless model_input_names says so.
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Classes that take tokenizer.json as it is; their models have no kinds of tokens, unless model_input_names says so.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
 MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"  # problem_type of config.json
 OLD_ACTIVATION = "sbert_ce_default_activation_function"
 # Of a batch, at most, and of padding behind one of its texts (docs/facts.md, "Texts that run together").

@@ -22,6 +22,17 @@ Logits = Callable[[Array], Array]  # ids [S] -> logits [S, vocab]
 THREADS = 2
 UBATCH = 512  # llama.cpp's default for the tokens that run at once
 OPENVINO = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+class PeerModel:
+    """What lies at `path`, in a library of its own; to import that is no part of loading."""
+
+    package: str
+
+    def __init__(self, path: Path) -> None:
+        self.lib: Any = import_module(self.package)
+        self.path = path
 
 
 class OurModel:
@@ -80,12 +91,10 @@ class OurContext:
         """The cache stays."""
 
 
-class LlamaModel:
+class LlamaModel(PeerModel):
     """A GGUF file in llama.cpp."""
 
-    def __init__(self, path: Path) -> None:
-        self.lib: Any = import_module("llama_cpp")
-        self.path = path
+    package = "llama_cpp"
 
     def load(self) -> None:
         self.lib.llama_backend_init()
@@ -152,12 +161,10 @@ class LlamaContext:
         self.lib.llama_free(self.handle)
 
 
-class GenAiModel:
+class GenAiModel(PeerModel):
     """A folder of onnxruntime-genai's model builder."""
 
-    def __init__(self, path: Path) -> None:
-        self.lib: Any = import_module("onnxruntime_genai")
-        self.path = path
+    package = "onnxruntime_genai"
 
     def load(self) -> None:
         config = self.lib.Config(str(self.path))
@@ -208,12 +215,10 @@ class GenAiContext:
         del self.generator
 
 
-class OpenVinoModel:
+class OpenVinoModel(PeerModel):
     """A folder that optimum-intel exported, with a cache that is a state."""
 
-    def __init__(self, path: Path) -> None:
-        self.lib: Any = import_module("openvino")
-        self.path = path
+    package = "openvino"
 
     def load(self, *, last: bool = True) -> None:
         core = self.lib.Core()
@@ -295,13 +300,10 @@ class OurEncoder:
         return first
 
 
-class OnnxEncoder:
+class OnnxEncoder(PeerModel):
     """An ONNX file in ONNX Runtime, as it comes."""
 
-    def __init__(self, path: Path) -> None:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        self.lib: Any = import_module("onnxruntime")
-        self.path = path
+    package = "onnxruntime"
 
     def load(self) -> None:
         options = self.lib.SessionOptions()
@@ -314,12 +316,10 @@ class OnnxEncoder:
         return first
 
 
-class OpenVinoEncoder:
+class OpenVinoEncoder(PeerModel):
     """An ONNX file in OpenVINO."""
 
-    def __init__(self, path: Path) -> None:
-        self.lib: Any = import_module("openvino")
-        self.path = path
+    package = "openvino"
 
     def load(self) -> None:
         self.model = self.lib.Core().compile_model(self.path, "CPU", OPENVINO)

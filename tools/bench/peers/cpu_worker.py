@@ -25,7 +25,15 @@ ROWS = 64  # of logits in float64 at once: a vocabulary may have 262,144 tokens
 AT_ONCE = 2048  # tokens that an encoder reads in a measurement, in calls of fewer
 
 
-class DecoderMeasures:
+class Measures:
+    """What every model is asked for."""
+
+    def peak(self) -> float:
+        """MB of resident memory at most (Linux); getrusage would also count the process that started this one."""
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+class DecoderMeasures(Measures):
     """What a causal LM is asked for."""
 
     def __init__(self, kind: type[Any], path: Path, inputs: Path) -> None:
@@ -88,9 +96,6 @@ class DecoderMeasures:
                 kls.append(np.maximum((np.exp(p) * (p - q)).sum(-1), 0))  # a rounding below zero is zero
         return [*(float(np.concatenate(each).mean()) for each in (losses, kls)), float(apart / largest)]
 
-    def peak(self) -> float:
-        return peak_mb()
-
 
 def log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(-1, keepdims=True)
@@ -98,7 +103,7 @@ def log_softmax(logits: Array) -> Array:
     return less
 
 
-class EncoderMeasures:
+class EncoderMeasures(Measures):
     """What an encoder is asked for."""
 
     def __init__(self, kind: type[Any], path: Path, inputs: Path) -> None:
@@ -134,14 +139,6 @@ class EncoderMeasures:
             held = int(mask.sum())
             means.append(self.encode(ids[None, :held], mask[None, :held])[0].mean(0))
         np.save(out, np.array(means))
-
-    def peak(self) -> float:
-        return peak_mb()
-
-
-def peak_mb() -> float:
-    """This program's peak resident memory (Linux); getrusage would also count the process that started it."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 KINDS: dict[str, tuple[type[Any], str]] = {  # what is asked, and the class of cpu_models.py that answers
