@@ -26,8 +26,8 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
+from instantrt.compiler.apart import apart
 from instantrt.compiler.frontend.alike import UnlikeError, find_layers, some_layers, unchanged
-from instantrt.compiler.frontend.apart import apart
 from instantrt.compiler.frontend.decomposed import decomposed
 from instantrt.compiler.frontend.interface import dynamic, example, wrapped
 from instantrt.compiler.frontend.model import OPSET, Interface, LlmShape
@@ -87,7 +87,7 @@ def import_exporter() -> None:
 def export_repeated(model: Any, shape: Interface) -> ir.Model:
     """A few layers exported, and repeated; UnlikeError where they are not alike, or not as exported."""
     try:
-        layers = apart(lambda: find_layers(model, shape), import_exporter)
+        layers, _ = apart(lambda: find_layers(model, shape), import_exporter)
     except (EOFError, TimeoutError):
         raise UnlikeError("the process that compares its layers did not end as it should") from None
     with some_layers(model, layers.path, layers.shown) as few:

@@ -13,14 +13,14 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
-from instantrt.passes.core.lazy import Array, view_of
+from instantrt.passes.core.lazy import FLOAT32, Array, convert, view_of
 from instantrt.passes.core.rewrite import producer
 
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-WIDE: dict[np.dtype[Any], type[np.generic]] = {
-    **dict.fromkeys(HALVES, np.float32),
-    np.dtype(ml_dtypes.int4): np.int8,
-    np.dtype(ml_dtypes.uint4): np.uint8,
+WIDE: dict[np.dtype[Any], np.dtype[Any]] = {
+    **dict.fromkeys(HALVES, FLOAT32),
+    np.dtype(ml_dtypes.int4): np.dtype(np.int8),
+    np.dtype(ml_dtypes.uint4): np.dtype(np.uint8),
 }
 EXTERNAL_BYTES = 1 << 20  # larger constants reach a session as they lie in memory, without a copy in a protobuf
 SHARED_BYTES = 1 << 16  # of a model of one node that is kept for the next like it
@@ -112,7 +112,7 @@ def folded(tensor: gs.Tensor) -> bool:
 
 def widened(value: Array) -> Array:
     """A 16-bit float as the 32 bits that a node computes in, a four-bit integer as one of eight."""
-    return value.astype(WIDE[value.dtype]) if value.dtype in WIDE else value
+    return convert(value, WIDE[value.dtype]) if value.dtype in WIDE else value
 
 
 def plain(attribute: Any) -> bool:

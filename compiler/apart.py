@@ -10,12 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-SECONDS = 300  # a copy that takes longer hangs: a thread of this process may have held a lock
+SECONDS = 300  # a copy that takes so much longer than this process hangs: a thread of this process may have held a lock
 T = TypeVar("T")
+U = TypeVar("U")
 
 
-def apart(work: Callable[[], T], meanwhile: Callable[[], object]) -> T:
-    """What `work` gives or raises, in a copy of this process, while this one does something else.
+def apart(work: Callable[[], T], meanwhile: Callable[[], U]) -> tuple[T, U]:
+    """What `work` gives or raises, in a copy of this process, and `meanwhile` in this one.
 
     EOFError if the copy ends without a word, TimeoutError if it does not end.
     """
@@ -28,7 +29,7 @@ def apart(work: Callable[[], T], meanwhile: Callable[[], object]) -> T:
     os.close(writer)
     try:
         with open(reader, "rb") as file:
-            meanwhile()
+            here = meanwhile()
             if not select.select([file], [], [], SECONDS)[0]:
                 raise TimeoutError
             given, error = pickle.load(file)
@@ -37,8 +38,7 @@ def apart(work: Callable[[], T], meanwhile: Callable[[], object]) -> T:
         os.waitpid(child, 0)
     if error is not None:
         raise error
-    result: T = given
-    return result
+    return given, here
 
 
 def outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
