@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper
 
-from instantrt.compiler import pipeline, plan
+from instantrt.compiler import apart, pipeline, plan
 from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.check import check
 from instantrt.compiler.compile import compile_model
@@ -221,6 +221,9 @@ def test_a_kit_is_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found.bound.name == "bfloat16"
     assert found.distance.relative > 0
     assert "no engine is built yet" in found.notes[0]
+    with monkeypatch.context() as patch:  # a copy of the process that ends without a word
+        patch.setattr(apart, "outcome", lambda work: os._exit(1))
+        assert ran(TINY, tmp_path / "alone", "sm90", quant="a16w4", group_size=32).distance == found.distance
     right = pipeline.lower_tensorrt
 
     def wrong(*args: object) -> gs.Graph:
