@@ -38,13 +38,14 @@ LAYERS = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
 }
-# As many layers as show that some are exported for all: two of a kind, and another that comes again.
+# As many layers as show that some are exported for all: two of a kind, and another that comes again. One family has
+# a layer more, which comes after one that was repeated.
 DEEP: dict[str, dict[str, Any]] = {
     family: {
         **SIZES,
         "model_type": family,
         **fields,
-        **(LAYERS if family.startswith("gemma") else {"num_hidden_layers": 4}),
+        **(LAYERS if family.startswith("gemma") else {"num_hidden_layers": 4 if family == "llama" else 3}),
     }
     for family, fields in FAMILIES.items()
 }

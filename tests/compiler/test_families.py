@@ -103,6 +103,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make(family, tmp_path)
     exported = load(tmp_path)
     assert exported.llm is not None
+    assert not any("exported" in note for note in exported.notes), "two layers are exported as they are"
     graph = pipeline.normalize(exported.graph, PassLog())
     ops = {n.op for n in graph.nodes}
     norm, down = PARTS.get(family, ("RMSNormalization", "model.layers.1.mlp.down_proj"))
