@@ -473,7 +473,7 @@ def test_a_profile_loses_only_the_case_that_dies(
     tool.chmod(0o755)
     monkeypatch.setattr(ncu, "executable", lambda: str(tool))
     monkeypatch.setattr(stages, "FOLDER", tmp_path)
-    monkeypatch.setattr(stages, "PROFILE_STALL", 12 if mode == "hangs" else 50)
+    monkeypatch.setattr(stages, "PROFILE_STALL", 4 if mode == "hangs" else 50)
     monkeypatch.setattr(stages.GpuRun, "library", lambda gpu, suffix="": Path(f"libraries/{suffix}"))
     part = stages.perform("profile", stages.GpuRun(90, True, {}, out=tmp_path / "h100.json"))
     cases = [row["case"] for row in part["profiled"]]
