@@ -94,7 +94,7 @@ def close(got: Array, want: Array) -> bool:
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp_path: Path) -> None:
     theirs = make(family, AUTOS[task], tmp_path)
-    model = load(tmp_path, cache=Path("none"))
+    model = load(tmp_path)
     assert model.encoder is not None
     assert (model.encoder.task, model.llm) == (task, None)
     absolute = family in ("roberta", "xlm-roberta", "mpnet")  # their positions are counted from the padding's number
@@ -123,7 +123,7 @@ def test_a_convolution_is_built_without_storage() -> None:
 
 def test_the_layers_of_an_encoder_are_exported_once(tmp_path: Path) -> None:
     make("bert", "AutoModel", tmp_path, num_hidden_layers=4)
-    assert not any("exported" in note for note in load(tmp_path, cache=Path("none")).notes)
+    assert not any("exported" in note for note in load(tmp_path).notes)
 
 
 def pooling(**fields: Any) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
