@@ -10,7 +10,7 @@ import pytest
 from instantrt.tools.gpu.library import Library
 from tests.once import kept
 from tests.plugins import kernels
-from tests.plugins.kernels import EMULATOR, ROOT, Emulated, build_emulators, version
+from tests.plugins.kernels import EMULATOR, Emulated, build_emulators, compiled_files, version
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +32,5 @@ def emulators(config: pytest.Config, *sms: int) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("the kernel emulator needs g++ on PATH")
     name = "emulators_" + "_".join(map(str, sms))
-    sources = ROOT / "plugins", EMULATOR, Path(kernels.__file__)
+    sources = *compiled_files(), EMULATOR, Path(kernels.__file__)
     return kept(config, name, sources, version("g++"), lambda new: build_emulators(new, sms))

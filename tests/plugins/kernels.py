@@ -59,6 +59,12 @@ KERNELS = ("gemm.cu", "dense.cu", "hopper.cu", "plain.cu", "rows.cu", "stream.cu
 VOLTA = ("volta.cu", "volta.cpp")
 
 
+def compiled_files() -> list[Path]:
+    """All of plugins/ that a compiler reads, or says how: what is Python there makes no other library."""
+    found = (ROOT / "plugins").rglob("*")
+    return [path for path in found if path.suffix in (".cu", ".h", ".cpp", ".map") or path.name == "CMakeLists.txt"]
+
+
 def c_problem(
     p: Problem, sm: int, sm_count: int = 132, wide: bool = False, plain: bool = False, library: bool = False
 ) -> dict[str, int]:

@@ -6,6 +6,7 @@ By default for the two SMs that between them have all the code (75: no asynchron
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 
 from instantrt.tools.gpu.library import Library
 from tests.once import kept, made_in
-from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, cuda_wheels, version
+from tests.plugins.kernels import ROOT, SOURCE, TOOLS, WITH_TOOLS, compiled_files, cuda_wheels, version
 from tests.plugins.machine_code import Code
 
 pytestmark = pytest.mark.slow
@@ -56,8 +57,8 @@ def build(pytestconfig: pytest.Config) -> tuple[Path, str]:
     for tool in ("cmake", "ninja", "c++filt"):
         if shutil.which(tool, path=TOOLS) is None:
             pytest.skip(f"compiling the kernels needs {tool} on PATH")
-    sources = ROOT / "plugins", Path(__file__)
-    folder = kept(pytestconfig, "kernels", sources, version(nvcc) + version("c++filt") + str(SMS), compile_kernels)
+    made_by = [version(nvcc), version("c++filt"), str(SMS), *map(inspect.getsource, (compile_kernels, machine_code))]
+    folder = kept(pytestconfig, "kernels", compiled_files(), "".join(made_by), compile_kernels)
     return folder, (folder / REPORT).read_text()
 
 
