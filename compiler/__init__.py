@@ -17,7 +17,6 @@
     check, inspect     is an artifact what was written, and does it load; what a checkpoint is and would become
     llm, encoder       an artifact in this process: `LLM`, `load_artifact`; `Embedder`, `Classifier`
     here               which of several artifacts this machine can run
-    apart              a function in a copy of this process, beside what goes on in this one
 
 It prints nothing and reads no command line. It may import the passes and the plugins' definitions, and nothing of the
 tools; torch, TensorRT and what makes reports only inside the functions that need them.

@@ -26,12 +26,12 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
-from instantrt.compiler.apart import apart
 from instantrt.compiler.frontend.alike import UnlikeError, find_layers, some_layers, unchanged
 from instantrt.compiler.frontend.decomposed import decomposed
 from instantrt.compiler.frontend.interface import dynamic, example, wrapped
 from instantrt.compiler.frontend.model import OPSET, Interface, LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
+from instantrt.passes.core.apart import apart
 
 # What the exporter's decompositions leave behind in the models that are tested; all of onnxscript's rules together take
 # several times as long as these.

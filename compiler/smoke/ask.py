@@ -12,7 +12,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.layer_errors import layers_of
-from instantrt.compiler.apart import apart
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.smoke.lockstep import lockstep
 from instantrt.compiler.smoke.names import PAST
@@ -20,6 +19,7 @@ from instantrt.compiler.smoke.process import LOADING, Answers, Child, Ending, Mo
 from instantrt.compiler.smoke.ran import SmokeError, ort_version
 from instantrt.compiler.smoke.steps import BY_ROW, Call, fed, prompts_of, typed
 from instantrt.compiler.smoke.subject import Reference, Staged, runs_here
+from instantrt.passes.core.apart import apart
 from instantrt.passes.core.errors import first_line
 
 Known = Mapping[Reference, Answers]

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper
 
-from instantrt.compiler import apart, pipeline, plan
+from instantrt.compiler import pipeline, plan
 from instantrt.compiler.artifact.manifest import MANIFEST
 from instantrt.compiler.check import check
 from instantrt.compiler.compile import compile_model
@@ -31,6 +31,7 @@ from instantrt.compiler.smoke.process import Child, ModelOrder, standby, started
 from instantrt.compiler.smoke.ran import Ran, SmokeError
 from instantrt.compiler.smoke.steps import llm_steps
 from instantrt.compiler.watch import Watch
+from instantrt.passes.core import apart
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.evaluate_node import STREAMED
