@@ -18,6 +18,7 @@ aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout)
 NOTHING = (aten._assert_tensor_metadata.default, aten.detach_.default)
 OTHER_NAMES = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor}
+SLIGHT = (*CASTS, *NOTHING, *OTHER_NAMES)
 SIZES = (torch.sym_max, torch.sym_min, *vars(operator).values())  # arithmetic of them
 
 
@@ -43,15 +44,14 @@ def decomposed(program: ExportedProgram, table: Mapping[Any, Any]) -> ExportedPr
 
 def is_slight(node: Node) -> bool:
     """Does it nothing but change the type of its input, if that? A program's outputs are known by their names."""
-    slight = node.target in (*CASTS, *NOTHING, *OTHER_NAMES)
     dropout = node.target is aten.dropout.default and node.args[2] is False
-    return (slight or dropout) and not any(user.op == "output" for user in node.users)
+    return (node.target in SLIGHT or dropout) and not any(user.op == "output" for user in node.users)
 
 
 def stays(target: Any, table: Mapping[Any, Any]) -> bool:
     """Has it no decomposition, and is there nothing that it changes in place?"""
     if isinstance(target, torch._ops.OpOverload):
-        return target not in (*CASTS, *table) and not target._schema.is_mutable
+        return target not in CASTS and target not in table and not target._schema.is_mutable
     return target in SIZES
 
 
