@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instantrt.compiler.artifact.hashing import Hashing
 from instantrt.compiler.artifact.manifest import Artifact
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
+from instantrt.compiler.checkpoint import likely_files
 from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.plan import Plan, plan
@@ -58,7 +60,10 @@ def compile_model(
     triton = Path(triton) if triton is not None else None
     check_places(request, verify=verify, triton=triton)
     on_cpu = any(target.backend is Backend.ONNXRUNTIME for target in request.resolved_targets())
-    with Staging() as staging, standby(needed=request.smoke and on_cpu) as take, ExitStack() as stack:
+    with ExitStack() as stack:
+        staging, hashing = stack.enter_context(Staging()), stack.enter_context(Hashing())
+        take = stack.enter_context(standby(needed=request.smoke and on_cpu))
+        hashing.begin(likely_files(request.base or request.model))
         planned = plan(request, watch.say)
         stack.enter_context(reworded(own_names(planned.model.held, request.model)))
         watch.planned(planned)
@@ -70,7 +75,7 @@ def compile_model(
             data = load_data(planned.model, request.text, longest=request.max_length)
         check_plan(planned, request, triton)
         with settled():
-            artifacts = stage_artifacts(request, planned, staging, watch)
+            artifacts = stage_artifacts(request, planned, staging, hashing, watch)
             if request.smoke:
                 run_once(planned, request, artifacts, staging, take, watch)
         verdicts = stage_reports(planned, request, artifacts, data, staging, watch) if data is not None else []

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.artifact.digest import digests_by_name, digests_of, sha256
+from instantrt.compiler.artifact.digest import digests_of, sha256
+from instantrt.compiler.artifact.hashing import Hashing
 from instantrt.compiler.artifact.manifest import ENGINE, KIT, MODEL, Artifact, TensorSpec, write_manifest
 from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, new_folder, with_choices
 from instantrt.compiler.backend.onnx_writer import write_model
@@ -26,22 +25,24 @@ from instantrt.compiler.plan import Plan, Twin, longest
 from instantrt.compiler.request import BOUNDS, UNRECORDED, Request
 from instantrt.compiler.target import Target
 from instantrt.compiler.watch import SILENT, Watch
-from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.names import LOGITS, PRESENT
 
 
 def write_planned(request: Request, planned: Plan) -> list[Artifact]:
     """Writes `request.out`; all of it appears at once."""
-    with Staging() as staging:
-        return stage_artifacts(request, planned, staging, SILENT)
+    with Staging() as staging, Hashing() as hashing:
+        return stage_artifacts(request, planned, staging, hashing, SILENT)
 
 
-def stage_artifacts(request: Request, planned: Plan, staging: Staging, watch: Watch) -> list[Artifact]:
+def stage_artifacts(
+    request: Request, planned: Plan, staging: Staging, hashing: Hashing, watch: Watch
+) -> list[Artifact]:
     """Writes what `request.out` will be: a folder for each target, links to what stays, the manifest of all."""
     targets = request.resolved_targets()
     check_out(request.out, targets, [request.model])
     out = staging.staged(request.out)
-    with Writer(request, planned, out, watch) as writer:
+    hashing.begin(planned.model.files)
+    with Writer(request, planned, out, hashing, watch) as writer:
         artifacts = [writer.write(target) for target in targets]
     kept = artifacts_kept(request.out, targets)
     for artifact in kept:
@@ -57,10 +58,9 @@ class Writer:
     built from and kits hold; the latter is gone at the end.
     """
 
-    def __init__(self, request: Request, planned: Plan, out: Path, watch: Watch) -> None:
-        self.request, self.planned, self.out, self.watch = request, planned, out, watch
+    def __init__(self, request: Request, planned: Plan, out: Path, hashing: Hashing, watch: Watch) -> None:
+        self.request, self.planned, self.out, self.hashing, self.watch = request, planned, out, hashing, watch
         self.lowered: dict[int, tuple[Path, Mapping[str, str]]] = {}  # id of a graph -> its files' folder and digests
-        self.inputs = hashed_meanwhile(planned.model.files)
 
     def __enter__(self) -> Writer:
         return self
@@ -105,8 +105,8 @@ class Writer:
 
     def complete(self, artifact: Artifact, folder: Path, known: Mapping[str, str] | None = None) -> Artifact:
         """The artifact with what is known once its files are there; `known` are digests taken as they were written."""
-        digests = digests_of(folder, known)
-        return replace(artifact, digests=digests, source={**artifact.source, "files": self.inputs()})
+        digests, inputs = digests_of(folder, known), self.hashing.by_name(self.planned.model.files)
+        return replace(artifact, digests=digests, source={**artifact.source, "files": inputs})
 
     def write_graph(self, target: Target, folder: Path) -> Mapping[str, str]:
         """The target's lowered graph as a model file and its data; their digests."""
@@ -152,22 +152,6 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
     )
-
-
-def hashed_meanwhile(files: Iterable[Path]) -> Callable[[], Mapping[str, str]]:
-    """Hashes `files` in a thread that no exit waits for; what is returned waits for their names and digests."""
-    found: Future[Mapping[str, str]] = Future()
-
-    def work() -> None:
-        try:
-            found.set_result(digests_by_name(files))
-        except OSError as error:
-            found.set_exception(UserError("the model's files changed meanwhile", found=str(error)))
-        except BaseException as error:  # whoever waits must hear of it
-            found.set_exception(error)
-
-    Thread(target=work, name="digests of the inputs", daemon=True).start()
-    return found.result
 
 
 def cache_kind(graph: gs.Graph) -> str:

@@ -1,11 +1,13 @@
 """The one door to digests: the sha256 of a file, and whether the files of a folder are what a record says.
 
-It needs the standard library alone, and lies beside the runtime in every Triton repository, too.
+It needs the standard library alone, and lies beside the runtime in every Triton repository, too. `digest.py FILE...`
+prints the sha256 of each.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -35,11 +37,12 @@ def digests_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[str
     return {f"{folder.name}/{path.name}": known.get(path.name) or sha256(path) for path in sorted(folder.iterdir())}
 
 
-def digests_by_name(files: Iterable[Path]) -> dict[str, str]:
-    """Name -> sha256; of a second file of one name with its folder's."""
-    found: dict[str, str] = {}
+def digests_by_name(files: Iterable[Path], known: Mapping[Path, str] | None = None) -> dict[str, str]:
+    """Name -> sha256; of a second file of one name with its folder's. `known` are those that were taken before."""
+    known, found = known or {}, dict[str, str]()
     for path in files:
-        found[path.name if path.name not in found else f"{path.parent.name}/{path.name}"] = sha256(path)
+        name = path.name if path.name not in found else f"{path.parent.name}/{path.name}"
+        found[name] = known.get(path) or sha256(path)
     return found
 
 
@@ -58,3 +61,8 @@ def check_files(folder: Path, digests: Mapping[str, str], needed: Iterable[str])
         found = sha256(path) if path.is_file() else "no such file"
         if found != digest:
             raise ChangedError(name, f"sha256 {digest}", found)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(sha256(Path(name)), flush=True)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -104,17 +105,23 @@ def check_graph(path: Path) -> None:
 
 
 def layout(graph: gs.Graph) -> tuple[list[Placed], int]:
-    """Where each constant goes that has its bytes in the data file, in the order of the graph, and that file's size."""
+    """Where each constant goes that has its bytes in the data file, and that file's size.
+
+    In the order of the graph, but that those of one source lie together: a digest can follow while they are written.
+    """
+    views = {t.name: view for t in tensors(graph).values() if (view := view_of(t)) is not None and not is_inline(view)}
+    by_source: dict[Source, list[str]] = defaultdict(list)
+    for name, view in views.items():
+        by_source[view.source].append(name)
     placed: list[Placed] = []
     offsets: dict[Hashable, int] = {}
     total = 0
-    for tensor in tensors(graph).values():
-        view = view_of(tensor)
-        if view is not None and not is_inline(view):
-            offset = offsets.setdefault(view.content, total)
-            placed.append(Placed(tensor.name, view, offset))
-            if offset == total:
-                total += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
+    for name in chain.from_iterable(by_source.values()):
+        view = views[name]
+        offset = offsets.setdefault(view.content, total)
+        placed.append(Placed(name, view, offset))
+        if offset == total:
+            total += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
     return placed, total
 
 

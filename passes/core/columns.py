@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -11,29 +12,38 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, View, convert, view_of
 from instantrt.passes.core.node_session import HALVES
 
-ColumnBlocks = Callable[[], Iterator[Array]]
 Columns = Callable[[Tile], Array]  # those of a tensor that a tile of its source makes, [..., n]
 
 
+class ColumnBlocks(NamedTuple):
+    """A matrix by blocks [K, n] of its columns: `block` makes one of each of the `tiles`, in any thread."""
+
+    tiles: Iterable[Any]
+    block: Callable[[Any], Array]
+
+
 def column_blocks(weight: gs.Tensor) -> ColumnBlocks | None:
-    """Blocks [K, n] of a matrix that is a constant, or made of constants of one source; None for any other."""
+    """Those of a matrix that is a constant, or made of constants of one source; None for any other.
+
+    Nothing is read before the first tile is asked for.
+    """
     made = weight.inputs[0] if weight.inputs else None
     if made is not None and made.op == "Cast":
         wide = column_blocks(made.inputs[0])
-        return (lambda: (cast(made, [block]) for block in wide())) if wide is not None else None
+        return ColumnBlocks(wide.tiles, lambda tile: cast(made, [wide.block(tile)])) if wide is not None else None
     if made is not None and made.op == "Transpose":
         rows = view_of(made.inputs[0])
         if rows is None or rows.axis != 0 or len(rows.shape) != 2 or made.attrs.get("perm", [1, 0]) != [1, 0]:
             return None
-        return lambda: (rows.block(tile).T for tile in rows.source.tiles())
+        return ColumnBlocks(rows.source.tiles(), lambda tile: rows.block(tile).T)
     view = view_of(weight)
     if view is not None and view.kept is not None:
-        return lambda: iter((view.load(),))
+        return ColumnBlocks((view,), View.load)
     codes = first_constant(weight)
     columns = columns_of(weight, codes) if codes is not None else None
     if codes is None or columns is None or len(shape_of(weight)) != 2:
         return None
-    return lambda: (columns(tile) for tile in keeping(codes.source))
+    return ColumnBlocks(keeping(codes.source), columns)
 
 
 def first_constant(tensor: gs.Tensor) -> View | None:

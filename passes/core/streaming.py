@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,6 +17,8 @@ from instantrt.passes.core.node_session import NodeSession, value_of
 from instantrt.passes.core.rewrite import producer, scalar
 
 Runs = Sequence[Mapping[str, Array]]
+T = TypeVar("T")
+BEHIND = 2  # tiles that wait: more hold memory and win nothing
 
 
 def matmul(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
@@ -24,10 +29,27 @@ def matmul(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
     given = [convert(values[node.inputs[0].name], FLOAT32) for values in runs]
     rows, places = distinct(np.concatenate([x.reshape(-1, x.shape[-1]) for x in given]))
     columns = np.ascontiguousarray(rows.T)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
-        # As it lies in memory: the other way round BLAS takes up to twice the time of few rows.
-        product = np.concatenate([convert(block, FLOAT32).T @ columns for block in blocks()]).T
-    return split_rows(product[places], [x.shape[:-1] for x in given])
+
+    def product(tile: Any) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by name
+            # As it lies in memory: the other way round BLAS takes up to twice the time of few rows.
+            made: Array = convert(blocks.block(tile), FLOAT32).T @ columns
+            return made
+
+    return split_rows(np.concatenate(list(behind(product, blocks.tiles))).T[places], [x.shape[:-1] for x in given])
+
+
+def behind(work: Callable[[T], Array], items: Iterable[T]) -> Iterator[Array]:
+    """What `work` makes of each, in a thread that is a few behind the one that gets them: reading and quantizing a tile
+    take as long as dequantizing and multiplying it."""
+    waiting: deque[Future[Array]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > BEHIND:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 def distinct(rows: Array) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ import pytest
 
 from instantrt import Request, compile_model
 from instantrt.compiler import compile as road
+from instantrt.compiler.artifact.hashing import Hashing
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.artifact.staging import Staging
 from instantrt.compiler.compile import VerificationError
@@ -85,9 +86,9 @@ def test_one_call_compiles_verifies_and_serves(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def damaged(request: Request, planned: Plan, staging: Staging, watch: Watch) -> list[Artifact]:
+def damaged(request: Request, planned: Plan, staging: Staging, hashing: Hashing, watch: Watch) -> list[Artifact]:
     """The artifacts with some of their weights' bytes inverted, as a writer with a fault would leave them."""
-    artifacts = WRITE(request, planned, staging, watch)
+    artifacts = WRITE(request, planned, staging, hashing, watch)
     data = staging.staged(request.out) / "x86" / "model.onnx.data"
     raw = bytearray(data.read_bytes())
     raw[: 1 << 16] = bytes(255 - byte for byte in raw[: 1 << 16])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from instantrt.compiler.artifact import hashing as artifact_hashing
 from instantrt.compiler.artifact.digest import CHUNK, sha256
+from instantrt.compiler.artifact.hashing import Hashing
 from instantrt.compiler.serving.runtime import opening
 from instantrt.compiler.serving.runtime.integrity import RECORD, check_folder
+from instantrt.passes.core.errors import UserError
 from tests.compiler.tensorrt_stand_in import PLAN
 
 
@@ -36,11 +41,44 @@ def test_what_was_written_is_taken(folder: Path) -> None:
 
 
 def test_the_digest_of_a_file_larger_than_a_chunk(tmp_path: Path) -> None:
-    import hashlib
-
     data = bytes(range(256)) * (CHUNK // 128 + 1)
     (tmp_path / "large").write_bytes(data)
     assert sha256(tmp_path / "large") == hashlib.sha256(data).hexdigest()
+
+
+def test_large_files_are_hashed_by_a_process_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        tmp_path / name: bytes([index]) * size for index, (name, size) in enumerate([("a", 9), ("é b", 10), ("c", 99)])
+    }
+    for path, data in files.items():
+        path.write_bytes(data)
+    wanted = {path.name: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+    monkeypatch.setattr(artifact_hashing, "LARGE", 10)
+    with Hashing() as hashing:
+        hashing.begin([tmp_path / "nothing", tmp_path, *files])
+        hashing.begin(files)  # which all have begun
+        ((begun, child),) = hashing.children
+        assert [path.name for path in begun] == ["é b", "c"]
+        assert hashing.by_name(files) == hashing.by_name(files) == wanted
+        assert child.returncode == 0
+        assert [*hashing.known] == begun
+        hashing.known[tmp_path / "c"] = "taken before"
+        assert hashing.by_name(files)["c"] == "taken before"
+
+
+def test_a_process_that_ends_early_costs_its_digests_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    monkeypatch.setattr(artifact_hashing, "LARGE", 1)
+    with Hashing() as hashing:
+        killed = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE, text=True)
+        hashing.children.append(([tmp_path / "a"], killed))
+        assert hashing.by_name([tmp_path / "a"]) == {"a": hashlib.sha256(b"one").hexdigest()}
+    with Hashing() as hashing:
+        hashing.begin([tmp_path / "a"])
+        ((_, child),) = hashing.children
+    assert child.returncode is not None  # none outlives the block
+    with Hashing() as hashing, pytest.raises(UserError, match="files changed meanwhile"):
+        hashing.by_name([tmp_path / "gone"])
 
 
 def edit_record(folder: Path, old: str, new: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import InMemory, View, small
 from instantrt.passes.core.node_session import plain_session
-from instantrt.passes.core.streaming import distinct
+from instantrt.passes.core.streaming import BEHIND, behind, distinct
 from tests.graphs import evaluate, linear_graph, quantize, relative
 
 RANDOM = np.random.default_rng(3)
@@ -148,3 +148,13 @@ def test_rows_that_are_alike_are_multiplied_once() -> None:
     assert len(few) == 4
     np.testing.assert_array_equal(few[places].view(np.uint32), rows.view(np.uint32))
     assert [part.shape for part in distinct(rows[:0])] == [(0, 2), (0,)]
+
+
+def test_work_in_a_thread_stays_close_behind_and_in_order() -> None:
+    asked: list[int] = []
+    done = behind(np.array, (asked.append(item) or item for item in range(9)))  # type: ignore[func-returns-value]
+    for index, made in enumerate(done):
+        assert made == index
+        assert len(asked) <= index + BEHIND + 1
+    with pytest.raises(ZeroDivisionError):
+        list(behind(lambda item: np.array(1 // item), [1, 0, 1, 1, 1, 1]))

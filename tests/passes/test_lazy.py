@@ -94,6 +94,18 @@ def test_views_of_one_source_read_it_once(tmp_path: Path) -> None:
     assert len(reads) == 1
 
 
+def test_what_one_source_makes_lies_together_in_the_order_of_the_graph() -> None:
+    def constant(name: str, source: InMemory, scale: int) -> gs.Constant:
+        return gs.Constant(name, View(source, (64, 64), np.float32, project=lambda tile: tile.parts[0] * scale))
+
+    first, second = (InMemory(np.full((64, 64), value, np.float32)) for value in (1, 2))
+    pairs = [[constant(f"a{scale}", first, scale), constant(f"b{scale}", second, scale)] for scale in (3, 5)]
+    outs = [gs.Variable(f"y{index}", np.float32, (64, 64)) for index in range(2)]
+    nodes = [gs.Node("Add", "", {}, pair, [out]) for pair, out in zip(pairs, outs, strict=True)]
+    placed, _ = writer.layout(gs.Graph(nodes, [], outs, opset=23))
+    assert [p.name for p in placed] == ["a3", "a5", "b3", "b5"]
+
+
 def test_a_full_disk_is_said_and_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
