@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,10 +42,15 @@ def matmul(node: gs.Node, runs: Runs, _: gs.Graph) -> list[Array] | None:
 
 def behind(work: Callable[[T], Array], items: Iterable[T]) -> Iterator[Array]:
     """What `work` makes of each, in a thread that is a few behind the one that gets them: reading and quantizing a tile
-    take as long as dequantizing and multiplying it."""
+    take as long as dequantizing and multiplying it. A lone one is worth no thread."""
+    coming = iter(items)
+    first = tuple(islice(coming, 2))
+    if len(first) < 2:
+        yield from map(work, first)
+        return
     waiting: deque[Future[Array]] = deque()
     with ThreadPoolExecutor(1) as pool:
-        for item in items:
+        for item in chain(first, coming):
             waiting.append(pool.submit(work, item))
             if len(waiting) > BEHIND:
                 yield waiting.popleft().result()

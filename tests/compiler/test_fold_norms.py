@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
@@ -18,6 +19,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array, InMemory
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.rewrite import PassLog
+from instantrt.passes.float.fold_norms import ScaledColumns
 
 N, K = 24, 64
 NORMED = """normed (float[1,s,64] x, float[64] scale, float[64] bias, float[64,24] w) => (float[1,s,24] y) {
@@ -66,3 +68,18 @@ def test_inputs_that_are_not_finite_are_no_scales_to_search() -> None:
     graph = normed_linear(np.ones(K, np.float32), np.ones((N, K), np.float32))
     with pytest.raises(UserError, match=r"^up: what reaches this layer is not finite"):
         input_energy(graph, None, Data("generated", feeds=(x,)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("changed", "factor"), [(4, 8), (4, 0.125), (40, 8), (4, 3), (4, 1024)])
+def test_scaled_columns_are_the_products_in_whatever_type(dtype: type, changed: int, factor: float) -> None:
+    rows = (np.random.default_rng(1).standard_normal((N, K), np.float32) * 100).astype(dtype)
+    rows[0, :3] = np.inf, np.nan, float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    factors = np.ones(K, FLOAT32)
+    factors[:changed] = factor
+    (tile,) = ScaledColumns(InMemory(rows), factors.tobytes()).tiles()
+    np.testing.assert_array_equal(tile.parts[0].astype(FLOAT32), rows.astype(FLOAT32) * factors)
+    narrow = changed == 4 and factor == 8 and dtype == ml_dtypes.bfloat16
+    rows[0, 1] = 0  # NaN is not equal to itself
+    (tile,) = ScaledColumns(InMemory(rows), factors.tobytes()).tiles()
+    assert not narrow or tile.parts[0].dtype == dtype
