@@ -3,7 +3,8 @@
 GPTQ (Frantar et al., 2022, "Accurate Post-Training Quantization for Generative Pre-trained Transformers"): of a linear
 y = x W^T, with H = x^T x over the text and H^-1 = U^T U (U upper triangular), column k is rounded, and the columns j
 behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Scales and zero points of a group are
-searched when it begins, each column's error weighted by H's diagonal.
+searched when it begins, each column's error weighted by H's diagonal. The loudest columns come first, whose errors cost
+most, groups as a whole, so that no input has to be sorted; then every code is rounded again, the others given.
 
 Of an encoder, whose linears have biases, what the weights change on average goes into those
 (passes/qdq/correct_biases), so that x counts about its mean: H = (x - m)^T (x - m).
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -37,7 +38,7 @@ from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.evaluate_node import evaluate_each
 from instantrt.passes.core.lazy import FLOAT32, TILE_BYTES, Array, InMemory, Tile, convert
 from instantrt.passes.core.linear import bias_behind, linear
-from instantrt.passes.core.quant import UINT8, Codes, Quantizer, QuantTensor, dequantize
+from instantrt.passes.core.quant import Codes, Quantizer, QuantTensor, dequantize
 from instantrt.passes.core.streaming import split_rows
 from instantrt.passes.qdq.insert_qdq import Decisions
 
@@ -47,9 +48,10 @@ LEAST, MOST = 512, 1 << 13  # tokens of a text: fewer say nothing of a layer's i
 # else be fitted to the noise of the text; and of its mean, for channels that are never on.
 DAMPING, FLOOR = 0.1, 1e-4
 OF_ENCODERS = 0.3  # their texts have few tokens (docs/facts.md, "Formats of an encoder")
-GENERATED, SHORTEST = 2048, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
+GENERATED, SHORTEST = 4096, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
 BLOCK = 32  # columns whose errors reach the rest of the weight together
 SMALL = 32  # rows that are inverted at once
+SWEEPS = 2  # over all codes, rounding them again (docs/facts.md, "Formats of an encoder")
 EVERY = 5.0  # seconds from one line of progress to the next
 
 
@@ -63,6 +65,21 @@ class Calibrated(Quantizer):
         step = max(1, TILE_BYTES // self.codes.codes.shape[1])
         for start in range(0, len(self.codes.codes), step):
             yield Tile(start, Codes(*(np.asarray(part[start : start + step]) for part in self.codes)))
+
+
+class Seen(NamedTuple):
+    """What a text says of the inputs of a layer, channels in the order in which a weight's columns are rounded.
+
+    order    place -> channel [K]: groups by their energy, and the channels of each by theirs, the loudest first
+    h        x^T x, damped [K, K]
+    factor   U [K, K], upper triangular, U^T U = h^-1
+    energy   the diagonal of x^T x [K]
+    """
+
+    order: Array
+    h: Array
+    factor: Array
+    energy: Array
 
 
 def tokens_of(folder: Path, text: Path) -> list[int]:
@@ -131,7 +148,7 @@ def calibrate(
     say(f"calibrating {len(chosen)} layers on {kept.sum():,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
     runs = [Evaluation(graph, each, wiring=wiring) for each in feeds]
-    before, said, told, weights = ("", False), (np.empty(0), np.empty(0)), began, 0  # the last input, and what is known
+    before, inputs, told, weights = ("", False, 0), None, began, 0  # the last input, and what is known of it
     mean = np.empty(0)  # of that input
     with tempfile.TemporaryFile() as file:
         for node in runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):
@@ -142,11 +159,12 @@ def calibrate(
             x, centred = node.inputs[0].name, correctable[quant.name]
             rows = np.concatenate([run.values[x].reshape(-1, quant.shape[1]) for run in runs])
             if quant.name not in made:  # a module may be used several times
-                if (x, centred) != before:
+                if inputs is None or before != (x, centred, quant.group_size):
                     real = rows[kept] if len(rows) == len(kept) else rows  # else it has no row for each token
                     mean = real.mean(axis=0) if centred else np.zeros(0, FLOAT32)
-                    before, said = (x, centred), factor_of(real - mean if centred else real, quant.name, damping)
-                codes = Codes(*(spilled(part, file) for part in feed_back(quant, *said)))
+                    before = x, centred, quant.group_size
+                    inputs = seen(real - mean if centred else real, quant.name, quant.group_size, damping)
+                codes = Codes(*(spilled(part, file) for part in fitted_codes(quant, inputs)))
                 of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
                 fitted = replace(quant, source=Calibrated(**of, codes=codes))
                 correction = through(quant, mean) - through(fitted, mean) if centred else np.empty(0, FLOAT32)
@@ -182,62 +200,111 @@ def spilled(part: Array, file: IO[bytes]) -> Array:
     return np.memmap(file, part.dtype, "r", at, part.shape)
 
 
-def factor_of(x: Array, layer: str, damping: float = DAMPING) -> tuple[Array, Array]:
-    """U [K, K], upper triangular, U^T U = H^-1, H damped, and H's diagonal [K], of the inputs x [T, K] of `layer`.
+def seen(x: Array, layer: str, group: int, damping: float = DAMPING) -> Seen:
+    """Of the inputs x [T, K] of `layer`, whose weight has groups of that size.
 
-    With J the order of channels reversed, J H J = L L^T gives H = R R^T for the upper triangular R = J L J: U = R^-1.
+    With J the order reversed, J H J = L L^T gives H = R R^T for the upper triangular R = J L J: U = R^-1.
     """
     h = x.T @ x
     if not np.isfinite(h).all():
         raise UserError(
             "what reaches this layer is not finite", where=layer, fix="leave --calibration out, or --search none"
         )
-    size = h.diagonal().copy()
-    h[np.diag_indices_from(h)] += damping * size + (FLOOR * size.mean() or 1)  # 1: nothing is ever on
-    return inverse(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]), size
+    order = loudest_first(h.diagonal(), group)
+    h = h[np.ix_(order, order)]
+    energy = h.diagonal().copy()
+    h[np.diag_indices_from(h)] += damping * energy + (FLOOR * energy.mean() or 1)  # 1: nothing is ever on
+    return Seen(order, h, inverse_factor(h), energy)
 
 
-def inverse(upper: Array) -> Array:
-    """Of an upper triangular matrix, by halves: an eighth of the work of a general one."""
-    half = len(upper) // 2
+def loudest_first(energy: Array, group: int) -> Array:
+    """The channels [K] of inputs of that energy: groups by their sum, the channels of a group together."""
+    grouped = energy.reshape(-1, group)
+    groups = np.argsort(-grouped.sum(axis=1), kind="stable")
+    within = np.argsort(-grouped, axis=1, kind="stable")[groups]
+    return np.asarray((groups[:, None] * group + within).ravel())
+
+
+def inverse_factor(h: Array) -> Array:
+    """U, upper triangular, with U^T U = h^-1, by halves.
+
+    h = R R^T of R = [[A, B], [0, C]]: C from the last block, B = h_12 C^-T, A from what B leaves of the first; then
+    U = R^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]].
+    """
+    half = len(h) // 2
     if half < SMALL:
-        return np.triu(np.linalg.inv(upper))
-    out = np.zeros_like(upper)
-    out[:half, :half], out[half:, half:] = inverse(upper[:half, :half]), inverse(upper[half:, half:])
-    out[:half, half:] = -out[:half, :half] @ (upper[:half, half:] @ out[half:, half:])
+        return np.triu(np.linalg.inv(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]))
+    out = np.zeros_like(h)
+    out[half:, half:] = last = inverse_factor(h[half:, half:])
+    b = h[:half, half:] @ last.T
+    out[:half, :half] = first = inverse_factor(h[:half, :half] - b @ b.T)
+    out[:half, half:] = -first @ (b @ last)
     return out
 
 
-def feed_back(quant: QuantTensor, factor: Array, energy: Array) -> Codes:
-    """The codes of a weight whose inputs have what `factor_of` gives, blocks of columns in turn."""
+def fitted_codes(quant: QuantTensor, inputs: Seen) -> Codes:
+    """The codes of a weight whose inputs are these."""
+    codes, scale, zero = feed_back(quant, inputs)
+    descend(codes, columns_of(quant, inputs.order), scale, zero, inputs.h, 2**quant.bits - 1)
+    group = quant.group_size
+    columns, groups = np.argsort(inputs.order), np.argsort(inputs.order[::group] // group)
+    return Codes(*(np.ascontiguousarray(part.T) for part in (codes[columns], scale[groups], zero[groups])))
+
+
+def columns_of(quant: QuantTensor, order: Array) -> Array:
+    """The columns of a float weight in that order, [K, N] float32."""
     assert isinstance(quant.source, Quantizer)
-    (n, k), group, top = quant.shape, quant.group_size, 2**quant.bits - 1
-    w = np.concatenate([convert(tile.parts[0], FLOAT32).T for tile in quant.source.weight.tiles()], axis=1)  # [K, N]
-    codes = np.empty((k, n), np.uint8)
-    grids: list[Codes] = []
+    parts = [convert(tile.parts[0], FLOAT32)[:, order].T for tile in quant.source.weight.tiles()]
+    return np.concatenate(parts, axis=1)
+
+
+def feed_back(quant: QuantTensor, inputs: Seen) -> Codes:
+    """GPTQ, blocks of columns in turn: codes [K, N], scales and zero points [G, N], in the order of `inputs`."""
+    assert isinstance(quant.source, Quantizer)
+    (n, k), group, top, factor = quant.shape, quant.group_size, 2**quant.bits - 1, inputs.factor
+    w, codes, grids = columns_of(quant, inputs.order), np.empty((k, n), np.uint8), list[Codes]()
     step = BLOCK // group * group or math.gcd(group, BLOCK)
     for start in range(0, k, step):
         end = min(start + step, k)
         errors = np.empty((end - start, n), np.float32)
         for i in range(start, end):
             if i % group == 0:
-                grids.append(grid(quant.source, w[i : i + group], energy[i : i + group]))
+                grids.append(grid(quant.source, w[i : i + group], inputs.energy[i : i + group]))
                 scale, zero = grids[-1].scale[:, 0], grids[-1].zero[:, 0].astype(np.float32)
             code = np.clip(np.rint(w[i] / scale + zero), 0, top)
             codes[i] = code
             errors[i - start] = (w[i] - (code - zero) * scale) / factor[i, i]
             w[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
         w[end:] -= factor[start:end, end:].T @ errors
-    scale, zero = (np.concatenate(parts, axis=1) for parts in zip(*(each[1:] for each in grids), strict=True))
-    return Codes(np.ascontiguousarray(codes.T), scale, zero)
+    return Codes(codes, *(np.concatenate(part, axis=1).T for part in list(zip(*grids, strict=True))[1:]))
 
 
 def grid(like: Quantizer, columns: Array, energy: Array) -> Codes:
-    """One group `[g, N]` with scales and zero points `[N, 1]` searched for inputs of that energy, where they are codes.
-
-    A zero point that is none comes from the layer's own formula.
-    """
-    source = searched(like, energy) if like.zero_dtype == UINT8 else like
+    """One group `[g, N]` with scales and zero points `[N, 1]` searched for inputs of that energy."""
     rows = InMemory(np.ascontiguousarray(columns.T))
-    tiles = replace(source, weight=rows, group_size=len(columns)).tiles()
+    tiles = replace(searched(like, energy), weight=rows, group_size=len(columns)).tiles()
     return Codes(*map(np.concatenate, zip(*(tile.parts for tile in tiles), strict=True)))
+
+
+def descend(codes: Array, w: Array, scale: Array, zero: Array, h: Array, top: int) -> None:
+    """Rounds every code once more, the others given, to the one with the least error of the outputs: a descent by
+    coordinates (Behdin et al., 2023, "QuantEase"), which sees of each column also those that were rounded after it.
+
+    codes [K, N], changed in place, of the weight w [K, N], which is lost; scale, zero [G, N]. With D = W - Q and
+    G = H D, code k is best at q_k + G_k / H_kk, and G loses H_k times what it moved by.
+    """
+    group = len(codes) // len(scale)
+    for i in range(len(w)):
+        w[i] -= (codes[i].astype(FLOAT32) - zero[i // group]) * scale[i // group]
+    gradient = h @ w
+    for start in [*range(0, len(codes), BLOCK)] * SWEEPS:
+        block = slice(start, min(start + BLOCK, len(codes)))
+        moved = np.empty_like(w[block])
+        for i in range(block.start, block.stop):
+            step = scale[i // group]
+            code = np.clip(np.rint(codes[i] + gradient[i] / (h[i, i] * step)), 0, top)
+            moved[i - start] = (code - codes[i]) * step
+            codes[i] = code
+            gradient[block] -= h[block, i, None] * moved[i - start]
+        gradient[:start] -= h[:start, block] @ moved
+        gradient[block.stop :] -= h[block.stop :, block] @ moved

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instantrt.compiler.accuracy.calibrate import DAMPING, FLOOR, LEAST, factor_of, feed_back, tokens_of
+from instantrt.compiler.accuracy.calibrate import (
+    DAMPING,
+    FLOOR,
+    LEAST,
+    Seen,
+    descend,
+    feed_back,
+    fitted_codes,
+    seen,
+    tokens_of,
+)
 from instantrt.compiler.accuracy.data import llm_feeds, windows
 from instantrt.compiler.accuracy.metrics import Tokens, compare_tokens
 from instantrt.compiler.accuracy.subjects import request_of
@@ -37,9 +47,9 @@ def weight(bits: int = 4, group: int = GROUP) -> QuantTensor:
     return QuantTensor("w", source, W.shape, bits, group, False, FLOAT32)
 
 
-def by_the_paper(x: Array, group: int) -> Codes:
+def by_the_paper(w: Array, x: Array, group: int) -> Codes:
     """One column after another, with the inverse of H over the columns that are left; float64."""
-    w, h = W.astype(np.float64), x.T.astype(np.float64) @ x
+    w, h = w.astype(np.float64), x.T.astype(np.float64) @ x
     energy = h.diagonal().astype(np.float32)
     h += np.diag(DAMPING * energy + FLOOR * energy.mean())
     parts: list[Codes] = []
@@ -58,19 +68,62 @@ def by_the_paper(x: Array, group: int) -> Codes:
 
 @pytest.mark.parametrize("group", [32, 48, K])  # whole blocks of columns, and those of a row that is one group
 def test_it_is_the_algorithm_of_the_paper(group: int) -> None:
-    found, expected = feed_back(weight(group=group), *factor_of(X, "w")), by_the_paper(X, group)
-    assert np.mean(found.codes != expected.codes) < 2e-3  # a rounding at a tie moves what follows
-    np.testing.assert_allclose(found.scale, expected.scale, rtol=2e-2)
-    loss, plain = (
-        np.linalg.norm(X @ (dequantize(codes, group) - W).T)
-        for codes in (found, quantize_asymmetric(W.reshape(N, -1, group), 4, FLOAT32))
-    )
-    assert loss < 0.8 * plain
+    inputs = seen(X, "w", group)
+    assert [*np.sort(inputs.order)] == [*range(K)]
+    energy = (X**2).sum(axis=0)
+    assert (np.diff(energy[inputs.order].reshape(-1, group)) <= 0).all()  # the loudest first in each group
+    assert (np.diff(energy[inputs.order].reshape(-1, group).sum(axis=1)) <= 0).all()
+    assert {frozenset(each // group) for each in inputs.order.reshape(-1, group)} == {
+        *map(frozenset, zip(range(K // group)))
+    }
+    found = feed_back(weight(group=group), inputs)
+    expected = by_the_paper(W[:, inputs.order], X[:, inputs.order], group)
+    assert np.mean(expected.codes != found.codes.T) < 2e-3  # a rounding at a tie moves what follows
+    np.testing.assert_allclose(found.scale.T, expected.scale, rtol=2e-2)
+
+
+def loss(codes: Codes, group: int) -> float:
+    """Of what the inputs X make of a weight; H is damped, so that this is not the very sum that fitting lowers."""
+    return float(np.linalg.norm(X @ (dequantize(codes, group) - W).T))
+
+
+@pytest.mark.parametrize("group", [32, 48, K])
+def test_every_step_loses_less(group: int) -> None:
+    inputs, quant = seen(X, "w", group), weight(group=group)
+    codes, scale, zero = feed_back(quant, inputs)
+    columns, groups = np.argsort(inputs.order), np.argsort(inputs.order[::group] // group)
+    fed_back = Codes(codes[columns].T, scale[groups].T, zero[groups].T)
+    plain = quantize_asymmetric(W.reshape(N, -1, group), 4, FLOAT32)
+    assert loss(fed_back, group) < 0.8 * loss(plain, group)
+    fitted = fitted_codes(quant, inputs)
+    np.testing.assert_array_equal(fitted.scale, fed_back.scale)
+    assert loss(fitted, group) < 0.98 * loss(fed_back, group)
+
+
+def test_a_descent_ends_where_no_code_alone_would_be_better() -> None:
+    inputs = seen(X, "w", GROUP)
+    codes, scale, zero = feed_back(weight(), inputs)
+    w = W[:, inputs.order].T
+    for _ in range(20):
+        descend(codes, w.copy(), scale, zero, inputs.h, 15)
+
+    def cost(codes: Array) -> Array:
+        grouped = codes.astype(np.float64).reshape(-1, GROUP, N)
+        error = w - ((grouped - zero[:, None]) * scale[:, None]).reshape(K, N)
+        return np.asarray((error * (inputs.h.astype(np.float64) @ error)).sum(axis=0))
+
+    best = cost(codes)
+    for k in range(K):
+        for step in (-1, 1):
+            other = codes.astype(int)
+            other[k] = np.clip(other[k] + step, 0, 15)
+            assert (cost(other) >= best * (1 - 1e-5)).all(), (k, step)
 
 
 def test_inputs_that_say_nothing_of_one_another_leave_the_search() -> None:
     energy = RANDOM.uniform(1, 2, K).astype(np.float32)
-    found = feed_back(weight(), np.eye(K, dtype=np.float32), energy)
+    one = np.eye(K, dtype=np.float32)
+    found = fitted_codes(weight(), Seen(np.arange(K), one, one, energy))
     groups = W.reshape(N, -1, GROUP), energy.reshape(-1, GROUP)
     for part, expected in zip(found, search(*groups, 4, False, FLOAT32), strict=True):
         np.testing.assert_array_equal(part, expected)
