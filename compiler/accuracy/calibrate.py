@@ -299,12 +299,11 @@ def descend(codes: Array, w: Array, scale: Array, zero: Array, h: Array, top: in
     gradient = h @ w
     for start in [*range(0, len(codes), BLOCK)] * SWEEPS:
         block = slice(start, min(start + BLOCK, len(codes)))
-        moved = np.empty_like(w[block])
-        for i in range(block.start, block.stop):
-            step = scale[i // group]
-            code = np.clip(np.rint(codes[i] + gradient[i] / (h[i, i] * step)), 0, top)
-            moved[i - start] = (code - codes[i]) * step
-            codes[i] = code
-            gradient[block] -= h[block, i, None] * moved[i - start]
-        gradient[:start] -= h[:start, block] @ moved
-        gradient[block.stop :] -= h[block.stop :, block] @ moved
+        own, near, moved = gradient[block].copy(), h[block, block], np.empty_like(w[block])
+        for i, column in enumerate(range(block.start, block.stop)):
+            step = scale[column // group]
+            code = np.clip(np.rint(codes[column] + own[i] / (near[i, i] * step)), 0, top)
+            moved[i] = (code - codes[column]) * step
+            codes[column] = code
+            own[i + 1 :] -= near[i + 1 :, i, None] * moved[i]
+        gradient -= h[:, block] @ moved
