@@ -312,6 +312,8 @@ def take_weights(model: onnx.ModelProto, path: Path) -> dict[str, View]:
     for tensor in (t for graph in graphs(model.graph) for t in graph.initializer):
         if min(tensor.dims, default=0) < 0:
             raise UserError("a weight of negative size", where=f"{path}, {tensor.name}", found=str(list(tensor.dims)))
+        if tensor.external_data and not math.prod(tensor.dims):  # no byte to refer to
+            tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))
         if not tensor.external_data and math.prod(tensor.dims) <= SMALL:
             continue
         if tensor.name in weights:

@@ -25,8 +25,17 @@ class TableMatch:
     stored: FileTensor
 
 
+@dataclass(frozen=True)
 class KeepTablesInHalf(Rewrite[TableMatch]):
-    """Gather(table float32) -> Cast(Gather(table as stored)): a 16-bit embedding keeps its bytes."""
+    """Gather(table float32) -> Cast(Gather(table as stored)): a 16-bit embedding keeps its bytes.
+
+    What else reads the table reads it as it was.
+    """
+
+    halves: dict[Source, gs.Constant] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
+
+    def for_graph(self, graph: gs.Graph) -> KeepTablesInHalf:  # noqa: ARG002
+        return KeepTablesInHalf()
 
     def match(self, node: gs.Node) -> TableMatch | Reject | None:
         view = view_of(node.inputs[0]) if node.op == "Gather" else None
@@ -37,7 +46,8 @@ class KeepTablesInHalf(Rewrite[TableMatch]):
         return TableMatch(node, node.inputs[0], view.source)
 
     def rewrite(self, graph: gs.Graph, match: TableMatch) -> None:
-        match.table.values = View(match.stored, match.stored.shape, match.stored.dtype)
+        half = gs.Constant(f"{match.table.name}_half", View(match.stored, match.stored.shape, match.stored.dtype))
+        match.node.inputs[0] = self.halves.setdefault(match.stored, half)
         out = take_over(match.node)
         taken = gs.Variable(f"{out.name}/half", HALF_TYPES[match.stored.dtype], out.shape)
         match.node.outputs.append(taken)
@@ -54,10 +64,11 @@ class FloatLinearMatch:
 class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
     """MatMul(x, W float32) -> MatMul(x, Cast(W as stored)) for linears left float; a tied head shares the embedding.
 
-    ONNX Runtime folds the Cast once when it loads; the file stays half as large.
+    ONNX Runtime folds the Cast once when it loads; the file stays half as large. What two products read has one Cast.
     """
 
     tables: Mapping[Source, gs.Tensor] = field(default_factory=dict, repr=False, compare=False)  # of a run's graph
+    wide: dict[Source, gs.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def for_graph(self, graph: gs.Graph) -> KeepFloatLinearsInHalf:
         tables: dict[Source, gs.Tensor] = {}
@@ -76,14 +87,19 @@ class KeepFloatLinearsInHalf(Rewrite[FloatLinearMatch]):
         return FloatLinearMatch(found, found.rows)
 
     def rewrite(self, graph: gs.Graph, match: FloatLinearMatch) -> None:
-        stored, node = match.stored, match.linear.node
+        stored = match.stored
+        if stored not in self.wide:
+            self.wide[stored] = self.widened(graph, stored, match.linear.path)
+        match.linear.node.inputs[1] = self.wide[stored]
+
+    def widened(self, graph: gs.Graph, stored: FileTensor, path: str) -> gs.Tensor:
         tied = self.tables.get(stored)
         if tied is not None:
-            half = add(graph, "Transpose", [tied], f"{match.linear.path}/tied", perm=[1, 0])
+            half = add(graph, "Transpose", [tied], f"{path}/tied", perm=[1, 0])
         else:
             k_n = View(stored, stored.shape[::-1], stored.dtype, axis=1, project=lambda t: t.parts[0].T)
-            half = gs.Constant(f"{match.linear.path}.weight_half", k_n)
-        node.inputs[1] = cast(graph, half, np.float32, f"{match.linear.path}/weight")
+            half = gs.Constant(f"{path}.weight_half", k_n)
+        return cast(graph, half, np.float32, f"{path}/weight")
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,20 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
     assert model.text["labels"] == (["bad", "fair", "good"] if task.startswith("classify") else [])
 
 
+@pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])
+def test_weights_of_16_bits(family: str, tmp_path: Path) -> None:
+    """A table of so few bytes that the graph has them, a matrix of all layers, one of two products in a layer."""
+    theirs = make(family, "AutoModel", tmp_path).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    compile_model(Request(tmp_path, ("x86",), tmp_path / "out", smoke=False))
+    feeds = batch(load(tmp_path))
+    with torch.no_grad():
+        output = theirs.float()(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+    session = ort.InferenceSession(tmp_path / "out/x86/model.onnx", providers=["CPUExecutionProvider"])
+    counts = feeds["attention_mask"].astype(bool)
+    assert close(session.run(None, feeds)[0][counts], output.last_hidden_state.numpy()[counts])
+
+
 def test_a_convolution_is_built_without_storage() -> None:
     """DeBERTa-v2's larger models have one, and SqueezeBERT is made of them."""
     with untouched_parameters():

@@ -366,7 +366,8 @@ def test_a_kit_is_checked_before_it_is_built(copy: Path, old: str, new: str, wor
 def test_polygraphy_works_on_the_lowered_model(out: Path, tmp_path: Path) -> None:
     """Inspected, sanitized without expanding a weight, and built with Polygraphy's own TensorRT-RTX backend."""
     program = str(Path(sys.executable).with_name("polygraphy"))
-    env = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    # What it infers shapes of a file into, it leaves where temporary files go.
+    env = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "TMPDIR": str(tmp_path)}
 
     def polygraphy(*words: str) -> str:
         done = subprocess.run([program, *words], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -108,6 +108,13 @@ def test_external_data_is_found(tmp_path: Path) -> None:
     assert load(external(tmp_path)).graph.tensors()["w"].shape == (4, 64)
 
 
+def test_external_data_of_no_bytes(tmp_path: Path) -> None:
+    weights = {"none": np.zeros((0, 64), np.float32), "w": np.eye(64, dtype=np.float32)}
+    path = model_file(tmp_path / "m.onnx", "a = Concat <axis = 0> (none, x) y = MatMul(a, w)", weights)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data", size_threshold=0)
+    assert compiled_error(path, "a16w8", tmp_path / "out") < 1e-3
+
+
 @pytest.mark.parametrize(
     ("entries", "says"),
     [

@@ -97,6 +97,15 @@ sys.argv[1:] = ["--help"]
     assert "--help" in done.stdout
 
 
+@pytest.mark.parametrize(("output", "status", "said"), [(">&-", 0, ""), (">/dev/full", 1, "No space left on device")])
+def test_a_command_whose_output_goes_nowhere(output: str, status: int, said: str) -> None:
+    command = ["sh", "-c", f'"$0" -m instantrt targets {output}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert bool(said) == bool(done.stderr)
+
+
 def test_help_names_every_command_and_each_has_its_own() -> None:
     shown = words_of(invoke("--help", COLUMNS="80", TERM="dumb").output)
     for prefix, table in (((), COMMANDS), (("bench",), BENCHES)):

@@ -29,5 +29,6 @@ def begin(name: str) -> NoReturn:
             if stop.code:
                 raise
         atexit._run_exitfuncs()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed, by `>&-`
+            sys.stdout.flush()
     os._exit(0)  # else the interpreter frees all that torch is, object by object: docs/facts.md, "The end of a command"
