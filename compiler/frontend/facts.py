@@ -35,6 +35,7 @@ class ModelFacts:
     turned      those that hold their weight as [K, N]
     ignored     patterns of names that checkpoints may have and the class does not load
     renamed     name in the checkpoint -> in the model, where they differ
+    chunked     name in the checkpoint -> those that equal parts of its rows have in the model
     switches    (kind, the longest sequence of the first table) of rotary tables that change
     """
 
@@ -49,6 +50,7 @@ class ModelFacts:
     turned: Sequence[str]
     ignored: Sequence[str]
     renamed: Mapping[str, str]
+    chunked: Mapping[str, Sequence[str]]
     switches: Sequence[tuple[str, int]]
 
     @property
@@ -87,6 +89,8 @@ def facts_of(model: Any, shape: Interface, stored: Iterable[str], beside: Iterab
     first: dict[int, str] = {}
     ties = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
     buffers, state, head = dict(model.named_buffers()), model.state_dict(), model.get_output_embeddings()
+    names = dict(model_names(model, stored))
+    renamed = {old: new[0] for old, new in names.items() if len(new) == 1}
     return ModelFacts(
         name=type(model).__name__,
         shape=shape,
@@ -103,7 +107,8 @@ def facts_of(model: Any, shape: Interface, stored: Iterable[str], beside: Iterab
                 *(f"^{re.escape(n)}$" for n in beside),
             }
         ),
-        renamed={old: new for old, new in model_names(model, stored) if old != new},
+        renamed={old: new for old, new in renamed.items() if old != new},
+        chunked={old: new for old, new in names.items() if len(new) > 1},
         switches=list(switches(model.config)),
     )
 
@@ -121,21 +126,33 @@ def linears(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
             yield path, (int(n), int(k))
 
 
-def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name in the checkpoint, the name that the model has for it today)."""
+def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """(name in the checkpoint, the name that the model has for it today, or several for equal parts of its rows)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
+
+    def in_chunks(rule: Any) -> bool:
+        ops = rule.operations if isinstance(rule, WeightConverter) else []
+        return len(ops) == 1 and isinstance(ops[0], Chunk) and (ops[0].dim, ops[0].num_shards_attribute) == (0, None)
 
     # Of the oldest rules, of TensorFlow's time, the norms' alone: another takes `weight_g_idx`, an order, for a norm.
-    rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if isinstance(r, WeightRenaming)]
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    rules, chunks = [r for r in every if isinstance(r, WeightRenaming)], [r for r in every if in_chunks(r)]
+    targets = {source: rule.target_patterns for rule in chunks for source in rule.source_patterns}
     rules += [WeightRenaming(f"LayerNorm.{old}", f"LayerNorm.{new}") for old, new in OLD_NORMS.items()]
     prefix, state = model.base_model_prefix, model.state_dict()
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for name in stored:
-        new = rename_source_key(name, rules, [], prefix, state)[0]
+        new, source = rename_source_key(name, rules, chunks, prefix, state)
+        first, *others = targets.get(source, [""])
+        parts = [new, *(new.replace(first, other, 1) for other in others)]
+        if others and all(part in state for part in parts):
+            yield name, parts
+            continue
+        new = rename_source_key(name, rules, [], prefix, state)[0] if others else new
         if new not in state:
             new = name if name in state else beside_a_module(new, prefix, modules)
-        yield name, new
+        yield name, [new]
 
 
 def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,7 @@ def open_checkpoint(
         return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
+    stored = dict(in_chunks(stored, facts.chunked))
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or unannounced_reader(stored)
     if adapter is not None:
@@ -207,6 +209,22 @@ def open_checkpoint(
         labels = attempt(report, labels_of, config, facts.shape.width, str(folder / "config.json")) or ()
     taken = take_account(facts, stored, reader, files, report)
     return OpenCheckpoint(root, folder, config, reader, taken, skeleton, kept, pipeline, labels)
+
+
+def in_chunks(
+    stored: Mapping[str, FileTensor], chunked: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, FileTensor]]:
+    """The tensors by name, those that a model has in equal parts of their rows as these parts."""
+    for name, tensor in stored.items():
+        parts = chunked.get(name, [name])
+        rows, odd = divmod(tensor.shape[0] if tensor.shape else 1, len(parts))
+        if len(parts) == 1 or odd:
+            yield name, tensor
+            continue
+        size = rows * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        for index, part in enumerate(parts):
+            offset, shape = tensor.offset + index * size, (rows, *tensor.shape[1:])
+            yield part, replace(tensor, name=part, offset=offset, shape=shape)
 
 
 def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:
@@ -257,7 +275,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             "the model brings its own Python code",
             where=str(folder / "config.json"),
             found='"auto_map"',
-            fix="read that code, then pass --trust-remote-code",
+            fix="read that code, then pass --trust-remote-code; or remove the key if transformers knows the model",
         )
     if (named := config.get("transformers_weights")) is not None:
         raise UserError(

@@ -59,6 +59,7 @@ CASES = (
     ("electra", "classify_tokens"),
     ("albert", "hidden"),
     ("deberta-v2", "classify"),
+    ("gte", "hidden"),  # whose file has q, k, v in one, and gate and up
     ("qwen3", "classify"),
     ("gemma3_text", "hidden"),
 )
