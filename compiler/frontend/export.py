@@ -27,7 +27,7 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
 from instantrt.compiler.frontend.alike import UnlikeError, find_layers, some_layers, unchanged
-from instantrt.compiler.frontend.decomposed import decomposed
+from instantrt.compiler.frontend.decomposed import decomposed, known_values
 from instantrt.compiler.frontend.interface import dynamic, example, wrapped
 from instantrt.compiler.frontend.model import OPSET, Interface, LlmShape
 from instantrt.compiler.frontend.repeat import repeat_layers
@@ -144,8 +144,9 @@ def to_onnx(program: torch.export.ExportedProgram, shape: Interface) -> torch.on
     )
     program.run_decompositions = partial(decomposed, program)
     try:
-        exported = export()
-    except torch.onnx.OnnxExporterError:
+        with known_values():
+            exported = export()
+    except (torch.onnx.OnnxExporterError, ImportError, AttributeError):  # the pass with known values is private to torch
         del program.run_decompositions
         exported = export()
     assert exported is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,17 +45,20 @@ def reference(path: Path, loaded: FloatModel, ids: Array) -> Array:
 
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(loaded.folder)).float().eval()
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    # It makes two arrays of each token of a vocabulary, which takes three times as long of a mapping as of an array.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "memmap", lambda file, mode, of=np.memmap: np.asarray(of(file, mode=mode)))
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    dequantized = cache(lambda name: gguf.dequantize(stored[name].data, stored[name].tensor_type))  # tied tables: once
     values: dict[str, torch.Tensor] = {}
     for name, tensor in loaded.tensors.items():
-        one = stored[tensor.name]
-        array = gguf.dequantize(one.data, one.tensor_type)
+        array = dequantized(tensor.name)
         if model.config.model_type == "llama" and (".q_proj" in name or ".k_proj" in name):
             array = array.reshape(-1, model.config.head_dim // 2, 2, array.shape[1]).swapaxes(1, 2)
         if model.config.model_type == "gemma3_text" and name.endswith("norm.weight"):
             array = array - 1
-        values[name] = torch.from_numpy(np.array(array).reshape(tuple(tensor.shape)))
-    model.load_state_dict(values, strict=True)
+        values[name] = torch.from_numpy(np.require(array, requirements="W").reshape(tuple(tensor.shape)))
+    model.load_state_dict(values, strict=True, assign=True)
     with torch.inference_mode():
         return np.asarray(model(torch.from_numpy(ids)).logits[0])
 

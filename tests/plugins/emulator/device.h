@@ -474,6 +474,10 @@ inline void release_next() {}
 
 // ---- tensor cores: register maps as the PTX manual draws them ----
 
+// A third of all that the emulator computes, in few functions; the rest is sooner compiled than run.
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+
 namespace emulator {
 // Assumed, not measured on a GPU: tensor cores cut bits off their fp32 sums instead of rounding them to nearest, after
 // every product of one instruction.
@@ -583,6 +587,8 @@ inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, u
             c[i] += int32_t(uint8_t(av >> byte)) * int32_t(int8_t(bv >> byte));
         }
 }
+
+#pragma GCC pop_options
 
 // ---- host ----
 
