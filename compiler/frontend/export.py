@@ -146,7 +146,7 @@ def to_onnx(program: torch.export.ExportedProgram, shape: Interface) -> torch.on
     try:
         with known_values():
             exported = export()
-    except (torch.onnx.OnnxExporterError, ImportError, AttributeError):  # the pass with known values is private to torch
+    except (torch.onnx.OnnxExporterError, ImportError, AttributeError):  # `known_values` is of a private pass
         del program.run_decompositions
         exported = export()
     assert exported is not None
