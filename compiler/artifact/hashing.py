@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from instantrt.compiler.artifact import digest
@@ -45,7 +45,7 @@ class Hashing:
             child = subprocess.Popen(command, stdout=pipe, stderr=nothing, text=True, start_new_session=True)
             self.children.append((large, child))
 
-    def by_name(self, files: Sequence[Path]) -> Mapping[str, str]:
+    def by_name(self, files: Collection[Path]) -> Mapping[str, str]:
         """Name -> sha256, once all are known; UserError for a file that is another since, or gone."""
         for paths, child in self.children:
             self.known |= zip(paths, child.communicate()[0].split(), strict=False)
