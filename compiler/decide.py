@@ -68,6 +68,9 @@ def asked_config(request: Request, method: str) -> QuantConfig | None:
     where = "quant_config" if request.quant_config is not None else f"quant {request.quant}"
     if request.calibration is not None and "search" in raw:
         raise UserError("search and calibration both say how codes are fitted", where=where, fix="give one of them")
+    if request.calibration is not None and raw.get("zero_point") == "float":
+        what = "zero_point float is the plain formula's, and calibration fits codes to zero points that are codes"
+        raise UserError(what, where=where, fix="give one of them")
     parsed = parse_quant_config(raw, where)
     if request.weight_only and parsed.activate_quant:
         raise UserError("weight_only and activation quantization exclude each other", where=where)

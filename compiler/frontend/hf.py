@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_bytes
 from instantrt.compiler.frontend.account import FLOATS, Taken, attempt, take_account
 from instantrt.compiler.frontend.adapter.apply import adapted
 from instantrt.compiler.frontend.adapter.folder import Adapter, check_base
@@ -198,7 +198,7 @@ def open_checkpoint(
         return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
-    stored = dict(in_chunks(stored, facts.chunked))
+    stored = in_chunks(stored, facts.chunked)
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or unannounced_reader(stored)
     if adapter is not None:
@@ -211,20 +211,24 @@ def open_checkpoint(
     return OpenCheckpoint(root, folder, config, reader, taken, skeleton, kept, pipeline, labels)
 
 
-def in_chunks(
-    stored: Mapping[str, FileTensor], chunked: Mapping[str, Sequence[str]]
-) -> Iterator[tuple[str, FileTensor]]:
+def in_chunks(stored: Mapping[str, FileTensor], chunked: Mapping[str, Sequence[str]]) -> dict[str, FileTensor]:
     """The tensors by name, those that a model has in equal parts of their rows as these parts."""
-    for name, tensor in stored.items():
-        parts = chunked.get(name, [name])
+    found = {name: tensor for name, tensor in stored.items() if name not in chunked}
+    for name, parts in chunked.items():
+        tensor = stored[name]
         rows, odd = divmod(tensor.shape[0] if tensor.shape else 1, len(parts))
-        if len(parts) == 1 or odd:
-            yield name, tensor
+        if odd:
+            found[name] = tensor
             continue
         size = rows * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         for index, part in enumerate(parts):
             offset, shape = tensor.offset + index * size, (rows, *tensor.shape[1:])
-            yield part, replace(tensor, name=part, offset=offset, shape=shape)
+            own = replace(tensor, name=part, offset=offset, shape=shape)
+            first = found.setdefault(part, own)
+            if first is not own and not same_bytes(first, own):
+                where, names = str(tensor.path.parent), f"{first.name} and a part of {name}"
+                raise UserError(f"two tensors for {part}, and they differ", where=where, found=names)
+    return found
 
 
 def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:

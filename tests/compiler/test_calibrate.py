@@ -172,6 +172,7 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         for at in (folder, folder / "own")
     )
     (beside.parent / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    minima = {"quant_method": "instant_quant", "weight_format": "uint4", "group_size": 32, "zero_point": "float"}
     return {
         "short": ({"calibration": short}, f"is too short\n  expected: at least {LEAST} tokens.*\n  found:    4"),
         "binary": ({"calibration": binary}, "the text cannot be read"),
@@ -179,12 +180,16 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "float": ({"calibration": long, "quant": "none"}, "calibration does nothing without quantization"),
         "tokens": ({"calibration": long, "quant": "a8w8", "lm_head": "float"}, "says nothing without weight-only"),
         "search": ({"calibration": long, "search": "none"}, "both say how codes are fitted"),
+        "minima": ({"calibration": long, "quant": None, "quant_config": minima}, "zero_point float is"),
         "onnx": ({"calibration": long, "model": onnx}, "this model reads none"),
         "beside": ({"calibration": long, "model": beside}, "this model reads none"),
     }
 
 
-@pytest.mark.parametrize("case", ["short", "binary", "missing", "float", "tokens", "search", "onnx", "beside"])
+CASES = ("short", "binary", "missing", "float", "tokens", "search", "minima", "onnx", "beside")
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_it_cannot_be_had_for(case: str, tmp_path: Path) -> None:
     given, says = refusals(tmp_path)[case]
     with pytest.raises(UserError, match=says):

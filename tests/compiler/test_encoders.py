@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.calibrate import feeds_of_text
@@ -112,6 +113,19 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
     (row,) = session.run(None, alone)
     assert close(row, got[1:2] if task == "classify" else got[1:2, :8])
     assert model.text["labels"] == (["bad", "fair", "good"] if task.startswith("classify") else [])
+
+
+def test_a_tensor_of_parts_that_the_file_has_apart_too(tmp_path: Path) -> None:
+    make("gte", "AutoModel", tmp_path)
+    path, fused = tmp_path / "model.safetensors", "encoder.layer.0.attention.qkv_proj.weight"
+    tensors = load_file(path)
+    tensors["layers.0.self_attn.k_proj.weight"] = np.split(tensors[fused], 3)[1].copy()
+    save_file(tensors, path)
+    load(tmp_path)  # byte for byte what the part is
+    tensors["layers.0.self_attn.k_proj.weight"] += 1
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=rf"two tensors for layers\.0\.self_attn\.k_proj\.weight(.|\n)*{fused}"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])

@@ -81,6 +81,17 @@ def test_a_process_that_ends_early_costs_its_digests_alone(tmp_path: Path, monke
         hashing.by_name([tmp_path / "gone"])
 
 
+def test_a_file_that_is_another_since_its_digest_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    monkeypatch.setattr(artifact_hashing, "LARGE", 1)
+    with Hashing() as hashing:
+        hashing.begin([tmp_path / "a"])
+        (tmp_path / "new").write_bytes(b"three")
+        (tmp_path / "new").replace(tmp_path / "a")
+        with pytest.raises(UserError, match="a: the model's files changed meanwhile"):
+            hashing.by_name([tmp_path / "a"])
+
+
 def edit_record(folder: Path, old: str, new: str) -> None:
     text = (folder / RECORD).read_text()
     assert old in text
