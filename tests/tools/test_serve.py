@@ -230,12 +230,13 @@ def test_http_clients_that_go(server: Server) -> None:
     def leave(call: str, stream: bool) -> float:
         """Seconds that a short request takes after as many long ones as there are rows lost their clients."""
         body = {"text_input": "The server", "max_tokens": 900, "min_tokens": 900, "stream": stream}
-        for _ in range(ROWS):
-            connection = http.client.HTTPConnection(server.http)
+        connections = [http.client.HTTPConnection(server.http) for _ in range(ROWS)]
+        for connection in connections:
             connection.request("POST", f"/v2/models/{MODEL}/{call}", json.dumps(body))
             if stream:
                 connection.getresponse().read(10)
-            time.sleep(0.1)
+        time.sleep(0.1)  # all have begun, and none has ended
+        for connection in connections:
             connection.close()
         started = time.monotonic()
         assert ask(server.http, MODEL, {"text_input": "Once upon a time"}).finish == "stop"
