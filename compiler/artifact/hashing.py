@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from instantrt.compiler.artifact import digest
@@ -42,8 +43,9 @@ class Hashing:
             command = [sys.executable, "-IS", digest.__file__, *(str(path.absolute()) for path in large)]
             pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
             # In a session of its own, so that Ctrl-C reaches this process alone, which then ends it.
-            child = subprocess.Popen(command, stdout=pipe, stderr=nothing, text=True, start_new_session=True)
-            self.children.append((large, child))
+            with suppress(OSError):  # no process is to be had
+                child = subprocess.Popen(command, stdout=pipe, stderr=nothing, text=True, start_new_session=True)
+                self.children.append((large, child))
 
     def by_name(self, files: Collection[Path]) -> Mapping[str, str]:
         """Name -> sha256, once all are known; UserError for a file that is another since, or gone."""

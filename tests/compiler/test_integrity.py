@@ -79,6 +79,10 @@ def test_a_process_that_ends_early_costs_its_digests_alone(tmp_path: Path, monke
     assert child.returncode is not None  # none outlives the block
     with Hashing() as hashing, pytest.raises(UserError, match="files changed meanwhile"):
         hashing.by_name([tmp_path / "gone"])
+    monkeypatch.setattr(sys, "executable", "/nothing")
+    with Hashing() as hashing:
+        hashing.begin([tmp_path / "a"])
+        assert hashing.by_name([tmp_path / "a"]) == {"a": hashlib.sha256(b"one").hexdigest()}
 
 
 def test_a_file_that_is_another_since_its_digest_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
