@@ -201,10 +201,7 @@ def spilled(part: Array, file: IO[bytes]) -> Array:
 
 
 def seen(x: Array, layer: str, group: int, damping: float = DAMPING) -> Seen:
-    """Of the inputs x [T, K] of `layer`, whose weight has groups of that size.
-
-    With J the order reversed, J H J = L L^T gives H = R R^T for the upper triangular R = J L J: U = R^-1.
-    """
+    """Of the inputs x [T, K] of `layer`, whose weight has groups of that size."""
     h = x.T @ x
     if not np.isfinite(h).all():
         raise UserError(
@@ -230,6 +227,7 @@ def inverse_factor(h: Array) -> Array:
 
     h = R R^T of R = [[A, B], [0, C]]: C from the last block, B = h_12 C^-T, A from what B leaves of the first; then
     U = R^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]].
+    Of a small h, with J the order reversed, J h J = L L^T gives R = J L J.
     """
     half = len(h) // 2
     if half < SMALL:
@@ -245,6 +243,7 @@ def inverse_factor(h: Array) -> Array:
 def fitted_codes(quant: QuantTensor, inputs: Seen) -> Codes:
     """The codes of a weight whose inputs are these."""
     codes, scale, zero = feed_back(quant, inputs)
+    # Feedback has used up its columns: they are read again, as a copy beside them would take as much memory as they do.
     descend(codes, columns_of(quant, inputs.order), scale, zero, inputs.h, 2**quant.bits - 1)
     group = quant.group_size
     columns, groups = np.argsort(inputs.order), np.argsort(inputs.order[::group] // group)
@@ -287,8 +286,8 @@ def grid(like: Quantizer, columns: Array, energy: Array) -> Codes:
 
 
 def descend(codes: Array, w: Array, scale: Array, zero: Array, h: Array, top: int) -> None:
-    """Rounds every code once more, the others given, to the one with the least error of the outputs: a descent by
-    coordinates (Behdin et al., 2023, "QuantEase"), which sees of each column also those that were rounded after it.
+    """Rounds every code SWEEPS times more, the others given, to the one with the least error of the outputs: a descent
+    by coordinates (Behdin et al., 2023, "QuantEase"), which sees of each column also those that were rounded after it.
 
     codes [K, N], changed in place, of the weight w [K, N], which is lost; scale, zero [G, N]. With D = W - Q and
     G = H D, code k is best at q_k + G_k / H_kk, and G loses H_k times what it moved by.

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -109,15 +108,14 @@ def layout(graph: gs.Graph) -> tuple[list[Placed], int]:
 
     In the order of the graph, but that those of one source lie together: a digest can follow while they are written.
     """
-    views = {t.name: view for t in tensors(graph).values() if (view := view_of(t)) is not None and not is_inline(view)}
-    by_source: dict[Source, list[str]] = defaultdict(list)
-    for name, view in views.items():
-        by_source[view.source].append(name)
+    views = [(t.name, v) for t in tensors(graph).values() if (v := view_of(t)) is not None and not is_inline(v)]
+    first: dict[Source, int] = {}
+    for index, (_, view) in enumerate(views):
+        first.setdefault(view.source, index)
     placed: list[Placed] = []
     offsets: dict[Hashable, int] = {}
     total = 0
-    for name in chain.from_iterable(by_source.values()):
-        view = views[name]
+    for name, view in sorted(views, key=lambda each: first[each[1].source]):
         offset = offsets.setdefault(view.content, total)
         placed.append(Placed(name, view, offset))
         if offset == total:
