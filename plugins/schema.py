@@ -22,9 +22,12 @@ Array = NDArray[Any]
 class DType(Enum):
     """Element types by the name NumPy gives them; the second member is TensorRT's `DataType` enumerator."""
 
+    F32 = ("float32", "kFLOAT")
     F16 = ("float16", "kHALF")
     BF16 = ("bfloat16", "kBF16")
     I8 = ("int8", "kINT8")
+    U8 = ("uint8", "kUINT8")
+    I64 = ("int64", "kINT64")
 
     @property
     def tensorrt_name(self) -> str:

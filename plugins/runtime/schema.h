@@ -41,4 +41,30 @@ struct WeightOnlyGemm {
     };
 };
 
+// CpuGemm(x[..., K], codes[S, -(-K//(256//bits)), 512], scales[S, K//group, 16], zeros[S, K//group, 16], bias[16*S]) -> y[..., 16*S]
+struct CpuGemm {
+    static constexpr char kName[] = "CpuGemm";
+    static constexpr char kVersion[] = "1";
+    enum Port : int32_t { kX, kCodes, kScales, kZeros, kBias, kY };
+    static constexpr int32_t kInputs = 5;
+    static constexpr int32_t kRequiredInputs = 3;
+    enum Attr : int32_t { kBits, kGroup, kLayoutVersion, kActivations };
+    static constexpr Field kFields[4] = {
+        {"bits", 8, 2, {4, 8}},
+        {"group", 32, 0, {}},
+        {"layout_version", 1, 1, {1}},
+        {"activations", 1, 3, {0, 1, 2}},
+    };
+    // legal types: one row, one type for each port
+    template <typename DataType>
+    static constexpr DataType kTypes[6][6] = {
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kFLOAT, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kHALF, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kHALF, DataType::kHALF, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kBF16, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kBF16, DataType::kBF16, DataType::kFLOAT, DataType::kFLOAT},
+    };
+};
+
 }  // namespace schema

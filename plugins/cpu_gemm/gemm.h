@@ -1,0 +1,220 @@
+// The products of CpuGemm, for any instruction set: `Isa` says what sixteen lanes do (avx512.cpp, avx2.cpp, plain.cpp).
+//
+// Sixteen columns of y for R rows are held in registers while one strip of codes streams by; a row's products with a
+// strip have the same bits whatever R is.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernel.h"
+
+namespace cpu_gemm {
+
+template <typename Isa>
+struct Gemm {
+    using I = typename Isa::I;
+    using F = typename Isa::F;
+
+    static F load(void const* values, Type type, int64_t at) {
+        switch (type) {
+            case Type::kF16: return Isa::from_f16(static_cast<uint16_t const*>(values) + at);
+            case Type::kBF16: return Isa::from_bf16(static_cast<uint16_t const*>(values) + at);
+            case Type::kU8: return Isa::from_u8(static_cast<uint8_t const*>(values) + at);
+            default: return Isa::load(static_cast<float const*>(values) + at);
+        }
+    }
+
+    // What a code of 0 stands for, in each column: -zero * scale, or the minimum as it is stored.
+    static F minimum(Weight const& w, int64_t at, F scale) {
+        if (w.zeros == nullptr) {
+            return Isa::mul(scale, Isa::set(-static_cast<float>(1 << (w.bits - 1))));
+        }
+        F const zero = load(w.zeros, w.zero_type, at);
+        return w.zero_type == Type::kU8 ? Isa::sub(Isa::set(0), Isa::mul(zero, scale)) : zero;
+    }
+
+    // y[row .. row + R) of one strip. Bits of a code, limbs of x; Whole: one scale for a row of x, one limb.
+    template <int R, int Bits, int Limbs, bool Whole>
+    static void tile(Call const& c, int64_t strip, int64_t row) {
+        constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // the next product does not wait for the last
+        Weight const& w = *c.weight;
+        Shape const shape(w);
+        int64_t const groups = w.k / w.group, per_group = w.group / kBlock;
+        uint8_t const* codes = w.codes + strip * stored_blocks(w) * kBlockBytes;
+        int8_t const* x[R];
+        float const *scales[R], *sums[R];
+        for (int r = 0; r < R; ++r) {
+            x[r] = c.x.limbs + (row + r) * shape.limbs;
+            scales[r] = c.x.scales + (row + r) * shape.scales;
+            sums[r] = c.x.sums + (row + r) * shape.sums;
+        }
+        F y[R];
+        I sum[R][Limbs][kChains];
+        for (int r = 0; r < R; ++r) {
+            y[r] = Isa::set(0);
+        }
+        for (int64_t group = 0, block = 0; group < groups; ++group) {
+            int64_t const at = (strip * groups + group) * kLanes;
+            F const scale = load(w.scales, w.scale_type, at);
+            if constexpr (Whole) {
+                clear<R, Limbs, kChains>(sum);
+            }
+            for (int64_t end = block + per_group; block < end; ++block) {
+                if constexpr (!Whole) {
+                    clear<R, Limbs, kChains>(sum);
+                }
+                uint8_t const* from = codes + (Bits == 8 ? block : block / 2) * kBlockBytes;
+                int const high = Bits == 4 && block % 2;
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) {
+                    I q = Isa::load(from + v * 64);
+                    if constexpr (Bits == 4) {
+                        q = high ? Isa::high(q) : Isa::low(q);
+                    }
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+                        for (int l = 0; l < Limbs; ++l) {
+                            int8_t const* four = x[r] + (block * Limbs + l) * kBlock + 4 * v;
+                            sum[r][l][v % kChains] = Isa::dot(sum[r][l][v % kChains], q, four);
+                        }
+                    }
+                }
+                if constexpr (!Whole) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        y[r] = Isa::fma(total<Limbs, kChains>(sum[r]), Isa::mul(scale, Isa::set(scales[r][block])), y[r]);
+                    }
+                }
+            }
+            F const least = minimum(w, at, scale);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                if constexpr (Whole) {
+                    y[r] = Isa::fma(total<Limbs, kChains>(sum[r]), Isa::mul(scale, Isa::set(*scales[r])), y[r]);
+                }
+                y[r] = Isa::fma(least, Isa::set(sums[r][group]), y[r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            if (w.bias != nullptr) {
+                y[r] = Isa::add(y[r], Isa::load(w.bias + strip * kLanes));
+            }
+            Isa::store(c.y + (row + r) * w.n + strip * kLanes, y[r]);
+        }
+    }
+
+    template <int R, int Limbs, int Chains>
+    static void clear(I (&sum)[R][Limbs][Chains]) {
+        for (auto& row : sum) {
+            for (auto& limb : row) {
+                for (I& chain : limb) {
+                    chain = Isa::zero();
+                }
+            }
+        }
+    }
+
+    // The sum of the chains, limbs joined: below 2^31 in a block of 32 with two limbs.
+    template <int Limbs, int Chains>
+    static F total(I const (&sum)[Limbs][Chains]) {
+        I all = Isa::zero();
+        for (int l = 0; l < Limbs; ++l) {
+            I limb = sum[l][0];
+            for (int i = 1; i < Chains; ++i) {
+                limb = Isa::add(limb, sum[l][i]);
+            }
+            all = l == 0 ? limb : Isa::add(Isa::times256(all), limb);
+        }
+        return Isa::to_float(all);
+    }
+
+    template <int Bits, int Limbs, bool Whole>
+    static void strip(Call const& c, int64_t strip, int64_t row, int64_t end) {
+        for (; row + kTile <= end; row += kTile) {
+            tile<kTile, Bits, Limbs, Whole>(c, strip, row);
+        }
+        if (row + 4 <= end) {
+            tile<4, Bits, Limbs, Whole>(c, strip, row);
+            row += 4;
+        }
+        if (row + 2 <= end) {
+            tile<2, Bits, Limbs, Whole>(c, strip, row);
+            row += 2;
+        }
+        if (row < end) {
+            tile<1, Bits, Limbs, Whole>(c, strip, row);
+        }
+    }
+
+    static void multiply(Call const& c, int64_t s, int64_t row, int64_t end) {
+        bool const eight = c.weight->bits == 8;
+        switch (c.weight->form) {
+            case Form::kInt8Rows: return eight ? strip<8, 1, true>(c, s, row, end) : strip<4, 1, true>(c, s, row, end);
+            case Form::kInt8Blocks: return eight ? strip<8, 1, false>(c, s, row, end) : strip<4, 1, false>(c, s, row, end);
+            case Form::kInt16Blocks: return eight ? strip<8, 2, false>(c, s, row, end) : strip<4, 2, false>(c, s, row, end);
+        }
+    }
+
+    // One row of x [k] in limbs, with its scales and the sums of each group of the weight.
+    static void quantize(Weight const& w, float const* x, int8_t* limbs, float* scales, float* sums) {
+        int64_t const groups = w.k / w.group;
+        int const count = w.form == Form::kInt16Blocks ? 2 : 1;
+        int32_t const top = w.form == Form::kInt16Blocks ? 127 * 256 : 127;
+        if (w.form == Form::kInt8Rows) {
+            *scales = scale_of(x, w.k, top);
+        }
+        for (int64_t g = 0, b = 0; g < groups; ++g) {
+            float sum = 0;
+            for (int64_t end = b + w.group / kBlock; b < end; ++b) {
+                float const scale = w.form == Form::kInt8Rows ? *scales : scales[b] = scale_of(x + b * kBlock, kBlock, top);
+                sum += scale * static_cast<float>(round(x + b * kBlock, scale, top, limbs + b * kBlock * count, count));
+            }
+            sums[g] = sum;
+        }
+    }
+
+    // max|x| / top; 1 for zeros, NaN where one of x is not finite.
+    static float scale_of(float const* x, int64_t count, int32_t top) {
+        uint32_t most = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, x + i, 4);
+            most = std::max(most, bits & 0x7fffffffu);  // floats without a sign are in the order of their bits
+        }
+        if (most >= 0x7f800000u) {
+            return NAN;
+        }
+        float value;
+        std::memcpy(&value, &most, 4);
+        float const scale = value / static_cast<float>(top);
+        return scale > 0 ? scale : 1;  // what is below the smallest float is zero too
+    }
+
+    // round(x / scale) of a block, half to even, first its high limb; returns the sum.
+    static int32_t round(float const* x, float scale, int32_t top, int8_t* limbs, int count) {
+        float const by = 1 / scale;
+        int32_t sum = 0, q[kBlock];
+        for (int i = 0; i < kBlock; ++i) {
+            float const limit = static_cast<float>(top);
+            float const v = std::nearbyint(x[i] * by);
+            q[i] = static_cast<int32_t>(std::min(std::max(v, -limit), limit));
+            sum += q[i];
+        }
+        if (count == 1) {
+            for (int i = 0; i < kBlock; ++i) {
+                limbs[i] = static_cast<int8_t>(q[i]);
+            }
+        } else {
+            for (int i = 0; i < kBlock; ++i) {
+                limbs[i] = static_cast<int8_t>((q[i] + 128) >> 8);
+                limbs[kBlock + i] = static_cast<int8_t>(q[i]);
+            }
+        }
+        return sum;
+    }
+};
+
+}  // namespace cpu_gemm

@@ -1,0 +1,70 @@
+// What CpuGemm's kernels take: plain memory, nothing of ONNX Runtime's.
+#pragma once
+
+#include <cstdint>
+
+namespace cpu_gemm {
+
+constexpr int kLanes = 16;        // columns in a strip
+constexpr int kBlock = 32;        // k that share a scale of x
+constexpr int kBlockBytes = 512;  // of a block of codes: 8 vectors of 16 columns by 4 k
+constexpr int kVectors = 8;
+constexpr int kTile = 8;  // rows that are multiplied at once
+
+enum class Type { kF32, kF16, kBF16, kU8 };
+
+// How x is brought into integers: op.py's INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS.
+enum class Form { kInt8Blocks, kInt16Blocks, kInt8Rows };
+
+struct Weight {
+    int64_t n, k, group;
+    int bits;
+    Form form;
+    uint8_t const* codes;
+    void const* scales;
+    Type scale_type;
+    void const* zeros;  // null: every zero point is the central code
+    Type zero_type;
+    float const* bias;  // null: none
+};
+
+// Rows of x in integers.
+struct Rows {
+    int8_t* limbs;
+    float* scales;
+    float* sums;
+};
+
+// Of one row: bytes of limbs, numbers of scales and sums.
+struct Shape {
+    explicit Shape(Weight const& w)
+        : limbs(w.form == Form::kInt16Blocks ? 2 * w.k : w.k),
+          scales(w.form == Form::kInt8Rows ? 1 : w.k / kBlock),
+          sums(w.k / w.group) {}
+    int64_t limbs, scales, sums;
+};
+
+inline int64_t stored_blocks(Weight const& w) { return (w.k * w.bits + 255) / 256; }
+
+struct Call {
+    Weight const* weight;
+    Rows x;
+    float* y;
+};
+
+// What is wrong with the sizes of a weight; null where nothing is.
+char const* refuse(Weight const&);
+
+struct Kernels {
+    char const* name;
+    bool (*runs)();  // on this CPU
+    void (*quantize)(Weight const&, float const* x, int8_t* limbs, float* scales, float* sums);
+    void (*multiply)(Call const&, int64_t strip, int64_t row, int64_t end);
+};
+
+extern Kernels const kAvx512, kAvx2, kPlain;
+
+// The fastest that run here.
+Kernels const& kernels();
+
+}  // namespace cpu_gemm
