@@ -43,7 +43,7 @@ def check_model(folder: Path, artifact: Artifact) -> str:
         raise UserError("not an ONNX model", where=str(path), found=str(error)) from None
     nodes = f"{len(model.graph.node)} nodes"
     if artifact.kind != "kit":
-        return f"a model for ONNX Runtime ({nodes}); {run_once(path, artifact)}"
+        return f"a model for ONNX Runtime ({nodes}); {run_once(folder, path, artifact)}"
     releases = find_target(artifact.target).tensorrt
     return (
         f"a build kit ({nodes}); on a machine with an {artifact.target} GPU and TensorRT {releases}, "
@@ -51,7 +51,7 @@ def check_model(folder: Path, artifact: Artifact) -> str:
     )
 
 
-def run_once(path: Path, artifact: Artifact) -> str:
+def run_once(folder: Path, path: Path, artifact: Artifact) -> str:
     """Opens the model as its manifest says and runs a step on random inputs."""
     try:
         graph = gs.Graph(inputs=[gs.Variable(t.name, np.dtype(t.dtype), list(t.shape)) for t in artifact.inputs])
@@ -60,7 +60,9 @@ def run_once(path: Path, artifact: Artifact) -> str:
         steps = steps_of(graph, llm or encoder, right=True)[: None if llm is None else 1]
     except (TypeError, ValueError) as error:
         raise UserError("the manifest's inputs are none of a model", where=str(path), found=str(error)) from None
-    order = ModelOrder(str(path), tuple((step.name, "") for step in steps), attempts=llm is None)
+    libraries = tuple(str(inside(folder, name)) for name in artifact.plugins)
+    calls = tuple((step.name, "") for step in steps)
+    order = ModelOrder(str(path), calls, attempts=llm is None, libraries=libraries)
     with started([order], fed(steps)) as process:
         (outcome,) = process.outcomes()
     runtime = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"

@@ -84,8 +84,8 @@ class OpenEncoder:
         self.folder, self.threads = path.parent, threads
         with tried("reading the tokenizer", where=str(path.parent), fix="copy it again from the model"):
             self.reader = TextReader(path.parent, about, [spec.name for spec in self.artifact.inputs])
-        with checked(out, self.artifact), tried("loading it into ONNX Runtime", where=str(path)):
-            self.session: Any = open_session(path, threads, spinning)
+        with checked(out, self.artifact) as libraries, tried("loading it into ONNX Runtime", where=str(path)):
+            self.session: Any = open_session(path, libraries, threads, spinning)
 
     def __enter__(self) -> Self:
         return self

@@ -299,8 +299,8 @@ class LLM:
         if self.artifact.engine is not None:
             return self.load_engine(self.artifact.engine)
         import_module("onnxruntime")  # before the thread, which has to leave the interpreter
-        with checked(self.out, self.artifact), ThreadPoolExecutor(1) as beside:
-            opened = beside.submit(self.open, [], 0)
+        with checked(self.out, self.artifact) as libraries, ThreadPoolExecutor(1) as beside:
+            opened = beside.submit(self.open, libraries, 0)
             wait([opened], HEAD_START)  # until it has: the tokenizer's reader keeps the interpreter to itself
             self.text  # noqa: B018 -- reads it
         return opened.result()
@@ -347,12 +347,19 @@ def check_threads(threads: int, spinning: bool | None) -> None:
 
 
 @contextmanager
-def checked(out: Path, artifact: Artifact) -> Iterator[None]:
-    """Compares the digests of a CPU artifact beside what the block does: a changed file explains its errors."""
+def checked(out: Path, artifact: Artifact) -> Iterator[list[Path]]:
+    """Compares the digests of a CPU artifact beside what the block does: a changed file explains its errors.
+
+    Of one with libraries, which are code, before it: the block has their paths.
+    """
+    if artifact.plugins:
+        check_digests(out, artifact)
+        yield [inside(out, name) for name in artifact.plugins]
+        return
     with ThreadPoolExecutor(1) as beside:
         digests = beside.submit(check_digests, out, artifact)
         try:
-            yield
+            yield []
         finally:
             digests.result()
 
@@ -390,5 +397,5 @@ def load_artifact(
         )
     from instantrt.compiler.serving.runtime.onnx_engine import open_session
 
-    with checked(out, artifact), tried("loading it into ONNX Runtime", where=str(out / artifact.path)):
-        return LoadedModel(artifact, open_session(inside(out, artifact.path), threads, spinning))
+    with checked(out, artifact) as libraries, tried("loading it into ONNX Runtime", where=str(out / artifact.path)):
+        return LoadedModel(artifact, open_session(inside(out, artifact.path), libraries, threads, spinning))

@@ -34,6 +34,7 @@ from instantrt.passes.float.normalize_gemm import NormalizeGemm
 from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.cpu_gemm import FuseCpuBias, LowerCpuGemm
 from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
@@ -160,6 +161,8 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
     else:
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
+    if request.library(target) is not None:
+        passes += [LowerCpuGemm(request.cpu_preset, steps), FuseCpuBias()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.

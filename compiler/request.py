@@ -29,13 +29,18 @@ from instantrt.compiler.options import (
     settle,
     types_of,
 )
-from instantrt.compiler.target import Backend, Target, find_target
+from instantrt.compiler.target import CPU_PLUGIN, Backend, Target, find_target
 from instantrt.passes.core.errors import UserError
 
 PACKAGED_PLUGINS = Path(plugins.__file__).parent / "lib"
 AUTO = Path("auto")
 ELF, CREATORS = b"\x7fELF", (b"getCreators", b"getPluginCreators")  # what IPluginRegistry::loadLibrary looks for
-SERVES = re.compile(rb"InstantRT serves by (libinstantrt_plugins\w*\.so)")  # as plugin.cpp has it
+SERVES = re.compile(rb"InstantRT serves by (libinstantrt_\w+\.so)")  # as plugin.cpp and operators.cpp have it
+MADE_BY = {  # the library's file -> the goal of the Makefile, and what it needs
+    "libinstantrt_plugins.so": ("plugins TENSORRT=DIR", "nvcc and DIR/include of TensorRT"),
+    "libinstantrt_plugins_sm70.so": ("plugins-sm70 TENSORRT=DIR", "NVRTC 12 and DIR/include of TensorRT"),
+    CPU_PLUGIN: ("plugins-cpu", "a C++ compiler"),
+}
 BOUNDS = ("max_kl", "max_ppl_increase", "max_size", "bits_per_weight")  # on the loss and on the size
 LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 
@@ -113,10 +118,12 @@ class Request(
             )
 
     def library(self, target: Target) -> Path | None:
-        """The plugin library for `target`, or for none that has use for one."""
-        if self.plugin != AUTO:
-            return self.plugin
-        return PACKAGED_PLUGINS / target.plugin if target.plugin else None
+        """The plugin library for `target`; None where it has no use for one, as a CPU has for one of GPUs."""
+        if self.plugin is None or not target.plugin:
+            return None
+        if self.plugin == AUTO:
+            return PACKAGED_PLUGINS / target.plugin
+        return self.plugin if target.sm is not None or serves(self.plugin) == target.plugin else None
 
     def check_plugin(self, target: Target) -> None:
         """Is there a library for `target`, and is it not one for other GPUs, or older than what is asked of it?"""
@@ -124,14 +131,25 @@ class Request(
         if library is None:
             return
         if not library.is_file():
-            goal, compiler = ("plugins-sm70", "NVRTC 12") if target.sm == 70 else ("plugins", "nvcc")
+            goal, needs = MADE_BY[target.plugin]
             raise UserError(
                 "no plugin library here",
                 where=str(library),
-                fix=f"`make {goal} TENSORRT=DIR` in a checkout, with {compiler} and DIR/include of TensorRT, makes one",
+                fix=f"`make {goal}` in a checkout, with {needs}, makes one",
             )
+        found = serves(library)
+        if found not in ("", target.plugin):
+            raise UserError(
+                f"a plugin library for other targets than {target.name} ({target.family})",
+                where=str(library),
+                expected=target.plugin,
+                found=found,
+                fix=f"--plugin auto takes each from this installation; or compile for {target.name} apart",
+            )
+        if target.sm is None:
+            return
         code = library.read_bytes()
-        if target.plugin and not (code.startswith(ELF) and any(name in code for name in CREATORS)):
+        if not (code.startswith(ELF) and any(name in code for name in CREATORS)):
             raise UserError(
                 "no plugin library: TensorRT would find no plugin in it",
                 where=str(library),
@@ -139,16 +157,7 @@ class Request(
                 found="one that does not" if code.startswith(ELF) else "no shared library",
                 fix="`make plugins TENSORRT=DIR` makes libinstantrt_plugins.so",
             )
-        serves = SERVES.search(code)
-        if serves and target.plugin not in ("", serves[1].decode()):
-            raise UserError(
-                f"a plugin library for other GPUs than {target.name} ({target.family})",
-                where=str(library),
-                expected=target.plugin,
-                found=serves[1].decode(),
-                fix=f"--plugin auto takes each from this installation; or compile for {target.name} apart",
-            )
-        if serves and self.plugin_batch_invariant and b"batch_invariant" not in code:  # the name of its attribute
+        if found and self.plugin_batch_invariant and b"batch_invariant" not in code:  # the name of its attribute
             raise UserError(
                 "a plugin library that is older than plugin_batch_invariant: TensorRT would ignore that in silence",
                 where=str(library),
@@ -263,3 +272,9 @@ def fields_from_json(raw: Mapping[str, Any]) -> dict[str, Any]:
             expected = f"a JSON {'object' if kind is dict else 'boolean'}"
             raise UserError(f"{key} has a value of another kind", expected=expected, found=repr(raw[key]))
     return {JSON_KEYS[key][0]: value for key, value in raw.items()}
+
+
+def serves(library: Path) -> str:
+    """The name that the library of ours at this path goes by; "" where it says none, or is not there."""
+    found = SERVES.search(library.read_bytes()) if library.is_file() else None
+    return found[1].decode() if found else ""

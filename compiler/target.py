@@ -14,6 +14,9 @@ from instantrt.passes.core.errors import UserError
 WHOLE = "10.15"
 
 
+CPU_PLUGIN = "libinstantrt_cpu.so"
+
+
 class Backend(Enum):
     """Who runs the artifact."""
 
@@ -52,9 +55,12 @@ class Target:
 
     @property
     def plugin(self) -> str:
-        """The file of our plugin library for it. Volta has its own: today's compilers do not generate its code."""
+        """The file of our plugin library for it; "" where there is none.
+
+        Volta has its own: today's compilers do not generate its code.
+        """
         if self.sm is None:
-            return ""
+            return CPU_PLUGIN if self.name.startswith("x86") else ""
         return "libinstantrt_plugins_sm70.so" if self.sm == 70 else "libinstantrt_plugins.so"
 
     @property

@@ -73,11 +73,11 @@ class Writer:
         """Writes <target>/, which holds model.onnx, model.engine or a build kit."""
         artifact, graph = outline(self.request, self.planned, target), self.planned.lowered[target.name]
         folder = new_folder(self.out, target, self.planned.model.folder)
-        if artifact.kind == "onnx":
-            return self.complete(artifact, folder, self.write_graph(target, folder))
         library = self.request.library(target)
         for file in with_choices(library) if library is not None else ():
             shutil.copy(file, folder)
+        if artifact.kind == "onnx":
+            return self.complete(artifact, folder, self.write_graph(target, folder))
         settings = EngineSettings(
             target=target,
             precision=self.planned.types[target.name].name,
@@ -149,7 +149,7 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
         digests={},
         source={**source(request, twin), "account": planned.model.account},
         limits=limits,
-        plugins=(f"{target.name}/{library.name}",) if choice is not None and library is not None else (),
+        plugins=(f"{target.name}/{library.name}",) if library is not None else (),
         engine={"builder": choice.flavour} if choice is not None and choice.flavour else None,
     )
 

@@ -93,6 +93,9 @@ def why_no_bare(artifact: Artifact) -> str:
     builder = (artifact.engine or {}).get("builder")
     reasons = {
         KIT: artifact.kind == "kit",
+        "Triton's ONNX Runtime has no operators of ours: compile without --plugin": (
+            artifact.kind == "onnx" and bool(artifact.plugins)
+        ),
         "Triton has no backend for TensorRT-RTX engines: compile with --builder tensorrt": builder == "tensorrt_rtx",
         "Triton's TensorRT backend does not alias past and present: compile with --kv-cache concat": (
             artifact.kind == "engine" and artifact.limits.get("cache") == "shared"

@@ -83,7 +83,7 @@ def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) ->
     if subject.by_layer:  # first: the twin goes on with its answers
         file = folder / "tapped.onnx"
         file.write_bytes(tapped_model(subject))
-        orders["tapped"] = ModelOrder(str(file), calls, "tapped", str(subject.file.parent), attempts=attempts)
+        orders["tapped"] = ModelOrder(str(file), calls, "tapped", str(subject.file.parent), attempts=attempts, libraries=subject.libraries)
     orders |= {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
     for each in references:
         if subject.on_cpu and not runs_here(each.graph):
@@ -109,9 +109,9 @@ def order_of_artifact(subject: Staged, calls: tuple[tuple[str, str], ...]) -> Mo
     llm, file = subject.llm, str(subject.file)
     inputs = {t.name for t in subject.graph.inputs if not t.name.startswith(PAST)}
     if llm is None or inputs != set(llm.input_names()) - set(llm.cache_names("past_key_values")):
-        return ModelOrder(file, calls, attempts=llm is None)
+        return ModelOrder(file, calls, attempts=llm is None, libraries=subject.libraries)
     own = tuple((name, after) for name, after in calls if not name.startswith(BY_ROW))
-    return ModelOrder(file, own, cache=str(subject.artifact.limits.get("cache", "")))
+    return ModelOrder(file, own, cache=str(subject.artifact.limits.get("cache", "")), libraries=subject.libraries)
 
 
 def evaluated(

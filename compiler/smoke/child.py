@@ -38,10 +38,12 @@ def say(**event: Any) -> None:
 def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
     """As a user opens it; a reference as it is written (docs/facts.md, "The twin's session options")."""
     if order["form"] in ("artifact", "original"):
-        return open_session(Path(order["model"]), spinning=False)
+        return open_session(Path(order["model"]), order["libraries"], spinning=False)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for library in order["libraries"]:
+        options.register_custom_ops_library(library)
     if order["form"] == "tapped":
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", order["weights"])
         return ort.InferenceSession(Path(order["model"]).read_bytes(), options, providers=["CPUExecutionProvider"])
@@ -54,7 +56,7 @@ def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[
     """(step, its outputs), as they come."""
     say(during="load")
     kind, length = order["cache"], len(feeds.get(f"{CACHED}|0", ())) + 2
-    engine = ENGINES[kind](Path(order["model"]), ROWS, length, spinning=False) if kind else None
+    engine = ENGINES[kind](Path(order["model"]), order["libraries"], ROWS, length, spinning=False) if kind else None
     session = engine.session if engine is not None else opened(order)
     types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()} if order["form"] == "original" else {}
     names = [output.name for output in session.get_outputs()]

@@ -35,6 +35,7 @@ class ModelOrder:
     weights: str = ""
     cache: str = ""
     attempts: bool = False
+    libraries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class Staged:
         return self.request.out / self.artifact.path
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        """Of operators of ours, where the artifact has some: they lie beside it."""
+        return tuple(str(self.request.out / name) for name in self.artifact.plugins)
+
+    @property
     def on_cpu(self) -> bool:
         return self.artifact.kind == "onnx"
 

@@ -174,6 +174,23 @@ def convert(values: Array, dtype: np.dtype[Any]) -> Array:
     return values.astype(dtype, copy=False)
 
 
+def rows_by(tiles: Iterator[Tile], count: int) -> Iterator[Tile]:
+    """The same rows in tiles of `count`; the last may be shorter."""
+    held: list[tuple[Array, ...]] = []
+    start = have = 0
+    for tile in tiles:
+        held.append(tile.parts)
+        have += len(tile.parts[0])
+        if have >= count:
+            whole = tuple(np.concatenate(same) for same in zip(*held, strict=True))
+            full = have // count * count
+            for at in range(0, full, count):
+                yield Tile(start + at, tuple(part[at : at + count] for part in whole))
+            held, start, have = [tuple(part[full:] for part in whole)], start + full, have - full
+    if have:
+        yield Tile(start, tuple(np.concatenate(same) for same in zip(*held, strict=True)))
+
+
 def first_part(tile: Tile) -> Array:
     return tile.parts[0]
 

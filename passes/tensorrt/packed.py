@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, view_of
+from instantrt.passes.core.lazy import Array, Tile, rows_by, view_of
 from instantrt.passes.core.quant import Codes, QuantTensor
 from instantrt.passes.tensorrt.ranges import finite, in_range, raised
 from instantrt.plugins.weight_only_gemm import layout
@@ -33,10 +33,10 @@ class Packed:
 
     def tiles(self) -> Iterator[Tile]:
         first = self.weights[0]
-        chunks = (rows_by(w, ROWS // len(self.weights)) for w in self.weights)
-        for i, parts in enumerate(zip(*chunks, strict=True)):
-            blocks = [raised(Codes(*part), w, self.dtype) for part, w in zip(parts, self.weights, strict=True)]
-            codes, scale, zero = (interleave(same) for same in zip(*blocks, strict=True))
+        chunks = (rows_by(w.tiles(), ROWS // len(self.weights)) for w in self.weights)
+        for i, same in enumerate(zip(*chunks, strict=True)):
+            blocks = [raised(Codes(*tile.parts), w, self.dtype) for tile, w in zip(same, self.weights, strict=True)]
+            codes, scale, zero = (interleave(each) for each in zip(*blocks, strict=True))
             scale = in_range(scale, self.dtype, first, i * ROWS)
             if first.has_minima:
                 zero = -zero / scale.astype(np.float32)
@@ -44,23 +44,6 @@ class Packed:
             affine = np.stack((scale, zero), axis=-1)  # [n, G, 2]
             packed = layout.pack(codes, first.bits)
             yield Tile(i * layout.TILE_STRIPS, (packed, affine.transpose(1, 0, 2).reshape(first.groups, -1)))
-
-
-def rows_by(weight: QuantTensor, count: int) -> Iterator[tuple[Array, ...]]:
-    """The weight's parts in chunks of `count` rows; the last may be shorter."""
-    held: list[tuple[Array, ...]] = []
-    have = 0
-    for tile in weight.tiles():
-        held.append(tile.parts)
-        have += len(tile.parts[0])
-        if have >= count:
-            whole = tuple(np.concatenate(same) for same in zip(*held, strict=True))
-            full = have // count * count
-            for at in range(0, full, count):
-                yield tuple(part[at : at + count] for part in whole)
-            held, have = [tuple(part[full:] for part in whole)], have - full
-    if have:
-        yield tuple(np.concatenate(same) for same in zip(*held, strict=True))
 
 
 def interleave(parts: tuple[Array, ...]) -> Array:

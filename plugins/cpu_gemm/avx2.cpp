@@ -7,6 +7,7 @@ namespace cpu_gemm {
 namespace {
 
 struct Avx2 {
+    static constexpr int kRows = 2;  // 16 registers hold no more sums
     struct I {
         __m256i a, b;
     };

@@ -7,6 +7,7 @@ namespace cpu_gemm {
 namespace {
 
 struct Avx512 {
+    static constexpr int kRows = 8;  // 26 of 32 registers with two limbs
     using I = __m512i;
     using F = __m512;
     static I zero() { return _mm512_setzero_si512(); }

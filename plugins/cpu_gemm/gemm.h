@@ -131,30 +131,24 @@ struct Gemm {
         return Isa::to_float(all);
     }
 
-    template <int Bits, int Limbs, bool Whole>
-    static void strip(Call const& c, int64_t strip, int64_t row, int64_t end) {
-        for (; row + kTile <= end; row += kTile) {
-            tile<kTile, Bits, Limbs, Whole>(c, strip, row);
+    // Rows [row, end) of one strip, R at once; of those that are left, fewer.
+    template <int R, int Bits, int Limbs, bool Whole>
+    static void rows(Call const& c, int64_t strip, int64_t row, int64_t end) {
+        for (; row + R <= end; row += R) {
+            tile<R, Bits, Limbs, Whole>(c, strip, row);
         }
-        if (row + 4 <= end) {
-            tile<4, Bits, Limbs, Whole>(c, strip, row);
-            row += 4;
-        }
-        if (row + 2 <= end) {
-            tile<2, Bits, Limbs, Whole>(c, strip, row);
-            row += 2;
-        }
-        if (row < end) {
-            tile<1, Bits, Limbs, Whole>(c, strip, row);
+        if constexpr (R > 1) {
+            rows<R / 2, Bits, Limbs, Whole>(c, strip, row, end);
         }
     }
 
     static void multiply(Call const& c, int64_t s, int64_t row, int64_t end) {
+        constexpr int kRows = Isa::kRows;
         bool const eight = c.weight->bits == 8;
         switch (c.weight->form) {
-            case Form::kInt8Rows: return eight ? strip<8, 1, true>(c, s, row, end) : strip<4, 1, true>(c, s, row, end);
-            case Form::kInt8Blocks: return eight ? strip<8, 1, false>(c, s, row, end) : strip<4, 1, false>(c, s, row, end);
-            case Form::kInt16Blocks: return eight ? strip<8, 2, false>(c, s, row, end) : strip<4, 2, false>(c, s, row, end);
+            case Form::kInt8Rows: return eight ? rows<kRows, 8, 1, true>(c, s, row, end) : rows<kRows, 4, 1, true>(c, s, row, end);
+            case Form::kInt8Blocks: return eight ? rows<kRows, 8, 1, false>(c, s, row, end) : rows<kRows, 4, 1, false>(c, s, row, end);
+            case Form::kInt16Blocks: return eight ? rows<kRows, 8, 2, false>(c, s, row, end) : rows<kRows, 4, 2, false>(c, s, row, end);
         }
     }
 
@@ -163,21 +157,31 @@ struct Gemm {
         int64_t const groups = w.k / w.group;
         int const count = w.form == Form::kInt16Blocks ? 2 : 1;
         int32_t const top = w.form == Form::kInt16Blocks ? 127 * 256 : 127;
+        Step step{};
         if (w.form == Form::kInt8Rows) {
-            *scales = scale_of(x, w.k, top);
+            step = step_of(x, w.k, top);
+            *scales = step.size;
         }
         for (int64_t g = 0, b = 0; g < groups; ++g) {
             float sum = 0;
             for (int64_t end = b + w.group / kBlock; b < end; ++b) {
-                float const scale = w.form == Form::kInt8Rows ? *scales : scales[b] = scale_of(x + b * kBlock, kBlock, top);
-                sum += scale * static_cast<float>(round(x + b * kBlock, scale, top, limbs + b * kBlock * count, count));
+                if (w.form != Form::kInt8Rows) {
+                    step = step_of(x + b * kBlock, kBlock, top);
+                    scales[b] = step.size;
+                }
+                int32_t const steps = round(x + b * kBlock, step.by, top, limbs + b * kBlock * count, count);
+                sum += step.size * static_cast<float>(steps);
             }
             sums[g] = sum;
         }
     }
 
-    // max|x| / top; 1 for zeros, NaN where one of x is not finite.
-    static float scale_of(float const* x, int64_t count, int32_t top) {
+    struct Step {
+        float size, by;  // x * by, rounded, times size
+    };
+
+    // max|x| in `top` steps; NaN where one of x is not finite.
+    static Step step_of(float const* x, int64_t count, int32_t top) {
         uint32_t most = 0;
         for (int64_t i = 0; i < count; ++i) {
             uint32_t bits;
@@ -185,17 +189,18 @@ struct Gemm {
             most = std::max(most, bits & 0x7fffffffu);  // floats without a sign are in the order of their bits
         }
         if (most >= 0x7f800000u) {
-            return NAN;
+            return {NAN, 0};
+        }
+        if (most < 0x00800000u) {
+            return {1, 0};  // zeros, and what is too small to divide by
         }
         float value;
         std::memcpy(&value, &most, 4);
-        float const scale = value / static_cast<float>(top);
-        return scale > 0 ? scale : 1;  // what is below the smallest float is zero too
+        return {value / static_cast<float>(top), static_cast<float>(top) / value};
     }
 
-    // round(x / scale) of a block, half to even, first its high limb; returns the sum.
-    static int32_t round(float const* x, float scale, int32_t top, int8_t* limbs, int count) {
-        float const by = 1 / scale;
+    // round(x * by) of a block, half to even, first its high limb; returns the sum.
+    static int32_t round(float const* x, float by, int32_t top, int8_t* limbs, int count) {
         int32_t sum = 0, q[kBlock];
         for (int i = 0; i < kBlock; ++i) {
             float const limit = static_cast<float>(top);

@@ -9,7 +9,6 @@ constexpr int kLanes = 16;        // columns in a strip
 constexpr int kBlock = 32;        // k that share a scale of x
 constexpr int kBlockBytes = 512;  // of a block of codes: 8 vectors of 16 columns by 4 k
 constexpr int kVectors = 8;
-constexpr int kTile = 8;  // rows that are multiplied at once
 
 enum class Type { kF32, kF16, kBF16, kU8 };
 

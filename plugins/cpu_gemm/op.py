@@ -13,7 +13,9 @@ from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 BLOCK = 32  # consecutive k of x that share a scale
 INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS = range(3)
 """x as int8 with a scale for each 32 of a row; in 16 bits so; as int8 with one scale for a row (A8W8)."""
+FORM = "activations"  # the attribute that says which
 TOP = {INT8_BLOCKS: 127, INT16_BLOCKS: 127 * 256, INT8_ROWS: 127}
+SMALLEST = np.finfo(np.float32).tiny
 LONGEST = 65536  # k whose products fit in 32 bits
 
 
@@ -21,10 +23,10 @@ def rounded(x: Array, activations: int) -> Array:
     """x as the kernel has it, in float64: symmetric, half to even; a block of zeros is zero."""
     blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, x.shape[-1] if activations == INT8_ROWS else BLOCK)
     top = np.float32(TOP[activations])
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / top
-    scale = np.where(scale == 0, np.float32(1), scale)
-    steps = np.clip(np.rint(blocks * (1 / scale)), -top, top)
-    return (steps.astype(np.float64) * scale).reshape(x.shape)
+    most = np.abs(blocks).max(axis=-1, keepdims=True)
+    small = most < SMALLEST  # zeros, and what is too small to divide by
+    steps = np.clip(np.rint(blocks * (top / np.where(small, np.float32(np.inf), most))), -top, top)
+    return (steps.astype(np.float64) * np.where(small, 1, most / top)).reshape(x.shape)
 
 
 def weights(codes: Array, scales: Array, zeros: Array | None, values: Mapping[str, int]) -> Array:
@@ -79,7 +81,7 @@ GEMM = Op(
     version=1,
     inputs=(Port("x", ("...", "K")), *WEIGHT, Port("bias", ("16*S",), optional=True)),
     outputs=(Port("y", ("...", "16*S")),),
-    attrs=(*ATTRS, Attr("activations", INT16_BLOCKS, (INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS))),
+    attrs=(*ATTRS, Attr(FORM, INT16_BLOCKS, (INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS))),
     types=tuple((DType.F32, DType.U8, t, z, DType.F32, DType.F32) for t in FLOATS for z in (DType.U8, t)),
     reference=gemm,
     tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},

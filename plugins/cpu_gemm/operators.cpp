@@ -17,6 +17,7 @@ using Schema = schema::CpuGemm;
 
 constexpr int64_t kTaskBytes = 32 << 10;   // of codes: with less, waking a thread takes longer than the work
 constexpr int64_t kRowBytes = 256 << 10;   // of x in integers: half of a core's cache, so that each strip meets it there
+constexpr int64_t kRows = 8;  // what kernels multiply at once
 constexpr int64_t kAloneBytes = 16 << 10;  // of x, which one thread brings into integers
 
 struct Refused {
@@ -222,7 +223,7 @@ class Kernel {
 
     void multiply(Context const* context, Call const& call, int64_t rows) const {
         int64_t const strips = weight_.n / kLanes;
-        int64_t const rows_each = std::max<int64_t>(kTile, kRowBytes / Shape(weight_).limbs / kTile * kTile);
+        int64_t const rows_each = std::max<int64_t>(kRows, kRowBytes / Shape(weight_).limbs / kRows * kRows);
         int64_t const strips_each = std::max<int64_t>(1, kTaskBytes / (stored_blocks(weight_) * kBlockBytes) / rows);
         int64_t const across = (strips + strips_each - 1) / strips_each;
         in_parallel(context, (rows + rows_each - 1) / rows_each * across, [&](int64_t i) {
@@ -271,6 +272,10 @@ Operator description() {
 
 }  // namespace
 }  // namespace cpu_gemm
+
+// Tells the compiler of artifacts what this file is.
+extern "C" __attribute__((visibility("default"))) char const instantrt_serves[] =
+    "InstantRT serves by libinstantrt_cpu.so";
 
 extern "C" __attribute__((visibility("default"))) onnxruntime::Status* RegisterCustomOps(
     onnxruntime::SessionOptions* options, onnxruntime::ApiBase const* base) {

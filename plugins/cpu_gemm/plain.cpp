@@ -31,6 +31,7 @@ float half(uint16_t h) {
 }
 
 struct Plain {
+    static constexpr int kRows = 1;
     struct I {  // sums, or a vector of codes
         union {
             int32_t sum[kLanes];
@@ -58,7 +59,8 @@ struct Plain {
     static I load(uint8_t const* p) { return codes([=](int i) { return p[i]; }); }
     static I low(I q) { return codes([&](int i) { return q.code[i] & 15; }); }
     static I high(I q) { return codes([&](int i) { return q.code[i] >> 4; }); }
-    static I dot(I sum, I q, int8_t const* x) {
+    // not inlined into the kernels' unrolled loops, where compilers take half a minute of it
+    [[gnu::noinline]] static I dot(I sum, I q, int8_t const* x) {
         return sums([&](int i) {
             uint8_t const* c = q.code + 4 * i;
             return sum.sum[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -31,9 +32,12 @@ SPIN_US = 100  # docs/facts.md, "Spinning"
 SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
-def open_session(model: Path, threads: int = 0, spinning: bool | None = None) -> ort.InferenceSession:
+def open_session(
+    model: Path, libraries: Sequence[Path] = (), threads: int = 0, spinning: bool | None = None
+) -> ort.InferenceSession:
     """A session on the CPU; all that open the same file in the same way share one (docs/facts.md, "Prepacked weights").
 
+    libraries  of operators of ours. They are code: who calls has checked them
     threads    0 is one a core, or as many as this process has CPUs where its affinity or its quota leave fewer
     spinning   idle threads wait for the next node on their CPUs; None: where no more threads than CPUs are there
     """
@@ -50,6 +54,8 @@ def open_session(model: Path, threads: int = 0, spinning: bool | None = None) ->
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # docs/facts.md, "Memory patterns"
+        for library in libraries:
+            options.register_custom_ops_library(str(library))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -80,8 +86,16 @@ def empty_cache(session: ort.InferenceSession, rows: int, length: int) -> dict[s
 class SharedEngine:
     """`rows` sequences of at most `length` tokens; pages of the cache take memory when they are first written."""
 
-    def __init__(self, model: Path, rows: int, length: int, threads: int = 0, spinning: bool | None = None) -> None:
-        self.session = open_session(model, threads, spinning)
+    def __init__(
+        self,
+        model: Path,
+        libraries: Sequence[Path],
+        rows: int,
+        length: int,
+        threads: int = 0,
+        spinning: bool | None = None,
+    ) -> None:
+        self.session = open_session(model, libraries, threads, spinning)
         self.cache = empty_cache(self.session, rows, length)
         vocab = next(output.shape[-1] for output in self.session.get_outputs() if output.name == "logits")
         self.logits = np.empty((rows, 1, vocab), np.float32)
@@ -135,9 +149,17 @@ class SharedEngine:
 class ConcatEngine:
     """For models whose present is a longer copy of past (`--portable`): a step runs its rows one after the other."""
 
-    def __init__(self, model: Path, rows: int, length: int, threads: int = 0, spinning: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        libraries: Sequence[Path],
+        rows: int,
+        length: int,
+        threads: int = 0,
+        spinning: bool | None = None,
+    ) -> None:
         del length  # a cache is as long as its sequence
-        self.session = open_session(model, threads, spinning)
+        self.session = open_session(model, libraries, threads, spinning)
         self.empty = {
             PAST + part: ort.OrtValue.ortvalue_from_numpy(b) for part, b in empty_cache(self.session, 1, 0).items()
         }
