@@ -30,6 +30,7 @@ CacheType = Literal["float32", "float16", "int8", "uint4"]
 
 # What a compilation may lack. An option that needs it says nothing without: that is an error.
 CPU, GPU, QUANTIZED, FLOAT = "a CPU target", "a GPU target", "quantization", "a float checkpoint"
+KERNELS = "a target that the library has kernels for"
 # What one model may lack where options are for many, which a script compiles with the same ones: that is a note.
 INEXACT = "layers whose form it decides (docs/targets/x86.md has them)"
 LLM, A8W8 = "a causal LM", "a checkpoint that runs as A8W8"
@@ -208,10 +209,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Plugins:
-    """Our own kernels in engines."""
+    """Our own kernels."""
 
     plugin: Path | None = option(
-        None, "plugin library that runs weight-only linears, exact zero points; auto: the installed one", GPU
+        None, "library of our kernels for quantized linears, exact zero points; auto: the installed one", KERNELS
     )
     plugin_rounding: bool = option(
         False, "with a plugin: many rows may use weights rounded to 16 bits, for cuBLASLt; takes memory", GPU

@@ -14,6 +14,7 @@ from instantrt.compiler.backend.tensorrt.profiles import EngineLimits
 from instantrt.compiler.options import (
     CPU,
     GPU,
+    KERNELS,
     Accuracy,
     Checking,
     Checkpoint,
@@ -215,6 +216,8 @@ def check_options(request: Request) -> None:
     for backend, lacking in ((Backend.ONNXRUNTIME, CPU), (Backend.TENSORRT, GPU)):
         if backend not in backends:
             refuse_idle(request, lacking, where=", ".join(request.targets))
+    if all(request.library(target) is None for target in request.resolved_targets()):
+        refuse_idle(request, KERNELS, where=", ".join(request.targets))
 
 
 def check_lengths(request: Request) -> None:

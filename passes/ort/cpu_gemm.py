@@ -39,7 +39,13 @@ class Strips:
 
 
 @dataclass(frozen=True)
-class LowerCpuGemm(Lowering[Quantized]):
+class CpuMatch:
+    linear: Quantized
+    activations: int
+
+
+@dataclass(frozen=True)
+class LowerCpuGemm(Lowering[CpuMatch]):
     """MatMul(x, DequantizeLinear(codes)) -> instantrt::CpuGemm(x, codes in strips, scales, zero points).
 
     preset   how x is brought into integers, where it is not int8 by token: in 16 bits, or in 8 where that is fast; of
@@ -52,21 +58,21 @@ class LowerCpuGemm(Lowering[Quantized]):
     preset: Preset
     steps: bool = True
 
-    def match(self, node: gs.Node) -> Quantized | Reject | None:
+    def match(self, node: gs.Node) -> CpuMatch | Reject | None:
         found = quantized(node)
         if found is None:
             return None
-        (n, k), bits = found.quant.shape, found.quant.bits
+        (n, k), bits, activations = found.quant.shape, found.quant.bits, self.activations(found)
         if n % layout.STRIP:
             return Reject(f"{GEMM.name}: N is {n}, expected a multiple of {layout.STRIP}")
-        sizes = {"K": k, "group": found.quant.group_size, "bits": bits, "activations": self.activations(found)}
+        sizes = {"K": k, "group": found.quant.group_size, "bits": bits, "activations": activations}
         wrong = GEMM.check(sizes)
-        return Reject(f"{GEMM.name}: {wrong}") if wrong else found
+        return Reject(f"{GEMM.name}: {wrong}") if wrong else CpuMatch(found, activations)
 
-    def rewrite(self, graph: gs.Graph, match: Quantized) -> None:
-        quant, node = match.quant, match.node
-        attrs = {"bits": quant.bits, "group": quant.group_size, "activations": self.activations(match)}
-        gemm(graph, [match.x, *weights(quant, match.path)], take_over(node), node.name, attrs)
+    def rewrite(self, graph: gs.Graph, match: CpuMatch) -> None:
+        quant, node = match.linear.quant, match.linear.node
+        attrs = {"bits": quant.bits, "group": quant.group_size, "activations": match.activations}
+        gemm(graph, [match.linear.x, *weights(quant, match.linear.path)], take_over(node), node.name, attrs)
 
     def activations(self, found: Quantized) -> int:
         if found.quant.activations == "int8":
@@ -74,8 +80,8 @@ class LowerCpuGemm(Lowering[Quantized]):
         fast = self.preset == "fast" or (self.preset == "auto" and self.steps and not makes_logits(found.node))
         return INT8_BLOCKS if fast else INT16_BLOCKS
 
-    def note(self, match: Quantized) -> str:
-        return f"{GEMM.name}, {match.quant.bits} bits, x in {FORMS[self.activations(match)]}"
+    def note(self, match: CpuMatch) -> str:
+        return f"{GEMM.name}, {match.linear.quant.bits} bits, x in {FORMS[match.activations]}"
 
 
 def weights(quant: QuantTensor, path: str) -> list[gs.Tensor]:
