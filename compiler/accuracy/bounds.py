@@ -15,7 +15,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array
-from instantrt.plugins.cpu_gemm.op import BLOCK, FORM, GEMM, INT8_BLOCKS, INT16_BLOCKS
+from instantrt.plugins.cpu_gemm.op import BLOCK, FORM, INT8_BLOCKS, INT16_BLOCKS
+from instantrt.plugins.ops import CPU_GEMM
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
         return INT8_BFLOAT16 if quantizes(nodes) else BFLOAT16
     if int8_block(nodes) is not None:
         return INT8_BLOCK
-    if {"MatMulIntegerToFloat", "MatMulNBits", GEMM.name} & ops:
+    if {"MatMulIntegerToFloat", "MatMulNBits", CPU_GEMM.name} & ops:
         # a DequantizeLinear makes the first limb, to be taken off from x
         two = any(n.attrs.get(FORM) == INT16_BLOCKS or parts_limbs(n) or n.op == "DequantizeLinear" for n in nodes)
         return (LIMBS_CACHE if any(map(keeps_integers, nodes)) else TWO_LIMBS) if two else INT8_TOKEN

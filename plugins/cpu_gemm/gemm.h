@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "activations.h"
 #include "kernel.h"
 
 namespace cpu_gemm {
@@ -17,22 +18,22 @@ struct Gemm {
     using I = typename Isa::I;
     using F = typename Isa::F;
 
-    static F load(void const* values, Type type, int64_t at) {
+    static F load(uint8_t const* from, Type type) {
         switch (type) {
-            case Type::kF16: return Isa::from_f16(static_cast<uint16_t const*>(values) + at);
-            case Type::kBF16: return Isa::from_bf16(static_cast<uint16_t const*>(values) + at);
-            case Type::kU8: return Isa::from_u8(static_cast<uint8_t const*>(values) + at);
-            default: return Isa::load(static_cast<float const*>(values) + at);
+            case Type::kF16: return Isa::from_f16(reinterpret_cast<uint16_t const*>(from));
+            case Type::kBF16: return Isa::from_bf16(reinterpret_cast<uint16_t const*>(from));
+            case Type::kU8: return Isa::from_u8(from);
+            default: return Isa::load(reinterpret_cast<float const*>(from));
         }
     }
 
     // What a code of 0 stands for, in each column: -zero * scale, or the minimum as it is stored.
-    static F minimum(Weight const& w, int64_t at, F scale) {
-        if (w.zeros == nullptr) {
-            return Isa::mul(scale, Isa::set(-static_cast<float>(1 << (w.bits - 1))));
+    static F minimum(Weight const& w, uint8_t const* zeros, F scale) {
+        switch (w.zero_type) {
+            case Type::kNone: return Isa::mul(scale, Isa::set(-static_cast<float>(1 << (w.bits - 1))));
+            case Type::kU8: return Isa::sub(Isa::set(0), Isa::mul(load(zeros, w.zero_type), scale));
+            default: return load(zeros, w.zero_type);
         }
-        F const zero = load(w.zeros, w.zero_type, at);
-        return w.zero_type == Type::kU8 ? Isa::sub(Isa::set(0), Isa::mul(zero, scale)) : zero;
     }
 
     // y[row .. row + R) of one strip. Bits of a code, limbs of x; Whole: one scale for a row of x, one limb.
@@ -43,6 +44,8 @@ struct Gemm {
         Shape const shape(w);
         int64_t const groups = w.k / w.group, per_group = w.group / kBlock;
         uint8_t const* codes = w.codes + strip * stored_blocks(w) * kBlockBytes;
+        uint8_t const* affine = w.affine + strip * groups * affine_bytes(w);
+        int64_t const scale_bytes = kLanes * kSizes[static_cast<int>(w.scale_type)];
         int8_t const* x[R];
         float const *scales[R], *sums[R];
         for (int r = 0; r < R; ++r) {
@@ -55,9 +58,8 @@ struct Gemm {
         for (int r = 0; r < R; ++r) {
             y[r] = Isa::set(0);
         }
-        for (int64_t group = 0, block = 0; group < groups; ++group) {
-            int64_t const at = (strip * groups + group) * kLanes;
-            F const scale = load(w.scales, w.scale_type, at);
+        for (int64_t group = 0, block = 0; group < groups; ++group, affine += affine_bytes(w)) {
+            F const scale = load(affine, w.scale_type);
             if constexpr (Whole) {
                 clear<R, Limbs, kChains>(sum);
             }
@@ -89,7 +91,7 @@ struct Gemm {
                     }
                 }
             }
-            F const least = minimum(w, at, scale);
+            F const least = minimum(w, affine + scale_bytes, scale);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 if constexpr (Whole) {
@@ -102,7 +104,24 @@ struct Gemm {
             if (w.bias != nullptr) {
                 y[r] = Isa::add(y[r], Isa::load(w.bias + strip * kLanes));
             }
-            Isa::store(c.y + (row + r) * w.n + strip * kLanes, y[r]);
+            finish(c, row + r, strip, y[r]);
+        }
+    }
+
+    // Activation, gate and residual of one row of a strip.
+    static void finish(Call const& c, int64_t row, int64_t strip, F v) {
+        Weight const& w = *c.weight;
+        int const count = w.gated ? kLanes / 2 : kLanes;
+        int64_t const at = row * width(w) + strip * count;
+        if (w.activation == Activation::kNone && !w.gated) {
+            return Isa::store(c.y + at, c.residual == nullptr ? v : Isa::add(v, Isa::load(c.residual + at)));
+        }
+        float all[kLanes];
+        Isa::store(all, v);
+        activate(w.activation, all, count);
+        for (int i = 0; i < count; ++i) {
+            float const gated = w.gated ? all[i] * all[count + i] : all[i];
+            c.y[at + i] = c.residual == nullptr ? gated : gated + c.residual[at + i];
         }
     }
 

@@ -10,7 +10,12 @@ constexpr int kBlock = 32;        // k that share a scale of x
 constexpr int kBlockBytes = 512;  // of a block of codes: 8 vectors of 16 columns by 4 k
 constexpr int kVectors = 8;
 
-enum class Type { kF32, kF16, kBF16, kU8 };
+// op.py's TYPES, and how many bytes a number of each has.
+enum class Type { kF32, kF16, kBF16, kU8, kNone };
+constexpr int64_t kSizes[] = {4, 2, 2, 1, 0};
+
+// semantics.py's ACTIVATIONS.
+enum class Activation { kNone, kSilu, kGelu, kGeluTanh };
 
 // How x is brought into integers: op.py's INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS.
 enum class Form { kInt8Blocks, kInt16Blocks, kInt8Rows };
@@ -19,12 +24,12 @@ struct Weight {
     int64_t n, k, group;
     int bits;
     Form form;
+    Type scale_type, zero_type;  // zeros: codes; or minima, which are float; or none, where all are the central code
+    Activation activation;
+    bool gated;  // a strip has eight gates, then the eight ups that they multiply
     uint8_t const* codes;
-    void const* scales;
-    Type scale_type;
-    void const* zeros;  // null: every zero point is the central code
-    Type zero_type;
-    float const* bias;  // null: none
+    uint8_t const* affine;  // of each strip and group: 16 scales, then 16 zeros
+    float const* bias;      // null: none
 };
 
 // Rows of x in integers.
@@ -45,9 +50,17 @@ struct Shape {
 
 inline int64_t stored_blocks(Weight const& w) { return (w.k * w.bits + 255) / 256; }
 
+inline int64_t affine_bytes(Weight const& w) {
+    return kLanes * (kSizes[static_cast<int>(w.scale_type)] + kSizes[static_cast<int>(w.zero_type)]);
+}
+
+// Columns of y.
+inline int64_t width(Weight const& w) { return w.gated ? w.n / 2 : w.n; }
+
 struct Call {
     Weight const* weight;
     Rows x;
+    float const* residual;  // what is added to y; null: nothing
     float* y;
 };
 

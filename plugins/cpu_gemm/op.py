@@ -1,15 +1,20 @@
-"""CpuGemm: y = x @ dequant(W)^T + bias on a CPU, with x in integers; CpuRows: rows of dequant(W)."""
+"""CpuGemm: y = act(x @ dequant(W)^T + bias) + residual on a CPU, with x in integers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from instantrt.plugins.cpu_gemm import layout
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
+from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS
 
+TYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint8))
+SIZES = (4, 2, 2, 1, 0)  # bytes of a number of each, and of none
+CODES, NONE = 3, 4  # zeros as codes; none: every zero point is the central code. Float ones are minima
 BLOCK = 32  # consecutive k of x that share a scale
 INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS = range(3)
 """x as int8 with a scale for each 32 of a row; in 16 bits so; as int8 with one scale for a row (A8W8)."""
@@ -29,30 +34,41 @@ def rounded(x: Array, activations: int) -> Array:
     return (steps.astype(np.float64) * np.where(small, 1, most / top)).reshape(x.shape)
 
 
-def weights(codes: Array, scales: Array, zeros: Array | None, values: Mapping[str, int]) -> Array:
-    """dequant(W) [N, K] in float64. `zeros` are codes, or minima where they are float; none: the central code."""
-    bits, group = values["bits"], values["group"]
-    least = zeros
-    if zeros is None or zeros.dtype == np.uint8:
-        least = -scales.astype(np.float64) * (2.0 ** (bits - 1) if zeros is None else zeros)
-    scale, offset = (np.repeat(layout.by_row(v.astype(np.float64)), group, axis=1) for v in (scales, least))
-    return layout.unpack(codes, bits, scales.shape[1] * group) * scale + offset
+def affine_of(affine: Array, values: Mapping[str, int]) -> tuple[Array, Array]:
+    """Scales, and what code 0 stands for: [N, G] in float64."""
+    middle = layout.STRIP * SIZES[values["scale_type"]]
+    scales = numbers(affine[..., :middle], values["scale_type"])
+    if values["zero_type"] == NONE:
+        least = -scales * 2.0 ** (values["bits"] - 1)
+    else:
+        zeros = numbers(affine[..., middle:], values["zero_type"])
+        least = -scales * zeros if values["zero_type"] == CODES else zeros
+    return layout.by_row(scales), layout.by_row(least)
 
 
-def gemm(
-    x: Array, codes: Array, scales: Array, zeros: Array | None = None, bias: Array | None = None, **attrs: Any
+def numbers(raw: Array, kind: int) -> Array:
+    return np.ascontiguousarray(raw).view(TYPES[kind]).astype(np.float64)
+
+
+def reference(
+    x: Array, codes: Array, affine: Array, bias: Array | None = None, residual: Array | None = None, **attrs: Any
 ) -> tuple[Array, ...]:
     """Wide sums of x as it is rounded."""
-    values = GEMM.attributes(attrs)
-    y = rounded(x, values["activations"]) @ weights(codes, scales, zeros, values).T
-    return ((y if bias is None else y + bias).astype(np.float32),)
+    values = OP.attributes(attrs)
+    scale, least = (np.repeat(v, values["group"], axis=1) for v in affine_of(affine, values))
+    w = layout.unpack(codes, values["bits"], scale.shape[1]) * scale + least
+    y = rounded(x, values["activations"]) @ w.T
+    y = finished(y if bias is None else y + bias, values)
+    return ((y if residual is None else y + residual).astype(np.float32),)
 
 
-def rows(
-    ids: Array, codes: Array, scales: Array, zeros: Array | None = None, bias: Array | None = None, **attrs: Any
-) -> tuple[Array, ...]:
-    """The matrix's rows at `ids`; one below zero counts from the end."""
-    return (weights(codes, scales, zeros, ROWS.attributes(attrs))[ids].astype(np.float32),)
+def finished(y: Array, values: Mapping[str, int]) -> Array:
+    """Activation, and the gates' products: rows of W come in strips of 16, eight gates and the eight ups behind."""
+    act = ACTIVATIONS[values["activation"]]
+    if not values["gated"]:
+        return act(y)
+    gate, up = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, 8), -2, 0)
+    return (act(gate) * up).reshape(*y.shape[:-1], -1)
 
 
 def check(v: Mapping[str, int]) -> str | None:
@@ -65,25 +81,29 @@ def check(v: Mapping[str, int]) -> str | None:
     return None
 
 
-WEIGHT = (
-    Port("codes", ("S", "-(-K//(256//bits))", "512")),  # S strips of 16 rows; strip16, see layout.py
-    Port("scales", ("S", "K//group", "16")),
-    Port("zeros", ("S", "K//group", "16"), optional=True),  # codes, or float minima; none: every zero point is central
-)
-ATTRS = (
-    Attr("bits", 8, (4, 8)),
-    Attr("group", 32),
-    Attr("layout_version", layout.VERSION, (layout.VERSION,)),
-)
-FLOATS = (DType.F32, DType.F16, DType.BF16)
-GEMM = Op(
+OP = Op(
     name="CpuGemm",
     version=1,
-    inputs=(Port("x", ("...", "K")), *WEIGHT, Port("bias", ("16*S",), optional=True)),
-    outputs=(Port("y", ("...", "16*S")),),
-    attrs=(*ATTRS, Attr(FORM, INT16_BLOCKS, (INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS))),
-    types=tuple((DType.F32, DType.U8, t, z, DType.F32, DType.F32) for t in FLOATS for z in (DType.U8, t)),
-    reference=gemm,
+    inputs=(
+        Port("x", ("...", "K")),
+        Port("codes", ("S", "-(-K//(256//bits))", "512")),  # S strips of 16 rows; strip16, see layout.py
+        Port("affine", ("S", "K//group", f"16*({SIZES}[scale_type]+{SIZES}[zero_type])")),
+        Port("bias", ("16*S",), optional=True),
+        Port("residual", ("...", "16*S//(1+gated)"), optional=True),  # added behind the activation
+    ),
+    outputs=(Port("y", ("...", "16*S//(1+gated)")),),
+    attrs=(
+        Attr("bits", 8, (4, 8)),
+        Attr("group", 32),
+        Attr("scale_type", 0, (0, 1, 2)),
+        Attr("zero_type", CODES, (0, 1, 2, CODES, NONE)),
+        Attr(FORM, INT16_BLOCKS, (INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS)),
+        Attr("activation", 0, tuple(ACTIVATIONS)),
+        Attr("gated", 0, (0, 1)),
+        Attr("layout_version", layout.VERSION, (layout.VERSION,)),
+    ),
+    types=((DType.F32, DType.U8, DType.U8, DType.F32, DType.F32, DType.F32),),
+    reference=reference,
     tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},
     check=check,
 )

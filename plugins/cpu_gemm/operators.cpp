@@ -81,28 +81,23 @@ class Kernel {
         weight_.bits = static_cast<int>(attributes[Schema::kBits]);
         weight_.group = attributes[Schema::kGroup];
         weight_.form = static_cast<Form>(attributes[Schema::kActivations]);
+        weight_.scale_type = static_cast<Type>(attributes[Schema::kScaleType]);
+        weight_.zero_type = static_cast<Type>(attributes[Schema::kZeroType]);
+        weight_.activation = static_cast<Activation>(attributes[Schema::kActivation]);
+        weight_.gated = attributes[Schema::kGated] != 0;
         check(api_.input_count(info, &inputs_));
         Tensor const codes = constant(info, Schema::kCodes, Element::kU8);
-        Tensor const scales = constant(info, Schema::kScales, Element::kAny);
-        require(codes.sizes.size() == 3 && scales.sizes.size() == 3, "codes and scales have three axes");
+        Tensor const affine = constant(info, Schema::kAffine, Element::kU8);
+        require(codes.sizes.size() == 3 && affine.sizes.size() == 3, "codes and affine have three axes");
         weight_.n = codes.sizes[0] * kLanes;
-        weight_.k = scales.sizes[1] * weight_.group;
+        weight_.k = affine.sizes[1] * weight_.group;
         char const* wrong = refuse(weight_);
         require(wrong == nullptr, wrong ? wrong : "");
-        int64_t const blocks = stored_blocks(weight_);
-        same("codes", codes.sizes, {codes.sizes[0], blocks, kBlockBytes});
-        same("scales", scales.sizes, {codes.sizes[0], weight_.k / weight_.group, kLanes});
+        same("codes", codes.sizes, {codes.sizes[0], stored_blocks(weight_), kBlockBytes});
+        same("affine", affine.sizes, {codes.sizes[0], weight_.k / weight_.group, affine_bytes(weight_)});
         weight_.codes = static_cast<uint8_t const*>(codes.data);
-        weight_.scales = scales.data;
-        weight_.scale_type = type_of(scales.element);
-        require(weight_.scale_type != Type::kU8, "scales are float");
-        if (has(info, Schema::kZeros)) {
-            Tensor const zeros = constant(info, Schema::kZeros, Element::kAny);
-            same("zeros", zeros.sizes, scales.sizes);
-            weight_.zeros = zeros.data;
-            weight_.zero_type = type_of(zeros.element);
-        }
-        if (has(info, Schema::kBias)) {
+        weight_.affine = static_cast<uint8_t const*>(affine.data);
+        if (is_constant(info, Schema::kBias)) {
             Tensor const bias = constant(info, Schema::kBias, Element::kF32);
             same("bias", bias.sizes, {weight_.n});
             weight_.bias = static_cast<float const*>(bias.data);
@@ -110,32 +105,31 @@ class Kernel {
     }
 
     void compute(Context* context) const {
-        Value const* value = nullptr;
-        check(api_.input(context, Schema::kX, &value));
-        Tensor const x = tensor(api_, value);
+        Tensor const x = tensor(api_, input(context, Schema::kX));
         require(!x.sizes.empty() && x.sizes.back() == weight_.k,
                 "x is " + text(x.sizes) + ", expected [..., " + std::to_string(weight_.k) + "]");
-        for (size_t port : {Schema::kZeros, Schema::kBias}) {
-            bool const held = port == Schema::kZeros ? weight_.zeros != nullptr : weight_.bias != nullptr;
-            if (port < inputs_ && !held) {
-                check(api_.input(context, port, &value));
-                require(value == nullptr, std::string(port == Schema::kZeros ? "zeros" : "bias") + " is no constant");
-            }
-        }
+        require(weight_.bias != nullptr || input(context, Schema::kBias) == nullptr, "bias is no constant");
         std::vector<int64_t> sizes = x.sizes;
-        sizes.back() = weight_.n;
+        sizes.back() = width(weight_);
         int64_t rows = 1;
         for (size_t i = 0; i + 1 < sizes.size(); ++i) {
             rows *= sizes[i];
         }
+        Call call{&weight_, {}, nullptr, nullptr};
+        if (Value const* value = input(context, Schema::kResidual)) {
+            Tensor const residual = tensor(api_, value);
+            same("residual", residual.sizes, sizes);
+            call.residual = static_cast<float const*>(residual.data);
+        }
         Value* out = nullptr;
+        void* y = nullptr;
         check(api_.output(context, 0, sizes.data(), sizes.size(), &out));
+        check(api_.data(out, &y));
         if (rows == 0) {
             return;
         }
-        void* y = nullptr;
-        check(api_.data(out, &y));
-        Call const call{&weight_, memory_for(rows), static_cast<float*>(y)};
+        call.x = memory_for(rows);
+        call.y = static_cast<float*>(y);
         quantize(context, static_cast<float const*>(x.data), rows, call.x);
         multiply(context, call, rows);
     }
@@ -162,33 +156,32 @@ class Kernel {
         return value;
     }
 
-    bool has(KernelInfo const* info, size_t port) const {
+    bool is_constant(KernelInfo const* info, size_t port) const {
         Value const* value = nullptr;
-        int is_constant = 0;
+        int constant = 0;
         if (port < inputs_) {
-            check(api_.constant(info, port, &is_constant, &value));
+            check(api_.constant(info, port, &constant, &value));
         }
-        return is_constant;
+        return constant != 0;
     }
 
     Tensor constant(KernelInfo const* info, size_t port, Element element) const {
         Value const* value = nullptr;
-        int is_constant = 0;
-        check(api_.constant(info, port, &is_constant, &value));
-        require(is_constant, "input " + std::to_string(port) + " is no constant");
+        int constant = 0;
+        check(api_.constant(info, port, &constant, &value));
+        require(constant != 0, "input " + std::to_string(port) + " is no constant");
         Tensor found = tensor(api_, value);
-        require(element == Element::kAny || found.element == element, "input " + std::to_string(port) + " has another type");
+        require(found.element == element, "input " + std::to_string(port) + " has another type");
         return found;
     }
 
-    Type type_of(Element element) const {
-        switch (element) {
-            case Element::kF32: return Type::kF32;
-            case Element::kF16: return Type::kF16;
-            case Element::kBF16: return Type::kBF16;
-            case Element::kU8: return Type::kU8;
-            default: throw Refused{api_.error("CpuGemm: scales and zeros are float, float16, bfloat16 or uint8")};
+    // Null for one that the node does not have.
+    Value const* input(Context const* context, size_t port) const {
+        Value const* value = nullptr;
+        if (port < inputs_) {
+            check(api_.input(context, port, &value));
         }
+        return value;
     }
 
     // Of the calling thread, which keeps it for the next node.
@@ -247,8 +240,7 @@ Operator description() {
     op.inputs = [](Operator const*) -> size_t { return Schema::kInputs; };
     op.outputs = [](Operator const*) -> size_t { return 1; };
     op.input_type = [](Operator const*, size_t i) {
-        bool const wide = i == Schema::kX || i == Schema::kBias;
-        return wide ? Element::kF32 : i == Schema::kCodes ? Element::kU8 : Element::kAny;
+        return i == Schema::kCodes || i == Schema::kAffine ? Element::kU8 : Element::kF32;
     };
     op.output_type = [](Operator const*, size_t) { return Element::kF32; };
     op.input_presence = [](Operator const*, size_t i) {

@@ -19,7 +19,7 @@ struct SessionOptions;
 
 constexpr uint32_t kVersion = 18;  // of the table: ONNX Runtime 1.18 and every later one has it
 
-enum class Element : int32_t { kAny = 0, kF32 = 1, kU8 = 2, kI64 = 7, kF16 = 10, kBF16 = 16 };
+enum class Element : int32_t { kF32 = 1, kU8 = 2 };
 enum class ErrorCode : int32_t { kInvalidArgument = 2 };
 
 class Api {

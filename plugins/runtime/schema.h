@@ -9,7 +9,7 @@ struct Field {
     char const* name;
     int32_t value;  // the default
     int32_t choices;  // 0: any value, checked against the shapes
-    int32_t allowed[4];
+    int32_t allowed[5];
 };
 
 constexpr char kDomain[] = "instantrt";
@@ -41,29 +41,28 @@ struct WeightOnlyGemm {
     };
 };
 
-// CpuGemm(x[..., K], codes[S, -(-K//(256//bits)), 512], scales[S, K//group, 16], zeros[S, K//group, 16], bias[16*S]) -> y[..., 16*S]
+// CpuGemm(x[..., K], codes[S, -(-K//(256//bits)), 512], affine[S, K//group, 16*((4, 2, 2, 1, 0)[scale_type]+(4, 2, 2, 1, 0)[zero_type])], bias[16*S], residual[..., 16*S//(1+gated)]) -> y[..., 16*S//(1+gated)]
 struct CpuGemm {
     static constexpr char kName[] = "CpuGemm";
     static constexpr char kVersion[] = "1";
-    enum Port : int32_t { kX, kCodes, kScales, kZeros, kBias, kY };
+    enum Port : int32_t { kX, kCodes, kAffine, kBias, kResidual, kY };
     static constexpr int32_t kInputs = 5;
     static constexpr int32_t kRequiredInputs = 3;
-    enum Attr : int32_t { kBits, kGroup, kLayoutVersion, kActivations };
-    static constexpr Field kFields[4] = {
+    enum Attr : int32_t { kBits, kGroup, kScaleType, kZeroType, kActivations, kActivation, kGated, kLayoutVersion };
+    static constexpr Field kFields[8] = {
         {"bits", 8, 2, {4, 8}},
         {"group", 32, 0, {}},
-        {"layout_version", 1, 1, {1}},
+        {"scale_type", 0, 3, {0, 1, 2}},
+        {"zero_type", 3, 5, {0, 1, 2, 3, 4}},
         {"activations", 1, 3, {0, 1, 2}},
+        {"activation", 0, 4, {0, 1, 2, 3}},
+        {"gated", 0, 2, {0, 1}},
+        {"layout_version", 1, 1, {1}},
     };
     // legal types: one row, one type for each port
     template <typename DataType>
-    static constexpr DataType kTypes[6][6] = {
-        {DataType::kFLOAT, DataType::kUINT8, DataType::kFLOAT, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kUINT8, DataType::kHALF, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kUINT8, DataType::kHALF, DataType::kHALF, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kUINT8, DataType::kBF16, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kUINT8, DataType::kBF16, DataType::kBF16, DataType::kFLOAT, DataType::kFLOAT},
+    static constexpr DataType kTypes[1][6] = {
+        {DataType::kFLOAT, DataType::kUINT8, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
     };
 };
 
