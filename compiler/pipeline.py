@@ -33,8 +33,9 @@ from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryA
 from instantrt.passes.float.normalize_gemm import NormalizeGemm
 from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
+from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.ort.attention import ATTENTION
-from instantrt.passes.ort.cpu_gemm import FuseCpuBias, LowerCpuGemm
+from instantrt.passes.ort.cpu_gemm import FuseResidual, LowerCpuGemm
 from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
@@ -57,7 +58,6 @@ from instantrt.passes.tensorrt.decompose_rms_norm import DecomposeRmsNorm
 from instantrt.passes.tensorrt.decompose_rotary import DecomposeRotary
 from instantrt.passes.tensorrt.explicit_mask import ExplicitMask
 from instantrt.passes.tensorrt.explicit_scales import ExplicitScales
-from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from instantrt.passes.tensorrt.lower_native_int8 import LowerNativeInt8
 from instantrt.passes.tensorrt.lower_native_tables import LowerNativeTables
@@ -156,13 +156,14 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
 
     longest   tokens of a sequence, 0 where it is not known
     """
+    ours = request.library(target) is not None
     passes: list[Pass] = [] if request.portable else [RotateWholeHeads(), *ATTENTION, RotateInAttention(longest)]
     if steps := is_causal_lm(graph):
-        passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=True), PackQueryKeyValue()]
+        passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=not ours), PackQueryKeyValue()]
     else:
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
-    if request.library(target) is not None:
-        passes += [LowerCpuGemm(request.cpu_preset, steps), FuseCpuBias()]
+    if ours:
+        passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.
@@ -203,7 +204,7 @@ def lower_tensorrt(
     passes += cast_compute_type(dtype)
     if request.plugin is not None:
         lower = LowerWeightOnlyGemm(dtype, request.plugin_rounding, request.plugin_batch_invariant)
-        passes += [lower, *FUSE_WEIGHT_ONLY_GEMM]
+        passes += [lower, *EPILOGUES]
     run(graph, passes, log)
     if request.embeddings == "int8":
         refuse_no_table(log, LowerNativeTables)

@@ -4,38 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Tile, View, rows_by
-from instantrt.passes.core.quant import QuantTensor, scales_of, zeros_of
-from instantrt.passes.core.rewrite import Lowering, Reject, Rewrite, producer, take_over
+from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, rows_by
+from instantrt.passes.core.quant import QuantTensor, scales_of
+from instantrt.passes.core.rewrite import Lowering, Reject, Rewrite, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
+from instantrt.passes.gemm.packed import attributes, gemm, interleave, made_by, shape_of, weights
 from instantrt.passes.ort import Preset
-from instantrt.passes.ort.in_half import HALF_TYPES
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
 from instantrt.plugins.cpu_gemm import layout
-from instantrt.plugins.cpu_gemm.op import GEMM, INT8_BLOCKS, INT8_ROWS, INT16_BLOCKS
-from instantrt.plugins.ops import DOMAIN
+from instantrt.plugins.cpu_gemm.op import CODES, INT8_BLOCKS, INT8_ROWS, INT16_BLOCKS, NONE, OP, SIZES, TYPES
 
 ROWS = 16 * layout.STRIP  # that are packed at once
 FORMS = {INT8_BLOCKS: "int8 by 32", INT16_BLOCKS: "16 bits by 32 (exact)", INT8_ROWS: "int8 by token"}
-BIAS = 4
+BIAS, RESIDUAL = 3, 4  # optional inputs
 
 
 @dataclass(frozen=True)
 class Strips:
-    """A quantized weight as the kernels read it: codes in strip16, scales and zero points [strips, G, 16]."""
+    """One quantized weight as CpuGemm reads it, or a gate and its up projection: see `packed.Packed`.
 
-    weight: QuantTensor
+    Delivers (codes [strips, K blocks, 512], affine [strips, G, bytes]).
+    """
+
+    weights: tuple[QuantTensor, ...]
+
+    @property
+    def bias_type(self) -> np.dtype[Any]:
+        return FLOAT32
+
+    def beside(self, other: Strips) -> Strips:
+        return Strips((*self.weights, *other.weights))
+
+    @property
+    def types(self) -> dict[str, int]:
+        """The attributes that say how scales and zero points are stored: as the checkpoint has them, where it can."""
+        first = self.weights[0]
+        zeros = NONE if first.symmetric else stored(first.zero_dtype) if first.has_minima else CODES
+        return {"scale_type": stored(first.scale_dtype), "zero_type": zeros}
+
+    def constants(self, path: str) -> list[gs.Tensor]:
+        (n, k), first = shape_of(self), self.weights[0]
+        codes = View(self, layout.packed_shape(n, k, first.bits), np.uint8)
+        size = layout.STRIP * sum(SIZES[kind] for kind in self.types.values())
+        affine = View(self, (n // layout.STRIP, first.groups, size), np.uint8, project=scales_of)
+        return [gs.Constant(f"{path}.strips", codes), gs.Constant(f"{path}.affine", affine)]
 
     def tiles(self) -> Iterator[Tile]:
-        for start, (codes, *affine) in rows_by(self.weight.tiles(), ROWS):
-            packed = layout.pack(codes, self.weight.bits)
-            yield Tile(start // layout.STRIP, (packed, *map(layout.by_strip, affine)))
+        types = [kind for kind in self.types.values() if kind != NONE]
+        each = (rows_by(w.tiles(), ROWS // len(self.weights)) for w in self.weights)
+        for i, same in enumerate(zip(*each, strict=True)):
+            codes, *affine = map(interleave, zip(*(tile.parts for tile in same), strict=True))
+            parts = [in_bytes(layout.by_strip(part), TYPES[kind]) for part, kind in zip(affine, types, strict=False)]
+            packed = layout.pack(codes, self.weights[0].bits)
+            yield Tile(i * ROWS // layout.STRIP, (packed, np.concatenate(parts, axis=-1)))
+
+
+def stored(dtype: np.dtype[Any]) -> int:
+    """The place in TYPES of what holds numbers of `dtype`."""
+    return TYPES.index(dtype) if dtype in TYPES else TYPES.index(FLOAT32)
+
+
+def in_bytes(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Values that are numbers of `dtype`, as its bytes."""
+    narrow = values.astype(dtype)
+    assert (narrow == values).all(), f"rounded before it was {dtype}"
+    return np.ascontiguousarray(narrow).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,7 +85,7 @@ class CpuMatch:
 
 @dataclass(frozen=True)
 class LowerCpuGemm(Lowering[CpuMatch]):
-    """MatMul(x, DequantizeLinear(codes)) -> instantrt::CpuGemm(x, codes in strips, scales, zero points).
+    """MatMul(x, DequantizeLinear(codes)) -> instantrt::CpuGemm(x, codes in strips, scales and zero points).
 
     preset   how x is brought into integers, where it is not int8 by token: in 16 bits, or in 8 where that is fast; of
              the head, where 8 cost most, in 16 unless `fast`
@@ -64,15 +103,16 @@ class LowerCpuGemm(Lowering[CpuMatch]):
             return None
         (n, k), bits, activations = found.quant.shape, found.quant.bits, self.activations(found)
         if n % layout.STRIP:
-            return Reject(f"{GEMM.name}: N is {n}, expected a multiple of {layout.STRIP}")
+            return Reject(f"{OP.name}: N is {n}, expected a multiple of {layout.STRIP}")
         sizes = {"K": k, "group": found.quant.group_size, "bits": bits, "activations": activations}
-        wrong = GEMM.check(sizes)
-        return Reject(f"{GEMM.name}: {wrong}") if wrong else CpuMatch(found, activations)
+        wrong = OP.check(sizes)
+        return Reject(f"{OP.name}: {wrong}") if wrong else CpuMatch(found, activations)
 
     def rewrite(self, graph: gs.Graph, match: CpuMatch) -> None:
-        quant, node = match.linear.quant, match.linear.node
-        attrs = {"bits": quant.bits, "group": quant.group_size, "activations": match.activations}
-        gemm(graph, [match.linear.x, *weights(quant, match.linear.path)], take_over(node), node.name, attrs)
+        quant, node, strips = match.linear.quant, match.linear.node, Strips((match.linear.quant,))
+        attrs = {"bits": quant.bits, "group": quant.group_size, "activations": match.activations, **strips.types}
+        inputs = [match.linear.x, *weights(graph, strips, match.linear.path)]
+        gemm(graph, OP.name, inputs, take_over(node), node.name, OP.attributes(attrs))
 
     def activations(self, found: Quantized) -> int:
         if found.quant.activations == "int8":
@@ -81,62 +121,36 @@ class LowerCpuGemm(Lowering[CpuMatch]):
         return INT8_BLOCKS if fast else INT16_BLOCKS
 
     def note(self, match: CpuMatch) -> str:
-        return f"{GEMM.name}, {match.linear.quant.bits} bits, x in {FORMS[match.activations]}"
-
-
-def weights(quant: QuantTensor, path: str) -> list[gs.Tensor]:
-    """The constants of a weight: codes, scales as they are stored, zero points unless all are central."""
-    source, (n, k) = Strips(quant), quant.shape
-    strips = (n // layout.STRIP, quant.groups, layout.STRIP)
-    codes = View(source, layout.packed_shape(n, k, quant.bits), np.uint8)
-    scales = View(source, strips, stored(quant.scale_dtype), project=scales_of)
-    tensors: list[gs.Tensor] = [gs.Constant(f"{path}.strips", codes), gs.Constant(f"{path}.scales", scales)]
-    if quant.symmetric:
-        return tensors
-    dtype = stored(quant.zero_dtype) if quant.has_minima else np.uint8
-    return [*tensors, gs.Constant(f"{path}.zeros", View(source, strips, dtype, project=zeros_of))]
-
-
-def stored(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
-    """The type that a file holds numbers of `dtype` in, all of which it has."""
-    return dtype if dtype in HALF_TYPES else FLOAT32
-
-
-def gemm(graph: gs.Graph, inputs: list[gs.Tensor], out: gs.Tensor, name: str, attrs: dict[str, int]) -> None:
-    """Adds the node."""
-    graph.nodes.append(gs.Node(GEMM.name, name, GEMM.attributes(attrs), inputs, [out], domain=DOMAIN))
-    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
-    if all(known.domain != DOMAIN for known in domains):
-        graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, GEMM.version)]
+        return f"{OP.name}, {match.linear.quant.bits} bits, x in {FORMS[match.activations]}"
 
 
 @dataclass(frozen=True)
-class BiasMatch:
-    gemm: gs.Node
-    add: gs.Node
-    bias: gs.Constant
+class ResidualMatch:
+    made: gs.Node
+    last: gs.Node
+    residual: gs.Tensor
 
 
 @dataclass(frozen=True)
-class FuseCpuBias(Rewrite[BiasMatch]):
-    """CpuGemm + Add(constant [N]) -> its bias input."""
+class FuseResidual(Rewrite[ResidualMatch]):
+    """CpuGemm + Add(r), of its own shape -> its residual input."""
 
-    def match(self, node: gs.Node) -> BiasMatch | Reject | None:
+    def match(self, node: gs.Node) -> ResidualMatch | Reject | None:
         if node.op != "Add":
             return None
-        for y, bias in (node.inputs, node.inputs[::-1]):
-            made = producer(y, GEMM.name)
-            if made is None or not isinstance(bias, gs.Constant) or len(made.inputs) > BIAS:
+        for y, other in (node.inputs, node.inputs[::-1]):
+            made = made_by(y)
+            if made is None or made.op != OP.name or len(made.inputs) > RESIDUAL or isinstance(other, gs.Constant):
                 continue
             if len(y.outputs) != 1:
-                return Reject("another node reads the product without its bias")
-            if tuple(bias.shape) != (layout.STRIP * made.inputs[1].shape[0],) or bias.dtype != np.float32:
-                return Reject(f"the bias is {np.dtype(bias.dtype)} {tuple(bias.shape)}")
-            return BiasMatch(made, node, bias)
+                continue
+            if y.shape is None or other.shape is None or list(y.shape) != list(other.shape):
+                return Reject(f"{other.name} is {other.shape}, not of the product's shape {y.shape}")
+            return ResidualMatch(made, node, other)
         return None
 
-    def rewrite(self, graph: gs.Graph, match: BiasMatch) -> None:
-        made = match.gemm
-        missing = [gs.Variable.empty()] * (BIAS - len(made.inputs))
-        attrs = {attr.name: made.attrs[attr.name] for attr in GEMM.attrs}
-        gemm(graph, [*made.inputs, *missing, match.bias], take_over(match.add), made.name, attrs)
+    def rewrite(self, graph: gs.Graph, match: ResidualMatch) -> None:
+        made = match.made
+        missing = [gs.Variable.empty()] * (RESIDUAL - len(made.inputs))
+        out = take_over(match.last)
+        gemm(graph, OP.name, [*made.inputs, *missing, match.residual], out, made.name, made.attrs | attributes(made))

@@ -12,41 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import View
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Reject, take_over
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.tensorrt.packed import Packed, packed_of
+from instantrt.passes.gemm.packed import gemm, weights
+from instantrt.passes.tensorrt.packed import Packed
 from instantrt.plugins.ops import DOMAIN
-from instantrt.plugins.weight_only_gemm import layout
 from instantrt.plugins.weight_only_gemm.op import OP
 
 
-def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
-    """The constants of a packed weight; those of an earlier node that has the same one."""
-    for node in graph.nodes:
-        if node.op == OP.name and packed_of(node) == packed:
-            return list(node.inputs[1:3])
-    (n, k), first = packed.shape, packed.weights[0]
-    codes = View(packed, layout.packed_shape(n, k, first.bits), np.int8)
-    affine = View(packed, (first.groups, 2 * n), packed.dtype, axis=1, project=lambda tile: tile.parts[1])
-    return [gs.Constant(f"{path}.packed", codes), gs.Constant(f"{path}.affine", affine)]
-
-
-def gemm(graph: gs.Graph, inputs: list[gs.Tensor], out: gs.Tensor, name: str, attrs: dict[str, int]) -> None:
-    """Adds the node. Version and namespace as attributes make TensorRT's ONNX parser look for the plugin."""
-    labels = {"plugin_version": str(OP.version), "plugin_namespace": DOMAIN}
-    graph.nodes.append(gs.Node(OP.name, name, OP.attributes(attrs) | labels, inputs, [out], domain=DOMAIN))
-    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
-    if all(known.domain != DOMAIN for known in domains):
-        graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, OP.version)]
-
-
-def attributes(node: gs.Node) -> dict[str, int]:
-    return {attr.name: node.attrs[attr.name] for attr in OP.attrs}
+# What makes TensorRT's ONNX parser look for the plugin.
+LABELS = {"plugin_version": str(OP.version), "plugin_namespace": DOMAIN}
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,7 @@ class LowerWeightOnlyGemm(Lowering[Quantized]):
         attrs |= {"rounded_weights": int(self.rounded and quant.activations == "float")}
         attrs |= {"batch_invariant": int(self.batch_invariant)}
         inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
-        gemm(graph, inputs, take_over(match.node), name, attrs)
+        gemm(graph, OP.name, inputs, take_over(match.node), name, OP.attributes(attrs) | LABELS)
 
     def note(self, match: Quantized) -> str:
         return f"{OP.name}, minima as zero points in {self.dtype.name}" if match.quant.has_minima else OP.name

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Tile, rows_by, view_of
-from instantrt.passes.core.quant import Codes, QuantTensor
+from instantrt.passes.core.lazy import Tile, View, rows_by
+from instantrt.passes.core.quant import Codes, QuantTensor, scales_of
+from instantrt.passes.gemm.packed import interleave, shape_of
 from instantrt.passes.tensorrt.ranges import finite, in_range, raised
 from instantrt.plugins.weight_only_gemm import layout
 
@@ -28,8 +29,17 @@ class Packed:
     dtype: np.dtype[Any]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return sum(w.shape[0] for w in self.weights), self.weights[0].shape[1]
+    def bias_type(self) -> np.dtype[Any]:
+        return self.dtype
+
+    def beside(self, other: Packed) -> Packed:
+        return Packed((*self.weights, *other.weights), self.dtype)
+
+    def constants(self, path: str) -> list[gs.Tensor]:
+        (n, k), first = shape_of(self), self.weights[0]
+        codes = View(self, layout.packed_shape(n, k, first.bits), np.int8)
+        affine = View(self, (first.groups, 2 * n), self.dtype, axis=1, project=scales_of)
+        return [gs.Constant(f"{path}.packed", codes), gs.Constant(f"{path}.affine", affine)]
 
     def tiles(self) -> Iterator[Tile]:
         first = self.weights[0]
@@ -44,17 +54,3 @@ class Packed:
             affine = np.stack((scale, zero), axis=-1)  # [n, G, 2]
             packed = layout.pack(codes, first.bits)
             yield Tile(i * layout.TILE_STRIPS, (packed, affine.transpose(1, 0, 2).reshape(first.groups, -1)))
-
-
-def interleave(parts: tuple[Array, ...]) -> Array:
-    """Eight rows of each in turn, so that one thread of the kernel owns a gate and its up."""
-    if len(parts) == 1:
-        return parts[0]
-    return np.stack([p.reshape(-1, 8, p.shape[1]) for p in parts], axis=1).reshape(-1, parts[0].shape[1])
-
-
-def packed_of(node: gs.Node) -> Packed:
-    view = view_of(node.inputs[1])
-    assert view is not None
-    assert isinstance(view.source, Packed)
-    return view.source

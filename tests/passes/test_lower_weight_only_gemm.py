@@ -19,7 +19,7 @@ from instantrt.passes.core.rewrite import PassLog, add, run
 from instantrt.passes.qdq.insert_qdq import InsertDequantize
 from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
-from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
 from instantrt.passes.tensorrt.packed import Packed
 from instantrt.plugins.ops import DOMAIN
@@ -76,7 +76,7 @@ class Network:
         run(self.graph, [InsertDequantize(self.decisions), QuantizeActivations()], PassLog())
         twin, log = self.graph.copy(), PassLog()
         lowered = run(self.graph, cast_compute_type(self.dtype), PassLog())
-        run(lowered, [LowerWeightOnlyGemm(self.dtype), *FUSE_WEIGHT_ONLY_GEMM], log)
+        run(lowered, [LowerWeightOnlyGemm(self.dtype), *EPILOGUES], log)
         return twin, lowered, log
 
     def check(self, twin: gs.Graph, lowered: gs.Graph, roundings: int = 1) -> None:

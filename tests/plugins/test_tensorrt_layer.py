@@ -28,7 +28,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
-from instantrt.passes.tensorrt.fuse_weight_only_gemm import FUSE_WEIGHT_ONLY_GEMM
+from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
 from instantrt.plugins import ops
 from instantrt.plugins.weight_only_gemm.op import OP
@@ -178,7 +178,7 @@ def test_a_whole_model_with_the_plugin_builds_on_rtx(
     pipeline.quantize(graph, decisions, PassLog())
     twin = graph.copy()
     run(graph, cast_compute_type(f16), PassLog())
-    run(graph, [LowerWeightOnlyGemm(f16), *FUSE_WEIGHT_ONLY_GEMM], PassLog())
+    run(graph, [LowerWeightOnlyGemm(f16), *EPILOGUES], PassLog())
     gemms = [node for node in graph.nodes if node.op == OP.name]
     assert len(decisions) == 4 * 7
     assert len(gemms) == 4 * 6, "gate and up are one"

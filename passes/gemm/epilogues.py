@@ -1,16 +1,14 @@
-"""What follows a WeightOnlyGemm and can happen inside it, before its one rounding: bias, SiLU, GELU, gate times up."""
+"""What follows a product of ours and can happen inside it, before its one rounding: bias, SiLU, GELU, gate times up."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, producer, take_over
-from instantrt.passes.tensorrt.lower_weight_only_gemm import attributes, gemm, weights
-from instantrt.passes.tensorrt.packed import Packed, interleave, packed_of
-from instantrt.plugins.weight_only_gemm.op import OP
+from instantrt.passes.gemm.packed import Packed, attributes, gemm, interleave, made_by, packed_of, shape_of, weights
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 
 UNBIASED = 3  # x, codes, affine
@@ -19,29 +17,29 @@ GELUS = {"none": GELU, "tanh": GELU_TANH}  # by the operator's attribute
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Something after a WeightOnlyGemm that it can do itself: `last` is the node whose output it takes over."""
+    """Something after a product that it can do itself: `last` is the node whose output it takes over."""
 
     node: gs.Node
     last: gs.Node
     inputs: list[gs.Tensor]
-    attrs: dict[str, int]
+    changes: dict[str, int] = field(default_factory=dict)  # of its attributes
 
 
 class FuseEpilogue(Rewrite[Epilogue]):
     def rewrite(self, graph: gs.Graph, match: Epilogue) -> None:
-        name, out = match.node.name, take_over(match.last)
-        gemm(graph, match.inputs, out, name, match.attrs)
+        node, out = match.node, take_over(match.last)
+        gemm(graph, node.op, match.inputs, out, node.name, node.attrs | match.changes)
 
 
 def sole_gemm(tensor: gs.Tensor, user: gs.Node) -> gs.Node | None:
-    """The WeightOnlyGemm that makes `tensor`, if nothing but `user` reads it."""
-    node = producer(tensor, OP.name)
+    """The product of ours that makes `tensor`, if nothing but `user` reads it."""
+    node = made_by(tensor)
     return node if node is not None and all(out is user for out in tensor.outputs) else None
 
 
 @dataclass(frozen=True)
 class FuseBias(FuseEpilogue):
-    """WeightOnlyGemm + Add(constant [N]) -> its bias input. Exact where the bias already has the compute type."""
+    """Product + Add(constant [N]) -> its bias input. Exact where the bias already has the compute type."""
 
     def match(self, node: gs.Node) -> Epilogue | Reject | None:
         if node.op != "Add":
@@ -51,54 +49,57 @@ class FuseBias(FuseEpilogue):
             if made is None or not isinstance(bias, gs.Constant) or len(made.inputs) != UNBIASED:
                 continue
             packed = packed_of(made)
-            if tuple(bias.shape) != (packed.shape[0],) or np.dtype(bias.dtype) != packed.dtype:
+            if tuple(bias.shape) != shape_of(packed)[:1] or np.dtype(bias.dtype) != packed.bias_type:
                 return Reject(f"the bias is {np.dtype(bias.dtype)} {tuple(bias.shape)}")
             if attributes(made)["activation"] != NONE or attributes(made)["gated"]:
                 continue
-            return Epilogue(made, node, [*made.inputs, bias], attributes(made))
+            return Epilogue(made, node, [*made.inputs, bias])
         return None
 
 
 @dataclass(frozen=True)
 class FuseSilu(FuseEpilogue):
-    """y * Sigmoid(y) -> the activation of the WeightOnlyGemm that makes y."""
+    """y * Sigmoid(y) -> the activation of the product that makes y."""
 
     def match(self, node: gs.Node) -> Epilogue | Reject | None:
         if node.op != "Mul":
             return None
         for y, gate in (node.inputs, node.inputs[::-1]):
-            sigmoid, made = producer(gate, "Sigmoid"), producer(y, OP.name)
+            sigmoid, made = producer(gate, "Sigmoid"), made_by(y)
             if made is None or sigmoid is None or sigmoid.inputs[0] is not y or attributes(made)["activation"] != NONE:
                 continue
             if any(user is not node and user is not sigmoid for user in y.outputs) or len(gate.outputs) != 1:
                 return Reject("another node reads the value before its activation")
-            return Epilogue(made, node, list(made.inputs), attributes(made) | {"activation": SILU})
+            return Epilogue(made, node, list(made.inputs), {"activation": SILU})
         return None
 
 
 @dataclass(frozen=True)
 class FuseGeluEpilogue(FuseEpilogue):
-    """Gelu(y) -> the activation of the WeightOnlyGemm that makes y."""
+    """Gelu(y) -> the activation of the product that makes y."""
 
     def match(self, node: gs.Node) -> Epilogue | Reject | None:
-        made = producer(node.inputs[0], OP.name) if node.op == "Gelu" else None
+        made = made_by(node.inputs[0]) if node.op == "Gelu" else None
         if made is None or attributes(made)["activation"] != NONE:
             return None
         if len(made.outputs[0].outputs) != 1:
             return Reject("another node reads the value before its activation")
-        activation = GELUS[node.attrs.get("approximate", "none")]
-        return Epilogue(made, node, list(made.inputs), attributes(made) | {"activation": activation})
+        return Epilogue(made, node, list(made.inputs), {"activation": GELUS[node.attrs.get("approximate", "none")]})
 
 
 @dataclass(frozen=True)
-class GatePair(Epilogue):
+class GatePair:
+    """`biases` are of both or of neither."""
+
+    gate: gs.Node
+    last: gs.Node
     packed: Packed
-    biases: tuple[gs.Constant, ...]  # of both or of neither
+    biases: tuple[gs.Constant, ...]
 
 
 @dataclass(frozen=True)
 class FuseGateUp(Rewrite[GatePair]):
-    """act(gate(x) + b) * (up(x) + c) -> one WeightOnlyGemm whose rows alternate, and half its outputs."""
+    """act(gate(x) + b) * (up(x) + c) -> one product whose rows alternate, and half its outputs."""
 
     def match(self, node: gs.Node) -> GatePair | Reject | None:
         if node.op != "Mul" or len(node.inputs) != 2:
@@ -112,20 +113,18 @@ class FuseGateUp(Rewrite[GatePair]):
             return Reject("gate and up differ in format or input")
         if len(gate.inputs) != len(up.inputs):
             return Reject("one of gate and up has a bias")
-        sources = packed_of(gate), packed_of(up)
-        if sources[0].shape != sources[1].shape or sources[0].dtype != sources[1].dtype:
+        if shape_of(packed_of(gate)) != shape_of(packed_of(up)):
             return Reject("gate and up differ in shape")
-        packed = Packed((*sources[0].weights, *sources[1].weights), sources[0].dtype)
         biases = (*gate.inputs[UNBIASED:], *up.inputs[UNBIASED:])
-        return GatePair(gate, node, [gate.inputs[0]], attributes(gate) | {"gated": 1}, packed, biases)
+        return GatePair(gate, node, packed_of(gate).beside(packed_of(up)), biases)
 
     def rewrite(self, graph: gs.Graph, match: GatePair) -> None:
-        name, out = match.node.name, take_over(match.last)
-        inputs = [*match.inputs, *weights(graph, match.packed, f"{name}+up")]
+        gate, name, out = match.gate, match.gate.name, take_over(match.last)
+        inputs = [gate.inputs[0], *weights(graph, match.packed, f"{name}+up")]
         if match.biases:
             rows = interleave(tuple(bias.values.reshape(-1, 1) for bias in match.biases))
             inputs.append(gs.Constant(f"{name}+up.bias", rows.reshape(-1)))
-        gemm(graph, inputs, out, name, match.attrs)
+        gemm(graph, gate.op, inputs, out, name, gate.attrs | {"gated": 1})
 
 
-FUSE_WEIGHT_ONLY_GEMM = (FuseBias(), FuseSilu(), FuseGeluEpilogue(), FuseGateUp())  # in this order
+EPILOGUES = (FuseBias(), FuseSilu(), FuseGeluEpilogue(), FuseGateUp())  # in this order
