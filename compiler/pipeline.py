@@ -36,6 +36,7 @@ from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.cpu_gemm import FuseResidual, LowerCpuGemm
+from instantrt.passes.ort.cpu_rows import ShareTable
 from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
@@ -163,7 +164,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     else:
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
     if ours:
-        passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual()]
+        passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual(), ShareTable()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.

@@ -15,8 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array
-from instantrt.plugins.cpu_gemm.op import BLOCK, FORM, INT8_BLOCKS, INT16_BLOCKS
-from instantrt.plugins.ops import CPU_GEMM
+from instantrt.plugins.cpu_gemm.op import BLOCK, FORM, GEMM, INT8_BLOCKS, INT16_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
         return INT8_BFLOAT16 if quantizes(nodes) else BFLOAT16
     if int8_block(nodes) is not None:
         return INT8_BLOCK
-    if {"MatMulIntegerToFloat", "MatMulNBits", CPU_GEMM.name} & ops:
+    if {"MatMulIntegerToFloat", "MatMulNBits", GEMM.name} & ops:
         # a DequantizeLinear makes the first limb, to be taken off from x
         two = any(n.attrs.get(FORM) == INT16_BLOCKS or parts_limbs(n) or n.op == "DequantizeLinear" for n in nodes)
         return (LIMBS_CACHE if any(map(keeps_integers, nodes)) else TWO_LIMBS) if two else INT8_TOKEN
@@ -107,8 +106,8 @@ def seen_by(nodes: Sequence[gs.Node], x: Array) -> Array:
 def int8_block(nodes: Iterable[gs.Node]) -> int | None:
     """The block in which a product makes int8 of x itself; None where x reaches it whole, or as two limbs.
 
-    A MatMulNBits whose product is taken off from x is no layer, but tells what the rounding leaves, the second limb; nor is one
-    with an axis for a Squeeze, of sums for minima.
+    A MatMulNBits whose product is taken off from x is no layer, but tells what the rounding leaves, the second limb;
+    nor is one with an axis for a Squeeze, of sums for minima.
     """
     nodes = list(nodes)
     if any(n.attrs.get(FORM) == INT8_BLOCKS for n in nodes):

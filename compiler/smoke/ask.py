@@ -83,7 +83,9 @@ def orders_of(subject: Staged, references: Iterable[Reference], folder: Path) ->
     if subject.by_layer:  # first: the twin goes on with its answers
         file = folder / "tapped.onnx"
         file.write_bytes(tapped_model(subject))
-        orders["tapped"] = ModelOrder(str(file), calls, "tapped", str(subject.file.parent), attempts=attempts, libraries=subject.libraries)
+        orders["tapped"] = ModelOrder(
+            str(file), calls, "tapped", str(subject.file.parent), attempts=attempts, libraries=subject.libraries
+        )
     orders |= {"artifact": order_of_artifact(subject, calls)} if subject.on_cpu else {}
     for each in references:
         if subject.on_cpu and not runs_here(each.graph):

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, producer, take_over
-from instantrt.passes.gemm.packed import Packed, attributes, gemm, interleave, made_by, packed_of, shape_of, weights
+from instantrt.passes.gemm.packed import Packed, add_ours, attributes, interleave, made_by, packed_of, weights
+from instantrt.passes.qdq.join_linears import join_paths
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 
 UNBIASED = 3  # x, codes, affine
@@ -28,7 +29,7 @@ class Epilogue:
 class FuseEpilogue(Rewrite[Epilogue]):
     def rewrite(self, graph: gs.Graph, match: Epilogue) -> None:
         node, out = match.node, take_over(match.last)
-        gemm(graph, node.op, match.inputs, out, node.name, node.attrs | match.changes)
+        add_ours(graph, node.op, match.inputs, out, node.name, node.attrs | match.changes)
 
 
 def sole_gemm(tensor: gs.Tensor, user: gs.Node) -> gs.Node | None:
@@ -49,7 +50,7 @@ class FuseBias(FuseEpilogue):
             if made is None or not isinstance(bias, gs.Constant) or len(made.inputs) != UNBIASED:
                 continue
             packed = packed_of(made)
-            if tuple(bias.shape) != shape_of(packed)[:1] or np.dtype(bias.dtype) != packed.bias_type:
+            if tuple(bias.shape) != packed.shape[:1] or np.dtype(bias.dtype) != packed.bias_type:
                 return Reject(f"the bias is {np.dtype(bias.dtype)} {tuple(bias.shape)}")
             if attributes(made)["activation"] != NONE or attributes(made)["gated"]:
                 continue
@@ -92,6 +93,7 @@ class GatePair:
     """`biases` are of both or of neither."""
 
     gate: gs.Node
+    up: gs.Node
     last: gs.Node
     packed: Packed
     biases: tuple[gs.Constant, ...]
@@ -113,18 +115,18 @@ class FuseGateUp(Rewrite[GatePair]):
             return Reject("gate and up differ in format or input")
         if len(gate.inputs) != len(up.inputs):
             return Reject("one of gate and up has a bias")
-        if shape_of(packed_of(gate)) != shape_of(packed_of(up)):
+        if packed_of(gate).shape != packed_of(up).shape:
             return Reject("gate and up differ in shape")
         biases = (*gate.inputs[UNBIASED:], *up.inputs[UNBIASED:])
-        return GatePair(gate, node, packed_of(gate).beside(packed_of(up)), biases)
+        return GatePair(gate, up, node, packed_of(gate).beside(packed_of(up)), biases)
 
     def rewrite(self, graph: gs.Graph, match: GatePair) -> None:
-        gate, name, out = match.gate, match.gate.name, take_over(match.last)
-        inputs = [gate.inputs[0], *weights(graph, match.packed, f"{name}+up")]
+        gate, name, out = match.gate, join_paths([match.gate.name, match.up.name]), take_over(match.last)
+        inputs = [gate.inputs[0], *weights(graph, match.packed, name)]
         if match.biases:
             rows = interleave(tuple(bias.values.reshape(-1, 1) for bias in match.biases))
-            inputs.append(gs.Constant(f"{name}+up.bias", rows.reshape(-1)))
-        gemm(graph, gate.op, inputs, out, name, gate.attrs | {"gated": 1})
+            inputs.append(gs.Constant(f"{name}.bias", rows.reshape(-1)))
+        add_ours(graph, gate.op, inputs, out, name, gate.attrs | {"gated": 1})
 
 
 EPILOGUES = (FuseBias(), FuseSilu(), FuseGeluEpilogue(), FuseGateUp())  # in this order

@@ -1,44 +1,53 @@
-"""The node of a linear on kernels of ours: x, codes as the kernels read them, scales and zero points in one constant."""
+"""The node of a linear on kernels of ours: x, codes as the kernels read them, scales with zero points."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Source, view_of
+from instantrt.passes.core.lazy import Array, Tile, view_of
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import producer
+from instantrt.plugins.cpu_gemm.op import GEMM
 from instantrt.plugins.ops import DOMAIN, OPS
+from instantrt.plugins.weight_only_gemm.op import OP as WEIGHT_ONLY_GEMM
 
-GEMMS = {op.name: op for op in OPS}
+GEMMS = {op.name: op for op in (WEIGHT_ONLY_GEMM, GEMM)}
+VERSIONS = {op.name: op.version for op in OPS}
 
 
-class Packed(Source, Protocol):
+@dataclass(frozen=True)
+class Packed(ABC):
     """The tiles of one quantized weight, or of a gate and its up projection in strips of eight rows of each."""
 
-    @property
-    def weights(self) -> tuple[QuantTensor, ...]: ...
+    weights: tuple[QuantTensor, ...]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return sum(w.shape[0] for w in self.weights), self.weights[0].shape[1]
+
+    @property
+    @abstractmethod
     def bias_type(self) -> np.dtype[Any]:
         """What a bias has to be to become the node's."""
-        ...
 
-    def beside(self, other: Packed) -> Packed:
-        """This gate with its up projection."""
-        ...
-
+    @abstractmethod
     def constants(self, path: str) -> list[gs.Tensor]:
         """Codes and affine."""
-        ...
 
+    @abstractmethod
+    def tiles(self) -> Iterator[Tile]:
+        """The same, some strips at a time."""
 
-def shape_of(packed: Packed) -> tuple[int, int]:
-    return sum(w.shape[0] for w in packed.weights), packed.weights[0].shape[1]
+    def beside(self, up: Packed) -> Packed:
+        """This gate with its up projection."""
+        return replace(self, weights=(*self.weights, *up.weights))
 
 
 def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
@@ -49,14 +58,14 @@ def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
     return packed.constants(path)
 
 
-def gemm(
+def add_ours(
     graph: gs.Graph, op: str, inputs: list[gs.Tensor], out: gs.Tensor, name: str, attrs: Mapping[str, Any]
 ) -> None:
-    """Adds the node."""
+    """Adds a node of ours."""
     graph.nodes.append(gs.Node(op, name, dict(attrs), inputs, [out], domain=DOMAIN))
     domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
     if all(known.domain != DOMAIN for known in domains):
-        graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, GEMMS[op].version)]
+        graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, VERSIONS[op])]
 
 
 def made_by(tensor: gs.Tensor) -> gs.Node | None:
@@ -71,8 +80,8 @@ def attributes(node: gs.Node) -> dict[str, int]:
 def packed_of(node: gs.Node) -> Packed:
     view = view_of(node.inputs[1])
     assert view is not None
-    packed: Packed = view.source
-    return packed
+    assert isinstance(view.source, Packed)
+    return view.source
 
 
 def interleave(parts: tuple[Array, ...]) -> Array:

@@ -10,36 +10,28 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, rows_by
-from instantrt.passes.core.quant import QuantTensor, scales_of
+from instantrt.passes.core.quant import scales_of
 from instantrt.passes.core.rewrite import Lowering, Reject, Rewrite, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
-from instantrt.passes.gemm.packed import attributes, gemm, interleave, made_by, shape_of, weights
+from instantrt.passes.gemm.packed import Packed, add_ours, attributes, interleave, made_by, weights
 from instantrt.passes.ort import Preset
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
 from instantrt.plugins.cpu_gemm import layout
-from instantrt.plugins.cpu_gemm.op import CODES, INT8_BLOCKS, INT8_ROWS, INT16_BLOCKS, NONE, OP, SIZES, TYPES
+from instantrt.plugins.cpu_gemm.op import CODES, GEMM, INT8_BLOCKS, INT8_ROWS, INT16_BLOCKS, NONE, SIZES, TYPES
 
 ROWS = 16 * layout.STRIP  # that are packed at once
 FORMS = {INT8_BLOCKS: "int8 by 32", INT16_BLOCKS: "16 bits by 32 (exact)", INT8_ROWS: "int8 by token"}
-BIAS, RESIDUAL = 3, 4  # optional inputs
+RESIDUAL = 4  # the input
 
 
 @dataclass(frozen=True)
-class Strips:
-    """One quantized weight as CpuGemm reads it, or a gate and its up projection: see `packed.Packed`.
-
-    Delivers (codes [strips, K blocks, 512], affine [strips, G, bytes]).
-    """
-
-    weights: tuple[QuantTensor, ...]
+class Strips(Packed):
+    """Delivers (codes [strips, K blocks, 512] in strip16, affine [strips, G, bytes])."""
 
     @property
     def bias_type(self) -> np.dtype[Any]:
         return FLOAT32
-
-    def beside(self, other: Strips) -> Strips:
-        return Strips((*self.weights, *other.weights))
 
     @property
     def types(self) -> dict[str, int]:
@@ -49,7 +41,7 @@ class Strips:
         return {"scale_type": stored(first.scale_dtype), "zero_type": zeros}
 
     def constants(self, path: str) -> list[gs.Tensor]:
-        (n, k), first = shape_of(self), self.weights[0]
+        (n, k), first = self.shape, self.weights[0]
         codes = View(self, layout.packed_shape(n, k, first.bits), np.uint8)
         size = layout.STRIP * sum(SIZES[kind] for kind in self.types.values())
         affine = View(self, (n // layout.STRIP, first.groups, size), np.uint8, project=scales_of)
@@ -103,16 +95,16 @@ class LowerCpuGemm(Lowering[CpuMatch]):
             return None
         (n, k), bits, activations = found.quant.shape, found.quant.bits, self.activations(found)
         if n % layout.STRIP:
-            return Reject(f"{OP.name}: N is {n}, expected a multiple of {layout.STRIP}")
+            return Reject(f"{GEMM.name}: N is {n}, expected a multiple of {layout.STRIP}")
         sizes = {"K": k, "group": found.quant.group_size, "bits": bits, "activations": activations}
-        wrong = OP.check(sizes)
-        return Reject(f"{OP.name}: {wrong}") if wrong else CpuMatch(found, activations)
+        wrong = GEMM.check(sizes)
+        return Reject(f"{GEMM.name}: {wrong}") if wrong else CpuMatch(found, activations)
 
     def rewrite(self, graph: gs.Graph, match: CpuMatch) -> None:
         quant, node, strips = match.linear.quant, match.linear.node, Strips((match.linear.quant,))
         attrs = {"bits": quant.bits, "group": quant.group_size, "activations": match.activations, **strips.types}
         inputs = [match.linear.x, *weights(graph, strips, match.linear.path)]
-        gemm(graph, OP.name, inputs, take_over(node), node.name, OP.attributes(attrs))
+        add_ours(graph, GEMM.name, inputs, take_over(node), node.name, GEMM.attributes(attrs))
 
     def activations(self, found: Quantized) -> int:
         if found.quant.activations == "int8":
@@ -121,7 +113,7 @@ class LowerCpuGemm(Lowering[CpuMatch]):
         return INT8_BLOCKS if fast else INT16_BLOCKS
 
     def note(self, match: CpuMatch) -> str:
-        return f"{OP.name}, {match.linear.quant.bits} bits, x in {FORMS[match.activations]}"
+        return f"{GEMM.name}, {match.linear.quant.bits} bits, x in {FORMS[match.activations]}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,7 @@ class FuseResidual(Rewrite[ResidualMatch]):
             return None
         for y, other in (node.inputs, node.inputs[::-1]):
             made = made_by(y)
-            if made is None or made.op != OP.name or len(made.inputs) > RESIDUAL or isinstance(other, gs.Constant):
+            if made is None or made.op != GEMM.name or len(made.inputs) > RESIDUAL or isinstance(other, gs.Constant):
                 continue
             if len(y.outputs) != 1:
                 continue
@@ -153,4 +145,6 @@ class FuseResidual(Rewrite[ResidualMatch]):
         made = match.made
         missing = [gs.Variable.empty()] * (RESIDUAL - len(made.inputs))
         out = take_over(match.last)
-        gemm(graph, OP.name, [*made.inputs, *missing, match.residual], out, made.name, made.attrs | attributes(made))
+        add_ours(
+            graph, GEMM.name, [*made.inputs, *missing, match.residual], out, made.name, made.attrs | attributes(made)
+        )

@@ -16,12 +16,11 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Lowering, Reject, take_over
+from instantrt.passes.gemm.packed import add_ours, weights
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
-from instantrt.passes.gemm.packed import gemm, weights
-from instantrt.passes.tensorrt.packed import Packed
+from instantrt.passes.tensorrt.packed import Fragments
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.weight_only_gemm.op import OP
-
 
 # What makes TensorRT's ONNX parser look for the plugin.
 LABELS = {"plugin_version": str(OP.version), "plugin_namespace": DOMAIN}
@@ -53,8 +52,8 @@ class LowerWeightOnlyGemm(Lowering[Quantized]):
         attrs = {"bits": quant.bits, "group": quant.group_size, "activation_bits": activation_bits(quant)}
         attrs |= {"rounded_weights": int(self.rounded and quant.activations == "float")}
         attrs |= {"batch_invariant": int(self.batch_invariant)}
-        inputs = [match.x, *weights(graph, Packed((quant,), self.dtype), match.path)]
-        gemm(graph, OP.name, inputs, take_over(match.node), name, OP.attributes(attrs) | LABELS)
+        inputs = [match.x, *weights(graph, Fragments((quant,), self.dtype), match.path)]
+        add_ours(graph, OP.name, inputs, take_over(match.node), name, OP.attributes(attrs) | LABELS)
 
     def note(self, match: Quantized) -> str:
         return f"{OP.name}, minima as zero points in {self.dtype.name}" if match.quant.has_minima else OP.name

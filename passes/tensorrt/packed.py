@@ -10,8 +10,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Tile, View, rows_by
-from instantrt.passes.core.quant import Codes, QuantTensor, scales_of
-from instantrt.passes.gemm.packed import interleave, shape_of
+from instantrt.passes.core.quant import Codes, scales_of
+from instantrt.passes.gemm.packed import Packed, interleave
 from instantrt.passes.tensorrt.ranges import finite, in_range, raised
 from instantrt.plugins.weight_only_gemm import layout
 
@@ -19,24 +19,17 @@ ROWS = layout.STRIP * layout.TILE_STRIPS
 
 
 @dataclass(frozen=True)
-class Packed:
-    """The tiles of one quantized weight, or of a gate and its up projection in strips of eight rows of each.
+class Fragments(Packed):
+    """Delivers (codes [strips, K blocks, 512] in frag16, affine [G, 2 n] of alternating scales and zeros)."""
 
-    Delivers (codes [strips, K blocks, 512] in frag16, affine [G, 2 n] of alternating scales and zeros).
-    """
-
-    weights: tuple[QuantTensor, ...]
     dtype: np.dtype[Any]
 
     @property
     def bias_type(self) -> np.dtype[Any]:
         return self.dtype
 
-    def beside(self, other: Packed) -> Packed:
-        return Packed((*self.weights, *other.weights), self.dtype)
-
     def constants(self, path: str) -> list[gs.Tensor]:
-        (n, k), first = shape_of(self), self.weights[0]
+        (n, k), first = self.shape, self.weights[0]
         codes = View(self, layout.packed_shape(n, k, first.bits), np.int8)
         affine = View(self, (first.groups, 2 * n), self.dtype, axis=1, project=scales_of)
         return [gs.Constant(f"{path}.packed", codes), gs.Constant(f"{path}.affine", affine)]

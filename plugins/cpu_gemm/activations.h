@@ -25,7 +25,8 @@ inline float exponential(float x) {
 // The error function to 1.5e-7: Abramowitz and Stegun, 7.1.26.
 inline float error_function(float x) {
     float const a = std::fabs(x), t = 1 / (1 + 0.3275911f * a);
-    float const tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float const tail =
+        t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     return std::copysign(1 - tail * exponential(-a * a), x);
 }
 
@@ -41,10 +42,14 @@ inline void activate(Activation activation, float* values, int count) {
         }
     };
     switch (activation) {
-        case Activation::kSilu: return each([](float x) { return silu(x); });
-        case Activation::kGelu: return each([](float x) { return gelu(x); });
-        case Activation::kGeluTanh: return each([](float x) { return gelu_tanh(x); });
-        case Activation::kNone: return;
+        case Activation::kSilu:
+            return each([](float x) { return silu(x); });
+        case Activation::kGelu:
+            return each([](float x) { return gelu(x); });
+        case Activation::kGeluTanh:
+            return each([](float x) { return gelu_tanh(x); });
+        case Activation::kNone:
+            return;
     }
 }
 

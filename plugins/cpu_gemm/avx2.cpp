@@ -51,9 +51,7 @@ struct Avx2 {
         return {_mm256_cvtph_ps(load_quarter(p)), _mm256_cvtph_ps(load_quarter(p + 8))};
     }
     static F from_bf16(uint16_t const* p) { return {widened(load_quarter(p)), widened(load_quarter(p + 8))}; }
-    static __m256 widened(__m128i v) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
-    }
+    static __m256 widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
     static F from_u8(uint8_t const* p) {
         __m128i const all = load_quarter(p);
         return to_float({_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8))});
@@ -62,7 +60,7 @@ struct Avx2 {
 
 }  // namespace
 
-Kernels const kAvx2{"AVX2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+Kernels const kAvx2{"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
                     Gemm<Avx2>::quantize, Gemm<Avx2>::multiply};
 
 }  // namespace cpu_gemm

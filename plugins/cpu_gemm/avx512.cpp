@@ -33,11 +33,14 @@ struct Avx512 {
     static F from_bf16(uint16_t const* p) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i const*)p)), 16));
     }
-    static F from_u8(uint8_t const* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((__m128i const*)p))); }
+    static F from_u8(uint8_t const* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((__m128i const*)p)));
+    }
 };
 
 }  // namespace
 
-Kernels const kAvx512{"AVX-512 VNNI", [] { return bool(__builtin_cpu_supports("avx512vnni")); }, Gemm<Avx512>::quantize, Gemm<Avx512>::multiply};
+Kernels const kAvx512{"avx512", [] { return bool(__builtin_cpu_supports("avx512vnni")); }, Gemm<Avx512>::quantize,
+                      Gemm<Avx512>::multiply};
 
 }  // namespace cpu_gemm

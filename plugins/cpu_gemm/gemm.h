@@ -20,19 +20,26 @@ struct Gemm {
 
     static F load(uint8_t const* from, Type type) {
         switch (type) {
-            case Type::kF16: return Isa::from_f16(reinterpret_cast<uint16_t const*>(from));
-            case Type::kBF16: return Isa::from_bf16(reinterpret_cast<uint16_t const*>(from));
-            case Type::kU8: return Isa::from_u8(from);
-            default: return Isa::load(reinterpret_cast<float const*>(from));
+            case Type::kF16:
+                return Isa::from_f16(reinterpret_cast<uint16_t const*>(from));
+            case Type::kBF16:
+                return Isa::from_bf16(reinterpret_cast<uint16_t const*>(from));
+            case Type::kU8:
+                return Isa::from_u8(from);
+            default:
+                return Isa::load(reinterpret_cast<float const*>(from));
         }
     }
 
     // What a code of 0 stands for, in each column: -zero * scale, or the minimum as it is stored.
     static F minimum(Weight const& w, uint8_t const* zeros, F scale) {
         switch (w.zero_type) {
-            case Type::kNone: return Isa::mul(scale, Isa::set(-static_cast<float>(1 << (w.bits - 1))));
-            case Type::kU8: return Isa::sub(Isa::set(0), Isa::mul(load(zeros, w.zero_type), scale));
-            default: return load(zeros, w.zero_type);
+            case Type::kNone:
+                return Isa::mul(scale, Isa::set(-static_cast<float>(1 << (w.bits - 1))));
+            case Type::kU8:
+                return Isa::sub(Isa::set(0), Isa::mul(load(zeros, w.zero_type), scale));
+            default:
+                return load(zeros, w.zero_type);
         }
     }
 
@@ -87,7 +94,8 @@ struct Gemm {
                 if constexpr (!Whole) {
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
-                        y[r] = Isa::fma(total<Limbs, kChains>(sum[r]), Isa::mul(scale, Isa::set(scales[r][block])), y[r]);
+                        y[r] =
+                            Isa::fma(total<Limbs, kChains>(sum[r]), Isa::mul(scale, Isa::set(scales[r][block])), y[r]);
                     }
                 }
             }
@@ -165,9 +173,12 @@ struct Gemm {
         constexpr int kRows = Isa::kRows;
         bool const eight = c.weight->bits == 8;
         switch (c.weight->form) {
-            case Form::kInt8Rows: return eight ? rows<kRows, 8, 1, true>(c, s, row, end) : rows<kRows, 4, 1, true>(c, s, row, end);
-            case Form::kInt8Blocks: return eight ? rows<kRows, 8, 1, false>(c, s, row, end) : rows<kRows, 4, 1, false>(c, s, row, end);
-            case Form::kInt16Blocks: return eight ? rows<kRows, 8, 2, false>(c, s, row, end) : rows<kRows, 4, 2, false>(c, s, row, end);
+            case Form::kInt8Rows:
+                return eight ? rows<kRows, 8, 1, true>(c, s, row, end) : rows<kRows, 4, 1, true>(c, s, row, end);
+            case Form::kInt8Blocks:
+                return eight ? rows<kRows, 8, 1, false>(c, s, row, end) : rows<kRows, 4, 1, false>(c, s, row, end);
+            case Form::kInt16Blocks:
+                return eight ? rows<kRows, 8, 2, false>(c, s, row, end) : rows<kRows, 4, 2, false>(c, s, row, end);
         }
     }
 

@@ -67,6 +67,9 @@ struct Call {
 // What is wrong with the sizes of a weight; null where nothing is.
 char const* refuse(Weight const&);
 
+// Row `row` of the matrix, [k].
+void dequantize(Weight const&, int64_t row, float* into);
+
 struct Kernels {
     char const* name;
     bool (*runs)();  // on this CPU

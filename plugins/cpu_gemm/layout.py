@@ -35,7 +35,7 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     n, k = codes.shape
     codes = np.pad(codes, ((0, 0), (0, -k % block_k(bits))))
     w = codes.reshape(n // STRIP, STRIP, -1, 8 // bits, VECTORS, VECTOR_K)  # nibbles are the fourth axis
-    w = w[:, :, :, 0] if bits == 8 else w[:, :, :, 0] | w[:, :, :, 1] << 4
+    w = w[:, :, :, 0] if bits == 8 else np.bitwise_or(w[:, :, :, 0], w[:, :, :, 1] << 4)
     return np.ascontiguousarray(w.transpose(0, 2, 3, 1, 4)).reshape(packed_shape(n, k, bits))
 
 

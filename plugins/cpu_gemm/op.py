@@ -1,8 +1,8 @@
-"""CpuGemm: y = act(x @ dequant(W)^T + bias) + residual on a CPU, with x in integers."""
+"""CpuGemm: y = act(x @ dequant(W)^T + bias) + residual on a CPU, with x in integers; CpuRows: rows of dequant(W)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -31,11 +31,11 @@ def rounded(x: Array, activations: int) -> Array:
     most = np.abs(blocks).max(axis=-1, keepdims=True)
     small = most < SMALLEST  # zeros, and what is too small to divide by
     steps = np.clip(np.rint(blocks * (top / np.where(small, np.float32(np.inf), most))), -top, top)
-    return (steps.astype(np.float64) * np.where(small, 1, most / top)).reshape(x.shape)
+    return np.asarray((steps.astype(np.float64) * np.where(small, 1, most / top)).reshape(x.shape))
 
 
-def affine_of(affine: Array, values: Mapping[str, int]) -> tuple[Array, Array]:
-    """Scales, and what code 0 stands for: [N, G] in float64."""
+def dequantized(codes: Array, affine: Array, values: Mapping[str, int]) -> Array:
+    """W [N, K] in float64."""
     middle = layout.STRIP * SIZES[values["scale_type"]]
     scales = numbers(affine[..., :middle], values["scale_type"])
     if values["zero_type"] == NONE:
@@ -43,67 +43,87 @@ def affine_of(affine: Array, values: Mapping[str, int]) -> tuple[Array, Array]:
     else:
         zeros = numbers(affine[..., middle:], values["zero_type"])
         least = -scales * zeros if values["zero_type"] == CODES else zeros
-    return layout.by_row(scales), layout.by_row(least)
+    scale, offset = (np.repeat(layout.by_row(v), values["group"], axis=1) for v in (scales, least))
+    return layout.unpack(codes, values["bits"], scale.shape[1]) * scale + offset
 
 
 def numbers(raw: Array, kind: int) -> Array:
     return np.ascontiguousarray(raw).view(TYPES[kind]).astype(np.float64)
 
 
-def reference(
+def gemm(
     x: Array, codes: Array, affine: Array, bias: Array | None = None, residual: Array | None = None, **attrs: Any
 ) -> tuple[Array, ...]:
     """Wide sums of x as it is rounded."""
-    values = OP.attributes(attrs)
-    scale, least = (np.repeat(v, values["group"], axis=1) for v in affine_of(affine, values))
-    w = layout.unpack(codes, values["bits"], scale.shape[1]) * scale + least
-    y = rounded(x, values["activations"]) @ w.T
+    values = GEMM.attributes(attrs)
+    y = rounded(x, values[FORM]) @ dequantized(codes, affine, values).T
     y = finished(y if bias is None else y + bias, values)
     return ((y if residual is None else y + residual).astype(np.float32),)
 
 
+def rows(ids: Array, codes: Array, affine: Array, **attrs: Any) -> tuple[Array, ...]:
+    """The rows of W at `ids`; one below zero counts from the end."""
+    return (dequantized(codes, affine, ROWS.attributes(attrs))[ids].astype(np.float32),)
+
+
 def finished(y: Array, values: Mapping[str, int]) -> Array:
     """Activation, and the gates' products: rows of W come in strips of 16, eight gates and the eight ups behind."""
-    act = ACTIVATIONS[values["activation"]]
+    act: Callable[[Array], Array] = ACTIVATIONS[values["activation"]]
     if not values["gated"]:
         return act(y)
     gate, up = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, 8), -2, 0)
-    return (act(gate) * up).reshape(*y.shape[:-1], -1)
+    return np.asarray(act(gate) * up).reshape(*y.shape[:-1], -1)
 
 
 def check(v: Mapping[str, int]) -> str | None:
-    """What no shape term can say; kernels.cpp says the same, and a test holds the two together."""
+    """What no shape term can say; `refuse` in kernels.cpp says the same, and a test holds the two together."""
     group, k = v["group"], v["K"]
-    if group <= 0 or group % BLOCK or k % group or k <= 0:
+    if k <= 0 or group <= 0 or group % BLOCK or k % group:
         return f"group is {group}, expected a multiple of {BLOCK} that divides K = {k}"
-    if v["activations"] == INT8_ROWS and group > LONGEST:
+    if v.get(FORM) == INT8_ROWS and group > LONGEST:
         return f"group is {group}, expected at most {LONGEST} with a scale for each row of x"
     return None
 
 
-OP = Op(
+CODES_PORT = Port("codes", ("S", "-(-K//(256//bits))", "512"))  # S strips of 16 rows; strip16, see layout.py
+AFFINE_TERM = f"16*({SIZES}[scale_type]+{SIZES}[zero_type])"
+FORMAT = (
+    Attr("bits", 8, (4, 8)),
+    Attr("group", 32),
+    Attr("scale_type", 0, (0, 1, 2)),
+    Attr("zero_type", CODES, (0, 1, 2, CODES, NONE)),
+    Attr("layout_version", layout.VERSION, (layout.VERSION,)),
+)
+GEMM = Op(
     name="CpuGemm",
     version=1,
     inputs=(
         Port("x", ("...", "K")),
-        Port("codes", ("S", "-(-K//(256//bits))", "512")),  # S strips of 16 rows; strip16, see layout.py
-        Port("affine", ("S", "K//group", f"16*({SIZES}[scale_type]+{SIZES}[zero_type])")),
+        CODES_PORT,
+        Port("affine", ("S", "K//group", AFFINE_TERM)),
         Port("bias", ("16*S",), optional=True),
         Port("residual", ("...", "16*S//(1+gated)"), optional=True),  # added behind the activation
     ),
     outputs=(Port("y", ("...", "16*S//(1+gated)")),),
     attrs=(
-        Attr("bits", 8, (4, 8)),
-        Attr("group", 32),
-        Attr("scale_type", 0, (0, 1, 2)),
-        Attr("zero_type", CODES, (0, 1, 2, CODES, NONE)),
+        *FORMAT,
         Attr(FORM, INT16_BLOCKS, (INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS)),
         Attr("activation", 0, tuple(ACTIVATIONS)),
         Attr("gated", 0, (0, 1)),
-        Attr("layout_version", layout.VERSION, (layout.VERSION,)),
     ),
     types=((DType.F32, DType.U8, DType.U8, DType.F32, DType.F32, DType.F32),),
-    reference=reference,
+    reference=gemm,
     tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},
     check=check,
+)
+ROWS = Op(
+    name="CpuRows",
+    version=1,
+    inputs=(Port("ids", ("...",)), Port("codes", ("S", "B", "512")), Port("affine", ("S", "G", AFFINE_TERM))),
+    outputs=(Port("rows", ("...", "G*group")),),
+    attrs=FORMAT,
+    types=((DType.I64, DType.U8, DType.U8, DType.F32),),
+    reference=rows,
+    tolerance={DType.F32: Tolerance(2e-7, 2.0**-22)},
+    check=lambda v: check({**v, "K": v["G"] * v["group"]}),
 )

@@ -1,5 +1,6 @@
 // Any CPU: loops of sixteen, which compilers make vectors of.
 #include "gemm.h"
+#include "halves.h"
 
 namespace cpu_gemm {
 namespace {
@@ -16,18 +17,6 @@ auto each(Make make) {
         all.v[i] = make(i);
     }
     return all;
-}
-
-float bits(uint32_t word) {
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-// A half: its exponent is moved by multiplying, which is right for its smallest numbers too; none is infinite or NaN.
-float half(uint16_t h) {
-    float const magnitude = bits((h & 0x7fffu) << 13) * 0x1p112f;
-    return h & 0x8000u ? -magnitude : magnitude;
 }
 
 struct Plain {
@@ -55,10 +44,18 @@ struct Plain {
         }
         return all;
     }
-    static I zero() { return sums([](int) { return 0; }); }
-    static I load(uint8_t const* p) { return codes([=](int i) { return p[i]; }); }
-    static I low(I q) { return codes([&](int i) { return q.code[i] & 15; }); }
-    static I high(I q) { return codes([&](int i) { return q.code[i] >> 4; }); }
+    static I zero() {
+        return sums([](int) { return 0; });
+    }
+    static I load(uint8_t const* p) {
+        return codes([=](int i) { return p[i]; });
+    }
+    static I low(I q) {
+        return codes([&](int i) { return q.code[i] & 15; });
+    }
+    static I high(I q) {
+        return codes([&](int i) { return q.code[i] >> 4; });
+    }
     // not inlined into the kernels' unrolled loops, where compilers take half a minute of it
     [[gnu::noinline]] static I dot(I sum, I q, int8_t const* x) {
         return sums([&](int i) {
@@ -66,19 +63,43 @@ struct Plain {
             return sum.sum[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
         });
     }
-    static I add(I a, I b) { return sums([&](int i) { return a.sum[i] + b.sum[i]; }); }
-    static I times256(I a) { return sums([&](int i) { return a.sum[i] * 256; }); }
-    static F to_float(I a) { return each([&](int i) { return static_cast<float>(a.sum[i]); }); }
-    static F set(float v) { return each([=](int) { return v; }); }
-    static F load(float const* p) { return each([=](int i) { return p[i]; }); }
+    static I add(I a, I b) {
+        return sums([&](int i) { return a.sum[i] + b.sum[i]; });
+    }
+    static I times256(I a) {
+        return sums([&](int i) { return a.sum[i] * 256; });
+    }
+    static F to_float(I a) {
+        return each([&](int i) { return static_cast<float>(a.sum[i]); });
+    }
+    static F set(float v) {
+        return each([=](int) { return v; });
+    }
+    static F load(float const* p) {
+        return each([=](int i) { return p[i]; });
+    }
     static void store(float* p, F v) { std::memcpy(p, v.v, sizeof v.v); }
-    static F add(F a, F b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
-    static F sub(F a, F b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
-    static F mul(F a, F b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
-    static F fma(F a, F b, F c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-    static F from_f16(uint16_t const* p) { return each([=](int i) { return half(p[i]); }); }
-    static F from_bf16(uint16_t const* p) { return each([=](int i) { return bits(uint32_t{p[i]} << 16); }); }
-    static F from_u8(uint8_t const* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
+    static F add(F a, F b) {
+        return each([&](int i) { return a.v[i] + b.v[i]; });
+    }
+    static F sub(F a, F b) {
+        return each([&](int i) { return a.v[i] - b.v[i]; });
+    }
+    static F mul(F a, F b) {
+        return each([&](int i) { return a.v[i] * b.v[i]; });
+    }
+    static F fma(F a, F b, F c) {
+        return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+    }
+    static F from_f16(uint16_t const* p) {
+        return each([=](int i) { return from_half(p[i]); });
+    }
+    static F from_bf16(uint16_t const* p) {
+        return each([=](int i) { return from_bits(uint32_t{p[i]} << 16); });
+    }
+    static F from_u8(uint8_t const* p) {
+        return each([=](int i) { return static_cast<float>(p[i]); });
+    }
 };
 
 }  // namespace

@@ -19,11 +19,12 @@ struct SessionOptions;
 
 constexpr uint32_t kVersion = 18;  // of the table: ONNX Runtime 1.18 and every later one has it
 
-enum class Element : int32_t { kF32 = 1, kU8 = 2 };
+// By the names that schema.h has.
+enum class Element : int32_t { kFLOAT = 1, kUINT8 = 2, kINT64 = 7 };
 enum class ErrorCode : int32_t { kInvalidArgument = 2 };
 
 class Api {
-   public:
+public:
     explicit Api(void const* const* table) : table_(table) {}
 
     Status* error(char const* text) const { return call<0, Status*>(ErrorCode::kInvalidArgument, text); }
@@ -55,7 +56,7 @@ class Api {
         return call<274, Status*>(context, work, count, size_t{0}, data);
     }
 
-   private:
+private:
     template <size_t Place, typename Result, typename... Arguments>
     Result call(Arguments... arguments) const {
         return reinterpret_cast<Result (*)(Arguments...)>(const_cast<void*>(table_[Place]))(arguments...);
@@ -86,7 +87,7 @@ struct Operator {
     Presence (*input_presence)(Operator const*, size_t index);
     Presence (*output_presence)(Operator const*, size_t index);
     int32_t (*input_memory)(Operator const*, size_t index);  // 0: where the provider has its own
-    int (*unused[4])(Operator const*);  // of variadic operators
+    int (*unused[4])(Operator const*);                       // of variadic operators
     Status* (*create_or_fail)(Operator const*, void const* const* api, KernelInfo const*, void** kernel);
     Status* (*compute_or_fail)(void* kernel, Context*);
     Status* (*shapes)(Operator const*, void*);

@@ -48,21 +48,43 @@ struct CpuGemm {
     enum Port : int32_t { kX, kCodes, kAffine, kBias, kResidual, kY };
     static constexpr int32_t kInputs = 5;
     static constexpr int32_t kRequiredInputs = 3;
-    enum Attr : int32_t { kBits, kGroup, kScaleType, kZeroType, kActivations, kActivation, kGated, kLayoutVersion };
+    enum Attr : int32_t { kBits, kGroup, kScaleType, kZeroType, kLayoutVersion, kActivations, kActivation, kGated };
     static constexpr Field kFields[8] = {
         {"bits", 8, 2, {4, 8}},
         {"group", 32, 0, {}},
         {"scale_type", 0, 3, {0, 1, 2}},
         {"zero_type", 3, 5, {0, 1, 2, 3, 4}},
+        {"layout_version", 1, 1, {1}},
         {"activations", 1, 3, {0, 1, 2}},
         {"activation", 0, 4, {0, 1, 2, 3}},
         {"gated", 0, 2, {0, 1}},
-        {"layout_version", 1, 1, {1}},
     };
     // legal types: one row, one type for each port
     template <typename DataType>
     static constexpr DataType kTypes[1][6] = {
         {DataType::kFLOAT, DataType::kUINT8, DataType::kUINT8, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+    };
+};
+
+// CpuRows(ids[...], codes[S, B, 512], affine[S, G, 16*((4, 2, 2, 1, 0)[scale_type]+(4, 2, 2, 1, 0)[zero_type])]) -> rows[..., G*group]
+struct CpuRows {
+    static constexpr char kName[] = "CpuRows";
+    static constexpr char kVersion[] = "1";
+    enum Port : int32_t { kIds, kCodes, kAffine, kRows };
+    static constexpr int32_t kInputs = 3;
+    static constexpr int32_t kRequiredInputs = 3;
+    enum Attr : int32_t { kBits, kGroup, kScaleType, kZeroType, kLayoutVersion };
+    static constexpr Field kFields[5] = {
+        {"bits", 8, 2, {4, 8}},
+        {"group", 32, 0, {}},
+        {"scale_type", 0, 3, {0, 1, 2}},
+        {"zero_type", 3, 5, {0, 1, 2, 3, 4}},
+        {"layout_version", 1, 1, {1}},
+    };
+    // legal types: one row, one type for each port
+    template <typename DataType>
+    static constexpr DataType kTypes[1][4] = {
+        {DataType::kINT64, DataType::kUINT8, DataType::kUINT8, DataType::kFLOAT},
     };
 };
 

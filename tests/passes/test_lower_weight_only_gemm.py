@@ -16,12 +16,12 @@ from instantrt.passes.core.lazy import Array, InMemory, Tile, view_of
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.quant import Activations, InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, add, run
+from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.qdq.insert_qdq import InsertDequantize
 from instantrt.passes.qdq.quantize_activations import QuantizeActivations
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
-from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
-from instantrt.passes.tensorrt.packed import Packed
+from instantrt.passes.tensorrt.packed import Fragments
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import DType, Tolerance
 from instantrt.plugins.weight_only_gemm import layout
@@ -216,7 +216,7 @@ def test_streamed_tiles_are_the_packed_whole(n: int, bits: int) -> None:
     net.linear("layer", n)
     quant = net.decisions["layer"]
     codes, scale, zero = (np.concatenate(p) for p in zip(*(t.parts for t in quant.tiles()), strict=True))
-    tiles = list(Packed((quant,), F16).tiles())
+    tiles = list(Fragments((quant,), F16).tiles())
     assert max(len(tile.parts[0]) for tile in tiles) <= layout.TILE_STRIPS
     assert np.array_equal(np.concatenate([t.parts[0] for t in tiles]).reshape(-1), layout.pack(codes, bits).reshape(-1))
     affine = np.concatenate([t.parts[1] for t in tiles], axis=1)
@@ -228,7 +228,7 @@ def test_gate_and_up_alternate_in_strips_of_eight() -> None:
     net = Network()
     net.linear("gate", 144), net.linear("up", 144)
     gate, up = (np.concatenate([t.parts[0] for t in q.tiles()]) for q in net.decisions.values())
-    packed = np.concatenate([t.parts[0] for t in Packed(tuple(net.decisions.values()), F16).tiles()])
+    packed = np.concatenate([t.parts[0] for t in Fragments(tuple(net.decisions.values()), F16).tiles()])
     rows = layout.unpack(packed, 4, K).reshape(18, 2, 8, K)
     assert np.array_equal(rows[:, 0].reshape(144, K), gate)
     assert np.array_equal(rows[:, 1].reshape(144, K), up)

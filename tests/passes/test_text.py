@@ -28,7 +28,7 @@ from instantrt.passes.core.linear import SUFFIX, weight_constant
 from instantrt.passes.core.quant import InstantQuant, Order, QuantTensor
 from instantrt.passes.core.rewrite import Pass, PassLog, Reject, run
 from instantrt.passes.ort.limbs import ONE_LIMB_UNSIGNED, TWO_LIMBS
-from instantrt.passes.tensorrt.packed import Packed
+from instantrt.passes.tensorrt.packed import Fragments
 from instantrt.plugins.weight_only_gemm.op import OP
 
 TEXT = Path(__file__).parent / "text"
@@ -89,7 +89,7 @@ def read(text: str, weights: dict[str, Any]) -> gs.Graph:
                 node.attrs["group"],
                 **weights,
             )
-            packed = Packed((whole,), FLOAT16)
+            packed = Fragments((whole,), FLOAT16)
             for tensor, dtype in zip(node.inputs[1:3], (np.int8, FLOAT16), strict=True):
                 tensor.to_constant(View(packed, tuple(tensor.shape), dtype))
         elif node.op == "DequantizeLinear" and is_weight(first):

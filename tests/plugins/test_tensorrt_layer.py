@@ -27,8 +27,8 @@ from instantrt.compiler.request import Request
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.gemm.epilogues import EPILOGUES
+from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.lower_weight_only_gemm import LowerWeightOnlyGemm
 from instantrt.plugins import ops
 from instantrt.plugins.weight_only_gemm.op import OP
