@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SERVE  := .venv-serve
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-arm lint docs wheel setup serving plugins plugins-sm70
+.PHONY: demo test test-fast test-arm lint docs wheel setup serving plugins plugins-sm70 plugins-cpu
 
 PINNED := -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
@@ -65,7 +65,7 @@ wheel: setup
 plugins:
 	cmake -S plugins -B build/plugins -G Ninja -DTensorRT_ROOT="$(TENSORRT)"
 	cmake --build build/plugins --target instantrt_plugins all
-	rm -rf plugins/lib
+	rm -f plugins/lib/libinstantrt_plugins.* plugins/lib/libinstantrt_register_trt*
 	cmake --install build/plugins --prefix plugins/lib
 
 # The same for Volta, whose last compiler is NVRTC 12: pip install .[kernels-sm70]
@@ -74,6 +74,12 @@ plugins-sm70:
 	cmake --build build/plugins-sm70
 	cmake --install build/plugins-sm70 --prefix plugins/lib
 	test -e plugins/lib/libinstantrt_plugins_sm70.so
+
+# The operators of x86 artifacts, which need a C++ compiler and cmake.
+plugins-cpu:
+	cmake -S plugins/cpu_gemm -B build/plugins-cpu
+	cmake --build build/plugins-cpu
+	cmake --install build/plugins-cpu --prefix plugins/lib
 
 # The aarch64 ONNX Runtime under emulation; needs a Debian machine's package sources, installs nothing on it.
 .venv-arm/python: tools/arm_setup.sh

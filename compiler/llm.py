@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from instantrt.compiler.artifact.check import check_digests, inside
+from instantrt.compiler.artifact.check import check_digests, inside, libraries_of
 from instantrt.compiler.artifact.manifest import Artifact, find_artifact
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus, no_rtx_here
 from instantrt.compiler.here import runs_here, runs_on_cpu
@@ -353,8 +353,7 @@ def checked(out: Path, artifact: Artifact) -> Iterator[list[Path]]:
     Of one with libraries, which are code, before it: the block has their paths.
     """
     if artifact.plugins:
-        check_digests(out, artifact)
-        yield [inside(out, name) for name in artifact.plugins]
+        yield libraries_of(out, artifact)
         return
     with ThreadPoolExecutor(1) as beside:
         digests = beside.submit(check_digests, out, artifact)

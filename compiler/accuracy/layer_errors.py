@@ -261,7 +261,7 @@ def check_lowering(
     layer: TwinLinear, canonical: gs.Graph, lowered: gs.Graph, dtype: np.dtype[np.generic], x: Array, y: Array
 ) -> Check:
     """Both on the same inputs: the twin's real one, and one-hot probes that show the weights through any layout."""
-    run = Evaluation(lowered, {layer.x: x})
+    run = Evaluation(lowered, beside(layer, canonical, x))
     columns = slice(None)
     point = there = meeting_point(layer, canonical, run)
     if point is None and (part := part_of_product(layer, canonical, run)) is not None:
@@ -271,12 +271,27 @@ def check_lowering(
     nodes = run.needed(point)
     bound = bound_of(nodes, dtype)
     seen = seen_by(nodes, x)
-    expected = y if seen is x and there == layer.y else Evaluation(canonical, {layer.x: seen}).take(there)
+    expected = (
+        y if seen is x and there == layer.y else Evaluation(canonical, beside(layer, canonical, seen)).take(there)
+    )
     got = run.take(point)[..., columns]
-    hot = {layer.x: probes(layer)}
+    hot = beside(layer, canonical, probes(layer))
     found, wanted = Evaluation(lowered, hot).take(point)[..., columns], Evaluation(canonical, hot).take(there)
     largest = largest_weights(layer.quant) if layer.quant is not None and there == layer.y else 0.0
     return Check(bound, difference(got, expected).channel, element_error(found, wanted, bound.floor, largest))
+
+
+def beside(layer: TwinLinear, canonical: gs.Graph, x: Array) -> dict[str, Array]:
+    """The layer's input, with zeros for what is added to its output, bias or not: a product may do that itself."""
+    feeds, made = {layer.x: x}, canonical.tensors()[layer.y]
+    for _ in range(FUSED):
+        sums = [node for node in made.outputs if node.op == "Add" and len(made.outputs) == 1]
+        others = [t for node in sums for t in node.inputs if t is not made and isinstance(t, gs.Variable)]
+        feeds |= {t.name: np.zeros((*x.shape[:-1], layer.shape[0]), x.dtype) for t in others}
+        if not sums or others:
+            break
+        made = sums[0].outputs[0]
+    return feeds
 
 
 def largest_weights(quant: QuantTensor) -> Array:
@@ -287,7 +302,7 @@ def largest_weights(quant: QuantTensor) -> Array:
 
 def meeting_point(layer: TwinLinear, canonical: gs.Graph, run: Evaluation) -> str | None:
     """The layer's output; where a fusion swallowed it, the first tensor after it that both graphs make of x alone."""
-    twin = Evaluation(canonical, {layer.x: run.values[layer.x]})
+    twin = Evaluation(canonical, dict(run.values))
     tensors = canonical.tensors()
     near = [tensors[layer.y]]
     for _ in range(FUSED):

@@ -13,6 +13,7 @@ import numpy as np
 from instantrt.compiler.accuracy.data import read_text, token_feeds, tokenizer_of, windows
 from instantrt.compiler.accuracy.metrics import log_softmax, perplexity
 from instantrt.compiler.accuracy.runners import session, transformers_runner
+from instantrt.compiler.artifact.check import libraries_of
 from instantrt.compiler.artifact.manifest import find_artifact
 from instantrt.compiler.frontend.architecture import CAUSAL_LM, head_of
 from instantrt.compiler.json_file import read_json
@@ -69,7 +70,8 @@ def artifact_logits(folder: Path, target: str | None = None) -> Logits:
         found = artifact.kind if artifact.kind != "onnx" else "another model"
         fix = "instantrt diff --forms twin,engine measures an engine on its GPU" if artifact.kind == "engine" else ""
         raise UserError("not a causal LM for ONNX Runtime", where=f"{folder}, {artifact.target}", found=found, fix=fix)
-    loaded, whole = session(folder / artifact.path, every_position=True), artifact.limits.get("prompts") == "whole"
+    loaded = session(folder / artifact.path, every_position=True, libraries=libraries_of(folder, artifact))
+    whole = artifact.limits.get("prompts") == "whole"
     empty = {f"{PAST}{part}": buffer for part, buffer in empty_cache(loaded, 1, 0).items()}
     names = ["logits", *(name.replace(PAST, "present.") for name in empty)]
 

@@ -50,7 +50,9 @@ def open_form(subject: Subject, form: str, scratch: Path, stack: ExitStack) -> R
             return transformers_runner(subject.model.folder, subject.model.adapter, subject.model.encoder)
         case "artifact":
             file = existing(subject, ".onnx")
-            return (last_logits_runner if subject.logits == "last" else onnx_runner)(file, outputs)
+            return (last_logits_runner if subject.logits == "last" else onnx_runner)(
+                file, outputs, libraries=subject.plugins
+            )
         case "engine":
             return stack.enter_context(EngineRunner(existing(subject, ".engine"), subject.plugins, outputs))
     assert form == "twin"
@@ -125,8 +127,12 @@ def transformers_runner(folder: Path, adapter: Path | None = None, encoder: Enco
     return run
 
 
-def session(path: Path, *, as_written: bool = False, every_position: bool = False) -> ort.InferenceSession:
+def session(
+    path: Path, *, as_written: bool = False, every_position: bool = False, libraries: Sequence[Path] = ()
+) -> ort.InferenceSession:
     """An ONNX file in ONNX Runtime, on all of this process's cores; where asked, with the logits of every position.
+
+    `libraries`: of operators of ours, which are code: who calls has checked them.
 
     `as_written`: for a twin, and for what was lowered for TensorRT, in float16 too. Else ONNX Runtime 1.32 makes of a
     dequantized weight and its MatMul a kernel that quantizes the activations, and with float16 scales gets the sums
@@ -141,12 +147,14 @@ def session(path: Path, *, as_written: bool = False, every_position: bool = Fals
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     with tried("loading it into ONNX Runtime", where=str(path)):
+        for library in libraries:
+            options.register_custom_ops_library(str(library))
         if every_position:
             return open_every_position(path, options)
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_runner(path: Path, outputs: Sequence[str], **how: bool) -> Runner:
+def onnx_runner(path: Path, outputs: Sequence[str], **how: Any) -> Runner:
     """Only what is compared is fetched: a cache is as large as the logits and says nothing more."""
     loaded = session(path, **how)
 
@@ -158,15 +166,16 @@ def onnx_runner(path: Path, outputs: Sequence[str], **how: bool) -> Runner:
     return run
 
 
-def last_logits_runner(path: Path, outputs: Sequence[str]) -> Runner:
+def last_logits_runner(path: Path, outputs: Sequence[str], libraries: Sequence[Path]) -> Runner:
     """An artifact of the last token's logits, made to deliver all; in its first answer the last are the file's own."""
     runners: list[Runner] = []
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         if runners:
             return runners[0](feeds)
-        as_written = onnx_runner(path, outputs)(feeds)  # closed by now: two sessions would hold the weights twice
-        runners.append(onnx_runner(path, outputs, every_position=True))
+        # closed by now: two sessions would hold the weights twice
+        as_written = onnx_runner(path, outputs, libraries=libraries)(feeds)
+        runners.append(onnx_runner(path, outputs, every_position=True, libraries=libraries))
         found = runners[0](feeds)
         found["logits"][:, -1:] = as_written["logits"]
         return found

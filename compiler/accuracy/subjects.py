@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
-from instantrt.compiler.artifact.check import check_digests
+from instantrt.compiler.artifact.check import check_digests, libraries_of
 from instantrt.compiler.artifact.digest import digests_by_name, sha256
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
@@ -138,7 +138,7 @@ def subject(planned: Plan, request: Request, target: Target, artifact: Artifact 
         dtype=planned.types.get(target.name, FLOAT32),
         file=file,
         logits=artifact.limits.get("logits", "all") if artifact is not None else "all",
-        plugins=tuple(request.out / name for name in artifact.plugins) if artifact is not None else (),
+        plugins=tuple(libraries_of(request.out, artifact)) if artifact is not None and file is not None else (),
         refitted=refitted,
     )
 

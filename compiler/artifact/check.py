@@ -15,6 +15,13 @@ def check_digests(folder: Path, artifact: Artifact) -> None:
     check_record(folder, artifact.digests, (artifact.path, *artifact.plugins))
 
 
+def libraries_of(folder: Path, artifact: Artifact) -> list[Path]:
+    """The artifact's plugins, which are code: where it has some, all of its files are compared first."""
+    if artifact.plugins:
+        check_digests(folder, artifact)
+    return [inside(folder, name) for name in artifact.plugins]
+
+
 def check_record(folder: Path, digests: Mapping[str, str], needed: Iterable[str]) -> None:
     """UserError unless `folder` holds what `digests` say, and they say it of each `needed` file."""
     for name in digests:

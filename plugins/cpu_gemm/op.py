@@ -26,12 +26,13 @@ LONGEST = 65536  # k whose products fit in 32 bits
 
 def rounded(x: Array, activations: int) -> Array:
     """x as the kernel has it, in float64: symmetric, half to even; a block of zeros is zero."""
-    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, x.shape[-1] if activations == INT8_ROWS else BLOCK)
+    blocks: Array = x.astype(np.float32).reshape(*x.shape[:-1], -1, x.shape[-1] if activations == INT8_ROWS else BLOCK)
     top = np.float32(TOP[activations])
     most = np.abs(blocks).max(axis=-1, keepdims=True)
     small = most < SMALLEST  # zeros, and what is too small to divide by
     steps = np.clip(np.rint(blocks * (top / np.where(small, np.float32(np.inf), most))), -top, top)
-    return np.asarray((steps.astype(np.float64) * np.where(small, 1, most / top)).reshape(x.shape))
+    seen: Array = steps.astype(np.float64) * np.where(small, 1, most / top)
+    return np.asarray(seen.reshape(x.shape))
 
 
 def dequantized(codes: Array, affine: Array, values: Mapping[str, int]) -> Array:
@@ -44,7 +45,8 @@ def dequantized(codes: Array, affine: Array, values: Mapping[str, int]) -> Array
         zeros = numbers(affine[..., middle:], values["zero_type"])
         least = -scales * zeros if values["zero_type"] == CODES else zeros
     scale, offset = (np.repeat(layout.by_row(v), values["group"], axis=1) for v in (scales, least))
-    return layout.unpack(codes, values["bits"], scale.shape[1]) * scale + offset
+    w: Array = layout.unpack(codes, values["bits"], scale.shape[1]) * scale + offset
+    return w
 
 
 def numbers(raw: Array, kind: int) -> Array:

@@ -153,6 +153,7 @@ class Contest:
 
 Q8, Q4, OV8 = "llama.cpp Q8_0", "llama.cpp Q4_0", "OpenVINO int8"
 EIGHT, EXACT, FOUR = "8 bits", "8 bits, exact", "4 bits"
+EIGHT_OURS, EXACT_OURS, FOUR_OURS = f"{EIGHT}, plugin", f"{EXACT}, plugin", f"{FOUR}, plugin"
 PEERS = {
     Q8: llama("Q8_0", 8),
     Q4: llama("Q4_0", 4),
@@ -169,6 +170,11 @@ DECODER = Contest(
         "A8W8": ours("--quant a8w8", 8),
         FOUR: ours("--quant a16w4", 4),
         "4 bits, exact": ours("--quant a16w4 --cpu-preset exact", 4),
+        EIGHT_OURS: ours("--quant a16w8 --plugin auto", 8),
+        EXACT_OURS: ours("--quant a16w8 --cpu-preset exact --plugin auto", 8),
+        "A8W8, plugin": ours("--quant a8w8 --plugin auto", 8),
+        FOUR_OURS: ours("--quant a16w4 --plugin auto", 4),
+        "4 bits, exact, plugin": ours("--quant a16w4 --cpu-preset exact --plugin auto", 4),
         **PEERS,
         "llama.cpp Q4_K_M": llama("Q4_K_M", 4),
         "OpenVINO int4": openvino("--weight-format int4 --group-size 32", 4),
@@ -182,14 +188,18 @@ DECODER = Contest(
     },
     bases=BASES | {(PREFILL, None): OV8},
     speed=DECODE,
-    goals=(
-        Wanted(1.25, (EIGHT, DECODE), (Q8, DECODE)),
-        Wanted(1.25, (EIGHT, DECODE_LONG), (Q8, DECODE_LONG)),
-        Wanted(1.1, (FOUR, DECODE), (Q4, DECODE)),
-        Wanted(1.1, (FOUR, DECODE_LONG), (Q4, DECODE_LONG)),
-        Wanted(0.9, (EIGHT, PREFILL), (OV8, PREFILL)),
-        Wanted(0.8, (EXACT, DECODE), (EIGHT, DECODE)),
-        Wanted(5, (EIGHT, DECODE_BATCH), (EIGHT, DECODE)),
+    goals=tuple(
+        goal
+        for eight, exact, four in ((EIGHT, EXACT, FOUR), (EIGHT_OURS, EXACT_OURS, FOUR_OURS))
+        for goal in (
+            Wanted(1.25, (eight, DECODE), (Q8, DECODE)),
+            Wanted(1.25, (eight, DECODE_LONG), (Q8, DECODE_LONG)),
+            Wanted(1.1, (four, DECODE), (Q4, DECODE)),
+            Wanted(1.1, (four, DECODE_LONG), (Q4, DECODE_LONG)),
+            Wanted(0.9, (eight, PREFILL), (OV8, PREFILL)),
+            Wanted(0.8, (exact, DECODE), (eight, DECODE)),
+            Wanted(5, (eight, DECODE_BATCH), (eight, DECODE)),
+        )
     ),
     limits={
         "loss over float32": 0.004,
@@ -201,7 +211,13 @@ DECODER = Contest(
 )
 SHAPE_PREFILL = "prefill 128"
 SHAPE = Contest(
-    forms={EIGHT: ours("--quant a16w8", 8), FOUR: ours("--quant a16w4", 4), **PEERS},
+    forms={
+        EIGHT: ours("--quant a16w8", 8),
+        FOUR: ours("--quant a16w4", 4),
+        EIGHT_OURS: ours("--quant a16w8 --plugin auto", 8),
+        FOUR_OURS: ours("--quant a16w4 --plugin auto", 4),
+        **PEERS,
+    },
     first=("prefill", 128),
     rounds={SHAPE_PREFILL: ("prefill", 128), DECODE: ("decode", 128)},
     bases=BASES | {(SHAPE_PREFILL, None): OV8},
@@ -210,6 +226,7 @@ SHAPE = Contest(
 )
 DYNAMIC_INT8, STATIC_INT8 = "quantize_dynamic int8 per channel", "OpenVINO int8, calibrated"
 BY_CHANNEL = "A16W8 by channel"
+A8W8 = "A8W8", "A8W8, plugin"
 ENCODER = Contest(
     forms={
         FLOAT: of_encoder("ours", "onnx encoder", COPY, 32),
@@ -217,6 +234,9 @@ ENCODER = Contest(
         BY_CHANNEL: ours("--quant a16w8 --group-size -1", 8, "our encoder"),
         "A8W8": ours("--quant a8w8", 8, "our encoder"),
         "A16W4": ours("--quant a16w4", 4, "our encoder"),
+        "A16W8, plugin": ours("--quant a16w8 --plugin auto", 8, "our encoder"),
+        "A8W8, plugin": ours("--quant a8w8 --plugin auto", 8, "our encoder"),
+        "A16W4, plugin": ours("--quant a16w4 --plugin auto", 4, "our encoder"),
         DYNAMIC_INT8: of_encoder("ours", "onnx encoder", DYNAMIC, 8),
         "OpenVINO float": of_encoder("openvino", "openvino encoder", COPY, 32),
         OV8: of_encoder("openvino", "openvino encoder", NNCF_WEIGHTS, 8, "model.xml"),
@@ -227,8 +247,13 @@ ENCODER = Contest(
     bases={(name, None): FLOAT for name in ENCODE},
     speed="32 x 64",
     goals=(
-        *(Wanted(2.5, ("A8W8", name), (FLOAT, name)) for name in ENCODE),
-        *(Wanted(1, ("A8W8", name), (peer, name)) for peer in (DYNAMIC_INT8, OV8, STATIC_INT8) for name in ENCODE),
+        *(Wanted(2.5, (ours, name), (FLOAT, name)) for ours in A8W8 for name in ENCODE),
+        *(
+            Wanted(1, (ours, name), (peer, name))
+            for ours in A8W8
+            for peer in (DYNAMIC_INT8, OV8, STATIC_INT8)
+            for name in ENCODE
+        ),
         Wanted(1.5, (BY_CHANNEL, "32 x 64"), (FLOAT, "32 x 64")),
     ),
     loss="1 - cosine of mean-pooled vectors",
