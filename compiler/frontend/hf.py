@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_bytes
-from instantrt.compiler.frontend.account import FLOATS, Taken, attempt, take_account
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
+from instantrt.compiler.frontend.account import Taken, attempt, take_account
 from instantrt.compiler.frontend.adapter.apply import adapted
 from instantrt.compiler.frontend.adapter.folder import Adapter, check_base
 from instantrt.compiler.frontend.architecture import Head, head_of
@@ -31,6 +30,7 @@ from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
 from instantrt.compiler.frontend.labels import label_names, labels_of
 from instantrt.compiler.frontend.model import CLASSIFIERS, EncoderShape, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.pieces import FLOATS, pieces_of
 from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.sentence import SentencePipeline
 from instantrt.compiler.frontend.sentence_files import files_of, read_pipeline, tensors_of
@@ -198,37 +198,17 @@ def open_checkpoint(
         return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
-    stored = in_chunks(stored, facts.chunked)
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or unannounced_reader(stored)
+    pieces = pieces_of(stored, facts)
     if adapter is not None:
         check_base(reader, root, adapter)
-        stored, files = adapted(stored, facts, adapter, report), (*files, *adapter.account(report))
+        pieces, files = adapted(pieces, facts, adapter, report), (*files, *adapter.account(report))
     labels: Sequence[str] = ()
     if isinstance(facts.shape, EncoderShape) and head.task in CLASSIFIERS:
         labels = attempt(report, labels_of, config, facts.shape.width, str(folder / "config.json")) or ()
-    taken = take_account(facts, stored, reader, files, report)
+    taken = take_account(facts, pieces, reader, files, report)
     return OpenCheckpoint(root, folder, config, reader, taken, skeleton, kept, pipeline, labels)
-
-
-def in_chunks(stored: Mapping[str, FileTensor], chunked: Mapping[str, Sequence[str]]) -> dict[str, FileTensor]:
-    """The tensors by name, those that a model has in equal parts of their rows as these parts."""
-    found = {name: tensor for name, tensor in stored.items() if name not in chunked}
-    for name, parts in chunked.items():
-        tensor = stored[name]
-        rows, odd = divmod(tensor.shape[0] if tensor.shape else 1, len(parts))
-        if odd:
-            found[name] = tensor
-            continue
-        size = rows * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        for index, part in enumerate(parts):
-            offset, shape = tensor.offset + index * size, (rows, *tensor.shape[1:])
-            own = replace(tensor, name=part, offset=offset, shape=shape)
-            first = found.setdefault(part, own)
-            if first is not own and not same_bytes(first, own):
-                where, names = str(tensor.path.parent), f"{first.name} and a part of {name}"
-                raise UserError(f"two tensors for {part}, and they differ", where=where, found=names)
-    return found
 
 
 def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:

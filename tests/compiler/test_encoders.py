@@ -6,6 +6,7 @@ Tiny random models of each family, lowered for ONNX Runtime, on a batch that is 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import EncoderShape, FloatModel
 from instantrt.compiler.frontend.skeleton import untouched_parameters
+from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import encoder_steps
@@ -118,14 +120,22 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
 def test_a_tensor_of_parts_that_the_file_has_apart_too(tmp_path: Path) -> None:
     make("gte", "AutoModel", tmp_path)
     path, fused = tmp_path / "model.safetensors", "encoder.layer.0.attention.qkv_proj.weight"
+    part = "layers.0.self_attn.k_proj.weight"
     tensors = load_file(path)
-    tensors["layers.0.self_attn.k_proj.weight"] = np.split(tensors[fused], 3)[1].copy()
+    found = inspect(tmp_path)
+    assert (found.problems, found.tensors, found.account.parameters) == ((), len(tensors), len(tensors))
+    tensors[part] = np.split(tensors[fused], 3)[1].copy()
     save_file(tensors, path)
     load(tmp_path)  # byte for byte what the part is
-    tensors["layers.0.self_attn.k_proj.weight"] += 1
+    found = inspect(tmp_path)
+    assert (found.problems, found.tensors, found.account.parameters) == ((), len(tensors), len(tensors) - 1)
+    assert [(each.name, each.why) for each in found.account.harmless] == [(part, f"equal to {fused}, byte for byte")]
+    tensors[part] += 1
     save_file(tensors, path)
-    with pytest.raises(UserError, match=rf"two tensors for layers\.0\.self_attn\.k_proj\.weight(.|\n)*{fused}"):
+    with pytest.raises(UserError, match=rf"two tensors for {re.escape(part)}(.|\n)*{fused}"):
         load(tmp_path)
+    (problem,) = inspect(tmp_path).problems  # told, and the rest looked at
+    assert problem.what == f"two tensors for {part}, and they differ"
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])
