@@ -144,15 +144,14 @@ def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, list[s
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for name in stored:
         new, source = rename_source_key(name, rules, chunks, prefix, state)
+        if new not in state and name in state:
+            new, source = name, None
         first, *others = targets.get(source, [""])
         parts = [new, *(new.replace(first, other, 1) for other in others)]
-        if others and all(part in state for part in parts):
-            yield name, parts
-            continue
-        new = rename_source_key(name, rules, [], prefix, state)[0] if others else new
-        if new not in state:
-            new = name if name in state else beside_a_module(new, prefix, modules)
-        yield name, [new]
+        if not others:
+            yield name, [new if new in state else beside_a_module(new, prefix, modules)]
+        else:
+            yield name, parts if all(part in state for part in parts) else [name]
 
 
 def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:
