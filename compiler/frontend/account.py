@@ -15,7 +15,7 @@ from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.known_tensors import UNUSED_PARTS, harmless_names, listed, no_place
 from instantrt.compiler.frontend.model import CLASSIFIERS, EncoderShape
 from instantrt.compiler.frontend.pieces import FLOATS, Piece
-from instantrt.compiler.frontend.side_files import MERGED, READ, WEIGHTS, Accounted, Report, entries
+from instantrt.compiler.frontend.side_files import FLOAT_MODEL, MERGED, READ, WEIGHTS, Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, FileTensor, convert, whole
@@ -91,16 +91,17 @@ def take_account(
     buffers = {name for name in facts.saved if name in tensors}
     asked = Asked(tensors)
     values = dict(buffer_values(facts, tensors, report))
-    layers, failed = read_layers(facts, reader, asked, report)
+    told = not_cut(facts, tensors, report)
+    layers, failed = read_layers(facts, reader, asked, told, report)
     quantized = {path for path, quant in layers.items() if isinstance(quant, QuantTensor)}
     parameters = facts.parameters
-    lost = missing(facts.groups, tensors, quantized | failed)
+    lost = missing(facts.groups, {*tensors, *told}, quantized | failed)
     used = {name for name in asked.found if name not in parameters or tensors[name].dtype not in FLOATS}
     harmless, unknown = {piece.own: why for piece, why in copies.items()}, []
     known = harmless_names(facts)
     for name, tensor in tensors.items():
         path, _, part = name.rpartition(".")
-        if name in parameters or name in buffers or name in used or path in failed:
+        if name in parameters or name in buffers or name in used or name in told or path in failed:
             continue
         why = known(name, tensor)
         if path in quantized and reader is not None:
@@ -178,15 +179,46 @@ def buffer_values(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: 
         yield name, convert(values, FLOAT32) if tensor.dtype in FLOATS else values
 
 
+def not_cut(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: Report) -> set[str]:
+    """Reports what the file has in one and the model in parts, if it cannot be cut; these tensors and parameters."""
+    joined = {name: parts for name, parts in facts.chunked.items() if name in tensors}
+    quantized = {module(name) for name in joined if tensors[name].dtype not in FLOATS}
+    in_one, told = dict[str, list[str]](), set[str]()
+    for name, parts in joined.items():
+        shape = facts.joined(parts)
+        if module(name) in quantized:
+            in_one[module(name)] = list(map(module, parts))
+            told.update((name, *(f"{module(part)}.weight" for part in parts)))
+        elif shape is not None:
+            report(other_shape(tensors[name], shape, facts))
+            told.update((name, *parts))
+    if in_one:
+        first, *others = in_one
+        error = UserError(
+            f"{facts.name} has in parts what is quantized in one here: quantized tensors are not cut",
+            where=str(tensors[next(iter(joined))].path),
+            expected=f"{', '.join(in_one[first])}, or floats",
+            found=f"{first} {listed(others, 'and others')}".rstrip(),
+            fix=FLOAT_MODEL,
+        )
+        report(error)
+    return told
+
+
+def module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def read_layers(
-    facts: ModelFacts, reader: Reader | None, tensors: Asked, report: Report
+    facts: ModelFacts, reader: Reader | None, tensors: Asked, told: set[str], report: Report
 ) -> tuple[dict[str, QuantTensor | Reject], set[str]]:
     """(how the reader finds each linear stored, the paths of those that it cannot read)."""
     layers: dict[str, QuantTensor | Reject] = {}
     failed = set[str]()
     for path, shape in facts.linears.items() if reader is not None else ():
         assert reader is not None
-        quant = attempt(report, reader.read, StoredLayer(path, shape, tensors))
+        known = f"{path}.weight" in told
+        quant = None if known else attempt(report, reader.read, StoredLayer(path, shape, tensors))
         if quant is None:
             failed.add(path)
         else:
@@ -219,7 +251,7 @@ def wrong_parameters(
     mark   the tensor that a quantized layer has
     """
     for name, shape in facts.parameters.items():
-        tensor, path = tensors.get(name), name.rpartition(".")[0]
+        tensor, path = tensors.get(name), module(name)
         if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
             continue
         if path in quantized and name == f"{path}.weight" and mark != "weight":
@@ -259,9 +291,9 @@ def is_of_classes(found: tuple[int, ...], expected: tuple[int, ...], classes: in
     return len(found) == len(expected) and found[1:] == expected[1:] and expected[0] == classes
 
 
-def missing(groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str]) -> list[str]:
+def missing(groups: Iterable[list[str]], tensors: set[str], quantized: set[str]) -> list[str]:
     """The first name of every parameter that is in the file under none of its names, and not quantized either."""
-    held = {f"{path}.weight" for path in quantized} | set(tensors)
+    held = {f"{path}.weight" for path in quantized} | tensors
     return [names[0] for names in groups if held.isdisjoint(names)]
 
 

@@ -29,11 +29,10 @@ def pieces_of(stored: Mapping[str, FileTensor], facts: ModelFacts) -> list[Piece
 
 def pieces(name: str, tensor: FileTensor, facts: ModelFacts) -> Iterator[Piece]:
     names = facts.chunked.get(name, ())
-    rows, odd = divmod(tensor.shape[0] if tensor.shape else 1, len(names) or 1)
-    if not names or odd or tensor.dtype not in FLOATS or not facts.parameters.keys() >= set(names):
+    if not names or tensor.shape != facts.joined(names) or tensor.dtype not in FLOATS:
         yield Piece(name, facts.renamed.get(name, name), tensor)
         return
-    shape = (rows, *tensor.shape[1:])
+    shape = (tensor.shape[0] // len(names), *tensor.shape[1:])
     size = math.prod(shape) * tensor.dtype.itemsize
     for index, part in enumerate(names):
         yield Piece(name, part, replace(tensor, name=part, offset=tensor.offset + index * size, shape=shape))

@@ -44,6 +44,7 @@ from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
 from tests.conftest import TEXT, plugin_library
 
+FUSED = "encoder.layer.0.attention.qkv_proj"  # of GTE
 AUTOS = {
     "hidden": "AutoModel",
     "classify": "AutoModelForSequenceClassification",
@@ -119,7 +120,7 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
 
 def test_a_tensor_of_parts_that_the_file_has_apart_too(tmp_path: Path) -> None:
     make("gte", "AutoModel", tmp_path)
-    path, fused = tmp_path / "model.safetensors", "encoder.layer.0.attention.qkv_proj.weight"
+    path, fused = tmp_path / "model.safetensors", f"{FUSED}.weight"
     part = "layers.0.self_attn.k_proj.weight"
     tensors = load_file(path)
     found = inspect(tmp_path)
@@ -136,6 +137,45 @@ def test_a_tensor_of_parts_that_the_file_has_apart_too(tmp_path: Path) -> None:
         load(tmp_path)
     (problem,) = inspect(tmp_path).problems  # told, and the rest looked at
     assert problem.what == f"two tensors for {part}, and they differ"
+
+
+def quantized_in_one(kind: str, tensors: dict[str, Array]) -> dict[str, Any]:
+    """`FUSED` of some kind, and its config."""
+    del tensors[f"{FUSED}.weight"]
+    ones = np.ones((2, 96), int)
+    if kind == "gptq":
+        tensors |= gptq_tensors(FUSED, np.ones((32, 96), int), ones, ones / 8, 4, np.arange(32) // 16)
+        return {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
+    tensors[f"{FUSED}.weight"] = np.ones((96, 32), np.int8)
+    tensors[f"{FUSED}.weight_scale"] = np.ones((96, 1), np.float32)
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    group = {"group_0": {"targets": [f"re:.*{kind}"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": group}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "_proj$"])  # the latter is how compressed-tensors finds its layers
+def test_what_is_quantized_in_one_is_not_cut(kind: str, tmp_path: Path) -> None:
+    make("gte", "AutoModel", tmp_path)
+    tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = quantized_in_one(kind, tensors)
+    write_checkpoint(tmp_path, config, tensors)
+    what = "GteModel has in parts what is quantized in one here: quantized tensors are not cut"
+    with pytest.raises(UserError, match=rf"{what}(.|\n)*k_proj(.|\n)*{FUSED}(.|\n)*with --quant"):
+        load(tmp_path)
+    first, *others = inspect(tmp_path).problems
+    assert first.what == what
+    assert not [each for each in others if "self_attn.q_proj" in str(each)], others
+
+
+@pytest.mark.parametrize(("name", "wanted"), [(f"{FUSED}.weight", [96, 32]), (f"{FUSED}.bias", [96])])
+def test_what_cannot_be_cut_into_equal_parts(name: str, wanted: list[int], tmp_path: Path) -> None:
+    make("gte", "AutoModel", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for rows in (95, 93):
+        save_file({**tensors, name: tensors[name][:rows].copy()}, tmp_path / "model.safetensors")
+        (problem,) = inspect(tmp_path).problems
+        assert problem.what == f"tensor {name} disagrees with the model's config"
+        assert (problem.expected, problem.found) == (f"shape {wanted}", f"shape {[rows, *wanted[1:]]} float32")
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])
