@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -153,6 +153,7 @@ def open_checkpoint(
     say: Callable[[str], None] = lambda text: None,
     weights: Mapping[str, FileTensor] | None = None,
     adapter: Adapter | None = None,
+    reads: Callable[[Iterable[Path]], None] = lambda files: None,
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
@@ -163,6 +164,7 @@ def open_checkpoint(
     cache        folder of earlier exports
     weights      the tensors, where the folder has none of its own
     adapter      is merged into them
+    reads        is told the files of both, before torch is imported
     """
     pipeline = read_pipeline(folder, truncate_dim)
     root, folder = folder, pipeline.folder if pipeline is not None else folder
@@ -181,6 +183,7 @@ def open_checkpoint(
     except UserError:
         skeleton()  # what is wrong with the model itself is said first
         raise
+    reads([*dict.fromkeys(t.path for t in stored.values()), *(adapter.files if adapter is not None else ())])
     # Code that a model brings is no part of a key.
     kept = None if config.get("auto_map") else cache_folder(cache)
     # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".
