@@ -170,6 +170,8 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None
             check_out(out, [X86])
         with pytest.raises(UserError, match=r"not a folder that can be written(.|\n)*another for --triton"):
             check_places(Request(TINY, ("x86",), tmp_path / "out"), triton=out)
+        with pytest.raises(UserError, match=r"not a folder that can be written(.|\n)*another for --dump-passes"):
+            check_places(Request(TINY, ("x86",), tmp_path / "out", dump_passes=out))
     check_out(tmp_path / "new" / "folder", [X86])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]  # what was tried is gone
 
