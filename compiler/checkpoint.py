@@ -99,13 +99,6 @@ def read_checkpoint(folder: Path) -> Mapping[str, FileTensor]:
     )
 
 
-def likely_files(model: Path) -> list[Path]:
-    """Where a model's weights most likely lie, before anything is read of it."""
-    if not model.is_dir():
-        return [model]
-    return [single] if (single := model / SINGLE).is_file() else sorted(model.glob("model-*.safetensors"))
-
-
 def weight_map_of(index: Path) -> dict[str, str]:
     """Tensor -> the name of its file, which lies beside the index."""
     weight_map = read_json(index).get("weight_map")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from instantrt.compiler.artifact.hashing import Hashing
 from instantrt.compiler.artifact.manifest import Artifact
-from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out
-from instantrt.compiler.checkpoint import likely_files
+from instantrt.compiler.artifact.staging import Staging, artifacts_kept, check_out, check_writable
 from instantrt.compiler.frontend.own_names import own_names
 from instantrt.compiler.kinds import check_kind
 from instantrt.compiler.plan import Plan, plan
@@ -63,8 +62,7 @@ def compile_model(
     with ExitStack() as stack:
         staging, hashing = stack.enter_context(Staging()), stack.enter_context(Hashing())
         take = stack.enter_context(standby(needed=request.smoke and on_cpu))
-        hashing.begin(likely_files(request.base or request.model))
-        planned = plan(request, watch.say)
+        planned = plan(request, watch.say, hashing.begin)
         stack.enter_context(reworded(own_names(planned.model.held, request.model)))
         watch.planned(planned)
         data = None
@@ -104,6 +102,8 @@ def check_places(request: Request, *, verify: bool = False, triton: Path | None 
                 fix="name another folder for --triton, one in the output folder say",
             )
         check_folder(triton)
+    if request.dump_passes is not None:
+        check_writable(request.dump_passes, "name another for --dump-passes")
     if request.timing_cache is not None and request.timing_cache.is_dir():
         raise UserError("timing_cache is a file", where=str(request.timing_cache), found="a folder")
     if request.min_cosine is not None and not verify:

@@ -150,7 +150,7 @@ def inspect(
         format=form(reader, layers),
         runs_as=method_of(asked).name if asked is not None else "float; choose with --quant",
         problems=problems(found),
-        tensors=len(tensors),
+        tensors=opened.taken.count,
         parameters=facts.size,
         bytes=sum(size(t) for t in distinct(tensors)),
         layers=layers,

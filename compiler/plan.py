@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,8 +93,13 @@ class Plan:
         return layout(self.lowered[target])[1]
 
 
-def plan(request: Request, say: Say = lambda text: None) -> Plan:
-    """Everything but the writing: exports, decides, inserts Q/DQ, lowers."""
+def plan(
+    request: Request, say: Say = lambda text: None, reads: Callable[[Iterable[Path]], None] = lambda files: None
+) -> Plan:
+    """Everything but the writing: exports, decides, inserts Q/DQ, lowers.
+
+    reads   is told early where the weights lie
+    """
     check_early(request)
     log = PassLog() if request.dump_passes is None else Dump(folder=request.dump_passes)
     say(f"reading {request.model}")
@@ -109,6 +115,7 @@ def plan(request: Request, say: Say = lambda text: None) -> Plan:
                 adapter=request.adapter,
                 base=request.base,
                 say=say,
+                reads=reads,
             )
             stack.enter_context(settled())  # before the collector is back, which would look through torch at once
         stack.enter_context(reworded(own_names(model.held, request.model)))

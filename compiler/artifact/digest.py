@@ -64,5 +64,11 @@ def check_files(folder: Path, digests: Mapping[str, str], needed: Iterable[str])
 
 
 if __name__ == "__main__":
+    import ctypes
+    import signal
+    from contextlib import suppress
+
+    with suppress(AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: to end with who asks
     for name in sys.argv[1:]:
         print(sha256(Path(name)), flush=True)

@@ -143,19 +143,27 @@ def artifacts_kept(out: Path, written: Iterable[Target]) -> list[Artifact]:
     return [a for a in artifacts_in(out) if a.target not in names and (out / a.target).is_dir()]
 
 
+def check_writable(folder: Path, fix: str) -> None:
+    """Refuses a folder that cannot be made, or written: it is tried, as permissions do not tell (/proc)."""
+    try:
+        with Staging() as trial:
+            trial.staged(folder)
+    except OSError as error:
+        raise UserError(
+            "not a folder that can be written",
+            where=str(folder),
+            expected="one that is there, or can be made",
+            found=f"{error.filename}: {error.strerror}",
+            fix=fix,
+        ) from None
+
+
 def check_out(out: Path, targets: Iterable[Target], keep: Iterable[Path] = (), carried: Iterable[Path] = ()) -> None:
     """Can `out` be written, and is nothing lost that compile did not write?
 
     `keep` are paths that must survive; `carried` files have their copies among what is written.
     """
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(
-            "not a folder that can be written",
-            where=str(out),
-            found=f"{there} is {'read-only' if there.is_dir() else 'a file'}",
-            fix="name another with -o",
-        )
+    check_writable(out, "name another with -o")
     ours = {name for artifact in artifacts_in(out) for name in artifact.digests}
     here, copied = out.resolve(), [file.resolve() for file in carried]
     ours |= {str(file.relative_to(here)) for file in copied if file.is_relative_to(here)}

@@ -7,7 +7,7 @@ beside `hf` and `onnx_file`, told apart in `load`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ def load(
     adapter: Sequence[Path] = (),
     base: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    reads: Callable[[Iterable[Path]], None] = lambda files: None,
 ) -> FloatModel:
     """Reads a Hugging Face folder, a GGUF file or an ONNX file, told apart by what is there.
 
@@ -43,6 +44,7 @@ def load(
     cache        folder of earlier exports, `none` for none; None: where INSTANTRT_CACHE or the system says. As
                  `trust_remote_code`, it may be given where nothing has use for it
     say          is told whether the graph is exported, or of an earlier export
+    reads        is told where the weights lie, before what takes long
     """
     model, lora = model_and_adapter(model, adapter, base)
     gguf = gguf_at(model)
@@ -68,6 +70,7 @@ def load(
                 say=say,
                 weights=None if made is None else made.weights,
                 adapter=lora,
+                reads=reads,
             )
             loaded = hf.load_checkpoint(opened, say)
             if made is not None:
@@ -77,7 +80,10 @@ def load(
         from instantrt.compiler.frontend import onnx_file
 
         with tried("reading the graph", where=str(model), fix="onnx.checker.check_model may say what is wrong with it"):
-            return onnx_file.load_onnx(model)
+            reads([model])
+            loaded = onnx_file.load_onnx(model)
+            reads(loaded.files)
+            return loaded
     raise UserError(
         "no model here",
         where=str(model),

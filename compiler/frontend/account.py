@@ -6,22 +6,21 @@ collects where one is inspected, so that both say the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from instantrt.compiler.checkpoint import DTYPES, same_bytes
+from instantrt.compiler.checkpoint import same_bytes
 from instantrt.compiler.frontend.facts import ModelFacts
 from instantrt.compiler.frontend.known_tensors import UNUSED_PARTS, harmless_names, listed, no_place
 from instantrt.compiler.frontend.model import CLASSIFIERS, EncoderShape
-from instantrt.compiler.frontend.side_files import MERGED, READ, WEIGHTS, Accounted, Report, entries
+from instantrt.compiler.frontend.pieces import FLOATS, Piece
+from instantrt.compiler.frontend.side_files import FLOAT_MODEL, MERGED, READ, WEIGHTS, Accounted, Report, entries
 from instantrt.compiler.quant.stored import Reader, StoredLayer, check_no_bias
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FLOAT32, Array, FileTensor, convert, whole
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject
-
-FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Taken:
     """`tensors` by the names that the model has for them; `layers` is how each linear is stored.
 
     The file may change the model: `untied` are the parameters that are no longer tied in `facts`, `buffers` the values
-    of those that it saves.
+    of those that it saves. `count` is how many tensors the file has.
     """
 
     account: Account
@@ -55,6 +54,7 @@ class Taken:
     facts: ModelFacts
     untied: tuple[str, ...]
     buffers: Mapping[str, Array]
+    count: int
 
 
 class Asked(Mapping[str, FileTensor]):
@@ -77,29 +77,31 @@ class Asked(Mapping[str, FileTensor]):
 
 def take_account(
     facts: ModelFacts,
-    stored: Mapping[str, FileTensor],
+    pieces: Sequence[Piece],
     reader: Reader | None,
     files: tuple[Accounted, ...],
     report: Report,
 ) -> Taken:
-    """Asks of every tensor in `stored` what it is for, and of every parameter where it is."""
-    copies: list[tuple[str, str]] = []
-    tensors = by_model_name(stored, facts.renamed, copies, report)
-    untied = different_ties(facts, tensors, copies)
+    """Asks of every tensor of the file what it is for, and of every parameter where it is."""
+    copies: dict[Piece, str] = {}
+    placed = by_model_name(pieces, copies, report)
+    tensors = {name: piece.tensor for name, piece in placed.items()}
+    untied = different_ties(facts, placed, copies)
     facts = replace(facts, ties={name: tied for name, tied in facts.ties.items() if name not in untied})
     buffers = {name for name in facts.saved if name in tensors}
     asked = Asked(tensors)
     values = dict(buffer_values(facts, tensors, report))
-    layers, failed = read_layers(facts, reader, asked, report)
+    told = not_cut(facts, tensors, report)
+    layers, failed = read_layers(facts, reader, asked, told, report)
     quantized = {path for path, quant in layers.items() if isinstance(quant, QuantTensor)}
     parameters = facts.parameters
-    lost = missing(facts.groups, tensors, quantized | failed)
+    lost = missing(facts.groups, {*tensors, *told}, quantized | failed)
     used = {name for name in asked.found if name not in parameters or tensors[name].dtype not in FLOATS}
-    harmless, unknown = list(copies), []
+    harmless, unknown = {piece.own: why for piece, why in copies.items()}, []
     known = harmless_names(facts)
     for name, tensor in tensors.items():
         path, _, part = name.rpartition(".")
-        if name in parameters or name in buffers or name in used or path in failed:
+        if name in parameters or name in buffers or name in used or name in told or path in failed:
             continue
         why = known(name, tensor)
         if path in quantized and reader is not None:
@@ -109,13 +111,17 @@ def take_account(
                 attempt(report, check_no_bias, tensor)
                 continue
         if why:
-            harmless.append((name, why))
+            harmless[placed[name].own] = why
         else:
             unknown.append(name)
     for error in in_order(facts, tensors, lost, unknown, quantized | failed, reader):
         report(error)
-    count = len(set(tensors) & (set(parameters) | buffers) - used - {name for name, _ in copies})
-    return Taken(Account(count, len(used), entries(harmless), files), tensors, layers, facts, untied, values)
+    of_parameters = {*parameters, *buffers} - used
+    quantization = {placed[name].own for name in used}
+    counted = {p.own for name, p in placed.items() if name in of_parameters and p not in copies} - quantization
+    spare = [(own, why) for own, why in harmless.items() if own not in counted | quantization]
+    account = Account(len(counted), len(quantization), entries(spare), files)
+    return Taken(account, tensors, layers, facts, untied, values, len({piece.own for piece in pieces}))
 
 
 def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
@@ -127,41 +133,36 @@ def attempt(report: Report, check: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-def by_model_name(
-    stored: Mapping[str, FileTensor], renamed: Mapping[str, str], copies: list[tuple[str, str]], report: Report
-) -> dict[str, FileTensor]:
+def by_model_name(pieces: Sequence[Piece], copies: dict[Piece, str], report: Report) -> dict[str, Piece]:
     """The tensors by the names that the model has for them today; of two that become one, equal ones are copies."""
-    tensors: dict[str, FileTensor] = {}
-    for name, tensor in stored.items():
-        new = renamed.get(name, name)
-        first = tensors.setdefault(new, tensor)
-        if first is tensor:
+    placed: dict[str, Piece] = {}
+    for piece in pieces:
+        first = placed.setdefault(piece.name, piece)
+        if first is piece:
             continue
-        if same_bytes(first, tensor):
-            copies.append((name, f"equal to {first.name}, byte for byte"))
+        if same_bytes(first.tensor, piece.tensor):
+            copies[piece] = f"equal to {first.own}, byte for byte"
         else:
-            names = f"{first.name} and {name}"
-            report(UserError(f"two tensors for {new}, and they differ", where=str(tensor.path.parent), found=names))
-    return tensors
+            what, where = f"two tensors for {piece.name}, and they differ", str(piece.tensor.path.parent)
+            report(UserError(what, where=where, found=f"{first.own} and {piece.own}"))
+    return placed
 
 
-def different_ties(
-    facts: ModelFacts, tensors: Mapping[str, FileTensor], copies: list[tuple[str, str]]
-) -> tuple[str, ...]:
+def different_ties(facts: ModelFacts, placed: Mapping[str, Piece], copies: dict[Piece, str]) -> tuple[str, ...]:
     """A tied parameter that the file has twice is one where both are equal, and two where they differ: their names.
 
     So does transformers: docs/facts.md, "Tied weights that differ".
     """
     untied = []
     for names in facts.groups:
-        first, *others = [name for name in names if name in tensors] or [""]
-        for name in others:
-            if tensors[first] is tensors[name]:
+        held = [placed[name] for name in names if name in placed]
+        for piece in held[1:]:
+            if piece.tensor is held[0].tensor:
                 continue
-            if same_bytes(tensors[first], tensors[name]):
-                copies.append((name, f"equal to {first}, to which it is tied, byte for byte"))
+            if same_bytes(piece.tensor, held[0].tensor):
+                copies[piece] = f"equal to {held[0].own}, to which it is tied, byte for byte"
             else:
-                untied.append(name)
+                untied.append(piece.name)
     return tuple(untied)
 
 
@@ -178,15 +179,46 @@ def buffer_values(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: 
         yield name, convert(values, FLOAT32) if tensor.dtype in FLOATS else values
 
 
+def not_cut(facts: ModelFacts, tensors: Mapping[str, FileTensor], report: Report) -> set[str]:
+    """Reports what the file has in one and the model in parts, if it cannot be cut; these tensors and parameters."""
+    joined = {name: parts for name, parts in facts.chunked.items() if name in tensors}
+    quantized = {module(name) for name in joined if tensors[name].dtype not in FLOATS}
+    in_one, told = dict[str, list[str]](), set[str]()
+    for name, parts in joined.items():
+        shape = facts.joined(parts)
+        if module(name) in quantized:
+            in_one[module(name)] = list(map(module, parts))
+            told.update((name, *(f"{module(part)}.weight" for part in parts)))
+        elif shape is not None:
+            report(other_shape(tensors[name], shape, facts))
+            told.update((name, *parts))
+    if in_one:
+        first, *others = in_one
+        error = UserError(
+            f"{facts.name} has in parts what is quantized in one here: quantized tensors are not cut",
+            where=str(tensors[next(iter(joined))].path),
+            expected=f"{', '.join(in_one[first])}, or floats",
+            found=f"{first} {listed(others, 'and others')}".rstrip(),
+            fix=FLOAT_MODEL,
+        )
+        report(error)
+    return told
+
+
+def module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def read_layers(
-    facts: ModelFacts, reader: Reader | None, tensors: Asked, report: Report
+    facts: ModelFacts, reader: Reader | None, tensors: Asked, told: set[str], report: Report
 ) -> tuple[dict[str, QuantTensor | Reject], set[str]]:
     """(how the reader finds each linear stored, the paths of those that it cannot read)."""
     layers: dict[str, QuantTensor | Reject] = {}
     failed = set[str]()
     for path, shape in facts.linears.items() if reader is not None else ():
         assert reader is not None
-        quant = attempt(report, reader.read, StoredLayer(path, shape, tensors))
+        known = f"{path}.weight" in told
+        quant = None if known else attempt(report, reader.read, StoredLayer(path, shape, tensors))
         if quant is None:
             failed.add(path)
         else:
@@ -219,7 +251,7 @@ def wrong_parameters(
     mark   the tensor that a quantized layer has
     """
     for name, shape in facts.parameters.items():
-        tensor, path = tensors.get(name), name.rpartition(".")[0]
+        tensor, path = tensors.get(name), module(name)
         if tensor is None or (path in quantized and tensor.dtype not in FLOATS):
             continue
         if path in quantized and name == f"{path}.weight" and mark != "weight":
@@ -259,9 +291,9 @@ def is_of_classes(found: tuple[int, ...], expected: tuple[int, ...], classes: in
     return len(found) == len(expected) and found[1:] == expected[1:] and expected[0] == classes
 
 
-def missing(groups: Iterable[list[str]], tensors: Mapping[str, FileTensor], quantized: set[str]) -> list[str]:
+def missing(groups: Iterable[list[str]], tensors: set[str], quantized: set[str]) -> list[str]:
     """The first name of every parameter that is in the file under none of its names, and not quantized either."""
-    held = {f"{path}.weight" for path in quantized} | set(tensors)
+    held = {f"{path}.weight" for path in quantized} | tensors
     return [names[0] for names in groups if held.isdisjoint(names)]
 
 

@@ -35,7 +35,7 @@ class ModelFacts:
     turned      those that hold their weight as [K, N]
     ignored     patterns of names that checkpoints may have and the class does not load
     renamed     name in the checkpoint -> in the model, where they differ
-    chunked     name in the checkpoint -> those that equal parts of its rows have in the model
+    chunked     name in the checkpoint -> those that equal parts of its rows have in the model, or would have
     switches    (kind, the longest sequence of the first table) of rotary tables that change
     """
 
@@ -60,6 +60,11 @@ class ModelFacts:
         for name in self.parameters:
             names.setdefault(self.ties.get(name, name), []).append(name)
         return list(names.values())
+
+    def joined(self, parts: Sequence[str]) -> Shape | None:
+        """The shape of a tensor that has these equal parts; None where they are no parameters."""
+        rows, *rest = self.parameters.get(parts[0]) or [0]
+        return (rows * len(parts), *rest) if rows else None
 
     @property
     def size(self) -> int:
@@ -144,15 +149,13 @@ def model_names(model: Any, stored: Iterable[str]) -> Iterator[tuple[str, list[s
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for name in stored:
         new, source = rename_source_key(name, rules, chunks, prefix, state)
+        if new not in state and name in state:
+            new, source = name, None
         first, *others = targets.get(source, [""])
         parts = [new, *(new.replace(first, other, 1) for other in others)]
-        if others and all(part in state for part in parts):
-            yield name, parts
-            continue
-        new = rename_source_key(name, rules, [], prefix, state)[0] if others else new
-        if new not in state:
-            new = name if name in state else beside_a_module(new, prefix, modules)
-        yield name, [new]
+        parts = [part if part in state else beside_a_module(part, prefix, modules) for part in parts]
+        known = all(part in state or part.rpartition(".")[0] in modules for part in parts)
+        yield name, parts if known or not others else [name]
 
 
 def beside_a_module(name: str, prefix: str, modules: set[str]) -> str:

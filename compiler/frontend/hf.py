@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint, same_bytes
-from instantrt.compiler.frontend.account import FLOATS, Taken, attempt, take_account
+from instantrt.compiler.checkpoint import INDEX, SINGLE, read_checkpoint
+from instantrt.compiler.frontend.account import Taken, attempt, take_account
 from instantrt.compiler.frontend.adapter.apply import adapted
 from instantrt.compiler.frontend.adapter.folder import Adapter, check_base
 from instantrt.compiler.frontend.architecture import Head, head_of
@@ -31,6 +30,7 @@ from instantrt.compiler.frontend.export_cache import cache_folder, recall
 from instantrt.compiler.frontend.facts import ModelFacts, facts_of
 from instantrt.compiler.frontend.labels import label_names, labels_of
 from instantrt.compiler.frontend.model import CLASSIFIERS, EncoderShape, FloatModel, LlmShape, stored_types
+from instantrt.compiler.frontend.pieces import FLOATS, pieces_of
 from instantrt.compiler.frontend.rope import check_length
 from instantrt.compiler.frontend.sentence import SentencePipeline
 from instantrt.compiler.frontend.sentence_files import files_of, read_pipeline, tensors_of
@@ -153,6 +153,7 @@ def open_checkpoint(
     say: Callable[[str], None] = lambda text: None,
     weights: Mapping[str, FileTensor] | None = None,
     adapter: Adapter | None = None,
+    reads: Callable[[Iterable[Path]], None] = lambda files: None,
 ) -> OpenCheckpoint:
     """Everything that is known before the export, in the order of what it costs.
 
@@ -163,6 +164,7 @@ def open_checkpoint(
     cache        folder of earlier exports
     weights      the tensors, where the folder has none of its own
     adapter      is merged into them
+    reads        is told the files of both, before torch is imported
     """
     pipeline = read_pipeline(folder, truncate_dim)
     root, folder = folder, pipeline.folder if pipeline is not None else folder
@@ -181,6 +183,7 @@ def open_checkpoint(
     except UserError:
         skeleton()  # what is wrong with the model itself is said first
         raise
+    reads([*dict.fromkeys(t.path for t in stored.values()), *(adapter.files if adapter is not None else ())])
     # Code that a model brings is no part of a key.
     kept = None if config.get("auto_map") else cache_folder(cache)
     # Renaming goes by the order of the names: docs/facts.md, "Tied weights that differ".
@@ -198,37 +201,17 @@ def open_checkpoint(
         return facts_of(model, shape_of(model, head, pipeline), stored, beside).to_json()
 
     facts, _ = recall(kept, about, facts_now, ModelFacts.from_json)
-    stored = in_chunks(stored, facts.chunked)
     check_length(facts.switches, max_length, folder / "config.json")
     reader = reader or unannounced_reader(stored)
+    pieces = pieces_of(stored, facts)
     if adapter is not None:
         check_base(reader, root, adapter)
-        stored, files = adapted(stored, facts, adapter, report), (*files, *adapter.account(report))
+        pieces, files = adapted(pieces, facts, adapter, report), (*files, *adapter.account(report))
     labels: Sequence[str] = ()
     if isinstance(facts.shape, EncoderShape) and head.task in CLASSIFIERS:
         labels = attempt(report, labels_of, config, facts.shape.width, str(folder / "config.json")) or ()
-    taken = take_account(facts, stored, reader, files, report)
+    taken = take_account(facts, pieces, reader, files, report)
     return OpenCheckpoint(root, folder, config, reader, taken, skeleton, kept, pipeline, labels)
-
-
-def in_chunks(stored: Mapping[str, FileTensor], chunked: Mapping[str, Sequence[str]]) -> dict[str, FileTensor]:
-    """The tensors by name, those that a model has in equal parts of their rows as these parts."""
-    found = {name: tensor for name, tensor in stored.items() if name not in chunked}
-    for name, parts in chunked.items():
-        tensor = stored[name]
-        rows, odd = divmod(tensor.shape[0] if tensor.shape else 1, len(parts))
-        if odd:
-            found[name] = tensor
-            continue
-        size = rows * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        for index, part in enumerate(parts):
-            offset, shape = tensor.offset + index * size, (rows, *tensor.shape[1:])
-            own = replace(tensor, name=part, offset=offset, shape=shape)
-            first = found.setdefault(part, own)
-            if first is not own and not same_bytes(first, own):
-                where, names = str(tensor.path.parent), f"{first.name} and a part of {name}"
-                raise UserError(f"two tensors for {part}, and they differ", where=where, found=names)
-    return found
 
 
 def check_truncation(width: int | None, pipeline: SentencePipeline | None, head: Head, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -136,26 +137,35 @@ def adapt(model: Any, untied: Iterable[str], buffers: Mapping[str, Array]) -> No
 def untouched_parameters() -> Iterator[None]:
     """Every parameter registered inside is one element expanded to its shape: 70 B parameters cost nothing."""
     import torch
+    from torch.overrides import TorchFunctionMode
     from transformers.initialization import no_init_weights
 
-    register, convolution = torch.nn.Module.register_parameter, torch.nn.modules.conv._ConvNd
-    reset = convolution.reset_parameters  # copies a weight into place, which one element cannot take
+    class Unwritten(TorchFunctionMode):
+        """Some modules write first values themselves, which one element cannot take; nor is any of them looked at."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            written = args[0] if args and re.search(r"[^_]_$|^__setitem__$", func.__name__) else None
+            if isinstance(written, torch.Tensor) and written.numel() > 1 and is_one(written):
+                return written
+            return func(*args, **(kwargs or {}))
+
+    def is_one(tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().nbytes() <= tensor.element_size()
 
     def register_expanded(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         # A tied parameter arrives a second time: it must stay the same object.
-        if parameter is not None and parameter.untyped_storage().nbytes() > parameter.element_size():
+        if parameter is not None and not is_one(parameter):
             expanded = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
             parameter = torch.nn.Parameter(expanded, requires_grad=False)
         register(self, name, parameter)
 
+    register = torch.nn.Module.register_parameter
     torch.nn.Module.register_parameter = register_expanded  # type: ignore[assignment, method-assign]
-    convolution.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
-        with no_init_weights():
+        with no_init_weights(), Unwritten():
             yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-        convolution.reset_parameters = reset  # type: ignore[method-assign]
 
 
 def keywords(config: Any, head: Head) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from instantrt.compiler.artifact.manifest import Artifact, read_manifest
-from instantrt.compiler.artifact.staging import Staging, copy_file, with_choices
+from instantrt.compiler.artifact.staging import Staging, check_writable, copy_file, with_choices
 from instantrt.compiler.serving.config import (
     Served,
     bare_config,
@@ -89,8 +89,7 @@ def plan_repository(artifacts: Sequence[Artifact]) -> tuple[Served, ...]:
 
 def check_folder(folder: Path) -> None:
     """Refuses to mix models into a folder that is something else."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError("not a folder", where=str(folder), fix="name another for --triton")
+    check_writable(folder, "name another for --triton")
     others = [p for p in folder.glob("[!.]*") if p.name not in OWN_FILES]
     unknown = sorted(p.name for p in others if not (p / "config.pbtxt").is_file())
     if unknown:

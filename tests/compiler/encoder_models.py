@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpnet": {},
     "electra": {"embedding_size": 16, "type_vocab_size": 2},
     "albert": {"embedding_size": 16},
+    "convbert": {"embedding_size": 32, "type_vocab_size": 2, "conv_kernel_size": 3},
     "deberta-v2": {
         "type_vocab_size": 0,
         "relative_attention": True,

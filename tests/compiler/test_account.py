@@ -20,6 +20,7 @@ from instantrt.compiler.frontend import hf
 from instantrt.compiler.frontend.account import take_account
 from instantrt.compiler.frontend.architecture import CAUSAL_LM, check_architectures, head_of
 from instantrt.compiler.frontend.facts import facts_of
+from instantrt.compiler.frontend.pieces import pieces_of
 from instantrt.compiler.frontend.side_files import READ, account_of_files
 from instantrt.compiler.frontend.skeleton import build_skeleton, llm_shape
 from instantrt.compiler.inspect import inspect
@@ -385,8 +386,7 @@ def test_many_tensors_take_seconds(tmp_path: Path) -> None:
     stored = {name: FileTensor(tmp_path / SINGLE, 0, shape, float32, name) for name, shape in names.items()}
     errors: list[UserError] = []
     started = time.monotonic()
-    (entry,) = take_account(
-        facts_of(model, llm_shape(model.config), stored), stored, None, (), errors.append
-    ).account.harmless
+    facts = facts_of(model, llm_shape(model.config), stored)
+    (entry,) = take_account(facts, pieces_of(stored, facts), None, (), errors.append).account.harmless
     assert time.monotonic() - started < 24  # seconds; a pass over all for each would take hours
     assert (entry.count, errors) == (200_000, [])

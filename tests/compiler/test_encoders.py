@@ -6,6 +6,7 @@ Tiny random models of each family, lowered for ONNX Runtime, on a batch that is 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.frontend import hf, load
 from instantrt.compiler.frontend.model import EncoderShape, FloatModel
 from instantrt.compiler.frontend.skeleton import untouched_parameters
+from instantrt.compiler.inspect import inspect
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
 from instantrt.compiler.smoke.steps import encoder_steps
@@ -42,6 +44,7 @@ from tests.checkpoints import gptq_tensors, write_checkpoint
 from tests.compiler.encoder_models import SIZES, make, sentence, tokenizer
 from tests.conftest import TEXT, plugin_library
 
+FUSED = "encoder.layer.0.attention.qkv_proj"  # of GTE
 AUTOS = {
     "hidden": "AutoModel",
     "classify": "AutoModelForSequenceClassification",
@@ -60,6 +63,7 @@ CASES = (
     ("electra", "classify_tokens"),
     ("albert", "hidden"),
     ("deberta-v2", "classify"),
+    ("convbert", "fill_mask"),  # whose convolutions are written to as they are made
     ("gte", "hidden"),  # whose file has q, k, v in one, and gate and up
     ("qwen3", "classify"),
     ("gemma3_text", "hidden"),
@@ -111,21 +115,73 @@ def test_an_encoder_is_what_transformers_makes_of_it(family: str, task: str, tmp
     assert close(got[meant], want.numpy()[meant])
     alone = {name: value[1:2, :8] for name, value in feeds.items()}
     (row,) = session.run(None, alone)
-    assert close(row, got[1:2] if task == "classify" else got[1:2, :8])
+    if family == "convbert":  # its convolutions see what a text is padded with
+        with torch.no_grad():
+            same = theirs(**{name: torch.from_numpy(value) for name, value in alone.items()}).logits.numpy()
+    else:
+        same = got[1:2] if task == "classify" else got[1:2, :8]
+    assert close(row, same)
     assert model.text["labels"] == (["bad", "fair", "good"] if task.startswith("classify") else [])
 
 
 def test_a_tensor_of_parts_that_the_file_has_apart_too(tmp_path: Path) -> None:
     make("gte", "AutoModel", tmp_path)
-    path, fused = tmp_path / "model.safetensors", "encoder.layer.0.attention.qkv_proj.weight"
+    path, fused = tmp_path / "model.safetensors", f"{FUSED}.weight"
+    part = "layers.0.self_attn.k_proj.weight"
     tensors = load_file(path)
-    tensors["layers.0.self_attn.k_proj.weight"] = np.split(tensors[fused], 3)[1].copy()
+    found = inspect(tmp_path)
+    assert (found.problems, found.tensors, found.account.parameters) == ((), len(tensors), len(tensors))
+    tensors[part] = np.split(tensors[fused], 3)[1].copy()
     save_file(tensors, path)
     load(tmp_path)  # byte for byte what the part is
-    tensors["layers.0.self_attn.k_proj.weight"] += 1
+    found = inspect(tmp_path)
+    assert (found.problems, found.tensors, found.account.parameters) == ((), len(tensors), len(tensors) - 1)
+    assert [(each.name, each.why) for each in found.account.harmless] == [(part, f"equal to {fused}, byte for byte")]
+    tensors[part] += 1
     save_file(tensors, path)
-    with pytest.raises(UserError, match=rf"two tensors for layers\.0\.self_attn\.k_proj\.weight(.|\n)*{fused}"):
+    with pytest.raises(UserError, match=rf"two tensors for {re.escape(part)}(.|\n)*{fused}"):
         load(tmp_path)
+    (problem,) = inspect(tmp_path).problems  # told, and the rest looked at
+    assert problem.what == f"two tensors for {part}, and they differ"
+
+
+def quantized_in_one(kind: str, tensors: dict[str, Array]) -> dict[str, Any]:
+    """`FUSED` of some kind, and its config."""
+    del tensors[f"{FUSED}.weight"]
+    ones = np.ones((2, 96), int)
+    if kind == "gptq":
+        tensors |= gptq_tensors(FUSED, np.ones((32, 96), int), ones, ones / 8, 4, np.arange(32) // 16)
+        return {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
+    tensors[f"{FUSED}.weight"] = np.ones((96, 32), np.int8)
+    tensors[f"{FUSED}.weight_scale"] = np.ones((96, 1), np.float32)
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    group = {"group_0": {"targets": [f"re:.*{kind}"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": group}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "_proj$"])  # the latter is how compressed-tensors finds its layers
+def test_what_is_quantized_in_one_is_not_cut(kind: str, tmp_path: Path) -> None:
+    make("gte", "AutoModel", tmp_path)
+    tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = quantized_in_one(kind, tensors)
+    write_checkpoint(tmp_path, config, tensors)
+    what = "GteModel has in parts what is quantized in one here: quantized tensors are not cut"
+    with pytest.raises(UserError, match=rf"{what}(.|\n)*k_proj(.|\n)*{FUSED}(.|\n)*with --quant"):
+        load(tmp_path)
+    first, *others = inspect(tmp_path).problems
+    assert first.what == what
+    assert not [each for each in others if "self_attn.q_proj" in str(each)], others
+
+
+@pytest.mark.parametrize(("name", "wanted"), [(f"{FUSED}.weight", [96, 32]), (f"{FUSED}.bias", [96])])
+def test_what_cannot_be_cut_into_equal_parts(name: str, wanted: list[int], tmp_path: Path) -> None:
+    make("gte", "AutoModel", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for rows in (95, 93):
+        save_file({**tensors, name: tensors[name][:rows].copy()}, tmp_path / "model.safetensors")
+        (problem,) = inspect(tmp_path).problems
+        assert problem.what == f"tensor {name} disagrees with the model's config"
+        assert (problem.expected, problem.found) == (f"shape {wanted}", f"shape {[rows, *wanted[1:]]} float32")
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])

@@ -7,19 +7,25 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from instantrt.compiler.artifact import hashing as artifact_hashing
 from instantrt.compiler.artifact.digest import CHUNK, sha256
 from instantrt.compiler.artifact.hashing import Hashing
+from instantrt.compiler.checkpoint import INDEX, SINGLE
+from instantrt.compiler.frontend import hf
 from instantrt.compiler.serving.runtime import opening
 from instantrt.compiler.serving.runtime.integrity import RECORD, check_folder
 from instantrt.passes.core.errors import UserError
 from tests.compiler.tensorrt_stand_in import PLAN
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -94,6 +100,40 @@ def test_a_file_that_is_another_since_its_digest_began(tmp_path: Path, monkeypat
         (tmp_path / "new").replace(tmp_path / "a")
         with pytest.raises(UserError, match="a: the model's files changed meanwhile"):
             hashing.by_name([tmp_path / "a"])
+
+
+def test_a_killed_command_leaves_no_process_that_hashes(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)  # none of it on the disk, and minutes of hashing
+    code = "import sys; from pathlib import Path; from instantrt.compiler.artifact.hashing import Hashing\n"
+    code += (
+        "with Hashing() as h: h.begin([Path(sys.argv[1])]); print(h.children[0][1].pid, flush=True); sys.stdin.read()"
+    )
+    command, pipe = [sys.executable, "-c", code, str(tmp_path / "large")], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as parent:
+        assert parent.stdout is not None
+        state = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        time.sleep(0.5)  # for it to begin
+        assert ") Z " not in state.read_text()
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while state.exists() and ") Z " not in state.read_text():  # ended, and nobody's to wait for
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_files_to_hash_are_known_before_torch_is_imported(tmp_path: Path) -> None:
+    """Whatever they are called."""
+    tensors, names = load_file(TINY / SINGLE), ("first of two", "second")
+    parts = dict(zip(names, (dict(islice(tensors.items(), 5)), dict(islice(tensors.items(), 5, None))), strict=True))
+    for name, part in parts.items():
+        save_file(part, tmp_path / name)
+    weights = {tensor: name for name, part in parts.items() for tensor in part}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
+    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    events: list[object] = []
+    hf.open_checkpoint(tmp_path, cache=tmp_path / "cache", say=events.append, reads=lambda f: events.append({*f}))
+    assert events == [{tmp_path / name for name in names}, hf.IMPORTING]
 
 
 def edit_record(folder: Path, old: str, new: str) -> None:

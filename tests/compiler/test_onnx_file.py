@@ -105,7 +105,9 @@ def external(tmp_path: Path, **entries: str) -> Path:
 
 
 def test_external_data_is_found(tmp_path: Path) -> None:
-    assert load(external(tmp_path)).graph.tensors()["w"].shape == (4, 64)
+    model, read = external(tmp_path), list[Path]()
+    assert load(model, reads=read.extend).graph.tensors()["w"].shape == (4, 64)
+    assert {*read} == {model, tmp_path / "w.data"}
 
 
 def test_external_data_of_no_bytes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from instantrt.compiler.artifact.manifest import KIT, MANIFEST, read_manifest
 from instantrt.compiler.artifact.staging import Staging, check_out, copy_file
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.check import check
-from instantrt.compiler.compile import compile_model
+from instantrt.compiler.compile import check_places, compile_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Twin
 from instantrt.compiler.request import Request
@@ -163,10 +163,17 @@ def test_a_model_is_not_replaced_by_its_artifact(out: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(UserError, match="not a folder that can be written"):
+    (tmp_path / "link").symlink_to("nothing")
+    impossible = ["file", "file/deeper", "link", "x" * 300, "/proc/x", "/proc/self/x"]
+    for out in (tmp_path / name for name in impossible):
+        with pytest.raises(UserError, match=r"not a folder that can be written(.|\n)*found:(.|\n)*another with -o"):
             check_out(out, [X86])
+        with pytest.raises(UserError, match=r"not a folder that can be written(.|\n)*another for --triton"):
+            check_places(Request(TINY, ("x86",), tmp_path / "out"), triton=out)
+        with pytest.raises(UserError, match=r"not a folder that can be written(.|\n)*another for --dump-passes"):
+            check_places(Request(TINY, ("x86",), tmp_path / "out", dump_passes=out))
     check_out(tmp_path / "new" / "folder", [X86])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]  # what was tried is gone
 
 
 def test_a_second_compile_keeps_the_artifacts_of_the_first(out: Path) -> None:

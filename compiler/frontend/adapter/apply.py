@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from instantrt.compiler.frontend.account import FLOATS, attempt
+from instantrt.compiler.frontend.account import attempt
 from instantrt.compiler.frontend.adapter.config import MERGE
 from instantrt.compiler.frontend.adapter.folder import Adapter
 from instantrt.compiler.frontend.facts import ModelFacts, Shape
 from instantrt.compiler.frontend.known_tensors import listed
 from instantrt.compiler.frontend.merged import MergedTensor
+from instantrt.compiler.frontend.pieces import FLOATS, Piece
 from instantrt.compiler.frontend.side_files import Report
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import FileTensor
@@ -21,16 +23,14 @@ ANOTHER = "the adapter is for another base"
 Parts = dict[str, FileTensor]
 
 
-def adapted(
-    stored: Mapping[str, FileTensor], facts: ModelFacts, adapter: Adapter, report: Report
-) -> dict[str, FileTensor]:
-    """`stored` with the adapter; what it unties is there under its own name. `report` is told what is wrong."""
+def adapted(pieces: Sequence[Piece], facts: ModelFacts, adapter: Adapter, report: Report) -> list[Piece]:
+    """`pieces` with the adapter; what it unties is there under its own name. `report` is told what is wrong."""
     loras, whole = sorted_out(adapter, facts, report)
     for error in (*wrong_targets(adapter, facts, loras), *unsaved(adapter, facts, whole)):
         report(error)
     before: dict[str, FileTensor] = {}
-    for name, tensor in stored.items():
-        before.setdefault(facts.renamed.get(name, name), tensor)
+    for piece in pieces:
+        before.setdefault(piece.name, piece.tensor)
     now = dict(before)
     touched = {*whole, *(f"{path}.weight" for path in loras)}
     for names in facts.groups:  # of one parameter: each has its own from here on
@@ -42,11 +42,9 @@ def adapted(
         now.update(dict.fromkeys([name] if saved(adapter, name) else [name, *tied], tensor))
     for path, parts in loras.items():
         now.update(attempt(report, merged, path, parts, now, adapter, facts) or {})
-    own = {}
-    for name, tensor in stored.items():  # a second one of the same name stays: the account tells of it
-        known = facts.renamed.get(name, name)
-        own[name] = now[known] if tensor is before[known] else tensor
-    return own | {name: tensor for name, tensor in now.items() if name not in before}
+    # A second piece of the same name stays: the account tells of it.
+    own = [replace(p, tensor=now[p.name]) if p.tensor is before[p.name] else p for p in pieces]
+    return own + [Piece(name, name, tensor) for name, tensor in now.items() if name not in before]
 
 
 def sorted_out(adapter: Adapter, facts: ModelFacts, report: Report) -> tuple[dict[str, Parts], dict[str, FileTensor]]:
