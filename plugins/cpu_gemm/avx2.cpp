@@ -7,6 +7,7 @@ namespace cpu_gemm {
 namespace {
 
 struct Avx2 {
+    static constexpr bool kPairs = false;
     static constexpr int kRows = 2;  // 16 registers hold no more sums
     struct I {
         __m256i a, b;
@@ -22,16 +23,19 @@ struct Avx2 {
         return {_mm256_and_si256(q.a, mask), _mm256_and_si256(q.b, mask)};
     }
     static I high(I q) { return low({_mm256_srli_epi16(q.a, 4), _mm256_srli_epi16(q.b, 4)}); }
-    static I dot(I sum, I q, int8_t const* x) {
+    struct X {
+        __m256i even, odd;  // of four k, in 16 bits each
+    };
+    static X spread(int8_t const* x) {
         int32_t four;
         std::memcpy(&four, x, 4);
         __m256i const all = _mm256_set1_epi32(four);
-        __m256i const even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), odd = _mm256_srai_epi16(all, 8);
-        return {dot_half(sum.a, q.a, even, odd), dot_half(sum.b, q.b, even, odd)};
+        return {_mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), _mm256_srai_epi16(all, 8)};
     }
-    static __m256i dot_half(__m256i sum, __m256i q, __m256i even, __m256i odd) {
-        __m256i const low = _mm256_madd_epi16(_mm256_and_si256(q, _mm256_set1_epi16(255)), even);
-        return _mm256_add_epi32(sum, _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_srli_epi16(q, 8), odd)));
+    static I dot(I sum, I q, X x) { return {dot_half(sum.a, q.a, x), dot_half(sum.b, q.b, x)}; }
+    static __m256i dot_half(__m256i sum, __m256i q, X x) {
+        __m256i const low = _mm256_madd_epi16(_mm256_and_si256(q, _mm256_set1_epi16(255)), x.even);
+        return _mm256_add_epi32(sum, _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_srli_epi16(q, 8), x.odd)));
     }
     static I add(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
     static I times256(I a) { return {_mm256_slli_epi32(a.a, 8), _mm256_slli_epi32(a.b, 8)}; }

@@ -7,18 +7,20 @@ namespace cpu_gemm {
 namespace {
 
 struct Avx512 {
-    static constexpr int kRows = 8;  // 26 of 32 registers with two limbs
+    static constexpr int kRows = 8;  // with two limbs, 25 of 32 registers
+    static constexpr bool kPairs = true;
     using I = __m512i;
     using F = __m512;
     static I zero() { return _mm512_setzero_si512(); }
     static I load(uint8_t const* p) { return _mm512_loadu_si512(p); }
     static I low(I q) { return _mm512_and_si512(q, _mm512_set1_epi8(15)); }
     static I high(I q) { return low(_mm512_srli_epi16(q, 4)); }
-    static I dot(I sum, I q, int8_t const* x) {
+    static I spread(int8_t const* x) {
         int32_t four;
         std::memcpy(&four, x, 4);
-        return _mm512_dpbusd_epi32(sum, q, _mm512_set1_epi32(four));
+        return _mm512_set1_epi32(four);
     }
+    static I dot(I sum, I q, I x) { return _mm512_dpbusd_epi32(sum, q, x); }
     static I add(I a, I b) { return _mm512_add_epi32(a, b); }
     static I times256(I a) { return _mm512_slli_epi32(a, 8); }
     static F to_float(I a) { return _mm512_cvtepi32_ps(a); }

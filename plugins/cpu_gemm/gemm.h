@@ -7,11 +7,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "activations.h"
 #include "kernel.h"
 
 namespace cpu_gemm {
+
+constexpr int64_t kManyRows = 16;
 
 template <typename Isa>
 struct Gemm {
@@ -43,76 +46,91 @@ struct Gemm {
         }
     }
 
-    // y[row .. row + R) of one strip. Bits of a code, limbs of x; Whole: one scale for a row of x, one limb.
-    template <int R, int Bits, int Limbs, bool Whole>
+    // y[row .. row + R) of S strips. Bits of a code, limbs of x; Whole: one scale for a row of x, one limb.
+    template <int R, int S, int Bits, int Limbs, bool Whole>
     static void tile(Call const& c, int64_t strip, int64_t row) {
-        constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // the next product does not wait for the last
+        constexpr int kSums = R * S * Limbs, kChains = kSums >= 4 ? 1 : 4 / kSums;  // no product waits for the last
         Weight const& w = *c.weight;
         Shape const shape(w);
         int64_t const groups = w.k / w.group, per_group = w.group / kBlock;
-        uint8_t const* codes = w.codes + strip * stored_blocks(w) * kBlockBytes;
-        uint8_t const* affine = w.affine + strip * groups * affine_bytes(w);
         int64_t const scale_bytes = kLanes * kSizes[static_cast<int>(w.scale_type)];
-        int8_t const* x[R];
-        float const *scales[R], *sums[R];
-        for (int r = 0; r < R; ++r) {
-            x[r] = c.x.limbs + (row + r) * shape.limbs;
-            scales[r] = c.x.scales + (row + r) * shape.scales;
-            sums[r] = c.x.sums + (row + r) * shape.sums;
+        uint8_t const *codes[S], *affine[S];
+        for (int s = 0; s < S; ++s) {
+            codes[s] = w.codes + (strip + s) * stored_blocks(w) * kBlockBytes;
+            affine[s] = w.affine + (strip + s) * groups * affine_bytes(w);
         }
-        F y[R];
-        I sum[R][Limbs][kChains];
-        for (int r = 0; r < R; ++r) {
-            y[r] = Isa::set(0);
-        }
-        for (int64_t group = 0, block = 0; group < groups; ++group, affine += affine_bytes(w)) {
-            F const scale = load(affine, w.scale_type);
+        int8_t const* const x = c.x.limbs + row * shape.limbs;
+        float const *const scales = c.x.scales + row * shape.scales, *const sums = c.x.sums + row * shape.sums;
+        F y[R][S];
+        I sum[R][S][Limbs][kChains];
+        unrolled<R, S>([&](int r, int s) { y[r][s] = Isa::set(0); });
+        for (int64_t group = 0, block = 0; group < groups; ++group) {
+            F scale[S];
+            for (int s = 0; s < S; ++s) {
+                scale[s] = load(affine[s], w.scale_type);
+            }
             if constexpr (Whole) {
-                clear<R, Limbs, kChains>(sum);
+                clear(sum);
             }
             for (int64_t end = block + per_group; block < end; ++block) {
                 if constexpr (!Whole) {
-                    clear<R, Limbs, kChains>(sum);
+                    clear(sum);
                 }
-                uint8_t const* from = codes + (Bits == 8 ? block : block / 2) * kBlockBytes;
-                int const high = Bits == 4 && block % 2;
+                int64_t const at = (Bits == 8 ? block : block / 2) * kBlockBytes;
+                bool const high = Bits == 4 && block % 2;
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v) {
-                    I q = Isa::load(from + v * 64);
-                    if constexpr (Bits == 4) {
-                        q = high ? Isa::high(q) : Isa::low(q);
-                    }
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-                        for (int l = 0; l < Limbs; ++l) {
-                            int8_t const* four = x[r] + (block * Limbs + l) * kBlock + 4 * v;
-                            sum[r][l][v % kChains] = Isa::dot(sum[r][l][v % kChains], q, four);
+                    I q[S];
+                    for (int s = 0; s < S; ++s) {
+                        q[s] = Isa::load(codes[s] + at + v * 64);
+                        if constexpr (Bits == 4) {
+                            q[s] = high ? Isa::high(q[s]) : Isa::low(q[s]);
                         }
                     }
+                    unrolled<R, Limbs>([&](int r, int l) {
+                        auto const four = Isa::spread(x + r * shape.limbs + (block * Limbs + l) * kBlock + 4 * v);
+                        for (int s = 0; s < S; ++s) {
+                            I& into = sum[r][s][l][v % kChains];
+                            into = Isa::dot(into, q[s], four);
+                        }
+                    });
                 }
                 if constexpr (!Whole) {
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) {
-                        y[r] =
-                            Isa::fma(total<Limbs, kChains>(sum[r]), Isa::mul(scale, Isa::set(scales[r][block])), y[r]);
-                    }
+                    unrolled<R, S>([&](int r, int s) {
+                        F const step = Isa::mul(scale[s], Isa::set(scales[r * shape.scales + block]));
+                        y[r][s] = Isa::fma(total(sum[r][s]), step, y[r][s]);
+                    });
                 }
             }
-            F const least = minimum(w, affine + scale_bytes, scale);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
+            F least[S];
+            for (int s = 0; s < S; ++s) {
+                least[s] = minimum(w, affine[s] + scale_bytes, scale[s]);
+                affine[s] += affine_bytes(w);
+            }
+            unrolled<R, S>([&](int r, int s) {
                 if constexpr (Whole) {
-                    y[r] = Isa::fma(total<Limbs, kChains>(sum[r]), Isa::mul(scale, Isa::set(*scales[r])), y[r]);
+                    F const step = Isa::mul(scale[s], Isa::set(scales[r]));
+                    y[r][s] = Isa::fma(total(sum[r][s]), step, y[r][s]);
                 }
-                y[r] = Isa::fma(least, Isa::set(sums[r][group]), y[r]);
-            }
+                y[r][s] = Isa::fma(least[s], Isa::set(sums[r * shape.sums + group]), y[r][s]);
+            });
         }
-        for (int r = 0; r < R; ++r) {
+        unrolled<R, S>([&](int r, int s) {
             if (w.bias != nullptr) {
-                y[r] = Isa::add(y[r], Isa::load(w.bias + strip * kLanes));
+                y[r][s] = Isa::add(y[r][s], Isa::load(w.bias + (strip + s) * kLanes));
             }
-            finish(c, row + r, strip, y[r]);
+            finish(c, row + r, strip + s, y[r][s]);
+        });
+    }
+
+    template <int A, int B, typename Body>
+    static void unrolled(Body body) {
+#pragma GCC unroll 16
+        for (int a = 0; a < A; ++a) {
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) {
+                body(a, b);
+            }
         }
     }
 
@@ -133,14 +151,14 @@ struct Gemm {
         }
     }
 
-    template <int R, int Limbs, int Chains>
-    static void clear(I (&sum)[R][Limbs][Chains]) {
-        for (auto& row : sum) {
-            for (auto& limb : row) {
-                for (I& chain : limb) {
-                    chain = Isa::zero();
-                }
+    template <typename Sums>
+    static void clear(Sums& sums) {
+        if constexpr (std::is_array_v<Sums>) {
+            for (auto& each : sums) {
+                clear(each);
             }
+        } else {
+            sums = Isa::zero();
         }
     }
 
@@ -158,27 +176,43 @@ struct Gemm {
         return Isa::to_float(all);
     }
 
-    // Rows [row, end) of one strip, R at once; of those that are left, fewer.
-    template <int R, int Bits, int Limbs, bool Whole>
+    // Rows [row, end) of S strips, R at once; of those that are left, fewer.
+    template <int R, int S, int Bits, int Limbs, bool Whole>
     static void rows(Call const& c, int64_t strip, int64_t row, int64_t end) {
         for (; row + R <= end; row += R) {
-            tile<R, Bits, Limbs, Whole>(c, strip, row);
+            tile<R, S, Bits, Limbs, Whole>(c, strip, row);
         }
         if constexpr (R > 1) {
-            rows<R / 2, Bits, Limbs, Whole>(c, strip, row, end);
+            rows<R / 2, S, Bits, Limbs, Whole>(c, strip, row, end);
         }
     }
 
-    static void multiply(Call const& c, int64_t s, int64_t row, int64_t end) {
-        constexpr int kRows = Isa::kRows;
+    // Of strips [strip, last). Two at once read x half as often, which counts where rows are many; where they are few,
+    // memory is what counts, and it is read fastest in one stream.
+    template <int Limbs, bool Whole>
+    static void strips(Call const& c, int64_t strip, int64_t last, int64_t row, int64_t end) {
         bool const eight = c.weight->bits == 8;
+        if constexpr (Isa::kPairs) {
+            constexpr int R = Limbs == 2 ? 4 : 6;  // 27 of 32 registers
+            for (; end - row >= kManyRows && strip + 2 <= last; strip += 2) {
+                eight ? rows<R, 2, 8, Limbs, Whole>(c, strip, row, end)
+                      : rows<R, 2, 4, Limbs, Whole>(c, strip, row, end);
+            }
+        }
+        constexpr int R = Isa::kRows;
+        for (; strip < last; ++strip) {
+            eight ? rows<R, 1, 8, Limbs, Whole>(c, strip, row, end) : rows<R, 1, 4, Limbs, Whole>(c, strip, row, end);
+        }
+    }
+
+    static void multiply(Call const& c, int64_t strip, int64_t last, int64_t row, int64_t end) {
         switch (c.weight->form) {
             case Form::kInt8Rows:
-                return eight ? rows<kRows, 8, 1, true>(c, s, row, end) : rows<kRows, 4, 1, true>(c, s, row, end);
+                return strips<1, true>(c, strip, last, row, end);
             case Form::kInt8Blocks:
-                return eight ? rows<kRows, 8, 1, false>(c, s, row, end) : rows<kRows, 4, 1, false>(c, s, row, end);
+                return strips<1, false>(c, strip, last, row, end);
             case Form::kInt16Blocks:
-                return eight ? rows<kRows, 8, 2, false>(c, s, row, end) : rows<kRows, 4, 2, false>(c, s, row, end);
+                return strips<2, false>(c, strip, last, row, end);
         }
     }
 

@@ -74,7 +74,7 @@ struct Kernels {
     char const* name;
     bool (*runs)();  // on this CPU
     void (*quantize)(Weight const&, float const* x, int8_t* limbs, float* scales, float* sums);
-    void (*multiply)(Call const&, int64_t strip, int64_t row, int64_t end);
+    void (*multiply)(Call const&, int64_t strip, int64_t last_strip, int64_t row, int64_t last_row);
 };
 
 extern Kernels const kAvx512, kAvx2, kPlain;

@@ -15,7 +15,7 @@ namespace {
 using namespace onnxruntime;
 constexpr int64_t kTaskBytes = 32 << 10;  // of codes: with less, waking a thread takes longer than the work
 constexpr int64_t kRowBytes = 256 << 10;  // of x in integers: half of a core's cache, so that each strip meets it there
-constexpr int64_t kRows = 8;              // what kernels multiply at once
+constexpr int64_t kRows = 24;             // whole tiles of 4, 6 and 8
 constexpr int64_t kAloneBytes = 16 << 10;  // of x, which one thread brings into integers
 
 struct Refused {
@@ -248,13 +248,13 @@ private:
     void multiply(Context const* context, Call const& call, int64_t rows) const {
         int64_t const strips = weight_.n / kLanes;
         int64_t const rows_each = std::max<int64_t>(kRows, kRowBytes / Shape(weight_).limbs / kRows * kRows);
-        int64_t const strips_each = std::max<int64_t>(1, kTaskBytes / (stored_blocks(weight_) * kBlockBytes) / rows);
+        int64_t const pair = 2 * stored_blocks(weight_) * kBlockBytes;
+        int64_t const strips_each = 2 * std::max<int64_t>(1, kTaskBytes / pair / rows);
         int64_t const across = (strips + strips_each - 1) / strips_each;
         in_parallel(context, (rows + rows_each - 1) / rows_each * across, [&](int64_t i) {
             int64_t const row = i / across * rows_each, first = i % across * strips_each;
-            for (int64_t strip = first; strip < std::min(strips, first + strips_each); ++strip) {
-                kernels().multiply(call, strip, row, std::min(rows, row + rows_each));
-            }
+            kernels().multiply(call, first, std::min(strips, first + strips_each), row,
+                               std::min(rows, row + rows_each));
         });
     }
 };

@@ -20,6 +20,7 @@ auto each(Make make) {
 }
 
 struct Plain {
+    static constexpr bool kPairs = false;
     static constexpr int kRows = 1;
     struct I {  // sums, or a vector of codes
         union {
@@ -56,6 +57,7 @@ struct Plain {
     static I high(I q) {
         return codes([&](int i) { return q.code[i] >> 4; });
     }
+    static int8_t const* spread(int8_t const* x) { return x; }
     // not inlined into the kernels' unrolled loops, where compilers take half a minute of it
     [[gnu::noinline]] static I dot(I sum, I q, int8_t const* x) {
         return sums([&](int i) {
