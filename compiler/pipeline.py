@@ -35,6 +35,7 @@ from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.cpu_attention import LowerCpuAttention
 from instantrt.passes.ort.cpu_gemm import FuseResidual, LowerCpuGemm
 from instantrt.passes.ort.cpu_rows import ShareTable
 from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
@@ -165,6 +166,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
     if ours:
         passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual(), ShareTable()]
+        passes += [LowerCpuAttention()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.

@@ -154,10 +154,13 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     )
 
 
+IN_PLACE = ("GroupQueryAttention", "CpuAttention", "TensorScatter")  # whose past and present may be one buffer
+
+
 def cache_kind(graph: gs.Graph) -> str:
     """`shared`: past and present may be one buffer of the maximum length; `concat`: present is a longer copy."""
     present = [t for t in graph.outputs if t.name.startswith(PRESENT)]
-    in_place = all(t.inputs and t.inputs[0].op in ("GroupQueryAttention", "TensorScatter") for t in present)
+    in_place = all(t.inputs and t.inputs[0].op in IN_PLACE for t in present)
     return "shared" if in_place else "concat"
 
 

@@ -40,9 +40,13 @@ def _field(attr: Attr) -> str:
     return f'{{"{attr.name}", {attr.default}, {len(allowed)}, {{{", ".join(map(str, allowed))}}}}}'
 
 
+def _constant(name: str) -> str:
+    return "k" + "".join(word.capitalize() for word in name.split("_"))
+
+
 def _struct(op: Op) -> list[str]:
     ports = (*op.inputs, *op.outputs)
-    names = [f"k{p.name.capitalize()}" for p in ports]
+    names = [_constant(p.name) for p in ports]
     rows = [", ".join(f"DataType::{d.tensorrt_name}" for d in row) for row in op.types]
     return [
         f"// {op.name}({', '.join(p.name + '[' + ', '.join(p.shape) + ']' for p in op.inputs)})"
@@ -53,9 +57,7 @@ def _struct(op: Op) -> list[str]:
         f"    enum Port : int32_t {{ {', '.join(names)} }};",
         f"    static constexpr int32_t kInputs = {len(op.inputs)};",
         f"    static constexpr int32_t kRequiredInputs = {sum(not p.optional for p in op.inputs)};",
-        "    enum Attr : int32_t { "
-        + ", ".join("k" + "".join(w.capitalize() for w in a.name.split("_")) for a in op.attrs)
-        + " };",
+        "    enum Attr : int32_t { " + ", ".join(_constant(a.name) for a in op.attrs) + " };",
         f"    static constexpr Field kFields[{len(op.attrs)}] = {{",
         *(f"        {_field(a)}," for a in op.attrs),
         "    };",

@@ -27,6 +27,7 @@ class DType(Enum):
     BF16 = ("bfloat16", "kBF16")
     I8 = ("int8", "kINT8")
     U8 = ("uint8", "kUINT8")
+    I32 = ("int32", "kINT32")
     I64 = ("int64", "kINT64")
 
     @property
@@ -128,4 +129,5 @@ class Op:
 
 
 def _term(term: str, env: Mapping[str, int]) -> int:
-    return int(eval(term, {"__builtins__": {}}, dict(env)))  # terms are literals of the op definitions, never input
+    # terms are literals of the op definitions, never input
+    return int(eval(term, {"__builtins__": {"max": max}}, dict(env)))

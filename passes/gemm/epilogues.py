@@ -29,7 +29,7 @@ class Epilogue:
 class FuseEpilogue(Rewrite[Epilogue]):
     def rewrite(self, graph: gs.Graph, match: Epilogue) -> None:
         node, out = match.node, take_over(match.last)
-        add_ours(graph, node.op, match.inputs, out, node.name, node.attrs | match.changes)
+        add_ours(graph, node.op, match.inputs, [out], node.name, node.attrs | match.changes)
 
 
 def sole_gemm(tensor: gs.Tensor, user: gs.Node) -> gs.Node | None:
@@ -126,7 +126,7 @@ class FuseGateUp(Rewrite[GatePair]):
         if match.biases:
             rows = interleave(tuple(bias.values.reshape(-1, 1) for bias in match.biases))
             inputs.append(gs.Constant(f"{name}.bias", rows.reshape(-1)))
-        add_ours(graph, gate.op, inputs, out, name, gate.attrs | {"gated": 1})
+        add_ours(graph, gate.op, inputs, [out], name, gate.attrs | {"gated": 1})
 
 
 EPILOGUES = (FuseBias(), FuseSilu(), FuseGeluEpilogue(), FuseGateUp())  # in this order

@@ -59,10 +59,10 @@ def weights(graph: gs.Graph, packed: Packed, path: str) -> list[gs.Tensor]:
 
 
 def add_ours(
-    graph: gs.Graph, op: str, inputs: list[gs.Tensor], out: gs.Tensor, name: str, attrs: Mapping[str, Any]
+    graph: gs.Graph, op: str, inputs: list[gs.Tensor], outputs: list[gs.Tensor], name: str, attrs: Mapping[str, Any]
 ) -> None:
     """Adds a node of ours."""
-    graph.nodes.append(gs.Node(op, name, dict(attrs), inputs, [out], domain=DOMAIN))
+    graph.nodes.append(gs.Node(op, name, dict(attrs), inputs, outputs, domain=DOMAIN))
     domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
     if all(known.domain != DOMAIN for known in domains):
         graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, VERSIONS[op])]

@@ -13,7 +13,7 @@ from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, rows_by
 from instantrt.passes.core.quant import scales_of
 from instantrt.passes.core.rewrite import Lowering, Reject, Rewrite, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
-from instantrt.passes.gemm.packed import Packed, add_ours, attributes, interleave, made_by, weights
+from instantrt.passes.gemm.packed import Packed, add_ours, interleave, made_by, weights
 from instantrt.passes.ort import Preset
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
@@ -104,7 +104,7 @@ class LowerCpuGemm(Lowering[CpuMatch]):
         quant, node, strips = match.linear.quant, match.linear.node, Strips((match.linear.quant,))
         attrs = {"bits": quant.bits, "group": quant.group_size, "activations": match.activations, **strips.types}
         inputs = [match.linear.x, *weights(graph, strips, match.linear.path)]
-        add_ours(graph, GEMM.name, inputs, take_over(node), node.name, GEMM.attributes(attrs))
+        add_ours(graph, GEMM.name, inputs, [take_over(node)], node.name, GEMM.attributes(attrs))
 
     def activations(self, found: Quantized) -> int:
         if found.quant.activations == "int8":
@@ -144,7 +144,5 @@ class FuseResidual(Rewrite[ResidualMatch]):
     def rewrite(self, graph: gs.Graph, match: ResidualMatch) -> None:
         made = match.made
         missing = [gs.Variable.empty()] * (RESIDUAL - len(made.inputs))
-        out = take_over(match.last)
-        add_ours(
-            graph, GEMM.name, [*made.inputs, *missing, match.residual], out, made.name, made.attrs | attributes(made)
-        )
+        inputs = [*made.inputs, *missing, match.residual]
+        add_ours(graph, GEMM.name, inputs, [take_over(match.last)], made.name, made.attrs)

@@ -48,4 +48,5 @@ class ShareTable(Rewrite[TableMatch]):
     def rewrite(self, graph: gs.Graph, match: TableMatch) -> None:
         node, known = match.node, attributes(match.head)
         attrs = {attr.name: known[attr.name] for attr in ROWS.attrs}
-        add_ours(graph, ROWS.name, [node.inputs[1], *match.head.inputs[1:3]], take_over(node), node.name, attrs)
+        inputs = [node.inputs[1], *match.head.inputs[1:3]]
+        add_ours(graph, ROWS.name, inputs, [take_over(node)], node.name, attrs)

@@ -53,7 +53,7 @@ class LowerWeightOnlyGemm(Lowering[Quantized]):
         attrs |= {"rounded_weights": int(self.rounded and quant.activations == "float")}
         attrs |= {"batch_invariant": int(self.batch_invariant)}
         inputs = [match.x, *weights(graph, Fragments((quant,), self.dtype), match.path)]
-        add_ours(graph, OP.name, inputs, take_over(match.node), name, OP.attributes(attrs) | LABELS)
+        add_ours(graph, OP.name, inputs, [take_over(match.node)], name, OP.attributes(attrs) | LABELS)
 
     def note(self, match: Quantized) -> str:
         return f"{OP.name}, minima as zero points in {self.dtype.name}" if match.quant.has_minima else OP.name

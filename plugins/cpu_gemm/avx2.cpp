@@ -1,6 +1,7 @@
 // AVX2: a vector is two registers. Its products of 8 bits saturate, so they are made of 16, which are exact.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "gemm.h"
 
 namespace cpu_gemm {
@@ -62,9 +63,18 @@ struct Avx2 {
     }
 };
 
+bool runs() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
 }  // namespace
 
-Kernels const kAvx2{"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-                    Gemm<Avx2>::quantize, Gemm<Avx2>::multiply};
+Kernels const kAvx2{"avx2",
+                    runs,
+                    Gemm<Avx2>::quantize,
+                    Gemm<Avx2>::multiply,
+                    Attention<Avx2>::prepare,
+                    Attention<Avx2>::pack,
+                    Attention<Avx2>::attend};
 
 }  // namespace cpu_gemm

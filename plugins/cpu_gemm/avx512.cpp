@@ -1,6 +1,7 @@
 // AVX-512 with VNNI: a vector is a register.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "gemm.h"
 
 namespace cpu_gemm {
@@ -40,9 +41,19 @@ struct Avx512 {
     }
 };
 
+bool runs() {
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+}
+
 }  // namespace
 
-Kernels const kAvx512{"avx512", [] { return bool(__builtin_cpu_supports("avx512vnni")); }, Gemm<Avx512>::quantize,
-                      Gemm<Avx512>::multiply};
+Kernels const kAvx512{"avx512",
+                      runs,
+                      Gemm<Avx512>::quantize,
+                      Gemm<Avx512>::multiply,
+                      Attention<Avx512>::prepare,
+                      Attention<Avx512>::pack,
+                      Attention<Avx512>::attend};
 
 }  // namespace cpu_gemm

@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace cpu_gemm {
+namespace {  // each file has its own, with its own instructions
 
 inline float from_bits(uint32_t word) {
     float value;
@@ -18,4 +19,5 @@ inline float from_half(uint16_t h) {
     return h & 0x8000u ? -magnitude : magnitude;
 }
 
+}  // namespace
 }  // namespace cpu_gemm

@@ -70,11 +70,34 @@ char const* refuse(Weight const&);
 // Row `row` of the matrix, [k].
 void dequantize(Weight const&, int64_t row, float* into);
 
+// Queries, keys and values of `tokens` new tokens in each of `batch` rows, over a cache of `capacity` tokens.
+struct AttentionCall {
+    int64_t batch, tokens, heads, kv_heads, size, rotated, capacity, columns;
+    float scale;
+    float const* qkv;          // [batch, tokens, (heads + 2 kv_heads) size]
+    float const *cos, *sin;    // [positions, rotated / 2]
+    int64_t const* positions;  // [batch, tokens]
+    int32_t const* last;       // [batch] the last token of each row, the cache's and the new
+    int32_t const* fresh;      // [batch] how many of the new are no padding behind them
+    float const* mask;         // [batch, tokens, columns], added to the scores
+    float *keys, *values;      // [batch, kv_heads, capacity, size]
+    float* queries;            // [batch, heads, tokens, size]: rotated and scaled
+    float const* packed;       // [batch, kv_heads, columns in sixteens, size, 16]; null: keys are met as they lie
+    float* y;                  // [batch, tokens, heads size]
+
+    int64_t length(int64_t row) const { return last[row] + int64_t{1}; }
+    int64_t past(int64_t row) const { return length(row) - fresh[row]; }
+};
+
 struct Kernels {
     char const* name;
     bool (*runs)();  // on this CPU
     void (*quantize)(Weight const&, float const* x, int8_t* limbs, float* scales, float* sums);
     void (*multiply)(Call const&, int64_t strip, int64_t last_strip, int64_t row, int64_t last_row);
+    void (*prepare)(AttentionCall const&, int64_t row, int64_t token);
+    void (*pack)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t tile, float* into);
+    void (*attend)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t first, int64_t count, int64_t begin,
+                   int64_t end, float* weights, float* top, float* total, float* sums);
 };
 
 extern Kernels const kAvx512, kAvx2, kPlain;

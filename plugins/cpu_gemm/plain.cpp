@@ -1,4 +1,5 @@
 // Any CPU: loops of sixteen, which compilers make vectors of.
+#include "attention.h"
 #include "gemm.h"
 #include "halves.h"
 
@@ -104,8 +105,16 @@ struct Plain {
     }
 };
 
+bool runs() { return true; }
+
 }  // namespace
 
-Kernels const kPlain{"plain", [] { return true; }, Gemm<Plain>::quantize, Gemm<Plain>::multiply};
+Kernels const kPlain{"plain",
+                     runs,
+                     Gemm<Plain>::quantize,
+                     Gemm<Plain>::multiply,
+                     Attention<Plain>::prepare,
+                     Attention<Plain>::pack,
+                     Attention<Plain>::attend};
 
 }  // namespace cpu_gemm

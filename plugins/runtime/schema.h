@@ -88,4 +88,23 @@ struct CpuRows {
     };
 };
 
+// CpuAttention(qkv[B, S, (heads+2*kv_heads)*D], past_key[B, H, P, D], past_value[B, H, P, D], last[B], cos[L, R], sin[L, R], positions[B, S], mask[B, 1, S, T], new[B]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
+struct CpuAttention {
+    static constexpr char kName[] = "CpuAttention";
+    static constexpr char kVersion[] = "1";
+    enum Port : int32_t { kQkv, kPastKey, kPastValue, kLast, kCos, kSin, kPositions, kMask, kNew, kY, kPresentKey, kPresentValue };
+    static constexpr int32_t kInputs = 9;
+    static constexpr int32_t kRequiredInputs = 9;
+    enum Attr : int32_t { kHeads, kKvHeads };
+    static constexpr Field kFields[2] = {
+        {"heads", 1, 0, {}},
+        {"kv_heads", 1, 0, {}},
+    };
+    // legal types: one row, one type for each port
+    template <typename DataType>
+    static constexpr DataType kTypes[1][12] = {
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+    };
+};
+
 }  // namespace schema

@@ -1,0 +1,202 @@
+// Attention of queries over a cache: scores, softmax and sums of values, for the instruction set that it is compiled for.
+//
+// Queries of one token and of heads that share keys and values are rows beside one another, so that keys and values are
+// read once for all of them. Where tokens are many, keys are packed first, sixteen beside one another.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernel.h"
+#include "vectors.h"
+
+namespace cpu_gemm {
+
+constexpr int kRowsOfQueries = 4;
+constexpr int kWidth = 4;  // vectors of values that are summed at once: 16 sums, 4 values and 4 weights in registers
+
+template <typename Isa>  // whose functions are then of one file alone
+struct Attention {
+    // Rotates a token's queries, which are scaled, and its keys; puts keys and values into the cache.
+    static void prepare(AttentionCall const& c, int64_t row, int64_t token) {
+        int64_t const size = c.size, half = c.rotated / 2;
+        int64_t const at = c.past(row) + token;
+        float const* x = c.qkv + (row * c.tokens + token) * (c.heads + 2 * c.kv_heads) * size;
+        int64_t const position = c.positions[row * c.tokens + token];
+        float const *cos = c.cos + position * half, *sin = c.sin + position * half;
+        for (int64_t h = 0; h < c.heads; ++h, x += size) {
+            rotate(x, cos, sin, half, size, c.scale, c.queries + ((row * c.heads + h) * c.tokens + token) * size);
+        }
+        for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
+            rotate(x, cos, sin, half, size, 1, c.keys + ((row * c.kv_heads + h) * c.capacity + at) * size);
+        }
+        for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
+            std::memcpy(c.values + ((row * c.kv_heads + h) * c.capacity + at) * size, x, size * sizeof(float));
+        }
+    }
+
+    static void rotate(float const* x, float const* cos, float const* sin, int64_t half, int64_t size, float scale,
+                       float* into) {
+        for (int64_t i = 0; i < half; ++i) {
+            float const a = x[i], b = x[i + half];
+            into[i] = (a * cos[i] - b * sin[i]) * scale;
+            into[i + half] = (b * cos[i] + a * sin[i]) * scale;
+        }
+        for (int64_t i = 2 * half; i < size; ++i) {
+            into[i] = x[i] * scale;
+        }
+    }
+
+    // Keys [tile * 16 ...) of a head, [size][16], zero behind the last.
+    static void pack(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t tile, float* into) {
+        float const* keys = c.keys + (row * c.kv_heads + kv_head) * c.capacity * c.size;
+        int64_t const first = tile * kLanes, count = std::min<int64_t>(kLanes, c.length(row) - first);
+        for (int64_t i = 0; i < c.size; ++i) {
+            for (int64_t k = 0; k < kLanes; ++k) {
+                into[i * kLanes + k] = k < count ? keys[(first + k) * c.size + i] : 0;
+            }
+        }
+    }
+
+    // Queries [first, first + R) of the heads that share `kv_head`, over keys [begin, end): weights that are not yet
+    // divided by their sum, which is `total`, less `top`, the largest score; and `sums` of values [R][size].
+    template <int R>
+    static void attend(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t first, int64_t begin, int64_t end,
+                       float* weights, float* top, float* total, float* sums) {
+        int64_t const shared = c.heads / c.kv_heads, stride = (end - begin + kLanes - 1) / kLanes * kLanes;
+        float const* keys = c.keys + (row * c.kv_heads + kv_head) * c.capacity * c.size;
+        float const* values = c.values + (row * c.kv_heads + kv_head) * c.capacity * c.size;
+        float const *q[R], *mask[R];
+        V most[R];
+        for (int r = 0; r < R; ++r) {
+            int64_t const token = (first + r) / shared, head = kv_head * shared + (first + r) % shared;
+            q[r] = c.queries + ((row * c.heads + head) * c.tokens + token) * c.size;
+            mask[r] = c.mask + (row * c.tokens + token) * c.columns;
+            most[r] = spread(-INFINITY);
+        }
+        for (int64_t t = begin; t < end; t += kLanes) {
+            int64_t const count = std::min<int64_t>(kLanes, end - t);
+            V scores[R];
+            if (c.packed != nullptr) {
+                int64_t const tiles = (c.columns + kLanes - 1) / kLanes;
+                packed_scores<R>(c.packed + ((row * c.kv_heads + kv_head) * tiles + t / kLanes) * kLanes * c.size,
+                                 c.size, q, scores);
+            } else {
+                direct_scores<R>(keys + t * c.size, count, c.size, q, scores);
+            }
+            for (int r = 0; r < R; ++r) {
+                V const score = scores[r] + masked(mask[r] + t, count);
+                store(weights + r * stride + t - begin, score);
+                most[r] = largest(most[r], score);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            top[r] = largest(most[r]);
+            V all{};
+            float const base = top[r] == -INFINITY ? 0 : top[r];  // nothing is seen: all weights are 0
+            for (int64_t t = 0; t < stride; t += kLanes) {
+                V const weight = exponential(load(weights + r * stride + t) - base);
+                store(weights + r * stride + t, weight);
+                all += weight;
+            }
+            total[r] = sum(all);
+        }
+        int64_t i = 0;
+        for (; i + kWidth * kLanes <= c.size; i += kWidth * kLanes) {
+            sum_values<R, kWidth>(values + i, begin, end, c.size, weights, stride, sums + i);
+        }
+        for (; i < c.size; i += kLanes) {
+            sum_values<R, 1>(values + i, begin, end, c.size, weights, stride, sums + i);
+        }
+    }
+
+    static V masked(float const* mask, int64_t count) {
+        if (count == kLanes) {
+            return load(mask);
+        }
+        V all = spread(-INFINITY);
+        for (int64_t i = 0; i < count; ++i) {
+            all[i] = mask[i];
+        }
+        return all;
+    }
+
+    template <int R>
+    static void packed_scores(float const* keys, int64_t size, float const* const (&q)[R], V (&scores)[R]) {
+        for (V& each : scores) {
+            each = V{};
+        }
+        for (int64_t i = 0; i < size; ++i) {
+            V const key = load(keys + i * kLanes);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                scores[r] += key * q[r][i];
+            }
+        }
+    }
+
+    template <int R>
+    static void direct_scores(float const* keys, int64_t count, int64_t size, float const* const (&q)[R],
+                              V (&scores)[R]) {
+        for (int r = 0; r < R; ++r) {
+            V parts[kLanes];
+            for (int64_t k = 0; k < kLanes; ++k) {
+                float const* key = keys + std::min(k, count - 1) * size;
+                V all = load(key) * load(q[r]);
+                for (int64_t i = kLanes; i < size; i += kLanes) {
+                    all += load(key + i) * load(q[r] + i);
+                }
+                parts[k] = all;
+            }
+            scores[r] = sums_of(parts);
+        }
+    }
+
+    // `Width` vectors of the sums of values.
+    template <int R, int Width>
+    static void sum_values(float const* values, int64_t begin, int64_t end, int64_t size, float const* weights,
+                           int64_t stride, float* sums) {
+        V all[R][Width];
+        for (auto& row : all) {
+            for (V& each : row) {
+                each = V{};
+            }
+        }
+        for (int64_t t = begin; t < end; ++t) {
+            V value[Width];
+            for (int w = 0; w < Width; ++w) {
+                value[w] = load(values + t * size + w * kLanes);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                float const weight = weights[r * stride + t - begin];
+#pragma GCC unroll 4
+                for (int w = 0; w < Width; ++w) {
+                    all[r][w] += value[w] * weight;
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int w = 0; w < Width; ++w) {
+                store(sums + r * size + w * kLanes, all[r][w]);
+            }
+        }
+    }
+
+    static void attend(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t first, int64_t count,
+                       int64_t begin, int64_t end, float* weights, float* top, float* total, float* sums) {
+        switch (count) {
+            case 1:
+                return attend<1>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+            case 2:
+                return attend<2>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+            case 3:
+                return attend<3>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+            default:
+                return attend<4>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+        }
+    }
+};
+
+}  // namespace cpu_gemm

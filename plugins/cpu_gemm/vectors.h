@@ -1,0 +1,64 @@
+// Sixteen floats as compilers' own vectors, for what needs no instruction of its own.
+#pragma once
+
+#include <cstdint>
+
+namespace cpu_gemm {
+namespace {  // each file has its own, with its own instructions
+
+typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t W __attribute__((vector_size(64)));
+
+inline V load(float const* p) { return *reinterpret_cast<V const*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
+inline V spread(float f) { return V{} + f; }
+inline V largest(V a, V b) { return a > b ? a : b; }
+
+// e^x to 2e-7 of itself for x <= 0: 2^n e^r with |r| <= ln 2 / 2, whose series is cut after r^6.
+inline V exponential(V x) {
+    V const bounded = largest(x, spread(-87.0f));
+    V const shifted = bounded * 1.44269504f + 12582912.0f;  // whose last bit is 1
+    V const n = shifted - 12582912.0f;
+    V const r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact
+    V const series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    W const power = (__builtin_convertvector(n, W) + 127) << 23;
+    V const value = x < -87.0f ? V{} : series * reinterpret_cast<V const&>(power);
+    return x == x ? value : x;
+}
+
+// Lane i is the sum of the lanes of v[i]; halves, quarters and so on are added side by side.
+inline V sums_of(V (&v)[16]) {
+    for (int i = 0; i < 8; ++i) {
+        v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 2; ++i) {
+        v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    return __builtin_shufflevector(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+inline float sum(V v) {
+    float all = 0;
+    for (int i = 0; i < 16; ++i) {
+        all += v[i];
+    }
+    return all;
+}
+
+inline float largest(V v) {
+    float all = v[0];
+    for (int i = 1; i < 16; ++i) {
+        all = all > v[i] || all != all ? all : v[i];
+    }
+    return all;
+}
+
+}  // namespace
+}  // namespace cpu_gemm
