@@ -1,6 +1,11 @@
-"""CpuGemm: x [..., K] float32 times 4- or 8-bit codes in groups on a CPU; CpuRows: rows of such a matrix, embeddings.
+"""Operators of ours for CPUs, behind ONNX Runtime.
 
-`op.py` says what they compute, `layout.py` in which order codes lie. `gemm.h` is the kernel, `avx512.cpp`, `avx2.cpp`
-and `plain.cpp` are what it does on a kind of CPU, `kernels.cpp` takes the best that runs behind the C interface of
-`kernel.h`, and `operators.cpp` is the layer that ONNX Runtime sees.
+    CpuGemm       x [..., K] float32 times 4- or 8-bit codes in groups, with bias, activation, gate and residual
+    CpuRows       rows of such a matrix: embeddings that share it
+    CpuAttention  new tokens over a cache that is one buffer, rotary embeddings and all
+
+`op.py` and `attention.py` say what they compute, `layout.py` in which order codes lie. `gemm.h` and `attention.h` are the
+kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a kind of CPU, of which `kernels.cpp`
+takes the best that runs. They stand behind the plain functions of `kernel.h`; `operators.cpp` is the layer that ONNX
+Runtime sees.
 """

@@ -100,7 +100,7 @@ struct Kernels {
                    int64_t end, float* weights, float* top, float* total, float* sums);
 };
 
-extern Kernels const kAvx512, kAvx2, kPlain;
+extern Kernels const kAvx512, kAvxVnni, kAvx2, kPlain;
 
 // The fastest that run here.
 Kernels const& kernels();

@@ -60,7 +60,7 @@ void dequantize(Weight const& w, int64_t row, float* into) {
 
 namespace {
 
-Kernels const* const kAll[] = {&kAvx512, &kAvx2, &kPlain};  // the fastest first
+Kernels const* const kAll[] = {&kAvx512, &kAvxVnni, &kAvx2, &kPlain};  // the fastest first
 
 Kernels const* fastest() {
     for (Kernels const* each : kAll) {
