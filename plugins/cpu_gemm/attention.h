@@ -75,20 +75,26 @@ struct Attention {
             mask[r] = c.mask + (row * c.tokens + token) * c.columns;
             most[r] = spread(-INFINITY);
         }
-        for (int64_t t = begin; t < end; t += kLanes) {
-            int64_t const count = std::min<int64_t>(kLanes, end - t);
-            V scores[R];
-            if (c.packed != nullptr) {
-                int64_t const tiles = (c.columns + kLanes - 1) / kLanes;
-                packed_scores<R>(c.packed + ((row * c.kv_heads + kv_head) * tiles + t / kLanes) * kLanes * c.size,
-                                 c.size, q, scores);
+        int64_t const tiles = (c.columns + kLanes - 1) / kLanes;
+        float const* const packed =
+            c.packed == nullptr ? nullptr : c.packed + (row * c.kv_heads + kv_head) * tiles * kLanes * c.size;
+        for (int64_t t = begin; t < end;) {
+            int64_t const wide = packed != nullptr && t + 2 * kLanes <= end ? 2 : 1;
+            V scores[2][R];
+            if (wide == 2) {
+                packed_scores<R, 2>(packed + t * c.size, c.size, q, scores);
+            } else if (packed != nullptr) {
+                packed_scores<R, 1>(packed + t * c.size, c.size, q, scores);
             } else {
-                direct_scores<R>(keys + t * c.size, count, c.size, q, scores);
+                direct_scores<R>(keys + t * c.size, std::min<int64_t>(kLanes, end - t), c.size, q, scores[0]);
             }
-            for (int r = 0; r < R; ++r) {
-                V const score = scores[r] + masked(mask[r] + t, count);
-                store(weights + r * stride + t - begin, score);
-                most[r] = largest(most[r], score);
+            for (int64_t w = 0; w < wide; ++w, t += kLanes) {
+                int64_t const count = std::min<int64_t>(kLanes, end - t);
+                for (int r = 0; r < R; ++r) {
+                    V const score = scores[w][r] + masked(mask[r] + t, count);
+                    store(weights + r * stride + t - begin, score);
+                    most[r] = largest(most[r], score);
+                }
             }
         }
         for (int r = 0; r < R; ++r) {
@@ -122,16 +128,31 @@ struct Attention {
         return all;
     }
 
-    template <int R>
-    static void packed_scores(float const* keys, int64_t size, float const* const (&q)[R], V (&scores)[R]) {
-        for (V& each : scores) {
-            each = V{};
+    // Of `Tiles` times sixteen keys: with two, no sum waits for the one before.
+    template <int R, int Tiles>
+    static void packed_scores(float const* keys, int64_t size, float const* const (&q)[R], V (&scores)[2][R]) {
+        V sums[Tiles][R];
+        for (auto& tile : sums) {
+            for (V& each : tile) {
+                each = V{};
+            }
         }
         for (int64_t i = 0; i < size; ++i) {
-            V const key = load(keys + i * kLanes);
+            V key[Tiles];
+            for (int t = 0; t < Tiles; ++t) {
+                key[t] = load(keys + (t * size + i) * kLanes);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                scores[r] += key * q[r][i];
+                V const x = spread(q[r][i]);
+                for (int t = 0; t < Tiles; ++t) {
+                    sums[t][r] += key[t] * x;
+                }
+            }
+        }
+        for (int t = 0; t < Tiles; ++t) {
+            for (int r = 0; r < R; ++r) {
+                scores[t][r] = sums[t][r];
             }
         }
     }
