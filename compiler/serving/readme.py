@@ -34,7 +34,9 @@ def readme(served: Iterable[Served]) -> str:
         parts.append(ENGINES)
     if any(each.artifact.kind == "onnx" and each.artifact.llm is not None for each in served):
         parts.append(BARE_ONNX)
-    if plugins := sorted({plugin.rsplit("/", 1)[-1] for each in served for plugin in each.artifact.plugins}):
+    if plugins := sorted(
+        {plugin.rsplit("/", 1)[-1] for each in served if not each.no_bare for plugin in each.artifact.plugins}
+    ):
         parts.append(PLUGINS.format(libraries=";".join(f"plugins/{name}" for name in plugins)))
     return "\n".join(parts)
 
