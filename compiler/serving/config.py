@@ -93,7 +93,7 @@ def why_no_bare(artifact: Artifact) -> str:
     builder = (artifact.engine or {}).get("builder")
     reasons = {
         KIT: artifact.kind == "kit",
-        "Triton's ONNX Runtime has no operators of ours: compile without --plugin": (
+        "Triton's ONNX Runtime would not find the library of its operators: compile without --plugin": (
             artifact.kind == "onnx" and bool(artifact.plugins)
         ),
         "Triton has no backend for TensorRT-RTX engines: compile with --builder tensorrt": builder == "tensorrt_rtx",

@@ -4,8 +4,8 @@
     CpuRows       rows of such a matrix: embeddings that share it
     CpuAttention  new tokens over a cache that is one buffer, rotary embeddings and all
 
-`op.py` and `attention.py` say what they compute, `layout.py` in which order codes lie. `gemm.h` and `attention.h` are the
-kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a kind of CPU, of which `kernels.cpp`
-takes the best that runs. They stand behind the plain functions of `kernel.h`; `operators.cpp` is the layer that ONNX
-Runtime sees.
+`op.py` and `attention.py` say what they compute, `layout.py` in which order codes lie. `gemm.h` and `attention.h` are
+the kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a kind of CPU, of which
+`kernels.cpp` takes the best that runs. They stand behind the plain functions of `kernel.h`; `operators.cpp` is the
+layer that ONNX Runtime sees.
 """
