@@ -85,7 +85,7 @@ class OpenEncoder:
         with tried("reading the tokenizer", where=str(path.parent), fix="copy it again from the model"):
             self.reader = TextReader(path.parent, about, [spec.name for spec in self.artifact.inputs])
         with checked(out, self.artifact) as libraries, tried("loading it into ONNX Runtime", where=str(path)):
-            self.session: Any = open_session(path, libraries, threads, spinning)
+            self.session: Any = open_session(path, threads, spinning, libraries)
 
     def __enter__(self) -> Self:
         return self

@@ -397,4 +397,4 @@ def load_artifact(
     from instantrt.compiler.serving.runtime.onnx_engine import open_session
 
     with checked(out, artifact) as libraries, tried("loading it into ONNX Runtime", where=str(out / artifact.path)):
-        return LoadedModel(artifact, open_session(inside(out, artifact.path), libraries, threads, spinning))
+        return LoadedModel(artifact, open_session(inside(out, artifact.path), threads, spinning, libraries))

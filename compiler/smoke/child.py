@@ -38,7 +38,7 @@ def say(**event: Any) -> None:
 def opened(order: Mapping[str, Any]) -> ort.InferenceSession:
     """As a user opens it; a reference as it is written (docs/facts.md, "The twin's session options")."""
     if order["form"] in ("artifact", "original"):
-        return open_session(Path(order["model"]), order["libraries"], spinning=False)
+        return open_session(Path(order["model"]), spinning=False, libraries=order["libraries"])
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -56,7 +56,8 @@ def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[
     """(step, its outputs), as they come."""
     say(during="load")
     kind, length = order["cache"], len(feeds.get(f"{CACHED}|0", ())) + 2
-    engine = ENGINES[kind](Path(order["model"]), order["libraries"], ROWS, length, spinning=False) if kind else None
+    how = {"spinning": False, "libraries": order["libraries"]}
+    engine = ENGINES[kind](Path(order["model"]), ROWS, length, **how) if kind else None
     session = engine.session if engine is not None else opened(order)
     types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()} if order["form"] == "original" else {}
     names = [output.name for output in session.get_outputs()]

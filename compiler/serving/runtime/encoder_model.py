@@ -22,9 +22,8 @@ class TritonPythonModel:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         libraries = check_folder(folder, "onnx")
         self.threads = int(parameters["threads"])
-        self.session: Any = open_session(
-            folder / MODELS["onnx"], libraries, self.threads, parameters["spinning"] == "true"
-        )
+        spinning = parameters["spinning"] == "true"
+        self.session: Any = open_session(folder / MODELS["onnx"], self.threads, spinning, libraries)
         about = json.loads((folder / RECORD).read_text("utf-8"))["encoder"]
         self.reader = TextReader(folder, about, [each.name for each in self.session.get_inputs()])
         self.labels: list[str] = about["labels"]

@@ -33,13 +33,13 @@ SESSIONS: WeakValueDictionary[Any, ort.InferenceSession] = WeakValueDictionary()
 
 
 def open_session(
-    model: Path, libraries: Sequence[Path] = (), threads: int = 0, spinning: bool | None = None
+    model: Path, threads: int = 0, spinning: bool | None = None, libraries: Sequence[Path] = ()
 ) -> ort.InferenceSession:
     """A session on the CPU; all that open the same file in the same way share one (docs/facts.md, "Prepacked weights").
 
-    libraries  of operators of ours. They are code: who calls has checked them
     threads    0 is one a core, or as many as this process has CPUs where its affinity or its quota leave fewer
     spinning   idle threads wait for the next node on their CPUs; None: where no more threads than CPUs are there
+    libraries  of operators of ours. They are code: who calls has checked them
     """
     if threads < 0:
         raise ValueError(f"threads: expected 0 or more, found {threads}")
@@ -48,7 +48,7 @@ def open_session(
     spinning = threads <= cpus if spinning is None else spinning
     files = {path.name: path.stat() for path in sorted(model.parent.glob(f"{model.name}*"))}
     identity = tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files.items())
-    key = (model.resolve(), identity, threads, spinning)
+    key = (model.resolve(), identity, threads, spinning, tuple(libraries))
     if (session := SESSIONS.get(key)) is None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -89,13 +89,13 @@ class SharedEngine:
     def __init__(
         self,
         model: Path,
-        libraries: Sequence[Path],
         rows: int,
         length: int,
         threads: int = 0,
         spinning: bool | None = None,
+        libraries: Sequence[Path] = (),
     ) -> None:
-        self.session = open_session(model, libraries, threads, spinning)
+        self.session = open_session(model, threads, spinning, libraries)
         self.cache = empty_cache(self.session, rows, length)
         vocab = next(output.shape[-1] for output in self.session.get_outputs() if output.name == "logits")
         self.logits = np.empty((rows, 1, vocab), np.float32)
@@ -152,14 +152,14 @@ class ConcatEngine:
     def __init__(
         self,
         model: Path,
-        libraries: Sequence[Path],
         rows: int,
         length: int,
         threads: int = 0,
         spinning: bool | None = None,
+        libraries: Sequence[Path] = (),
     ) -> None:
         del length  # a cache is as long as its sequence
-        self.session = open_session(model, libraries, threads, spinning)
+        self.session = open_session(model, threads, spinning, libraries)
         self.empty = {
             PAST + part: ort.OrtValue.ortvalue_from_numpy(b) for part, b in empty_cache(self.session, 1, 0).items()
         }

@@ -29,7 +29,7 @@ def open_engine(
     if runtime == "onnxruntime":
         from .onnx_engine import ENGINES
 
-        return ENGINES[cache](model, libraries, limits.rows, limits.length, threads, spinning)
+        return ENGINES[cache](model, limits.rows, limits.length, threads, spinning, libraries)
     from . import cuda, tensorrt_engine
 
     trt = importlib.import_module(runtime)
