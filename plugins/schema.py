@@ -101,7 +101,7 @@ class Op:
             raise ShapeError(f"{self.name}: {wrong}")
         for port, shape in present:
             terms = tuple(t for t in port.shape if t != "...")
-            self._compare(port, terms, shape[-len(terms) :], env)
+            self._compare(port, terms, shape[len(shape) - len(terms) :], env)
         return tuple(
             (leading if port.shape[0] == "..." else ()) + tuple(_term(t, env) for t in port.shape if t != "...")
             for port in self.outputs

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -27,9 +30,10 @@ from instantrt.compiler.frontend.export_cache import VARIABLE
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.compiler.plan import Plan, plan
 from instantrt.compiler.request import Request
+from instantrt.compiler.target import CPU_PLUGIN
 from instantrt.compiler.write import write_planned
 from instantrt.passes.core.rewrite import PassLog
-from tests.once import made_once
+from tests.once import kept, made_once
 
 # A test run started in the background inherits an ignored interrupt, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -113,3 +117,27 @@ def tiny_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the example model, compiled for x86 with 8-bit weights."""
     request = Request(model=TINY, targets=("x86",), out=Path(), quant="a16w8")
     return made_once(tmp_path_factory, "tiny", lambda new: compile_model(replace(request, out=new / "out"))) / "out"
+
+
+@pytest.fixture(scope="session")
+def cpu_library(pytestconfig: pytest.Config) -> Path:
+    """The library of CpuGemm and CpuRows, of this checkout's sources."""
+    if platform.machine() != "x86_64":
+        pytest.skip(f"{CPU_PLUGIN} is for x86_64, this is {platform.machine()}")
+    if missing := [tool for tool in ("c++", "cmake") if shutil.which(tool) is None]:
+        pytest.skip(f"building {CPU_PLUGIN} needs {' and '.join(missing)} on PATH")
+    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
+    sources = ROOT / "plugins" / "cpu_gemm", ROOT / "plugins" / "runtime"
+    return kept(pytestconfig, "cpu_library", sources, compiler, build_cpu_library) / CPU_PLUGIN
+
+
+def build_cpu_library(folder: Path) -> None:
+    build = folder / "build"
+    for step in (
+        ["-S", str(ROOT / "plugins" / "cpu_gemm"), "-B", str(build)],
+        ["--build", str(build)],
+        ["--install", str(build), "--prefix", str(folder)],
+    ):
+        done = subprocess.run(["cmake", *step], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(build)

@@ -15,13 +15,13 @@ from instantrt.plugins.cpu_gemm.op import GEMM, ROWS
 
 
 @dataclass(frozen=True)
-class SharedTableMatch:
+class TiedTable:
     node: gs.Node
     head: gs.Node
 
 
 @dataclass(frozen=True)
-class ShareTable(Rewrite[SharedTableMatch]):
+class ShareTable(Rewrite[TiedTable]):
     """GatherBlockQuantized(codes, ids) -> instantrt::CpuRows(ids, the constants of the CpuGemm with the same codes).
 
     heads   those of the run's graph, by the weight
@@ -32,7 +32,7 @@ class ShareTable(Rewrite[SharedTableMatch]):
     def for_graph(self, graph: gs.Graph) -> ShareTable:
         return ShareTable(tuple((packed_of(node), node) for node in graph.nodes if node.op == GEMM.name))
 
-    def match(self, node: gs.Node) -> SharedTableMatch | Reject | None:
+    def match(self, node: gs.Node) -> TiedTable | Reject | None:
         view = view_of(node.inputs[0]) if node.op == "GatherBlockQuantized" else None
         if view is None or not isinstance(view.source, QuantTensor):
             return None
@@ -43,9 +43,9 @@ class ShareTable(Rewrite[SharedTableMatch]):
             return Reject("its minima are gathered apart")
         if node.inputs[1].dtype != np.int64:
             return Reject(f"ids are {node.inputs[1].dtype}, expected int64")
-        return SharedTableMatch(node, head)
+        return TiedTable(node, head)
 
-    def rewrite(self, graph: gs.Graph, match: SharedTableMatch) -> None:
+    def rewrite(self, graph: gs.Graph, match: TiedTable) -> None:
         node, known = match.node, attributes(match.head)
         attrs = {attr.name: known[attr.name] for attr in ROWS.attrs}
         inputs = [node.inputs[1], *match.head.inputs[1:3]]

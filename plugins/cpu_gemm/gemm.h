@@ -255,8 +255,8 @@ struct Gemm {
         if (most >= 0x7f800000u) {
             return {NAN, 0};
         }
-        if (most < 0x00800000u) {
-            return {1, 0};  // zeros, and what is too small to divide by
+        if (most < 0x08800000u) {
+            return {1, 0};  // zeros, and what is below 2^-110: too small to divide by
         }
         float value;
         std::memcpy(&value, &most, 4);

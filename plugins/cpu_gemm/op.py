@@ -20,13 +20,14 @@ INT8_BLOCKS, INT16_BLOCKS, INT8_ROWS = range(3)
 """x as int8 with a scale for each 32 of a row; in 16 bits so; as int8 with one scale for a row (A8W8)."""
 FORM = "activations"  # the attribute that says which
 TOP = {INT8_BLOCKS: 127, INT16_BLOCKS: 127 * 256, INT8_ROWS: 127}
-SMALLEST = np.finfo(np.float32).tiny
+SMALLEST = np.float32(2.0**-110)  # from here on, 1 / step is below infinity
 LONGEST = 65536  # k whose products fit in 32 bits
 
 
 def rounded(x: Array, activations: int) -> Array:
     """x as the kernel has it, in float64: symmetric, half to even; a block of zeros is zero."""
-    blocks: Array = x.astype(np.float32).reshape(*x.shape[:-1], -1, x.shape[-1] if activations == INT8_ROWS else BLOCK)
+    size = x.shape[-1] if activations == INT8_ROWS else BLOCK
+    blocks: Array = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size)
     top = np.float32(TOP[activations])
     most = np.abs(blocks).max(axis=-1, keepdims=True)
     small = most < SMALLEST  # zeros, and what is too small to divide by
@@ -73,8 +74,9 @@ def finished(y: Array, values: Mapping[str, int]) -> Array:
     act: Callable[[Array], Array] = ACTIVATIONS[values["activation"]]
     if not values["gated"]:
         return act(y)
-    gate, up = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, 8), -2, 0)
-    return np.asarray(act(gate) * up).reshape(*y.shape[:-1], -1)
+    *leading, n = y.shape
+    gate, up = np.moveaxis(y.reshape(*leading, n // layout.STRIP, 2, 8), -2, 0)
+    return np.asarray(act(gate) * up).reshape(*leading, n // 2)
 
 
 def check(v: Mapping[str, int]) -> str | None:

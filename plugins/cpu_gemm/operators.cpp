@@ -68,9 +68,9 @@ Tensor tensor(Api const& api, Value const* value) {
 std::string text(std::vector<int64_t> const& sizes) {
     std::string all;
     for (int64_t size : sizes) {
-        all += (all.empty() ? "[" : ", ") + std::to_string(size);
+        all += (all.empty() ? "" : ", ") + std::to_string(size);
     }
-    return all + "]";
+    return "[" + all + "]";
 }
 
 // What nodes of both operators have: a session's interface, and a weight that is constant.
