@@ -121,7 +121,7 @@ def tiny_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cpu_library(pytestconfig: pytest.Config) -> Path:
-    """The library of CpuGemm and CpuRows, of this checkout's sources."""
+    """The library of the operators for CPUs, of this checkout's sources; what it was linked of lies beside it."""
     if platform.machine() != "x86_64":
         pytest.skip(f"{CPU_PLUGIN} is for x86_64, this is {platform.machine()}")
     if missing := [tool for tool in ("c++", "cmake") if shutil.which(tool) is None]:
@@ -140,4 +140,6 @@ def build_cpu_library(folder: Path) -> None:
     ):
         done = subprocess.run(["cmake", *step], check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    for compiled in build.rglob("*.cpp.o"):
+        shutil.move(compiled, folder)
     shutil.rmtree(build)

@@ -327,8 +327,10 @@ public:
         call.size = past.sizes[3];
         call.rotated = 2 * cos.sizes[1];
         call.columns = mask.sizes[3];
-        require(call.size > 0 && call.size % kLanes == 0 && call.rotated <= call.size,
-                "a head's size is no multiple of 16");
+        require(call.size > 0 && call.size % kLanes == 0,
+                "a head has " + std::to_string(call.size) + " channels, expected a multiple of 16");
+        require(call.rotated <= call.size, "cos rotates " + std::to_string(call.rotated) + " channels of " +
+                                               std::to_string(call.size) + " that a head has");
         same("qkv", x.sizes, {call.batch, call.tokens, (call.heads + 2 * call.kv_heads) * call.size});
         same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
         same("past_value", past_value.sizes, past.sizes);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,18 @@ def emulators(config: pytest.Config, *sms: int) -> Path:
     name = "emulators_" + "_".join(map(str, sms))
     sources = *compiled_files(), EMULATOR, Path(kernels.__file__)
     return kept(config, name, sources, version("g++"), lambda new: build_emulators(new, sms))
+
+
+@pytest.fixture
+def choose(cpu_library: Path) -> Iterator[Callable[[str], None]]:
+    """Has these kernels run from now on; the test is skipped where this CPU has none of them."""
+    call = ctypes.CDLL(str(cpu_library)).instantrt_cpu_kernels
+    call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+    before = call(b"")
+
+    def choose(name: str) -> None:
+        if call(name.encode()) != name.encode():
+            pytest.skip(f"this CPU does not run the {name} kernels")
+
+    yield choose
+    call(before)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
@@ -31,9 +30,9 @@ from instantrt.plugins.cpu_gemm.op import (
 )
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, Op, ShapeError
+from tests.plugins.kernels_of_cpus import KERNELS
 from tests.plugins.within import assert_within
 
-KERNELS = ("avx512", "avxvnni", "avx2", "plain")
 FORMS = {"int8": INT8_BLOCKS, "int16": INT16_BLOCKS, "rows": INT8_ROWS}
 F32, F16, BF16 = map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16))
 SIZES = ((16, 32, 32), (48, 96, 32), (80, 256, 64), (64, 192, 192), (32, 160, 160))  # n, k, group
@@ -142,21 +141,6 @@ def linear(library: Path, w: Weight, bias: bool = False, residual: bool = False,
     inputs: dict[str, Array | None] = {"x": None, "codes": w.strips, "affine": w.affine}
     inputs |= ({"bias": b} if bias else {}) | ({"residual": None} if residual else {})
     return Linear(w, values, b, residual, opened(library, GEMM, inputs, values))
-
-
-@pytest.fixture
-def choose(cpu_library: Path) -> Iterator[Callable[[str], None]]:
-    """Has these kernels run from now on; the test is skipped where this CPU has none of them."""
-    call = ctypes.CDLL(str(cpu_library)).instantrt_cpu_kernels
-    call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
-    before = call(b"")
-
-    def choose(name: str) -> None:
-        if call(name.encode()) != name.encode():
-            pytest.skip(f"this CPU does not run the {name} kernels")
-
-    yield choose
-    call(before)
 
 
 def normal(*shape: int) -> Array:

@@ -1,0 +1,3 @@
+"""The kernels of the library for CPUs."""
+
+KERNELS = ("avx512", "avxvnni", "avx2", "plain")

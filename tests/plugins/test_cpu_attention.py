@@ -1,0 +1,200 @@
+"""CpuAttention in ONNX Runtime, on the kernels of each kind of CPU: against its definition."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+
+from instantrt.plugins.cpu_gemm.attention import OP
+from instantrt.plugins.ops import DOMAIN
+from instantrt.plugins.schema import Array, DType, ShapeError
+from tests.plugins.kernels_of_cpus import KERNELS
+from tests.plugins.within import assert_within
+
+HEADS = {
+    "9 of 3": (9, 3, 64, 64),
+    "each its own": (4, 4, 16, 16),
+    "partly rotated": (8, 2, 80, 32),
+    "one": (6, 1, 48, 48),
+}
+# rows, new tokens, tokens in the cache: parts of one token's keys, tiles that end early, prompts that are packed
+SIZES = ((1, 1, 0), (2, 1, 5), (1, 1, 700), (2, 7, 9), (2, 8, 0), (1, 33, 17), (1, 70, 0))
+POSITIONS = 800
+ONNX = {DType.F32: TensorProto.FLOAT, DType.I32: TensorProto.INT32, DType.I64: TensorProto.INT64}
+AXES = {"qkv": 3, "past_key": 4, "past_value": 4, "cos": 2, "sin": 2, "positions": 2, "mask": 4}
+
+
+def session(library: Path, heads: int, kv_heads: int) -> ort.InferenceSession:
+    names, results = [p.name for p in OP.inputs], [p.name for p in OP.outputs]
+    node = helper.make_node(OP.name, names, results, domain=DOMAIN, heads=heads, kv_heads=kv_heads)
+    types = [ONNX[kind] for kind in OP.types[0]]
+    inputs = [
+        helper.make_tensor_value_info(name, kind, [None] * AXES.get(name, 1))
+        for name, kind in zip(names, types, strict=False)
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results]
+    graph = helper.make_graph([node], "one", inputs, outputs)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, OP.version)]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.register_custom_ops_library(str(library))
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int) -> dict[str, Array]:
+    """Every row ends at the last key, and sees all before it."""
+    count, kv_heads, size, rotated = heads
+    rng = np.random.default_rng([*heads, rows, tokens, past])
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    angles = rng.uniform(0, 2 * np.pi, (POSITIONS, rotated // 2))
+    hidden = np.arange(past + tokens) > past + np.arange(tokens)[:, None]
+    return {
+        "qkv": normal(rows, tokens, (count + 2 * kv_heads) * size),
+        "past_key": normal(rows, kv_heads, past, size),
+        "past_value": normal(rows, kv_heads, past, size),
+        "last": np.full(rows, past + tokens - 1, np.int32),
+        "cos": np.cos(angles).astype(np.float32),
+        "sin": np.sin(angles).astype(np.float32),
+        "positions": rng.integers(0, POSITIONS, (rows, tokens)),
+        "mask": np.broadcast_to(np.where(hidden, -np.inf, 0).astype(np.float32), (rows, 1, *hidden.shape)).copy(),
+        "new": np.full(rows, tokens, np.int32),
+    }
+
+
+def padded(given: Mapping[str, Array], *, left: bool) -> dict[str, Array]:
+    """The last row with three tokens of padding before it, or with its last two no tokens."""
+    found = {name: value.copy() for name, value in given.items()}
+    if left:
+        found["mask"][-1, ..., :3] = -np.inf
+    elif found["new"][-1] > 2:
+        found["new"][-1] -= 2
+        found["last"][-1] -= 2
+        found["mask"][-1, ..., -2:] = -np.inf
+    return found
+
+
+def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int, ...]) -> None:
+    wanted = OP.reference(*given.values(), heads=heads[0], kv_heads=heads[1])
+    for found, expected in zip(got, wanted, strict=True):
+        assert_within(found, expected.astype(np.float64), np.abs(expected) + 1, OP.tolerance[DType.F32])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("named", HEADS)
+def test_kernels_compute_what_is_defined(
+    named: str, kernels: str, cpu_library: Path, choose: Callable[[str], None]
+) -> None:
+    choose(kernels)
+    heads = HEADS[named]
+    run = session(cpu_library, *heads[:2]).run
+    for sizes in SIZES:
+        given = feeds(heads, *sizes)
+        for each in (given, padded(given, left=True), padded(given, left=False)):
+            assert_right(run(None, each), each, heads)
+
+
+def test_a_cache_may_be_one_buffer(cpu_library: Path) -> None:
+    """Past and present are the same memory, longer than what is in it: the new tokens alone are written."""
+    heads, room = HEADS["9 of 3"], 64
+    given = feeds(heads, 2, 3, 20)
+    wanted = OP.reference(*given.values(), heads=heads[0], kv_heads=heads[1])
+    opened = session(cpu_library, *heads[:2])
+    binding = opened.io_binding()
+    buffers = {}
+    for name, value in given.items():
+        if name.startswith("past"):
+            buffers[name] = np.full((*value.shape[:2], room, value.shape[3]), 7, np.float32)
+            buffers[name][:, :, :20] = value
+            shared = ort.OrtValue.ortvalue_from_numpy(buffers[name])
+            binding.bind_ortvalue_input(name, shared)
+            binding.bind_ortvalue_output(name.replace("past", "present"), shared)
+        else:
+            binding.bind_cpu_input(name, value)
+    binding.bind_output("y")
+    opened.run_with_iobinding(binding)
+    y = binding.get_outputs()[-1].numpy()
+    assert_within(y, wanted[0].astype(np.float64), np.abs(wanted[0]) + 1, OP.tolerance[DType.F32])
+    for buffer, expected in zip(buffers.values(), wanted[1:], strict=True):
+        assert np.abs(buffer[:, :, :23] - expected).max() < 1e-5
+        assert (buffer[:, :, 23:] == 7).all()
+
+
+def test_a_row_that_sees_nothing_is_zero(cpu_library: Path) -> None:
+    heads = HEADS["each its own"]
+    given = feeds(heads, 2, 4, 6)
+    given["mask"][1] = -np.inf
+    y = session(cpu_library, *heads[:2]).run(None, given)[0]
+    assert np.isfinite(y).all()
+    assert not y[1].any()
+    assert y[0].any()
+
+
+def test_nan_stays_in_its_row(cpu_library: Path) -> None:
+    heads = HEADS["9 of 3"]
+    given = feeds(heads, 2, 2, 300)
+    given["qkv"][1, 1, :64] = np.nan  # one query
+    y = session(cpu_library, *heads[:2]).run(None, given)[0]
+    assert np.isnan(y[1, 1, :64]).all()
+    y[1, 1, :64] = 0
+    assert np.isfinite(y).all()
+
+
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "a row that ends behind its mask": ("last", np.int32([9, 10]), "row 1 ends at 10 of 10 tokens"),
+    "a row that ends before its new tokens": ("last", np.int32([9, 1]), "row 1 ends at 1"),
+    "a row that ends nowhere": ("last", np.int32([-1, 9]), "row 0 ends at -1"),
+    "more new tokens than there are": ("new", np.int32([4, 5]), "row 1 ends at 9"),
+    "a position behind the tables": ("positions", np.full((2, 4), POSITIONS), f"position {POSITIONS} of {POSITIONS}"),
+    "a position before them": ("positions", np.full((2, 4), -1), "position -1"),
+    "a mask of other rows": ("mask", np.zeros((1, 1, 4, 10), np.float32), "mask is"),
+    "a mask of other tokens": ("mask", np.zeros((2, 1, 3, 10), np.float32), "mask is"),
+    "other values": ("past_value", np.zeros((2, 4, 7, 16), np.float32), "past_value is"),
+    "heads of another size": ("qkv", np.zeros((2, 4, 90), np.float32), "qkv is"),
+    "angles of more channels than a head has": ("cos", np.zeros((POSITIONS, 9), np.float32), "cos"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused(case: str, cpu_library: Path) -> None:
+    name, value, message = WRONG[case]
+    given = feeds(HEADS["each its own"], 2, 4, 6) | {name: value}
+    if name == "cos":
+        given["sin"] = value
+    with pytest.raises(InvalidArgument, match=message):
+        session(cpu_library, 4, 4).run(None, given)
+
+
+def test_heads_that_cannot_share_are_refused(cpu_library: Path) -> None:
+    with pytest.raises(RuntimeException, match="9 heads cannot share 2"):
+        session(cpu_library, 9, 2)
+    shapes = [v.shape for v in feeds((9, 3, 64, 64), 1, 2, 3).values()]
+    assert OP.bind(shapes, {"heads": 9, "kv_heads": 3}) == ((1, 2, 576), (1, 3, 5, 64), (1, 3, 5, 64))
+    with pytest.raises(ShapeError, match="qkv"):
+        OP.bind(shapes, {"heads": 6, "kv_heads": 3})
+
+
+def test_no_instruction_leaves_its_file(cpu_library: Path) -> None:
+    """The linker takes one of several copies of a weak function: one with instructions that a CPU may not have."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not on PATH")
+    for name in ("avx512", "avxvnni", "avx2"):
+        done = subprocess.run(
+            ["nm", "-C", str(cpu_library.parent / f"{name}.cpp.o")], capture_output=True, text=True, check=True
+        )
+        assert "cpu_gemm" in done.stdout
+        assert [line for line in done.stdout.splitlines() if line[17:18] in "WVu"] == []
