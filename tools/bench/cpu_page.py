@@ -59,7 +59,8 @@ tokens at once. Its loss is one minus the cosine to float32's vector, means of i
 of the texts. OpenVINO int8 is NNCF's int8 weights, whose tokens become int8 when it runs; calibrated, NNCF's
 post-training quantization.
 
-8 and 4 bits are ours as they come: `--quant a16w8` and `a16w4`. Of the peers: llama.cpp quantizes a GGUF file of the
+8 and 4 bits are ours as they come: `--quant a16w8` and `a16w4`; plugin: with kernels of ours, `--plugin auto`.
+SmolLM2-135M is what a GGUF file holds, put off its grid and every other (`instantrt bench rescaled`). Of the peers: llama.cpp quantizes a GGUF file of the
 checkpoint's bfloat16 weights; onnxruntime-genai's and optimum-intel's exporters run with their defaults, 4 bits in
 groups of 32; OpenVINO computes in the precision that it chooses, and gives the last token's logits, as ours do."""
 
