@@ -348,10 +348,7 @@ def check_threads(threads: int, spinning: bool | None) -> None:
 
 @contextmanager
 def checked(out: Path, artifact: Artifact) -> Iterator[list[Path]]:
-    """Compares the digests of a CPU artifact beside what the block does: a changed file explains its errors.
-
-    Of one with libraries, which are code, before it: the block has their paths.
-    """
+    """The libraries of a CPU artifact: code, so its digests are compared first; those of others beside the block."""
     if artifact.plugins:
         yield libraries_of(out, artifact)
         return
@@ -360,7 +357,7 @@ def checked(out: Path, artifact: Artifact) -> Iterator[list[Path]]:
         try:
             yield []
         finally:
-            digests.result()
+            digests.result()  # a changed file explains the block's errors
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ def dequantized(codes: Array, affine: Array, values: Mapping[str, int]) -> Array
         zeros = numbers(affine[..., middle:], values["zero_type"])
         least = -scales * zeros if values["zero_type"] == CODES else zeros
     scale, offset = (np.repeat(layout.by_row(v), values["group"], axis=1) for v in (scales, least))
-    w: Array = layout.unpack(codes, values["bits"], scale.shape[1]) * scale + offset
-    return w
+    return np.asarray(layout.unpack(codes, values["bits"], scale.shape[1]) * scale + offset)
 
 
 def numbers(raw: Array, kind: int) -> Array:

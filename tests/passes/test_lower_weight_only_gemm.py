@@ -129,7 +129,7 @@ def test_bias_activation_and_gate_up_are_fused() -> None:
     product = net.node("Mul", [up, silu], "product")
     twin, lowered, _ = net.compile(product, net.bias(net.linear("biased"), "sum"))
     assert ops(lowered) == ["WeightOnlyGemm", "WeightOnlyGemm"]
-    fused = next(node for node in lowered.nodes if node.name == "gate")
+    fused = next(node for node in lowered.nodes if node.name == "(gate+up)")
     assert (fused.attrs["gated"], fused.attrs["activation"]) == (1, 1)
     assert OP.bind([(1, K), *(t.shape for t in fused.inputs[1:])], {**attrs(fused)}) == ((1, 144),)
     net.check(twin, lowered)

@@ -27,8 +27,10 @@ from instantrt.passes.core.lazy import FileTensor, View
 from instantrt.passes.core.linear import SUFFIX, weight_constant
 from instantrt.passes.core.quant import InstantQuant, Order, QuantTensor
 from instantrt.passes.core.rewrite import Pass, PassLog, Reject, run
+from instantrt.passes.ort.cpu_gemm import Strips
 from instantrt.passes.ort.limbs import ONE_LIMB_UNSIGNED, TWO_LIMBS
 from instantrt.passes.tensorrt.packed import Fragments
+from instantrt.plugins.cpu_gemm.op import CODES, GEMM
 from instantrt.plugins.weight_only_gemm.op import OP
 
 TEXT = Path(__file__).parent / "text"
@@ -68,6 +70,13 @@ def quant(path: str, n: int, k: int, bits: int, group_size: int = -1, **others: 
 NAMES["quant"] = quant
 
 
+def quant_in_strips(node: gs.Node) -> QuantTensor:
+    """How the weight of a CpuGemm is quantized."""
+    (count, groups, _), group = node.inputs[2].shape, node.attrs["group"]
+    minima = {"zero_dtype": FLOAT16} if node.attrs["zero_type"] < CODES else {}
+    return quant(node.name, 16 * count, groups * group, node.attrs["bits"], group, **minima)
+
+
 def read(text: str, weights: dict[str, Any]) -> gs.Graph:
     """The graph of a text; `weights` are fields of its quantized weights."""
     domains = [onnx.helper.make_opsetid(domain, version) for domain, version in (("", 23), ("com.microsoft", 1))]
@@ -77,9 +86,18 @@ def read(text: str, weights: dict[str, Any]) -> gs.Graph:
     def is_weight(tensor: gs.Tensor) -> bool:
         return isinstance(tensor, gs.Variable) and bool(tensor.name) and not tensor.inputs and id(tensor) not in given
 
+    strips = {node.name: Strips((quant_in_strips(node),)) for node in graph.nodes if node.op == GEMM.name}
     for node in graph.nodes:
         first = node.inputs[0] if node.inputs else None
-        if node.op == OP.name:
+        if node.op == GEMM.name:
+            for tensor in filter(is_weight, node.inputs[1:3]):
+                tensor.to_constant(View(strips[node.name], tuple(tensor.shape), np.uint8))
+        elif node.op == "GatherBlockQuantized":
+            path, (n, k) = first.name.removesuffix(".codes"), first.shape
+            (whole,) = strips[path].weights if path in strips else (quant(path, n, k, node.attrs["bits"], **weights),)
+            for tensor in filter(is_weight, (first, *node.inputs[2:])):
+                tensor.to_constant(View(whole, tuple(tensor.shape), tensor.dtype))
+        elif node.op == OP.name:
             n = node.inputs[2].shape[1] // 2
             whole = quant(
                 node.name,
