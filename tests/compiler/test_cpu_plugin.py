@@ -19,6 +19,8 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
 from instantrt.compiler.target import CPU_PLUGIN
 from instantrt.passes.core.errors import UserError
+from instantrt.plugins.cpu_gemm.attention import OP as ATTENTION
+from instantrt.plugins.cpu_gemm.op import GEMM, ROWS
 from instantrt.plugins.ops import DOMAIN
 from tests.checkpoints import whole_checkpoint
 from tests.commands import invoke, refused
@@ -34,8 +36,8 @@ def graph_of(out: Path, target: str = "x86") -> onnx.GraphProto:
     return onnx.load(out / target / "model.onnx", load_external_data=False).graph
 
 
-def ours(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    return [node for node in graph.node if node.domain == DOMAIN]
+def ours(graph: onnx.GraphProto, op: str = GEMM.name) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, op)]
 
 
 def values(node: onnx.NodeProto) -> dict[str, int]:
@@ -75,6 +77,7 @@ def test_every_linear_is_ours(with_kernels: Path) -> None:
     assert {values(node)["activations"] for node in nodes.values()} == {1}, "exact: 16 bits"
     residual = [name for name, node in nodes.items() if len(node.input) == 5]
     assert len(residual) == 8, "what comes behind the attention and behind the MLP"
+    assert len(ours(graph, ATTENTION.name)) == 4
 
 
 @pytest.mark.parametrize("quant", ["a16w8", "a16w4", "a8w8"])
@@ -96,7 +99,7 @@ def test_a_gptq_checkpoint(name: str, tmp_path: Path, cpu_library: Path) -> None
         compile_model(Request(model, ("x86-avx2",), tmp_path / out, cpu_preset="exact", plugin=library))
         (artifact,) = read_manifest(tmp_path / out)
         libraries = [tmp_path / out / name for name in artifact.plugins]
-        engine = SharedEngine(tmp_path / out / artifact.path, libraries, 1, 64)
+        engine = SharedEngine(tmp_path / out / artifact.path, 1, 64, libraries=libraries)
         logits[out] = engine.prefill(0, np.array([5, 77, 1234, 900, 31, 8, 400]), 0)
     nodes = ours(graph_of(tmp_path / "ours", "x86-avx2"))
     assert {values(node)["scale_type"] for node in nodes} == {1}, "float16"
@@ -125,9 +128,11 @@ def test_a_tied_model_has_its_table_once(tmp_path: Path, cpu_library: Path) -> N
         out = tmp_path / f"{name}-out"
         request = Request(tmp_path / name, ("x86",), out, quant="a16w8", group_size=32, plugin=cpu_library)
         compile_model(replace(request, lm_head="int8", embeddings="int8"))
-        nodes = ours(graph_of(out))
-        tables = [node for node in nodes if node.op_type == "CpuRows"]
-        shared = [list(n.input[1:3]) for n in nodes if n.op_type == "CpuGemm" and values(n)["activations"] == 1]
+        graph = graph_of(out)
+        tables, shared = (
+            ours(graph, ROWS.name),
+            [list(n.input[1:3]) for n in ours(graph) if values(n)["activations"] == 1],
+        )
         assert [list(table.input[1:3]) for table in tables] == (shared if name == "llama-tied" else [])
         sizes[name] = (out / "x86" / "model.onnx.data").stat().st_size
     codes, scales = 160 * 64, 160 * 2

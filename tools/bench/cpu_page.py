@@ -60,9 +60,10 @@ of the texts. OpenVINO int8 is NNCF's int8 weights, whose tokens become int8 whe
 post-training quantization.
 
 8 and 4 bits are ours as they come: `--quant a16w8` and `a16w4`; plugin: with kernels of ours, `--plugin auto`.
-SmolLM2-135M is what a GGUF file holds, put off its grid and every other (`instantrt bench rescaled`). Of the peers: llama.cpp quantizes a GGUF file of the
-checkpoint's bfloat16 weights; onnxruntime-genai's and optimum-intel's exporters run with their defaults, 4 bits in
-groups of 32; OpenVINO computes in the precision that it chooses, and gives the last token's logits, as ours do."""
+SmolLM2-135M is what a GGUF file holds, put off its grid and every other (`instantrt bench rescaled`). Of the peers:
+llama.cpp quantizes a GGUF file of the checkpoint's bfloat16 weights; onnxruntime-genai's and optimum-intel's exporters
+run with their defaults, 4 bits in groups of 32; OpenVINO computes in the precision that it chooses, and gives the last
+token's logits, as ours do."""
 
 
 def sides_table(result: Result) -> list[str]:
