@@ -28,7 +28,7 @@ from instantrt.compiler.checkpoint import read_checkpoint
 from instantrt.compiler.compile import VerificationError, compile_model
 from instantrt.compiler.decide import resolve
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.options import CPU, GPU, Builder, KvCache, Logits, options_of
+from instantrt.compiler.options import CPU, GPU, KERNELS, Builder, KvCache, Logits, options_of
 from instantrt.compiler.plan import plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import announced_reader
@@ -433,12 +433,12 @@ OTHER |= {"timing_cache": Path("t"), "hardware_compatible": "ampere_plus"}
 OTHER |= {"max_batch": 2, "max_length": 600, "opt_length": 4, "memory_limit": 9, "optimization_level": 2}
 
 
-@pytest.mark.parametrize(("lacking", "target"), [(CPU, "sm89"), (GPU, "x86")])
+@pytest.mark.parametrize(("lacking", "target"), [(CPU, "sm89"), (GPU, "x86"), (KERNELS, "x86")])
 def test_an_option_that_no_target_has_use_for_is_refused(lacking: str, target: str, tmp_path: Path) -> None:
     for name in (f.name for f, option in options_of(Request) if lacking in option.needs):
         needed = {"plugin": plugin_library(tmp_path)} if name.startswith("plugin") else {}
         given = needed if name == "plugin" else {**needed, name: OTHER.get(name, True)}
-        with pytest.raises(UserError, match=f"{next(iter(given))} does nothing without {lacking}"):
+        with pytest.raises(UserError, match=f"{name} does nothing without {lacking}"):
             compile_model(Request(TINY, (target,), tmp_path, **given))
         check_options(Request(TINY, ("sm89", "x86"), tmp_path, **given))
 
