@@ -25,7 +25,7 @@ from instantrt.compiler.backend.tensorrt.kit import read_kit
 from instantrt.compiler.compile import compile_model
 from instantrt.compiler.plan import plan
 from instantrt.compiler.request import Request
-from instantrt.compiler.target import TARGETS, find_target
+from instantrt.compiler.target import CPU_PLUGIN, TARGETS, find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.tensorrt.old_parser import unsupported
@@ -50,10 +50,10 @@ CHOICES = "libinstantrt_plugins_sm70.choices"
 
 @pytest.fixture
 def libraries(tmp_path: Path) -> Path:
-    """A folder as `plugins/lib`, with files that say for which GPUs they are."""
+    """A folder as `plugins/lib`, with files that say what they are for."""
     folder = tmp_path / "lib"
     folder.mkdir()
-    for name in (NEWER, VOLTAS):
+    for name in (NEWER, VOLTAS, CPU_PLUGIN):
         (folder / name).write_bytes(LIBRARY + b"InstantRT serves by " + name.encode() + b"\0...")
     (folder / CHOICES).write_text("# measured")
     return folder
@@ -141,7 +141,7 @@ def test_targets_of_old_and_new_releases_do_not_share_a_graph(tmp_path: Path) ->
     ("fields", "words"),
     [
         ({"kv_cache": "in-place"}, r"--kv-cache in-place is not supported on sm70[^$]*has no TensorScatter"),
-        ({"plugin": NEWER}, rf"a plugin library for other GPUs than sm70[^$]*{VOLTAS}[^$]*{NEWER}"),
+        ({"plugin": NEWER}, rf"a plugin library for other targets than sm70[^$]*{VOLTAS}[^$]*{NEWER}"),
     ],
     ids=["cache", "plugin"],
 )
@@ -158,13 +158,17 @@ def test_auto_takes_each_target_its_library(libraries: Path, tmp_path: Path, mon
     monkeypatch.setattr(request_module, "PACKAGED_PLUGINS", libraries)
     asked = request(tmp_path, "sm70", "sm80", "x86", plugin=Path("auto"))
     found = {t.name: asked.library(t) for t in asked.resolved_targets()}
-    assert found == {"sm70": libraries / VOLTAS, "sm80": libraries / NEWER, "x86": None}
-    with pytest.raises(UserError, match=rf"a plugin library for other GPUs than sm80[^$]*{NEWER}[^$]*{VOLTAS}"):
+    assert found == {"sm70": libraries / VOLTAS, "sm80": libraries / NEWER, "x86": libraries / CPU_PLUGIN}
+    with pytest.raises(UserError, match=rf"a plugin library for other targets than sm80[^$]*{NEWER}[^$]*{VOLTAS}"):
         request(tmp_path, "sm70", "sm80", plugin=libraries / VOLTAS)
     (libraries / VOLTAS).unlink()
     request(tmp_path, "sm80", "x86", plugin=Path("auto"))
     with pytest.raises(UserError, match="make plugins-sm70 TENSORRT=DIR"):
         request(tmp_path, "sm70", "sm80", plugin=Path("auto"))
+    (libraries / CPU_PLUGIN).unlink()
+    request(tmp_path, "sm80", "armv9", plugin=Path("auto"))
+    with pytest.raises(UserError, match="make plugins-cpu"):
+        request(tmp_path, "sm80", "x86", plugin=Path("auto"))
 
 
 @pytest.mark.parametrize(("content", "found"), [(b"", "no shared"), (b"\x7fELF...", "one that"), (b"{}", "no shared")])
