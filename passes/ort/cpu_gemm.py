@@ -130,16 +130,18 @@ class FuseResidual(Rewrite[ResidualMatch]):
     def match(self, node: gs.Node) -> ResidualMatch | Reject | None:
         if node.op != "Add":
             return None
+        reason = None
         for y, other in (node.inputs, node.inputs[::-1]):
             made = made_by(y)
             if made is None or made.op != GEMM.name or len(made.inputs) > RESIDUAL or isinstance(other, gs.Constant):
                 continue
             if len(y.outputs) != 1:
-                continue
-            if y.shape is None or other.shape is None or list(y.shape) != list(other.shape):
-                return Reject(f"{other.name} is {other.shape}, not of the product's shape {y.shape}")
-            return ResidualMatch(made, node, other)
-        return None
+                reason = Reject("another node reads the product")
+            elif y.shape is None or other.shape is None or list(y.shape) != list(other.shape):
+                reason = Reject(f"{other.name} is {other.shape}, not of the product's shape {y.shape}")
+            else:
+                return ResidualMatch(made, node, other)
+        return reason
 
     def rewrite(self, graph: gs.Graph, match: ResidualMatch) -> None:
         made = match.made

@@ -192,7 +192,7 @@ def test_the_runtime_decodes_in_a_cache_of_the_artifacts_types(tmp_path: Path) -
         "uint4": {"kv_cache_type": "uint4"},
     }.items():
         (artifact,) = compile_model(Request(TINY, ("x86",), tmp_path / name, **given))
-        engine = ENGINES[artifact.limits["cache"]](tmp_path / name / artifact.path, [], 2, LENGTH, 1)
+        engine = ENGINES[artifact.limits["cache"]](tmp_path / name / artifact.path, 2, LENGTH, 1)
         token = sum(np.dtype(t.dtype).itemsize * int(t.shape[1]) * int(t.shape[3]) for t in artifact.inputs[3:])
         found[name] = rows_of(engine), token
         engine.close()

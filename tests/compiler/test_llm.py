@@ -37,7 +37,7 @@ LENGTHS = (40, 7, 23, 31, 1, 16)
 @pytest.fixture(scope="module")
 def expected(tiny_compiled: Path) -> list[list[int]]:
     """The tokens of each prompt, by the engine alone, a row at a time; 0 is the end of text."""
-    engine, text, found = SharedEngine(tiny_compiled / "x86" / "model.onnx", [], 1, 256), Text(TINY), []
+    engine, text, found = SharedEngine(tiny_compiled / "x86" / "model.onnx", 1, 256), Text(TINY), []
     for prompt, count in zip(PROMPTS, LENGTHS, strict=True):
         tokens: list[int] = []
         step, done = text.encode(prompt), 0

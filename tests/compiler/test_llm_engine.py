@@ -81,7 +81,7 @@ def expected(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
     """What ONNX Runtime generates greedily until the cache is full."""
     path = tmp_path_factory.mktemp("float") / "model.onnx"
     write_model(tiny_float.graph.copy(), path)
-    engine, done, step, tokens = ConcatEngine(path, [], 1, LENGTH), 0, Text(TINY).encode(PROMPT), []
+    engine, done, step, tokens = ConcatEngine(path, 1, LENGTH), 0, Text(TINY).encode(PROMPT), []
     while done < LENGTH - 1:
         logits = engine.prefill(0, np.array(step), done)
         logits[0] = -np.inf  # the end of text

@@ -32,7 +32,7 @@ def engines(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) ->
     run(lowered, ATTENTION, PassLog())
     write_model(standard, folder / "concat.onnx")
     write_model(lowered, folder / "shared.onnx")
-    return tuple(ENGINES[kind](folder / f"{kind}.onnx", [], 3, 64) for kind in ("concat", "shared"))
+    return tuple(ENGINES[kind](folder / f"{kind}.onnx", 3, 64) for kind in ("concat", "shared"))
 
 
 def test_rows_join_grow_and_move(engines: Engines) -> None:
@@ -65,7 +65,7 @@ def test_sessions_of_one_file_are_one(tiny_compiled: Path, tmp_path: Path) -> No
     model = tmp_path / "model.onnx"
     for file in (tiny_compiled / "x86").glob("model.onnx*"):
         shutil.copy(file, tmp_path)
-    first, second = (SharedEngine(model, [], rows, 32, threads=1) for rows in (1, 2))
+    first, second = (SharedEngine(model, rows, 32, threads=1) for rows in (1, 2))
     assert first.session is second.session
     text = np.arange(1, 9)
     np.testing.assert_array_equal(first.prefill(0, text, 0), second.prefill(1, text, 0))

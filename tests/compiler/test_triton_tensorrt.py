@@ -82,7 +82,7 @@ def rows_that_come_and_go(engine: Any) -> list[Array]:
 @pytest.fixture(scope="module")
 def expected(concat: Plan) -> Array:
     """The same steps on ONNX Runtime, each sequence alone."""
-    return np.array(rows_that_come_and_go(ConcatEngine(concat.onnx, [], ROWS, LENGTH)))
+    return np.array(rows_that_come_and_go(ConcatEngine(concat.onnx, ROWS, LENGTH)))
 
 
 def near(got: Array, want: Array) -> None:
@@ -103,7 +103,7 @@ def test_rows_with_caches_that_grow(concat: Plan, expected: Array) -> None:
 def test_rows_with_caches_of_int8(tiny_float: FloatModel, tmp_path: Path) -> None:
     plan = Plan(with_cache(tiny_float.graph.copy(), "int8", tiny_float, 0, PassLog()), tmp_path)
     subject = plan.open()
-    want = rows_that_come_and_go(ConcatEngine(plan.onnx, [], ROWS, LENGTH))
+    want = rows_that_come_and_go(ConcatEngine(plan.onnx, ROWS, LENGTH))
     np.testing.assert_array_equal(np.array(rows_that_come_and_go(subject.engine)), np.array(want))
     sizes = {len(block) for block in subject.device.driver.blocks.values()}
     assert LENGTH * 2 * 64 in sizes, "a byte for each number of a row's cache"

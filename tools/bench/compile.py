@@ -186,7 +186,7 @@ from pathlib import Path
 from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
 from instantrt.compiler.smoke.child import peak_kb
 import numpy as np
-SharedEngine(Path(sys.argv[1]), [], 1, 16).prefill(0, np.arange(8), 0)
+SharedEngine(Path(sys.argv[1]), 1, 16).prefill(0, np.arange(8), 0)
 print(peak_kb())
 """
 
