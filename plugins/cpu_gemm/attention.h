@@ -68,11 +68,13 @@ struct Attention {
         float const* keys = c.keys + (row * c.kv_heads + kv_head) * c.capacity * c.size;
         float const* values = c.values + (row * c.kv_heads + kv_head) * c.capacity * c.size;
         float const *q[R], *mask[R];
+        int64_t seen[R];  // keys before and at the query itself, whatever the mask says of others
         V most[R];
         for (int r = 0; r < R; ++r) {
             int64_t const token = (first + r) / shared, head = kv_head * shared + (first + r) % shared;
             q[r] = c.queries + ((row * c.heads + head) * c.tokens + token) * c.size;
             mask[r] = c.mask + (row * c.tokens + token) * c.columns;
+            seen[r] = c.past(row) + token + 1;
             most[r] = spread(-INFINITY);
         }
         for (int64_t t = begin; t < end; t += kLanes) {
@@ -86,7 +88,7 @@ struct Attention {
                 direct_scores<R>(keys + t * c.size, count, c.size, q, scores);
             }
             for (int r = 0; r < R; ++r) {
-                V const score = scores[r] + masked(mask[r] + t, count);
+                V const score = scores[r] + masked(mask[r] + t, std::min(count, seen[r] - t));
                 store(weights + r * stride + t - begin, score);
                 most[r] = largest(most[r], score);
             }
@@ -157,12 +159,7 @@ struct Attention {
     template <int R, int Width>
     static void sum_values(float const* values, int64_t begin, int64_t end, int64_t size, float const* weights,
                            int64_t stride, float* sums) {
-        V all[R][Width];
-        for (auto& row : all) {
-            for (V& each : row) {
-                each = V{};
-            }
-        }
+        V all[R][Width]{};
         for (int64_t t = begin; t < end; ++t) {
             V value[Width];
             for (int w = 0; w < Width; ++w) {
