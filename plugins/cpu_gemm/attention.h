@@ -1,4 +1,4 @@
-// Attention of queries over a cache: scores, softmax and sums of values, for the instruction set that it is compiled for.
+// Attention of queries over a cache: scores, softmax and sums of values, for the instructions it is compiled with.
 //
 // Queries of one token and of heads that share keys and values are rows beside one another, so that keys and values are
 // read once for all of them. Where tokens are many, keys are packed first, sixteen beside one another.

@@ -126,8 +126,7 @@ protected:
         auto const* end = field.allowed + field.choices;
         bool const known = field.choices == 0 ? value == static_cast<int32_t>(value)  // so that no product overflows
                                               : std::find(field.allowed, end, value) != end;
-        require(known,
-                std::string(field.name) + " is " + std::to_string(value) + ", which this library does not have");
+        require(known, std::string(field.name) + " is " + std::to_string(value) + ", which this library does not have");
         return value;
     }
 
