@@ -32,9 +32,10 @@ def readme(served: Iterable[Served]) -> str:
         parts.append(TEXTS.format(name=encoders[0].of_text, max_texts=MAX_TEXTS))
     if any(each.artifact.kind == "engine" and not each.no_text for each in served):
         parts.append(ENGINES)
-    if any(each.artifact.kind == "onnx" and each.artifact.llm is not None for each in served):
+    if any(each.artifact.kind == "onnx" and each.artifact.llm is not None and not each.no_bare for each in served):
         parts.append(BARE_ONNX)
-    if plugins := sorted({plugin.rsplit("/", 1)[-1] for each in served for plugin in each.artifact.plugins}):
+    engines = [each.artifact for each in served if each.artifact.kind != "onnx"]
+    if plugins := sorted({plugin.rsplit("/", 1)[-1] for artifact in engines for plugin in artifact.plugins}):
         parts.append(PLUGINS.format(libraries=";".join(f"plugins/{name}" for name in plugins)))
     return "\n".join(parts)
 

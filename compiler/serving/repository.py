@@ -58,7 +58,7 @@ def write_models(out: Path, folder: Path, served: tuple[Served, ...]) -> None:
         if not each.no_text:
             write_text_model(source, folder / each.of_text, each.artifact)
             place(libraries(out, each.artifact.plugins), folder / each.of_text / "1")
-    plugins = sorted({plugin for each in served for plugin in each.artifact.plugins})
+    plugins = sorted({plugin for each in served if each.artifact.kind != "onnx" for plugin in each.artifact.plugins})
     if plugins:
         (folder / "plugins").mkdir()
         place(libraries(out, plugins), folder / "plugins")
