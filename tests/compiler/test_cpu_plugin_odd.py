@@ -1,4 +1,4 @@
-"""CpuAttention of models that no pass of ours writes: right as its definition says, or refused; never a crash."""
+"""Kernels of ours on CPUs in odd models and beside other artifacts: right, or refused in words; never a crash."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from instantrt.compiler.request import PACKAGED_PLUGINS
+from instantrt import load_artifact
+from instantrt.compiler.compile import compile_model
+from instantrt.compiler.request import PACKAGED_PLUGINS, Request
 from instantrt.compiler.target import CPU_PLUGIN
+from instantrt.passes.core.errors import UserError
 from instantrt.plugins.cpu_gemm.attention import OP
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType
+from tests.commands import invoke
+from tests.conftest import TINY
 
 ELEMENTS = {DType.F32: TensorProto.FLOAT, DType.I32: TensorProto.INT32, DType.I64: TensorProto.INT64}
 TYPES = [ELEMENTS[kind] for kind in OP.types[0]]
@@ -128,3 +134,48 @@ def test_sizes_that_overflow_are_refused() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", CRASHED], cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("inner", "nodes"),
+    [
+        pytest.param("a", "a = MatMul(x, w) y = Add(a, x)", id="a residual"),
+        pytest.param("a", "a = MatMul(x, w) y = Add(a, b)", id="a bias"),
+        pytest.param("a", "a = MatMul(x, w) s = Sigmoid(a) y = Mul(a, s)", id="SiLU"),
+        pytest.param("s", "a = MatMul(x, w) s = Sigmoid(a) y = Mul(a, s)", id="the sigmoid of SiLU"),
+        pytest.param("a", "a = MatMul(x, w) y = Gelu(a)", id="GELU"),
+        pytest.param("g", "a = MatMul(x, w) s = Sigmoid(a) g = Mul(a, s) u = MatMul(x, v) y = Mul(g, u)", id="a gate"),
+    ],
+)
+def test_what_a_model_says_of_its_inside_stays(inner: str, nodes: str, tmp_path: Path) -> None:
+    """An output of the model that a product would otherwise have gone on from by itself."""
+    head = '<ir_version: 10, opset_import: ["": 21]> one (float[n, 64] x) => (float[n, 64] y, '
+    model = onnx.parser.parse_model(f"{head}float[n, 64] {inner}) {{ {nodes} }}")
+    random = np.random.default_rng(0)
+    for name, sizes in {"w": (64, 64), "v": (64, 64), "b": (64,)}.items():
+        values = 0.2 * random.standard_normal(sizes).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    request = Request(tmp_path / "m.onnx", ("x86",), tmp_path / "out", quant="a16w8", plugin=LIBRARY)
+    compile_model(request)
+    x = random.standard_normal((5, 64)).astype(np.float32)
+    expected = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    loaded = load_artifact(tmp_path / "out")
+    for got, wanted in zip(loaded.session.run(None, {"x": x}), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
+
+
+def test_beside_a_target_without_kernels(tmp_path: Path) -> None:
+    """Each is held against a twin that went on with its own bits; and diff lowers each as it was."""
+    targets, out = ("--target", "x86", "--target", "armv9"), tmp_path / "out"
+    said = invoke("compile", TINY, *targets, "--quant", "a16w4", "--plugin", LIBRARY, "-o", out)
+    assert said.exit_code == 0
+    assert "armv9: ran" in said.output
+    assert "amplifies" not in said.output
+    found = invoke("diff", out, "--model", TINY, "--bisect", "--target", "x86")
+    assert found.exit_code == 0, found.output
+
+
+def test_a_library_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no plugin library here"):
+        Request(TINY, ("x86",), tmp_path, quant="a16w4", plugin=tmp_path / "missing.so")
