@@ -129,6 +129,8 @@ class Request(
     def check_plugin(self, target: Target) -> None:
         """Is there a library for `target`, and is it not one for other GPUs, or older than what is asked of it?"""
         library = self.library(target)
+        if self.plugin is not None and self.plugin != AUTO and target.plugin and not self.plugin.is_file():
+            library = self.plugin
         if library is None:
             return
         if not library.is_file():

@@ -13,14 +13,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.forms import Subject
-from instantrt.compiler.artifact.check import check_digests, libraries_of
+from instantrt.compiler.artifact.check import check_digests, inside, libraries_of
 from instantrt.compiler.artifact.digest import digests_by_name, sha256
 from instantrt.compiler.artifact.manifest import MANIFEST, Artifact, read_manifest
 from instantrt.compiler.frontend import onnx_file
 from instantrt.compiler.frontend.adapter.folder import WEIGHTS, is_adapter
 from instantrt.compiler.plan import Plan, longest, lower
 from instantrt.compiler.request import DEFAULTS, UNRECORDED, Request
-from instantrt.compiler.target import Backend, Target
+from instantrt.compiler.target import Backend, Target, find_target
 from instantrt.passes.core.errors import FOUND, UserError
 from instantrt.passes.core.lazy import FLOAT32, Missing
 from instantrt.passes.core.linear import linear
@@ -75,10 +75,18 @@ def request_of(
             calibration=calibration,
             adapter=adapters,
             base=base,
+            plugin=library_of(out, artifacts),
             **fields,
         ), artifacts
     except TypeError as error:
         raise UserError("a manifest of another version", where=str(out / MANIFEST), found=str(error)) from None
+
+
+def library_of(out: Path, artifacts: Sequence[Artifact]) -> Path | None:
+    """The kernels of ours that CPU artifacts have: what is planned again is lowered to them, too."""
+    found = [a.plugins for a in artifacts if find_target(a.target).plugin]
+    ours = bool(found) and all(found) and all(a.kind == "onnx" for a in artifacts)
+    return inside(out, found[0][0]) if ours else None
 
 
 def changed_files(artifacts: Iterable[Artifact], files: Iterable[Path]) -> list[str]:

@@ -118,10 +118,12 @@ def llm_of(planned: Plan, request: Request) -> LlmShape | None:
 
 def twin_of(planned: Plan, request: Request, target: Target, *, on_cpu: bool) -> Reference:
     """With an engine's tables rounded as they are lowered: that is no error of the lowering."""
-    graph, made_of = planned.twins[target.name].canonical, (id(planned.twins[target.name]), on_cpu, "")
+    # On a CPU the twin goes on with what the artifact's layers read, which has other bits on kernels of ours.
+    library = request.library(target) if on_cpu else None
+    graph, made_of = planned.twins[target.name].canonical, (id(planned.twins[target.name]), on_cpu, library, "")
     if request.embeddings == "int8" and not on_cpu:
         table = LowerNativeTables(planned.types[target.name])
-        graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:2], repr(table))
+        graph, made_of = run(graph.copy(), [table], PassLog()), (*made_of[:3], repr(table))
     blocks = ((n.name, block) for n in planned.lowered[target.name].nodes if (block := int8_block([n])) is not None)
     each = ((part, block) for name, block in blocks for part in parts_of(name))
     return Reference("twin", graph, made_of, tuple(sorted(each)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -13,6 +14,7 @@ from instantrt.passes.qdq.join_linears import join_paths
 from instantrt.plugins.weight_only_gemm.semantics import GELU, GELU_TANH, NONE, SILU
 
 UNBIASED = 3  # x, codes, affine
+M = TypeVar("M")
 GELUS = {"none": GELU, "tanh": GELU_TANH}  # by the operator's attribute
 
 
@@ -26,16 +28,25 @@ class Epilogue:
     changes: dict[str, int] = field(default_factory=dict)  # of its attributes
 
 
-class FuseEpilogue(Rewrite[Epilogue]):
+@dataclass(frozen=True)
+class Fusion(Rewrite[M]):
+    """A value that is an output of the model itself stays one, and nothing is fused over it: `kept` has their names."""
+
+    kept: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def for_graph(self, graph: gs.Graph) -> Self:
+        return replace(self, kept=frozenset(t.name for t in graph.outputs))
+
+    def sole_gemm(self, tensor: gs.Tensor, user: gs.Node) -> gs.Node | None:
+        """The product of ours that makes `tensor`, if nothing but `user` reads it."""
+        node = made_by(tensor) if tensor.name not in self.kept else None
+        return node if node is not None and all(out is user for out in tensor.outputs) else None
+
+
+class FuseEpilogue(Fusion[Epilogue]):
     def rewrite(self, graph: gs.Graph, match: Epilogue) -> None:
         node, out = match.node, take_over(match.last)
         add_ours(graph, node.op, match.inputs, [out], node.name, node.attrs | match.changes)
-
-
-def sole_gemm(tensor: gs.Tensor, user: gs.Node) -> gs.Node | None:
-    """The product of ours that makes `tensor`, if nothing but `user` reads it."""
-    node = made_by(tensor)
-    return node if node is not None and all(out is user for out in tensor.outputs) else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class FuseBias(FuseEpilogue):
         if node.op != "Add":
             return None
         for y, bias in (node.inputs, node.inputs[::-1]):
-            made = sole_gemm(y, node)
+            made = self.sole_gemm(y, node)
             if made is None or not isinstance(bias, gs.Constant) or len(made.inputs) != UNBIASED:
                 continue
             packed = packed_of(made)
@@ -69,7 +80,11 @@ class FuseSilu(FuseEpilogue):
             sigmoid, made = producer(gate, "Sigmoid"), made_by(y)
             if made is None or sigmoid is None or sigmoid.inputs[0] is not y or attributes(made)["activation"] != NONE:
                 continue
-            if any(user is not node and user is not sigmoid for user in y.outputs) or len(gate.outputs) != 1:
+            if (
+                any(user is not node and user is not sigmoid for user in y.outputs)
+                or len(gate.outputs) != 1
+                or {y.name, gate.name} & self.kept
+            ):
                 return Reject("another node reads the value before its activation")
             return Epilogue(made, node, list(made.inputs), {"activation": SILU})
         return None
@@ -83,7 +98,7 @@ class FuseGeluEpilogue(FuseEpilogue):
         made = made_by(node.inputs[0]) if node.op == "Gelu" else None
         if made is None or attributes(made)["activation"] != NONE:
             return None
-        if len(made.outputs[0].outputs) != 1:
+        if self.sole_gemm(node.inputs[0], node) is None:
             return Reject("another node reads the value before its activation")
         return Epilogue(made, node, list(made.inputs), {"activation": GELUS[node.attrs.get("approximate", "none")]})
 
@@ -100,13 +115,13 @@ class GatePair:
 
 
 @dataclass(frozen=True)
-class FuseGateUp(Rewrite[GatePair]):
+class FuseGateUp(Fusion[GatePair]):
     """act(gate(x) + b) * (up(x) + c) -> one product whose rows alternate, and half its outputs."""
 
     def match(self, node: gs.Node) -> GatePair | Reject | None:
         if node.op != "Mul" or len(node.inputs) != 2:
             return None
-        made = [m for m in (sole_gemm(t, node) for t in node.inputs) if m is not None]
+        made = [m for m in (self.sole_gemm(t, node) for t in node.inputs) if m is not None]
         gates = [m for m in made if attributes(m)["activation"] != NONE]
         if len(made) != 2 or len(gates) != 1:
             return None

@@ -11,9 +11,10 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, Array, Tile, View, rows_by
 from instantrt.passes.core.quant import scales_of
-from instantrt.passes.core.rewrite import Lowering, Reject, Rewrite, take_over
+from instantrt.passes.core.rewrite import Lowering, Reject, take_over
 from instantrt.passes.core.verify import weight_dq_feeds_matmul
-from instantrt.passes.gemm.packed import Packed, add_ours, interleave, made_by, weights
+from instantrt.passes.gemm.epilogues import Fusion
+from instantrt.passes.gemm.packed import Packed, add_ours, interleave, weights
 from instantrt.passes.ort import Preset
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
@@ -124,7 +125,7 @@ class ResidualMatch:
 
 
 @dataclass(frozen=True)
-class FuseResidual(Rewrite[ResidualMatch]):
+class FuseResidual(Fusion[ResidualMatch]):
     """CpuGemm + Add(r), of its own shape -> its residual input."""
 
     def match(self, node: gs.Node) -> ResidualMatch | Reject | None:
@@ -132,13 +133,11 @@ class FuseResidual(Rewrite[ResidualMatch]):
             return None
         reason = None
         for y, other in (node.inputs, node.inputs[::-1]):
-            made = made_by(y)
+            made = self.sole_gemm(y, node)
             if made is None or made.op != GEMM.name or len(made.inputs) > RESIDUAL or isinstance(other, gs.Constant):
                 continue
-            if len(y.outputs) != 1:
-                reason = Reject("another node reads the product")
-            elif y.shape is None or other.shape is None or list(y.shape) != list(other.shape):
-                reason = Reject(f"{other.name} is {other.shape}, not of the product's shape {y.shape}")
+            if y is other or y.shape is None or other.shape is None or list(y.shape) != list(other.shape):
+                reason = Reject(f"{other.name} is {other.shape}, not another of the product's shape {y.shape}")
             else:
                 return ResidualMatch(made, node, other)
         return reason

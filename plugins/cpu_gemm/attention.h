@@ -1,4 +1,4 @@
-// Attention of queries over a cache: scores, softmax and sums of values, for the instruction set that it is compiled for.
+// Attention of queries over a cache: scores, softmax and sums of values, for the instructions it is compiled with.
 //
 // Queries of one token and of heads that share keys and values are rows beside one another, so that keys and values are
 // read once for all of them. Where tokens are many, keys are packed first, sixteen beside one another.
@@ -68,11 +68,13 @@ struct Attention {
         float const* keys = c.keys + (row * c.kv_heads + kv_head) * c.capacity * c.size;
         float const* values = c.values + (row * c.kv_heads + kv_head) * c.capacity * c.size;
         float const *q[R], *mask[R];
+        int64_t seen[R];  // keys before and at the query itself, whatever the mask says of others
         V most[R];
         for (int r = 0; r < R; ++r) {
             int64_t const token = (first + r) / shared, head = kv_head * shared + (first + r) % shared;
             q[r] = c.queries + ((row * c.heads + head) * c.tokens + token) * c.size;
             mask[r] = c.mask + (row * c.tokens + token) * c.columns;
+            seen[r] = c.past(row) + token + 1;
             most[r] = spread(-INFINITY);
         }
         int64_t const tiles = (c.columns + kLanes - 1) / kLanes;
@@ -89,9 +91,9 @@ struct Attention {
                 direct_scores<R>(keys + t * c.size, std::min<int64_t>(kLanes, end - t), c.size, q, scores[0]);
             }
             for (int64_t w = 0; w < wide; ++w, t += kLanes) {
-                int64_t const count = std::min<int64_t>(kLanes, end - t);
                 for (int r = 0; r < R; ++r) {
-                    V const score = scores[w][r] + masked(mask[r] + t, count);
+                    V const score =
+                        scores[w][r] + masked(mask[r] + t, std::min({int64_t{kLanes}, end - t, seen[r] - t}));
                     store(weights + r * stride + t - begin, score);
                     most[r] = largest(most[r], score);
                 }
@@ -178,12 +180,7 @@ struct Attention {
     template <int R, int Width>
     static void sum_values(float const* values, int64_t begin, int64_t end, int64_t size, float const* weights,
                            int64_t stride, float* sums) {
-        V all[R][Width];
-        for (auto& row : all) {
-            for (V& each : row) {
-                each = V{};
-            }
-        }
+        V all[R][Width]{};
         for (int64_t t = begin; t < end; ++t) {
             V value[Width];
             for (int w = 0; w < Width; ++w) {

@@ -20,6 +20,7 @@ constexpr int64_t kRows = 24;             // whole tiles of 4, 6 and 8
 constexpr int64_t kQueries = 4;           // that read keys and values once
 constexpr int64_t kKeys = 256;            // of a part, where one token's are cut
 constexpr int64_t kPackedTokens = 8;      // with fewer, packing keys takes longer than it saves
+constexpr int64_t kHeadSize = 1 << 16;    // whose products with numbers of heads do not overflow
 constexpr int64_t kAloneBytes = 16 << 10;  // of x, which one thread brings into integers
 
 struct Refused {
@@ -123,8 +124,9 @@ protected:
         int64_t value = 0;
         check(api_.attribute(info, field.name, &value));
         auto const* end = field.allowed + field.choices;
-        require(field.choices == 0 || std::find(field.allowed, end, value) != end,
-                std::string(field.name) + " is " + std::to_string(value) + ", which this library does not have");
+        bool const known = field.choices == 0 ? value == static_cast<int32_t>(value)  // so that no product overflows
+                                              : std::find(field.allowed, end, value) != end;
+        require(known, std::string(field.name) + " is " + std::to_string(value) + ", which this library does not have");
         return value;
     }
 
@@ -327,10 +329,11 @@ public:
         call.size = past.sizes[3];
         call.rotated = 2 * cos.sizes[1];
         call.columns = mask.sizes[3];
-        require(call.size > 0 && call.size % kLanes == 0,
-                "a head has " + std::to_string(call.size) + " channels, expected a multiple of 16");
-        require(call.rotated <= call.size, "cos rotates " + std::to_string(call.rotated) + " channels of " +
-                                               std::to_string(call.size) + " that a head has");
+        require(call.size > 0 && call.size % kLanes == 0 && call.size <= kHeadSize,
+                "a head has " + std::to_string(call.size) + " channels, expected a multiple of 16, at most " +
+                    std::to_string(kHeadSize));
+        require(call.rotated <= call.size, std::to_string(call.rotated) + " of a head's " + std::to_string(call.size) +
+                                               " channels are to be rotated");
         same("qkv", x.sizes, {call.batch, call.tokens, (call.heads + 2 * call.kv_heads) * call.size});
         same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
         same("past_value", past_value.sizes, past.sizes);
@@ -351,8 +354,10 @@ public:
         for (int64_t row = 0; row < call.batch; ++row) {
             require(0 <= call.fresh[row] && call.fresh[row] <= call.tokens && 0 <= call.past(row) &&
                         call.length(row) <= call.columns && call.past(row) <= past.sizes[2],
-                    "row " + std::to_string(row) + " ends at " + std::to_string(call.last[row]) + " of " +
-                        std::to_string(call.columns) + " tokens, behind " + std::to_string(past.sizes[2]));
+                    "row " + std::to_string(row) + " has " + std::to_string(call.fresh[row]) + " new tokens of " +
+                        std::to_string(call.tokens) + ", the last at " + std::to_string(call.last[row]) +
+                        " under a mask of " + std::to_string(call.columns) + ", behind " +
+                        std::to_string(past.sizes[2]) + " in the cache");
         }
         for (int64_t i = 0; i < call.batch * call.tokens; ++i) {
             require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0],
@@ -450,7 +455,7 @@ private:
     }
 
     static void merge(AttentionCall const& c, int64_t group, int64_t block, int64_t parts, float const* partial) {
-        int64_t const each = kQueries * (c.size + 2), shared = c.heads / c.kv_heads;
+        int64_t const each = kQueries * (c.size + 2), shared = c.heads / c.kv_heads, row = group / c.kv_heads;
         int64_t const first = block * kQueries, count = std::min(kQueries, c.tokens * shared - first);
         for (int64_t i = 0; i < count; ++i) {
             float top = -INFINITY, total = 0;
@@ -460,7 +465,7 @@ private:
             }
             float* const y = place(c, group, first + i);
             std::fill_n(y, c.size, 0.0f);
-            for (int64_t p = 0; p < parts; ++p) {
+            for (int64_t p = 0; p < parts && (first + i) / shared < c.fresh[row]; ++p) {
                 float const* from = partial + p * each;
                 if (from[kQueries + i] == 0) {
                     continue;
