@@ -77,7 +77,7 @@ plugins-sm70:
 
 # The operators of x86 artifacts, which need a C++ compiler and cmake.
 plugins-cpu:
-	cmake -S plugins/cpu_gemm -B build/plugins-cpu
+	cmake -S plugins/cpu -B build/plugins-cpu
 	cmake --build build/plugins-cpu
 	cmake --install build/plugins-cpu --prefix plugins/lib
 

@@ -1,7 +1,7 @@
 """All operations of ours: a list, not a registry."""
 
-from instantrt.plugins.cpu_gemm.attention import OP as ATTENTION
-from instantrt.plugins.cpu_gemm.op import GEMM, ROWS
+from instantrt.plugins.cpu.attention import OP as ATTENTION
+from instantrt.plugins.cpu.op import GEMM, ROWS
 from instantrt.plugins.weight_only_gemm.op import OP as WEIGHT_ONLY_GEMM
 
 DOMAIN = "instantrt"  # ONNX domain and TensorRT plugin namespace

@@ -127,14 +127,14 @@ def cpu_library(pytestconfig: pytest.Config) -> Path:
     if missing := [tool for tool in ("c++", "cmake") if shutil.which(tool) is None]:
         pytest.skip(f"building {CPU_PLUGIN} needs {' and '.join(missing)} on PATH")
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
-    sources = ROOT / "plugins" / "cpu_gemm", ROOT / "plugins" / "runtime"
+    sources = ROOT / "plugins" / "cpu", ROOT / "plugins" / "runtime"
     return kept(pytestconfig, "cpu_library", sources, compiler, build_cpu_library) / CPU_PLUGIN
 
 
 def build_cpu_library(folder: Path) -> None:
     build = folder / "build"
     for step in (
-        ["-S", str(ROOT / "plugins" / "cpu_gemm"), "-B", str(build)],
+        ["-S", str(ROOT / "plugins" / "cpu"), "-B", str(build)],
         ["--build", str(build)],
         ["--install", str(build), "--prefix", str(folder)],
     ):

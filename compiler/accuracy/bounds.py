@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import Array
-from instantrt.plugins.cpu_gemm.op import BLOCK, FORM, GEMM, INT8_BLOCKS, INT16_BLOCKS
+from instantrt.plugins.cpu.op import BLOCK, FORM, GEMM, INT8_BLOCKS, INT16_BLOCKS
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import Array, Tile, view_of
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import producer
-from instantrt.plugins.cpu_gemm.op import GEMM
+from instantrt.plugins.cpu.op import GEMM
 from instantrt.plugins.ops import DOMAIN, OPS
 from instantrt.plugins.weight_only_gemm.op import OP as WEIGHT_ONLY_GEMM
 

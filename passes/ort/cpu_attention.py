@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.gemm.packed import add_ours
 from instantrt.passes.ort.rotary import GROUP_QUERY_ATTENTION
-from instantrt.plugins.cpu_gemm.attention import OP, WIDTH
+from instantrt.plugins.cpu.attention import OP, WIDTH
 
 PLAIN = {"num_heads", "kv_num_heads", "scale", "do_rotary"}  # attributes of the operator that this one knows
 QKV, PAST, LAST, COS, MASK, NEW = 0, slice(3, 5), 5, slice(7, 10), 10, 16  # inputs

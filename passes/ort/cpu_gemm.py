@@ -18,8 +18,8 @@ from instantrt.passes.gemm.packed import Packed, add_ours, interleave, weights
 from instantrt.passes.ort import Preset
 from instantrt.passes.qdq.insert_qdq import Quantized, quantized
 from instantrt.passes.qdq.last_logits import makes_logits
-from instantrt.plugins.cpu_gemm import layout
-from instantrt.plugins.cpu_gemm.op import CODES, GEMM, INT8_BLOCKS, INT8_ROWS, INT16_BLOCKS, NONE, SIZES, TYPES
+from instantrt.plugins.cpu import layout
+from instantrt.plugins.cpu.op import CODES, GEMM, INT8_BLOCKS, INT8_ROWS, INT16_BLOCKS, NONE, SIZES, TYPES
 
 ROWS = 16 * layout.STRIP  # that are packed at once
 FORMS = {INT8_BLOCKS: "int8 by 32", INT16_BLOCKS: "16 bits by 32 (exact)", INT8_ROWS: "int8 by token"}

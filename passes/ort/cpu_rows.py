@@ -11,7 +11,7 @@ from instantrt.passes.core.lazy import view_of
 from instantrt.passes.core.quant import QuantTensor
 from instantrt.passes.core.rewrite import Reject, Rewrite, take_over
 from instantrt.passes.gemm.packed import Packed, add_ours, attributes, packed_of
-from instantrt.plugins.cpu_gemm.op import GEMM, ROWS
+from instantrt.plugins.cpu.op import GEMM, ROWS
 
 
 @dataclass(frozen=True)

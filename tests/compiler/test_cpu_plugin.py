@@ -19,8 +19,8 @@ from instantrt.compiler.request import Request
 from instantrt.compiler.serving.runtime.onnx_engine import SharedEngine
 from instantrt.compiler.target import CPU_PLUGIN
 from instantrt.passes.core.errors import UserError
-from instantrt.plugins.cpu_gemm.attention import OP as ATTENTION
-from instantrt.plugins.cpu_gemm.op import GEMM, ROWS
+from instantrt.plugins.cpu.attention import OP as ATTENTION
+from instantrt.plugins.cpu.op import GEMM, ROWS
 from instantrt.plugins.ops import DOMAIN
 from tests.checkpoints import whole_checkpoint
 from tests.commands import invoke, refused

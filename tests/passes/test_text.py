@@ -30,7 +30,7 @@ from instantrt.passes.core.rewrite import Pass, PassLog, Reject, run
 from instantrt.passes.ort.cpu_gemm import Strips
 from instantrt.passes.ort.limbs import ONE_LIMB_UNSIGNED, TWO_LIMBS
 from instantrt.passes.tensorrt.packed import Fragments
-from instantrt.plugins.cpu_gemm.op import CODES, GEMM
+from instantrt.plugins.cpu.op import CODES, GEMM
 from instantrt.plugins.weight_only_gemm.op import OP
 
 TEXT = Path(__file__).parent / "text"

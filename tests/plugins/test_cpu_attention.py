@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from instantrt.plugins.cpu_gemm.attention import OP
+from instantrt.plugins.cpu.attention import OP
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, ShapeError
 from tests.plugins.kernels_of_cpus import KERNELS
@@ -108,6 +108,24 @@ def test_kernels_compute_what_is_defined(
             assert_right(run(None, each), each, heads)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_token_sees_none_behind_itself(sizes: tuple[int, int, int], cpu_library: Path) -> None:
+    """Whatever the mask says: this one hides nothing."""
+    heads = HEADS["9 of 3"]
+    given = padded(feeds(heads, *sizes), left=False)
+    given["mask"][:] = 0
+    assert_right(session(cpu_library, *heads[:2]).run(None, given), given, heads)
+
+
+@pytest.mark.parametrize("past", [40, 600])
+def test_padding_alone_is_zero(past: int, cpu_library: Path) -> None:
+    heads = HEADS["9 of 3"]
+    given = feeds(heads, 2, 1, past) | {"new": np.int32([0, 1]), "last": np.int32([past - 1, past])}
+    found = session(cpu_library, *heads[:2]).run(None, given)
+    assert_right(found, given, heads)
+    assert not found[0][0].any()
+
+
 def test_a_cache_may_be_one_buffer(cpu_library: Path) -> None:
     """Past and present are the same memory, longer than what is in it: the new tokens alone are written."""
     heads, room = HEADS["9 of 3"], 64
@@ -155,17 +173,25 @@ def test_nan_stays_in_its_row(cpu_library: Path) -> None:
 
 
 WRONG: dict[str, tuple[str, Any, str]] = {
-    "a row that ends behind its mask": ("last", np.int32([9, 10]), "row 1 ends at 10 of 10 tokens"),
-    "a row that ends before its new tokens": ("last", np.int32([9, 1]), "row 1 ends at 1"),
-    "a row that ends nowhere": ("last", np.int32([-1, 9]), "row 0 ends at -1"),
-    "more new tokens than there are": ("new", np.int32([4, 5]), "row 1 ends at 9"),
+    "a row that ends behind its mask": (
+        "last",
+        np.int32([9, 10]),
+        "row 1 has 4 new tokens of 4, the last at 10 under a mask of 10",
+    ),
+    "a row that ends before its new tokens": ("last", np.int32([9, 1]), "row 1 has 4 new tokens of 4, the last at 1"),
+    "a row that ends nowhere": ("last", np.int32([-1, 9]), "row 0 has 4 new tokens of 4, the last at -1"),
+    "more new tokens than there are": ("new", np.int32([4, 5]), "row 1 has 5 new tokens of 4"),
     "a position behind the tables": ("positions", np.full((2, 4), POSITIONS), f"position {POSITIONS} of {POSITIONS}"),
     "a position before them": ("positions", np.full((2, 4), -1), "position -1"),
     "a mask of other rows": ("mask", np.zeros((1, 1, 4, 10), np.float32), "mask is"),
     "a mask of other tokens": ("mask", np.zeros((2, 1, 3, 10), np.float32), "mask is"),
     "other values": ("past_value", np.zeros((2, 4, 7, 16), np.float32), "past_value is"),
     "heads of another size": ("qkv", np.zeros((2, 4, 90), np.float32), "qkv is"),
-    "angles of more channels than a head has": ("cos", np.zeros((POSITIONS, 9), np.float32), "cos"),
+    "angles of more channels than a head has": (
+        "cos",
+        np.zeros((POSITIONS, 9), np.float32),
+        "18 of a head's 16 channels",
+    ),
 }
 
 
@@ -188,6 +214,12 @@ def test_heads_that_cannot_share_are_refused(cpu_library: Path) -> None:
         OP.bind(shapes, {"heads": 6, "kv_heads": 3})
 
 
+def test_sizes_that_overflow_are_refused(cpu_library: Path) -> None:
+    """2^60 heads of 16 and two of keys and values are 2^64 + 32 channels."""
+    with pytest.raises(RuntimeException, match="heads is 1152921504606846976"):
+        session(cpu_library, 1 << 60, 1)
+
+
 def test_no_instruction_leaves_its_file(cpu_library: Path) -> None:
     """The linker takes one of several copies of a weak function: one with instructions that a CPU may not have."""
     if shutil.which("nm") is None:
@@ -196,5 +228,5 @@ def test_no_instruction_leaves_its_file(cpu_library: Path) -> None:
         done = subprocess.run(
             ["nm", "-C", str(cpu_library.parent / f"{name}.cpp.o")], capture_output=True, text=True, check=True
         )
-        assert "cpu_gemm" in done.stdout
+        assert "cpu::" in done.stdout
         assert [line for line in done.stdout.splitlines() if line[17:18] in "WVu"] == []

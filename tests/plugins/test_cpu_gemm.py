@@ -15,8 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from instantrt.plugins.cpu_gemm import layout
-from instantrt.plugins.cpu_gemm.op import (
+from instantrt.plugins.cpu import layout
+from instantrt.plugins.cpu.op import (
     CODES,
     GEMM,
     INT8_BLOCKS,

@@ -11,7 +11,7 @@
 #include "kernel.h"
 #include "vectors.h"
 
-namespace cpu_gemm {
+namespace cpu {
 
 constexpr int kRowsOfQueries = 4;
 constexpr int kWidth = 4;  // vectors of values that are summed at once: 16 sums, 4 values and 4 weights in registers
@@ -217,4 +217,4 @@ struct Attention {
     }
 };
 
-}  // namespace cpu_gemm
+}  // namespace cpu

@@ -3,7 +3,7 @@
 #include "gemm.h"
 #include "halves.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {
 
 template <typename T>
@@ -117,4 +117,4 @@ Kernels const kPlain{"plain",
                      Attention<Plain>::pack,
                      Attention<Plain>::attend};
 
-}  // namespace cpu_gemm
+}  // namespace cpu

@@ -12,7 +12,7 @@
 #include "activations.h"
 #include "kernel.h"
 
-namespace cpu_gemm {
+namespace cpu {
 
 constexpr int64_t kManyRows = 16;
 
@@ -286,4 +286,4 @@ struct Gemm {
     }
 };
 
-}  // namespace cpu_gemm
+}  // namespace cpu

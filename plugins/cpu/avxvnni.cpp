@@ -3,7 +3,7 @@
 #include "avx2.h"
 #include "gemm.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {
 
 struct AvxVnni : Avx2 {
@@ -29,4 +29,4 @@ Kernels const kAvxVnni{"avxvnni",
                        Attention<AvxVnni>::pack,
                        Attention<AvxVnni>::attend};
 
-}  // namespace cpu_gemm
+}  // namespace cpu

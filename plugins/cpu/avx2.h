@@ -7,7 +7,7 @@
 
 #include "kernel.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {
 
 struct Avx2 {
@@ -67,4 +67,4 @@ struct Avx2 {
 };
 
 }  // namespace
-}  // namespace cpu_gemm
+}  // namespace cpu

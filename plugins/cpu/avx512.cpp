@@ -4,7 +4,7 @@
 #include "attention.h"
 #include "gemm.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {
 
 struct Avx512 {
@@ -56,4 +56,4 @@ Kernels const kAvx512{"avx512",
                       Attention<Avx512>::pack,
                       Attention<Avx512>::attend};
 
-}  // namespace cpu_gemm
+}  // namespace cpu

@@ -4,7 +4,7 @@
 #include "halves.h"
 #include "kernel.h"
 
-namespace cpu_gemm {
+namespace cpu {
 
 char const* refuse(Weight const& w) {
     if (w.n <= 0 || w.k <= 0) {
@@ -77,14 +77,14 @@ Kernels const* chosen = fastest();
 
 Kernels const& kernels() { return *chosen; }
 
-}  // namespace cpu_gemm
+}  // namespace cpu
 
 // The name of the kernels that run from now on: those called `name` where this CPU has them, else what ran before.
 extern "C" __attribute__((visibility("default"))) char const* instantrt_cpu_kernels(char const* name) {
-    for (cpu_gemm::Kernels const* each : cpu_gemm::kAll) {
+    for (cpu::Kernels const* each : cpu::kAll) {
         if (std::strcmp(each->name, name) == 0 && each->runs()) {
-            cpu_gemm::chosen = each;
+            cpu::chosen = each;
         }
     }
-    return cpu_gemm::chosen->name;
+    return cpu::chosen->name;
 }

@@ -3,7 +3,7 @@
 #include "avx2.h"
 #include "gemm.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {
 
 bool runs() {
@@ -20,4 +20,4 @@ Kernels const kAvx2{"avx2",
                     Attention<Avx2>::pack,
                     Attention<Avx2>::attend};
 
-}  // namespace cpu_gemm
+}  // namespace cpu

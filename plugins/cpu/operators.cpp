@@ -10,7 +10,7 @@
 #include "onnxruntime.h"
 #include "schema.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {
 
 using namespace onnxruntime;
@@ -523,7 +523,7 @@ Operator description() {
 }
 
 }  // namespace
-}  // namespace cpu_gemm
+}  // namespace cpu
 
 // Tells the compiler of artifacts what this file is.
 extern "C" __attribute__((visibility("default"))) char const instantrt_serves[] =
@@ -532,17 +532,17 @@ extern "C" __attribute__((visibility("default"))) char const instantrt_serves[] 
 extern "C" __attribute__((visibility("default"))) onnxruntime::Status* RegisterCustomOps(
     onnxruntime::SessionOptions* options, onnxruntime::ApiBase const* base) {
     using namespace onnxruntime;
-    static Operator const gemm = cpu_gemm::description<cpu_gemm::GemmNode>();
-    static Operator const rows = cpu_gemm::description<cpu_gemm::RowsNode>();
-    static Operator const attention = cpu_gemm::description<cpu_gemm::AttentionNode>();
+    static Operator const gemm = cpu::description<cpu::GemmNode>();
+    static Operator const rows = cpu::description<cpu::RowsNode>();
+    static Operator const attention = cpu::description<cpu::AttentionNode>();
     void const* const* table = base->table(kVersion);
     Api const api(table);
-    return cpu_gemm::guarded(api, [&] {
+    return cpu::guarded(api, [&] {
         Domain* domain = nullptr;  // the session's options hold it for as long as they live
-        cpu_gemm::check(api.new_domain(schema::kDomain, &domain));
-        cpu_gemm::check(api.add_operator(domain, &gemm));
-        cpu_gemm::check(api.add_operator(domain, &rows));
-        cpu_gemm::check(api.add_operator(domain, &attention));
-        cpu_gemm::check(api.add_domain(options, domain));
+        cpu::check(api.new_domain(schema::kDomain, &domain));
+        cpu::check(api.add_operator(domain, &gemm));
+        cpu::check(api.add_operator(domain, &rows));
+        cpu::check(api.add_operator(domain, &attention));
+        cpu::check(api.add_domain(options, domain));
     });
 }

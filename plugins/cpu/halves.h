@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {  // each file has its own, with its own instructions
 
 inline float from_bits(uint32_t word) {
@@ -20,4 +20,4 @@ inline float from_half(uint16_t h) {
 }
 
 }  // namespace
-}  // namespace cpu_gemm
+}  // namespace cpu

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace cpu_gemm {
+namespace cpu {
 
 constexpr int kLanes = 16;        // columns in a strip
 constexpr int kBlock = 32;        // k that share a scale of x
@@ -105,4 +105,4 @@ extern Kernels const kAvx512, kAvxVnni, kAvx2, kPlain;
 // The fastest that run here.
 Kernels const& kernels();
 
-}  // namespace cpu_gemm
+}  // namespace cpu

@@ -8,7 +8,7 @@
 
 #include "kernel.h"
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {  // each file has its own, with its own instructions
 
 // e^x to 2e-7 of itself: 2^n e^r with |r| <= ln 2 / 2, whose series is cut after r^6.
@@ -55,4 +55,4 @@ inline void activate(Activation activation, float* values, int count) {
 }
 
 }  // namespace
-}  // namespace cpu_gemm
+}  // namespace cpu

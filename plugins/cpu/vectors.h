@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace cpu_gemm {
+namespace cpu {
 namespace {  // each file has its own, with its own instructions
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
@@ -61,4 +61,4 @@ inline float largest(V v) {
 }
 
 }  // namespace
-}  // namespace cpu_gemm
+}  // namespace cpu

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from instantrt.plugins.cpu_gemm import layout
+from instantrt.plugins.cpu import layout
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 from instantrt.plugins.weight_only_gemm.semantics import ACTIVATIONS
 
