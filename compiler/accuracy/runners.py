@@ -50,9 +50,8 @@ def open_form(subject: Subject, form: str, scratch: Path, stack: ExitStack) -> R
             return transformers_runner(subject.model.folder, subject.model.adapter, subject.model.encoder)
         case "artifact":
             file = existing(subject, ".onnx")
-            return (last_logits_runner if subject.logits == "last" else onnx_runner)(
-                file, outputs, libraries=subject.plugins
-            )
+            runner = last_logits_runner if subject.logits == "last" else onnx_runner
+            return runner(file, outputs, libraries=subject.plugins)
         case "engine":
             return stack.enter_context(EngineRunner(existing(subject, ".engine"), subject.plugins, outputs))
     assert form == "twin"

@@ -13,7 +13,6 @@
 
 namespace cpu {
 
-constexpr int kRowsOfQueries = 4;
 constexpr int kWidth = 4;  // vectors of values that are summed at once: 16 sums, 4 values and 4 weights in registers
 
 template <typename Isa>  // whose functions are then of one file alone

@@ -1,7 +1,6 @@
 // CPUs with AVX2 alone: avx2.h.
-#include "attention.h"
 #include "avx2.h"
-#include "gemm.h"
+#include "table.h"
 
 namespace cpu {
 namespace {
@@ -12,12 +11,6 @@ bool runs() {
 
 }  // namespace
 
-Kernels const kAvx2{"avx2",
-                    runs,
-                    Gemm<Avx2>::quantize,
-                    Gemm<Avx2>::multiply,
-                    Attention<Avx2>::prepare,
-                    Attention<Avx2>::pack,
-                    Attention<Avx2>::attend};
+constinit Kernels const kAvx2 = kernels_of<Avx2>("avx2", runs);
 
 }  // namespace cpu

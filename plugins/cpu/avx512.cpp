@@ -1,8 +1,7 @@
 // AVX-512 with VNNI: a vector is a register.
 #include <immintrin.h>
 
-#include "attention.h"
-#include "gemm.h"
+#include "table.h"
 
 namespace cpu {
 namespace {
@@ -48,12 +47,6 @@ bool runs() {
 
 }  // namespace
 
-Kernels const kAvx512{"avx512",
-                      runs,
-                      Gemm<Avx512>::quantize,
-                      Gemm<Avx512>::multiply,
-                      Attention<Avx512>::prepare,
-                      Attention<Avx512>::pack,
-                      Attention<Avx512>::attend};
+constinit Kernels const kAvx512 = kernels_of<Avx512>("avx512", runs);
 
 }  // namespace cpu

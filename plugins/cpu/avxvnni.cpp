@@ -1,7 +1,6 @@
 // AVX-VNNI, of clients' CPUs without AVX-512: AVX2 with a product of 8 bits that is exact.
-#include "attention.h"
 #include "avx2.h"
-#include "gemm.h"
+#include "table.h"
 
 namespace cpu {
 namespace {
@@ -21,12 +20,6 @@ bool runs() { return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports
 
 }  // namespace
 
-Kernels const kAvxVnni{"avxvnni",
-                       runs,
-                       Gemm<AvxVnni>::quantize,
-                       Gemm<AvxVnni>::multiply,
-                       Attention<AvxVnni>::prepare,
-                       Attention<AvxVnni>::pack,
-                       Attention<AvxVnni>::attend};
+constinit Kernels const kAvxVnni = kernels_of<AvxVnni>("avxvnni", runs);
 
 }  // namespace cpu

@@ -1,4 +1,4 @@
-// What ONNX Runtime sees of CpuGemm and CpuRows: their ports, a kernel for each node, work on the session's threads.
+// What ONNX Runtime sees of our operators: their ports, a kernel for each node, work on the session's threads.
 #include <algorithm>
 #include <cmath>
 #include <exception>
@@ -74,7 +74,7 @@ std::string text(std::vector<int64_t> const& sizes) {
     return "[" + all + "]";
 }
 
-// What nodes of both operators have: a session's interface, and a weight that is constant.
+// What nodes of all operators have: a session's interface, and attributes.
 class Node {
 public:
     explicit Node(Api api) : api_(api) {}
@@ -89,25 +89,6 @@ protected:
             attributes[i] = attribute(info, Schema::kFields[i]);
         }
         check(api_.input_count(info, &inputs_));
-        weight_.bits = static_cast<int>(attributes[Schema::kBits]);
-        weight_.group = attributes[Schema::kGroup];
-        weight_.scale_type = static_cast<Type>(attributes[Schema::kScaleType]);
-        weight_.zero_type = static_cast<Type>(attributes[Schema::kZeroType]);
-    }
-
-    // Codes and affine, whose sizes have to be those of the attributes.
-    void take(KernelInfo const* info, size_t codes_port, size_t affine_port) {
-        Tensor const codes = constant(info, codes_port, Element::kUINT8),
-                     affine = constant(info, affine_port, Element::kUINT8);
-        require(codes.sizes.size() == 3 && affine.sizes.size() == 3, "codes and affine have three axes");
-        weight_.n = codes.sizes[0] * kLanes;
-        weight_.k = affine.sizes[1] * weight_.group;
-        char const* wrong = refuse(weight_);
-        require(wrong == nullptr, wrong ? wrong : "");
-        same("codes", codes.sizes, {codes.sizes[0], stored_blocks(weight_), kBlockBytes});
-        same("affine", affine.sizes, {codes.sizes[0], weight_.k / weight_.group, affine_bytes(weight_)});
-        weight_.codes = static_cast<uint8_t const*>(codes.data);
-        weight_.affine = static_cast<uint8_t const*>(affine.data);
     }
 
     void require(bool holds, std::string const& what) const {
@@ -176,9 +157,40 @@ protected:
     }
 
     Api api_;
-    Weight weight_{};
     char const* name_ = "";
     size_t inputs_ = 0;
+};
+
+// Nodes with a weight, which is constant.
+class WeightNode : public Node {
+protected:
+    using Node::Node;
+
+    template <typename Schema>
+    void read(KernelInfo const* info, int64_t (&attributes)[std::size(Schema::kFields)]) {
+        Node::read<Schema>(info, attributes);
+        weight_.bits = static_cast<int>(attributes[Schema::kBits]);
+        weight_.group = attributes[Schema::kGroup];
+        weight_.scale_type = static_cast<Type>(attributes[Schema::kScaleType]);
+        weight_.zero_type = static_cast<Type>(attributes[Schema::kZeroType]);
+    }
+
+    // Codes and affine, whose sizes have to be those of the attributes.
+    void take(KernelInfo const* info, size_t codes_port, size_t affine_port) {
+        Tensor const codes = constant(info, codes_port, Element::kUINT8),
+                     affine = constant(info, affine_port, Element::kUINT8);
+        require(codes.sizes.size() == 3 && affine.sizes.size() == 3, "codes and affine have three axes");
+        weight_.n = codes.sizes[0] * kLanes;
+        weight_.k = affine.sizes[1] * weight_.group;
+        char const* wrong = refuse(weight_);
+        require(wrong == nullptr, wrong ? wrong : "");
+        same("codes", codes.sizes, {codes.sizes[0], stored_blocks(weight_), kBlockBytes});
+        same("affine", affine.sizes, {codes.sizes[0], weight_.k / weight_.group, affine_bytes(weight_)});
+        weight_.codes = static_cast<uint8_t const*>(codes.data);
+        weight_.affine = static_cast<uint8_t const*>(affine.data);
+    }
+
+    Weight weight_{};
 };
 
 int64_t product(std::vector<int64_t> const& sizes) {
@@ -189,11 +201,11 @@ int64_t product(std::vector<int64_t> const& sizes) {
     return all;
 }
 
-class GemmNode : public Node {
+class GemmNode : public WeightNode {
 public:
     using Schema = schema::CpuGemm;
 
-    GemmNode(Api api, KernelInfo const* info) : Node(api) {
+    GemmNode(Api api, KernelInfo const* info) : WeightNode(api) {
         int64_t attributes[std::size(Schema::kFields)];
         read<Schema>(info, attributes);
         weight_.form = static_cast<Form>(attributes[Schema::kActivations]);
@@ -265,11 +277,11 @@ private:
     }
 };
 
-class RowsNode : public Node {
+class RowsNode : public WeightNode {
 public:
     using Schema = schema::CpuRows;
 
-    RowsNode(Api api, KernelInfo const* info) : Node(api) {
+    RowsNode(Api api, KernelInfo const* info) : WeightNode(api) {
         int64_t attributes[std::size(Schema::kFields)];
         read<Schema>(info, attributes);
         take(info, Schema::kCodes, Schema::kAffine);
@@ -300,12 +312,8 @@ public:
     using Schema = schema::CpuAttention;
 
     AttentionNode(Api api, KernelInfo const* info) : Node(api) {
-        name_ = Schema::kName;
         int64_t attributes[std::size(Schema::kFields)];
-        for (size_t i = 0; i < std::size(attributes); ++i) {
-            attributes[i] = attribute(info, Schema::kFields[i]);
-        }
-        check(api_.input_count(info, &inputs_));
+        read<Schema>(info, attributes);
         call_.heads = attributes[Schema::kHeads];
         call_.kv_heads = attributes[Schema::kKvHeads];
         require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0,

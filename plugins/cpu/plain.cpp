@@ -1,7 +1,6 @@
 // Any CPU: loops of sixteen, which compilers make vectors of.
-#include "attention.h"
-#include "gemm.h"
 #include "halves.h"
+#include "table.h"
 
 namespace cpu {
 namespace {
@@ -109,12 +108,6 @@ bool runs() { return true; }
 
 }  // namespace
 
-Kernels const kPlain{"plain",
-                     runs,
-                     Gemm<Plain>::quantize,
-                     Gemm<Plain>::multiply,
-                     Attention<Plain>::prepare,
-                     Attention<Plain>::pack,
-                     Attention<Plain>::attend};
+constinit Kernels const kPlain = kernels_of<Plain>("plain", runs);
 
 }  // namespace cpu
