@@ -6,6 +6,6 @@
 
 `op.py` and `attention.py` say what they compute, `layout.py` in which order codes lie. `gemm.h` and `attention.h` are
 the kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a kind of CPU, of which
-`kernels.cpp` takes the best that runs. They stand behind the plain functions of `kernel.h`; `operators.cpp` is the
-layer that ONNX Runtime sees.
+`kernels.cpp` takes the best that runs. They stand behind the plain functions of `kernel.h`; `nodes.h` and the files
+that include it are the layer that ONNX Runtime sees.
 """

@@ -15,6 +15,7 @@
 namespace cpu {
 
 constexpr int64_t kManyRows = 16;
+constexpr int64_t kAhead = 8 << 10;  // bytes of codes: more than a core fetches by itself where each has much to do
 
 template <typename Isa>
 struct Gemm {
@@ -83,6 +84,9 @@ struct Gemm {
                     I q[S];
                     for (int s = 0; s < S; ++s) {
                         q[s] = Isa::load(codes[s] + at + v * 64);
+                        if constexpr (S == 1) {
+                            __builtin_prefetch(codes[s] + at + v * 64 + kAhead);
+                        }
                         if constexpr (Bits == 4) {
                             q[s] = high ? Isa::high(q[s]) : Isa::low(q[s]);
                         }

@@ -1,0 +1,214 @@
+// CpuAttention.
+#include <algorithm>
+#include <cmath>
+
+#include "nodes.h"
+
+namespace cpu {
+namespace {
+
+constexpr int64_t kQueries = 4;         // that read keys and values once
+constexpr int64_t kKeys = 256;          // of a part, where one token's are cut
+constexpr int64_t kPackedTokens = 8;    // with fewer, packing keys takes longer than it saves
+constexpr int64_t kHeadSize = 1 << 16;  // whose products with numbers of heads do not overflow
+
+class AttentionNode : public Node {
+public:
+    using Schema = schema::CpuAttention;
+
+    AttentionNode(Api api, KernelInfo const* info) : Node(api) {
+        int64_t attributes[std::size(Schema::kFields)];
+        read<Schema>(info, attributes);
+        call_.heads = attributes[Schema::kHeads];
+        call_.kv_heads = attributes[Schema::kKvHeads];
+        require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0,
+                std::to_string(call_.heads) + " heads cannot share " + std::to_string(call_.kv_heads));
+    }
+
+    void compute(Context* context) const {
+        AttentionCall call = call_;
+        Tensor const x = tensor(api_, input(context, Schema::kQkv)),
+                     past = tensor(api_, input(context, Schema::kPastKey));
+        Tensor const past_value = tensor(api_, input(context, Schema::kPastValue));
+        Tensor const last = tensor(api_, input(context, Schema::kLast)),
+                     fresh = tensor(api_, input(context, Schema::kNew));
+        Tensor const cos = tensor(api_, input(context, Schema::kCos)), sin = tensor(api_, input(context, Schema::kSin));
+        Tensor const positions = tensor(api_, input(context, Schema::kPositions));
+        Tensor const mask = tensor(api_, input(context, Schema::kMask));
+        require(x.sizes.size() == 3 && past.sizes.size() == 4 && mask.sizes.size() == 4 && cos.sizes.size() == 2,
+                "its inputs have other axes than they should");
+        call.batch = x.sizes[0];
+        call.tokens = x.sizes[1];
+        call.size = past.sizes[3];
+        call.rotated = 2 * cos.sizes[1];
+        call.columns = mask.sizes[3];
+        require(call.size > 0 && call.size % kLanes == 0 && call.size <= kHeadSize,
+                "a head has " + std::to_string(call.size) + " channels, expected a multiple of 16, at most " +
+                    std::to_string(kHeadSize));
+        require(call.rotated <= call.size, std::to_string(call.rotated) + " of a head's " + std::to_string(call.size) +
+                                               " channels are to be rotated");
+        same("qkv", x.sizes, {call.batch, call.tokens, (call.heads + 2 * call.kv_heads) * call.size});
+        same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
+        same("past_value", past_value.sizes, past.sizes);
+        same("sin", sin.sizes, cos.sizes);
+        same("positions", positions.sizes, {call.batch, call.tokens});
+        same("last", last.sizes, {call.batch});
+        same("new", fresh.sizes, {call.batch});
+        same("mask", mask.sizes, {call.batch, 1, call.tokens, call.columns});
+        call.capacity = std::max(past.sizes[2], call.columns);
+        call.scale = 1 / std::sqrt(static_cast<float>(call.size));
+        call.qkv = static_cast<float const*>(x.data);
+        call.cos = static_cast<float const*>(cos.data);
+        call.sin = static_cast<float const*>(sin.data);
+        call.positions = static_cast<int64_t const*>(positions.data);
+        call.last = static_cast<int32_t const*>(last.data);
+        call.fresh = static_cast<int32_t const*>(fresh.data);
+        call.mask = static_cast<float const*>(mask.data);
+        for (int64_t row = 0; row < call.batch; ++row) {
+            require(0 <= call.fresh[row] && call.fresh[row] <= call.tokens && 0 <= call.past(row) &&
+                        call.length(row) <= call.columns && call.past(row) <= past.sizes[2],
+                    "row " + std::to_string(row) + " has " + std::to_string(call.fresh[row]) + " new tokens of " +
+                        std::to_string(call.tokens) + ", the last at " + std::to_string(call.last[row]) +
+                        " under a mask of " + std::to_string(call.columns) + ", behind " +
+                        std::to_string(past.sizes[2]) + " in the cache");
+        }
+        for (int64_t i = 0; i < call.batch * call.tokens; ++i) {
+            require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0],
+                    "position " + std::to_string(call.positions[i]) + " of " + std::to_string(cos.sizes[0]));
+        }
+        call.y = output(context, {call.batch, call.tokens, call.heads * call.size}, Schema::kY - Schema::kInputs);
+        std::vector<int64_t> const present{call.batch, call.kv_heads, call.capacity, call.size};
+        call.keys = output(context, present, Schema::kPresentKey - Schema::kInputs);
+        call.values = output(context, present, Schema::kPresentValue - Schema::kInputs);
+        copy_past(call, static_cast<float const*>(past.data), past.sizes[2], call.keys);
+        copy_past(call, static_cast<float const*>(past_value.data), past.sizes[2], call.values);
+        if (call.batch * call.tokens > 0) {
+            attend(context, call);
+        }
+    }
+
+private:
+    // Into a cache that is another buffer; no further than each row goes.
+    static void copy_past(AttentionCall const& c, float const* from, int64_t room, float* into) {
+        for (int64_t i = 0; from != into && i < c.batch * c.kv_heads; ++i) {
+            int64_t const past = c.past(i / c.kv_heads) * c.size;
+            std::copy_n(from + i * room * c.size, past, into + i * c.capacity * c.size);
+            std::fill_n(into + i * c.capacity * c.size + past, c.capacity * c.size - past, 0.0f);
+        }
+    }
+
+    void attend(Context const* context, AttentionCall call) const {
+        thread_local std::vector<float> queries, packed, partial;
+        int64_t const groups = call.batch * call.kv_heads, shared = call.heads / call.kv_heads;
+        call.queries = grow(queries, call.batch * call.heads * call.tokens * call.size);
+        in_parallel(context, call.batch * call.tokens, [&](int64_t i) {
+            if (i % call.tokens < call.fresh[i / call.tokens]) {
+                kernels().prepare(call, i / call.tokens, i % call.tokens);
+            }
+        });
+        if (call.tokens >= kPackedTokens) {
+            int64_t const tiles = (call.columns + kLanes - 1) / kLanes;
+            float* const into = grow(packed, groups * tiles * kLanes * call.size);
+            in_parallel(context, groups * tiles, [&](int64_t i) {
+                int64_t const row = i / tiles / call.kv_heads;
+                kernels().pack(call, row, i / tiles % call.kv_heads, i % tiles, into + i * kLanes * call.size);
+            });
+            call.packed = into;
+        }
+        // One token's keys are cut, so that all threads have some; the parts are of the same size whoever takes them.
+        int64_t const rows = call.tokens * shared, blocks = (rows + kQueries - 1) / kQueries;
+        int64_t const parts = call.tokens == 1 ? (call.columns + kKeys - 1) / kKeys : 1;
+        int64_t const each = kQueries * (call.size + 2);
+        float* const found = grow(partial, parts > 1 ? groups * blocks * parts * each : 0);
+        in_parallel(context, groups * blocks * parts, [&](int64_t i) {
+            part(call, i / parts / blocks, i / parts % blocks, i % parts, parts, found + i * each);
+        });
+        for (int64_t i = 0; parts > 1 && i < groups * blocks; ++i) {
+            merge(call, i / blocks, i % blocks, parts, found + i * parts * each);
+        }
+    }
+
+    // Of the calling thread: others have vectors of their own by the same name.
+    static float* grow(std::vector<float>& memory, int64_t count) {
+        memory.resize(std::max<size_t>(memory.size(), count));
+        return memory.data();
+    }
+
+    // Queries of one block over all keys, or some: sums, the largest score and the total of weights.
+    static void part(AttentionCall const& c, int64_t group, int64_t block, int64_t part, int64_t parts,
+                     float* partial) {
+        thread_local std::vector<float> weights, sums;
+        int64_t const row = group / c.kv_heads, shared = c.heads / c.kv_heads;
+        int64_t const first = block * kQueries, count = std::min(kQueries, c.tokens * shared - first);
+        int64_t const token = std::min((first + count - 1) / shared, c.fresh[row] - int64_t{1});
+        int64_t const begin = part * kKeys;
+        int64_t const end = std::min(c.past(row) + token + 1, parts > 1 ? begin + kKeys : c.columns);
+        float top[kQueries], total[kQueries];
+        std::fill_n(top, count, -INFINITY);
+        std::fill_n(total, count, 0.0f);
+        grow(weights, kQueries * (c.columns + kLanes));
+        grow(sums, kQueries * c.size);
+        float* const into = parts > 1 ? partial + 2 * kQueries : sums.data();
+        if (begin < end) {
+            kernels().attend(c, row, group % c.kv_heads, first, count, begin, end, weights.data(), top, total, into);
+        }
+        if (parts > 1) {
+            std::copy_n(top, count, partial);
+            std::copy_n(total, count, partial + kQueries);
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            bool const seen = (first + i) / shared < c.fresh[row] && total[i] != 0;
+            float const by = seen ? 1 / total[i] : 0;
+            float* const y = place(c, group, first + i);
+            for (int64_t d = 0; d < c.size; ++d) {
+                y[d] = seen ? into[i * c.size + d] * by : 0;
+            }
+        }
+    }
+
+    static void merge(AttentionCall const& c, int64_t group, int64_t block, int64_t parts, float const* partial) {
+        int64_t const each = kQueries * (c.size + 2), shared = c.heads / c.kv_heads, row = group / c.kv_heads;
+        int64_t const first = block * kQueries, count = std::min(kQueries, c.tokens * shared - first);
+        for (int64_t i = 0; i < count; ++i) {
+            float top = -INFINITY, total = 0;
+            for (int64_t p = 0; p < parts; ++p) {
+                float const score = partial[p * each + i];
+                top = score > top || score != score ? score : top;
+            }
+            float* const y = place(c, group, first + i);
+            std::fill_n(y, c.size, 0.0f);
+            for (int64_t p = 0; p < parts && (first + i) / shared < c.fresh[row]; ++p) {
+                float const* from = partial + p * each;
+                if (from[kQueries + i] == 0) {
+                    continue;
+                }
+                float const factor = std::exp(from[i] - top);
+                total += from[kQueries + i] * factor;
+                for (int64_t d = 0; d < c.size; ++d) {
+                    y[d] += from[2 * kQueries + i * c.size + d] * factor;
+                }
+            }
+            for (int64_t d = 0; total != 0 && d < c.size; ++d) {
+                y[d] /= total;
+            }
+        }
+    }
+
+    static float* place(AttentionCall const& c, int64_t group, int64_t query) {
+        int64_t const shared = c.heads / c.kv_heads, row = group / c.kv_heads;
+        int64_t const token = query / shared, head = group % c.kv_heads * shared + query % shared;
+        return c.y + ((row * c.tokens + token) * c.heads + head) * c.size;
+    }
+
+    AttentionCall call_{};
+};
+
+}  // namespace
+
+Operator const* attention() {
+    static Operator const op = description<AttentionNode>();
+    return &op;
+}
+
+}  // namespace cpu
