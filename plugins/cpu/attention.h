@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -15,23 +16,87 @@ namespace cpu {
 
 constexpr int kWidth = 4;  // vectors of values that are summed at once: 16 sums, 4 values and 4 weights in registers
 
+constexpr float kLargestHalf = 65504;
+
 template <typename Isa>  // whose functions are then of one file alone
 struct Attention {
+    using F = typename Isa::F;
+    using Half = uint16_t;
+
+    // Sixteen numbers of a cache. Those of int8 are steps: what they are multiplied with has their scales.
+    static V read(float const* p) { return load(p); }
+    static V read(Half const* p) { return std::bit_cast<V>(Isa::from_f16(p)); }
+    static V read(int8_t const* p) {
+        typedef int8_t B __attribute__((vector_size(16), aligned(1), may_alias));
+        return __builtin_convertvector(*reinterpret_cast<B const*>(p), V);
+    }
+
+    static void write(V v, float const*, float* p) { store(p, v); }
+    static void write(V v, float const*, Half* p) {  // finite stays finite
+        V const most = spread(kLargestHalf);
+        Isa::to_f16(p, std::bit_cast<F>(v > most ? most : v < -most ? -most : v));
+    }
+    static void write(V v, float const* scales, int8_t* p) {
+        typedef int8_t B __attribute__((vector_size(16), aligned(1), may_alias));
+        V const steps = v / load(scales), bounded = largest(steps > 127.0f ? spread(127) : steps, spread(-128));
+        V const rounded = bounded + 12582912.0f - 12582912.0f;
+        *reinterpret_cast<B*>(p) = __builtin_convertvector(__builtin_convertvector(rounded, W), B);
+    }
+
+    template <typename Work>
+    static void for_type(Cache cache, Work work) {
+        switch (cache) {
+            case Cache::kF32:
+                return work(float{});
+            case Cache::kF16:
+                return work(Half{});
+            case Cache::kI8:
+                return work(int8_t{});
+        }
+    }
+
     // Rotates a token's queries, which are scaled, and its keys; puts keys and values into the cache.
     static void prepare(AttentionCall const& c, int64_t row, int64_t token) {
-        int64_t const size = c.size, half = c.rotated / 2;
+        for_type(c.cache, [&](auto type) { prepare_of<decltype(type)>(c, row, token); });
+    }
+
+    template <typename T>
+    static void prepare_of(AttentionCall const& c, int64_t row, int64_t token) {
+        int64_t const size = c.size, half = c.rotated / 2, shared = c.heads / c.kv_heads;
         int64_t const at = c.past(row) + token;
         float const* x = c.qkv + (row * c.tokens + token) * (c.heads + 2 * c.kv_heads) * size;
         int64_t const position = c.positions[row * c.tokens + token];
         float const *cos = c.cos + position * half, *sin = c.sin + position * half;
         for (int64_t h = 0; h < c.heads; ++h, x += size) {
-            rotate(x, cos, sin, half, size, c.scale, c.queries + ((row * c.heads + h) * c.tokens + token) * size);
+            float* const into = c.queries + ((row * c.heads + h) * c.tokens + token) * size;
+            rotate(x, cos, sin, half, size, c.scale, into);
+            if constexpr (std::is_same_v<T, int8_t>) {
+                by_scales(into, c.key_scales + h / shared * size, size);
+            }
+        }
+        float* const key = c.fresh_keys + (row * c.tokens + token) * size;
+        for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
+            rotate(x, cos, sin, half, size, 1, key);
+            keep<T>(key, c.key_scales, c.keys, c, row, h, at);
         }
         for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
-            rotate(x, cos, sin, half, size, 1, c.keys + ((row * c.kv_heads + h) * c.capacity + at) * size);
+            keep<T>(x, c.value_scales, c.values, c, row, h, at);
         }
-        for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
-            std::memcpy(c.values + ((row * c.kv_heads + h) * c.capacity + at) * size, x, size * sizeof(float));
+    }
+
+    // One token's key or value of a head into the cache.
+    template <typename T>
+    static void keep(float const* x, float const* scales, void* cache, AttentionCall const& c, int64_t row,
+                     int64_t head, int64_t at) {
+        T* const into = static_cast<T*>(cache) + ((row * c.kv_heads + head) * c.capacity + at) * c.size;
+        for (int64_t i = 0; i < c.size; i += kLanes) {
+            write(load(x + i), scales + head * c.size + i, into + i);
+        }
+    }
+
+    static void by_scales(float* x, float const* scales, int64_t size) {
+        for (int64_t i = 0; i < size; i += kLanes) {
+            store(x + i, load(x + i) * load(scales + i));
         }
     }
 
@@ -49,23 +114,29 @@ struct Attention {
 
     // Keys [tile * 16 ...) of a head, [size][16], zero behind the last.
     static void pack(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t tile, float* into) {
-        float const* keys = c.keys + (row * c.kv_heads + kv_head) * c.capacity * c.size;
-        int64_t const first = tile * kLanes, count = std::min<int64_t>(kLanes, c.length(row) - first);
-        for (int64_t i = 0; i < c.size; ++i) {
-            for (int64_t k = 0; k < kLanes; ++k) {
-                into[i * kLanes + k] = k < count ? keys[(first + k) * c.size + i] : 0;
+        for_type(c.cache, [&](auto type) {
+            auto const* keys =
+                static_cast<decltype(type) const*>(c.keys) + (row * c.kv_heads + kv_head) * c.capacity * c.size;
+            int64_t const first = tile * kLanes, count = std::min<int64_t>(kLanes, c.length(row) - first);
+            for (int64_t i = 0; i < c.size; i += kLanes) {
+                for (int64_t k = 0; k < kLanes; ++k) {
+                    V const key = k < count ? read(keys + (first + k) * c.size + i) : V{};
+                    for (int l = 0; l < kLanes; ++l) {
+                        into[(i + l) * kLanes + k] = key[l];
+                    }
+                }
             }
-        }
+        });
     }
 
     // Queries [first, first + R) of the heads that share `kv_head`, over keys [begin, end): weights that are not yet
     // divided by their sum, which is `total`, less `top`, the largest score; and `sums` of values [R][size].
-    template <int R>
+    template <int R, typename T>
     static void attend(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t first, int64_t begin, int64_t end,
                        float* weights, float* top, float* total, float* sums) {
         int64_t const shared = c.heads / c.kv_heads, stride = (end - begin + kLanes - 1) / kLanes * kLanes;
-        float const* keys = c.keys + (row * c.kv_heads + kv_head) * c.capacity * c.size;
-        float const* values = c.values + (row * c.kv_heads + kv_head) * c.capacity * c.size;
+        int64_t const place = (row * c.kv_heads + kv_head) * c.capacity * c.size;
+        T const *keys = static_cast<T const*>(c.keys) + place, *values = static_cast<T const*>(c.values) + place;
         float const *q[R], *mask[R];
         int64_t seen[R];  // keys before and at the query itself, whatever the mask says of others
         V most[R];
@@ -116,6 +187,11 @@ struct Attention {
         for (; i < c.size; i += kLanes) {
             sum_values<R, 1>(values + i, begin, end, c.size, weights, stride, sums + i);
         }
+        if constexpr (std::is_same_v<T, int8_t>) {
+            for (int r = 0; r < R; ++r) {
+                by_scales(sums + r * c.size, c.value_scales + kv_head * c.size, c.size);
+            }
+        }
     }
 
     static V masked(float const* mask, int64_t count) {
@@ -158,16 +234,15 @@ struct Attention {
         }
     }
 
-    template <int R>
-    static void direct_scores(float const* keys, int64_t count, int64_t size, float const* const (&q)[R],
-                              V (&scores)[R]) {
+    template <int R, typename T>
+    static void direct_scores(T const* keys, int64_t count, int64_t size, float const* const (&q)[R], V (&scores)[R]) {
         for (int r = 0; r < R; ++r) {
             V parts[kLanes];
             for (int64_t k = 0; k < kLanes; ++k) {
-                float const* key = keys + std::min(k, count - 1) * size;
-                V all = load(key) * load(q[r]);
+                T const* key = keys + std::min(k, count - 1) * size;
+                V all = read(key) * load(q[r]);
                 for (int64_t i = kLanes; i < size; i += kLanes) {
-                    all += load(key + i) * load(q[r] + i);
+                    all += read(key + i) * load(q[r] + i);
                 }
                 parts[k] = all;
             }
@@ -176,14 +251,14 @@ struct Attention {
     }
 
     // `Width` vectors of the sums of values.
-    template <int R, int Width>
-    static void sum_values(float const* values, int64_t begin, int64_t end, int64_t size, float const* weights,
+    template <int R, int Width, typename T>
+    static void sum_values(T const* values, int64_t begin, int64_t end, int64_t size, float const* weights,
                            int64_t stride, float* sums) {
         V all[R][Width]{};
         for (int64_t t = begin; t < end; ++t) {
             V value[Width];
             for (int w = 0; w < Width; ++w) {
-                value[w] = load(values + t * size + w * kLanes);
+                value[w] = read(values + t * size + w * kLanes);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
@@ -203,16 +278,19 @@ struct Attention {
 
     static void attend(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t first, int64_t count,
                        int64_t begin, int64_t end, float* weights, float* top, float* total, float* sums) {
-        switch (count) {
-            case 1:
-                return attend<1>(c, row, kv_head, first, begin, end, weights, top, total, sums);
-            case 2:
-                return attend<2>(c, row, kv_head, first, begin, end, weights, top, total, sums);
-            case 3:
-                return attend<3>(c, row, kv_head, first, begin, end, weights, top, total, sums);
-            default:
-                return attend<4>(c, row, kv_head, first, begin, end, weights, top, total, sums);
-        }
+        for_type(c.cache, [&](auto type) {
+            using T = decltype(type);
+            switch (count) {
+                case 1:
+                    return attend<1, T>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+                case 2:
+                    return attend<2, T>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+                case 3:
+                    return attend<3, T>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+                default:
+                    return attend<4, T>(c, row, kv_head, first, begin, end, weights, top, total, sums);
+            }
+        });
     }
 };
 

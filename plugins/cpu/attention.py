@@ -9,6 +9,7 @@ import numpy as np
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 
 WIDTH = 16  # what the size of a head is a multiple of
+LARGEST = {"float32": np.inf, "float16": 65504}  # of what a cache has
 
 
 def reference(
@@ -21,6 +22,8 @@ def reference(
     positions: Array,
     mask: Array,
     new: Array,
+    key_scale: Array | None = None,
+    value_scale: Array | None = None,
     **attrs: Any,
 ) -> tuple[Array, ...]:
     """In float64, row by row. Of a row whose new tokens end with padding, y is zero there."""
@@ -29,25 +32,52 @@ def reference(
     batch, tokens, _ = qkv.shape
     room = max(past_key.shape[2], mask.shape[3])
     wide = qkv.astype(np.float64).reshape(batch, tokens, -1, size)
-    y = np.zeros((batch, tokens, heads, size))
-    present = np.zeros((2, batch, kv_heads, room, size), np.float32)
+    queries, present = (
+        np.zeros((batch, tokens, heads, size)),
+        np.zeros((2, batch, kv_heads, room, size), past_key.dtype),
+    )
     for row in range(batch):
         count, end = int(new[row]), int(last[row]) + 1
         past = end - count
         angles = cos[positions[row, :count]].astype(np.float64), sin[positions[row, :count]].astype(np.float64)
         q, k, v = np.split(wide[row, :count], (heads, heads + kv_heads), axis=1)
-        q, k = rotated(q, *angles), rotated(k, *angles)
-        for part, before, fresh in zip(present, (past_key, past_value), (k, v), strict=True):
+        queries[row, :count], k = rotated(q, *angles), rotated(k, *angles)
+        each = zip(present, (past_key, past_value), (k, v), (key_scale, value_scale), strict=True)
+        for part, before, fresh, scale in each:
             part[row, :, :past] = before[row, :, :past]
-            part[row, :, past:end] = fresh.swapaxes(0, 1)
-        keys, sums = (np.repeat(p[row, :, :end].astype(np.float64), heads // kv_heads, axis=0) for p in present)
-        scores = np.einsum("thd,hkd->htk", q, keys) * size**-0.5 + mask[row, :, :count, :end]
-        scores += np.triu(np.full((count, end), -np.inf), past + 1)
+            part[row, :, past:end] = kept(fresh.swapaxes(0, 1), past_key.dtype, scale)
+    keys, sums = (read(part, scale) for part, scale in zip(present, (key_scale, value_scale), strict=True))
+    return (attended(queries, keys, sums, last, mask, new), *present)
+
+
+def kept(x: Array, dtype: np.dtype[Any], scale: Array | None) -> Array:
+    """x [kv_heads, tokens, size] as a cache of `dtype` has it: what is finite stays so."""
+    if scale is not None:
+        return np.asarray(np.clip(np.rint(x / scale[:, None]), -128, 127).astype(dtype))
+    return np.asarray(np.clip(x, -LARGEST[dtype.name], LARGEST[dtype.name]).astype(dtype))
+
+
+def read(cache: Array, scale: Array | None) -> Array:
+    """What a cache [B, kv_heads, room, size] stands for, in float64."""
+    wide: Array = cache.astype(np.float64)
+    return wide if scale is None else wide * scale[:, None]
+
+
+def attended(queries: Array, keys: Array, sums: Array, last: Array, mask: Array, new: Array) -> Array:
+    """y [B, tokens, heads size] of rotated queries [B, tokens, heads, size] over keys and values [B, kv_heads, room,
+    size], all float64."""
+    y = np.zeros(queries.shape)
+    shared, scale = queries.shape[2] // keys.shape[1], queries.shape[3] ** -0.5
+    for row, q in enumerate(queries):
+        count, end = int(new[row]), int(last[row]) + 1
+        k, v = (np.repeat(part[row, :, :end], shared, axis=0) for part in (keys, sums))
+        scores = np.einsum("thd,hkd->htk", q[:count], k) * scale + mask[row, :, :count, :end]
+        scores += np.triu(np.full((count, end), -np.inf), end - count + 1)
         most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
         total = weights.sum(axis=-1, keepdims=True)
-        y[row, :count] = np.einsum("htk,hkd->thd", weights / np.where(total == 0, 1, total), sums)
-    return (y.reshape(batch, tokens, -1).astype(np.float32), *present)
+        y[row, :count] = np.einsum("htk,hkd->thd", weights / np.where(total == 0, 1, total), v)
+    return y.reshape(*y.shape[:2], -1).astype(np.float32)
 
 
 def rotated(x: Array, cos: Array, sin: Array) -> Array:
@@ -71,6 +101,8 @@ OP = Op(
         Port("positions", ("B", "S")),
         Port("mask", ("B", "1", "S", "T")),  # added to the scores; a token sees none behind itself whatever it says
         Port("new", ("B",)),  # how many of the S tokens are no padding behind them
+        Port("key_scale", ("H", "D"), optional=True),  # of a step of int8: what it stands for is code * scale
+        Port("value_scale", ("H", "D"), optional=True),
     ),
     outputs=(
         Port("y", ("B", "S", "heads*D")),
@@ -78,11 +110,13 @@ OP = Op(
         Port("present_value", ("B", "H", "max(P,T)", "D")),
     ),
     attrs=(Attr("heads", 1), Attr("kv_heads", 1)),
-    types=(
+    types=tuple(
         (
-            *(DType.F32, DType.F32, DType.F32, DType.I32, DType.F32, DType.F32, DType.I64, DType.F32, DType.I32),
-            *(DType.F32, DType.F32, DType.F32),
-        ),
+            *(DType.F32, cache, cache, DType.I32, DType.F32, DType.F32, DType.I64, DType.F32, DType.I32),
+            *(DType.F32, DType.F32),
+            *(DType.F32, cache, cache),
+        )
+        for cache in (DType.F32, DType.F16, DType.I8)
     ),
     reference=reference,
     tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},

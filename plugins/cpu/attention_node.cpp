@@ -50,6 +50,9 @@ public:
         same("qkv", x.sizes, {call.batch, call.tokens, (call.heads + 2 * call.kv_heads) * call.size});
         same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
         same("past_value", past_value.sizes, past.sizes);
+        call.cache = cache_of(past.element);
+        call.key_scales = scales(context, Schema::kKeyScale, call);
+        call.value_scales = scales(context, Schema::kValueScale, call);
         same("sin", sin.sizes, cos.sizes);
         same("positions", positions.sizes, {call.batch, call.tokens});
         same("last", last.sizes, {call.batch});
@@ -76,31 +79,51 @@ public:
             require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0],
                     "position " + std::to_string(call.positions[i]) + " of " + std::to_string(cos.sizes[0]));
         }
-        call.y = output(context, {call.batch, call.tokens, call.heads * call.size}, Schema::kY - Schema::kInputs);
+        std::vector<int64_t> const sizes{call.batch, call.tokens, call.heads * call.size};
+        call.y = static_cast<float*>(output(context, sizes, Schema::kY - Schema::kInputs));
         std::vector<int64_t> const present{call.batch, call.kv_heads, call.capacity, call.size};
         call.keys = output(context, present, Schema::kPresentKey - Schema::kInputs);
         call.values = output(context, present, Schema::kPresentValue - Schema::kInputs);
-        copy_past(call, static_cast<float const*>(past.data), past.sizes[2], call.keys);
-        copy_past(call, static_cast<float const*>(past_value.data), past.sizes[2], call.values);
+        copy_past(call, past, call.keys);
+        copy_past(call, past_value, call.values);
         if (call.batch * call.tokens > 0) {
             attend(context, call);
         }
     }
 
 private:
+    static Cache cache_of(Element element) {
+        return element == Element::kFLOAT ? Cache::kF32 : element == Element::kHALF ? Cache::kF16 : Cache::kI8;
+    }
+
+    // Null of a cache of floats, which needs none.
+    float const* scales(Context const* context, size_t port, AttentionCall const& call) const {
+        Value const* value = input(context, port);
+        require((value != nullptr) == (call.cache == Cache::kI8), "scales and a cache of int8 go together");
+        if (value == nullptr) {
+            return nullptr;
+        }
+        Tensor const found = tensor(api_, value);
+        same("scale", found.sizes, {call.kv_heads, call.size});
+        return static_cast<float const*>(found.data);
+    }
+
     // Into a cache that is another buffer; no further than each row goes.
-    static void copy_past(AttentionCall const& c, float const* from, int64_t room, float* into) {
-        for (int64_t i = 0; from != into && i < c.batch * c.kv_heads; ++i) {
-            int64_t const past = c.past(i / c.kv_heads) * c.size;
-            std::copy_n(from + i * room * c.size, past, into + i * c.capacity * c.size);
-            std::fill_n(into + i * c.capacity * c.size + past, c.capacity * c.size - past, 0.0f);
+    static void copy_past(AttentionCall const& c, Tensor const& past, void* into) {
+        int64_t const token = c.size * kCacheSizes[static_cast<int>(c.cache)];
+        for (int64_t i = 0; past.data != into && i < c.batch * c.kv_heads; ++i) {
+            int64_t const known = c.past(i / c.kv_heads) * token;
+            char* const row = static_cast<char*>(into) + i * c.capacity * token;
+            std::copy_n(static_cast<char const*>(past.data) + i * past.sizes[2] * token, known, row);
+            std::fill_n(row + known, c.capacity * token - known, char{0});
         }
     }
 
     void attend(Context const* context, AttentionCall call) const {
         thread_local std::vector<float> queries, packed, partial;
         int64_t const groups = call.batch * call.kv_heads, shared = call.heads / call.kv_heads;
-        call.queries = grow(queries, call.batch * call.heads * call.tokens * call.size);
+        call.queries = grow(queries, call.batch * (call.heads + 1) * call.tokens * call.size);
+        call.fresh_keys = call.queries + call.batch * call.heads * call.tokens * call.size;
         in_parallel(context, call.batch * call.tokens, [&](int64_t i) {
             if (i % call.tokens < call.fresh[i / call.tokens]) {
                 kernels().prepare(call, i / call.tokens, i % call.tokens);
@@ -206,9 +229,10 @@ private:
 
 }  // namespace
 
-Operator const* attention() {
-    static Operator const op = description<AttentionNode>();
-    return &op;
+std::vector<Operator const*> attention() {
+    static Operator const ops[] = {description<AttentionNode, 0>(), description<AttentionNode, 1>(),
+                                   description<AttentionNode, 2>()};
+    return {ops, ops + 1, ops + 2};
 }
 
 }  // namespace cpu

@@ -58,6 +58,10 @@ struct Avx2 {
     static F from_f16(uint16_t const* p) {
         return {_mm256_cvtph_ps(load_quarter(p)), _mm256_cvtph_ps(load_quarter(p + 8))};
     }
+    static void to_f16(uint16_t* p, F v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+    }
     static F from_bf16(uint16_t const* p) { return {widened(load_quarter(p)), widened(load_quarter(p + 8))}; }
     static __m256 widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
     static F from_u8(uint8_t const* p) {

@@ -75,7 +75,7 @@ public:
             same("residual", residual.sizes, sizes);
             call.residual = static_cast<float const*>(residual.data);
         }
-        call.y = output(context, sizes);
+        call.y = static_cast<float*>(output(context, sizes));
         if (rows > 0) {
             call.x = memory_for(rows);
             quantize(context, static_cast<float const*>(x.data), rows, call.x);
@@ -139,7 +139,7 @@ public:
         }
         std::vector<int64_t> sizes = ids.sizes;
         sizes.push_back(weight_.k);
-        float* const rows = output(context, sizes);
+        float* const rows = static_cast<float*>(output(context, sizes));
         int64_t const each = std::max<int64_t>(1, kAloneBytes / weight_.k);
         in_parallel(context, (count + each - 1) / each, [&](int64_t task) {
             for (int64_t i = task * each; i < std::min(count, (task + 1) * each); ++i) {
@@ -151,14 +151,14 @@ public:
 
 }  // namespace
 
-Operator const* gemm() {
+std::vector<Operator const*> gemm() {
     static Operator const op = description<GemmNode>();
-    return &op;
+    return {&op};
 }
 
-Operator const* rows() {
+std::vector<Operator const*> rows() {
     static Operator const op = description<RowsNode>();
-    return &op;
+    return {&op};
 }
 
 }  // namespace cpu

@@ -70,20 +70,27 @@ char const* refuse(Weight const&);
 // Row `row` of the matrix, [k].
 void dequantize(Weight const&, int64_t row, float* into);
 
+// What a cache of keys and values holds; CpuAttention's rows of types in this order.
+enum class Cache { kF32, kF16, kI8 };
+constexpr int64_t kCacheSizes[] = {4, 2, 1};
+
 // Queries, keys and values of `tokens` new tokens in each of `batch` rows, over a cache of `capacity` tokens.
 struct AttentionCall {
+    Cache cache;
     int64_t batch, tokens, heads, kv_heads, size, rotated, capacity, columns;
     float scale;
-    float const* qkv;          // [batch, tokens, (heads + 2 kv_heads) size]
-    float const *cos, *sin;    // [positions, rotated / 2]
-    int64_t const* positions;  // [batch, tokens]
-    int32_t const* last;       // [batch] the last token of each row, the cache's and the new
-    int32_t const* fresh;      // [batch] how many of the new are no padding behind them
-    float const* mask;         // [batch, tokens, columns], added to the scores
-    float *keys, *values;      // [batch, kv_heads, capacity, size]
-    float* queries;            // [batch, heads, tokens, size]: rotated and scaled
-    float const* packed;       // [batch, kv_heads, columns in sixteens, size, 16]; null: keys are met as they lie
-    float* y;                  // [batch, tokens, heads size]
+    float const* qkv;                        // [batch, tokens, (heads + 2 kv_heads) size]
+    float const *cos, *sin;                  // [positions, rotated / 2]
+    int64_t const* positions;                // [batch, tokens]
+    int32_t const* last;                     // [batch] the last token of each row, the cache's and the new
+    int32_t const* fresh;                    // [batch] how many of the new are no padding behind them
+    float const* mask;                       // [batch, tokens, columns], added to the scores
+    void *keys, *values;                     // [batch, kv_heads, capacity, size]
+    float const *key_scales, *value_scales;  // [kv_heads, size] of a step of int8; null: no integers
+    float* queries;                          // [batch, heads, tokens, size]: rotated and scaled
+    float* fresh_keys;                       // [batch, tokens, size]: room to rotate a key in
+    float const* packed;  // [batch, kv_heads, columns in sixteens, size, 16]; null: keys are met as they lie
+    float* y;             // [batch, tokens, heads size]
 
     int64_t length(int64_t row) const { return last[row] + int64_t{1}; }
     int64_t past(int64_t row) const { return length(row) - fresh[row]; }

@@ -131,12 +131,12 @@ protected:
         return value;
     }
 
-    float* output(Context* context, std::vector<int64_t> const& sizes, size_t port = 0) const {
+    void* output(Context* context, std::vector<int64_t> const& sizes, size_t port = 0) const {
         Value* out = nullptr;
         void* data = nullptr;
         check(api_.output(context, port, sizes.data(), sizes.size(), &out));
         check(api_.data(out, &data));
-        return static_cast<float*>(data);
+        return data;
     }
 
     template <typename Work>
@@ -161,7 +161,8 @@ inline int64_t product(std::vector<int64_t> const& sizes) {
     return all;
 }
 
-template <typename Node>
+// `Row`: of its types.
+template <typename Node, int Row = 0>
 Operator description() {
     using Schema = typename Node::Schema;
     Operator op{};
@@ -170,10 +171,12 @@ Operator description() {
     op.provider = [](Operator const*) -> char const* { return nullptr; };
     op.inputs = [](Operator const*) -> size_t { return Schema::kInputs; };
     op.outputs = [](Operator const*) -> size_t {
-        return std::size(Schema::template kTypes<Element>[0]) - Schema::kInputs;
+        return std::size(Schema::template kTypes<Element>[Row]) - Schema::kInputs;
     };
-    op.input_type = [](Operator const*, size_t i) { return Schema::template kTypes<Element>[0][i]; };
-    op.output_type = [](Operator const*, size_t i) { return Schema::template kTypes<Element>[0][Schema::kInputs + i]; };
+    op.input_type = [](Operator const*, size_t i) { return Schema::template kTypes<Element>[Row][i]; };
+    op.output_type = [](Operator const*, size_t i) {
+        return Schema::template kTypes<Element>[Row][Schema::kInputs + i];
+    };
     op.input_presence = [](Operator const*, size_t i) {
         return i < Schema::kRequiredInputs ? Presence::kRequired : Presence::kOptional;
     };
@@ -193,8 +196,8 @@ Operator description() {
 }
 
 // What each file of operators has for a session.
-Operator const* gemm();
-Operator const* rows();
-Operator const* attention();
+std::vector<Operator const*> gemm();
+std::vector<Operator const*> rows();
+std::vector<Operator const*> attention();
 
 }  // namespace cpu

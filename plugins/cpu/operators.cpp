@@ -13,8 +13,10 @@ extern "C" __attribute__((visibility("default"))) onnxruntime::Status* RegisterC
     return cpu::guarded(api, [&] {
         Domain* domain = nullptr;  // the session's options hold it for as long as they live
         cpu::check(api.new_domain(schema::kDomain, &domain));
-        for (Operator const* each : {cpu::gemm(), cpu::rows(), cpu::attention()}) {
-            cpu::check(api.add_operator(domain, each));
+        for (auto const& operators : {cpu::gemm(), cpu::rows(), cpu::attention()}) {
+            for (Operator const* each : operators) {
+                cpu::check(api.add_operator(domain, each));
+            }
         }
         cpu::check(api.add_domain(options, domain));
     });

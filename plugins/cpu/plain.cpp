@@ -96,6 +96,11 @@ struct Plain {
     static F from_f16(uint16_t const* p) {
         return each([=](int i) { return from_half(p[i]); });
     }
+    static void to_f16(uint16_t* p, F v) {
+        for (int i = 0; i < kLanes; ++i) {
+            p[i] = to_half(v.v[i]);
+        }
+    }
     static F from_bf16(uint16_t const* p) {
         return each([=](int i) { return from_bits(uint32_t{p[i]} << 16); });
     }

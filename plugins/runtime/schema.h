@@ -88,12 +88,12 @@ struct CpuRows {
     };
 };
 
-// CpuAttention(qkv[B, S, (heads+2*kv_heads)*D], past_key[B, H, P, D], past_value[B, H, P, D], last[B], cos[L, R], sin[L, R], positions[B, S], mask[B, 1, S, T], new[B]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
+// CpuAttention(qkv[B, S, (heads+2*kv_heads)*D], past_key[B, H, P, D], past_value[B, H, P, D], last[B], cos[L, R], sin[L, R], positions[B, S], mask[B, 1, S, T], new[B], key_scale[H, D], value_scale[H, D]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
 struct CpuAttention {
     static constexpr char kName[] = "CpuAttention";
     static constexpr char kVersion[] = "1";
-    enum Port : int32_t { kQkv, kPastKey, kPastValue, kLast, kCos, kSin, kPositions, kMask, kNew, kY, kPresentKey, kPresentValue };
-    static constexpr int32_t kInputs = 9;
+    enum Port : int32_t { kQkv, kPastKey, kPastValue, kLast, kCos, kSin, kPositions, kMask, kNew, kKeyScale, kValueScale, kY, kPresentKey, kPresentValue };
+    static constexpr int32_t kInputs = 11;
     static constexpr int32_t kRequiredInputs = 9;
     enum Attr : int32_t { kHeads, kKvHeads };
     static constexpr Field kFields[2] = {
@@ -102,8 +102,10 @@ struct CpuAttention {
     };
     // legal types: one row, one type for each port
     template <typename DataType>
-    static constexpr DataType kTypes[1][12] = {
-        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+    static constexpr DataType kTypes[3][14] = {
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kHALF, DataType::kHALF, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF},
+        {DataType::kFLOAT, DataType::kINT8, DataType::kINT8, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8},
     };
 };
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from instantrt.plugins.cpu.attention import OP
+from instantrt.plugins.cpu.attention import OP, attended, read, rotated
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, ShapeError
 from tests.plugins.kernels_of_cpus import KERNELS
@@ -29,19 +29,34 @@ HEADS = {
 # rows, new tokens, tokens in the cache: parts of one token's keys, tiles that end early, prompts that are packed
 SIZES = ((1, 1, 0), (2, 1, 5), (1, 1, 700), (2, 7, 9), (2, 8, 0), (1, 33, 17), (1, 70, 0))
 POSITIONS = 800
-ONNX = {DType.F32: TensorProto.FLOAT, DType.I32: TensorProto.INT32, DType.I64: TensorProto.INT64}
+CACHES = {row[1]: row for row in OP.types}  # what it holds -> the types of all ports
+ONNX = {
+    DType.F32: TensorProto.FLOAT,
+    DType.F16: TensorProto.FLOAT16,
+    DType.I8: TensorProto.INT8,
+    DType.I32: TensorProto.INT32,
+    DType.I64: TensorProto.INT64,
+}
 AXES = {"qkv": 3, "past_key": 4, "past_value": 4, "cos": 2, "sin": 2, "positions": 2, "mask": 4}
+AXES |= {"key_scale": 2, "value_scale": 2}
+SCALES = ("key_scale", "value_scale")
 
 
-def session(library: Path, heads: int, kv_heads: int) -> ort.InferenceSession:
+def session(library: Path, heads: int, kv_heads: int, cache: DType = DType.F32) -> ort.InferenceSession:
     names, results = [p.name for p in OP.inputs], [p.name for p in OP.outputs]
+    names = names if cache is DType.I8 else names[: -len(SCALES)]
     node = helper.make_node(OP.name, names, results, domain=DOMAIN, heads=heads, kv_heads=kv_heads)
-    types = [ONNX[kind] for kind in OP.types[0]]
+    return of_node(library, node, cache)
+
+
+def of_node(library: Path, node: NodeProto, cache: DType) -> ort.InferenceSession:
+    types = [ONNX[kind] for kind in CACHES[cache]]
     inputs = [
         helper.make_tensor_value_info(name, kind, [None] * AXES.get(name, 1))
-        for name, kind in zip(names, types, strict=False)
+        for name, kind in zip(node.input, types, strict=False)
     ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results]
+    kinds = types[len(OP.inputs) :]
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(node.output, kinds, strict=True)]
     graph = helper.make_graph([node], "one", inputs, outputs)
     domains = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, OP.version)]
     options = ort.SessionOptions()
@@ -53,7 +68,7 @@ def session(library: Path, heads: int, kv_heads: int) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int) -> dict[str, Array]:
+def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int, cache: DType = DType.F32) -> dict[str, Array]:
     """Every row ends at the last key, and sees all before it."""
     count, kv_heads, size, rotated = heads
     rng = np.random.default_rng([*heads, rows, tokens, past])
@@ -63,7 +78,7 @@ def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int) -> dict[str
 
     angles = rng.uniform(0, 2 * np.pi, (POSITIONS, rotated // 2))
     hidden = np.arange(past + tokens) > past + np.arange(tokens)[:, None]
-    return {
+    given = {
         "qkv": normal(rows, tokens, (count + 2 * kv_heads) * size),
         "past_key": normal(rows, kv_heads, past, size),
         "past_value": normal(rows, kv_heads, past, size),
@@ -74,6 +89,13 @@ def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int) -> dict[str
         "mask": np.broadcast_to(np.where(hidden, -np.inf, 0).astype(np.float32), (rows, 1, *hidden.shape)).copy(),
         "new": np.full(rows, tokens, np.int32),
     }
+    for name in ("past_key", "past_value"):
+        if cache is DType.I8:
+            given[name] = rng.integers(-128, 128, given[name].shape)
+        given[name] = given[name].astype(cache.value[0])
+    if cache is DType.I8:  # which some of the new saturate
+        given |= {name: rng.uniform(0.005, 0.015, (kv_heads, size)).astype(np.float32) for name in SCALES}
+    return given
 
 
 def padded(given: Mapping[str, Array], *, left: bool) -> dict[str, Array]:
@@ -89,21 +111,40 @@ def padded(given: Mapping[str, Array], *, left: bool) -> dict[str, Array]:
 
 
 def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int, ...]) -> None:
+    """The cache within a step, and y what follows from the cache that was found."""
     wanted = OP.reference(*given.values(), heads=heads[0], kv_heads=heads[1])
-    for found, expected in zip(got, wanted, strict=True):
-        assert_within(found, expected.astype(np.float64), np.abs(expected) + 1, OP.tolerance[DType.F32])
+    for found, expected in zip(got[1:], wanted[1:], strict=True):
+        assert found.dtype == expected.dtype
+        step = {4: 1e-5, 2: 2.0**-10, 1: 1}[found.itemsize]
+        off = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        assert (off <= step * np.maximum(np.abs(expected.astype(np.float64)), 1)).all()
+        assert (off > 0).mean() < 0.02 or found.itemsize == 4
+    scales = [given.get(name) for name in SCALES]
+    keys, values = (read(part, scale) for part, scale in zip(got[1:], scales, strict=True))
+    expected = attended(queries(given, heads), keys, values, given["last"], given["mask"], given["new"])
+    assert_within(got[0], expected.astype(np.float64), np.abs(expected) + 1, OP.tolerance[DType.F32])
+
+
+def queries(given: Mapping[str, Array], heads: tuple[int, ...]) -> Array:
+    """Those of `given`, rotated, in float64 [B, S, H, D]."""
+    count, _, size, _ = heads
+    batch, tokens, _ = given["qkv"].shape
+    q = given["qkv"].astype(np.float64).reshape(batch, tokens, -1, size)[:, :, :count]
+    cos, sin = (given[name][given["positions"]].astype(np.float64) for name in ("cos", "sin"))
+    return np.stack([rotated(*each) for each in zip(q, cos, sin, strict=True)])
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("named", HEADS)
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.value[0])
 def test_kernels_compute_what_is_defined(
-    named: str, kernels: str, cpu_library: Path, choose: Callable[[str], None]
+    cache: DType, named: str, kernels: str, cpu_library: Path, choose: Callable[[str], None]
 ) -> None:
     choose(kernels)
     heads = HEADS[named]
-    run = session(cpu_library, *heads[:2]).run
+    run = session(cpu_library, *heads[:2], cache).run
     for sizes in SIZES:
-        given = feeds(heads, *sizes)
+        given = feeds(heads, *sizes, cache)
         for each in (given, padded(given, left=True), padded(given, left=False)):
             assert_right(run(None, each), each, heads)
 
@@ -126,17 +167,18 @@ def test_padding_alone_is_zero(past: int, cpu_library: Path) -> None:
     assert not found[0][0].any()
 
 
-def test_a_cache_may_be_one_buffer(cpu_library: Path) -> None:
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.value[0])
+def test_a_cache_may_be_one_buffer(cache: DType, cpu_library: Path) -> None:
     """Past and present are the same memory, longer than what is in it: the new tokens alone are written."""
     heads, room = HEADS["9 of 3"], 64
-    given = feeds(heads, 2, 3, 20)
-    wanted = OP.reference(*given.values(), heads=heads[0], kv_heads=heads[1])
-    opened = session(cpu_library, *heads[:2])
+    given = feeds(heads, 2, 3, 20, cache)
+    opened = session(cpu_library, *heads[:2], cache)
+    apart = opened.run(None, given)
     binding = opened.io_binding()
     buffers = {}
     for name, value in given.items():
         if name.startswith("past"):
-            buffers[name] = np.full((*value.shape[:2], room, value.shape[3]), 7, np.float32)
+            buffers[name] = np.full((*value.shape[:2], room, value.shape[3]), 7, value.dtype)
             buffers[name][:, :, :20] = value
             shared = ort.OrtValue.ortvalue_from_numpy(buffers[name])
             binding.bind_ortvalue_input(name, shared)
@@ -146,10 +188,9 @@ def test_a_cache_may_be_one_buffer(cpu_library: Path) -> None:
     binding.bind_output("y")
     opened.run_with_iobinding(binding)
     y = binding.get_outputs()[-1].numpy()
-    assert_within(y, wanted[0].astype(np.float64), np.abs(wanted[0]) + 1, OP.tolerance[DType.F32])
-    for buffer, expected in zip(buffers.values(), wanted[1:], strict=True):
-        assert np.abs(buffer[:, :, :23] - expected).max() < 1e-5
-        assert (buffer[:, :, 23:] == 7).all()
+    assert_right([y, *(buffer[:, :, :23] for buffer in buffers.values())], given, heads)
+    np.testing.assert_array_equal(y, apart[0])
+    assert all((buffer[:, :, 23:] == 7).all() for buffer in buffers.values())
 
 
 def test_a_row_that_sees_nothing_is_zero(cpu_library: Path) -> None:
@@ -162,11 +203,38 @@ def test_a_row_that_sees_nothing_is_zero(cpu_library: Path) -> None:
     assert y[0].any()
 
 
-def test_nan_stays_in_its_row(cpu_library: Path) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_cache_of_float16_has_what_is_finite_and_nan(
+    kernels: str, cpu_library: Path, choose: Callable[[str], None]
+) -> None:
+    choose(kernels)
+    heads = HEADS["each its own"]
+    given = feeds(heads, 1, 1, 0, DType.F16)
+    values = np.float32(
+        [1e6, -7e4, 65504, 65519, np.nan, 6e-8, 3e-8, 2e-8, -0.0, 2**-14, 0.1, 1, 1.00048828125, 5, 6, 7]
+    )
+    given["qkv"][..., -16:] = values
+    found = session(cpu_library, *heads[:2], DType.F16).run(None, given)[2][0, -1, 0]
+    np.testing.assert_array_equal(found, np.clip(values, -65504, 65504).astype(np.float16))
+
+
+@pytest.mark.parametrize("cache", [DType.F32, DType.F16], ids=lambda cache: cache.value[0])
+def test_scales_belong_to_int8(cache: DType, cpu_library: Path) -> None:
+    heads = HEADS["each its own"]
+    given = feeds(heads, 1, 1, 4, cache)
+    names = [p.name for p in OP.inputs]
+    node = helper.make_node(OP.name, names, ["y", "k", "v"], domain=DOMAIN, heads=4, kv_heads=4)
+    scale = np.ones((4, 16), np.float32)
+    with pytest.raises(InvalidArgument, match="scales and a cache of int8 go together"):
+        of_node(cpu_library, node, cache).run(None, given | {"key_scale": scale, "value_scale": scale})
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.value[0])
+def test_nan_stays_in_its_row(cache: DType, cpu_library: Path) -> None:
     heads = HEADS["9 of 3"]
-    given = feeds(heads, 2, 2, 300)
+    given = feeds(heads, 2, 2, 300, cache)
     given["qkv"][1, 1, :64] = np.nan  # one query
-    y = session(cpu_library, *heads[:2]).run(None, given)[0]
+    y = session(cpu_library, *heads[:2], cache).run(None, given)[0]
     assert np.isnan(y[1, 1, :64]).all()
     y[1, 1, :64] = 0
     assert np.isfinite(y).all()
