@@ -166,13 +166,15 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
     if ours:
         passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual(), ShareTable()]
-        passes += [LowerCpuAttention()]
+        passes += [LowerCpuAttention(request.kv_cache_type)]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.
     passes += [KeepTablesInHalf(), KeepFloatLinearsInHalf(), KeepScalesInHalf()]
     run(graph, passes, log)
     refuse_leftovers(graph, log, "ONNX Runtime")
+    if request.kv_cache_type == "float16":
+        refuse_wide_cache(graph, log)
     if any(may_saturate(node) for node in every_node(graph)):
         graph.doc_string = NEEDED
     verify(graph, Stage.ONNXRUNTIME)
@@ -250,6 +252,20 @@ def refuse_foreign(graph: gs.Graph) -> None:
                 expected="operators of the ONNX standard",
                 fix="export the model without the fusions of ONNX Runtime",
             )
+
+
+def refuse_wide_cache(graph: gs.Graph, log: PassLog) -> None:
+    """A cache that was to be float16 and could not, with the reasons."""
+    left = [t for t in graph.inputs if t.name.startswith(PAST) and t.dtype == FLOAT32]
+    if left:
+        said = (e.reason for e in log.entries if isinstance(e.by, LowerCpuAttention) and e.target == log.target)
+        raise UserError(
+            "this cache cannot be float16",
+            where=left[0].name,
+            expected="attention that CpuAttention computes",
+            found="; ".join(dict.fromkeys(filter(None, said))) or "attention that stays standard operators",
+            fix="leave --kv-cache-type out",
+        )
 
 
 def refuse_no_table(log: PassLog, by: type[Pass]) -> None:

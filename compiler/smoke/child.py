@@ -59,7 +59,7 @@ def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[
     how = {"spinning": False, "libraries": order["libraries"]}
     engine = ENGINES[kind](Path(order["model"]), ROWS, length, **how) if kind else None
     session = engine.session if engine is not None else opened(order)
-    types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()} if order["form"] == "original" else {}
+    types = {i.name: FLOATS.get(i.type) for i in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
     caches: dict[str, dict[str, Array]] = {"": {}}
     refusal: Exception | None = None
@@ -84,7 +84,7 @@ def run(order: Mapping[str, Any], feeds: Mapping[str, Array]) -> Iterator[tuple[
 
 
 def given(feeds: Mapping[str, Array], step: str, types: Mapping[str, Any]) -> dict[str, Array]:
-    """The step's inputs, floats in `types`: what was compiled takes float32 for every narrow one of a file."""
+    """The step's inputs, floats in `types`: an .onnx file may have narrow ones, an artifact a narrow cache."""
     inputs = {key.split("|", 1)[1]: value for key, value in feeds.items() if key.split("|", 1)[0] == step}
     return {n: v.astype(types.get(n) or v.dtype, copy=False) if v.dtype.kind == "f" else v for n, v in inputs.items()}
 

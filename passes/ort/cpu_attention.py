@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.gemm.packed import add_ours
 from instantrt.passes.ort.rotary import GROUP_QUERY_ATTENTION
 from instantrt.plugins.cpu.attention import OP, WIDTH
+from instantrt.plugins.cpu.op import FORM, GEMM, INT16_BLOCKS
 
-PLAIN = {"num_heads", "kv_num_heads", "scale", "do_rotary"}  # attributes of the operator that this one knows
-QKV, PAST, LAST, COS, MASK, NEW = 0, slice(3, 5), 5, slice(7, 10), 10, 16  # inputs
+# attributes of the operator that this one knows
+PLAIN = {"num_heads", "kv_num_heads", "scale", "do_rotary"}
+INTEGERS = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+QKV, PAST, LAST, COS, MASK, SCALES, NEW = 0, slice(3, 5), 5, slice(7, 10), 10, slice(12, 14), 16  # inputs
+PRESENT = slice(1, 3)  # outputs
+FLOAT16, INT8 = np.dtype(np.float16), np.dtype(np.int8)
+FLOATS = ("float32", "float16")
 
 
+@dataclass(frozen=True)
 class LowerCpuAttention(Rewrite[gs.Node]):
     """GroupQueryAttention(x, past_k, past_v, ..., cos, sin, positions, mask, ...) -> instantrt::CpuAttention of them.
 
     It reads keys and values once for all heads that share them, and one token's on all threads.
+
+    cache   what it is to hold, where the graph has it in float32; unless that is a type of floats it becomes float16,
+            half the bytes of a step, in a model whose products round far more than that: of activations in int8
     """
+
+    cache: str | None = None
+
+    def for_graph(self, graph: gs.Graph) -> LowerCpuAttention:
+        coarse = any(node.op == GEMM.name and node.attrs[FORM] != INT16_BLOCKS for node in graph.nodes)
+        return self if self.cache in FLOATS else replace(self, cache=FLOATS[coarse])
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if node.op != GROUP_QUERY_ATTENTION:
@@ -29,6 +48,11 @@ class LowerCpuAttention(Rewrite[gs.Node]):
     def rewrite(self, graph: gs.Graph, match: gs.Node) -> None:
         node, inputs, outputs = match, match.inputs, list(match.outputs)
         given = [inputs[QKV], *inputs[PAST], inputs[LAST], *inputs[COS], inputs[MASK], inputs[NEW]]
+        if inputs[PAST][0].dtype == INT8:
+            given += [small(f"{t.name}/rows", t.values[0, :, 0], FLOAT32) for t in inputs[SCALES]]
+        elif self.cache == "float16":
+            for tensor in (*inputs[PAST], *outputs[PRESENT]):
+                tensor.dtype = FLOAT16
         attrs = {"heads": node.attrs["num_heads"], "kv_heads": node.attrs["kv_num_heads"]}
         node.outputs.clear()
         add_ours(graph, OP.name, given, outputs, node.name, OP.attributes(attrs))
@@ -36,17 +60,21 @@ class LowerCpuAttention(Rewrite[gs.Node]):
 
 def unfit(node: gs.Node) -> str:
     """What of it the kernel does not have, or ""."""
-    size = node.inputs[3].shape[3]
+    past = node.inputs[PAST]
+    size, dtype = past[0].shape[3], np.dtype(past[0].dtype)
+    known = INTEGERS if dtype == INT8 else {}
     if node.inputs[1].name:
         return "queries, keys and values are not parts of one product"
-    if others := sorted(set(node.attrs) - PLAIN):
-        return f"it has {', '.join(others)}"
+    if others := [n for n, v in node.attrs.items() if n not in PLAIN and (n not in known or known[n] != v)]:
+        return f"it has {', '.join(sorted(others))}"
     if not node.attrs.get("do_rotary"):
         return "it does not rotate queries and keys itself"
     if size % WIDTH:
         return f"a head has {size} channels, expected a multiple of {WIDTH}"
     if not np.isclose(node.attrs["scale"], size**-0.5, rtol=1e-6):
         return f"its scale is {node.attrs['scale']:.6g}, not that of {size} channels"
-    if node.inputs[3].dtype != np.float32:
-        return f"its cache is {np.dtype(node.inputs[3].dtype)}"
+    if dtype not in (FLOAT32, INT8):
+        return f"its cache is {dtype}"
+    if any(user is not node and user.op != "Shape" for tensor in past for user in tensor.outputs):
+        return "something else reads the cache"
     return ""

@@ -26,10 +26,7 @@ struct Attention {
     // Sixteen numbers of a cache. Those of int8 are steps: what they are multiplied with has their scales.
     static V read(float const* p) { return load(p); }
     static V read(Half const* p) { return std::bit_cast<V>(Isa::from_f16(p)); }
-    static V read(int8_t const* p) {
-        typedef int8_t B __attribute__((vector_size(16), aligned(1), may_alias));
-        return __builtin_convertvector(*reinterpret_cast<B const*>(p), V);
-    }
+    static V read(int8_t const* p) { return std::bit_cast<V>(Isa::from_i8(p)); }
 
     static void write(V v, float const*, float* p) { store(p, v); }
     static void write(V v, float const*, Half* p) {  // finite stays finite
@@ -37,10 +34,8 @@ struct Attention {
         Isa::to_f16(p, std::bit_cast<F>(v > most ? most : v < -most ? -most : v));
     }
     static void write(V v, float const* scales, int8_t* p) {
-        typedef int8_t B __attribute__((vector_size(16), aligned(1), may_alias));
-        V const steps = v / load(scales), bounded = largest(steps > 127.0f ? spread(127) : steps, spread(-128));
-        V const rounded = bounded + 12582912.0f - 12582912.0f;
-        *reinterpret_cast<B*>(p) = __builtin_convertvector(__builtin_convertvector(rounded, W), B);
+        V const steps = v / load(scales);
+        Isa::to_i8(p, std::bit_cast<F>(largest(steps > 127.0f ? spread(127) : steps, spread(-128))));
     }
 
     template <typename Work>

@@ -58,6 +58,16 @@ struct Avx2 {
     static F from_f16(uint16_t const* p) {
         return {_mm256_cvtph_ps(load_quarter(p)), _mm256_cvtph_ps(load_quarter(p + 8))};
     }
+    static F from_i8(int8_t const* p) {
+        __m128i const all = load_quarter(p);
+        return to_float({_mm256_cvtepi8_epi32(all), _mm256_cvtepi8_epi32(_mm_srli_si128(all, 8))});
+    }
+    static void to_i8(int8_t* p, F v) {
+        __m256i const pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+        __m256i const all = _mm256_permute4x64_epi64(pairs, 0b11011000);
+        __m128i const bytes = _mm_packs_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
     static void to_f16(uint16_t* p, F v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));

@@ -96,6 +96,14 @@ struct Plain {
     static F from_f16(uint16_t const* p) {
         return each([=](int i) { return from_half(p[i]); });
     }
+    static F from_i8(int8_t const* p) {
+        return each([=](int i) { return static_cast<float>(p[i]); });
+    }
+    static void to_i8(int8_t* p, F v) {
+        for (int i = 0; i < kLanes; ++i) {
+            p[i] = static_cast<int8_t>(std::nearbyint(v.v[i]));
+        }
+    }
     static void to_f16(uint16_t* p, F v) {
         for (int i = 0; i < kLanes; ++i) {
             p[i] = to_half(v.v[i]);
