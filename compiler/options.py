@@ -171,7 +171,8 @@ class LanguageModel:
         "concat", "present is a longer copy of past, or both are one buffer of the longest length", GPU
     )
     kv_cache_type: CacheType | None = option(
-        None, "what the cache holds; else float32 on a CPU, in engines the type they compute in"
+        None,
+        "what the cache holds; else float32 on a CPU (float16 on kernels of ours), in engines what they compute in",
     )
 
 

@@ -166,7 +166,7 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
     if ours:
         passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual(), ShareTable()]
-        passes += [LowerCpuAttention(request.kv_cache_type)]
+        passes += [LowerCpuAttention(request.kv_cache_type, request.cpu_preset)]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.gemm.packed import add_ours
+from instantrt.passes.ort import Preset
 from instantrt.passes.ort.rotary import GROUP_QUERY_ATTENTION
 from instantrt.plugins.cpu.attention import OP, WIDTH
 from instantrt.plugins.cpu.op import FORM, GEMM, INT16_BLOCKS
@@ -29,15 +30,19 @@ class LowerCpuAttention(Rewrite[gs.Node]):
 
     It reads keys and values once for all heads that share them, and one token's on all threads.
 
-    cache   what it is to hold, where the graph has it in float32; unless that is a type of floats it becomes float16,
-            half the bytes of a step, in a model whose products round far more than that: of activations in int8
+    cache    what it is to hold, where the graph has it in float32; unless that is a type of floats it becomes float16,
+             half the bytes of a step, in a model whose products round far more than that: of activations in int8
+    preset   `exact` rounds nothing more
     """
 
     cache: str | None = None
+    preset: Preset = "auto"
 
     def for_graph(self, graph: gs.Graph) -> LowerCpuAttention:
+        if self.cache in FLOATS:
+            return self
         coarse = any(node.op == GEMM.name and node.attrs[FORM] != INT16_BLOCKS for node in graph.nodes)
-        return self if self.cache in FLOATS else replace(self, cache=FLOATS[coarse])
+        return replace(self, cache="float16" if coarse and self.preset != "exact" else "float32")
 
     def match(self, node: gs.Node) -> gs.Node | Reject | None:
         if node.op != GROUP_QUERY_ATTENTION:
