@@ -38,6 +38,7 @@ from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.cpu_attention import LowerCpuAttention
 from instantrt.passes.ort.cpu_gemm import FuseResidual, LowerCpuGemm
 from instantrt.passes.ort.cpu_rows import ShareTable
+from instantrt.passes.ort.cpu_whole_attention import LowerCpuWholeAttention
 from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
 from instantrt.passes.ort.limbs import may_saturate
 from instantrt.passes.ort.linear import linear_passes
@@ -163,10 +164,13 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     if steps := is_causal_lm(graph):
         passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=not ours), PackQueryKeyValue()]
     else:
-        passes += [*([LowerToAttention()] if graph.opset >= WHOLE else []), SumIntoNorm()]
+        passes += [
+            *([LowerToAttention()] if graph.opset >= WHOLE else []),
+            JoinLinears(gated=False) if ours else SumIntoNorm(),
+        ]
     if ours:
         passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual(), ShareTable()]
-        passes += [LowerCpuAttention(request.kv_cache_type, request.cpu_preset)]
+        passes += [LowerCpuAttention(request.kv_cache_type, request.cpu_preset), LowerCpuWholeAttention()]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.

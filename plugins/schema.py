@@ -29,6 +29,7 @@ class DType(Enum):
     U8 = ("uint8", "kUINT8")
     I32 = ("int32", "kINT32")
     I64 = ("int64", "kINT64")
+    BOOL = ("bool", "kBOOL")
 
     @property
     def tensorrt_name(self) -> str:

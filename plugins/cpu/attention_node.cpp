@@ -21,8 +21,8 @@ public:
         read<Schema>(info, attributes);
         call_.heads = attributes[Schema::kHeads];
         call_.kv_heads = attributes[Schema::kKvHeads];
-        require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0,
-                std::to_string(call_.heads) + " heads cannot share " + std::to_string(call_.kv_heads));
+        require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0, call_.heads,
+                " heads cannot share ", call_.kv_heads);
     }
 
     void compute(Context* context) const {
@@ -42,11 +42,9 @@ public:
         call.size = past.sizes[3];
         call.rotated = 2 * cos.sizes[1];
         call.columns = mask.sizes[3];
-        require(call.size > 0 && call.size % kLanes == 0 && call.size <= kHeadSize,
-                "a head has " + std::to_string(call.size) + " channels, expected a multiple of 16, at most " +
-                    std::to_string(kHeadSize));
-        require(call.rotated <= call.size, std::to_string(call.rotated) + " of a head's " + std::to_string(call.size) +
-                                               " channels are to be rotated");
+        require(call.size > 0 && call.size % kLanes == 0 && call.size <= kHeadSize, "a head has ", call.size,
+                " channels, expected a multiple of 16, at most ", kHeadSize);
+        require(call.rotated <= call.size, call.rotated, " of a head's ", call.size, " channels are to be rotated");
         same("qkv", x.sizes, {call.batch, call.tokens, (call.heads + 2 * call.kv_heads) * call.size});
         same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
         same("past_value", past_value.sizes, past.sizes);
@@ -70,14 +68,12 @@ public:
         for (int64_t row = 0; row < call.batch; ++row) {
             require(0 <= call.fresh[row] && call.fresh[row] <= call.tokens && 0 <= call.past(row) &&
                         call.length(row) <= call.columns && call.past(row) <= past.sizes[2],
-                    "row " + std::to_string(row) + " has " + std::to_string(call.fresh[row]) + " new tokens of " +
-                        std::to_string(call.tokens) + ", the last at " + std::to_string(call.last[row]) +
-                        " under a mask of " + std::to_string(call.columns) + ", behind " +
-                        std::to_string(past.sizes[2]) + " in the cache");
+                    "row ", row, " has ", call.fresh[row], " new tokens of ", call.tokens, ", the last at ",
+                    call.last[row], " under a mask of ", call.columns, ", behind ", past.sizes[2], " in the cache");
         }
         for (int64_t i = 0; i < call.batch * call.tokens; ++i) {
-            require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0],
-                    "position " + std::to_string(call.positions[i]) + " of " + std::to_string(cos.sizes[0]));
+            require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0], "position ", call.positions[i], " of ",
+                    cos.sizes[0]);
         }
         std::vector<int64_t> const sizes{call.batch, call.tokens, call.heads * call.size};
         call.y = static_cast<float*>(output(context, sizes, Schema::kY - Schema::kInputs));

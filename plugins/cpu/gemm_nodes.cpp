@@ -63,8 +63,7 @@ public:
 
     void compute(Context* context) const {
         Tensor const x = tensor(api_, input(context, Schema::kX));
-        require(!x.sizes.empty() && x.sizes.back() == weight_.k,
-                "x is " + text(x.sizes) + ", expected [..., " + std::to_string(weight_.k) + "]");
+        require(!x.sizes.empty() && x.sizes.back() == weight_.k, "x is ", x.sizes, ", expected [..., ", weight_.k, "]");
         require(weight_.bias != nullptr || input(context, Schema::kBias) == nullptr, "bias is no constant");
         std::vector<int64_t> sizes(x.sizes.begin(), x.sizes.end() - 1);
         int64_t const rows = product(sizes);
@@ -134,8 +133,7 @@ public:
         int64_t const* at = static_cast<int64_t const*>(ids.data);
         int64_t const count = product(ids.sizes);
         for (int64_t i = 0; i < count; ++i) {
-            require(-weight_.n <= at[i] && at[i] < weight_.n,
-                    "id " + std::to_string(at[i]) + " of a table of " + std::to_string(weight_.n) + " rows");
+            require(-weight_.n <= at[i] && at[i] < weight_.n, "id ", at[i], " of a table of ", weight_.n, " rows");
         }
         std::vector<int64_t> sizes = ids.sizes;
         sizes.push_back(weight_.k);

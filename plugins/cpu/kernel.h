@@ -96,6 +96,23 @@ struct AttentionCall {
     int64_t past(int64_t row) const { return length(row) - fresh[row]; }
 };
 
+// Attention without a cache: columns of queries, keys and values, each in rows of some width.
+struct WholeCall {
+    static constexpr int64_t kMostQueries = 8;  // of a block, of any kernels
+
+    int64_t batch, queries, keys, heads, kv_heads, size;
+    int64_t query_width, key_width, value_width;
+    float scale;
+    float const *query, *key, *value;         // [batch, queries or keys, width], from the first column of the heads on
+    void const* mask;                         // [batch, heads, queries, keys], added to the scores; null: nothing
+    bool seen;                                // or truth values: whether a key is seen
+    int64_t mask_row, mask_head, mask_query;  // from one to the next; 0: the same for all
+    float* y;                                 // [batch, queries, heads size]
+
+    int64_t padded_keys() const { return (keys + kLanes - 1) / kLanes * kLanes; }
+    int64_t memory() const { return padded_keys() * (2 * size + 2 * kMostQueries); }
+};
+
 struct Kernels {
     char const* name;
     bool (*runs)();  // on this CPU
@@ -105,6 +122,7 @@ struct Kernels {
     void (*pack)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t tile, float* into);
     void (*attend)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t first, int64_t count, int64_t begin,
                    int64_t end, float* weights, float* top, float* total, float* sums);
+    void (*attend_whole)(WholeCall const&, int64_t row, int64_t head, int64_t first, int64_t count, float* memory);
 };
 
 extern Kernels const kAvx512, kAvxVnni, kAvx2, kPlain;

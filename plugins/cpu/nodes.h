@@ -58,6 +58,8 @@ inline Tensor tensor(Api const& api, Value const* value) {
     return found;
 }
 
+inline std::string text(char const* words) { return words; }
+inline std::string text(int64_t number) { return std::to_string(number); }
 inline std::string text(std::vector<int64_t> const& sizes) {
     std::string all;
     for (int64_t size : sizes) {
@@ -83,14 +85,16 @@ protected:
         check(api_.input_count(info, &inputs_));
     }
 
-    void require(bool holds, std::string const& what) const {
+    // `parts` are joined only where it does not hold.
+    template <typename... Parts>
+    void require(bool holds, Parts const&... parts) const {
         if (!holds) {
-            throw Refused{api_.error((name_ + (": " + what)).c_str())};
+            throw Refused{api_.error((name_ + std::string(": ") + ... + text(parts)).c_str())};
         }
     }
 
     void same(char const* name, std::vector<int64_t> const& found, std::vector<int64_t> const& expected) const {
-        require(found == expected, std::string(name) + " is " + text(found) + ", expected " + text(expected));
+        require(found == expected, name, " is ", found, ", expected ", expected);
     }
 
     int64_t attribute(KernelInfo const* info, schema::Field const& field) const {
@@ -99,7 +103,7 @@ protected:
         auto const* end = field.allowed + field.choices;
         bool const known = field.choices == 0 ? value == static_cast<int32_t>(value)  // so that no product overflows
                                               : std::find(field.allowed, end, value) != end;
-        require(known, std::string(field.name) + " is " + std::to_string(value) + ", which this library does not have");
+        require(known, field.name, " is ", value, ", which this library does not have");
         return value;
     }
 
@@ -113,12 +117,12 @@ protected:
     }
 
     Tensor constant(KernelInfo const* info, size_t port, Element element) const {
-        require(is_constant(info, port), "input " + std::to_string(port) + " is no constant");
+        require(is_constant(info, port), "input ", port, " is no constant");
         Value const* value = nullptr;
         int constant = 0;
         check(api_.constant(info, port, &constant, &value));
         Tensor found = tensor(api_, value);
-        require(found.element == element, "input " + std::to_string(port) + " has another type");
+        require(found.element == element, "input ", port, " has another type");
         return found;
     }
 
@@ -199,5 +203,6 @@ Operator description() {
 std::vector<Operator const*> gemm();
 std::vector<Operator const*> rows();
 std::vector<Operator const*> attention();
+std::vector<Operator const*> whole_attention();
 
 }  // namespace cpu

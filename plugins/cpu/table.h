@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "whole_attention.h"
 
 namespace cpu {
 
@@ -14,7 +15,8 @@ constexpr Kernels kernels_of(char const* name, bool (*runs)()) {
             Gemm<Isa>::multiply,
             Attention<Isa>::prepare,
             Attention<Isa>::pack,
-            Attention<Isa>::attend};
+            Attention<Isa>::attend,
+            WholeAttention<Isa>::attend};
 }
 
 }  // namespace cpu

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace cpu {
 namespace {  // each file has its own, with its own instructions
 
@@ -16,14 +20,35 @@ inline V largest(V a, V b) { return a > b ? a : b; }
 
 // e^x to 2e-7 of itself for x <= 0: 2^n e^r with |r| <= ln 2 / 2, whose series is cut after r^6.
 inline V exponential(V x) {
-    V const bounded = largest(x, spread(-87.0f));
+    V const bounded = largest(spread(-150.0f), x);          // NaN stays
     V const shifted = bounded * 1.44269504f + 12582912.0f;  // whose last bit is 1
     V const n = shifted - 12582912.0f;
     V const r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact
     V const series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
-    W const power = (__builtin_convertvector(n, W) + 127) << 23;
-    V const value = x < -87.0f ? V{} : series * reinterpret_cast<V const&>(power);
+#ifdef __AVX512F__
+    return reinterpret_cast<V>(_mm512_scalef_ps(reinterpret_cast<__m512>(series), reinterpret_cast<__m512>(n)));
+#else
+    W const power = (__builtin_convertvector(largest(n, spread(-126)), W) + 127) << 23;
+    V const value = n < -126.0f ? V{} : series * reinterpret_cast<V const&>(power);
     return x == x ? value : x;
+#endif
+}
+
+// Rows become columns. An element's row and column are eight bits; each pass moves them on by one.
+inline void transpose(V (&v)[16]) {
+    for (int pass = 0; pass < 4; ++pass) {
+        V w[16];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            V const a = v[i], b = v[i + 8];
+            w[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            w[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            v[i] = w[i];
+        }
+    }
 }
 
 // Lane i is the sum of the lanes of v[i]; halves, quarters and so on are added side by side.
@@ -44,20 +69,22 @@ inline V sums_of(V (&v)[16]) {
            __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
+// All lanes by one operation of two, halves first. The largest of some with NaN is any of them.
+template <typename Join>
+inline float folded(V v, Join join) {
+    v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    return v[0];
+}
+
 inline float sum(V v) {
-    float all = 0;
-    for (int i = 0; i < 16; ++i) {
-        all += v[i];
-    }
-    return all;
+    return folded(v, [](V a, V b) { return a + b; });
 }
 
 inline float largest(V v) {
-    float all = v[0];
-    for (int i = 1; i < 16; ++i) {
-        all = all > v[i] || all != all ? all : v[i];
-    }
-    return all;
+    return folded(v, [](V a, V b) { return largest(a, b); });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct SessionOptions;
 constexpr uint32_t kVersion = 18;  // of the table: ONNX Runtime 1.18 and every later one has it
 
 // By the names that schema.h has.
-enum class Element : int32_t { kFLOAT = 1, kUINT8 = 2, kINT8 = 3, kINT32 = 6, kINT64 = 7, kHALF = 10 };
+enum class Element : int32_t { kFLOAT = 1, kUINT8 = 2, kINT8 = 3, kINT32 = 6, kINT64 = 7, kBOOL = 9, kHALF = 10 };
 enum class ErrorCode : int32_t { kInvalidArgument = 2 };
 
 class Api {

@@ -109,4 +109,28 @@ struct CpuAttention {
     };
 };
 
+// CpuWholeAttention(query[B, S, X], key[B, T, Y], value[B, T, Z], mask[M, H, Q, T]) -> y[B, S, heads*size]
+struct CpuWholeAttention {
+    static constexpr char kName[] = "CpuWholeAttention";
+    static constexpr char kVersion[] = "1";
+    enum Port : int32_t { kQuery, kKey, kValue, kMask, kY };
+    static constexpr int32_t kInputs = 4;
+    static constexpr int32_t kRequiredInputs = 3;
+    enum Attr : int32_t { kHeads, kKvHeads, kSize, kQueryAt, kKeyAt, kValueAt };
+    static constexpr Field kFields[6] = {
+        {"heads", 1, 0, {}},
+        {"kv_heads", 1, 0, {}},
+        {"size", 1, 0, {}},
+        {"query_at", 0, 0, {}},
+        {"key_at", 0, 0, {}},
+        {"value_at", 0, 0, {}},
+    };
+    // legal types: one row, one type for each port
+    template <typename DataType>
+    static constexpr DataType kTypes[2][5] = {
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kBOOL, DataType::kFLOAT},
+    };
+};
+
 }  // namespace schema

@@ -1,0 +1,62 @@
+"""CpuWholeAttention: attention without a cache, every query over every key that its mask leaves, on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from instantrt.plugins.cpu.attention import WIDTH
+from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
+
+
+def reference(query: Array, key: Array, value: Array, mask: Array | None = None, **attrs: Any) -> tuple[Array, ...]:
+    """In float64. A query that sees no key gets zeros."""
+    v = OP.attributes(attrs)
+    size, shared = v["size"], v["heads"] // v["kv_heads"]
+
+    def heads(x: Array, at: str, count: int) -> Array:
+        """[B, H, S, D]."""
+        columns = x[..., v[at] : v[at] + count * size].astype(np.float64)
+        return columns.reshape(*x.shape[:2], count, size).swapaxes(1, 2)
+
+    q = heads(query, "query_at", v["heads"])
+    k, values = (
+        np.repeat(heads(x, at, v["kv_heads"]), shared, axis=1) for x, at in ((key, "key_at"), (value, "value_at"))
+    )
+    scores = q @ k.swapaxes(2, 3) * size**-0.5
+    if mask is not None:
+        scores += np.where(mask, 0, -np.inf) if mask.dtype == np.bool_ else mask
+    most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
+    total = weights.sum(axis=-1, keepdims=True)
+    y = weights / np.where(total == 0, 1, total) @ values
+    return (y.swapaxes(1, 2).reshape(*query.shape[:2], -1).astype(np.float32),)
+
+
+OP = Op(
+    name="CpuWholeAttention",
+    version=1,
+    inputs=(
+        Port("query", ("B", "S", "X")),  # heads * size of its columns, from `query_at` on
+        Port("key", ("B", "T", "Y")),
+        Port("value", ("B", "T", "Z")),
+        # [B, heads, S, T], the first three of them or 1: added to the scores, or whether a key is seen
+        Port("mask", ("M", "H", "Q", "T"), optional=True),
+    ),
+    outputs=(Port("y", ("B", "S", "heads*size")),),
+    attrs=(
+        *(Attr(name, 1) for name in ("heads", "kv_heads", "size")),
+        *(Attr(name, 0) for name in ("query_at", "key_at", "value_at")),
+    ),
+    types=tuple((DType.F32, DType.F32, DType.F32, mask, DType.F32) for mask in (DType.F32, DType.BOOL)),
+    reference=reference,
+    tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},
+    check=lambda v: (
+        f"a head has {v['size']} channels, expected a multiple of {WIDTH}"
+        if v["size"] % WIDTH
+        else f"{v['heads']} heads cannot share {v['kv_heads']}"
+        if v["heads"] % v["kv_heads"]
+        else None
+    ),
+)
