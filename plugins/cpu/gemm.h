@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -146,13 +147,14 @@ struct Gemm {
         if (w.activation == Activation::kNone && !w.gated) {
             return Isa::store(c.y + at, c.residual == nullptr ? v : Isa::add(v, Isa::load(c.residual + at)));
         }
-        float all[kLanes];
-        Isa::store(all, v);
-        activate(w.activation, all, count);
-        for (int i = 0; i < count; ++i) {
-            float const gated = w.gated ? all[i] * all[count + i] : all[i];
-            c.y[at + i] = c.residual == nullptr ? gated : gated + c.residual[at + i];
+        V const x = std::bit_cast<V>(v), y = activated(w.activation, x);
+        if (!w.gated) {
+            return cpu::store(c.y + at, c.residual == nullptr ? y : y + cpu::load(c.residual + at));
         }
+        Half const gates = __builtin_shufflevector(y, y, 0, 1, 2, 3, 4, 5, 6, 7);
+        Half const gated = gates * __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+        Half const* const residual = reinterpret_cast<Half const*>(c.residual + at);
+        *reinterpret_cast<Half*>(c.y + at) = c.residual == nullptr ? gated : gated + *residual;
     }
 
     template <typename Sums>
@@ -237,8 +239,9 @@ struct Gemm {
                     step = step_of(x + b * kBlock, kBlock, top);
                     scales[b] = step.size;
                 }
-                int32_t const steps = round(x + b * kBlock, step.by, top, limbs + b * kBlock * count, count);
-                sum += step.size * static_cast<float>(steps);
+                int8_t* const at = limbs + b * kBlock * count;
+                sum += step.size * (count == 1 ? round(x + b * kBlock, step.by, at)
+                                               : static_cast<float>(round_in_two(x + b * kBlock, step.by, top, at)));
             }
             sums[g] = sum;
         }
@@ -267,24 +270,27 @@ struct Gemm {
         return {value / static_cast<float>(top), static_cast<float>(top) / value};
     }
 
-    // round(x * by) of a block, half to even, first its high limb; returns the sum.
-    static int32_t round(float const* x, float by, int32_t top, int8_t* limbs, int count) {
+    // round(x * by) of a block, half to even, |x * by| <= 127; returns the sum, which floats have exactly.
+    static float round(float const* x, float by, int8_t* limb) {
+        V all{};
+        for (int i = 0; i < kBlock; i += kLanes) {
+            Isa::to_i8(limb + i, std::bit_cast<F>(cpu::load(x + i) * by));
+            all += std::bit_cast<V>(Isa::from_i8(limb + i));
+        }
+        return sum(all);
+    }
+
+    // The same in steps up to `top`: first the high limbs, then the low ones.
+    static int32_t round_in_two(float const* x, float by, int32_t top, int8_t* limbs) {
         int32_t sum = 0, q[kBlock];
         for (int i = 0; i < kBlock; ++i) {
             float const limit = static_cast<float>(top);
-            float const v = std::nearbyint(x[i] * by);
-            q[i] = static_cast<int32_t>(std::min(std::max(v, -limit), limit));
+            q[i] = static_cast<int32_t>(std::min(std::max(-limit, std::nearbyint(x[i] * by)), limit));  // NaN: -top
             sum += q[i];
         }
-        if (count == 1) {
-            for (int i = 0; i < kBlock; ++i) {
-                limbs[i] = static_cast<int8_t>(q[i]);
-            }
-        } else {
-            for (int i = 0; i < kBlock; ++i) {
-                limbs[i] = static_cast<int8_t>((q[i] + 128) >> 8);
-                limbs[kBlock + i] = static_cast<int8_t>(q[i]);
-            }
+        for (int i = 0; i < kBlock; ++i) {
+            limbs[i] = static_cast<int8_t>((q[i] + 128) >> 8);
+            limbs[kBlock + i] = static_cast<int8_t>(q[i]);
         }
         return sum;
     }

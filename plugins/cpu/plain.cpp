@@ -101,7 +101,7 @@ struct Plain {
     }
     static void to_i8(int8_t* p, F v) {
         for (int i = 0; i < kLanes; ++i) {
-            p[i] = static_cast<int8_t>(std::nearbyint(v.v[i]));
+            p[i] = static_cast<int8_t>(std::min(std::max(-128.0f, std::nearbyint(v.v[i])), 127.0f));  // NaN: -128
         }
     }
     static void to_f16(uint16_t* p, F v) {

@@ -11,6 +11,7 @@ namespace cpu {
 namespace {  // each file has its own, with its own instructions
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t W __attribute__((vector_size(64)));
 
 inline V load(float const* p) { return *reinterpret_cast<V const*>(p); }
@@ -18,10 +19,10 @@ inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
 inline V spread(float f) { return V{} + f; }
 inline V largest(V a, V b) { return a > b ? a : b; }
 
-// e^x to 2e-7 of itself for x <= 0: 2^n e^r with |r| <= ln 2 / 2, whose series is cut after r^6.
+// e^x to 2e-7 of itself, at most e^88: 2^n e^r with |r| <= ln 2 / 2, whose series is cut after r^6.
 inline V exponential(V x) {
-    V const bounded = largest(spread(-150.0f), x);          // NaN stays
-    V const shifted = bounded * 1.44269504f + 12582912.0f;  // whose last bit is 1
+    V const bounded = x > 88.0f ? spread(88.0f) : largest(spread(-150.0f), x);  // NaN stays
+    V const shifted = bounded * 1.44269504f + 12582912.0f;                      // whose last bit is 1
     V const n = shifted - 12582912.0f;
     V const r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact
     V const series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
