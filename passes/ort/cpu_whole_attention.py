@@ -20,7 +20,7 @@ TYPES = (None, np.float32, np.bool_)  # of a mask; None: not known, so float32
 
 @dataclass(frozen=True)
 class WholeMatch:
-    """`parts` are (x [B, S, N], first column) of queries, keys and values: what a product of all three gives, or each."""
+    """`parts` are (x [B, S, N], first column) of queries, keys and values: of a product of all three, or of each."""
 
     node: gs.Node
     size: int
