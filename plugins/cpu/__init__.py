@@ -5,8 +5,8 @@
     CpuAttention  new tokens over a cache that is one buffer, rotary embeddings and all
     CpuWholeAttention  without a cache: every query over every key that a mask leaves
 
-`op.py`, `attention.py` and `whole_attention.py` say what they compute, `layout.py` in which order codes lie. `gemm.h` and `attention.h` are
-the kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a kind of CPU, of which
-`kernels.cpp` takes the best that runs. They stand behind the plain functions of `kernel.h`; `nodes.h` and the files
-that include it are the layer that ONNX Runtime sees.
+`op.py`, `attention.py` and `whole_attention.py` say what they compute, `layout.py` in which order codes lie. The
+headers of the same names and `gemm.h` are the kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they
+do on a kind of CPU, of which `kernels.cpp` takes the best that runs. They stand behind the plain functions of
+`kernel.h`; `nodes.h` and the files that include it are the layer that ONNX Runtime sees.
 """

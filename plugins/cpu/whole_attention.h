@@ -9,6 +9,8 @@
 
 namespace cpu {
 
+constexpr float kHidden = -1e38f;  // of a score: float32's lowest number is what many masks hide keys with
+
 template <typename Isa>  // whose functions are then of one file alone
 struct WholeAttention {
     static constexpr int kQueries = Isa::kPairs ? 8 : 4;  // with two vectors of each, 18 registers of 32, or 6 of 16
@@ -113,7 +115,7 @@ struct WholeAttention {
             scores<1>(keys + t * size, size, t, padded, q, mask, weights, most);
         }
         for (int r = 0; r < kQueries; ++r) {
-            float const top = largest(most[r]), base = top == -INFINITY ? 0 : top;
+            float const top = largest(most[r]), base = top < kHidden ? 0 : top;
             V all{};
             for (int64_t k = 0; k < padded; k += kLanes) {
                 V const weight = exponential(load(weights + r * padded + k) - base);

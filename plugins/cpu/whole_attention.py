@@ -9,9 +9,11 @@ import numpy as np
 from instantrt.plugins.cpu.attention import WIDTH
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 
+HIDDEN = -1e38  # of a score: float32's lowest number is what many masks hide keys with
+
 
 def reference(query: Array, key: Array, value: Array, mask: Array | None = None, **attrs: Any) -> tuple[Array, ...]:
-    """In float64. A query that sees no key gets zeros."""
+    """In float64. A query that sees no key gets zeros, as of ONNX Runtime's Attention."""
     v = OP.attributes(attrs)
     size, shared = v["size"], v["heads"] // v["kv_heads"]
 
@@ -28,7 +30,7 @@ def reference(query: Array, key: Array, value: Array, mask: Array | None = None,
     if mask is not None:
         scores += np.where(mask, 0, -np.inf) if mask.dtype == np.bool_ else mask
     most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
+    weights = np.exp(scores - np.where(most < HIDDEN, 0, most))
     total = weights.sum(axis=-1, keepdims=True)
     y = weights / np.where(total == 0, 1, total) @ values
     return (y.swapaxes(1, 2).reshape(*query.shape[:2], -1).astype(np.float32),)

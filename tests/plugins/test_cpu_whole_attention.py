@@ -102,9 +102,12 @@ def test_a_query_that_sees_nothing_is_zero_and_nan_stays(
     given = {name: normal(2, 20, 32) for name in ("query", "key", "value")}
     given["mask"] = np.zeros((2, 1, 20, 20), np.float32)
     given["mask"][1, 0, 3] = -np.inf
+    given["mask"][1, 0, 4] = np.finfo(np.float32).min
+    given["mask"][1, 0, 5] = -1e30
     given["query"][0, 5, :16] = np.nan
     y = session(cpu_library, heads=2, kv_heads=2, size=16).run(None, given)[0]
-    assert not y[1, 3].any()
+    assert not y[1, 3:5].any()
+    np.testing.assert_allclose(y[1, 5], given["value"][1].mean(axis=0), atol=1e-6)
     assert np.isnan(y[0, 5, :16]).all()
     y[0, 5, :16] = 0
     assert np.isfinite(y).all()
