@@ -50,33 +50,29 @@ struct Attention {
         }
     }
 
-    // Rotates a token's queries, which are scaled, and its keys; puts keys and values into the cache.
-    static void prepare(AttentionCall const& c, int64_t row, int64_t token) {
-        for_type(c.cache, [&](auto type) { prepare_of<decltype(type)>(c, row, token); });
+    // Rotates the queries of a token that share a key, scaled, and that key; puts it and its value into the cache.
+    static void prepare(AttentionCall const& c, int64_t row, int64_t token, int64_t kv_head) {
+        for_type(c.cache, [&](auto type) { prepare_of<decltype(type)>(c, row, token, kv_head); });
     }
 
     template <typename T>
-    static void prepare_of(AttentionCall const& c, int64_t row, int64_t token) {
+    static void prepare_of(AttentionCall const& c, int64_t row, int64_t token, int64_t kv_head) {
         int64_t const size = c.size, half = c.rotated / 2, shared = c.heads / c.kv_heads;
         int64_t const at = c.past(row) + token;
-        float const* x = c.qkv + (row * c.tokens + token) * (c.heads + 2 * c.kv_heads) * size;
+        float const* const x = c.qkv + (row * c.tokens + token) * (c.heads + 2 * c.kv_heads) * size;
         int64_t const position = c.positions[row * c.tokens + token];
         float const *cos = c.cos + position * half, *sin = c.sin + position * half;
-        for (int64_t h = 0; h < c.heads; ++h, x += size) {
+        for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
             float* const into = c.queries + ((row * c.heads + h) * c.tokens + token) * size;
-            rotate(x, cos, sin, half, size, c.scale, into);
+            rotate(x + h * size, cos, sin, half, size, c.scale, into);
             if constexpr (std::is_same_v<T, int8_t>) {
-                by_scales(into, c.key_scales + h / shared * size, size);
+                by_scales(into, c.key_scales + kv_head * size, size);
             }
         }
-        float* const key = c.fresh_keys + (row * c.tokens + token) * size;
-        for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
-            rotate(x, cos, sin, half, size, 1, key);
-            keep<T>(key, c.key_scales, c.keys, c, row, h, at);
-        }
-        for (int64_t h = 0; h < c.kv_heads; ++h, x += size) {
-            keep<T>(x, c.value_scales, c.values, c, row, h, at);
-        }
+        float* const key = c.fresh_keys + ((row * c.tokens + token) * c.kv_heads + kv_head) * size;
+        rotate(x + (c.heads + kv_head) * size, cos, sin, half, size, 1, key);
+        keep<T>(key, c.key_scales, c.keys, c, row, kv_head, at);
+        keep<T>(x + (c.heads + c.kv_heads + kv_head) * size, c.value_scales, c.values, c, row, kv_head, at);
     }
 
     // One token's key or value of a head into the cache.
@@ -114,11 +110,15 @@ struct Attention {
                 static_cast<decltype(type) const*>(c.keys) + (row * c.kv_heads + kv_head) * c.capacity * c.size;
             int64_t const first = tile * kLanes, count = std::min<int64_t>(kLanes, c.length(row) - first);
             for (int64_t i = 0; i < c.size; i += kLanes) {
+                V sixteen[kLanes];
+#pragma GCC unroll 16
                 for (int64_t k = 0; k < kLanes; ++k) {
-                    V const key = k < count ? read(keys + (first + k) * c.size + i) : V{};
-                    for (int l = 0; l < kLanes; ++l) {
-                        into[(i + l) * kLanes + k] = key[l];
-                    }
+                    sixteen[k] = k < count ? read(keys + (first + k) * c.size + i) : V{};
+                }
+                transpose(sixteen);
+#pragma GCC unroll 16
+                for (int64_t k = 0; k < kLanes; ++k) {
+                    store(into + (i + k) * kLanes, sixteen[k]);
                 }
             }
         });
@@ -231,17 +231,24 @@ struct Attention {
 
     template <int R, typename T>
     static void direct_scores(T const* keys, int64_t count, int64_t size, float const* const (&q)[R], V (&scores)[R]) {
-        for (int r = 0; r < R; ++r) {
-            V parts[kLanes];
-            for (int64_t k = 0; k < kLanes; ++k) {
-                T const* key = keys + std::min(k, count - 1) * size;
-                V all = read(key) * load(q[r]);
-                for (int64_t i = kLanes; i < size; i += kLanes) {
-                    all += read(key + i) * load(q[r] + i);
+        V parts[R][kLanes];
+        for (int64_t k = 0; k < kLanes; ++k) {
+            T const* key = keys + std::min(k, count - 1) * size;
+            V all[R]{};
+            for (int64_t i = 0; i < size; i += kLanes) {
+                V const part = read(key + i);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    all[r] += part * load(q[r] + i);
                 }
-                parts[k] = all;
             }
-            scores[r] = sums_of(parts);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                parts[r][k] = all[r];
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            scores[r] = sums_of(parts[r]);
         }
     }
 

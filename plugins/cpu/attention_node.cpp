@@ -118,11 +118,20 @@ private:
     void attend(Context const* context, AttentionCall call) const {
         thread_local std::vector<float> queries, packed, partial;
         int64_t const groups = call.batch * call.kv_heads, shared = call.heads / call.kv_heads;
-        call.queries = grow(queries, call.batch * (call.heads + 1) * call.tokens * call.size);
+        // One token's keys are cut, so that all threads have some; the parts are of the same size whoever takes them.
+        int64_t const rows = call.tokens * shared, blocks = (rows + kQueries - 1) / kQueries;
+        int64_t const parts = call.tokens == 1 ? (call.columns + kKeys - 1) / kKeys : 1;
+        call.queries = grow(queries, call.batch * (call.heads + call.kv_heads) * call.tokens * call.size);
         call.fresh_keys = call.queries + call.batch * call.heads * call.tokens * call.size;
-        in_parallel(context, call.batch * call.tokens, [&](int64_t i) {
-            if (i % call.tokens < call.fresh[i / call.tokens]) {
-                kernels().prepare(call, i / call.tokens, i % call.tokens);
+        auto const prepare = [&](int64_t row, int64_t token, int64_t kv_head) {
+            if (token < call.fresh[row]) {
+                kernels().prepare(call, row, token, kv_head);
+            }
+        };
+        bool const at_once = call.tokens * blocks * parts == 1;  // whoever attends prepares what nobody else reads
+        in_parallel(context, at_once ? 0 : call.batch * call.tokens, [&](int64_t i) {
+            for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
+                prepare(i / call.tokens, i % call.tokens, kv_head);
             }
         });
         if (call.tokens >= kPackedTokens) {
@@ -134,12 +143,12 @@ private:
             });
             call.packed = into;
         }
-        // One token's keys are cut, so that all threads have some; the parts are of the same size whoever takes them.
-        int64_t const rows = call.tokens * shared, blocks = (rows + kQueries - 1) / kQueries;
-        int64_t const parts = call.tokens == 1 ? (call.columns + kKeys - 1) / kKeys : 1;
         int64_t const each = kQueries * (call.size + 2);
         float* const found = grow(partial, parts > 1 ? groups * blocks * parts * each : 0);
         in_parallel(context, groups * blocks * parts, [&](int64_t i) {
+            if (at_once) {
+                prepare(i / call.kv_heads, 0, i % call.kv_heads);
+            }
             part(call, i / parts / blocks, i / parts % blocks, i % parts, parts, found + i * each);
         });
         for (int64_t i = 0; parts > 1 && i < groups * blocks; ++i) {

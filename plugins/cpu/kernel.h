@@ -88,7 +88,7 @@ struct AttentionCall {
     void *keys, *values;                     // [batch, kv_heads, capacity, size]
     float const *key_scales, *value_scales;  // [kv_heads, size] of a step of int8; null: no integers
     float* queries;                          // [batch, heads, tokens, size]: rotated and scaled
-    float* fresh_keys;                       // [batch, tokens, size]: room to rotate a key in
+    float* fresh_keys;                       // [batch, tokens, kv_heads, size]: room to rotate a key in
     float const* packed;  // [batch, kv_heads, columns in sixteens, size, 16]; null: keys are met as they lie
     float* y;             // [batch, tokens, heads size]
 
@@ -118,7 +118,7 @@ struct Kernels {
     bool (*runs)();  // on this CPU
     void (*quantize)(Weight const&, float const* x, int8_t* limbs, float* scales, float* sums);
     void (*multiply)(Call const&, int64_t strip, int64_t last_strip, int64_t row, int64_t last_row);
-    void (*prepare)(AttentionCall const&, int64_t row, int64_t token);
+    void (*prepare)(AttentionCall const&, int64_t row, int64_t token, int64_t kv_head);
     void (*pack)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t tile, float* into);
     void (*attend)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t first, int64_t count, int64_t begin,
                    int64_t end, float* weights, float* top, float* total, float* sums);

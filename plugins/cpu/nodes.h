@@ -145,8 +145,8 @@ protected:
 
     template <typename Work>
     void in_parallel(Context const* context, int64_t count, Work work) const {
-        if (count == 1) {
-            return work(0);
+        if (count <= 1) {
+            return count == 1 ? work(0) : void();
         }
         auto const call = [](void* data, size_t i) { (*static_cast<Work*>(data))(static_cast<int64_t>(i)); };
         check(api_.in_parallel(context, call, static_cast<size_t>(count), &work));
