@@ -37,6 +37,7 @@ from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.ort.attention import ATTENTION
 from instantrt.passes.ort.cpu_attention import LowerCpuAttention
 from instantrt.passes.ort.cpu_gemm import FuseResidual, LowerCpuGemm
+from instantrt.passes.ort.cpu_norm import LowerCpuNorm
 from instantrt.passes.ort.cpu_rows import ShareTable
 from instantrt.passes.ort.cpu_whole_attention import LowerCpuWholeAttention
 from instantrt.passes.ort.in_half import KeepFloatLinearsInHalf, KeepScalesInHalf, KeepTablesInHalf
@@ -170,7 +171,11 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
         ]
     if ours:
         passes += [LowerCpuGemm(request.cpu_preset, steps), *EPILOGUES, FuseResidual(), ShareTable()]
-        passes += [LowerCpuAttention(request.kv_cache_type, request.cpu_preset), LowerCpuWholeAttention()]
+        passes += [
+            LowerCpuAttention(request.kv_cache_type, request.cpu_preset),
+            LowerCpuWholeAttention(),
+            LowerCpuNorm(),
+        ]
     passes += linear_passes(request.cpu_preset, steps=steps, signed=not target.saturates)
     # Last: what is float by now stays float, and scales, in their 16 bits. Tables first: a tied head then finds the one
     # it shares.

@@ -113,6 +113,15 @@ struct WholeCall {
     int64_t memory() const { return padded_keys() * (2 * size + 2 * kMostQueries); }
 };
 
+// Rows of x [rows, k] brought to one size.
+struct NormCall {
+    int64_t k;
+    bool centered;  // less their mean
+    float epsilon;
+    float const *x, *scale, *bias;  // null: no bias
+    float* y;
+};
+
 struct Kernels {
     char const* name;
     bool (*runs)();  // on this CPU
@@ -123,6 +132,7 @@ struct Kernels {
     void (*attend)(AttentionCall const&, int64_t row, int64_t kv_head, int64_t first, int64_t count, int64_t begin,
                    int64_t end, float* weights, float* top, float* total, float* sums);
     void (*attend_whole)(WholeCall const&, int64_t row, int64_t head, int64_t first, int64_t count, float* memory);
+    void (*norm)(NormCall const&, int64_t row);
 };
 
 extern Kernels const kAvx512, kAvxVnni, kAvx2, kPlain;

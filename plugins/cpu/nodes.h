@@ -204,5 +204,6 @@ std::vector<Operator const*> gemm();
 std::vector<Operator const*> rows();
 std::vector<Operator const*> attention();
 std::vector<Operator const*> whole_attention();
+std::vector<Operator const*> norm();
 
 }  // namespace cpu

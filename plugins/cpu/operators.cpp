@@ -13,7 +13,8 @@ extern "C" __attribute__((visibility("default"))) onnxruntime::Status* RegisterC
     return cpu::guarded(api, [&] {
         Domain* domain = nullptr;  // the session's options hold it for as long as they live
         cpu::check(api.new_domain(schema::kDomain, &domain));
-        for (auto const& operators : {cpu::gemm(), cpu::rows(), cpu::attention(), cpu::whole_attention()}) {
+        for (auto const& operators :
+             {cpu::gemm(), cpu::rows(), cpu::attention(), cpu::whole_attention(), cpu::norm()}) {
             for (Operator const* each : operators) {
                 cpu::check(api.add_operator(domain, each));
             }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "norm.h"
 #include "whole_attention.h"
 
 namespace cpu {
@@ -16,7 +17,8 @@ constexpr Kernels kernels_of(char const* name, bool (*runs)()) {
             Attention<Isa>::prepare,
             Attention<Isa>::pack,
             Attention<Isa>::attend,
-            WholeAttention<Isa>::attend};
+            WholeAttention<Isa>::attend,
+            Norm<Isa>::norm};
 }
 
 }  // namespace cpu

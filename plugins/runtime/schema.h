@@ -133,4 +133,23 @@ struct CpuWholeAttention {
     };
 };
 
+// CpuNorm(x[..., K], scale[K], bias[K]) -> y[..., K]
+struct CpuNorm {
+    static constexpr char kName[] = "CpuNorm";
+    static constexpr char kVersion[] = "1";
+    enum Port : int32_t { kX, kScale, kBias, kY };
+    static constexpr int32_t kInputs = 3;
+    static constexpr int32_t kRequiredInputs = 2;
+    enum Attr : int32_t { kCentered, kEpsilonBits };
+    static constexpr Field kFields[2] = {
+        {"centered", 0, 2, {0, 1}},
+        {"epsilon_bits", 925353388, 0, {}},
+    };
+    // legal types: one row, one type for each port
+    template <typename DataType>
+    static constexpr DataType kTypes[1][4] = {
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+    };
+};
+
 }  // namespace schema
