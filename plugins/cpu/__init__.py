@@ -7,7 +7,7 @@
     CpuNorm       rows over the root of the mean of their squares, with or without their mean
 
 `op.py` and the files named after the others say what they compute, `layout.py` in which order codes lie. `gemm.h` and
-headers of the same names are the kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a kind
-of CPU, of which `kernels.cpp` takes the best that runs. They stand behind the plain functions of `kernel.h`; `nodes.h`
-and the files that include it are the layer that ONNX Runtime sees.
+headers of the same names are the kernels; `avx512.cpp`, `avxvnni.cpp`, `avx2.cpp` and `plain.cpp` what they do on a
+kind of CPU, of which `kernels.cpp` takes the best that runs. They stand behind the plain functions of `kernel.h`;
+`nodes.h` and the files that include it are the layer that ONNX Runtime sees.
 """

@@ -90,6 +90,6 @@ def test_what_does_not_fit_is_refused(shape: tuple[int, ...], name: str, message
 
 
 def test_x_without_axes_is_refused(cpu_library: Path) -> None:
-    given = {"x": np.float32(1), "scale": np.ones(1, np.float32)}
+    given = {"x": np.array(1, np.float32), "scale": np.ones(1, np.float32)}
     with pytest.raises(InvalidArgument, match="x has no axes"):
         session(cpu_library, OP.name, ["x", "scale"]).run(None, given)
