@@ -77,7 +77,8 @@ class StepRun(Evaluation):
         if name not in self.given:
             return value
         self.own[name] = value
-        return other if (other := self.given[name]).shape == value.shape else value
+        other = self.given[name]
+        return counted(name, other, value, self.step) if other.shape == value.shape else value
 
     def look(self, node: gs.Node) -> None:
         """The outputs are looked at, and nothing before them: that takes a tenth of the time."""
@@ -93,6 +94,22 @@ class StepRun(Evaluation):
         if self.rounded is None or self.rounded[0] != (x, block):
             self.rounded = (x, block), int8_blocks(self.values[x], block)
         return {x: self.rounded[1]} | {t.name: self.values[t.name] for t in node.inputs[1:] if t.name in self.values}
+
+
+def counted(name: str, other: Array, own: Array, step: Call) -> Array:
+    """`other` at the positions that count, `own` at those of padding: there an operator may leave what was in memory,
+    and what no key of the other form reads, a product by zero in this one does (docs/facts.md, "GroupQueryAttention").
+    """
+    if step.tokens is None or step.keys is None:
+        return other
+    count, here = step.tokens, other.shape[:2] == step.tokens.shape
+    if name.startswith(PRESENT):
+        count, here = step.keys[:, None], other.ndim == 4 and other.shape[2] == step.keys.shape[1]
+    elif other.ndim == 2 and len(other) == count.size:
+        count, here = count.ravel(), True
+    if not here:
+        return other
+    return np.where(count.reshape(count.shape + (1,) * (other.ndim - count.ndim)), other, own)
 
 
 class WatchedRun(StepRun):

@@ -436,6 +436,26 @@ def test_lockstep_is_one_run_after_another(tiny_float: FloatModel, monkeypatch: 
             np.testing.assert_allclose(together[step.name][name], value, rtol=0, atol=1e-5 * np.abs(value).max())
 
 
+def test_padding_of_another_form_is_not_gone_on_with(tiny_float: FloatModel) -> None:
+    """It may be what was in memory: the form that left it there reads it no more, a product by zero would."""
+    llm, graph = tiny_float.llm, tiny_float.graph
+    assert llm is not None
+    name = next(node.inputs[0].name for node in graph.nodes if node.name == "model.layers.0.self_attn.o_proj")
+    steps = [step for step in llm_steps(graph, llm, right=True) if step.name == "padded on the right"]
+    plain = lockstep(graph, steps)["padded on the right"]
+    tokens = steps[0].tokens
+    assert tokens is not None
+    assert not tokens.all()
+    (value,) = Evaluation(graph, steps[0].feeds, keep=[name]).peek(name)[None]
+    for wrong in (np.nan, 1e30):
+        given = value.copy()
+        given[~tokens] = wrong
+        found = lockstep(graph, steps, given={"padded on the right": {name: given}})["padded on the right"]
+        np.testing.assert_allclose(found["logits"][tokens], plain["logits"][tokens], rtol=1e-4, atol=1e-4)
+    shifted = lockstep(graph, steps, given={"padded on the right": {name: value + 1}})["padded on the right"]
+    assert np.abs(shifted["logits"][tokens] - plain["logits"][tokens]).max() > 1e-2
+
+
 def test_how_a_process_ends(tmp_path: Path) -> None:
     model = file_of(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {"x": (F, [2])}, {"y": (F, [2])})
     order, feeds = ModelOrder(str(model), (("run", ""),)), {"run|x": np.array([-1, 1], np.float32)}
