@@ -9,12 +9,12 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, producer, take_over
 from instantrt.passes.gemm.packed import add_ours
+from instantrt.passes.ort.cpu_attention import PARTS, scale_bits
 from instantrt.passes.ort.packed import columns
 from instantrt.plugins.cpu.attention import WIDTH
 from instantrt.plugins.cpu.whole_attention import OP
 
 HEADS = ("q_num_heads", "kv_num_heads")
-PARTS = ("query_at", "key_at", "value_at")
 TYPES = (None, np.float32, np.bool_)  # of a mask; None: not known, so float32
 
 
@@ -42,6 +42,7 @@ class LowerCpuWholeAttention(Rewrite[WholeMatch]):
     def rewrite(self, graph: gs.Graph, match: WholeMatch) -> None:
         node = match.node
         attrs = {"heads": node.attrs[HEADS[0]], "kv_heads": node.attrs[HEADS[1]], "size": match.size}
+        attrs["scale_bits"] = scale_bits(node.attrs.get("scale", match.size**-0.5), match.size)
         attrs |= {name: start for name, (_, start) in zip(PARTS, match.parts, strict=True)}
         inputs = [x for x, _ in match.parts] + node.inputs[3:]
         add_ours(graph, OP.name, inputs, [take_over(node)], node.name, OP.attributes(attrs))
@@ -63,8 +64,6 @@ def unfit(node: gs.Node) -> str:
         return f"queries, keys and values have {query}, {key} and {value} columns, {heads} and {kv_heads} heads"
     if size % WIDTH:
         return f"a head has {size} channels, expected a multiple of {WIDTH}"
-    if not np.isclose(scale := node.attrs.get("scale", size**-0.5), size**-0.5, rtol=1e-6):
-        return f"its scale is {scale:.6g}, not that of {size} channels"
     if mask is not None and (axes(mask) != 4 or mask.dtype not in TYPES):
         return f"the mask {mask.name} is not float32 or truth values of four axes"
     return ""

@@ -59,20 +59,20 @@ struct Attention {
     static void prepare_of(AttentionCall const& c, int64_t row, int64_t token, int64_t kv_head) {
         int64_t const size = c.size, half = c.rotated / 2, shared = c.heads / c.kv_heads;
         int64_t const at = c.past(row) + token;
-        float const* const x = c.qkv + (row * c.tokens + token) * (c.heads + 2 * c.kv_heads) * size;
-        int64_t const position = c.positions[row * c.tokens + token];
+        int64_t const line = row * c.tokens + token, position = c.positions[line];
+        float const* const queries = c.query + line * c.query_width;
         float const *cos = c.cos + position * half, *sin = c.sin + position * half;
         for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
             float* const into = c.queries + ((row * c.heads + h) * c.tokens + token) * size;
-            rotate(x + h * size, cos, sin, half, size, c.scale, into);
+            rotate(queries + h * size, c, cos, sin, c.scale, into);
             if constexpr (std::is_same_v<T, int8_t>) {
                 by_scales(into, c.key_scales + kv_head * size, size);
             }
         }
-        float* const key = c.fresh_keys + ((row * c.tokens + token) * c.kv_heads + kv_head) * size;
-        rotate(x + (c.heads + kv_head) * size, cos, sin, half, size, 1, key);
+        float* const key = c.fresh_keys + (line * c.kv_heads + kv_head) * size;
+        rotate(c.key + line * c.key_width + kv_head * size, c, cos, sin, 1, key);
         keep<T>(key, c.key_scales, c.keys, c, row, kv_head, at);
-        keep<T>(x + (c.heads + c.kv_heads + kv_head) * size, c.value_scales, c.values, c, row, kv_head, at);
+        keep<T>(c.value + line * c.value_width + kv_head * size, c.value_scales, c.values, c, row, kv_head, at);
     }
 
     // One token's key or value of a head into the cache.
@@ -91,14 +91,19 @@ struct Attention {
         }
     }
 
-    static void rotate(float const* x, float const* cos, float const* sin, int64_t half, int64_t size, float scale,
+    // A head's first channels by pairs: those of its first half with those of the second, or neighbours.
+    static void rotate(float const* x, AttentionCall const& c, float const* cos, float const* sin, float scale,
                        float* into) {
-        for (int64_t i = 0; i < half; ++i) {
-            float const a = x[i], b = x[i + half];
-            into[i] = (a * cos[i] - b * sin[i]) * scale;
-            into[i + half] = (b * cos[i] + a * sin[i]) * scale;
-        }
-        for (int64_t i = 2 * half; i < size; ++i) {
+        int64_t const half = c.rotated / 2;
+        auto const pairs = [&](int64_t step, int64_t other) {
+            for (int64_t i = 0; i < half; ++i) {
+                float const a = x[i * step], b = x[i * step + other];
+                into[i * step] = (a * cos[i] - b * sin[i]) * scale;
+                into[i * step + other] = (b * cos[i] + a * sin[i]) * scale;
+            }
+        };
+        c.interleaved ? pairs(2, 1) : pairs(1, half);
+        for (int64_t i = 2 * half; i < c.size; ++i) {
             into[i] = x[i] * scale;
         }
     }

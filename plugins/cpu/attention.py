@@ -13,7 +13,9 @@ LARGEST = {"float32": np.inf, "float16": 65504}  # of what a cache has
 
 
 def reference(
-    qkv: Array,
+    query: Array,
+    key: Array,
+    value: Array,
     past_key: Array,
     past_value: Array,
     last: Array,
@@ -29,9 +31,13 @@ def reference(
     """In float64, row by row. Of a row whose new tokens end with padding, y is zero there."""
     values = OP.attributes(attrs)
     heads, kv_heads, size = values["heads"], values["kv_heads"], past_key.shape[3]
-    batch, tokens, _ = qkv.shape
+    batch, tokens, _ = query.shape
     room = max(past_key.shape[2], mask.shape[3])
-    wide = qkv.astype(np.float64).reshape(batch, tokens, -1, size)
+    q_all, k_all, v_all = (
+        columns(x, values[at], count, size)
+        for x, at, count in ((query, "query_at", heads), (key, "key_at", kv_heads), (value, "value_at", kv_heads))
+    )
+    scale = scale_of(values["scale_bits"], size)
     queries, present = (
         np.zeros((batch, tokens, heads, size)),
         np.zeros((2, batch, kv_heads, room, size), past_key.dtype),
@@ -40,14 +46,29 @@ def reference(
         count, end = int(new[row]), int(last[row]) + 1
         past = end - count
         angles = cos[positions[row, :count]].astype(np.float64), sin[positions[row, :count]].astype(np.float64)
-        q, k, v = np.split(wide[row, :count], (heads, heads + kv_heads), axis=1)
-        queries[row, :count], k = rotated(q, *angles), rotated(k, *angles)
-        each = zip(present, (past_key, past_value), (k, v), (key_scale, value_scale), strict=True)
-        for part, before, fresh, scale in each:
+        turn = interleaved if values["interleaved"] else rotated
+        queries[row, :count], k = turn(q_all[row, :count], *angles) * scale, turn(k_all[row, :count], *angles)
+        each = zip(present, (past_key, past_value), (k, v_all[row, :count]), (key_scale, value_scale), strict=True)
+        for part, before, fresh, step in each:
             part[row, :, :past] = before[row, :, :past]
-            part[row, :, past:end] = kept(fresh.swapaxes(0, 1), past_key.dtype, scale)
-    keys, sums = (read(part, scale) for part, scale in zip(present, (key_scale, value_scale), strict=True))
+            part[row, :, past:end] = kept(fresh.swapaxes(0, 1), past_key.dtype, step)
+    keys, sums = (read(part, step) for part, step in zip(present, (key_scale, value_scale), strict=True))
     return (attended(queries, keys, sums, last, mask, new), *present)
+
+
+def columns(x: Array, at: int, heads: int, size: int) -> Array:
+    """Heads [B, S, H, D] of x [B, S, N], from column `at` on, in float64."""
+    return x[..., at : at + heads * size].astype(np.float64).reshape(*x.shape[:2], heads, size)
+
+
+def bits_of(number: float) -> int:
+    """float32's bits: attributes are integers."""
+    return int(np.float32(number).view(np.int32))
+
+
+def scale_of(bits: int, size: int) -> float:
+    """What scores of heads of `size` channels are multiplied with."""
+    return float(np.int32(bits).view(np.float32)) if bits else float(size**-0.5)
 
 
 def kept(x: Array, dtype: np.dtype[Any], scale: Array | None) -> Array:
@@ -64,14 +85,13 @@ def read(cache: Array, scale: Array | None) -> Array:
 
 
 def attended(queries: Array, keys: Array, sums: Array, last: Array, mask: Array, new: Array) -> Array:
-    """y [B, tokens, heads size] of rotated queries [B, tokens, heads, size] over keys and values [B, kv_heads, room,
-    size], all float64."""
-    y = np.zeros(queries.shape)
-    shared, scale = queries.shape[2] // keys.shape[1], queries.shape[3] ** -0.5
+    """y [B, tokens, heads size] of rotated and scaled queries [B, tokens, heads, size] over keys and values [B,
+    kv_heads, room, size], all float64."""
+    y, shared = np.zeros(queries.shape), queries.shape[2] // keys.shape[1]
     for row, q in enumerate(queries):
         count, end = int(new[row]), int(last[row]) + 1
         k, v = (np.repeat(part[row, :, :end], shared, axis=0) for part in (keys, sums))
-        scores = np.einsum("thd,hkd->htk", q[:count], k) * scale + mask[row, :, :count, :end]
+        scores = np.einsum("thd,hkd->htk", q[:count], k) + mask[row, :, :count, :end]
         scores += np.triu(np.full((count, end), -np.inf), end - count + 1)
         most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
@@ -88,11 +108,20 @@ def rotated(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate((a * c - b * s, b * c + a * s, rest), axis=-1)
 
 
+def interleaved(x: Array, cos: Array, sin: Array) -> Array:
+    """The same, of neighbours."""
+    half = cos.shape[1]
+    order = np.r_[0 : 2 * half : 2, 1 : 2 * half : 2, 2 * half : x.shape[2]]
+    return np.asarray(rotated(x[..., order], cos, sin)[..., np.argsort(order)])
+
+
 OP = Op(
     name="CpuAttention",
     version=1,
     inputs=(
-        Port("qkv", ("B", "S", "(heads+2*kv_heads)*D")),  # queries, keys and values of each token
+        Port("query", ("B", "S", "X")),  # heads * D of its columns, from `query_at` on
+        Port("key", ("B", "S", "Y")),
+        Port("value", ("B", "S", "Z")),
         Port("past_key", ("B", "H", "P", "D")),
         Port("past_value", ("B", "H", "P", "D")),
         Port("last", ("B",)),  # the last token of each row, counted from the beginning of the cache
@@ -109,10 +138,28 @@ OP = Op(
         Port("present_key", ("B", "H", "max(P,T)", "D")),  # may be the buffer of past_key
         Port("present_value", ("B", "H", "max(P,T)", "D")),
     ),
-    attrs=(Attr("heads", 1), Attr("kv_heads", 1)),
+    attrs=(
+        Attr("heads", 1),
+        Attr("kv_heads", 1),
+        *(Attr(name, 0) for name in ("query_at", "key_at", "value_at")),
+        Attr("scale_bits", 0),  # of what scores are multiplied with; 0: one over the root of D
+        Attr("interleaved", 0, (0, 1)),  # neighbours are rotated, not the first half of channels with the second
+    ),
     types=tuple(
         (
-            *(DType.F32, cache, cache, DType.I32, DType.F32, DType.F32, DType.I64, DType.F32, DType.I32),
+            *(
+                DType.F32,
+                DType.F32,
+                DType.F32,
+                cache,
+                cache,
+                DType.I32,
+                DType.F32,
+                DType.F32,
+                DType.I64,
+                DType.F32,
+                DType.I32,
+            ),
             *(DType.F32, DType.F32),
             *(DType.F32, cache, cache),
         )

@@ -17,17 +17,19 @@ public:
     using Schema = schema::CpuAttention;
 
     AttentionNode(Api api, KernelInfo const* info) : Node(api) {
-        int64_t attributes[std::size(Schema::kFields)];
-        read<Schema>(info, attributes);
-        call_.heads = attributes[Schema::kHeads];
-        call_.kv_heads = attributes[Schema::kKvHeads];
+        read<Schema>(info, attributes_);
+        call_.heads = attributes_[Schema::kHeads];
+        call_.kv_heads = attributes_[Schema::kKvHeads];
+        call_.interleaved = attributes_[Schema::kInterleaved] != 0;
         require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0, call_.heads,
                 " heads cannot share ", call_.kv_heads);
     }
 
     void compute(Context* context) const {
         AttentionCall call = call_;
-        Tensor const x = tensor(api_, input(context, Schema::kQkv)),
+        Tensor const query = tensor(api_, input(context, Schema::kQuery)),
+                     key = tensor(api_, input(context, Schema::kKey)),
+                     value = tensor(api_, input(context, Schema::kValue)),
                      past = tensor(api_, input(context, Schema::kPastKey));
         Tensor const past_value = tensor(api_, input(context, Schema::kPastValue));
         Tensor const last = tensor(api_, input(context, Schema::kLast)),
@@ -35,17 +37,22 @@ public:
         Tensor const cos = tensor(api_, input(context, Schema::kCos)), sin = tensor(api_, input(context, Schema::kSin));
         Tensor const positions = tensor(api_, input(context, Schema::kPositions));
         Tensor const mask = tensor(api_, input(context, Schema::kMask));
-        require(x.sizes.size() == 3 && past.sizes.size() == 4 && mask.sizes.size() == 4 && cos.sizes.size() == 2,
+        require(query.sizes.size() == 3 && past.sizes.size() == 4 && mask.sizes.size() == 4 && cos.sizes.size() == 2,
                 "its inputs have other axes than they should");
-        call.batch = x.sizes[0];
-        call.tokens = x.sizes[1];
+        call.batch = query.sizes[0];
+        call.tokens = query.sizes[1];
         call.size = past.sizes[3];
         call.rotated = 2 * cos.sizes[1];
         call.columns = mask.sizes[3];
         require(call.size > 0 && call.size % kLanes == 0 && call.size <= kHeadSize, "a head has ", call.size,
                 " channels, expected a multiple of 16, at most ", kHeadSize);
         require(call.rotated <= call.size, call.rotated, " of a head's ", call.size, " channels are to be rotated");
-        same("qkv", x.sizes, {call.batch, call.tokens, (call.heads + 2 * call.kv_heads) * call.size});
+        auto const part = [&](char const* what, Tensor const& x, int at, int64_t heads, int64_t& width) {
+            return columns(what, x, call.batch, call.tokens, attributes_[at], heads * call.size, width);
+        };
+        call.query = part("query", query, Schema::kQueryAt, call.heads, call.query_width);
+        call.key = part("key", key, Schema::kKeyAt, call.kv_heads, call.key_width);
+        call.value = part("value", value, Schema::kValueAt, call.kv_heads, call.value_width);
         same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
         same("past_value", past_value.sizes, past.sizes);
         call.cache = cache_of(past.element);
@@ -57,8 +64,7 @@ public:
         same("new", fresh.sizes, {call.batch});
         same("mask", mask.sizes, {call.batch, 1, call.tokens, call.columns});
         call.capacity = std::max(past.sizes[2], call.columns);
-        call.scale = 1 / std::sqrt(static_cast<float>(call.size));
-        call.qkv = static_cast<float const*>(x.data);
+        call.scale = scale(attributes_[Schema::kScaleBits], call.size);
         call.cos = static_cast<float const*>(cos.data);
         call.sin = static_cast<float const*>(sin.data);
         call.positions = static_cast<int64_t const*>(positions.data);
@@ -229,6 +235,7 @@ private:
         return c.y + ((row * c.tokens + token) * c.heads + head) * c.size;
     }
 
+    int64_t attributes_[std::size(Schema::kFields)];
     AttentionCall call_{};
 };
 

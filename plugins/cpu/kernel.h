@@ -79,7 +79,9 @@ struct AttentionCall {
     Cache cache;
     int64_t batch, tokens, heads, kv_heads, size, rotated, capacity, columns;
     float scale;
-    float const* qkv;                        // [batch, tokens, (heads + 2 kv_heads) size]
+    bool interleaved;                  // neighbours are rotated, not halves of a head's first channels
+    float const *query, *key, *value;  // [batch, tokens, width], from the first column of the heads on
+    int64_t query_width, key_width, value_width;
     float const *cos, *sin;                  // [positions, rotated / 2]
     int64_t const* positions;                // [batch, tokens]
     int32_t const* last;                     // [batch] the last token of each row, the cache's and the new

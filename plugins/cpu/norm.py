@@ -6,12 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from instantrt.plugins.cpu.attention import bits_of
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
-
-
-def bits_of(epsilon: float) -> int:
-    """float32's bits: attributes are integers."""
-    return int(np.float32(epsilon).view(np.int32))
 
 
 def reference(x: Array, scale: Array, bias: Array | None = None, **attrs: Any) -> tuple[Array, ...]:

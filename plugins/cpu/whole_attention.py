@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from instantrt.plugins.cpu.attention import WIDTH
+from instantrt.plugins.cpu.attention import WIDTH, columns, scale_of
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 
 HIDDEN = -1e38  # of a score: float32's lowest number is what many masks hide keys with
@@ -17,16 +17,12 @@ def reference(query: Array, key: Array, value: Array, mask: Array | None = None,
     v = OP.attributes(attrs)
     size, shared = v["size"], v["heads"] // v["kv_heads"]
 
-    def heads(x: Array, at: str, count: int) -> Array:
-        """[B, H, S, D]."""
-        columns = x[..., v[at] : v[at] + count * size].astype(np.float64)
-        return columns.reshape(*x.shape[:2], count, size).swapaxes(1, 2)
-
-    q = heads(query, "query_at", v["heads"])
+    q = columns(query, v["query_at"], v["heads"], size).swapaxes(1, 2)
     k, values = (
-        np.repeat(heads(x, at, v["kv_heads"]), shared, axis=1) for x, at in ((key, "key_at"), (value, "value_at"))
+        np.repeat(columns(x, v[at], v["kv_heads"], size).swapaxes(1, 2), shared, axis=1)
+        for x, at in ((key, "key_at"), (value, "value_at"))
     )
-    scores = q @ k.swapaxes(2, 3) * size**-0.5
+    scores = q @ k.swapaxes(2, 3) * scale_of(v["scale_bits"], size)
     if mask is not None:
         scores += np.where(mask, 0, -np.inf) if mask.dtype == np.bool_ else mask
     most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -50,6 +46,7 @@ OP = Op(
     attrs=(
         *(Attr(name, 1) for name in ("heads", "kv_heads", "size")),
         *(Attr(name, 0) for name in ("query_at", "key_at", "value_at")),
+        Attr("scale_bits", 0),  # of what scores are multiplied with; 0: one over the root of `size`
     ),
     types=tuple((DType.F32, DType.F32, DType.F32, mask, DType.F32) for mask in (DType.F32, DType.BOOL)),
     reference=reference,

@@ -19,6 +19,7 @@ public:
         call_.heads = attributes_[Schema::kHeads];
         call_.kv_heads = attributes_[Schema::kKvHeads];
         call_.size = attributes_[Schema::kSize];
+        call_.scale = scale(attributes_[Schema::kScaleBits], call_.size);
         require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0, call_.heads,
                 " heads cannot share ", call_.kv_heads);
         require(call_.size > 0 && call_.size % kLanes == 0 && call_.size <= kHeadSize, "a head has ", call_.size,
@@ -35,15 +36,15 @@ public:
         require(key.sizes.size() == 3, "key is ", key.sizes, ", expected three axes");
         call.keys = key.sizes[1];
         Tensor const value = tensor(api_, input(context, Schema::kValue));
-        call.query = columns("query", query, Schema::kQueryAt, call.queries, call.heads, call.query_width);
-        call.key = columns("key", key, Schema::kKeyAt, call.keys, call.kv_heads, call.key_width);
-        call.value = columns("value", value, Schema::kValueAt, call.keys, call.kv_heads, call.value_width);
-        require(key.sizes[0] == call.batch && value.sizes[0] == call.batch, "query, key and value have ", call.batch,
-                ", ", key.sizes[0], " and ", value.sizes[0], " rows");
+        auto const part = [&](char const* what, Tensor const& x, int64_t rows, int at, int64_t heads, int64_t& width) {
+            return columns(what, x, call.batch, rows, attributes_[at], heads * call.size, width);
+        };
+        call.query = part("query", query, call.queries, Schema::kQueryAt, call.heads, call.query_width);
+        call.key = part("key", key, call.keys, Schema::kKeyAt, call.kv_heads, call.key_width);
+        call.value = part("value", value, call.keys, Schema::kValueAt, call.kv_heads, call.value_width);
         if (Value const* given = input(context, Schema::kMask)) {
             take(tensor(api_, given), call);
         }
-        call.scale = 1 / std::sqrt(static_cast<float>(call.size));
         call.y = static_cast<float*>(output(context, {call.batch, call.queries, call.heads * call.size}));
         int64_t const chunks = (call.queries + kChunk - 1) / kChunk;
         in_parallel(context, call.batch * call.heads * chunks, [&](int64_t i) {
@@ -56,17 +57,6 @@ public:
     }
 
 private:
-    // The first of the columns that an attribute names.
-    float const* columns(char const* name, Tensor const& x, int attribute, int64_t rows, int64_t heads,
-                         int64_t& width) const {
-        require(x.sizes.size() == 3 && x.sizes[1] == rows, name, " is ", x.sizes, ", expected [B, ", rows, ", ...]");
-        int64_t const at = attributes_[attribute];
-        width = x.sizes[2];
-        require(at >= 0 && at + heads * call_.size <= width, name, " has ", width, " columns, expected ",
-                heads * call_.size, " from ", at, " on");
-        return static_cast<float const*>(x.data) + at;
-    }
-
     void take(Tensor const& mask, WholeCall& call) const {
         std::vector<int64_t> const whole{call.batch, call.heads, call.queries, call.keys};
         bool fits = mask.sizes.size() == 4 && mask.sizes[3] == call.keys;

@@ -88,24 +88,29 @@ struct CpuRows {
     };
 };
 
-// CpuAttention(qkv[B, S, (heads+2*kv_heads)*D], past_key[B, H, P, D], past_value[B, H, P, D], last[B], cos[L, R], sin[L, R], positions[B, S], mask[B, 1, S, T], new[B], key_scale[H, D], value_scale[H, D]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
+// CpuAttention(query[B, S, X], key[B, S, Y], value[B, S, Z], past_key[B, H, P, D], past_value[B, H, P, D], last[B], cos[L, R], sin[L, R], positions[B, S], mask[B, 1, S, T], new[B], key_scale[H, D], value_scale[H, D]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
 struct CpuAttention {
     static constexpr char kName[] = "CpuAttention";
     static constexpr char kVersion[] = "1";
-    enum Port : int32_t { kQkv, kPastKey, kPastValue, kLast, kCos, kSin, kPositions, kMask, kNew, kKeyScale, kValueScale, kY, kPresentKey, kPresentValue };
-    static constexpr int32_t kInputs = 11;
-    static constexpr int32_t kRequiredInputs = 9;
-    enum Attr : int32_t { kHeads, kKvHeads };
-    static constexpr Field kFields[2] = {
+    enum Port : int32_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLast, kCos, kSin, kPositions, kMask, kNew, kKeyScale, kValueScale, kY, kPresentKey, kPresentValue };
+    static constexpr int32_t kInputs = 13;
+    static constexpr int32_t kRequiredInputs = 11;
+    enum Attr : int32_t { kHeads, kKvHeads, kQueryAt, kKeyAt, kValueAt, kScaleBits, kInterleaved };
+    static constexpr Field kFields[7] = {
         {"heads", 1, 0, {}},
         {"kv_heads", 1, 0, {}},
+        {"query_at", 0, 0, {}},
+        {"key_at", 0, 0, {}},
+        {"value_at", 0, 0, {}},
+        {"scale_bits", 0, 0, {}},
+        {"interleaved", 0, 2, {0, 1}},
     };
     // legal types: one row, one type for each port
     template <typename DataType>
-    static constexpr DataType kTypes[3][14] = {
-        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kHALF, DataType::kHALF, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF},
-        {DataType::kFLOAT, DataType::kINT8, DataType::kINT8, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8},
+    static constexpr DataType kTypes[3][16] = {
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF},
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8},
     };
 };
 
@@ -116,14 +121,15 @@ struct CpuWholeAttention {
     enum Port : int32_t { kQuery, kKey, kValue, kMask, kY };
     static constexpr int32_t kInputs = 4;
     static constexpr int32_t kRequiredInputs = 3;
-    enum Attr : int32_t { kHeads, kKvHeads, kSize, kQueryAt, kKeyAt, kValueAt };
-    static constexpr Field kFields[6] = {
+    enum Attr : int32_t { kHeads, kKvHeads, kSize, kQueryAt, kKeyAt, kValueAt, kScaleBits };
+    static constexpr Field kFields[7] = {
         {"heads", 1, 0, {}},
         {"kv_heads", 1, 0, {}},
         {"size", 1, 0, {}},
         {"query_at", 0, 0, {}},
         {"key_at", 0, 0, {}},
         {"value_at", 0, 0, {}},
+        {"scale_bits", 0, 0, {}},
     };
     // legal types: one row, one type for each port
     template <typename DataType>

@@ -27,7 +27,7 @@ FAMILIES = {
     "convbert": ({"num_attention_heads": 4, "hidden_size": 64, "embedding_size": 64}, 2),
     "deberta-v2": (TWO, 0),  # scores of three products
     "qwen3": (SHARED, 2),
-    "gemma3_text": (SHARED, 0),  # another scale
+    "gemma3_text": (SHARED, 2),  # another scale
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from instantrt.plugins.cpu.attention import OP, attended, read, rotated
+from instantrt.plugins.cpu.attention import OP, attended, bits_of, columns, interleaved, read, rotated, scale_of
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, ShapeError
 from tests.plugins.kernels_of_cpus import KERNELS
@@ -29,7 +29,7 @@ HEADS = {
 # rows, new tokens, tokens in the cache: parts of one token's keys, tiles that end early, prompts that are packed
 SIZES = ((1, 1, 0), (2, 1, 5), (1, 1, 700), (2, 7, 9), (2, 8, 0), (1, 33, 17), (1, 70, 0))
 POSITIONS = 800
-CACHES = {row[1]: row for row in OP.types}  # what it holds -> the types of all ports
+CACHES = {row[3]: row for row in OP.types}  # what it holds -> the types of all ports
 ONNX = {
     DType.F32: TensorProto.FLOAT,
     DType.F16: TensorProto.FLOAT16,
@@ -37,15 +37,23 @@ ONNX = {
     DType.I32: TensorProto.INT32,
     DType.I64: TensorProto.INT64,
 }
-AXES = {"qkv": 3, "past_key": 4, "past_value": 4, "cos": 2, "sin": 2, "positions": 2, "mask": 4}
+AXES = {"query": 3, "key": 3, "value": 3, "past_key": 4, "past_value": 4, "cos": 2, "sin": 2, "positions": 2, "mask": 4}
 AXES |= {"key_scale": 2, "value_scale": 2}
 SCALES = ("key_scale", "value_scale")
 
 
-def session(library: Path, heads: int, kv_heads: int, cache: DType = DType.F32) -> ort.InferenceSession:
+def attributes(heads: tuple[int, ...]) -> dict[str, int]:
+    """Of queries, keys and values that are one product; of some, neighbours are rotated, and scores have a scale."""
+    count, kv_heads, size, _ = heads
+    at = {"key_at": count * size, "value_at": (count + kv_heads) * size}
+    others = {"interleaved": 1, "scale_bits": bits_of(0.125)} if heads == HEADS["partly rotated"] else {}
+    return OP.attributes({"heads": count, "kv_heads": kv_heads} | at | others)
+
+
+def session(library: Path, of: tuple[int, ...], cache: DType = DType.F32, **attrs: int) -> ort.InferenceSession:
     names, results = [p.name for p in OP.inputs], [p.name for p in OP.outputs]
     names = names if cache is DType.I8 else names[: -len(SCALES)]
-    node = helper.make_node(OP.name, names, results, domain=DOMAIN, heads=heads, kv_heads=kv_heads)
+    node = helper.make_node(OP.name, names, results, domain=DOMAIN, **(attributes(of) | attrs))
     return of_node(library, node, cache)
 
 
@@ -78,8 +86,11 @@ def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int, cache: DTyp
 
     angles = rng.uniform(0, 2 * np.pi, (POSITIONS, rotated // 2))
     hidden = np.arange(past + tokens) > past + np.arange(tokens)[:, None]
+    x = normal(rows, tokens, (count + 2 * kv_heads) * size)
     given = {
-        "qkv": normal(rows, tokens, (count + 2 * kv_heads) * size),
+        "query": x,
+        "key": x,
+        "value": x,
         "past_key": normal(rows, kv_heads, past, size),
         "past_value": normal(rows, kv_heads, past, size),
         "last": np.full(rows, past + tokens - 1, np.int32),
@@ -112,7 +123,7 @@ def padded(given: Mapping[str, Array], *, left: bool) -> dict[str, Array]:
 
 def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int, ...]) -> None:
     """The cache within a step, and y what follows from the cache that was found."""
-    wanted = OP.reference(*given.values(), heads=heads[0], kv_heads=heads[1])
+    wanted = OP.reference(*given.values(), **attributes(heads))
     for found, expected in zip(got[1:], wanted[1:], strict=True):
         assert found.dtype == expected.dtype
         step = {4: 1e-5, 2: 2.0**-10, 1: 1}[found.itemsize]
@@ -126,12 +137,13 @@ def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int,
 
 
 def queries(given: Mapping[str, Array], heads: tuple[int, ...]) -> Array:
-    """Those of `given`, rotated, in float64 [B, S, H, D]."""
-    count, _, size, _ = heads
-    batch, tokens, _ = given["qkv"].shape
-    q = given["qkv"].astype(np.float64).reshape(batch, tokens, -1, size)[:, :, :count]
+    """Those of `given`, rotated and scaled, in float64 [B, S, H, D]."""
+    attrs, (count, _, size, _) = attributes(heads), heads
+    q = columns(given["query"], attrs["query_at"], count, size)
     cos, sin = (given[name][given["positions"]].astype(np.float64) for name in ("cos", "sin"))
-    return np.stack([rotated(*each) for each in zip(q, cos, sin, strict=True)])
+    turn = interleaved if attrs["interleaved"] else rotated
+    turned = np.stack([turn(*each) for each in zip(q, cos, sin, strict=True)])
+    return turned * scale_of(attrs["scale_bits"], size)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -142,11 +154,22 @@ def test_kernels_compute_what_is_defined(
 ) -> None:
     choose(kernels)
     heads = HEADS[named]
-    run = session(cpu_library, *heads[:2], cache).run
+    run = session(cpu_library, heads, cache).run
     for sizes in SIZES:
         given = feeds(heads, *sizes, cache)
         for each in (given, padded(given, left=True), padded(given, left=False)):
             assert_right(run(None, each), each, heads)
+
+
+def test_parts_may_be_apart(cpu_library: Path) -> None:
+    """What is one product and what are three: the same bits."""
+    heads = HEADS["9 of 3"]
+    given = feeds(heads, 2, 3, 20)
+    whole = session(cpu_library, heads).run(None, given)
+    parts = np.split(given["query"], [9 * 64, 12 * 64], axis=-1)
+    apart = given | dict(zip(("query", "key", "value"), map(np.ascontiguousarray, parts), strict=True))
+    for found, expected in zip(session(cpu_library, heads, key_at=0, value_at=0).run(None, apart), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -155,14 +178,14 @@ def test_a_token_sees_none_behind_itself(sizes: tuple[int, int, int], cpu_librar
     heads = HEADS["9 of 3"]
     given = padded(feeds(heads, *sizes), left=False)
     given["mask"][:] = 0
-    assert_right(session(cpu_library, *heads[:2]).run(None, given), given, heads)
+    assert_right(session(cpu_library, heads).run(None, given), given, heads)
 
 
 @pytest.mark.parametrize("past", [40, 600])
 def test_padding_alone_is_zero(past: int, cpu_library: Path) -> None:
     heads = HEADS["9 of 3"]
     given = feeds(heads, 2, 1, past) | {"new": np.int32([0, 1]), "last": np.int32([past - 1, past])}
-    found = session(cpu_library, *heads[:2]).run(None, given)
+    found = session(cpu_library, heads).run(None, given)
     assert_right(found, given, heads)
     assert not found[0][0].any()
 
@@ -172,7 +195,7 @@ def test_a_cache_may_be_one_buffer(cache: DType, cpu_library: Path) -> None:
     """Past and present are the same memory, longer than what is in it: the new tokens alone are written."""
     heads, room = HEADS["9 of 3"], 64
     given = feeds(heads, 2, 3, 20, cache)
-    opened = session(cpu_library, *heads[:2], cache)
+    opened = session(cpu_library, heads, cache)
     apart = opened.run(None, given)
     binding = opened.io_binding()
     buffers = {}
@@ -197,7 +220,7 @@ def test_a_row_that_sees_nothing_is_zero(cpu_library: Path) -> None:
     heads = HEADS["each its own"]
     given = feeds(heads, 2, 4, 6)
     given["mask"][1] = -np.inf
-    y = session(cpu_library, *heads[:2]).run(None, given)[0]
+    y = session(cpu_library, heads).run(None, given)[0]
     assert np.isfinite(y).all()
     assert not y[1].any()
     assert y[0].any()
@@ -213,8 +236,8 @@ def test_a_cache_of_float16_has_what_is_finite_and_nan(
     values = np.float32(
         [1e6, -7e4, 65504, 65519, np.nan, 6e-8, 3e-8, 2e-8, -0.0, 2**-14, 0.1, 1, 1.00048828125, 5, 6, 7]
     )
-    given["qkv"][..., -16:] = values
-    found = session(cpu_library, *heads[:2], DType.F16).run(None, given)[2][0, -1, 0]
+    given["value"][..., -16:] = values
+    found = session(cpu_library, heads, DType.F16).run(None, given)[2][0, -1, 0]
     np.testing.assert_array_equal(found, np.clip(values, -65504, 65504).astype(np.float16))
 
 
@@ -223,7 +246,7 @@ def test_scales_belong_to_int8(cache: DType, cpu_library: Path) -> None:
     heads = HEADS["each its own"]
     given = feeds(heads, 1, 1, 4, cache)
     names = [p.name for p in OP.inputs]
-    node = helper.make_node(OP.name, names, ["y", "k", "v"], domain=DOMAIN, heads=4, kv_heads=4)
+    node = helper.make_node(OP.name, names, ["y", "k", "v"], domain=DOMAIN, **attributes(heads))
     scale = np.ones((4, 16), np.float32)
     with pytest.raises(InvalidArgument, match="scales and a cache of int8 go together"):
         of_node(cpu_library, node, cache).run(None, given | {"key_scale": scale, "value_scale": scale})
@@ -233,8 +256,8 @@ def test_scales_belong_to_int8(cache: DType, cpu_library: Path) -> None:
 def test_nan_stays_in_its_row(cache: DType, cpu_library: Path) -> None:
     heads = HEADS["9 of 3"]
     given = feeds(heads, 2, 2, 300, cache)
-    given["qkv"][1, 1, :64] = np.nan  # one query
-    y = session(cpu_library, *heads[:2], cache).run(None, given)[0]
+    given["query"][1, 1, :64] = np.nan  # one query
+    y = session(cpu_library, heads, cache).run(None, given)[0]
     assert np.isnan(y[1, 1, :64]).all()
     y[1, 1, :64] = 0
     assert np.isfinite(y).all()
@@ -254,7 +277,8 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "a mask of other rows": ("mask", np.zeros((1, 1, 4, 10), np.float32), "mask is"),
     "a mask of other tokens": ("mask", np.zeros((2, 1, 3, 10), np.float32), "mask is"),
     "other values": ("past_value", np.zeros((2, 4, 7, 16), np.float32), "past_value is"),
-    "heads of another size": ("qkv", np.zeros((2, 4, 90), np.float32), "qkv is"),
+    "heads of another size": ("key", np.zeros((2, 4, 90), np.float32), "key has 90 columns, expected 64 from 64 on"),
+    "keys of other tokens": ("key", np.zeros((2, 3, 192), np.float32), r"key is \[2, 3, 192\], expected \[2, 4, ...\]"),
     "angles of more channels than a head has": (
         "cos",
         np.zeros((POSITIONS, 9), np.float32),
@@ -270,22 +294,22 @@ def test_what_does_not_fit_is_refused(case: str, cpu_library: Path) -> None:
     if name == "cos":
         given["sin"] = value
     with pytest.raises(InvalidArgument, match=message):
-        session(cpu_library, 4, 4).run(None, given)
+        session(cpu_library, HEADS["each its own"]).run(None, given)
 
 
 def test_heads_that_cannot_share_are_refused(cpu_library: Path) -> None:
     with pytest.raises(RuntimeException, match="9 heads cannot share 2"):
-        session(cpu_library, 9, 2)
+        session(cpu_library, (9, 2, 16, 16))
     shapes = [v.shape for v in feeds((9, 3, 64, 64), 1, 2, 3).values()]
     assert OP.bind(shapes, {"heads": 9, "kv_heads": 3}) == ((1, 2, 576), (1, 3, 5, 64), (1, 3, 5, 64))
-    with pytest.raises(ShapeError, match="qkv"):
-        OP.bind(shapes, {"heads": 6, "kv_heads": 3})
+    with pytest.raises(ShapeError, match="9 heads cannot share 2"):
+        OP.bind(shapes, {"heads": 9, "kv_heads": 2})
 
 
 def test_sizes_that_overflow_are_refused(cpu_library: Path) -> None:
     """2^60 heads of 16 and two of keys and values are 2^64 + 32 channels."""
     with pytest.raises(RuntimeException, match="heads is 1152921504606846976"):
-        session(cpu_library, 1 << 60, 1)
+        session(cpu_library, HEADS["one"], heads=1 << 60, kv_heads=1)
 
 
 def test_no_instruction_leaves_its_file(cpu_library: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from instantrt.plugins.cpu.norm import OP, bits_of
+from instantrt.plugins.cpu.attention import bits_of
+from instantrt.plugins.cpu.norm import OP
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, Tolerance
 from tests.plugins.kernels_of_cpus import KERNELS

@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
+from instantrt.plugins.cpu.attention import bits_of
 from instantrt.plugins.cpu.whole_attention import OP
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, ShapeError
@@ -28,7 +29,7 @@ MASKS = {
     "all": lambda rows, heads, queries, keys: (rows, heads, queries, keys),
     "a query's": lambda rows, heads, queries, keys: (1, 1, queries, keys),
 }
-ATTRS: dict[str, int] = {"query_at": 0, "key_at": 0, "value_at": 0}
+ATTRS: dict[str, int] = {"query_at": 0, "key_at": 0, "value_at": 0, "scale_bits": 0}
 
 
 def session(library: Path, truth: bool = False, *, mask: bool = True, **attrs: int) -> ort.InferenceSession:
@@ -83,12 +84,14 @@ def test_kernels_compute_what_is_defined(
 def test_columns_of_one_product(cpu_library: Path) -> None:
     """In any order, between others."""
     attrs = {"heads": 4, "kv_heads": 2, "size": 32, "query_at": 64, "key_at": 0, "value_at": 200}
+    attrs["scale_bits"] = bits_of(0.25)
     x = normal(2, 21, 300)
     given = {"query": x, "key": x, "value": x}
     found = session(cpu_library, mask=False, **attrs).run(None, given)[0]
     assert_right(found, given, **attrs)
     apart = {"query": x[..., 64:192], "key": x[..., :64], "value": x[..., 200:264]}
-    (expected,) = session(cpu_library, mask=False, heads=4, kv_heads=2, size=32).run(
+    alone = {"heads": 4, "kv_heads": 2, "size": 32, "scale_bits": bits_of(0.25)}
+    (expected,) = session(cpu_library, mask=False, **alone).run(
         None, {name: np.ascontiguousarray(part) for name, part in apart.items()}
     )
     np.testing.assert_array_equal(found, expected)
@@ -124,8 +127,8 @@ def test_no_rows_and_no_keys(cpu_library: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "queries too narrow": ({"query": normal(2, 5, 63)}, "query has 63 columns, expected 64 from 0 on"),
-    "other values": ({"value": normal(2, 6, 64)}, r"value is \[2, 6, 64\], expected \[B, 7, ...\]"),
-    "other rows": ({"key": normal(1, 7, 64)}, "query, key and value have 2, 1 and 2 rows"),
+    "other values": ({"value": normal(2, 6, 64)}, r"value is \[2, 6, 64\], expected \[2, 7, ...\]"),
+    "other rows": ({"key": normal(1, 7, 64)}, r"key is \[1, 7, 64\], expected \[2, 7, ...\]"),
     "a mask of other keys": (
         {"mask": np.zeros((2, 1, 5, 1), np.float32)},
         r"mask is \[2, 1, 5, 1\], expected \[2, 4, 5, 7\]",
