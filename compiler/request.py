@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -43,6 +44,7 @@ MADE_BY = {  # the library's file -> the goal of the Makefile, and what it needs
     CPU_PLUGIN: ("plugins-cpu", "a C++ compiler"),
 }
 BOUNDS = ("max_kl", "max_ppl_increase", "max_size", "bits_per_weight")  # on the loss and on the size
+HEAD = struct.Struct("<40xQ10xHH2x")  # of ELF, 64 bits: where its table of sections is, a row's size, how many
 LAYER_FORMAT = re.compile(r"float|a(16w[48]|8w8):(-1|[1-9]\d*)")
 
 
@@ -129,8 +131,11 @@ class Request(
     def check_plugin(self, target: Target) -> None:
         """Is there a library for `target`, and is it not one for other GPUs, or older than what is asked of it?"""
         library = self.library(target)
-        if self.plugin is not None and self.plugin != AUTO and target.plugin and not self.plugin.is_file():
-            library = self.plugin
+        if self.plugin is not None and self.plugin != AUTO and target.plugin:
+            if not self.plugin.is_file():
+                library = self.plugin
+            elif target.sm is None:
+                refuse_cut_off(self.plugin)
         if library is None:
             return
         if not library.is_file():
@@ -283,3 +288,21 @@ def serves(library: Path) -> str:
     """The name that the library of ours at this path goes by; "" where it says none, or is not there."""
     found = SERVES.search(library.read_bytes()) if library.is_file() else None
     return found[1].decode() if found else ""
+
+
+def refuse_cut_off(library: Path) -> None:
+    """An ELF file says in its head where the table at its end is: what ends before that cannot be loaded."""
+    with library.open("rb") as file:
+        head = file.read(HEAD.size)
+    if len(head) < HEAD.size or not head.startswith(ELF):
+        return
+    table, size, count = HEAD.unpack(head)
+    there, end = library.stat().st_size, table + size * count
+    if there < end:
+        raise UserError(
+            "a plugin library that is cut off",
+            where=str(library),
+            expected=f"{end:,} bytes",
+            found=f"{there:,}",
+            fix="copy it again; `make plugins-cpu` makes one",
+        )

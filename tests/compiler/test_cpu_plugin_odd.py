@@ -57,6 +57,15 @@ def test_beside_a_target_without_kernels(tmp_path: Path, cpu_library: Path) -> N
     assert found.exit_code == 0, found.output
 
 
+@pytest.mark.parametrize("rest", [0.9, 0.5])
+def test_a_library_that_is_cut_off(rest: float, tmp_path: Path, cpu_library: Path) -> None:
+    code = cpu_library.read_bytes()
+    (tmp_path / "half.so").write_bytes(code[: int(rest * len(code))])
+    with pytest.raises(UserError, match="a plugin library that is cut off") as caught:
+        Request(TINY, ("x86",), tmp_path, quant="a16w4", plugin=tmp_path / "half.so")
+    assert caught.value.expected == f"{len(code):,} bytes"
+
+
 def test_a_library_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no plugin library here"):
         Request(TINY, ("x86",), tmp_path, quant="a16w4", plugin=tmp_path / "missing.so")
