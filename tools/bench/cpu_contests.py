@@ -171,6 +171,7 @@ DECODER = Contest(
         FOUR: ours("--quant a16w4", 4),
         "4 bits, exact": ours("--quant a16w4 --cpu-preset exact", 4),
         EIGHT_OURS: ours("--quant a16w8 --plugin auto", 8),
+        f"{EIGHT_OURS}, int8 cache": ours("--quant a16w8 --plugin auto --kv-cache-type int8", 8),
         EXACT_OURS: ours("--quant a16w8 --cpu-preset exact --plugin auto", 8),
         "A8W8, plugin": ours("--quant a8w8 --plugin auto", 8),
         FOUR_OURS: ours("--quant a16w4 --plugin auto", 4),
@@ -222,7 +223,12 @@ SHAPE = Contest(
     rounds={SHAPE_PREFILL: ("prefill", 128), DECODE: ("decode", 128)},
     bases=BASES | {(SHAPE_PREFILL, None): OV8},
     speed=DECODE,
-    goals=tuple(Wanted(1, (EIGHT, DECODE), (name, DECODE)) for name, form in PEERS.items() if form.bits == 8),
+    goals=tuple(
+        Wanted(1, (ours, DECODE), (name, DECODE))
+        for ours, bits in ((EIGHT, 8), (EIGHT_OURS, 8), (FOUR_OURS, 4))
+        for name, form in PEERS.items()
+        if form.bits == bits
+    ),
 )
 DYNAMIC_INT8, STATIC_INT8 = "quantize_dynamic int8 per channel", "OpenVINO int8, calibrated"
 BY_CHANNEL = "A16W8 by channel"
