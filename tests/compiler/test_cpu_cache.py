@@ -87,6 +87,7 @@ def test_float16_wants_attention_of_ours(tmp_path: Path, cpu_library: Path) -> N
         )
     assert "are not parts of one product" in caught.value.found
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="no float16 cache on a CPU") as stock:
-        compile_model(Request(TINY, ("x86",), tmp_path / "out", kv_cache_type="float16"))
-    assert "--plugin auto" in stock.value.fix
+    for given in ({}, {"plugin": cpu_library, "portable": True}):
+        with pytest.raises(UserError, match="no float16 cache on a CPU") as stock:
+            compile_model(Request(TINY, ("x86",), tmp_path / "out", kv_cache_type="float16", **given))
+        assert "--plugin auto without --portable" in stock.value.fix
