@@ -36,14 +36,14 @@ LEAST = 2.0**-20
 def check_cache_type(request: Request, types: Mapping[str, np.dtype[Any]] | None = None) -> None:
     """Refuses a type that a target has no cache of; `types`: what each engine computes in, where that is known."""
     for target in request.resolved_targets():
-        dtype, ours = (types or {}).get(target.name), request.library(target) is not None
+        dtype, ours = (types or {}).get(target.name), request.library(target) is not None and not request.portable
         check_target(request.kv_cache_type, request.kv_cache, target, dtype, ours=ours)
 
 
 def check_target(
     kind: str | None, growth: str, target: Target, dtype: np.dtype[Any] | None = None, *, ours: bool = False
 ) -> None:
-    """`dtype`: what its engine computes in; None for a CPU, and where it is not known yet. `ours`: with a library."""
+    """`dtype`: what its engine computes in; None for a CPU, and where it is not known yet. `ours`: attention is."""
     where, engine = f"{target.name} ({target.family})", target.backend is Backend.TENSORRT
     computes = f"{dtype.name if dtype is not None else '16 bits'}, in which it computes"
     if not engine and kind == "float16" and not ours:
@@ -52,7 +52,7 @@ def check_target(
             where=where,
             expected="float32, int8 or uint4",
             found="GroupQueryAttention takes a float16 cache only with float16 queries, and is slower with both",
-            fix="--plugin auto, whose attention has one" if target.plugin else "",
+            fix="--plugin auto without --portable, for attention that has one" if target.plugin else "",
         )
     if engine and kind == "int8" and not target.whole_operators:
         raise UserError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import DTypeLike
 
 from instantrt.passes.core.lazy import Array
 from instantrt.plugins.cpu.op import BLOCK, FORM, GEMM, INT8_BLOCKS, INT16_BLOCKS
@@ -45,6 +46,7 @@ INT8_LEVEL = 4  # MatMulNBits' accuracy_level that quantizes activations; the ot
 # u (2.3 + 3 |S| / L), at |w| = L: less than the probe's 3 u where |S| < L / 4.
 #               layer, probe, floor, model
 FLOAT32 = Bound("float32", 2e-5, 1e-5, 1e-3, 1e-4)
+FLOAT16_CACHE = Bound("float32, float16 cache", 2e-3, 1e-5, 1e-3, 1e-2)  # that of float16 where it reads the cache
 TWO_LIMBS = Bound("two limbs", 2e-3, 1e-3, 1e-3, 5e-3)
 INT8_TOKEN = Bound("int8 per token", 1e-3, 1e-3, 1e-3, 3e-2)
 INT8_BLOCK = Bound("int8 per block", 2e-3, 1e-3, 1e-3, 3e-2)
@@ -71,7 +73,9 @@ def bound_of(nodes: Sequence[gs.Node], dtype: np.dtype[np.generic]) -> Bound:
         # a DequantizeLinear makes the first limb, to be taken off from x
         two = any(n.attrs.get(FORM) == INT16_BLOCKS or parts_limbs(n) or n.op == "DequantizeLinear" for n in nodes)
         return (LIMBS_CACHE if any(map(keeps_integers, nodes)) else TWO_LIMBS) if two else INT8_TOKEN
-    return INT8_TOKEN if quantizes(nodes) else FLOAT32
+    if quantizes(nodes):
+        return INT8_TOKEN
+    return FLOAT16_CACHE if any(keeps(node, np.float16) for node in nodes) else FLOAT32
 
 
 def quantizes(nodes: Sequence[gs.Node]) -> bool:
@@ -82,7 +86,12 @@ def quantizes(nodes: Sequence[gs.Node]) -> bool:
 
 def keeps_integers(node: gs.Node) -> bool:
     """Does it write a cache of integers?"""
-    return any(t.name.startswith("present.") and t.dtype in (np.int8, np.uint8) for t in node.outputs)
+    return keeps(node, np.int8, np.uint8)
+
+
+def keeps(node: gs.Node, *types: DTypeLike) -> bool:
+    """Does it write a cache of one of these?"""
+    return any(t.name.startswith("present.") and t.dtype in types for t in node.outputs)
 
 
 def int8_blocks(x: Array, block: int) -> Array:

@@ -62,6 +62,14 @@ def test_what_it_holds_by_itself(given: Any, expected: str, tmp_path: Path, cpu_
     assert types == {expected}
 
 
+def test_floats_are_right_over_float16(tmp_path: Path, cpu_library: Path) -> None:
+    """What a cache rounds is no error of an artifact whose products round nothing; this one's logits lose 4e-4."""
+    make("phi3-partial", tmp_path / "phi3", sliding_window=None, head_dim=64, hidden_size=256)
+    given = {"quant": "none", "plugin": cpu_library, "kv_cache_type": "float16"}
+    (artifact,) = compile_model(Request(tmp_path / "phi3", ("x86",), tmp_path / "out", **given))
+    assert {t.dtype for t in artifact.inputs if t.name.startswith("past")} == {"float16"}
+
+
 def test_float16_wants_attention_of_ours(tmp_path: Path, cpu_library: Path) -> None:
     """Heads of 24 channels are ONNX Runtime's, whose operator has no such cache."""
     make("llama", tmp_path / "llama", head_dim=24)
@@ -79,6 +87,7 @@ def test_float16_wants_attention_of_ours(tmp_path: Path, cpu_library: Path) -> N
         )
     assert "does not rotate queries and keys itself" in caught.value.found
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="no float16 cache on a CPU") as stock:
-        compile_model(Request(TINY, ("x86",), tmp_path / "out", kv_cache_type="float16"))
-    assert "--plugin auto" in stock.value.fix
+    for given in ({}, {"plugin": cpu_library, "portable": True}):
+        with pytest.raises(UserError, match="no float16 cache on a CPU") as stock:
+            compile_model(Request(TINY, ("x86",), tmp_path / "out", kv_cache_type="float16", **given))
+        assert "--plugin auto without --portable" in stock.value.fix
