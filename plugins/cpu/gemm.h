@@ -144,17 +144,14 @@ struct Gemm {
         Weight const& w = *c.weight;
         int const count = w.gated ? kLanes / 2 : kLanes;
         int64_t const at = row * width(w) + strip * count;
-        if (w.activation == Activation::kNone && !w.gated) {
-            return Isa::store(c.y + at, c.residual == nullptr ? v : Isa::add(v, Isa::load(c.residual + at)));
-        }
         V const x = std::bit_cast<V>(v), y = activated(w.activation, x);
         if (!w.gated) {
             return cpu::store(c.y + at, c.residual == nullptr ? y : y + cpu::load(c.residual + at));
         }
-        Half const gates = __builtin_shufflevector(y, y, 0, 1, 2, 3, 4, 5, 6, 7);
-        Half const gated = gates * __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-        Half const* const residual = reinterpret_cast<Half const*>(c.residual + at);
-        *reinterpret_cast<Half*>(c.y + at) = c.residual == nullptr ? gated : gated + *residual;
+        Eight const gates = __builtin_shufflevector(y, y, 0, 1, 2, 3, 4, 5, 6, 7);
+        Eight const gated = gates * __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+        Eight const* const residual = reinterpret_cast<Eight const*>(c.residual + at);
+        *reinterpret_cast<Eight*>(c.y + at) = c.residual == nullptr ? gated : gated + *residual;
     }
 
     template <typename Sums>

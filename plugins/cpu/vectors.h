@@ -11,7 +11,7 @@ namespace cpu {
 namespace {  // each file has its own, with its own instructions
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t W __attribute__((vector_size(64)));
 
 inline V load(float const* p) { return *reinterpret_cast<V const*>(p); }
