@@ -71,6 +71,13 @@ def scale_of(bits: int, size: int) -> float:
     return float(np.int32(bits).view(np.float32)) if bits else float(size**-0.5)
 
 
+def unlike_heads(heads: int, kv_heads: int, size: int) -> str | None:
+    """What the kernels do not have; nodes.h says the same."""
+    if size % WIDTH:
+        return f"a head has {size} channels, expected a multiple of {WIDTH}"
+    return f"{heads} heads cannot share {kv_heads}" if heads % kv_heads else None
+
+
 def kept(x: Array, dtype: np.dtype[Any], scale: Array | None) -> Array:
     """x [kv_heads, tokens, size] as a cache of `dtype` has it: what is finite stays so."""
     if scale is not None:
@@ -167,11 +174,5 @@ OP = Op(
     ),
     reference=reference,
     tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},
-    check=lambda v: (
-        f"a head has {v['D']} channels, expected a multiple of {WIDTH}"
-        if v["D"] % WIDTH
-        else f"{v['heads']} heads cannot share {v['kv_heads']}"
-        if v["heads"] % v["kv_heads"]
-        else None
-    ),
+    check=lambda v: unlike_heads(v["heads"], v["kv_heads"], v["D"]),
 )

@@ -7,10 +7,9 @@
 namespace cpu {
 namespace {
 
-constexpr int64_t kQueries = 4;         // that read keys and values once
-constexpr int64_t kKeys = 256;          // of a part, where one token's are cut
-constexpr int64_t kPackedTokens = 8;    // with fewer, packing keys takes longer than it saves
-constexpr int64_t kHeadSize = 1 << 16;  // whose products with numbers of heads do not overflow
+constexpr int64_t kQueries = 4;       // that read keys and values once
+constexpr int64_t kKeys = 256;        // of a part, where one token's are cut
+constexpr int64_t kPackedTokens = 8;  // with fewer, packing keys takes longer than it saves
 
 class AttentionNode : public Node {
 public:
@@ -21,8 +20,7 @@ public:
         call_.heads = attributes_[Schema::kHeads];
         call_.kv_heads = attributes_[Schema::kKvHeads];
         call_.interleaved = attributes_[Schema::kInterleaved] != 0;
-        require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0, call_.heads,
-                " heads cannot share ", call_.kv_heads);
+        share(call_.heads, call_.kv_heads);
     }
 
     void compute(Context* context) const {
@@ -44,8 +42,7 @@ public:
         call.size = past.sizes[3];
         call.rotated = 2 * cos.sizes[1];
         call.columns = mask.sizes[3];
-        require(call.size > 0 && call.size % kLanes == 0 && call.size <= kHeadSize, "a head has ", call.size,
-                " channels, expected a multiple of 16, at most ", kHeadSize);
+        channels(call.size);
         require(call.rotated <= call.size, call.rotated, " of a head's ", call.size, " channels are to be rotated");
         auto const part = [&](char const* what, Tensor const& x, int at, int64_t heads, int64_t& width) {
             return columns(what, x, call.batch, call.tokens, attributes_[at], heads * call.size, width);

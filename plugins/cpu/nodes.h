@@ -139,6 +139,17 @@ protected:
         return static_cast<float const*>(x.data) + at;
     }
 
+    // Of attention: what its heads have to be.
+    void share(int64_t heads, int64_t kv_heads) const {
+        require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, heads, " heads cannot share ", kv_heads);
+    }
+
+    void channels(int64_t size) const {
+        int64_t const most = 1 << 16;  // whose products with numbers of heads do not overflow
+        require(size > 0 && size % kLanes == 0 && size <= most, "a head has ", size,
+                " channels, expected a multiple of 16, at most ", most);
+    }
+
     // What scores are multiplied with: an attribute has its bits, or 0.
     static float scale(int64_t bits, int64_t size) {
         return bits == 0 ? 1 / std::sqrt(static_cast<float>(size)) : std::bit_cast<float>(static_cast<int32_t>(bits));

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from instantrt.plugins.cpu.attention import WIDTH, columns, scale_of
+from instantrt.plugins.cpu.attention import columns, scale_of, unlike_heads
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 
 HIDDEN = -1e38  # of a score: float32's lowest number is what many masks hide keys with
@@ -51,11 +51,5 @@ OP = Op(
     types=tuple((DType.F32, DType.F32, DType.F32, mask, DType.F32) for mask in (DType.F32, DType.BOOL)),
     reference=reference,
     tolerance={DType.F32: Tolerance(2e-6, 2.0**-18)},
-    check=lambda v: (
-        f"a head has {v['size']} channels, expected a multiple of {WIDTH}"
-        if v["size"] % WIDTH
-        else f"{v['heads']} heads cannot share {v['kv_heads']}"
-        if v["heads"] % v["kv_heads"]
-        else None
-    ),
+    check=lambda v: unlike_heads(v["heads"], v["kv_heads"], v["size"]),
 )

@@ -7,8 +7,7 @@
 namespace cpu {
 namespace {
 
-constexpr int64_t kChunk = 256;         // queries of a task: enough that packing keys and values is little of it
-constexpr int64_t kHeadSize = 1 << 16;  // whose products with numbers of heads do not overflow
+constexpr int64_t kChunk = 256;  // queries of a task: enough that packing keys and values is little of it
 
 class WholeAttentionNode : public Node {
 public:
@@ -20,10 +19,8 @@ public:
         call_.kv_heads = attributes_[Schema::kKvHeads];
         call_.size = attributes_[Schema::kSize];
         call_.scale = scale(attributes_[Schema::kScaleBits], call_.size);
-        require(call_.kv_heads > 0 && call_.heads > 0 && call_.heads % call_.kv_heads == 0, call_.heads,
-                " heads cannot share ", call_.kv_heads);
-        require(call_.size > 0 && call_.size % kLanes == 0 && call_.size <= kHeadSize, "a head has ", call_.size,
-                " channels, expected a multiple of 16, at most ", kHeadSize);
+        share(call_.heads, call_.kv_heads);
+        channels(call_.size);
     }
 
     void compute(Context* context) const {

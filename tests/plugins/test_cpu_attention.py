@@ -18,6 +18,7 @@ from instantrt.plugins.cpu.attention import OP, attended, bits_of, columns, inte
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, ShapeError
 from tests.plugins.kernels_of_cpus import KERNELS
+from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within
 
 HEADS = {
@@ -65,15 +66,7 @@ def of_node(library: Path, node: NodeProto, cache: DType) -> ort.InferenceSessio
     ]
     kinds = types[len(OP.inputs) :]
     outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(node.output, kinds, strict=True)]
-    graph = helper.make_graph([node], "one", inputs, outputs)
-    domains = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, OP.version)]
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.register_custom_ops_library(str(library))
-    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session_of(library, helper.make_graph([node], "one", inputs, outputs))
 
 
 def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int, cache: DType = DType.F32) -> dict[str, Array]:

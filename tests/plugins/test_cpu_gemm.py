@@ -31,6 +31,7 @@ from instantrt.plugins.cpu.op import (
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, Op, ShapeError
 from tests.plugins.kernels_of_cpus import KERNELS
+from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within
 
 FORMS = {"int8": INT8_BLOCKS, "int16": INT16_BLOCKS, "rows": INT8_ROWS}
@@ -87,15 +88,7 @@ def opened(library: Path, op: Op, inputs: Mapping[str, Array | None], attrs: Map
         if v is None
     ]
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    domains = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, op.version)]
-    graph = helper.make_graph([node], "one", free, [out], values)
-    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 2  # some of the work is another thread's
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session_of(library, helper.make_graph([node], "one", free, [out], values))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from instantrt.plugins.cpu.norm import OP
 from instantrt.plugins.ops import DOMAIN
 from instantrt.plugins.schema import Array, DType, Tolerance
 from tests.plugins.kernels_of_cpus import KERNELS
+from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within
 
 RANDOM = np.random.default_rng(0)
@@ -27,15 +28,8 @@ def session(library: Path, op: str, names: list[str], **attrs: float) -> ort.Inf
     attrs = (OP.attributes({}) if op == OP.name else {}) | attrs
     node = helper.make_node(op, names, ["y"], domain=DOMAIN if op == OP.name else "", **attrs)
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.register_custom_ops_library(str(library))
-    domains = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, OP.version)]
-    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    return session_of(library, helper.make_graph([node], "one", inputs, outputs), 23)
 
 
 def feeds(shape: tuple[int, ...], names: list[str], mean: float = 0) -> dict[str, Array]:
