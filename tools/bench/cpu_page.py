@@ -97,7 +97,8 @@ def wanted_table(result: Result) -> list[str]:
         if ratio := ratios(sides, goal.over, goal.under):
             over, under = (", ".join(each) for each in (goal.over, goal.under))
             lines.append((f"{over} : {under}", f"at least {goal.least:.3g}", shown(ratio, "x")))
-    for name, (what, most) in product((EIGHT, EIGHT_OURS), plan.limits.items()):
+    ours = [name for name in (EIGHT, EIGHT_OURS) if name in sides]
+    for name, (what, most) in product(ours, plan.limits.items()):
         lines.append((f"{name}: {what}", f"at most {most:g}", f"{LIMITED[what](sides, sides[name]):.4g}"))
     return [*table(("what", "goal", "measured"), lines), ""] if lines else []
 
