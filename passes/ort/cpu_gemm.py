@@ -126,7 +126,7 @@ class ResidualMatch:
 
 @dataclass(frozen=True)
 class FuseResidual(Fusion[ResidualMatch]):
-    """CpuGemm + Add(r), of its own shape -> its residual input."""
+    """CpuGemm + Add(r), of its own shape -> its residual input. One of unknown sizes might broadcast."""
 
     def match(self, node: gs.Node) -> ResidualMatch | Reject | None:
         if node.op != "Add":
@@ -136,8 +136,8 @@ class FuseResidual(Fusion[ResidualMatch]):
             made = self.sole_gemm(y, node)
             if made is None or made.op != GEMM.name or len(made.inputs) > RESIDUAL or isinstance(other, gs.Constant):
                 continue
-            if y is other or y.shape is None or other.shape is None or list(y.shape) != list(other.shape):
-                reason = Reject(f"{other.name} is {other.shape}, not another of the product's shape {y.shape}")
+            if y is other or y.shape is None or None in y.shape or other.shape is None or [*y.shape] != [*other.shape]:
+                reason = Reject(f"{other.name} is {other.shape}, not surely of the product's shape {y.shape}")
             else:
                 return ResidualMatch(made, node, other)
         return reason
