@@ -9,11 +9,11 @@ namespace {  // each file has its own, with its own instructions
 
 // The error function to 1.5e-7: Abramowitz and Stegun, 7.1.26.
 inline V error_function(V x) {
-    V const a = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * a);
+    V const a = largest(x, -x), t = 1 / (1 + 0.3275911f * a);
     V const tail =
         t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    V const value = 1 - tail * exponential(-a * a);
-    return x < 0 ? -value : value;
+    V const value = 1 + -tail * exponential(-a * a);
+    return where_below(x, 0, -value, value);
 }
 
 inline V activated(Activation activation, V x) {

@@ -31,11 +31,11 @@ struct Attention {
     static void write(V v, float const*, float* p) { store(p, v); }
     static void write(V v, float const*, Half* p) {  // finite stays finite
         V const most = spread(kLargestHalf);
-        Isa::to_f16(p, std::bit_cast<F>(v > most ? most : v < -most ? -most : v));
+        Isa::to_f16(p, std::bit_cast<F>(smallest(most, largest(-most, v))));
     }
     static void write(V v, float const* scales, int8_t* p) {
         V const steps = v / load(scales);
-        Isa::to_i8(p, std::bit_cast<F>(largest(steps > 127.0f ? spread(127) : steps, spread(-128))));
+        Isa::to_i8(p, std::bit_cast<F>(largest(smallest(spread(127), steps), spread(-128))));
     }
 
     template <typename Work>
@@ -198,11 +198,11 @@ struct Attention {
         if (count == kLanes) {
             return load(mask);
         }
-        V all = spread(-INFINITY);
-        for (int64_t i = 0; i < count; ++i) {
-            all[i] = mask[i];
+        float all[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+            all[i] = i < count ? mask[i] : -INFINITY;
         }
-        return all;
+        return load(all);
     }
 
     // Of `Tiles` times sixteen keys: with two, no sum waits for the one before.

@@ -148,8 +148,7 @@ struct Gemm {
         if (!w.gated) {
             return cpu::store(c.y + at, c.residual == nullptr ? y : y + cpu::load(c.residual + at));
         }
-        Eight const gates = __builtin_shufflevector(y, y, 0, 1, 2, 3, 4, 5, 6, 7);
-        Eight const gated = gates * __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+        Eight const gated = low(y) * high(x);
         Eight const* const residual = reinterpret_cast<Eight const*>(c.residual + at);
         *reinterpret_cast<Eight*>(c.y + at) = c.residual == nullptr ? gated : gated + *residual;
     }
