@@ -46,12 +46,19 @@ def session(library: Path, truth: bool = False, *, mask: bool = True, **attrs: i
 
 
 def normal(*shape: int) -> Array:
+    """Other numbers at each call, the same ones in each test whatever ran before."""
     return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _random(request: pytest.FixtureRequest) -> None:
+    RANDOM.bit_generator.state = np.random.default_rng(list(request.node.name.encode())).bit_generator.state
 
 
 def assert_right(found: Array, given: dict[str, Array], **attrs: int) -> None:
     (expected,) = OP.reference(**given, **(ATTRS | attrs))
-    assert_within(found, expected.astype(np.float64), np.abs(expected) + 1, OP.tolerance[DType.F32])
+    # a weight is as wrong as its score, which is a sum of up to 80 products; values reach 4
+    assert_within(found, expected.astype(np.float64), np.abs(expected) + 4, OP.tolerance[DType.F32])
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
