@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -50,6 +51,11 @@ class Attr:
     name: str
     default: int
     allowed: tuple[int, ...] | None = None
+
+
+def bits_of(number: float) -> int:
+    """float32's bits, as an attribute."""
+    return int(np.float32(number).view(np.int32))
 
 
 @dataclass(frozen=True)

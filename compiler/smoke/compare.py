@@ -67,15 +67,8 @@ def meaning(output: str, value: Array, expected: Array, step: Call) -> tuple[Arr
             last = tokens.shape[1] - 1 - tokens[:, ::-1].argmax(axis=1)
             return value[:, 0], expected[np.arange(len(last)), last]
         return (value[tokens], expected[tokens]) if value.shape == expected.shape else (value, expected)
-    cache = output.startswith(PRESENT) and value.ndim == 4 and value.shape == expected.shape
-    if cache and step.keys is not None and value.shape[2] == step.keys.shape[1]:
-        return value.swapaxes(1, 2)[step.keys], expected.swapaxes(1, 2)[step.keys]
-    if step.tokens is not None and value.shape == expected.shape:
-        if value.shape[:2] == step.tokens.shape:
-            return value[step.tokens], expected[step.tokens]
-        if value.ndim == 2 and len(value) == step.tokens.size:  # GPT-2's layers read the tokens of all rows in one
-            return value[step.tokens.ravel()], expected[step.tokens.ravel()]
-    return value, expected
+    counted = step.counted(output, value.shape) if value.shape == expected.shape else None
+    return (value, expected) if counted is None else (value[counted], expected[counted])
 
 
 def distance(step: str, output: str, value: Array, expected: Array) -> Distance:

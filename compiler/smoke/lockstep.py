@@ -73,12 +73,20 @@ class StepRun(Evaluation):
         super().store(node, [self.taken(t.name, value) for t, value in zip(node.outputs, outputs, strict=True)])
 
     def taken(self, name: str, value: Array) -> Array:
-        """What those that read a tensor go on with."""
+        """What those that read a tensor go on with. Where padding is that is its own: another operator may leave there
+        what was in memory, and what no key of its reads, a product by zero does here (docs/facts.md,
+        "GroupQueryAttention").
+        """
         if name not in self.given:
             return value
         self.own[name] = value
         other = self.given[name]
-        return counted(name, other, value, self.step) if other.shape == value.shape else value
+        if other.shape != value.shape:
+            return value
+        counted = self.step.counted(name, value.shape)
+        if counted is None:
+            return other
+        return np.where(counted.reshape(counted.shape + (1,) * (value.ndim - counted.ndim)), other, value)
 
     def look(self, node: gs.Node) -> None:
         """The outputs are looked at, and nothing before them: that takes a tenth of the time."""
@@ -94,22 +102,6 @@ class StepRun(Evaluation):
         if self.rounded is None or self.rounded[0] != (x, block):
             self.rounded = (x, block), int8_blocks(self.values[x], block)
         return {x: self.rounded[1]} | {t.name: self.values[t.name] for t in node.inputs[1:] if t.name in self.values}
-
-
-def counted(name: str, other: Array, own: Array, step: Call) -> Array:
-    """`other` at the positions that count, `own` at those of padding: there an operator may leave what was in memory,
-    and what no key of the other form reads, a product by zero in this one does (docs/facts.md, "GroupQueryAttention").
-    """
-    if step.tokens is None or step.keys is None:
-        return other
-    count, here = step.tokens, other.shape[:2] == step.tokens.shape
-    if name.startswith(PRESENT):
-        count, here = step.keys[:, None], other.ndim == 4 and other.shape[2] == step.keys.shape[1]
-    elif other.ndim == 2 and len(other) == count.size:
-        count, here = count.ravel(), True
-    if not here:
-        return other
-    return np.where(count.reshape(count.shape + (1,) * (other.ndim - count.ndim)), other, own)
 
 
 class WatchedRun(StepRun):

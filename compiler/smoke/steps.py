@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from instantrt.compiler.accuracy.data import token_feeds
 from instantrt.compiler.frontend.model import EncoderShape, Interface, LlmShape
-from instantrt.compiler.smoke.names import CACHED, PAST
+from instantrt.compiler.smoke.names import CACHED, PAST, PRESENT
 from instantrt.passes.core.evaluate_node import numpy_type
 from instantrt.passes.core.lazy import Array
 
@@ -34,6 +34,17 @@ class Call:
     after: str = ""
     tokens: Array | None = None
     keys: Array | None = None
+
+    def counted(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        """Where a tensor of that name and shape says something, of its first axes; None where all of it does."""
+        if name.startswith(PRESENT) and len(shape) == 4:
+            if self.keys is None or shape[2] != self.keys.shape[1]:
+                return None
+            return np.broadcast_to(self.keys[:, None], shape[:3])
+        if self.tokens is None or shape[:2] == self.tokens.shape:
+            return self.tokens
+        # GPT-2's layers read the tokens of all rows in one
+        return self.tokens.ravel() if len(shape) == 2 and shape[0] == self.tokens.size else None
 
 
 @dataclass(frozen=True)

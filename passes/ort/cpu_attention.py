@@ -12,8 +12,9 @@ from instantrt.passes.core.rewrite import Reject, Rewrite
 from instantrt.passes.gemm.packed import add_ours
 from instantrt.passes.ort import Preset
 from instantrt.passes.ort.rotary import GROUP_QUERY_ATTENTION
-from instantrt.plugins.cpu.attention import OP, WIDTH, bits_of
+from instantrt.plugins.cpu.attention import OP, WIDTH
 from instantrt.plugins.cpu.op import FORM, GEMM, INT16_BLOCKS
+from instantrt.plugins.schema import bits_of
 
 # attributes of the operator that this one knows
 PLAIN = {"num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved"}

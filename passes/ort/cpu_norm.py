@@ -7,8 +7,8 @@ import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.rewrite import Reject, Rewrite, take_over
 from instantrt.passes.gemm.packed import add_ours
-from instantrt.plugins.cpu.attention import bits_of
 from instantrt.plugins.cpu.norm import OP
+from instantrt.plugins.schema import bits_of
 
 CENTERED = {"RMSNormalization": 0, "LayerNormalization": 1}
 EPSILON = 1e-5  # what both have by default

@@ -61,11 +61,6 @@ def columns(x: Array, at: int, heads: int, size: int) -> Array:
     return x[..., at : at + heads * size].astype(np.float64).reshape(*x.shape[:2], heads, size)
 
 
-def bits_of(number: float) -> int:
-    """float32's bits: attributes are integers."""
-    return int(np.float32(number).view(np.int32))
-
-
 def scale_of(bits: int, size: int) -> float:
     """What scores of heads of `size` channels are multiplied with."""
     return float(np.int32(bits).view(np.float32)) if bits else float(size**-0.5)
@@ -100,11 +95,16 @@ def attended(queries: Array, keys: Array, sums: Array, last: Array, mask: Array,
         k, v = (np.repeat(part[row, :, :end], shared, axis=0) for part in (keys, sums))
         scores = np.einsum("thd,hkd->htk", q[:count], k) + mask[row, :, :count, :end]
         scores += np.triu(np.full((count, end), -np.inf), end - count + 1)
-        most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-        weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
-        total = weights.sum(axis=-1, keepdims=True)
-        y[row, :count] = np.einsum("htk,hkd->thd", weights / np.where(total == 0, 1, total), v)
+        y[row, :count] = np.einsum("htk,hkd->thd", shares(scores), v)
     return y.reshape(*y.shape[:2], -1).astype(np.float32)
+
+
+def shares(scores: Array, hidden: float = -np.inf) -> Array:
+    """softmax along the last axis; zeros where all scores are `hidden` or less."""
+    most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(most <= hidden, 0, most))
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.asarray(weights / np.where(total == 0, 1, total))
 
 
 def rotated(x: Array, cos: Array, sin: Array) -> Array:
@@ -154,21 +154,8 @@ OP = Op(
     ),
     types=tuple(
         (
-            *(
-                DType.F32,
-                DType.F32,
-                DType.F32,
-                cache,
-                cache,
-                DType.I32,
-                DType.F32,
-                DType.F32,
-                DType.I64,
-                DType.F32,
-                DType.I32,
-            ),
-            *(DType.F32, DType.F32),
-            *(DType.F32, cache, cache),
+            *(DType.F32, DType.F32, DType.F32, cache, cache, DType.I32, DType.F32, DType.F32, DType.I64),
+            *(DType.F32, DType.I32, DType.F32, DType.F32, DType.F32, cache, cache),
         )
         for cache in (DType.F32, DType.F16, DType.I8)
     ),

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "nodes.h"
+#include "heads.h"
 
 namespace cpu {
 namespace {
@@ -11,11 +11,11 @@ constexpr int64_t kQueries = 4;       // that read keys and values once
 constexpr int64_t kKeys = 256;        // of a part, where one token's are cut
 constexpr int64_t kPackedTokens = 8;  // with fewer, packing keys takes longer than it saves
 
-class AttentionNode : public Node {
+class AttentionNode : public HeadsNode {
 public:
     using Schema = schema::CpuAttention;
 
-    AttentionNode(Api api, KernelInfo const* info) : Node(api) {
+    AttentionNode(Api api, KernelInfo const* info) : HeadsNode(api) {
         read<Schema>(info, attributes_);
         call_.heads = attributes_[Schema::kHeads];
         call_.kv_heads = attributes_[Schema::kKvHeads];

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from instantrt.plugins.cpu.attention import bits_of
-from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
+from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance, bits_of
 
 
 def reference(x: Array, scale: Array, bias: Array | None = None, **attrs: Any) -> tuple[Array, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from instantrt.plugins.cpu.attention import columns, scale_of, unlike_heads
+from instantrt.plugins.cpu.attention import columns, scale_of, shares, unlike_heads
 from instantrt.plugins.schema import Array, Attr, DType, Op, Port, Tolerance
 
 HIDDEN = -1e38  # of a score: float32's lowest number is what many masks hide keys with
@@ -16,7 +16,6 @@ def reference(query: Array, key: Array, value: Array, mask: Array | None = None,
     """In float64. A query that sees no key gets zeros, as of ONNX Runtime's Attention."""
     v = OP.attributes(attrs)
     size, shared = v["size"], v["heads"] // v["kv_heads"]
-
     q = columns(query, v["query_at"], v["heads"], size).swapaxes(1, 2)
     k, values = (
         np.repeat(columns(x, v[at], v["kv_heads"], size).swapaxes(1, 2), shared, axis=1)
@@ -25,10 +24,7 @@ def reference(query: Array, key: Array, value: Array, mask: Array | None = None,
     scores = q @ k.swapaxes(2, 3) * scale_of(v["scale_bits"], size)
     if mask is not None:
         scores += np.where(mask, 0, -np.inf) if mask.dtype == np.bool_ else mask
-    most = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(most < HIDDEN, 0, most))
-    total = weights.sum(axis=-1, keepdims=True)
-    y = weights / np.where(total == 0, 1, total) @ values
+    y = shares(scores, HIDDEN) @ values
     return (y.swapaxes(1, 2).reshape(*query.shape[:2], -1).astype(np.float32),)
 
 

@@ -2,18 +2,18 @@
 #include <algorithm>
 #include <cmath>
 
-#include "nodes.h"
+#include "heads.h"
 
 namespace cpu {
 namespace {
 
 constexpr int64_t kChunk = 256;  // queries of a task: enough that packing keys and values is little of it
 
-class WholeAttentionNode : public Node {
+class WholeAttentionNode : public HeadsNode {
 public:
     using Schema = schema::CpuWholeAttention;
 
-    WholeAttentionNode(Api api, KernelInfo const* info) : Node(api) {
+    WholeAttentionNode(Api api, KernelInfo const* info) : HeadsNode(api) {
         read<Schema>(info, attributes_);
         call_.heads = attributes_[Schema::kHeads];
         call_.kv_heads = attributes_[Schema::kKvHeads];

@@ -14,9 +14,9 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from instantrt.plugins.cpu.attention import OP, attended, bits_of, columns, interleaved, read, rotated, scale_of
+from instantrt.plugins.cpu.attention import OP, attended, columns, interleaved, read, rotated, scale_of
 from instantrt.plugins.ops import DOMAIN
-from instantrt.plugins.schema import Array, DType, ShapeError
+from instantrt.plugins.schema import Array, DType, ShapeError, bits_of
 from tests.plugins.kernels_of_cpus import KERNELS
 from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within

@@ -11,10 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from instantrt.plugins.cpu.attention import bits_of
 from instantrt.plugins.cpu.norm import OP
 from instantrt.plugins.ops import DOMAIN
-from instantrt.plugins.schema import Array, DType, Tolerance
+from instantrt.plugins.schema import Array, DType, Tolerance, bits_of
 from tests.plugins.kernels_of_cpus import KERNELS
 from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within

@@ -12,10 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from instantrt.plugins.cpu.attention import bits_of
 from instantrt.plugins.cpu.whole_attention import OP
 from instantrt.plugins.ops import DOMAIN
-from instantrt.plugins.schema import Array, DType, ShapeError
+from instantrt.plugins.schema import Array, DType, ShapeError, bits_of
 from tests.plugins.kernels_of_cpus import KERNELS
 from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within
