@@ -2,7 +2,8 @@
 
 config                              the text of a config.pbtxt -> its fields, by the server's own schema
 stream HOST:PORT MODEL              [{"inputs": {...}, "delay": s, "cancel_after": pieces}, ...], a stream for each,
-                                    all at once -> [{"pieces": [...], "error": ..., "seconds": ...}, ...]
+                                    all at once -> [{"pieces": [...], "error": ..., "seconds": ...}, ...];
+                                    each says on stderr when its first piece is there
 pipeline HOST:PORT MODEL            the same requests, all on one bidirectional stream
 infer HOST:PORT MODEL               tensors {"name": {"type", "shape", "values"}} as they are -> error or outputs
 manage HOST:PORT MODEL              ["load" | "unload" | "ready", ...] -> what each answered
@@ -67,6 +68,8 @@ def one_stream(address: str, model: str, request: dict[str, Any]) -> dict[str, A
             result, failure = replies.get(timeout=SECONDS)
             error = str(failure) if failure else ""
             pieces += [] if failure else [piece(result)]
+            if len(pieces) == 1:
+                print("a first piece", file=sys.stderr, flush=True)
             if len(pieces) == request.get("cancel_after"):
                 client.stop_stream(cancel_requests=True)
                 break

@@ -408,16 +408,17 @@ def test_sigterm_while_generating(repository: Path) -> None:
     """What runs finishes, within the server's exit timeout; what comes too late gets an error; nobody hangs."""
     with serving(repository) as server:
         command = [ENVIRONMENT / "bin" / "python", CLIENT, "stream", server.grpc, MODEL]
-        running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert running.stdin is not None
-        running.stdin.write(json.dumps([exactly("The server", 600)] * 6))
-        running.stdin.close()
-        time.sleep(1.2)
-        signalled = time.time()
-        code = stop(server.process)
-        assert running.stdout is not None
-        replies = json.loads(running.stdout.read())
-        running.wait(30)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as running:
+            assert running.stdin is not None
+            assert running.stdout is not None
+            assert running.stderr is not None
+            running.stdin.write(json.dumps([exactly("The server", 600)] * 6))
+            running.stdin.close()
+            running.stderr.readline()  # the first of 600 pieces is there, however fast this machine is
+            signalled = time.time()
+            code = stop(server.process)
+            replies = json.loads(running.stdout.read())
     assert code == 0
     assert max(reply["ended"] for reply in replies) > signalled
     assert all(reply["error"] or len(ids(reply)) == 600 for reply in replies)
