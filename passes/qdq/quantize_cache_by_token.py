@@ -14,7 +14,8 @@ from instantrt.passes.core.names import PAST
 from instantrt.passes.core.quant import UINT8
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add
 from instantrt.passes.qdq.quantize_cache import attend, grow, unlike_cache
-from instantrt.passes.qdq.turned_attention import rotation, sees_differences, turned
+from instantrt.passes.qdq.turned_attention import sees_differences, turned
+from instantrt.plugins.hadamard import hadamard
 
 GROUPS = {"key": 16, "value": 64}  # channels of a token that share a scale (docs/facts.md, "Caches of integers")
 
@@ -71,7 +72,7 @@ class QuantizeCacheByToken(Rewrite[ByToken]):
         group = group if size % group == 0 else size
         axis, none = nodes.const("axis", [4], np.int64), nodes.const("none", 0, FLOAT32)
         top, one = nodes.const("top", 15, FLOAT32), nodes.const("one", 1, FLOAT32)
-        turn = nodes.const("rotation", rotation(size), FLOAT32)
+        turn = nodes.const("rotation", hadamard(size), FLOAT32)
         in_groups = nodes.const("in_groups", [0, 0, 0, size // group, group], np.int64)
         x = nodes("Reshape", [nodes("MatMul", [new, turn], "rotated"), in_groups], "groups")
         low = nodes("Min", [nodes("ReduceMin", [x, axis], "lowest"), none], "low")

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Array
+from instantrt.passes.core.lazy import FLOAT32
 from instantrt.passes.core.rewrite import Prefixed, add
 
 
 def sees_differences(attention: gs.Node, keys: gs.Tensor) -> bool:
     """Does it read `keys` as keys, and are their differences all that its output is made of?"""
     return attention.inputs[1] is keys and not attention.attrs.get("softcap") and len(attention.outputs) == 1
-
-
-def rotation(size: int) -> Array:
-    """An orthogonal matrix [size, size]: Hadamard's of the largest power of two that divides it, along the diagonal."""
-    hadamard: Array = np.ones((1, 1))
-    while size % (2 * len(hadamard)) == 0:
-        hadamard = np.kron([[1, 1], [1, -1]], hadamard)
-    return np.kron(np.eye(size // len(hadamard)), hadamard / np.sqrt(len(hadamard))).astype(FLOAT32)
 
 
 def turned(graph: gs.Graph, attention: gs.Node, *, is_key: bool, by: gs.Constant) -> None:

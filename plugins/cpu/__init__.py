@@ -3,6 +3,7 @@
     CpuGemm       x [..., K] float32 times 4- or 8-bit codes in groups, with bias, activation, gate and residual
     CpuRows       rows of such a matrix: embeddings that share it
     CpuAttention  new tokens over a cache that is one buffer, rotary embeddings and all
+    CpuAttentionByToken  the same over a cache of four bits
     CpuWholeAttention  without a cache: every query over every key that a mask leaves
     CpuNorm       rows over the root of the mean of their squares, with or without their mean
 

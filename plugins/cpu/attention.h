@@ -5,39 +5,17 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
+#include <type_traits>
 
-#include "kernel.h"
-#include "vectors.h"
+#include "cache.h"
 
 namespace cpu {
 
 constexpr int kWidth = 4;  // vectors of values that are summed at once: 16 sums, 4 values and 4 weights in registers
 
-constexpr float kLargestHalf = 65504;
-
 template <typename Isa>  // whose functions are then of one file alone
 struct Attention {
-    using F = typename Isa::F;
-    using Half = uint16_t;
-
-    // Sixteen numbers of a cache. Those of int8 are steps: what they are multiplied with has their scales.
-    static V read(float const* p) { return load(p); }
-    static V read(Half const* p) { return std::bit_cast<V>(Isa::from_f16(p)); }
-    static V read(int8_t const* p) { return std::bit_cast<V>(Isa::from_i8(p)); }
-
-    static void write(V v, float const*, float* p) { store(p, v); }
-    static void write(V v, float const*, Half* p) {  // finite stays finite
-        V const most = spread(kLargestHalf);
-        Isa::to_f16(p, std::bit_cast<F>(smallest(most, largest(-most, v))));
-    }
-    static void write(V v, float const* scales, int8_t* p) {
-        V const steps = v / load(scales);
-        Isa::to_i8(p, std::bit_cast<F>(largest(smallest(spread(127), steps), spread(-128))));
-    }
-
     template <typename Work>
     static void for_type(Cache cache, Work work) {
         switch (cache) {
@@ -47,6 +25,8 @@ struct Attention {
                 return work(Half{});
             case Cache::kI8:
                 return work(int8_t{});
+            case Cache::kNibbles:
+                return work(Nibbles{});
         }
     }
 
@@ -57,32 +37,38 @@ struct Attention {
 
     template <typename T>
     static void prepare_of(AttentionCall const& c, int64_t row, int64_t token, int64_t kv_head) {
+        constexpr bool kTurned = std::is_same_v<T, Nibbles>;
         int64_t const size = c.size, half = c.rotated / 2, shared = c.heads / c.kv_heads;
-        int64_t const at = c.past(row) + token;
-        int64_t const line = row * c.tokens + token, position = c.positions[line];
+        int64_t const line = row * c.tokens + token, position = half > 0 ? c.positions[line] : 0;
+        int64_t const place = (row * c.kv_heads + kv_head) * c.capacity + c.past(row) + token;
         float const* const queries = c.query + line * c.query_width;
         float const *cos = c.cos + position * half, *sin = c.sin + position * half;
         for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; ++h) {
             float* const into = c.queries + ((row * c.heads + h) * c.tokens + token) * size;
             rotate(queries + h * size, c, cos, sin, c.scale, into);
             if constexpr (std::is_same_v<T, int8_t>) {
-                by_scales(into, c.key_scales + kv_head * size, size);
+                by_scales(into, c.keys.scales + kv_head * size, size);
+            }
+            if constexpr (kTurned) {
+                turn(into, size);
             }
         }
-        float* const key = c.fresh_keys + (line * c.kv_heads + kv_head) * size;
-        rotate(c.key + line * c.key_width + kv_head * size, c, cos, sin, 1, key);
-        keep<T>(key, c.key_scales, c.keys, c, row, kv_head, at);
-        keep<T>(c.value + line * c.value_width + kv_head * size, c.value_scales, c.values, c, row, kv_head, at);
-    }
-
-    // One token's key or value of a head into the cache.
-    template <typename T>
-    static void keep(float const* x, float const* scales, void* cache, AttentionCall const& c, int64_t row,
-                     int64_t head, int64_t at) {
-        T* const into = static_cast<T*>(cache) + ((row * c.kv_heads + head) * c.capacity + at) * c.size;
-        for (int64_t i = 0; i < c.size; i += kLanes) {
-            write(load(x + i), scales + head * c.size + i, into + i);
+        float* const fresh = c.fresh + (line * c.kv_heads + kv_head) * size;
+        rotate(c.key + line * c.key_width + kv_head * size, c, cos, sin, 1, fresh);
+        float const* value = c.value + line * c.value_width + kv_head * size;
+        if constexpr (kTurned) {
+            for (int64_t i = 0; c.center != nullptr && i < size; i += kLanes) {
+                store(fresh + i, load(fresh + i) - load(c.center + kv_head * size + i));
+            }
+            turn(fresh, size);
         }
+        Keep<Isa, T>::token(fresh, c.keys, kv_head, place, size);
+        if constexpr (kTurned) {
+            std::copy_n(value, size, fresh);
+            turn(fresh, size);
+            value = fresh;
+        }
+        Keep<Isa, T>::token(value, c.values, kv_head, place, size);
     }
 
     static void by_scales(float* x, float const* scales, int64_t size) {
@@ -111,14 +97,14 @@ struct Attention {
     // Keys [tile * 16 ...) of a head, [size][16], zero behind the last.
     static void pack(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t tile, float* into) {
         for_type(c.cache, [&](auto type) {
-            auto const* keys =
-                static_cast<decltype(type) const*>(c.keys) + (row * c.kv_heads + kv_head) * c.capacity * c.size;
             int64_t const first = tile * kLanes, count = std::min<int64_t>(kLanes, c.length(row) - first);
+            int64_t const place = (row * c.kv_heads + kv_head) * c.capacity + first;
+            Tile<Isa, decltype(type)> const keys(c.keys, place, c.size, count);
             for (int64_t i = 0; i < c.size; i += kLanes) {
                 V sixteen[kLanes];
 #pragma GCC unroll 16
                 for (int64_t k = 0; k < kLanes; ++k) {
-                    sixteen[k] = k < count ? read(keys + (first + k) * c.size + i) : V{};
+                    sixteen[k] = k < count ? keys.at(k, i) : V{};
                 }
                 transpose(sixteen);
 #pragma GCC unroll 16
@@ -135,8 +121,7 @@ struct Attention {
     static void attend(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t first, int64_t begin, int64_t end,
                        float* weights, float* top, float* total, float* sums) {
         int64_t const shared = c.heads / c.kv_heads, stride = (end - begin + kLanes - 1) / kLanes * kLanes;
-        int64_t const place = (row * c.kv_heads + kv_head) * c.capacity * c.size;
-        T const *keys = static_cast<T const*>(c.keys) + place, *values = static_cast<T const*>(c.values) + place;
+        int64_t const place = (row * c.kv_heads + kv_head) * c.capacity;
         float const *q[R], *mask[R];
         int64_t seen[R];  // keys before and at the query itself, whatever the mask says of others
         V most[R];
@@ -158,7 +143,8 @@ struct Attention {
             } else if (packed != nullptr) {
                 packed_scores<R, 1>(packed + t * c.size, c.size, q, scores);
             } else {
-                direct_scores<R>(keys + t * c.size, std::min<int64_t>(kLanes, end - t), c.size, q, scores[0]);
+                int64_t const count = std::min<int64_t>(kLanes, end - t);
+                direct_scores<R>(Tile<Isa, T>(c.keys, place + t, c.size, count), count, c.size, q, scores[0]);
             }
             for (int64_t w = 0; w < wide; ++w, t += kLanes) {
                 for (int r = 0; r < R; ++r) {
@@ -182,14 +168,17 @@ struct Attention {
         }
         int64_t i = 0;
         for (; i + kWidth * kLanes <= c.size; i += kWidth * kLanes) {
-            sum_values<R, kWidth>(values + i, begin, end, c.size, weights, stride, sums + i);
+            sum_values<R, kWidth, T>(c.values, place, begin, end, c.size, i, weights, stride, sums);
         }
         for (; i < c.size; i += kLanes) {
-            sum_values<R, 1>(values + i, begin, end, c.size, weights, stride, sums + i);
+            sum_values<R, 1, T>(c.values, place, begin, end, c.size, i, weights, stride, sums);
         }
-        if constexpr (std::is_same_v<T, int8_t>) {
-            for (int r = 0; r < R; ++r) {
-                by_scales(sums + r * c.size, c.value_scales + kv_head * c.size, c.size);
+        for (int r = 0; r < R; ++r) {
+            if constexpr (std::is_same_v<T, int8_t>) {
+                by_scales(sums + r * c.size, c.values.scales + kv_head * c.size, c.size);
+            }
+            if constexpr (std::is_same_v<T, Nibbles>) {
+                turn(sums + r * c.size, c.size);  // back: the matrix is its own inverse
             }
         }
     }
@@ -234,14 +223,14 @@ struct Attention {
         }
     }
 
-    template <int R, typename T>
-    static void direct_scores(T const* keys, int64_t count, int64_t size, float const* const (&q)[R], V (&scores)[R]) {
+    template <int R, typename Keys>
+    static void direct_scores(Keys const& keys, int64_t count, int64_t size, float const* const (&q)[R],
+                              V (&scores)[R]) {
         V parts[R][kLanes];
         for (int64_t k = 0; k < kLanes; ++k) {
-            T const* key = keys + std::min(k, count - 1) * size;
             V all[R]{};
             for (int64_t i = 0; i < size; i += kLanes) {
-                V const part = read(key + i);
+                V const part = keys.at(std::min(k, count - 1), i);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     all[r] += part * load(q[r] + i);
@@ -257,28 +246,32 @@ struct Attention {
         }
     }
 
-    // `Width` vectors of the sums of values.
+    // `Width` vectors of the sums of values, from channel `i` on.
     template <int R, int Width, typename T>
-    static void sum_values(T const* values, int64_t begin, int64_t end, int64_t size, float const* weights,
-                           int64_t stride, float* sums) {
+    static void sum_values(CachePart const& part, int64_t place, int64_t begin, int64_t end, int64_t size, int64_t i,
+                           float const* weights, int64_t stride, float* sums) {
         V all[R][Width]{};
-        for (int64_t t = begin; t < end; ++t) {
-            V value[Width];
-            for (int w = 0; w < Width; ++w) {
-                value[w] = read(values + t * size + w * kLanes);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                float const weight = weights[r * stride + t - begin];
-#pragma GCC unroll 4
+        for (int64_t t = begin; t < end; t += kLanes) {
+            int64_t const count = std::min<int64_t>(kLanes, end - t);
+            Tile<Isa, T> const values(part, place + t, size, count);
+            for (int64_t k = 0; k < count; ++k) {
+                V value[Width];
                 for (int w = 0; w < Width; ++w) {
-                    all[r][w] += value[w] * weight;
+                    value[w] = values.at(k, i + w * kLanes);
+                }
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    float const weight = weights[r * stride + t - begin + k];
+#pragma GCC unroll 4
+                    for (int w = 0; w < Width; ++w) {
+                        all[r][w] += value[w] * weight;
+                    }
                 }
             }
         }
         for (int r = 0; r < R; ++r) {
             for (int w = 0; w < Width; ++w) {
-                store(sums + r * size + w * kLanes, all[r][w]);
+                store(sums + r * size + i + w * kLanes, all[r][w]);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,41 +20,59 @@ def reference(
     past_key: Array,
     past_value: Array,
     last: Array,
-    cos: Array,
-    sin: Array,
-    positions: Array,
     mask: Array,
     new: Array,
+    cos: Array | None = None,
+    sin: Array | None = None,
+    positions: Array | None = None,
     key_scale: Array | None = None,
     value_scale: Array | None = None,
     **attrs: Any,
 ) -> tuple[Array, ...]:
     """In float64, row by row. Of a row whose new tokens end with padding, y is zero there."""
     values = OP.attributes(attrs)
-    heads, kv_heads, size = values["heads"], values["kv_heads"], past_key.shape[3]
-    batch, tokens, _ = query.shape
-    room = max(past_key.shape[2], mask.shape[3])
-    q_all, k_all, v_all = (
-        columns(x, values[at], count, size)
-        for x, at, count in ((query, "query_at", heads), (key, "key_at", kv_heads), (value, "value_at", kv_heads))
-    )
-    scale = scale_of(values["scale_bits"], size)
-    queries, present = (
-        np.zeros((batch, tokens, heads, size)),
-        np.zeros((2, batch, kv_heads, room, size), past_key.dtype),
-    )
-    for row in range(batch):
-        count, end = int(new[row]), int(last[row]) + 1
-        past = end - count
-        angles = cos[positions[row, :count]].astype(np.float64), sin[positions[row, :count]].astype(np.float64)
-        turn = interleaved if values["interleaved"] else rotated
-        queries[row, :count], k = turn(q_all[row, :count], *angles) * scale, turn(k_all[row, :count], *angles)
-        each = zip(present, (past_key, past_value), (k, v_all[row, :count]), (key_scale, value_scale), strict=True)
-        for part, before, fresh, step in each:
-            part[row, :, :past] = before[row, :, :past]
-            part[row, :, past:end] = kept(fresh.swapaxes(0, 1), past_key.dtype, step)
+    queries, keys, sums = fresh(query, key, value, past_key.shape[3], values, cos, sin, positions)
+    each = ((past_key, keys, key_scale), (past_value, sums, value_scale))
+    present = [grown(past, kept(x, past.dtype, step), last, mask, new) for past, x, step in each]
     keys, sums = (read(part, step) for part, step in zip(present, (key_scale, value_scale), strict=True))
     return (attended(queries, keys, sums, last, mask, new), *present)
+
+
+def fresh(
+    query: Array,
+    key: Array,
+    value: Array,
+    size: int,
+    values: Mapping[str, int],
+    cos: Array | None,
+    sin: Array | None,
+    positions: Array | None,
+) -> tuple[Array, Array, Array]:
+    """New queries, keys and values [B, S, heads, size] in float64: queries are scaled, and keys as they are rotated."""
+    q, k, v = (
+        columns(x, values[at], values[count], size)
+        for x, at, count in (
+            (query, "query_at", "heads"),
+            (key, "key_at", "kv_heads"),
+            (value, "value_at", "kv_heads"),
+        )
+    )
+    if cos is not None and sin is not None and positions is not None:
+        angles = cos[positions].astype(np.float64), sin[positions].astype(np.float64)
+        turn = interleaved if values["interleaved"] else rotated
+        q, k = turn(q, *angles), turn(k, *angles)
+    return q * scale_of(values["scale_bits"], size), k, v
+
+
+def grown(past: Array, codes: Array, last: Array, mask: Array, new: Array) -> Array:
+    """A cache [B, heads, P, N] with each row's new tokens of codes [B, S, heads, N] behind those that it has."""
+    batch, heads, length, width = past.shape
+    present = np.zeros((batch, heads, max(length, mask.shape[3]), width), past.dtype)
+    for row in range(batch):
+        count, end = int(new[row]), int(last[row]) + 1
+        present[row, :, : end - count] = past[row, :, : end - count]
+        present[row, :, end - count : end] = codes[row, :count].swapaxes(0, 1)
+    return present
 
 
 def columns(x: Array, at: int, heads: int, size: int) -> Array:
@@ -74,9 +93,9 @@ def unlike_heads(heads: int, kv_heads: int, size: int) -> str | None:
 
 
 def kept(x: Array, dtype: np.dtype[Any], scale: Array | None) -> Array:
-    """x [kv_heads, tokens, size] as a cache of `dtype` has it: what is finite stays so."""
+    """x [B, S, kv_heads, size] as a cache of `dtype` has it: what is finite stays so."""
     if scale is not None:
-        return np.asarray(np.clip(np.rint(x / scale[:, None]), -128, 127).astype(dtype))
+        return np.asarray(np.clip(np.rint(x / scale), -128, 127).astype(dtype))
     return np.asarray(np.clip(x, -LARGEST[dtype.name], LARGEST[dtype.name]).astype(dtype))
 
 
@@ -108,35 +127,53 @@ def shares(scores: Array, hidden: float = -np.inf) -> Array:
 
 
 def rotated(x: Array, cos: Array, sin: Array) -> Array:
-    """x [tokens, heads, size], of which the first channels are rotated, the first half of them with the second."""
-    half = cos.shape[1]
+    """x [B, S, heads, size], of which the first channels are rotated, the first half of them with the second."""
+    half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    c, s = cos[:, None], sin[:, None]
+    c, s = cos[..., None, :], sin[..., None, :]
     return np.concatenate((a * c - b * s, b * c + a * s, rest), axis=-1)
 
 
 def interleaved(x: Array, cos: Array, sin: Array) -> Array:
     """The same, of neighbours."""
-    half = cos.shape[1]
-    order = np.r_[0 : 2 * half : 2, 1 : 2 * half : 2, 2 * half : x.shape[2]]
+    half = cos.shape[-1]
+    order = np.r_[0 : 2 * half : 2, 1 : 2 * half : 2, 2 * half : x.shape[-1]]
     return np.asarray(rotated(x[..., order], cos, sin)[..., np.argsort(order)])
 
 
+NEW = (
+    Port("query", ("B", "S", "X")),  # heads * D of its columns, from `query_at` on
+    Port("key", ("B", "S", "Y")),
+    Port("value", ("B", "S", "Z")),
+)
+ROWS = (
+    Port("last", ("B",)),  # the last token of each row, counted from the beginning of the cache
+    Port("mask", ("B", "1", "S", "T")),  # added to the scores; a token sees none behind itself whatever it says
+    Port("new", ("B",)),  # how many of the S tokens are no padding behind them
+)
+ROW_TYPES = (DType.I32, DType.F32, DType.I32)
+ROTATION = (  # all three, or none where queries and keys come as they are to be
+    Port("cos", ("L", "R"), optional=True),  # of half the rotated channels, by position
+    Port("sin", ("L", "R"), optional=True),
+    Port("positions", ("B", "S"), optional=True),
+)
+ROTATION_TYPES = (DType.F32, DType.F32, DType.I64)
+ATTRS = (
+    Attr("heads", 1),
+    Attr("kv_heads", 1),
+    *(Attr(name, 0) for name in ("query_at", "key_at", "value_at")),
+    Attr("scale_bits", 0),  # of what scores are multiplied with; 0: one over the root of D
+    Attr("interleaved", 0, (0, 1)),  # neighbours are rotated, not the first half of channels with the second
+)
 OP = Op(
     name="CpuAttention",
     version=1,
     inputs=(
-        Port("query", ("B", "S", "X")),  # heads * D of its columns, from `query_at` on
-        Port("key", ("B", "S", "Y")),
-        Port("value", ("B", "S", "Z")),
+        *NEW,
         Port("past_key", ("B", "H", "P", "D")),
         Port("past_value", ("B", "H", "P", "D")),
-        Port("last", ("B",)),  # the last token of each row, counted from the beginning of the cache
-        Port("cos", ("L", "R")),  # of half the rotated channels, by position
-        Port("sin", ("L", "R")),
-        Port("positions", ("B", "S")),
-        Port("mask", ("B", "1", "S", "T")),  # added to the scores; a token sees none behind itself whatever it says
-        Port("new", ("B",)),  # how many of the S tokens are no padding behind them
+        *ROWS,
+        *ROTATION,
         Port("key_scale", ("H", "D"), optional=True),  # of a step of int8: what it stands for is code * scale
         Port("value_scale", ("H", "D"), optional=True),
     ),
@@ -145,17 +182,11 @@ OP = Op(
         Port("present_key", ("B", "H", "max(P,T)", "D")),  # may be the buffer of past_key
         Port("present_value", ("B", "H", "max(P,T)", "D")),
     ),
-    attrs=(
-        Attr("heads", 1),
-        Attr("kv_heads", 1),
-        *(Attr(name, 0) for name in ("query_at", "key_at", "value_at")),
-        Attr("scale_bits", 0),  # of what scores are multiplied with; 0: one over the root of D
-        Attr("interleaved", 0, (0, 1)),  # neighbours are rotated, not the first half of channels with the second
-    ),
+    attrs=ATTRS,
     types=tuple(
         (
-            *(DType.F32, DType.F32, DType.F32, cache, cache, DType.I32, DType.F32, DType.F32, DType.I64),
-            *(DType.F32, DType.I32, DType.F32, DType.F32, DType.F32, cache, cache),
+            *(DType.F32, DType.F32, DType.F32, cache, cache),
+            *(*ROW_TYPES, *ROTATION_TYPES, DType.F32, DType.F32, DType.F32, cache, cache),
         )
         for cache in (DType.F32, DType.F16, DType.I8)
     ),

@@ -11,9 +11,11 @@ constexpr int64_t kQueries = 4;       // that read keys and values once
 constexpr int64_t kKeys = 256;        // of a part, where one token's are cut
 constexpr int64_t kPackedTokens = 8;  // with fewer, packing keys takes longer than it saves
 
+template <typename S>
 class AttentionNode : public HeadsNode {
 public:
-    using Schema = schema::CpuAttention;
+    using Schema = S;
+    static constexpr bool kByToken = std::is_same_v<Schema, schema::CpuAttentionByToken>;
 
     AttentionNode(Api api, KernelInfo const* info) : HeadsNode(api) {
         read<Schema>(info, attributes_);
@@ -29,93 +31,126 @@ public:
                      key = tensor(api_, input(context, Schema::kKey)),
                      value = tensor(api_, input(context, Schema::kValue)),
                      past = tensor(api_, input(context, Schema::kPastKey));
-        Tensor const past_value = tensor(api_, input(context, Schema::kPastValue));
         Tensor const last = tensor(api_, input(context, Schema::kLast)),
                      fresh = tensor(api_, input(context, Schema::kNew));
-        Tensor const cos = tensor(api_, input(context, Schema::kCos)), sin = tensor(api_, input(context, Schema::kSin));
-        Tensor const positions = tensor(api_, input(context, Schema::kPositions));
         Tensor const mask = tensor(api_, input(context, Schema::kMask));
-        require(query.sizes.size() == 3 && past.sizes.size() == 4 && mask.sizes.size() == 4 && cos.sizes.size() == 2,
+        require(query.sizes.size() == 3 && past.sizes.size() == 4 && mask.sizes.size() == 4,
                 "its inputs have other axes than they should");
         call.batch = query.sizes[0];
         call.tokens = query.sizes[1];
-        call.size = past.sizes[3];
-        call.rotated = 2 * cos.sizes[1];
+        call.size = past.sizes[3] * (kByToken ? 2 : 1);
         call.columns = mask.sizes[3];
         channels(call.size);
-        require(call.rotated <= call.size, call.rotated, " of a head's ", call.size, " channels are to be rotated");
         auto const part = [&](char const* what, Tensor const& x, int at, int64_t heads, int64_t& width) {
             return columns(what, x, call.batch, call.tokens, attributes_[at], heads * call.size, width);
         };
         call.query = part("query", query, Schema::kQueryAt, call.heads, call.query_width);
         call.key = part("key", key, Schema::kKeyAt, call.kv_heads, call.key_width);
         call.value = part("value", value, Schema::kValueAt, call.kv_heads, call.value_width);
-        same("past_key", past.sizes, {call.batch, call.kv_heads, past.sizes[2], call.size});
-        same("past_value", past_value.sizes, past.sizes);
-        call.cache = cache_of(past.element);
-        call.key_scales = scales(context, Schema::kKeyScale, call);
-        call.value_scales = scales(context, Schema::kValueScale, call);
-        same("sin", sin.sizes, cos.sizes);
-        same("positions", positions.sizes, {call.batch, call.tokens});
         same("last", last.sizes, {call.batch});
         same("new", fresh.sizes, {call.batch});
         same("mask", mask.sizes, {call.batch, 1, call.tokens, call.columns});
         call.capacity = std::max(past.sizes[2], call.columns);
         call.scale = scale(attributes_[Schema::kScaleBits], call.size);
-        call.cos = static_cast<float const*>(cos.data);
-        call.sin = static_cast<float const*>(sin.data);
-        call.positions = static_cast<int64_t const*>(positions.data);
         call.last = static_cast<int32_t const*>(last.data);
-        call.fresh = static_cast<int32_t const*>(fresh.data);
+        call.counts = static_cast<int32_t const*>(fresh.data);
         call.mask = static_cast<float const*>(mask.data);
         for (int64_t row = 0; row < call.batch; ++row) {
-            require(0 <= call.fresh[row] && call.fresh[row] <= call.tokens && 0 <= call.past(row) &&
+            require(0 <= call.counts[row] && call.counts[row] <= call.tokens && 0 <= call.past(row) &&
                         call.length(row) <= call.columns && call.past(row) <= past.sizes[2],
-                    "row ", row, " has ", call.fresh[row], " new tokens of ", call.tokens, ", the last at ",
+                    "row ", row, " has ", call.counts[row], " new tokens of ", call.tokens, ", the last at ",
                     call.last[row], " under a mask of ", call.columns, ", behind ", past.sizes[2], " in the cache");
         }
-        for (int64_t i = 0; i < call.batch * call.tokens; ++i) {
-            require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0], "position ", call.positions[i], " of ",
-                    cos.sizes[0]);
-        }
+        rotation(context, call);
         std::vector<int64_t> const sizes{call.batch, call.tokens, call.heads * call.size};
         call.y = static_cast<float*>(output(context, sizes, Schema::kY - Schema::kInputs));
-        std::vector<int64_t> const present{call.batch, call.kv_heads, call.capacity, call.size};
-        call.keys = output(context, present, Schema::kPresentKey - Schema::kInputs);
-        call.values = output(context, present, Schema::kPresentValue - Schema::kInputs);
-        copy_past(call, past, call.keys);
-        copy_past(call, past_value, call.values);
+        if constexpr (kByToken) {
+            call.cache = Cache::kNibbles;
+            call.center = rows_of_heads(context, "center", Schema::kCenter, call);
+            nibbles(context, call, call.keys, Schema::kPastKey, Schema::kPresentKey);
+            nibbles(context, call, call.values, Schema::kPastValue, Schema::kPresentValue);
+        } else {
+            call.cache = past.element == Element::kFLOAT  ? Cache::kF32
+                         : past.element == Element::kHALF ? Cache::kF16
+                                                          : Cache::kI8;
+            numbers(context, call, call.keys, Schema::kPastKey, Schema::kPresentKey, Schema::kKeyScale);
+            numbers(context, call, call.values, Schema::kPastValue, Schema::kPresentValue, Schema::kValueScale);
+        }
         if (call.batch * call.tokens > 0) {
             attend(context, call);
         }
     }
 
 private:
-    static Cache cache_of(Element element) {
-        return element == Element::kFLOAT ? Cache::kF32 : element == Element::kHALF ? Cache::kF16 : Cache::kI8;
+    // Tables and positions, where they are given.
+    void rotation(Context const* context, AttentionCall& call) const {
+        Value const *const angles = input(context, Schema::kCos), *const others = input(context, Schema::kSin),
+                                  *const given = input(context, Schema::kPositions);
+        bool const none = angles == nullptr;
+        require((others == nullptr) == none && (given == nullptr) == none, "cos, sin and positions go together");
+        if (none) {
+            return;
+        }
+        Tensor const cos = tensor(api_, angles), sin = tensor(api_, others), positions = tensor(api_, given);
+        require(cos.sizes.size() == 2, "cos is ", cos.sizes, ", expected two axes");
+        same("sin", sin.sizes, cos.sizes);
+        same("positions", positions.sizes, {call.batch, call.tokens});
+        call.rotated = 2 * cos.sizes[1];
+        require(call.rotated <= call.size, call.rotated, " of a head's ", call.size, " channels are to be rotated");
+        call.cos = static_cast<float const*>(cos.data);
+        call.sin = static_cast<float const*>(sin.data);
+        call.positions = static_cast<int64_t const*>(positions.data);
+        for (int64_t i = 0; i < call.batch * call.tokens; ++i) {
+            require(0 <= call.positions[i] && call.positions[i] < cos.sizes[0], "position ", call.positions[i], " of ",
+                    cos.sizes[0]);
+        }
     }
 
-    // Null of a cache of floats, which needs none.
-    float const* scales(Context const* context, size_t port, AttentionCall const& call) const {
-        Value const* value = input(context, port);
-        require((value != nullptr) == (call.cache == Cache::kI8), "scales and a cache of int8 go together");
+    void numbers(Context* context, AttentionCall const& call, CachePart& part, int past, int present,
+                 size_t scales) const {
+        int64_t const bytes[] = {4, 2, 1};
+        part.data = grown(context, call, past, present, call.size, bytes[static_cast<int>(call.cache)]);
+        part.scales = rows_of_heads(context, "scale", scales, call);
+        require((part.scales != nullptr) == (call.cache == Cache::kI8), "scales and a cache of int8 go together");
+    }
+
+    // Codes, scales and zero points are ports beside one another.
+    void nibbles(Context* context, AttentionCall const& call, CachePart& part, int past, int present) const {
+        Tensor const steps = tensor(api_, input(context, static_cast<size_t>(past) + 1));
+        part.groups = steps.sizes.size() == 4 ? steps.sizes[3] : 0;
+        require(part.groups > 0 && part.groups <= kMostGroups && call.size % (kLanes * part.groups) == 0, call.size,
+                " channels in ", part.groups, " groups, expected at most ", kMostGroups, " of a multiple of 16");
+        part.data = grown(context, call, past, present, call.size / 2, 1);
+        part.steps = static_cast<uint16_t*>(grown(context, call, past + 1, present + 1, part.groups, 2));
+        part.zeros = static_cast<uint8_t*>(grown(context, call, past + 2, present + 2, part.groups, 1));
+    }
+
+    // [kv_heads, size]; null where it is not given.
+    float const* rows_of_heads(Context const* context, char const* what, size_t port, AttentionCall const& call) const {
+        Value const* const value = input(context, port);
         if (value == nullptr) {
             return nullptr;
         }
         Tensor const found = tensor(api_, value);
-        same("scale", found.sizes, {call.kv_heads, call.size});
+        same(what, found.sizes, {call.kv_heads, call.size});
         return static_cast<float const*>(found.data);
     }
 
-    // Into a cache that is another buffer; no further than each row goes.
-    static void copy_past(AttentionCall const& c, Tensor const& past, void* into) {
-        int64_t const token = c.size * kCacheSizes[static_cast<int>(c.cache)];
-        for (int64_t i = 0; past.data != into && i < c.batch * c.kv_heads; ++i) {
+    // A present [batch, kv_heads, capacity, width] with what its past has of each row, which may be the same buffer.
+    void* grown(Context* context, AttentionCall const& c, int past, int present, int64_t width, int64_t bytes) const {
+        Tensor const before = tensor(api_, input(context, static_cast<size_t>(past)));
+        Tensor const keys = tensor(api_, input(context, Schema::kPastKey));
+        same(Schema::kPortNames[past], before.sizes, {c.batch, c.kv_heads, keys.sizes[2], width});
+        void* const into =
+            output(context, {c.batch, c.kv_heads, c.capacity, width}, static_cast<size_t>(present - Schema::kInputs));
+        int64_t const token = width * bytes;
+        for (int64_t i = 0; before.data != into && i < c.batch * c.kv_heads; ++i) {
             int64_t const known = c.past(i / c.kv_heads) * token;
             char* const row = static_cast<char*>(into) + i * c.capacity * token;
-            std::copy_n(static_cast<char const*>(past.data) + i * past.sizes[2] * token, known, row);
+            std::copy_n(static_cast<char const*>(before.data) + i * keys.sizes[2] * token, known, row);
             std::fill_n(row + known, c.capacity * token - known, char{0});
         }
+        return into;
     }
 
     void attend(Context const* context, AttentionCall call) const {
@@ -125,9 +160,9 @@ private:
         int64_t const rows = call.tokens * shared, blocks = (rows + kQueries - 1) / kQueries;
         int64_t const parts = call.tokens == 1 ? (call.columns + kKeys - 1) / kKeys : 1;
         call.queries = grow(queries, call.batch * (call.heads + call.kv_heads) * call.tokens * call.size);
-        call.fresh_keys = call.queries + call.batch * call.heads * call.tokens * call.size;
+        call.fresh = call.queries + call.batch * call.heads * call.tokens * call.size;
         auto const prepare = [&](int64_t row, int64_t token, int64_t kv_head) {
-            if (token < call.fresh[row]) {
+            if (token < call.counts[row]) {
                 kernels().prepare(call, row, token, kv_head);
             }
         };
@@ -171,7 +206,7 @@ private:
         thread_local std::vector<float> weights, sums;
         int64_t const row = group / c.kv_heads, shared = c.heads / c.kv_heads;
         int64_t const first = block * kQueries, count = std::min(kQueries, c.tokens * shared - first);
-        int64_t const token = std::min((first + count - 1) / shared, c.fresh[row] - int64_t{1});
+        int64_t const token = std::min((first + count - 1) / shared, c.counts[row] - int64_t{1});
         int64_t const begin = part * kKeys;
         int64_t const end = std::min(c.past(row) + token + 1, parts > 1 ? begin + kKeys : c.columns);
         float top[kQueries], total[kQueries];
@@ -189,7 +224,7 @@ private:
             return;
         }
         for (int64_t i = 0; i < count; ++i) {
-            bool const seen = (first + i) / shared < c.fresh[row] && total[i] != 0;
+            bool const seen = (first + i) / shared < c.counts[row] && total[i] != 0;
             float const by = seen ? 1 / total[i] : 0;
             float* const y = place(c, group, first + i);
             for (int64_t d = 0; d < c.size; ++d) {
@@ -209,7 +244,7 @@ private:
             }
             float* const y = place(c, group, first + i);
             std::fill_n(y, c.size, 0.0f);
-            for (int64_t p = 0; p < parts && (first + i) / shared < c.fresh[row]; ++p) {
+            for (int64_t p = 0; p < parts && (first + i) / shared < c.counts[row]; ++p) {
                 float const* from = partial + p * each;
                 if (from[kQueries + i] == 0) {
                     continue;
@@ -239,9 +274,10 @@ private:
 }  // namespace
 
 std::vector<Operator const*> attention() {
-    static Operator const ops[] = {description<AttentionNode, 0>(), description<AttentionNode, 1>(),
-                                   description<AttentionNode, 2>()};
-    return {ops, ops + 1, ops + 2};
+    using Plain = AttentionNode<schema::CpuAttention>;
+    static Operator const ops[] = {description<Plain, 0>(), description<Plain, 1>(), description<Plain, 2>(),
+                                   description<AttentionNode<schema::CpuAttentionByToken>>()};
+    return {ops, ops + 1, ops + 2, ops + 3};
 }
 
 }  // namespace cpu

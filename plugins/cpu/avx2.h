@@ -74,6 +74,11 @@ struct Avx2 {
     }
     static F from_bf16(uint16_t const* p) { return {widened(load_quarter(p)), widened(load_quarter(p + 8))}; }
     static __m256 widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+    static F from_u4(uint8_t const* p) {
+        __m128i const pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<__m128i const*>(p)));
+        __m128i const all = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+        return to_float({_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8))});
+    }
     static F from_u8(uint8_t const* p) {
         __m128i const all = load_quarter(p);
         return to_float({_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8))});

@@ -42,6 +42,11 @@ struct Avx512 {
     static F from_bf16(uint16_t const* p) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i const*)p)), 16));
     }
+    static F from_u4(uint8_t const* p) {
+        __m128i const pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64((__m128i const*)p));
+        __m128i const all = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(all));
+    }
     static F from_u8(uint8_t const* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((__m128i const*)p)));
     }

@@ -70,9 +70,19 @@ char const* refuse(Weight const&);
 // Row `row` of the matrix, [k].
 void dequantize(Weight const&, int64_t row, float* into);
 
-// What a cache of keys and values holds; CpuAttention's rows of types in this order.
-enum class Cache { kF32, kF16, kI8 };
-constexpr int64_t kCacheSizes[] = {4, 2, 1};
+// What a cache of keys and values holds: CpuAttention's, then CpuAttentionByToken's.
+enum class Cache { kF32, kF16, kI8, kNibbles };
+constexpr int64_t kMostGroups = 32;  // of a head's channels in four bits
+
+// Keys, or values.
+struct CachePart {
+    void* data;           // [batch, kv_heads, capacity, size]
+    float const* scales;  // of int8, [kv_heads, size]: what a step stands for; null: no such integers
+    // of four bits, [batch, kv_heads, capacity, groups]: scales in float16, and zero points
+    uint16_t* steps;
+    uint8_t* zeros;
+    int64_t groups;
+};
 
 // Queries, keys and values of `tokens` new tokens in each of `batch` rows, over a cache of `capacity` tokens.
 struct AttentionCall {
@@ -82,20 +92,20 @@ struct AttentionCall {
     bool interleaved;                  // neighbours are rotated, not halves of a head's first channels
     float const *query, *key, *value;  // [batch, tokens, width], from the first column of the heads on
     int64_t query_width, key_width, value_width;
-    float const *cos, *sin;                  // [positions, rotated / 2]
-    int64_t const* positions;                // [batch, tokens]
-    int32_t const* last;                     // [batch] the last token of each row, the cache's and the new
-    int32_t const* fresh;                    // [batch] how many of the new are no padding behind them
-    float const* mask;                       // [batch, tokens, columns], added to the scores
-    void *keys, *values;                     // [batch, kv_heads, capacity, size]
-    float const *key_scales, *value_scales;  // [kv_heads, size] of a step of int8; null: no integers
-    float* queries;                          // [batch, heads, tokens, size]: rotated and scaled
-    float* fresh_keys;                       // [batch, tokens, kv_heads, size]: room to rotate a key in
+    float const *cos, *sin;    // [positions, rotated / 2]
+    int64_t const* positions;  // [batch, tokens]; null: nothing is rotated
+    int32_t const* last;       // [batch] the last token of each row, the cache's and the new
+    int32_t const* counts;     // [batch] how many of the new are no padding behind them
+    float const* mask;         // [batch, tokens, columns], added to the scores
+    CachePart keys, values;
+    float const* center;  // [kv_heads, size] what comes off keys in four bits; null: nothing
+    float* queries;       // [batch, heads, tokens, size]: rotated and scaled
+    float* fresh;         // [batch, tokens, kv_heads, size]: room to make a key in, or a value
     float const* packed;  // [batch, kv_heads, columns in sixteens, size, 16]; null: keys are met as they lie
     float* y;             // [batch, tokens, heads size]
 
     int64_t length(int64_t row) const { return last[row] + int64_t{1}; }
-    int64_t past(int64_t row) const { return length(row) - fresh[row]; }
+    int64_t past(int64_t row) const { return length(row) - counts[row]; }
 };
 
 // Attention without a cache: columns of queries, keys and values, each in rows of some width.

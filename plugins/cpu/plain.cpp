@@ -112,6 +112,9 @@ struct Plain {
     static F from_bf16(uint16_t const* p) {
         return each([=](int i) { return from_bits(uint32_t{p[i]} << 16); });
     }
+    static F from_u4(uint8_t const* p) {
+        return each([=](int i) { return static_cast<float>(i % 2 ? p[i / 2] >> 4 : p[i / 2] & 15); });
+    }
     static F from_u8(uint8_t const* p) {
         return each([=](int i) { return static_cast<float>(p[i]); });
     }

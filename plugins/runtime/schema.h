@@ -19,6 +19,7 @@ struct WeightOnlyGemm {
     static constexpr char kName[] = "WeightOnlyGemm";
     static constexpr char kVersion[] = "1";
     enum Port : int32_t { kX, kCodes, kAffine, kBias, kY };
+    static constexpr char const* kPortNames[] = {"x", "codes", "affine", "bias", "y"};
     static constexpr int32_t kInputs = 4;
     static constexpr int32_t kRequiredInputs = 3;
     enum Attr : int32_t { kBits, kGroup, kActivation, kGated, kActivationBits, kRoundedWeights, kBatchInvariant, kLayoutTag, kLayoutVersion };
@@ -46,6 +47,7 @@ struct CpuGemm {
     static constexpr char kName[] = "CpuGemm";
     static constexpr char kVersion[] = "1";
     enum Port : int32_t { kX, kCodes, kAffine, kBias, kResidual, kY };
+    static constexpr char const* kPortNames[] = {"x", "codes", "affine", "bias", "residual", "y"};
     static constexpr int32_t kInputs = 5;
     static constexpr int32_t kRequiredInputs = 3;
     enum Attr : int32_t { kBits, kGroup, kScaleType, kZeroType, kLayoutVersion, kActivations, kActivation, kGated };
@@ -71,6 +73,7 @@ struct CpuRows {
     static constexpr char kName[] = "CpuRows";
     static constexpr char kVersion[] = "1";
     enum Port : int32_t { kIds, kCodes, kAffine, kRows };
+    static constexpr char const* kPortNames[] = {"ids", "codes", "affine", "rows"};
     static constexpr int32_t kInputs = 3;
     static constexpr int32_t kRequiredInputs = 3;
     enum Attr : int32_t { kBits, kGroup, kScaleType, kZeroType, kLayoutVersion };
@@ -88,13 +91,14 @@ struct CpuRows {
     };
 };
 
-// CpuAttention(query[B, S, X], key[B, S, Y], value[B, S, Z], past_key[B, H, P, D], past_value[B, H, P, D], last[B], cos[L, R], sin[L, R], positions[B, S], mask[B, 1, S, T], new[B], key_scale[H, D], value_scale[H, D]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
+// CpuAttention(query[B, S, X], key[B, S, Y], value[B, S, Z], past_key[B, H, P, D], past_value[B, H, P, D], last[B], mask[B, 1, S, T], new[B], cos[L, R], sin[L, R], positions[B, S], key_scale[H, D], value_scale[H, D]) -> y[B, S, heads*D], present_key[B, H, max(P,T), D], present_value[B, H, max(P,T), D]
 struct CpuAttention {
     static constexpr char kName[] = "CpuAttention";
     static constexpr char kVersion[] = "1";
-    enum Port : int32_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLast, kCos, kSin, kPositions, kMask, kNew, kKeyScale, kValueScale, kY, kPresentKey, kPresentValue };
+    enum Port : int32_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLast, kMask, kNew, kCos, kSin, kPositions, kKeyScale, kValueScale, kY, kPresentKey, kPresentValue };
+    static constexpr char const* kPortNames[] = {"query", "key", "value", "past_key", "past_value", "last", "mask", "new", "cos", "sin", "positions", "key_scale", "value_scale", "y", "present_key", "present_value"};
     static constexpr int32_t kInputs = 13;
-    static constexpr int32_t kRequiredInputs = 11;
+    static constexpr int32_t kRequiredInputs = 8;
     enum Attr : int32_t { kHeads, kKvHeads, kQueryAt, kKeyAt, kValueAt, kScaleBits, kInterleaved };
     static constexpr Field kFields[7] = {
         {"heads", 1, 0, {}},
@@ -108,9 +112,34 @@ struct CpuAttention {
     // legal types: one row, one type for each port
     template <typename DataType>
     static constexpr DataType kTypes[3][16] = {
-        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
-        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF},
-        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8},
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT},
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF, DataType::kINT32, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kHALF, DataType::kHALF},
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8, DataType::kINT32, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT8, DataType::kINT8},
+    };
+};
+
+// CpuAttentionByToken(query[B, S, X], key[B, S, Y], value[B, S, Z], past_key[B, H, P, C], past_key_scale[B, H, P, K], past_key_zero[B, H, P, K], past_value[B, H, P, C], past_value_scale[B, H, P, V], past_value_zero[B, H, P, V], last[B], mask[B, 1, S, T], new[B], cos[L, R], sin[L, R], positions[B, S], center[H, 2*C]) -> y[B, S, heads*2*C], present_key[B, H, max(P,T), C], present_key_scale[B, H, max(P,T), K], present_key_zero[B, H, max(P,T), K], present_value[B, H, max(P,T), C], present_value_scale[B, H, max(P,T), V], present_value_zero[B, H, max(P,T), V]
+struct CpuAttentionByToken {
+    static constexpr char kName[] = "CpuAttentionByToken";
+    static constexpr char kVersion[] = "1";
+    enum Port : int32_t { kQuery, kKey, kValue, kPastKey, kPastKeyScale, kPastKeyZero, kPastValue, kPastValueScale, kPastValueZero, kLast, kMask, kNew, kCos, kSin, kPositions, kCenter, kY, kPresentKey, kPresentKeyScale, kPresentKeyZero, kPresentValue, kPresentValueScale, kPresentValueZero };
+    static constexpr char const* kPortNames[] = {"query", "key", "value", "past_key", "past_key_scale", "past_key_zero", "past_value", "past_value_scale", "past_value_zero", "last", "mask", "new", "cos", "sin", "positions", "center", "y", "present_key", "present_key_scale", "present_key_zero", "present_value", "present_value_scale", "present_value_zero"};
+    static constexpr int32_t kInputs = 16;
+    static constexpr int32_t kRequiredInputs = 12;
+    enum Attr : int32_t { kHeads, kKvHeads, kQueryAt, kKeyAt, kValueAt, kScaleBits, kInterleaved };
+    static constexpr Field kFields[7] = {
+        {"heads", 1, 0, {}},
+        {"kv_heads", 1, 0, {}},
+        {"query_at", 0, 0, {}},
+        {"key_at", 0, 0, {}},
+        {"value_at", 0, 0, {}},
+        {"scale_bits", 0, 0, {}},
+        {"interleaved", 0, 2, {0, 1}},
+    };
+    // legal types: one row, one type for each port
+    template <typename DataType>
+    static constexpr DataType kTypes[1][23] = {
+        {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT, DataType::kUINT8, DataType::kHALF, DataType::kUINT8, DataType::kUINT8, DataType::kHALF, DataType::kUINT8, DataType::kINT32, DataType::kFLOAT, DataType::kINT32, DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64, DataType::kFLOAT, DataType::kFLOAT, DataType::kUINT8, DataType::kHALF, DataType::kUINT8, DataType::kUINT8, DataType::kHALF, DataType::kUINT8},
     };
 };
 
@@ -119,6 +148,7 @@ struct CpuWholeAttention {
     static constexpr char kName[] = "CpuWholeAttention";
     static constexpr char kVersion[] = "1";
     enum Port : int32_t { kQuery, kKey, kValue, kMask, kY };
+    static constexpr char const* kPortNames[] = {"query", "key", "value", "mask", "y"};
     static constexpr int32_t kInputs = 4;
     static constexpr int32_t kRequiredInputs = 3;
     enum Attr : int32_t { kHeads, kKvHeads, kSize, kQueryAt, kKeyAt, kValueAt, kScaleBits };
@@ -144,6 +174,7 @@ struct CpuNorm {
     static constexpr char kName[] = "CpuNorm";
     static constexpr char kVersion[] = "1";
     enum Port : int32_t { kX, kScale, kBias, kY };
+    static constexpr char const* kPortNames[] = {"x", "scale", "bias", "y"};
     static constexpr int32_t kInputs = 3;
     static constexpr int32_t kRequiredInputs = 2;
     enum Attr : int32_t { kCentered, kEpsilonBits };

@@ -14,9 +14,13 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from instantrt.plugins.cpu.attention import OP, attended, columns, interleaved, read, rotated, scale_of
+from instantrt.plugins.cpu.attention import OP, attended, fresh, read
+from instantrt.plugins.cpu.attention_by_token import OP as BY_TOKEN
+from instantrt.plugins.cpu.attention_by_token import kept
+from instantrt.plugins.cpu.attention_by_token import read as read_by_token
+from instantrt.plugins.hadamard import hadamard
 from instantrt.plugins.ops import DOMAIN
-from instantrt.plugins.schema import Array, DType, ShapeError, bits_of
+from instantrt.plugins.schema import Array, DType, Op, ShapeError, bits_of
 from tests.plugins.kernels_of_cpus import KERNELS
 from tests.plugins.one_node import session_of
 from tests.plugins.within import assert_within
@@ -30,16 +34,16 @@ HEADS = {
 # rows, new tokens, tokens in the cache: parts of one token's keys, tiles that end early, prompts that are packed
 SIZES = ((1, 1, 0), (2, 1, 5), (1, 1, 700), (2, 7, 9), (2, 8, 0), (1, 33, 17), (1, 70, 0))
 POSITIONS = 800
-CACHES = {row[3]: row for row in OP.types}  # what it holds -> the types of all ports
+CACHES = {row[3].value[0]: (OP, row) for row in OP.types} | {"four bits": (BY_TOKEN, BY_TOKEN.types[0])}
 ONNX = {
     DType.F32: TensorProto.FLOAT,
     DType.F16: TensorProto.FLOAT16,
     DType.I8: TensorProto.INT8,
+    DType.U8: TensorProto.UINT8,
     DType.I32: TensorProto.INT32,
     DType.I64: TensorProto.INT64,
 }
-AXES = {"query": 3, "key": 3, "value": 3, "past_key": 4, "past_value": 4, "cos": 2, "sin": 2, "positions": 2, "mask": 4}
-AXES |= {"key_scale": 2, "value_scale": 2}
+AXES = {"query": 3, "key": 3, "value": 3, "cos": 2, "sin": 2, "positions": 2, "mask": 4, "center": 2}
 SCALES = ("key_scale", "value_scale")
 
 
@@ -51,25 +55,29 @@ def attributes(heads: tuple[int, ...]) -> dict[str, int]:
     return OP.attributes({"heads": count, "kv_heads": kv_heads} | at | others)
 
 
-def session(library: Path, of: tuple[int, ...], cache: DType = DType.F32, **attrs: int) -> ort.InferenceSession:
-    names, results = [p.name for p in OP.inputs], [p.name for p in OP.outputs]
-    names = names if cache is DType.I8 else names[: -len(SCALES)]
-    node = helper.make_node(OP.name, names, results, domain=DOMAIN, **(attributes(of) | attrs))
+def session(library: Path, of: tuple[int, ...], cache: str = "float32", **attrs: int) -> ort.InferenceSession:
+    op, _ = CACHES[cache]
+    names = [p.name for p in op.inputs if cache == "int8" or p.name not in SCALES]
+    node = helper.make_node(op.name, names, [p.name for p in op.outputs], domain=DOMAIN, **(attributes(of) | attrs))
     return of_node(library, node, cache)
 
 
-def of_node(library: Path, node: NodeProto, cache: DType) -> ort.InferenceSession:
-    types = [ONNX[kind] for kind in CACHES[cache]]
+def of_node(library: Path, node: NodeProto, cache: str) -> ort.InferenceSession:
+    op, row = CACHES[cache]
+    types = [ONNX[kind] for kind in row]
     inputs = [
-        helper.make_tensor_value_info(name, kind, [None] * AXES.get(name, 1))
+        helper.make_tensor_value_info(
+            name, kind, [None] * AXES.get(name, 4 if "past" in name else 2 if "scale" in name else 1)
+        )
         for name, kind in zip(node.input, types, strict=False)
+        if name
     ]
-    kinds = types[len(OP.inputs) :]
+    kinds = types[len(op.inputs) :]
     outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(node.output, kinds, strict=True)]
     return session_of(library, helper.make_graph([node], "one", inputs, outputs))
 
 
-def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int, cache: DType = DType.F32) -> dict[str, Array]:
+def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int, cache: str = "float32") -> dict[str, Array]:
     """Every row ends at the last key, and sees all before it."""
     count, kv_heads, size, rotated = heads
     rng = np.random.default_rng([*heads, rows, tokens, past])
@@ -80,25 +88,30 @@ def feeds(heads: tuple[int, ...], rows: int, tokens: int, past: int, cache: DTyp
     angles = rng.uniform(0, 2 * np.pi, (POSITIONS, rotated // 2))
     hidden = np.arange(past + tokens) > past + np.arange(tokens)[:, None]
     x = normal(rows, tokens, (count + 2 * kv_heads) * size)
+    lines = (rows, kv_heads, past)
     given = {
         "query": x,
         "key": x,
         "value": x,
-        "past_key": normal(rows, kv_heads, past, size),
-        "past_value": normal(rows, kv_heads, past, size),
+        "past_key": normal(*lines, size),
+        "past_value": normal(*lines, size),
         "last": np.full(rows, past + tokens - 1, np.int32),
+        "mask": np.broadcast_to(np.where(hidden, -np.inf, 0).astype(np.float32), (rows, 1, *hidden.shape)).copy(),
+        "new": np.full(rows, tokens, np.int32),
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
         "positions": rng.integers(0, POSITIONS, (rows, tokens)),
-        "mask": np.broadcast_to(np.where(hidden, -np.inf, 0).astype(np.float32), (rows, 1, *hidden.shape)).copy(),
-        "new": np.full(rows, tokens, np.int32),
     }
-    for name in ("past_key", "past_value"):
-        if cache is DType.I8:
-            given[name] = rng.integers(-128, 128, given[name].shape)
-        given[name] = given[name].astype(cache.value[0])
-    if cache is DType.I8:  # which some of the new saturate
+    if cache == "float16":
+        given |= {name: given[name].astype(np.float16) for name in ("past_key", "past_value")}
+    if cache == "int8":  # of which some of the new saturate
+        given |= {name: rng.integers(-128, 128, given[name].shape, np.int8) for name in ("past_key", "past_value")}
         given |= {name: rng.uniform(0.005, 0.015, (kv_heads, size)).astype(np.float32) for name in SCALES}
+    if cache == "four bits":
+        for part, groups in (("key", size // 16), ("value", size // 64 if size % 64 == 0 else 1)):
+            names = (f"past_{part}", f"past_{part}_scale", f"past_{part}_zero")
+            given |= dict(zip(names, kept(given[f"past_{part}"], groups), strict=True))
+        given["center"] = normal(kv_heads, size) / 4
     return given
 
 
@@ -114,36 +127,42 @@ def padded(given: Mapping[str, Array], *, left: bool) -> dict[str, Array]:
     return found
 
 
-def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int, ...]) -> None:
+def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int, ...], op: Op = OP) -> None:
     """The cache within a step, and y what follows from the cache that was found."""
-    wanted = OP.reference(*given.values(), **attributes(heads))
-    for found, expected in zip(got[1:], wanted[1:], strict=True):
+    wanted = op.reference(**given, **attributes(heads))
+    for port, found, expected in zip(op.outputs[1:], got[1:], wanted[1:], strict=True):
         assert found.dtype == expected.dtype
+        if op is BY_TOKEN and port.name in ("present_key", "present_value"):
+            found, expected = (np.stack([codes & 15, codes >> 4]) for codes in (found, expected))
         step = {4: 1e-5, 2: 2.0**-10, 1: 1}[found.itemsize]
         off = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         assert (off <= step * np.maximum(np.abs(expected.astype(np.float64)), 1)).all()
         assert (off > 0).mean() < 0.02 or found.itemsize == 4
-    scales = [given.get(name) for name in SCALES]
-    keys, values = (read(part, scale) for part, scale in zip(got[1:], scales, strict=True))
-    expected = attended(queries(given, heads), keys, values, given["last"], given["mask"], given["new"])
-    assert_within(got[0], expected.astype(np.float64), np.abs(expected) + 1, OP.tolerance[DType.F32])
+    if op is BY_TOKEN:
+        turn = hadamard(heads[2]).astype(np.float64)
+        over = [read_by_token(*got[1:4]), read_by_token(*got[4:])]
+        y = attended(queries(given, heads) @ turn, *over, given["last"], given["mask"], given["new"])
+        parts = y.astype(np.float64).reshape(*y.shape[:2], heads[0], heads[2])
+        expected, size = ((part @ by).reshape(y.shape) for part, by in ((parts, turn), (abs(parts), abs(turn))))
+    else:
+        over = [read(part, given.get(name)) for part, name in zip(got[1:], SCALES, strict=True)]
+        expected = attended(queries(given, heads), *over, given["last"], given["mask"], given["new"])
+        size = np.abs(expected)
+    assert_within(got[0], expected.astype(np.float64), size + 1, OP.tolerance[DType.F32])
 
 
 def queries(given: Mapping[str, Array], heads: tuple[int, ...]) -> Array:
     """Those of `given`, rotated and scaled, in float64 [B, S, H, D]."""
-    attrs, (count, _, size, _) = attributes(heads), heads
-    q = columns(given["query"], attrs["query_at"], count, size)
-    cos, sin = (given[name][given["positions"]].astype(np.float64) for name in ("cos", "sin"))
-    turn = interleaved if attrs["interleaved"] else rotated
-    turned = np.stack([turn(*each) for each in zip(q, cos, sin, strict=True)])
-    return turned * scale_of(attrs["scale_bits"], size)
+    parts = (given[name] for name in ("query", "key", "value"))
+    angles = (given.get(name) for name in ("cos", "sin", "positions"))
+    return fresh(*parts, heads[2], attributes(heads), *angles)[0]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("named", HEADS)
-@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.value[0])
+@pytest.mark.parametrize("cache", CACHES)
 def test_kernels_compute_what_is_defined(
-    cache: DType, named: str, kernels: str, cpu_library: Path, choose: Callable[[str], None]
+    cache: str, named: str, kernels: str, cpu_library: Path, choose: Callable[[str], None]
 ) -> None:
     choose(kernels)
     heads = HEADS[named]
@@ -151,7 +170,7 @@ def test_kernels_compute_what_is_defined(
     for sizes in SIZES:
         given = feeds(heads, *sizes, cache)
         for each in (given, padded(given, left=True), padded(given, left=False)):
-            assert_right(run(None, each), each, heads)
+            assert_right(run(None, each), each, heads, CACHES[cache][0])
 
 
 def test_parts_may_be_apart(cpu_library: Path) -> None:
@@ -183,8 +202,8 @@ def test_padding_alone_is_zero(past: int, cpu_library: Path) -> None:
     assert not found[0][0].any()
 
 
-@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.value[0])
-def test_a_cache_may_be_one_buffer(cache: DType, cpu_library: Path) -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_may_be_one_buffer(cache: str, cpu_library: Path) -> None:
     """Past and present are the same memory, longer than what is in it: the new tokens alone are written."""
     heads, room = HEADS["9 of 3"], 64
     given = feeds(heads, 2, 3, 20, cache)
@@ -204,7 +223,8 @@ def test_a_cache_may_be_one_buffer(cache: DType, cpu_library: Path) -> None:
     binding.bind_output("y")
     opened.run_with_iobinding(binding)
     y = binding.get_outputs()[-1].numpy()
-    assert_right([y, *(buffer[:, :, :23] for buffer in buffers.values())], given, heads)
+    order = [port.name.replace("present", "past") for port in CACHES[cache][0].outputs[1:]]
+    assert_right([y, *(buffers[name][:, :, :23] for name in order)], given, heads, CACHES[cache][0])
     np.testing.assert_array_equal(y, apart[0])
     assert all((buffer[:, :, 23:] == 7).all() for buffer in buffers.values())
 
@@ -225,17 +245,17 @@ def test_a_cache_of_float16_has_what_is_finite_and_nan(
 ) -> None:
     choose(kernels)
     heads = HEADS["each its own"]
-    given = feeds(heads, 1, 1, 0, DType.F16)
+    given = feeds(heads, 1, 1, 0, "float16")
     values = np.float32(
         [1e6, -7e4, 65504, 65519, np.nan, 6e-8, 3e-8, 2e-8, -0.0, 2**-14, 0.1, 1, 1.00048828125, 5, 6, 7]
     )
     given["value"][..., -16:] = values
-    found = session(cpu_library, heads, DType.F16).run(None, given)[2][0, -1, 0]
+    found = session(cpu_library, heads, "float16").run(None, given)[2][0, -1, 0]
     np.testing.assert_array_equal(found, np.clip(values, -65504, 65504).astype(np.float16))
 
 
-@pytest.mark.parametrize("cache", [DType.F32, DType.F16], ids=lambda cache: cache.value[0])
-def test_scales_belong_to_int8(cache: DType, cpu_library: Path) -> None:
+@pytest.mark.parametrize("cache", ["float32", "float16"])
+def test_scales_belong_to_int8(cache: str, cpu_library: Path) -> None:
     heads = HEADS["each its own"]
     given = feeds(heads, 1, 1, 4, cache)
     names = [p.name for p in OP.inputs]
@@ -245,8 +265,8 @@ def test_scales_belong_to_int8(cache: DType, cpu_library: Path) -> None:
         of_node(cpu_library, node, cache).run(None, given | {"key_scale": scale, "value_scale": scale})
 
 
-@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.value[0])
-def test_nan_stays_in_its_row(cache: DType, cpu_library: Path) -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_nan_stays_in_its_row(cache: str, cpu_library: Path) -> None:
     heads = HEADS["9 of 3"]
     given = feeds(heads, 2, 2, 300, cache)
     given["query"][1, 1, :64] = np.nan  # one query
