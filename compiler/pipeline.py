@@ -34,7 +34,7 @@ from instantrt.passes.float.normalize_gemm import NormalizeGemm
 from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
 from instantrt.passes.gemm.epilogues import EPILOGUES
-from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.attention import attention
 from instantrt.passes.ort.cpu_attention import LowerCpuAttention
 from instantrt.passes.ort.cpu_gemm import FuseResidual, LowerCpuGemm
 from instantrt.passes.ort.cpu_norm import LowerCpuNorm
@@ -161,7 +161,9 @@ def lower_onnxruntime(graph: gs.Graph, target: Target, request: Request, log: Pa
     longest   tokens of a sequence, 0 where it is not known
     """
     ours = request.library(target) is not None
-    passes: list[Pass] = [] if request.portable else [RotateWholeHeads(), *ATTENTION, RotateInAttention(longest)]
+    passes: list[Pass] = (
+        [] if request.portable else [RotateWholeHeads(), *attention(by_token=ours), RotateInAttention(longest)]
+    )
     if steps := is_causal_lm(graph):
         passes += [*last_logits(graph, request, by_mask=True), JoinLinears(gated=not ours), PackQueryKeyValue()]
     else:

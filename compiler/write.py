@@ -154,7 +154,12 @@ def outline(request: Request, planned: Plan, target: Target) -> Artifact:
     )
 
 
-IN_PLACE = ("GroupQueryAttention", "CpuAttention", "TensorScatter")  # whose past and present may be one buffer
+IN_PLACE = (
+    "GroupQueryAttention",
+    "CpuAttention",
+    "CpuAttentionByToken",
+    "TensorScatter",
+)  # whose past and present may be one buffer
 
 
 def cache_kind(graph: gs.Graph) -> str:

@@ -55,7 +55,7 @@ def _struct(op: Op) -> list[str]:
         f'    static constexpr char kName[] = "{op.name}";',
         f'    static constexpr char kVersion[] = "{op.version}";',
         f"    enum Port : int32_t {{ {', '.join(names)} }};",
-        f"    static constexpr char const* kPortNames[] = {{{', '.join(f'{chr(34)}{p.name}{chr(34)}' for p in ports)}}};",
+        f"    static constexpr char const* kPortNames[] = {{{', '.join(f'"{p.name}"' for p in ports)}}};",
         f"    static constexpr int32_t kInputs = {len(op.inputs)};",
         f"    static constexpr int32_t kRequiredInputs = {sum(not p.optional for p in op.inputs)};",
         "    enum Attr : int32_t { " + ", ".join(_constant(a.name) for a in op.attrs) + " };",

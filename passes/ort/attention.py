@@ -13,6 +13,9 @@ from instantrt.passes.core.lazy import FLOAT32, small
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer, take_over
 from instantrt.passes.ort.cached_attention import CachedAttentionMatch, cached, costs, unfit
 from instantrt.passes.ort.heads import SPLIT, rows
+from instantrt.plugins.cpu.attention_by_token import unlike
+
+BY_TOKEN = "BY_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,19 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     of the cache at decode), or grow by each call as the interface says. A cache that `QuantizeCache` made of integers
     is the operator's own, which then takes the scales. The operator is causal whatever the mask says,
     and wants one head size, a multiple of 8, for keys and values (docs/facts.md, "GroupQueryAttention").
+
+    by_token  a cache of `QuantizeCacheByToken`, too, whose parts come behind the operator's own inputs and outputs. It
+              has no such cache: `LowerCpuAttention` has to follow
     """
 
+    by_token: bool = False
     graph: gs.Graph = field(default_factory=gs.Graph, repr=False, compare=False)  # of a run, as what follows
     masks: dict[int, str] = field(
         default_factory=dict, repr=False, compare=False
     )  # id of one -> why it is unfit, or ""
 
     def for_graph(self, graph: gs.Graph) -> LowerToGroupQueryAttention:
-        return LowerToGroupQueryAttention(graph)
+        return LowerToGroupQueryAttention(self.by_token, graph)
 
     def match(self, node: gs.Node) -> CachedAttentionMatch | Reject | None:
         if node.op != "Attention" or node.domain:
@@ -42,8 +49,15 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         found = cached(node)
         if isinstance(found, str):
             return Reject(found)
-        reason = unfit(found) or self.unlike_causal(found.mask)
+        reason = self.unlike_kept(found) or unfit(found) or self.unlike_causal(found.mask)
         return Reject(reason, costs(found)) if reason else found
+
+    def unlike_kept(self, match: CachedAttentionMatch) -> str:
+        """Why a cache of four bits stays as it is, or ""."""
+        if not match.by_token:
+            return ""
+        groups = (part.scale.outputs[0].shape[3] for part in match.by_token)
+        return unlike(match.head_dim, *groups) or "" if self.by_token else "the operator has no scales of tokens"
 
     def unlike_causal(self, mask: gs.Tensor) -> str:
         if id(mask) not in self.masks:
@@ -52,8 +66,9 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
 
     def rewrite(self, graph: gs.Graph, match: CachedAttentionMatch) -> None:
         node = match.node
-        out = take_over(node)
-        for tensor in (match.present_key, match.present_value):
+        out = take_over(match.last)
+        beside = [concat for part in match.by_token or () for concat in (part.scale, part.zero)]
+        for tensor in (match.present_key, match.present_value, *(concat.outputs[0] for concat in beside)):
             tensor.inputs.clear()
         total, last, new = lengths(graph, match.mask)
         q, k, v = (
@@ -63,13 +78,17 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
         y = gs.Variable(f"{node.name}/y", FLOAT32, ["batch", "sequence", match.heads * match.head_dim])
         nothing = gs.Variable.empty()
         cache = [match.past_key, match.past_value, last, total]
-        scales = [part.scale for part in match.quantized] if match.quantized else [nothing, nothing]
-        inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, nothing, *scales, nothing, nothing, new]
         attrs: dict[str, Any] = {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "scale": match.scale}
-        if match.quantized:
-            per_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-            attrs |= {"kv_cache_bit_width": 8, **per_channel}
-        outputs = [y, match.present_key, match.present_value]
+        scales = [nothing, nothing]
+        if match.by_token:
+            scales[0] = match.by_token[0].center or nothing
+            attrs |= {"kv_cache_bit_width": 4, "k_quant_type": BY_TOKEN, "v_quant_type": BY_TOKEN}
+        elif match.quantized:
+            scales = [part.scale for part in match.quantized]
+            attrs |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, nothing, *scales, nothing, nothing, new]
+        inputs += [concat.inputs[0] for concat in beside]
+        outputs = [y, match.present_key, match.present_value, *(concat.outputs[0] for concat in beside)]
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
         shape = small(f"{node.name}/heads", [0, 0, match.heads, match.head_dim], np.int64)
         split = add(graph, "Reshape", [y, shape], f"{node.name}/y_heads")
@@ -112,4 +131,6 @@ class MergeHeads(Rewrite[gs.Node]):
         add(graph, "Identity", [y], take_over(match))
 
 
-ATTENTION: tuple[Rewrite[Any], ...] = (LowerToGroupQueryAttention(), MergeHeads())
+def attention(*, by_token: bool = False) -> tuple[Rewrite[Any], ...]:
+    """One operator for attention over a cache; `by_token`: see `LowerToGroupQueryAttention`."""
+    return LowerToGroupQueryAttention(by_token), MergeHeads()

@@ -12,6 +12,7 @@ from instantrt.passes.core.lazy import small, view_of
 from instantrt.passes.core.names import MASK, POSITIONS
 from instantrt.passes.core.rewrite import Prefixed, Reject, Rewrite, add, producer
 from instantrt.passes.core.tidy import bodies
+from instantrt.passes.ort.cache_by_token import head_size
 from instantrt.passes.qdq.last_logits import TO_THE_END
 
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
@@ -57,7 +58,7 @@ class RotateInAttention(Rewrite[RotatedMatch]):
             or any(a is not b for a, b in zip(query.inputs[1:], key.inputs[1:], strict=True))
         ):
             return Reject("queries and keys are not rotated alike")
-        if reason := self.unfit(node.inputs[3].shape[3], *query.inputs[1:]):
+        if reason := self.unfit(head_size(node.inputs[3]), *query.inputs[1:]):
             return Reject(reason)
         return RotatedMatch(node, query, key)
 

@@ -60,7 +60,8 @@ def reference(
         )
         for past, x in zip(pasts, (keys if center is None else keys - center, sums), strict=True)
     ]
-    y = attended(queries @ turn, *(read(*part) for part in present), last, mask, new)
+    codes, others = (read(*part) for part in present)
+    y = attended(queries @ turn, codes, others, last, mask, new)
     turned = y.reshape(*y.shape[:2], y.shape[2] // size, size) @ turn
     return (turned.reshape(y.shape).astype(np.float32), *present[0], *present[1])
 

@@ -24,7 +24,7 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.names import PAST
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.attention import attention
 from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.qdq.quantize_cache_by_token import QuantizeCacheByToken
 from tests.conftest import TINY
@@ -94,7 +94,7 @@ def test_group_query_attention_has_the_same_cache_and_answers(
     twin: Any, kind: str, feeds: dict[str, Array], tmp_path: Path
 ) -> None:
     """It rotates and rounds by itself, in rows that are padded, too; four bits it is not given."""
-    lowered = run(twin.copy(), [*ATTENTION, RotateInAttention(LENGTH)], PassLog())
+    lowered = run(twin.copy(), [*attention(), RotateInAttention(LENGTH)], PassLog())
     made = [node for node in lowered.nodes if node.op == "GroupQueryAttention"]
     assert len(made) == (4 if kind == "int8" else 0)
     if not made:

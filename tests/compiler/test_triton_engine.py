@@ -19,7 +19,7 @@ from instantrt.compiler.serving.config import parameters
 from instantrt.compiler.serving.runtime.cpus import quota, usable_cpus
 from instantrt.compiler.serving.runtime.onnx_engine import ENGINES, ConcatEngine, SharedEngine, open_session, zeros
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.attention import attention
 from tests.repositories import write_repository
 
 Engines = tuple[SharedEngine | ConcatEngine, ...]
@@ -29,7 +29,7 @@ Engines = tuple[SharedEngine | ConcatEngine, ...]
 def engines(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     folder: Path = tmp_path_factory.mktemp("engines")
     standard, lowered = tiny_float.graph.copy(), tiny_float.graph.copy()
-    run(lowered, ATTENTION, PassLog())
+    run(lowered, attention(), PassLog())
     write_model(standard, folder / "concat.onnx")
     write_model(lowered, folder / "shared.onnx")
     return tuple(ENGINES[kind](folder / f"{kind}.onnx", 3, 64) for kind in ("concat", "shared"))

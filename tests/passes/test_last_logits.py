@@ -21,7 +21,7 @@ from instantrt.compiler.target import find_target
 from instantrt.passes.core.lazy import InMemory
 from instantrt.passes.core.linear import SUFFIX, LinearWeight
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.attention import attention
 from instantrt.passes.qdq.last_logits import LAST, LastLogits, head_linears
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 from tests.graphs import evaluate
@@ -37,7 +37,7 @@ def graph(request: pytest.FixtureRequest, tiny_float: FloatModel) -> gs.Graph:
     graph = tiny_float.graph.copy()
     if request.param == "scatter":
         return run(graph, kv_in_place(M), PassLog())
-    return run(graph, ATTENTION, PassLog()) if request.param == "group query attention" else graph
+    return run(graph, attention(), PassLog()) if request.param == "group query attention" else graph
 
 
 def feeds(graph: gs.Graph, mask: Array, past: int) -> dict[str, Array]:

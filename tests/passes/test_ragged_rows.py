@@ -17,7 +17,7 @@ import pytest
 from instantrt.compiler.backend.onnx_writer import write_model
 from instantrt.compiler.frontend.model import FloatModel
 from instantrt.passes.core.rewrite import Pass, PassLog, run
-from instantrt.passes.ort.attention import ATTENTION
+from instantrt.passes.ort.attention import attention
 from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.tensorrt.kv_in_place import kv_in_place
 
@@ -40,8 +40,8 @@ def expected(tiny_float: FloatModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 FORMS: dict[str, tuple[Pass, ...]] = {
-    "group query attention": ATTENTION,
-    "rotated inside of it": (*ATTENTION, RotateInAttention(LIMIT)),
+    "group query attention": attention(),
+    "rotated inside of it": (*attention(), RotateInAttention(LIMIT)),
     "scatter": tuple(kv_in_place(LIMIT)),
 }
 

@@ -130,10 +130,11 @@ def padded(given: Mapping[str, Array], *, left: bool) -> dict[str, Array]:
 def assert_right(got: list[Array], given: Mapping[str, Array], heads: tuple[int, ...], op: Op = OP) -> None:
     """The cache within a step, and y what follows from the cache that was found."""
     wanted = op.reference(**given, **attributes(heads))
-    for port, found, expected in zip(op.outputs[1:], got[1:], wanted[1:], strict=True):
-        assert found.dtype == expected.dtype
+    for port, cache, kept_there in zip(op.outputs[1:], got[1:], wanted[1:], strict=True):
+        assert cache.dtype == kept_there.dtype
+        found, expected = cache, kept_there
         if op is BY_TOKEN and port.name in ("present_key", "present_value"):
-            found, expected = (np.stack([codes & 15, codes >> 4]) for codes in (found, expected))
+            found, expected = (np.stack([codes & 15, codes >> 4]) for codes in (cache, kept_there))
         step = {4: 1e-5, 2: 2.0**-10, 1: 1}[found.itemsize]
         off = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         assert (off <= step * np.maximum(np.abs(expected.astype(np.float64)), 1)).all()
