@@ -46,7 +46,7 @@ def _constant(name: str) -> str:
 
 def _struct(op: Op) -> list[str]:
     ports = (*op.inputs, *op.outputs)
-    names = [_constant(p.name) for p in ports]
+    names, quoted = [_constant(p.name) for p in ports], ", ".join(f'"{p.name}"' for p in ports)
     rows = [", ".join(f"DataType::{d.tensorrt_name}" for d in row) for row in op.types]
     return [
         f"// {op.name}({', '.join(p.name + '[' + ', '.join(p.shape) + ']' for p in op.inputs)})"
@@ -55,7 +55,7 @@ def _struct(op: Op) -> list[str]:
         f'    static constexpr char kName[] = "{op.name}";',
         f'    static constexpr char kVersion[] = "{op.version}";',
         f"    enum Port : int32_t {{ {', '.join(names)} }};",
-        f"    static constexpr char const* kPortNames[] = {{{', '.join(f'"{p.name}"' for p in ports)}}};",
+        f"    static constexpr char const* kPortNames[] = {{{quoted}}};",
         f"    static constexpr int32_t kInputs = {len(op.inputs)};",
         f"    static constexpr int32_t kRequiredInputs = {sum(not p.optional for p in op.inputs)};",
         "    enum Attr : int32_t { " + ", ".join(_constant(a.name) for a in op.attrs) + " };",

@@ -67,8 +67,9 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
     def rewrite(self, graph: gs.Graph, match: CachedAttentionMatch) -> None:
         node = match.node
         out = take_over(match.last)
-        beside = [concat for part in match.by_token or () for concat in (part.scale, part.zero)]
-        for tensor in (match.present_key, match.present_value, *(concat.outputs[0] for concat in beside)):
+        grow = [concat for part in match.by_token or () for concat in (part.scale, part.zero)]
+        past, present = [concat.inputs[0] for concat in grow], [concat.outputs[0] for concat in grow]
+        for tensor in (match.present_key, match.present_value, *present):
             tensor.inputs.clear()
         total, last, new = lengths(graph, match.mask)
         q, k, v = (
@@ -87,8 +88,8 @@ class LowerToGroupQueryAttention(Rewrite[CachedAttentionMatch]):
             scales = [part.scale for part in match.quantized]
             attrs |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
         inputs = [q, k, v, *cache, nothing, nothing, nothing, match.mask, nothing, *scales, nothing, nothing, new]
-        inputs += [concat.inputs[0] for concat in beside]
-        outputs = [y, match.present_key, match.present_value, *(concat.outputs[0] for concat in beside)]
+        inputs += past
+        outputs = [y, match.present_key, match.present_value, *present]
         graph.nodes.append(gs.Node("GroupQueryAttention", node.name, attrs, inputs, outputs, domain="com.microsoft"))
         shape = small(f"{node.name}/heads", [0, 0, match.heads, match.head_dim], np.int64)
         split = add(graph, "Reshape", [y, shape], f"{node.name}/y_heads")

@@ -94,7 +94,7 @@ struct Attention {
         }
     }
 
-    // Keys [tile * 16 ...) of a head, [size][16], zero behind the last.
+    // Keys [tile * 16 ...) of a head, [size][16], zero behind the last; values in four bits are read beside them.
     static void pack(AttentionCall const& c, int64_t row, int64_t kv_head, int64_t tile, float* into) {
         for_type(c.cache, [&](auto type) {
             int64_t const first = tile * kLanes, count = std::min<int64_t>(kLanes, c.length(row) - first);
@@ -110,6 +110,15 @@ struct Attention {
 #pragma GCC unroll 16
                 for (int64_t k = 0; k < kLanes; ++k) {
                     store(into + (i + k) * kLanes, sixteen[k]);
+                }
+            }
+            if constexpr (std::is_same_v<decltype(type), Nibbles>) {
+                Tile<Isa, Nibbles> const values(c.values, place, c.size, count);
+                float* const lines = c.values_read + tile_place(c, row, kv_head) * c.size + first * c.size;
+                for (int64_t k = 0; k < count; ++k) {
+                    for (int64_t i = 0; i < c.size; i += kLanes) {
+                        store(lines + k * c.size + i, values.at(k, i));
+                    }
                 }
             }
         });
@@ -132,9 +141,7 @@ struct Attention {
             seen[r] = c.past(row) + token + 1;
             most[r] = spread(-INFINITY);
         }
-        int64_t const tiles = (c.columns + kLanes - 1) / kLanes;
-        float const* const packed =
-            c.packed == nullptr ? nullptr : c.packed + (row * c.kv_heads + kv_head) * tiles * kLanes * c.size;
+        float const* const packed = c.packed == nullptr ? nullptr : c.packed + tile_place(c, row, kv_head) * c.size;
         for (int64_t t = begin; t < end;) {
             int64_t const wide = packed != nullptr && t + 2 * kLanes <= end ? 2 : 1;
             V scores[2][R];
@@ -166,12 +173,11 @@ struct Attention {
             }
             total[r] = sum(all);
         }
-        int64_t i = 0;
-        for (; i + kWidth * kLanes <= c.size; i += kWidth * kLanes) {
-            sum_values<R, kWidth, T>(c.values, place, begin, end, c.size, i, weights, stride, sums);
-        }
-        for (; i < c.size; i += kLanes) {
-            sum_values<R, 1, T>(c.values, place, begin, end, c.size, i, weights, stride, sums);
+        if (std::is_same_v<T, Nibbles> && packed != nullptr) {
+            CachePart const read{c.values_read};
+            sum_all<R, float>(read, tile_place(c, row, kv_head), begin, end, c.size, weights, stride, sums);
+        } else {
+            sum_all<R, T>(c.values, place, begin, end, c.size, weights, stride, sums);
         }
         for (int r = 0; r < R; ++r) {
             if constexpr (std::is_same_v<T, int8_t>) {
@@ -243,6 +249,23 @@ struct Attention {
         }
         for (int r = 0; r < R; ++r) {
             scores[r] = sums_of(parts[r]);
+        }
+    }
+
+    // Where a head's tokens begin among those in tiles of sixteen.
+    static int64_t tile_place(AttentionCall const& c, int64_t row, int64_t kv_head) {
+        return (row * c.kv_heads + kv_head) * ((c.columns + kLanes - 1) / kLanes * kLanes);
+    }
+
+    template <int R, typename T>
+    static void sum_all(CachePart const& part, int64_t place, int64_t begin, int64_t end, int64_t size,
+                        float const* weights, int64_t stride, float* sums) {
+        int64_t i = 0;
+        for (; i + kWidth * kLanes <= size; i += kWidth * kLanes) {
+            sum_values<R, kWidth, T>(part, place, begin, end, size, i, weights, stride, sums);
+        }
+        for (; i < size; i += kLanes) {
+            sum_values<R, 1, T>(part, place, begin, end, size, i, weights, stride, sums);
         }
     }
 

@@ -50,16 +50,17 @@ public:
         same("last", last.sizes, {call.batch});
         same("new", fresh.sizes, {call.batch});
         same("mask", mask.sizes, {call.batch, 1, call.tokens, call.columns});
-        call.capacity = std::max(past.sizes[2], call.columns);
+        call.room = past.sizes[2];
+        call.capacity = std::max(call.room, call.columns);
         call.scale = scale(attributes_[Schema::kScaleBits], call.size);
         call.last = static_cast<int32_t const*>(last.data);
         call.counts = static_cast<int32_t const*>(fresh.data);
         call.mask = static_cast<float const*>(mask.data);
         for (int64_t row = 0; row < call.batch; ++row) {
             require(0 <= call.counts[row] && call.counts[row] <= call.tokens && 0 <= call.past(row) &&
-                        call.length(row) <= call.columns && call.past(row) <= past.sizes[2],
+                        call.length(row) <= call.columns && call.past(row) <= call.room,
                     "row ", row, " has ", call.counts[row], " new tokens of ", call.tokens, ", the last at ",
-                    call.last[row], " under a mask of ", call.columns, ", behind ", past.sizes[2], " in the cache");
+                    call.last[row], " under a mask of ", call.columns, ", behind ", call.room, " in the cache");
         }
         rotation(context, call);
         std::vector<int64_t> const sizes{call.batch, call.tokens, call.heads * call.size};
@@ -85,7 +86,7 @@ private:
     // Tables and positions, where they are given.
     void rotation(Context const* context, AttentionCall& call) const {
         Value const *const angles = input(context, Schema::kCos), *const others = input(context, Schema::kSin),
-                                  *const given = input(context, Schema::kPositions);
+                           *const given = input(context, Schema::kPositions);
         bool const none = angles == nullptr;
         require((others == nullptr) == none && (given == nullptr) == none, "cos, sin and positions go together");
         if (none) {
@@ -139,22 +140,21 @@ private:
     // A present [batch, kv_heads, capacity, width] with what its past has of each row, which may be the same buffer.
     void* grown(Context* context, AttentionCall const& c, int past, int present, int64_t width, int64_t bytes) const {
         Tensor const before = tensor(api_, input(context, static_cast<size_t>(past)));
-        Tensor const keys = tensor(api_, input(context, Schema::kPastKey));
-        same(Schema::kPortNames[past], before.sizes, {c.batch, c.kv_heads, keys.sizes[2], width});
+        same(Schema::kPortNames[past], before.sizes, {c.batch, c.kv_heads, c.room, width});
         void* const into =
             output(context, {c.batch, c.kv_heads, c.capacity, width}, static_cast<size_t>(present - Schema::kInputs));
         int64_t const token = width * bytes;
         for (int64_t i = 0; before.data != into && i < c.batch * c.kv_heads; ++i) {
             int64_t const known = c.past(i / c.kv_heads) * token;
             char* const row = static_cast<char*>(into) + i * c.capacity * token;
-            std::copy_n(static_cast<char const*>(before.data) + i * keys.sizes[2] * token, known, row);
+            std::copy_n(static_cast<char const*>(before.data) + i * c.room * token, known, row);
             std::fill_n(row + known, c.capacity * token - known, char{0});
         }
         return into;
     }
 
     void attend(Context const* context, AttentionCall call) const {
-        thread_local std::vector<float> queries, packed, partial;
+        thread_local std::vector<float> queries, packed, values, partial;
         int64_t const groups = call.batch * call.kv_heads, shared = call.heads / call.kv_heads;
         // One token's keys are cut, so that all threads have some; the parts are of the same size whoever takes them.
         int64_t const rows = call.tokens * shared, blocks = (rows + kQueries - 1) / kQueries;
@@ -175,6 +175,7 @@ private:
         if (call.tokens >= kPackedTokens) {
             int64_t const tiles = (call.columns + kLanes - 1) / kLanes;
             float* const into = grow(packed, groups * tiles * kLanes * call.size);
+            call.values_read = kByToken ? grow(values, groups * tiles * kLanes * call.size) : nullptr;
             in_parallel(context, groups * tiles, [&](int64_t i) {
                 int64_t const row = i / tiles / call.kv_heads;
                 kernels().pack(call, row, i / tiles % call.kv_heads, i % tiles, into + i * kLanes * call.size);

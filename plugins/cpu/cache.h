@@ -128,8 +128,7 @@ struct Keep<Isa, Nibbles> {
                 V const steps = whole(load(in + i) / spread(step[0])) + zero;
                 Isa::to_i8(code, std::bit_cast<typename Isa::F>(largest(smallest(spread(15), steps), V{})));
                 for (int64_t k = 0; k < kLanes; k += 2) {
-                    codes[(g * group + i + k) / 2] =
-                        static_cast<uint8_t>((code[k] & 15) | (code[k + 1] & 15) << 4);
+                    codes[(g * group + i + k) / 2] = static_cast<uint8_t>((code[k] & 15) | (code[k + 1] & 15) << 4);
                 }
             }
         }

@@ -76,18 +76,18 @@ constexpr int64_t kMostGroups = 32;  // of a head's channels in four bits
 
 // Keys, or values.
 struct CachePart {
-    void* data;           // [batch, kv_heads, capacity, size]
-    float const* scales;  // of int8, [kv_heads, size]: what a step stands for; null: no such integers
+    void* data;                     // [batch, kv_heads, capacity, size]
+    float const* scales = nullptr;  // of int8, [kv_heads, size]: what a step stands for
     // of four bits, [batch, kv_heads, capacity, groups]: scales in float16, and zero points
-    uint16_t* steps;
-    uint8_t* zeros;
-    int64_t groups;
+    uint16_t* steps = nullptr;
+    uint8_t* zeros = nullptr;
+    int64_t groups = 0;
 };
 
 // Queries, keys and values of `tokens` new tokens in each of `batch` rows, over a cache of `capacity` tokens.
 struct AttentionCall {
     Cache cache;
-    int64_t batch, tokens, heads, kv_heads, size, rotated, capacity, columns;
+    int64_t batch, tokens, heads, kv_heads, size, rotated, room, capacity, columns;  // room: in the past
     float scale;
     bool interleaved;                  // neighbours are rotated, not halves of a head's first channels
     float const *query, *key, *value;  // [batch, tokens, width], from the first column of the heads on
@@ -102,6 +102,7 @@ struct AttentionCall {
     float* queries;       // [batch, heads, tokens, size]: rotated and scaled
     float* fresh;         // [batch, tokens, kv_heads, size]: room to make a key in, or a value
     float const* packed;  // [batch, kv_heads, columns in sixteens, size, 16]; null: keys are met as they lie
+    float* values_read;   // of four bits beside it: [batch, kv_heads, columns in sixteens, 16, size]
     float* y;             // [batch, tokens, heads size]
 
     int64_t length(int64_t row) const { return last[row] + int64_t{1}; }
