@@ -79,7 +79,8 @@ class LowerCpuAttention(Rewrite[gs.Node]):
             for tensor in (*past, *outputs[PRESENT]):
                 tensor.dtype = FLOAT16
         more = [small(f"{t.name}/rows", t.values[0, :, 0], FLOAT32) if t.name else t for t in more]
-        given = [*parts, *past, inputs[LAST], inputs[MASK], inputs[NEW], *inputs[COS], *more]
+        rotation = inputs[COS] if node.attrs.get("do_rotary") else [gs.Variable.empty()] * 3
+        given = [*parts, *past, inputs[LAST], inputs[MASK], inputs[NEW], *rotation, *more]
         while not given[-1].name:
             given.pop()
         attrs = {"heads": heads, "kv_heads": kv_heads, "scale_bits": scale_bits(node.attrs["scale"], size)}

@@ -27,11 +27,12 @@ from instantrt.passes.core.rewrite import PassLog, run
 from instantrt.passes.ort.attention import attention
 from instantrt.passes.ort.rotary import RotateInAttention
 from instantrt.passes.qdq.quantize_cache_by_token import QuantizeCacheByToken
+from tests.compiler.rows import PROMPT, rows_of
 from tests.conftest import TINY
 from tests.graphs import evaluate, relative
 
 RANDOM = np.random.default_rng(0)
-PROMPT, TOKENS, LENGTH = 12, 3, 16
+LENGTH = 16
 
 
 @pytest.mark.parametrize("pairs", [(np.array([0, 1]), np.array([2, 3])), (np.array([0, 2]), np.array([1, 3]))])
@@ -93,11 +94,15 @@ def test_the_twin_is_near_the_float_model(
 def test_group_query_attention_has_the_same_cache_and_answers(
     twin: Any, kind: str, feeds: dict[str, Array], tmp_path: Path
 ) -> None:
-    """It rotates and rounds by itself, in rows that are padded, too; four bits it is not given."""
+    """It rotates and rounds by itself, in rows that are padded, too; four bits it has only where ours follow."""
     lowered = run(twin.copy(), [*attention(), RotateInAttention(LENGTH)], PassLog())
     made = [node for node in lowered.nodes if node.op == "GroupQueryAttention"]
     assert len(made) == (4 if kind == "int8" else 0)
     if not made:
+        lowered = run(twin.copy(), [*attention(by_token=True), RotateInAttention(LENGTH)], PassLog())
+        made = [node for node in lowered.nodes if node.op == "GroupQueryAttention"]
+        assert [len(node.inputs) for node in made] == [21] * 4
+        assert all(node.inputs[12].name.endswith("/center") for node in made)
         return
     assert {node.inputs[3].dtype for node in made} == {np.dtype(np.int8)}
     assert all(node.attrs["do_rotary"] for node in made)
@@ -170,15 +175,6 @@ def test_codes_are_compared_as_numbers(output: str) -> None:
     upper[..., :2] ^= 16  # a step of each upper code, not sixteen of a byte
     found = distance("", output, upper, bytes_)
     assert found.largest == (1 if output.endswith("key") else 16)
-
-
-def rows_of(engine: Any) -> list[Array]:
-    """A prompt in two pieces, one beside it, steps of both."""
-    out = [engine.prefill(0, np.arange(5, 5 + PROMPT - 4), 0), engine.prefill(0, np.arange(40, 44), PROMPT - 4)]
-    out.append(engine.prefill(1, np.arange(90, 97), 0))
-    for step in range(TOKENS):
-        out.extend(engine.decode(np.array([7, 8]) + step, np.array([PROMPT, 7]) + step).copy())
-    return out
 
 
 @pytest.mark.slow

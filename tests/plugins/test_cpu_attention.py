@@ -185,6 +185,23 @@ def test_parts_may_be_apart(cpu_library: Path) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("cache", ["float32", "four bits"])
+def test_without_tables_nothing_is_rotated(cache: str, cpu_library: Path) -> None:
+    """Without some of them, no kernel is asked."""
+    heads, (op, _) = HEADS["9 of 3"], CACHES[cache]
+    given = feeds(heads, 2, 3, 20, cache)
+    for left_out in (("cos", "sin", "positions"), ("positions",)):
+        some = {name: value for name, value in given.items() if name not in left_out}
+        names = [p.name if p.name in some else "" for p in op.inputs]
+        node = helper.make_node(op.name, names, [p.name for p in op.outputs], domain=DOMAIN, **attributes(heads))
+        opened = of_node(cpu_library, node, cache)
+        if "cos" in some:
+            with pytest.raises(InvalidArgument, match="cos, sin and positions go together"):
+                opened.run(None, some)
+        else:
+            assert_right(opened.run(None, some), some, heads, op)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_token_sees_none_behind_itself(sizes: tuple[int, int, int], cpu_library: Path) -> None:
     """Whatever the mask says: this one hides nothing."""
@@ -309,6 +326,27 @@ def test_what_does_not_fit_is_refused(case: str, cpu_library: Path) -> None:
         given["sin"] = value
     with pytest.raises(InvalidArgument, match=message):
         session(cpu_library, HEADS["each its own"]).run(None, given)
+
+
+WRONG_NIBBLES: dict[str, tuple[str, Any, str]] = {
+    "scales of other tokens": ("past_key_scale", np.ones((2, 4, 5, 1), np.float16), "past_key_scale is"),
+    "zero points of other groups": ("past_value_zero", np.ones((2, 4, 6, 2), np.uint8), "past_value_zero is"),
+    "groups of eight": ("past_key_scale", np.ones((2, 4, 6, 2), np.float16), "16 channels in 2 groups"),
+    "no groups": ("past_value_scale", np.ones((2, 4, 6, 0), np.float16), "16 channels in 0 groups"),
+    "other values": ("past_value", np.zeros((2, 4, 6, 16), np.uint8), "past_value is"),
+    "another center": ("center", np.zeros((4, 8), np.float32), "center is"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NIBBLES)
+def test_four_bits_that_do_not_fit_are_refused(case: str, cpu_library: Path) -> None:
+    name, value, message = WRONG_NIBBLES[case]
+    given = feeds(HEADS["each its own"], 2, 4, 6, "four bits") | {name: value}
+    with pytest.raises(InvalidArgument, match=message):
+        session(cpu_library, HEADS["each its own"], "four bits").run(None, given)
+    if "groups" in message:
+        with pytest.raises(ShapeError, match=message):
+            BY_TOKEN.bind([given[p.name].shape for p in BY_TOKEN.inputs], {"heads": 4, "kv_heads": 4})
 
 
 def test_heads_that_cannot_share_are_refused(cpu_library: Path) -> None:
