@@ -95,13 +95,13 @@ def fit_codes(
 def smooth(
     graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Formats, say: Say, log: PassLog
 ) -> tuple[gs.Graph, Decisions]:
-    """An encoder's float graph with the loud inputs of its int8 linears smoothed, where a search is asked for."""
+    """The float graph with the loud inputs of its int8 linears smoothed, where a search is asked for."""
     config = formats.config
-    if model.encoder is None or config is None or config.search == "none" or not config.activate_quant:
+    if config is None or config.search == "none" or not config.activate_quant:
         return graph, decisions
     say("looking for loud inputs")
     paths = {path for path, q in decisions.items() if isinstance(q, QuantTensor) and q.activations != "float"}
-    factors = smoothing(graph, paths, generated(model, tokens=TOKENS))
+    factors = smoothing(graph, paths, model.llm, generated(model, tokens=TOKENS))
     return pipeline.smooth_inputs(graph, decisions, factors, paths, log)
 
 

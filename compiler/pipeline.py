@@ -33,6 +33,7 @@ from instantrt.passes.float.fuse_rotary import FuseRotaryEmbedding, HalveRotaryA
 from instantrt.passes.float.normalize_gemm import NormalizeGemm
 from instantrt.passes.float.normalize_linears import NormalizeMatMul
 from instantrt.passes.float.smooth_inputs import SmoothInputs
+from instantrt.passes.float.smooth_products import SmoothProducts
 from instantrt.passes.gemm.epilogues import EPILOGUES
 from instantrt.passes.ort.attention import attention
 from instantrt.passes.ort.cpu_attention import LowerCpuAttention
@@ -120,7 +121,8 @@ def smooth_inputs(
     graph: gs.Graph, decisions: Decisions, factors: Mapping[str, Array], paths: Set[str], log: PassLog
 ) -> tuple[gs.Graph, Decisions]:
     """The FLOAT graph with loud inputs of the linears at `paths` shared with their columns, and decisions for those."""
-    smoothed = run(graph.copy(), [SmoothInputs(factors, frozenset(paths))], log)
+    ours = frozenset(paths)
+    smoothed = run(graph.copy(), [SmoothInputs(factors, ours), SmoothProducts(factors, ours)], log)
     return smoothed, of_graph(decisions, smoothed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,11 +14,12 @@ from instantrt.compiler.frontend.model import LlmShape
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import FLOAT32, Array, convert
+from instantrt.passes.core.linear import NORMS
 from instantrt.passes.core.quant import InstantQuant, Quantizer, QuantTensor
 from instantrt.passes.core.search import SearchedQuant
+from instantrt.passes.float.smooth_products import factor_of
 from instantrt.passes.qdq.insert_qdq import Decisions
 
-SHARE = 0.75  # of a channel's loudness that goes into its column
 SILENT = 1e-5  # of a largest value: what is below it counts as that much
 REMEMBERED = 1 << 26  # bytes of scales that a search may leave in memory: those of 700 M weights in groups of 32
 
@@ -43,29 +44,62 @@ def input_energy(graph: gs.Graph, llm: LlmShape | None, data: Data) -> dict[str,
     return energy
 
 
-def smoothing(graph: gs.Graph, paths: Set[str], data: Data) -> dict[str, Array]:
+@dataclass(frozen=True)
+class Smoothing:
+    """How what one kind of operator gives is smoothed: see `smoothing`.
+
+    share   of a channel's loudness that goes into its column
+    most    of the expected error that may be left, for it to be done at all
+    """
+
+    share: float
+    most: float
+
+
+# Random tokens say of norms what texts say, of gated products only where they find far louder channels than there are
+# in texts (docs/facts.md, "Loud inputs of a causal LM").
+OF_NORMS, OF_PRODUCTS = Smoothing(0.75, 0.9), Smoothing(0.5, 0.25)
+
+
+def smoothing(graph: gs.Graph, paths: Set[str], llm: LlmShape | None, data: Data) -> dict[str, Array]:
     """Name of what the linears at `paths` read -> factors [K] by which it may be divided, powers of two.
 
-    f_k is nearest to peak_k^0.75 / column_k^0.25, times what makes their geometric mean 1: peak_k is the largest |x_k|
-    over all rows of the data, column_k the largest weight that x_k meets. No entry where nothing would change.
+    f_k is nearest to loud_k^share / column_k^(1 - share), times what makes their geometric mean 1: column_k is the
+    largest weight that x_k meets; loud_k is of the first rows of the data, behind a norm the largest |x_k|, of a gated
+    product the root of E[x_k^2]. No entry where nothing before it can be divided, or little would be won.
     """
-    columns, peaks = dict[str, Array](), dict[str, Array]()
+    kinds, columns, squares = dict[str, Smoothing](), dict[str, Array](), dict[str, Array]()
     for found in (found for found in pipeline.linears(graph) if found.path in paths):
+        name, normed = found.x.name, bool(found.x.inputs) and found.x.inputs[0].op in NORMS
+        if not normed and factor_of(found.x) is None:
+            continue
+        kinds[name] = OF_NORMS if normed else OF_PRODUCTS
         for tile in found.rows.tiles():
-            largest = np.abs(convert(tile.parts[0], FLOAT32)).max(axis=0)
-            columns[found.x.name] = np.maximum(columns.get(found.x.name, 0), largest)
-    for name, x in each_input(graph, columns, None, data):
-        peaks[name] = np.maximum(peaks.get(name, 0), np.abs(x).max(axis=0, initial=0))
-    factors = {name: shared(peaks[name], columns[name]) for name in columns}
+            w = convert(tile.parts[0], FLOAT32)
+            columns[name] = np.maximum(columns.get(name, 0), np.abs(w).max(axis=0))
+            squares[name] = squares.get(name, 0) + np.einsum("nk,nk->k", w, w)
+    factors = dict[str, Array]()
+    for name, x in each_input(graph, kinds, llm, data):
+        if name not in factors:
+            loud = np.abs(x).max(axis=0, initial=0) if kinds[name] is OF_NORMS else np.sqrt(np.square(x).mean(axis=0))
+            factors[name] = shared(loud, columns[name], kinds[name].share)
+            if not expected(x, squares[name], factors[name]) <= kinds[name].most * expected(x, squares[name]):
+                factors[name] = np.ones_like(loud)
     return {name: each for name, each in factors.items() if (each != 1).any()}
 
 
-def shared(peaks: Array, columns: Array) -> Array:
+def expected(x: Array, squares: Array, factors: Array | float = 1) -> float:
+    """What the rounding of x [M, K] / factors makes of outputs: the square of a token's step by that of its columns."""
+    steps = np.abs(x / factors).max(axis=1, initial=0)
+    return float(np.square(steps).mean() * (squares * np.square(factors)).sum())
+
+
+def shared(loud: Array, columns: Array, share: float) -> Array:
     """The factors of channels [K] float32; 1 where all of either is zero, or something is not finite."""
-    loud, large = (np.maximum(each, SILENT * each.max(initial=0)) for each in (peaks, columns))
-    if not (loud.all() and large.all() and np.isfinite(loud).all()):
-        return np.ones_like(peaks)
-    powers: Array = SHARE * np.log2(loud) - (1 - SHARE) * np.log2(large)
+    louds, larges = (np.maximum(each, SILENT * each.max(initial=0)) for each in (loud, columns))
+    if not (louds.all() and larges.all() and np.isfinite(louds).all()):
+        return np.ones_like(loud)
+    powers: Array = share * np.log2(louds) - (1 - share) * np.log2(larges)
     factors: Array = np.exp2(np.rint(powers - powers.mean()))
     return factors.astype(FLOAT32)
 

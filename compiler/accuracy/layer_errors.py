@@ -21,7 +21,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import Array, Missing, Source, convert
 from instantrt.passes.core.linear import bias_behind, linear
 from instantrt.passes.core.quant import Codes, InstantQuant, QuantTensor, dequantize
-from instantrt.passes.float.fold_norms import ScaledColumns
+from instantrt.passes.float.scaled import ScaledColumns, ScaledRows
 from instantrt.passes.qdq.insert_qdq import quantized
 from instantrt.passes.qdq.join_linears import joined_of, outputs_of, parts_of
 
@@ -176,7 +176,7 @@ def between(graph: gs.Graph, layer: TwinLinear, x: Array) -> Array:
 
 def bytes_stored(shape: tuple[int, ...], weight: Source | None) -> int:
     """Of a weight in the checkpoint, whatever is folded into it; in 16 bits where nothing says how it is stored."""
-    while isinstance(weight, ScaledColumns):
+    while isinstance(weight, ScaledColumns | ScaledRows):
         weight = weight.rows
     return math.prod(shape) * int(getattr(weight, "dtype", np.dtype(np.float16)).itemsize)
 

@@ -10,51 +10,18 @@ Not all of w: training makes w small where norm(x) is large, and without it thos
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, convert, small, view_of
-from instantrt.passes.core.linear import NORMS, Linear, linear, weight_constant
+from instantrt.passes.core.lazy import FLOAT32, Array, Source, convert, small
+from instantrt.passes.core.linear import NORMS, Linear, linear
 from instantrt.passes.core.rewrite import Reject, Rewrite
-from instantrt.passes.core.subgraphs import tensors
+from instantrt.passes.float.scaled import readers_of, scaled
 
-FEW = 8  # one column in so many
 LOUD, MOST = 4, 1024  # times the median; and what a factor may come to, so that no scale of 16 bits overflows
-
-
-@dataclass(frozen=True)
-class ScaledColumns:
-    """W [N, K] of `rows` times factors [K]: float32, or their own type where few columns change and it holds them."""
-
-    rows: Source
-    factors: bytes  # float32; bytes hash once
-
-    def tiles(self) -> Iterator[Tile]:
-        factors = np.frombuffer(self.factors, FLOAT32)
-        changed = np.flatnonzero(factors != 1)
-        for start, (rows,) in self.rows.tiles():
-            yield Tile(start, (scaled_columns(rows, factors, changed),))
-
-
-def scaled_columns(rows: Array, factors: Array, changed: Array) -> Array:
-    """`rows` [n, K] times `factors` [K], which are 1 but for those at `changed`."""
-    if len(changed) * FEW <= len(factors):
-        wide = convert(rows[:, changed], FLOAT32) * factors[changed]
-        with np.errstate(over="ignore"):
-            narrow = wide.astype(rows.dtype)
-        if np.array_equal(convert(narrow, FLOAT32), wide):  # 16 bits are quantized in half the time
-            scaled = rows.copy()
-            scaled[:, changed] = narrow
-            return scaled
-    return np.asarray(convert(rows, FLOAT32) * factors)
-
-
-def scaled(found: Linear, factors: Array) -> gs.Constant:
-    """The weight of a linear with its columns times `factors` [K]."""
-    return weight_constant(found.path, ScaledColumns(found.rows, factors.tobytes()), found.shape)
 
 
 @dataclass(frozen=True)
@@ -114,15 +81,6 @@ class FoldNorms(Rewrite[FoldNormMatch]):
 
     def note(self, match: FoldNormMatch) -> str:
         return f"{(match.factors != 1).sum()} loud channels, into " + ", ".join(found.path for found in match.into)
-
-
-def readers_of(graph: gs.Graph) -> Counter[Source]:
-    """How many nodes read each weight."""
-    readers = Counter[Source]()
-    for tensor in tensors(graph).values():
-        if (view := view_of(tensor)) is not None:
-            readers[view.source] += len(tensor.outputs)
-    return readers
 
 
 def loud(weight: Array) -> Array:

@@ -13,24 +13,27 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import Array, Source, small
+from instantrt.passes.core.lazy import FLOAT32, Array, Source, convert, small
 from instantrt.passes.core.linear import NORMS, Linear, linear
 from instantrt.passes.core.rewrite import Reject, Rewrite, add
-from instantrt.passes.float.fold_norms import readers_of, scaled
+from instantrt.passes.float.scaled import readers_of, scaled
 
 
 @dataclass(frozen=True)
 class SmoothMatch:
-    """The tensor `x` that all of `into` read."""
+    """The norm whose output all of `into` read; `rest` is what stays of its weight and bias where nothing else does."""
 
-    x: gs.Tensor
+    norm: gs.Node
     factors: Array
     into: tuple[Linear, ...]
+    rest: tuple[Array, ...] | None
 
 
 @dataclass(frozen=True)
 class SmoothInputs(Rewrite[SmoothMatch]):
-    """x = Norm(...), MatMul(x, W_i [K, N_i]) -> MatMul(Mul(x, 1 / f), diag(f) W_i), for linears of int8 inputs.
+    """x = Norm(y, w), MatMul(x, W_i [K, N_i]) -> MatMul(Mul(x, 1 / f), diag(f) W_i), for linears of int8 inputs.
+
+    Where nothing else reads x, the norm makes the smoothed one: Norm(y, w / f).
 
     factors     name of x -> f [K] float32, powers of two: every product is the same number
     quantized   paths of the linears whose inputs will be int8: any other reads x as it is
@@ -39,9 +42,10 @@ class SmoothInputs(Rewrite[SmoothMatch]):
     factors: Mapping[str, Array] = field(repr=False, compare=False)
     quantized: frozenset[str]
     readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
+    outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def for_graph(self, graph: gs.Graph) -> SmoothInputs:
-        return SmoothInputs(self.factors, self.quantized, readers_of(graph))
+        return SmoothInputs(self.factors, self.quantized, readers_of(graph), frozenset(t.name for t in graph.outputs))
 
     def match(self, node: gs.Node) -> SmoothMatch | Reject | None:
         if node.op not in NORMS or node.outputs[0].name not in self.factors:
@@ -53,10 +57,21 @@ class SmoothInputs(Rewrite[SmoothMatch]):
         for found in into:
             if self.readers[found.rows] > 1:
                 return Reject(f"the weight of {found.path} is read elsewhere, too")
-        return SmoothMatch(node.outputs[0], self.factors[node.outputs[0].name], into)
+        factors, used = self.factors[node.outputs[0].name], [t for t in node.outputs if t.outputs]
+        alone = len(used) == 1 and len(used[0].outputs) == len(into) and used[0].name not in self.outputs
+        weights = node.inputs[1:] if alone and node.attrs.get("axis", -1) == -1 else []
+        known = bool(weights) and all(isinstance(t, gs.Constant) and tuple(t.shape) == factors.shape for t in weights)
+        rest = tuple(convert(t.values, FLOAT32) / factors for t in weights)
+        return SmoothMatch(node, factors, into, rest if known else None)
 
     def rewrite(self, graph: gs.Graph, match: SmoothMatch) -> None:
-        x = match.x
+        x = match.norm.outputs[0]
+        if match.rest is not None:
+            for index, (what, values) in enumerate(zip(("scale", "bias"), match.rest, strict=False), 1):
+                match.norm.inputs[index] = small(f"{x.name}/smoothed/{what}", values, np.float32)
+            for found in match.into:
+                found.node.inputs[1] = scaled(found, match.factors)
+            return
         inverse = small(f"{x.name}/smoothing", 1 / match.factors, np.float32)
         smoothed = gs.Variable(f"{x.name}/smoothed", x.dtype, x.shape)
         add(graph, "Mul", [x, inverse], smoothed)

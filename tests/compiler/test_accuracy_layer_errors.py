@@ -28,7 +28,7 @@ from instantrt.compiler.accuracy.layer_errors import (
 from instantrt.passes.core.lazy import InMemory, Tile
 from instantrt.passes.core.quant import Codes, InstantQuant, Quantizer, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.float.fold_norms import ScaledColumns
+from instantrt.passes.float.scaled import ScaledColumns
 from instantrt.passes.qdq.insert_qdq import Decisions, InsertDequantize
 from instantrt.passes.tensorrt.cast_compute_type import cast_compute_type
 from instantrt.passes.tensorrt.lower_native_weight_only import LowerNativeWeightOnly

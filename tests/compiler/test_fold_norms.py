@@ -19,7 +19,7 @@ from instantrt.passes.core.evaluate import Evaluation
 from instantrt.passes.core.lazy import FLOAT32, Array, InMemory
 from instantrt.passes.core.linear import weight_constant
 from instantrt.passes.core.rewrite import PassLog
-from instantrt.passes.float.fold_norms import ScaledColumns
+from instantrt.passes.float.scaled import ScaledColumns
 
 N, K = 24, 64
 NORMED = """normed (float[1,s,64] x, float[64] scale, float[64] bias, float[64,24] w) => (float[1,s,24] y) {

@@ -15,7 +15,7 @@ from instantrt.passes.core.lazy import FileTensor
 from instantrt.passes.core.linear import linear, weight_constant
 from instantrt.passes.core.quant import InstantQuant, QuantTensor
 from instantrt.passes.core.rewrite import PassLog, run
-from instantrt.passes.float.fold_norms import ScaledColumns
+from instantrt.passes.float.scaled import ScaledColumns
 from instantrt.passes.ort.linear import linear_passes
 from instantrt.passes.qdq.insert_qdq import InsertDequantize
 from instantrt.passes.qdq.quantize_activations import QuantizeActivations

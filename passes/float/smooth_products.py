@@ -1,0 +1,138 @@
+"""What is loud in a gated product, which a linear of int8 inputs reads, goes from the rows before it to its columns.
+
+y = W (g * (U h)) = (W diag(f)) (g * (diag(1 / f) U h)), as `smooth_inputs` does behind a norm. Rows of U have scales of
+their own, so that nothing is paid for it there (docs/facts.md, "Loud inputs of a causal LM").
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from instantrt.passes.core.lazy import FLOAT32, Array, Source, convert, small
+from instantrt.passes.core.linear import Linear, linear, weight_constant
+from instantrt.passes.core.rewrite import Reject, Rewrite, ints
+from instantrt.passes.float.scaled import ScaledRows, readers_of, scaled
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What `product` multiplies: `width` rows of the linear `made`, from `first` on, behind its `bias` or none."""
+
+    product: gs.Node
+    made: Linear
+    first: int
+    width: int
+    bias: gs.Node | None
+
+
+@dataclass(frozen=True)
+class SmoothProductMatch:
+    factor: Factor
+    factors: Array
+    into: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class SmoothProducts(Rewrite[SmoothProductMatch]):
+    """x = Mul(g, MatMul(h, U)), MatMul(x, W [K, N]) -> the same of U's columns over f, and diag(f) W.
+
+    U may have a bias behind it, and other parts beside it in one matrix.
+
+    factors     name of x -> f [K] float32, powers of two: every product is the same number
+    quantized   paths of the linears whose inputs will be int8
+    """
+
+    factors: Mapping[str, Array] = field(repr=False, compare=False)
+    quantized: frozenset[str]
+    readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
+    outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def for_graph(self, graph: gs.Graph) -> SmoothProducts:
+        return SmoothProducts(self.factors, self.quantized, readers_of(graph), frozenset(t.name for t in graph.outputs))
+
+    def match(self, node: gs.Node) -> SmoothProductMatch | Reject | None:
+        if node.op != "Mul" or node.outputs[0].name not in self.factors:
+            return None
+        x, factor = node.outputs[0], factor_of(node.outputs[0])
+        into = tuple(found for user in x.outputs if (found := linear(user)) is not None)
+        quantized = all(found.path in self.quantized for found in into)
+        if factor is None or not quantized or factor.width != len(self.factors[x.name]):
+            return None
+        if len(into) < len(x.outputs) or x.name in self.outputs:
+            return Reject("something else reads the product, too")
+        for found in (*into, factor.made):
+            if self.readers[found.rows] > 1:
+                return Reject(f"the weight of {found.path} is read elsewhere, too")
+        return SmoothProductMatch(factor, self.factors[x.name], into)
+
+    def rewrite(self, graph: gs.Graph, match: SmoothProductMatch) -> None:  # noqa: ARG002  (nothing is added to it)
+        factor, made = match.factor, match.factor.made
+        inverse = np.ones(made.shape[0], np.float32)
+        inverse[factor.first : factor.first + factor.width] = 1 / match.factors
+        rows = ScaledRows(made.rows, inverse.tobytes())
+        made.node.inputs[1] = weight_constant(made.path, rows, made.shape)
+        if factor.bias is not None:
+            at = vector_of(factor.bias) or 0
+            values = convert(factor.bias.inputs[at].values, FLOAT32) * inverse
+            factor.bias.inputs[at] = small(f"{made.path}/smoothed/bias", values, FLOAT32)
+        for found in match.into:
+            found.node.inputs[1] = scaled(found, match.factors)
+
+    def note(self, match: SmoothProductMatch) -> str:
+        low, high = match.factors.min(), match.factors.max()
+        names = ", ".join(found.path for found in match.into)
+        return f"factors {low:g} to {high:g}, from {match.factor.made.path} into {names}"
+
+
+def factor_of(x: gs.Tensor) -> Factor | None:
+    """The linear whose outputs are multiplied by something else in x, each by its own, and go nowhere else."""
+    product = x.inputs[0] if len(x.inputs) == 1 and x.inputs[0].op == "Mul" else None
+    found = (rows_behind(product, t) for t in product.inputs) if product is not None else ()
+    return next((factor for factor in found if factor is not None), None)
+
+
+def rows_behind(product: gs.Node, tensor: gs.Tensor) -> Factor | None:
+    node, bias = maker(tensor), None
+    split = (
+        node if node is not None and node.op == "Split" and node.attrs.get("axis") in (-1, rank(tensor) - 1) else None
+    )
+    if split is not None:
+        node = maker(split.inputs[0])
+    if node is not None and node.op == "Add" and (term := vector_of(node)) is not None:
+        bias, node = node, maker(node.inputs[1 - term])
+    made = linear(node) if node is not None else None
+    if made is None or (bias is not None and tuple(bias.inputs[vector_of(bias) or 0].shape) != made.shape[:1]):
+        return None
+    if split is None:
+        return Factor(product, made, 0, made.shape[0], bias)
+    sizes = widths(split, made.shape[0])
+    index = next(i for i, t in enumerate(split.outputs) if t is tensor)
+    return Factor(product, made, sum(sizes[:index]), sizes[index], bias) if sum(sizes) == made.shape[0] else None
+
+
+def widths(split: gs.Node, whole: int) -> list[int]:
+    """Of the parts; without sizes all but the last are alike."""
+    count = len(split.outputs)
+    each = -(-whole // count)
+    return (
+        (ints(split.inputs[1]) or []) if len(split.inputs) == 2 else [each] * (count - 1) + [whole - each * (count - 1)]
+    )
+
+
+def rank(tensor: gs.Tensor) -> int:
+    return len(tensor.shape or ())
+
+
+def maker(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that makes it for one reader alone."""
+    return tensor.inputs[0] if len(tensor.inputs) == len(tensor.outputs) == 1 else None
+
+
+def vector_of(node: gs.Node) -> int | None:
+    """Which of a node's inputs is a constant [N]."""
+    return next((i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant) and len(t.shape) == 1), None)
