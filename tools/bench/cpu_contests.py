@@ -285,6 +285,21 @@ FITTED = {
     "4 bits, calibrated": f"--quant a16w4 --calibration {CALIBRATION}",
     "6.2 bits a weight, calibrated": f"--quant a16w4 --bits-per-weight 6.2 --calibration {CALIBRATION}",
 }
+PLUGIN = ", plugin"
+WITH_KERNELS = {
+    f"{name}{PLUGIN}": f"{(ASKED | FITTED)[name]} --plugin auto"
+    for name in (
+        EIGHT,
+        "8 bits by channel, exact",
+        "8 bits, int8 cache",
+        "8 bits, uint4 cache",
+        "A8W8",
+        FOUR,
+        "4 bits g64",
+        "6.2 bits a weight",
+        "6.2 bits a weight, calibrated",
+    )
+}
 
 
 def asked(options: str) -> Form:
@@ -296,7 +311,7 @@ def asked(options: str) -> Form:
 
 FRONTIER = Contest(
     forms={
-        **{name: asked(options) for name, options in (ASKED | FITTED).items()},
+        **{name: asked(options) for name, options in (ASKED | FITTED | WITH_KERNELS).items()},
         **{f"llama.cpp {kind}": llama(kind, bits) for kind, bits in (("Q8_0", 8), ("Q4_K_M", 4), ("Q4_0", 4))},
     },
     first=(),

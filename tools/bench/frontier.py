@@ -15,14 +15,25 @@ import numpy as np
 import typer
 
 from instantrt.tools.bench.cpu import folder_for, measured_model, pythons_of
-from instantrt.tools.bench.cpu_contests import ASKED, CALIBRATION, EIGHT, FITTED, FLOAT, FLOAT_ZEROS, FOUR, FRONTIER
+from instantrt.tools.bench.cpu_contests import (
+    ASKED,
+    CALIBRATION,
+    EIGHT,
+    FITTED,
+    FLOAT,
+    FLOAT_ZEROS,
+    FOUR,
+    FRONTIER,
+    PLUGIN,
+    WITH_KERNELS,
+)
 from instantrt.tools.bench.cpu_page import MIB, ahead, bubbles, notes, speed_cell
 from instantrt.tools.bench.results import Result, keep, known
 from instantrt.tools.markdown import table
 from instantrt.tools.places import BENCHMARKS, TEXT
 
 OUT = BENCHMARKS / "frontier.json"
-OPTIONS = {name: f"`{words.replace(CALIBRATION, 'FILE')}`" for name, words in (ASKED | FITTED).items()}
+OPTIONS = {name: f"`{words.replace(CALIBRATION, 'FILE')}`" for name, words in (ASKED | FITTED | WITH_KERNELS).items()}
 
 
 def main(
@@ -54,7 +65,7 @@ PICKS = {
     "the same, with a text like those that it will read": "6.2 bits a weight, calibrated",
     "the smallest file": "4 bits g64",
 }
-TITLES = ("you want", "ask for", "loss", "KL", "MiB", "tokens a second after 128, 1,024")
+TITLES = ("you want", "ask for", "loss", "KL", "MiB", "tokens a second after 128, 1,024", "with kernels of ours")
 
 ABOUT = f"""What a causal LM loses by a format, and what that brings, on a CPU. Written by `instantrt bench formats
 frontier`. What a GPU runs has the same weights where it is asked for the same formats: its losses are these, its speeds
@@ -67,9 +78,11 @@ weights and graph on disk; speeds are tokens a second of two threads, medians of
 behind them their ratio to 8 bits within a round, with quartiles.
 
 [Quantization](../quantization.md) says what the options are, [CPU beside its peers](cpu.md) has the memory, long
-prompts, batches and encoders. `{FLOAT_ZEROS.name}` lies in `examples`. llama.cpp's files are made of the same
-weights, its cache is float16. In the plot a bubble's area is the speed; ours are blue, or green where a text was given.
-No other file is both smaller and better than one on the line.
+prompts, batches and encoders. Kernels of ours are what `--plugin auto` adds
+([x86](../targets/x86.md#kernels-of-ours)); their cache is float16 where nothing is said. `{FLOAT_ZEROS.name}` lies in
+`examples`. llama.cpp's files are made of the same weights, its cache is float16. In the plot a bubble's area is the
+speed; ours are blue, or green where a text was given, and run without those kernels. No other file is both smaller and
+better than one on the line.
 
 A checkpoint that was in four bits once, as a GGUF file's weights were, has them on a grid. A copy with outliers keeps
 most of it, since they are powers of two, and a form that meets that grid again (float zero points, of Q4_1) loses next
@@ -89,9 +102,13 @@ def choices(result: Result) -> Iterator[tuple[str, ...]]:
     sides = result["sides"]
     for want, name in PICKS.items():
         if (side := sides.get(name)) is not None:
-            speeds = ", ".join(f"{np.median(values):.3g}" for values in side["rounds"].values())
             size = f"{side['bytes'] / MIB:.0f}"
-            yield want, OPTIONS[name], loss(sides, name), f"{side['kl']:.4f}", size, speeds
+            rates = speeds(side), speeds(sides.get(f"{name}{PLUGIN}"))
+            yield want, OPTIONS[name], loss(sides, name), f"{side['kl']:.4f}", size, *rates
+
+
+def speeds(side: Result | None) -> str:
+    return ", ".join(f"{np.median(values):.3g}" for values in side["rounds"].values()) if side is not None else ""
 
 
 def sides_by_kl(result: Result) -> Iterator[tuple[str, ...]]:
@@ -115,7 +132,7 @@ def plot(results: Mapping[str, Result], path: Path) -> None:
     figure = Figure(figsize=(12, 6 * len(results)), layout="constrained")
     for axes, (name, result) in zip(np.atleast_1d(figure.subplots(len(results))), results.items(), strict=True):
         base = result["sides"][FLOAT]
-        sides = {each: side for each, side in result["sides"].items() if each != FLOAT}
+        sides = {each: side for each, side in result["sides"].items() if each not in {FLOAT, *WITH_KERNELS}}
         size = [side["bytes"] / MIB for side in sides.values()]
         kl = [side["kl"] for side in sides.values()]
         speed = [float(np.median(side["rounds"][FRONTIER.speed])) for side in sides.values()]
