@@ -6,11 +6,15 @@ behind it lose (w_k - what it became) / U_kk * U_kj, which is least squares. Sca
 searched when it begins, each column's error weighted by H's diagonal. The loudest columns come first, whose errors cost
 most, groups as a whole, so that no input has to be sorted; then every code is rounded again, the others given.
 
+Layers come in the graph's order, each on what the quantized layers before it make of the text, and aims at what the
+float model gives (Li et al., 2025, "GPTAQ"): with x what the float layers make of it and x' what the quantized ones do,
+|x W^T - x' V^T|^2 is least at V = W + W ((x - x')^T x') H^-1, H = x'^T x'. Of that step T / (T + AIM K) is taken, as T
+tokens of text say less of K inputs than of all texts.
+
 Of an encoder, whose linears have biases, what the weights change on average goes into those
 (passes/qdq/correct_biases), so that x counts about its mean: H = (x - m)^T (x - m).
 
-Layers come in the graph's order, each on what the quantized layers before it make of the text; a weight is in memory
-while it is quantized, its codes then wait in a file without a name until they are written.
+A weight is in memory while it is quantized, its codes then wait in a file without a name until they are written.
 """
 
 from __future__ import annotations
@@ -48,9 +52,10 @@ LEAST, MOST = 512, 1 << 13  # tokens of a text: fewer say nothing of a layer's i
 # else be fitted to the noise of the text; and of its mean, for channels that are never on.
 DAMPING, FLOOR = 0.1, 1e-4
 OF_ENCODERS = 0.3  # their texts have few tokens (docs/facts.md, "Formats of an encoder")
-GENERATED, SHORTEST = 4096, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
+GENERATED, SHORTEST = 6144, 4  # tokens of words at random (docs/facts.md, "Formats of an encoder")
 BLOCK = 32  # columns whose errors reach the rest of the weight together
 SMALL = 32  # rows that are inverted at once
+AIM = 4  # docs/facts.md, "What calibration aims at"
 SWEEPS = 2  # over all codes, rounding them again (docs/facts.md, "Formats of an encoder")
 EVERY = 5.0  # seconds from one line of progress to the next
 
@@ -74,12 +79,40 @@ class Seen(NamedTuple):
     h        x^T x, damped [K, K]
     factor   U [K, K], upper triangular, U^T U = h^-1
     energy   the diagonal of x^T x [K]
+    lag      x'^T (x - x') [K, K], as much of it as is believed
+    means    of x' and of x [K], where they count about these
     """
 
     order: Array
     h: Array
     factor: Array
     energy: Array
+    lag: Array
+    means: tuple[Array, ...] = ()
+
+
+class Side:
+    """The graph on all feeds, as far as it has come: by float weights, or by the codes that were made."""
+
+    def __init__(self, graph: gs.Graph, feeds: Sequence[Mapping[str, Array]], wiring: Wiring) -> None:
+        self.graph, self.runs = graph, [Evaluation(graph, each, wiring=wiring) for each in feeds]
+
+    def advance(self, node: gs.Node) -> None:
+        for run, outputs in zip(
+            self.runs, evaluate_each(node, [run.values for run in self.runs], self.graph), strict=True
+        ):
+            run.store(node, outputs)
+
+    def rows(self, name: str, width: int) -> Array:
+        return np.concatenate([run.values[name].reshape(-1, width) for run in self.runs])
+
+    def give(self, node: gs.Node, product: Array) -> None:
+        """`product` [rows, N] is what the linear `node` makes of its inputs."""
+        name = node.inputs[0].name
+        for run, y in zip(
+            self.runs, split_rows(product, [run.values[name].shape[:-1] for run in self.runs]), strict=True
+        ):
+            run.store(node, [y])
 
 
 def tokens_of(folder: Path, text: Path) -> list[int]:
@@ -147,39 +180,47 @@ def calibrate(
     kept = np.concatenate([each["attention_mask"].astype(bool).ravel() for each in feeds])  # what is no padding
     say(f"calibrating {len(chosen)} layers on {kept.sum():,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
-    runs = [Evaluation(graph, each, wiring=wiring) for each in feeds]
-    before, inputs, told, weights = ("", False, 0), None, began, 0  # the last input, and what is known of it
-    mean = np.empty(0)  # of that input
+    ours, floats = Side(graph, feeds, wiring), Side(graph, feeds, wiring)
+    told, weights = began, 0
+    at, rows, aims = "", np.empty(0), np.empty(0)  # the last input, and its rows on either side
+    before, inputs = ("", False, 0), None  # and what is known of it
     with tempfile.TemporaryFile() as file:
-        for node in runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):
+        for node in ours.runs[0].needed(*(node.outputs[0].name for node in graph.nodes if node.name in chosen)):
             if (quant := chosen.get(node.name)) is None:
-                for run, outputs in zip(runs, evaluate_each(node, [run.values for run in runs], graph), strict=True):
-                    run.store(node, outputs)
+                ours.advance(node)
+                floats.advance(node)
                 continue
             x, centred = node.inputs[0].name, correctable[quant.name]
-            rows = np.concatenate([run.values[x].reshape(-1, quant.shape[1]) for run in runs])
+            if at != x:
+                at, rows, aims = x, ours.rows(x, quant.shape[1]), floats.rows(x, quant.shape[1])
             if quant.name not in made:  # a module may be used several times
                 if inputs is None or before != (x, centred, quant.group_size):
-                    real = rows[kept] if len(rows) == len(kept) else rows  # else it has no row for each token
-                    mean = real.mean(axis=0) if centred else np.zeros(0, FLOAT32)
+                    real, aim = (  # of what has a row for each token, without padding
+                        each[kept] if len(each) == len(kept) else each.copy() for each in (rows, aims)
+                    )
                     before = x, centred, quant.group_size
-                    inputs = seen(real - mean if centred else real, quant.name, quant.group_size, damping)
-                codes = Codes(*(spilled(part, file) for part in fitted_codes(quant, inputs)))
-                of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
-                fitted = replace(quant, source=Calibrated(**of, codes=codes))
-                correction = through(quant, mean) - through(fitted, mean) if centred else np.empty(0, FLOAT32)
-                made[quant.name] = replace(fitted, correction=correction.tobytes())
+                    inputs = seen(real, aim, quant.name, quant.group_size, damping, centred=centred)
+                made[quant.name] = fitted(quant, inputs, file)
                 weights += math.prod(quant.shape)
             product = through(made[quant.name], rows)
             if correctable[quant.name]:  # the bias behind it is still the float model's
                 product += np.frombuffer(made[quant.name].correction, FLOAT32)
-            for run, y in zip(runs, split_rows(product, [run.values[x].shape[:-1] for run in runs]), strict=True):
-                run.store(node, [y])
+            ours.give(node, product)
+            floats.give(node, through(quant, aims))
             if time.monotonic() - told > EVERY:
                 told = time.monotonic()
                 rate = weights / (told - began) / 1e6
                 say(f"calibrating what follows {len(made)} of {len(chosen)} layers, {rate:.1f} M weights/s")
     return {**decisions, **made}
+
+
+def fitted(quant: QuantTensor, inputs: Seen, file: IO[bytes]) -> QuantTensor:
+    """`quant` with its codes, which wait in `file`, and what its bias needs where its inputs count about their mean."""
+    codes = Codes(*(spilled(part, file) for part in fitted_codes(quant, inputs)))
+    of = {f.name: getattr(quant.source, f.name) for f in fields(Quantizer)}
+    made, means = replace(quant, source=Calibrated(**of, codes=codes)), inputs.means
+    correction = through(quant, means[1]) - through(made, means[0]) if means else np.empty(0, FLOAT32)
+    return replace(made, correction=correction.tobytes())
 
 
 def through(quant: QuantTensor, rows: Array) -> Array:
@@ -200,18 +241,26 @@ def spilled(part: Array, file: IO[bytes]) -> Array:
     return np.memmap(file, part.dtype, "r", at, part.shape)
 
 
-def seen(x: Array, layer: str, group: int, damping: float = DAMPING) -> Seen:
-    """Of the inputs x [T, K] of `layer`, whose weight has groups of that size."""
+def seen(x: Array, aim: Array, layer: str, group: int, damping: float = DAMPING, *, centred: bool = False) -> Seen:
+    """Of the inputs x [T, K] of `layer`, whose weight has groups of that size; `aim`: the same in the float model.
+
+    Both are lost.
+    """
+    means = (x.mean(axis=0), aim.mean(axis=0)) if centred else ()
+    for each, mean in zip((x, aim), means, strict=False):
+        np.subtract(each, mean, out=each)
     h = x.T @ x
-    if not np.isfinite(h).all():
+    aim -= x
+    lag = (len(x) / (len(x) + AIM * len(h))) * (x.T @ aim)
+    if not (np.isfinite(h).all() and np.isfinite(lag).all()):
         raise UserError(
             "what reaches this layer is not finite", where=layer, fix="leave --calibration out, or --search none"
         )
     order = loudest_first(h.diagonal(), group)
-    h = h[np.ix_(order, order)]
+    h, lag = h[np.ix_(order, order)], lag[np.ix_(order, order)]
     energy = h.diagonal().copy()
     h[np.diag_indices_from(h)] += damping * energy + (FLOOR * energy.mean() or 1)  # 1: nothing is ever on
-    return Seen(order, h, inverse_factor(h), energy)
+    return Seen(order, h, inverse_factor(h), energy, lag, means)
 
 
 def loudest_first(energy: Array, group: int) -> Array:
@@ -242,26 +291,29 @@ def inverse_factor(h: Array) -> Array:
 
 def fitted_codes(quant: QuantTensor, inputs: Seen) -> Codes:
     """The codes of a weight whose inputs are these."""
-    codes, scale, zero = feed_back(quant, inputs)
-    # Feedback has used up its columns: they are read again, as a copy beside them would take as much memory as they do.
-    descend(codes, columns_of(quant, inputs.order), scale, zero, inputs.h, 2**quant.bits - 1)
+    columns = columns_of(quant, inputs)
+    codes, scale, zero = feed_back(quant, columns.copy(), inputs)
+    descend(codes, columns, scale, zero, inputs.h, 2**quant.bits - 1)
     group = quant.group_size
-    columns, groups = np.argsort(inputs.order), np.argsort(inputs.order[::group] // group)
-    return Codes(*(np.ascontiguousarray(part.T) for part in (codes[columns], scale[groups], zero[groups])))
+    places, groups = np.argsort(inputs.order), np.argsort(inputs.order[::group] // group)
+    return Codes(*(np.ascontiguousarray(part.T) for part in (codes[places], scale[groups], zero[groups])))
 
 
-def columns_of(quant: QuantTensor, order: Array) -> Array:
-    """The columns of a float weight in that order, [K, N] float32."""
+def columns_of(quant: QuantTensor, inputs: Seen) -> Array:
+    """The columns that are to be rounded of a float weight, [K, N] float32."""
     assert isinstance(quant.source, Quantizer)
-    parts = [convert(tile.parts[0], FLOAT32)[:, order].T for tile in quant.source.weight.tiles()]
-    return np.concatenate(parts, axis=1)
+    parts = [convert(tile.parts[0], FLOAT32)[:, inputs.order].T for tile in quant.source.weight.tiles()]
+    w = np.concatenate(parts, axis=1)
+    w += inputs.factor.T @ (inputs.factor @ (inputs.lag @ w))
+    return w
 
 
-def feed_back(quant: QuantTensor, inputs: Seen) -> Codes:
-    """GPTQ, blocks of columns in turn: codes [K, N], scales and zero points [G, N], in the order of `inputs`."""
+def feed_back(quant: QuantTensor, w: Array, inputs: Seen) -> Codes:
+    """GPTQ of the columns w [K, N], which are lost, a block of them after another: codes [K, N], scales and zero points
+    [G, N], in the order of `inputs`."""
     assert isinstance(quant.source, Quantizer)
     (n, k), group, top, factor = quant.shape, quant.group_size, 2**quant.bits - 1, inputs.factor
-    w, codes, grids = columns_of(quant, inputs.order), np.empty((k, n), np.uint8), list[Codes]()
+    codes, grids = np.empty((k, n), np.uint8), list[Codes]()
     step = BLOCK // group * group or math.gcd(group, BLOCK)
     for start in range(0, k, step):
         end = min(start + step, k)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from instantrt.compiler.accuracy.calibrate import (
+    AIM,
     DAMPING,
     FLOOR,
     LEAST,
     Seen,
+    columns_of,
     descend,
     feed_back,
     fitted_codes,
@@ -68,7 +70,7 @@ def by_the_paper(w: Array, x: Array, group: int) -> Codes:
 
 @pytest.mark.parametrize("group", [32, 48, K])  # whole blocks of columns, and those of a row that is one group
 def test_it_is_the_algorithm_of_the_paper(group: int) -> None:
-    inputs = seen(X, "w", group)
+    inputs = seen(X, X.copy(), "w", group)
     assert [*np.sort(inputs.order)] == [*range(K)]
     energy = (X**2).sum(axis=0)
     assert (np.diff(energy[inputs.order].reshape(-1, group)) <= 0).all()  # the loudest first in each group
@@ -76,7 +78,7 @@ def test_it_is_the_algorithm_of_the_paper(group: int) -> None:
     assert {frozenset(each // group) for each in inputs.order.reshape(-1, group)} == {
         *map(frozenset, zip(range(K // group)))
     }
-    found = feed_back(weight(group=group), inputs)
+    found = feed_back(weight(group=group), columns_of(weight(), inputs), inputs)
     expected = by_the_paper(W[:, inputs.order], X[:, inputs.order], group)
     assert np.mean(expected.codes != found.codes.T) < 2e-3  # a rounding at a tie moves what follows
     np.testing.assert_allclose(found.scale.T, expected.scale, rtol=2e-2)
@@ -89,8 +91,8 @@ def loss(codes: Codes, group: int) -> float:
 
 @pytest.mark.parametrize("group", [32, 48, K])
 def test_every_step_loses_less(group: int) -> None:
-    inputs, quant = seen(X, "w", group), weight(group=group)
-    codes, scale, zero = feed_back(quant, inputs)
+    inputs, quant = seen(X, X.copy(), "w", group), weight(group=group)
+    codes, scale, zero = feed_back(quant, columns_of(quant, inputs), inputs)
     columns, groups = np.argsort(inputs.order), np.argsort(inputs.order[::group] // group)
     fed_back = Codes(codes[columns].T, scale[groups].T, zero[groups].T)
     plain = quantize_asymmetric(W.reshape(N, -1, group), 4, FLOAT32)
@@ -101,8 +103,8 @@ def test_every_step_loses_less(group: int) -> None:
 
 
 def test_a_descent_ends_where_no_code_alone_would_be_better() -> None:
-    inputs = seen(X, "w", GROUP)
-    codes, scale, zero = feed_back(weight(), inputs)
+    inputs = seen(X, X.copy(), "w", GROUP)
+    codes, scale, zero = feed_back(weight(), columns_of(weight(), inputs), inputs)
     w = W[:, inputs.order].T
     for _ in range(20):
         descend(codes, w.copy(), scale, zero, inputs.h, 15)
@@ -123,10 +125,28 @@ def test_a_descent_ends_where_no_code_alone_would_be_better() -> None:
 def test_inputs_that_say_nothing_of_one_another_leave_the_search() -> None:
     energy = RANDOM.uniform(1, 2, K).astype(np.float32)
     one = np.eye(K, dtype=np.float32)
-    found = fitted_codes(weight(), Seen(np.arange(K), one, one, energy))
+    found = fitted_codes(weight(), Seen(np.arange(K), one, one, energy, np.zeros_like(one)))
     groups = W.reshape(N, -1, GROUP), energy.reshape(-1, GROUP)
     for part, expected in zip(found, search(*groups, 4, False, FLOAT32), strict=True):
         np.testing.assert_array_equal(part, expected)
+
+
+def test_what_the_layers_before_lost_is_made_up_for() -> None:
+    """Where their error goes with the inputs: of half of all tokens, for the other half, and not in full."""
+    off = X @ (MIXED / 4) + X  # as a layer before might have made it
+    here, there = slice(0, None, 2), slice(1, None, 2)
+
+    def missed(aim: Array) -> float:
+        fitted = fitted_codes(weight(), seen(off[here], aim.copy(), "w", GROUP))
+        return float(np.linalg.norm(off[there] @ dequantize(fitted, GROUP).T - X[there] @ W.T))
+
+    assert missed(X[here]) < 0.85 * missed(off[here])
+    inputs = seen(off[here], X[here].copy(), "w", GROUP)
+    h = off[here].T @ off[here]
+    h += np.diag(DAMPING * h.diagonal() + FLOOR * h.diagonal().mean())
+    share = 200 / (200 + AIM * K)
+    wanted = W.T + share * np.linalg.solve(h, off[here].T @ (X[here] - off[here]) @ W.T)
+    np.testing.assert_allclose(columns_of(weight(), inputs), wanted[inputs.order], rtol=1e-2, atol=1e-3)
 
 
 def kl(planned: Plan, ids: Array) -> float:
