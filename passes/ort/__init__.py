@@ -13,12 +13,14 @@ out. Imports `core` and `qdq`.
     zeros        minima on operators for integer ones: what is missing, added apart
     attention    grouped attention whose cache may be one buffer
     cached_attention  what that operator wants, its mask apart
+    cache_by_token  a cache of four bits: what attention was before it, and what is kept
     whole_attention  attention without a cache; attention_parts finds it
     heads        heads of attention to rows, and back
     sum_into_norm  sums that ONNX Runtime is not to fuse with the norm behind
     partial_rotary  rotary embeddings of a part of each head
     rotary       rotary embeddings inside of that operator
     packed       queries, keys and values as the one product that they are
+    cpu_gemm, cpu_rows, cpu_attention, cpu_whole_attention, cpu_norm  the same on kernels of ours
 """
 
 from typing import Literal
