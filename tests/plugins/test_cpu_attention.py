@@ -294,6 +294,21 @@ def test_nan_stays_in_its_row(cache: str, cpu_library: Path) -> None:
     assert np.isfinite(y).all()
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_four_bits_do_not_hide_nan(kernels: str, cpu_library: Path, choose: Callable[[str], None]) -> None:
+    """Nor what is infinite; zeros and small numbers are what they are, a token of one number is within half a step."""
+    choose(kernels)
+    heads = HEADS["each its own"]
+    for value, wanted in ((np.nan, np.nan), (np.inf, np.nan), (0, 0), (1e-9, 0), (3, 3)):
+        given = feeds(heads, 1, 2, 0, "four bits")
+        given["value"] = given["value"].copy()
+        given["value"][:, 0, -16:] = value  # of the first token's last head
+        got = session(cpu_library, heads, "four bits").run(None, given)
+        found = read_by_token(*got[4:])[0, -1, 0] @ hadamard(16)
+        np.testing.assert_allclose(found, np.full(16, wanted), atol=abs(value) / 15 if np.isfinite(value) else 0)
+        assert np.isfinite(got[0][..., :-16]).all()
+
+
 WRONG: dict[str, tuple[str, Any, str]] = {
     "a row that ends behind its mask": (
         "last",
