@@ -91,7 +91,7 @@ class Seen(NamedTuple):
     means: tuple[Array, ...] = ()
 
 
-class Side:
+class Course:
     """The graph on all feeds, as far as it has come: by float weights, or by the codes that were made."""
 
     def __init__(self, graph: gs.Graph, feeds: Sequence[Mapping[str, Array]], wiring: Wiring) -> None:
@@ -180,7 +180,7 @@ def calibrate(
     kept = np.concatenate([each["attention_mask"].astype(bool).ravel() for each in feeds])  # what is no padding
     say(f"calibrating {len(chosen)} layers on {kept.sum():,} tokens")
     wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
-    ours, floats = Side(graph, feeds, wiring), Side(graph, feeds, wiring)
+    ours, floats = Course(graph, feeds, wiring), Course(graph, feeds, wiring)
     told, weights = began, 0
     at, rows, aims = "", np.empty(0), np.empty(0)  # the last input, and its rows on either side
     before, inputs = ("", False, 0), None  # and what is known of it

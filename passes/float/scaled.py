@@ -59,7 +59,8 @@ class ScaledRows:
         factors = np.frombuffer(self.factors, FLOAT32)[:, None]
         for start, (rows,) in self.rows.tiles():
             wide = convert(rows, FLOAT32) * factors[start : start + len(rows)]
-            narrow = wide.astype(rows.dtype)
+            with np.errstate(over="ignore"):
+                narrow = wide.astype(rows.dtype)
             yield Tile(start, (narrow if np.array_equal(convert(narrow, FLOAT32), wide) else wide,))
 
 

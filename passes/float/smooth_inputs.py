@@ -59,10 +59,10 @@ class SmoothInputs(Rewrite[SmoothMatch]):
                 return Reject(f"the weight of {found.path} is read elsewhere, too")
         factors, used = self.factors[node.outputs[0].name], [t for t in node.outputs if t.outputs]
         alone = len(used) == 1 and len(used[0].outputs) == len(into) and used[0].name not in self.outputs
-        weights = node.inputs[1:] if alone and node.attrs.get("axis", -1) == -1 else []
-        known = bool(weights) and all(isinstance(t, gs.Constant) and tuple(t.shape) == factors.shape for t in weights)
-        rest = tuple(convert(t.values, FLOAT32) / factors for t in weights)
-        return SmoothMatch(node, factors, into, rest if known else None)
+        weights = [t for t in node.inputs[1:] if isinstance(t, gs.Constant) and tuple(t.shape) == factors.shape]
+        if not alone or node.attrs.get("axis", -1) != -1 or len(weights) < len(node.inputs) - 1:
+            return SmoothMatch(node, factors, into, None)
+        return SmoothMatch(node, factors, into, tuple(convert(t.values, FLOAT32) / factors for t in weights))
 
     def rewrite(self, graph: gs.Graph, match: SmoothMatch) -> None:
         x = match.norm.outputs[0]

@@ -97,12 +97,9 @@ def factor_of(x: gs.Tensor) -> Factor | None:
 
 
 def rows_behind(product: gs.Node, tensor: gs.Tensor) -> Factor | None:
-    node, bias = maker(tensor), None
-    split = (
-        node if node is not None and node.op == "Split" and node.attrs.get("axis") in (-1, rank(tensor) - 1) else None
-    )
-    if split is not None:
-        node = maker(split.inputs[0])
+    node, bias, split = maker(tensor), None, None
+    if node is not None and node.op == "Split" and node.attrs.get("axis") in (-1, len(tensor.shape or ()) - 1):
+        split, node = node, maker(node.inputs[0])
     if node is not None and node.op == "Add" and (term := vector_of(node)) is not None:
         bias, node = node, maker(node.inputs[1 - term])
     made = linear(node) if node is not None else None
@@ -117,15 +114,11 @@ def rows_behind(product: gs.Node, tensor: gs.Tensor) -> Factor | None:
 
 def widths(split: gs.Node, whole: int) -> list[int]:
     """Of the parts; without sizes all but the last are alike."""
-    count = len(split.outputs)
-    each = -(-whole // count)
-    return (
-        (ints(split.inputs[1]) or []) if len(split.inputs) == 2 else [each] * (count - 1) + [whole - each * (count - 1)]
-    )
-
-
-def rank(tensor: gs.Tensor) -> int:
-    return len(tensor.shape or ())
+    if len(split.inputs) == 2:
+        return ints(split.inputs[1]) or []
+    count = len(split.outputs) - 1
+    each = -(-whole // (count + 1))
+    return [each] * count + [whole - each * count]
 
 
 def maker(tensor: gs.Tensor) -> gs.Node | None:

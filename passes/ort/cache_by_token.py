@@ -38,15 +38,16 @@ def part_by_token(values: gs.Tensor) -> PartByToken | None:
     codes, scale, zero = concats
     if codes is None or scale is None or zero is None or codes.outputs[0].dtype != UINT8:
         return None
-    past = codes.inputs[0].name
-    if not past.startswith(PAST) or [scale.inputs[0].name, zero.inputs[0].name] != [f"{past}_scale", f"{past}_zero"]:
+    past, made = codes.inputs[0].name, f"cache/{codes.inputs[0].name.removeprefix(PAST)}"
+    if [scale.inputs[0].name, zero.inputs[0].name] != [f"{past}_scale", f"{past}_zero"]:
         return None
     x = behind(codes.inputs[1], NEW)
-    new = unturned(x) if x is not None else None
-    centered = producer(new, "Sub") if new is not None else None
-    if centered is not None and isinstance(centered.inputs[1], gs.Constant):
-        return PartByToken(codes, scale, zero, *centered.inputs)
-    return PartByToken(codes, scale, zero, new, None) if new is not None else None
+    new = unturned(x) if x is not None and x.name == f"{made}/rotated" else None
+    if new is None:
+        return None
+    if new.name == f"{made}/centered_keys":
+        return PartByToken(codes, scale, zero, *new.inputs[0].inputs)
+    return PartByToken(codes, scale, zero, new, None)
 
 
 def unturned(tensor: gs.Tensor) -> gs.Tensor | None:
