@@ -21,13 +21,16 @@ from instantrt.passes.float.scaled import ScaledRows, readers_of, scaled
 
 @dataclass(frozen=True)
 class Factor:
-    """What `product` multiplies: `width` rows of the linear `made`, from `first` on, behind its `bias` or none."""
+    """What is multiplied: `width` rows of the linear `made`, from `first` on, behind its `bias` or none.
 
-    product: gs.Node
+    divided   names of the tensors in between
+    """
+
     made: Linear
     first: int
     width: int
     bias: gs.Node | None
+    divided: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class SmoothProducts(Rewrite[SmoothProductMatch]):
         quantized = all(found.path in self.quantized for found in into)
         if factor is None or not quantized or factor.width != len(self.factors[x.name]):
             return None
-        if len(into) < len(x.outputs) or x.name in self.outputs:
-            return Reject("something else reads the product, too")
+        if len(into) < len(x.outputs) or not self.outputs.isdisjoint((x.name, *factor.divided)):
+            return Reject("something else reads the product, or what is multiplied, too")
         for found in (*into, factor.made):
             if self.readers[found.rows] > 1:
                 return Reject(f"the weight of {found.path} is read elsewhere, too")
@@ -92,24 +95,27 @@ class SmoothProducts(Rewrite[SmoothProductMatch]):
 def factor_of(x: gs.Tensor) -> Factor | None:
     """The linear whose outputs are multiplied by something else in x, each by its own, and go nowhere else."""
     product = x.inputs[0] if len(x.inputs) == 1 and x.inputs[0].op == "Mul" else None
-    found = (rows_behind(product, t) for t in product.inputs) if product is not None else ()
+    found = map(rows_behind, product.inputs) if product is not None else ()
     return next((factor for factor in found if factor is not None), None)
 
 
-def rows_behind(product: gs.Node, tensor: gs.Tensor) -> Factor | None:
-    node, bias, split = maker(tensor), None, None
-    if node is not None and node.op == "Split" and node.attrs.get("axis") in (-1, len(tensor.shape or ()) - 1):
+def rows_behind(tensor: gs.Tensor) -> Factor | None:
+    node, bias, split, divided = maker(tensor), None, None, [tensor.name]
+    along = node is not None and node.attrs.get("axis") in (-1, len(tensor.shape or ()) - 1)
+    if node is not None and node.op == "Split" and along and "split" not in node.attrs:
         split, node = node, maker(node.inputs[0])
+        divided.append(split.inputs[0].name)
     if node is not None and node.op == "Add" and (term := vector_of(node)) is not None:
         bias, node = node, maker(node.inputs[1 - term])
+        divided.append(bias.inputs[1 - term].name)
     made = linear(node) if node is not None else None
     if made is None or (bias is not None and tuple(bias.inputs[vector_of(bias) or 0].shape) != made.shape[:1]):
         return None
     if split is None:
-        return Factor(product, made, 0, made.shape[0], bias)
-    sizes = widths(split, made.shape[0])
-    index = next(i for i, t in enumerate(split.outputs) if t is tensor)
-    return Factor(product, made, sum(sizes[:index]), sizes[index], bias) if sum(sizes) == made.shape[0] else None
+        return Factor(made, 0, made.shape[0], bias, tuple(divided))
+    sizes, index = widths(split, made.shape[0]), next(i for i, t in enumerate(split.outputs) if t is tensor)
+    whole = sum(sizes) == made.shape[0]
+    return Factor(made, sum(sizes[:index]), sizes[index], bias, tuple(divided)) if whole else None
 
 
 def widths(split: gs.Node, whole: int) -> list[int]:
