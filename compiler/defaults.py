@@ -114,7 +114,8 @@ def settle(
             why = f"{wanted}, the default, does not divide {unfit}"
             notes = (f"{target.name}: group_size {config.group_size}, because {why}",)
     if request.search is None and request.quant_config is None:
-        if config.activate_quant:  # loud inputs: docs/facts.md, "Loud inputs of a causal LM"
+        # Loud inputs (docs/facts.md, "Loud inputs of a causal LM"): random tokens tell of them, random numbers do not.
+        if config.activate_quant and (of_texts or heads):
             config = replace(config, search="activations")
         elif of_texts or config.bits == 4:
             config = replace(config, search=chosen.search)
