@@ -9,17 +9,16 @@ Not all of w: training makes w small where norm(x) is large, and without it thos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Array, Source, convert, small
+from instantrt.passes.core.lazy import FLOAT32, Array, convert, small
 from instantrt.passes.core.linear import NORMS, Linear, linear
-from instantrt.passes.core.rewrite import Reject, Rewrite
-from instantrt.passes.float.scaled import readers_of, scaled
+from instantrt.passes.core.rewrite import Reject
+from instantrt.passes.float.scaled import Scaling, scaled
 
 LOUD, MOST = 4, 1024  # times the median; and what a factor may come to, so that no scale of 16 bits overflows
 
@@ -35,7 +34,7 @@ class FoldNormMatch:
 
 
 @dataclass(frozen=True)
-class FoldNorms(Rewrite[FoldNormMatch]):
+class FoldNorms(Scaling[FoldNormMatch]):
     """Norm(x, w), MatMul(it, W_i [K, N_i]) -> Norm(x, w / f), MatMul(it, diag(f) W_i), for each linear behind the norm.
 
     f is 1 but where |w| is at least LOUD times its median: there the power of two that brings it near the median.
@@ -44,11 +43,6 @@ class FoldNorms(Rewrite[FoldNormMatch]):
     """
 
     quantized: Set[str]
-    readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
-    outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-
-    def for_graph(self, graph: gs.Graph) -> FoldNorms:
-        return FoldNorms(self.quantized, readers_of(graph), frozenset(t.name for t in graph.outputs))
 
     def match(self, node: gs.Node) -> FoldNormMatch | Reject | None:
         if node.op not in NORMS or node.attrs.get("axis", -1) != -1:
@@ -66,12 +60,10 @@ class FoldNorms(Rewrite[FoldNormMatch]):
         others += ["the graph's outputs" for t in node.outputs if t.name in self.outputs]
         if others:
             return Reject(f"its channels also go to {', '.join(dict.fromkeys(others))}")
-        for found in into:
-            if found.path not in self.quantized:
-                return Reject(f"{found.path} behind it stays float")
-            if self.readers[found.rows] > 1:
-                return Reject(f"the weight of {found.path} is read elsewhere, too")
-        return FoldNormMatch(node, factors, tuple(w / factors for w in weights), tuple(into))
+        if left := [found.path for found in into if found.path not in self.quantized]:
+            return Reject(f"{left[0]} behind it stays float")
+        rest = tuple(w / factors for w in weights)
+        return self.read_elsewhere(into) or FoldNormMatch(node, factors, rest, tuple(into))
 
     def rewrite(self, graph: gs.Graph, match: FoldNormMatch) -> None:  # noqa: ARG002  (nothing is added to it)
         for index, values in enumerate(match.rest, 1):

@@ -1,16 +1,18 @@
-"""Weights whose rows or columns are multiplied while they are read."""
+"""Weights whose rows or columns are multiplied while they are read, and what passes that do so have in common."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from instantrt.passes.core.lazy import FLOAT32, Array, Source, Tile, convert, view_of
 from instantrt.passes.core.linear import Linear, weight_constant
+from instantrt.passes.core.rewrite import M, Reject, Rewrite
 from instantrt.passes.core.subgraphs import tensors
 
 FEW = 8  # one column in so many
@@ -62,6 +64,22 @@ class ScaledRows:
             with np.errstate(over="ignore"):
                 narrow = wide.astype(rows.dtype)
             yield Tile(start, (narrow if np.array_equal(convert(narrow, FLOAT32), wide) else wide,))
+
+
+@dataclass(frozen=True)
+class Scaling(Rewrite[M]):
+    """A pass that multiplies weights: it knows who else reads them, and what the graph gives."""
+
+    readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False, kw_only=True)
+    outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False, kw_only=True)
+
+    def for_graph(self, graph: gs.Graph) -> Self:
+        return replace(self, readers=readers_of(graph), outputs=frozenset(t.name for t in graph.outputs))
+
+    def read_elsewhere(self, found: Iterable[Linear]) -> Reject | None:
+        """Of the first linear whose weight another node reads, too."""
+        others = (each.path for each in found if self.readers[each.rows] > 1)
+        return next((Reject(f"the weight of {path} is read elsewhere, too") for path in others), None)
 
 
 def readers_of(graph: gs.Graph) -> Counter[Source]:

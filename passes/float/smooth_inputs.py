@@ -6,17 +6,16 @@ f shares the loudness between the two (Xiao et al., 2022, "SmoothQuant"; docs/fa
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Array, Source, convert, small
+from instantrt.passes.core.lazy import FLOAT32, Array, convert, small
 from instantrt.passes.core.linear import NORMS, Linear, linear
-from instantrt.passes.core.rewrite import Reject, Rewrite, add
-from instantrt.passes.float.scaled import readers_of, scaled
+from instantrt.passes.core.rewrite import Reject, add
+from instantrt.passes.float.scaled import Scaling, scaled
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class SmoothMatch:
 
 
 @dataclass(frozen=True)
-class SmoothInputs(Rewrite[SmoothMatch]):
+class SmoothInputs(Scaling[SmoothMatch]):
     """x = Norm(y, w), MatMul(x, W_i [K, N_i]) -> MatMul(Mul(x, 1 / f), diag(f) W_i), for linears of int8 inputs.
 
     Where nothing else reads x, the norm makes the smoothed one: Norm(y, w / f).
@@ -41,11 +40,6 @@ class SmoothInputs(Rewrite[SmoothMatch]):
 
     factors: Mapping[str, Array] = field(repr=False, compare=False)
     quantized: frozenset[str]
-    readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
-    outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-
-    def for_graph(self, graph: gs.Graph) -> SmoothInputs:
-        return SmoothInputs(self.factors, self.quantized, readers_of(graph), frozenset(t.name for t in graph.outputs))
 
     def match(self, node: gs.Node) -> SmoothMatch | Reject | None:
         if node.op not in NORMS or node.outputs[0].name not in self.factors:
@@ -54,9 +48,8 @@ class SmoothInputs(Rewrite[SmoothMatch]):
         into = tuple(found for found in read if found is not None and found.path in self.quantized)
         if not into:
             return None
-        for found in into:
-            if self.readers[found.rows] > 1:
-                return Reject(f"the weight of {found.path} is read elsewhere, too")
+        if (other := self.read_elsewhere(into)) is not None:
+            return other
         factors, used = self.factors[node.outputs[0].name], [t for t in node.outputs if t.outputs]
         alone = len(used) == 1 and len(used[0].outputs) == len(into) and used[0].name not in self.outputs
         weights = [t for t in node.inputs[1:] if isinstance(t, gs.Constant) and tuple(t.shape) == factors.shape]

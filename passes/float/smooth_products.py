@@ -6,30 +6,30 @@ their own, so that nothing is paid for it there (docs/facts.md, "Loud inputs of 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from instantrt.passes.core.lazy import FLOAT32, Array, Source, convert, small
-from instantrt.passes.core.linear import Linear, linear, weight_constant
-from instantrt.passes.core.rewrite import Reject, Rewrite, ints
-from instantrt.passes.float.scaled import ScaledRows, readers_of, scaled
+from instantrt.passes.core.lazy import FLOAT32, Array, convert, small
+from instantrt.passes.core.linear import Linear, bias_behind, linear, weight_constant
+from instantrt.passes.core.rewrite import Reject, ints
+from instantrt.passes.float.scaled import ScaledRows, Scaling, scaled
 
 
 @dataclass(frozen=True)
 class Factor:
     """What is multiplied: `width` rows of the linear `made`, from `first` on, behind its `bias` or none.
 
+    bias      an Add, and which of its inputs is the constant
     divided   names of the tensors in between
     """
 
     made: Linear
     first: int
     width: int
-    bias: gs.Node | None
+    bias: tuple[gs.Node, int] | None
     divided: tuple[str, ...]
 
 
@@ -41,7 +41,7 @@ class SmoothProductMatch:
 
 
 @dataclass(frozen=True)
-class SmoothProducts(Rewrite[SmoothProductMatch]):
+class SmoothProducts(Scaling[SmoothProductMatch]):
     """x = Mul(g, MatMul(h, U)), MatMul(x, W [K, N]) -> the same of U's columns over f, and diag(f) W.
 
     U may have a bias behind it, and other parts beside it in one matrix.
@@ -52,11 +52,6 @@ class SmoothProducts(Rewrite[SmoothProductMatch]):
 
     factors: Mapping[str, Array] = field(repr=False, compare=False)
     quantized: frozenset[str]
-    readers: Counter[Source] = field(default_factory=Counter, repr=False, compare=False)  # of a run's graph
-    outputs: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-
-    def for_graph(self, graph: gs.Graph) -> SmoothProducts:
-        return SmoothProducts(self.factors, self.quantized, readers_of(graph), frozenset(t.name for t in graph.outputs))
 
     def match(self, node: gs.Node) -> SmoothProductMatch | Reject | None:
         if node.op != "Mul" or node.outputs[0].name not in self.factors:
@@ -68,10 +63,7 @@ class SmoothProducts(Rewrite[SmoothProductMatch]):
             return None
         if len(into) < len(x.outputs) or not self.outputs.isdisjoint((x.name, *factor.divided)):
             return Reject("something else reads the product, or what is multiplied, too")
-        for found in (*into, factor.made):
-            if self.readers[found.rows] > 1:
-                return Reject(f"the weight of {found.path} is read elsewhere, too")
-        return SmoothProductMatch(factor, self.factors[x.name], into)
+        return self.read_elsewhere((*into, factor.made)) or SmoothProductMatch(factor, self.factors[x.name], into)
 
     def rewrite(self, graph: gs.Graph, match: SmoothProductMatch) -> None:  # noqa: ARG002  (nothing is added to it)
         factor, made = match.factor, match.factor.made
@@ -80,9 +72,9 @@ class SmoothProducts(Rewrite[SmoothProductMatch]):
         rows = ScaledRows(made.rows, inverse.tobytes())
         made.node.inputs[1] = weight_constant(made.path, rows, made.shape)
         if factor.bias is not None:
-            at = vector_of(factor.bias) or 0
-            values = convert(factor.bias.inputs[at].values, FLOAT32) * inverse
-            factor.bias.inputs[at] = small(f"{made.path}/smoothed/bias", values, FLOAT32)
+            add, at = factor.bias
+            values = convert(add.inputs[at].values, FLOAT32) * inverse
+            add.inputs[at] = small(f"{made.path}/smoothed/bias", values, FLOAT32)
         for found in match.into:
             found.node.inputs[1] = scaled(found, match.factors)
 
@@ -100,17 +92,18 @@ def factor_of(x: gs.Tensor) -> Factor | None:
 
 
 def rows_behind(tensor: gs.Tensor) -> Factor | None:
-    node, bias, split, divided = maker(tensor), None, None, [tensor.name]
+    node, split, divided = maker(tensor), None, [tensor.name]
     along = node is not None and node.attrs.get("axis") in (-1, len(tensor.shape or ()) - 1)
     if node is not None and node.op == "Split" and along and "split" not in node.attrs:
         split, node = node, maker(node.inputs[0])
         divided.append(split.inputs[0].name)
-    if node is not None and node.op == "Add" and (term := vector_of(node)) is not None:
-        bias, node = node, maker(node.inputs[1 - term])
-        divided.append(bias.inputs[1 - term].name)
-    made = linear(node) if node is not None else None
-    if made is None or (bias is not None and tuple(bias.inputs[vector_of(bias) or 0].shape) != made.shape[:1]):
+    added = node if node is not None and node.op == "Add" else None
+    below = [maker(t) for t in added.inputs] if added is not None else [node]
+    made = next((found for each in below if each is not None and (found := linear(each)) is not None), None)
+    bias = bias_behind(made.node, made.shape[0]) if made is not None and added is not None else None
+    if made is None or (bias is None) != (added is None):
         return None
+    divided.append(made.node.outputs[0].name)
     if split is None:
         return Factor(made, 0, made.shape[0], bias, tuple(divided))
     sizes, index = widths(split, made.shape[0]), next(i for i, t in enumerate(split.outputs) if t is tensor)
@@ -130,8 +123,3 @@ def widths(split: gs.Node, whole: int) -> list[int]:
 def maker(tensor: gs.Tensor) -> gs.Node | None:
     """The node that makes it for one reader alone."""
     return tensor.inputs[0] if len(tensor.inputs) == len(tensor.outputs) == 1 else None
-
-
-def vector_of(node: gs.Node) -> int | None:
-    """Which of a node's inputs is a constant [N]."""
-    return next((i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant) and len(t.shape) == 1), None)
