@@ -75,7 +75,7 @@ int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
     int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
     int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * row.resident;
     int64_t const joining = splits == 1 ? 0 : splits == 2 ? 800'000 : splits == 4 ? 1'100'000 : 1'550'000;
-    int64_t const x = p.m * ceil_div(p.k, 64) / splits * row.resident * 128;
+    int64_t const x = p.m * ceil_div(p.k, 64) / splits * row.resident * stream_x_row(row);
     return ceil_div(tiles, places) * (steps * row.pace[p.bits == 8] + 470'000 + p.m * 15'000 + joining) + x * 8;
 }
 

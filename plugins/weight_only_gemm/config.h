@@ -21,7 +21,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // The first row that fits is taken; rows of one kernel stand together. Registers bound the steps on their way, shared
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
 // Of the rows of kStream, kTile and kHopper the one that should end first is taken. The pace of Hopper's was measured on
-// an H200; that of the rows for all since Ampere is half of what their loops execute, copies of x with it
+// an H200, but for int8 rings, which have that of the rows of their shape with 16-bit x: they execute less, and memory
+// bounds both. That of the rows for all since Ampere is half of what their loops execute, copies of x with it
 // (docs/facts.md, "What an H200 does", has how it is counted), as the H200 issues two instructions a cycle.
 // Expected of turns: of two stages at g128, 128x128 of 16 bits, tensor cores need 1,024 cycles and 1,840 were measured;
 // scaling the sums, which takes a group of consumers about 500, would be beside the other's products.
@@ -37,6 +38,8 @@ constexpr Row kRows[] = {
      .warps_k = 16, .strips = 2, .stages = {7, 4}, .pace = {13200, 9500}},
     {.name = "ring16", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 16,
      .warps_k = 8, .strips = 4, .columns = 2, .stages = {3, 2}, .pace = {13800, 12800}},
+    {.name = "ring16_deep", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 16,
+     .warps_k = 8, .strips = 4, .columns = 2, .stages = {4, 3}, .candidate = true},
     {.name = "ring8_ampere", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 8,
      .warps_k = 8, .strips = 2, .stages = {3, 3}, .resident = 2, .pace = {47, 42}},
     {.name = "ring8_ampere_wide", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 8,
@@ -45,6 +48,14 @@ constexpr Row kRows[] = {
      .warps_k = 8, .strips = 2, .columns = 2, .stages = {3, 2}, .resident = 2, .pace = {60, 51}},
     {.name = "ring16_ampere_wide", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 16,
      .warps_k = 8, .strips = 4, .columns = 2, .stages = {3, 2}, .pace = {43, 36}},
+    {.name = "int8_ring8", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 8, .activation_bits = 8,
+     .warps_k = 8, .strips = 2, .stages = {6, 4}, .resident = 2, .pace = {10400, 7100}},
+    {.name = "int8_ring16", .kernel = Kernel::kStream, .sms = kSm90, .max_m = 16, .activation_bits = 8,
+     .warps_k = 8, .strips = 4, .columns = 2, .stages = {5, 3}, .pace = {13800, 12800}},
+    {.name = "int8_ring8_ampere", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 8, .activation_bits = 8,
+     .warps_k = 8, .strips = 2, .stages = {3, 3}, .resident = 2, .pace = {31, 19}},
+    {.name = "int8_ring16_ampere", .kernel = Kernel::kStream, .sms = kFrom80, .max_m = 16, .activation_bits = 8,
+     .warps_k = 8, .strips = 2, .columns = 2, .stages = {3, 2}, .resident = 2, .pace = {42, 24}},
     {.name = "ring32", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32,
      .warps_n = 6, .warps_k = 2, .strips = 3, .columns = 4, .stages = {7, 4}},
     {.name = "ring32_narrow", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32,
@@ -85,10 +96,6 @@ constexpr Row kRows[] = {
      .warps_k = 4, .strips = 2, .columns = 2, .stages = {4, 2}},
     {.name = "tile32_turing", .kernel = Kernel::kGemm, .sms = kSm75,
      .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 2}, .resident = 2},
-    {.name = "int8_stream8", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 8, .activation_bits = 8,
-     .warps_k = 8, .strips = 2, .stages = {4, 2}},
-    {.name = "int8_stream16", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 16, .activation_bits = 8,
-     .warps_k = 8, .strips = 2, .columns = 2, .stages = {4, 2}},
     {.name = "int8_tile32", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 32, .activation_bits = 8,
      .warps_n = 4, .warps_k = 2, .strips = 2, .columns = 4, .stages = {2, 1}},
     {.name = "int8_tile64", .kernel = Kernel::kGemm, .sms = kFrom80, .activation_bits = 8,
@@ -144,8 +151,8 @@ constexpr int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.s
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// A step is 128 bytes of a row of x; a chunk, the steps that x comes in
-constexpr int stage_k(Row const& row) { return row.activation_bits == 8 ? 128 : 64; }
+// A step is 128 bytes of a row of x, 64 of int8 in kStream; a chunk, the steps that x comes in
+constexpr int stage_k(Row const& row) { return row.activation_bits == 8 && row.kernel != Kernel::kStream ? 128 : 64; }
 constexpr int gemm_chunk(Row const& row, int bits) { return row.stages[bits == 8] % 2 ? 1 : 2; }
 
 // Shared memory of kGemm: rows of x (few where it streams: they may all fit), and how many steps have a place
@@ -172,6 +179,7 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
 constexpr int stream_stage(Row const& row, int bits, bool fine) {
     return row.strips * (bits * 128 + (fine ? 128 : 64));
 }
+constexpr int stream_x_row(Row const& row) { return 64 * row.activation_bits / 8; }
 constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int64_t>(m, row.block_m())); }
 constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
     return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
@@ -181,7 +189,7 @@ constexpr int stream_x_places(Row const& row, wog_problem const& p, int splits) 
     return for_hopper(row) ? stream_x_steps(row, p, splits) : row.stages[p.bits == 8];
 }
 constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
-    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * 128, ring = row.stages[p.bits == 8];
+    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * stream_x_row(row), ring = row.stages[p.bits == 8];
     return 128 + row.warps_k * (ring * stream_stage(row, p.bits, p.group % 64 != 0) +
                                 stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
 }

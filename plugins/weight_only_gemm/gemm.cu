@@ -303,14 +303,6 @@ struct Gemm {
         start_span<Fine>();
     }
 
-    // P - (z - c) * X, P of codes less c (16-bit x) or as they are (int8 x)
-    static __device__ __forceinline__ float corrected(Sum product, Sum x, float center_less_zero) {
-        if constexpr (kInt8)
-            return float(product - kCenter * x) + center_less_zero * float(x);
-        else
-            return product + center_less_zero * x;
-    }
-
     // acc += s * (P - (z - c) * X). Every row of the ones-MMA is X, so it already lies in the right lane and column.
     __device__ __forceinline__ void finish_group() {
         Sum* const sums = group_sums() + parity * kBlockM;
@@ -344,7 +336,7 @@ struct Gemm {
             for (int s = 0; s < S; s++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    acc[s][j][i] += scale[s][i / 2] * corrected(sum[s][j][i], x[i % 2], zero[s][i / 2]);
+                    acc[s][j][i] += scale[s][i / 2] * corrected<Bits>(sum[s][j][i], x[i % 2], zero[s][i / 2]);
                     sum[s][j][i] = 0;
                 }
         }

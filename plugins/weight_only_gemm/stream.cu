@@ -1,4 +1,4 @@
-// The kernels of WeightOnlyGemm for a few rows of 16-bit x: weights stream from memory through a ring of stages in
+// The kernels of WeightOnlyGemm for a few rows of x, 16-bit or int8: weights stream from memory through a ring of stages in
 // shared memory, one ring for each warp, so that what is on its way is neither held in registers nor held up by what
 // others wait for. sm_80 and newer: rows for Hopper, and rows for all of these, whose shared memory is smaller.
 //
@@ -16,20 +16,23 @@
 // Arithmetic: codes are turned into exact small integers q - c in T (c = 8 or 128) and multiplied with fp32 sums P; at
 // the end of each group   acc += s * (P - (z - c) * X),   X = sum of x over the group (an MMA with ones),
 // all in fp32: the float zero is never rounded into T. The sum is linear, so K may be cut anywhere at a multiple of 32;
-// P is also handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them.
+// P is also handed over every kPromote k, because tensor cores cut bits off sums instead of rounding them. Of int8 x
+// (rows.cu) P and X are exact int32 of the codes as they are, and the row's scale comes last.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
 #include <type_traits>
 
 #include "decode.h"
 #include "epilogue.h"
+#include "int8.h"
 #include "tile.h"
 
 namespace wog {
 namespace {
 
 struct StreamArgs {
-    unsigned char const* x;
+    unsigned char const* x;  // of int8 activations their values
+    float const* scales;     // and their rows' scales
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
     float* partials;         // [splits][M][N], null where nothing is added up in the workspace
@@ -52,6 +55,10 @@ struct Streamer {
     static constexpr int kPitch = kBlockN + 4;
     static constexpr int kGroupUnit = Fine ? 32 : 64, kUnits = 64 / kGroupUnit;  // k that groups are counted in
     static constexpr bool kHopper = for_hopper(kRow);                            // there all of x finds a place
+    static constexpr bool kInt8 = kRow.activation_bits == 8;
+    static constexpr int kXRow = stream_x_row(kRow), kPieces = kXRow / 16;  // bytes of a row of x in a step; of 16
+    static constexpr int kParts = kXRow / 32;                               // of a step, one MMA deep
+    using Sum = std::conditional_t<kInt8, int32_t, float>;
     static_assert(kRow.warps_n == 1 && (S == 2 || S == 4), "strips of a warp are neighbours in the packed layout");
 
     // What each step would else compute again, in rows that have registers for it
@@ -71,7 +78,7 @@ struct Streamer {
     int missing;                  // units of the last step that are past the end of K
 
     // Shared memory: [zeros: a row that x does not have][ring of each wk][x of each wk][sums of each wk]
-    int const x_step = p.x_rows * 128;
+    int const x_step = p.x_rows * kXRow;
     __device__ __forceinline__ unsigned char* x_place() const {
         return dynamic_shared() + 128 + WK * kRing + wk * p.x_steps * x_step;
     }
@@ -96,8 +103,8 @@ struct Streamer {
     Shared row_at[C];    // this lane's row of the step under way, or the zeros, which do not move from step to step
     int row_moves[C];
     float acc[S][C][4] = {};
-    float sum[S][C][4], x_sum[C][4];
-    static constexpr uint32_t kOne = std::is_same<T, Half>::value ? 0x3c003c00 : 0x3f803f80;
+    Sum sum[S][C][4], x_sum[C][4];
+    static constexpr uint32_t kOne = kInt8 ? 0x01010101 : std::is_same<T, Half>::value ? 0x3c003c00 : 0x3f803f80;
     uint32_t const ones[4] = {keep<0>(kOne), keep<1>(kOne), keep<2>(kOne), keep<3>(kOne)};
     Carriers const carrier{keep(carriers<T, Bits>().low), keep(carriers<T, Bits>().high)};
 
@@ -114,9 +121,14 @@ struct Streamer {
             int const row = j * 8 + lane % 8;
             bool const real = row < p.x_rows;
             row_moves[j] = keep(real ? x_step : 0);
-            row_at[j] = shared_address(real ? x_place() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16 +
+            row_at[j] = shared_address(real ? x_place() + row * kXRow : dynamic_shared()) + turned(lane / 8, row) * 16 +
                         (kHopper ? -1 : D - 1) * row_moves[j];  // a step before the first
         }
+    }
+
+    // Where a row of x has a piece: neighbours in k of eight rows would lie in the same banks
+    static __device__ __forceinline__ int turned(int piece, int row) {
+        return piece ^ (kInt8 ? row / 2 % 4 : row % 8);
     }
 
     // ---- the stream ----
@@ -200,13 +212,13 @@ struct Streamer {
     __device__ __forceinline__ void send_x() {
         if (kHopper && feed_x >= count) return;
         Shared const to = shared_address(x_place() + feed_x * x_step);
-        int const pitch = p.k * 2, at = (first + (kHopper ? feed_x : feed_step)) * 128;
+        int const pitch = p.k * (kXRow / 64), at = (first + (kHopper ? feed_x : feed_step)) * kXRow;
 #pragma unroll 1
-        for (int piece = lane; piece < p.x_rows * 8; piece += 32) {
-            int const row = piece / 8, chunk = piece % 8;
-            bool const there = m0 + row < p.out.m && at + chunk * 16 < pitch;
-            copy_async(to + row * 128 + (chunk ^ row % 8) * 16,
-                       p.x + (there ? (m0 + row) * pitch + at + chunk * 16 : 0), there);
+        for (int item = lane; item < p.x_rows * kPieces; item += 32) {
+            int const row = item / kPieces, piece = item % kPieces;
+            bool const there = m0 + row < p.out.m && at + piece * 16 < pitch;
+            copy_async(to + row * kXRow + turned(piece, row) * 16,
+                       p.x + (there ? (m0 + row) * pitch + at + piece * 16 : 0), there);
         }
         feed_x = !kHopper && feed_x == D - 1 ? 0 : feed_x + 1;
         if (!kHopper && ++feed_step >= count) feed_step = 0;
@@ -221,26 +233,40 @@ struct Streamer {
         for (int b = 0; b < kBlocks; b++)
 #pragma unroll
             for (int s = 0; s < S; s++) words[s][b] = load_piece(stage + (b * S + s) * 512);
+        uint32_t x[C][4];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (First && (Fine || half == 0)) clear();
-            uint32_t x[C][4];
+        for (int part = 0; part < kParts; part++) {
+            constexpr int kHalf = kParts / 2;
+            if (First && (Fine ? part % kHalf : part) == 0) clear();
+            if (part % 2 == 0) {
 #pragma unroll
-            for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j], half * 64));
-#pragma unroll
-            for (int quarter = 0; quarter < 2; quarter++) {
-#pragma unroll
-                for (int s = 0; s < S; s++) {
-                    uint32_t a[4];
-                    decode<T, Bits>(a, words[s][half * kBlocks / 2], half * 2 + quarter, carrier);
-#pragma unroll
-                    for (int j = 0; j < C; j++) multiply_add<T>(sum[s][j], a, x[j][quarter * 2], x[j][quarter * 2 + 1]);
-                }
-#pragma unroll
-                for (int j = 0; j < C; j++) multiply_add<T>(x_sum[j], ones, x[j][quarter * 2], x[j][quarter * 2 + 1]);
+                for (int j = 0; j < C; j++) load_matrices(x[j], flip(row_at[j], part * 32));
             }
-            if (Fine && half < units_left) finish_group(half);
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+                uint32_t a[4];
+                fragment(a, words[s][part * kBlocks / kParts], part);
+#pragma unroll
+                for (int j = 0; j < C; j++) multiply(sum[s][j], a, x[j] + part % 2 * 2);
+            }
+#pragma unroll
+            for (int j = 0; j < C; j++) multiply(x_sum[j], ones, x[j] + part % 2 * 2);
+            if (Fine && part % kHalf == kHalf - 1 && part / kHalf < units_left) finish_group(part / kHalf);
         }
+    }
+
+    // The A fragment of a part of a step
+    __device__ __forceinline__ void fragment(uint32_t (&a)[4], uint4 const& words, int part) const {
+        if constexpr (kInt8)
+            unpack<Bits>(a, words, part);
+        else
+            decode<T, Bits>(a, words, part, carrier);
+    }
+    static __device__ __forceinline__ void multiply(Sum (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
+        if constexpr (kInt8)
+            multiply_add(c, a, b[0], b[1]);
+        else
+            multiply_add<T>(c, a, b[0], b[1]);
     }
 
     __device__ __forceinline__ void clear() {
@@ -248,9 +274,9 @@ struct Streamer {
         for (int j = 0; j < C; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                x_sum[j][i] = 0.0f;
+                x_sum[j][i] = 0;
 #pragma unroll
-                for (int s = 0; s < S; s++) sum[s][j][i] = 0.0f;
+                for (int s = 0; s < S; s++) sum[s][j][i] = 0;
             }
     }
 
@@ -279,7 +305,8 @@ struct Streamer {
 #pragma unroll
                 for (int j = 0; j < C; j++)
 #pragma unroll
-                    for (int e = h * 2; e < h * 2 + 2; e++) acc[s][j][e] += scale * (sum[s][j][e] + zero * x_sum[j][e]);
+                    for (int e = h * 2; e < h * 2 + 2; e++)
+                        acc[s][j][e] += scale * corrected<Bits>(sum[s][j][e], x_sum[j][e], zero);
             }
         }
     }
@@ -323,11 +350,12 @@ struct Streamer {
                     step<true>();
                     left--;
                 } else {
-                    // P is of steps of one group, of this tile, and of kPromote k at most
+                    // P is of steps of one group, of this tile, and of kMost at most
+                    constexpr int kMost = kInt8 ? 1 << 20 : kPromote / 64;
                     int span = group_left < left ? group_left : left;
-                    span = span < kPromote / 64 ? span : kPromote / 64;
+                    span = span < kMost ? span : kMost;
                     left -= span;
-                    group_left = group_left > kPromote / 64 ? group_left - kPromote / 64 : per_group;
+                    group_left = group_left > kMost ? group_left - kMost : per_group;
                     step<true>();
 #pragma unroll 1
                     while (--span > 0) step<false>();
@@ -346,6 +374,10 @@ struct Streamer {
         float4 v{};
 #pragma unroll 4
         for (int part = 0; part < WK; part++, sums += p.x_rows * kPitch) add(v, *reinterpret_cast<float4 const*>(sums));
+        if (kInt8) {
+            float const scale = row < p.out.m - m0 ? p.scales[m0 + row] : 0.0f;
+            v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
+        }
         return v;
     }
 
@@ -430,7 +462,11 @@ struct StreamOf {
 char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
-    StreamArgs const args{static_cast<unsigned char const*>(t.x),
+    bool const int8 = p.activation_bits == 8;
+    Int8Rows const rows = int8_rows(p, t.workspace);
+    if (char const* failed = int8 ? launch_quantize(p, t, stream) : nullptr) return failed;
+    StreamArgs const args{static_cast<unsigned char const*>(int8 ? rows.values : t.x),
+                          rows.scales,
                           static_cast<unsigned char const*>(t.codes),
                           static_cast<uint32_t const*>(t.affine),
                           sums_apart(row, p, plan, t.workspace),

@@ -40,6 +40,16 @@ char const* launch_parts(void (*kernel)(Args), Args const& args, wog_problem con
     return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
+// P - (z - c) * X, P of codes less c (16-bit x) or, in whole numbers, as they are (int8 x)
+template <int Bits>
+__device__ __forceinline__ float corrected(float product, float x, float center_less_zero) {
+    return product + center_less_zero * x;
+}
+template <int Bits>
+__device__ __forceinline__ float corrected(int32_t product, int32_t x, float center_less_zero) {
+    return float(product - (x << (Bits - 1))) + center_less_zero * float(x);
+}
+
 // One warp's sums into a tile of `pitch` floats a row: strips from column n, columns of 8 m from row m
 template <int S, int C>
 __device__ __forceinline__ void store_sums(float* tile, int pitch, float const (&acc)[S][C][4], int m, int n, int g,

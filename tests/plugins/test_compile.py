@@ -188,7 +188,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
 
 def streaming_code(library: Path, row: str, bits: int, kind: str = "Half") -> Code:
     """The machine code of a row whose weights stream; groups end at its steps' ends."""
-    kernel = "stream" if row.startswith("ring") else "gemm"
+    kernel = "stream" if "ring" in row else "gemm"
     sm = next((sm for sm in SMS if sm == "90a" or (sm != "75" and row not in FOR_HOPPER)), None)
     if sm is None:
         pytest.skip(f"{row} streams on {'sm_90a' if row in FOR_HOPPER else 'sm_80 and newer'}")
@@ -209,17 +209,20 @@ MOST_A_WEIGHT = {
     "ring16": (4, 2, (2.07, 2.32, 1.65, 2.41)), "ring8_ampere": (2, 1, (2.28, 2.54, 1.93, 2.68)),
     "ring8_ampere_wide": (4, 1, (1.87, 2.12, 1.59, 2.33)), "ring16_ampere": (2, 2, (2.92, 3.16, 2.35, 3.15)),
     "ring16_ampere_wide": (4, 2, (2.32, 2.57, 1.87, 2.63)),
+    "int8_ring8": (2, 1, (1.32, 1.32, 0.55, 0.55)), "int8_ring16": (4, 2, (1.41, 1.41, 0.47, 0.47)),
+    "int8_ring8_ampere": (2, 1, (1.55, 1.55, 0.80, 0.80)), "int8_ring16_ampere": (2, 2, (2.20, 2.20, 1.10, 1.10)),
 }  # fmt: skip
 
 
-def executed(code: Code, bits: int, strips: int, columns: int) -> float:
+def executed(code: Code, bits: int, strips: int, columns: int, int8: bool) -> float:
     """Instructions for a weight of each lane, of the steps that most are. Of int4, with what ends a group of two steps,
     and with what begins one when weights are sent for: that is the next cheapest way round a step.
     """
-    products, ends = 4 * (strips + 1) * columns, 8 * strips * columns
-    step, other = code.loop("HMMA", "LDGSTS").ways(2, HMMA=products, FFMA=0)
+    product, deep = ("IMMA", 32) if int8 else ("HMMA", 16)
+    products, ends = 64 // deep * (strips + 1) * columns, 8 * strips * columns
+    step, other = code.loop(product, "LDGSTS").ways(2, FFMA=0, **{product: products})
     if bits == 4:
-        (group,) = code.loop("HMMA", "LDGSTS", "FFMA").ways(1, HMMA=2 * products, FFMA=ends)
+        (group,) = code.loop(product, "LDGSTS", "FFMA").ways(1, FFMA=ends, **{product: 2 * products})
         return (group + other - step) / (2 * 32 * strips)
     return step / (32 * strips)
 
@@ -229,11 +232,15 @@ def test_the_streaming_loops_execute_little(build: tuple[Path, str], row: str) -
     """What a memory-bound kernel may not have: more instructions than can be issued while its weights arrive."""
     library, (strips, columns, most) = build[0] / "libinstantrt_kernels.so", MOST_A_WEIGHT[row]
     kinds = [(bits, kind) for bits in (4, 8) for kind in ("Half", "Bfloat")]
-    counts = [executed(streaming_code(library, row, bits, kind), bits, strips, columns) for bits, kind in kinds]
+    int8 = row.startswith("int8")
+    counts = [executed(streaming_code(library, row, bits, kind), bits, strips, columns, int8) for bits, kind in kinds]
     assert all(count <= limit for count, limit in zip(counts, most, strict=True)), counts
 
 
-STAGES = {"ring8": 3, "ring8_narrow": 6, "ring8_deep": 7, "ring16": 3, "ring8_ampere": 3, "ring16_ampere": 3}
+STAGES = {
+    "ring8": 3, "ring8_narrow": 6, "ring8_deep": 7, "ring16": 3, "ring16_deep": 4, "ring8_ampere": 3, "ring16_ampere": 3,
+    "int8_ring8": 6, "int8_ring16": 5, "int8_ring8_ampere": 3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "stages"), STAGES.items())
@@ -244,8 +251,8 @@ def test_rings_wait_for_the_oldest_stage_alone(build: tuple[Path, str], row: str
     library = build[0] / "libinstantrt_kernels.so"
 
     def counted(row: str) -> list[int]:
-        loop = streaming_code(library, row, 4).loop("MMA", "LDGSTS" if row.startswith("ring") else "LDG.E.NA")
+        loop = streaming_code(library, row, 4).loop("MMA", "LDGSTS" if "ring" in row else "LDG.E.NA")
         return [int(n, 16) for n in re.findall(r"DEPBAR\.LE SB0, 0x(\w+)", "\n".join(loop.at.values()))]
 
     assert counted(row) == [stages - 2]
-    assert not any(counted("int8_stream8")), "x alone comes by copies there, and all of it is waited for"
+    assert not any(counted("int8_tile32")), "x alone comes by copies there, and all of it is waited for"

@@ -31,7 +31,10 @@ Kernels = dict[int, Emulated]
         ({"m": 17, "sm": 80}, "ring32_ampere"), ({"m": 33, "sm": 80}, "ring64_ampere"), ({"m": 65, "sm": 80}, "tile64"),
         ({"m": 4097, "sm": 120}, "tile64"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
-        ({"activation_bits": 8}, "int8_stream8"), ({"m": 9, "activation_bits": 8}, "int8_stream16"),
+        ({"activation_bits": 8}, "int8_ring8"), ({"m": 9, "activation_bits": 8}, "int8_ring16"),
+        ({"activation_bits": 8, "sm": 86}, "int8_ring8_ampere"),
+        ({"m": 9, "activation_bits": 8, "sm": 100}, "int8_ring16_ampere"),
+        ({"m": 16, "activation_bits": 8, "k": 65536}, "int8_tile32"),  # whose x is too large
         ({"m": 17, "activation_bits": 8}, "int8_tile32"), ({"m": 65, "activation_bits": 8, "sm": 100}, "int8_tile64"),
         ({"m": 33, "activation_bits": 8}, "int8_hopper192x64"),
         ({"m": 33, "activation_bits": 8, "group": 64}, "int8_hopper128x64"),
@@ -99,12 +102,12 @@ def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
 
 
 def test_blocks_of_a_cluster_have_a_tile_each_and_no_workspace(emulated: Kernels) -> None:
-    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("int8_stream8") + 1
-    apart, cluster = (choose(**problem(n=1408, k=18944, sm=sm, row=row, activation_bits=8)) for sm in (80, 90))
+    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("int8_tile32") + 1
+    apart, cluster = (choose(**problem(n=5632, k=18944, sm=sm, row=row, activation_bits=8)) for sm in (80, 90))
     assert (apart.splits, cluster.splits) == (3, 2), "clusters come in powers of two: 44 tiles, 132 multiprocessors"
-    assert apart.workspace - cluster.workspace == 3 * 1408 * 4
+    assert apart.workspace - cluster.workspace == 3 * 5632 * 4
     pinned = choose(**problem(n=8192, k=18944, splits=8, row=row, activation_bits=8))
-    assert (pinned.splits, pinned.grid_n) == (8, 8192 // 32)
+    assert (pinned.splits, pinned.grid_n) == (8, 8192 // 128)
 
 
 @pytest.mark.parametrize("sm", SMS)

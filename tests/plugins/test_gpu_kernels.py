@@ -145,8 +145,8 @@ def test_same_bits_every_time_in_graphs_and_on_streams(format_: tuple[int, int],
 
 
 RINGS = [
-    "ring8", "ring8_narrow", "ring8_deep", "ring16", "ring8_ampere", "ring8_ampere_wide", "ring16_ampere",
-    "ring16_ampere_wide",
+    "ring8", "ring8_narrow", "ring8_deep", "ring16", "ring16_deep", "ring8_ampere", "ring8_ampere_wide", "ring16_ampere",
+    "ring16_ampere_wide", "int8_ring8", "int8_ring16", "int8_ring8_ampere", "int8_ring16_ampere",
 ]  # fmt: skip
 
 
@@ -171,8 +171,9 @@ def test_every_ring_for_hopper(bits: int, row: str) -> None:
         pytest.skip("needs sm_90")
     for n, k, group in SHORT + SHAPES[3:5]:
         weight = random_weight(n, k, bits, group, F16, bias=True)
-        for m, splits, count in product((1, 5) if "8" in row else (9, 16), (0, 2, 4, 8), (132, 8)):
+        for m, splits, count in product((1, 5) if "ring8" in row else (9, 16), (0, 2, 4, 8), (132, 8)):
             options = {"row": library().rows().index(row) + 1, "wide": 1, "splits": splits, "sm_count": count}
+            options["activation_bits"] = 8 if "int8" in row else 16
             check(prepared(rows(m, k, F16), weight, options), 2e-5, 1e-5)
 
 

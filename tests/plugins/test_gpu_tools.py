@@ -93,7 +93,7 @@ def test_random_weights_are_what_they_are_called(zeros: str) -> None:
 
 
 def test_a_row_that_hung_is_not_launched(emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = random_weight(48, 192, 4, 64, torch.float16), torch.randn(3, 192).half()
+    weight, x = random_weight(48, 192, 4, 64, torch.float16), torch.randn(20, 192).half()
     rows = {"activation_bits": 8}  # whose row both SMs have
     kernel = Gemm(emulated[90].library, x, weight, rows).plan.kernel
     monkeypatch.setattr(gemm, "HUNG", frozenset({f"{kernel} sm=90"}))

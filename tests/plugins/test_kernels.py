@@ -82,11 +82,14 @@ def test_int8_rings_of_many_rows(emulated: Kernels, row: str, bits: int, size: t
 
 @pytest.mark.parametrize("size", RING_SIZES)
 @pytest.mark.parametrize("kind", [(F16, 4), (BF16, 8)])
-@pytest.mark.parametrize("row", ["ring8", "ring8_narrow", "ring8_deep", "ring16"])
+@pytest.mark.parametrize(
+    "row", ["ring8", "ring8_narrow", "ring8_deep", "ring16", "ring16_deep", "int8_ring8", "int8_ring16"]
+)
 def test_rings(emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]) -> None:
     (dtype, bits), (m, n, k, group) = kind, size
-    m, gated, data = m + 8 * (row == "ring16"), int(n % 32 == 16), "shifted" if m % 2 else "outliers"
-    p = Case(m, n, k, bits, group, dtype, bias=True, gated=gated, activation=gated, data=data).make()
+    m, gated, data = m + 8 * ("ring16" in row), int(n % 32 == 16), "shifted" if m % 2 else "outliers"
+    options = {"activation_bits": 8 if row.startswith("int8") else 16, "gated": gated, "activation": gated}
+    p = Case(m, n, k, bits, group, dtype, bias=True, data=data, **options).make()
     check(emulated[90], p, row=row)
     check(emulated[90], p, row=row, splits=2, sm_count=3, seed=2)  # a cluster that goes from tile to tile
 
@@ -99,14 +102,16 @@ AMPERE_SIZES = [(5, 48, 1184, 32), (8, 80, 4096, 4096), (2, 144, 2048, 64)]
     ("row", "size"),
     [
         *product(("ring8_ampere", "ring8_ampere_wide", "ring16_ampere", "ring16_ampere_wide"), AMPERE_SIZES),
+        *product(("int8_ring8_ampere", "int8_ring16_ampere"), AMPERE_SIZES),
         *product(("ring32_ampere", "ring64_ampere"), (*MORE_SIZES[2:], FINE_SIZES[1])),
     ],
 )
 def test_rings_without_clusters(emulated: Kernels, row: str, bits: int, size: tuple[int, int, int, int]) -> None:
     """Blocks go from tile to tile, x comes again with each, and sums of parts of K meet in the workspace."""
     m, n, k, group = size
-    m, gated = m + {"ring16": 8, "ring64": 32}.get(row[:6], 0), int(n % 32 == 16)
-    p = Case(m, n, k, bits, group, BF16 if bits == 4 else F16, bias=True, gated=gated, activation=gated).make()
+    m, gated = m + 8 * ("ring16" in row) + 32 * ("ring64" in row), int(n % 32 == 16)
+    options = {"activation_bits": 8 if row.startswith("int8") else 16, "gated": gated, "activation": gated}
+    p = Case(m, n, k, bits, group, BF16 if bits == 4 else F16, bias=True, **options).make()
     check(emulated[80], p, row=row, splits=2, sm_count=3, seed=2)
 
 

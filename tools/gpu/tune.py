@@ -26,7 +26,7 @@ from instantrt.tools.gpu.watch import emit
 
 SPLITS = (0, 1, 2, 4, 8)
 MOST_WAVES = 4  # blocks for each multiprocessor beyond which K is not worth splitting
-NO_CLUSTERS, OLDER = {"sm": 100}, ("_ampere", "stream", "tile")  # and rows that both have, by parts of their names
+NO_CLUSTERS, OLDER = {"sm": 100}, ("_ampere", "tile")  # and rows that both have, by parts of their names
 REPLAYS = 9
 HOPELESS = 3  # times the best: who is slower need not run again
 WRONG = 0.03  # relative error; int8 activations alone make up to 0.01
