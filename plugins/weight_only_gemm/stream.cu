@@ -121,15 +121,14 @@ struct Streamer {
             int const row = j * 8 + lane % 8;
             bool const real = row < p.x_rows;
             row_moves[j] = keep(real ? x_step : 0);
-            row_at[j] = shared_address(real ? x_place() + row * kXRow : dynamic_shared()) + turned(lane / 8, row) * 16 +
+            row_at[j] = shared_address(real ? x_place() + row * kXRow : dynamic_shared()) +
+                        turned(lane / 8, lane % 8) * 16 +
                         (kHopper ? -1 : D - 1) * row_moves[j];  // a step before the first
         }
     }
 
     // Where a row of x has a piece: neighbours in k of eight rows would lie in the same banks
-    static __device__ __forceinline__ int turned(int piece, int row) {
-        return piece ^ (kInt8 ? row / 2 % 4 : row % 8);
-    }
+    static __device__ __forceinline__ int turned(int piece, int row) { return piece ^ (kInt8 ? row / 2 % 4 : row % 8); }
 
     // ---- the stream ----
 
