@@ -120,7 +120,8 @@ def test_every_instance_that_the_table_can_choose_is_built(compiled: list[Compil
 def test_nothing_spills_and_registers_stay_in_budget(compiled: list[Compiled]) -> None:
     assert {c.sm for c in compiled} == set(SMS)
     assert [c for c in compiled if c.spills] == []
-    assert [c for c in compiled if c.registers > BUDGETS[c.kernel]] == []
+    over = [c for c in compiled if c.registers > BUDGETS.get(f"{c.kernel} sm_{c.sm}", BUDGETS[c.kernel])]
+    assert over == []
 
 
 def test_the_real_library_loads_without_a_gpu(build: tuple[Path, str]) -> None:
@@ -238,8 +239,8 @@ def test_the_streaming_loops_execute_little(build: tuple[Path, str], row: str) -
 
 
 STAGES = {
-    "ring8": 3, "ring8_narrow": 6, "ring8_deep": 7, "ring16": 3, "ring16_deep": 4, "ring8_ampere": 3, "ring16_ampere": 3,
-    "int8_ring8": 6, "int8_ring16": 5, "int8_ring8_ampere": 3,
+    "ring8": 3, "ring8_narrow": 6, "ring8_deep": 7, "ring16": 3, "ring16_deep": 4, "ring8_ampere": 3,
+    "ring16_ampere": 3, "int8_ring8": 6, "int8_ring16": 5, "int8_ring8_ampere": 3,
 }  # fmt: skip
 
 

@@ -409,6 +409,12 @@ def test_stages_run_in_their_order_and_build_first() -> None:
     for wrong in ("", "4096", "4096x", "8x128", "16x64", "0x128", "16x128,", "70b o", "-16x128"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected NxK, as 4096x14336"):
             gpu_check.parse_layers(wrong)
+    assert gpu_check.parse_formats("int4 g32,a8w8") == ("int4 g32", "a8w8")
+    formats = ("int4", (4, 0, 16)), ("int8 g96", (8, 96, 16)), ("a8w4 g128", (4, 128, 8)), ("a8w8", (8, 0, 8))
+    assert all(layers.parse_format(name) == fields for name, fields in formats)
+    for wrong in ("", "int5", "int4 g48", "int4 g0", "int4 128", "fp8", "int4,", "a16w4"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected int4, int8, a8w4 or a8w8"):
+            gpu_check.parse_formats(wrong)
     with pytest.raises(Exception, match="unknown test; expected build,smoke,tests,sanitize,bench,profile,tune"):
         gpu_check.parse_stages("test")
 

@@ -145,8 +145,8 @@ def test_same_bits_every_time_in_graphs_and_on_streams(format_: tuple[int, int],
 
 
 RINGS = [
-    "ring8", "ring8_narrow", "ring8_deep", "ring16", "ring16_deep", "ring8_ampere", "ring8_ampere_wide", "ring16_ampere",
-    "ring16_ampere_wide", "int8_ring8", "int8_ring16", "int8_ring8_ampere", "int8_ring16_ampere",
+    "ring8", "ring8_narrow", "ring8_deep", "ring16", "ring16_deep", "ring8_ampere", "ring8_ampere_wide",
+    "ring16_ampere", "ring16_ampere_wide", "int8_ring8", "int8_ring16", "int8_ring8_ampere", "int8_ring16_ampere",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from instantrt.plugins.weight_only_gemm import layout, semantics
 from instantrt.plugins.weight_only_gemm.op import OP
 from instantrt.tools.gpu import bench, choices, gemm, ncu, profile, race, roofs, small, tables, tune
 from instantrt.tools.gpu.gemm import GUARD, Gemm, HungRowError, pack, random_weight
+from instantrt.tools.gpu.layers import TUNED, parse_format
 from instantrt.tools.gpu.library import LaunchRefusedError, Library
 from instantrt.tools.gpu.small import WIDTHS
 from tests.compiler.tensorrt_stand_in import HostDevice
@@ -268,19 +269,20 @@ def test_each_profiled_case_is_numbered_and_launched_once(
 @pytest.mark.usefixtures("timed_here")
 def test_tuning_tries_every_row_and_a_library_takes_the_fastest(emulated: dict[int, Emulated], tmp_path: Path) -> None:
     library = emulated[90].library
-    rows = tune.case(library, "32x128", 4)
+    rows = tune.case(library, (*TUNED, "a8w4 g32"), "32x128", 4)
     tried = {row["format"]: {r["plan"] for r in rows if r["format"] == row["format"]} for row in rows}
-    for name, (bits, _, activation_bits) in tune.TUNED.items():
-        fields = {"m": 4, "n": 32, "k": 128, "group": 128, "bits": bits, "activation_bits": activation_bits}
+    for name, plans_tried in tried.items():
+        bits, group, activation_bits = parse_format(name)
+        fields = {"m": 4, "n": 32, "k": 128, "group": group or 128, "bits": bits, "activation_bits": activation_bits}
         plans = library.plans((0, 2), **fields, **gemm.device_numbers())
         older = [plan for plan in plans if any(part in plan.kernel for part in tune.OLDER)]
         split = {bench.label(plan) for plan in older if plan.splits > 1}
-        assert tried[name] == {bench.label(plan) for plan in plans} | {f"{each} by memory" for each in split}
+        assert plans_tried == {bench.label(plan) for plan in plans} | {f"{each} by memory" for each in split}
         assert split or activation_bits == 8, "a step of int8 is all of this K"
         assert len(plans) > 1
     assert all(sum(r.get("chosen", False) for r in rows if r["format"] == name) == 1 for name in tried)
     assert not any("wrong" in row for row in rows)
-    assert {r["format"] for r in tables.losses(rows)} == set(tune.TUNED)
+    assert {r["format"] for r in tables.losses(rows)} == {*TUNED, "a8w4 g32"}
 
     own = Library(Path(shutil.copy(library.path, tmp_path / "own.so")))
     mine = [row for row in rows if row["format"] == "int4 g128"]
@@ -293,7 +295,7 @@ def test_tuning_tries_every_row_and_a_library_takes_the_fastest(emulated: dict[i
     assert bench.label(library.choose(**problem, m=4)) != slow["plan"]
     lines = (tmp_path / "own.choices").read_text().splitlines()
     assert lines[:2] == ["# measured on H200, commit abc", f"# {choices.COLUMNS}"]
-    assert len(lines) == 2 + 3, "int8 by channel is int8 in groups of 128 here"
+    assert len(lines) == 2 + 4, "int8 by channel is int8 in groups of 128 here"
 
 
 @pytest.mark.usefixtures("timed_here")
@@ -307,8 +309,7 @@ def test_a_row_that_computes_something_else_cannot_win(
             right(self, problem, tensors, stream)
 
     monkeypatch.setattr(Library, "launch", launch)
-    monkeypatch.setattr(tune, "TUNED", {"int4 g128": tune.TUNED["int4 g128"]})
-    rows = tune.case(emulated[90].library, "32x128", 4)
+    rows = tune.case(emulated[90].library, ("int4 g128",), "32x128", 4)
     assert {row["plan"].split("/")[0] for row in rows if "wrong" in row} == {broken}
     assert not any(row["plan"].startswith(broken) for row in rows if "us" in row)
 
@@ -325,8 +326,7 @@ def test_a_row_that_cannot_be_launched_costs_itself(
         right(self, problem, tensors, stream)
 
     monkeypatch.setattr(Library, "launch", launch)
-    monkeypatch.setattr(tune, "TUNED", {"int4 g128": tune.TUNED["int4 g128"]})
-    rows = tune.case(emulated[90].library, "32x128", 4)
+    rows = tune.case(emulated[90].library, ("int4 g128",), "32x128", 4)
     assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
         "LaunchRefusedError: too many resources requested for launch"
     }

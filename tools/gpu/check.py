@@ -42,10 +42,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from instantrt.tools.gpu import page
+from instantrt.tools.gpu import layers, page
 from instantrt.tools.gpu.libraries import run
 from instantrt.tools.gpu.stages import STAGES, GpuRun, perform
 from instantrt.tools.gpu.tables import text
@@ -120,15 +121,25 @@ def parse_stages(names: str) -> list[str]:
 
 
 def parse_layers(names: str) -> tuple[str, ...]:
-    """N x K of weights, as tune's formats take them: tiles of 16 rows, groups of 128."""
-    layers = tuple(names.split(","))
-    for layer in layers:
+    """N x K of weights: tiles of 16 rows, groups of 128."""
+    found = tuple(names.split(","))
+    for layer in found:
         sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", layer)
         if not sizes or int(sizes[1]) % 16 or int(sizes[2]) % 128:
             raise argparse.ArgumentTypeError(
                 f"{layer!r}; expected NxK, as 4096x14336: N a multiple of 16, K a multiple of 128"
             )
-    return layers
+    return found
+
+
+def parse_formats(names: str) -> tuple[str, ...]:
+    formats = tuple(names.split(","))
+    for name in formats:
+        try:
+            layers.parse_format(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return formats
 
 
 def said(name: str, part: dict[str, Any], most: int = 10**6) -> str:
@@ -148,7 +159,15 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     options.add_argument("--stages", type=parse_stages, help=",".join(STAGES))
     options.add_argument("--quick", action="store_true", help="bench and tune: fewer layers, rows of x and formats")
     options.add_argument("--layers", type=parse_layers, default=(), metavar="NxK,...", help="tune: these instead")
+    options.add_argument(
+        "--formats", type=parse_formats, default=layers.TUNED, metavar="FORMAT,...",
+        help="tune: these, as 'int4 g64,a8w4 g128'; else " + ", ".join(layers.TUNED),
+    )  # fmt: skip
     args = options.parse_args(words)
+    for case, name in product(layers.cases(args.quick, args.layers), args.formats):
+        (_, k), (_, group, _) = layers.size(layers.parse_case(case)[0]), layers.parse_format(name)
+        if group and k % group:
+            options.error(f"--formats: {name!r} does not divide K = {k} of {case}; name layers by --layers")
     began = time.monotonic()
     plan = PARTS.get(args.part, ShortRun(tuple(STAGES), args.quick, False, float("inf")))
     stages: list[str] = args.stages or list(plan.stages)
@@ -159,7 +178,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
     report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
     sm, quick = int(query("compute_cap")["compute_cap"].replace(".", "")), plan.quick or args.quick
-    gpu = GpuRun(sm, quick, report, plan.native, out=out, layers=args.layers)
+    gpu = GpuRun(sm, quick, report, plan.native, out=out, layers=args.layers, formats=args.formats)
     expected = {name: STAGES[name].expected[quick] for name in stages}
     print(f"{before['name']}: expected {', '.join(f'{n} {s} s' for n, s in expected.items())};", end=" ")
     print(f"together {sum(expected.values())} s, at most {plan.seconds:g} s", flush=True)

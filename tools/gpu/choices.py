@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from instantrt.tools.gpu.layers import TUNED, size
+from instantrt.tools.gpu.layers import parse_format, size
 from instantrt.tools.gpu.library import LaunchPlan
 
 COLUMNS = "sm multiprocessors bits group activation_bits n k max_m row splits"
@@ -31,7 +31,7 @@ def choices_file(tuned: Iterable[Mapping[str, Any]], gpu: str, commit: str) -> s
     for row in tuned:
         if "wrong" in row or row["plan"].endswith(BY_MEMORY):
             continue
-        (n, k), (bits, group, activation_bits) = size(row["layer"]), TUNED[row["format"]]
+        (n, k), (bits, group, activation_bits) = size(row["layer"]), parse_format(row["format"])
         key = (*row["device"], bits, group or k, activation_bits, n, k, row["m"])
         if key not in best or row["us"] < best[key]["us"]:
             best[key] = row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 LAYERS = {  # name: (n, k); those of a quick run first, the ones that take longest last
@@ -10,9 +11,7 @@ LAYERS = {  # name: (n, k); those of a quick run first, the ones that take longe
     "llama3-8b down": (4096, 14336), "llama3-8b qkv": (6144, 4096), "qwen2-7b kv": (1024, 3584), "70b o": (8192, 8192),
     "70b gate_up": (57344, 8192), "qwen2-7b lm_head": (152064, 3584),
 }  # fmt: skip
-TUNED = {  # of tune; name: bits of codes, group (0: a whole row), bits of activations
-    "int4 g128": (4, 128, 16), "int8": (8, 0, 16), "int8 g128": (8, 128, 16), "a8w8": (8, 0, 8),
-}  # fmt: skip
+TUNED = ("int4 g128", "int8", "int8 g128", "a8w8")  # formats that tune times, unless it is told of others
 HUMMING = " humming"  # behind a layer's name: a race with a peer that compiles for every shape
 QUICK = tuple(LAYERS)[:8]
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -36,3 +35,13 @@ def size(layer: str) -> tuple[int, int]:
 def parse_case(name: str) -> tuple[str, int]:
     layer, _, m = name.rpartition(" m=")
     return layer, int(m)
+
+
+def parse_format(name: str) -> tuple[int, int, int]:
+    """Bits of codes, group (0: a whole row) and bits of activations: of "int4 g64" 4, 64, 16, of "a8w8" 8, 0, 8."""
+    found = re.fullmatch(r"(int|a8w)([48])(?: g([1-9]\d*))?", name)
+    if found is None or int(found[3] or 0) % 32:
+        raise ValueError(
+            f"{name!r}; expected int4, int8, a8w4 or a8w8, by channel, or in groups of a multiple of 32, as 'int4 g64'"
+        )
+    return int(found[2]), int(found[3] or 0), 8 if found[1] == "a8w" else 16

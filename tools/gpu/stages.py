@@ -56,7 +56,8 @@ class GpuRun:
     native: bool = False  # leave out what older GPUs run
     deadline: float = float("inf")  # of the stage that runs, a time.monotonic(), so that later ones get their time
     out: Path | None = None  # beside which raw data are written: OUT.json
-    layers: tuple[str, ...] = ()  # that tune times instead of those it knows: "4096x14336", n x k
+    formats: tuple[str, ...] = layers.TUNED  # that tune times
+    layers: tuple[str, ...] = ()  # likewise, instead of those it knows: "4096x14336", n x k
 
     def seconds(self, most: float) -> float:
         """What a stage that may take `most` has left."""
@@ -196,7 +197,7 @@ def humming_absent() -> str:
 
 
 def tune(gpu: GpuRun) -> Part:
-    outcomes = measure(gpu, "instantrt.tools.gpu.tune", layers.cases(gpu.quick, gpu.layers), 470)
+    outcomes = measure(gpu, "instantrt.tools.gpu.tune", layers.cases(gpu.quick, gpu.layers), 470, ",".join(gpu.formats))
     rows = [row for o in outcomes for row in o.data or []]
     part = summary(outcomes)
     part |= {"passed": part["passed"] and not any("wrong" in row for row in rows), "rows": rows}

@@ -1,6 +1,7 @@
 """Times every row of the table that can serve a layer, to edit the table from: a child of instantrt.tools.gpu.watch.
 
-    python -m instantrt.tools.gpu.tune LIBRARY CASE...                  cases: "qwen2-7b o m=16", "4096x14336 m=16"
+    python -m instantrt.tools.gpu.tune LIBRARY FORMATS CASE...          formats: "int4 g64,a8w8"
+                                                                        cases: "qwen2-7b o m=16", "4096x14336 m=16"
 
 What a row computes is compared with torch's product of the dequantized weights, so that none is fast by being wrong.
 """
@@ -19,7 +20,7 @@ from instantrt.tools.gpu import gemm
 from instantrt.tools.gpu.bench import label, our_product
 from instantrt.tools.gpu.choices import BY_MEMORY, is_taken
 from instantrt.tools.gpu.gemm import Gemm, Weight, is_hung, random_weight
-from instantrt.tools.gpu.layers import TUNED, parse_case, size
+from instantrt.tools.gpu.layers import parse_case, parse_format, size
 from instantrt.tools.gpu.library import LaunchPlan, Library
 from instantrt.tools.gpu.race import copies, race, ready
 from instantrt.tools.gpu.watch import emit
@@ -49,26 +50,27 @@ def variants(plan: LaunchPlan, problem: dict[str, int]) -> Iterator[tuple[str, d
 
 
 @lru_cache(maxsize=1)
-def layer_weights(layer: str) -> dict[tuple[int, int], list[Weight]]:
+def layer_weights(layer: str, formats: tuple[str, ...]) -> dict[tuple[int, int], list[Weight]]:
     n, k = size(layer)
-    formats = {(bits, group or k) for bits, group, _ in TUNED.values()}
-    made = {key: random_weight(n, k, *key, torch.float16) for key in sorted(formats)}
+    keys = {(bits, group or k) for bits, group, _ in map(parse_format, formats)}
+    made = {key: random_weight(n, k, *key, torch.float16) for key in sorted(keys)}
     return {key: [w, *(w.copy() for _ in range(copies(w.codes.nbytes) - 1))] for key, w in made.items()}
 
 
 @lru_cache(maxsize=4)
-def dense(layer: str, key: tuple[int, int]) -> torch.Tensor:
-    return layer_weights(layer)[key][0].dense(torch.float16)
+def dense(layer: str, formats: tuple[str, ...], key: tuple[int, int]) -> torch.Tensor:
+    return layer_weights(layer, formats)[key][0].dense(torch.float16)
 
 
-def case(library: Library, layer: str, m: int) -> list[dict[str, Any]]:
+def case(library: Library, formats: tuple[str, ...], layer: str, m: int) -> list[dict[str, Any]]:
     """For each format and candidate its time and whether it is the table's choice, or what is wrong."""
     found: list[dict[str, Any]] = []
     x = torch.randn((m, size(layer)[1]), device=gemm.DEVICE).half()
-    for name, (bits, group, activation_bits) in TUNED.items():
+    for name in formats:
+        bits, group, activation_bits = parse_format(name)
         key = (bits, group or x.shape[1])
-        weights, options = layer_weights(layer)[key], {"activation_bits": activation_bits}
-        truth = (x @ dense(layer, key).T).float()
+        weights, options = layer_weights(layer, formats)[key], {"activation_bits": activation_bits}
+        truth = (x @ dense(layer, formats, key).T).float()
         problem = Gemm.problem_of(x, weights[0], options)
         racers = []
         plans = candidates(library, problem)
@@ -111,11 +113,11 @@ def what_is_wrong(one: Gemm, truth: torch.Tensor) -> str:
 
 
 def main() -> None:
-    path, *cases = sys.argv[1:]
-    library = Library(Path(path))
+    path, names, *cases = sys.argv[1:]
+    library, formats = Library(Path(path)), tuple(names.split(","))
     for name in cases:
         emit(start=name)
-        emit(end=name, outcome="passed", data=case(library, *parse_case(name)))
+        emit(end=name, outcome="passed", data=case(library, formats, *parse_case(name)))
 
 
 if __name__ == "__main__":
