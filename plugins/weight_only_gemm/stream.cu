@@ -1,6 +1,6 @@
-// The kernels of WeightOnlyGemm for a few rows of x, 16-bit or int8: weights stream from memory through a ring of stages in
-// shared memory, one ring for each warp, so that what is on its way is neither held in registers nor held up by what
-// others wait for. sm_80 and newer: rows for Hopper, and rows for all of these, whose shared memory is smaller.
+// The kernels of WeightOnlyGemm for a few rows of x, of 16 bits or int8: weights stream from memory through a ring of
+// stages in shared memory, one ring for each warp, so that what is on its way is neither held in registers nor held up
+// by what others wait for. sm_80 and newer: rows for Hopper, and rows for all of these, whose shared memory is smaller.
 //
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
 // and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
@@ -127,7 +127,7 @@ struct Streamer {
         }
     }
 
-    // Where a row of x has a piece: neighbours in k of eight rows would lie in the same banks
+    // Where a row of x has a piece of a step: in its place, that of eight rows would lie in the same banks.
     static __device__ __forceinline__ int turned(int piece, int row) { return piece ^ (kInt8 ? row / 2 % 4 : row % 8); }
 
     // ---- the stream ----
@@ -374,7 +374,7 @@ struct Streamer {
 #pragma unroll 4
         for (int part = 0; part < WK; part++, sums += p.x_rows * kPitch) add(v, *reinterpret_cast<float4 const*>(sums));
         if (kInt8) {
-            float const scale = row < p.out.m - m0 ? p.scales[m0 + row] : 0.0f;
+            float const scale = p.scales[m0 + row];
             v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
         }
         return v;
