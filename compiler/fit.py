@@ -101,7 +101,7 @@ def smooth(
         return graph, decisions
     say("looking for loud inputs")
     paths = {path for path, q in decisions.items() if isinstance(q, QuantTensor) and q.activations != "float"}
-    factors = smoothing(graph, paths, model.llm, generated(model, tokens=TOKENS))
+    factors = smoothing(graph, paths, model.llm, generated(model, tokens=TOKENS), say)
     return pipeline.smooth_inputs(graph, decisions, factors, paths, log)
 
 
@@ -115,4 +115,4 @@ def search(graph: gs.Graph, model: FloatModel, decisions: Decisions, formats: Fo
     if config is None or config.search == "none" or (config.activate_quant and model.llm is not None):
         return decisions
     say("measuring the inputs of each layer")
-    return search_scales(decisions, input_energy(graph, model.llm, generated(model, tokens=TOKENS)))
+    return search_scales(decisions, input_energy(graph, model.llm, generated(model, tokens=TOKENS), say))

@@ -16,7 +16,7 @@ class Watch:
     """What may be seen of a compilation while it runs. Nothing here looks: override what you want to."""
 
     def say(self, text: str) -> None:
-        """A stage begins."""
+        """A stage begins, or, where `text` is an At, is there."""
 
     def planned(self, plan: Plan) -> None:
         """Everything is decided, and nothing written."""

@@ -35,7 +35,7 @@ from instantrt.compiler.accuracy.data import llm_feeds, read_text, reader_of, se
 from instantrt.compiler.accuracy.importance import searched
 from instantrt.compiler.accuracy.texts import text_batches
 from instantrt.compiler.frontend.model import FloatModel
-from instantrt.compiler.say import Say
+from instantrt.compiler.say import At, Say
 from instantrt.compiler.serving.runtime.texts import TextReader
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
@@ -57,7 +57,6 @@ BLOCK = 32  # columns whose errors reach the rest of the weight together
 SMALL = 32  # rows that are inverted at once
 AIM = 4  # docs/facts.md, "What calibration aims at"
 SWEEPS = 2  # over all codes, rounding them again (docs/facts.md, "Formats of an encoder")
-EVERY = 5.0  # seconds from one line of progress to the next
 
 
 @dataclass(frozen=True)
@@ -179,9 +178,8 @@ def calibrate(
     damping = DAMPING if model.encoder is None else OF_ENCODERS
     kept = np.concatenate([each["attention_mask"].astype(bool).ravel() for each in feeds])  # what is no padding
     say(f"calibrating {len(chosen)} layers on {kept.sum():,} tokens")
-    wiring, made, began = Wiring(graph), dict[str, QuantTensor](), time.monotonic()
+    wiring, made, weights, began = Wiring(graph), dict[str, QuantTensor](), 0, time.monotonic()
     ours, floats = Course(graph, feeds, wiring), Course(graph, feeds, wiring)
-    told, weights = began, 0
     at, rows, aims = "", np.empty(0), np.empty(0)  # the last input, and its rows on either side
     before, inputs = ("", False, 0), None  # and what is known of it
     with tempfile.TemporaryFile() as file:
@@ -207,10 +205,8 @@ def calibrate(
                 product += np.frombuffer(made[quant.name].correction, FLOAT32)
             ours.give(node, product)
             floats.give(node, through(quant, aims))
-            if time.monotonic() - told > EVERY:
-                told = time.monotonic()
-                rate = weights / (told - began) / 1e6
-                say(f"calibrating what follows {len(made)} of {len(chosen)} layers, {rate:.1f} M weights/s")
+            rate = weights / (time.monotonic() - began) / 1e6
+            say(At(f"calibrating what follows {len(made)} of {len(chosen)} layers, {rate:.1f} M weights/s"))
     return {**decisions, **made}
 
 

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from instantrt.compiler import pipeline
 from instantrt.compiler.accuracy.data import Data
 from instantrt.compiler.frontend.model import LlmShape
+from instantrt.compiler.say import At, Say
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.evaluate import Evaluation, Wiring
 from instantrt.passes.core.lazy import FLOAT32, Array, convert
@@ -24,14 +25,14 @@ SILENT = 1e-5  # of a largest value: what is below it counts as that much
 REMEMBERED = 1 << 26  # bytes of scales that a search may leave in memory: those of 700 M weights in groups of 32
 
 
-def input_energy(graph: gs.Graph, llm: LlmShape | None, data: Data) -> dict[str, Array]:
+def input_energy(graph: gs.Graph, llm: LlmShape | None, data: Data, say: Say = lambda text: None) -> dict[str, Array]:
     """Path -> E[x_k^2] over all rows of the data: float32 [K]. The float model runs once, a node at a time.
 
     UserError for a layer whose inputs it says nothing of.
     """
     inputs = {found.path: found.x.name for found in pipeline.linears(graph)}
     sums, rows = dict[str, Array](), dict[str, int]()
-    for name, x in each_input(graph, inputs.values(), llm, data):
+    for name, x in each_input(graph, inputs.values(), llm, data, say):
         wide = x.astype(np.float64)
         sums[name] = sums.get(name, 0) + np.einsum("mk,mk->k", wide, wide)
         rows[name] = rows.get(name, 0) + len(x)
@@ -61,7 +62,9 @@ class Smoothing:
 OF_NORMS, OF_PRODUCTS = Smoothing(0.75, 0.9), Smoothing(0.5, 0.25)
 
 
-def smoothing(graph: gs.Graph, paths: Set[str], llm: LlmShape | None, data: Data) -> dict[str, Array]:
+def smoothing(
+    graph: gs.Graph, paths: Set[str], llm: LlmShape | None, data: Data, say: Say = lambda text: None
+) -> dict[str, Array]:
     """Name of what the linears at `paths` read -> factors [K] by which it may be divided, powers of two.
 
     f_k is nearest to loud_k^share / column_k^(1 - share), times what makes their geometric mean 1: column_k is the
@@ -79,7 +82,7 @@ def smoothing(graph: gs.Graph, paths: Set[str], llm: LlmShape | None, data: Data
             columns[name] = np.maximum(columns.get(name, 0), np.abs(w).max(axis=0))
             squares[name] = squares.get(name, 0) + np.einsum("nk,nk->k", w, w)
     factors = dict[str, Array]()
-    for name, x in each_input(graph, kinds, llm, data):
+    for name, x in each_input(graph, kinds, llm, data, say):
         if name not in factors:
             loud = np.abs(x).max(axis=0, initial=0) if kinds[name] is OF_NORMS else np.sqrt(np.square(x).mean(axis=0))
             factors[name] = shared(loud, columns[name], kinds[name].share)
@@ -104,12 +107,15 @@ def shared(loud: Array, columns: Array, share: float) -> Array:
     return factors.astype(FLOAT32)
 
 
-def each_input(graph: gs.Graph, names: Iterable[str], llm: LlmShape | None, data: Data) -> Iterator[tuple[str, Array]]:
+def each_input(
+    graph: gs.Graph, names: Iterable[str], llm: LlmShape | None, data: Data, say: Say = lambda text: None
+) -> Iterator[tuple[str, Array]]:
     """(name, its rows [M, K]) of each tensor, for each batch of the data: the graph runs once, a node at a time."""
     wiring, once = Wiring(graph), dict.fromkeys(names)  # what was seen is dropped
     for feeds, _ in data.each(llm):
         run = Evaluation(graph, feeds, once, wiring)
-        for name in once:
+        for done, name in enumerate(once):
+            say(At(f"measuring the inputs of layers, {done} of {len(once)}"))
             x = run.take(name)
             yield name, x.reshape(-1, x.shape[-1])
 

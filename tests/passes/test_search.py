@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from instantrt.compiler.accuracy.data import Data
 from instantrt.compiler.accuracy.importance import each_input
 from instantrt.compiler.quant.config import parse_quant_config
+from instantrt.compiler.say import At
 from instantrt.passes.core.errors import UserError
 from instantrt.passes.core.lazy import Array, InMemory
 from instantrt.passes.core.quant import Codes, dequantize, quantize_asymmetric, quantize_symmetric
@@ -128,11 +129,14 @@ def test_a_search_is_what_a_config_asks_for() -> None:
         parse_quant_config({"quant_method": "gptq", "search": "activations"}, "test")
 
 
-def test_inputs_are_there_in_any_order() -> None:
+def test_inputs_are_there_in_any_order_and_say_how_far_they_are() -> None:
     """A module that a model calls twice, on its tokens and on its relative positions, is listed where it came first."""
     names = ["input", "first", "second", "third"]
     tensors = [gs.Variable(name, np.dtype(np.float32), ["b", 2]) for name in names]
     nodes = [gs.Node("Neg", b.name, {}, [a], [b]) for a, b in pairwise(tensors)]
     graph, x = gs.Graph(nodes, tensors[:1], tensors[-1:], opset=23), np.ones((1, 2), np.float32)
-    seen = list(each_input(graph, ["third", "second"], None, Data("generated", feeds=({"input": x},))))
+    said = list[str]()
+    seen = list(each_input(graph, ["third", "second"], None, Data("generated", feeds=({"input": x},)), said.append))
+    assert said == [At(f"measuring the inputs of layers, {done} of 2") for done in (0, 1)]
+    assert all(isinstance(text, At) for text in said), "no stage begins with each"
     assert [(name, float(rows[0, 0])) for name, rows in seen] == [("third", -1), ("second", 1)]

@@ -33,6 +33,7 @@ from instantrt.compiler.plan import plan
 from instantrt.compiler.quant.config import Quant
 from instantrt.compiler.quant.readers import announced_reader
 from instantrt.compiler.request import Request, check_options
+from instantrt.compiler.say import At
 from instantrt.passes.core.errors import UserError, tried
 from instantrt.tools.cli.app import BENCHES, COMMANDS, EXAMPLES, Subcommand
 from instantrt.tools.cli.console import Stages, tell
@@ -541,8 +542,11 @@ def test_a_long_stage_says_where_it_is(capsys: pytest.CaptureFixture[str], monke
         stages.progress("layer.3.weight", 40_000_000)
         stages.begin("building")
         stages.progress("54% tactics", 0)
+        stages.say("calibrating")
+        stages.say(At("3 of 9 layers"))
     rate = r"[\d,]+ M weights/s, [\d,]+ MB/s"
     said = rf"writing\n  40%, {rate}, 0 s left\n  \d\.\d s, {rate}\nbuilding\n  54% tactics\n"
+    said += r"  \d\.\d s\ncalibrating\n  3 of 9 layers\n"
     assert re.match(said, capsys.readouterr().out)
 
 

@@ -11,6 +11,8 @@ from threading import Lock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from instantrt.compiler.say import At
+
 console = Console(markup=False, emoji=False)  # paths and names of layers may have brackets and colons
 PAUSE = 10.0  # seconds between lines of what changes all the time
 SPINNER = (SpinnerColumn("line"), TextColumn("{task.description:<60.60}", markup=False))
@@ -57,6 +59,13 @@ class Stages:
             self.bar.add_task(name, total=size or None, rate="")
         else:
             say(name)
+
+    def say(self, text: str) -> None:
+        """A stage begins, or is at `text`."""
+        if isinstance(text, At):
+            self.progress(text)
+        else:
+            self.begin(text)
 
     def progress(self, doing: str, size: int = 0) -> None:
         """`size` more bytes are done; without any, what the stage is at."""

@@ -56,11 +56,11 @@ def main(
     if not find:
         check_reports(folder, request.resolved_targets())
     with Stages() as stages, ExitStack() as stack:
-        planned = plan(request, stages.begin)
+        planned = plan(request, stages.say)
         stack.enter_context(reworded(own_names(planned.model.held, model)))
         data = load_data(planned.model, text, prompt or (), tokens, longest=request.max_length)
         if find:
-            culprits = find_culprits(planned, request, artifacts, data, stages.begin)
+            culprits = find_culprits(planned, request, artifacts, data, stages.say)
             verdicts = []
         else:
             budget, culprits = Budget(**bounds), {}
@@ -75,7 +75,7 @@ def main(
                     staging,
                     forms=chosen,
                     again=True,
-                    say=stages.begin,
+                    say=stages.say,
                 )
     for name, culprit in culprits.items():
         console.print(f"{name}: {culprit}", soft_wrap=True)

@@ -38,7 +38,7 @@ def main(
     from instantrt.compiler.inspect import inspect
 
     with Stages() as stages:
-        say = (lambda text: None) if as_json else stages.begin
+        say = (lambda text: None) if as_json else stages.say
         say(f"reading {model}")
         found = inspect(model, say=say, **options)
     if as_json:

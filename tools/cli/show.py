@@ -46,7 +46,7 @@ class ConsoleWatch(Watch):
         self.kept: list[Callable[[], None]] = []  # what is printed at the end
 
     def say(self, text: str) -> None:
-        self.stages.begin(text)
+        self.stages.say(text)
 
     def planned(self, plan: Plan) -> None:
         constants = map(view_of, plan.model.graph.tensors().values())
