@@ -179,7 +179,7 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
 constexpr int stream_stage(Row const& row, int bits, bool fine) {
     return row.strips * (bits * 128 + (fine ? 128 : 64));
 }
-constexpr int stream_x_row(Row const& row) { return 64 * row.activation_bits / 8; }
+constexpr int stream_x_row(Row const& row) { return stage_k(row) * row.activation_bits / 8; }
 constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int64_t>(m, row.block_m())); }
 constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
     return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);

@@ -71,6 +71,16 @@ __device__ __forceinline__ void unpack(uint32_t (&a)[4], uint4 const& w, int uni
     }
 }
 
+// The one or the other: MMA `part` of the block
+template <class T, int Bits, bool Int8>
+__device__ __forceinline__ void fragment(uint32_t (&a)[4], uint4 const& w, int part,
+                                         Carriers const& c = carriers<T, Bits>()) {
+    if constexpr (Int8)
+        unpack<Bits>(a, w, part);
+    else
+        decode<T, Bits>(a, w, part, c);
+}
+
 // q - 8 as signed bytes, of the low nibbles: 128 + q - 8 borrows from no neighbour
 __device__ __forceinline__ uint32_t less_eight(uint32_t w) {
     return (((w & 0x0f0f0f0f) | 0x80808080) - 0x08080808) ^ 0x80808080;

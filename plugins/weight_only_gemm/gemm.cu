@@ -195,26 +195,11 @@ struct Gemm {
 
     // ---- sums ----
 
-    static __device__ __forceinline__ void multiply(Sum (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
-        if constexpr (kInt8)
-            multiply_add(c, a, b[0], b[1]);
-        else
-            multiply_add<T>(c, a, b[0], b[1]);
-    }
-
     // X += ones * x
     __device__ __forceinline__ void add_up(int j, uint32_t const* x) {
-        uint32_t const one = kInt8 ? 0x01010101u : from_float<T>(1.0f) * 0x10001u;
-        uint32_t const ones[4] = {one, one, one, one};
-        multiply(x_sum[j], ones, x);
-    }
-
-    // The A fragment of a quarter of a step
-    static __device__ __forceinline__ void fragment(uint32_t (&a)[4], uint4 const (&words)[kBlocks], int quarter) {
-        if constexpr (kInt8)
-            unpack<Bits>(a, words[quarter * kBlocks / 4], quarter);
-        else
-            decode<T, Bits>(a, words[quarter * kBlocks / 4], quarter);
+        constexpr uint32_t kOne = kOnesOf<T, Sum>;
+        uint32_t const ones[4] = {kOne, kOne, kOne, kOne};
+        multiply<T>(x_sum[j], ones, x);
     }
 
     template <bool Fine>
@@ -232,10 +217,10 @@ struct Gemm {
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 uint32_t a[4];
-                fragment(a, words[s], quarter);
+                fragment<T, Bits, kInt8>(a, words[s][quarter * kBlocks / 4], quarter);
 #pragma unroll
                 for (int j = 0; j < C; j++)
-                    multiply(sum[s][j], a, kPairs ? x[j / 2] + j % 2 * 2 : x[j] + quarter % 2 * 2);
+                    multiply<T>(sum[s][j], a, kPairs ? x[j / 2] + j % 2 * 2 : x[j] + quarter % 2 * 2);
             }
             if ((quarter + 1) * kBlocks % 4 == 0) load_block(words, quarter * kBlocks / 4);
             if constexpr (kCounts) {
@@ -517,7 +502,7 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
-    if (char const* failed = int8 ? launch_quantize(p, t, stream) : nullptr) return failed;
+    if (char const* failed = launch_quantize(p, t, stream)) return failed;
     GemmArgs const args{
         int8 ? reinterpret_cast<unsigned char const*>(rows.values) : static_cast<unsigned char const*>(t.x),
         rows,

@@ -288,7 +288,7 @@ struct Ones {
     Cursor<kHopperSums> sum_at{};
 
     __device__ __forceinline__ void run() {
-        constexpr uint32_t kOne = std::is_same<T, Half>::value ? 0x3c003c00 : 0x3f803f80;
+        constexpr uint32_t kOne = kOnesOf<T>;
         constexpr uint32_t ones[4] = {kOne, kOne, kOne, kOne};
         int const inside = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
         for (int turn = 0; S::left(p, turn); turn++)

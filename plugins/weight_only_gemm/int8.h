@@ -24,6 +24,7 @@ inline Int8Rows int8_rows(wog_problem const& p, void* workspace) {
 // Where element k of a row lies: position 4t + i of each 16 holds k = [2t, 2t + 8, 2t + 1, 2t + 9][i].
 __device__ __forceinline__ int int8_position(int k) { return (k & ~15) + (k % 8 / 2) * 4 + k % 2 * 2 + k % 16 / 8; }
 
+// If x is to be int8; else nothing is launched
 char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream);
 // Of 16-bit x: [K / group, padded_rows(M)]
 char const* launch_sums(wog_problem const& p, wog_tensors const& t, float* sums, void* stream);

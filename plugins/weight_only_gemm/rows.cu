@@ -174,6 +174,7 @@ char const* launch_rows(void (*kernel)(RowsArgs), wog_problem const& p, RowsArgs
 }  // namespace
 
 char const* launch_quantize(wog_problem const& p, wog_tensors const& t, void* stream) {
+    if (p.activation_bits != 8) return nullptr;
     Int8Rows const to = int8_rows(p, t.workspace);
     auto* const kernel = p.type == WOG_F16 ? rows<Half, true> : rows<Bfloat, true>;
     return launch_rows(kernel, p, {nullptr, to.values, to.scales, to.sums, to.pitch}, t, stream);

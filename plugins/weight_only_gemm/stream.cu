@@ -104,7 +104,7 @@ struct Streamer {
     int row_moves[C];
     float acc[S][C][4] = {};
     Sum sum[S][C][4], x_sum[C][4];
-    static constexpr uint32_t kOne = kInt8 ? 0x01010101 : std::is_same<T, Half>::value ? 0x3c003c00 : 0x3f803f80;
+    static constexpr uint32_t kOne = kOnesOf<T, Sum>;
     uint32_t const ones[4] = {keep<0>(kOne), keep<1>(kOne), keep<2>(kOne), keep<3>(kOne)};
     Carriers const carrier{keep(carriers<T, Bits>().low), keep(carriers<T, Bits>().high)};
 
@@ -244,28 +244,14 @@ struct Streamer {
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 uint32_t a[4];
-                fragment(a, words[s][part * kBlocks / kParts], part);
+                fragment<T, Bits, kInt8>(a, words[s][part * kBlocks / kParts], part, carrier);
 #pragma unroll
-                for (int j = 0; j < C; j++) multiply(sum[s][j], a, x[j] + part % 2 * 2);
+                for (int j = 0; j < C; j++) multiply<T>(sum[s][j], a, x[j] + part % 2 * 2);
             }
 #pragma unroll
-            for (int j = 0; j < C; j++) multiply(x_sum[j], ones, x[j] + part % 2 * 2);
+            for (int j = 0; j < C; j++) multiply<T>(x_sum[j], ones, x[j] + part % 2 * 2);
             if (Fine && part % kHalf == kHalf - 1 && part / kHalf < units_left) finish_group(part / kHalf);
         }
-    }
-
-    // The A fragment of a part of a step
-    __device__ __forceinline__ void fragment(uint32_t (&a)[4], uint4 const& words, int part) const {
-        if constexpr (kInt8)
-            unpack<Bits>(a, words, part);
-        else
-            decode<T, Bits>(a, words, part, carrier);
-    }
-    static __device__ __forceinline__ void multiply(Sum (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
-        if constexpr (kInt8)
-            multiply_add(c, a, b[0], b[1]);
-        else
-            multiply_add<T>(c, a, b[0], b[1]);
     }
 
     __device__ __forceinline__ void clear() {
@@ -463,7 +449,7 @@ char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan c
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
-    if (char const* failed = int8 ? launch_quantize(p, t, stream) : nullptr) return failed;
+    if (char const* failed = launch_quantize(p, t, stream)) return failed;
     StreamArgs const args{static_cast<unsigned char const*>(int8 ? rows.values : t.x),
                           rows.scales,
                           static_cast<unsigned char const*>(t.codes),

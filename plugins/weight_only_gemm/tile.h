@@ -40,6 +40,22 @@ char const* launch_parts(void (*kernel)(Args), Args const& args, wog_problem con
     return failed || !args.partials ? failed : launch_epilogue(p, t, args.partials, plan.splits, stream);
 }
 
+// c += a * b: of 16-bit x with sums in fp32, of int8 x in int32
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
+    multiply_add<T>(c, a, b[0], b[1]);
+}
+template <class T>
+__device__ __forceinline__ void multiply(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
+    multiply_add(c, a, b[0], b[1]);
+}
+
+// A register of ones, whose products with x are sums of x
+template <class T, class Sum = float>
+constexpr uint32_t kOnesOf = std::is_same<Sum, int32_t>::value ? 0x01010101
+                             : std::is_same<T, Half>::value    ? 0x3c003c00
+                                                               : 0x3f803f80;
+
 // P - (z - c) * X, P of codes less c (16-bit x) or, in whole numbers, as they are (int8 x)
 template <int Bits>
 __device__ __forceinline__ float corrected(float product, float x, float center_less_zero) {

@@ -252,7 +252,7 @@ struct Tiler {
     // X of all steps of a side
     __device__ __forceinline__ void count_all() {
         // x as the other operand, its rows those of the sums: one that is not finite stays in its own
-        uint32_t const one = from_float<T>(1.0f) * 0x10001u;
+        constexpr uint32_t one = kOnesOf<T>;
         int const rows_at = wk * kX + (wm * (C * 8) + lane % 16) * 128 + ((lane / 16) ^ lane % 8) * 16;
         float sums[C / 2][4] = {};
 #pragma unroll 1
