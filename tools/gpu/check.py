@@ -164,12 +164,13 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
         help="tune: these, as 'int4 g64,a8w4 g128'; else " + ", ".join(layers.TUNED),
     )  # fmt: skip
     args = options.parse_args(words)
-    for case, name in product(layers.cases(args.quick, args.layers), args.formats):
-        (_, k), (_, group, _) = layers.size(layers.parse_case(case)[0]), layers.parse_format(name)
-        if group and k % group:
-            options.error(f"--formats: {name!r} does not divide K = {k} of {case}; name layers by --layers")
     began = time.monotonic()
     plan = PARTS.get(args.part, ShortRun(tuple(STAGES), args.quick, False, float("inf")))
+    quick = plan.quick or args.quick
+    for layer, name in product(layers.names(quick, args.layers), args.formats):
+        (_, k), (_, group, _) = layers.size(layer), layers.parse_format(name)
+        if group and k % group:
+            options.error(f"--formats: {name!r} does not divide K = {k} of {layer}; name layers by --layers")
     stages: list[str] = args.stages or list(plan.stages)
 
     before = query(QUERY)
@@ -177,7 +178,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     out = args.out.with_name(args.out.name + ".json")
     report = earlier(out, {"commit": commit(), "sources": sources(), "gpu": before["name"]})
     report |= {"before": report.get("before", before), "torch": metadata.version("torch")}
-    sm, quick = int(query("compute_cap")["compute_cap"].replace(".", "")), plan.quick or args.quick
+    sm = int(query("compute_cap")["compute_cap"].replace(".", ""))
     gpu = GpuRun(sm, quick, report, plan.native, out=out, layers=args.layers, formats=args.formats)
     expected = {name: STAGES[name].expected[quick] for name in stages}
     print(f"{before['name']}: expected {', '.join(f'{n} {s} s' for n, s in expected.items())};", end=" ")

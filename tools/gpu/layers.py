@@ -18,10 +18,13 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 QUICK_ROWS = (1, 8, 16, 64, 512)
 
 
+def names(quick: bool, own: Sequence[str] = ()) -> Sequence[str]:
+    """Layers: `own` ones if there are any."""
+    return own or (QUICK if quick else tuple(LAYERS))
+
+
 def cases(quick: bool, own: Sequence[str] = ()) -> list[str]:
-    """Names of cases, of `own` layers if there are any."""
-    names = own or (QUICK if quick else tuple(LAYERS))
-    return [f"{layer} m={m}" for layer in names for m in (QUICK_ROWS if quick else ROWS)]
+    return [f"{layer} m={m}" for layer in names(quick, own) for m in (QUICK_ROWS if quick else ROWS)]
 
 
 def size(layer: str) -> tuple[int, int]:
