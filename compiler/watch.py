@@ -25,7 +25,7 @@ class Watch:
         """A stage begins: `total` bytes of weights will be written."""
 
     def progress(self, name: str, size: int) -> None:
-        """`size` more of them are, of the tensor `name`; or, with a size of 0, an engine's builder has got so far."""
+        """`size` more of them are, of the tensor `name`."""
 
     def ran(self, ran: Ran) -> None:
         """An artifact ran once, and is what it was made of."""

@@ -91,9 +91,7 @@ class Writer:
         if flavour is not None:
             timings = self.request.timing_cache or timing_cache(self.request.out, target)
             self.watch.say(f"building the engine for {target.name}")
-            engine = build_engine(
-                flavour, settings, files / MODEL, folder, timings, lambda text: self.watch.progress(text, 0)
-            )
+            engine = build_engine(flavour, settings, files / MODEL, folder, timings, self.watch.say)
             return self.complete(replace(artifact, engine=engine), folder)
         for file in files.iterdir():
             os.link(file, folder / file.name)  # no second copy of their bytes

@@ -28,7 +28,7 @@ def main(
         stages.begin(f"reading {kit}")
         found = read_kit(kit)
         stages.begin(f"building the engine for {found.settings.target.name}")
-        artifact = build_kit(found, out, builder, stages.progress)
+        artifact = build_kit(found, out, builder, stages.say)
     engine = artifact.engine or {}
     console.print(f"{out / artifact.path}, built by {PRODUCT[engine['builder']]} {engine['version']}", soft_wrap=True)
     show_engine(artifact.target, engine, every_weight=False)

@@ -18,7 +18,7 @@ from instantrt.compiler.backend.tensorrt.fusion import WEIGHT, Read, weight_read
 from instantrt.compiler.backend.tensorrt.gpu import describe, gpus
 from instantrt.compiler.backend.tensorrt.header import Flavour
 from instantrt.compiler.options import Builder, EngineOptions
-from instantrt.compiler.say import Say
+from instantrt.compiler.say import At, Say
 from instantrt.compiler.target import Target
 from instantrt.passes.core.errors import UserError
 
@@ -136,7 +136,7 @@ def build_engine(
         options=replace(settings.options, timing_cache=timings),
         releases=target.tensorrt,
     )
-    built = build(spec, lambda fraction, phase: say(f"{target.name} {fraction:4.0%} {phase}"))
+    built = build(spec, lambda fraction, phase: say(At(f"{target.name} {fraction:4.0%} {phase}")))
     read = weight_reads(built.layers.read_text("utf-8"), settings.linears)
     return {
         "builder": flavour,
