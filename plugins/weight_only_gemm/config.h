@@ -22,8 +22,10 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // memory (64 KiB on sm_75, 99 KiB on sm_86, 89 and 120) the rows of a tile.
 // Of the rows of kStream, kTile and kHopper the one that should end first is taken. The pace of Hopper's was measured on
 // an H200, but for int8 rings, which have that of the rows of their shape with 16-bit x: they execute less, and memory
-// bounds both. That of the rows for all since Ampere is half of what their loops execute, copies of x with it
-// (docs/facts.md, "What an H200 does", has how it is counted), as the H200 issues two instructions a cycle.
+// bounds both. hopper128x128_sums has that of hopper128x128: a stage of it has as many products with ones as one of
+// hopper128x64 had when that was measured. The pace of the rows for all since Ampere is half of what their loops
+// execute, copies of x with it (docs/facts.md, "What an H200 does", has how it is counted), as the H200 issues two
+// instructions a cycle.
 // Expected of turns: of two stages at g128, 128x128 of 16 bits, tensor cores need 1,024 cycles and 1,840 were measured;
 // scaling the sums, which takes a group of consumers about 500, would be beside the other's products.
 // clang-format off
@@ -69,9 +71,11 @@ constexpr Row kRows[] = {
     {.name = "ring64_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .max_m = 64,
      .warps_n = 4, .warps_m = 2, .strips = 3, .columns = 4, .stages = {5, 3}},
     {.name = "hopper128x64", .kernel = Kernel::kHopper, .sms = kSm90,
-     .warps_n = 8, .columns = 8, .pace = {910, 800}},
-    {.name = "hopper128x128", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .columns = 8, .own_sums = true, .pace = {910, 800}},
+    {.name = "hopper128x128", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 128,
      .warps_n = 8, .columns = 16, .pace = {920, 790}},
+    {.name = "hopper128x128_sums", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .columns = 16, .own_sums = true, .pace = {920, 790}},
     {.name = "int8_hopper128x64", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
      .warps_n = 8, .columns = 8, .pace = {690, 690}},
     {.name = "int8_hopper192x64", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
@@ -83,7 +87,7 @@ constexpr Row kRows[] = {
     {.name = "int8_hopper128x256", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
      .warps_n = 8, .columns = 32, .cluster = 2, .whole_k = true, .fine = false, .pace = {1700, 1700}},
     {.name = "hopper128x64_ordered", .kernel = Kernel::kHopper, .sms = kSm90,
-     .warps_n = 8, .columns = 8, .fine = false, .ordered = true, .candidate = true},
+     .warps_n = 8, .columns = 8, .fine = false, .ordered = true, .own_sums = true, .candidate = true},
     {.name = "hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90,
      .warps_n = 8, .columns = 16, .fine = false, .ordered = true, .candidate = true},
     {.name = "int8_hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90, .activation_bits = 8,
@@ -220,14 +224,13 @@ constexpr int tile_shared(Row const& row, wog_problem const& p, int splits, int 
 }
 
 // kHopper: a ring of stages, as many as fit; floats on their way to the output, of 64 n and so many m for each group of
-// warps; sums of x in slots; barriers, two for each stage and slot. A stage is x, codes, scales, zeros and sums of x,
-// which small tiles make themselves: of a cut that ends with it, or, `fine`, of each 32 k, in which groups end.
+// warps; sums of x in slots; barriers, two for each stage and slot. A stage is x, codes, scales, zeros and, without
+// own_sums, sums of x: of a cut that ends with it, or, `fine`, of each 32 k, in which groups end.
 constexpr int kStagedRows = 32, kStagedPitch = 64 + 4, kHopperSums = 2;
 constexpr bool hopper_fine(Row const& row, wog_problem const& p) { return p.group % stage_k(row) && p.group != p.k; }
-constexpr bool hopper_ones(Row const& row, bool fine) { return row.activation_bits == 16 && row.columns <= 8 && !fine; }
 constexpr int hopper_units(Row const& row, bool fine) { return fine ? stage_k(row) / 32 : 1; }
 constexpr int hopper_stage(Row const& row, int bits, bool fine) {
-    int const sums = hopper_ones(row, fine) ? 0 : row.block_m() * 4, affine = row.block_n() * 4;
+    int const sums = row.own_sums ? 0 : row.block_m() * 4, affine = row.block_n() * 4;
     int const x = row.block_m() * 128, codes = row.block_n() * stage_k(row) * bits / 8;
     return (x + codes + hopper_units(row, fine) * (affine + sums) + 1023) / 1024 * 1024;
 }
@@ -290,8 +293,7 @@ constexpr Int8Buffers int8_buffers(int64_t m, int64_t k, int64_t group) {
 // Where partial sums start in the workspace: after what rows.cu leaves there
 constexpr int64_t before_partials(Row const& row, wog_problem const& p) {
     if (p.activation_bits == 8) return int8_buffers(p.m, p.k, p.group).total;
-    bool const sums = row.kernel == Kernel::kHopper && !hopper_ones(row, hopper_fine(row, p));
-    return sums ? row_sums_bytes(p.m, p.k, p.group) : 0;
+    return row.kernel == Kernel::kHopper && !row.own_sums ? row_sums_bytes(p.m, p.k, p.group) : 0;
 }
 inline float* partials(Row const& row, wog_problem const& p, void* workspace) {
     return reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + before_partials(row, p));

@@ -6,7 +6,7 @@
 // rows of x for both.
 //
 //     loaders (warps 0, 1)   128 bytes of rows of x; codes, and at a cut scales and zeros   full[stage] -> all others
-//     sums (warps 2, 3)      C = 8: X, in the tensor cores, by a matrix of ones             sum_full[slot] -> consumers
+//     sums (warps 2, 3)      own_sums: X, in the tensor cores, by a matrix of ones          sum_full[slot] -> consumers
 //     consumers              64 n each: codes to registers, multiply, scale, store        empty[stage], sum_empty[slot]
 //
 // `ordered`: the groups of consumers take turns, so that one scales its sums and decodes while another multiplies. Else
@@ -16,12 +16,12 @@
 //
 // Arithmetic: P = sum of x * (q - c), in the tensor cores, c = 8 or 128, X = sum of x. At each cut, the end of a
 // group, of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long), acc += s
-// * (P - (z - c) * X), all in fp32. From 128 rows X is rows.cu's, of a whole group: counted where the group ends. For
+// * (P - (z - c) * X), all in fp32. Without own_sums X is rows.cu's, of a whole group: counted where the group ends. For
 // int8, sums are whole numbers, X is rows.cu's, cuts are those of groups and parts, and s_x follows: y = s_x * acc.
 // With one group, its sums turn into the result where they are.
 //
 // Where groups are multiples of a stage's k, 64 or 128, or all of K, cuts stand at ends of stages. Else (Fine) after any 32
-// k, with scales, zeros and X (rows.cu's) of each in its stage.
+// k, with scales, zeros and X, if it is rows.cu's, of each in its stage.
 //
 // Room for experts, products of one shape whose numbers of rows only the device knows: item() alone says where a tile
 // lies, so that an expert adds where its rows of x, its codes and its scales begin, and the rest stays.
@@ -40,7 +40,7 @@ namespace {
 struct HopperArgs {
     TensorMap x;
     float const* scales;  // of rows, for int8
-    float const* sums;    // [K / group, pitch]: X, for int8 or from 128 rows
+    float const* sums;    // [K / group, pitch]: X, without own_sums
     int64_t pitch;
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
@@ -61,7 +61,7 @@ struct Item {
     int m0, n0, first, last;  // rows of x and of codes; stages
 };
 
-// The cuts of an item that end with stages, for every role; where they end inside, there is one
+// The cuts of an item that end with stages, for loaders; where they end inside, there is one
 template <int Longest, bool Fine>
 struct Cuts {
     int stage, last, group, group_end, per_group;
@@ -79,6 +79,28 @@ struct Cuts {
     __device__ __forceinline__ void next() {
         stage = end();
         if (stage == group_end) group++, group_end += per_group;
+    }
+};
+
+// The next cut, wherever it stands: units to the end of the item and of the group; since the cut before
+template <class S>
+struct Span {
+    int left, group_left, since = 0;
+
+    __device__ __forceinline__ Span(HopperArgs const& p, Item const& item) {
+        int const unit = item.first * S::kUnits, end = item.last * S::kUnits;
+        left = (end < p.units ? end : p.units) - unit;  // K may not fill the last stage
+        group_left = p.group_units - unit % p.group_units;
+    }
+    // Goes over a unit; does a cut end with it?
+    __device__ __forceinline__ bool next() {
+        left--, group_left--, since++;
+        return left == 0 || group_left == 0 || since == S::kLongest;
+    }
+    __device__ __forceinline__ bool ends_group() const { return group_left == 0; }
+    __device__ __forceinline__ void begin(HopperArgs const& p) {
+        since = 0;
+        if (ends_group()) group_left = p.group_units;
     }
 };
 
@@ -104,7 +126,7 @@ struct Shape {
     static constexpr int kBlockM = kRow.block_m(), kBlockN = kRow.block_n(), kStrips = kBlockN / 16;
     static constexpr int kStages = hopper_stages(kRow, Bits, Fine), kBlocks = stage_k(kRow) * Bits / 256,
                          kThreads = kRow.threads();
-    static constexpr bool kOnes = hopper_ones(kRow, Fine), kInt8 = kRow.activation_bits == 8, kFine = Fine;
+    static constexpr bool kOwnSums = kRow.own_sums, kInt8 = kRow.activation_bits == 8, kFine = Fine;
     static constexpr int kUnits = hopper_units(kRow, Fine);
     static constexpr int kLongest = kInt8 ? kNever : wog::kLongest * kUnits;  // units from one cut to the next
     using Cuts = wog::Cuts<Fine ? kNever : kLongest, Fine>;
@@ -112,8 +134,8 @@ struct Shape {
     static constexpr int kX = kAffine + kUnits * kBlockN * 4, kStage = hopper_stage(kRow, Bits, Fine);
     static constexpr int kTile = kStages * kStage, kSums = kTile + W * kStagedRows * kStagedPitch * 4;
     static constexpr int kBarriers = kSums + kHopperSums * kBlockM * 4;
-    static constexpr int kReaders = W * 4 + (kOnes ? 2 : 0);  // warps that read a stage
-    static constexpr int kPitch = kBlockN + 4;                // of a tile on its way through a cluster
+    static constexpr int kReaders = W * 4 + (kOwnSums ? 2 : 0);  // warps that read a stage
+    static constexpr int kPitch = kBlockN + 4;                   // of a tile on its way through a cluster
     static_assert(kBarriers + 2 * (kStages + kHopperSums) * 8 == hopper_bytes(kRow, Bits, Fine), "as planned");
     static_assert(kStages >= 3 && kStage % 1024 == 0 && kCodes / kCluster % 1024 == 0, "the swizzle repeats");
     static_assert(kBlockM * kPitch * 4 <= kTile, "a tile takes the place of the stages");
@@ -252,7 +274,7 @@ struct Loader {
                 int const last = cut.end() - 1;
 #pragma unroll 1
                 for (int stage = cut.stage; stage <= last; stage++, at.next()) {
-                    bool const ends = !S::kOnes && (S::kFine || stage == last);
+                    bool const ends = !S::kOwnSums && (S::kFine || stage == last);
                     int groups[S::kUnits];
 #pragma unroll
                     for (int& group : groups) group = S::kFine ? units.next() : cut.group;
@@ -276,51 +298,60 @@ struct Loader {
     }
 };
 
-// ---- X: two warps, every second column of 8 m each ----
+// ---- X: two warps, every second 16 rows of x each ----
 
 template <class T, class S>
 struct Ones {
-    static constexpr int kMost = (S::C + 1) / 2;
+    static constexpr int kMine = S::C / 4;
 
     HopperArgs const& p;
     int const lane = threadIdx.x % 32, which = threadIdx.x / 32 - 2;
     Cursor<S::kStages> at{};
     Cursor<kHopperSums> sum_at{};
+    float sum[kMine][4] = {};  // since the last cut
+
+    // x as the first operand, its rows those of the sums: one that is not finite stays in its own
+    __device__ __forceinline__ void add_up(Shared x) {
+        constexpr uint32_t kOne = kOnesOf<T>;
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            uint32_t rows[4];
+            load_matrices(rows, x + i * 4096);
+            multiply_add<T>(sum[i], rows, kOne, kOne);
+        }
+    }
+
+    __device__ __forceinline__ void hand_over() {
+        wait(S::sum_empty(sum_at.slot), sum_at.parity ^ 1);
+        float* const to = S::sums(sum_at.slot) + which * 16 + lane / 4;
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            if (lane % 4 == 0) to[i * 32] = sum[i][0], to[i * 32 + 8] = sum[i][2];
+            sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0;
+        }
+        warp_barrier();
+        if (lane == 0) arrive(S::sum_full(sum_at.slot));
+        sum_at.next();
+    }
 
     __device__ __forceinline__ void run() {
-        constexpr uint32_t kOne = kOnesOf<T>;
-        constexpr uint32_t ones[4] = {kOne, kOne, kOne, kOne};
-        int const inside = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
-        for (int turn = 0; S::left(p, turn); turn++)
-            for (typename S::Cuts cut(p, S::item(p, turn)); cut.left(); cut.next()) {
-                float sum[kMost][4] = {};
+        int const inside = which * 2048 + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+        for (int turn = 0; S::left(p, turn); turn++) {
+            Item const item = S::item(p, turn);
+            Span<S> span(p, item);
+            for (int stage = item.first; stage < item.last; stage++, at.next()) {
+                wait(S::full(at.slot), at.parity);
+                Shared const x = shared_address(S::stage(at.slot)) + inside;
 #pragma unroll 1
-                for (int stage = cut.stage; stage < cut.end(); stage++, at.next()) {
-                    wait(S::full(at.slot), at.parity);
-                    Shared const x = shared_address(S::stage(at.slot)) + inside;
-#pragma unroll 1
-                    for (int half = 0; half < 2; half++)
+                for (int unit = 0; unit < S::kUnits && span.left; unit++) {
 #pragma unroll
-                        for (int i = 0; i < kMost; i++) {
-                            int const j = which + 2 * i;
-                            uint32_t r[4];
-                            load_matrices(r, flip(x + (j < S::C ? j : 0) * 1024, half * 64));
-                            multiply_add<T>(sum[i], ones, r[0], r[1]);
-                            multiply_add<T>(sum[i], ones, r[2], r[3]);
-                        }
-                    S::release(at.slot, lane);
+                    for (int step = 0; step < 4 / S::kUnits; step++)
+                        add_up(flip(x, (unit * (4 / S::kUnits) + step) * 32));
+                    if (span.next()) hand_over(), span.begin(p);
                 }
-                wait(S::sum_empty(sum_at.slot), sum_at.parity ^ 1);
-#pragma unroll
-                for (int i = 0; i < kMost; i++) {
-                    int const j = which + 2 * i;
-                    float* const to = S::sums(sum_at.slot) + j * 8 + lane * 2;
-                    if (lane < 4 && j < S::C) to[0] = sum[i][0], to[1] = sum[i][1];
-                }
-                warp_barrier();
-                if (lane == 0) arrive(S::sum_full(sum_at.slot));
-                sum_at.next();
+                S::release(at.slot, lane);
             }
+        }
     }
 };
 
@@ -398,11 +429,11 @@ struct Consumer {
             uint32_t const pair = pairs[h * 8];
             scale[h] = to_float<T>(uint16_t(pair));
             zero[h] = float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16));
-            if (!S::kOnes && !end) zero[h] = 0.0f;
+            if (!S::kOwnSums && !end) zero[h] = 0.0f;
         }
-        if (S::kOnes) wait(S::sum_full(sum_at.slot), sum_at.parity);
-        auto const* const x = S::kOnes ? S::sums(sum_at.slot)
-                                       : reinterpret_cast<float const*>(S::stage(slot) + S::kX) + unit * S::kBlockM;
+        if (S::kOwnSums) wait(S::sum_full(sum_at.slot), sum_at.parity);
+        auto const* const x = S::kOwnSums ? S::sums(sum_at.slot)
+                                          : reinterpret_cast<float const*>(S::stage(slot) + S::kX) + unit * S::kBlockM;
 #pragma unroll
         for (int j = 0; j < C; j++) {
             float const x_sum[2] = {x[j * 8 + 2 * t], x[j * 8 + 2 * t + 1]};
@@ -415,7 +446,7 @@ struct Consumer {
                     acc[j][i] += v;
             }
         }
-        if (S::kOnes) {
+        if (S::kOwnSums) {
             warp_barrier();
             if (lane == 0) arrive(S::sum_empty(sum_at.slot));
             sum_at.next();
@@ -477,8 +508,7 @@ struct Consumer {
     // Groups end inside stages: a part is 32 k, and each may end a cut. While one group of warps scales its sums another
     // multiplies.
     __device__ __forceinline__ void accumulate_fine(Item const& item) {
-        int const unit = item.first * kParts, end = item.last * kParts;
-        Span span{(end < p.units ? end : p.units) - unit, p.group_units - unit % p.group_units, 0};
+        Span<S> span(p, item);
 #pragma unroll 1
         for (int stage = item.first; stage < item.last; stage++, at.next()) {
             wait(S::full(at.slot), at.parity);
@@ -487,20 +517,14 @@ struct Consumer {
             S::release(at.slot, lane);
         }
     }
-    struct Span {
-        int left, group_left, since;  // units to the end of the item and of the group; since the last cut
-    };
     template <int Part>
-    __device__ __forceinline__ void multiply_parts(Span& span) {
+    __device__ __forceinline__ void multiply_parts(Span<S>& span) {
         if (span.left == 0) return;  // of a last stage that K does not fill
         multiply<Part>(at.slot, span.since > 0);
         if constexpr (Part + 1 < kParts) decode_part<Part + 1>(at.slot);
         warpgroup_wait<0>();
         settle(sum);
-        span.left--, span.group_left--, span.since++;
-        bool const end = span.group_left == 0;
-        if (end || span.left == 0 || span.since == S::kLongest) promote(at.slot, Part, end), span.since = 0;
-        if (end) span.group_left = p.group_units;
+        if (span.next()) promote(at.slot, Part, span.ends_group()), span.begin(p);
         if constexpr (Part + 1 < kParts) multiply_parts<Part + 1>(span);
     }
 
@@ -636,7 +660,7 @@ __global__ void __launch_bounds__(kRows[I].threads(), 1) hopper(__grid_constant_
             keep_registers<S::kProducerRegisters>();
             if (warp == 0) Loader<S>{p}.send_weights();
             if (warp == 1) Loader<S>{p}.send_x();
-            if constexpr (S::kOnes)
+            if constexpr (S::kOwnSums)
                 if (warp >= 2) Ones<T, S>{p}.run();
             if (p.turns > p.whole && S::left(p, p.whole)) {
                 warp_barrier();
@@ -689,8 +713,7 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
                     hopper_takes_turns(row, p)};
     void const* const x = int8 ? rows.values : t.x;
     char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
-    if (!failed && !hopper_ones(row, fine))
-        failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
+    if (!failed && !row.own_sums) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
     dim3 const cluster(std::max(row.cluster, plan.splits));
     Grid const grid{dim3(clusters * cluster.x), plan.threads, size_t(plan.shared), cluster, /*overlap=*/true};

@@ -34,6 +34,7 @@ struct Row {
     bool whole_k = false;    // takes only groups that are all of K
     bool fine = true;        // takes groups that end inside its steps
     bool ordered = false;    // kHopper: groups of consumers take turns to multiply
+    bool own_sums = false;   // kHopper, 16-bit x: sums rows of x itself, no kernel does before
     bool candidate = false;  // not measured yet: taken where it is pinned, or by a measured choice
     // For codes of 4 and 8 bits, beside rows of one kernel: kStream's picoseconds (Hopper's rows) or cycles for 64 k of
     // a strip, cycles of the others for a stage

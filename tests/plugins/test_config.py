@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from instantrt.plugins.weight_only_gemm.op import check
+from instantrt.tools.gpu.layers import LAYERS
 from instantrt.tools.gpu.library import LaunchRefusedError
 from tests.plugins.kernels import SOURCE, Emulated, problem
 
@@ -26,7 +27,8 @@ Kernels = dict[int, Emulated]
         ({"m": 1, "sm": 80}, "ring8_ampere"), ({"m": 8, "sm": 120}, "ring8_ampere"),
         ({"m": 9, "sm": 86}, "ring16_ampere"), ({"m": 1, "n": 37888, "sm": 80}, "ring8_ampere_wide"),
         ({"m": 17}, "ring32"), ({"m": 17, "n": 3584}, "ring32_narrow"), ({"m": 17, "n": 3584, "group": 32}, "ring32"),
-        ({"m": 33}, "ring64"), ({"m": 65}, "hopper128x64"), ({"m": 4097}, "hopper128x128"),
+        ({"m": 33}, "ring64"), ({"m": 65}, "hopper128x64"), ({"m": 128, "n": 37888}, "hopper128x128_sums"),
+        ({"m": 128, "n": 37888, "group": 32}, "hopper128x128_sums"), ({"m": 4097}, "hopper128x128"),
         ({"m": 65, "group": 32}, "hopper128x64"), ({"m": 4097, "group": 32}, "hopper128x128"),
         ({"m": 17, "sm": 80}, "ring32_ampere"), ({"m": 33, "sm": 80}, "ring64_ampere"), ({"m": 65, "sm": 80}, "tile64"),
         ({"m": 4097, "sm": 120}, "tile64"),
@@ -89,6 +91,15 @@ def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> N
             library.choose(**problem(row=rows.index("ring8_ampere") + 1, **changes))
     with pytest.raises(LaunchRefusedError, match=r"row \(pinned\) is 99"):
         library.choose(**problem(row=99))
+
+
+def test_one_launch_up_to_128_rows_on_hopper(emulated: Kernels) -> None:
+    """What needs no workspace there has no kernel before it, and none after."""
+    for layer, m, bits in itertools.product(LAYERS, (1, 16, 17, 32, 33, 64, 65, 96, 128), (4, 8)):
+        n, k = LAYERS[layer]
+        for group in (32, 96, 128, k):
+            asked = problem(m=m, n=n, k=k // group * group, bits=bits, group=group)
+            assert emulated[90].library.choose(**asked).workspace == 0, asked
 
 
 def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:

@@ -177,7 +177,9 @@ def test_every_ring_for_hopper(bits: int, row: str) -> None:
             check(prepared(rows(m, k, F16), weight, options), 2e-5, 1e-5)
 
 
-@pytest.mark.parametrize("row", ["hopper128x128", "hopper128x64", "int8_hopper128x128", "int8_hopper128x64"])
+@pytest.mark.parametrize(
+    "row", ["hopper128x128", "hopper128x128_sums", "hopper128x64", "int8_hopper128x128", "int8_hopper128x64"]
+)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_row_for_hopper(bits: int, row: str) -> None:
     """Those that the table would not choose too: fewer stages than the ring, ragged tiles, groups of every kind."""

@@ -130,7 +130,13 @@ def turns(p: Problem, kernels: Emulated, row: str) -> None:
 
 
 @pytest.mark.parametrize("size", WARPGROUP_SIZES)
-@pytest.mark.parametrize(("row", "kind"), [("hopper128x128", (BF16, 8)), ("hopper128x64", (F16, 4))])
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ("hopper128x128", (BF16, 8)), ("hopper128x64", (F16, 4)),
+        ("hopper128x128_sums", (F16, 4)), ("hopper128x128_sums", (BF16, 8)),
+    ],
+)  # fmt: skip
 def test_warpgroup_products(
     emulated: Kernels, row: str, kind: tuple[np.dtype, int], size: tuple[int, int, int, int]
 ) -> None:

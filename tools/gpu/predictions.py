@@ -150,7 +150,8 @@ def estimate(plan: LaunchPlan, gpu: Card, n: int, k: int, m: int, bits: int, gro
         TENSOR: most * products * gpu.product / gpu.mhz,
     }
     limit = max(times, key=lambda name: times[name])
-    fixed = KERNEL + MEETING * (plan.splits > 1) + SUMS * (m > 64)
+    sums_before = plan.kernel.startswith("hopper") and plan.workspace > 0
+    fixed = KERNEL + MEETING * (plan.splits > 1) + SUMS * sums_before
     if fixed > times[limit]:
         return Estimate(fixed + times[limit], plan.in_flight, NODES)
     uneven = limit in (INSTRUCTIONS, TENSOR) and most > 1.25 * tiles / gpu.count
