@@ -101,7 +101,9 @@ constexpr int kLatency = 2000;  // cycles of the fastest clock, of memory under 
 
 // The least time, in cycles: waves of blocks, each of them its steps at the pace of the tensor cores or of what comes in,
 // then its sums.
-Tiling choose_tiling(wog_problem const& p, Row const& row) {
+Tiling choose_tiling(wog_problem p, Row const& row) {
+    if (p.batch_invariant) p.m = row.block_m();  // for many rows of x as for few
+    int const rows = ceil_div(p.m, row.block_m());
     int const steps = ceil_div(p.k, 64 * row.warps_k), sides = row.warps_k * row.warps_m;
     bool const hopper = for_hopper(row);
     Pace const& pace = pace_of(p.sm);
@@ -110,14 +112,15 @@ Tiling choose_tiling(wog_problem const& p, Row const& row) {
         for (int warps_n = hopper ? 4 : 2; warps_n <= row.warps_n; warps_n += hopper ? 2 : 1) {  // whole warpgroups
             if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
-            int const tiles = ceil_div(p.n, warps_n * row.strips * 16);
+            int const tiles = ceil_div(p.n, warps_n * row.strips * 16) * rows;
             if (!p.splits && !may_divide(p, tiles, splits)) continue;
             int const places = std::max(1, (in_cluster(p) ? usable(p, splits) : p.sm_count) / splits);
-            int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * 4;
+            int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * x_row(row) / 32;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
             int const arrive = hopper ? bytes * 10 / pace.bytes : kLatency / (row.stages[p.bits == 8] - 1);
             int64_t const step = std::max(products * pace.product / 10 + 100, arrive);
-            int64_t const end = splits > 1 && hopper ? 2500 + p.m * warps_n * row.strips * 4 : 1000;
+            int64_t const end =
+                splits > 1 && hopper ? 2500 + std::min<int64_t>(p.m, row.block_m()) * warps_n * row.strips * 4 : 1000;
             int64_t const blocks = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
             int64_t const time = hopper ? blocks : read_duration(p, blocks, splits);
             if (!best.warps_n || time < best.cycles) best = {warps_n, splits, time};
@@ -144,16 +147,10 @@ HopperPlan hopper_plan(wog_problem const& p, int tiles, int stages) {
     return best;
 }
 
-// Of a format and an sm there is one such row. Where a row of x lies in a tile, and what lies beside it, changes nothing
-// in its sums.
-constexpr bool same_for_any_m(Row const& row) {
-    bool const tiles = row.kernel == Kernel::kGemm || row.kernel == Kernel::kVolta;
-    return row.kernel == Kernel::kPlain || (tiles && row.max_m == kAny);
-}
-
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
-    if (p.batch_invariant && !same_for_any_m(row)) return false;
+    // Where a row of x lies in a tile, and what lies beside it, changes nothing in its sums: one row for any m is enough.
+    if (p.batch_invariant && !row.any_batch) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library && p.sm != 90)) return false;
     if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
     if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
@@ -165,7 +162,7 @@ bool fits(Row const& row, wog_problem const& p) {
     // what was measured on Hopper is chosen there
     bool const ring = row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
     if (ring && p.sm == 90 && !p.row && !for_hopper(row)) return false;
-    bool const rows = p.row ? p.m <= row.max_m : row.min_m < p.m && p.m <= row.max_m;
+    bool const rows = p.batch_invariant || ((p.row || row.min_m < p.m) && p.m <= row.max_m);
     return bits && rows && row.sms.first <= p.sm && p.sm <= row.sms.last;
 }
 
@@ -200,11 +197,13 @@ int64_t duration(Row const& row, wog_problem const& p) {
 Row const* find_row(wog_problem const& p) {
     if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
     Row const* best = std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
-    bool const timed = best->kernel != Kernel::kGemm && best->kernel != Kernel::kPlain;
+    bool const timed = best->kernel != Kernel::kTuring && best->kernel != Kernel::kPlain;
     for (Row const* row = best; timed && row->kernel == best->kernel; row++)
         if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
     return best;
 }
+
+constexpr int kMostInY = 65535;  // blocks of a grid
 
 // By the model of the time, or what `p` pins
 int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
@@ -223,15 +222,18 @@ int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
     // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
     // others have one each
     bool const clusters = splits > 1 && in_cluster(p), stream = row.kernel == Kernel::kStream;
-    bool const walks = stream || ((row.kernel == Kernel::kGemm || tile) && !clusters);
+    bool const walks = stream || ((row.kernel == Kernel::kTuring || tile) && !clusters);
     int const resident = stream ? stream_resident(row, p, splits) : row.resident;
-    int const fit = std::max(1, usable(p, clusters ? splits : 1) * resident / (grid_m * splits));
+    // Not where that would leave more multiprocessors idle at the end than tiles of n one by one
+    int const places = usable(p, clusters ? splits : 1) * resident, fit = std::max(1, places / (grid_m * splits));
+    int const walked = ceil_div(tiles, fit) * ceil_div(grid_m * splits, places);
+    int const most = walked <= ceil_div(int64_t(tiles) * grid_m * splits, places) ? fit : kMostInY;
     int64_t const partials = sums_meet_in_memory(p, splits) ? splits * rows_of_a_turn(p, splits) * p.n * 4 : 0;
     plan = {row.name,
             int32_t(&row - kRows),
             splits,
             grid_m,
-            walks ? std::min(tiles, fit) : tiles,
+            walks ? std::min(tiles, most) : tiles,
             row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
             tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials,
@@ -359,8 +361,8 @@ int wog_launch(wog_problem const* problem, wog_tensors const* tensors, void* str
 #ifdef WOG_VOLTA
     auto* const run = kRows[plan.row].kernel == Kernel::kVolta ? launch_volta : launch_plain;
 #else
-    decltype(&launch_gemm) const launchers[] = {launch_plain,  launch_gemm, launch_dense,
-                                                launch_stream, launch_tile, launch_hopper};  // by Kernel
+    decltype(&launch_turing) const launchers[] = {launch_plain,  launch_turing, launch_dense,
+                                                  launch_stream, launch_tile,   launch_hopper};  // by Kernel
     auto* const run = launchers[int(kRows[plan.row].kernel)];
 #endif
     int64_t const at_once = rows_of_a_turn(p, plan.splits);

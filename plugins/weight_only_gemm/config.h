@@ -63,13 +63,19 @@ constexpr Row kRows[] = {
     {.name = "ring32_narrow", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32,
      .warps_n = 8, .warps_k = 2, .strips = 2, .columns = 4, .stages = {7, 4}, .fine = false},
     {.name = "ring64", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 64,
-     .warps_n = 6, .warps_m = 2, .strips = 3, .columns = 4, .stages = {10, 7}},
+     .warps_n = 6, .warps_m = 2, .strips = 3, .columns = 4, .stages = {10, 7}, .any_batch = true},
     {.name = "ring64_narrow", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 64,
      .warps_n = 8, .warps_m = 2, .strips = 2, .columns = 4, .stages = {11, 8}, .fine = false},
     {.name = "ring32_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .max_m = 32,
      .warps_n = 4, .warps_k = 2, .strips = 3, .columns = 4, .stages = {3, 2}},
-    {.name = "ring64_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .max_m = 64,
-     .warps_n = 4, .warps_m = 2, .strips = 3, .columns = 4, .stages = {5, 3}},
+    {.name = "ring64_ampere", .kernel = Kernel::kTile, .sms = kFrom80,
+     .warps_n = 4, .warps_m = 2, .strips = 3, .columns = 4, .stages = {5, 3}, .any_batch = true},
+    {.name = "int8_ring32", .kernel = Kernel::kTile, .sms = kSm90, .max_m = 32, .activation_bits = 8,
+     .warps_n = 6, .warps_k = 2, .strips = 3, .columns = 4, .stages = {7, 4}, .any_batch = true},
+    {.name = "int8_ring32_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .max_m = 32, .activation_bits = 8,
+     .warps_n = 4, .warps_k = 2, .strips = 3, .columns = 4, .stages = {4, 2}},
+    {.name = "int8_ring64_ampere", .kernel = Kernel::kTile, .sms = kFrom80, .activation_bits = 8,
+     .warps_n = 4, .warps_m = 2, .strips = 3, .columns = 4, .stages = {6, 4}, .any_batch = true},
     {.name = "hopper128x64", .kernel = Kernel::kHopper, .sms = kSm90,
      .warps_n = 8, .columns = 8, .own_sums = true, .pace = {910, 800}},
     {.name = "hopper128x128", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 128,
@@ -92,24 +98,18 @@ constexpr Row kRows[] = {
      .warps_n = 8, .columns = 16, .fine = false, .ordered = true, .candidate = true},
     {.name = "int8_hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90, .activation_bits = 8,
      .warps_n = 8, .columns = 16, .fine = false, .ordered = true, .candidate = true},
-    {.name = "tile64", .kernel = Kernel::kGemm, .sms = kFrom80,
-     .warps_n = 8, .columns = 8, .stages = {4, 2}},
-    {.name = "stream8_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 8,
+    {.name = "stream8_turing", .kernel = Kernel::kTuring, .sms = kSm75, .max_m = 8,
      .warps_k = 8, .strips = 2, .stages = {4, 2}},
-    {.name = "stream16_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 16,
+    {.name = "stream16_turing", .kernel = Kernel::kTuring, .sms = kSm75, .max_m = 16,
      .warps_k = 4, .strips = 2, .columns = 2, .stages = {4, 2}},
-    {.name = "tile32_turing", .kernel = Kernel::kGemm, .sms = kSm75,
-     .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 2}, .resident = 2},
-    {.name = "int8_tile32", .kernel = Kernel::kGemm, .sms = kFrom80, .max_m = 32, .activation_bits = 8,
-     .warps_n = 4, .warps_k = 2, .strips = 2, .columns = 4, .stages = {2, 1}},
-    {.name = "int8_tile64", .kernel = Kernel::kGemm, .sms = kFrom80, .activation_bits = 8,
-     .warps_n = 4, .strips = 2, .columns = 8, .resident = 2},
-    {.name = "int8_stream8_turing", .kernel = Kernel::kGemm, .sms = kSm75, .max_m = 8, .activation_bits = 8,
+    {.name = "tile32_turing", .kernel = Kernel::kTuring, .sms = kSm75,
+     .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 2}, .resident = 2, .any_batch = true},
+    {.name = "int8_stream8_turing", .kernel = Kernel::kTuring, .sms = kSm75, .max_m = 8, .activation_bits = 8,
      .warps_k = 8, .strips = 2, .stages = {2, 1}},
-    {.name = "int8_tile32_turing", .kernel = Kernel::kGemm, .sms = kSm75, .activation_bits = 8,
-     .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 1}, .resident = 2},
+    {.name = "int8_tile32_turing", .kernel = Kernel::kTuring, .sms = kSm75, .activation_bits = 8,
+     .warps_n = 4, .strips = 2, .columns = 4, .stages = {2, 1}, .resident = 2, .any_batch = true},
     {.name = "plain", .kernel = Kernel::kPlain, .sms = kFrom75, .activation_bits = 0,
-     .strips = 2, .resident = 4},
+     .strips = 2, .resident = 4, .any_batch = true},
 };
 // clang-format on
 #endif
@@ -140,7 +140,7 @@ static_assert(paces_are_there(), "a row of kStream or kHopper has a pace, or is 
 // Not where int8 sums of whole groups are read as they are
 constexpr bool splits_k(Row const& row) {
     if (row.kernel == Kernel::kHopper) return row.cluster == 1;
-    if (row.kernel == Kernel::kGemm) return row.activation_bits == 16 || row.warps_k > 1;
+    if (row.kernel == Kernel::kTuring) return row.activation_bits == 16 || row.warps_k > 1;
     return row.kernel != Kernel::kPlain && row.kernel != Kernel::kDense;
 }
 
@@ -155,15 +155,21 @@ constexpr int usable(wog_problem const& p, int blocks) { return blocks > 2 ? p.s
 constexpr int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 constexpr int64_t align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// A step is 128 bytes of a row of x, 64 of int8 in kStream; a chunk, the steps that x comes in
-constexpr int stage_k(Row const& row) { return row.activation_bits == 8 && row.kernel != Kernel::kStream ? 128 : 64; }
-constexpr int gemm_chunk(Row const& row, int bits) { return row.stages[bits == 8] % 2 ? 1 : 2; }
+// A step is 64 k, but in kTuring and kHopper 128 of int8 x: 128 or 64 bytes of a row of x
+constexpr int stage_k(Row const& row) {
+    bool const wide = row.kernel == Kernel::kTuring || row.kernel == Kernel::kHopper;
+    return row.activation_bits == 8 && wide ? 128 : 64;
+}
+constexpr int x_row(Row const& row) { return stage_k(row) * row.activation_bits / 8; }
 
-// Shared memory of kGemm: rows of x (few where it streams: they may all fit), and how many steps have a place
-constexpr int gemm_x_rows(Row const& row, int64_t m) {
+// kTuring: steps that x comes in together
+constexpr int turing_chunk(Row const& row, int bits) { return row.stages[bits == 8] % 2 ? 1 : 2; }
+
+// Shared memory of kTuring: rows of x (few where it streams: they may all fit), and how many steps have a place
+constexpr int turing_x_rows(Row const& row, int64_t m) {
     return row.warps_n == 1 ? int(std::min<int64_t>(m, row.block_m())) : row.block_m();
 }
-constexpr int gemm_shared(Row const& row, int x_rows, int x_steps) {
+constexpr int turing_shared(Row const& row, int x_rows, int x_steps) {
     int const sums = row.warps_k * 2 * row.block_m() * 4, tile = row.warps_k * row.block_m() * (row.block_n() + 4) * 4;
     return 128 + row.warps_k * x_steps * x_rows * 128 + sums + tile;
 }
@@ -172,10 +178,10 @@ constexpr int shared_limit(int sm, int resident) {
     int const kib = sm < 80 ? 64 : sm == 80 ? 164 : sm == 90 || sm == 100 || sm == 103 ? 228 : 100;
     return (kib / resident - (sm < 80 ? 0 : 1)) * 1024;
 }
-constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
-    int const chunk = gemm_chunk(row, p.bits), most = ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
+constexpr int turing_x_steps(Row const& row, wog_problem const& p, int splits) {
+    int const chunk = turing_chunk(row, p.bits), most = ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
     int const all = ceil_div(most, chunk) * chunk, two = 2 * chunk;
-    bool const fit = gemm_shared(row, gemm_x_rows(row, p.m), all) <= shared_limit(p.sm, row.resident);
+    bool const fit = turing_shared(row, turing_x_rows(row, p.m), all) <= shared_limit(p.sm, row.resident);
     return row.warps_n == 1 && (all <= two || fit) ? all : two;
 }
 
@@ -183,7 +189,6 @@ constexpr int gemm_x_steps(Row const& row, wog_problem const& p, int splits) {
 constexpr int stream_stage(Row const& row, int bits, bool fine) {
     return row.strips * (bits * 128 + (fine ? 128 : 64));
 }
-constexpr int stream_x_row(Row const& row) { return stage_k(row) * row.activation_bits / 8; }
 constexpr int stream_x_rows(Row const& row, int64_t m) { return int(std::min<int64_t>(m, row.block_m())); }
 constexpr int stream_x_steps(Row const& row, wog_problem const& p, int splits) {
     return ceil_div(ceil_div(p.k, stage_k(row)), splits * row.warps_k);
@@ -193,7 +198,7 @@ constexpr int stream_x_places(Row const& row, wog_problem const& p, int splits) 
     return for_hopper(row) ? stream_x_steps(row, p, splits) : row.stages[p.bits == 8];
 }
 constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
-    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * stream_x_row(row), ring = row.stages[p.bits == 8];
+    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * x_row(row), ring = row.stages[p.bits == 8];
     return 128 + row.warps_k * (ring * stream_stage(row, p.bits, p.group % 64 != 0) +
                                 stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
 }
@@ -213,7 +218,8 @@ constexpr int kTileStages = 32;
 constexpr int tile_units(wog_problem const& p) { return p.group % 64 ? 2 : 1; }  // groups of 64 k
 constexpr int tile_stage(Row const& row, int bits, int units, int warps_n) {
     int const sums = units * row.block_m() * 4;
-    int const bytes = row.warps_k * (warps_n * row.strips * (bits * 128 + units * 64) + row.block_m() * 128 + sums);
+    int const bytes =
+        row.warps_k * (warps_n * row.strips * (bits * 128 + units * 64) + row.block_m() * x_row(row) + sums);
     return (bytes + 1023) / 1024 * 1024;
 }
 constexpr int tile_shared(Row const& row, wog_problem const& p, int splits, int warps_n) {
@@ -272,7 +278,7 @@ constexpr int shared_bytes(Row const& row, wog_problem const& p, int splits) {
 #ifdef WOG_VOLTA
     return row.kernel == Kernel::kVolta ? volta_shared_bytes(row) : 0;
 #else
-    return row.kernel == Kernel::kGemm     ? gemm_shared(row, gemm_x_rows(row, p.m), gemm_x_steps(row, p, splits))
+    return row.kernel == Kernel::kTuring   ? turing_shared(row, turing_x_rows(row, p.m), turing_x_steps(row, p, splits))
            : row.kernel == Kernel::kStream ? int(stream_shared(row, p, splits))
            : row.kernel == Kernel::kHopper ? hopper_bytes(row, p.bits, hopper_fine(row, p))
                                            : 0;

@@ -9,7 +9,7 @@
 
 namespace wog {
 
-enum class Kernel : int32_t { kPlain, kGemm, kDense, kStream, kTile, kHopper, kVolta };
+enum class Kernel : int32_t { kPlain, kTuring, kDense, kStream, kTile, kHopper, kVolta };
 
 constexpr int64_t kAny = int64_t(1) << 40;
 
@@ -35,6 +35,7 @@ struct Row {
     bool fine = true;        // takes groups that end inside its steps
     bool ordered = false;    // kHopper: groups of consumers take turns to multiply
     bool own_sums = false;   // kHopper, 16-bit x: sums rows of x itself, no kernel does before
+    bool any_batch = false;  // the one of its format and SMs for any m where a batch may not change a row's bits
     bool candidate = false;  // not measured yet: taken where it is pinned, or by a measured choice
     // For codes of 4 and 8 bits, beside rows of one kernel: kStream's picoseconds (Hopper's rows) or cycles for 64 k of
     // a strip, cycles of the others for a stage

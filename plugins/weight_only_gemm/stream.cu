@@ -56,8 +56,8 @@ struct Streamer {
     static constexpr int kGroupUnit = Fine ? 32 : 64, kUnits = 64 / kGroupUnit;  // k that groups are counted in
     static constexpr bool kHopper = for_hopper(kRow);                            // there all of x finds a place
     static constexpr bool kInt8 = kRow.activation_bits == 8;
-    static constexpr int kXRow = stream_x_row(kRow), kPieces = kXRow / 16;  // bytes of a row of x in a step; of 16
-    static constexpr int kParts = kXRow / 32;                               // of a step, one MMA deep
+    static constexpr int kXRow = x_row(kRow), kPieces = kXRow / 16;  // bytes of a row of x in a step; of 16
+    static constexpr int kParts = kXRow / 32;                        // of a step, one MMA deep
     using Sum = std::conditional_t<kInt8, int32_t, float>;
     static_assert(kRow.warps_n == 1 && (S == 2 || S == 4), "strips of a warp are neighbours in the packed layout");
 
@@ -122,13 +122,10 @@ struct Streamer {
             bool const real = row < p.x_rows;
             row_moves[j] = keep(real ? x_step : 0);
             row_at[j] = shared_address(real ? x_place() + row * kXRow : dynamic_shared()) +
-                        turned(lane / 8, lane % 8) * 16 +
+                        turned<kXRow>(lane / 8, lane % 8) * 16 +
                         (kHopper ? -1 : D - 1) * row_moves[j];  // a step before the first
         }
     }
-
-    // Where a row of x has a piece of a step: in its place, that of eight rows would lie in the same banks.
-    static __device__ __forceinline__ int turned(int piece, int row) { return piece ^ (kInt8 ? row / 2 % 4 : row % 8); }
 
     // ---- the stream ----
 
@@ -216,7 +213,7 @@ struct Streamer {
         for (int item = lane; item < p.x_rows * kPieces; item += 32) {
             int const row = item / kPieces, piece = item % kPieces;
             bool const there = m0 + row < p.out.m && at + piece * 16 < pitch;
-            copy_async(to + row * kXRow + turned(piece, row) * 16,
+            copy_async(to + row * kXRow + turned<kXRow>(piece, row) * 16,
                        p.x + (there ? (m0 + row) * pitch + at + piece * 16 : 0), there);
         }
         feed_x = !kHopper && feed_x == D - 1 ? 0 : feed_x + 1;

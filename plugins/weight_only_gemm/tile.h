@@ -50,6 +50,13 @@ __device__ __forceinline__ void multiply(int32_t (&c)[4], uint32_t const (&a)[4]
     multiply_add(c, a, b[0], b[1]);
 }
 
+// Where a row of x has a 16-byte piece of a step: in its place, that of eight rows would lie in the same banks. As bulk
+// copies of tensors have it, too.
+template <int RowBytes>
+__device__ __forceinline__ int turned(int piece, int row) {
+    return piece ^ (RowBytes == 64 ? row / 2 % 4 : row % 8);
+}
+
 // A register of ones, whose products with x are sums of x
 template <class T, class Sum = float>
 constexpr uint32_t kOnesOf = std::is_same<Sum, int32_t>::value ? 0x01010101

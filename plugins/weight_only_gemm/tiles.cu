@@ -1,11 +1,12 @@
-// The kernels of WeightOnlyGemm for some tens of rows of 16-bit x: as stream.cu's, weights and x come through a ring of
-// stages in shared memory, but here the warps of a block stand side by side in n and share what they load of x.
+// The kernels of WeightOnlyGemm for some tens of rows of x, of 16 bits or int8, and, where hopper.cu has none, for more:
+// as stream.cu's, weights and x come through a ring of stages in shared memory, but here the warps of a block stand side
+// by side in n and share what they load of x.
 //
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m). A warp owns S strips of
 // 16 n and C columns of 8 m; two warps ("sides") own the same n, and divide either K (WK) or m (WM).
 //
-// Work split: a block has as many warps in n as fill the device best, walks over tiles of n, gridDim.y apart, and owns
-// a part of K; the blocks with the other parts are a cluster, that has one tile and adds up in its blocks' shared
+// Work split: a block has as many warps in n as fill the device best, owns WM * C * 8 m and a part of K, and walks over
+// tiles of n, gridDim.y apart; the blocks with the other parts of K are a cluster, that has one tile and adds up in its blocks' shared
 // memory, or leave their sums in the workspace for a second kernel.
 //
 // A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. Four warps beside those that
@@ -14,22 +15,26 @@
 // copies and give registers to those that multiply; the others, for all since Ampere, send 16 bytes a lane, and each
 // lane arrives when its own have landed.
 //
-// Arithmetic: as stream.cu's, acc += s * (P - (z - c) * X), with codes as exact integers q - c.
+// Arithmetic: as stream.cu's, acc += s * (P - (z - c) * X), of 16-bit x with codes as exact integers q - c, of int8 x,
+// whose rows' scales come last, in whole numbers.
 //
 // Needs K % 32 == 0, N % 16 == 0, group % 32 == 0, 16-byte aligned pointers: checked by wog_launch.
+#include <type_traits>
 
 #include <async.h>
 
 #include "decode.h"
 #include "epilogue.h"
+#include "int8.h"
 #include "tile.h"
 
 namespace wog {
 namespace {
 
 struct TileArgs {
-    TensorMap x;                // for Hopper's rows
+    TensorMap x;                // for Hopper's rows; of int8 activations their values
     unsigned char const* rows;  // the same, for the others
+    float const* scales;        // of int8 activations their rows'
     unsigned char const* codes;
     uint32_t const* affine;  // (scale, zero) pairs, [K / group][N]
     float* partials;         // [splits][M][N], null where nothing is added up in the workspace
@@ -49,8 +54,11 @@ struct Tiler {
     static constexpr int D = kRow.stages[Bits == 8], kSides = WK * WM, kBlockM = kRow.block_m();
     static constexpr int kBlocks = Bits / 4;     // 512-byte blocks of one strip in a step
     static constexpr int kUnits = Fine ? 2 : 1;  // rows of scales and zeros in a step
-    static constexpr int kX = kBlockM * 128;     // bytes of x in a stage, of one part of K
-    static constexpr int kPitch = S * 16 + 4;    // floats, of one column of a warp on its way out
+    static constexpr bool kInt8 = kRow.activation_bits == 8;
+    static constexpr int kXRow = x_row(kRow), kX = kBlockM * kXRow;  // bytes of a row of x in a step; of all of them
+    static constexpr int kParts = kXRow / 32;                        // of a step, one MMA deep
+    using Sum = std::conditional_t<kInt8, int32_t, float>;
+    static constexpr int kPitch = S * 16 + 4;  // floats, of one column of a warp on its way out
     static constexpr bool kBulk = for_hopper(kRow);
     static constexpr int kSenders = kBulk ? 1 : 32;  // lanes of a warp that arrive when copies have landed
     // Registers of those that multiply: all that the others leave of the launch's
@@ -65,6 +73,7 @@ struct Tiler {
     int const multiply = warps_n * kSides, helper = warp - multiply;  // how many warps do; which of the others this is
     int const side = helper >= 0 ? helper & 1 : warp >= warps_n, wn = warp - side * warps_n;
     int const wk = WK == 2 ? side : 0, wm = WM == 2 ? side : 0;
+    int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
 
     // Shared memory: [barriers][ring, or sums for the cluster][sums on their way out]
     static __device__ __forceinline__ Barrier* full(int slot) {
@@ -86,7 +95,7 @@ struct Tiler {
     int slot = 0, parity = 0;
     int at = 0;  // k since the group began
     float acc[S][C][4] = {};
-    float sum[S][C][4] = {};
+    Sum sum[S][C][4] = {};
 
     __device__ __forceinline__ explicit Tiler(TileArgs const& args) : p(args) {}
 
@@ -186,7 +195,8 @@ struct Tiler {
     }
 
     __device__ __forceinline__ void send_x_by_lanes() {
-        int const pitch = p.k * 2;
+        int const pitch = p.k * (kXRow / 64);
+        constexpr int kPieces = kXRow / 16, kAtOnce = 32 / kPieces;  // of a row; rows
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y)
 #pragma unroll 1
@@ -195,13 +205,13 @@ struct Tiler {
                 Shared const to = shared_address(stage(slot));
 #pragma unroll
                 for (int k = 0; k < WK; k++) {
-                    int const at = (first_of(k) + step) * 128 + lane % 8 * 16;
+                    int const at = (first_of(k) + step) * kXRow + lane % kPieces * 16;
                     bool const inside = step < steps_of(k) && at < pitch;
 #pragma unroll 4
-                    for (int row = lane / 8; row < kBlockM; row += 4) {
-                        bool const there = inside && row < p.out.m;
-                        copy_async(to + k * kX + row * 128 + (lane ^ row) % 8 * 16,
-                                   p.rows + (there ? int64_t(row) * pitch + at : 0), there);
+                    for (int row = lane / kPieces; row < kBlockM; row += kAtOnce) {
+                        bool const there = inside && m0 + row < p.out.m;
+                        copy_async(to + k * kX + row * kXRow + turned<kXRow>(lane % kPieces, row) * 16,
+                                   p.rows + (there ? (m0 + row) * pitch + at : 0), there);
                     }
                 }
                 arrive_when_copied(full(slot));
@@ -220,25 +230,27 @@ struct Tiler {
                 if (lane == 0) arrive_expecting(full(slot), parts * kX);
                 warp_barrier();
                 if (lane < parts)
-                    copy_box<1>(stage(slot) + lane * kX, p.x, (first_of(lane) + step) * 128, 0, full(slot));
+                    copy_box<1>(stage(slot) + lane * kX, p.x, (first_of(lane) + step) * kXRow, m0, full(slot));
                 go_on();
             }
     }
 
     // ---- sums ----
 
-    // In a stage: where ldmatrix's lane finds 16 k of the first two columns of x, where this warp's codes and X are
-    int const x_at = wk * kX + (wm * (C * 8) + lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2) ^ lane % 8) * 16;
+    // In a stage: where ldmatrix's lane finds the first MMA's part of the first two columns of x, where this warp's
+    // codes and X are
+    int const x_at =
+        wk * kX + (wm * (C * 8) + lane / 16 * 8 + lane % 8) * kXRow + turned<kXRow>(lane / 8 % 2, lane % 8) * 16;
     int const codes_at = p.codes_at + (wk * kBlocks * strips() + wn * S) * 512 + lane * 16;
     int const sums_at = p.sums_at + side * (C * 8 * 4);
-    __device__ __forceinline__ float* x_sums(int slot, int half) const {
-        return reinterpret_cast<float*>(stage(slot) + sums_at + half * (kSides * C * 8 * 4));
+    __device__ __forceinline__ Sum* x_sums(int slot, int half) const {
+        return reinterpret_cast<Sum*>(stage(slot) + sums_at + half * (kSides * C * 8 * 4));
     }
 
     // After which 32 k of a step a group ends or P is handed over; goes on to the step after
     __device__ __forceinline__ void begin_tile() { at = first * 64 % p.group; }
     __device__ __forceinline__ int next_ends(int step) {
-        bool const last = step >= own - 1 || step % kHandOver == kHandOver - 1;
+        bool const last = step >= own - 1 || (!kInt8 && step % kHandOver == kHandOver - 1);
         int ends = at + 64 == p.group || last ? 2 : 0;
         if (Fine) ends = (at + 32 == p.group ? 1 : 0) | (p.group == 32 ? 2 : ends);
         at += 64;
@@ -252,9 +264,10 @@ struct Tiler {
     // X of all steps of a side
     __device__ __forceinline__ void count_all() {
         // x as the other operand, its rows those of the sums: one that is not finite stays in its own
-        constexpr uint32_t one = kOnesOf<T>;
-        int const rows_at = wk * kX + (wm * (C * 8) + lane % 16) * 128 + ((lane / 16) ^ lane % 8) * 16;
-        float sums[C / 2][4] = {};
+        constexpr uint32_t kOne = kOnesOf<T, Sum>;
+        constexpr uint32_t ones[2] = {kOne, kOne};
+        int const rows_at = wk * kX + (wm * (C * 8) + lane % 16) * kXRow + turned<kXRow>(lane / 16, lane % 8) * 16;
+        Sum sums[C / 2][4] = {};
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y) {
             begin_tile();
@@ -267,15 +280,15 @@ struct Tiler {
 #pragma unroll 1  // unrolled, it would spill
                     for (int half = 0; half < 2; half++) {
 #pragma unroll
-                        for (int quarter = half * 2; quarter < half * 2 + 2; quarter++)
+                        for (int part = half * kParts / 2; part < (half + 1) * kParts / 2; part++)
 #pragma unroll
                             for (int j = 0; j < C / 2; j++) {
                                 uint32_t x[4];
-                                load_matrices(x, flip(from, quarter * 32) + j * 2048);
-                                multiply_add<T>(sums[j], x, one, one);
+                                load_matrices(x, flip(from, part * 32) + j * 16 * kXRow);
+                                wog::multiply<T>(sums[j], x, ones);
                             }
                         if (!(Fine ? ends & 1 << half : half && ends)) continue;
-                        float* const to = x_sums(slot, Fine ? half : 0) + lane / 4;
+                        Sum* const to = x_sums(slot, Fine ? half : 0) + lane / 4;
 #pragma unroll
                         for (int j = 0; j < C / 2; j++) {
                             if (lane % 4 == 0) to[j * 16] = sums[j][0], to[j * 16 + 8] = sums[j][2];
@@ -301,30 +314,29 @@ struct Tiler {
                     words[s] =
                         *reinterpret_cast<uint4 const*>(from + codes_at + (half * kBlocks / 2 * strips() + s) * 512);
 #pragma unroll
-            for (int quarter = half * 2; quarter < half * 2 + 2; quarter++) {
+            for (int part = half * kParts / 2; part < (half + 1) * kParts / 2; part++) {
                 uint32_t x[C / 2][4];
 #pragma unroll
-                for (int j = 0; j < C / 2; j++) load_matrices(x[j], flip(x_first, quarter * 32) + j * 2048);
+                for (int j = 0; j < C / 2; j++) load_matrices(x[j], flip(x_first, part * 32) + j * 16 * kXRow);
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     uint32_t a[4];
-                    decode<T, Bits>(a, words[s], quarter);
+                    fragment<T, Bits, kInt8>(a, words[s], part);
 #pragma unroll
-                    for (int j = 0; j < C; j++)
-                        multiply_add<T>(sum[s][j], a, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+                    for (int j = 0; j < C; j++) wog::multiply<T>(sum[s][j], a, x[j / 2] + j % 2 * 2);
                 }
             }
             if (Fine ? (ends & 1 << half) && half < units : half && ends) finish_group(Fine ? half : 0);
         }
     }
 
-    // acc += s * (P - (z + b) * X)
+    // acc += s * (P - (z - c) * X)
     __device__ __forceinline__ void finish_group(int half) {
         auto const* const pairs = reinterpret_cast<uint32_t const*>(stage(slot) + p.affine_at +
                                                                     ((wk * kUnits + half) * strips() + wn * S) * 64);
         wait(summed(slot), parity);
-        float const* const sums = x_sums(slot, half) + 2 * t;
-        float x[C][2];
+        Sum const* const sums = x_sums(slot, half) + 2 * t;
+        Sum x[C][2];
 #pragma unroll
         for (int j = 0; j < C; j++) x[j][0] = sums[j * 8], x[j][1] = sums[j * 8 + 1];
 #pragma unroll
@@ -338,7 +350,7 @@ struct Tiler {
                 for (int j = 0; j < C; j++)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        acc[s][j][h * 2 + e] += scale * (sum[s][j][h * 2 + e] + zero * x[j][e]);
+                        acc[s][j][h * 2 + e] += scale * corrected<Bits>(sum[s][j][h * 2 + e], x[j][e], zero);
                         sum[s][j][h * 2 + e] = 0;
                     }
             }
@@ -405,12 +417,14 @@ struct Tiler {
     // A rectangle of outputs: `rows` x `strips` strips from (m, n), some of them in each of `step` threads; in each of
     // `ranks` blocks WK parts of the sums, so many floats apart
     struct Rectangle {
-        int rows, strips, m, n, mine, step, ranks, apart, pitch;
+        int rows, strips;
+        int64_t m;
+        int n, mine, step, ranks, apart, pitch;
     };
     __device__ __forceinline__ void finish_some(float const* sums, Rectangle const r) const {
         bool const apart = !kBulk && p.partials, gated = p.out.gated && !apart;
         int const wide = gated ? r.strips * 2 : r.strips * 4;
-        auto const total = [&](int at) {
+        auto const total = [&](int at, float scale) {
             float4 v{};
 #pragma unroll 1
             for (int rank = 0; rank < r.ranks; rank++)
@@ -418,6 +432,7 @@ struct Tiler {
                 for (int part = 0; part < WK; part++)
                     add(v, r.ranks == 1 ? *reinterpret_cast<float4 const*>(sums + at + part * r.apart)
                                         : load_four_from(rank, sums + at + part * r.apart));
+            if (kInt8) v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
             return v;
         };
 #pragma unroll 1
@@ -425,13 +440,18 @@ struct Tiler {
             int const row = item / wide, i = item - row * wide, column = gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
             if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
             int const at = row * r.pitch + column;
+            float const scale = kInt8 ? p.scales[r.m + row] : 1.0f;
             if (apart)
                 *reinterpret_cast<float4*>(p.partials + (blockIdx.z * p.out.m + r.m + row) * p.out.n + r.n + column) =
-                    total(at);
+                    total(at, scale);
             else
-                finish_four<T>(p.out, total(at), gated ? total(at + 8) : float4{}, r.m + row, r.n + column);
+                finish_four<T>(p.out, total(at, scale), gated ? total(at + 8, scale) : float4{}, r.m + row,
+                               r.n + column);
         }
     }
+
+    // That exist, of x of this block
+    __device__ __forceinline__ int rows() const { return p.out.m - m0 < kBlockM ? int(p.out.m - m0) : kBlockM; }
 
     // A tile of one block: through a column's place beside the ring, which runs on. Of a cluster: sums of the parts of
     // K, in their order, where the ring was; each block finishes some of the outputs
@@ -474,7 +494,7 @@ struct Tiler {
             else
                 cluster_barrier();
             finish_some(alone ? sums + (wm * warps_n + wn) * (8 * kPitch) : sums,
-                        {alone ? 8 : int(p.out.m), alone ? S : warps_n * S, alone ? (wm * C + column) * 8 : 0,
+                        {alone ? 8 : rows(), alone ? S : warps_n * S, m0 + (alone ? (wm * C + column) * 8 : 0),
                          (tile * warps_n + (alone ? wn : 0)) * (S * 16),
                          alone ? wk * 32 + lane : int(blockIdx.z) * threads + thread,
                          alone ? WK * 32 : p.splits * threads, alone ? 1 : p.splits, apart, pitch});
@@ -501,9 +521,13 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, 64), parts = plan.splits * row.warps_k, units = tile_units(p);
     int const warps_n = (plan.threads / 32 - 4) / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
-    int const codes_at = row.warps_k * row.block_m() * 128, affine_at = codes_at + row.warps_k * strips * p.bits * 128;
+    int const codes_at = row.warps_k * row.block_m() * x_row(row),
+              affine_at = codes_at + row.warps_k * strips * p.bits * 128;
+    Int8Rows const rows = int8_rows(p, t.workspace);
+    if (char const* failed = launch_quantize(p, t, stream)) return failed;
     TileArgs args{{},
-                  static_cast<unsigned char const*>(t.x),
+                  static_cast<unsigned char const*>(p.activation_bits == 8 ? rows.values : t.x),
+                  rows.scales,
                   static_cast<unsigned char const*>(t.codes),
                   static_cast<uint32_t const*>(t.affine),
                   sums_apart(row, p, plan, t.workspace),
@@ -519,7 +543,9 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
                   affine_at + row.warps_k * units * strips * 64,
                   tile_stage(row, p.bits, units, warps_n)};
     if (for_hopper(row))
-        if (char const* failed = describe_rows(args.x, t.x, p.m, int64_t(p.k) * 2, row.block_m())) return failed;
+        if (char const* failed =
+                describe_rows(args.x, args.rows, p.m, int64_t(p.k) * x_row(row) / 64, row.block_m(), x_row(row)))
+            return failed;
     return launch_parts(instance<Kernel::kTile, TileOf>(p, plan, units > 1), args, p, t, plan, stream);
 }
 

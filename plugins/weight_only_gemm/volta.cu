@@ -7,7 +7,7 @@
 //
 //     acc(q) += s * (P(q) - (z - c) * X(q))   at the end of each group, all fp32;   sum over q at the very end
 //
-// exact zeros as in gemm.cu, and like there a sum over any parts of K. X is a product with ones, in the lanes that
+// exact zeros as in turing.cu, and like there a sum over any parts of K. X is a product with ones, in the lanes that
 // need it.
 //
 // That is best for few rows: every load of weights is one coalesced block. But a sum is held four times, so with many
@@ -15,7 +15,7 @@
 // of lanes 4 r .. 4 r + 3, which are the four parts of K, one after the other. The same registers then hold four times
 // the tile.
 //
-// Work split as in gemm.cu: a block owns WN * S * 16 n, C * 8 m and a part of K; warps (wk, wn). The WN warps of a wk
+// Work split as in turing.cu: a block owns WN * S * 16 n, C * 8 m and a part of K; warps (wk, wn). The WN warps of a wk
 // share two slots of x, C KiB each: 128 bytes (64 k) a row, so that one is filled while the other is read.
 #include "volta.h"
 

@@ -19,9 +19,9 @@ constexpr Row kRows[] = {
     {.name = "tile32", .kernel = Kernel::kVolta, .sms = kSm70, .max_m = 128,
      .warps_n = 4, .columns = 4, .stages = {2, 2}, .resident = 2},
     {.name = "wide32", .kernel = Kernel::kVolta, .sms = kSm70,
-     .warps_n = 4, .strips = 4, .columns = 4, .stages = {2, 1}, .resident = 2},
+     .warps_n = 4, .strips = 4, .columns = 4, .stages = {2, 1}, .resident = 2, .any_batch = true},
     {.name = "plain", .kernel = Kernel::kPlain, .sms = kSm70, .activation_bits = 0,
-     .strips = 2, .resident = 4},
+     .strips = 2, .resident = 4, .any_batch = true},
 };
 // clang-format on
 

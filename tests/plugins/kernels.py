@@ -55,7 +55,7 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA headers: install nvidia-cuda-runtime or a CUDA toolkit")
 
 
-KERNELS = ("gemm.cu", "dense.cu", "hopper.cu", "plain.cu", "rows.cu", "stream.cu", "tiles.cu")
+KERNELS = ("dense.cu", "epilogue.cu", "hopper.cu", "plain.cu", "rows.cu", "stream.cu", "tiles.cu", "turing.cu")
 VOLTA = ("volta.cu", "volta.cpp")
 
 

@@ -80,11 +80,11 @@ def compile_kernels(folder: Path) -> None:
 
 
 def name(kernel: str, arguments: str) -> tuple[str, str, int]:
-    """gemm<Half, 4, 34> -> ("tile64", "Half", 4): rows of the table by their names."""
+    """stream<Half, 4, false, 2> -> ("ring8_narrow", "Half", 4): rows of the table by their names."""
     kind, *numbers = (a.strip() for a in arguments.split(","))
     if kernel == "rows":
         return "quantize" if numbers[0] == "true" else "sums", kind, 0
-    if kernel in ("gemm", "stream", "tiles", "hopper"):
+    if kernel in ("turing", "stream", "tiles", "hopper"):
         bits, row = (int(n) for n in numbers if n.isdigit())
         return ROWS[row], kind, bits
     return kernel, kind, int(numbers[0]) if numbers else 0
@@ -189,7 +189,7 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
 
 def streaming_code(library: Path, row: str, bits: int, kind: str = "Half") -> Code:
     """The machine code of a row whose weights stream; groups end at its steps' ends."""
-    kernel = "stream" if "ring" in row else "gemm"
+    kernel = "stream" if "ring" in row else "turing"
     sm = next((sm for sm in SMS if sm == "90a" or (sm != "75" and row not in FOR_HOPPER)), None)
     if sm is None:
         pytest.skip(f"{row} streams on {'sm_90a' if row in FOR_HOPPER else 'sm_80 and newer'}")

@@ -393,7 +393,7 @@ def test_stages_add_up_only_for_one_source(tmp_path: Path) -> None:
 
 
 def test_sources_are_told_apart(tmp_path: Path) -> None:
-    kernel = tmp_path / "plugins" / "weight_only_gemm" / "gemm.cu"
+    kernel = tmp_path / "plugins" / "weight_only_gemm" / "tiles.cu"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("one")
     first = gpu_check.sources(tmp_path)

@@ -342,7 +342,7 @@ def test_integer_products_have_the_same_bits_on_every_sm(emulated: Kernels, m: i
     p = Case(m, 144, 384, bits, group, bias=True, activation_bits=8, zeros="float", data="shifted").make()
     first, *others = (check(kernels, p) for kernels in emulated.values())
     assert all(np.array_equal(first, other) for other in others)
-    assert np.array_equal(first, float32_formula(p)), "the whole arithmetic, in the order that gemm.cu states"
+    assert np.array_equal(first, float32_formula(p)), "the whole arithmetic, in the order that turing.cu states"
 
 
 def float32_formula(p: Problem) -> np.ndarray:

@@ -77,8 +77,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, void const* global, int 
 
 using TensorMap = CUtensorMap;  // a parameter of the kernel (__grid_constant__) that copy_box takes by address
 
-// 128 bytes from byte `byte` of the map's rows from `row`, zeros beyond the matrix, chunks of 16 bytes XORed with the
-// row: into the same place of every block of a cluster of so many, and counted there.
+// The map's 128 or 64 bytes from byte `byte` of its rows from `row`, zeros beyond the matrix, chunks of 16 bytes XORed
+// with the row, or half of it: into the same place of every block of a cluster of so many, and counted there.
 template <int Cluster>
 __device__ __forceinline__ void copy_box(void* shared, TensorMap const& map, int byte, int64_t row, Barrier* barrier) {
     if constexpr (Cluster == 1)
@@ -204,8 +204,10 @@ WARPGROUP_INTEGER(32, "m64n256")
 
 // ---- host ----
 
-// A map of rows of `row_bytes` (a multiple of 16), of which copy_box takes `box` at a time. Null, or what went wrong.
-inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows, int64_t row_bytes, int box) {
+// A map of rows of `row_bytes` (a multiple of 16), of which copy_box takes `width` bytes (128 or 64) of `box` at a time.
+// Null, or what went wrong.
+inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows, int64_t row_bytes, int box,
+                                 int width = 128) {
     static decltype(&cuTensorMapEncodeTiled) const encode = [] {  // a function of the driver, which is not linked
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result{};
@@ -216,9 +218,10 @@ inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows,
     }();
     if (!encode) return "the driver has no cuTensorMapEncodeTiled";
     cuuint64_t const sizes[] = {cuuint64_t(row_bytes), cuuint64_t(rows)}, pitch[] = {cuuint64_t(row_bytes)};
-    cuuint32_t const boxes[] = {128, cuuint32_t(box)}, steps[] = {1, 1};
-    CUresult const status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, boxes,
-                                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    cuuint32_t const boxes[] = {cuuint32_t(width), cuuint32_t(box)}, steps[] = {1, 1};
+    CUresult const status =
+        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), sizes, pitch, boxes, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, width == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the rows of x";
 }

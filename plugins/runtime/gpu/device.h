@@ -263,16 +263,6 @@ __device__ __forceinline__ void relaxed_cluster_barrier() {
 #endif
 }
 // What block `rank` of the cluster has in the place of `own`
-__device__ __forceinline__ float load_from(int rank, float const* own) {
-    float v = 0.0f;
-#if DEVICE_SM >= 90
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(v)
-                 : "r"(shared_address(own)), "r"(rank)
-                 : "memory");
-#endif
-    return v;
-}
 __device__ __forceinline__ float4 load_four_from(int rank, float const* own) {
     float4 v{};
 #if DEVICE_SM >= 90

@@ -112,17 +112,19 @@ inline void copy_bulk(void* shared, void const* global, int bytes, Barrier* barr
 struct alignas(64) TensorMap {
     unsigned char const* base;
     int64_t rows, row_bytes;
-    int box;
+    int box, width;
 };
 
 template <int Cluster>
 inline void copy_box(void* shared, TensorMap const& map, int byte, int64_t row, Barrier* barrier) {
-    emulator::require(emulator::aligned(shared, 1024), "a tile is not aligned to its swizzle");
-    std::vector<unsigned char> bytes(size_t(map.box) * 128);
-    for (int i = 0; i < map.box * 8; i++) {
-        int const r = i / 8, at = byte + i % 8 * 16;
+    emulator::require(emulator::aligned(shared, map.width * 8), "a tile is not aligned to its swizzle");
+    int const pieces = map.width / 16;
+    std::vector<unsigned char> bytes(size_t(map.box) * map.width);
+    for (int i = 0; i < map.box * pieces; i++) {
+        int const r = i / pieces, piece = i % pieces, at = byte + piece * 16;
+        int const turned = piece ^ (pieces == 8 ? r % 8 : r / 2 % 4);
         if (row + r < map.rows && at < map.row_bytes)
-            std::memcpy(&bytes[size_t(r * 128 + (i % 8 ^ r % 8) * 16)], map.base + (row + r) * map.row_bytes + at, 16);
+            std::memcpy(&bytes[size_t(r * map.width + turned * 16)], map.base + (row + r) * map.row_bytes + at, 16);
     }
     for (unsigned rank = 0; rank < unsigned(Cluster); rank++)
         emulator::copy_later(Cluster == 1 ? shared : emulator::at_rank(shared, rank), bytes,
@@ -226,8 +228,9 @@ inline void warpgroup_multiply_add(int32_t (&d)[C][4], uint32_t const (&a)[4], v
 
 // ---- host ----
 
-inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows, int64_t row_bytes, int box) {
+inline char const* describe_rows(TensorMap& map, void const* base, int64_t rows, int64_t row_bytes, int box,
+                                 int width = 128) {
     if (!emulator::aligned(base, 16) || row_bytes % 16 || box > 256) return "a tensor map that no driver would make";
-    map = {static_cast<unsigned char const*>(base), rows, row_bytes, box};
+    map = {static_cast<unsigned char const*>(base), rows, row_bytes, box, width};
     return nullptr;
 }

@@ -461,9 +461,6 @@ inline void* at_rank(void const* shared, unsigned rank) {
     return shared_of(rank) + (static_cast<unsigned char const*>(shared) - dynamic_shared());
 }
 }  // namespace emulator
-inline float load_from(int rank, float const* own) {
-    return *static_cast<float const*>(emulator::at_rank(own, unsigned(rank)));
-}
 inline float4 load_four_from(int rank, float const* own) {
     if (reinterpret_cast<uintptr_t>(own) % 16) std::abort();
     return *static_cast<float4 const*>(emulator::at_rank(own, unsigned(rank)));

@@ -1,11 +1,11 @@
-// The kernels of WeightOnlyGemm for mma.sync, for 16-bit and for int8 activations: one template streams weights (few
-// rows of x) and multiplies tiles (more rows).
+// The kernels of WeightOnlyGemm for Turing, which has no asynchronous copies: for fp16 and for int8 activations one
+// template streams weights (few rows of x) and multiplies tiles (more rows).
 //
 // Roles: the weights are the MMA's A operand (16 rows of n), x the B operand (8 columns of m), so M is granular in 8s
 // and a lane owns rows g, g + 8 of a strip: two scales and zeros per strip and group.
 //
 // Work split: a block owns C * 8 m and a part of K, and walks over tiles of WN * S * 16 n, gridDim.y apart. The blocks
-// with the other parts are its neighbours in z: on Hopper a cluster, that adds up in shared memory.
+// with the other parts are its neighbours in z; their sums meet in the workspace.
 //     warp (wk, wn):   n  -->  wn = 0   1   2  ..  WN-1        each warp S strips of 16 n
 //                      k   wk = 0
 //                      |        1                              the WK rows of warps divide the block's K
@@ -35,7 +35,7 @@
 namespace wog {
 namespace {
 
-struct GemmArgs {
+struct TuringArgs {
     unsigned char const* x;  // of int8 activations their values
     Int8Rows rows;
     unsigned char const* codes;
@@ -50,13 +50,13 @@ struct GemmArgs {
 constexpr int kPromote = 1024;
 
 template <class T, int Bits, int I>
-struct Gemm {
+struct Turing {
     static constexpr Row kRow = kRows[I];
     static constexpr int WN = kRow.warps_n, WK = kRow.warps_k, S = kRow.strips, C = kRow.columns;
     static constexpr int D = kRow.stages[Bits == 8], kThreads = kRow.threads();
     static constexpr int kBlockN = kRow.block_n(), kBlockM = kRow.block_m();
     static constexpr bool kInt8 = kRow.activation_bits == 8;
-    static constexpr int kStepK = stage_k(kRow), kChunk = gemm_chunk(kRow, Bits);
+    static constexpr int kStepK = stage_k(kRow), kChunk = turing_chunk(kRow, Bits);
     static constexpr int kBlocks = kStepK * Bits / 256;  // 512-byte blocks of one strip in a step
     static constexpr int kSums = C / WN;                 // columns of m whose X this warp counts
     static constexpr bool kCounts = !kInt8 || WK > 1;    // else whole groups are summed, which quantize has counted
@@ -66,7 +66,7 @@ struct Gemm {
     static_assert(C % WN == 0, "warps side by side count the same number of columns");
     using Sum = typename std::conditional<kInt8, int32_t, float>::type;
 
-    GemmArgs const& p;
+    TuringArgs const& p;
     int const lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int const warp = uniform(threadIdx.x / 32), wn = warp % WN, wk = warp / WN;
     int64_t const m0 = int64_t(blockIdx.x) * kBlockM;
@@ -108,7 +108,7 @@ struct Gemm {
     Sum x_sum[kSums][4] = {};                  // X of the columns that this warp counts
     int32_t x_whole[kCounts ? 1 : C][2] = {};  // X of the whole group, where quantize has counted it
 
-    __device__ __forceinline__ explicit Gemm(GemmArgs const& args) : p(args) {
+    __device__ __forceinline__ explicit Turing(TuringArgs const& args) : p(args) {
         int const part = blockIdx.z * WK + wk;
         count = p.share + (part < p.longer);
         first = count ? part * p.share + (part < p.longer ? part : p.longer) : 0;
@@ -370,7 +370,6 @@ struct Gemm {
             finish_group();  // of the group that goes on in another warp; else of nothing
             store(tile);
         }
-        if (DEVICE_SM == 90 && p.splits > 1 && !p.partials) finish_in_cluster(blockIdx.y * kBlockN);
     }
 
     __device__ __forceinline__ int tiles() const { return (p.out.n + kBlockN - 1) / kBlockN; }
@@ -384,13 +383,13 @@ struct Gemm {
         return kInt8 ? v * p.rows.scales[m0 + row] : v;
     }
 
-    // use(row, column) for every output of a tile, or every gate, `step` threads apart. Unrolled, these few rounds would
-    // take registers from the loop that streams.
+    // use(row, column) for every output of a tile, or every gate. Unrolled, these few rounds would take registers from
+    // the loop that streams.
     template <class Use>
-    static __device__ __forceinline__ void each(int rows, int n_end, bool gated, int first, int step, Use const& use) {
+    static __device__ __forceinline__ void each(int rows, int n_end, bool gated, Use const& use) {
         int const width = gated ? kBlockN / 2 : kBlockN;
 #pragma unroll 1
-        for (int item = first; item < rows * width; item += step) {
+        for (int item = threadIdx.x; item < rows * width; item += kThreads) {
             int const row = gated ? item / (kBlockN / 2) : item / kBlockN, i = item - row * width;
             int const column = gated ? i / 8 * 16 + i % 8 : i;
             if (column < n_end) use(row, column);
@@ -410,13 +409,11 @@ struct Gemm {
             for (int j = 0; j < C; j++) acc[s][j][0] = acc[s][j][1] = acc[s][j][2] = acc[s][j][3] = 0.0f;
         block_barrier();
         if (p.splits > 1) {
-            bool const apart = DEVICE_SM != 90 || p.partials;  // and not in a cluster
-            float* const to = apart ? p.partials + (blockIdx.z * p.out.m + m0) * p.out.n + n0 : tile_sums();
-            int64_t const pitch = apart ? p.out.n : kPitch;
-            each(rows, n_end, false, threadIdx.x, kThreads,
-                 [&](int row, int column) { to[row * pitch + column] = total(row, column); });
+            float* const to = p.partials + (blockIdx.z * p.out.m + m0) * p.out.n + n0;
+            each(rows, n_end, false,
+                 [&](int row, int column) { to[int64_t(row) * p.out.n + column] = total(row, column); });
         } else if (kBlockM <= 16) {  // few values
-            each(rows, n_end, p.out.gated, threadIdx.x, kThreads, [&](int row, int column) {
+            each(rows, n_end, p.out.gated, [&](int row, int column) {
                 float const up = p.out.gated ? total(row, column + 8) : 0.0f;
                 finish_one<T>(p.out, total(row, column), up, m0 + row, n0 + column);
             });
@@ -431,30 +428,14 @@ struct Gemm {
             }
         }
     }
-
-    // The sums that the blocks of a cluster have left in their shared memory; each finishes some of the outputs.
-    __device__ __forceinline__ void finish_in_cluster(int n0) const {
-        auto const sum_of_all = [&](int row, int column) {
-            float v = 0.0f;
-            for (int rank = 0; rank < p.splits; rank++) v += load_from(rank, tile_sums() + row * kPitch + column);
-            return v;
-        };
-        cluster_barrier();
-        each(rows(), columns(n0), p.out.gated, blockIdx.z * kThreads + threadIdx.x, p.splits * kThreads,
-             [&](int row, int i) {
-                 float const up = p.out.gated ? sum_of_all(row, i + 8) : 0.0f;
-                 finish_one<T>(p.out, sum_of_all(row, i), up, m0 + row, n0 + i);
-             });
-        relaxed_cluster_barrier();  // a block that has ended has no memory
-    }
 };
 
 template <class T, int Bits, int I>
-__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(GemmArgs const p) {
+__global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) turing(TuringArgs const p) {
 #if DEVICE_SM
     if constexpr (kGenerated<T, false, I>) {
-        Gemm<T, Bits, I> block{p};
-        if (p.group % Gemm<T, Bits, I>::kStepK)
+        Turing<T, Bits, I> block{p};
+        if (p.group % Turing<T, Bits, I>::kStepK)
             block.template run<true>();
         else
             block.template run<false>();
@@ -462,48 +443,20 @@ __global__ void __launch_bounds__(kRows[I].threads(), kRows[I].resident) gemm(Ge
 #endif
 }
 
-struct EpilogueArgs {
-    float const* parts;
-    Output out;
-    int32_t splits;
-};
-
-// One thread per row and strip
-template <class T>
-__global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
-    int const strips = p.out.n / 16;
-    int64_t const item = int64_t(blockIdx.x) * 256 + threadIdx.x, m = item / strips;
-    int const n = int(item % strips) * 16;
-    wait_for_inputs();
-    release_next();
-    if (m >= p.out.m) return;
-    float v[16] = {};
-    for (int part = 0; part < p.splits; part++)
-#pragma unroll
-        for (int i = 0; i < 16; i++) v[i] += p.parts[(part * p.out.m + m) * p.out.n + n + i];
-    finish<T>(p.out, v, m, n);
-}
-
 template <class T, int Bits, bool, int I>  // one kernel for all groups
-struct GemmOf {
-    static constexpr auto kernel = gemm<T, Bits, I>;
+struct TuringOf {
+    static constexpr auto kernel = turing<T, Bits, I>;
 };
 
 }  // namespace
 
-char const* launch_epilogue(wog_problem const& p, wog_tensors const& t, float const* parts, int splits, void* stream) {
-    Grid const grid{dim3(ceil_div(p.m * (p.n / 16), 256)), 256, 0, dim3(1), p.sm >= 90};
-    return launch(p.type == WOG_F16 ? epilogue<Half> : epilogue<Bfloat>, grid, static_cast<Stream>(stream),
-                  EpilogueArgs{parts, output(p, t), splits});
-}
-
-char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
+char const* launch_turing(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
     bool const int8 = p.activation_bits == 8;
     Int8Rows const rows = int8_rows(p, t.workspace);
     if (char const* failed = launch_quantize(p, t, stream)) return failed;
-    GemmArgs const args{
+    TuringArgs const args{
         int8 ? reinterpret_cast<unsigned char const*>(rows.values) : static_cast<unsigned char const*>(t.x),
         rows,
         static_cast<unsigned char const*>(t.codes),
@@ -516,9 +469,9 @@ char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan con
         plan.splits,
         steps / parts,
         steps % parts,
-        gemm_x_rows(row, p.m),
-        gemm_x_steps(row, p, plan.splits)};
-    return launch_parts(instance<Kernel::kGemm, GemmOf>(p, plan, false), args, p, t, plan, stream);
+        turing_x_rows(row, p.m),
+        turing_x_steps(row, p, plan.splits)};
+    return launch_parts(instance<Kernel::kTuring, TuringOf>(p, plan, false), args, p, t, plan, stream);
 }
 
 }  // namespace wog
