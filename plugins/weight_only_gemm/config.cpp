@@ -75,7 +75,7 @@ int64_t stream_duration(wog_problem const& p, Row const& row, int splits) {
     int const tiles = ceil_div(p.n, row.block_n()), places = std::max(1, usable(p, splits) * row.resident / splits);
     int64_t const steps = int64_t(stream_x_steps(row, p, splits)) * row.warps_k * row.strips * row.resident;
     int64_t const joining = splits == 1 ? 0 : splits == 2 ? 800'000 : splits == 4 ? 1'100'000 : 1'550'000;
-    int64_t const x = p.m * ceil_div(p.k, 64) / splits * row.resident * stream_x_row(row);
+    int64_t const x = p.m * ceil_div(p.k, 64) / splits * row.resident * x_row(row);
     return ceil_div(tiles, places) * (steps * row.pace[p.bits == 8] + 470'000 + p.m * 15'000 + joining) + x * 8;
 }
 
@@ -174,11 +174,8 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (row.kernel == Kernel::kTile) return choose_tiling(p, row).splits;
     if (row.kernel == Kernel::kHopper) return hopper_plan(p, blocks, steps).splits;
     if (p.splits) return std::min(p.splits, steps);
-    int const places = in_cluster(p) ? usable(p, 8) : std::min(p.sm_count, kMostMultiprocessors);
-    int const by_depth = steps / (4 * row.warps_k), most = std::min({places / std::max(blocks, 1), by_depth, 8});
-    int splits = std::max(1, most);
-    while (in_cluster(p) && splits & (splits - 1)) splits &= splits - 1;  // others leave multiprocessors idle
-    return splits;
+    int const places = std::min(p.sm_count, kMostMultiprocessors), by_depth = steps / (4 * row.warps_k);
+    return std::max(1, std::min({places / std::max(blocks, 1), by_depth, 8}));
 }
 
 // How long a row takes, beside others of its kernel

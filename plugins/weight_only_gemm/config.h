@@ -198,9 +198,9 @@ constexpr int stream_x_places(Row const& row, wog_problem const& p, int splits) 
     return for_hopper(row) ? stream_x_steps(row, p, splits) : row.stages[p.bits == 8];
 }
 constexpr int64_t stream_shared(Row const& row, wog_problem const& p, int splits) {
-    int64_t const x_row = int64_t(stream_x_places(row, p, splits)) * x_row(row), ring = row.stages[p.bits == 8];
+    int64_t const x = int64_t(stream_x_places(row, p, splits)) * x_row(row), ring = row.stages[p.bits == 8];
     return 128 + row.warps_k * (ring * stream_stage(row, p.bits, p.group % 64 != 0) +
-                                stream_x_rows(row, p.m) * (x_row + (row.block_n() + 4) * 4));
+                                stream_x_rows(row, p.m) * (x + (row.block_n() + 4) * 4));
 }
 
 // Blocks of kStream on a multiprocessor; 0: it does not even have room for one, or for as many as Hopper's row wants
@@ -332,7 +332,7 @@ int32_t find_library();
 // Each returns null or what the runtime said.
 char const* query_device(int32_t& sm, int32_t& sm_count);
 char const* launch_plain(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
-char const* launch_gemm(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
+char const* launch_turing(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);
 char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream);

@@ -310,14 +310,12 @@ struct Ones {
     Cursor<kHopperSums> sum_at{};
     float sum[kMine][4] = {};  // since the last cut
 
-    // x as the first operand, its rows those of the sums: one that is not finite stays in its own
     __device__ __forceinline__ void add_up(Shared x) {
-        constexpr uint32_t kOne = kOnesOf<T>;
 #pragma unroll
         for (int i = 0; i < kMine; i++) {
             uint32_t rows[4];
             load_matrices(rows, x + i * 4096);
-            multiply_add<T>(sum[i], rows, kOne, kOne);
+            sum_rows<T>(sum[i], rows);
         }
     }
 

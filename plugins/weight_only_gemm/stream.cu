@@ -356,11 +356,7 @@ struct Streamer {
         float4 v{};
 #pragma unroll 4
         for (int part = 0; part < WK; part++, sums += p.x_rows * kPitch) add(v, *reinterpret_cast<float4 const*>(sums));
-        if (kInt8) {
-            float const scale = p.scales[m0 + row];
-            v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
-        }
-        return v;
+        return kInt8 ? scaled(v, p.scales[m0 + row]) : v;
     }
 
     // use(row, column) for every four outputs of a tile, or four gates, `step` threads apart. Unrolled, these few

@@ -63,6 +63,17 @@ constexpr uint32_t kOnesOf = std::is_same<Sum, int32_t>::value ? 0x01010101
                              : std::is_same<T, Half>::value    ? 0x3c003c00
                                                                : 0x3f803f80;
 
+// X += x * ones, of 16 rows of x: as the first operand, or one that is not finite would not stay in its own sum. The
+// sums of rows g and g + 8 are s[0] and s[2], in each of a quad's lanes.
+template <class T>
+__device__ __forceinline__ void sum_rows(float (&s)[4], uint32_t const (&x)[4]) {
+    multiply_add<T>(s, x, kOnesOf<T>, kOnesOf<T>);
+}
+template <class T>
+__device__ __forceinline__ void sum_rows(int32_t (&s)[4], uint32_t const (&x)[4]) {
+    multiply_add_signed(s, x, kOnesOf<T, int32_t>, kOnesOf<T, int32_t>);
+}
+
 // P - (z - c) * X, P of codes less c (16-bit x) or, in whole numbers, as they are (int8 x)
 template <int Bits>
 __device__ __forceinline__ float corrected(float product, float x, float center_less_zero) {
@@ -96,5 +107,6 @@ struct Cursor {
 };
 
 __device__ __forceinline__ void add(float4& to, float4 const& v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
+__device__ __forceinline__ float4 scaled(float4 const& v, float s) { return {v.x * s, v.y * s, v.z * s, v.w * s}; }
 
 }  // namespace wog

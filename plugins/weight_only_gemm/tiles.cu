@@ -263,9 +263,6 @@ struct Tiler {
 
     // X of all steps of a side
     __device__ __forceinline__ void count_all() {
-        // x as the other operand, its rows those of the sums: one that is not finite stays in its own
-        constexpr uint32_t kOne = kOnesOf<T, Sum>;
-        constexpr uint32_t ones[2] = {kOne, kOne};
         int const rows_at = wk * kX + (wm * (C * 8) + lane % 16) * kXRow + turned<kXRow>(lane / 16, lane % 8) * 16;
         Sum sums[C / 2][4] = {};
 #pragma unroll 1
@@ -285,7 +282,7 @@ struct Tiler {
                             for (int j = 0; j < C / 2; j++) {
                                 uint32_t x[4];
                                 load_matrices(x, flip(from, part * 32) + j * 16 * kXRow);
-                                wog::multiply<T>(sums[j], x, ones);
+                                sum_rows<T>(sums[j], x);
                             }
                         if (!(Fine ? ends & 1 << half : half && ends)) continue;
                         Sum* const to = x_sums(slot, Fine ? half : 0) + lane / 4;
@@ -427,12 +424,14 @@ struct Tiler {
         auto const total = [&](int at, float scale) {
             float4 v{};
 #pragma unroll 1
-            for (int rank = 0; rank < r.ranks; rank++)
+            for (int rank = 0; rank < r.ranks; rank++) {
+                float4 block{};
 #pragma unroll
                 for (int part = 0; part < WK; part++)
-                    add(v, r.ranks == 1 ? *reinterpret_cast<float4 const*>(sums + at + part * r.apart)
-                                        : load_four_from(rank, sums + at + part * r.apart));
-            if (kInt8) v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
+                    add(block, r.ranks == 1 ? *reinterpret_cast<float4 const*>(sums + at + part * r.apart)
+                                            : load_four_from(rank, sums + at + part * r.apart));
+                add(v, kInt8 ? scaled(block, scale) : block);
+            }
             return v;
         };
 #pragma unroll 1

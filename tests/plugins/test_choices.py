@@ -42,10 +42,13 @@ def chosen(library: Library, **changes: int) -> tuple[str, int]:
 
 def test_each_line_is_for_the_rows_of_x_from_the_line_before(beside: Beside, emulated: dict[int, Emulated]) -> None:
     text = "# an A100\n\n" + LINE.format(16, "ring16_ampere_wide", 4) + LINE.format(4, "ring8_ampere", 1)
-    library, model = beside(text + LINE.format(4, "tile64", 8) + LINE.format(512, "tile64", 1)), emulated[80].library
+    library, model = (
+        beside(text + LINE.format(4, "ring64_ampere", 8) + LINE.format(512, "ring64_ampere", 1)),
+        emulated[80].library,
+    )
     assert [chosen(library, m=m) for m in (1, 4)] == [("ring8_ampere", 1)] * 2, "the first of two for the same"
     assert [chosen(library, m=m) for m in (5, 16)] == [("ring16_ampere_wide", 4)] * 2
-    assert [chosen(library, m=m) for m in (17, 512)] == [("tile64", 1)] * 2
+    assert [chosen(library, m=m) for m in (17, 512)] == [("ring64_ampere", 1)] * 2
     assert chosen(library, row=library.rows().index("ring32_ampere") + 1)[0] == "ring32_ampere"
     others = ({"m": 513}, {"sm_count": 107}, {"sm": 86}, {"bits": 8}, {"group": 64}, {"n": 2048}, {"k": 4096})
     for changes in ({}, *others, {"activation_bits": 8}):
@@ -58,13 +61,13 @@ def test_each_line_is_for_the_rows_of_x_from_the_line_before(beside: Beside, emu
     [
         (LINE.format(64, "ring8_ampere", 1), {"m": 9}),  # too many rows of x for it
         (LINE.format(64, "ring8", 1), {}),  # Hopper's
-        (LINE.format(64, "int8_tile64", 1), {}),
+        (LINE.format(64, "int8_ring64_ampere", 1), {}),
         (LINE.format(64, "plain", 1), {}),
         (LINE.format(64, "ring8_ampere_wide", 8), {}),  # 16 tiles, for which 108 multiprocessors have no room
-        (LINE.format(1024, "tile64", 2), {"m": 1000}),
+        (LINE.format(1024, "ring64_ampere", 2), {"m": 1000}),
         (LINE.format(1024, "dense", 1), {"m": 8, "rounded_weights": 1, "library": 1}),  # whose weights have no place
-        (LINE.format(1024, "tile64", 1), {"m": 1000, "rounded_weights": 1, "library": 1}),  # which takes dense
-        *((LINE.format(64, "tile64", 1), {name: 1}) for name in ("plain", "batch_invariant", "splits")),
+        (LINE.format(1024, "ring64_ampere", 1), {"m": 1000, "rounded_weights": 1, "library": 1}),  # which takes dense
+        *((LINE.format(64, "ring64_ampere", 1), {name: 1}) for name in ("plain", "batch_invariant", "splits")),
     ],
 )
 def test_what_cannot_be_or_is_asked_for_otherwise_stays(
@@ -113,25 +116,25 @@ def test_tune_says_which_plans_a_line_gets(beside: Beside, emulated: dict[int, E
 
 def test_a_measured_choice_is_what_runs(beside: Beside, emulated: dict[int, Emulated]) -> None:
     p = Case(5, 144, 640, group=64, bias=True).make()
-    measured = check(Emulated(beside("80 132 4 64 16 144 640 8 tile64 4\n"), 80), p)
+    measured = check(Emulated(beside("80 132 4 64 16 144 640 8 ring64_ampere 4\n"), 80), p)
     assert not np.array_equal(measured, check(emulated[80], p)), "other sums should differ in the last bits"
-    assert np.array_equal(measured, check(emulated[80], p, row="tile64", splits=4))
+    assert np.array_equal(measured, check(emulated[80], p, row="ring64_ampere", splits=4))
 
 
-GOOD = LINE.format(8, "tile64", 1)
+GOOD = LINE.format(8, "ring64_ampere", 1)
 
 
 @pytest.mark.parametrize(
     ("line", "expected", "found"),
     [
-        ("80 108 4 128 16 1024 8192 4 tile64", EVERY, "80 108 4 128 16 1024 8192 4 tile64"),
-        ("80 108 4 128 16 1024 8192 4 tile64 1 1", EVERY, "80 108 4 128 16 1024 8192 4 tile64 1 1"),
+        ("80 108 4 128 16 1024 8192 4 ring64_ampere", EVERY, "80 108 4 128 16 1024 8192 4 ring64_ampere"),
+        ("80 108 4 128 16 1024 8192 4 ring64_ampere 1 1", EVERY, "80 108 4 128 16 1024 8192 4 ring64_ampere 1 1"),
         (LINE.format(4, "tile65", 1), "a row of the table of kernels", "tile65"),
-        (LINE.format(4, "tile64", 9), "splits of 1 .. 8", "9"),
-        (LINE.format(0, "tile64", 1), "max_m of 1 .. 2147483647", "0"),
-        (LINE.format("4x", "tile64", 1), "max_m of 1 .. 2147483647", "4x"),
-        (LINE.format("9" * 30, "tile64", 1), "max_m of 1 .. 2147483647", "9" * 30),
-        ("-" + LINE.format(4, "tile64", 1), "sm of 1 .. 999", "-80"),
+        (LINE.format(4, "ring64_ampere", 9), "splits of 1 .. 8", "9"),
+        (LINE.format(0, "ring64_ampere", 1), "max_m of 1 .. 2147483647", "0"),
+        (LINE.format("4x", "ring64_ampere", 1), "max_m of 1 .. 2147483647", "4x"),
+        (LINE.format("9" * 30, "ring64_ampere", 1), "max_m of 1 .. 2147483647", "9" * 30),
+        ("-" + LINE.format(4, "ring64_ampere", 1), "sm of 1 .. 999", "-80"),
         ("\0\x1b[2J" + "z" * 99, EVERY, "??[2J" + "z" * 43),
     ],
 )
@@ -139,7 +142,7 @@ def test_a_line_that_is_wrong_is_said_once_and_ignored(
     beside: Beside, capfd: pytest.CaptureFixture[str], line: str, expected: str, found: str
 ) -> None:
     library = beside(f"{GOOD}{line.strip()}\n{LINE.format(64, 'ring64_ampere', 1)}")
-    assert chosen(library) == chosen(library, m=4) == ("tile64", 1)
+    assert chosen(library) == chosen(library, m=4) == ("ring64_ampere", 1)
     assert chosen(library, m=64) == ("ring64_ampere", 1)
     where = library.path.with_name("kernels.choices")
     assert capfd.readouterr().err == f"WeightOnlyGemm: {where}:2: expected {expected}, found '{found}'; ignored\n"
@@ -149,7 +152,7 @@ def test_a_line_that_is_wrong_is_said_once_and_ignored(
     "text", [GOOD.encode()[:-1], GOOD.encode().replace(b"\n", b"\r\n"), b"#" * 999 + b"\n" + GOOD.encode()]
 )
 def test_ends_of_lines(beside: Beside, text: bytes) -> None:
-    assert chosen(beside(text)) == ("tile64", 1)
+    assert chosen(beside(text)) == ("ring64_ampere", 1)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_the_file_is_beside_the_library_wherever_the_process_goes(
     monkeypatch.chdir(tmp_path)
     library = Library(Path("lib/kernels.so"))
     monkeypatch.chdir("/")
-    assert chosen(library) == ("tile64", 1)
+    assert chosen(library) == ("ring64_ampere", 1)
 
 
 def test_names_of_rows_are_of_one_row_each(emulated: dict[int, Emulated], volta: Emulated) -> None:

@@ -30,14 +30,15 @@ Kernels = dict[int, Emulated]
         ({"m": 33}, "ring64"), ({"m": 65}, "hopper128x64"), ({"m": 128, "n": 37888}, "hopper128x128_sums"),
         ({"m": 128, "n": 37888, "group": 32}, "hopper128x128_sums"), ({"m": 4097}, "hopper128x128"),
         ({"m": 65, "group": 32}, "hopper128x64"), ({"m": 4097, "group": 32}, "hopper128x128"),
-        ({"m": 17, "sm": 80}, "ring32_ampere"), ({"m": 33, "sm": 80}, "ring64_ampere"), ({"m": 65, "sm": 80}, "tile64"),
-        ({"m": 4097, "sm": 120}, "tile64"),
+        ({"m": 17, "sm": 80}, "ring32_ampere"), ({"m": 33, "sm": 80}, "ring64_ampere"), ({"m": 65, "sm": 80}, "ring64_ampere"),
+        ({"m": 4097, "sm": 120}, "ring64_ampere"),
         ({"m": 1, "sm": 75}, "stream8_turing"), ({"m": 4097, "sm": 75}, "tile32_turing"),
         ({"activation_bits": 8}, "int8_ring8"), ({"m": 9, "activation_bits": 8}, "int8_ring16"),
         ({"activation_bits": 8, "sm": 86}, "int8_ring8_ampere"),
         ({"m": 9, "activation_bits": 8, "sm": 100}, "int8_ring16_ampere"),
-        ({"m": 16, "activation_bits": 8, "k": 65536}, "int8_tile32"),  # whose x is too large
-        ({"m": 17, "activation_bits": 8}, "int8_tile32"), ({"m": 65, "activation_bits": 8, "sm": 100}, "int8_tile64"),
+        ({"m": 16, "activation_bits": 8, "k": 65536}, "int8_ring32"),  # whose x is too large
+        ({"m": 17, "activation_bits": 8}, "int8_ring32"), ({"m": 17, "activation_bits": 8, "sm": 80}, "int8_ring32_ampere"),
+        ({"m": 65, "activation_bits": 8, "sm": 100}, "int8_ring64_ampere"),
         ({"m": 33, "activation_bits": 8}, "int8_hopper192x64"),
         ({"m": 33, "activation_bits": 8, "group": 64}, "int8_hopper128x64"),
         ({"bits": 8, "activation_bits": 8, "sm": 75}, "int8_stream8_turing"),
@@ -51,11 +52,13 @@ Kernels = dict[int, Emulated]
         ({"m": 2048, "activation_bits": 8, "group": 4096}, "int8_hopper128x256"),
         ({"m": 512, "activation_bits": 8, "group": 4096}, "int8_hopper128x128"),
         ({"plain": 1}, "plain"), ({"plain": 1, "batch_invariant": 1}, "plain"),
-        *(({"m": m, "sm": sm, "batch_invariant": 1}, "tile64") for m in (1, 513) for sm in (80, 90, 120)),
-        *(({"m": m, "activation_bits": 8, "batch_invariant": 1}, "int8_tile64") for m in (1, 513)),
+        *(({"m": m, "sm": sm, "batch_invariant": 1}, "ring64_ampere") for m in (1, 513) for sm in (80, 120)),
+        *(({"m": m, "batch_invariant": 1}, "ring64") for m in (1, 513)),
+        *(({"m": m, "activation_bits": 8, "batch_invariant": 1}, "int8_ring32") for m in (1, 513)),
+        *(({"m": m, "sm": 89, "activation_bits": 8, "batch_invariant": 1}, "int8_ring64_ampere") for m in (1, 513)),
         ({"m": 1, "sm": 75, "batch_invariant": 1}, "tile32_turing"),
         ({"m": 1, "sm": 75, "activation_bits": 8, "batch_invariant": 1}, "int8_tile32_turing"),
-        ({"m": 513, "sm": 80, "batch_invariant": 1, "rounded_weights": 1, "library": 1}, "tile64"),
+        ({"m": 513, "sm": 80, "batch_invariant": 1, "rounded_weights": 1, "library": 1}, "ring64_ampere"),
     ],
 )  # fmt: skip
 def test_table(emulated: Kernels, changes: dict[str, int], kernel: str) -> None:
@@ -80,7 +83,7 @@ def test_every_row_is_chosen_for_some_layer(emulated: Kernels) -> None:
 def test_a_row_and_splits_can_be_pinned_for_measurements(emulated: Kernels) -> None:
     library = emulated[80].library
     rows = library.rows()
-    for name in ("tile64", "ring8_ampere", "ring8"):
+    for name in ("ring64_ampere", "ring8_ampere", "ring8"):
         plan = library.choose(**problem(m=8, row=rows.index(name) + 1, splits=4))
         assert (plan.kernel, plan.splits) == (name, 4)
     early = library.choose(**problem(m=17, activation_bits=8, row=rows.index("int8_hopper128x64") + 1))
@@ -113,12 +116,24 @@ def test_k_is_split_only_to_fill_the_device(emulated: Kernels) -> None:
 
 
 def test_blocks_of_a_cluster_have_a_tile_each_and_no_workspace(emulated: Kernels) -> None:
-    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("int8_tile32") + 1
+    choose, row = emulated[80].library.choose, emulated[80].library.rows().index("int8_ring32_ampere") + 1
     apart, cluster = (choose(**problem(n=5632, k=18944, sm=sm, row=row, activation_bits=8)) for sm in (80, 90))
-    assert (apart.splits, cluster.splits) == (3, 2), "clusters come in powers of two: 44 tiles, 132 multiprocessors"
-    assert apart.workspace - cluster.workspace == 3 * 5632 * 4
+    assert apart.splits == cluster.splits == 4
+    assert apart.workspace - cluster.workspace == 4 * 5632 * 4
     pinned = choose(**problem(n=8192, k=18944, splits=8, row=row, activation_bits=8))
-    assert (pinned.splits, pinned.grid_n) == (8, 8192 // 128)
+    assert (pinned.splits, pinned.grid_n) == (8, -(-8192 // pinned.tile_n)), "more than find a place at once"
+
+
+@pytest.mark.parametrize("sm", [75, 80, 89, 120])
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_few_multiprocessors_are_idle_at_the_end_of_many_rows(emulated: Kernels, sm: int, activation_bits: int) -> None:
+    """Blocks walk over tiles of n where all of them have about as many; else each has one."""
+    for m, n in itertools.product((65, 300, 600, 1000, 3840, 8192), (1024, 3584, 37888)):
+        plan = emulated[80].library.choose(**problem(m=m, n=n, sm=sm, activation_bits=activation_bits))
+        tiles, blocks = -(-n // plan.tile_n), plan.grid_m * plan.grid_n * plan.splits
+        places = 132 * plan.resident
+        rounds = -(-tiles // plan.grid_n) * -(-blocks // places)
+        assert rounds <= max(1, -(-tiles * plan.grid_m * plan.splits // places)), (m, n)
 
 
 @pytest.mark.parametrize("sm", SMS)

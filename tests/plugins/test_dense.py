@@ -86,8 +86,8 @@ def test_the_table_chooses_it_only_where_all_agree(emulated: Kernels) -> None:
         assert choose(**{**base, "sm": sm}).kernel == "dense"
     assert choose(**{**base, "sm": 90}).kernel != "dense", "warpgroups do not need it"
     for change, kernel in (
-        ({"m": M - 1}, "tile64"), ({"rounded_weights": 0}, "tile64"), ({"library": 0}, "tile64"),
-        ({"activation_bits": 8}, "int8_tile64"), ({"plain": 1}, "plain"),
+        ({"m": M - 1}, "ring64_ampere"), ({"rounded_weights": 0}, "ring64_ampere"), ({"library": 0}, "ring64_ampere"),
+        ({"activation_bits": 8}, "int8_ring64_ampere"), ({"plain": 1}, "plain"),
     ):  # fmt: skip
         assert choose(**{**base, **change}).kernel == kernel
 

@@ -95,8 +95,8 @@ def test_random_weights_are_what_they_are_called(zeros: str) -> None:
 
 def test_a_row_that_hung_is_not_launched(emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = random_weight(48, 192, 4, 64, torch.float16), torch.randn(20, 192).half()
-    rows = {"activation_bits": 8}  # whose row both SMs have
-    kernel = Gemm(emulated[90].library, x, weight, rows).plan.kernel
+    kernel = "ring32_ampere"  # which both SMs have
+    rows = {"row": emulated[90].library.rows().index(kernel) + 1}
     monkeypatch.setattr(gemm, "HUNG", frozenset({f"{kernel} sm=90"}))
     with pytest.raises(HungRowError, match=kernel):
         Gemm(emulated[90].library, x, weight, rows)
@@ -233,11 +233,13 @@ def test_what_compiles_for_each_shape_has_cases_of_its_own(emulated: dict[int, E
 
 
 def test_fp8_weights_have_a_scale_for_each_row() -> None:
-    x = torch.randn(5, 64) * torch.tensor([1.0, 10, 100, 0, 1e-3]).view(5, 1)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 100, 0, 1e-3]).view(
+        5, 1
+    )
     values, scale = bench.fp8(x)
     assert values.dtype == torch.float8_e4m3fn
     assert scale.shape == (5, 1)
-    assert torch.allclose(values.float() * scale, x, rtol=2**-4, atol=1e-6)
+    assert bool(((values.float() * scale - x).abs() <= x.abs() * 2**-4 + scale * 2**-10).all()), "or of subnormals"
 
 
 def test_each_profiled_case_is_numbered_and_launched_once(
@@ -302,7 +304,7 @@ def test_tuning_tries_every_row_and_a_library_takes_the_fastest(emulated: dict[i
 def test_a_row_that_computes_something_else_cannot_win(
     emulated: dict[int, Emulated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, broken = Library.launch, "tile64"
+    right, broken = Library.launch, "ring64_ampere"
 
     def launch(self: Library, problem: dict[str, int], tensors: dict[str, int], stream: int = 0) -> None:
         if self.rows()[problem["row"] - 1] != broken:
@@ -321,13 +323,13 @@ def test_a_row_that_cannot_be_launched_costs_itself(
     right = Library.launch
 
     def launch(self: Library, problem: dict[str, int], tensors: dict[str, int], stream: int = 0) -> None:
-        if self.rows()[problem["row"] - 1] == "tile64":
+        if self.rows()[problem["row"] - 1] == "ring64_ampere":
             raise LaunchRefusedError("too many resources requested for launch")
         right(self, problem, tensors, stream)
 
     monkeypatch.setattr(Library, "launch", launch)
     rows = tune.case(emulated[90].library, ("int4 g128",), "32x128", 4)
-    assert {row["wrong"] for row in rows if row["plan"].startswith("tile64")} == {
+    assert {row["wrong"] for row in rows if row["plan"].startswith("ring64_ampere")} == {
         "LaunchRefusedError: too many resources requested for launch"
     }
     assert any(row["plan"].startswith("ring8_ampere") and row["us"] for row in rows)

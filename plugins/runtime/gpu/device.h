@@ -309,6 +309,16 @@ __device__ __forceinline__ void multiply_add(float (&c)[8], uint32_t a0, uint32_
         : "r"(a0), "r"(a1), "r"(b0), "r"(b1));
 }
 
+// Both signed, k = 32
+__device__ __forceinline__ void multiply_add_signed(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+#if DEVICE_SM >= 80
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 // a unsigned, b signed, k = 32: unsigned codes cost nothing
 __device__ __forceinline__ void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
 #if DEVICE_SM >= 80

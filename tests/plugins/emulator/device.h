@@ -574,15 +574,24 @@ inline void multiply_add(float (&c)[8], uint32_t a0, uint32_t a1, uint32_t b0, u
     }
 }
 
-inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
-    auto const f = emulator::fragments(a, b0, b1);
+namespace emulator {
+template <class A>  // uint8_t or int8_t
+inline void multiply_integers(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+    auto const f = fragments(a, b0, b1);
     int const g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 32; k++) {
             int const owner = k % 16 / 4, byte = k % 4 * 8;
             uint32_t const av = f[g * 4 + owner].a[i / 2 + k / 16 * 2], bv = f[(2 * t + i % 2) * 4 + owner].b[k / 16];
-            c[i] += int32_t(uint8_t(av >> byte)) * int32_t(int8_t(bv >> byte));
+            c[i] += int32_t(A(av >> byte)) * int32_t(int8_t(bv >> byte));
         }
+}
+}  // namespace emulator
+inline void multiply_add(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::multiply_integers<uint8_t>(c, a, b0, b1);
+}
+inline void multiply_add_signed(int32_t (&c)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::multiply_integers<int8_t>(c, a, b0, b1);
 }
 
 #pragma GCC pop_options
