@@ -108,9 +108,10 @@ Tiling choose_tiling(wog_problem p, Row const& row) {
     bool const hopper = for_hopper(row);
     Pace const& pace = pace_of(p.sm);
     Tiling best{};
-    for (int splits = 1; splits <= 8; splits *= 2)
+    auto const more = [&p](int splits) { return in_cluster(p) ? splits * 2 : splits + 1; };
+    for (int splits = 1; splits <= 8; splits = more(splits))
         for (int warps_n = hopper ? 4 : 2; warps_n <= row.warps_n; warps_n += hopper ? 2 : 1) {  // whole warpgroups
-            if (p.splits ? p.splits < splits || splits * 2 <= p.splits : splits > 1 && steps < splits * 2) continue;
+            if (p.splits ? p.splits < splits || more(splits) <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
             int const tiles = ceil_div(p.n, warps_n * row.strips * 16) * rows;
             if (!p.splits && !may_divide(p, tiles, splits)) continue;

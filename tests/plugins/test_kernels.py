@@ -107,6 +107,7 @@ AMPERE_SIZES = [(5, 48, 1184, 32), (8, 80, 4096, 4096), (2, 144, 2048, 64)]
         *product(("int8_ring8_ampere", "int8_ring16_ampere"), AMPERE_SIZES),
         *product(("ring32_ampere", "int8_ring32_ampere"), (*MORE_SIZES[2:], FINE_SIZES[1])),
         *product(("ring64_ampere", "int8_ring64_ampere"), (*MORE_SIZES[2:], FINE_SIZES[1], (118, 272, 160, 32))),
+        *product(("ring64_ampere_narrow", "int8_ring64_ampere_narrow"), (MORE_SIZES[2], (118, 272, 320, 64))),
     ],
 )
 def test_rings_without_clusters(emulated: Kernels, row: str, bits: int, size: tuple[int, int, int, int]) -> None:

@@ -1,9 +1,10 @@
 """What the kernels were predicted to reach before they first ran on a GPU, and a model of what they should take.
 
-    python -m instantrt.tools.gpu.predictions LIBRARY [--bits 8] [--rows 1,8,16,64]
+    python -m instantrt.tools.gpu.predictions LIBRARY [--bits 8] [--rows 1,8,16,64] [--batch-invariant]
 
 prints for layers, rows of x and a GPU of each family the microseconds of the model, the weights that a multiprocessor
-has on their way, in KiB, and what bounds the time. LIBRARY is `libinstantrt_kernels.so`, which needs no GPU to choose.
+has on their way, in KiB, and what bounds the time; with --batch-invariant also how many times as long such products
+take at the least and at the most of all layers. LIBRARY is `libinstantrt_kernels.so`, which needs no GPU to choose.
 
 A prediction of before is a range on one kind of GPU, of the fraction of the measured read rate that the bytes of a
 launch make up, of the speed of cuBLAS fp16, or of microseconds. `with a ring` says what the streaming kernels were
@@ -158,12 +159,14 @@ def estimate(plan: LaunchPlan, gpu: Card, n: int, k: int, m: int, bits: int, gro
     return Estimate(fixed + times[limit], plan.in_flight, WAVES if uneven else limit)
 
 
-def estimates(library: Library, gpu: Card, layer: str, m: int, bits: int, group: int) -> Estimate:
+def estimates(
+    library: Library, gpu: Card, layer: str, m: int, bits: int, group: int, batch_invariant: int = 0
+) -> Estimate:
     """What `library` chooses on that GPU; `group` 0 is a whole row."""
     n, k = LAYERS[layer]
     problem = {
         "m": m, "n": n, "k": k, "group": group or k, "bits": bits, "activation_bits": 16, "sm": gpu.sm,
-        "sm_count": gpu.count,
+        "sm_count": gpu.count, "batch_invariant": batch_invariant,
     }  # fmt: skip
     return estimate(library.choose(**problem), gpu, n, k, m, bits, group or k)
 
@@ -180,13 +183,31 @@ def model_table(library: Library, rows: Sequence[int], bits: int, group: int) ->
     return [*lines, f"us/KiB of weights on their way in a multiprocessor, and the limit: {letters}"]
 
 
+def invariance_table(library: Library, rows: Sequence[int], bits: int, group: int) -> list[str]:
+    """For each m and GPU, of the model's times: the least and the most of batch-invariant ones by those of today."""
+    lines = [f"{'batch-invariant':18} {'m':>4}" + "".join(f"{name:>11}" for name in GPUS)]
+    for m in rows:
+        cells = []
+        for gpu in GPUS.values():
+            pairs = (
+                [estimates(library, gpu, layer, m, bits, group, same).microseconds for same in (0, 1)]
+                for layer in QUICK
+            )
+            ratios = [invariant / free for free, invariant in pairs]
+            cells.append(f"{min(ratios):7.2f}-{max(ratios):.2f}"[-11:])
+        lines.append(f"{'':18} {m:4}" + "".join(cells))
+    return lines
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("library", type=Path)
     options.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4: groups of 128, 8: by channel")
     options.add_argument("--rows", type=lambda text: [int(m) for m in text.split(",")], default=[1, 8, 16, 64])
+    options.add_argument("--batch-invariant", action="store_true", help="also how much longer such products take")
     asked = options.parse_args()
-    print("\n".join(model_table(Library(asked.library), asked.rows, asked.bits, 128 if asked.bits == 4 else 0)))
+    problem = Library(asked.library), asked.rows, asked.bits, 128 if asked.bits == 4 else 0
+    print("\n".join([*model_table(*problem), *(invariance_table(*problem) if asked.batch_invariant else [])]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from instantrt.tools.gpu.watch import emit
 
 SPLITS = (0, 1, 2, 4, 8)
 MOST_WAVES = 4  # blocks for each multiprocessor beyond which K is not worth splitting
-NO_CLUSTERS, OLDER = {"sm": 100}, ("_ampere", "tile")  # and rows that both have, by parts of their names
+NO_CLUSTERS, OLDER = {"sm": 100}, "_ampere"  # and rows that both have, by a part of their names
 REPLAYS = 9
 HOPELESS = 3  # times the best: who is slower need not run again
 WRONG = 0.03  # relative error; int8 activations alone make up to 0.01
@@ -45,7 +45,7 @@ def variants(plan: LaunchPlan, problem: dict[str, int]) -> Iterator[tuple[str, d
     """Labels and options that pin a plan; where its blocks are a cluster, also one that adds up in the workspace."""
     pinned = {"row": plan.row + 1, "splits": plan.splits}
     yield label(plan) + ("" if is_taken(plan, problem) else BY_MEMORY), pinned
-    if problem["sm"] == 90 and plan.splits > 1 and any(part in plan.kernel for part in OLDER):
+    if problem["sm"] == 90 and plan.splits > 1 and OLDER in plan.kernel:
         yield f"{label(plan)}{BY_MEMORY}", {**pinned, **NO_CLUSTERS}
 
 
