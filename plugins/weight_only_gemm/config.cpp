@@ -103,7 +103,7 @@ constexpr int kLatency = 2000;  // cycles of the fastest clock, of memory under 
 // then its sums.
 Tiling choose_tiling(wog_problem p, Row const& row) {
     if (p.batch_invariant) p.m = row.block_m();  // for many rows of x as for few
-    int const rows = ceil_div(p.m, row.block_m());
+    int64_t const rows = ceil_div(p.m, row.block_m()), at_once = std::min<int64_t>(p.m, row.block_m());
     int const steps = ceil_div(p.k, 64 * row.warps_k), sides = row.warps_k * row.warps_m;
     bool const hopper = for_hopper(row);
     Pace const& pace = pace_of(p.sm);
@@ -113,15 +113,14 @@ Tiling choose_tiling(wog_problem p, Row const& row) {
         for (int warps_n = hopper ? 4 : 2; warps_n <= row.warps_n; warps_n += hopper ? 2 : 1) {  // whole warpgroups
             if (p.splits ? p.splits < splits || more(splits) <= p.splits : splits > 1 && steps < splits * 2) continue;
             if (tile_shared(row, p, splits, warps_n) > shared_limit(p.sm, row.resident)) continue;
-            int const tiles = ceil_div(p.n, warps_n * row.strips * 16) * rows;
+            int64_t const tiles = ceil_div(p.n, warps_n * row.strips * 16) * rows;
             if (!p.splits && !may_divide(p, tiles, splits)) continue;
             int const places = std::max(1, (in_cluster(p) ? usable(p, splits) : p.sm_count) / splits);
             int const products = ceil_div(warps_n * sides, 4) * row.strips * row.columns * x_row(row) / 32;
             int const bytes = tile_stage(row, p.bits, tile_units(p), warps_n);
             int const arrive = hopper ? bytes * 10 / pace.bytes : kLatency / (row.stages[p.bits == 8] - 1);
             int64_t const step = std::max(products * pace.product / 10 + 100, arrive);
-            int64_t const end =
-                splits > 1 && hopper ? 2500 + std::min<int64_t>(p.m, row.block_m()) * warps_n * row.strips * 4 : 1000;
+            int64_t const end = splits > 1 && hopper ? 2500 + at_once * warps_n * row.strips * 4 : 1000;
             int64_t const blocks = ceil_div(tiles, places) * (ceil_div(steps, splits) * step + end);
             int64_t const time = hopper ? blocks : read_duration(p, blocks, splits);
             if (!best.warps_n || time < best.cycles) best = {warps_n, splits, time};
@@ -223,15 +222,15 @@ int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
     bool const walks = stream || ((row.kernel == Kernel::kTuring || tile) && !clusters);
     int const resident = stream ? stream_resident(row, p, splits) : row.resident;
     // Not where that would leave more multiprocessors idle at the end than tiles of n one by one
-    int const places = usable(p, clusters ? splits : 1) * resident, fit = std::max(1, places / (grid_m * splits));
-    int const walked = ceil_div(tiles, fit) * ceil_div(grid_m * splits, places);
-    int const most = walked <= ceil_div(int64_t(tiles) * grid_m * splits, places) ? fit : kMostInY;
+    int64_t const places = usable(p, clusters ? splits : 1) * resident, abreast = int64_t(grid_m) * splits;
+    int const fit = int(std::max<int64_t>(1, places / abreast));
+    bool const even = int64_t(ceil_div(tiles, fit)) * ceil_div(abreast, places) <= ceil_div(tiles * abreast, places);
     int64_t const partials = sums_meet_in_memory(p, splits) ? splits * rows_of_a_turn(p, splits) * p.n * 4 : 0;
     plan = {row.name,
             int32_t(&row - kRows),
             splits,
             grid_m,
-            walks ? std::min(tiles, most) : tiles,
+            walks ? std::min(tiles, even ? fit : kMostInY) : tiles,
             row.threads() - (row.warps_n - warps_n) * row.warps_k * row.warps_m * 32,
             tile ? tile_shared(row, p, splits, warps_n) : shared_bytes(row, p, splits),
             dense ? dense_buffers(p.m, p.n, p.k).total : before_partials(row, p) + partials,

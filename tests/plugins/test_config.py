@@ -38,7 +38,8 @@ Kernels = dict[int, Emulated]
         ({"activation_bits": 8, "sm": 86}, "int8_ring8_ampere"),
         ({"m": 9, "activation_bits": 8, "sm": 100}, "int8_ring16_ampere"),
         ({"m": 16, "activation_bits": 8, "k": 65536}, "int8_ring32"),  # whose x is too large
-        ({"m": 17, "activation_bits": 8}, "int8_ring32"), ({"m": 17, "activation_bits": 8, "sm": 80}, "int8_ring32_ampere"),
+        ({"m": 17, "activation_bits": 8}, "int8_ring32"),
+        ({"m": 17, "activation_bits": 8, "sm": 80}, "int8_ring32_ampere"),
         ({"m": 65, "activation_bits": 8, "n": 4608, "sm": 100}, "int8_ring64_ampere"),
         ({"m": 65, "activation_bits": 8, "sm": 89}, "int8_ring64_ampere_narrow"),
         ({"m": 33, "activation_bits": 8}, "int8_hopper192x64"),

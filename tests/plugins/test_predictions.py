@@ -45,3 +45,7 @@ def test_the_table_fits_a_terminal(emulated: dict[int, Emulated]) -> None:
     lines = predictions.model_table(emulated[80].library, (1, 16), 4, 128)
     assert len(lines) == 2 + 2 * len(QUICK)
     assert max(map(len, lines[:-1])) <= 104
+    invariant = predictions.invariance_table(emulated[80].library, (1, 16), 4, 128)
+    assert len(invariant) == 1 + 2
+    assert max(map(len, invariant)) <= 104
+    assert "1.00-1.00" not in invariant[1].split()[2:], "tiles for many rows, which a single one does not fill"

@@ -194,7 +194,7 @@ def invariance_table(library: Library, rows: Sequence[int], bits: int, group: in
                 for layer in QUICK
             )
             ratios = [invariant / free for free, invariant in pairs]
-            cells.append(f"{min(ratios):7.2f}-{max(ratios):.2f}"[-11:])
+            cells.append(f"{f'{min(ratios):.2f}-{max(ratios):.2f}':>11}")
         lines.append(f"{'':18} {m:4}" + "".join(cells))
     return lines
 
