@@ -6,8 +6,8 @@
 // 16 n and C columns of 8 m; two warps ("sides") own the same n, and divide either K (WK) or m (WM).
 //
 // Work split: a block has as many warps in n as fill the device best, owns WM * C * 8 m and a part of K, and walks over
-// tiles of n, gridDim.y apart; the blocks with the other parts of K are a cluster, that has one tile and adds up in its blocks' shared
-// memory, or leave their sums in the workspace for a second kernel.
+// tiles of n, gridDim.y apart; the blocks with the other parts of K are a cluster, that has one tile and adds up in its
+// blocks' shared memory, or leave their sums in the workspace for a second kernel.
 //
 // A stage is 64 k of each part of K: x, the codes and the scales and zeros of all strips. Four warps beside those that
 // multiply fill it: one sends for weights, through all tiles of the block, one for x, and two, one for each side, count

@@ -33,7 +33,9 @@ SMS = ALL if ASKED == "all" else tuple(ASKED.split(","))
 REPORT = "ptxas.txt"
 BUDGETS: dict[str, int] = json.loads((SOURCE / "registers.json").read_text())
 
-SMS_OF = dict(re.findall(r'\.name = "(\w+)", .*?\.sms = (\w+)', (SOURCE / "config.h").read_text()))
+TABLE = (SOURCE / "config.h").read_text()
+SMS_OF = dict(re.findall(r'\.name = "(\w+)", .*?\.sms = (\w+)', TABLE))
+TILES = set(re.findall(r'\.name = "(\w+)", \.kernel = Kernel::kTile\b', TABLE))
 ROWS = tuple(SMS_OF)
 FOR_HOPPER = [row for row, sms in SMS_OF.items() if sms == "kSm90"]
 
@@ -196,11 +198,11 @@ def streaming_code(library: Path, row: str, bits: int, kind: str = "Half") -> Co
     sm = next((sm for sm in SMS if sm == "90a" or (sm != "75" and row not in FOR_HOPPER)), None)
     if sm is None:
         pytest.skip(f"{row} streams on {'sm_90a' if row in FOR_HOPPER else 'sm_80 and newer'}")
-    index = Library(library).rows().index(row)
+    kernel, index = "tiles" if row in TILES else "stream", Library(library).rows().index(row)
     (code,) = (
         text
         for text in machine_code(library, sm)
-        if re.search(rf"streamI\d{kind}Li{bits}E(Lb0E)?Li{index}EE", text.split("\n")[0])
+        if re.search(rf"{kernel}I\d{kind}Li{bits}ELb0ELi{index}EE", text.split("\n")[0])
     )
     return Code.parse(code)
 
@@ -239,6 +241,31 @@ def test_the_streaming_loops_execute_little(build: tuple[Path, str], row: str) -
     int8 = row.startswith("int8")
     counts = [executed(streaming_code(library, row, bits, kind), bits, strips, columns, int8) for bits, kind in kinds]
     assert all(count <= limit for count, limit in zip(counts, most, strict=True)), counts
+
+
+# Of rows of tiles: strips, and instructions for a product, in the same order, where no group ends
+MOST_A_PRODUCT = {
+    "ring32": (3, (4.40, 4.90, 4.25, 5.78)), "ring32_narrow": (2, (4.94, 5.41, 4.82, 6.35)),
+    "ring64": (3, (4.40, 4.90, 4.25, 5.78)), "ring64_narrow": (2, (4.94, 5.41, 4.82, 6.35)),
+    "ring32_ampere": (3, (4.40, 4.90, 4.25, 5.78)), "ring64_ampere": (3, (4.40, 4.90, 4.25, 5.78)),
+    "ring64_ampere_narrow": (2, (4.94, 5.41, 4.82, 6.35)), "int8_ring32": (3, (4.34, 4.34, 3.09, 3.09)),
+    "int8_ring32_ampere": (3, (4.34, 4.34, 3.09, 3.09)), "int8_ring64_ampere": (3, (4.34, 4.34, 3.09, 3.09)),
+    "int8_ring64_ampere_narrow": (2, (4.94, 4.94, 3.63, 3.63)),
+}  # fmt: skip
+
+
+def test_the_loops_of_tiles_execute_little(build: tuple[Path, str]) -> None:
+    library, counts = build[0] / "libinstantrt_kernels.so", {}
+    if not {"90a"} & set(SMS):
+        pytest.skip("the rows of tiles are all in code of sm_90a")
+    for row, (strips, _) in MOST_A_PRODUCT.items():
+        product, products = ("IMMA", 8 * strips) if row.startswith("int8") else ("HMMA", 16 * strips)
+        codes = [streaming_code(library, row, bits, kind) for bits in (4, 8) for kind in ("Half", "Bfloat")]
+        steps = [code.loop(product, "FFMA").ways(1, FFMA=0, **{product: products}) for code in codes]
+        counts[row] = [step / products for (step,) in steps]
+    assert counts.keys() == TILES
+    over = {row: n for row, n in counts.items() if any(c > m for c, m in zip(n, MOST_A_PRODUCT[row][1], strict=True))}
+    assert over == {}
 
 
 STAGES = {

@@ -55,6 +55,7 @@ PREDICTIONS = (
     Prediction("int4 g128", ("llama3-8b o",), (64, 64), MICROSECONDS, {"H200": (7.0, 7.5), "H100": (8.0, 8.0)}),
     Prediction("a8w8", GATE_UP, (1, 8), MICROSECONDS, {"H200": (34.0, 37.0)}, RING),
     Prediction("a8w8", GATE_UP, (16, 16), MICROSECONDS, {"H200": (35.0, 39.0)}, RING),
+    Prediction("a8w8", GATE_UP, (17, 32), MICROSECONDS, {"H200": (35.0, 40.0)}, RING),
     Prediction("a8w8", ("qwen2-7b o",), (1, 16), MICROSECONDS, {"H200": (6.0, 7.5)}, RING),
     Prediction("a8w8", ("qwen2-7b down",), (1, 16), MICROSECONDS, {"H200": (18.5, 22.0)}, RING),
     Prediction("int4 g128", ANY, (512, 1 << 30), CUBLAS, {"H200": (0.75, 0.95), "H100": (0.75, 0.95)}),
