@@ -149,7 +149,7 @@ HopperPlan hopper_plan(wog_problem const& p, int tiles, int stages) {
 
 bool fits(Row const& row, wog_problem const& p) {
     if ((row.kernel == Kernel::kPlain) != bool(p.plain)) return false;
-    // Where a row of x lies in a tile, and what lies beside it, changes nothing in its sums: one row for any m is enough.
+    // Where a row of x lies in a tile, and what lies beside it, changes nothing in its sums: one row serves any m
     if (p.batch_invariant && !row.any_batch) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library && p.sm != 90)) return false;
     if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
