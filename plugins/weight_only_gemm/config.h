@@ -27,7 +27,8 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // when that was measured. The pace of the rows for all since Ampere is half of what their loops execute, copies of x
 // with it (docs/facts.md, "What an H200 does", has how it is counted), as the H200 issues two instructions a cycle.
 // Expected of turns: of two stages at g128, 128x128 of 16 bits, tensor cores need 1,024 cycles and 1,840 were measured;
-// scaling the sums, which takes a group of consumers about 500, would be beside the other's products.
+// scaling the sums, which takes a group of consumers about 500, would be beside the other's products. So it would with
+// more groups of consumers: of two stages of 256x64, as much work, tensor cores need 1,024 cycles, too.
 // clang-format off
 constexpr Row kRows[] = {
     {.name = "dense", .kernel = Kernel::kDense, .sms = kFrom75, .min_m = kManyRows,
@@ -96,6 +97,10 @@ constexpr Row kRows[] = {
      .warps_n = 12, .columns = 16, .whole_k = true, .fine = false, .pace = {1320, 1320}},
     {.name = "int8_hopper128x256", .kernel = Kernel::kHopper, .sms = kSm90, .min_m = 32, .activation_bits = 8,
      .warps_n = 8, .columns = 32, .cluster = 2, .whole_k = true, .fine = false, .pace = {1700, 1700}},
+    {.name = "hopper192x64", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 12, .columns = 8, .fine = false, .own_sums = true, .candidate = true},
+    {.name = "hopper256x64", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 16, .columns = 8, .fine = false, .own_sums = true, .candidate = true},
     {.name = "hopper128x64_ordered", .kernel = Kernel::kHopper, .sms = kSm90,
      .warps_n = 8, .columns = 8, .fine = false, .ordered = true, .own_sums = true, .candidate = true},
     {.name = "hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90,

@@ -72,7 +72,7 @@ def test_every_row_is_chosen_for_some_layer(emulated: Kernels) -> None:
     library, chosen = emulated[80].library, set()
     for sm, count in ((75, 40), (80, 108), (90, 132)):
         for m, n, bits, activation_bits in itertools.product(
-            (1, 9, 17, 33, 65, 192, 600, 2048), (512, 3584, 37888), (4, 8), (16, 8)
+            (1, 9, 16, 17, 33, 65, 192, 600, 2048), (512, 3584, 37888), (4, 8), (16, 8)
         ):
             for group in (128, 4096):
                 sizes = problem(m=m, n=n, bits=bits, group=group, activation_bits=activation_bits)
