@@ -23,6 +23,7 @@ FAULTS = {
     8: "a fragment changed under its product",
     9: "sums changed under their product",
     10: "rows of x changed under their product",
+    11: "a bank conflict of rows of a matrix",
 }
 
 

@@ -412,10 +412,23 @@ inline uint32_t load_word(Shared shared) {
     return v;
 }
 
+namespace emulator {
+// The eight rows of a matrix are read together where each has banks of its own, or is row 0 of shared memory: zeros.
+inline void expect_no_conflict(Shared const* rows) {
+    Shared of_bank[8] = {};
+    for (int i = 0; i < 8; i++) {
+        auto const at = rows[i] - dynamic_shared();
+        Shared& other = of_bank[at / 16 % 8];
+        if (at >= 128 && other && other != rows[i]) fail("a bank conflict of rows of a matrix");
+        if (at >= 128) other = rows[i];
+    }
+}
+}  // namespace emulator
 inline void load_matrices(uint32_t (&r)[4], Shared row) {
     auto const rows = emulator::share(row);
     int const lane = int(threadIdx.x) % 32;
     for (int i = 0; i < 4; i++) {
+        emulator::expect_no_conflict(&rows[i * 8]);
         auto const* at = rows[i * 8 + lane / 4] + lane % 4 * 4;
         if (reinterpret_cast<uintptr_t>(rows[i * 8 + lane / 4]) % 16) std::abort();
         std::memcpy(&r[i], at, 4);

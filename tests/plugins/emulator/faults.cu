@@ -24,6 +24,7 @@ void kernel(Args const p) {
         copy_bulk(tile, p.from, p.fault == 4 ? 4112 : 4096, barrier);
     }
     if (p.fault == 5) return;
+    if (p.fault == 11) load_matrices(a, shared_address(tile) + 1024 + threadIdx.x % 32 * 128);
     wait(barrier, p.fault == 6 ? 1 : 0);
     if (p.fault == 6 && tile[0] == 0xff) emulator::fail("poison");
     if (p.fault == 7) wait(barrier, 1);
