@@ -23,7 +23,8 @@ Kernels = dict[int, Emulated]
     ("changes", "kernel"),
     [
         ({"m": 1}, "ring8_deep"), ({"m": 1, "n": 37888}, "ring8"), ({"m": 8, "n": 37888, "k": 2048}, "ring8"),
-        ({"m": 9}, "ring16_deep"), ({"m": 16, "n": 6144}, "ring16"), ({"m": 16, "k": 65536}, "ring32"),  # x is too large
+        ({"m": 9}, "ring16_deep"), ({"m": 16, "n": 6144}, "ring16"),
+        ({"m": 16, "k": 65536}, "ring32"),  # whose x is too large
         ({"m": 1, "sm": 80}, "ring8_ampere"), ({"m": 8, "sm": 120}, "ring8_ampere"),
         ({"m": 9, "sm": 86}, "ring16_ampere"), ({"m": 1, "n": 37888, "sm": 80}, "ring8_ampere_wide"),
         ({"m": 17}, "ring32"), ({"m": 17, "n": 3584}, "ring32_narrow"), ({"m": 17, "n": 3584, "group": 32}, "ring32"),
