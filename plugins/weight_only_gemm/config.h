@@ -101,6 +101,8 @@ constexpr Row kRows[] = {
      .warps_n = 12, .columns = 8, .fine = false, .own_sums = true, .candidate = true},
     {.name = "hopper256x64", .kernel = Kernel::kHopper, .sms = kSm90,
      .warps_n = 16, .columns = 8, .fine = false, .own_sums = true, .candidate = true},
+    {.name = "hopper256x64_pairs", .kernel = Kernel::kHopper, .sms = kSm90,
+     .warps_n = 8, .strips = 2, .columns = 8, .fine = false, .own_sums = true, .candidate = true},
     {.name = "hopper128x64_ordered", .kernel = Kernel::kHopper, .sms = kSm90,
      .warps_n = 8, .columns = 8, .fine = false, .ordered = true, .own_sums = true, .candidate = true},
     {.name = "hopper128x128_ordered", .kernel = Kernel::kHopper, .sms = kSm90,

@@ -7,12 +7,13 @@
 //
 //     loaders (warps 0, 1)   128 bytes of rows of x; codes, and at a cut scales and zeros   full[stage] -> all others
 //     sums (warps 2, 3)      own_sums: X, in the tensor cores, by a matrix of ones          sum_full[slot] -> consumers
-//     consumers              64 n each: codes to registers, multiply, scale, store        empty[stage], sum_empty[slot]
+//     consumers              H * 64 n each: codes to registers, multiply, scale, store    empty[stage], sum_empty[slot]
 //
 // `ordered`: the groups of consumers take turns, so that one scales its sums and decodes while another multiplies. Else
 // they come to the ends of groups together, and the tensor cores wait for all of them.
-// Three or four groups of consumers, or a second set of sums, keep the tensor cores at work while codes are decoded and
-// sums scaled: what one group does in between takes longer than its products.
+// Three or four groups of consumers keep the tensor cores at work while codes are decoded and sums scaled: what one group
+// does in between takes longer than its products. So do two strips of 16 n in each warp (H = 2): of one the sums are
+// scaled while the other's last product runs.
 //
 // Arithmetic: P = sum of x * (q - c), in the tensor cores, c = 8 or 128, X = sum of x. At each cut, the end of a
 // group, of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long), acc += s
@@ -122,7 +123,7 @@ struct Units {
 template <class T, int Bits, int I, bool Fine>
 struct Shape {
     static constexpr Row kRow = kRows[I];
-    static constexpr int C = kRow.columns, W = kRow.warps_n / 4, kCluster = kRow.cluster;
+    static constexpr int C = kRow.columns, W = kRow.warps_n / 4, H = kRow.strips, kCluster = kRow.cluster;
     static constexpr int kBlockM = kRow.block_m(), kBlockN = kRow.block_n(), kStrips = kBlockN / 16;
     static constexpr int kStages = hopper_stages(kRow, Bits, Fine), kBlocks = stage_k(kRow) * Bits / 256,
                          kThreads = kRow.threads();
@@ -137,6 +138,7 @@ struct Shape {
     static constexpr int kReaders = W * 4 + (kOwnSums ? 2 : 0);  // warps that read a stage
     static constexpr int kPitch = kBlockN + 4;                   // of a tile on its way through a cluster
     static_assert(kBarriers + 2 * (kStages + kHopperSums) * 8 == hopper_bytes(kRow, Bits, Fine), "as planned");
+    static_assert(H == 1 || !Fine, "cuts inside stages would wait for both strips");
     static_assert(kStages >= 3 && kStage % 1024 == 0 && kCodes / kCluster % 1024 == 0, "the swizzle repeats");
     static_assert(kBlockM * kPitch * 4 <= kTile, "a tile takes the place of the stages");
     static constexpr int kConsumerRegisters = W == 2 ? 216 : W == 4 ? 104 : C == 8 || kRow.whole_k ? 152 : 160;
@@ -226,7 +228,7 @@ struct Loader {
             int const left = p.out.n - item.n0, width = left < 0 ? 0 : left < S::kBlockN ? left : S::kBlockN;
             int const end = item.n0 + width;
             Piece low(p, item.n0, end, item.first * S::kBlocks);
-            Piece high(p, item.n0 + low.bytes / 32, S::W > 2 ? end : 0, item.first * S::kBlocks);
+            Piece high(p, item.n0 + low.bytes / 32, S::kBlockN > 128 ? end : 0, item.first * S::kBlocks);
             int const whole = low.bytes + high.bytes, offset = low.bytes;
             Units units(p, item.first * S::kUnits);
             for (typename S::Cuts cut(p, item); cut.left(); cut.next()) {
@@ -247,7 +249,8 @@ struct Loader {
 #pragma unroll
                         for (int i = 0; i < S::kBlocks; i++) {
                             if (i < count && low.bytes) low.copy(to + S::kCodes, i, full);
-                            if (S::W > 2 && i < count && high.bytes) high.copy(to + S::kCodes + offset, i, full);
+                            if (S::kBlockN > 128 && i < count && high.bytes)
+                                high.copy(to + S::kCodes + offset, i, full);
                         }
 #pragma unroll
                         for (int u = 0; u < S::kUnits; u++)
@@ -353,44 +356,50 @@ struct Ones {
     }
 };
 
-// ---- consumers: 128 threads and 64 n each ----
+// ---- consumers: 128 threads and H times 64 n each ----
 
 template <class T, int Bits, int I, bool Fine>
 struct Consumer {
     using S = Shape<T, Bits, I, Fine>;
     using Sum = std::conditional_t<S::kInt8, int32_t, float>;
-    static constexpr int C = S::C, W = S::W;
+    static constexpr int C = S::C, W = S::W, H = S::H;
     static constexpr bool kInt8 = S::kInt8, kWhole = S::kRow.whole_k;
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
     static constexpr bool kAhead = W == 2 || (W == 3 && C == 8);
     static constexpr int kParts = Fine ? S::kUnits : kAhead ? 2 : 4;
+    static constexpr int kTurns = kParts * H;  // in a stage: each strip has one in each part
     static constexpr int kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
 
     HopperArgs const& p;
     int const thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     int const who = threadIdx.x / 128 - 1;
 
-    Sum sum[C][4];                 // P since the last cut
-    float acc[kWhole ? 1 : C][4];  // with one cut, its result takes P's place
-    uint32_t a[kFragments][4];     // of k16 steps
-    uint4 codes;                   // that fragments are decoded from
+    Sum sum[H][C][4];                 // P since the last cut
+    float acc[H][kWhole ? 1 : C][4];  // with one cut, its result takes P's place
+    uint32_t a[kFragments][4];        // of k16 steps
+    uint4 codes;                      // that fragments are decoded from
     Cursor<S::kStages> at{};
     Cursor<kHopperSums> sum_at{};
 
-    template <int Part>
+    // Where the 64 n of a strip's turn begin in the tile
+    __device__ __forceinline__ int first_of(int strip) const { return (who * H + strip) * 64; }
+
+    template <int Turn>
     __device__ __forceinline__ void decode_part(int slot) {
 #pragma unroll
-        for (int step = Part * kPartSteps; step < (Part + 1) * kPartSteps; step++) {
+        for (int i = 0; i < kPartSteps; i++) {
+            int const step = Turn / H * kPartSteps + i;
             unsigned char const* const from = S::stage(slot) + S::kCodes + step / kBlockSteps * (S::kStrips * 512) +
-                                              (who * 4 + warp) * 512 + lane * 16;
-            constexpr int kHalf = kAhead || kBlockSteps == 1 ? kBlockSteps : kBlockSteps / 2;
+                                              (first_of(Turn % H) / 16 + warp) * 512 + lane * 16;
+            constexpr bool kAtOnce = kPartSteps % kBlockSteps == 0 || (kAhead && H == 1);
+            constexpr int kHalf = kAtOnce ? kBlockSteps : kBlockSteps / 2;
             if (kHalf == kBlockSteps && step % kBlockSteps == 0) codes = *reinterpret_cast<uint4 const*>(from);
             if (kHalf != kBlockSteps && step % kHalf == 0) {  // half of them: two registers fewer
                 int const half = step % kBlockSteps / kHalf;
                 uint32_t const* const words = reinterpret_cast<uint32_t const*>(from) + half * 2;
                 (half ? codes.z : codes.x) = words[0], (half ? codes.w : codes.y) = words[1];
             }
-            uint32_t (&to)[4] = a[step % kFragments];
+            uint32_t (&to)[4] = a[(Turn * kPartSteps + i) % kFragments];
             if constexpr (kInt8)
                 decode_signed<Bits>(to, codes, step);
             else
@@ -399,28 +408,29 @@ struct Consumer {
     }
 
     // P += codes * x for a part of a stage, or P = that
-    template <int Part>
+    template <int Turn>
     __device__ __forceinline__ void multiply(int slot, bool add) {
 #pragma unroll
-        for (int i = 0; i < kPartSteps; i++) settle(a[(Part * kPartSteps + i) % kFragments]);
+        for (int i = 0; i < kPartSteps; i++) settle(a[(Turn * kPartSteps + i) % kFragments]);
         warpgroup_begin();
 #pragma unroll
         for (int i = 0; i < kPartSteps; i++) {
-            int const step = Part * kPartSteps + i;
+            int const step = Turn / H * kPartSteps + i, fragment = (Turn * kPartSteps + i) % kFragments;
             bool const adds = (Fine ? i : step) > 0 || add;
             if constexpr (kInt8)
-                warpgroup_multiply_add(sum, a[step % kFragments], S::stage(slot), step, adds);
+                warpgroup_multiply_add(sum[Turn % H], a[fragment], S::stage(slot), step, adds);
             else
-                warpgroup_multiply_add<T>(sum, a[step % kFragments], S::stage(slot), step, adds);
+                warpgroup_multiply_add<T>(sum[Turn % H], a[fragment], S::stage(slot), step, adds);
         }
         warpgroup_commit();
         warpgroup_wait<1>();
     }
 
     // acc += s * (P - (z - c) * X), of the cut that ends with a unit of `slot`. `end`: whether rows.cu's X counts.
-    __device__ __forceinline__ void promote(int slot, int unit, bool end) {
+    template <int Strip>
+    __device__ __forceinline__ void promote_strip(int slot, int unit, bool end) {
         auto const* const pairs = reinterpret_cast<uint32_t const*>(S::stage(slot) + S::kAffine) + unit * S::kBlockN +
-                                  who * 64 + warp * 16 + g;
+                                  first_of(Strip) + warp * 16 + g;
         float scale[2], zero[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -429,7 +439,7 @@ struct Consumer {
             zero[h] = float(1 << (Bits - 1)) - to_float<T>(uint16_t(pair >> 16));
             if (!S::kOwnSums && !end) zero[h] = 0.0f;
         }
-        if (S::kOwnSums) wait(S::sum_full(sum_at.slot), sum_at.parity);
+        if (S::kOwnSums && Strip == 0) wait(S::sum_full(sum_at.slot), sum_at.parity);
         auto const* const x = S::kOwnSums ? S::sums(sum_at.slot)
                                           : reinterpret_cast<float const*>(S::stage(slot) + S::kX) + unit * S::kBlockM;
 #pragma unroll
@@ -437,35 +447,43 @@ struct Consumer {
             float const x_sum[2] = {x[j * 8 + 2 * t], x[j * 8 + 2 * t + 1]};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float const v = scale[i / 2] * (float(sum[j][i]) + zero[i / 2] * x_sum[i % 2]);
+                float const v = scale[i / 2] * (float(sum[Strip][j][i]) + zero[i / 2] * x_sum[i % 2]);
                 if constexpr (kWhole)
-                    sum[j][i] = int32_t(float_bits(v));
+                    sum[Strip][j][i] = int32_t(float_bits(v));
                 else
-                    acc[j][i] += v;
+                    acc[Strip][j][i] += v;
             }
         }
-        if (S::kOwnSums) {
+        if (S::kOwnSums && Strip == H - 1) {
             warp_barrier();
             if (lane == 0) arrive(S::sum_empty(sum_at.slot));
             sum_at.next();
         }
     }
+    // By each strip's last product, when it has ended
+    template <int Strip = 0>
+    __device__ __forceinline__ void promote(int slot, int unit, bool end) {
+        warpgroup_wait<H - 1 - Strip>();
+        settle(sum[Strip]);
+        promote_strip<Strip>(slot, unit, end);
+        if constexpr (Strip + 1 < H) promote<Strip + 1>(slot, unit, end);
+    }
 
     // All but the decoding of its first part, which was before, and that of the next stage's
-    template <int Part = 0>
+    template <int Turn = 0>
     __device__ __forceinline__ void multiply_stage(int slot, int before, bool first) {
-        multiply<Part>(slot, !first);
-        if (Part == 0 && !first) S::release(before, lane);
-        if constexpr (Part + 1 < kParts) decode_part<Part + 1>(slot), multiply_stage<Part + 1>(slot, before, first);
+        multiply<Turn>(slot, !first);
+        if (Turn == 0 && !first) S::release(before, lane);
+        if constexpr (Turn + 1 < kTurns) decode_part<Turn + 1>(slot), multiply_stage<Turn + 1>(slot, before, first);
     }
 
     // Among the groups of consumers, by a named barrier for each: from one to the next, and from the last to the first
-    static constexpr int kTurns = 2 + W;
+    static constexpr int kOrder = 2 + W;
     __device__ __forceinline__ void take_turn() const {
-        if (S::kRow.ordered && p.ordered) named_barrier(kTurns + who, 256);
+        if (S::kRow.ordered && p.ordered) named_barrier(kOrder + who, 256);
     }
     __device__ __forceinline__ void give_turn() const {
-        if (S::kRow.ordered && p.ordered) named_arrive(kTurns + (who + 1) % W, 256);
+        if (S::kRow.ordered && p.ordered) named_arrive(kOrder + (who + 1) % W, 256);
     }
 
     // A part of a stage is decoded while the part before it is multiplied; nothing that depends on data stands between
@@ -496,8 +514,6 @@ struct Consumer {
                 if (left) wait(S::full(at.slot), at.parity);
                 decode_part<0>(left ? at.slot : slot);  // the last: for nothing, but without a branch
             }
-            warpgroup_wait<0>();
-            settle(sum);
             promote(slot, 0, end);
             S::release(slot, lane);
         }
@@ -526,24 +542,24 @@ struct Consumer {
         if constexpr (Part + 1 < kParts) multiply_parts<Part + 1>(span);
     }
 
-    __device__ __forceinline__ float result(int j, int i) const {
+    __device__ __forceinline__ float result(int strip, int j, int i) const {
         if constexpr (kWhole)
-            return bits_float(uint32_t(sum[j][i]));
+            return bits_float(uint32_t(sum[strip][j][i]));
         else
-            return acc[j][i];
+            return acc[strip][j][i];
     }
 
-    // 32 m of the result to shared memory. The index is known when compiling: sums stay in registers.
-    template <int Pass>
+    // 32 m of a strip's result to shared memory. The index is known when compiling: sums stay in registers.
+    template <int Strip, int Pass = 0>
     __device__ __forceinline__ void stage_result(float* tile, int pitch, int pass) const {
         if (pass == Pass) {
 #pragma unroll
             for (int j = 0; j < 4; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    tile[(j * 8 + 2 * t + i % 2) * pitch + warp * 16 + i / 2 * 8 + g] = result(Pass * 4 + j, i);
+                    tile[(j * 8 + 2 * t + i % 2) * pitch + warp * 16 + i / 2 * 8 + g] = result(Strip, Pass * 4 + j, i);
         } else if constexpr ((Pass + 1) * 4 < C) {
-            stage_result<Pass + 1>(tile, pitch, pass);
+            stage_result<Strip, Pass + 1>(tile, pitch, pass);
         }
     }
 
@@ -562,16 +578,17 @@ struct Consumer {
     }
 
     // Through shared memory, so that a thread has 16 n of a row and neighbours have neighbouring n
+    template <int Strip = 0>
     __device__ __forceinline__ void store(Item const& item) const {
         float* const tile = S::staged(who);
         int const row = thread / 4, column = thread % 4 * 16;
 #pragma unroll 1
         for (int pass = 0; pass < C / 4; pass++) {
             int64_t const m = int64_t(item.m0) + pass * kStagedRows + row;
-            int n = item.n0 + who * 64 + column;
+            int n = item.n0 + first_of(Strip) + column;
             settle(n);  // or addresses that follow from it are held in registers, more than there are
             float const row_scale = scale_of(m);
-            stage_result<0>(tile, kStagedPitch, pass);
+            stage_result<Strip>(tile, kStagedPitch, pass);
             named_barrier(1 + who, 128);
             float v[16];
             load_sixteen(v, tile + row * kStagedPitch + column);
@@ -579,16 +596,20 @@ struct Consumer {
             scale_row(v, row_scale);
             if (m < p.out.m && n < p.out.n) finish<T>(p.out, v, m, n);
         }
+        if constexpr (Strip + 1 < H) store<Strip + 1>(item);
     }
 
     // The parts of K: this block's sums take the place of its stages, and it finishes every so many rows.
     __device__ __forceinline__ void hand_over() const {
         named_barrier(1 + W, W * 128);
 #pragma unroll
-        for (int j = 0; j < C; j++)
+        for (int strip = 0; strip < H; strip++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                S::tile()[(j * 8 + 2 * t + i % 2) * S::kPitch + who * 64 + warp * 16 + i / 2 * 8 + g] = result(j, i);
+            for (int j = 0; j < C; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    S::tile()[(j * 8 + 2 * t + i % 2) * S::kPitch + first_of(strip) + warp * 16 + i / 2 * 8 + g] =
+                        result(strip, j, i);
     }
     __device__ __forceinline__ void store_cluster(Item const& item) const {
         int const rank = int(blockIdx.x) % p.splits, all = int(threadIdx.x) - 128;
@@ -622,7 +643,9 @@ struct Consumer {
         if (who == W - 1) give_turn();
         for (int turn = 0; S::left(p, turn); turn++) {
 #pragma unroll
-            for (int j = 0; j < (kWhole ? 1 : C); j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+            for (auto& strip : acc)
+#pragma unroll
+                for (auto& a : strip) a[0] = a[1] = a[2] = a[3] = 0.0f;
             if constexpr (Fine)
                 accumulate_fine(S::item(p, turn));
             else

@@ -57,7 +57,7 @@ FINE_SIZES = [(24, 272, 160, 32), (19, 80, 1120, 160)]
     [
         *product(("ring32", "ring64", "hopper128x64"), MORE_SIZES),
         *product(("ring32_narrow", "ring64_narrow"), (*MORE_SIZES[:2], MORE_SIZES[3])),
-        *product(("hopper192x64", "hopper256x64"), MORE_SIZES),
+        *product(("hopper192x64", "hopper256x64", "hopper256x64_pairs"), MORE_SIZES),
         *product(("ring32", "ring64"), FINE_SIZES), ("hopper128x128", (140, 144, 640, 128)),
         *product(("int8_ring32",), (*MORE_SIZES, *FINE_SIZES)),
     ],

@@ -176,8 +176,8 @@ inline void multiply_later(Sum (&d)[C][4], uint32_t const (&a)[4], void const* t
     std::array<uint32_t, 4> const mine{a[0], a[1], a[2], a[3]};
     int const lane = int(threadIdx.x) % 32;
     uint64_t const rows = lane ? 0 : digest(bytes, 8 * C, step);  // one lane looks for all
-    Running& running = state.now->running;
     auto const* const raw = reinterpret_cast<unsigned char const*>(d);
+    Running& running = state.now->running[raw];
     if (running.products++ == 0) running.sums.assign(raw, raw + sizeof d);
     state.now->products.back().push_back([=, live = &a, &running, &d] {
         require(!std::memcmp(mine.data(), live, sizeof mine), "a fragment changed under its product");

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -60,7 +61,7 @@ struct Copy {
     size_t size;
 };
 
-struct Running {  // products of a warpgroup that have not been waited for; they all add to the same sums
+struct Running {  // products of a warpgroup that add to the same sums and have not been waited for
     int products = 0;
     std::vector<unsigned char> sums;
 };
@@ -75,7 +76,7 @@ struct Fiber {
     bool started = false, done = false;
     std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
     std::vector<std::vector<std::function<void()>>> products{1};
-    Running running;
+    std::map<void const*, Running> running;  // by their sums
 };
 
 struct Meeting {  // of the threads that take part in a barrier or a warp-wide instruction
