@@ -28,7 +28,7 @@ constexpr int kMostMultiprocessors = 256;  // bounds workspaces; larger devices 
 // with it (docs/facts.md, "What an H200 does", has how it is counted), as the H200 issues two instructions a cycle.
 // Expected of turns: of two stages at g128, 128x128 of 16 bits, tensor cores need 1,024 cycles and 1,840 were measured;
 // scaling the sums, which takes a group of consumers about 500, would be beside the other's products. So it would with
-// more groups of consumers: of two stages of 256x64, as much work, tensor cores need 1,024 cycles, too.
+// more groups of consumers, or two strips of each: two stages of 256x64, as much work, need 1,024 cycles, too.
 // clang-format off
 constexpr Row kRows[] = {
     {.name = "dense", .kernel = Kernel::kDense, .sms = kFrom75, .min_m = kManyRows,

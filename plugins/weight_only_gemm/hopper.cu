@@ -13,7 +13,7 @@
 // they come to the ends of groups together, and the tensor cores wait for all of them.
 // Three or four groups of consumers keep the tensor cores at work while codes are decoded and sums scaled: what one group
 // does in between takes longer than its products. So do two strips of 16 n in each warp (H = 2): of one the sums are
-// scaled while the other's last product runs.
+// scaled while the other's products run.
 //
 // Arithmetic: P = sum of x * (q - c), in the tensor cores, c = 8 or 128, X = sum of x. At each cut, the end of a
 // group, of the part of K or of 1024 k (fp32 sums inside tensor cores are truncated: they may not run long), acc += s
@@ -366,7 +366,7 @@ struct Consumer {
     static constexpr bool kInt8 = S::kInt8, kWhole = S::kRow.whole_k;
     static constexpr int kBlockSteps = 4 / S::kBlocks;  // steps of 32 bytes of a row of x that a block of codes serves
     static constexpr bool kAhead = W == 2 || (W == 3 && C == 8);
-    static constexpr int kParts = Fine ? S::kUnits : kAhead ? 2 : 4;
+    static constexpr int kParts = Fine ? S::kUnits : kAhead && H == 1 ? 2 : 4;
     static constexpr int kTurns = kParts * H;  // in a stage: each strip has one in each part
     static constexpr int kPartSteps = 4 / kParts, kFragments = 2 * kPartSteps;
 
@@ -377,7 +377,7 @@ struct Consumer {
     Sum sum[H][C][4];                 // P since the last cut
     float acc[H][kWhole ? 1 : C][4];  // with one cut, its result takes P's place
     uint32_t a[kFragments][4];        // of k16 steps
-    uint4 codes;                      // that fragments are decoded from
+    uint4 codes[H];                   // that fragments are decoded from
     Cursor<S::kStages> at{};
     Cursor<kHopperSums> sum_at{};
 
@@ -386,24 +386,25 @@ struct Consumer {
 
     template <int Turn>
     __device__ __forceinline__ void decode_part(int slot) {
+        uint4& of = codes[Turn % H];
 #pragma unroll
         for (int i = 0; i < kPartSteps; i++) {
             int const step = Turn / H * kPartSteps + i;
             unsigned char const* const from = S::stage(slot) + S::kCodes + step / kBlockSteps * (S::kStrips * 512) +
                                               (first_of(Turn % H) / 16 + warp) * 512 + lane * 16;
-            constexpr bool kAtOnce = kPartSteps % kBlockSteps == 0 || (kAhead && H == 1);
+            constexpr bool kAtOnce = kBlockSteps == 1 || (kAhead && H == 1);
             constexpr int kHalf = kAtOnce ? kBlockSteps : kBlockSteps / 2;
-            if (kHalf == kBlockSteps && step % kBlockSteps == 0) codes = *reinterpret_cast<uint4 const*>(from);
+            if (kHalf == kBlockSteps && step % kBlockSteps == 0) of = *reinterpret_cast<uint4 const*>(from);
             if (kHalf != kBlockSteps && step % kHalf == 0) {  // half of them: two registers fewer
                 int const half = step % kBlockSteps / kHalf;
                 uint32_t const* const words = reinterpret_cast<uint32_t const*>(from) + half * 2;
-                (half ? codes.z : codes.x) = words[0], (half ? codes.w : codes.y) = words[1];
+                (half ? of.z : of.x) = words[0], (half ? of.w : of.y) = words[1];
             }
             uint32_t (&to)[4] = a[(Turn * kPartSteps + i) % kFragments];
             if constexpr (kInt8)
-                decode_signed<Bits>(to, codes, step);
+                decode_signed<Bits>(to, of, step);
             else
-                decode<T, Bits>(to, codes, step % kBlockSteps);
+                decode<T, Bits>(to, of, step % kBlockSteps);
         }
     }
 
@@ -426,9 +427,11 @@ struct Consumer {
         warpgroup_wait<1>();
     }
 
-    // acc += s * (P - (z - c) * X), of the cut that ends with a unit of `slot`. `end`: whether rows.cu's X counts.
+    // acc += s * (P - (z - c) * X), of the cut that ends with a unit of `slot`, whose products have ended. `end`: whether
+    // rows.cu's X counts.
     template <int Strip>
-    __device__ __forceinline__ void promote_strip(int slot, int unit, bool end) {
+    __device__ __forceinline__ void promote(int slot, int unit, bool end) {
+        settle(sum[Strip]);
         auto const* const pairs = reinterpret_cast<uint32_t const*>(S::stage(slot) + S::kAffine) + unit * S::kBlockN +
                                   first_of(Strip) + warp * 16 + g;
         float scale[2], zero[2];
@@ -460,14 +463,6 @@ struct Consumer {
             sum_at.next();
         }
     }
-    // By each strip's last product, when it has ended
-    template <int Strip = 0>
-    __device__ __forceinline__ void promote(int slot, int unit, bool end) {
-        warpgroup_wait<H - 1 - Strip>();
-        settle(sum[Strip]);
-        promote_strip<Strip>(slot, unit, end);
-        if constexpr (Strip + 1 < H) promote<Strip + 1>(slot, unit, end);
-    }
 
     // All but the decoding of its first part, which was before, and that of the next stage's
     template <int Turn = 0>
@@ -486,16 +481,29 @@ struct Consumer {
         if (S::kRow.ordered && p.ordered) named_arrive(kOrder + (who + 1) % W, 256);
     }
 
+    // Stages that an item and its group have left; how many there are to the next cut. As Cuts, in fewer registers
+    struct Left {
+        int item, group;
+        bool ended = false;  // a group, by the cut that was taken last
+
+        __device__ __forceinline__ Left(HopperArgs const& p, Item const& of)
+            : item(of.last - of.first), group(p.group_units - of.first % p.group_units) {}
+        __device__ __forceinline__ int take(HopperArgs const& p) {
+            int const least = item < group ? item : group, stages = least < S::kLongest ? least : S::kLongest;
+            item -= stages, group -= stages;
+            ended = group == 0;
+            if (ended) group = p.group_units;
+            return stages;
+        }
+    };
+
     // A part of a stage is decoded while the part before it is multiplied; nothing that depends on data stands between
     // a product's start and the wait for it, or the compiler serializes. kAhead: over the end of a cut too.
     __device__ __forceinline__ void accumulate(Item const& item) {
         if (kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
-        int left = item.last - item.first, group_left = p.group_units - item.first % p.group_units;
-        while (left) {  // as Cuts, in fewer registers
-            int const least = left < group_left ? left : group_left, stages = least < S::kLongest ? least : S::kLongest;
-            left -= stages, group_left -= stages;
-            bool const end = group_left == 0;
-            if (end) group_left = p.group_units;
+        Left left(p, item);
+        while (left.item) {
+            int const stages = left.take(p);
             if (!kAhead) wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
             int slot = at.slot, before = slot;
             take_turn();
@@ -511,10 +519,41 @@ struct Consumer {
             give_turn();
             at.next();
             if constexpr (kAhead) {
-                if (left) wait(S::full(at.slot), at.parity);
-                decode_part<0>(left ? at.slot : slot);  // the last: for nothing, but without a branch
+                if (left.item) wait(S::full(at.slot), at.parity);
+                decode_part<0>(left.item ? at.slot : slot);  // the last: for nothing, but without a branch
             }
-            promote(slot, 0, end);
+            warpgroup_wait<0>();
+            promote<0>(slot, 0, left.ended);
+            S::release(slot, lane);
+        }
+    }
+
+    // The same of two strips. One's sums are scaled while the last product of the other's cut runs, and the other's while
+    // the first product of the next cut does.
+    __device__ __forceinline__ void accumulate_pairs(Item const& item) {
+        wait(S::full(at.slot), at.parity), decode_part<0>(at.slot);
+        multiply<0>(at.slot, false);
+        Left left(p, item);
+        while (left.item) {
+            int const stages = left.take(p);
+            int slot = at.slot;
+            decode_part<1>(slot), multiply_stage<1>(slot, slot, true);
+#pragma unroll 1
+            for (int i = 1; i < stages; i++) {
+                at.next();
+                slot = at.slot;
+                wait(S::full(slot), at.parity);
+                decode_part<0>(slot);
+                multiply_stage(slot, slot ? slot - 1 : S::kStages - 1, false);
+            }
+            at.next();
+            if (left.item) wait(S::full(at.slot), at.parity);
+            int const next = left.item ? at.slot : slot;  // the last: for nothing, but without a branch
+            decode_part<0>(next);
+            promote<0>(slot, 0, left.ended);
+            multiply<0>(next, false);
+            promote<1>(slot, 0, left.ended);
+            if (!left.item) warpgroup_wait<0>();
             S::release(slot, lane);
         }
     }
@@ -538,7 +577,7 @@ struct Consumer {
         if constexpr (Part + 1 < kParts) decode_part<Part + 1>(at.slot);
         warpgroup_wait<0>();
         settle(sum);
-        if (span.next()) promote(at.slot, Part, span.ends_group()), span.begin(p);
+        if (span.next()) promote<0>(at.slot, Part, span.ends_group()), span.begin(p);
         if constexpr (Part + 1 < kParts) multiply_parts<Part + 1>(span);
     }
 
@@ -646,7 +685,9 @@ struct Consumer {
             for (auto& strip : acc)
 #pragma unroll
                 for (auto& a : strip) a[0] = a[1] = a[2] = a[3] = 0.0f;
-            if constexpr (Fine)
+            if constexpr (H == 2)
+                accumulate_pairs(S::item(p, turn));
+            else if constexpr (Fine)
                 accumulate_fine(S::item(p, turn));
             else
                 accumulate(S::item(p, turn));
