@@ -222,7 +222,7 @@ int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
     bool const walks = stream || ((row.kernel == Kernel::kTuring || tile) && !clusters);
     int const resident = stream ? stream_resident(row, p, splits) : row.resident;
     // Not where that would leave more multiprocessors idle at the end than tiles of n one by one
-    int64_t const places = usable(p, clusters ? splits : 1) * resident, abreast = int64_t(grid_m) * splits;
+    int64_t const places = std::max(1, usable(p, clusters ? splits : 1) * resident), abreast = int64_t(grid_m) * splits;
     int const fit = int(std::max<int64_t>(1, places / abreast));
     bool const even = int64_t(ceil_div(tiles, fit)) * ceil_div(abreast, places) <= ceil_div(tiles * abreast, places);
     int64_t const partials = sums_meet_in_memory(p, splits) ? splits * rows_of_a_turn(p, splits) * p.n * 4 : 0;

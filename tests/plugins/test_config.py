@@ -226,6 +226,16 @@ def test_a_cluster_finds_room_on_few_multiprocessors(emulated: Kernels) -> None:
         assert emulated[90].library.choose(**asked).splits <= few, asked
 
 
+@pytest.mark.parametrize("sm", [75, 80, 90])
+def test_pinned_rows_have_a_plan_on_one_multiprocessor(emulated: Kernels, sm: int) -> None:
+    """Where a cluster finds no place: a file of choices may name one, which is asked for a plan before it is left out."""
+    library = emulated[80].library
+    for m, activation_bits in itertools.product((1, 12, 20, 40, 70, 600), (16, 8)):
+        plans = library.plans((1, 2, 3, 4, 8), **problem(m=m, sm=sm, sm_count=1, activation_bits=activation_bits))
+        assert plans
+        assert all(plan.grid_m * plan.grid_n >= 1 for plan in plans)
+
+
 @pytest.mark.parametrize(("standard", "refused"), [(201703, True), (201709, False), (202002, False)])
 def test_a_compiler_without_the_tables_initializers_is_refused(standard: int, refused: bool) -> None:
     """GCC 10, whose C++20 says 201709, is one that has them."""
