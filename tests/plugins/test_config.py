@@ -228,7 +228,7 @@ def test_a_cluster_finds_room_on_few_multiprocessors(emulated: Kernels) -> None:
 
 @pytest.mark.parametrize("sm", [75, 80, 90])
 def test_pinned_rows_have_a_plan_on_one_multiprocessor(emulated: Kernels, sm: int) -> None:
-    """Where a cluster finds no place: a file of choices may name one, which is asked for a plan before it is left out."""
+    """A file of choices may name clusters that find no place: they are asked for a plan before they are left out."""
     library = emulated[80].library
     for m, activation_bits in itertools.product((1, 12, 20, 40, 70, 600), (16, 8)):
         plans = library.plans((1, 2, 3, 4, 8), **problem(m=m, sm=sm, sm_count=1, activation_bits=activation_bits))
