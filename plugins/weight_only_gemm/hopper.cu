@@ -773,8 +773,8 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
                     whole + (plan.splits > 1),
                     whole,
                     hopper_takes_turns(row, p)};
-    void const* const x = int8 ? rows.values : t.x;
-    char const* failed = describe_rows(args.x, x, p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
+    char const* failed =
+        describe_rows(args.x, multiplied(p, t), p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
     if (!failed && !row.own_sums) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
     dim3 const cluster(std::max(row.cluster, plan.splits));

@@ -21,6 +21,12 @@ inline Int8Rows int8_rows(wog_problem const& p, void* workspace) {
             reinterpret_cast<float*>(base + at.sums), padded_rows(p.m)};
 }
 
+// x as a product multiplies it: of int8 activations their values
+inline unsigned char const* multiplied(wog_problem const& p, wog_tensors const& t) {
+    void const* const values = int8_rows(p, t.workspace).values;
+    return static_cast<unsigned char const*>(p.activation_bits == 8 ? values : t.x);
+}
+
 // Where element k of a row lies: position 4t + i of each 16 holds k = [2t, 2t + 8, 2t + 1, 2t + 9][i].
 __device__ __forceinline__ int int8_position(int k) { return (k & ~15) + (k % 8 / 2) * 4 + k % 2 * 2 + k % 16 / 8; }
 

@@ -440,11 +440,9 @@ struct StreamOf {
 char const* launch_stream(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
-    bool const int8 = p.activation_bits == 8;
-    Int8Rows const rows = int8_rows(p, t.workspace);
     if (char const* failed = launch_quantize(p, t, stream)) return failed;
-    StreamArgs const args{static_cast<unsigned char const*>(int8 ? rows.values : t.x),
-                          rows.scales,
+    StreamArgs const args{multiplied(p, t),
+                          int8_rows(p, t.workspace).scales,
                           static_cast<unsigned char const*>(t.codes),
                           static_cast<uint32_t const*>(t.affine),
                           sums_apart(row, p, plan, t.workspace),

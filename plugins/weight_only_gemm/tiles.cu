@@ -522,11 +522,10 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
     int const warps_n = (plan.threads / 32 - 4) / (row.warps_k * row.warps_m), strips = warps_n * row.strips;
     int const codes_at = row.warps_k * row.block_m() * x_row(row),
               affine_at = codes_at + row.warps_k * strips * p.bits * 128;
-    Int8Rows const rows = int8_rows(p, t.workspace);
     if (char const* failed = launch_quantize(p, t, stream)) return failed;
     TileArgs args{{},
-                  static_cast<unsigned char const*>(p.activation_bits == 8 ? rows.values : t.x),
-                  rows.scales,
+                  multiplied(p, t),
+                  int8_rows(p, t.workspace).scales,
                   static_cast<unsigned char const*>(t.codes),
                   static_cast<uint32_t const*>(t.affine),
                   sums_apart(row, p, plan, t.workspace),

@@ -453,24 +453,21 @@ struct TuringOf {
 char const* launch_turing(wog_problem const& p, wog_tensors const& t, wog_plan const& plan, void* stream) {
     Row const& row = kRows[plan.row];
     int const steps = ceil_div(p.k, stage_k(row)), parts = plan.splits * row.warps_k;
-    bool const int8 = p.activation_bits == 8;
-    Int8Rows const rows = int8_rows(p, t.workspace);
     if (char const* failed = launch_quantize(p, t, stream)) return failed;
-    TuringArgs const args{
-        int8 ? reinterpret_cast<unsigned char const*>(rows.values) : static_cast<unsigned char const*>(t.x),
-        rows,
-        static_cast<unsigned char const*>(t.codes),
-        static_cast<uint32_t const*>(t.affine),
-        sums_apart(row, p, plan, t.workspace),
-        output(p, t),
-        p.k,
-        p.group,
-        p.k / p.group,
-        plan.splits,
-        steps / parts,
-        steps % parts,
-        turing_x_rows(row, p.m),
-        turing_x_steps(row, p, plan.splits)};
+    TuringArgs const args{multiplied(p, t),
+                          int8_rows(p, t.workspace),
+                          static_cast<unsigned char const*>(t.codes),
+                          static_cast<uint32_t const*>(t.affine),
+                          sums_apart(row, p, plan, t.workspace),
+                          output(p, t),
+                          p.k,
+                          p.group,
+                          p.k / p.group,
+                          plan.splits,
+                          steps / parts,
+                          steps % parts,
+                          turing_x_rows(row, p.m),
+                          turing_x_steps(row, p, plan.splits)};
     return launch_parts(instance<Kernel::kTuring, TuringOf>(p, plan, false), args, p, t, plan, stream);
 }
 
