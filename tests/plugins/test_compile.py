@@ -193,6 +193,16 @@ def test_machine_code_has_the_right_instructions(build: tuple[Path, str], sm: st
     assert {n for n in names if n.startswith(("ATOM", "RED"))} == set(), "atomics would make results depend on timing"
 
 
+@pytest.mark.parametrize("sm", SMS)
+def test_sums_of_parts_are_read_four_at_a_time(build: tuple[Path, str], sm: str) -> None:
+    codes = machine_code(build[0] / "libinstantrt_kernels.so", sm)
+    epilogues = [code for code in codes if "epilogue" in code.split("\n")[0]]
+    assert len(epilogues) == 2
+    for code in epilogues:
+        assert "LDG.E.128" in code
+        assert not re.search(r"LDG\.E(\.CONSTANT)?(\.SYS)? ", code), "single ones"
+
+
 def streaming_code(library: Path, row: str, bits: int, kind: str = "Half") -> Code:
     """The machine code of a row whose weights stream; groups end at its steps' ends."""
     sm = next((sm for sm in SMS if sm == "90a" or (sm != "75" and row not in FOR_HOPPER)), None)
