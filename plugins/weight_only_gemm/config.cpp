@@ -256,6 +256,12 @@ bool choose_measured(wog_problem const& p, wog_plan& plan) {
     return may_divide(p, tiles, plan.splits);
 }
 
+// Sums of as many parts of K as any device may divide it into
+int64_t partials_of_any_device(Row const& row, wog_problem const& p) {
+    int const parts = p.splits ? 8 : std::min(8, kMostMultiprocessors / ceil_div(p.n, row.block_n()));
+    return splits_k(row) && sums_meet_in_memory(p, parts) ? parts * rows_of_a_turn(p, parts) * p.n * 4 : 0;
+}
+
 int launch_in_turns(wog_problem p, wog_tensors t, int64_t rows, void* stream, char* error, size_t size) {
     int64_t const all = p.m, x_row = int64_t(p.k) * 2, y_row = int64_t(p.n) / (1 + p.gated) * (p.wide ? 4 : 2);
     for (int64_t done = 0; done < all; done += p.m) {
@@ -315,7 +321,11 @@ int64_t wog_workspace(wog_problem const* problem) {
         p.sm = row.sms.first;  // every kind of device has a row that starts with it
         if (row.kernel == Kernel::kPlain || choose(p, plan, error, sizeof error)) continue;
         most = std::max(most, plan.workspace);
-        if (p.batch_invariant) continue;                   // one row serves every m, with as many parts of K
+        if (p.batch_invariant) {  // one row serves every m, but each device may divide K in its own way
+            Row const& only = kRows[plan.row];
+            most = std::max(most, before_partials(only, p) + partials_of_any_device(only, p));
+            continue;
+        }
         for (Row const& other : {kRows[plan.row], row}) {  // that another m may use
             int64_t const tile = int64_t(other.block_m()) * other.block_n() * 4;
             int64_t const parts = other.kernel == Kernel::kHopper ? 0 : std::min(p.sm_count * tile, 8 * p.m * p.n * 4);

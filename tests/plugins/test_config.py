@@ -175,6 +175,25 @@ def test_workspace_covers_every_smaller_m(emulated: Kernels, sm: int, activation
     assert most <= 300 * (8192 * 5 + 4) + 132 * 64 * 256 * 4 + 4096
 
 
+@pytest.mark.parametrize("batch_invariant", [0, 1])
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_an_engines_workspace_is_enough_for_any_device(
+    emulated: Kernels, activation_bits: int, batch_invariant: int
+) -> None:
+    """One device may divide K into more parts than another that has more multiprocessors."""
+    library, devices = emulated[80].library, [(75, 40), (80, 108), (86, 84), (89, 128), (100, 148), (120, 170), (80, 7)]
+    shapes = [(256, 512), (1024, 8192), (2048, 1024), (3072, 3072), (4096, 4096), (4096, 14336), (18944, 3584)]
+    for (n, k), bits, type_, m in itertools.product(shapes, (4, 8), (0, 1), (1, 40, 256, 1000)):
+        asked = problem(n=n, k=k, bits=bits, activation_bits=activation_bits, type=type_, m=m)
+        asked["batch_invariant"] = batch_invariant
+        most = library.workspace(**asked)
+        for sm, count in devices:
+            if sm == 75 and type_ == 1:
+                continue
+            plan = library.choose(**{**asked, "sm": sm, "sm_count": count})
+            assert plan.workspace <= most, (plan, asked, sm, count)
+
+
 REFUSED = [
     ({"m": 0}, "M (rows of x) is 0, expected 1 .. 2^31 - 1"),
     ({"k": 4100}, "K (columns of x) is 4100, expected a positive multiple of 32"),
