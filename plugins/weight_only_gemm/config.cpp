@@ -152,8 +152,6 @@ bool fits(Row const& row, wog_problem const& p) {
     // Where a row of x lies in a tile, and what lies beside it, changes nothing in its sums: one row serves any m
     if (p.batch_invariant && !row.any_batch) return false;
     if (row.kernel == Kernel::kDense && !(p.rounded_weights && p.library && p.sm != 90)) return false;
-    if (row.kernel == Kernel::kStream && !stream_splits(p, row)) return false;
-    if (row.kernel == Kernel::kTile && choose_tiling(p, row).warps_n == 0) return false;
     bool const fine = row.kernel == Kernel::kHopper ? hopper_fine(row, p) : p.group % 64 != 0;
     if (fine && !row.fine) return false;
     if (row.candidate && !p.row) return false;
@@ -163,7 +161,10 @@ bool fits(Row const& row, wog_problem const& p) {
     bool const ring = row.kernel == Kernel::kStream || row.kernel == Kernel::kTile;
     if (ring && p.sm == 90 && !p.row && !for_hopper(row)) return false;
     bool const rows = p.batch_invariant || ((p.row || row.min_m < p.m) && p.m <= row.max_m);
-    return bits && rows && row.sms.first <= p.sm && p.sm <= row.sms.last;
+    if (!bits || !rows || p.sm < row.sms.first || p.sm > row.sms.last) return false;
+    // Last, as they take the longest: every launch asks
+    if (row.kernel == Kernel::kStream) return stream_splits(p, row) > 0;
+    return row.kernel != Kernel::kTile || choose_tiling(p, row).warps_n > 0;
 }
 
 // K is divided among blocks only while that lets idle multiprocessors work, and never below four steps for each warp.
@@ -171,7 +172,6 @@ int choose_splits(wog_problem const& p, Row const& row, int blocks) {
     if (!splits_k(row)) return 1;
     int const steps = ceil_div(p.k, stage_k(row));
     if (row.kernel == Kernel::kStream) return stream_splits(p, row);
-    if (row.kernel == Kernel::kTile) return choose_tiling(p, row).splits;
     if (row.kernel == Kernel::kHopper) return hopper_plan(p, blocks, steps).splits;
     if (p.splits) return std::min(p.splits, steps);
     int const places = std::min(p.sm_count, kMostMultiprocessors), by_depth = steps / (4 * row.warps_k);
@@ -195,8 +195,12 @@ Row const* find_row(wog_problem const& p) {
     if (p.row) return p.row <= kRowCount && fits(kRows[p.row - 1], p) ? &kRows[p.row - 1] : nullptr;
     Row const* best = std::find_if(kRows, kRows + kRowCount, [&p](Row const& row) { return fits(row, p); });
     bool const timed = best->kernel != Kernel::kTuring && best->kernel != Kernel::kPlain;
-    for (Row const* row = best; timed && row->kernel == best->kernel; row++)
-        if (fits(*row, p) && duration(*row, p) < duration(*best, p)) best = row;
+    int64_t least = timed ? duration(*best, p) : 0;
+    for (Row const* row = best + 1; timed && row->kernel == best->kernel; row++) {
+        if (!fits(*row, p)) continue;
+        int64_t const time = duration(*row, p);
+        if (time < least) best = row, least = time;
+    }
     return best;
 }
 
@@ -210,12 +214,13 @@ int choose(wog_problem const& p, wog_plan& plan, char* error, size_t size) {
         return refuse(error, size, "row (pinned)", "one that serves these sizes, this sm and these bits", p.row);
     Row const& row = *found;
     bool const tile = row.kernel == Kernel::kTile;
-    int const warps_n = tile ? choose_tiling(p, row).warps_n : row.warps_n;
+    Tiling const tiling = tile ? choose_tiling(p, row) : Tiling{};
+    int const warps_n = tile ? tiling.warps_n : row.warps_n;
     bool const dense = row.kernel == Kernel::kDense;  // a warp for each 512-byte block of codes
     int const grid_m = dense ? 1 : ceil_div(p.m, row.block_m());
     int const tiles = dense ? ceil_div(int64_t(p.n / 16) * ceil_div(p.k, 256 / p.bits), row.warps_n)
                             : ceil_div(p.n, row.block_n() / row.warps_n * warps_n);
-    int const splits = choose_splits(p, row, p.batch_invariant ? tiles : grid_m * tiles);
+    int const splits = tile ? tiling.splits : choose_splits(p, row, p.batch_invariant ? tiles : grid_m * tiles);
     // As many blocks as fit the device, each of which walks over its tiles; of a cluster those of kStream alone, the
     // others have one each
     bool const clusters = splits > 1 && in_cluster(p), stream = row.kernel == Kernel::kStream;
@@ -263,11 +268,11 @@ int64_t partials_of_any_device(Row const& row, wog_problem const& p) {
 }
 
 int launch_in_turns(wog_problem p, wog_tensors t, int64_t rows, void* stream, char* error, size_t size) {
-    int64_t const all = p.m, x_row = int64_t(p.k) * 2, y_row = int64_t(p.n) / (1 + p.gated) * (p.wide ? 4 : 2);
+    int64_t const all = p.m, x_bytes = int64_t(p.k) * 2, y_bytes = int64_t(p.n) / (1 + p.gated) * (p.wide ? 4 : 2);
     for (int64_t done = 0; done < all; done += p.m) {
         p.m = std::min(rows, all - done);
         if (wog_launch(&p, &t, stream, error, size)) return 1;
-        t.x = static_cast<char const*>(t.x) + p.m * x_row, t.y = static_cast<char*>(t.y) + p.m * y_row;
+        t.x = static_cast<char const*>(t.x) + p.m * x_bytes, t.y = static_cast<char*>(t.y) + p.m * y_bytes;
     }
     return 0;
 }

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(256) epilogue(EpilogueArgs const p) {
     bool const gated = p.out.gated;
     int const fours = p.out.n / (gated ? 8 : 4);
     int64_t const item = int64_t(blockIdx.x) * 256 + threadIdx.x, m = item / fours;
-    int const i = int(item % fours), n = gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+    int const i = int(item % fours), n = column_of_four(i, gated);
     wait_for_inputs();
     release_next();
     if (m >= p.out.m) return;

@@ -79,6 +79,9 @@ __device__ __forceinline__ void finish(Output const& out, float (&v)[16], int64_
     store_eight<T>(out, v + 8, m, n0 + 8);
 }
 
+// Where the i-th four outputs of a row begin, or the i-th four gates, in its columns of sums
+__device__ __forceinline__ int column_of_four(int i, bool gated) { return gated ? i / 2 * 16 + i % 2 * 4 : i * 4; }
+
 // Four outputs of row m: the sums of columns n .. n + 3, or of the gates there and the `up`s eight columns on
 template <class T>
 __device__ __forceinline__ void finish_four(Output const& out, float4 sums, float4 ups, int64_t m, int n) {

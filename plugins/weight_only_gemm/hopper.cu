@@ -336,7 +336,7 @@ struct Ones {
     }
 
     __device__ __forceinline__ void run() {
-        int const inside = which * 2048 + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+        int const inside = which * 2048 + lane % 16 * 128 + turned<128>(lane / 16, lane % 8) * 16;
         for (int turn = 0; S::left(p, turn); turn++) {
             Item const item = S::item(p, turn);
             Span<S> span(p, item);
@@ -773,8 +773,8 @@ char const* launch_hopper(wog_problem const& p, wog_tensors const& t, wog_plan c
                     whole + (plan.splits > 1),
                     whole,
                     hopper_takes_turns(row, p)};
-    char const* failed =
-        describe_rows(args.x, multiplied(p, t), p.m, int64_t(p.k) * (int8 ? 1 : 2), row.block_m() / row.cluster);
+    char const* failed = describe_rows(args.x, multiplied(p, t), p.m, int64_t(p.k) * row.activation_bits / 8,
+                                       row.block_m() / row.cluster);
     if (!failed && !row.own_sums) failed = int8 ? launch_quantize(p, t, stream) : launch_sums(p, t, sums, stream);
     if (failed) return failed;
     dim3 const cluster(std::max(row.cluster, plan.splits));

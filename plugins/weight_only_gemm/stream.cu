@@ -208,7 +208,7 @@ struct Streamer {
     __device__ __forceinline__ void send_x() {
         if (kHopper && feed_x >= count) return;
         Shared const to = shared_address(x_place() + feed_x * x_step);
-        int const pitch = p.k * (kXRow / 64), at = (first + (kHopper ? feed_x : feed_step)) * kXRow;
+        int const pitch = p.k * (kRow.activation_bits / 8), at = (first + (kHopper ? feed_x : feed_step)) * kXRow;
 #pragma unroll 1
         for (int item = lane; item < p.x_rows * kPieces; item += 32) {
             int const row = item / kPieces, piece = item % kPieces;
@@ -366,7 +366,7 @@ struct Streamer {
         int const fours = kBlockN / (gated ? 8 : 4);
 #pragma unroll 1
         for (int item = from; item < rows * fours; item += step) {
-            int const row = item / fours, i = item - row * fours, column = gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+            int const row = item / fours, i = item - row * fours, column = column_of_four(i, gated);
             if (column < n_end) use(row, column);
         }
     }

@@ -195,7 +195,7 @@ struct Tiler {
     }
 
     __device__ __forceinline__ void send_x_by_lanes() {
-        int const pitch = p.k * (kXRow / 64);
+        int const pitch = p.k * (kRow.activation_bits / 8);
         constexpr int kPieces = kXRow / 16, kAtOnce = 32 / kPieces;  // of a row; rows
 #pragma unroll 1
         for (int tile = blockIdx.y; tile < tiles(); tile += gridDim.y)
@@ -436,7 +436,7 @@ struct Tiler {
         };
 #pragma unroll 1
         for (int item = r.mine; item < r.rows * wide; item += r.step) {
-            int const row = item / wide, i = item - row * wide, column = gated ? i / 2 * 16 + i % 2 * 4 : i * 4;
+            int const row = item / wide, i = item - row * wide, column = column_of_four(i, gated);
             if (r.n + column >= p.out.n || r.m + row >= p.out.m) continue;
             int const at = row * r.pitch + column;
             float const scale = kInt8 ? p.scales[r.m + row] : 1.0f;
@@ -541,8 +541,8 @@ char const* launch_tile(wog_problem const& p, wog_tensors const& t, wog_plan con
                   affine_at + row.warps_k * units * strips * 64,
                   tile_stage(row, p.bits, units, warps_n)};
     if (for_hopper(row))
-        if (char const* failed =
-                describe_rows(args.x, args.rows, p.m, int64_t(p.k) * x_row(row) / 64, row.block_m(), x_row(row)))
+        if (char const* failed = describe_rows(args.x, args.rows, p.m, int64_t(p.k) * row.activation_bits / 8,
+                                               row.block_m(), x_row(row)))
             return failed;
     return launch_parts(instance<Kernel::kTile, TileOf>(p, plan, units > 1), args, p, t, plan, stream);
 }

@@ -117,11 +117,12 @@ struct Turing {
         for (int j = 0; j < kRows8; j++) {
             int const row = j * 8 + lane % 8;
             bool const real = WN > 1 || row < p.x_rows;
-            row_at[j] = shared_address(real ? x_ring() + row * 128 : dynamic_shared()) + ((lane / 8) ^ lane % 8) * 16;
+            row_at[j] =
+                shared_address(real ? x_ring() + row * 128 : dynamic_shared()) + turned<128>(lane / 8, lane % 8) * 16;
             row_moves[j] = real ? -1 : 0;
         }
         int const row = lane / 16 * 8 + lane % 8;
-        pair_at = shared_address(x_ring() + row * 128) + ((lane / 8 % 2) ^ lane % 8) * 16;
+        pair_at = shared_address(x_ring() + row * 128) + turned<128>(lane / 8 % 2, lane % 8) * 16;
     }
 
     // The WN warps that share x
@@ -162,7 +163,8 @@ struct Turing {
 #pragma unroll 1
         for (int row = thread / kPieces; row < p.x_rows; row += WN * 32 / kPieces) {
             bool const valid = m0 + row < p.out.m && at < bytes;
-            copy_async(slot + row * 128 + (piece ^ row) % 8 * 16, p.x + (valid ? (m0 + row) * bytes + at : 0), valid);
+            copy_async(slot + row * 128 + turned<128>(piece % 8, row) * 16, p.x + (valid ? (m0 + row) * bytes + at : 0),
+                       valid);
         }
     }
 

@@ -267,7 +267,7 @@ MOST_A_PRODUCT = {
 
 def test_the_loops_of_tiles_execute_little(build: tuple[Path, str]) -> None:
     library, counts = build[0] / "libinstantrt_kernels.so", {}
-    if not {"90a"} & set(SMS):
+    if "90a" not in SMS:
         pytest.skip("the rows of tiles are all in code of sm_90a")
     for row, (strips, _) in MOST_A_PRODUCT.items():
         product, products = ("IMMA", 8 * strips) if row.startswith("int8") else ("HMMA", 16 * strips)
